@@ -1,0 +1,1 @@
+"""The command line of llamamoe: parse, call one library function, print."""

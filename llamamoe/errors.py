@@ -1,0 +1,57 @@
+"""What can go wrong, as exceptions that carry the way out and the exit code of the command line.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 refused by the plan, 4 verification failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+
+class LlamaMoeError(Exception):
+    """An error for the user: what is wrong (value and rule), and how to go on.
+
+    Args:
+        message: Names the value and the rule that it breaks.
+        hint: The way out; printed on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+
+class UsageError(LlamaMoeError, ValueError):
+    """The call itself is off: an unknown method, a recipe that does not validate, a bad option."""
+
+    exit_code = 2
+
+
+class RefusedError(LlamaMoeError, ValueError):
+    """The plan refuses: the conversion would be inexact, impossible or unsafe. Nothing was written."""
+
+    exit_code = 3
+
+
+class CheckpointError(RefusedError):
+    """The source's files are missing, broken, unsafe, or disagree with their configuration."""
+
+
+class VerificationError(LlamaMoeError):
+    """The written checkpoint does not compute what its parent computes."""
+
+    exit_code = 4
+
+
+class MissingExtraError(LlamaMoeError, ImportError):
+    """A feature needs a package that only an extra installs."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed.",
+            hint=f"Install it with: pip install 'llamamoe[{extra}]'",
+        )

@@ -1,0 +1,99 @@
+"""Plug-ins found by looking into a folder: adding one is adding one file.
+
+A *kind* (splitter, router, target, ...) is a package whose modules each define concrete subclasses of the kind's
+base class. Third parties add theirs with an entry point in the group ``llamamoe.<package name>``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from .errors import UsageError
+
+T = TypeVar("T")
+
+
+def near_misses(value: str, choices: list[str]) -> str:
+    """A sentence that names the nearest choices and then all of them."""
+    close = difflib.get_close_matches(value, choices, n=3, cutoff=0.5)
+    start = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    return f"{start}Known: {', '.join(choices)}."
+
+
+class Registry(Generic[T]):
+    """All plug-ins of one kind, by name, found on first use.
+
+    Args:
+        kind: The word for one plug-in in messages, for example ``"splitter"``.
+        base: The base class that a plug-in must derive from; it has a class attribute ``name``.
+        package: Dotted name of the package whose modules hold the plug-ins.
+    """
+
+    def __init__(self, kind: str, base: type[T], package: str) -> None:
+        self.kind = kind
+        self.base = base
+        self.package = package
+
+    @cached_property
+    def _found(self) -> dict[str, type[T]]:
+        package = importlib.import_module(self.package)
+        found: dict[str, type[T]] = {}
+        for info in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{self.package}.{info.name}")
+            for cls in self._classes(module):
+                self._add(found, cls, module.__name__)
+        for entry in entry_points(group=self.package):
+            self._add(found, entry.load(), entry.value)
+        return dict(sorted(found.items()))
+
+    def _classes(self, module: ModuleType) -> Iterator[type[T]]:
+        for member in vars(module).values():
+            if (
+                inspect.isclass(member)
+                and issubclass(member, self.base)
+                and member.__module__ == module.__name__
+                and not inspect.isabstract(member)
+                and "name" in vars(member)
+            ):
+                yield member
+
+    def _add(self, found: dict[str, type[T]], cls: Any, origin: str) -> None:
+        if not (inspect.isclass(cls) and issubclass(cls, self.base)):
+            raise TypeError(f"{origin} is registered as a {self.kind} but is no subclass of {self.base.__name__}")
+        name = cls.name  # type: ignore[attr-defined]
+        if name in found:
+            raise ValueError(f"two plug-ins call themselves {self.kind} {name!r}: {found[name]} and {cls}")
+        found[name] = cls
+
+    def names(self) -> list[str]:
+        """The names of all plug-ins, sorted."""
+        return list(self._found)
+
+    def get(self, name: str) -> type[T]:
+        """The plug-in called ``name``.
+
+        Raises:
+            UsageError: There is none; the message names the nearest ones.
+        """
+        try:
+            return self._found[name]
+        except KeyError:
+            raise UsageError(f"unknown {self.kind} {name!r}.", hint=near_misses(name, self.names())) from None
+
+    def __iter__(self) -> Iterator[type[T]]:
+        return iter(self._found.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
+    def refresh(self) -> None:
+        """Forget what was found, so that the next use looks again (for plug-ins added while running)."""
+        self.__dict__.pop("_found", None)

@@ -1,0 +1,36 @@
+"""The mean gate row of each expert as its router row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..layer import PADDING
+from .base import Router
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..layer import FfnWeights, LayerContext, Partition
+
+
+class Centroid(Router):
+    """Row of expert i = mean over its neurons of ``gate_j / ||gate_j||`` (padding left out).
+
+    A token whose direction is that of an expert's gate rows opens many of that expert's gates.
+    """
+
+    name = "centroid"
+    summary = "mean L2-normalised gate row of each expert"
+    reference = "MoEfication (arXiv:2110.01786), parameter centre"
+    needs = "weights"
+
+    def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
+        """See `Router.rows`. O(N W H); one expert in float32 at a time."""
+        import torch
+
+        rows = torch.zeros(context.num_experts, ffn.gate_FH.shape[1])
+        for i, expert in enumerate(partition.experts):
+            members = torch.from_numpy(expert[expert != PADDING])
+            if len(members):
+                rows[i] = torch.nn.functional.normalize(ffn.gate_FH[members].float(), dim=1).mean(0)
+        return rows

@@ -1,0 +1,26 @@
+"""A router of zeros."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import Router
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..layer import FfnWeights, LayerContext, Partition
+
+
+class Zeros(Router):
+    """All logits equal: every token goes to the same experts until the router is trained."""
+
+    name = "zeros"
+    summary = "zero rows: all experts weigh the same, ties decide who is selected"
+    reference = "LLaMA-MoE (arXiv:2406.16554), linear gate"
+
+    def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
+        """See `Router.rows`."""
+        import torch
+
+        return torch.zeros(context.num_experts, ffn.gate_FH.shape[1])

@@ -1,0 +1,30 @@
+"""A seeded random partition."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..layer import Partition
+from .base import Splitter, routed_neurons
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..layer import FfnWeights, LayerContext
+
+
+class Random(Splitter):
+    """Independent-Random: neurons are dealt to the experts like cards, sizes differ by one at most."""
+
+    name = "random"
+    summary = "seeded random partition, the one of the released LLaMA-MoE models"
+    reference = "LLaMA-MoE (arXiv:2406.16554), Independent-Random"
+
+    def split(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
+        """See `Splitter.split`. O(F)."""
+        import numpy as np
+
+        neurons = routed_neurons(ffn.intermediate_size, shared)
+        labels = np.arange(len(neurons)) % context.num_experts
+        context.rng(self.name).shuffle(labels)
+        return Partition.from_labels(neurons, labels, context, shared)

@@ -1,0 +1,1 @@
+"""Recipes shipped with llamamoe, as YAML files."""
