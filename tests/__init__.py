@@ -1,0 +1,1 @@
+"""The tests of llamamoe; the folders mirror the library."""
