@@ -1,0 +1,86 @@
+"""Opening a file as bytes, decompressing by its suffix, and noticing when it was cut short."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+from pathlib import Path
+from typing import IO, Any, cast
+
+from ..errors import LlamaMoeError
+
+_COMPRESSED_BYTES = 1 << 16  # read from the file at once
+_BUFFER_BYTES = 1 << 20  # handed to the line splitter at once
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open ``path`` for reading; ``.gz`` and ``.zst`` are decompressed on the way, in pieces.
+
+    Raises:
+        OSError: The file cannot be opened or, while reading, is not gzip.
+        EOFError, zlib.error: While reading: the gzip file is cut short or damaged.
+        LlamaMoeError: While reading: the zstandard file is cut short or damaged.
+    """
+    if path.name.endswith(".gz"):
+        return cast(IO[bytes], gzip.open(path))
+    if path.name.endswith(".zst"):
+        return io.BufferedReader(_ZstdStream(path), buffer_size=_BUFFER_BYTES)
+    return path.open("rb")
+
+
+def damaged(path: Path, error: Exception | str) -> LlamaMoeError:
+    """The error of a compressed file that does not decompress."""
+    return LlamaMoeError(
+        f"'{path}' is cut short or damaged: {str(error).rstrip('.')}.", hint="Download or compress it again."
+    )
+
+
+class _ZstdStream(io.RawIOBase):
+    """The decompressed bytes of a zstandard file, frame after frame.
+
+    zstandard's own reader ends quietly where a file was cut off; this one raises.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._zstd = importlib.import_module("zstandard")
+        self._path = path
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._pending = memoryview(b"")
+
+    def readable(self) -> bool:
+        """See `io.IOBase.readable`."""
+        return True
+
+    def close(self) -> None:
+        """See `io.IOBase.close`."""
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase.readinto`."""
+        while not self._pending:
+            piece = self._file.read(_COMPRESSED_BYTES)
+            if not piece:
+                if self._frame is not None:
+                    raise damaged(self._path, "it ends inside a zstandard frame")
+                return 0
+            self._pending = memoryview(self._decompress(piece))
+        taken = min(len(buffer), len(self._pending))
+        buffer[:taken], self._pending = self._pending[:taken], self._pending[taken:]
+        return taken
+
+    def _decompress(self, piece: bytes) -> bytes:
+        out = []
+        while piece:
+            if self._frame is None:  # the largest window reads what was written with --long too
+                self._frame = self._zstd.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                out.append(self._frame.decompress(piece))
+            except self._zstd.ZstdError as error:
+                raise damaged(self._path, error) from error
+            piece = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        return b"".join(out)
