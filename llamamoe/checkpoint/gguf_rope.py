@@ -1,0 +1,121 @@
+"""Rotary embedding settings of a GGUF file, and checked access to its metadata."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..errors import CheckpointError
+from .gguf_header import GgufHeader, GgufTensor
+
+ORIGINAL = "Split the original Hugging Face checkpoint instead of its GGUF file."
+"""The way out where a GGUF file cannot be carried over."""
+
+
+class Keys:
+    """The metadata of the file's architecture, checked as they are read."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.path, self.metadata = header.path, header.metadata
+        self.arch: str = header.metadata["general.architecture"]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as the file holds it."""
+        return self.metadata.get(f"{self.arch}.{key}", default)
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number above zero; a list with one number per layer must hold the same one everywhere."""
+        value = self.get(key, default)
+        if isinstance(value, list) and value:
+            if len(set(value)) > 1:
+                raise CheckpointError(
+                    f"{self.path}: {self.arch}.{key} differs between layers, which Llama cannot hold.", hint=ORIGINAL
+                )
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{self.path}: {self.arch}.{key} = {value!r}, but it must be a whole number above 0.")
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise CheckpointError(f"{self.path}: {self.arch}.{key} = {value!r}, but it must be a number above 0.")
+        return float(value)
+
+
+def rope_parameters(header: GgufHeader, keys: Keys, head_dim: int) -> dict[str, Any]:
+    """Rope as transformers 5 spells it."""
+    theta = keys.positive("rope.freq_base", 10000.0)
+    kind = keys.get("rope.scaling.type", "none")
+    factor = keys.positive("rope.scaling.factor", keys.get("rope.scale_linear") or 1.0)
+    if kind == "none" and factor != 1.0:
+        kind = "linear"  # what llama.cpp takes a factor without a type for
+    for key, neutral in (("attn_factor", (1.0,)), ("yarn_attn_factor", ()), ("yarn_ext_factor", (-1.0, 1.0))):
+        if (value := keys.get(f"rope.scaling.{key}")) is not None and value not in neutral:
+            raise CheckpointError(
+                f"{header.path}: rope.scaling.{key} = {value!r} means different things to different converters.",
+                hint=ORIGINAL,
+            )
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if kind == "linear" and factor != 1.0:
+        rope |= {"rope_type": "linear", "factor": factor}
+    elif kind == "yarn":
+        original = keys.whole("rope.scaling.original_context_length", keys.get("context_length"))
+        rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        betas = {
+            "beta_fast": keys.get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": keys.get("rope.scaling.yarn_beta_slow"),
+        }
+        rope |= {name: value for name, value in betas.items() if value is not None}
+    elif kind not in ("none", "linear"):
+        raise CheckpointError(f"{header.path}: rope scaling of type {kind!r} is not supported.", hint=ORIGINAL)
+    freqs = header.tensors.get("rope_freqs.weight")
+    if freqs is None:
+        return rope
+    if rope["rope_type"] != "default":
+        raise CheckpointError(
+            f"{header.path} has rope factors and {kind} scaling at once, which is not supported.", hint=ORIGINAL
+        )
+    return rope | _llama3(header, freqs, theta, head_dim)
+
+
+def _llama3(header: GgufHeader, freqs: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """The llama3 scaling whose factors the file stores: what reproduces them is what the model computes.
+
+    Raises:
+        CheckpointError: No setting reproduces them.
+    """
+    import numpy as np
+
+    if freqs.kind != "F32" or freqs.shape != (head_dim // 2,):
+        raise CheckpointError(
+            f"{header.path}: rope_freqs.weight is {freqs.kind} {freqs.shape}, not F32 ({head_dim // 2},)."
+        )
+    stored = np.fromfile(header.path, np.float32, freqs.shape[0], offset=freqs.offset)
+    if (stored == 1).all():
+        return {}
+    largest = float(stored.max())
+    # The lowest frequencies are divided by the factor itself; with few dimensions none may be that low.
+    for factor in dict.fromkeys((largest, 8.0, 32.0, 2.0, 4.0, 16.0, 64.0)):
+        for original in (8192, 4096, 2048, 16384, 32768, 65536, 131072):
+            if np.allclose(stored, _llama3_factors(theta, head_dim, factor, original), rtol=1e-5, atol=0.0):
+                return {
+                    "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": original,
+                }  # fmt: skip
+    raise CheckpointError(
+        f"{header.path}: rope_freqs.weight holds rope factors (1 to {largest:g}) that are not those of llama3 scaling.",
+        hint=ORIGINAL,
+    )
+
+
+def _llama3_factors(theta: float, head_dim: int, factor: float, original: int) -> list[float]:
+    """What llama.cpp's converter stores: the number that divides each frequency."""
+    factors = []
+    for dim in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (dim / head_dim)
+        smooth = (original / wavelength - 1.0) / (4.0 - 1.0)
+        inside = 1 / ((1 - smooth) / factor + smooth) if 0 <= smooth <= 1 else 0.0
+        factors.append(1.0 if smooth > 1 else factor if smooth < 0 else inside)
+    return factors
