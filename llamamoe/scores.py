@@ -1,0 +1,219 @@
+"""The results of an evaluation, and how sums over documents become means with standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text.
+
+    Attributes:
+        documents: Documents with at least one scored token.
+        tokens: Scored tokens.
+        bytes: UTF-8 bytes of the text of these tokens.
+        loss: Mean negative log-likelihood of a token, in nats: the log of the perplexity.
+        loss_stderr: Its standard error over documents; None where a domain has fewer than two.
+        perplexity: ``exp(loss)``.
+        bits_per_byte: Negative log-likelihood in bits, by bytes: comparable between tokenizers.
+        bits_per_byte_stderr: Its standard error over documents; None where a domain has fewer than two.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    loss: float
+    loss_stderr: float | None
+    perplexity: float
+    bits_per_byte: float
+    bits_per_byte_stderr: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Model minus ``against`` on the same documents; the standard errors are those of paired differences.
+
+    ``loss``, ``loss_stderr`` and ``perplexity_ratio`` (``exp(loss)``) are None where the tokenizers differ.
+    """
+
+    loss: float | None
+    loss_stderr: float | None
+    perplexity_ratio: float | None
+    bits_per_byte: float
+    bits_per_byte_stderr: float | None
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One model's scores.
+
+    Attributes:
+        model: The folder or Hub id.
+        dtype: What the weights were held in.
+        domains: Scores by domain, in the order of the text.
+        overall: Every token (for bits per byte: every byte) counts the same.
+        mean_over_domains: Every domain counts the same: the means of its domains' losses and bits per byte.
+    """
+
+    model: str
+    dtype: str
+    domains: dict[str, Score]
+    overall: Score
+    mean_over_domains: Score
+
+
+@dataclass(frozen=True)
+class Differences:
+    """`Difference` by domain, over all tokens, and as the mean over domains."""
+
+    domains: dict[str, Difference]
+    overall: Difference
+    mean_over_domains: Difference
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        protocol: How it was measured, in words.
+        context_length: Tokens of a window.
+        max_tokens: Tokens taken of each domain, or None for all.
+        device: Where the models ran.
+        skipped_documents: Documents too short to have a scored token.
+        model: The model's scores.
+        against: The other model's, or None.
+        comparable: What may be compared between the two: ``"perplexity"`` (and bits per byte) if they cut the
+            text into the same tokens, else ``"bits_per_byte"`` only; None without ``against``.
+        difference: Model minus ``against``, or None.
+    """
+
+    protocol: str
+    context_length: int
+    max_tokens: int | None
+    device: str
+    skipped_documents: int
+    model: ModelScores
+    against: ModelScores | None
+    comparable: Literal["perplexity", "bits_per_byte"] | None
+    difference: Differences | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as nested dicts of plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over each document of one domain, float64 [documents] each; ``nll`` is in nats."""
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+
+class _Estimate(NamedTuple):
+    """A mean and, by domain, how far each document moves it: float64 [documents]."""
+
+    value: float
+    influence: list[np.ndarray]
+
+    def minus(self, other: _Estimate) -> _Estimate:
+        """The difference of two estimates on the same documents."""
+        paired = zip(self.influence, other.influence, strict=True)
+        return _Estimate(self.value - other.value, [mine - theirs for mine, theirs in paired])
+
+    def stderr(self) -> float | None:
+        """The documents of each domain are taken as a sample of it, the domains as given (not as a sample)."""
+        if any(len(part) < 2 for part in self.influence):
+            return None
+        variances = [len(part) * float(np.var(part, ddof=1)) for part in self.influence]
+        return math.sqrt(sum(variances))
+
+
+def model_scores(model: str, dtype: str, counts: Mapping[str, Counts]) -> ModelScores:
+    """Score one model from its sums by domain."""
+    domains = list(counts.values())
+    return ModelScores(
+        model=model,
+        dtype=dtype,
+        domains={name: _result(_estimates([domain]), [domain]) for name, domain in counts.items()},
+        overall=_result(_estimates(domains), domains),
+        mean_over_domains=_result(_domain_means(domains), domains),
+    )
+
+
+def differences(counts: Mapping[str, Counts], against: Mapping[str, Counts], same_tokens: bool) -> Differences:
+    """Compare two models whose sums are of the same documents in the same order."""
+    mine, theirs = list(counts.values()), list(against.values())
+    return Differences(
+        domains={
+            name: _difference(_estimates([counts[name]]), _estimates([against[name]]), same_tokens) for name in counts
+        },
+        overall=_difference(_estimates(mine), _estimates(theirs), same_tokens),
+        mean_over_domains=_difference(_domain_means(mine), _domain_means(theirs), same_tokens),
+    )
+
+
+def _ratio(numerators: Sequence[np.ndarray], units: Sequence[np.ndarray]) -> _Estimate:
+    """A sum over a sum, and the first-order influence of each document on it (the ratio estimator)."""
+    total = sum(float(unit.sum()) for unit in units)
+    value = sum(float(numerator.sum()) for numerator in numerators) / total
+    return _Estimate(value, [(n - value * u) / total for n, u in zip(numerators, units, strict=True)])
+
+
+def _estimates(domains: Sequence[Counts]) -> tuple[_Estimate, _Estimate]:
+    """Nats per token and bits per byte over all documents of ``domains``."""
+    nats = _ratio([domain.nll for domain in domains], [domain.tokens for domain in domains])
+    bits = _ratio([domain.nll / math.log(2) for domain in domains], [domain.bytes for domain in domains])
+    return nats, bits
+
+
+def _domain_means(domains: Sequence[Counts]) -> tuple[_Estimate, _Estimate]:
+    """The same two as means over domains."""
+    each = [_estimates([domain]) for domain in domains]
+    nats, bits = (
+        _Estimate(
+            sum(pair[kind].value for pair in each) / len(each),
+            [pair[kind].influence[0] / len(each) for pair in each],
+        )
+        for kind in (0, 1)
+    )
+    return nats, bits
+
+
+def _result(estimates: tuple[_Estimate, _Estimate], domains: Sequence[Counts]) -> Score:
+    nats, bits = estimates
+    return Score(
+        documents=sum(int((domain.tokens > 0).sum()) for domain in domains),
+        tokens=sum(int(domain.tokens.sum()) for domain in domains),
+        bytes=sum(int(domain.bytes.sum()) for domain in domains),
+        loss=nats.value,
+        loss_stderr=nats.stderr(),
+        perplexity=_exp(nats.value),
+        bits_per_byte=bits.value,
+        bits_per_byte_stderr=bits.stderr(),
+    )
+
+
+def _difference(
+    mine: tuple[_Estimate, _Estimate], theirs: tuple[_Estimate, _Estimate], same_tokens: bool
+) -> Difference:
+    nats, bits = (a.minus(b) for a, b in zip(mine, theirs, strict=True))
+    return Difference(
+        loss=nats.value if same_tokens else None,
+        loss_stderr=nats.stderr() if same_tokens else None,
+        perplexity_ratio=_exp(nats.value) if same_tokens else None,
+        bits_per_byte=bits.value,
+        bits_per_byte_stderr=bits.stderr(),
+    )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # beyond it floats and JSON end; such a model predicts nothing anyway

@@ -1,0 +1,239 @@
+"""What `evaluate` does with one model: open it, load it, score windows of tokens with it.
+
+Shapes: B windows, T tokens of the longest, P scored tokens of a batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import CheckpointError, LlamaMoeError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .data.encoding import Encoded, Window
+
+LOGITS_AT_ONCE = 1 << 24  # fp32 logits held at once: 64 MiB, whatever the vocabulary
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model's configuration and tokenizer; its weights are still on disk.
+
+    Attributes:
+        name: As the caller gave it.
+        options: What every ``from_pretrained`` of this model is called with.
+        config: The transformers configuration of the text model.
+        tokenizer: The transformers tokenizer.
+        bos: The token that the tokenizer itself puts before a text, or None.
+    """
+
+    name: str
+    options: dict[str, Any]
+    config: Any
+    tokenizer: Any
+    bos: int | None
+
+
+def open_model(name: str | Path) -> Opened:
+    """Open a folder (never touching the network) or a Hub id, without its weights and without remote code.
+
+    Raises:
+        UsageError: There is no such folder.
+        CheckpointError: The folder holds no model or no tokenizer that transformers can load.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UsageError(f"'{name}' is a file.", hint="Name the folder that holds config.json and the weights.")
+    local = folder.is_dir() and str(name) != ""
+    if not local and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
+        raise UsageError(f"There is no folder '{name}'.", hint="Give a model's folder, or a Hub id: owner/name.")
+    if local and not (folder / "config.json").is_file():
+        raise CheckpointError(f"'{name}' is not a model: it has no config.json.", hint="Name a model's folder.")
+    options: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(folder) if local else str(name),
+        "local_files_only": local,
+        "trust_remote_code": False,
+    }
+    with _refusing(f"'{name}' has no configuration that transformers can load without remote code"):
+        config = AutoConfig.from_pretrained(**options).get_text_config()
+    if local and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"'{name}' has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.",
+            hint="Copy the tokenizer's files from the model that it was made of.",
+        )
+    with _refusing(f"The tokenizer of '{name}' cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(**options)
+        first = tokenizer("a")["input_ids"][:1]
+    bos = tokenizer.bos_token_id
+    if bos is None or first != [bos]:
+        bos = None
+    return Opened(str(name), options, config, tokenizer, bos)
+
+
+def load_weights(opened: Opened, dtype: str, device: str) -> Any:
+    """Load the model for scoring.
+
+    Raises:
+        CheckpointError: Weights are missing, broken, of other shapes, or not safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM  # its type does not know output_loading_info
+    with _refusing(f"The weights of '{opened.name}' cannot be loaded"), _no_progress_bars():
+        model, info = loader.from_pretrained(
+            **opened.options, dtype=dtype, device_map=device, use_safetensors=True, output_loading_info=True
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise CheckpointError(
+            f"'{opened.name}' lacks {len(missing)} tensors that its config.json calls for, such as {missing[0]}.",
+            hint="Download or convert it again.",
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """Turn whatever a loader raises into one kind of error: files of others can fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{message}: {reason[0]}") from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def score_windows(
+    model: Any,
+    documents: Sequence[Encoded],
+    windows: Sequence[Window],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """Sum the negative log-likelihood of each window's scored tokens.
+
+    Windows of like length go into one batch, the longest first, so that a batch that does not fit in memory
+    fails at once. ``advance`` is called after every batch with the number of tokens it scored.
+
+    Returns:
+        float64 [len(windows)], in nats.
+
+    Raises:
+        CheckpointError: The tokenizer makes ids that the model does not have.
+        LlamaMoeError: A loss is not finite.
+    """
+    import torch
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(int(document.ids.max()) for document in documents if len(document.ids))
+    if largest >= rows:
+        raise CheckpointError(
+            f"The tokenizer makes the id {largest}, but the model has only {rows} embeddings.",
+            hint="The folder's tokenizer is another model's; copy the right one.",
+        )
+    out = np.zeros(len(windows))
+    order = sorted(range(len(windows)), key=lambda i: windows[i].start - windows[i].stop)
+    head = None
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        tokens = [documents[windows[i].document].ids[windows[i].start : windows[i].stop] for i in batch]
+        with torch.inference_mode():
+            if head is None:
+                head = _find_head(model, torch.from_numpy(tokens[0][None, :16]).to(model.device))
+            out[batch] = _score_batch(model, head, tokens)
+        for i in batch:
+            if not np.isfinite(out[i]):
+                raise LlamaMoeError(
+                    f"The loss on {documents[windows[i].document].document.origin} is not finite ({out[i]}).",
+                    hint="Try dtype float32; if that does not help, the weights are broken.",
+                )
+        advance(sum(len(ids) - 1 for ids in tokens))
+    return out
+
+
+Head = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+def _find_head(model: Any, ids_1T: torch.Tensor) -> Head | None:
+    """Find how hidden states become logits, so that long sequences can be scored piece by piece.
+
+    Most models apply their output embedding and no more, some scale what comes out. The choice is checked
+    against the model's own logits; None means that neither is so, and the whole forward must be used.
+    """
+    import torch
+
+    output = model.get_output_embeddings()
+    if output is None or model.base_model is model:
+        return None
+    config = model.config.get_text_config()
+    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    candidates: list[Head] = [lambda h: output(h).float()]
+    if factor:
+        candidates.append(lambda h: (output(h) * factor).float())
+    if divisor:
+        candidates.append(lambda h: (output(h) / divisor).float())
+    logits = model(ids_1T, use_cache=False).logits.float()
+    hidden = model.base_model(ids_1T, use_cache=False).last_hidden_state
+    agreeing = (head for head in candidates if torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-6))
+    return next(agreeing, None)
+
+
+def _score_batch(model: Any, head: Head | None, tokens: Sequence[np.ndarray]) -> np.ndarray:
+    """Negative log-likelihood of each window's tokens but the first, float64 [B], in nats."""
+    import torch
+
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)  # the padding's id is never read: see `scored`
+    ids[mask] = torch.from_numpy(np.concatenate(tokens))
+    scored, targets = mask[:, 1:], ids[:, 1:][mask[:, 1:]]
+    owner = scored.nonzero()[:, 0]
+    # Nothing attends to what comes after it, so padding on the right needs no mask; without one the fast
+    # causal kernels run, and a window is computed alike whatever it is batched with.
+    if head is None:
+        rows = [model(row[None].to(model.device), use_cache=False).logits[0, :-1] for row in ids]
+        pieces: Iterator[torch.Tensor] = (r[s.to(r.device)].float() for r, s in zip(rows, scored, strict=True))
+        nll_P = _nll(pieces, targets)
+    else:
+        hidden = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, :-1]
+        hidden_PH = hidden[scored.to(hidden.device)]
+        step = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
+        nll_P = _nll((head(piece) for piece in hidden_PH.split(step)), targets)
+    return torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, owner, nll_P).numpy()
+
+
+def _nll(pieces: Iterator[torch.Tensor], targets_P: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of fp32 logits that come in pieces along P, float64 [P] on the CPU."""
+    import torch
+
+    out, at = [], 0
+    for logits in pieces:
+        targets = targets_P[at : at + len(logits)].to(logits.device)
+        out.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu().double())
+        at += len(logits)
+    return torch.cat(out)
