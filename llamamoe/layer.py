@@ -81,7 +81,9 @@ class Partition:
     omitted: np.ndarray
 
     @classmethod
-    def from_labels(cls, neurons: np.ndarray, labels: np.ndarray, context: LayerContext, shared: np.ndarray) -> Partition:
+    def from_labels(
+        cls, neurons: np.ndarray, labels: np.ndarray, context: LayerContext, shared: np.ndarray
+    ) -> Partition:
         """Build from a label per neuron.
 
         Args:
@@ -119,4 +121,6 @@ class Partition:
         counts = np.bincount(used, minlength=intermediate_size)
         wrong = np.flatnonzero(counts < 1 if overlap else counts != 1)
         if wrong.size:
-            raise ValueError(f"{wrong.size} neurons do not appear exactly once, the first is {wrong[0]} ({counts[wrong[0]]} times)")
+            raise ValueError(
+                f"{wrong.size} neurons do not appear exactly once, the first is {wrong[0]} ({counts[wrong[0]]} times)"
+            )

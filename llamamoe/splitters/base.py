@@ -41,6 +41,11 @@ class Splitter(Plugin, ABC):
             The partition; ``shared`` is in it unchanged.
         """
 
+    @classmethod
+    def working_bytes(cls, intermediate_size: int, hidden_size: int) -> int:
+        """Estimate of the memory that `split` takes beyond its input, for the plan."""
+        return 0
+
 
 def routed_neurons(intermediate_size: int, shared: np.ndarray) -> np.ndarray:
     """int64 ``[F - S]``: the neurons that are not shared, ascending."""

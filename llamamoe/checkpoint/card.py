@@ -1,0 +1,101 @@
+"""The model card of a converted checkpoint: what it is, what it costs, how it was made, under which licence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .._version import __version__
+
+if TYPE_CHECKING:
+    from ..hub import Location
+    from ..plan import SplitPlan
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def parent_metadata(folder: Path) -> dict[str, Any]:
+    """The YAML block at the head of the parent's model card; empty if there is none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    try:
+        data = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
+    parent = parent_metadata(location.path) if location.path.is_dir() else {}
+    config_name = str(plan.model.checkpoint.config.get("_name_or_path", ""))
+    base = next((n for n in (location.name, config_name) if _HUB_ID.fullmatch(n)), None)
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    data["tags"] = ["moe", "llamamoe", plan.target.name]
+    data |= {key: parent[key] for key in ("license", "license_name", "license_link", "language") if key in parent}
+    if base:
+        data["base_model"] = base
+    return data
+
+
+def _cost_table(plan: SplitPlan) -> str:
+    parent, cost = plan.parent_cost, plan.cost
+    rows = ["| | parent | this model |", "|---|---|---|"]
+    rows.append(f"| parameters | {parent.total_parameters:,} | {cost.total_parameters:,} |")
+    rows.append(f"| active per token | {parent.active_parameters:,} | {cost.active_parameters:,} |")
+    rows.append(
+        f"| FLOPs per token, attention scores left out | {parent.flops_per_token:,} | {cost.flops_per_token:,} |"
+    )
+    rows.append(f"| bytes | {parent.nbytes:,} | {cost.nbytes:,} |")
+    return "\n".join(rows)
+
+
+def _exactness(plan: SplitPlan) -> str:
+    if plan.parity != "exact":
+        return "The method drops or repeats neurons: no choice of experts gives the parent's outputs back."
+    text = "Every neuron of the parent is in exactly one expert: with all experts selected at equal weights the logits are the parent's."
+    if plan.layout.combine.parity_factor != 1.0:
+        text += f" (At top-k = {plan.layout.num_experts} the routed output must be multiplied by {plan.layout.combine.parity_factor:g} for that.)"
+    if plan.layout.top_k < plan.layout.num_experts:
+        text += f" With the {plan.layout.top_k} experts per token that it is configured for it is an approximation, a poor one until it is trained."
+    return text
+
+
+def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: tuple[str, ...]) -> str:
+    """README.md of the output; the same bytes for every run of the same conversion."""
+    layout = plan.layout
+    licence = "license" in _metadata(plan, location) or any(f.startswith("LICENSE") for f in files)
+    parts = [
+        "---\n" + yaml.safe_dump(_metadata(plan, location), sort_keys=False).strip() + "\n---",
+        f"# {location.name} as a mixture of experts",
+        f"Made by llamamoe {__version__} from `{location.name}`"
+        + (f" at revision `{location.revision}`" if location.revision else "")
+        + f": each FFN of {plan.model.spec.intermediate_size} neurons was split into {layout.num_experts} experts of width "
+        f"{layout.expert_width}, {layout.top_k} of them selected per token"
+        + (f", beside {layout.num_shared} shared neurons" if layout.num_shared else "")
+        + f". Architecture: `{plan.target.architecture}` of transformers, no remote code.",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
+        "## Is it the same model?\n\n" + _exactness(plan),
+        "## What it costs\n\n" + _cost_table(plan),
+        "## How it was made\n\n`llamamoe split SOURCE OUT --recipe llamamoe_recipe.yaml`, with\n\n```yaml\n"
+        + plan.recipe.to_yaml()
+        + "```",
+    ]
+    remarks = [*warnings, *plan.advice]
+    if remarks:
+        parts.append("## Good to know\n\n" + "\n".join(f"- {r}" for r in remarks))
+    parts.append(
+        "## Licence\n\n"
+        + (
+            "The parent's licence applies."
+            if licence
+            else "The parent's licence applies; its files here name none: look it up before use."
+        )
+    )
+    return "\n\n".join(parts) + "\n"

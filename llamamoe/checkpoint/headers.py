@@ -1,0 +1,84 @@
+"""Safetensors headers, read and checked without trusting them and without torch.
+
+Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .base import DTYPE_BYTES, TensorInfo
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation."""
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the name {key!r} appears twice")
+        found[key] = value
+    return found
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, in the order of the header. O(header), no tensor is read.
+
+    Raises:
+        CheckpointError: The file cannot be read, is truncated, or its header is not consistent with it.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path.name}: the header claims {length:,} bytes, but the file has {size:,}: it is truncated or no "
+                    "safetensors file.",
+                    hint="Download it again.",
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}.") from None
+    try:
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        header.pop("__metadata__", None)
+        return _tensors(path, header, size - 8 - length)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path.name}: the header is not valid ({error}).", hint="Download it again.") from None
+
+
+def _tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
+    found, spans = {}, []
+    for name, entry in header.items():
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            raise ValueError(f"{name}: sizes must be whole numbers")
+        if dtype not in DTYPE_BYTES:
+            raise ValueError(f"{name}: unknown dtype {dtype!r}")
+        if stop - start != prod(shape) * DTYPE_BYTES[dtype]:
+            raise ValueError(f"{name}: {stop - start} bytes do not hold {dtype} {list(shape)}")
+        spans.append((start, stop, name))
+        found[name] = TensorInfo(dtype, shape, path)
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise ValueError(f"{name}: there is a gap or an overlap before it")
+        end = stop
+    if end != data_bytes:
+        raise CheckpointError(
+            f"{path.name}: the tensors take {end:,} bytes, but the file holds {data_bytes:,}: it is "
+            f"{'truncated' if data_bytes < end else 'longer than its header says'}.",
+            hint="Download it again.",
+        )
+    return found

@@ -1,0 +1,167 @@
+"""A folder of safetensors, opened safely: headers at once, tensors one at a time, memory-mapped.
+
+Nothing is unpickled, no code of the checkpoint runs, and no path leaves the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+from .base import TensorInfo
+from .headers import read_header
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: It cannot be read, is not JSON or no object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not valid JSON ({error}).") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name} must hold a JSON object, not {type(data).__name__}.")
+    return data
+
+
+class SafetensorsCheckpoint:
+    """See `llamamoe.checkpoint.base.Checkpoint`.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CheckpointError: Something is missing, broken or unsafe; see the message.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notes: list[str] = []
+        self._root = path.resolve()
+        if not (path / "config.json").exists():
+            raise CheckpointError(
+                f"{path} holds no config.json, so it is no transformers checkpoint.", hint=self._what_is_there()
+            )
+        self.config = read_json(self._inside("config.json"))
+        self.tensors: dict[str, TensorInfo] = {}
+        for name in self._shards():
+            self._add(read_header(self._inside(name)))
+        self._check_index()
+        self._open: dict[Path, Any] = {}
+
+    def _what_is_there(self) -> str:
+        found = sorted(p.name for p in self.path.iterdir())[:6]
+        gguf = next((f for f in found if f.endswith(".gguf")), None)
+        if gguf:
+            return f"To convert a GGUF file, name the file itself: {self.path / gguf}"
+        return f"It holds: {', '.join(found) or 'nothing'}."
+
+    def _inside(self, name: str) -> Path:
+        """The file ``name`` of the folder; links may lead out of it only into the blobs of a hub cache."""
+        path = self.path / name
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"the index names {name!r}, which is not a plain file name in the folder: refused.")
+        roots = [self._root]
+        if self._root.parent.name == "snapshots":
+            roots.append(self._root.parent.parent / "blobs")
+        real = path.resolve()
+        if not any(real.is_relative_to(root) for root in roots):
+            raise CheckpointError(
+                f"{name} is a symbolic link out of the folder (to {real}): refused.",
+                hint="Copy the file into the folder.",
+            )
+        if not real.is_file():
+            raise CheckpointError(f"{name} is missing from {self.path}.", hint="Download the checkpoint again.")
+        return path
+
+    def _shards(self) -> list[str]:
+        if (self.path / INDEX).exists():
+            weight_map = read_json(self._inside(INDEX)).get("weight_map")
+            if (
+                not isinstance(weight_map, dict)
+                or not weight_map
+                or not all(isinstance(v, str) for v in weight_map.values())
+            ):
+                raise CheckpointError(f"{INDEX} has no usable 'weight_map'.")
+            self._weight_map: dict[str, str] | None = weight_map
+            return sorted(set(weight_map.values()))
+        self._weight_map = None
+        if (self.path / SINGLE).exists():
+            return [SINGLE]
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{self.path} holds its weights as pickle ({pickles[0]}), which can run code when it is read: refused.",
+                hint="Convert it once with: AutoModelForCausalLM.from_pretrained(PATH, weights_only=True).save_pretrained(NEW)",
+            )
+        raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}.", hint=self._what_is_there())
+
+    def _add(self, header: dict[str, TensorInfo]) -> None:
+        for name, info in header.items():
+            if name in self.tensors:
+                raise CheckpointError(
+                    f"the tensor {name!r} stands in {self.tensors[name].file.name} and again in {info.file.name}."
+                )
+            self.tensors[name] = info
+
+    def _check_index(self) -> None:
+        for name, file in (self._weight_map or {}).items():
+            info = self.tensors.get(name)
+            if info is None or info.file.name != file:
+                raise CheckpointError(f"{INDEX} says that {name!r} stands in {file}, but it does not.")
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, memory-mapped: its pages belong to the file, not to this process. Never write to it."""
+        from safetensors import safe_open
+
+        path = self.tensors[name].file
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        tensor: torch.Tensor = self._open[path].get_tensor(name)
+        return tensor
+
+    def save_tokenizer(self, out: Path) -> list[str]:
+        """See `Checkpoint.save_tokenizer`; licence files are copied too."""
+        copied = []
+        for name in (*SIDE_FILES, *LICENSE_FILES):
+            if (self.path / name).exists():
+                shutil.copyfile(self._inside(name), out / name)
+                copied.append(name)
+        return copied
+
+    def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`."""
+        facts: list[Any] = [[n, i.dtype, i.shape, i.file.name] for n, i in sorted(self.tensors.items())]
+        facts += [
+            [f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted({i.file for i in self.tensors.values()})
+        ]
+        facts.append(self.config)
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,307 @@
+"""``llamamoe.split``: the plan, executed one layer at a time, into a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .checkpoint.card import model_card
+from .checkpoint.provenance import config_block, plan_fingerprint
+from .checkpoint.reader import INDEX
+from .checkpoint.writer import CheckpointWriter, partial_path, write_text
+from .dense import understand
+from .errors import RefusedError
+from .hub import Location, locate, open_checkpoint
+from .layer import FfnWeights, LayerContext
+from .plan import SplitPlan, index_json, plan_split
+from .progress import Progress, ProgressCallback, ignore_progress
+from .recipe import SplitRecipe
+from .routers import ROUTERS
+from .selectors import SELECTORS
+from .splitters import SPLITTERS
+
+if TYPE_CHECKING:
+    from .assembly import LayerParts
+
+OUTER = "outer"
+"""The unit of the ledger that holds embedding, final norm and head."""
+RECIPE_FILE = "llamamoe_recipe.yaml"
+RECEIPT_FILE = "llamamoe_receipt.json"
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What a conversion left.
+
+    Attributes:
+        out: The folder.
+        plan: What was done.
+        receipt: The content of ``llamamoe_receipt.json``.
+        warnings: The plan's, and what showed while the weights were read.
+    """
+
+    out: Path
+    plan: SplitPlan
+    receipt: dict[str, Any]
+    warnings: tuple[str, ...] = field(default=())
+
+
+def plan_conversion(source: str | Path, recipe: SplitRecipe | None = None) -> SplitPlan:
+    """What `split` would do; reads headers only and writes nothing.
+
+    Raises:
+        RefusedError: The conversion is not possible; every reason is named.
+    """
+    return plan_split(understand(open_checkpoint(locate(source))), recipe or SplitRecipe())
+
+
+def split(
+    source: str | Path,
+    out: str | Path,
+    recipe: SplitRecipe | None = None,
+    *,
+    verify: bool = True,
+    resume: bool = False,
+    force: bool = False,
+    progress: ProgressCallback = ignore_progress,
+) -> SplitResult:
+    """Convert a dense checkpoint into a mixture of experts that plain transformers loads.
+
+    One layer is in memory at a time. ``out`` appears when everything in it is written and verified; until then
+    the work lies in ``OUT.partial/``, where ``resume`` picks it up after a kill.
+
+    Args:
+        source: A folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``.
+        out: The folder to make; it must not exist or be empty.
+        recipe: What to do; the defaults of `SplitRecipe` if None.
+        verify: Compare the result with its parent before it appears (see `llamamoe.verify`).
+        resume: Finish what an earlier call with the same source and recipe began.
+        force: Replace ``out`` if it holds a checkpoint, and drop what an earlier call began.
+        progress: Told after every layer.
+
+    Raises:
+        RefusedError: Nothing was written; the message says why and the way out.
+        VerificationError: The result does not compute what its parent computes; it stays in ``OUT.partial/``.
+        LlamaMoeError: Writing failed; ``resume`` goes on.
+    """
+    started = time.monotonic()
+    location, out = locate(source), Path(out).expanduser()
+    decided = plan_split(understand(open_checkpoint(location)), recipe or SplitRecipe())
+    check_out(out, location.path, force=force)
+    check_room(out, decided, resume=resume)
+    if decided.recipe.strict:
+        _refuse_nonfinite(decided, progress)
+    writer = CheckpointWriter(
+        out, decided.shards, fingerprint=plan_fingerprint(decided), resume=resume, restart=force and not resume
+    )
+    with writer:
+        infos = _write_weights(decided, writer, progress)
+        warnings = decided.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
+        _write_side_files(decided, location, writer.path, warnings)
+        receipt = _receipt(decided, location, infos, writer.weights_sha256(), warnings)
+        if verify:
+            from .verification import verify_conversion
+
+            receipt["verification"] = verify_conversion(decided, writer.path, progress).to_json()
+        receipt["run"] = _run_facts(started)
+        write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
+        writer.publish(replace=force)
+    return SplitResult(out, decided, receipt, warnings)
+
+
+# ---- before anything is written -----------------------------------------------------------------------------------
+
+
+def check_out(out: Path, source: Path, *, force: bool) -> None:
+    """Refuse an OUT that would harm something.
+
+    Raises:
+        RefusedError: It lies in the source or the other way round, is no folder, or holds something.
+    """
+    here, there = out.resolve(), source.resolve()
+    if here == there or here.is_relative_to(there) or there.is_relative_to(here):
+        raise RefusedError(
+            f"OUT ({out}) and SOURCE ({source}) must not lie in one another: the source is never touched."
+        )
+    if not out.exists():
+        if out.is_symlink():
+            raise RefusedError(f"OUT ({out}) is a broken symbolic link.")
+        parent = next(p for p in here.parents if p.exists())
+        if not parent.is_dir():
+            raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.")
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise RefusedError(f"OUT ({out}) exists and is not a folder.", hint="Choose another name.")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise RefusedError(
+            f"OUT ({out}) is not empty.", hint="Choose another name, or --force to replace the checkpoint in it."
+        )
+    if not (out / "config.json").is_file() or not list(out.glob("*.safetensors")):
+        raise RefusedError(
+            f"OUT ({out}) is not empty and holds no checkpoint: --force does not remove it.",
+            hint="Choose another name.",
+        )
+
+
+def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
+    """Refuse if the disk cannot hold the result.
+
+    Raises:
+        RefusedError: Too few bytes are free.
+    """
+    have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
+    if resume and partial_path(out).exists():
+        have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
+    need = decided.cost.nbytes + 64 * 2**20
+    if have < need:
+        raise RefusedError(
+            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
+            hint="Make room, choose another disk, or a smaller --dtype.",
+        )
+
+
+def _refuse_nonfinite(decided: SplitPlan, progress: ProgressCallback) -> None:
+    from .assembly import nonfinite
+
+    names = sorted(decided.model.checkpoint.tensors)
+    for i, name in enumerate(names):
+        if nonfinite(decided.model.checkpoint.read(name)):
+            raise RefusedError(
+                f"--strict: the tensor {name} holds NaN or infinite values.", hint="Without --strict this is a warning."
+            )
+        progress(Progress("check", i + 1, len(names), "tensor"))
+
+
+# ---- the weights --------------------------------------------------------------------------------------------------
+
+
+def _write_weights(
+    decided: SplitPlan, writer: CheckpointWriter, progress: ProgressCallback
+) -> dict[str, dict[str, Any]]:
+    """Write every unit that is not there yet; return what is to be said of each."""
+    layers = decided.model.spec.num_layers
+    units: dict[str, list[int]] = {OUTER: [], **{f"layer.{i}": [] for i in range(layers)}}
+    for index, tensor in enumerate(decided.tensors):
+        units[OUTER if tensor.layer is None else f"layer.{tensor.layer}"].append(index)
+    for done, (unit, indices) in enumerate(units.items(), start=1):
+        if not writer.done(unit):
+            layer = None if unit == OUTER else int(unit.removeprefix("layer."))
+            _write_unit(decided, writer, unit, layer, indices)
+        progress(Progress("convert", done, len(units), "layer", unit))
+    writer.flush()
+    return {unit: writer.info(unit) for unit in units}
+
+
+def _write_unit(decided: SplitPlan, writer: CheckpointWriter, unit: str, layer: int | None, indices: list[int]) -> None:
+    from .assembly import make, nonfinite
+
+    info: dict[str, Any] = {}
+    parts = None
+    if layer is not None and layer not in decided.layout.dense_layers:
+        parts, info = convert_layer(decided, layer)
+    broken = []
+    for index in indices:
+        tensor = decided.tensors[index]
+        value = make(tensor, decided.model, parts, decided.dtype)
+        if nonfinite(value):
+            broken.append(tensor.name)
+        writer.put(tensor.name, value)
+    if broken:
+        info["warnings"] = [f"{len(broken)} tensors of {unit} hold NaN or infinite values, the first is {broken[0]}"]
+    writer.finish(unit, [decided.tensors[i].name for i in indices], info)
+
+
+def convert_layer(decided: SplitPlan, layer: int) -> tuple[LayerParts, dict[str, Any]]:
+    """Split one layer: shared neurons, partition, router.
+
+    Returns:
+        The parts to write, and facts for the receipt.
+    """
+    from .assembly import LayerParts
+    from .routers.scale import scale_router
+
+    recipe, layout, model = decided.recipe, decided.layout, decided.model
+    prefix = f"model.layers.{layer}."
+    ffn = FfnWeights(
+        model.read(prefix + "mlp.gate_proj.weight"),
+        model.read(prefix + "mlp.up_proj.weight"),
+        model.read(prefix + "mlp.down_proj.weight"),
+        model.read(prefix + "post_attention_layernorm.weight"),
+    )
+    context = LayerContext(layer, layout.num_experts, layout.top_k, layout.expert_width, recipe.seed)
+    shared = _plugin(SELECTORS, recipe.shared_by).select(ffn, layout.num_shared, context)
+    splitter = _plugin(SPLITTERS, recipe.method)
+    partition = splitter.split(ffn, shared, context)
+    partition.check(ffn.intermediate_size)
+    assert recipe.router is not None
+    rows = _plugin(ROUTERS, recipe.router).rows(ffn, partition, context)
+    router = scale_router(rows, ffn.norm_H, recipe.router_scale, decided.dtype)
+    facts = {"layer": layer, "router_exponent": router.exponent, "router_logit_bound": router.logit_bound}
+    return LayerParts(ffn, partition, router.rows_NH, layout), facts
+
+
+def _plugin(registry: Any, choice: Any) -> Any:
+    cls = registry.get(choice.name)
+    return cls(cls.Options.model_validate(choice.options))
+
+
+# ---- beside the weights -------------------------------------------------------------------------------------------
+
+
+def _write_side_files(decided: SplitPlan, location: Location, folder: Path, warnings: tuple[str, ...]) -> None:
+    copied = decided.model.checkpoint.save_tokenizer(folder)
+    config = decided.config | {"llamamoe": config_block(decided, location)}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / RECIPE_FILE, decided.recipe.to_yaml())
+    if len(decided.shards) > 1:
+        write_text(folder / INDEX, json.dumps(index_json(decided.shards), indent=2, sort_keys=True) + "\n")
+    if decided.recipe.card:
+        write_text(folder / "README.md", model_card(decided, location, copied, warnings))
+
+
+def _receipt(
+    decided: SplitPlan,
+    location: Location,
+    infos: dict[str, dict[str, Any]],
+    weights_sha256: str,
+    warnings: tuple[str, ...],
+) -> dict[str, Any]:
+    import safetensors
+    import torch
+    import transformers
+
+    return {
+        "llamamoe": __version__,
+        "source": {"name": location.name, "revision": location.revision, "notes": decided.model.checkpoint.notes},
+        "plan": {k: v for k, v in decided.to_json().items() if k not in ("source", "llamamoe")},
+        "weights_sha256": weights_sha256,
+        "layers": [info for info in infos.values() if "layer" in info],
+        "warnings": list(warnings),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
+
+
+def _run_facts(started: float) -> dict[str, Any]:
+    """What differs from run to run: when, how long, how much memory, on what."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_resident_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,114 @@
+"""What a dense checkpoint is, checked against its own configuration before anything else happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.base import FLOAT_DTYPES, Checkpoint
+from .errors import CheckpointError
+from .registry import near_misses
+from .sources import SOURCES, DenseSpec, Read, Source
+
+if TYPE_CHECKING:
+    import torch
+
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+_IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense checkpoint that was understood: its family, its sizes, and where each canonical tensor lies."""
+
+    checkpoint: Checkpoint
+    source: Source
+    spec: DenseSpec
+    reads: Mapping[str, Read]
+
+    def dtype_of(self, name: str) -> str:
+        """The stored dtype (safetensors name) of a canonical tensor."""
+        return self.checkpoint.tensors[self.reads[name].name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A canonical tensor in its stored dtype (float32 if reading changes values), mapped where possible."""
+        read = self.reads[name]
+        tensor = self.checkpoint.read(read.name)
+        if read.rows is not None:
+            tensor = tensor[read.rows[0] : read.rows[1]]
+        for op, value in read.ops:
+            tensor = tensor.float() + value if op == "add" else tensor.float() * value
+        return tensor
+
+
+def understand(checkpoint: Checkpoint) -> DenseModel:
+    """Check that the checkpoint is a dense model of a known family whose files agree with its configuration.
+
+    O(number of tensors); no tensor is read.
+
+    Raises:
+        CheckpointError: It is not; the message names the key or tensor and the rule.
+    """
+    config = checkpoint.config
+    _refuse_foreign(config)
+    name = config.get("model_type")
+    if name not in SOURCES:
+        raise CheckpointError(
+            f"config.json: model_type {name!r} is no dense family that can be converted exactly.",
+            hint=near_misses(str(name), SOURCES.names()),
+        )
+    source = SOURCES.get(str(name))()
+    spec = source.spec(config)
+    _check_tensors(checkpoint, source.raw_shapes(spec), tied=spec.tie_word_embeddings)
+    return DenseModel(checkpoint, source, spec, source.canonical(spec))
+
+
+def _refuse_foreign(config: Mapping[str, Any]) -> None:
+    if config.get("auto_map"):
+        raise CheckpointError(
+            "config.json has an 'auto_map': the checkpoint brings its own code, which is never run.",
+            hint="Save it as one of transformers' own architectures first.",
+        )
+    quantization = config.get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise CheckpointError(
+            f"the weights are quantised ({kind}): splitting them would not be exact.",
+            hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
+        )
+    experts = next((k for k in _EXPERT_KEYS if isinstance(config.get(k), int) and config[k] > 1), None)
+    if experts:
+        raise CheckpointError(
+            f"config.json: {experts} = {config[experts]}, so this is already a mixture of experts.",
+            hint="Give the dense model that it was made from.",
+        )
+
+
+def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors that config.json implies are missing, the first is {missing[0]!r}: config and weights disagree."
+        )
+    for name, shape in expected.items():
+        info = checkpoint.tensors[name]
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{name} has shape {list(info.shape)}, but config.json implies {list(shape)}: config and weights disagree."
+            )
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{name} is stored as {info.dtype}: only {', '.join(FLOAT_DTYPES)} can be split exactly.",
+                hint="Use the unquantised checkpoint.",
+            )
+    unknown = [
+        n
+        for n in checkpoint.tensors
+        if n not in expected and not n.endswith(_IGNORED) and not (tied and n == "lm_head.weight")
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} tensors do not belong to the architecture in config.json, the first is {unknown[0]!r}: "
+            "dropping them would not be exact."
+        )

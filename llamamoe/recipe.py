@@ -1,0 +1,239 @@
+"""Recipes: what the user asks for, checked, complete and written next to the result.
+
+A recipe is YAML or keyword arguments. Everything wrong with it is reported at once, with near misses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from .errors import UsageError
+from .plugin import Plugin
+from .registry import Registry, near_misses
+from .rescales import RESCALES
+from .routers import ROUTERS
+from .selectors import SELECTORS
+from .splitters import SPLITTERS
+from .targets import TARGETS
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Names of dtypes in recipes, and in safetensors headers."""
+
+
+class Choice(BaseModel):
+    """A plug-in by name, with its options (defaults filled in)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def _choose(registry: Registry[Any]) -> BeforeValidator:
+    """Accept ``name``, ``{name: ..., option: value}`` or a `Choice`; check the options with the plug-in's model."""
+
+    def check(value: Any) -> Any:
+        if value is None or isinstance(value, Choice):
+            return value
+        given = {"name": value} if isinstance(value, str) else value
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+            raise PydanticCustomError("choice", "must be a name or a mapping with a 'name'")
+        if given["name"] not in registry:
+            raise PydanticCustomError(
+                "choice", f"unknown {registry.kind} {given['name']!r}. " + near_misses(given["name"], registry.names())
+            )
+        plugin: type[Plugin] = registry.get(given["name"])
+        options = {k: v for k, v in given.items() if k not in ("name", "options")} | dict(given.get("options", {}))
+        try:
+            complete = plugin.Options.model_validate(options)
+        except ValidationError as error:
+            raise PydanticCustomError("options", "; ".join(_explain(error, plugin.Options))) from None
+        return Choice(name=given["name"], options=complete.model_dump(mode="json"))
+
+    return BeforeValidator(check)
+
+
+def _shared_size(value: Any) -> Any:
+    """A share (0 <= x < 1), a count (0, 1, 2, ...) or a number of expert widths (``"2x"``), kept as written."""
+    text = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"\d+x|\d+|\d*\.\d+(e-?\d+)?", text):
+        raise PydanticCustomError(
+            "shared", f"{value!r} is no share (0.25), count (384) or number of expert widths ('2x')"
+        )
+    if text.endswith("x"):
+        return text
+    if "." in text or "e" in text:
+        if float(text) >= 1:
+            raise PydanticCustomError("shared", f"the share {text} must be below 1; a count has no decimal point")
+        return float(text)
+    return int(text)
+
+
+class SplitRecipe(BaseModel):
+    """Everything that decides what ``llamamoe split`` writes. Options left at null are chosen by the plan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_experts: int = Field(8, ge=2, le=4096, description="Routed experts per layer (N).")
+    top_k: int = Field(2, ge=1, description="Experts selected per token (k).")
+    method: Annotated[Choice, _choose(SPLITTERS)] = Field(
+        Choice(name="random"), validate_default=True, description="How neurons are partitioned."
+    )
+    shared: Annotated[float | int | str | None, BeforeValidator(lambda v: None if v is None else _shared_size(v))] = (
+        Field(None, description="Neurons that every token uses: a share, a count, or '2x' expert widths.")
+    )
+    shared_by: Annotated[Choice, _choose(SELECTORS)] = Field(
+        Choice(name="weight_norm"), validate_default=True, description="How the shared neurons are chosen."
+    )
+    router: Annotated[Choice | None, _choose(ROUTERS)] = Field(None, description="How the router starts.")
+    router_scale: Literal["hard", "soft"] = Field(
+        "hard", description="hard: rows so small that selected experts weigh the same; soft: rows as they are."
+    )
+    rescale: Annotated[Choice | None, _choose(RESCALES)] = Field(
+        None, description="What a selected expert's output is multiplied by."
+    )
+    target: str = Field("auto", description="The transformers architecture to write.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Dtype to store; null keeps the source's."
+    )
+    pad_to: int = Field(
+        8, ge=8, le=4096, multiple_of=8, description="Expert width is padded to a multiple of this with zero neurons."
+    )
+    keep_dense: tuple[int, ...] = Field((), description="Layers left dense (negative ones count from the end).")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
+    shard_size: str = Field(
+        "5GB", pattern=r"^\d+(\.\d+)?\s*[KMGT]?B$", description="Largest shard, for example 5GB or 500MB."
+    )
+    require: Literal["4.57"] | None = Field(None, description="Refuse what this older transformers cannot load.")
+    strict: bool = Field(
+        False, description="Refuse what would only be warned about, weights that are not finite included."
+    )
+    card: bool = Field(True, description="Write a model card.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SplitRecipe:
+        if self.top_k > self.num_experts:
+            raise PydanticCustomError("top_k", f"top_k = {self.top_k} must not exceed num_experts = {self.num_experts}")
+        if self.target != "auto" and self.target not in TARGETS:
+            raise PydanticCustomError(
+                "target", f"unknown target {self.target!r}. " + near_misses(self.target, ["auto", *TARGETS.names()])
+            )
+        return self
+
+    def sha256(self) -> str:
+        """Hash of the resolved recipe: equal recipes have equal hashes."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The complete recipe as YAML that `load_recipe` reads back."""
+        data = self.model_dump(mode="json")
+        for key in ("method", "shared_by", "router", "rescale"):
+            if data[key] is not None:
+                data[key] = {"name": data[key]["name"], **data[key]["options"]}
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line per error: path, rule, value, and for an unknown key the nearest known one."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown key. {near_misses(str(item['loc'][-1]), list(model.model_fields))}")
+            continue
+        scalar = isinstance(item.get("input"), str | int | float | bool) and item["type"] not in ("choice", "options")
+        shown = f" (got {item['input']!r})" if scalar else ""
+        lines.append(f"{path + ': ' if path else ''}{item['msg']}{shown}")
+    return list(dict.fromkeys(lines))
+
+
+def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:
+    """Check a mapping and complete it with defaults.
+
+    Raises:
+        UsageError: Something is wrong; every error is named.
+    """
+    try:
+        return SplitRecipe.model_validate(dict(data))
+    except ValidationError as error:
+        lines = _explain(error, SplitRecipe)
+        raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """``a.b=c`` to (["a", "b"], value); the value is read as YAML.
+
+    Raises:
+        UsageError: There is no ``=`` or no key.
+    """
+    key, equals, value = text.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise UsageError(f"--set {text!r} is not of the form key=value (for example method.max_iter=50).")
+    try:
+        return path, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text!r}: the value is not YAML ({error}).") from None
+
+
+def apply_override(data: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a nested key in place; a plug-in given by name only becomes a mapping when an option of it is set."""
+    for part in path[:-1]:
+        inner = data.get(part)
+        if inner is None:
+            raise (
+                UsageError(f"--set {'.'.join(path)}: name the {part} first (--set {part}=NAME).")
+                if part in ("router", "rescale")
+                else UsageError(f"--set {'.'.join(path)}: there is no {part!r} in the recipe.")
+            )
+        data[part] = {"name": inner} if isinstance(inner, str) else dict(inner)
+        data = data[part]
+    data[path[-1]] = value
+
+
+def read_recipe_file(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping, safely.
+
+    Raises:
+        UsageError: The file is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe {str(path)!r} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"the recipe {str(path)!r} must hold a mapping (key: value), not {type(data).__name__}.")
+    return data
+
+
+def load_recipe(
+    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> SplitRecipe:
+    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
+
+    Args:
+        path: A YAML file, or None for the defaults.
+        given: Values of single keys; those that are None are left out.
+        overrides: ``a.b=c`` texts.
+
+    Raises:
+        UsageError: The file or a value is not valid.
+    """
+    data: dict[str, Any] = {"method": "random", "shared_by": "weight_norm"}
+    if path is not None:
+        data |= read_recipe_file(path)
+    data |= {k: v for k, v in (given or {}).items() if v is not None}
+    for text in overrides:
+        keys, value = parse_override(text)
+        apply_override(data, keys, value)
+    return build_recipe(data)

@@ -1,0 +1,30 @@
+"""Qwen3 (dense)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import DenseSpec, Source, common, positive, windows_by_type
+
+
+class Qwen3(Source):
+    """Llama with an RMSNorm on each head of q and k."""
+
+    name = "qwen3"
+    summary = "Qwen3 (dense)"
+    reference = "arXiv:2505.09388"
+
+    def spec(self, config: Mapping[str, Any]) -> DenseSpec:
+        """See `Source.spec`."""
+        bias = bool(config.get("attention_bias", False))
+        layers = positive(config, "num_hidden_layers")
+        return common(
+            self,
+            config,
+            head_dim=positive(config, "head_dim", 128),
+            qkv_bias=bias,
+            o_bias=bias,
+            qk_norm=True,
+            sliding=windows_by_type(config, layers, 4096),
+        )

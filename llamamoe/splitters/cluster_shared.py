@@ -1,0 +1,18 @@
+"""Shared neurons and clusters, from the weights alone."""
+
+from __future__ import annotations
+
+from .kmeans import KMeans
+
+
+class ClusterShared(KMeans):
+    """A quarter of the neurons is shared (by the recipe's selector), the rest is split as by `KMeans`.
+
+    Shared neurons carry what every token needs, whatever the router does; a conversion without calibration text
+    loses least this way.
+    """
+
+    name = "cluster_shared"
+    summary = "shared neurons by the selector, the rest by kmeans: for conversion without calibration text"
+    reference = ""
+    default_shared = 0.25

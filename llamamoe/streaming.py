@@ -1,0 +1,147 @@
+"""Runs a checkpoint through transformers' own classes with one decoder layer in memory.
+
+The whole model is built without weights; just before a layer runs, its tensors are loaded by transformers'
+``from_pretrained`` as a model of one layer (so that names, fusing of experts and dtypes are transformers' own
+affair), and just after it they are dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import VerificationError
+
+if TYPE_CHECKING:
+    import torch
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+ReadTensor = Callable[[str], "torch.Tensor"]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load reports while a part of a model is loaded; restores what was set."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@dataclass
+class StreamedModel:
+    """A checkpoint that is run layer by layer in float32.
+
+    Attributes:
+        config: Its ``config.json``.
+        names: All tensor names.
+        read: Gives a tensor by name.
+        one_layer: Configuration keys for the one-layer model of layer i.
+    """
+
+    config: Mapping[str, Any]
+    names: Iterable[str]
+    read: ReadTensor
+    one_layer: Callable[[int], dict[str, Any]] = field(default=lambda layer: {})
+
+    def __post_init__(self) -> None:
+        self._by_layer: dict[int, list[str]] = {}
+        self._outer: list[str] = []
+        for name in self.names:
+            found = _LAYER.match(name)
+            if found:
+                self._by_layer.setdefault(int(found[1]), []).append(name)
+            else:
+                self._outer.append(name)
+
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        before_layer: Callable[[int, torch.nn.Module], None] | None = None,
+        after_layer: Callable[[int, torch.nn.Module], None] | None = None,
+    ) -> torch.Tensor:
+        """float32 logits ``[B, T, V]`` of ``input_ids`` ``[B, T]``.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            before_layer: Called with index and loaded layer before it runs; it may change the weights.
+            after_layer: Called with index and layer after it ran, while its weights are still there.
+
+        Raises:
+            VerificationError: Transformers misses a tensor or does not know one.
+        """
+        import torch
+
+        model = self._shell()
+        for index, layer in enumerate(model.model.layers):
+
+            def load(module: torch.nn.Module, args: Any, index: int = index) -> None:
+                self._load(module, index)
+                if before_layer is not None:
+                    before_layer(index, module)
+
+            def drop(module: torch.nn.Module, args: Any, output: Any, index: int = index) -> None:
+                if after_layer is not None:
+                    after_layer(index, module)
+                module.to(device="meta")
+
+            layer.register_forward_pre_hook(load)
+            layer.register_forward_hook(drop)
+        with torch.no_grad(), quiet_transformers():
+            logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+        return logits.float()
+
+    def _shell(self) -> Any:
+        """The whole model on the meta device, with embedding, norm, head and rotary positions for real."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(**{k: v for k, v in self.config.items() if k != "torch_dtype"})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.eval()
+        outer = {name: self.read(name).float() for name in self._outer}
+        unknown = model.load_state_dict(outer, strict=False, assign=True).unexpected_keys
+        if unknown:
+            raise VerificationError(f"transformers does not know the tensors {unknown[:3]}.")
+        model.tie_weights()
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+        rest = [n for n, p in model.named_parameters() if p.is_meta and not _LAYER.match(n)]
+        if rest:
+            raise VerificationError(f"the checkpoint lacks {rest[:3]}.")
+        return model
+
+    def _load(self, module: torch.nn.Module, layer: int) -> None:
+        import torch
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+        keys = {k: v for k, v in self.config.items() if k != "torch_dtype"}
+        keys |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
+        if keys.get("layer_types"):
+            keys["layer_types"] = [keys["layer_types"][layer]]
+        config = AutoConfig.for_model(**(keys | self.one_layer(layer)))
+        hidden = config.hidden_size
+        tensors = {_LAYER.sub("model.layers.0.", name): self.read(name) for name in self._by_layer.get(layer, [])}
+        tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = torch.zeros(8, hidden)
+        tensors["model.norm.weight"] = torch.ones(hidden)
+        cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        one, info = cls.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+        )
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            if info.get(kind):
+                raise VerificationError(
+                    f"layer {layer}: transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}."
+                )
+        module.load_state_dict(one.model.layers[0].state_dict(), strict=True, assign=True)

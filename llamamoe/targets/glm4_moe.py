@@ -1,0 +1,84 @@
+"""GLM-4-MoE: sigmoid routing with a correction bias and a scaling factor, ungated shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..sources.base import DenseSpec
+from .base import MoeLayout, OutTensor, Router, Target, Zeros, expert_tensors, shared_tensors
+
+
+class Glm4Moe(Target):
+    """Holds norms on queries and keys, any head_dim, partial rotary, shared experts and loss-free balancing.
+
+    The factor of the routed experts stands in the configuration (``routed_scaling_factor``): nothing is baked, so
+    every weight keeps its bits.
+    """
+
+    name = "glm4_moe"
+    architecture = "Glm4MoeForCausalLM"
+    summary = "sigmoid routing with correction bias, shared experts of m expert widths, factor kept in the config"
+    reference = "arXiv:2508.06471"
+    weightings = ("renormalised", "sigmoid")
+    scaling_knob = True
+    shared = "multiple"
+    dense_layers = "leading"
+    holds = frozenset({"no_qk_norm", "qk_norm", "qkv_bias", "head_dim", "partial_rotary"})
+
+    def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
+        """See `Target.config`. The rotary share defaults to one half there, so it is written at both levels."""
+        rope = {**dense.rope, "partial_rotary_factor": dense.partial_rotary_factor}
+        plain = dense.rope["rope_type"] == "default"
+        return {
+            "intermediate_size": dense.intermediate_size,
+            "moe_intermediate_size": layout.expert_width,
+            "n_routed_experts": layout.num_experts,
+            "num_experts_per_tok": layout.top_k,
+            "n_shared_experts": layout.shared_width // layout.expert_width,
+            "first_k_dense_replace": len(layout.dense_layers),
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": layout.combine.weighting == "renormalised",
+            "routed_scaling_factor": layout.combine.factor,
+            "attention_bias": dense.qkv_bias,
+            "use_qk_norm": dense.qk_norm,
+            "num_nextn_predict_layers": 0,
+            "partial_rotary_factor": dense.partial_rotary_factor,
+            "rope_parameters": rope,
+            "rope_scaling": None if plain else dict(rope),
+        }
+
+    def stub_width(self, layout_width: int) -> int:
+        """See `Target.stub_width`: the shared width is a multiple of the expert's and cannot be zero."""
+        return layout_width
+
+    def one_layer(self, *, dense: bool) -> dict[str, Any]:
+        """See `Target.one_layer`."""
+        return {"first_k_dense_replace": int(dense)}
+
+    def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
+        """See `Target.moe_tensors`."""
+        block = f"model.layers.{layer}.mlp."
+        hidden, experts = dense.hidden_size, layout.num_experts
+        yield OutTensor(block + "gate.weight", (experts, hidden), "router", Router(), layer)
+        yield OutTensor(block + "gate.e_score_correction_bias", (experts,), "router", Zeros(), layer, "F32")
+        yield from expert_tensors(
+            block + "experts.{}.",
+            ("gate_proj", "up_proj", "down_proj"),
+            hidden,
+            layout.expert_width,
+            experts,
+            layout.combine.bake,
+            layer,
+        )
+        yield from shared_tensors(block + "shared_experts.", hidden, layout, self.shared_bake, layer)
+
+    def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
+        """See `Target.warnings`."""
+        found = ["llama.cpp's converter expects GLM's own tokenizer for glm4_moe; this one will not convert"]
+        if not layout.num_shared:
+            found.append(
+                f"glm4_moe cannot do without a shared expert: one of zeros and width {layout.shared_width} is written and costs its multiply-adds"
+            )
+        return found

@@ -1,0 +1,54 @@
+"""Mixtral: renormalised softmax routing, no shared expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..sources.base import DenseSpec
+from .base import MoeLayout, OutTensor, Router, Target, expert_tensors
+
+
+class Mixtral(Target):
+    """The most widely supported architecture for Llama-like sources without shared neurons."""
+
+    name = "mixtral"
+    architecture = "MixtralForCausalLM"
+    summary = "softmax over the selected experts, no shared expert; widest support by runtimes"
+    reference = "arXiv:2401.04088"
+    holds = frozenset({"no_qk_norm", "head_dim", "window"})
+
+    def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
+        """See `Target.config`."""
+        return {
+            "intermediate_size": layout.expert_width,
+            "num_local_experts": layout.num_experts,
+            "num_experts_per_tok": layout.top_k,
+            "sliding_window": dense.window,
+            "router_aux_loss_coef": 0.001,
+            "router_jitter_noise": 0.0,
+        }
+
+    def one_layer(self, *, dense: bool) -> dict[str, Any]:
+        """See `Target.one_layer`."""
+        return {}
+
+    def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
+        """See `Target.moe_tensors`."""
+        block = f"model.layers.{layer}.block_sparse_moe."
+        yield OutTensor(block + "gate.weight", (layout.num_experts, dense.hidden_size), "router", Router(), layer)
+        yield from expert_tensors(
+            block + "experts.{}.",
+            ("w1", "w3", "w2"),
+            dense.hidden_size,
+            layout.expert_width,
+            layout.num_experts,
+            layout.combine.bake,
+            layer,
+        )
+
+    def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
+        """See `Target.warnings`."""
+        if dense.window is None:
+            return []
+        return [f"vLLM ignores mixtral's sliding window ({dense.window}): longer contexts differ there"]

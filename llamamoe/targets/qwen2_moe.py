@@ -1,0 +1,107 @@
+"""Qwen2-MoE: softmax routing, one shared expert behind a sigmoid gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..sources.base import DenseSpec, layer_shapes
+from .base import MoeLayout, OutTensor, Router, Target, Zeros, expert_tensors, shared_tensors
+
+
+class Qwen2Moe(Target):
+    """Shared neurons of any width for Llama-like sources.
+
+    The shared expert's gate is written as zeros: its sigmoid is one half, exactly, so the shared down projection is
+    doubled. Biases of q, k and v are always written (zeros if the source has none), because vLLM expects them. The
+    head is untied, because SGLang and llama.cpp expect one.
+    """
+
+    name = "qwen2_moe"
+    architecture = "Qwen2MoeForCausalLM"
+    summary = "softmax routing and a shared expert of any width (its sigmoid gate is fixed at one half)"
+    reference = "arXiv:2407.10671"
+    weightings = ("renormalised", "softmax")
+    shared = "any"
+    dense_layers = "any"
+    shared_bake = 2.0
+    unties = True
+    holds = frozenset({"no_qk_norm", "qkv_bias", "head_dim", "window", "mixed_windows"})
+    needs_five = frozenset({"head_dim"})
+
+    def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
+        """See `Target.config`."""
+        window = next((w for w in dense.sliding if w is not None), None)
+        return {
+            "intermediate_size": dense.intermediate_size,
+            "moe_intermediate_size": layout.expert_width,
+            "shared_expert_intermediate_size": layout.shared_width,
+            "num_experts": layout.num_experts,
+            "num_experts_per_tok": layout.top_k,
+            "norm_topk_prob": layout.combine.weighting == "renormalised",
+            "qkv_bias": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(layout.dense_layers),
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": dense.num_layers,
+            "layer_types": ["full_attention" if w is None else "sliding_attention" for w in dense.sliding],
+            "router_aux_loss_coef": 0.001,
+        }
+
+    def stub_width(self, layout_width: int) -> int:
+        """See `Target.stub_width`: zero-sized tensors break runtimes, 32 is one quantisation block."""
+        return 32
+
+    def attention_tensors(self, dense: DenseSpec, layer: int) -> Iterator[OutTensor]:
+        """See `Target.attention_tensors`."""
+        yield from super().attention_tensors(dense, layer)
+        if not dense.qkv_bias:
+            shapes = layer_shapes(dense)
+            for name in ("q_proj", "k_proj", "v_proj"):
+                rows = shapes[f"self_attn.{name}.weight"][0]
+                yield OutTensor(f"model.layers.{layer}.self_attn.{name}.bias", (rows,), "attention", Zeros(), layer)
+
+    def one_layer(self, *, dense: bool) -> dict[str, Any]:
+        """See `Target.one_layer`."""
+        return {"mlp_only_layers": [0] if dense else []}
+
+    def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
+        """See `Target.moe_tensors`."""
+        block = f"model.layers.{layer}.mlp."
+        hidden = dense.hidden_size
+        yield OutTensor(block + "gate.weight", (layout.num_experts, hidden), "router", Router(), layer)
+        yield from expert_tensors(
+            block + "experts.{}.",
+            ("gate_proj", "up_proj", "down_proj"),
+            hidden,
+            layout.expert_width,
+            layout.num_experts,
+            layout.combine.bake,
+            layer,
+        )
+        yield from shared_tensors(block + "shared_expert.", hidden, layout, self.shared_bake, layer)
+        yield OutTensor(block + "shared_expert_gate.weight", (1, hidden), "router", Zeros(), layer)
+
+    def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
+        """See `Target.warnings`."""
+        found = []
+        if layout.combine.weighting == "renormalised":
+            found.append(
+                "llama.cpp never renormalises qwen2_moe routing, so a GGUF of this file would scale the experts by k/N; "
+                "--rescale unit is the same everywhere"
+            )
+        if dense.tie_word_embeddings:
+            size = dense.vocab_size * dense.hidden_size
+            found.append(
+                f"qwen2_moe needs an output head of its own in several runtimes: the tied head is written out (+{size:,} parameters)"
+            )
+        if dense.rope["rope_type"] == "llama3":
+            found.append(
+                "llama.cpp drops llama3 rope scaling for qwen2_moe: contexts past the original length differ there"
+            )
+        if layout.dense_layers:
+            found.append(
+                "SGLang and llama.cpp take every layer of qwen2_moe as MoE: layers kept dense do not load there"
+            )
+        return found

@@ -1,0 +1,390 @@
+"""``llamamoe.verify``: does a converted checkpoint compute what its parent computes?
+
+Both are run by transformers' own classes with one layer in memory (`llamamoe.streaming`), in float32, with every
+expert selected. The converted one runs twice: with its router rows set to zero (all weights equal: the claim of
+exactness), and with the router as it is stored (what a hard router leaves of it).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .assembly import torch_dtype
+from .checkpoint.base import Checkpoint
+from .checkpoint.reader import SafetensorsCheckpoint, read_json
+from .dense import DenseModel, understand
+from .errors import CheckpointError, RefusedError, VerificationError
+from .hub import locate, open_checkpoint
+from .progress import Progress, ProgressCallback, ignore_progress
+from .streaming import StreamedModel
+from .targets import TARGETS
+from .targets.base import Target
+
+if TYPE_CHECKING:
+    import torch
+
+    from .plan import SplitPlan
+
+RECEIPT_TEXT = """\
+A mixture of experts keeps many small networks and uses a few of them for each word. In 1991 the idea was tried \
+on vowels; today it carries models of 1,000,000,000,000 parameters. The router looks at a hidden state and says: \
+you, and you; the others rest. def top_k(scores, k): return sorted(range(len(scores)), key=lambda i: -scores[i])[:k] \
+# O(n log n). "Is it exact?" she asked. \u201cWith all of them selected, yes \u2014 to the last bits of a float.\u201d \
+Every neuron has one home: no one is lost, no one is counted twice. \u03a3 w\u1d62 E\u1d62(x) = y. \
+Le routeur choisit; die Experten rechnen; 専門家が答える.
+"""
+"""The text of every receipt: prose, figures, code, and letters beyond ASCII."""
+MAX_TOKENS = 128
+EQUAL_TOLERANCE = 1e-5
+HARD_TOLERANCE = 2e-4
+ROUNDED_TOLERANCE = 2e-2
+HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Differences between a conversion and its parent, all experts selected.
+
+    Attributes:
+        equal_weights: max abs logit difference / max abs logit, router rows zero; None if the conversion makes
+            no claim of exactness.
+        equal_tolerance: What `equal_weights` may be.
+        as_stored: The same with the router as stored; None for a soft router.
+        stored_tolerance: What `as_stored` may be.
+        largest_logit: Largest absolute router logit on the text, router as stored.
+        layer_error: Per MoE layer, max abs difference of the FFN outputs on the parent's own FFN inputs over the
+            largest abs output; the last number of the pair (layer, error).
+        parity_factor: What routed outputs were multiplied by for the comparison.
+        reference: What the parent was compared as.
+        num_tokens: Tokens of the text.
+        tokens: Where the text comes from: ``"text"`` or ``"random ids"`` (no tokenizer).
+        neurons_checked: Layers whose every neuron was found exactly once, by its bits.
+        passed: Whether everything holds.
+    """
+
+    equal_weights: float | None
+    equal_tolerance: float
+    as_stored: float | None
+    stored_tolerance: float
+    largest_logit: float
+    layer_error: tuple[tuple[int, float], ...]
+    parity_factor: float
+    reference: str
+    num_tokens: int
+    tokens: str
+    neurons_checked: int
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {"layer_error": [list(pair) for pair in self.layer_error]}
+
+
+def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback = ignore_progress) -> Verification:
+    """Check a converted checkpoint against the dense one that it was made from.
+
+    Names, shapes, dtypes and configuration must be those of the recipe in ``out``; every neuron must be found
+    exactly once, bit for bit; all weights must be finite; the logits must agree.
+
+    Args:
+        out: A folder that `llamamoe.split` wrote.
+        against: Its parent: folder, ``.gguf`` file or hub id.
+        progress: Told after every layer.
+
+    Raises:
+        RefusedError: One of the two cannot be read, or ``out`` carries no recipe.
+        VerificationError: Something does not agree; the message says what and by how much.
+    """
+    from .conversion import RECIPE_FILE
+    from .plan import plan_split
+    from .recipe import load_recipe
+
+    folder = Path(out).expanduser()
+    if not (folder / RECIPE_FILE).is_file():
+        raise RefusedError(
+            f"{folder} holds no {RECIPE_FILE}, so it was not written by llamamoe.",
+            hint="Give the folder that `llamamoe split` made.",
+        )
+    model = understand(open_checkpoint(locate(against)))
+    plan = plan_split(model, load_recipe(folder / RECIPE_FILE))
+    return verify_conversion(plan, folder, progress)
+
+
+def verify_conversion(plan: SplitPlan, folder: Path, progress: ProgressCallback = ignore_progress) -> Verification:
+    """Like `verify`, for a plan at hand and a folder that need not be published yet."""
+    converted = SafetensorsCheckpoint(folder)
+    _check_files(plan, converted)
+    layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]
+    checked = 0
+    if plan.parity == "exact":
+        for done, layer in enumerate(layers, start=1):
+            _check_neurons(plan, converted, layer)
+            checked += 1
+            progress(Progress("check neurons", done, len(layers), "layer"))
+    return _check_logits(plan, converted, checked, progress)
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def _check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
+    planned = {name: entry[:2] for tensors in plan.shards.values() for name, entry in tensors.items()}
+    found = {name: (info.dtype, info.shape) for name, info in converted.tensors.items()}
+    for name in sorted(planned.keys() | found.keys()):
+        if planned.get(name) != found.get(name):
+            raise VerificationError(
+                f"{name}: the recipe says {planned.get(name, 'no such tensor')}, the file holds {found.get(name, 'none')}."
+            )
+    config = {k: v for k, v in read_json(converted.path / "config.json").items() if k in plan.config}
+    wrong = sorted(k for k in plan.config if k not in config or config[k] != plan.config[k])
+    if wrong:
+        raise VerificationError(
+            f"config.json: {wrong[0]} = {config.get(wrong[0])!r}, but the recipe implies {plan.config[wrong[0]]!r}."
+        )
+
+
+def neuron_keys(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None) -> torch.Tensor:
+    """int64 ``[F]``, sorted: a hash of each neuron's bits; neurons of zeros are left out.
+
+    Args:
+        gate: ``[F, H]``.
+        up: ``[F, H]``.
+        down: ``[F, H]`` (columns as rows), or None to leave the down projection out.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(20160)
+    total = torch.zeros(gate.shape[0], dtype=torch.int64)
+    for matrix in (gate, up, down):
+        if matrix is None:
+            continue
+        factors = torch.randint(-(2**62), 2**62, (matrix.shape[1],), generator=generator) * 2 + 1
+        bits = matrix.contiguous().view({2: torch.int16, 4: torch.int32}[matrix.dtype.itemsize])
+        for start in range(0, len(bits), 1024):
+            block = slice(start, start + 1024)
+            total[block] += (bits[block].long() * factors).sum(1)
+    return total[total != 0].sort().values
+
+
+def _check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
+    """Every neuron of the parent must be found exactly once among experts and shared neurons, by its bits."""
+    import torch
+
+    from .assembly import cast
+    from .targets.base import Neurons
+
+    gates, ups, downs = [], [], []
+    exact = plan.layout.combine.bake_is_exact
+    for tensor in plan.tensors:
+        origin = tensor.origin
+        if tensor.layer != layer or not isinstance(origin, Neurons):
+            continue
+        value = converted.read(tensor.name)
+        if not torch.isfinite(value.sum(dtype=torch.float32)) and not torch.isfinite(value).all():
+            raise VerificationError(f"{tensor.name} holds NaN or infinite values.")
+        if origin.part == "down":
+            if exact:
+                downs.append((value / origin.scale).transpose(-1, -2).reshape(-1, value.shape[-2]))
+        elif origin.part == "gate_up":
+            gate, up = value.chunk(2, dim=-2)
+            gates.append(gate.reshape(-1, value.shape[-1]))
+            ups.append(up.reshape(-1, value.shape[-1]))
+        else:
+            (gates if origin.part == "gate" else ups).append(value)
+    dtype = torch_dtype(plan.dtype)
+    prefix = f"model.layers.{layer}.mlp."
+    dense = [cast(plan.model.read(f"{prefix}{part}_proj.weight"), dtype) for part in ("gate", "up", "down")]
+    want = neuron_keys(dense[0], dense[1], dense[2].T if exact else None)
+    have = neuron_keys(torch.cat(gates), torch.cat(ups), torch.cat(downs) if exact else None)
+    if not torch.equal(want, have):
+        raise VerificationError(
+            f"layer {layer}: the experts do not hold every neuron of the parent exactly once, bit for bit."
+        )
+
+
+# ---- logits -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Taps:
+    """Inputs and outputs of the FFNs of one run, per layer."""
+
+    inputs: dict[int, torch.Tensor]
+    outputs: dict[int, torch.Tensor]
+
+    def attach(self, layer: int, module: torch.nn.Module, names: tuple[str, ...]) -> None:
+        block = getattr(module, names[0])
+
+        def record(_: Any, args: tuple[Any, ...], output: Any) -> None:
+            self.inputs[layer] = args[0].detach().clone()
+            self.outputs[layer] = (output[0] if isinstance(output, tuple) else output).detach().clone()
+            handle.remove()
+
+        handle = block.register_forward_hook(record)
+
+
+def _check_logits(
+    plan: SplitPlan, converted: SafetensorsCheckpoint, neurons: int, progress: ProgressCallback
+) -> Verification:
+    ids, origin = receipt_tokens(converted.path, plan.model.spec.vocab_size)
+    layers = plan.model.spec.num_layers
+    parent_taps = _Taps({}, {})
+
+    def step(stage: str) -> Any:
+        return lambda layer, module: progress(Progress(stage, layer + 1, layers, "layer"))
+
+    parent = _parent(plan).logits(
+        ids, before_layer=lambda i, m: parent_taps.attach(i, m, ("mlp",)), after_layer=step("run parent")
+    )
+    errors: list[tuple[int, float]] = []
+
+    def compare(layer: int, module: torch.nn.Module) -> None:
+        step("run with equal weights")(layer, module)
+        if layer not in plan.layout.dense_layers:
+            errors.append((layer, _layer_error(plan.target, module, parent_taps, layer)))
+
+    equal = _difference(parent, _converted(plan, converted, zero_router=True).logits(ids, after_layer=compare))
+    stored, largest = None, 0.0
+    if plan.recipe.router_scale == "hard":
+        taps = _Taps({}, {})
+        logits = _converted(plan, converted, zero_router=False).logits(
+            ids, before_layer=lambda i, m: taps.attach(i, m, plan.target.ffn_modules), after_layer=step("run as stored")
+        )
+        stored = _difference(parent, logits)
+        largest = _largest_router_logit(plan, converted, taps)
+    return _judge(plan, equal, stored, largest, tuple(errors), ids.numel(), origin, neurons)
+
+
+def _judge(
+    plan: SplitPlan, equal: float, stored: float | None, largest: float, errors: tuple[tuple[int, float], ...],
+    num_tokens: int, origin: str, neurons: int,
+) -> Verification:  # fmt: skip
+    exact = plan.dtype == "F32" or plan.layout.combine.bake_is_exact
+    equal_tolerance = EQUAL_TOLERANCE if exact else ROUNDED_TOLERANCE
+    stored_tolerance = max(equal_tolerance, HALF_TOLERANCE if plan.dtype == "F16" else HARD_TOLERANCE)
+    claims = plan.parity == "exact"
+    good = not claims or (equal <= equal_tolerance and (stored is None or stored <= stored_tolerance))
+    result = Verification(
+        equal_weights=equal if claims else None,
+        equal_tolerance=equal_tolerance,
+        as_stored=stored if claims else None,
+        stored_tolerance=stored_tolerance,
+        largest_logit=largest,
+        layer_error=errors,
+        parity_factor=plan.layout.combine.parity_factor,
+        reference=f"the parent's weights rounded to {plan.dtype}, both run in F32",
+        num_tokens=num_tokens,
+        tokens=origin,
+        neurons_checked=neurons,
+        passed=good,
+    )
+    if not good:
+        worst = max(errors, key=lambda pair: pair[1], default=(0, 0.0))
+        raise VerificationError(
+            f"with all experts selected the logits differ from the parent's by {equal:.2e} of the largest one at equal weights "
+            f"(allowed {equal_tolerance:.0e})"
+            + (f" and by {stored:.2e} as stored (allowed {stored_tolerance:.0e})" if stored is not None else "")
+            + f"; the worst layer is {worst[0]} with {worst[1]:.2e}.",
+            hint="Weights that are not finite or changed since the conversion do this; otherwise please report it.",
+        )
+    return result
+
+
+def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
+    """int64 ``[1, T]``: `RECEIPT_TEXT` in the folder's tokens, or seeded random ids if it has no tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = tokenizer(RECEIPT_TEXT).input_ids[:MAX_TOKENS]
+        if len(ids) > 1 and max(ids) < vocab_size:
+            return torch.tensor([ids]), "text"
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
+        pass  # no tokenizer, or one that needs a package or code that is not here
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (1, MAX_TOKENS), generator=generator), "random ids"
+
+
+def _parent(plan: SplitPlan) -> StreamedModel:
+    checkpoint = plan.model.checkpoint
+    dtype = torch_dtype(plan.dtype)
+    tied = plan.model.spec.tie_word_embeddings
+    names = {read.name for read in plan.model.reads.values()} - ({"lm_head.weight"} if tied else set())
+    return StreamedModel(checkpoint.config, sorted(names), lambda name: checkpoint.read(name).to(dtype).float())
+
+
+def _converted(plan: SplitPlan, converted: Checkpoint, *, zero_router: bool) -> StreamedModel:
+    """The output with every expert selected, and its routed sum times the parity factor."""
+    from .targets.base import Neurons, Router
+
+    origins = {tensor.name: tensor.origin for tensor in plan.tensors}
+    factor = plan.layout.combine.parity_factor
+
+    def read(name: str) -> torch.Tensor:
+        tensor, origin = converted.read(name), origins[name]
+        if zero_router and isinstance(origin, Router):
+            return tensor.float() * 0
+        if factor != 1.0 and isinstance(origin, Neurons) and origin.part == "down" and origin.expert != "shared":
+            return tensor.float() * factor
+        return tensor
+
+    config = plan.config | {plan.target.top_k_key: plan.layout.num_experts}
+    return StreamedModel(
+        config, converted.tensors, read, lambda layer: plan.target.one_layer(dense=layer in plan.layout.dense_layers)
+    )
+
+
+def _difference(parent: torch.Tensor, converted: torch.Tensor) -> float:
+    """Max abs difference over max abs value; infinite if anything is not finite."""
+    value = float((parent - converted).abs().max() / parent.abs().max())
+    return value if value == value else float("inf")
+
+
+def _layer_error(target: Target, module: torch.nn.Module, taps: _Taps, layer: int) -> float:
+    x, want = taps.inputs[layer], taps.outputs[layer]
+    have = 0
+    for name in target.ffn_modules:
+        block = getattr(module, name, None)
+        if block is not None:
+            output = block(x)
+            have = have + (output[0] if isinstance(output, tuple) else output)
+    return _difference(want, have.reshape(want.shape))  # type: ignore[attr-defined]
+
+
+def _largest_router_logit(plan: SplitPlan, converted: Checkpoint, taps: _Taps) -> float:
+    from .targets.base import Router
+
+    rows = {t.layer: t.name for t in plan.tensors if isinstance(t.origin, Router)}
+    found = 0.0
+    for layer, name in rows.items():
+        x = taps.inputs[layer or 0]
+        found = max(found, float((x.reshape(-1, x.shape[-1]) @ converted.read(name).float().T).abs().max()))
+    return found
+
+
+def describe_receipt(folder: Path) -> dict[str, Any] | None:
+    """The receipt in a folder, or None."""
+    from .conversion import RECEIPT_FILE
+
+    path = folder / RECEIPT_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        raise CheckpointError(f"{path} is not valid JSON.") from None
+
+
+__all__ = [
+    "TARGETS",
+    "DenseModel",
+    "Mapping",
+    "Verification",
+    "describe_receipt",
+    "receipt_tokens",
+    "verify",
+    "verify_conversion",
+]
