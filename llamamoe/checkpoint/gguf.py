@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections import Counter
@@ -181,8 +182,7 @@ def export_dense(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not empty.", hint="Give a folder that does not exist yet.")
     source = GgufCheckpoint(gguf_path, tokenizer=tokenizer)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # ours alone: another run's is left in peace
     partial.mkdir(parents=True)
     try:
         _write_weights(source, partial / "model.safetensors", dtype, progress)
