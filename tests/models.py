@@ -1,0 +1,108 @@
+"""Tiny random dense checkpoints of every family, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.1 * i for i in range(8)],
+    "original_max_position_embeddings": 32,
+}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-llama3-rope": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE},
+    "llama-head-dim": {"model_type": "llama", "head_dim": 32},
+    "llama-attention-bias": {"model_type": "llama", "attention_bias": True},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 8},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3-tied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "phi3-window": {"model_type": "phi3", "sliding_window": 8},
+    "phi3-longrope": {"model_type": "phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    "phi3-partial": {"model_type": "phi3", "partial_rotary_factor": 0.5},
+    "granite": {
+        "model_type": "granite",
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
+    "gemma": {"model_type": "gemma", "head_dim": 32, "hidden_act": "gelu_pytorch_tanh"},
+}
+"""Name to configuration keys beyond the common ones."""
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 128) -> None:
+    """A tokenizer of one token per byte below ``vocab_size - 3``, after <pad>, <bos>, <eos>."""
+    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    vocab |= {chr(32 + i): 3 + i for i in range(vocab_size - 3)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def make_dense(
+    folder: Path, variant: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **keys: Any
+) -> Path:
+    """Save a random dense model (norm weights 1 ± 0.3, biases not zero) with a tokenizer; return the folder.
+
+    Args:
+        folder: Where to.
+        variant: A key of `VARIANTS`.
+        dtype: Dtype of the weights.
+        seed: Of the weights.
+        **keys: More configuration keys; ``max_shard_size`` goes to ``save_pretrained``.
+    """
+    save = {"max_shard_size": keys.pop("max_shard_size")} if "max_shard_size" in keys else {}
+    config = AutoConfig.for_model(**{**COMMON, **VARIANTS[variant], **keys})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_((0.0 if config.model_type == "gemma" else 1.0) + 0.3 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.shape[-1] == 64 else 0.15))
+    model.to(dtype).save_pretrained(folder, **save)
+    make_tokenizer(folder, config.vocab_size)
+    return folder
