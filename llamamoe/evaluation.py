@@ -223,7 +223,7 @@ def _protocol(length: int, max_tokens: int | None, sides: Sequence[Opened], same
     firsts = ["none" if s.bos is None else f"'{s.tokenizer.convert_ids_to_tokens(s.bos)}'" for s in sides]
     parts = [
         "Per domain the documents are taken in order"
-        + (f" until {max_tokens} tokens are taken, the last document being cut" if max_tokens else "")
+        + (f" until {max_tokens} tokens of text are taken, the last document being cut" if max_tokens else "")
         + ", each is tokenised (beginning-of-sequence token, where the tokenizer itself adds one: "
         + f"{' and '.join(dict.fromkeys(firsts))}) and cut into non-overlapping windows of {length} tokens, and "
         "in each window every token but the first is scored given those before it in the window.",
