@@ -46,12 +46,13 @@ def balanced_kmeans(
 ) -> BalancedClusters:
     """Cluster points so that the squared distances to the cluster means are small and no cluster is overfull.
 
-    Starts from k-means++ centres (chosen among a sample of the points), then alternates the exact assignment (`assign_balanced`) with the update of the
-    means; neither step can raise the inertia. An empty cluster (possible if there are more places than points) is
-    moved to the point that is farthest from its own centre.
+    Starts from k-means++ centres (chosen among a sample of the points), then alternates the exact assignment
+    (`assign_balanced`) with the update of the means; neither step can raise the inertia. An empty cluster (possible
+    if there are more places than points) is moved to the point that is farthest from its own centre.
 
-    An iteration takes two matrix products of O(T K D) in float32 and one assignment, which starts from the prices
-    of the one before. Memory beside ``points``: one copy of them. Repeatable for the same seed, versions and number of BLAS threads.
+    An iteration takes two matrix products of O(T K D) in float32 and one assignment, which starts from the prices of
+    the one before. Memory beside ``points``: one copy of them. Repeatable for the same seed, versions and number of
+    BLAS threads.
 
     Args:
         points: float32 ``[T, D]``, finite.
@@ -72,6 +73,8 @@ def balanced_kmeans(
     if max_iter < 1 or n_init < 1:
         raise ValueError(f"max_iter and n_init must be at least 1, not {max_iter} and {n_init}")
     mean = points.mean(0, dtype=np.float64).astype(np.float32)
+    if not np.isfinite(mean).all():
+        raise ValueError("points must be finite")
     # Around the mean, distances computed from scalar products lose no digits to a common offset.
     centred = np.subtract(points, mean, dtype=np.float32)
     if initial_centers is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from .. import plugin
 from ..layer import Partition
+from ..plugin import Options
 from .base import Splitter, routed_neurons
 
 if TYPE_CHECKING:
@@ -29,30 +29,29 @@ class KMeans(Splitter):
     needs = "weights"
     default_router = "centroid"
 
-    class Options(plugin.Options):
+    class Options(Options):
         """Options of `KMeans`."""
 
-        weight: Literal["gate", "up"] = Field("gate", description="matrix whose rows are clustered")
-        max_iter: int = Field(50, ge=1, description="most iterations per start")
-        n_init: int = Field(1, ge=1, description="starts, of which the best is kept")
-        tol: float = Field(
-            1e-3, ge=0, description="stop when an iteration gains less than this share of the explained variance"
-        )
+        weight: Literal["gate", "up"] = Field("gate", description="The matrix whose rows are clustered.")
+        max_iter: int = Field(50, ge=1, description="Most iterations per start.")
+        n_init: int = Field(1, ge=1, description="Number of starts; the best is kept.")
+        tol: float = Field(1e-3, ge=0, description="Least gain of an iteration, as a share of the explained variance.")
+
+    options: Options
 
     def split(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
         """See `Splitter.split`. O(F H N) per iteration; three float32 copies of one matrix at most."""
         from .clustering import balanced_kmeans
 
-        options = cast(KMeans.Options, self.options)
         neurons = routed_neurons(ffn.intermediate_size, shared)
         clusters = balanced_kmeans(
-            _unit_rows(ffn, neurons, options.weight),
+            _unit_rows(ffn, neurons, self.options.weight),
             context.num_experts,
             context.expert_width,
             seed=int(context.rng("kmeans").integers(2**32)),
-            n_init=options.n_init,
-            max_iter=options.max_iter,
-            tol=options.tol,
+            n_init=self.options.n_init,
+            max_iter=self.options.max_iter,
+            tol=self.options.tol,
         )
         return Partition.from_labels(neurons, clusters.labels, context, shared)
 
