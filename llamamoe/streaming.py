@@ -103,45 +103,53 @@ class StreamedModel:
         return logits.float()
 
     def _shell(self) -> Any:
-        """The whole model on the meta device, with embedding, norm, head and rotary positions for real."""
+        """The whole model without weights, but with embedding, final norm, head and rotary positions for real."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.for_model(**{k: v for k, v in self.config.items() if k != "torch_dtype"})
+        keys = {k: v for k, v in self.config.items() if k != "torch_dtype"}
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.eval()
-        outer = {name: self.read(name).float() for name in self._outer}
-        unknown = model.load_state_dict(outer, strict=False, assign=True).unexpected_keys
-        if unknown:
-            raise VerificationError(f"transformers does not know the tensors {unknown[:3]}.")
-        model.tie_weights()
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-        rest = [n for n, p in model.named_parameters() if p.is_meta and not _LAYER.match(n)]
-        if rest:
-            raise VerificationError(f"the checkpoint lacks {rest[:3]}.")
-        return model
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys), dtype=torch.float32)
+        outer = _load_part(keys | {"num_hidden_layers": 0}, {name: self.read(name) for name in self._outer}, "outer tensors")
+        for name, child in outer.model.named_children():
+            if name != "layers":
+                setattr(model.model, name, child)
+        model.lm_head = outer.lm_head
+        return model.eval()
 
     def _load(self, module: torch.nn.Module, layer: int) -> None:
         import torch
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-        keys = {k: v for k, v in self.config.items() if k != "torch_dtype"}
+        hidden = self.config["hidden_size"]
+        keys = {k: v for k, v in self.config.items() if k != "torch_dtype"} | self.one_layer(layer)
         keys |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
-        if keys.get("layer_types"):
-            keys["layer_types"] = [keys["layer_types"][layer]]
-        config = AutoConfig.for_model(**(keys | self.one_layer(layer)))
-        hidden = config.hidden_size
         tensors = {_LAYER.sub("model.layers.0.", name): self.read(name) for name in self._by_layer.get(layer, [])}
         tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = torch.zeros(8, hidden)
         tensors["model.norm.weight"] = torch.ones(hidden)
-        cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        one, info = cls.from_pretrained(
+        one = _load_part(keys, tensors, f"layer {layer}")
+        module.load_state_dict(one.model.layers[0].state_dict(), strict=True, assign=True)
+
+
+def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: str) -> Any:
+    """A model in float32 from tensors at hand, by transformers' own loading.
+
+    Raises:
+        VerificationError: Transformers misses a tensor or does not know one.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    keys = dict(keys)
+    if keys.get("layer_types"):
+        keys["layer_types"] = keys["layer_types"][: keys["num_hidden_layers"]]
+    config = AutoConfig.for_model(**keys)
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with quiet_transformers():
+        model, info = cls.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-            if info.get(kind):
-                raise VerificationError(
-                    f"layer {layer}: transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}."
-                )
-        module.load_state_dict(one.model.layers[0].state_dict(), strict=True, assign=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            names = sorted(map(str, info[kind]))[:3]
+            raise VerificationError(f"{what}: transformers reports {kind.replace('_', ' ')}: {names}.")
+    return model
