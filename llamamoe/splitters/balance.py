@@ -39,8 +39,7 @@ def assign_balanced(cost: np.ndarray, capacity: int | np.ndarray) -> np.ndarray:
     each cluster in it. There are usually fewer chains than clusters, at worst T. Memory: about three copies of
     ``cost``.
 
-    Deterministic, with equal costs too; where several assignments are optimal, which one is found may depend on
-    the number of BLAS threads (the price guess is rounded differently).
+    Deterministic, with equal costs too, whatever the number of threads.
 
     Args:
         cost: ``[T, K]``, finite; negative values are fine.
@@ -143,6 +142,8 @@ def _guess_prices(
     Newton's method with line search on the smoothed dual ``sum_t softmin_eps(cost_t + price) - places.price``
     (concave), at falling temperatures. In float32: it is a guess.
     """
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
+
     costs = work + start
     costs -= costs.min(1, keepdims=True)
     unit = float(costs.mean())
@@ -153,9 +154,12 @@ def _guess_prices(
         weight = np.append(weight, np.float32(free))
     costs = costs.astype(np.float32)
     change = np.zeros(len(places))
-    for temperature in temperatures:
-        if unit * temperature > np.finfo(np.float32).tiny:
-            change = _newton(costs, weight, places, change, unit * temperature)
+    # One thread: the products are so short that several threads mostly wait for one another (tenfold times were seen
+    # where other programs used the cores), and the result does not depend on the number of threads.
+    with threadpool_limits(1, user_api="blas"):
+        for temperature in temperatures:
+            if unit * temperature > np.finfo(np.float32).tiny:
+                change = _newton(costs, weight, places, change, unit * temperature)
     return _in_range(start + change)
 
 
@@ -164,10 +168,11 @@ def _newton(costs: np.ndarray, weight: np.ndarray, places: np.ndarray, prices: n
     mean = places.mean()
     value, shares = _smoothed_dual(costs, weight, places, prices, eps)
     for _ in range(_NEWTON_STEPS):
-        gradient = (weight @ shares).astype(np.float64) - places
+        weighted = shares * weight[:, None]
+        gradient = weighted.sum(0, dtype=np.float64) - places
         if np.abs(gradient).sum() / 2 < _CLOSE_ENOUGH * places.sum():
             break
-        curvature = -((shares * weight[:, None]).T @ shares).astype(np.float64)
+        curvature = -(weighted.T @ shares).astype(np.float64)
         # The constant fixes the direction that changes nothing (all prices alike); the last term damps the steps
         # of clusters that have no point near a boundary.
         curvature += mean / len(places)
@@ -195,7 +200,7 @@ def _smoothed_dual(
     total = shares.sum(1, keepdims=True)
     shares /= total
     softmin = -eps * (top + np.log(total))[:, 0].astype(np.float64)
-    return float(weight @ softmin - places @ prices), shares
+    return float((weight * softmin).sum() - (places * prices).sum()), shares
 
 
 class _Chains:

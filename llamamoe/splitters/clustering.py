@@ -50,9 +50,9 @@ def balanced_kmeans(
     (`assign_balanced`) with the update of the means; neither step can raise the inertia. An empty cluster (possible
     if there are more places than points) is moved to the point that is farthest from its own centre.
 
-    An iteration takes two matrix products of O(T K D) in float32 and one assignment, which starts from the prices of
-    the one before. Memory beside ``points``: one copy of them. Repeatable for the same seed, versions and number of
-    BLAS threads.
+    An iteration takes one matrix product of O(T K D) in float32, one pass over the points, and one assignment, which
+    starts from the prices of the one before. Memory beside ``points``: one copy of them. Repeatable for the same
+    seed, versions and number of BLAS threads.
 
     Args:
         points: float32 ``[T, D]``, finite.
@@ -141,10 +141,12 @@ def _distances(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
 
 def _means(points: np.ndarray, labels: np.ndarray, sizes: np.ndarray, centers: np.ndarray) -> np.ndarray:
     """float32 ``[K, D]``: the mean of each cluster; of an empty one the old centre."""
-    weights = np.zeros((len(sizes), len(points)), np.float32)
-    weights[labels, np.arange(len(points))] = 1 / sizes[labels]
-    means: np.ndarray = weights @ points
-    means[sizes == 0] = centers[sizes == 0]
+    means = centers.copy()
+    order = np.argsort(labels, kind="stable")
+    ends = np.cumsum(sizes)
+    for cluster in np.flatnonzero(sizes):
+        members = order[ends[cluster] - sizes[cluster] : ends[cluster]]
+        means[cluster] = points[members].mean(0)
     return means
 
 

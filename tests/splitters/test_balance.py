@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
+from threadpoolctl import threadpool_limits
 
 from llamamoe.splitters.balance import assign_balanced, assign_with_prices
 
@@ -141,6 +142,15 @@ def test_many_equal_costs_are_moved_together(num_clusters):
     cost = np.tile(np.random.default_rng(0).random(num_clusters), (11008, 1))
     labels = assign_balanced(cost, 11008 // num_clusters)
     assert (np.bincount(labels) == 11008 // num_clusters).all()
+
+
+def test_number_of_threads_does_not_choose_among_equal_optima():
+    cost = np.random.default_rng(0).integers(0, 4, (2048, 32)).astype(float)
+    results = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            results.append(assign_balanced(cost, 64))
+    assert np.array_equal(*results)
 
 
 def test_all_points_want_one_cluster():
