@@ -10,9 +10,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._version import __version__
+from .assembly import LayerParts, make, nonfinite, one_thread
 from .checkpoint.card import model_card
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
@@ -27,9 +28,6 @@ from .recipe import SplitRecipe
 from .routers import ROUTERS
 from .selectors import SELECTORS
 from .splitters import SPLITTERS
-
-if TYPE_CHECKING:
-    from .assembly import LayerParts
 
 OUTER = "outer"
 """The unit of the ledger that holds embedding, final norm and head."""
@@ -171,8 +169,6 @@ def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
 
 
 def _refuse_nonfinite(decided: SplitPlan, progress: ProgressCallback) -> None:
-    from .assembly import nonfinite
-
     names = sorted(decided.model.checkpoint.tensors)
     for i, name in enumerate(names):
         if nonfinite(decided.model.checkpoint.read(name)):
@@ -203,19 +199,18 @@ def _write_weights(
 
 
 def _write_unit(decided: SplitPlan, writer: CheckpointWriter, unit: str, layer: int | None, indices: list[int]) -> None:
-    from .assembly import make, nonfinite
-
     info: dict[str, Any] = {}
     parts = None
     if layer is not None and layer not in decided.layout.dense_layers:
         parts, info = convert_layer(decided, layer)
     broken = []
-    for index in indices:
-        tensor = decided.tensors[index]
-        value = make(tensor, decided.model, parts, decided.dtype)
-        if nonfinite(value):
-            broken.append(tensor.name)
-        writer.put(tensor.name, value)
+    with one_thread():
+        for index in indices:
+            tensor = decided.tensors[index]
+            value = make(tensor, decided.model, parts, decided.dtype)
+            if nonfinite(value):
+                broken.append(tensor.name)
+            writer.put(tensor.name, value)
     if broken:
         info["warnings"] = [f"{len(broken)} tensors of {unit} hold NaN or infinite values, the first is {broken[0]}"]
     writer.finish(unit, [decided.tensors[i].name for i in indices], info)
@@ -227,7 +222,6 @@ def convert_layer(decided: SplitPlan, layer: int) -> tuple[LayerParts, dict[str,
     Returns:
         The parts to write, and facts for the receipt.
     """
-    from .assembly import LayerParts
     from .routers.scale import scale_router
 
     recipe, layout, model = decided.recipe, decided.layout, decided.model

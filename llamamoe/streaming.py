@@ -110,7 +110,9 @@ class StreamedModel:
         keys = {k: v for k, v in self.config.items() if k != "torch_dtype"}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys), dtype=torch.float32)
-        outer = _load_part(keys | {"num_hidden_layers": 0}, {name: self.read(name) for name in self._outer}, "outer tensors")
+        outer = _load_part(
+            keys | {"num_hidden_layers": 0}, {name: self.read(name) for name in self._outer}, "outer tensors"
+        )
         for name, child in outer.model.named_children():
             if name != "layers":
                 setattr(model.model, name, child)

@@ -114,7 +114,9 @@ def build_config(header: GgufHeader, layout: Layout) -> tuple[dict[str, Any], li
     """
     keys = Keys(header)
     notes = _check_keys(header, layout)
-    hidden, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
+    hidden, heads, layers = (keys.whole(k) for k in ("embedding_length", "attention.head_count", "block_count"))
+    if layers > len(header.tensors):  # before anything is built per layer: a broken header may claim billions
+        raise CheckpointError(f"{header.path}: {layers} layers cannot be made of {len(header.tensors)} tensors.")
     head_dim = keys.whole("attention.key_length", hidden // heads)
     if keys.whole("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(
@@ -132,7 +134,7 @@ def build_config(header: GgufHeader, layout: Layout) -> tuple[dict[str, Any], li
         "vocab_size": embedding.shape[0] if embedding else keys.whole("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": keys.whole("feed_forward_length"),
-        "num_hidden_layers": keys.whole("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,

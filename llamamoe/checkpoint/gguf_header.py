@@ -159,10 +159,8 @@ class _Cursor:
             )
         return value
 
-    def string(self) -> str:
-        raw = self.take(self.scalar("Q"))
-        # Vocabularies hold what their training text held: keep such bytes apart instead of refusing the file.
-        return raw.decode("utf-8", errors="surrogateescape")
+    def string(self, errors: str = "replace") -> str:
+        return self.take(self.scalar("Q")).decode("utf-8", errors=errors)
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -177,7 +175,8 @@ class _Cursor:
         kind = self.scalar("I")
         count = self.count(_MAX_ITEMS, "items in one array")
         if kind == _STRING:
-            return [self.string() for _ in range(count)]
+            # A vocabulary may hold broken characters: keep them apart instead of making them all one.
+            return [self.string("surrogateescape") for _ in range(count)]
         if kind not in _SCALARS:
             raise CheckpointError(f"{self.path} is broken: its header holds an array of the unsupported kind {kind}.")
         code = _SCALARS[kind]

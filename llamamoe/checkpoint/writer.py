@@ -15,7 +15,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -98,10 +98,11 @@ class CheckpointWriter:
         self._files: dict[str, IO[bytes]] = {}
         self._digests: dict[str, str] = {}
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._to_sync: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._room = threading.Condition()
         self._waiting = 0
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     # ---- the folder and its ledger ----------------------------------------------------------------------------
 
@@ -178,15 +179,16 @@ class CheckpointWriter:
             if os.fstat(handle.fileno()).st_size != size:
                 handle.truncate(size)
             _write_at(handle, 0, memoryview(head))
-        self._thread = threading.Thread(target=self._work, name="llamamoe-writer", daemon=True)
-        self._thread.start()
+        for work in (self._write_all, self._sync_all):
+            thread = threading.Thread(target=work, name=f"llamamoe{work.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
-            if self._error is None:
-                self._queue.put(("stop", None))
-            self._thread.join()
+        self._queue.put(("stop", None))
+        for thread in self._threads:
+            thread.join()
         for handle in self._files.values():
             handle.close()
         self._ledger.close()
@@ -226,8 +228,7 @@ class CheckpointWriter:
         """
         done = threading.Event()
         self._queue.put(("event", done))
-        while not done.wait(0.1) and self._error is None:
-            pass
+        done.wait()
         self._raise()
 
     def _raise(self) -> None:
@@ -240,19 +241,35 @@ class CheckpointWriter:
             ) from self._error
         raise self._error
 
-    def _work(self) -> None:
+    # Two threads, so that the disk never waits for hashing: the first hashes and writes, the second syncs.
+
+    def _write_all(self) -> None:
+        while True:
+            kind, item = self._queue.get()
+            if kind == "tensor":
+                self._guard(self._write, *item)
+            else:
+                self._to_sync.put((kind, item))
+            if kind == "stop":
+                return
+
+    def _sync_all(self) -> None:
+        while True:
+            kind, item = self._to_sync.get()
+            if kind == "stop":
+                return
+            if kind == "unit":
+                self._guard(self._sync_unit, *item)
+            else:
+                item.set()
+
+    def _guard(self, work: Callable[..., None], *args: Any) -> None:
+        """Do one piece of work unless an earlier one failed; a failure is kept for the caller's thread."""
+        if self._error is not None:
+            return
         try:
-            while True:
-                kind, item = self._queue.get()
-                if kind == "stop":
-                    return
-                if kind == "tensor":
-                    self._write(*item)
-                elif kind == "unit":
-                    self._sync_unit(*item)
-                else:
-                    item.set()
-        except BaseException as error:  # handed to the caller's thread, which raises it
+            work(*args)
+        except BaseException as error:
             with self._room:
                 self._error = error
                 self._room.notify_all()

@@ -1,0 +1,266 @@
+"""What there is to choose from: every method, target and family, and which family goes to which target.
+
+Nothing here is a list of its own: methods come from the registries, and the matrix is what the plan says of small
+made-up models of every family.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from .checkpoint.base import TensorInfo
+from .dense import DenseModel, understand
+from .errors import LlamaMoeError, RefusedError
+from .plan import plan_split
+from .recipe import build_recipe
+from .rescales import RESCALES
+from .routers import ROUTERS
+from .selectors import SELECTORS
+from .sources import SOURCES, Source
+from .splitters import SPLITTERS
+from .targets import TARGETS
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["splitter", "router", "shared_by", "rescale", "target", "family"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method; ``type`` and ``default`` as text, ``rules`` are limits such as ``">= 1"``."""
+
+    name: str
+    type: str
+    default: Any
+    description: str
+    rules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A plug-in, as ``llamamoe methods`` shows it.
+
+    Attributes:
+        kind: What it is; for methods the key of the recipe.
+        name: What the user types; for targets and families the ``model_type``.
+        summary: One line.
+        reference: Its paper or source; may be empty.
+        needs: ``"nothing"``, ``"weights"``, ``"activations"`` or ``"gradients"``; empty for targets and families.
+        parity: Splitters: ``"exact"`` or ``"none"``; else empty.
+        options: What can be set.
+        facts: More about splitters (their defaults) and targets (what they can hold).
+    """
+
+    kind: Kind
+    name: str
+    summary: str
+    reference: str
+    needs: str = ""
+    parity: str = ""
+    options: tuple[Option, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {"options": [asdict(option) for option in self.options]}
+
+
+def list_methods() -> list[Method]:
+    """Every registered plug-in, third parties' included: by kind, then by name."""
+    found = []
+    for cls in SPLITTERS:
+        facts = {
+            "default_shared": cls.default_shared,
+            "default_router": cls.default_router,
+            "default_rescale": cls.default_rescale,
+        }
+        found.append(_method("splitter", cls, parity=cls.parity, facts=facts))
+    for kind, registry in (("router", ROUTERS), ("shared_by", SELECTORS), ("rescale", RESCALES)):
+        found += [_method(typing.cast(Kind, kind), cls) for cls in typing.cast(typing.Iterable[Any], registry)]
+    for target in TARGETS:
+        facts = {"architecture": target.architecture, "shared": target.shared, "dense_layers": target.dense_layers}
+        found.append(Method("target", target.name, target.summary, target.reference, facts=facts))
+    found += [Method("family", cls.name, cls.summary, cls.reference) for cls in SOURCES]
+    return found
+
+
+def _method(kind: Kind, cls: Any, *, parity: str = "", facts: dict[str, Any] | None = None) -> Method:
+    options = tuple(_options(cls.Options))
+    return Method(kind, cls.name, cls.summary, cls.reference, cls.needs, parity, options, facts or {})
+
+
+def _options(model: type[BaseModel]) -> Iterator[Option]:
+    for name, info in model.model_fields.items():
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        yield Option(name, _type_name(info.annotation), default, info.description or "", tuple(_rules(info)))
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(str(value) for value in typing.get_args(annotation))
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return " | ".join(_type_name(part) for part in typing.get_args(annotation)) or str(annotation)
+
+
+def _rules(info: FieldInfo) -> Iterator[str]:
+    for part in info.metadata:
+        for sign, key in ((">=", "ge"), (">", "gt"), ("<=", "le"), ("<", "lt")):
+            if getattr(part, key, None) is not None:
+                yield f"{sign} {getattr(part, key)}"
+
+
+# ---- which family goes to which target ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Whether one variant of a family can be written as one target.
+
+    Attributes:
+        family: The dense family.
+        variant: ``"plain"``, or what is special about the model.
+        target: The architecture to write.
+        shared: Whether neurons are to be shared.
+        supported: Whether the plan accepts it.
+        dtype: ``"any"``, or the only dtype that is exact.
+        transformers: The versions that load the result; empty if not supported.
+        reasons: Why it is refused.
+    """
+
+    family: str
+    variant: str
+    target: str
+    shared: bool
+    supported: bool
+    dtype: str
+    transformers: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All cells; ``rows`` are (family, variant), ``targets`` the columns."""
+
+    rows: tuple[tuple[str, str], ...]
+    targets: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+    def cell(self, family: str, target: str, *, variant: str = "plain", shared: bool = False) -> Cell:
+        """The cell of a family, a target and a variant.
+
+        Raises:
+            KeyError: There is no such cell.
+        """
+        wanted = (family, variant, target, shared)
+        for cell in self.cells:
+            if (cell.family, cell.variant, cell.target, cell.shared) == wanted:
+                return cell
+        raise KeyError(wanted)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "rows": [{"family": family, "variant": variant} for family, variant in self.rows],
+            "targets": list(self.targets),
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 32, "rope_theta": 5e5}  # fmt: skip
+_VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "llama": {
+        "llama3 rope": {"rope_parameters": _LLAMA3},
+        "tied": {"tie_word_embeddings": True},
+        "own head_dim": {"head_dim": 32},
+        "attention_bias": {"attention_bias": True},
+        "mlp_bias": {"mlp_bias": True},
+    },
+    "mistral": {"window": {"sliding_window": 8}, "own head_dim": {"head_dim": 32}},
+    "qwen2": {"windows in some layers": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}},
+    "qwen3": {"own head_dim": {"head_dim": 32}, "attention_bias": {"attention_bias": True}},
+    "phi3": {"window": {"sliding_window": 8}, "partial rotary": {"partial_rotary_factor": 0.5}},
+    "granite": {
+        "plain": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078},
+        "multipliers of 1": {"attention_multiplier": 0.25},
+    },
+    "gemma": {"own head_dim": {"head_dim": 32}},
+}
+"""Beside the plain model of each family, what real models of it have; Granite's are never without multipliers.
+
+A new family needs no entry.
+"""
+_PLAIN: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "sliding_window": None,
+}
+
+
+def matrix() -> Matrix:
+    """Ask the plan about every family, variant and target, without and with shared neurons. Takes well under 1 s."""
+    rows, cells = [], []
+    targets = tuple(TARGETS.names())
+    for source in SOURCES:
+        for variant, keys in {"plain": {}, **_VARIANTS.get(source.name, {})}.items():
+            rows.append((source.name, variant))
+            config = {**_PLAIN, **keys, "model_type": source.name}
+            models = {dtype: understand(_MadeUp(source, config, dtype)) for dtype in ("BF16", "F32")}
+            for target in targets:
+                for shared in (False, True):
+                    cells.append(_cell(source.name, variant, target, shared, models))
+    return Matrix(tuple(rows), targets, tuple(cells))
+
+
+def _cell(family: str, variant: str, target: str, shared: bool, models: Mapping[str, DenseModel]) -> Cell:
+    # A width of the FFN that divides among experts and shared widths for every target: only the family decides.
+    recipe = build_recipe({"num_experts": 4, "top_k": 2, "target": target, "shared": "4x" if shared else 0})
+    refusals = []
+    for dtype, model in models.items():
+        try:
+            plan = plan_split(model, recipe)
+        except RefusedError as error:
+            refusals.append(error)
+            continue
+        only = "any" if dtype == "BF16" else "float32"
+        return Cell(family, variant, target, shared, True, only, plan.majors, ())
+    reasons = tuple(line.strip()[2:] for line in refusals[-1].message.splitlines() if line.startswith("  - "))
+    return Cell(family, variant, target, shared, False, "", (), reasons or (refusals[-1].message,))
+
+
+class _MadeUp:
+    """A checkpoint of headers only (see `llamamoe.checkpoint.base.Checkpoint`)."""
+
+    def __init__(self, source: type[Source], config: dict[str, Any], dtype: str) -> None:
+        family = source()
+        self.path = Path(source.name)
+        self.config = config
+        self.notes: list[str] = []
+        shapes = family.raw_shapes(family.spec(config))
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(dtype, shape, self.path) for name, shape in shapes.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        raise LlamaMoeError(f"{name}: this checkpoint has no tensors.")
+
+    def save_tokenizer(self, out: Path) -> list[str]:
+        return []
+
+    def fingerprint(self) -> str:
+        return ""

@@ -1,0 +1,146 @@
+"""``llamamoe.fix_config``: mend the ``config.json`` that transformers 5 wrote, so that 4.57 computes the same.
+
+``save_pretrained`` and the Trainer of transformers 5 write rope and a few names in a new spelling only. Transformers
+4.57 does not know it and falls back to its defaults without a word: the model loads, and its logits are wrong. The
+old spelling is added beside the new one, with the same content, so that nothing changes for transformers 5.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint, read_json
+from .checkpoint.writer import write_text
+from .errors import CheckpointError, RefusedError
+from .registry import near_misses
+from .sources import SOURCES
+from .targets import TARGETS
+
+_IN_MEMORY = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
+"""How transformers 5 names experts in memory; files of every architecture here name them otherwise."""
+_RENAMED = {"qwen3_moe": (("num_local_experts", "num_experts"),)}
+"""Per model_type: the key that transformers 5 writes, and the one that 4.57 reads."""
+_LONGROPE_ONLY = ("phi3",)
+"""Families that 4.57 checks for a ``rope_scaling`` of exactly type, short_factor and long_factor."""
+_ONE_WINDOW = ("qwen2_moe",)
+"""Architectures whose 4.57 class gives every layer the same attention window, whatever ``layer_types`` says."""
+
+
+def fix_config(path: str | Path, *, dry_run: bool = False) -> list[str]:
+    """Add to ``config.json`` what transformers 4.57 reads; transformers 5 loads the same model as before.
+
+    Done again it changes nothing. The file is replaced whole.
+
+    Args:
+        path: A folder that ``save_pretrained`` or the Trainer wrote.
+        dry_run: Only say what would be added.
+
+    Returns:
+        One line per key that was added (``key: value``); empty if nothing was missing.
+
+    Raises:
+        CheckpointError: It is no readable checkpoint folder, or its weights have names that 4.57 does not know.
+        RefusedError: The architecture is not one of ours, or 4.57 cannot compute it.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no config.json.", hint="Give the folder that save_pretrained or the Trainer wrote."
+        )
+    config = read_json(folder / "config.json")
+    _check_known(config)
+    if (folder / INDEX).exists() or (folder / SINGLE).exists():
+        _check_names(SafetensorsCheckpoint(folder).tensors)
+    added = missing_keys(config)
+    if added and not dry_run:
+        write_text(folder / "config.json", json.dumps(config | added, indent=2, ensure_ascii=False) + "\n")
+    return [f"{key}: {json.dumps(value)}" for key, value in added.items()]
+
+
+def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4.57 would miss in a configuration, as the keys to add.
+
+    Raises:
+        RefusedError: 4.57 cannot express it.
+    """
+    name = str(config["model_type"])
+    _check_holdable(name, config)
+    wanted = _rope(name, config)
+    wanted |= {old: config[new] for new, old in _RENAMED.get(name, ()) if new in config}
+    if config.get("dtype") is not None:
+        wanted["torch_dtype"] = config["dtype"]
+    # What is there already is kept: it says the same, or transformers 5 reads it too and must not change.
+    return {key: value for key, value in wanted.items() if config.get(key) is None and value is not None}
+
+
+def _check_known(config: Mapping[str, Any]) -> None:
+    name, known = config.get("model_type"), sorted({*SOURCES.names(), *TARGETS.names()})
+    if name not in known:
+        raise RefusedError(
+            f"config.json: model_type {name!r} is none whose two spellings are known here.",
+            hint=near_misses(str(name), known),
+        )
+
+
+def _check_holdable(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse what no spelling can help: 4.57's class of that name computes something else."""
+    if name in _ONE_WINDOW and len(set(config.get("layer_types") or ())) > 1:
+        raise RefusedError(
+            f"config.json: layer_types differ, but {name} has one attention window in transformers 4.57."
+        )
+    head_dim, heads, hidden = (config.get(k) for k in ("head_dim", "num_attention_heads", "hidden_size"))
+    needs_five = TARGETS.get(name).needs_five if name in TARGETS else frozenset()
+    if head_dim and heads and hidden and "head_dim" in needs_five and head_dim * heads != hidden:
+        raise RefusedError(
+            f"config.json: head_dim = {head_dim}, but transformers 4.57 takes {name}'s to be {hidden} / {heads}."
+        )
+
+
+def _check_names(names: Iterable[str]) -> None:
+    fused = next((name for name in names if _IN_MEMORY.search(name)), None)
+    if fused is not None:
+        raise CheckpointError(
+            f"the weights have the names that transformers 5 uses in memory ({fused}): 4.57 would replace the experts "
+            "with random numbers.",
+            hint="Load the folder with transformers 5 and save it again without save_original_format=False.",
+        )
+
+
+def _rope(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The old spelling of rope; nothing if the configuration does not use the new one."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or not rope:
+        return {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise RefusedError("config.json: rope_parameters differ between layers, which transformers 4.57 cannot hold.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
+    original = rope.get("original_max_position_embeddings") if kind != "default" else None
+    wanted = {
+        "rope_theta": rope.get("rope_theta"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor"),
+        "original_max_position_embeddings": original,
+    }
+    if kind != "default":
+        wanted["rope_scaling"] = _longrope(name, config, scaling) if kind == "longrope" else scaling
+        if name in _LONGROPE_ONLY and kind != "longrope":
+            raise RefusedError(f"config.json: transformers 4.57 has no {kind} rope for {name}.")
+    return wanted
+
+
+def _longrope(name: str, config: Mapping[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+    """Longrope, whose factor 4.57 always takes to be the ratio of the two context lengths."""
+    ratio = config.get("max_position_embeddings", 0) / scaling.get("original_max_position_embeddings", 1)
+    factor = scaling.get("factor")
+    strange = scaling.get("attention_factor") is None and factor is not None and factor != ratio
+    if strange or (name in _LONGROPE_ONLY and scaling.get("attention_factor") is not None):
+        raise RefusedError(
+            f"config.json: transformers 4.57 cannot scale {name}'s attention by the longrope factor given here."
+        )
+    if name in _LONGROPE_ONLY:
+        return {"type": "longrope", **{key: scaling[key] for key in ("short_factor", "long_factor")}}
+    return scaling
