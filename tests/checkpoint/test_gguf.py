@@ -455,6 +455,14 @@ def test_unknown_metadata_are_noted(path: Path) -> None:
     assert any("llama.new_thing is not known" in note for note in GgufCheckpoint(path).notes)
 
 
+def test_a_header_that_claims_billions_of_layers_is_refused_at_once(path: Path) -> None:
+    write_gguf(path, make_model())
+    whole = path.read_bytes()
+    at = whole.index(b"llama.block_count") + len("llama.block_count") + 4
+    path.write_bytes(whole[:at] + struct.pack("<I", 2**32 - 1) + whole[at + 4 :])
+    assert "4294967295 layers" in error(path)
+
+
 def test_shortest_decimals() -> None:
     for value in (1e-5, 1e-6, 0.22, 500000.0, 1e6, 0.0078125, 3.4028234663852886e38, 1 / 3):
         packed = struct.unpack("<f", struct.pack("<f", value))[0]
@@ -545,7 +553,9 @@ def sentencepiece_gguf(path: Path, *, prefix: bool | None = None) -> None:
     words = [word for text in corpus() for word in text.replace("\n", " ").split(" ")]
     tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=800, show_progress=False))
     vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
-    pieces = sorted(vocab.keys() - {"<s>", "</s>", "<unk>", "<extra>"}, key=vocab.__getitem__)
+    # llama.cpp ends a piece at a zero byte, and takes some (<|im_end|>) for control tokens whatever the file says.
+    taken = {"<s>", "</s>", "<unk>", "<extra>"}
+    pieces = [p for p in sorted(vocab, key=vocab.__getitem__) if p not in taken and "\0" not in p and "<|" not in p]
     pieces.sort(key=lambda piece: len(piece) == 1)  # as in Llama: what is merged first, single characters last
     head = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     scores = [0.0] * len(head) + [-float(i) for i in range(len(pieces))]
