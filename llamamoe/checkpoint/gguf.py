@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from math import prod
@@ -19,6 +18,7 @@ from . import gguf_tokenizer
 from .base import DTYPE_BYTES, TensorInfo
 from .gguf_config import build_config, layout_of, tensor_table
 from .gguf_header import GgufTensor, read_header, require_gguf
+from .writer import shard_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,16 +209,10 @@ def _write_config(config: dict[str, Any], path: Path, dtype: str) -> None:
 
 def _write_weights(source: GgufCheckpoint, path: Path, dtype: str, progress: ProgressCallback) -> None:
     """One safetensors file, its header planned ahead, its tensors written as they are read."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, info in source.tensors.items():
-        end = at + info.numel * DTYPE_BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as the format asks
+    width = DTYPE_BYTES[dtype]
+    header, _ = shard_header({n: (dtype, info.shape, info.numel * width) for n, info in source.tensors.items()})
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         for done, name in enumerate(source.tensors, 1):
             file.write(_bytes(source.read(name), name, dtype))
             progress(Progress("export", done, len(source.tensors), "tensor", name))
