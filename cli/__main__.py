@@ -1,0 +1,5 @@
+"""``python -m llamamoe_cli``."""
+
+from .main import main
+
+main()

@@ -1,0 +1,53 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 layer``, ``1,024 layers``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def amount(value: float) -> str:
+    """A count with three digits and a letter: ``842``, ``12.9 B``."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{_three(value / size)} {letter}"
+    return f"{value:,.0f}"
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units: ``13.5 GB``."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= 0.9995 * unit:
+            return f"{_three(nbytes / unit)} {name}"
+    return f"{nbytes:,.0f} B"
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``41 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def change(before: float, after: float) -> str:
+    """``-56 %``, ``+1.2 %``, ``same``."""
+    if before == after or not before:
+        return "same" if before == after else "new"
+    percent = 100 * (after / before - 1)
+    return f"{percent:+.0f} %" if abs(percent) >= 9.95 else f"{percent:+.1f} %" if abs(percent) >= 0.05 else "+-0.0 %"
+
+
+def error(value: float) -> str:
+    """A relative difference: ``3.1e-07``, ``0``."""
+    return "0" if value == 0 else f"{value:.1e}"

@@ -1,0 +1,105 @@
+"""What a command prints: a result for people or as JSON on stdout, progress and warnings on stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from llamamoe.errors import LlamaMoeError
+from llamamoe.progress import ProgressCallback, ignore_progress
+
+from ._style import Option
+
+VERBOSE = "llamamoe.verbose"
+"""Key in ``Context.meta``: whether ``-v`` was given."""
+
+
+class Interrupted(LlamaMoeError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130
+
+    def __init__(self, remark: str = "") -> None:
+        super().__init__("interrupted" + (f"; {remark}" if remark else ""))
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the user wants to be told.
+
+    Attributes:
+        as_json: One JSON document on stdout and nothing else there.
+        quiet: No progress, no summary; what was asked for (a table, a plan, JSON) is still printed.
+        verbose: More of everything.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def result(self, data: Any, human: Callable[[], None], *, summary: bool = False) -> None:
+        """Print a result.
+
+        Args:
+            data: It as plain data.
+            human: Prints it for people.
+            summary: Whether it only tells how a deed went, so that ``-q`` leaves it out.
+        """
+        if self.as_json:
+            click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+        elif not (summary and self.quiet):
+            human()
+
+    @contextmanager
+    def progress(self) -> Iterator[ProgressCallback]:
+        """Show progress on stderr: a bar on a terminal, else a plain line now and then, with ``-q`` nothing."""
+        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        if self.quiet or not terminal:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if self.quiet:
+            yield ignore_progress
+            return
+        from ._progress import live_bar, plain_lines
+
+        with (live_bar if terminal else plain_lines)(verbose=self.verbose) as report:
+            yield report
+
+
+def _finite(value: Any) -> Any:
+    """The same data with null in the place of numbers that JSON cannot hold, and tuples as lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def output_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``--json``, ``-q`` and ``-v``; it receives them as ``output``, an `Output`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, as_json: bool, quiet: bool, verbose: bool, **keys: Any) -> None:
+        click.get_current_context().meta[VERBOSE] = verbose
+        if quiet and verbose:
+            raise click.UsageError("-q and -v exclude each other.")
+        function(*args, output=Output(as_json, quiet, verbose), **keys)
+
+    flags = {
+        "as_json": (("--json",), "Print one JSON document on stdout, and nothing else there."),
+        "quiet": (("-q", "--quiet"), "No progress and no summary; errors and warnings only."),
+        "verbose": (("-v", "--verbose"), "More detail, and the traceback of an unexpected error."),
+    }
+    for name, (spellings, text) in reversed(flags.items()):
+        click.option(*spellings, name, cls=Option, is_flag=True, help=text)(wrapped)
+    return wrapped

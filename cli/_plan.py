@@ -1,0 +1,135 @@
+"""The plan of a conversion, and its outcome, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._format import amount, change, duration, error, plural, size
+from ._tables import bullets, facts, heading, table
+
+if TYPE_CHECKING:
+    from llamamoe.conversion import SplitResult
+    from llamamoe.costs import Cost
+    from llamamoe.plan import SplitPlan
+
+_PARITY = {
+    "exact": "exact with all experts selected",
+    "none": "not exact, even with all experts selected",
+}
+
+
+def print_plan(plan: SplitPlan, source: str, *, verbose: bool) -> None:
+    """What ``--dry-run`` shows."""
+    click.echo(click.style(f"{source}: {plan.model.source.name} -> {plan.target.name}", bold=True))
+    facts(_conversion(plan))
+    heading("Costs")
+    _costs(plan.parent_cost, plan.cost)
+    if verbose:
+        _details(plan)
+    print_warnings(plan.warnings)
+    _advice(plan.advice)
+    click.echo("\nNothing was written.")
+
+
+def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
+    spec, layout, recipe = plan.model.spec, plan.layout, plan.recipe
+    padding = plan.padding_per_layer
+    widened = f", {plural(padding, 'zero neuron')} a layer among them" if padding else ""
+    factor = layout.combine.factor
+    times = "" if factor == 1.0 else f", routed outputs x {factor:g}"
+    rows = [
+        ("layers", f"{spec.num_layers}, hidden size {spec.hidden_size:,}, FFN of {spec.intermediate_size:,} neurons"),
+        ("experts", f"{layout.num_experts} in each layer, {layout.top_k} selected per token"),
+        ("expert width", f"{layout.expert_width:,} neurons{widened}"),
+    ]
+    if layout.num_shared:
+        by = recipe.shared_by.name
+        padded = f", stored as {layout.shared_width:,}" if layout.shared_width != layout.num_shared else ""
+        rows.append(("shared", f"{layout.num_shared:,} neurons for every token, chosen by {by}{padded}"))
+    elif layout.shared_width:
+        rows.append(("shared", f"none; {plan.target.name} needs a shared expert, so a zero one is stored"))
+    if layout.dense_layers:
+        rows.append(("kept dense", ", ".join(map(str, layout.dense_layers))))
+    router, rescale = recipe.router, recipe.rescale
+    assert router is not None, "the plan resolves it"
+    assert rescale is not None, "the plan resolves it"
+    return [
+        *rows,
+        ("method", f"{recipe.method.name}: {_PARITY.get(plan.parity, plan.parity)}"),
+        ("router", f"{router.name}, {recipe.router_scale}; rescale {rescale.name}{times}"),
+        ("loads in", f"transformers {' and '.join(plan.majors)}"),
+        ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
+        ("peak memory", f"about {size(plan.peak_bytes)}, beside Python and torch themselves"),
+    ]
+
+
+def _costs(before: Cost, after: Cost) -> None:
+    rows = [
+        ("parameters", before.total_parameters, after.total_parameters, amount),
+        ("active per token", before.active_parameters, after.active_parameters, amount),
+        ("FLOPs per token", before.flops_per_token, after.flops_per_token, amount),
+        ("bytes", before.nbytes, after.nbytes, size),
+    ]
+    table(("", "dense", "MoE", "change"), [(n, f(b), f(a), change(b, a)) for n, b, a, f in rows], right=(1, 2, 3))
+
+
+def _details(plan: SplitPlan) -> None:
+    """What ``-v`` adds: parts, files, recipe."""
+    heading("Parameters by part")
+    before, after = plan.parent_cost.total, plan.cost
+    parts = dict.fromkeys([*before, *after.total])
+    rows = [
+        (p.replace("_", " "), f"{before.get(p, 0):,}", f"{after.total.get(p, 0):,}", f"{after.active.get(p, 0):,}")
+        for p in parts
+    ]
+    table(("", "dense", "MoE", "active"), rows, right=(1, 2, 3))
+    heading("Files")
+    table(("", ""), [(f, size(sum(n for *_, n in t.values()))) for f, t in plan.shards.items()], right=(1,))
+    heading("Recipe")
+    click.echo("".join(f"  {line}\n" for line in plan.recipe.to_yaml().splitlines()), nl=False)
+
+
+def print_warnings(warnings: Sequence[str], *, err: bool = False) -> None:
+    """Warnings, or nothing if there are none."""
+    if warnings:
+        heading("Warnings", err=err)
+        bullets(warnings, mark="!", err=err)
+
+
+def _advice(advice: Sequence[str]) -> None:
+    if advice:
+        heading("Good to know")
+        bullets(advice)
+
+
+def print_result(result: SplitResult) -> None:
+    """How a conversion went."""
+    plan, run = result.plan, result.receipt["run"]
+    click.echo(f"\n{click.style(str(result.out), bold=True)}: {plan.target.name}, ready for transformers.")
+    before, after = plan.parent_cost, plan.cost
+    shares = (change(before.active_parameters, after.active_parameters), change(before.nbytes, after.nbytes))
+    facts(
+        [
+            ("parameters", f"{amount(after.total_parameters)}; {amount(after.active_parameters)} active ({shares[0]})"),
+            ("files", f"{plural(len(plan.shards), 'file')}, {size(after.nbytes)}"),
+            ("parity", parity(result.receipt.get("verification"))),
+            ("took", f"{duration(run['seconds'])}, at most {size(run['peak_resident_bytes'])} of memory"),
+        ]
+    )
+    print_warnings(result.warnings)
+    _advice(plan.advice)
+
+
+def parity(check: Mapping[str, Any] | None) -> str:
+    """One sentence on what the comparison with the parent found; ``check`` is `Verification` as plain data."""
+    if check is None:
+        return "not checked (--no-verify); `llamamoe verify` does it"
+    if check["equal_weights"] is None:
+        return "the method claims none; files, names and shapes are as planned"
+    text = f"logits differ by {error(check['equal_weights'])} of the largest with all experts at equal weights"
+    if check["as_stored"] is not None:
+        text += f", {error(check['as_stored'])} with the router as stored"
+    return text

@@ -1,0 +1,89 @@
+"""Progress on stderr, for a terminal and for a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from llamamoe.progress import Progress, ProgressCallback
+
+from ._format import duration, plural
+
+PLAIN_SECONDS = 5.0
+"""The least time between two plain lines of one stage."""
+
+
+class _Clock:
+    """Times the stage that is under way; stages follow one another."""
+
+    def __init__(self) -> None:
+        self.now = self.began = time.monotonic()
+        self.step: Progress | None = None
+        self.first = (0, self.now)
+
+    def starts(self, step: Progress) -> bool:
+        """Take note of a step; tell whether a stage begins with it."""
+        before, last = self.now, self.step
+        self.now, self.step = time.monotonic(), step
+        if last is not None and step.stage == last.stage and step.done >= last.done:
+            return False
+        self.began, self.first = before, (step.done, self.now)  # the first unit was under way since the last report
+        return True
+
+    def text(self, *, detail: bool) -> str:
+        """How far the stage is, how fast, and how long it will take, or how long it took."""
+        step = self.step
+        assert step is not None
+        parts = [f"{step.done:,} of {plural(step.total, step.unit)}"]
+        done, seconds = step.done - self.first[0], self.now - self.first[1]
+        if step.done >= step.total:
+            parts.append(duration(self.now - self.began))
+        elif done > 0 and seconds > 0:
+            rate = done / seconds
+            parts.append(f"{rate:,.0f} {step.unit}s/s" if rate >= 10 else f"{rate:.2g} {step.unit}s/s")
+            parts.append(f"{duration((step.total - step.done) / rate)} left")
+        return ", ".join(parts + [step.detail] * (detail and step.detail != ""))
+
+
+@contextmanager
+def plain_lines(*, verbose: bool) -> Iterator[ProgressCallback]:
+    """One line when a stage ends, and every few seconds while it lasts; with ``verbose`` one for every step."""
+    clock = _Clock()
+    shown = clock.now
+
+    def report(step: Progress) -> None:
+        nonlocal shown
+        clock.starts(step)
+        if verbose or step.done >= step.total or clock.now - shown >= PLAIN_SECONDS:
+            shown = clock.now
+            click.echo(f"{step.stage}: {clock.text(detail=verbose)}", err=True)
+
+    yield report
+
+
+@contextmanager
+def live_bar(*, verbose: bool) -> Iterator[ProgressCallback]:
+    """One bar for each stage; finished ones stay."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
+    clock = _Clock()
+    with Bars(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
+        task = waiting = bars.add_task("start", total=None, text="")
+
+        def report(step: Progress) -> None:
+            nonlocal task
+            if clock.starts(step):
+                bars.update(waiting, visible=False)
+                task = bars.add_task(step.stage, total=step.total, text="")
+            bars.update(task, completed=step.done, text=clock.text(detail=verbose))
+
+        try:
+            yield report
+        finally:
+            bars.update(waiting, visible=False)

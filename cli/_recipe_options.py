@@ -1,0 +1,169 @@
+"""Options of ``split`` that are keys of the recipe: their help and defaults are read from the recipe's own model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import click
+
+from llamamoe.errors import UsageError
+from llamamoe.registry import near_misses
+
+from ._style import Name, Option
+
+
+def _registry(package: str, variable: str) -> Callable[[], list[str]]:
+    def names() -> list[str]:
+        from importlib import import_module
+
+        found: list[str] = getattr(import_module(f"llamamoe.{package}"), variable).names()
+        return found
+
+    return names
+
+
+def _literals(field: str) -> Callable[[], list[str]]:
+    def names() -> list[str]:
+        from llamamoe.recipe import SplitRecipe
+
+        def flat(annotation: Any) -> list[str]:
+            return [v for a in get_args(annotation) for v in ([a] if isinstance(a, str) else flat(a))]
+
+        return flat(SplitRecipe.model_fields[field].annotation)
+
+    return names
+
+
+def _targets() -> list[str]:
+    return ["auto", *_registry("targets", "TARGETS")()]
+
+
+class _Row(NamedTuple):
+    """An option of the recipe: its flag and field, and what the recipe itself does not know.
+
+    Attributes:
+        names: What there is to choose from, if it is a choice.
+        unset: What decides if neither flag nor recipe does.
+        text: In the place of the recipe's description and of the names.
+    """
+
+    flag: str
+    field: str
+    group: str
+    metavar: str
+    type: Any = str
+    names: Callable[[], list[str]] | None = None
+    unset: str = ""
+    text: str = ""
+
+    def help(self) -> str:
+        """The recipe's description, the names to choose from, the default and where it comes from."""
+        from llamamoe.recipe import SplitRecipe
+
+        info = SplitRecipe.model_fields[self.field]
+        about = self.text or (info.description or "").rstrip(".")
+        if self.names is not None and not self.text:
+            about += f": {', '.join(self.names())}"
+        default = getattr(info.default, "name", info.default)
+        shown = self.unset if default is None or default == () else str(default)
+        return f"{about}." + (f"  [default: {shown}]" if shown else "")
+
+
+class _Layers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on only
+    """``0,1,-1`` and ranges ``0-2``, as a list of numbers."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Parse it, or say what is wrong."""
+        layers: list[int] = []
+        for part in str(value).split(","):
+            match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?\s*", part)
+            if match is None:
+                self.fail(f"{part!r} is no layer (3), layer from the end (-1) or range (0-2).", param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                self.fail(f"the range {part.strip()!r} ends before it begins.", param, ctx)
+            if last - first > 100_000:
+                self.fail(f"the range {part.strip()!r} is too long.", param, ctx)
+            layers += range(first, last + 1)
+        return layers
+
+
+SIZES, METHODS, WRITING = "Experts", "Methods", "What is written"
+_ROWS = (
+    _Row("--experts", "num_experts", SIZES, "N", int),
+    _Row("--top-k", "top_k", SIZES, "K", int),
+    _Row("--shared", "shared", SIZES, "0.25|384|2x", unset="the method's"),
+    _Row("--pad-to", "pad_to", SIZES, "W", int),
+    _Row("--keep-dense", "keep_dense", SIZES, "LAYERS", _Layers(), unset="none",
+         text="Layers left dense, for example 0,1,-1 or 0-2"),
+    _Row("--method", "method", METHODS, "NAME", names=_registry("splitters", "SPLITTERS")),
+    _Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("selectors", "SELECTORS")),
+    _Row("--router", "router", METHODS, "NAME", names=_registry("routers", "ROUTERS"), unset="the method's"),
+    _Row("--router-scale", "router_scale", METHODS, "NAME", names=_literals("router_scale"),
+         text="hard: rows so small that selected experts weigh the same; soft: rows as they are"),
+    _Row("--rescale", "rescale", METHODS, "NAME", names=_registry("rescales", "RESCALES"), unset="the method's"),
+    _Row("--seed", "seed", METHODS, "N", int),
+    _Row("--target", "target", WRITING, "NAME", names=_targets),
+    _Row("--dtype", "dtype", WRITING, "NAME", names=_literals("dtype"), unset="the source's",
+         text="Dtype to store: float32, bfloat16 or float16"),
+    _Row("--shard-size", "shard_size", WRITING, "SIZE"),
+    _Row("--require", "require", WRITING, "4.57", names=_literals("require"),
+         text="Refuse what this older transformers cannot load"),
+)  # fmt: skip
+FLAGS = {row.field: row.flag for row in _ROWS} | {"strict": "--strict", "card": "--no-card"}
+"""Field of the recipe to flag."""
+
+
+def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_ROWS`; each arrives under the name of its field, None if not given."""
+    for row in reversed(_ROWS):
+        function = click.option(
+            row.flag,
+            row.field,
+            cls=Option,
+            group=row.group,
+            metavar=row.metavar,
+            type=row.type if row.names is None else Name(row.names),
+            explain=row.help,
+        )(function)
+    return function
+
+
+def recipe_file(text: str | None) -> AbstractContextManager[Path | None]:
+    """The file that ``--recipe`` means: a path, or the name of a recipe that ships with llamamoe.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text is None:
+        return nullcontext(None)
+    path = Path(text).expanduser()
+    if path.exists() or "/" in text or path.suffix in (".yaml", ".yml"):
+        return nullcontext(path)
+    from importlib.resources import as_file, files
+
+    folder = files("llamamoe_recipes") / "split"
+    shipped = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    if text not in shipped:
+        raise UsageError(
+            f"--recipe {text!r} is neither a file nor a recipe that ships with llamamoe.",
+            hint=near_misses(text, shipped) if shipped else "Give a YAML file.",
+        )
+    return as_file(folder / f"{text}.yaml")
+
+
+def name_flags(error: UsageError, given: Mapping[str, Any]) -> UsageError:
+    """The same error with the flags that the user typed in the place of the recipe's keys."""
+
+    def flag(match: re.Match[str]) -> str:
+        field = match[2]
+        return f"{match[1]}{FLAGS[field]}:" if given.get(field) is not None else match[0]
+
+    fields = "|".join(FLAGS)
+    return UsageError(re.sub(rf"(?m)^(  - )({fields})\b[.\w]*:", flag, error.message), hint=error.hint)

@@ -1,0 +1,113 @@
+"""How help looks: options by group, defaults shown with their origin, examples at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+SECTIONS = ("Convert", "Look and check", "Measure", "Other commands")
+"""The order of sections in ``llamamoe --help``."""
+GENERAL = "General"
+
+
+class HelpFormatter(click.HelpFormatter):
+    """Click's, with bold headings (on a terminal only)."""
+
+    def write_heading(self, heading: str) -> None:
+        """Bold."""
+        self.write(f"{'':>{self.current_indent}}{click.style(heading + ':', bold=True)}\n")
+
+
+class Context(click.Context):
+    """Click's, with our formatter."""
+
+    formatter_class = HelpFormatter
+
+
+class Option(click.Option):
+    """An option that belongs to a group of the help.
+
+    Args:
+        group: The heading under which it stands.
+        explain: Writes its help when it is asked for, because the text needs an import.
+    """
+
+    def __init__(self, *args: Any, group: str = GENERAL, explain: Callable[[], str] | None = None, **keys: Any) -> None:
+        super().__init__(*args, **keys)
+        self.group = group
+        self.explain = explain
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Click's, with the help written on demand."""
+        if self.explain is not None:
+            self.help = self.explain()
+        return super().get_help_record(ctx)
+
+
+class Command(click.Command):
+    """A command with options by group and examples.
+
+    Args:
+        section: Where ``llamamoe --help`` lists it, one of `SECTIONS`.
+        rank: Its place in the section.
+        examples: Command lines, one a line.
+    """
+
+    context_class = Context
+
+    def __init__(self, *args: Any, section: str = SECTIONS[-1], rank: int = 9, examples: str = "", **keys: Any) -> None:
+        super().__init__(*args, **keys)
+        self.section = section
+        self.order = (SECTIONS.index(section), rank)
+        self.examples = examples
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options by group, the general ones at the end."""
+        rows = []
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                rows.append((getattr(param, "group", GENERAL), record))
+        rows.sort(key=lambda row: row[0] == GENERAL)
+        write_sections(formatter, rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples, line by line as written."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for line in self.examples.strip().splitlines():
+                    formatter.write(" " * formatter.current_indent + line + "\n")
+
+
+def write_sections(formatter: click.HelpFormatter, rows: list[tuple[str, tuple[str, str]]]) -> None:
+    """Write (heading, row) pairs: every heading once, in the order of its first row, one column width for all."""
+    width = min(30, max((len(first) for _, (first, _) in rows), default=0))
+    for heading in dict.fromkeys(heading for heading, _ in rows):
+        with formatter.section(heading):
+            formatter.write_dl([(first.ljust(width), text) for h, (first, text) in rows if h == heading])
+
+
+class Name(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on only
+    """A name out of a list that is read when it is needed: plug-ins show up by themselves.
+
+    Nothing is refused here: the recipe checks all names and values at once and tells near misses.
+
+    Args:
+        names: Returns the list.
+    """
+
+    name = "name"
+
+    def __init__(self, names: Callable[[], list[str]]) -> None:
+        self.names = names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that begin with what was typed."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]

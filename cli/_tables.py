@@ -1,0 +1,77 @@
+"""Tables and paragraphs on stdout."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import click
+
+
+def width() -> int:
+    """Columns to write into: the terminal's, or many where stdout is none, so that a row stays a line."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+
+
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Iterable[int] = (),
+    wrap: Iterable[int] | None = None,
+    indent: int = 2,
+) -> None:
+    """Print a table.
+
+    Args:
+        header: Titles; all empty for none.
+        rows: Cells.
+        right: Columns to flush right.
+        wrap: Columns that are wrapped where the terminal is narrow; None: the last.
+        indent: Spaces before it.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    aligned = set(right)
+    wrapped = [len(header) - 1] if wrap is None else list(wrap)
+    grid = Table(box=None, show_header=any(header), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for index, title in enumerate(header):
+        grid.add_column(
+            title,
+            justify="right" if index in aligned else "left",
+            no_wrap=index not in wrapped,
+            overflow="fold",
+        )
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    console = Console(file=sys.stdout, width=width(), highlight=False)
+    with console.capture() as captured:
+        console.print(Padding(grid, (0, 0, 0, indent), expand=False))
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def facts(pairs: Iterable[tuple[str, str]], *, indent: int = 2) -> None:
+    """Print names and what they are, one a line."""
+    table(("", ""), pairs, indent=indent)
+
+
+def heading(text: str, *, err: bool = False) -> None:
+    """Print a title after an empty line."""
+    click.echo(f"\n{click.style(text, bold=True)}", err=err)
+
+
+def bullets(lines: Iterable[str], *, mark: str = "-", err: bool = False) -> None:
+    """Print one wrapped item for each line."""
+    for line in lines:
+        click.echo(textwrap.fill(line, width(), initial_indent=f"  {mark} ", subsequent_indent="    "), err=err)
+
+
+def paragraph(text: str) -> None:
+    """Print wrapped text."""
+    click.echo(textwrap.fill(text, width(), initial_indent="  ", subsequent_indent="  "))

@@ -1,0 +1,39 @@
+"""``llamamoe fix-config``: make a checkpoint that transformers 5 saved load in 4.57 too."""
+
+from __future__ import annotations
+
+import click
+
+from ._format import plural
+from ._output import Output, output_options
+from ._style import Command, Option
+from ._tables import bullets
+
+HELP = """Add to config.json in the folder PATH what transformers 4.57 reads.
+
+save_pretrained and the Trainer of transformers 5 write rope and some names in a new spelling only; 4.57 falls back to
+its defaults without a word, and computes something else. The old spelling is added beside the new one; transformers 5
+loads the same model as before.
+"""
+
+
+@click.command(cls=Command, section="Convert", rank=1, short_help="Make a saved config.json readable for 4.57.",
+               help=HELP, examples="llamamoe fix-config trained/checkpoint-1000 --dry-run")  # fmt: skip
+@click.argument("path")
+@click.option("--dry-run", cls=Option, group="This run", is_flag=True, help="Only say what would be added.")
+@output_options
+def command(path: str, dry_run: bool, output: Output) -> None:
+    """Parse, fix, print."""
+    from llamamoe.config_compat import fix_config
+
+    added = fix_config(path, dry_run=dry_run)
+
+    def human() -> None:
+        if not added:
+            click.echo(f"{path}: nothing is missing.")
+            return
+        verb = "would be added" if dry_run else "added"
+        click.echo(f"{path}/config.json: {plural(len(added), 'key')} {verb}")
+        bullets(added, mark="+")
+
+    output.result({"path": path, "dry_run": dry_run, "added": added}, human, summary=not dry_run)

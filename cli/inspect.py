@@ -1,0 +1,138 @@
+"""``llamamoe inspect``: what a checkpoint is, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._format import amount, duration, error, plural, size
+from ._output import Output, output_options
+from ._style import Command
+from ._tables import bullets, facts, heading, table
+
+if TYPE_CHECKING:
+    from llamamoe.inspection import Experts, Inspection
+
+HELP = """Say what the checkpoint PATH is and what it costs, from headers alone.
+
+PATH is dense or a mixture of experts, ours or anybody's: a folder with config.json and safetensors, a .gguf file or a
+hub id. No weights are read.
+"""
+
+
+@click.command(cls=Command, section="Look and check", rank=0, short_help="What a checkpoint is and what it costs.",
+               help=HELP, examples="llamamoe inspect OUT\nllamamoe inspect model.gguf --json")  # fmt: skip
+@click.argument("path")
+@output_options
+def command(path: str, output: Output) -> None:
+    """Parse, inspect, print."""
+    from llamamoe.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(path)
+    output.result(found.to_json(), lambda: _print(found, verbose=output.verbose))
+
+
+def _print(found: Inspection, *, verbose: bool) -> None:
+    kind = "mixture of experts" if found.kind == "moe" else "dense"
+    click.echo(f"{click.style(found.name, bold=True)}: {kind}, {found.model_type or 'no model_type'}")
+    facts(_facts(found))
+    if found.experts is not None:
+        heading("Experts")
+        facts(_experts(found.experts))
+    heading("Costs")
+    _costs(found, verbose=verbose)
+    if found.provenance is not None:
+        heading("Made by llamamoe")
+        facts(_provenance(found.provenance, found.receipt))
+    if found.notes:
+        heading("Notes")
+        bullets(found.notes, mark="!")
+    if found.kind == "dense":
+        click.echo()
+        if found.refusal is None:
+            click.echo(f"It can be split: llamamoe split {found.path} OUT --dry-run")
+        else:
+            click.echo(f"It cannot be split: {found.refusal}")
+
+
+def _facts(found: Inspection) -> list[tuple[str, str]]:
+    sizes = dict(found.sizes)
+    ffn = [("FFN", f"{found.intermediate_size:,} neurons")] if found.experts is None and found.intermediate_size else []
+    heads = f"{sizes.get('num_attention_heads', '?')} of {sizes.get('head_dim', '?')}"
+    if "head_dim" not in sizes and sizes.get("num_attention_heads"):
+        heads = f"{sizes['num_attention_heads']}"
+    keys = sizes.get("num_key_value_heads")
+    total = sum(found.dtypes.values()) or 1
+    kinds = ", ".join(f"{k} {100 * n / total:.0f} %" if n < total else k for k, n in found.dtypes.items())
+    return [
+        ("class", found.architecture or "not named"),
+        ("layers", f"{sizes.get('num_hidden_layers', '?')}, hidden size {_number(sizes.get('hidden_size'))}"),
+        *ffn,
+        ("heads", heads + (f", {keys} for keys and values" if keys else "")),
+        ("vocabulary", _number(sizes.get("vocab_size")) + (", head tied to the embedding" if found.tied else "")),
+        ("context", _number(sizes.get("max_position_embeddings"))),
+        ("files", f"{found.format}, {plural(found.files, 'file')}, {size(found.bytes_on_disk)}, {kinds}"),
+        *([("revision", found.revision)] if found.revision else []),
+    ]
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _experts(experts: Experts) -> list[tuple[str, str]]:
+    rows = [
+        ("experts", f"{experts.num_experts} in each of {plural(len(experts.moe_layers), 'layer')}"),
+        ("selected", f"{experts.top_k} per token"),
+        ("expert width", f"{experts.expert_width:,} neurons"),
+    ]
+    if experts.shared_width:
+        stub = " (zeros: the architecture needs one)" if experts.shared_is_stub else ""
+        rows.append(("shared expert", f"{experts.shared_width:,} neurons{stub}"))
+    if experts.dense_layers:
+        rows.append(("dense layers", ", ".join(map(str, experts.dense_layers)) + f", {experts.dense_width} neurons"))
+    return rows
+
+
+def _costs(found: Inspection, *, verbose: bool) -> None:
+    cost = found.cost
+    active = f", {amount(cost.active_parameters)} active per token" if found.experts is not None else ""
+    rows = [
+        ("parameters", amount(cost.total_parameters) + active),
+        ("FLOPs per token", f"{amount(cost.flops_per_token)}, attention scores left out"),
+        ("memory", f"{size(cost.nbytes)} of weights once loaded"),
+    ]
+    if found.kv_bytes_per_token:
+        rows.append(("cache", f"{size(found.kv_bytes_per_token)} per token in 16 bits"))
+    facts(rows)
+    if verbose:
+        heading("Parameters by part")
+        parts = [(part.replace("_", " "), f"{n:,}", f"{cost.active[part]:,}") for part, n in cost.total.items()]
+        table(("", "total", "active"), parts, right=(1, 2))
+
+
+def _provenance(made: Mapping[str, Any], receipt: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    rows = [(str(key).replace("_", " "), _plain(value)) for key, value in made.items() if value is not None]
+    if receipt is None:
+        return rows
+    if not receipt.get("verified"):
+        return [*rows, ("verified", "no")]
+    parts = ["yes" if receipt.get("passed") else "failed"]
+    for key, name in (("equal_weights", "at equal weights"), ("as_stored", "as stored")):
+        if receipt.get(key) is not None:
+            parts.append(f"{error(receipt[key])} {name}")
+    rows.append(("verified", ", ".join(parts)))
+    if receipt.get("finished"):
+        rows.append(("finished", f"{receipt['finished']} after {duration(receipt.get('seconds', 0.0))}"))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    """A value of the provenance block on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items() if v is not None)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_plain, value)) or "none"
+    return str(value)

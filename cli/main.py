@@ -1,0 +1,148 @@
+"""The command ``llamamoe``: finds the commands beside this file, and turns errors into messages and exit codes.
+
+Every module here whose name has no leading underscore holds one command, called ``command``; adding a command is
+adding a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+from llamamoe import __version__
+from llamamoe.errors import LlamaMoeError
+from llamamoe.registry import near_misses
+
+from ._output import VERBOSE, Interrupted
+from ._style import Command, Context, write_sections
+
+EXAMPLES = """\
+llamamoe demo                                         # a small real model, start to end
+llamamoe inspect SOURCE                               # what is it, and what can it become?
+llamamoe split SOURCE OUT --experts 8 --top-k 2       # convert and verify
+llamamoe evaluate OUT --text FILE --against SOURCE    # what did it lose?
+"""
+
+
+class Root(click.Group):
+    """The group of all commands; their modules are imported when they are needed."""
+
+    context_class = Context
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the modules beside this one, as commands are typed."""
+        modules = pkgutil.iter_modules([os.path.dirname(__file__)])
+        return sorted(
+            m.name.replace("_", "-") for m in modules if not m.name.startswith("_") and f".{m.name}" not in __name__
+        )
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f".{cmd_name.replace('-', '_')}", __package__)
+        found: click.Command = module.command
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Click's, with near misses for an unknown name."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            raise click.UsageError(f"there is no command {name!r}. {near_misses(name, self.list_commands(ctx))}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Commands by section."""
+        rows = []
+        for name in self.list_commands(ctx):
+            found = self.get_command(ctx, name)
+            assert isinstance(found, Command)
+            rows.append((found.order, found.section, (name, found.get_short_help_str(90))))
+        rows.sort()
+        write_sections(formatter, [(section, row) for _, section, row in rows])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples."""
+        with formatter.section("Examples"):
+            for line in EXAMPLES.splitlines():
+                formatter.write(" " * formatter.current_indent + line + "\n")
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Click's, with NO_COLOR honoured."""
+        if os.environ.get("NO_COLOR"):
+            extra.setdefault("color", False)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; every error becomes a message on stderr and an exit code."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            _fail(ctx, Interrupted())
+        except LlamaMoeError as error:
+            _fail(ctx, error)
+        except BrokenPipeError:
+            # Whoever read stdout has gone: what is still buffered goes nowhere, so that closing it is no second error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+        except Exception as error:
+            _fail(ctx, _unexpected(ctx, error))
+
+
+def _unexpected(ctx: click.Context, error: Exception) -> LlamaMoeError:
+    """What nobody foresaw, as one line; the traceback with ``-v``."""
+    if ctx.meta.get(VERBOSE):
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        text = f"{where}{error.strerror}."
+    else:
+        lines = str(error).strip().splitlines()
+        text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return LlamaMoeError(text, hint=None if ctx.meta.get(VERBOSE) else "Use -v for the traceback.")
+
+
+def _fail(ctx: click.Context, error: LlamaMoeError) -> NoReturn:
+    if isinstance(error, Interrupted):
+        click.echo(str(error), err=True)
+    else:
+        click.echo(f"{click.style('Error:', fg='red', bold=True)} {error.message}", err=True)
+        if error.hint:
+            click.echo(f"  {error.hint}", err=True)
+    ctx.exit(error.exit_code)
+
+
+@click.group(
+    cls=Root,
+    help="Turn a trained dense LLaMA-style language model into a sparse mixture of experts that plain transformers "
+    "loads.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    no_args_is_help=False,
+    invoke_without_command=True,
+)
+@click.version_option(__version__, "-V", "--version", prog_name="llamamoe", message="%(prog)s %(version)s")
+@click.pass_context
+def root(ctx: click.Context) -> None:
+    """What ``llamamoe`` alone does: show the help."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> NoReturn:
+    """The entry point."""
+    root.main(prog_name="llamamoe")
+    raise AssertionError("click exits")

@@ -1,0 +1,122 @@
+"""``llamamoe methods``: what there is to choose from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from llamamoe.errors import UsageError
+from llamamoe.registry import near_misses
+
+from ._output import Output, output_options
+from ._style import Command, Option
+from ._tables import bullets, facts, heading, paragraph, table
+
+if TYPE_CHECKING:
+    from llamamoe.catalog import Cell, Matrix, Method
+
+HELP = """List the methods to split, route and rescale, the architectures to write and the families to read.
+
+With NAME: everything about the method of that name, its options included.
+"""
+EXAMPLES = """
+llamamoe methods
+llamamoe methods kmeans
+llamamoe methods --matrix
+"""
+TITLES = {
+    "splitter": "How neurons are partitioned (--method)",
+    "router": "How the router starts (--router)",
+    "shared_by": "How shared neurons are chosen (--shared-by)",
+    "rescale": "What selected experts are multiplied by (--rescale)",
+    "target": "Architectures to write (--target)",
+    "family": "Dense families to read",
+}
+KEYS = {"splitter": "method"}
+"""Kind to key of the recipe, where they differ."""
+
+
+@click.command(cls=Command, section="Look and check", rank=2, short_help="What there is to choose from.", help=HELP,
+               examples=EXAMPLES)  # fmt: skip
+@click.argument("name", required=False)
+@click.option("--matrix", "as_matrix", cls=Option, group="What to list", is_flag=True,
+              help="Which family can become which architecture.")  # fmt: skip
+@output_options
+def command(name: str | None, as_matrix: bool, output: Output) -> None:
+    """Parse, list, print."""
+    from llamamoe.catalog import list_methods, matrix
+
+    if as_matrix:
+        if name is not None:
+            raise click.UsageError("NAME and --matrix exclude each other.")
+        found = matrix()
+        output.result(found.to_json(), lambda: _print_matrix(found, verbose=output.verbose))
+        return
+    methods = list_methods()
+    if name is not None:
+        known = list(dict.fromkeys(m.name for m in methods))
+        if name not in known:
+            raise UsageError(f"there is no method, architecture or family {name!r}.", hint=near_misses(name, known))
+        methods = [m for m in methods if m.name == name]
+    data = [m.to_json() for m in methods]
+    output.result(data, lambda: _print(methods, detailed=name is not None or output.verbose))
+
+
+def _print(methods: Sequence[Method], *, detailed: bool) -> None:
+    for index, kind in enumerate(dict.fromkeys(m.kind for m in methods)):
+        if index:
+            click.echo()
+        click.echo(click.style(TITLES.get(kind, kind), bold=True))
+        rows = [m for m in methods if m.kind == kind]
+        if detailed:
+            for method in rows:
+                _details(method)
+        else:
+            table(("", ""), [(m.name, m.summary) for m in rows])
+    if not detailed:
+        click.echo("\n`llamamoe methods NAME` tells more of one, -v of all; `--matrix` which family becomes what.")
+
+
+def _details(method: Method) -> None:
+    click.echo(f"  {click.style(method.name, bold=True)}: {method.summary}")
+    known = [("reference", method.reference), ("needs", method.needs), ("parity", method.parity)]
+    known += [(key.replace("_", " "), str(value)) for key, value in method.facts.items()]
+    facts([pair for pair in known if pair[1]], indent=4)
+    for option in method.options:
+        rules = "".join(f", {rule}" for rule in option.rules)
+        key = f"{KEYS.get(method.kind, method.kind)}.{option.name}"
+        bullets([f"{key} ({option.type}{rules}, default {option.default}): {option.description}"], mark="  --set")
+
+
+def _print_matrix(found: Matrix, *, verbose: bool) -> None:
+    rows = [
+        (family, variant, *(_cell(found, family, target, variant) for target in found.targets))
+        for family, variant in found.rows
+    ]
+    titles = [re.sub(r"_?moe", r"\n\g<0>", target) for target in found.targets]
+    table(("family", "", *titles), rows, wrap=(1,), indent=0)
+    click.echo()
+    paragraph(
+        "4.57: loads in transformers 4.57 and 5. 5: in transformers 5 only. s: neurons can be shared, too. "
+        "*: exact in float32 only. -: refused" + ("." if verbose else "; -v says why.")
+    )
+    if verbose:
+        heading("Refused because")
+        reasons = {
+            f"{c.family} ({c.variant}) -> {c.target}: {'; '.join(c.reasons)}"
+            for c in found.cells
+            if not c.supported and not c.shared
+        }
+        bullets(sorted(reasons))
+
+
+def _cell(found: Matrix, family: str, target: str, variant: str) -> str:
+    plain = found.cell(family, target, variant=variant)
+    shared = found.cell(family, target, variant=variant, shared=True)
+    cell: Cell = plain if plain.supported else shared
+    if not cell.supported:
+        return "-"
+    return cell.transformers[0] + " s" * shared.supported + "*" * (cell.dtype == "float32")

@@ -1,0 +1,120 @@
+"""``llamamoe split``: convert a dense checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llamamoe.errors import UsageError
+
+from ._output import Interrupted, Output, output_options
+from ._recipe_options import WRITING, name_flags, recipe_file, recipe_options
+from ._style import Command, Option
+
+if TYPE_CHECKING:
+    from llamamoe.recipe import SplitRecipe
+
+RECIPE, RUN = "Recipe", "This run"
+EXAMPLES = """
+llamamoe split SOURCE OUT --experts 8 --top-k 2 --method kmeans
+llamamoe split SOURCE OUT --experts 16 --shared 0.25 --dry-run
+llamamoe split meta-llama/Llama-3.2-1B OUT --target mixtral --dtype bfloat16
+llamamoe split SOURCE OUT --recipe my.yaml --set method.max_iter=50
+llamamoe split SOURCE OUT --recipe my.yaml --resume
+"""
+HELP = """Convert the dense checkpoint SOURCE into a mixture of experts in the folder OUT.
+
+SOURCE is a folder with config.json and safetensors, a .gguf file, a hub id (org/name) or hf://org/name@revision.
+OUT appears when everything in it is written and verified, or not at all.
+
+Values come from the recipe, then from flags, then from --set; the later wins.
+"""
+
+
+def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
+
+
+@click.command(cls=Command, section="Convert", rank=0, short_help="Convert a dense checkpoint.", help=HELP,
+               examples=EXAMPLES)  # fmt: skip
+@click.argument("source")
+@click.argument("out", required=False)
+@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
+@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+       text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
+@recipe_options
+@_flag("--strict", group=WRITING, is_flag=True, default=None,
+       text="Refuse what would only be warned about, weights that are not finite included.")  # fmt: skip
+@_flag("--no-card", "card", group=WRITING, is_flag=True, flag_value=False, default=None, text="Write no model card.")
+@_flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; reads headers only.")
+@_flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
+@_flag("--force", group=RUN, is_flag=True, text="Replace the checkpoint in OUT; drop what an interrupted run left.")
+@_flag("--no-verify", "verify", group=RUN, is_flag=True, flag_value=False, default=True,
+       text="Do not compare the result with its parent before it appears.")  # fmt: skip
+@output_options
+def command(
+    source: str,
+    out: str | None,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    resume: bool,
+    force: bool,
+    verify: bool,
+    output: Output,
+    **given: Any,
+) -> None:
+    """Parse, then plan or convert, then print."""
+    if out is None and not dry_run:
+        raise click.UsageError("Missing argument 'OUT': the folder to make.")
+    complete = _recipe(recipe, given, overrides)
+    if dry_run:
+        _plan(source, out, complete, resume, force, output)
+    else:
+        assert out is not None
+        _convert(source, Path(out).expanduser(), complete, output, verify=verify, resume=resume, force=force)
+
+
+def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> SplitRecipe:
+    from llamamoe.recipe import load_recipe
+
+    with recipe_file(recipe) as path:
+        try:
+            return load_recipe(path, given=given, overrides=overrides)
+        except UsageError as error:
+            raise name_flags(error, given) from None
+
+
+def _plan(source: str, out: str | None, recipe: SplitRecipe, resume: bool, force: bool, output: Output) -> None:
+    from llamamoe.conversion import check_out, check_room, plan_conversion
+
+    from ._plan import print_plan
+
+    plan = plan_conversion(source, recipe)
+    if out is not None:
+        folder = Path(out).expanduser()
+        check_out(folder, plan.model.checkpoint.path, force=force)
+        check_room(folder, plan, resume=resume)
+    output.result(
+        {"dry_run": True, "out": out, **plan.to_json()}, lambda: print_plan(plan, source, verbose=output.verbose)
+    )
+
+
+def _convert(source: str, out: Path, recipe: SplitRecipe, output: Output, **keys: bool) -> None:
+    from llamamoe import split
+    from llamamoe.checkpoint.writer import partial_path
+
+    from ._plan import print_result, print_warnings
+
+    try:
+        with output.progress() as report:
+            result = split(source, out, recipe, progress=report, **keys)
+    except KeyboardInterrupt:
+        left = partial_path(out)
+        raise Interrupted(f"{left} is kept, --resume finishes it" if left.exists() else "nothing was written") from None
+    if output.quiet:
+        print_warnings(result.warnings, err=True)
+    output.result({"out": str(out), **result.receipt}, lambda: print_result(result), summary=True)

@@ -1,0 +1,67 @@
+"""``llamamoe verify``: does a converted checkpoint compute what its parent computes?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ._format import error, plural
+from ._output import Output, output_options
+from ._style import Command, Option
+from ._tables import facts, heading, table
+
+if TYPE_CHECKING:
+    from llamamoe.verification import Verification
+
+HELP = """Check the folder OUT, which `llamamoe split` wrote, against the dense checkpoint that it was made from.
+
+Names, shapes and configuration must be those of the recipe in OUT; every neuron must be found exactly once, bit for
+bit; and with all experts selected the logits must agree. One layer is in memory at a time.
+Exit code 4 means that something does not agree.
+"""
+EXAMPLES = """
+llamamoe verify OUT --against SOURCE
+llamamoe verify OUT --against org/name --json
+"""
+
+
+@click.command(cls=Command, section="Look and check", rank=1, short_help="Compare a conversion with its parent.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@click.argument("out")
+@click.option("--against", cls=Option, group="Comparison", metavar="SOURCE", required=True,
+              help="The dense parent: a folder, a .gguf file or a hub id.")  # fmt: skip
+@output_options
+def command(out: str, against: str, output: Output) -> None:
+    """Parse, verify, print."""
+    from llamamoe import verify
+
+    with output.progress() as report:
+        found = verify(out, against, progress=report)
+    output.result(found.to_json(), lambda: _print(out, found, verbose=output.verbose), summary=True)
+
+
+def _print(out: str, found: Verification, *, verbose: bool) -> None:
+    click.echo(f"{click.style(out, bold=True)}: {click.style('verified', fg='green')}")
+    rows = []
+    for name, value, allowed in (
+        ("all experts, equal weights", found.equal_weights, found.equal_tolerance),
+        ("all experts, router as stored", found.as_stored, found.stored_tolerance),
+    ):
+        if value is not None:
+            rows.append((name, error(value), error(allowed)))
+    if rows:
+        table(("largest difference of a logit", "relative", "allowed"), rows, right=(1, 2))
+    else:
+        click.echo("  The method claims no exactness; files, names and shapes are as the recipe says.")
+    neurons = f"every one found once, bit for bit, in {plural(found.neurons_checked, 'layer')}"
+    facts(
+        [
+            *([("neurons", neurons)] if found.neurons_checked else []),
+            ("text", f"{plural(found.num_tokens, 'token')} of {found.tokens}"),
+            ("reference", found.reference),
+        ]
+    )
+    if verbose:
+        heading("FFN outputs by layer")
+        table(("layer", "difference"), [(str(i), error(e)) for i, e in found.layer_error], right=(0, 1))
