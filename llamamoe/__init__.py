@@ -16,9 +16,15 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .catalog import Matrix, Method, list_methods, matrix
+    from .config_compat import fix_config
     from .conversion import SplitResult, plan_conversion, split
+    from .demonstration import DemoResult, demo
     from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError, VerificationError
+    from .evaluation import evaluate
+    from .inspection import Inspection, inspect_checkpoint
     from .recipe import SplitRecipe, load_recipe
+    from .scores import Evaluation
     from .verification import Verification, verify
 
 _PLACES = {
@@ -29,6 +35,17 @@ _PLACES = {
     "Verification": "verification",
     "SplitRecipe": "recipe",
     "load_recipe": "recipe",
+    "evaluate": "evaluation",
+    "Evaluation": "scores",
+    "inspect_checkpoint": "inspection",
+    "Inspection": "inspection",
+    "list_methods": "catalog",
+    "Method": "catalog",
+    "matrix": "catalog",
+    "Matrix": "catalog",
+    "fix_config": "config_compat",
+    "demo": "demonstration",
+    "DemoResult": "demonstration",
     "LlamaMoeError": "errors",
     "UsageError": "errors",
     "RefusedError": "errors",
@@ -38,7 +55,12 @@ _PLACES = {
 
 __all__ = [
     "CheckpointError",
+    "DemoResult",
+    "Evaluation",
+    "Inspection",
     "LlamaMoeError",
+    "Matrix",
+    "Method",
     "RefusedError",
     "SplitRecipe",
     "SplitResult",
@@ -46,7 +68,13 @@ __all__ = [
     "Verification",
     "VerificationError",
     "__version__",
+    "demo",
+    "evaluate",
+    "fix_config",
+    "inspect_checkpoint",
+    "list_methods",
     "load_recipe",
+    "matrix",
     "plan_conversion",
     "split",
     "verify",

