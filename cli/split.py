@@ -46,13 +46,13 @@ def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Call
 @_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
 @recipe_options
-@_flag("--strict", group=WRITING, is_flag=True, default=None,
+@_flag("--strict", group=WRITING, is_flag=True,
        text="Refuse what would only be warned about, weights that are not finite included.")  # fmt: skip
-@_flag("--no-card", "card", group=WRITING, is_flag=True, flag_value=False, default=None, text="Write no model card.")
+@_flag("--no-card", group=WRITING, is_flag=True, text="Write no model card.")
 @_flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; reads headers only.")
 @_flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
 @_flag("--force", group=RUN, is_flag=True, text="Replace the checkpoint in OUT; drop what an interrupted run left.")
-@_flag("--no-verify", "verify", group=RUN, is_flag=True, flag_value=False, default=True,
+@_flag("--no-verify", group=RUN, is_flag=True,
        text="Do not compare the result with its parent before it appears.")  # fmt: skip
 @output_options
 def command(
@@ -60,22 +60,25 @@ def command(
     out: str | None,
     recipe: str | None,
     overrides: tuple[str, ...],
+    strict: bool,
+    no_card: bool,
     dry_run: bool,
     resume: bool,
     force: bool,
-    verify: bool,
+    no_verify: bool,
     output: Output,
     **given: Any,
 ) -> None:
     """Parse, then plan or convert, then print."""
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT': the folder to make.")
+    given |= {"strict": strict or None, "card": False if no_card else None}
     complete = _recipe(recipe, given, overrides)
     if dry_run:
         _plan(source, out, complete, resume, force, output)
     else:
         assert out is not None
-        _convert(source, Path(out).expanduser(), complete, output, verify=verify, resume=resume, force=force)
+        _convert(source, Path(out).expanduser(), complete, output, verify=not no_verify, resume=resume, force=force)
 
 
 def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> SplitRecipe:

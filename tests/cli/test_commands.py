@@ -1,0 +1,140 @@
+"""The other commands: what they print, their JSON, their exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from llamamoe_cli.evaluate import with_error
+
+from llamamoe.catalog import list_methods
+from llamamoe.demonstration import DemoResult, DemoRow
+
+from .conftest import Run
+
+
+def test_verify(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
+    out = converted[0]
+    data = json.loads(run("verify", out, "--against", dense, "--json").stdout)
+    assert data["passed"] is True
+    assert {"equal_weights", "as_stored", "layer_error", "neurons_checked", "num_tokens"} <= set(data)
+    broken = tmp_path / "broken"
+    shutil.copytree(out, broken)
+    weights = broken / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    weights.write_bytes(content)
+    result = run("verify", broken, "--against", dense, code=4)
+    assert result.stdout == ""
+    assert "exactly once, bit for bit" in result.stderr or "differ" in result.stderr
+
+
+def test_verify_for_people(dense: Path, converted: tuple[Path, Result], run: Run) -> None:
+    result = run("verify", converted[0], "--against", dense, "-v")
+    assert "verified" in result.stdout
+    assert "all experts, equal weights" in result.stdout
+    assert "FFN outputs by layer" in result.stdout
+    assert "run parent: 1 of 2 layers" in result.stderr, "-v: every step"
+
+
+def test_verify_needs_its_parent(converted: tuple[Path, Result], dense: Path, run: Run) -> None:
+    assert "--against" in run("verify", converted[0], code=2).stderr
+    assert "llamamoe split" in run("verify", dense, "--against", dense, code=3).stderr
+
+
+def test_inspect(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
+    text = run("inspect", dense).stdout
+    assert "dense, llama" in text
+    assert "It can be split" in text
+    text = run("inspect", converted[0], "-v").stdout
+    for expected in ("mixture of experts, mixtral", "4 in each of 2 layers", "Made by llamamoe", "verified", "routed"):
+        assert expected in text
+    data = json.loads(run("inspect", converted[0], "--json").stdout)
+    assert data["experts"]["num_experts"] == 4
+    assert data["receipt"]["verified"] is True
+    assert "does not exist" in run("inspect", tmp_path / "none", code=3).stderr
+
+
+def test_methods(run: Run) -> None:
+    text = run("methods").stdout
+    for method in list_methods():
+        assert f"  {method.name}  " in text
+    data = json.loads(run("methods", "--json").stdout)
+    assert {"kind", "name", "summary", "reference", "needs", "parity", "options"} <= set(data[0])
+    assert "--set method.max_iter" in run("methods", "kmeans").stdout
+    assert "Did you mean 'kmeans'?" in run("methods", "kmean", code=2).stderr
+
+
+def test_matrix(run: Run) -> None:
+    text = run("methods", "--matrix").stdout
+    assert "4.57 s" in text
+    assert "mlp_bias: no architecture" not in text
+    assert "mlp_bias): no architecture" in run("methods", "--matrix", "-v").stdout
+    data = json.loads(run("methods", "--matrix", "--json").stdout)
+    assert {"rows", "targets", "cells"} == set(data)
+    assert "exclude" in run("methods", "kmeans", "--matrix", code=2).stderr
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for domain in ("wiki", "code"):
+        rows = [json.dumps({"text": f"{domain} number {i}, which says {i * i}"}) for i in range(4)]
+        (folder / f"{domain}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def test_evaluate(dense: Path, converted: tuple[Path, Result], text: Path, run: Run) -> None:
+    args = ("evaluate", converted[0], "--text", text, "--against", dense, "--device", "cpu", "--context-length", "16")
+    data = json.loads(run(*args, "--json", "-q").stdout)
+    assert set(data["model"]["domains"]) == {"code", "wiki"}
+    assert data["comparable"] == "perplexity"
+    result = run(*args, "-q")
+    for expected in ("perplexity", "bits/byte", "overall", "mean over domains", " minus ", "+-"):
+        assert expected in result.stdout
+    assert result.stderr == ""
+
+
+def test_evaluate_usage(dense: Path, run: Run) -> None:
+    assert "--text" in run("evaluate", dense, code=2).stderr
+    assert "no/such" in run("evaluate", dense, "--text", "no/such.txt", code=2).stderr
+
+
+def test_with_error() -> None:
+    assert with_error(1.5, None) == "1.5000"
+    assert with_error(1.5, 0.25, sign=True) == "+1.5000 +-0.2500"
+
+
+def test_fix_config(dense: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "dense"
+    shutil.copytree(dense, folder)
+    before = (folder / "config.json").read_text()
+    dry = json.loads(run("fix-config", folder, "--dry-run", "--json").stdout)
+    assert dry["dry_run"] is True
+    assert dry["added"]
+    assert (folder / "config.json").read_text() == before
+    assert "rope_theta" in run("fix-config", folder).stdout
+    assert "nothing is missing" in run("fix-config", folder).stdout
+    assert "config.json" in run("fix-config", tmp_path, code=3).stderr
+
+
+def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = DemoRow("dense", str(tmp_path), "", 0, 135_000_000, 135_000_000, 17.25, 0.912, None, "Paris.")
+    split = replace(row, model="random", experts="2 of 8", perplexity=1.5e6, parity=3e-7, text="the the")
+    result = DemoResult(tmp_path, (row, split), "What?", "topics", "protocol", ("It is ruined.",), 61.0)
+    monkeypatch.setattr("llamamoe.demonstration.demo", lambda out, **_: result)
+    text = run("demo", tmp_path).stdout
+    for expected in ("17.25", "1.50e+06", "2 of 8", "3.0e-07", "dense: Paris.", "It is ruined.", "1 min 01 s"):
+        assert expected in text
+    assert json.loads(run("demo", tmp_path, "--json").stdout)["rows"][1]["model"] == "random"
+    assert run("demo", tmp_path, "-q").output == ""
+
+
+def test_demo_without_the_model_names_the_extra(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamamoe.demonstration.MODEL_PACKAGE", "no_such_package_here")
+    assert "llamamoe[demo]" in run("demo", tmp_path / "out", code=1).stderr

@@ -1,0 +1,200 @@
+"""Errors, interruption, colour, pipes and progress: what shows in a terminal or a log."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from llamamoe_cli import _progress
+from llamamoe_cli._format import amount, change, duration, size
+from llamamoe_cli._output import Output, _finite
+
+from llamamoe.progress import Progress
+
+from .conftest import Run, process
+
+SLOW = """
+import time
+from contextlib import contextmanager
+from llamamoe_cli import _progress, main
+
+@contextmanager
+def slow(*, verbose):
+    def report(step):
+        if step.done == 2:
+            time.sleep(60)
+    yield report
+
+_progress.plain_lines = slow
+main.main()
+"""
+
+
+def test_interrupted_split_leaves_what_resume_finishes(dense: Path, tmp_path: Path, run: Run) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    args = ("split", str(dense), str(out), "--no-verify")
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    ledger, deadline = partial / ".ledger.jsonl", time.monotonic() + 60
+    while not (ledger.exists() and "layer.0" in ledger.read_text()):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    stdout, stderr = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert stdout == ""
+    assert stderr.strip() == f"interrupted; {partial} is kept, --resume finishes it"
+    assert not out.exists()
+
+    error = run(*args, code=3).stderr
+    assert "--resume" in error
+    assert run(*args, "--resume").exit_code == 0
+    assert (out / "config.json").is_file()
+    assert not partial.exists()
+
+
+def test_interrupt_elsewhere_says_nothing_of_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamamoe.inspection.inspect_checkpoint", stop)
+    assert run("inspect", "x", code=130).output.strip() == "interrupted"
+
+
+def test_unexpected_error_is_one_line_and_verbose_shows_the_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: str) -> None:
+        raise RuntimeError("the first line\nthe second")
+
+    monkeypatch.setattr("llamamoe.inspection.inspect_checkpoint", fail)
+    result = run("inspect", "x", code=1)
+    assert result.stdout == ""
+    assert result.stderr == "Error: RuntimeError: the first line\n  Use -v for the traceback.\n"
+    assert "Traceback" in run("inspect", "x", "-v", code=1).stderr
+
+
+def test_errors_of_the_system_name_the_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> None:
+        raise PermissionError(13, "Permission denied", "/a/file")
+
+    monkeypatch.setattr("llamamoe.inspection.inspect_checkpoint", fail)
+    assert "Error: /a/file: Permission denied." in run("inspect", "x", code=1).stderr
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    running = process("methods", "-v")
+    assert running.stdout is not None
+    assert running.stderr is not None
+    running.stdout.close()
+    assert running.wait(timeout=60) == 1
+    assert running.stderr.read() == ""
+
+
+def on_a_terminal(*args: str, columns: int = 80, **env: str) -> str:
+    """What a command, or a script after ``-c``, writes to a terminal (stdout and stderr)."""
+    parent, child = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns)} | env
+    command = [sys.executable, *(args if args[0] == "-c" else ("-m", "llamamoe_cli", *args))]
+    running = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment)
+    os.close(child)
+    parts = []
+    while True:
+        try:
+            part = os.read(parent, 65536)
+        except OSError:  # what Linux says at the end
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(parent)
+    running.wait(timeout=60)
+    return b"".join(parts).decode()
+
+
+def test_colour_on_a_terminal_only_and_never_with_no_color() -> None:
+    assert "\x1b[1m" in on_a_terminal("methods")
+    assert "\x1b[1m" in on_a_terminal("--help")
+    assert "\x1b[" not in on_a_terminal("methods", NO_COLOR="1")
+    assert "\x1b[" not in on_a_terminal("split", "--help", NO_COLOR="1")
+    assert "\x1b[" not in on_a_terminal("inspect", "/no/such", NO_COLOR="1")
+
+
+def test_tables_fit_a_narrow_terminal() -> None:
+    text = on_a_terminal("methods", "--matrix", NO_COLOR="1")
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+
+
+BAR = """
+from llamamoe.progress import Progress
+from llamamoe_cli._output import Output
+
+with Output().progress() as report:
+    for done in range(4):
+        report(Progress("convert", done, 3, "layer"))
+"""
+
+
+def test_bar_on_a_terminal() -> None:
+    text = on_a_terminal("-c", BAR)
+    assert "convert" in text
+    assert "3 of 3 layers" in text
+    assert "\u2501" in text
+    assert "\x1b" not in on_a_terminal("-c", BAR, TERM="dumb")
+
+
+# ---- without a process ---------------------------------------------------------------------------------------------
+
+
+def test_plain_progress_is_rare_and_tells_rate_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: now[0])
+    with Output().progress() as report:
+        for done in range(1, 11):
+            now[0] += 2
+            report(Progress("convert", done, 10, "layer"))
+        now[0] += 1
+        report(Progress("verify", 1, 1, "layer", "detail"))
+    assert capsys.readouterr().err.splitlines() == [
+        "convert: 3 of 10 layers, 0.5 layers/s, 14 s left",
+        "convert: 6 of 10 layers, 0.5 layers/s, 8.0 s left",
+        "convert: 9 of 10 layers, 0.5 layers/s, 2.0 s left",
+        "convert: 10 of 10 layers, 20 s",
+        "verify: 1 of 1 layer, 1.0 s",
+    ]
+
+
+def test_quiet_has_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    with Output(quiet=True).progress() as report:
+        report(Progress("convert", 1, 1, "layer"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_holds_no_nan() -> None:
+    assert json.dumps(_finite({"a": (float("nan"), 1.5), 2: Path("x")})) == '{"a": [null, 1.5], "2": "x"}'
+
+
+def test_numbers() -> None:
+    assert [amount(n) for n in (0, 999, 1000, 999_960, 12_900_000_000, 46.7e9)] == [
+        "0", "999", "1.00 k", "1.00 M", "12.9 B", "46.7 B"
+    ]  # fmt: skip
+    assert [size(n) for n in (12, 13_480_000_000)] == ["12 B", "13.5 GB"]
+    assert [duration(s) for s in (0.04, 9.96, 59.6, 200, 7500)] == [
+        "0.0 s",
+        "10 s",
+        "1 min 00 s",
+        "3 min 20 s",
+        "2 h 05 min",
+    ]
+    assert [change(a, b) for a, b in ((1, 1), (100, 44), (1000, 1012), (0, 5))] == ["same", "-56 %", "+1.2 %", "new"]

@@ -1,0 +1,170 @@
+"""``llamamoe split``: flags, recipes, the plan, what it prints and how it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from .conftest import Run
+
+RECEIPT_KEYS = {
+    "out", "llamamoe", "source", "plan", "weights_sha256", "layers", "warnings", "versions", "verification", "run"
+}  # fmt: skip
+
+
+def plan(run: Run, *args: str | Path) -> dict[str, Any]:
+    """The document that ``--dry-run --json`` prints."""
+    found: dict[str, Any] = json.loads(run("split", *args, "--dry-run", "--json").stdout)
+    return found
+
+
+def test_summary_after_a_run(converted: tuple[Path, Result]) -> None:
+    out, result = converted
+    assert (out / "config.json").is_file()
+    assert "mixtral, ready for transformers" in result.stdout
+    assert "logits differ by" in result.stdout
+    assert "until it is trained" in result.stdout, "the honest line"
+    assert result.stderr.startswith("convert: 3 of 3 layers"), "progress is on stderr, plain"
+    assert "\x1b" not in result.output
+
+
+def test_json_is_one_document_and_nothing_else_is_on_stdout(dense: Path, tmp_path: Path, run: Run) -> None:
+    result = run("split", dense, tmp_path / "out", "--json", "--no-verify")
+    data = json.loads(result.stdout)
+    assert set(data) == RECEIPT_KEYS - {"verification"}
+    assert data["out"] == str(tmp_path / "out")
+    assert "convert" in result.stderr
+
+
+def test_quiet_is_silent_but_not_about_warnings(dense: Path, tmp_path: Path, run: Run) -> None:
+    assert run("split", dense, tmp_path / "a", "-q", "--no-verify").output == ""
+    result = run("split", dense, tmp_path / "b", "-q", "--no-verify", "--dtype", "bfloat16")
+    assert result.stdout == ""
+    assert "weights stored as F32 are rounded" in result.stderr
+
+
+def test_no_card(dense: Path, tmp_path: Path, run: Run) -> None:
+    run("split", dense, tmp_path / "out", "-q", "--no-verify", "--no-card")
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_every_flag_arrives_in_the_recipe(dense: Path, run: Run) -> None:
+    recipe = plan(
+        run, dense, "--experts", "4", "--top-k", "1", "--method", "kmeans", "--shared", "2x", "--shared-by",
+        "weight_norm", "--router", "zeros", "--router-scale", "soft", "--rescale", "unit", "--target", "qwen2_moe",
+        "--dtype", "bfloat16", "--pad-to", "16", "--seed", "7", "--shard-size", "100KB", "--require", "4.57",
+        "--no-card",
+    )["recipe"]  # fmt: skip
+    assert recipe == {
+        "num_experts": 4, "top_k": 1, "method": recipe["method"], "shared": 64,
+        "shared_by": {"name": "weight_norm", "options": {}}, "router": {"name": "zeros", "options": {}},
+        "router_scale": "soft", "rescale": {"name": "unit", "options": {}}, "target": "qwen2_moe", "dtype": "bfloat16",
+        "pad_to": 16, "keep_dense": [], "seed": 7, "shard_size": "100KB", "require": "4.57", "strict": False,
+        "card": False,
+    }  # fmt: skip
+    assert recipe["method"]["name"] == "kmeans"
+
+
+def test_keep_dense(dense: Path, run: Run) -> None:
+    for text, layers in (("0", [0]), ("-1", [1]), ("-2--2", [0]), ("1, -1", [1])):
+        assert plan(run, dense, "--target", "qwen2_moe", "--keep-dense", text)["dense_layers"] == layers
+    assert "names every layer" in run("split", dense, "--dry-run", "--keep-dense", "0-1", code=3).stderr
+    for text, rule in (("a", "'a' is no layer"), ("1-0", "ends before it begins"), ("0-9999999", "too long")):
+        assert rule in run("split", dense, "--dry-run", "--keep-dense", text, code=2).stderr
+
+
+def test_recipe_then_flags_then_set(dense: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("num_experts: 4\ntop_k: 1\nseed: 5\nmethod: {name: kmeans, max_iter: 9}\ncard: false\n")
+    recipe = plan(run, dense, "--recipe", file)["recipe"]
+    assert (recipe["num_experts"], recipe["top_k"], recipe["seed"], recipe["card"]) == (4, 1, 5, False)
+    assert recipe["method"]["options"]["max_iter"] == 9
+    args = ("--top-k", "3", "--seed", "6", "--set", "method.max_iter=3", "--set", "seed=8")
+    recipe = plan(run, dense, "--recipe", file, *args)["recipe"]
+    assert (recipe["num_experts"], recipe["top_k"], recipe["seed"]) == (4, 3, 8)
+    assert recipe["method"]["options"]["max_iter"] == 3
+
+
+def test_shipped_recipe_by_name(dense: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "four-experts.yaml").write_text("num_experts: 4\n")
+    monkeypatch.setattr("importlib.resources.files", lambda package: {"llamamoe_recipes": tmp_path}[package])
+    assert plan(run, dense, "--recipe", "four-experts")["num_experts"] == 4
+    error = run("split", dense, "--dry-run", "--recipe", "for-experts", code=2).stderr
+    assert "Did you mean 'four-experts'?" in error
+
+
+def test_recipes_that_ship_are_found(dense: Path, run: Run) -> None:
+    folder = Path(__file__).parents[2] / "recipes" / "split"
+    for file in folder.glob("*.yaml"):
+        result = run("split", dense, "--dry-run", "--json", "--recipe", file.stem, "--set", "shared=0", "--set",
+                     "target=auto", "--set", "num_experts=4", "--set", "top_k=2", "--set", "keep_dense=[]")  # fmt: skip
+        assert json.loads(result.stdout)["dry_run"] is True
+
+
+def test_missing_recipe_file(dense: Path, run: Run) -> None:
+    assert "cannot be read" in run("split", dense, "--dry-run", "--recipe", "no/such.yaml", code=2).stderr
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(dense: Path, tmp_path: Path, run: Run) -> None:
+    before = sorted(p.stat().st_mtime_ns for p in dense.rglob("*"))
+    text = run("split", dense, tmp_path / "out", "--dry-run").stdout
+    for expected in ("llama -> mixtral", "expert width  24", "zero neurons", "active per token", "FLOPs", "peak memory",
+                     "1 file", "Good to know", "Nothing was written"):  # fmt: skip
+        assert expected in text
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(p.stat().st_mtime_ns for p in dense.rglob("*")) == before
+    more = run("split", dense, "--dry-run", "-v").stdout
+    assert "num_experts: 8" in more
+    assert "model.safetensors" in more
+
+
+def test_dry_run_json_keys(dense: Path, run: Run) -> None:
+    assert {"dry_run", "out", "target", "expert_width", "converted", "parent", "shards", "peak_memory_bytes",
+            "warnings", "advice", "recipe"} <= set(plan(run, dense))  # fmt: skip
+
+
+def test_dry_run_refuses_what_the_run_would_refuse(dense: Path, converted: tuple[Path, Result], run: Run) -> None:
+    error = run("split", dense, converted[0], "--dry-run", code=3).stderr
+    assert "is not empty" in error
+    assert "--force" in error
+    run("split", dense, converted[0], "--dry-run", "--force")
+
+
+def test_force_replaces(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(converted[0], out)
+    run("split", dense, out, "--no-verify", "-q", code=3)
+    run("split", dense, out, "--no-verify", "-q", "--force", "--experts", "2")
+    assert json.loads((out / "config.json").read_text())["num_local_experts"] == 2
+
+
+def test_usage_errors_name_flag_value_and_way_out(dense: Path, run: Run) -> None:
+    for args, expected in (
+        (("--method", "kmean"), ("--method: unknown splitter 'kmean'", "Did you mean 'kmeans'?")),
+        (("--target", "mixtrall"), ("unknown target 'mixtrall'", "Did you mean 'mixtral'?")),
+        (("--experts", "1"), ("--experts:", "greater than or equal to 2", "got 1")),
+        (("--experts", "four"), ("'--experts'", "'four'")),
+        (("--router-scale", "sof"), ("--router-scale:", "'hard' or 'soft'", "got 'sof'")),
+        (("--shared", "lots"), ("--shared:", "'lots'", "0.25")),
+        (("--top-k", "9"), ("top_k = 9", "num_experts = 8")),
+        (("--set", "seeed=1"), ("seeed: unknown key", "Did you mean 'seed'")),
+        (("--set", "seed"), ("key=value",)),
+        (("--experts", "1", "--method", "x"), ("--experts:", "--method:")),
+        (("-q", "-v"), ("exclude each other",)),
+    ):
+        error = run("split", dense, "--dry-run", *args, code=2).stderr
+        for part in expected:
+            assert part in error, (args, error)
+    assert "OUT" in run("split", dense, code=2).stderr
+
+
+def test_refusals_exit_with_3(dense: Path, tmp_path: Path, run: Run) -> None:
+    assert "does not exist" in run("split", tmp_path / "none", "out", code=3).stderr
+    assert "qwen3_moe" in run("split", dense, "--dry-run", "--target", "qwen3_moe", code=3).stderr
+    assert "--strict refuses" in run("split", dense, "--dry-run", "--strict", "--dtype", "float16", code=3).stderr
