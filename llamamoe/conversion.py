@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +271,7 @@ def _receipt(
     weights_sha256: str,
     warnings: tuple[str, ...],
 ) -> dict[str, Any]:
-    import safetensors
-    import torch
-    import transformers
-
+    packages = ("torch", "transformers", "safetensors", "numpy", "scikit-learn")
     return {
         "llamamoe": __version__,
         "source": {"name": location.name, "revision": location.revision, "notes": decided.model.checkpoint.notes},
@@ -281,12 +279,7 @@ def _receipt(
         "weights_sha256": weights_sha256,
         "layers": [info for info in infos.values() if "layer" in info],
         "warnings": list(warnings),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
 
 

@@ -107,7 +107,7 @@ class DemoResult:
 
 
 def demo(
-    out: str | Path = "demo-output", *, max_tokens: int = 6144, progress: ProgressCallback = ignore_progress
+    out: str | Path = "demo-output", *, max_tokens: int = 4096, progress: ProgressCallback = ignore_progress
 ) -> DemoResult:
     """Split SmolLM2-135M in two ways, prove that it is exact, and measure what it costs.
 
