@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import llamamoe
+from llamamoe.config_compat import fix_config, missing_keys
+from llamamoe.conversion import split
+from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError
+from llamamoe.sources import SOURCES
+from llamamoe.targets import TARGETS
+from tests.models import LLAMA3_ROPE, VARIANTS, make_dense
+
+OTHER_ROPE = {"rope_type": "default", "rope_theta": 25000.0}
+CASES = [  # target or None for the dense model itself, variant, recipe; every base differs from 4.57's defaults
+    ("mixtral", "llama-llama3-rope", {}),
+    ("mixtral", "mistral-window", {}),
+    ("mixtral", "phi3-longrope", {}),
+    ("qwen2_moe", "llama-llama3-rope", {"shared": 48}),
+    ("qwen2_moe", "qwen2", {}),
+    ("qwen3_moe", "qwen3", {"keep_dense": [0]}),
+    ("glm4_moe", "phi3-partial", {"shared": "1x"}),
+    ("glm4_moe", "llama-llama3-rope", {}),
+    ("granitemoeshared", "granite", {}),
+    ("granitemoeshared", "llama-llama3-rope", {"shared": 48}),
+    ("ernie4_5_moe", "llama-llama3-rope", {"shared": "1x"}),
+    (None, "llama-llama3-rope", {}),
+    (None, "mistral", {}),
+    (None, "qwen2-windows", {}),
+    (None, "qwen3", {}),
+    (None, "phi3-longrope", {}),
+    (None, "phi3-partial", {}),
+    (None, "granite", {}),
+    (None, "gemma", {}),
+]
+IDS = [f"{variant}-{target or 'dense'}" for target, variant, _ in CASES]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, Path]:
+    """What transformers 5 writes after it loaded our conversions (and dense models), before anything is mended."""
+    root = tmp_path_factory.mktemp("saved")
+    found = {}
+    for name, (target, variant, given) in zip(IDS, CASES, strict=True):
+        keys = {} if "rope_parameters" in VARIANTS[variant] else {"rope_parameters": dict(OTHER_ROPE)}
+        if "rope_parameters" in VARIANTS[variant]:
+            keys = {"rope_parameters": {**VARIANTS[variant]["rope_parameters"], "rope_theta": 25000.0}}
+        folder = make_dense(root / f"{name}-dense", variant, **keys)
+        if target:
+            recipe = llamamoe.load_recipe(given={"num_experts": 4, "target": target, **given})
+            split(folder, root / f"{name}-moe", recipe, verify=False)
+            AutoModelForCausalLM.from_pretrained(root / f"{name}-moe").save_pretrained(root / name)
+            folder = root / name
+        found[name] = folder
+    return found
+
+
+def logits(folder: Path) -> torch.Tensor:
+    ids = torch.arange(3, 51)[None]
+    with torch.inference_mode():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_every_target_and_family_is_tried():
+    assert {target for target, _, _ in CASES if target} == set(TARGETS.names())
+    assert {VARIANTS[v]["model_type"] for target, v, _ in CASES if not target} == set(SOURCES.names())
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_both_spellings_stand_in_the_file_and_transformers_5_sees_no_change(saved, name):
+    folder = saved[name]
+    before, loaded, want = config_of(folder), AutoConfig.from_pretrained(folder), logits(folder)
+    assert "rope_theta" not in before  # or there is nothing to mend any more
+    planned = fix_config(folder, dry_run=True)
+    assert config_of(folder) == before
+    assert fix_config(folder) == planned
+    after = config_of(folder)
+    assert {key: after[key] for key in before} == before
+    assert after["rope_theta"] == before["rope_parameters"]["rope_theta"] == 25000.0
+    assert after["torch_dtype"] == before["dtype"]
+    assert [line.split(":")[0] for line in planned] == [key for key in after if key not in before]
+    assert fix_config(folder) == []
+    assert not list(folder.glob("*.tmp"))
+    again = AutoConfig.from_pretrained(folder).rope_parameters
+    assert {k: v for k, v in again.items() if k != "type"} == loaded.rope_parameters  # "type": rope_type's old name
+    assert torch.equal(logits(folder), want)
+
+
+def test_what_each_needs_beyond_the_base(saved):
+    for folder in saved.values():
+        fix_config(folder)
+    assert config_of(saved["qwen3-qwen3_moe"])["num_experts"] == 4
+    assert config_of(saved["phi3-partial-glm4_moe"])["partial_rotary_factor"] == 0.5
+    assert config_of(saved["llama-llama3-rope-glm4_moe"])["partial_rotary_factor"] == 1.0
+    assert config_of(saved["llama-llama3-rope-mixtral"])["rope_scaling"]["factor"] == LLAMA3_ROPE["factor"]
+    assert config_of(saved["phi3-longrope-mixtral"])["original_max_position_embeddings"] == 32
+    assert set(config_of(saved["phi3-longrope-dense"])["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+
+
+def test_what_split_writes_needs_nothing(tmp_path):
+    for target in TARGETS.names():
+        dense = make_dense(tmp_path / f"{target}-dense", "qwen3" if target == "qwen3_moe" else "llama")
+        split(dense, tmp_path / target, llamamoe.load_recipe(given={"num_experts": 4, "target": target}), verify=False)
+        assert fix_config(tmp_path / target) == []
+
+
+def test_names_of_the_memory_layout_are_refused(tmp_path):
+    split(
+        make_dense(tmp_path / "dense"), tmp_path / "moe", llamamoe.load_recipe(given={"num_experts": 4}), verify=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    before = config_of(tmp_path / "fused")
+    with pytest.raises(CheckpointError, match="in memory") as refused:
+        fix_config(tmp_path / "fused")
+    assert "save_original_format" in refused.value.hint
+    assert config_of(tmp_path / "fused") == before
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model_type": "bert"},
+        {"model_type": "llama", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        {"model_type": "phi3", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"model_type": "qwen2_moe", "layer_types": ["full_attention", "sliding_attention"]},
+        {"model_type": "qwen2_moe", "head_dim": 32, "num_attention_heads": 4, "hidden_size": 64},
+        {"model_type": "llama", "max_position_embeddings": 64, "rope_parameters": {
+            "rope_type": "longrope", "factor": 3.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}},
+    ],
+)  # fmt: skip
+def test_what_4_57_cannot_hold_is_refused(tmp_path, keys):
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(RefusedError):
+        fix_config(tmp_path)
+    assert config_of(tmp_path) == keys
+
+
+def test_the_old_spelling_alone_is_left_alone():
+    old = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16"}
+    assert missing_keys(old) == {}
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_a_broken_folder_is_one_clear_error(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(LlamaMoeError, match=r"config\.json"):
+        fix_config(tmp_path)
+
+
+CHECK = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
+    with torch.inference_mode():
+        found = model.eval()(torch.arange(3, 51)[None]).logits
+    want = torch.load(folder + ".logits")
+    error = float((found - want).abs().max() / want.abs().max())
+    assert error < 1e-5, (folder, error)
+"""
+
+
+@pytest.mark.skipif("LLAMAMOE_TRANSFORMERS4_PYTHON" not in os.environ, reason="no environment with transformers 4.57")
+def test_transformers_4_57_computes_the_same_logits(saved):
+    folders = [*saved.values()]
+    for folder in folders:
+        torch.save(logits(folder), f"{folder}.logits")
+        fix_config(folder)
+    run = subprocess.run(
+        [os.environ["LLAMAMOE_TRANSFORMERS4_PYTHON"], "-c", CHECK, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
