@@ -71,7 +71,7 @@ def live_bar(*, verbose: bool) -> Iterator[ProgressCallback]:
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[text]}"))
     clock = _Clock()
     with Bars(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
         task = waiting = bars.add_task("start", total=None, text="")

@@ -73,7 +73,7 @@ class _Row(NamedTuple):
         return f"{about}." + (f"  [default: {shown}]" if shown else "")
 
 
-class _Layers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on only
+class _Layers(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.2
     """``0,1,-1`` and ranges ``0-2``, as a list of numbers."""
 
     name = "layers"

@@ -92,7 +92,7 @@ def write_sections(formatter: click.HelpFormatter, rows: list[tuple[str, tuple[s
             formatter.write_dl([(first.ljust(width), text) for h, (first, text) in rows if h == heading])
 
 
-class Name(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on only
+class Name(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.2
     """A name out of a list that is read when it is needed: plug-ins show up by themselves.
 
     Nothing is refused here: the recipe checks all names and values at once and tells near misses.

@@ -28,6 +28,7 @@ llamamoe inspect SOURCE                               # what is it, and what can
 llamamoe split SOURCE OUT --experts 8 --top-k 2       # convert and verify
 llamamoe evaluate OUT --text FILE --against SOURCE    # what did it lose?
 """
+COMPLETION = 'eval "$(_LLAMAMOE_COMPLETE=bash_source llamamoe)"'
 
 
 class Root(click.Group):
@@ -70,10 +71,12 @@ class Root(click.Group):
         write_sections(formatter, [(section, row) for _, section, row in rows])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Examples."""
+        """Examples, and how to get completion."""
         with formatter.section("Examples"):
             for line in EXAMPLES.splitlines():
                 formatter.write(" " * formatter.current_indent + line + "\n")
+        with formatter.section("Tab completion (bash; zsh and fish likewise)"):
+            formatter.write(" " * formatter.current_indent + COMPLETION + "\n")
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any

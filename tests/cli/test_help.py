@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -112,3 +113,11 @@ def test_help_is_quick() -> None:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         seconds.append(float(done.stderr))
     assert min(seconds) < 0.5
+
+
+def test_completion_knows_the_methods() -> None:
+    env = os.environ | {"_LLAMAMOE_COMPLETE": "bash_complete", "COMP_WORDS": "llamamoe split a b --method kme",
+                        "COMP_CWORD": "5"}  # fmt: skip
+    script = "from llamamoe_cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env)
+    assert done.stdout.splitlines() == ["plain,kmeans"]
