@@ -278,9 +278,9 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
 
 def _nearest_shared(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout) -> str:
     size, wanted = spec.intermediate_size, layout.num_shared
-    valid = {m: s for m in range(1, 4 * recipe.num_experts) if (s := _widths_shared(m, size, recipe)) < size}
-    near = sorted(valid, key=lambda m: abs(valid[m] - wanted))[:2]
-    ways = " or ".join(f"--shared {m}x ({valid[m]} neurons)" for m in sorted(near))
+    sizes = {_widths_shared(m, size, recipe): m for m in range(4 * recipe.num_experts, 0, -1)}
+    near = sorted((s for s in sizes if s < size), key=lambda s: abs(s - wanted))[:2]
+    ways = " or ".join(f"--shared {sizes[s]}x ({s} neurons)" for s in sorted(near))
     return f"{target.name}'s shared expert is a multiple of the expert width ({layout.expert_width}), which {wanted} is not: use {ways}"
 
 

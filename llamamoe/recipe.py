@@ -232,7 +232,11 @@ def load_recipe(
     data: dict[str, Any] = {"method": "random", "shared_by": "weight_norm"}
     if path is not None:
         data |= read_recipe_file(path)
-    data |= {k: v for k, v in (given or {}).items() if v is not None}
+    for key, value in (given or {}).items():
+        before = data.get(key)
+        same = isinstance(before, dict) and before.get("name") == value  # a bare name keeps the file's options
+        if value is not None and not same:
+            data[key] = value
     for text in overrides:
         keys, value = parse_override(text)
         apply_override(data, keys, value)

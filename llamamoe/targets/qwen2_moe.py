@@ -27,7 +27,7 @@ class Qwen2Moe(Target):
     shared_bake = 2.0
     unties = True
     holds = frozenset({"no_qk_norm", "qkv_bias", "head_dim", "window", "mixed_windows"})
-    needs_five = frozenset({"head_dim"})
+    needs_five = frozenset({"head_dim", "mixed_windows"})
 
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
         """See `Target.config`."""

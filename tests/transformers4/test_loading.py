@@ -1,0 +1,105 @@
+"""What we write loads in transformers 4.57 with the same logits.
+
+Needs a second interpreter, named by ``LLAMAMOE_TRANSFORMERS4_PYTHON`` (``make test-transformers4`` makes it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import llamamoe
+from llamamoe.config_compat import fix_config
+from tests.models import make_dense
+
+PYTHON = os.environ.get("LLAMAMOE_TRANSFORMERS4_PYTHON")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="LLAMAMOE_TRANSFORMERS4_PYTHON names no interpreter")
+
+CASES = [
+    ("llama", "mixtral", 0),
+    ("llama-tied", "mixtral", 0),
+    ("llama-llama3-rope", "mixtral", 0),
+    ("llama-head-dim", "mixtral", 0),
+    ("mistral-window", "mixtral", 0),
+    ("phi3-longrope", "mixtral", 0),
+    ("gemma", "mixtral", 0),
+    ("llama-tied", "qwen2_moe", 0),
+    ("llama-llama3-rope", "qwen2_moe", "2x"),
+    ("qwen2", "qwen2_moe", "1x"),
+    ("mistral-window", "qwen2_moe", 0),
+    ("qwen3-tied", "qwen3_moe", 0),
+    ("llama-llama3-rope", "glm4_moe", 0),
+    ("qwen2", "glm4_moe", "1x"),
+    ("qwen3", "glm4_moe", "2x"),
+    ("phi3-partial", "glm4_moe", "1x"),
+    ("llama-tied", "granitemoeshared", 0),
+    ("llama-attention-bias", "granitemoeshared", 0.25),
+    ("granite", "granitemoeshared", 0.25),
+    ("llama-tied", "ernie4_5_moe", 0),
+    ("llama-head-dim", "ernie4_5_moe", "2x"),
+]
+"""Variant, target, shared: every target, and every trap of its spelling. `Target.majors` promises each of them."""
+
+
+def _run(folders: list[Path]) -> dict[str, Any]:
+    script = Path(__file__).with_name("check.py")
+    done = subprocess.run([PYTHON or "", script, *folders], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _expect(folder: Path) -> None:
+    ids = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        torch.save({"input_ids": ids, "logits": model(ids).logits}, folder / "expected.pt")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every case as written, and once more after transformers 5 saved it and `fix_config` mended the folder."""
+    root = tmp_path_factory.mktemp("transformers4")
+    folders = []
+    for variant, target, shared in CASES:
+        dense = root / "dense" / variant
+        if not dense.exists():
+            make_dense(dense, variant)
+        name = f"{variant}+{target}+{shared}"
+        # all experts, because two versions may break ties of a hard router differently
+        given = {"num_experts": 4, "top_k": 4, "target": target, "shared": shared, "require": "4.57"}
+        llamamoe.split(dense, root / name, llamamoe.load_recipe(given=given), verify=False)
+        _expect(root / name)
+        saved = root / f"saved+{name}"
+        AutoModelForCausalLM.from_pretrained(root / name).save_pretrained(saved)
+        fix_config(saved)
+        _expect(saved)
+        folders += [root / name, saved]
+    return _run(folders)
+
+
+def test_it_is_the_older_transformers(loaded: dict[str, Any]) -> None:
+    assert loaded["version"].startswith("4.57")
+
+
+@pytest.mark.parametrize("saved", ["", "saved+"])
+@pytest.mark.parametrize(("variant", "target", "shared"), CASES)
+def test_same_logits_and_no_complaint(
+    loaded: dict[str, Any], variant: str, target: str, shared: Any, saved: str
+) -> None:
+    found = loaded[f"{saved}{variant}+{target}+{shared}"]
+    assert found["keys"] == []
+    assert found["error"] <= 1e-5
+
+
+def test_require_refuses_what_it_cannot_load(tmp_path: Path) -> None:
+    make_dense(tmp_path / "dense", "llama-head-dim")
+    recipe = llamamoe.load_recipe(given={"num_experts": 4, "target": "qwen2_moe", "require": "4.57"})
+    with pytest.raises(llamamoe.RefusedError, match="transformers 5"):
+        llamamoe.plan_conversion(tmp_path / "dense", recipe)
