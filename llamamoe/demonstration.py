@@ -35,7 +35,10 @@ EVERY = 4
 """Topics 0, 4, 8, ... (by name) are for evaluation, the others for calibration."""
 _MARKER = "llamamoe_demo.json"
 _DENSE, _TEXT = "dense", "text"
-_CONVERSIONS = {"random": {"method": "random"}, "cluster_shared": {"method": "cluster_shared"}}
+_CONVERSIONS = {
+    "random": {"method": "random"},
+    "cluster_shared": {"method": "cluster_shared", "rescale": "unit"},  # as in the recipe of that name
+}
 _EXACT = "random-all-experts"
 _OWN = (_DENSE, _TEXT, *_CONVERSIONS, _EXACT)
 
@@ -107,7 +110,7 @@ class DemoResult:
 
 
 def demo(
-    out: str | Path = "demo-output", *, max_tokens: int = 4096, progress: ProgressCallback = ignore_progress
+    out: str | Path = "demo-output", *, max_tokens: int = 6144, progress: ProgressCallback = ignore_progress
 ) -> DemoResult:
     """Split SmolLM2-135M in two ways, prove that it is exact, and measure what it costs.
 

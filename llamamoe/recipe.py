@@ -41,8 +41,10 @@ def _choose(registry: Registry[Any]) -> BeforeValidator:
     """Accept ``name``, ``{name: ..., option: value}`` or a `Choice`; check the options with the plug-in's model."""
 
     def check(value: Any) -> Any:
-        if value is None or isinstance(value, Choice):
-            return value
+        if value is None:
+            return None
+        if isinstance(value, Choice):
+            value = {"name": value.name, **value.options}
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
             raise PydanticCustomError("choice", "must be a name or a mapping with a 'name'")
@@ -51,7 +53,8 @@ def _choose(registry: Registry[Any]) -> BeforeValidator:
                 "choice", f"unknown {registry.kind} {given['name']!r}. " + near_misses(given["name"], registry.names())
             )
         plugin: type[Plugin] = registry.get(given["name"])
-        options = {k: v for k, v in given.items() if k not in ("name", "options")} | dict(given.get("options", {}))
+        options: dict[str, Any] = {k: v for k, v in given.items() if k not in ("name", "options")}
+        options |= dict(given.get("options", {}))
         try:
             complete = plugin.Options.model_validate(options)
         except ValidationError as error:

@@ -145,7 +145,7 @@ def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: 
     if keys.get("layer_types"):
         keys["layer_types"] = keys["layer_types"][: keys["num_hidden_layers"]]
     config = AutoConfig.for_model(**keys)
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with quiet_transformers():
         model, info = cls.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True

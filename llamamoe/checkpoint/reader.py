@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,8 @@ class SafetensorsCheckpoint:
                 f"{path} holds no config.json, so it is no transformers checkpoint.", hint=self._what_is_there()
             )
         self.config = read_json(self._inside("config.json"))
-        self.tensors: dict[str, TensorInfo] = {}
+        self._tensors: dict[str, TensorInfo] = {}
+        self.tensors: Mapping[str, TensorInfo] = self._tensors
         for name in self._shards():
             self._add(read_header(self._inside(name)))
         self._check_index()
@@ -126,11 +128,11 @@ class SafetensorsCheckpoint:
 
     def _add(self, header: dict[str, TensorInfo]) -> None:
         for name, info in header.items():
-            if name in self.tensors:
+            if name in self._tensors:
                 raise CheckpointError(
                     f"the tensor {name!r} stands in {self.tensors[name].file.name} and again in {info.file.name}."
                 )
-            self.tensors[name] = info
+            self._tensors[name] = info
 
     def _check_index(self) -> None:
         for name, file in (self._weight_map or {}).items():

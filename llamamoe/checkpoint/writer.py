@@ -203,8 +203,9 @@ class CheckpointWriter:
         """
         import torch
 
-        data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-        view = memoryview(data).cast("B") if tensor.numel() else memoryview(b"")
+        view = memoryview(b"")
+        if tensor.numel():
+            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
         if view.nbytes != self.slots[name].nbytes:
             raise AssertionError(f"{name}: {view.nbytes} bytes, planned {self.slots[name].nbytes}")
         with self._room:
