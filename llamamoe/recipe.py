@@ -54,7 +54,8 @@ def _choose(registry: Registry[Any]) -> BeforeValidator:
             )
         plugin: type[Plugin] = registry.get(given["name"])
         options: dict[str, Any] = {k: v for k, v in given.items() if k not in ("name", "options")}
-        options |= dict(given.get("options", {}))
+        nested: Any = given.get("options", {})
+        options |= dict(nested)
         try:
             complete = plugin.Options.model_validate(options)
         except ValidationError as error:
