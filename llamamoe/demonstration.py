@@ -43,8 +43,8 @@ _EXACT = "random-all-experts"
 _OWN = (_DENSE, _TEXT, *_CONVERSIONS, _EXACT)
 
 WHY_RUINED = (
-    "With the experts selected as configured the split models are ruined: nobody has told the router which neurons a "
-    "token needs, and three quarters of them are missing. A calibrated method or training has to follow."
+    "With 2 of 8 experts selected the split models are ruined: nobody has told the router which neurons a token needs, "
+    "and three quarters of the routed ones are left out. Calibration or training has to follow."
 )
 WHY_EXACT = (
     "It is exact all the same: every neuron is in exactly one expert, a gated FFN is a sum over its neurons, and sums "

@@ -1,0 +1,143 @@
+"""Every shipped recipe validates and runs; every command and every line of Python in README does what it says."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import llamamoe
+from llamamoe.catalog import Cell, matrix
+from llamamoe.recipe import SplitRecipe, load_recipe
+from tests.models import make_dense
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes" / "split").glob("*.yaml"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("llamamoe ")
+]
+
+
+@pytest.fixture
+def beside_the_demo(tmp_path, monkeypatch) -> Path:
+    """A folder with what the README's commands find: the demonstration's output (tiny) and the recipes."""
+    make_dense(tmp_path / "demo-output" / "dense", "llama-tied")
+    text = tmp_path / "demo-output" / "text" / "evaluation"
+    text.mkdir(parents=True)
+    (text / "topic.txt").write_text("The assert statement is a way to insert debugging assertions into a program.")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_names_every_key_and_comments_it(path):
+    recipe = load_recipe(path)
+    assert set(yaml.safe_load(path.read_text())) == set(SplitRecipe.model_fields)
+    assert recipe == load_recipe(path, given={"seed": recipe.seed})
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    for line in lines:
+        opens_mapping = re.fullmatch(r"\w+:", line)
+        assert not line or line.startswith("#") or opens_mapping or "  # " in line, line
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_a_recipe_runs_on_a_tiny_model(tmp_path, path, variant):
+    recipe = load_recipe(path, overrides=["num_experts=4"])
+    result = llamamoe.split(make_dense(tmp_path / "dense", variant), tmp_path / "moe", recipe)
+    assert result.receipt["verification"]["passed"]
+    assert load_recipe(tmp_path / "moe" / "llamamoe_recipe.yaml") == result.plan.recipe
+
+
+def test_readme_and_how_to_name_every_recipe():
+    how_to = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    assert RECIPES
+    for path in RECIPES:
+        assert f"split/{path.name}" in README
+        assert f"split/{path.name}" in how_to
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) < 250
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_paths_in_the_tree_exist():
+    tree = next(block for block in blocks("") if block.startswith("llamamoe/"))
+    for name in re.findall(r"\b(\w+\.py)\b", tree):
+        assert (ROOT / "llamamoe" / name).is_file(), name
+    for name in re.findall(r"\b(\w+)/", tree):
+        assert (ROOT / name).is_dir() or (ROOT / "llamamoe" / name).is_dir(), name
+
+
+def test_the_makefile_has_the_targets_that_readme_names():
+    makefile = (ROOT / "Makefile").read_text()
+    for name in re.findall(r"\bmake (\w+)", README):
+        if name not in ("lists", "s", "each", "its"):
+            assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+
+
+def test_commands_of_the_readme_run(beside_the_demo):
+    """In order, as a reader would type them, on a tiny model in the place of the demonstration's."""
+    pytest.importorskip("llamamoe_cli.main")
+    from click.testing import CliRunner
+
+    cli = importlib.import_module("llamamoe_cli.main")
+    command = next(value for value in vars(cli).values() if type(value).__name__ == "Root")
+    assert [args[0] for args in COMMANDS] == ["inspect", *["split"] * 3, "verify", "evaluate", "fix-config"]
+    for args in COMMANDS:
+        result = CliRunner().invoke(command, args)
+        assert result.exit_code == 0, f"llamamoe {shlex.join(args)}\n{result.output}\n{result.exception!r}"
+
+
+def test_python_of_the_readme_runs(beside_the_demo, capsys):
+    plain, library = blocks("python")
+    assert "llamamoe" not in plain
+    assert len(plain.splitlines()) == 3
+    llamamoe.split("demo-output/dense", "my-moe", verify=False)
+    exec(plain, {})
+    exec(library, {})
+    assert capsys.readouterr().out.startswith("Experts are")
+    assert (beside_the_demo / "my-kmeans-moe" / "llamamoe_receipt.json").is_file()
+
+
+def cell_text(plain: Cell, shared: Cell) -> str:
+    if not plain.supported and not shared.supported:
+        return "–"
+    first = plain if plain.supported else shared
+    return ("✓" if "4.57" in first.transformers else "5") + " s" * shared.supported + " *" * (first.dtype == "float32")
+
+
+def matrix_table() -> str:
+    found = matrix()
+    rows = [["source", *found.targets], ["---"] * (1 + len(found.targets))]
+    for family, variant in found.rows:
+        cells = [(found.cell(family, t, variant=variant, shared=s) for s in (False, True)) for t in found.targets]
+        name = family if variant == "plain" else f"{family}, {variant}"
+        rows.append([name, *(cell_text(*pair) for pair in cells)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def test_the_table_of_the_readme_is_the_matrix():
+    assert matrix_table() in README
