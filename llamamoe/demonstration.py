@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.reader import read_json
 from .checkpoint.writer import write_text
-from .costs import Cost
 from .errors import MissingExtraError, RefusedError
 from .progress import Progress, ProgressCallback, ignore_progress
-from .splitters import SPLITTERS
 
 if TYPE_CHECKING:
     from .conversion import SplitResult
@@ -117,7 +115,7 @@ def demo(
     Done again it replaces what it left in ``out`` and nothing else.
 
     Args:
-        out: The folder for the models (1.3 GB), the text and the numbers (``llamamoe_demo.json``).
+        out: The folder for the models (0.9 GB), the text and the numbers (``llamamoe_demo.json``).
         max_tokens: Tokens to measure perplexity on.
         progress: Told about every step.
 
@@ -127,30 +125,25 @@ def demo(
         VerificationError: A conversion is not exact.
     """
     from .checkpoint.gguf import export_dense
-    from .conversion import split
-    from .recipe import load_recipe
 
     started = time.monotonic()
     gguf, out = model_file(), _prepare(Path(out).expanduser())
     export_dense(gguf, out / _DENSE, dtype="BF16", progress=progress)
     text = write_topics(out / _TEXT)
-    rows, converted, scores = [], {}, {}
-    for name, given in _CONVERSIONS.items():
-        if given["method"] in SPLITTERS:
-            recipe = load_recipe(given={"num_experts": 8, "top_k": 2, **given})
-            converted[name] = split(out / _DENSE, out / name, recipe, progress=_staged(name, progress))
+    converted = _convert(out, progress)
     exact = select_all(converted["random"], out / _EXACT)
+    scores, asked = {}, {}
     for name in (_DENSE, *converted, exact.name):
         scores[name] = _measure(out / name, text, max_tokens, _staged(name, progress))
-    asked = {}
     for done, name in enumerate((_DENSE, *converted), start=1):
         asked[name] = answer(out / name)
         progress(Progress("generate", done, 1 + len(converted), "model", name))
-    parent = next(iter(converted.values())).plan.parent_cost
-    rows.append(_row(_DENSE, out / _DENSE, None, parent, scores[_DENSE], asked[_DENSE]))
-    rows.append(_row("split at random, all experts", exact, converted["random"], None, scores[exact.name], None))
-    rows += [_row(n, out / n, result, None, scores[n], asked[n]) for n, result in converted.items()]
-    result = DemoResult(
+    rows = [
+        _row(_DENSE, out / _DENSE, converted["random"], scores[_DENSE], asked[_DENSE]),
+        _row("split at random, all experts", exact, converted["random"], scores[exact.name], None),
+        *(_row(n, out / n, result, scores[n], asked[n]) for n, result in converted.items()),
+    ]
+    found = DemoResult(
         out=out,
         rows=tuple(rows),
         prompt=PROMPT,
@@ -159,32 +152,43 @@ def demo(
         remarks=(WHY_RUINED, WHY_EXACT),
         seconds=round(time.monotonic() - started, 1),
     )
-    write_text(out / _MARKER, json.dumps(result.to_json(), indent=2) + "\n")
-    return result
+    write_text(out / _MARKER, json.dumps(found.to_json(), indent=2) + "\n")
+    return found
+
+
+def _convert(out: Path, progress: ProgressCallback) -> dict[str, SplitResult]:
+    from .conversion import split
+    from .recipe import load_recipe
+
+    found = {}
+    for name, given in _CONVERSIONS.items():
+        recipe = load_recipe(given={"num_experts": 8, "top_k": 2, **given})
+        found[name] = split(out / _DENSE, out / name, recipe, progress=_staged(name, progress))
+    return found
 
 
 def _staged(name: str, progress: ProgressCallback) -> ProgressCallback:
     return lambda p: progress(Progress(f"{name}: {p.stage}", p.done, p.total, p.unit, p.detail))
 
 
-def _row(
-    name: str, folder: Path, result: SplitResult | None, cost: Cost | None, scores: Evaluation, text: str | None
-) -> DemoRow:
-    experts, shared, parity = "", 0, None
-    if result is not None:
-        layout = result.plan.layout
-        everything = folder.name == _EXACT
-        selected = layout.num_experts if everything else layout.top_k
-        experts, shared = f"{selected} of {layout.num_experts}", layout.num_shared
-        parity = result.receipt["verification"]["equal_weights"]
-        cost = cost or result.plan.cost
-    assert cost is not None
-    active = cost.total_parameters if folder.name == _EXACT else cost.active_parameters
-    score = scores.model.overall
+def _row(name: str, folder: Path, result: SplitResult, scores: Evaluation, text: str | None) -> DemoRow:
+    """A row of the table; ``result`` of the dense model is any conversion, which knows its parent's cost."""
+    layout, score = result.plan.layout, scores.model.overall
+    dense, everything = folder.name == _DENSE, folder.name == _EXACT
+    cost = result.plan.parent_cost if dense else result.plan.cost
+    selected = layout.num_experts if everything else layout.top_k
     return DemoRow(
-        name, str(folder), experts, shared, cost.total_parameters, active, score.perplexity, score.bits_per_byte,
-        parity, text,
-    )  # fmt: skip
+        model=name,
+        folder=str(folder),
+        experts="" if dense else f"{selected} of {layout.num_experts}",
+        shared=0 if dense else layout.num_shared,
+        total_parameters=cost.total_parameters,
+        active_parameters=cost.total_parameters if everything else cost.active_parameters,
+        perplexity=score.perplexity,
+        bits_per_byte=score.bits_per_byte,
+        parity=None if dense else result.receipt["verification"]["equal_weights"],
+        text=text,
+    )
 
 
 def model_file() -> Path:
