@@ -26,8 +26,6 @@ _RENAMED = {"qwen3_moe": (("num_local_experts", "num_experts"),)}
 """Per model_type: the key that transformers 5 writes, and the one that 4.57 reads."""
 _LONGROPE_ONLY = ("phi3",)
 """Families that 4.57 checks for a ``rope_scaling`` of exactly type, short_factor and long_factor."""
-_ONE_WINDOW = ("qwen2_moe",)
-"""Architectures whose 4.57 class gives every layer the same attention window, whatever ``layer_types`` says."""
 
 
 def fix_config(path: str | Path, *, dry_run: bool = False) -> list[str]:
@@ -88,12 +86,12 @@ def _check_known(config: Mapping[str, Any]) -> None:
 
 def _check_holdable(name: str, config: Mapping[str, Any]) -> None:
     """Refuse what no spelling can help: 4.57's class of that name computes something else."""
-    if name in _ONE_WINDOW and len(set(config.get("layer_types") or ())) > 1:
+    needs_five = TARGETS.get(name).needs_five if name in TARGETS else frozenset()
+    if "mixed_windows" in needs_five and len(set(config.get("layer_types") or ())) > 1:
         raise RefusedError(
             f"config.json: layer_types differ, but {name} has one attention window in transformers 4.57."
         )
     head_dim, heads, hidden = (config.get(k) for k in ("head_dim", "num_attention_heads", "hidden_size"))
-    needs_five = TARGETS.get(name).needs_five if name in TARGETS else frozenset()
     if head_dim and heads and hidden and "head_dim" in needs_five and head_dim * heads != hidden:
         raise RefusedError(
             f"config.json: head_dim = {head_dim}, but transformers 4.57 takes {name}'s to be {hidden} / {heads}."
