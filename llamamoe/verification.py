@@ -7,22 +7,20 @@ exactness), and with the router as it is stored (what a hard router leaves of it
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .assembly import torch_dtype
 from .checkpoint.base import Checkpoint
-from .checkpoint.reader import SafetensorsCheckpoint, read_json
-from .dense import DenseModel, understand
-from .errors import CheckpointError, RefusedError, VerificationError
+from .checkpoint.reader import SafetensorsCheckpoint
+from .dense import understand
+from .errors import RefusedError, VerificationError
 from .hub import locate, open_checkpoint
+from .inventory import check_files, check_neurons
 from .progress import Progress, ProgressCallback, ignore_progress
 from .streaming import StreamedModel
-from .targets import TARGETS
-from .targets.base import Target
+from .targets.base import Neurons, Router, Target
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +62,7 @@ class Verification:
         tokens: Where the text comes from: ``"text"`` or ``"random ids"`` (no tokenizer).
         neurons_checked: Layers whose every neuron was found exactly once, by its bits.
         passed: Whether everything holds.
+        note: Why nothing could be compared; empty if it could.
     """
 
     equal_weights: float | None
@@ -78,6 +77,7 @@ class Verification:
     tokens: str
     neurons_checked: int
     passed: bool
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -111,99 +111,24 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
         )
     model = understand(open_checkpoint(locate(against)))
     plan = plan_split(model, load_recipe(folder / RECIPE_FILE))
-    return verify_conversion(plan, folder, progress)
+    result = verify_conversion(plan, folder, progress)
+    if not result.passed:
+        raise VerificationError(f"{folder} cannot be verified: {result.note}.")
+    return result
 
 
 def verify_conversion(plan: SplitPlan, folder: Path, progress: ProgressCallback = ignore_progress) -> Verification:
     """Like `verify`, for a plan at hand and a folder that need not be published yet."""
     converted = SafetensorsCheckpoint(folder)
-    _check_files(plan, converted)
+    check_files(plan, converted)
     layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]
     checked = 0
     if plan.parity == "exact":
         for done, layer in enumerate(layers, start=1):
-            _check_neurons(plan, converted, layer)
+            check_neurons(plan, converted, layer)
             checked += 1
             progress(Progress("check neurons", done, len(layers), "layer"))
     return _check_logits(plan, converted, checked, progress)
-
-
-# ---- files --------------------------------------------------------------------------------------------------------
-
-
-def _check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
-    planned = {name: entry[:2] for tensors in plan.shards.values() for name, entry in tensors.items()}
-    found = {name: (info.dtype, info.shape) for name, info in converted.tensors.items()}
-    for name in sorted(planned.keys() | found.keys()):
-        if planned.get(name) != found.get(name):
-            raise VerificationError(
-                f"{name}: the recipe says {planned.get(name, 'no such tensor')}, the file holds {found.get(name, 'none')}."
-            )
-    config = {k: v for k, v in read_json(converted.path / "config.json").items() if k in plan.config}
-    wrong = sorted(k for k in plan.config if k not in config or config[k] != plan.config[k])
-    if wrong:
-        raise VerificationError(
-            f"config.json: {wrong[0]} = {config.get(wrong[0])!r}, but the recipe implies {plan.config[wrong[0]]!r}."
-        )
-
-
-def neuron_keys(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None) -> torch.Tensor:
-    """int64 ``[F]``, sorted: a hash of each neuron's bits; neurons of zeros are left out.
-
-    Args:
-        gate: ``[F, H]``.
-        up: ``[F, H]``.
-        down: ``[F, H]`` (columns as rows), or None to leave the down projection out.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(20160)
-    total = torch.zeros(gate.shape[0], dtype=torch.int64)
-    for matrix in (gate, up, down):
-        if matrix is None:
-            continue
-        factors = torch.randint(-(2**62), 2**62, (matrix.shape[1],), generator=generator) * 2 + 1
-        bits = matrix.contiguous().view({2: torch.int16, 4: torch.int32}[matrix.dtype.itemsize])
-        for start in range(0, len(bits), 1024):
-            block = slice(start, start + 1024)
-            total[block] += (bits[block].long() * factors).sum(1)
-    return total[total != 0].sort().values
-
-
-def _check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
-    """Every neuron of the parent must be found exactly once among experts and shared neurons, by its bits."""
-    import torch
-
-    from .assembly import cast
-    from .targets.base import Neurons
-
-    gates, ups, downs = [], [], []
-    exact = plan.layout.combine.bake_is_exact
-    for tensor in plan.tensors:
-        origin = tensor.origin
-        if tensor.layer != layer or not isinstance(origin, Neurons):
-            continue
-        value = converted.read(tensor.name)
-        if not torch.isfinite(value.sum(dtype=torch.float32)) and not torch.isfinite(value).all():
-            raise VerificationError(f"{tensor.name} holds NaN or infinite values.")
-        if origin.part == "down":
-            if exact:
-                downs.append((value / origin.scale).transpose(-1, -2).reshape(-1, value.shape[-2]))
-        elif origin.part == "gate_up":
-            gate, up = value.chunk(2, dim=-2)
-            gates.append(gate.reshape(-1, value.shape[-1]))
-            ups.append(up.reshape(-1, value.shape[-1]))
-        else:
-            (gates if origin.part == "gate" else ups).append(value)
-    dtype = torch_dtype(plan.dtype)
-    prefix = f"model.layers.{layer}.mlp."
-    dense = [cast(plan.model.read(f"{prefix}{part}_proj.weight"), dtype) for part in ("gate", "up", "down")]
-    want = neuron_keys(dense[0], dense[1], dense[2].T if exact else None)
-    have = neuron_keys(torch.cat(gates), torch.cat(ups), torch.cat(downs) if exact else None)
-    if not torch.equal(want, have):
-        raise VerificationError(
-            f"layer {layer}: the experts do not hold every neuron of the parent exactly once, bit for bit."
-        )
 
 
 # ---- logits -------------------------------------------------------------------------------------------------------
@@ -227,71 +152,84 @@ class _Taps:
         handle = block.register_forward_hook(record)
 
 
+@dataclass
+class _Measured:
+    """What the runs gave; see `Verification`."""
+
+    equal: float | None = None
+    stored: float | None = None
+    largest: float = 0.0
+    errors: list[tuple[int, float]] = field(default_factory=list)
+
+
 def _check_logits(
     plan: SplitPlan, converted: SafetensorsCheckpoint, neurons: int, progress: ProgressCallback
 ) -> Verification:
+    import torch
+
     ids, origin = receipt_tokens(converted.path, plan.model.spec.vocab_size)
     layers = plan.model.spec.num_layers
-    parent_taps = _Taps({}, {})
+    parent_taps, measured = _Taps({}, {}), _Measured()
 
     def step(stage: str) -> Any:
         return lambda layer, module: progress(Progress(stage, layer + 1, layers, "layer"))
 
-    parent = _parent(plan).logits(
-        ids, before_layer=lambda i, m: parent_taps.attach(i, m, ("mlp",)), after_layer=step("run parent")
-    )
-    errors: list[tuple[int, float]] = []
-
     def compare(layer: int, module: torch.nn.Module) -> None:
         step("run with equal weights")(layer, module)
         if layer not in plan.layout.dense_layers:
-            errors.append((layer, _layer_error(plan.target, module, parent_taps, layer)))
+            measured.errors.append((layer, _layer_error(plan.target, module, parent_taps, layer)))
 
-    equal = _difference(parent, _converted(plan, converted, zero_router=True).logits(ids, after_layer=compare))
-    stored, largest = None, 0.0
-    if plan.recipe.router_scale == "hard":
-        taps = _Taps({}, {})
-        logits = _converted(plan, converted, zero_router=False).logits(
-            ids, before_layer=lambda i, m: taps.attach(i, m, plan.target.ffn_modules), after_layer=step("run as stored")
-        )
-        stored = _difference(parent, logits)
-        largest = _largest_router_logit(plan, converted, taps)
-    return _judge(plan, equal, stored, largest, tuple(errors), ids.numel(), origin, neurons)
+    parent = _parent(plan).logits(
+        ids, before_layer=lambda i, m: parent_taps.attach(i, m, ("mlp",)), after_layer=step("run parent")
+    )
+    if torch.isfinite(parent).all():
+        equal = _converted(plan, converted, zero_router=True).logits(ids, after_layer=compare)
+        measured.equal = _difference(parent, equal)
+        if plan.recipe.router_scale == "hard":
+            taps = _Taps({}, {})
+            stored = _converted(plan, converted, zero_router=False).logits(
+                ids,
+                before_layer=lambda i, m: taps.attach(i, m, plan.target.ffn_modules),
+                after_layer=step("run as stored"),
+            )
+            measured.stored = _difference(parent, stored)
+            measured.largest = _largest_router_logit(plan, converted, taps)
+    return _judge(plan, measured, ids.numel(), origin, neurons)
 
 
-def _judge(
-    plan: SplitPlan, equal: float, stored: float | None, largest: float, errors: tuple[tuple[int, float], ...],
-    num_tokens: int, origin: str, neurons: int,
-) -> Verification:  # fmt: skip
+def _judge(plan: SplitPlan, measured: _Measured, num_tokens: int, origin: str, neurons: int) -> Verification:
     exact = plan.dtype == "F32" or plan.layout.combine.bake_is_exact
     equal_tolerance = EQUAL_TOLERANCE if exact else ROUNDED_TOLERANCE
     stored_tolerance = max(equal_tolerance, HALF_TOLERANCE if plan.dtype == "F16" else HARD_TOLERANCE)
     claims = plan.parity == "exact"
-    good = not claims or (equal <= equal_tolerance and (stored is None or stored <= stored_tolerance))
-    result = Verification(
-        equal_weights=equal if claims else None,
-        equal_tolerance=equal_tolerance,
-        as_stored=stored if claims else None,
-        stored_tolerance=stored_tolerance,
-        largest_logit=largest,
-        layer_error=errors,
-        parity_factor=plan.layout.combine.parity_factor,
-        reference=f"the parent's weights rounded to {plan.dtype}, both run in F32",
-        num_tokens=num_tokens,
-        tokens=origin,
-        neurons_checked=neurons,
-        passed=good,
+    equal, stored = measured.equal, measured.stored
+    broken = claims and (
+        (equal is not None and equal > equal_tolerance) or (stored is not None and stored > stored_tolerance)
     )
-    if not good:
-        worst = max(errors, key=lambda pair: pair[1], default=(0, 0.0))
+    if broken:
+        worst = max(measured.errors, key=lambda pair: pair[1], default=(0, 0.0))
         raise VerificationError(
             f"with all experts selected the logits differ from the parent's by {equal:.2e} of the largest one at equal weights "
             f"(allowed {equal_tolerance:.0e})"
             + (f" and by {stored:.2e} as stored (allowed {stored_tolerance:.0e})" if stored is not None else "")
             + f"; the worst layer is {worst[0]} with {worst[1]:.2e}.",
-            hint="Weights that are not finite or changed since the conversion do this; otherwise please report it.",
+            hint="Weights that changed since the conversion do this; otherwise please report it.",
         )
-    return result
+    return Verification(
+        equal_weights=equal if claims else None,
+        equal_tolerance=equal_tolerance,
+        as_stored=stored if claims else None,
+        stored_tolerance=stored_tolerance,
+        largest_logit=measured.largest,
+        layer_error=tuple(measured.errors),
+        parity_factor=plan.layout.combine.parity_factor,
+        reference=f"the parent's weights rounded to {plan.dtype}, both run in F32",
+        num_tokens=num_tokens,
+        tokens=origin,
+        neurons_checked=neurons,
+        passed=equal is not None,
+        note="" if equal is not None else "the parent's own logits are not finite, so there is nothing to compare with",
+    )
 
 
 def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
@@ -300,7 +238,7 @@ def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         ids = tokenizer(RECEIPT_TEXT).input_ids[:MAX_TOKENS]
         if len(ids) > 1 and max(ids) < vocab_size:
             return torch.tensor([ids]), "text"
@@ -320,15 +258,13 @@ def _parent(plan: SplitPlan) -> StreamedModel:
 
 def _converted(plan: SplitPlan, converted: Checkpoint, *, zero_router: bool) -> StreamedModel:
     """The output with every expert selected, and its routed sum times the parity factor."""
-    from .targets.base import Neurons, Router
-
     origins = {tensor.name: tensor.origin for tensor in plan.tensors}
     factor = plan.layout.combine.parity_factor
 
     def read(name: str) -> torch.Tensor:
         tensor, origin = converted.read(name), origins[name]
         if zero_router and isinstance(origin, Router):
-            return tensor.float() * 0
+            return tensor.new_zeros(tensor.shape)
         if factor != 1.0 and isinstance(origin, Neurons) and origin.part == "down" and origin.expert != "shared":
             return tensor.float() * factor
         return tensor
@@ -357,34 +293,9 @@ def _layer_error(target: Target, module: torch.nn.Module, taps: _Taps, layer: in
 
 
 def _largest_router_logit(plan: SplitPlan, converted: Checkpoint, taps: _Taps) -> float:
-    from .targets.base import Router
-
     rows = {t.layer: t.name for t in plan.tensors if isinstance(t.origin, Router)}
     found = 0.0
     for layer, name in rows.items():
         x = taps.inputs[layer or 0]
         found = max(found, float((x.reshape(-1, x.shape[-1]) @ converted.read(name).float().T).abs().max()))
     return found
-
-
-def describe_receipt(folder: Path) -> dict[str, Any] | None:
-    """The receipt in a folder, or None."""
-    from .conversion import RECEIPT_FILE
-
-    path = folder / RECEIPT_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError:
-        raise CheckpointError(f"{path} is not valid JSON.") from None
-
-
-__all__ = [
-    "TARGETS",
-    "DenseModel",
-    "Mapping",
-    "Verification",
-    "describe_receipt",
-    "receipt_tokens",
-    "verify",
-    "verify_conversion",
-]

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llamamoe
+from llamamoe.inventory import neuron_keys
 from llamamoe.streaming import StreamedModel
-from llamamoe.verification import RECEIPT_TEXT, neuron_keys, receipt_tokens
+from llamamoe.verification import RECEIPT_TEXT, receipt_tokens
 from tests.models import VARIANTS, make_dense
 
 

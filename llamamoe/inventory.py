@@ -1,0 +1,97 @@
+"""Does a written folder hold what was planned: every tensor, every key, and every neuron exactly once, bit for bit?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .assembly import cast, torch_dtype
+from .checkpoint.base import Checkpoint
+from .checkpoint.reader import SafetensorsCheckpoint, read_json
+from .errors import VerificationError
+from .targets.base import Neurons
+
+if TYPE_CHECKING:
+    import torch
+
+    from .plan import SplitPlan
+
+
+def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
+    """Names, dtypes and shapes of all tensors, and every planned key of the configuration.
+
+    Raises:
+        VerificationError: One of them is not as planned.
+    """
+    planned = {name: entry[:2] for tensors in plan.shards.values() for name, entry in tensors.items()}
+    found = {name: (info.dtype, info.shape) for name, info in converted.tensors.items()}
+    for name in sorted(planned.keys() | found.keys()):
+        if planned.get(name) != found.get(name):
+            raise VerificationError(
+                f"{name}: the recipe says {planned.get(name, 'no such tensor')}, the file holds {found.get(name, 'none')}."
+            )
+    config = {k: v for k, v in read_json(converted.path / "config.json").items() if k in plan.config}
+    wrong = sorted(k for k in plan.config if k not in config or config[k] != plan.config[k])
+    if wrong:
+        raise VerificationError(
+            f"config.json: {wrong[0]} = {config.get(wrong[0])!r}, but the recipe implies {plan.config[wrong[0]]!r}."
+        )
+
+
+def neuron_keys(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None) -> torch.Tensor:
+    """int64 ``[F]``, sorted: a hash of each neuron's bits; neurons of zeros are left out.
+
+    Args:
+        gate: ``[F, H]``.
+        up: ``[F, H]``.
+        down: ``[F, H]`` (columns as rows), or None to leave the down projection out.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(20160)
+    total = torch.zeros(gate.shape[0], dtype=torch.int64)
+    for matrix in (gate, up, down):
+        if matrix is None:
+            continue
+        factors = torch.randint(-(2**62), 2**62, (matrix.shape[1],), generator=generator) * 2 + 1
+        bits = matrix.contiguous().view({2: torch.int16, 4: torch.int32}[matrix.dtype.itemsize])
+        for start in range(0, len(bits), 1024):
+            block = slice(start, start + 1024)
+            total[block] += (bits[block].long() * factors).sum(1)
+    return total[total != 0].sort().values
+
+
+def check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
+    """Every neuron of the parent must be found exactly once among experts and shared neurons, by its bits.
+
+    The down projections are left out where the target's factor rounds them (see `Combine.bake_is_exact`).
+
+    Raises:
+        VerificationError: A neuron is missing, repeated or changed.
+    """
+    import torch
+
+    gates, ups, downs = [], [], []
+    exact = plan.layout.combine.bake_is_exact
+    for tensor in plan.tensors:
+        origin = tensor.origin
+        if tensor.layer != layer or not isinstance(origin, Neurons):
+            continue
+        value = converted.read(tensor.name)
+        if origin.part == "down":
+            if exact:
+                downs.append((value / origin.scale).transpose(-1, -2).reshape(-1, value.shape[-2]))
+        elif origin.part == "gate_up":
+            gate, up = value.chunk(2, dim=-2)
+            gates.append(gate.reshape(-1, value.shape[-1]))
+            ups.append(up.reshape(-1, value.shape[-1]))
+        else:
+            (gates if origin.part == "gate" else ups).append(value)
+    dtype = torch_dtype(plan.dtype)
+    prefix = f"model.layers.{layer}.mlp."
+    dense = [cast(plan.model.read(f"{prefix}{part}_proj.weight"), dtype) for part in ("gate", "up", "down")]
+    want = neuron_keys(dense[0], dense[1], dense[2].T if exact else None)
+    have = neuron_keys(torch.cat(gates), torch.cat(ups), torch.cat(downs) if exact else None)
+    if not torch.equal(want, have):
+        raise VerificationError(
+            f"layer {layer}: the experts do not hold every neuron of the parent exactly once, bit for bit."
+        )
