@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.base import FLOAT_DTYPES, Checkpoint
+from .checkpoint.reader import read_json
+from .config_values import check_rope, check_values
 from .errors import CheckpointError
 from .registry import near_misses
 from .sources import SOURCES, DenseSpec, Read, Source
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+_QUANTISED = (
+    ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale",
+    ".weight_scale_inv",
+)  # fmt: skip
+"""How the tensors of GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints end."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +58,53 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
         CheckpointError: It is not; the message names the key or tensor and the rule.
     """
     config = checkpoint.config
-    _refuse_foreign(config)
+    _refuse_foreign(checkpoint)
     name = config.get("model_type")
-    if name not in SOURCES:
+    if not isinstance(name, str) or name not in SOURCES:
         raise CheckpointError(
             f"config.json: model_type {name!r} is no dense family that can be converted exactly.",
             hint=near_misses(str(name), SOURCES.names()),
         )
-    source = SOURCES.get(str(name))()
+    check_values(config)
+    layers = config.get("num_hidden_layers") or 0
+    if layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers = {layers}, but the files hold only {len(checkpoint.tensors)} tensors: "
+            "config and weights disagree."
+        )
+    source = SOURCES.get(name)()
     spec = source.spec(config)
-    _check_tensors(checkpoint, source.raw_shapes(spec), tied=spec.tie_word_embeddings)
+    check_rope(spec)
+    if spec.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors:
+        spec = replace(spec, tie_word_embeddings=False)  # transformers 5 does not tie tensors that differ
+    _check_tensors(checkpoint, source.raw_shapes(spec))
     return DenseModel(checkpoint, source, spec, source.canonical(spec))
 
 
-def _refuse_foreign(config: Mapping[str, Any]) -> None:
+def _refuse_foreign(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
     if config.get("auto_map"):
         raise CheckpointError(
             "config.json has an 'auto_map': the checkpoint brings its own code, which is never run.",
             hint="Save it as one of transformers' own architectures first.",
         )
-    quantization = config.get("quantization_config")
+    tokenizer = checkpoint.path / "tokenizer_config.json"
+    if tokenizer.is_file() and read_json(tokenizer).get("auto_map"):
+        raise CheckpointError(
+            "tokenizer_config.json has an 'auto_map': the tokenizer brings its own code, which is never run.",
+            hint="Save it as one of transformers' own tokenizers first.",
+        )
+    quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
         kind = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise CheckpointError(
             f"the weights are quantised ({kind}): splitting them would not be exact.",
+            hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
+        )
+    name = next((n for n in checkpoint.tensors if n.endswith(_QUANTISED)), None)
+    if name:
+        raise CheckpointError(
+            f"the weights are quantised (there is a tensor {name!r}): splitting them would not be exact.",
             hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
         )
     experts = next((k for k in _EXPERT_KEYS if isinstance(config.get(k), int) and config[k] > 1), None)
@@ -85,7 +115,7 @@ def _refuse_foreign(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
         raise CheckpointError(
@@ -93,20 +123,16 @@ def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...
         )
     for name, shape in expected.items():
         info = checkpoint.tensors[name]
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{name} has shape {list(info.shape)}, but config.json implies {list(shape)}: config and weights disagree."
-            )
         if info.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"{name} is stored as {info.dtype}: only {', '.join(FLOAT_DTYPES)} can be split exactly.",
                 hint="Use the unquantised checkpoint.",
             )
-    unknown = [
-        n
-        for n in checkpoint.tensors
-        if n not in expected and not n.endswith(_IGNORED) and not (tied and n == "lm_head.weight")
-    ]
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{name} has shape {list(info.shape)}, but config.json implies {list(shape)}: config and weights disagree."
+            )
+    unknown = [n for n in checkpoint.tensors if n not in expected and not n.endswith(_IGNORED)]
     if unknown:
         raise CheckpointError(
             f"{len(unknown)} tensors do not belong to the architecture in config.json, the first is {unknown[0]!r}: "

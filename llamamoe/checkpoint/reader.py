@@ -77,6 +77,9 @@ class SafetensorsCheckpoint:
         for name in self._shards():
             self._add(read_header(self._inside(name)))
         self._check_index()
+        for name in (*SIDE_FILES, *LICENSE_FILES):
+            if (path / name).is_file():
+                self._inside(name)
         self._open: dict[Path, Any] = {}
 
     def _what_is_there(self) -> str:
@@ -89,12 +92,15 @@ class SafetensorsCheckpoint:
     def _inside(self, name: str) -> Path:
         """The file ``name`` of the folder; links may lead out of it only into the blobs of a hub cache."""
         path = self.path / name
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
             raise CheckpointError(f"the index names {name!r}, which is not a plain file name in the folder: refused.")
         roots = [self._root]
         if self._root.parent.name == "snapshots":
             roots.append(self._root.parent.parent / "blobs")
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{name} cannot be found ({error}).", hint="Copy the file into the folder.") from None
         if not any(real.is_relative_to(root) for root in roots):
             raise CheckpointError(
                 f"{name} is a symbolic link out of the folder (to {real}): refused.",
@@ -154,7 +160,7 @@ class SafetensorsCheckpoint:
         """See `Checkpoint.save_tokenizer`; licence files are copied too."""
         copied = []
         for name in (*SIDE_FILES, *LICENSE_FILES):
-            if (self.path / name).exists():
+            if (self.path / name).is_file():
                 shutil.copyfile(self._inside(name), out / name)
                 copied.append(name)
         return copied

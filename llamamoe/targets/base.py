@@ -337,7 +337,7 @@ def common_config(dense: DenseSpec, target: Target, dtype: str) -> dict[str, Any
         "rms_norm_eps": dense.rms_norm_eps,
         "tie_word_embeddings": target.ties(dense),
         "rope_theta": dense.rope["rope_theta"],
-        "rope_scaling": None if plain else {**scaling, "rope_theta": dense.rope["rope_theta"]},
+        "rope_scaling": None if plain else scaling,
         "rope_parameters": dict(dense.rope),
         "use_cache": True,
         "output_router_logits": False,

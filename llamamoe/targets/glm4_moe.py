@@ -29,7 +29,6 @@ class Glm4Moe(Target):
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
         """See `Target.config`. The rotary share defaults to one half there, so it is written at both levels."""
         rope = {**dense.rope, "partial_rotary_factor": dense.partial_rotary_factor}
-        plain = dense.rope["rope_type"] == "default"
         return {
             "intermediate_size": dense.intermediate_size,
             "moe_intermediate_size": layout.expert_width,
@@ -46,7 +45,6 @@ class Glm4Moe(Target):
             "num_nextn_predict_layers": 0,
             "partial_rotary_factor": dense.partial_rotary_factor,
             "rope_parameters": rope,
-            "rope_scaling": None if plain else dict(rope),
         }
 
     def stub_width(self, layout_width: int) -> int:
