@@ -62,4 +62,5 @@ def _unit_rows(ffn: FfnWeights, neurons: np.ndarray, weight: Literal["gate", "up
 
     matrix = ffn.gate_FH if weight == "gate" else ffn.up_FH
     rows = matrix[torch.from_numpy(neurons)].float()
-    return torch.nn.functional.normalize(rows, dim=1).numpy()
+    # Rows that are not finite count as zero: the conversion warns of them, and stays exact.
+    return torch.nn.functional.normalize(rows, dim=1).nan_to_num_(nan=0.0).numpy()

@@ -57,7 +57,9 @@ def test_huge_number_of_layers_in_every_family(source: Path, refused: Refused, f
     refused(source, "num_hidden_layers = 1000000000", "config and weights disagree")
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"])
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+)
 def test_missing_size(source: Path, refused: Refused, key: str) -> None:
     edit_config(source, lambda config: config.pop(key))
     refused(source, key)
@@ -90,7 +92,10 @@ def test_missing_size(source: Path, refused: Refused, key: str) -> None:
 )
 def test_value_of_a_wrong_kind(source: Path, refused: Refused, key: str, value: Any) -> None:
     edit_config(source, **{key: value})
-    refused(source, "quantised" if key.startswith("quant") else "key/value heads" if "kv" in key or "key_value" in key else key)
+    refused(
+        source,
+        "quantised" if key.startswith("quant") else "key/value heads" if "kv" in key or "key_value" in key else key,
+    )
 
 
 @pytest.mark.parametrize("value", [2, [2, 3], None, []])
@@ -144,7 +149,9 @@ def test_rope_garbage(source: Path, refused: Refused, key: str, rope: Any, word:
 def test_rope_theta(source: Path, refused: Refused, theta: Any, nested: bool) -> None:
     def change(config: dict[str, Any]) -> None:
         config.pop("rope_parameters", None)
-        config |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}} if nested else {"rope_theta": theta}
+        config |= (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": theta}} if nested else {"rope_theta": theta}
+        )
 
     edit_config(source, change)
     refused(source, "rope_theta", repr(theta))

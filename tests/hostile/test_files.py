@@ -78,7 +78,8 @@ def point(folder: Path, file: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "", "a/../b", "a\0b", "\ud800"]
+    "name",
+    ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "", "a/../b", "a\0b", "\ud800"],
 )
 def test_index_names_a_file_outside(sharded: Path, refused: Refused, name: str) -> None:
     shutil.copyfile(sharded / FIRST, sharded.parent / "elsewhere.safetensors")
@@ -343,19 +344,12 @@ def test_strict_refuses_nonfinite(source: Path, refused: Refused, value: float) 
 
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize(("method", "shared"), [("kmeans", 0), ("cluster_shared", 0.25)])
-def test_nonfinite_rows_cannot_be_clustered(
+def test_nonfinite_rows_can_be_clustered(
     source: Path, tmp_path: Path, value: float, method: str, shared: float
 ) -> None:
     edit_weights(source, lambda t: t[GATE][0:1, 0:1].fill_(value))
-    out = tmp_path / "out"
-    try:
-        result = llamamoe.split(source, out, recipe(method=method, shared=shared), verify=False)
-    except llamamoe.LlamaMoeError as error:
-        assert "NaN or infinite" in str(error)
-        assert "layer 1" in str(error)
-        assert not out.exists()
-    else:
-        assert any("NaN or infinite" in w for w in result.warnings)
+    result = llamamoe.split(source, tmp_path / "out", recipe(method=method, shared=shared), verify=False)
+    assert any("NaN or infinite" in w for w in result.warnings)
 
 
 def test_strict_passes_a_clean_source(source: Path, tmp_path: Path) -> None:
