@@ -52,6 +52,8 @@ def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Call
 @_flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; reads headers only.")
 @_flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
 @_flag("--force", group=RUN, is_flag=True, text="Replace the checkpoint in OUT; drop what an interrupted run left.")
+@_flag("--tokenizer", group=RUN, metavar="FOLDER",
+       text="For a GGUF source: take the tokenizer files from this folder.")  # fmt: skip
 @_flag("--no-verify", group=RUN, is_flag=True,
        text="Do not compare the result with its parent before it appears.")  # fmt: skip
 @output_options
@@ -65,6 +67,7 @@ def command(
     dry_run: bool,
     resume: bool,
     force: bool,
+    tokenizer: str | None,
     no_verify: bool,
     output: Output,
     **given: Any,
@@ -75,10 +78,11 @@ def command(
     given |= {"strict": strict or None, "card": False if no_card else None}
     complete = _recipe(recipe, given, overrides)
     if dry_run:
-        _plan(source, out, complete, resume, force, output)
+        _plan(source, out, complete, resume, force, tokenizer, output)
     else:
         assert out is not None
-        _convert(source, Path(out).expanduser(), complete, output, verify=not no_verify, resume=resume, force=force)
+        keys = {"verify": not no_verify, "resume": resume, "force": force, "tokenizer": tokenizer}
+        _convert(source, Path(out).expanduser(), complete, output, **keys)
 
 
 def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> SplitRecipe:
@@ -91,12 +95,14 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
             raise name_flags(error, given) from None
 
 
-def _plan(source: str, out: str | None, recipe: SplitRecipe, resume: bool, force: bool, output: Output) -> None:
+def _plan(
+    source: str, out: str | None, recipe: SplitRecipe, resume: bool, force: bool, tokenizer: str | None, output: Output
+) -> None:
     from llamamoe.conversion import check_out, check_room, plan_conversion
 
     from ._plan import print_plan
 
-    plan = plan_conversion(source, recipe)
+    plan = plan_conversion(source, recipe, tokenizer=tokenizer)
     if out is not None:
         folder = Path(out).expanduser()
         check_out(folder, plan.model.checkpoint.path, force=force)
@@ -106,7 +112,7 @@ def _plan(source: str, out: str | None, recipe: SplitRecipe, resume: bool, force
     )
 
 
-def _convert(source: str, out: Path, recipe: SplitRecipe, output: Output, **keys: bool) -> None:
+def _convert(source: str, out: Path, recipe: SplitRecipe, output: Output, **keys: Any) -> None:
     from llamamoe import split
     from llamamoe.checkpoint.writer import partial_path
 

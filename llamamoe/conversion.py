@@ -53,13 +53,16 @@ class SplitResult:
     warnings: tuple[str, ...] = field(default=())
 
 
-def plan_conversion(source: str | Path, recipe: SplitRecipe | None = None) -> SplitPlan:
-    """What `split` would do; reads headers only and writes nothing.
+def plan_conversion(
+    source: str | Path, recipe: SplitRecipe | None = None, *, tokenizer: str | Path | None = None
+) -> SplitPlan:
+    """What `split` would do; reads headers only and writes nothing. For the arguments see `split`.
 
     Raises:
         RefusedError: The conversion is not possible; every reason is named.
     """
-    return plan_split(understand(open_checkpoint(locate(source))), recipe or SplitRecipe())
+    checkpoint = open_checkpoint(locate(source), tokenizer=tokenizer)
+    return plan_split(understand(checkpoint), recipe or SplitRecipe())
 
 
 def split(
@@ -70,6 +73,7 @@ def split(
     verify: bool = True,
     resume: bool = False,
     force: bool = False,
+    tokenizer: str | Path | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> SplitResult:
     """Convert a dense checkpoint into a mixture of experts that plain transformers loads.
@@ -84,6 +88,7 @@ def split(
         verify: Compare the result with its parent before it appears (see `llamamoe.verify`).
         resume: Finish what an earlier call with the same source and recipe began.
         force: Replace ``out`` if it holds a checkpoint, and drop what an earlier call began.
+        tokenizer: For a GGUF source, a folder whose tokenizer files replace the vocabulary in the file.
         progress: Told after every layer.
 
     Raises:
@@ -93,7 +98,9 @@ def split(
     """
     started = time.monotonic()
     location, out = locate(source), Path(out).expanduser()
-    decided = plan_split(understand(open_checkpoint(location)), recipe or SplitRecipe())
+    out = out if out.name else out.absolute()
+    checkpoint = open_checkpoint(location, tokenizer=tokenizer)
+    decided = plan_split(understand(checkpoint), recipe or SplitRecipe())
     check_out(out, location.path, force=force)
     check_room(out, decided, resume=resume)
     if decided.recipe.strict:
@@ -126,19 +133,22 @@ def check_out(out: Path, source: Path, *, force: bool) -> None:
         RefusedError: It lies in the source or the other way round, is no folder, or holds something.
     """
     here, there = out.resolve(), source.resolve()
-    if here == there or here.is_relative_to(there) or there.is_relative_to(here):
-        raise RefusedError(
-            f"OUT ({out}) and SOURCE ({source}) must not lie in one another: the source is never touched."
-        )
+    for place in (here, partial_path(here) if here.name else here):
+        if place.is_relative_to(there) or there.is_relative_to(place):
+            raise RefusedError(
+                f"OUT ({out}) and SOURCE ({source}) must not lie in one another: the source is never touched.",
+                hint=f"Choose an OUT elsewhere; {out.name}.partial beside it is written too.",
+            )
     if not out.exists():
         if out.is_symlink():
-            raise RefusedError(f"OUT ({out}) is a broken symbolic link.")
+            raise RefusedError(f"OUT ({out}) is a broken symbolic link.", hint="Choose another name.")
         parent = next(p for p in here.parents if p.exists())
         if not parent.is_dir():
-            raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.")
+            raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.", hint="Choose another name.")
         return
     if not out.is_dir() or out.is_symlink():
-        raise RefusedError(f"OUT ({out}) exists and is not a folder.", hint="Choose another name.")
+        kind = "a symbolic link" if out.is_symlink() else "not a folder"
+        raise RefusedError(f"OUT ({out}) exists and is {kind}.", hint="Choose another name.")
     if not any(out.iterdir()):
         return
     if not force:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint.base import Checkpoint
-from .errors import CheckpointError, LlamaMoeError
+from .errors import CheckpointError, LlamaMoeError, UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "chat_template*", "LICENSE*", "NOTICE*", "README.md"]
@@ -68,20 +68,27 @@ def _download(text: str) -> Location:
     return Location(path, name, path.name)
 
 
-def open_checkpoint(location: Location) -> Checkpoint:
+def open_checkpoint(location: Location, *, tokenizer: str | Path | None = None) -> Checkpoint:
     """Open a folder of safetensors or a GGUF file; headers only.
 
+    Args:
+        location: Where it is.
+        tokenizer: For a GGUF file, a folder whose tokenizer files replace the vocabulary in the file.
+
     Raises:
+        UsageError: ``tokenizer`` is given for a folder, which brings its own.
         CheckpointError: See `llamamoe.checkpoint.reader` and `llamamoe.checkpoint.gguf`.
     """
     if location.path.is_dir():
+        if tokenizer is not None:
+            raise UsageError("--tokenizer is for GGUF files: a folder brings its own tokenizer, which is copied.")
         from .checkpoint.reader import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(location.path)
     if location.path.suffix == ".gguf":
         from .checkpoint.gguf import GgufCheckpoint
 
-        return GgufCheckpoint(location.path)
+        return GgufCheckpoint(location.path, tokenizer=tokenizer)
     raise CheckpointError(
         f"{location.path} is neither a folder nor a .gguf file.", hint="Give the folder that holds config.json."
     )

@@ -17,20 +17,11 @@ from .costs import Cost, count
 from .dense import DenseModel
 from .errors import RefusedError
 from .recipe import DTYPES, SplitRecipe
-from .rescales import RESCALES
+from .sizing import choose_target
 from .sources.base import DenseSpec, canonical_shapes
 from .splitters import SPLITTERS
 from .splitters.base import Splitter
-from .targets import TARGETS
-from .targets.base import MoeLayout, OutTensor, Target, common_config, is_power_of_two
-
-_ORDER = {
-    False: ("mixtral", "qwen3_moe", "qwen2_moe", "granitemoeshared", "glm4_moe", "ernie4_5_moe"),
-    True: ("qwen2_moe", "glm4_moe", "granitemoeshared", "ernie4_5_moe"),
-}
-"""Targets that ``auto`` tries, without and with shared neurons; others (plug-ins) come after, by name."""
-
-GATED_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+from .targets.base import MoeLayout, OutTensor, Target, common_config
 
 Shards = dict[str, dict[str, tuple[str, tuple[int, ...], int]]]
 """file name -> tensor name -> (dtype, shape, bytes), in file order."""
@@ -122,7 +113,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
     spec = model.spec
     splitter = SPLITTERS.get(recipe.method.name)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else _source_dtype(model)
-    target, layout = _choose_target(spec, recipe, splitter, dtype)
+    target, layout = choose_target(spec, recipe, splitter, dtype)
     recipe = recipe.model_copy(update=_resolved(recipe, splitter, target, layout, dtype))
     tensors = tuple(target.tensors(spec, layout))
     shards = _shards(tensors, dtype, recipe.shard_size)
@@ -147,141 +138,10 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
         ),
         peak_bytes=_peak_bytes(spec, splitter, dtype),
         warnings=tuple(warnings),
-        advice=tuple(_advice(spec, splitter, target, layout)),
+        advice=(*model.checkpoint.notes, *_advice(spec, splitter, target, layout)),
         parity=splitter.parity,
         majors=target.majors(spec),
     )
-
-
-# ---- sizes ------------------------------------------------------------------------------------------------------
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _expert_width(routed: int, recipe: SplitRecipe) -> int:
-    return _round_up(-(-routed // recipe.num_experts), recipe.pad_to)
-
-
-def _widths_shared(multiple: int, size: int, recipe: SplitRecipe) -> int:
-    """S for ``m`` expert widths: m W, with W the padded width when the FFN is cut into N + m parts."""
-    return multiple * _round_up(-(-size // (recipe.num_experts + multiple)), recipe.pad_to)
-
-
-def _shared_neurons(spec: DenseSpec, recipe: SplitRecipe, splitter: type[Splitter]) -> int:
-    wanted = splitter.default_shared if recipe.shared is None else recipe.shared
-    size = spec.intermediate_size
-    if isinstance(wanted, str):
-        return _widths_shared(int(wanted[:-1]), size, recipe)
-    return round(wanted * size) if isinstance(wanted, float) else wanted
-
-
-def _choose_target(
-    spec: DenseSpec, recipe: SplitRecipe, splitter: type[Splitter], dtype: str
-) -> tuple[Target, MoeLayout]:
-    """The named target, or for ``auto`` the first that fits (both majors of transformers before one)."""
-    shared = _shared_neurons(spec, recipe, splitter)
-    _check_sizes(spec, recipe, shared)
-    dense_layers = _dense_layers(spec, recipe)
-    if recipe.target == "auto":
-        first = _ORDER[shared > 0]
-        names = [n for n in first if n in TARGETS] + [
-            n for n in TARGETS.names() if n not in _ORDER[True] + _ORDER[False]
-        ]
-    else:
-        names = [recipe.target]
-    fitting, reasons = [], []
-    for name in names:
-        target = TARGETS.get(name)()
-        layout = _layout(spec, recipe, splitter, target, shared, dense_layers)
-        found = _refusals(spec, recipe, target, layout, dtype)
-        reasons += found
-        if not found:
-            fitting.append((target, layout))
-    if not fitting:
-        raise RefusedError(
-            "no target can hold this conversion exactly:\n" + "\n".join(f"  - {r}" for r in dict.fromkeys(reasons)),
-            hint="`llamamoe methods --matrix` shows which family goes to which target.",
-        )
-    return next((f for f in fitting if len(f[0].majors(spec)) > 1), fitting[0])
-
-
-def _check_sizes(spec: DenseSpec, recipe: SplitRecipe, shared: int) -> None:
-    size, experts = spec.intermediate_size, recipe.num_experts
-    if shared >= size:
-        raise RefusedError(
-            f"shared = {recipe.shared!r} means {shared} neurons, but the FFN has only {size}: nothing is left to route."
-        )
-    if experts > size - shared:
-        raise RefusedError(f"num_experts = {experts} is more than the {size - shared} neurons that are to be routed.")
-    if spec.hidden_act not in GATED_ACTIVATIONS:
-        raise RefusedError(
-            f"hidden_act {spec.hidden_act!r} is none that a gated FFN is known to use: {', '.join(GATED_ACTIVATIONS)}."
-        )
-
-
-def _dense_layers(spec: DenseSpec, recipe: SplitRecipe) -> tuple[int, ...]:
-    count_ = spec.num_layers
-    wrong = [layer for layer in recipe.keep_dense if not -count_ <= layer < count_]
-    if wrong:
-        raise RefusedError(f"--keep-dense names layer {wrong[0]}, but the model has layers 0 to {count_ - 1}.")
-    layers = tuple(sorted({layer % count_ for layer in recipe.keep_dense}))
-    if len(layers) == count_:
-        raise RefusedError("--keep-dense names every layer: nothing would be split.")
-    return layers
-
-
-def _layout(
-    spec: DenseSpec,
-    recipe: SplitRecipe,
-    splitter: type[Splitter],
-    target: Target,
-    shared: int,
-    dense_layers: tuple[int, ...],
-) -> MoeLayout:
-    width = _expert_width(spec.intermediate_size - shared, recipe)
-    stored = _round_up(shared, recipe.pad_to) if shared else target.stub_width(width)
-    if shared and target.shared == "multiple":
-        width = max(width, recipe.pad_to)
-        stored = shared
-    rescale = RESCALES.get(recipe.rescale.name if recipe.rescale else splitter.default_rescale)()
-    combine = target.combine(rescale, recipe.num_experts, recipe.top_k)
-    return MoeLayout(recipe.num_experts, recipe.top_k, width, shared, stored, dense_layers, combine)
-
-
-def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout, dtype: str) -> list[str]:
-    reasons = target.refusals(spec)
-    if layout.num_shared and target.shared == "none":
-        reasons.append(
-            f"{target.name} has no shared expert, but {layout.num_shared} neurons are to be shared (--shared 0, or another --target)"
-        )
-    elif layout.num_shared and target.shared == "multiple" and layout.num_shared % layout.expert_width:
-        reasons.append(_nearest_shared(spec, recipe, target, layout))
-    dense = target.dense_layer_refusal(layout.dense_layers, spec.num_layers)
-    if dense:
-        reasons.append(dense)
-    if recipe.require and recipe.require not in target.majors(spec):
-        reasons.append(
-            f"--require {recipe.require}: {target.name} needs transformers 5 for this source ({', '.join(sorted(target.needs_five))})"
-        )
-    if dtype != "F32":
-        if spec.norm_offset:
-            reasons.append(f"{spec.family}'s norm weights become 1 + w, which {dtype} would round: use --dtype float32")
-        fold = target.fold(spec)
-        if not is_power_of_two(fold):
-            reasons.append(
-                f"{target.name} has no embedding multiplier and {dtype} would round embeddings times {fold:g}: use --dtype float32"
-            )
-    return reasons
-
-
-def _nearest_shared(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout) -> str:
-    size, wanted = spec.intermediate_size, layout.num_shared
-    sizes = {_widths_shared(m, size, recipe): m for m in range(4 * recipe.num_experts, 0, -1)}
-    near = sorted((s for s in sizes if s < size), key=lambda s: abs(s - wanted))[:2]
-    ways = " or ".join(f"--shared {sizes[s]}x ({s} neurons)" for s in sorted(near))
-    return f"{target.name}'s shared expert is a multiple of the expert width ({layout.expert_width}), which {wanted} is not: use {ways}"
 
 
 # ---- choices ----------------------------------------------------------------------------------------------------
@@ -321,7 +181,7 @@ def _source_dtype(model: DenseModel) -> str:
 
 
 def _warnings(model: DenseModel, recipe: SplitRecipe, layout: MoeLayout, dtype: str) -> list[str]:
-    found = list(model.checkpoint.notes)
+    found = []
     kinds = {model.dtype_of(name) for name in canonical_shapes(model.spec)}
     lossy = sorted(k for k in kinds if k != dtype and dtype != "F32")
     if lossy:

@@ -109,7 +109,9 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
             f"{folder} holds no {RECIPE_FILE}, so it was not written by llamamoe.",
             hint="Give the folder that `llamamoe split` made.",
         )
-    model = understand(open_checkpoint(locate(against)))
+    location = locate(against)
+    tokenizer = folder if location.path.is_file() else None  # a GGUF's own may be one that cannot be rebuilt
+    model = understand(open_checkpoint(location, tokenizer=tokenizer))
     plan = plan_split(model, load_recipe(folder / RECIPE_FILE))
     result = verify_conversion(plan, folder, progress)
     if not result.passed:

@@ -110,7 +110,7 @@ def save(header: GgufHeader, folder: Path | None, out: Path) -> list[str]:
 def _refuse(header: GgufHeader, reason: str) -> None:
     raise CheckpointError(
         f"{header.path}: {reason}.",
-        hint="Give a folder with the original tokenizer (tokenizer.json) as the tokenizer option.",
+        hint="Give a folder with the original tokenizer (tokenizer.json) with --tokenizer.",
     )
 
 

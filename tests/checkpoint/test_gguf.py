@@ -660,7 +660,7 @@ def test_an_unknown_cut_is_refused_unless_a_tokenizer_is_given(tmp_path: Path, p
     model = make_model()
     for pre in ("viking", "default", None):
         write_gguf(path, model, metadata=vocabulary(pre))
-        assert "tokenizer option" in error(path)
+        assert "--tokenizer" in error(path)
     folder = tmp_path / "original"
     folder.mkdir()
     assert "holds no tokenizer" in error(path, tokenizer=folder)

@@ -76,9 +76,9 @@ def test_registered_with_their_defaults():
     assert SPLITTERS.get("kmeans") is KMeans
     assert SPLITTERS.get("cluster_shared") is ClusterShared
     assert (KMeans.default_shared, ClusterShared.default_shared) == (0.0, 0.25)
+    assert (KMeans.default_rescale, ClusterShared.default_rescale) == ("dropout", "unit")
     for splitter in (KMeans, ClusterShared):
         assert splitter.default_router == "centroid"
-        assert splitter.default_rescale == "dropout"
         assert splitter.needs == "weights"
 
 
