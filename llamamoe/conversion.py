@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +23,7 @@ from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
 from .checkpoint.writer import CheckpointWriter, partial_path, write_text
 from .dense import understand
-from .errors import RefusedError
+from .errors import LlamaMoeError, RefusedError
 from .hub import Location, locate, open_checkpoint
 from .layer import FfnWeights, LayerContext
 from .plan import SplitPlan, index_json, plan_split
@@ -105,10 +108,11 @@ def split(
     check_room(out, decided, resume=resume)
     if decided.recipe.strict:
         _refuse_nonfinite(decided, progress)
-    writer = CheckpointWriter(
-        out, decided.shards, fingerprint=plan_fingerprint(decided), resume=resume, restart=force and not resume
-    )
-    with writer:
+    fingerprint, restart = plan_fingerprint(decided), force and not resume
+    with (
+        _failures(out),
+        CheckpointWriter(out, decided.shards, fingerprint=fingerprint, resume=resume, restart=restart) as writer,
+    ):
         infos = _write_weights(decided, writer, progress)
         warnings = decided.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
         _write_side_files(decided, location, writer.path, warnings)
@@ -124,6 +128,19 @@ def split(
 
 
 # ---- before anything is written -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _failures(out: Path) -> Iterator[None]:
+    """Errors of the system, while something is written, as one for the user."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        raise LlamaMoeError(
+            f"writing {partial_path(out)} failed: {what}{error.strerror or error}.",
+            hint="What was finished is kept: make room and repeat the command with --resume.",
+        ) from error
 
 
 def check_out(out: Path, source: Path, *, force: bool) -> None:
@@ -169,7 +186,7 @@ def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
         RefusedError: Too few bytes are free.
     """
     have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
-    if resume and partial_path(out).exists():
+    if resume and partial_path(out).is_dir():
         have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
     need = decided.cost.nbytes + 64 * 2**20
     if have < need:
@@ -251,7 +268,8 @@ def convert_layer(decided: SplitPlan, layer: int) -> tuple[LayerParts, dict[str,
     assert recipe.router is not None
     rows = _plugin(ROUTERS, recipe.router).rows(ffn, partition, context)
     router = scale_router(rows, ffn.norm_H, recipe.router_scale, decided.dtype)
-    facts = {"layer": layer, "router_exponent": router.exponent, "router_logit_bound": router.logit_bound}
+    bound = router.logit_bound if math.isfinite(router.logit_bound) else None
+    facts = {"layer": layer, "router_exponent": router.exponent, "router_logit_bound": bound}
     return LayerParts(ffn, partition, router.rows_NH, layout), facts
 
 

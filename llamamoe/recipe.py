@@ -53,8 +53,10 @@ def _choose(registry: Registry[Any]) -> BeforeValidator:
                 "choice", f"unknown {registry.kind} {given['name']!r}. " + near_misses(given["name"], registry.names())
             )
         plugin: type[Plugin] = registry.get(given["name"])
-        options: dict[str, Any] = {k: v for k, v in given.items() if k not in ("name", "options")}
-        nested: Any = given.get("options", {})
+        options: dict[str, Any] = {str(k): v for k, v in given.items() if k not in ("name", "options")}
+        nested: Any = given.get("options") or {}
+        if not isinstance(nested, Mapping):
+            raise PydanticCustomError("choice", "'options' must be a mapping")
         options |= dict(nested)
         try:
             complete = plugin.Options.model_validate(options)
@@ -67,10 +69,11 @@ def _choose(registry: Registry[Any]) -> BeforeValidator:
 
 def _shared_size(value: Any) -> Any:
     """A share (0 <= x < 1), a count (0, 1, 2, ...) or a number of expert widths (``"2x"``), kept as written."""
-    text = str(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(r"\d+x|\d+|\d*\.\d+(e-?\d+)?", text):
+    text = str(value).strip() if isinstance(value, str | int | float) else ""
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,18}x?|[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+e-[0-9]+", text):
+        shown = repr(value) if text else f"a {type(value).__name__}"
         raise PydanticCustomError(
-            "shared", f"{value!r} is no share (0.25), count (384) or number of expert widths ('2x')"
+            "shared", f"{shown} is no share (0.25), count (384) or number of expert widths ('2x')"
         )
     if text.endswith("x"):
         return text
@@ -114,7 +117,7 @@ class SplitRecipe(BaseModel):
     keep_dense: tuple[int, ...] = Field((), description="Layers left dense (negative ones count from the end).")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
     shard_size: str = Field(
-        "5GB", pattern=r"^\d+(\.\d+)?\s*[KMGT]?B$", description="Largest shard, for example 5GB or 500MB."
+        "5GB", pattern=r"^[0-9]{1,9}(\.[0-9]+)?\s*[KMGT]B$", description="Largest shard, for example 5GB or 500MB."
     )
     require: Literal["4.57"] | None = Field(None, description="Refuse what this older transformers cannot load.")
     strict: bool = Field(
@@ -172,6 +175,18 @@ def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:
         raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
+def _parse(text: str) -> Any:
+    """YAML without code.
+
+    Raises:
+        yaml.YAMLError: It is none; what PyYAML's own parts raise for odd values and nesting included.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+
+
 def parse_override(text: str) -> tuple[list[str], Any]:
     """``a.b=c`` to (["a", "b"], value); the value is read as YAML.
 
@@ -183,7 +198,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(path):
         raise UsageError(f"--set {text!r} is not of the form key=value (for example method.max_iter=50).")
     try:
-        return path, yaml.safe_load(value)
+        return path, _parse(value)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {text!r}: the value is not YAML ({error}).") from None
 
@@ -198,6 +213,8 @@ def apply_override(data: dict[str, Any], path: Sequence[str], value: Any) -> Non
                 if part in ("router", "rescale")
                 else UsageError(f"--set {'.'.join(path)}: there is no {part!r} in the recipe.")
             )
+        if not isinstance(inner, str | Mapping):
+            raise UsageError(f"--set {'.'.join(path)}: {part} = {inner!r} has no keys; set {part} itself.")
         data[part] = {"name": inner} if isinstance(inner, str) else dict(inner)
         data = data[part]
     data[path[-1]] = value
@@ -210,7 +227,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
         UsageError: The file is missing, is not YAML, or holds no mapping.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -32,6 +32,12 @@ def _widths_shared(multiple: int, size: int, recipe: SplitRecipe) -> int:
     return multiple * _round_up(-(-size // (recipe.num_experts + multiple)), recipe.pad_to)
 
 
+def _multiples(size: int, recipe: SplitRecipe) -> dict[int, int]:
+    """Every ``m`` for which m expert widths can be shared, and the S that it means."""
+    found = {m: _widths_shared(m, size, recipe) for m in range(1, 4 * recipe.num_experts)}
+    return {m: shared for m, shared in found.items() if recipe.num_experts <= size - shared}
+
+
 def _shared_neurons(spec: DenseSpec, recipe: SplitRecipe, splitter: type[Splitter]) -> int:
     wanted = splitter.default_shared if recipe.shared is None else recipe.shared
     size = spec.intermediate_size
@@ -110,7 +116,9 @@ def _layout(
     width = _expert_width(spec.intermediate_size - shared, recipe)
     stored = _round_up(shared, recipe.pad_to) if shared else target.stub_width(width)
     if shared and target.shared == "multiple":
-        width = max(width, recipe.pad_to)
+        # S as m expert widths: every "mx" fits, whatever rounding left for the routed neurons.
+        sizes = _multiples(spec.intermediate_size, recipe)
+        width = min((s // m for m, s in sizes.items() if s == shared and s // m >= width), default=width)
         stored = shared
     rescale = RESCALES.get(recipe.rescale.name if recipe.rescale else splitter.default_rescale)()
     combine = target.combine(rescale, recipe.num_experts, recipe.top_k)
@@ -144,8 +152,8 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
 
 
 def _nearest_shared(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout) -> str:
-    size, wanted = spec.intermediate_size, layout.num_shared
-    sizes = {_widths_shared(m, size, recipe): m for m in range(4 * recipe.num_experts, 0, -1)}
-    near = sorted((s for s in sizes if s < size), key=lambda s: abs(s - wanted))[:2]
-    ways = " or ".join(f"--shared {sizes[s]}x ({s} neurons)" for s in sorted(near))
+    wanted = layout.num_shared
+    sizes = {s: m for m, s in reversed(_multiples(spec.intermediate_size, recipe).items())}
+    near = sorted(sizes, key=lambda s: abs(s - wanted))[:2]
+    ways = " or ".join(f"--shared {sizes[s]}x ({s} neurons)" for s in sorted(near)) or "fewer experts"
     return f"{target.name}'s shared expert is a multiple of the expert width ({layout.expert_width}), which {wanted} is not: use {ways}"

@@ -114,8 +114,13 @@ class CheckpointWriter:
                 f"{self.path} is left from a run that was stopped.",
                 hint="--resume finishes it; --force starts again.",
             )
+        if self.path.is_symlink() or (self.path.exists() and not _is_ours(self.path)):
+            raise RefusedError(
+                f"{self.path} is where OUT is put together, but it holds something else.",
+                hint="Choose another OUT, or move it away.",
+            )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._ledger = (self.path / LEDGER).open("a+", encoding="utf-8")
+        self._ledger = (self.path / LEDGER).open("a+", encoding="utf-8", errors="surrogateescape")
         try:
             fcntl.flock(self._ledger, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -123,15 +128,22 @@ class CheckpointWriter:
             raise RefusedError(
                 f"another process is writing {self.path}.", hint="Wait for it, or choose another OUT."
             ) from None
+        try:
+            self._begin(restart)
+        except BaseException:
+            self._ledger.close()
+            raise
+
+    def _begin(self, restart: bool) -> None:
         if restart:
             self._clear()
         lines = self._read_ledger()
         if not lines:
             self._append({"fingerprint": self._fingerprint})
         elif lines[0].get("fingerprint") != self._fingerprint:
-            self._ledger.close()
             raise RefusedError(
-                f"{self.path} was begun from another source, recipe or version, so it cannot be finished with this one.",
+                f"{self.path} was begun from another source, recipe, version or number of threads, so it cannot be "
+                "finished with this one.",
                 hint="Repeat the first command with --resume, or start again with --force.",
             )
         self._units: dict[str, dict[str, Any]] = {line["unit"]: line for line in lines[1:]}
@@ -147,11 +159,19 @@ class CheckpointWriter:
         self._ledger.seek(0)
         text = self._ledger.read()
         whole = text[: text.rfind("\n") + 1]
-        self._ledger.truncate(len(whole.encode()))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
+            lines = [json.loads(line) for line in whole.split("\n")[:-1]]
+            for line in lines[1:]:
+                if not (isinstance(line["unit"], str) and isinstance(line["info"], dict)):
+                    raise ValueError("no unit")
+                if not all(isinstance(digest, str) for digest in line["sha256"].values()):
+                    raise ValueError("no hashes")
+            if lines and not isinstance(lines[0]["fingerprint"], str):
+                raise ValueError("no fingerprint")
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise RefusedError(f"the ledger in {self.path} is damaged.", hint="Start again with --force.") from None
+        self._ledger.truncate(len(whole.encode(errors="surrogateescape")))
+        return lines
 
     def _append(self, line: dict[str, Any]) -> None:
         self._ledger.seek(0, os.SEEK_END)
@@ -174,13 +194,17 @@ class CheckpointWriter:
     # ---- tensors ----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> CheckpointWriter:
-        for file, (head, size) in self._headers.items():
-            path = self.path / file
-            handle = path.open("r+b" if path.exists() else "w+b", buffering=0)
-            self._files[file] = handle
-            if os.fstat(handle.fileno()).st_size != size:
-                handle.truncate(size)
-            _write_at(handle, 0, memoryview(head))
+        try:
+            for file, (head, size) in self._headers.items():
+                path = self.path / file
+                handle = path.open("r+b" if path.exists() else "w+b", buffering=0)
+                self._files[file] = handle
+                if os.fstat(handle.fileno()).st_size != size:
+                    handle.truncate(size)
+                _write_at(handle, 0, memoryview(head))
+        except BaseException:
+            self._close()
+            raise
         for work in (self._write_all, self._sync_all):
             thread = threading.Thread(target=work, name=f"llamamoe{work.__name__}", daemon=True)
             thread.start()
@@ -191,6 +215,9 @@ class CheckpointWriter:
         self._queue.put(("stop", None))
         for thread in self._threads:
             thread.join()
+        self._close()
+
+    def _close(self) -> None:
         for handle in self._files.values():
             handle.close()
         self._ledger.close()
@@ -326,6 +353,14 @@ class CheckpointWriter:
         _sync(self.out.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is one that a run left: it has a ledger, or (stopped at its very start or end) needs none."""
+    if not path.is_dir():
+        return False
+    names = {p.name for p in path.iterdir()}
+    return LEDGER in names or not names or {"config.json", "llamamoe_recipe.yaml", "llamamoe_receipt.json"} <= names
 
 
 def _write_at(handle: IO[bytes], offset: int, view: memoryview) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def shard(folder: Path, parts: int = 2) -> Path:
 
 
 @pytest.fixture
-def refused(tmp_path: Path) -> Iterator[Refused]:
+def refused(tmp_path: Path) -> Refused:
     """Convert and expect one clear error: the words in it, the exit code, nothing written, the source untouched."""
 
     def check(source: Path, *words: str, code: int = 3, out: Path | None = None, **given: Any) -> LlamaMoeError:
@@ -105,4 +105,4 @@ def refused(tmp_path: Path) -> Iterator[Refused]:
             assert digests(source) == before, "the source was touched"
         return caught.value
 
-    yield check
+    return check

@@ -1,0 +1,243 @@
+"""OUT: what must never be harmed, what must never be left, and a disk that is too small or breaks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llamamoe
+from llamamoe.checkpoint.writer import LEDGER
+from llamamoe.errors import LlamaMoeError, RefusedError, VerificationError
+
+from .conftest import Refused, digests, edit_weights, recipe
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_out_is_source(source: Path, refused: Refused) -> None:
+    refused(source, "must not lie in one another", "Choose an OUT elsewhere", out=source, force=True)
+    refused(source, "must not lie in one another", out=source / ".." / "dense", force=True)
+
+
+def test_out_inside_source(source: Path, refused: Refused) -> None:
+    refused(source, "must not lie in one another", out=source / "a" / "b")
+
+
+def test_source_inside_out(source: Path, refused: Refused) -> None:
+    refused(source, "must not lie in one another", out=source.parent, force=True)
+
+
+@pytest.mark.parametrize("keys", [{}, {"force": True}, {"resume": True}])
+def test_source_where_out_is_put_together(
+    source: Path, tmp_path: Path, refused: Refused, keys: dict[str, bool]
+) -> None:
+    source = source.rename(tmp_path / "out.partial")
+    refused(source, "must not lie in one another", "out.partial", **keys)
+
+
+def test_out_is_a_link_to_the_source(source: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "link").symlink_to(source)
+    refused(source, "must not lie in one another", out=tmp_path / "link", force=True)
+
+
+def test_out_is_a_link(source: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    refused(source, "link", "is a symbolic link", out=tmp_path / "link", force=True)
+    (tmp_path / "elsewhere").rmdir()
+    refused(source, "link", "broken symbolic link", out=tmp_path / "link", force=True)
+
+
+def test_out_is_a_file(source: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(source, "is not a folder", "Choose another name", out=tmp_path / "file", force=True)
+    refused(source, "is not a folder", out=tmp_path / "file" / "below", force=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_out_is_not_empty(source: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    refused(source, "is not empty", "--force")
+    assert (tmp_path / "out" / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("held", [["notes"], ["config.json"], ["model.safetensors"], ["config.json", "weights.bin"]])
+def test_force_never_removes_what_is_no_checkpoint(
+    source: Path, tmp_path: Path, refused: Refused, held: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    for name in held:
+        (tmp_path / "out" / name).write_text("mine")
+    before = digests(tmp_path / "out")
+    refused(source, "no checkpoint", "Choose another name", force=True)
+    assert digests(tmp_path / "out") == before
+
+
+def test_force_replaces_a_checkpoint(source: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(source, tmp_path / "out")
+    result = llamamoe.split(source, old, recipe(), force=True, verify=False)
+    assert (result.out / "llamamoe_recipe.yaml").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def test_force_keeps_the_old_checkpoint_until_the_new_one_is_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Path(shutil.copytree(source, tmp_path / "out"))
+    before = digests(old)
+    break_call(monkeypatch, "pwrite", 10)
+    with pytest.raises(LlamaMoeError):
+        llamamoe.split(source, old, recipe(), force=True, verify=False)
+    assert digests(old) == before
+
+
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("resume", [True, False])
+def test_foreign_folder_where_out_is_put_together(
+    source: Path, tmp_path: Path, refused: Refused, force: bool, resume: bool
+) -> None:
+    foreign = tmp_path / "out.partial"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    (foreign / "folder").mkdir()
+    before = digests(foreign)
+    refused(source, "out.partial", force=force, resume=resume)
+    assert digests(foreign) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_no_folder_where_out_is_put_together(source: Path, tmp_path: Path, refused: Refused, kind: str) -> None:
+    if kind == "file":
+        (tmp_path / "out.partial").write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+    refused(source, "out.partial", "holds something else", "Choose another OUT", force=True)
+    refused(source, "out.partial", "holds something else", resume=True)
+
+
+def test_empty_folder_and_missing_parents_are_fine(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert llamamoe.split(source, tmp_path / "out", recipe(), verify=False).out == tmp_path / "out"
+    llamamoe.split(source, tmp_path / "a" / "b" / "out", recipe(), verify=False)
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["out"]
+
+
+def test_out_is_the_empty_current_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    llamamoe.split(source, ".", recipe(), verify=False)
+    assert (tmp_path / "here" / "config.json").is_file()
+
+
+# ---- the disk ------------------------------------------------------------------------------------------------------
+
+
+def test_disk_too_small(source: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**5, 10**5))
+    refused(source, "takes 0.07 GB", "has 0.00 GB free", "Make room")
+
+
+def test_disk_that_just_suffices(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = llamamoe.plan_conversion(source, recipe()).cost.nbytes + 64 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, need - 1))
+    with pytest.raises(RefusedError, match="free"):
+        llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, need))
+    llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
+
+
+def break_call(monkeypatch: pytest.MonkeyPatch, name: str, count: int, code: int = errno.ENOSPC) -> None:
+    """Let the ``count``-th call of a function of ``os`` fail."""
+    real, left = getattr(os, name), [count]
+
+    def broken(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(code, os.strerror(code))
+        return real(*args)
+
+    monkeypatch.setattr(os, name, broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("pwrite", 1), ("pwrite", 2), ("pwrite", 20), ("pwrite", 40), ("fdatasync", 1), ("fdatasync", 3), ("fsync", 1),
+     ("fsync", 2), ("fsync", 4), ("fsync", 5), ("fsync", 8)],
+)  # fmt: skip
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_write_errors_half_way(source: Path, tmp_path: Path, name: str, count: int, code: int) -> None:
+    before, whole = digests(source), llamamoe.split(source, tmp_path / "whole", recipe(), verify=False).out
+    with pytest.MonkeyPatch.context() as patch:
+        break_call(patch, name, count, code)
+        with pytest.raises(LlamaMoeError, match=os.strerror(code)) as caught:
+            llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
+    assert caught.value.exit_code == 1
+    assert "out.partial" in str(caught.value)
+    assert "--resume" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert digests(source) == before
+    llamamoe.split(source, tmp_path / "out", recipe(), verify=False, resume=True)
+    assert without_receipt(tmp_path / "out") == without_receipt(whole)
+
+
+def without_receipt(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in digests(folder).items() if name != "llamamoe_receipt.json"}
+
+
+@pytest.mark.parametrize("file", ["config.json.tmp", "llamamoe_recipe.yaml.tmp", "README.md.tmp", "tokenizer.json"])
+def test_write_errors_of_small_files(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    def failing(real: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def call(*args: Any, **keys: Any) -> Any:
+            if Path(args[place]).name == file and Path(args[place]).parent.name == "out.partial":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[place]))
+            return real(*args, **keys)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", failing(Path.write_text, 0))
+        patch.setattr(shutil, "copyfile", failing(shutil.copyfile, 1))
+        with pytest.raises(LlamaMoeError, match="No space left") as caught:
+            llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
+    assert caught.value.exit_code == 1
+    assert file in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    llamamoe.split(source, tmp_path / "out", recipe(), verify=False, resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def test_failed_verification_keeps_out_from_appearing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llamamoe.checkpoint.writer import CheckpointWriter
+
+    def lie(self: CheckpointWriter) -> str:
+        edit_weights(self.path, lambda t: t["model.norm.weight"].mul_(2))
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "weights_sha256", lie)
+        with pytest.raises(VerificationError) as caught:
+            llamamoe.split(source, tmp_path / "out", recipe())
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial" / LEDGER).exists()
+
+
+def test_failing_progress_callback_leaves_what_resume_finishes(source: Path, tmp_path: Path) -> None:
+    def fail(step: llamamoe.progress.Progress) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        llamamoe.split(source, tmp_path / "out", recipe(), progress=fail)
+    assert not (tmp_path / "out").exists()
+    llamamoe.split(source, tmp_path / "out", recipe(), verify=False, resume=True)
