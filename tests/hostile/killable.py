@@ -1,0 +1,105 @@
+"""A process that forks conversions and lets them be killed at the n-th call of a function. Run by test_kills.py.
+
+Reads one JSON object per line: ``{"args": [source, out, recipe], "keys": {...}, "at": [function, n, signal] or null}``.
+Writes one per line: ``{"signal": number or 0, "error": [class, exit code, text] or null, "calls": {function: n}}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sklearn.cluster  # noqa: F401  # what a conversion imports, once for all forks
+import torch
+import transformers.models.llama.modeling_llama
+import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
+
+import llamamoe
+from llamamoe import conversion
+from llamamoe.checkpoint import writer
+from llamamoe.verification import verify_conversion  # noqa: F401
+
+POINTS: dict[str, tuple[Any, str]] = {
+    "pwrite": (os, "pwrite"),
+    "fdatasync": (os, "fdatasync"),
+    "fsync": (os, "fsync"),
+    "append": (writer.CheckpointWriter, "_append"),
+    "finish": (writer.CheckpointWriter, "finish"),
+    "layer": (conversion, "convert_layer"),
+    "copyfile": (shutil, "copyfile"),
+    "write_text": (Path, "write_text"),
+    "replace": (Path, "replace"),
+    "rename": (Path, "rename"),
+    "unlink": (Path, "unlink"),
+    "publish": (writer.CheckpointWriter, "publish"),
+}
+
+
+def watch(name: str, calls: Counter[str], at: list[Any] | None) -> None:
+    holder, attribute = POINTS[name]
+    real: Callable[..., Any] = getattr(holder, attribute)
+
+    def call(*args: Any, **keys: Any) -> Any:
+        calls[name] += 1
+        if at is not None and at[0] == name and at[1] == calls[name]:
+            if name == "append" and at[2] == signal.SIGKILL:  # half a line reaches the disk
+                args[0]._ledger.write(json.dumps(args[1])[:20])
+                args[0]._ledger.flush()
+            if name == "pwrite" and at[2] == signal.SIGKILL:  # and half a tensor
+                real(args[0], args[1][: len(args[1]) // 2], args[2])
+            os.kill(os.getpid(), at[2])
+        return real(*args, **keys)
+
+    setattr(holder, attribute, call)
+
+
+def convert(job: dict[str, Any]) -> dict[str, Any]:
+    source, out, given = job["args"]
+    calls: Counter[str] = Counter()
+    at = job["at"]
+
+    def progress(step: Any) -> None:
+        calls[step.stage] += 1
+        if at is not None and at[0] == step.stage and at[1] == calls[step.stage]:
+            os.kill(os.getpid(), at[2])
+
+    for name in POINTS:
+        watch(name, calls, at)
+    error = None
+    try:
+        llamamoe.split(source, out, llamamoe.load_recipe(given=given), progress=progress, **job["keys"])
+    except (llamamoe.LlamaMoeError, KeyboardInterrupt) as found:
+        error = [type(found).__name__, getattr(found, "exit_code", 130), str(found)]
+    return {"signal": 0, "error": error, "calls": calls}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            os.dup2(2, 1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(write, json.dumps(convert(job)).encode())
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            answer = pipe.read()
+        status = os.waitpid(child, 0)[1]
+        killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        sys.stdout.write((answer or json.dumps({"signal": killed, "error": None, "calls": {}})) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
