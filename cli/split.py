@@ -114,7 +114,7 @@ def _plan(
 
 def _convert(source: str, out: Path, recipe: SplitRecipe, output: Output, **keys: Any) -> None:
     from llamamoe import split
-    from llamamoe.checkpoint.writer import partial_path
+    from llamamoe.checkpoint.ledger import partial_path
 
     from ._plan import print_result, print_warnings
 

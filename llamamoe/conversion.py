@@ -19,9 +19,10 @@ from typing import Any
 from ._version import __version__
 from .assembly import LayerParts, make, nonfinite, one_thread
 from .checkpoint.card import model_card
+from .checkpoint.ledger import partial_path
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
-from .checkpoint.writer import CheckpointWriter, partial_path, write_text
+from .checkpoint.writer import CheckpointWriter, write_text
 from .dense import understand
 from .errors import LlamaMoeError, RefusedError
 from .hub import Location, locate, open_checkpoint

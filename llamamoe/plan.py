@@ -13,6 +13,7 @@ from typing import Any
 
 from ._version import __version__
 from .checkpoint.base import DTYPE_BYTES
+from .checkpoint.layout import Shards
 from .costs import Cost, count
 from .dense import DenseModel
 from .errors import RefusedError
@@ -22,9 +23,6 @@ from .sources.base import DenseSpec, canonical_shapes
 from .splitters import SPLITTERS
 from .splitters.base import Splitter
 from .targets.base import MoeLayout, OutTensor, Target, common_config
-
-Shards = dict[str, dict[str, tuple[str, tuple[int, ...], int]]]
-"""file name -> tensor name -> (dtype, shape, bytes), in file order."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 import llamamoe
 from llamamoe.checkpoint.base import DTYPE_BYTES
-from llamamoe.checkpoint.writer import shard_header
+from llamamoe.checkpoint.layout import shard_header
 from llamamoe.conversion import plan_conversion, split
 from llamamoe.errors import CheckpointError
 from llamamoe.inspection import inspect_checkpoint

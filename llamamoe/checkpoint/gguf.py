@@ -18,7 +18,7 @@ from . import gguf_tokenizer
 from .base import DTYPE_BYTES, TensorInfo
 from .gguf_config import build_config, layout_of, tensor_table
 from .gguf_header import GgufTensor, read_header, require_gguf
-from .writer import shard_header
+from .layout import shard_header
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from llamamoe.checkpoint import writer as module
 from llamamoe.checkpoint.headers import read_header
-from llamamoe.checkpoint.writer import CheckpointWriter, shard_header
+from llamamoe.checkpoint.layout import shard_header
+from llamamoe.checkpoint.writer import CheckpointWriter
 
 NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)

@@ -23,14 +23,14 @@ import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 
 import llamamoe
 from llamamoe import conversion
-from llamamoe.checkpoint import writer
+from llamamoe.checkpoint import ledger, writer
 from llamamoe.verification import verify_conversion  # noqa: F401
 
 POINTS: dict[str, tuple[Any, str]] = {
     "pwrite": (os, "pwrite"),
     "fdatasync": (os, "fdatasync"),
     "fsync": (os, "fsync"),
-    "append": (writer.CheckpointWriter, "_append"),
+    "append": (ledger.Ledger, "append"),
     "finish": (writer.CheckpointWriter, "finish"),
     "layer": (conversion, "convert_layer"),
     "copyfile": (shutil, "copyfile"),
@@ -50,8 +50,8 @@ def watch(name: str, calls: Counter[str], at: list[Any] | None) -> None:
         calls[name] += 1
         if at is not None and at[0] == name and at[1] == calls[name]:
             if name == "append" and at[2] == signal.SIGKILL:  # half a line reaches the disk
-                args[0]._ledger.write(json.dumps(args[1])[:20])
-                args[0]._ledger.flush()
+                args[0]._file.write(json.dumps(args[1])[:20])
+                args[0]._file.flush()
             if name == "pwrite" and at[2] == signal.SIGKILL:  # and half a tensor
                 real(args[0], args[1][: len(args[1]) // 2], args[2])
             os.kill(os.getpid(), at[2])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import llamamoe
-from llamamoe.checkpoint.writer import LEDGER
+from llamamoe.checkpoint.ledger import LEDGER
 from llamamoe.errors import RefusedError
 
 from .conftest import digests, edit_config, recipe, shard

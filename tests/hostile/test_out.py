@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import llamamoe
-from llamamoe.checkpoint.writer import LEDGER
+from llamamoe.checkpoint.ledger import LEDGER
 from llamamoe.errors import LlamaMoeError, RefusedError, VerificationError
 
 from .conftest import Refused, digests, edit_weights, recipe

@@ -1,0 +1,127 @@
+"""The record of what a stopped run finished, in the folder in which OUT is put together.
+
+The first line names what is being written; then one line a unit, with the hashes of its tensors, each appended only
+after the tensors are on disk. The file is locked while a process works in the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import RefusedError
+
+LEDGER = ".ledger.jsonl"
+
+
+def partial_path(out: Path) -> Path:
+    """The folder in which ``out`` is put together."""
+    return out.with_name(out.name + ".partial")
+
+
+class Ledger:
+    """The ledger of ``OUT.partial/``, opened and locked; makes the folder.
+
+    Args:
+        folder: ``OUT.partial/``.
+        fingerprint: Identifies what is written; a resume with another one is refused.
+        resume: Go on with what the folder holds, if it exists.
+        restart: Throw away what the folder holds.
+
+    Attributes:
+        units: Finished units: name to the line that `append` wrote.
+
+    Raises:
+        RefusedError: The folder exists without ``resume`` or ``restart``, belongs to something else, or is in use.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, *, resume: bool, restart: bool) -> None:
+        self.folder = folder
+        if folder.exists() and not (resume or restart):
+            raise RefusedError(
+                f"{folder} is left from a run that was stopped.",
+                hint="--resume finishes it; --force starts again.",
+            )
+        if folder.is_symlink() or (folder.exists() and not _is_ours(folder)):
+            raise RefusedError(
+                f"{folder} is where OUT is put together, but it holds something else.",
+                hint="Choose another OUT, or move it away.",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / LEDGER).open("a+", encoding="utf-8", errors="surrogateescape")
+        try:
+            self._lock()
+            self._begin(fingerprint, restart)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RefusedError(
+                f"another process is writing {self.folder}.", hint="Wait for it, or choose another OUT."
+            ) from None
+
+    def _begin(self, fingerprint: str, restart: bool) -> None:
+        if restart:
+            self._file.truncate(0)
+            for path in self.folder.iterdir():
+                if path.name != LEDGER:
+                    path.unlink()
+        lines = self._read()
+        if not lines:
+            self.append({"fingerprint": fingerprint})
+        elif lines[0]["fingerprint"] != fingerprint:
+            raise RefusedError(
+                f"{self.folder} was begun from another source, recipe, version or number of threads, so it cannot be "
+                "finished with this one.",
+                hint="Repeat the first command with --resume, or start again with --force.",
+            )
+        self.units: dict[str, dict[str, Any]] = {line["unit"]: line for line in lines[1:]}
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The complete lines; half a line, left by a kill, is cut off so that the next one starts clean."""
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.split("\n")[:-1]]
+            _check(lines)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            raise RefusedError(f"the ledger in {self.folder} is damaged.", hint="Start again with --force.") from None
+        self._file.truncate(len(whole.encode(errors="surrogateescape")))
+        return lines
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line and wait until it is on disk."""
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file, which also gives up the lock."""
+        self._file.close()
+
+
+def _check(lines: list[dict[str, Any]]) -> None:
+    if lines and not isinstance(lines[0]["fingerprint"], str):
+        raise ValueError("no fingerprint")
+    for line in lines[1:]:
+        if not (isinstance(line["unit"], str) and isinstance(line["info"], dict)):
+            raise ValueError("no unit")
+        if not all(isinstance(digest, str) for digest in line["sha256"].values()):
+            raise ValueError("no hashes")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is one that a run left: it has a ledger, or (stopped at its very start or end) needs none."""
+    if not path.is_dir():
+        return False
+    names = {p.name for p in path.iterdir()}
+    return LEDGER in names or not names or {"config.json", "llamamoe_recipe.yaml", "llamamoe_receipt.json"} <= names
