@@ -175,6 +175,21 @@ def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:
         raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key that stands twice is an error, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See PyYAML."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _parse(text: str) -> Any:
     """YAML without code.
 
@@ -182,7 +197,7 @@ def _parse(text: str) -> Any:
         yaml.YAMLError: It is none; what PyYAML's own parts raise for odd values and nesting included.
     """
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
