@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from llamamoe.costs import Cost
     from llamamoe.plan import SplitPlan
 
-_PARITY = {
-    "exact": "exact with all experts selected",
-    "none": "not exact, even with all experts selected",
-}
-
 
 def print_plan(plan: SplitPlan, source: str, *, verbose: bool) -> None:
     """What ``--dry-run`` shows."""
@@ -58,7 +53,7 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     assert rescale is not None, "the plan resolves it"
     return [
         *rows,
-        ("method", f"{recipe.method.name}: {_PARITY.get(plan.parity, plan.parity)}"),
+        ("method", f"{recipe.method.name}: {plan.exactness}"),
         ("router", f"{router.name}, {recipe.router_scale}; rescale {rescale.name}{times}"),
         ("loads in", f"transformers {' and '.join(plan.majors)}"),
         ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
@@ -127,6 +122,8 @@ def parity(check: Mapping[str, Any] | None) -> str:
     """One sentence on what the comparison with the parent found; ``check`` is `Verification` as plain data."""
     if check is None:
         return "not checked (--no-verify); `llamamoe verify` does it"
+    if not check["passed"]:
+        return f"NOT checked: {check['note']}"
     if check["equal_weights"] is None:
         return "the method claims none; files, names and shapes are as planned"
     text = f"logits differ by {error(check['equal_weights'])} of the largest with all experts at equal weights"

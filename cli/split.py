@@ -98,13 +98,14 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
 def _plan(
     source: str, out: str | None, recipe: SplitRecipe, resume: bool, force: bool, tokenizer: str | None, output: Output
 ) -> None:
-    from llamamoe.conversion import check_out, check_room, plan_conversion
+    from llamamoe.conversion import plan_conversion
+    from llamamoe.preflight import check_out, check_room, normal_path
 
     from ._plan import print_plan
 
     plan = plan_conversion(source, recipe, tokenizer=tokenizer)
     if out is not None:
-        folder = Path(out).expanduser()
+        folder = normal_path(out)
         check_out(folder, plan.model.checkpoint.path, force=force)
         check_room(folder, plan, resume=resume)
     output.result(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,3 +155,18 @@ def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default
     if isinstance(origin, Neurons):
         return parts.neurons(origin, dtype).contiguous()
     assert_never(origin)
+
+
+def made_of(tensor: OutTensor, model: DenseModel, parts: LayerParts | None) -> list[torch.Tensor]:
+    """The source's tensors that `make` uses for this one (a router's rows stand for themselves)."""
+    origin = tensor.origin
+    if isinstance(origin, Copy):
+        return [model.read(origin.name)]
+    if isinstance(origin, Neurons) and parts is not None:
+        return [parts.ffn.gate_FH, parts.ffn.up_FH, parts.ffn.down_HF]
+    return [parts.router_NH] if isinstance(origin, Router) and parts is not None else []
+
+
+def router_dtype(tensors: Iterable[OutTensor], default: str) -> str:
+    """Safetensors name of the dtype in which a target stores its router."""
+    return next((t.dtype for t in tensors if isinstance(t.origin, Router) and t.dtype), default)

@@ -6,28 +6,25 @@ import json
 import math
 import platform
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .assembly import LayerParts, make, nonfinite, one_thread
+from .assembly import LayerParts, made_of, make, nonfinite, one_thread, router_dtype
 from .checkpoint.card import model_card
-from .checkpoint.ledger import partial_path
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
 from .checkpoint.writer import CheckpointWriter, write_text
 from .dense import understand
-from .errors import LlamaMoeError, RefusedError
+from .errors import RefusedError
 from .hub import Location, locate, open_checkpoint
 from .layer import FfnWeights, LayerContext
 from .plan import SplitPlan, index_json, plan_split
+from .preflight import RECEIPT_FILE, RECIPE_FILE, check_out, check_room, normal_path, recover_replaced, system_errors
 from .progress import Progress, ProgressCallback, ignore_progress
 from .recipe import SplitRecipe
 from .routers import ROUTERS
@@ -36,8 +33,6 @@ from .splitters import SPLITTERS
 
 OUTER = "outer"
 """The unit of the ledger that holds embedding, final norm and head."""
-RECIPE_FILE = "llamamoe_recipe.yaml"
-RECEIPT_FILE = "llamamoe_receipt.json"
 
 
 @dataclass(frozen=True)
@@ -101,17 +96,17 @@ def split(
         LlamaMoeError: Writing failed; ``resume`` goes on.
     """
     started = time.monotonic()
-    location, out = locate(source), Path(out).expanduser()
-    out = out if out.name else out.absolute()
+    location, out = locate(source), normal_path(out)
     checkpoint = open_checkpoint(location, tokenizer=tokenizer)
     decided = plan_split(understand(checkpoint), recipe or SplitRecipe())
+    recover_replaced(out)
     check_out(out, location.path, force=force)
     check_room(out, decided, resume=resume)
     if decided.recipe.strict:
         _refuse_nonfinite(decided, progress)
     fingerprint, restart = plan_fingerprint(decided), force and not resume
     with (
-        _failures(out),
+        system_errors(out),
         CheckpointWriter(out, decided.shards, fingerprint=fingerprint, resume=resume, restart=restart) as writer,
     ):
         infos = _write_weights(decided, writer, progress)
@@ -129,72 +124,6 @@ def split(
 
 
 # ---- before anything is written -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _failures(out: Path) -> Iterator[None]:
-    """Errors of the system, while something is written, as one for the user."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{error.filename}: " if error.filename else ""
-        raise LlamaMoeError(
-            f"writing {partial_path(out)} failed: {what}{error.strerror or error}.",
-            hint="What was finished is kept: make room and repeat the command with --resume.",
-        ) from error
-
-
-def check_out(out: Path, source: Path, *, force: bool) -> None:
-    """Refuse an OUT that would harm something.
-
-    Raises:
-        RefusedError: It lies in the source or the other way round, is no folder, or holds something.
-    """
-    here, there = out.resolve(), source.resolve()
-    for place in (here, partial_path(here) if here.name else here):
-        if place.is_relative_to(there) or there.is_relative_to(place):
-            raise RefusedError(
-                f"OUT ({out}) and SOURCE ({source}) must not lie in one another: the source is never touched.",
-                hint=f"Choose an OUT elsewhere; {out.name}.partial beside it is written too.",
-            )
-    if not out.exists():
-        if out.is_symlink():
-            raise RefusedError(f"OUT ({out}) is a broken symbolic link.", hint="Choose another name.")
-        parent = next(p for p in here.parents if p.exists())
-        if not parent.is_dir():
-            raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.", hint="Choose another name.")
-        return
-    if not out.is_dir() or out.is_symlink():
-        kind = "a symbolic link" if out.is_symlink() else "not a folder"
-        raise RefusedError(f"OUT ({out}) exists and is {kind}.", hint="Choose another name.")
-    if not any(out.iterdir()):
-        return
-    if not force:
-        raise RefusedError(
-            f"OUT ({out}) is not empty.", hint="Choose another name, or --force to replace the checkpoint in it."
-        )
-    if not (out / "config.json").is_file() or not list(out.glob("*.safetensors")):
-        raise RefusedError(
-            f"OUT ({out}) is not empty and holds no checkpoint: --force does not remove it.",
-            hint="Choose another name.",
-        )
-
-
-def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
-    """Refuse if the disk cannot hold the result.
-
-    Raises:
-        RefusedError: Too few bytes are free.
-    """
-    have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
-    if resume and partial_path(out).is_dir():
-        have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
-    need = decided.cost.nbytes + 64 * 2**20
-    if have < need:
-        raise RefusedError(
-            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint="Make room, choose another disk, or a smaller --dtype.",
-        )
 
 
 def _refuse_nonfinite(decided: SplitPlan, progress: ProgressCallback) -> None:
@@ -238,6 +167,12 @@ def _write_unit(decided: SplitPlan, writer: CheckpointWriter, unit: str, layer: 
             tensor = decided.tensors[index]
             value = make(tensor, decided.model, parts, decided.dtype)
             if nonfinite(value):
+                if not any(nonfinite(used) for used in made_of(tensor, decided.model, parts)):
+                    raise RefusedError(
+                        f"{tensor.name} has values that {decided.recipe.dtype} cannot hold (factor "
+                        f"{decided.layout.combine.bake:g} included): they would become infinite.",
+                        hint="Repeat with --dtype bfloat16 or float32, and --force.",
+                    )
                 broken.append(tensor.name)
             writer.put(tensor.name, value)
     if broken:
@@ -268,7 +203,7 @@ def convert_layer(decided: SplitPlan, layer: int) -> tuple[LayerParts, dict[str,
     partition.check(ffn.intermediate_size)
     assert recipe.router is not None
     rows = _plugin(ROUTERS, recipe.router).rows(ffn, partition, context)
-    router = scale_router(rows, ffn.norm_H, recipe.router_scale, decided.dtype)
+    router = scale_router(rows, ffn.norm_H, recipe.router_scale, router_dtype(decided.tensors, decided.dtype))
     bound = router.logit_bound if math.isfinite(router.logit_bound) else None
     facts = {"layer": layer, "router_exponent": router.exponent, "router_logit_bound": bound}
     return LayerParts(ffn, partition, router.rows_NH, layout), facts

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .checkpoint.base import FLOAT_DTYPES, Checkpoint
-from .checkpoint.reader import read_json
+from .checkpoint.reader import refuse_tokenizer_code
 from .config_values import check_rope, check_values
 from .errors import CheckpointError
 from .registry import near_misses
@@ -88,12 +88,7 @@ def _refuse_foreign(checkpoint: Checkpoint) -> None:
             "config.json has an 'auto_map': the checkpoint brings its own code, which is never run.",
             hint="Save it as one of transformers' own architectures first.",
         )
-    tokenizer = checkpoint.path / "tokenizer_config.json"
-    if tokenizer.is_file() and read_json(tokenizer).get("auto_map"):
-        raise CheckpointError(
-            "tokenizer_config.json has an 'auto_map': the tokenizer brings its own code, which is never run.",
-            hint="Save it as one of transformers' own tokenizers first.",
-        )
+    refuse_tokenizer_code(checkpoint.path)  # a GGUF file has none; its --tokenizer was checked at opening
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
         kind = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from .checkpoint.base import Checkpoint
+from .checkpoint.paths import shown
+from .checkpoint.reader import INDEX, LICENSE_FILES, PICKLES, SIDE_FILES, SINGLE, pickle_refusal, read_weight_map
 from .errors import CheckpointError, LlamaMoeError, UsageError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "chat_template*", "LICENSE*", "NOTICE*", "README.md"]
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[\w.-]+(@[\w./-]+)?")
+_SMALL = ["config.json", INDEX, *SIDE_FILES, *LICENSE_FILES, "llamamoe_*.json"]
+_FORMS = "Give a folder, a .gguf file, a hub id (org/name) or hf://org/name@revision."
 
 
 @dataclass(frozen=True)
@@ -31,32 +35,40 @@ class Location:
 def locate(source: str | Path) -> Location:
     """Find a source: an existing path first, then ``hf://org/name@revision``, then ``org/name``.
 
+    A checkpoint on the hub is downloaded here, weights included, even if only its plan is asked for; what the cache
+    holds already is not downloaded again, and is found without a network.
+
     Raises:
-        CheckpointError: It is neither, or the hub does not have it.
+        CheckpointError: It is neither, or the hub does not have it, or what the hub has is refused.
+        LlamaMoeError: The hub cannot be reached, or the download failed.
     """
     text = str(source)
-    if not text.startswith("hf://"):
-        path = Path(text).expanduser()
-        if path.exists():
-            return Location(path, path.resolve().name)
-        if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
-            raise CheckpointError(
-                f"{text!r} does not exist.",
-                hint="Give a folder, a .gguf file, a hub id (org/name) or hf://org/name@revision.",
-            )
-    return _download(text.removeprefix("hf://"))
+    if not text.strip():
+        raise CheckpointError("the source is empty.", hint=_FORMS)
+    if text.startswith("hf://"):
+        text = text.removeprefix("hf://")
+        if not _HUB_ID.fullmatch(text):
+            raise CheckpointError(f"{text!r} is no hub id.", hint=_FORMS)
+        return _download(text)
+    path = Path(text).expanduser()
+    if path.exists():
+        return Location(path, path.resolve().name)
+    if text.startswith((".", "/", "~")) or "/" not in text or not _HUB_ID.fullmatch(text):
+        raise CheckpointError(f"{text!r} does not exist.", hint=_FORMS)
+    return _download(text)
 
 
 def _download(text: str) -> Location:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = text.partition("@")
     try:
-        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
+        path = _fetch(name, revision or None)
+    except LlamaMoeError:
+        raise
     except HFValidationError as error:
         raise CheckpointError(f"{text!r} is no hub id: {error}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except LocalEntryNotFoundError as error:
         raise LlamaMoeError(
             f"{text!r} is no folder here, and the hub cannot be reached ({type(error).__name__}).",
             hint="Check the path, or download the checkpoint first and give its folder.",
@@ -65,7 +77,69 @@ def _download(text: str) -> Location:
         raise CheckpointError(
             f"the hub does not give {text!r}: {error}", hint="Check the name, the revision and your access."
         ) from None
+    except Exception as error:  # each version of the hub's library lets other errors of its transport through
+        raise LlamaMoeError(
+            f"downloading {text!r} failed: {type(error).__name__}: {error}",
+            hint="Try again: what is there already is not downloaded twice.",
+        ) from error
     return Location(path, name, path.name)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """The folder of one commit in the hub's cache: the small files first, then the weights that the index names."""
+    from huggingface_hub import snapshot_download
+
+    listed = _listing(name, revision)
+    offline = listed is None
+    if listed is not None:
+        _check_listing(name, listed[1])
+    # Under the name of the revision, not its commit: so the cache learns the name, and answers to it offline.
+    path = Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL, local_files_only=offline))
+    commit = path.name
+    if listed is not None and commit != listed[0]:
+        raise LlamaMoeError(f"{name} changed on the hub while it was read.", hint="Start again.")
+    shards = [SINGLE]
+    if (path / INDEX).exists():
+        shards = sorted({file for file in read_weight_map(path / INDEX).values() if Path(file).name == file})
+    if listed is not None and not listed[1].issuperset(shards):
+        missing = min(set(shards) - listed[1])
+        raise CheckpointError(f"{name}: {shown(missing)}, which {INDEX} names, is not on the hub.")
+    patterns = [escape(file) for file in shards]
+    snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline)
+    return path
+
+
+def _listing(name: str, revision: str | None) -> tuple[str, frozenset[str]] | None:
+    """The commit and its files; None if the hub cannot be reached, so that only the cache can answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        info = HfApi().model_info(name, revision=revision)
+    except HFValidationError:
+        raise
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500 and error.response.status_code != 429:
+            raise
+        return None
+    except Exception:  # no network, offline mode: each version of the hub's library has its own errors
+        return None
+    return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
+
+
+def _check_listing(name: str, files: frozenset[str]) -> None:
+    """Refuse by the names of the files alone, before anything is downloaded."""
+    held = ", ".join(shown(file) for file in sorted(files)[:6]) or "nothing"
+    hint = f"It holds: {held}."
+    if any(file.endswith(".gguf") for file in files):
+        hint = "To convert a GGUF file, download it and give its path."
+    pickles = sorted(file for file in files if file.endswith(PICKLES))
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        raise pickle_refusal(name, pickles[0])
+    if "config.json" not in files:
+        raise CheckpointError(f"{name} holds no config.json, so it is no transformers checkpoint.", hint=hint)
+    if not files & {SINGLE, INDEX}:
+        raise CheckpointError(f"{name} holds neither {SINGLE} nor {INDEX}.", hint=hint)
 
 
 def open_checkpoint(location: Location, *, tokenizer: str | Path | None = None) -> Checkpoint:

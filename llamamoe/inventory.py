@@ -27,14 +27,26 @@ def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
     for name in sorted(planned.keys() | found.keys()):
         if planned.get(name) != found.get(name):
             raise VerificationError(
-                f"{name}: the recipe says {planned.get(name, 'no such tensor')}, the file holds {found.get(name, 'none')}."
+                f"{name}: the recipe says {planned.get(name, 'no such tensor')}, the file holds {found.get(name, 'none')}.",
+                hint=_made_from(plan, converted),
             )
     config = {k: v for k, v in read_json(converted.path / "config.json").items() if k in plan.config}
     wrong = sorted(k for k in plan.config if k not in config or config[k] != plan.config[k])
     if wrong:
         raise VerificationError(
-            f"config.json: {wrong[0]} = {config.get(wrong[0])!r}, but the recipe implies {plan.config[wrong[0]]!r}."
+            f"config.json: {wrong[0]} = {config.get(wrong[0])!r}, but the recipe implies {plan.config[wrong[0]]!r}.",
+            hint=_made_from(plan, converted),
         )
+
+
+def _made_from(plan: SplitPlan, converted: Checkpoint) -> str:
+    """The way out: is it the right parent?"""
+    block = converted.config.get("llamamoe")
+    parent = block.get("source") if isinstance(block, dict) else None
+    return (
+        f"{converted.path} was made from {parent or 'another folder'}; it was compared with "
+        f"{plan.model.checkpoint.path}. If that is its parent, the weights were changed since."
+    )
 
 
 def neuron_keys(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None) -> torch.Tensor:
@@ -93,5 +105,6 @@ def check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
     have = neuron_keys(torch.cat(gates), torch.cat(ups), torch.cat(downs) if exact else None)
     if not torch.equal(want, have):
         raise VerificationError(
-            f"layer {layer}: the experts do not hold every neuron of the parent exactly once, bit for bit."
+            f"layer {layer}: the experts do not hold every neuron of the parent exactly once, bit for bit.",
+            hint=_made_from(plan, converted),
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._version import __version__
+from .assembly import router_dtype
 from .checkpoint.base import DTYPE_BYTES
 from .checkpoint.layout import Shards
 from .costs import Cost, count
@@ -69,6 +70,19 @@ class SplitPlan:
         routed = self.model.spec.intermediate_size - self.layout.num_shared
         return self.layout.num_experts * self.layout.expert_width - routed
 
+    @property
+    def exactness(self) -> str:
+        """In words: whether the output equals its parent with all experts selected, and on which condition."""
+        if self.parity != "exact":
+            return "not exact, even with all experts selected"
+        conditions = []
+        if self.recipe.router_scale == "soft":
+            conditions.append("the soft router's rows are set to zero")
+        factor = self.layout.combine.parity_factor
+        if factor != 1.0:
+            conditions.append(f"routed outputs are multiplied by {factor:g}")
+        return "exact with all experts selected" + (f", if {' and '.join(conditions)}" if conditions else "")
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, the same for every run."""
         layout = self.layout
@@ -80,6 +94,7 @@ class SplitPlan:
             "transformers": list(self.majors),
             "method": self.recipe.method.name,
             "parity": self.parity,
+            "exactness": self.exactness,
             "num_experts": layout.num_experts,
             "top_k": layout.top_k,
             "expert_width": layout.expert_width,
@@ -116,7 +131,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
     tensors = tuple(target.tensors(spec, layout))
     shards = _shards(tensors, dtype, recipe.shard_size)
     config = common_config(spec, target, next(n for n, d in DTYPES.items() if d == dtype)) | target.config(spec, layout)
-    warnings = _warnings(model, recipe, layout, dtype)
+    warnings = _warnings(model, recipe, layout, tensors, dtype)
     if recipe.strict and warnings:
         raise RefusedError("--strict refuses: " + "; ".join(warnings) + ".")
     return SplitPlan(
@@ -178,7 +193,9 @@ def _source_dtype(model: DenseModel) -> str:
     return "F32" if most == "F64" else most
 
 
-def _warnings(model: DenseModel, recipe: SplitRecipe, layout: MoeLayout, dtype: str) -> list[str]:
+def _warnings(
+    model: DenseModel, recipe: SplitRecipe, layout: MoeLayout, tensors: tuple[OutTensor, ...], dtype: str
+) -> list[str]:
     found = []
     kinds = {model.dtype_of(name) for name in canonical_shapes(model.spec)}
     lossy = sorted(k for k in kinds if k != dtype and dtype != "F32")
@@ -187,8 +204,10 @@ def _warnings(model: DenseModel, recipe: SplitRecipe, layout: MoeLayout, dtype: 
     if recipe.router is not None and recipe.router.name == "zeros":
         found.append("the zeros router sends every token to the same experts until it is trained")
     if recipe.rescale is not None and recipe.rescale.name == "llama_moe":
-        found.append("the llama_moe rescale is for reproduction: the output is not exact with any number of experts")
-    if dtype == "F16" and recipe.router_scale == "hard":
+        found.append(
+            "the llama_moe rescale is for reproduction: as stored, the output is not exact with any number of experts"
+        )
+    if router_dtype(tensors, dtype) == "F16" and recipe.router_scale == "hard":
         found.append(
             "float16 cannot hold router rows as small as a hard router wants: weights are equal only to about 1e-2"
         )

@@ -18,6 +18,11 @@ from .errors import VerificationError
 if TYPE_CHECKING:
     import torch
 
+_RUNTIME = re.compile(
+    r"^(_?attn_implementation|_?experts_implementation|(use_)?return_dict|torchscript|output_.*|auto_map|use_cache"
+    r"|torch_dtype|dtype|_name_or_path|transformers_version|architectures|llamamoe)$"
+)
+"""Keys that say how to run a model, not what it computes: a checkpoint does not decide that here."""
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 ReadTensor = Callable[[str], "torch.Tensor"]
 
@@ -102,14 +107,19 @@ class StreamedModel:
             logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
         return logits.float()
 
+    def _keys(self) -> dict[str, Any]:
+        return {k: v for k, v in self.config.items() if not _RUNTIME.match(k)}
+
     def _shell(self) -> Any:
         """The whole model without weights, but with embedding, final norm, head and rotary positions for real."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        keys = {k: v for k, v in self.config.items() if k != "torch_dtype"}
+        keys = self._keys()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**keys), dtype=torch.float32, attn_implementation="sdpa"
+            )
         outer = _load_part(
             keys | {"num_hidden_layers": 0}, {name: self.read(name) for name in self._outer}, "outer tensors"
         )
@@ -123,7 +133,7 @@ class StreamedModel:
         import torch
 
         hidden = self.config["hidden_size"]
-        keys = {k: v for k, v in self.config.items() if k != "torch_dtype"} | self.one_layer(layer)
+        keys = self._keys() | self.one_layer(layer)
         keys |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
         tensors = {_LAYER.sub("model.layers.0.", name): self.read(name) for name in self._by_layer.get(layer, [])}
         tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = torch.zeros(8, hidden)
@@ -148,7 +158,12 @@ def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: 
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with quiet_transformers():
         model, info = cls.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):

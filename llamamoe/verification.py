@@ -18,6 +18,7 @@ from .dense import understand
 from .errors import RefusedError, VerificationError
 from .hub import locate, open_checkpoint
 from .inventory import check_files, check_neurons
+from .preflight import RECIPE_FILE
 from .progress import Progress, ProgressCallback, ignore_progress
 from .streaming import StreamedModel
 from .targets.base import Neurons, Router, Target
@@ -99,7 +100,6 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
         RefusedError: One of the two cannot be read, or ``out`` carries no recipe.
         VerificationError: Something does not agree; the message says what and by how much.
     """
-    from .conversion import RECIPE_FILE
     from .plan import plan_split
     from .recipe import load_recipe
 

@@ -56,13 +56,15 @@ def _cost_table(plan: SplitPlan) -> str:
 
 
 def _exactness(plan: SplitPlan) -> str:
+    layout = plan.layout
     if plan.parity != "exact":
         return "The method drops or repeats neurons: no choice of experts gives the parent's outputs back."
-    text = "Every neuron of the parent is in exactly one expert: with all experts selected at equal weights the logits are the parent's."
-    if plan.layout.combine.parity_factor != 1.0:
-        text += f" (At top-k = {plan.layout.num_experts} the routed output must be multiplied by {plan.layout.combine.parity_factor:g} for that.)"
-    if plan.layout.top_k < plan.layout.num_experts:
-        text += f" With the {plan.layout.top_k} experts per token that it is configured for it is an approximation, a poor one until it is trained."
+    text = f"Every neuron of the parent is in exactly one place, so the model is {plan.exactness}."
+    if layout.top_k < layout.num_experts:
+        text += (
+            f" With the {layout.top_k} experts per token that it is configured for it is another function, "
+            "a poor one until it is trained."
+        )
     return text
 
 

@@ -100,9 +100,12 @@ class GgufCheckpoint:
         return gguf_tokenizer.save(self._header, self._tokenizer, out)
 
     def fingerprint(self) -> str:
-        """A hash of names, shapes, stored types and the file's size."""
+        """A hash of names, shapes, stored types, the file's size and time, and what the tokenizer's files hold."""
         rows = [[name, list(t.shape), t.kind, t.offset] for name, t in sorted(self._table.items())]
-        text = json.dumps([self._header.file_size, self.config, rows], sort_keys=True)
+        given = gguf_tokenizer.files(self._tokenizer) if self._tokenizer else []
+        tokenizer = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in given]
+        file = [self._header.file_size, self.path.stat().st_mtime_ns]
+        text = json.dumps([file, self.config, rows, tokenizer], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _quantisation_notes(self) -> list[str]:

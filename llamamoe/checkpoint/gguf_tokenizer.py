@@ -17,12 +17,10 @@ from typing import Any
 from ..errors import CheckpointError
 from .gguf_config import token_ids
 from .gguf_header import GgufHeader
+from .paths import inside
+from .reader import SIDE_FILES, refuse_tokenizer_code
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -68,11 +66,14 @@ def check(header: GgufHeader, folder: Path | None, vocab_size: int) -> list[str]
     """Notes about the tokenizer; refuses one that could not be saved.
 
     Raises:
-        CheckpointError: The vocabulary is broken, or how it cuts text is not known, and no folder is given instead.
+        CheckpointError: The vocabulary is broken, or how it cuts text is not known, and no folder is given instead;
+            or the folder holds no tokenizer, a link out of it, or a tokenizer with its own code.
     """
     if folder is not None:
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json).")
+        files(folder)
+        refuse_tokenizer_code(folder)
         return []
     model = header.metadata.get("tokenizer.ggml.model", "none")
     if model in ("none", "no_vocab"):
@@ -89,12 +90,22 @@ def check(header: GgufHeader, folder: Path | None, vocab_size: int) -> list[str]
     return []
 
 
+def files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a folder.
+
+    Raises:
+        CheckpointError: One of them is a link out of the folder.
+    """
+    return [inside(folder, name) for name in SIDE_FILES if (folder / name).is_file()]
+
+
 def save(header: GgufHeader, folder: Path | None, out: Path) -> list[str]:
     """Write the tokenizer's files and ``generation_config.json`` into ``out``; return their names."""
     if folder is not None:
-        names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-        for name in names:
-            shutil.copyfile(folder / name, out / name)
+        given = files(folder)
+        names = [path.name for path in given]
+        for path in given:
+            shutil.copyfile(path, out / path.name)
     elif header.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         names = []
     else:

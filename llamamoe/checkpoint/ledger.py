@@ -22,6 +22,11 @@ def partial_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def replaced_path(out: Path) -> Path:
+    """Where the old ``out`` waits while a new one takes its place."""
+    return out.with_name(f".{out.name}.llamamoe-replaced")
+
+
 class Ledger:
     """The ledger of ``OUT.partial/``, opened and locked; makes the folder.
 
@@ -68,13 +73,9 @@ class Ledger:
             ) from None
 
     def _begin(self, fingerprint: str, restart: bool) -> None:
-        if restart:
-            self._file.truncate(0)
-            for path in self.folder.iterdir():
-                if path.name != LEDGER:
-                    path.unlink()
-        lines = self._read()
-        if not lines:
+        lines = [] if restart else self._read()
+        if not lines:  # also where the ledger is gone: what lies there is of unknown origin
+            self._clear()
             self.append({"fingerprint": fingerprint})
         elif lines[0]["fingerprint"] != fingerprint:
             raise RefusedError(
@@ -83,6 +84,12 @@ class Ledger:
                 hint="Repeat the first command with --resume, or start again with --force.",
             )
         self.units: dict[str, dict[str, Any]] = {line["unit"]: line for line in lines[1:]}
+
+    def _clear(self) -> None:
+        self._file.truncate(0)
+        for path in self.folder.iterdir():
+            if path.name != LEDGER:
+                path.unlink()
 
     def _read(self) -> list[dict[str, Any]]:
         """The complete lines; half a line, left by a kill, is cut off so that the next one starts clean."""

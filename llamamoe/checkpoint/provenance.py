@@ -32,6 +32,7 @@ def config_block(plan: SplitPlan, location: Location) -> dict[str, Any]:
         "factor": layout.combine.factor,
         "baked_factor": layout.combine.bake,
         "parity": plan.parity,
+        "exactness": plan.exactness,
     }
 
 

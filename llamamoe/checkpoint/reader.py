@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError
 from .base import TensorInfo
 from .headers import read_header
+from .paths import inside, shown
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PICKLES = (".bin", ".pt", ".pth")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
@@ -53,6 +55,40 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor to file, from an index.
+
+    Raises:
+        CheckpointError: The index is broken.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{INDEX} has no usable 'weight_map'.")
+    return weight_map
+
+
+def pickle_refusal(where: str, name: str) -> CheckpointError:
+    """The refusal of weights that only pickle can read."""
+    return CheckpointError(
+        f"{where} holds its weights as pickle ({shown(name)}), which can run code when it is read: refused.",
+        hint="Convert it once with: AutoModelForCausalLM.from_pretrained(PATH, weights_only=True).save_pretrained(NEW)",
+    )
+
+
+def refuse_tokenizer_code(folder: Path) -> None:
+    """Refuse a folder whose tokenizer brings its own code.
+
+    Raises:
+        CheckpointError: Its tokenizer_config.json has an 'auto_map', or cannot be read.
+    """
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and read_json(path).get("auto_map"):
+        raise CheckpointError(
+            "tokenizer_config.json has an 'auto_map': the tokenizer brings its own code, which is never run.",
+            hint="Save it as one of transformers' own tokenizers first.",
+        )
+
+
 class SafetensorsCheckpoint:
     """See `llamamoe.checkpoint.base.Checkpoint`.
 
@@ -66,7 +102,6 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notes: list[str] = []
-        self._root = path.resolve()
         if not (path / "config.json").exists():
             raise CheckpointError(
                 f"{path} holds no config.json, so it is no transformers checkpoint.", hint=self._what_is_there()
@@ -83,53 +118,25 @@ class SafetensorsCheckpoint:
         self._open: dict[Path, Any] = {}
 
     def _what_is_there(self) -> str:
-        found = sorted(p.name for p in self.path.iterdir())[:6]
+        found = sorted(shown(p.name) for p in self.path.iterdir())
         gguf = next((f for f in found if f.endswith(".gguf")), None)
         if gguf:
             return f"To convert a GGUF file, name the file itself: {self.path / gguf}"
-        return f"It holds: {', '.join(found) or 'nothing'}."
+        return f"It holds: {', '.join(found[:6]) or 'nothing'}."
 
     def _inside(self, name: str) -> Path:
-        """The file ``name`` of the folder; links may lead out of it only into the blobs of a hub cache."""
-        path = self.path / name
-        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
-            raise CheckpointError(f"the index names {name!r}, which is not a plain file name in the folder: refused.")
-        roots = [self._root]
-        if self._root.parent.name == "snapshots":
-            roots.append(self._root.parent.parent / "blobs")
-        try:
-            real = path.resolve()
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{name} cannot be found ({error}).", hint="Copy the file into the folder.") from None
-        if not any(real.is_relative_to(root) for root in roots):
-            raise CheckpointError(
-                f"{name} is a symbolic link out of the folder (to {real}): refused.",
-                hint="Copy the file into the folder.",
-            )
-        if not real.is_file():
-            raise CheckpointError(f"{name} is missing from {self.path}.", hint="Download the checkpoint again.")
-        return path
+        return inside(self.path, name)
 
     def _shards(self) -> list[str]:
         if (self.path / INDEX).exists():
-            weight_map = read_json(self._inside(INDEX)).get("weight_map")
-            if (
-                not isinstance(weight_map, dict)
-                or not weight_map
-                or not all(isinstance(v, str) for v in weight_map.values())
-            ):
-                raise CheckpointError(f"{INDEX} has no usable 'weight_map'.")
-            self._weight_map: dict[str, str] | None = weight_map
-            return sorted(set(weight_map.values()))
+            self._weight_map: dict[str, str] | None = read_weight_map(self._inside(INDEX))
+            return sorted(set(self._weight_map.values()))
         self._weight_map = None
         if (self.path / SINGLE).exists():
             return [SINGLE]
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
+        pickles = sorted(p.name for p in self.path.iterdir() if p.name.endswith(PICKLES))
         if pickles:
-            raise CheckpointError(
-                f"{self.path} holds its weights as pickle ({pickles[0]}), which can run code when it is read: refused.",
-                hint="Convert it once with: AutoModelForCausalLM.from_pretrained(PATH, weights_only=True).save_pretrained(NEW)",
-            )
+            raise pickle_refusal(str(self.path), pickles[0])
         raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}.", hint=self._what_is_there())
 
     def _add(self, header: dict[str, TensorInfo]) -> None:

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ..errors import LlamaMoeError
+from ..errors import RefusedError
 from .layout import Slot, shard_header
-from .ledger import LEDGER, Ledger, partial_path
+from .ledger import LEDGER, Ledger, partial_path, replaced_path
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ class CheckpointWriter:
         """Queue one tensor: contiguous, on the CPU, of the planned size. It must not be changed afterwards.
 
         Raises:
-            LlamaMoeError: An earlier write failed.
+            OSError: An earlier write failed.
         """
         import torch
 
@@ -148,7 +148,7 @@ class CheckpointWriter:
         """Wait until everything queued is on disk.
 
         Raises:
-            LlamaMoeError: A write failed.
+            OSError: A write failed.
         """
         done = threading.Event()
         self._queues[0].put(("event", done))
@@ -156,14 +156,8 @@ class CheckpointWriter:
         self._raise()
 
     def _raise(self) -> None:
-        if self._error is None:
-            return
-        if isinstance(self._error, OSError):
-            raise LlamaMoeError(
-                f"writing into {self.path} failed: {self._error.strerror or self._error}.",
-                hint="What was finished is kept: make room and repeat the command with --resume.",
-            ) from self._error
-        raise self._error
+        if self._error is not None:
+            raise self._error
 
     def _run(self, stage: int) -> None:
         """One thread: do this stage's part of each item and hand it on. The last stage answers `flush`."""
@@ -227,16 +221,23 @@ class CheckpointWriter:
             _sync(path)
         (self.path / LEDGER).unlink(missing_ok=True)
         _sync(self.path)
-        old = None
-        if replace and self.out.exists():
-            old = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
+        old = replaced_path(self.out)
+        if self.out.exists() and any(self.out.iterdir()):
+            if not replace:
+                raise RefusedError(
+                    f"OUT ({self.out}) was filled by somebody else meanwhile.", hint="Choose another name."
+                )
             self.out.rename(old)
         elif self.out.exists():
-            self.out.rmdir()  # an empty folder; anything else was refused before
-        self.path.rename(self.out)
+            self.out.rmdir()
+        try:
+            self.path.rename(self.out)
+        except OSError:
+            if old.exists():
+                old.rename(self.out)
+            raise
         _sync(self.out.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_at(handle: IO[bytes], offset: int, view: memoryview) -> None:

@@ -142,14 +142,17 @@ def test_killed_again_and_again(convert: Convert, whole: Whole, tmp_path: Path) 
 def test_force_killed_while_replacing(convert: Convert, whole: Whole, tmp_path: Path) -> None:
     source, expected, _ = whole
     out = tmp_path / "out"
-    shutil.copytree(source, out)
+    assert convert(source, out)["error"] is None
     old = digests(out)
     assert convert(source, out, ("rename", 2, signal.SIGKILL), force=True)["signal"] == signal.SIGKILL
     left = sorted(p.name for p in tmp_path.iterdir())
-    assert left[0] == "out.partial"
-    assert digests(tmp_path / left[1]) == old, "the old checkpoint was only moved aside"
-    assert convert(source, out, resume=True)["error"] is None
+    assert left == [".out.llamamoe-replaced", "out.partial"]
+    assert digests(tmp_path / left[0]) == old, "the old conversion was only moved aside"
+    assert "not empty" in convert(source, out, resume=True)["error"][2]
+    assert digests(out) == old, "and comes back"
+    assert convert(source, out, resume=True, force=True)["error"] is None
     assert content(out) == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 # ---- what a kill leaves, made by hand ------------------------------------------------------------------------------

@@ -77,21 +77,60 @@ def test_force_never_removes_what_is_no_checkpoint(
     for name in held:
         (tmp_path / "out" / name).write_text("mine")
     before = digests(tmp_path / "out")
-    refused(source, "no checkpoint", "Choose another name", force=True)
+    refused(source, "not written by llamamoe", "Choose another name", force=True)
     assert digests(tmp_path / "out") == before
 
 
-def test_force_replaces_a_checkpoint(source: Path, tmp_path: Path) -> None:
-    old = shutil.copytree(source, tmp_path / "out")
-    result = llamamoe.split(source, old, recipe(), force=True, verify=False)
-    assert (result.out / "llamamoe_recipe.yaml").is_file()
+def test_force_never_removes_a_dense_checkpoint(source: Path, tmp_path: Path, refused: Refused) -> None:
+    other = Path(shutil.copytree(source, tmp_path / "out"))
+    before = digests(other)
+    refused(source, "not written by llamamoe", "Choose another name", force=True)
+    assert digests(other) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "my-runs", ".git"])
+def test_force_never_removes_what_lies_beside_a_conversion(
+    source: Path, tmp_path: Path, refused: Refused, name: str
+) -> None:
+    out = llamamoe.split(source, tmp_path / "out", recipe(), verify=False).out
+    if "." in name[1:]:
+        (out / name).write_text("mine")
+    else:
+        (out / name).mkdir()
+    refused(source, f"also holds '{name}'", "Move it away", force=True)
+    assert (out / name).exists()
+
+
+def test_force_replaces_a_conversion(source: Path, tmp_path: Path) -> None:
+    old = llamamoe.split(source, tmp_path / "out", recipe(), verify=False).out
+    before = digests(old)
+    result = llamamoe.split(source, old, recipe(seed=1), force=True, verify=False)
+    assert digests(result.out) != before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def test_the_old_conversion_comes_back_when_the_new_one_cannot_take_its_place(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = llamamoe.split(source, tmp_path / "out", recipe(), verify=False).out
+    before = digests(old)
+    real = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "out.partial":
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(LlamaMoeError, match="Input/output error"):
+        llamamoe.split(source, old, recipe(seed=1), force=True, verify=False)
+    assert digests(old) == before
 
 
 def test_force_keeps_the_old_checkpoint_until_the_new_one_is_whole(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = Path(shutil.copytree(source, tmp_path / "out"))
+    old = llamamoe.split(source, tmp_path / "out", recipe(), verify=False).out
     before = digests(old)
     break_call(monkeypatch, "pwrite", 10)
     with pytest.raises(LlamaMoeError):
@@ -131,11 +170,20 @@ def test_empty_folder_and_missing_parents_are_fine(source: Path, tmp_path: Path)
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["out"]
 
 
-def test_out_is_the_empty_current_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("out", [".", "..", "../here"])
+def test_out_is_the_current_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, out: str
+) -> None:
+    """A folder that is replaced under a shell's feet would look empty to it."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    llamamoe.split(source, ".", recipe(), verify=False)
-    assert (tmp_path / "here" / "config.json").is_file()
+    refused(source, "the folder that you are in" if out != ".." else "", out=out)
+
+
+def test_dots_in_out_are_resolved(source: Path, tmp_path: Path) -> None:
+    result = llamamoe.split(source, tmp_path / "new" / "below" / "..", recipe(), verify=False)
+    assert result.out == tmp_path / "new"
+    assert (tmp_path / "new" / "config.json").is_file()
 
 
 # ---- the disk ------------------------------------------------------------------------------------------------------

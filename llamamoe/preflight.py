@@ -1,0 +1,122 @@
+"""What is checked about OUT before anything is written, so that nothing of the user's is ever harmed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .checkpoint.ledger import partial_path, replaced_path
+from .checkpoint.reader import INDEX, LICENSE_FILES, SIDE_FILES
+from .errors import LlamaMoeError, RefusedError
+from .plan import SplitPlan
+
+RECIPE_FILE = "llamamoe_recipe.yaml"
+RECEIPT_FILE = "llamamoe_receipt.json"
+_OURS = {"config.json", INDEX, "README.md", RECIPE_FILE, RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
+
+
+def normal_path(out: str | Path) -> Path:
+    """OUT as an absolute path without ``.`` and ``..``; a link at its end is kept as it is."""
+    return Path(os.path.abspath(Path(out).expanduser()))
+
+
+@contextmanager
+def system_errors(out: Path) -> Iterator[None]:
+    """Errors of the system, while something is written, as one for the user."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        raise writing_failed(partial_path(out), error, what) from error
+
+
+def writing_failed(folder: Path, error: OSError, what: str = "") -> LlamaMoeError:
+    """The error for a write that the system refused; only a full disk is mended by making room."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return LlamaMoeError(
+        f"writing {folder} failed: {what}{error.strerror or error}.",
+        hint="What was finished is kept: "
+        + ("make room and repeat the command with --resume." if full else "mend the cause, then --resume goes on."),
+    )
+
+
+def recover_replaced(out: Path) -> None:
+    """Finish what a kill interrupted while ``--force`` replaced OUT: the old one comes back, or goes for good."""
+    old = replaced_path(out)
+    if old.is_dir() and not old.is_symlink():
+        if out.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(out)
+
+
+def check_out(out: Path, source: Path, *, force: bool) -> None:
+    """Refuse an OUT that would harm something.
+
+    Raises:
+        RefusedError: It lies in the source or the other way round, is no folder, or holds something.
+    """
+    here, there = out.resolve(), source.resolve()
+    for place in (here, partial_path(here) if here.name else here):
+        if place.is_relative_to(there) or there.is_relative_to(place):
+            raise RefusedError(
+                f"OUT ({out}) and SOURCE ({source}) must not lie in one another: the source is never touched.",
+                hint=f"Choose an OUT elsewhere; {out.name}.partial beside it is written too.",
+            )
+    if Path.cwd().is_relative_to(here):
+        raise RefusedError(f"OUT ({out}) is the folder that you are in.", hint="Choose a folder below or beside it.")
+    if not out.exists():
+        if out.is_symlink():
+            raise RefusedError(f"OUT ({out}) is a broken symbolic link.", hint="Choose another name.")
+        parent = next(p for p in here.parents if p.exists())
+        if not parent.is_dir():
+            raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.", hint="Choose another name.")
+        return
+    if not out.is_dir() or out.is_symlink():
+        kind = "a symbolic link" if out.is_symlink() else "not a folder"
+        raise RefusedError(f"OUT ({out}) exists and is {kind}.", hint="Choose another name.")
+    if any(out.iterdir()):
+        _check_replaceable(out, force=force)
+
+
+def _check_replaceable(out: Path, *, force: bool) -> None:
+    if not force:
+        raise RefusedError(
+            f"OUT ({out}) is not empty.", hint="Choose another name, or --force to replace the conversion in it."
+        )
+    if not (out / RECIPE_FILE).is_file():
+        raise RefusedError(
+            f"OUT ({out}) is not empty and was not written by llamamoe: --force does not remove it.",
+            hint="Choose another name.",
+        )
+    foreign = sorted(p.name for p in out.iterdir() if not p.is_file() or not _known(p))
+    if foreign:
+        raise RefusedError(
+            f"OUT ({out}) also holds {foreign[0]!r}, which is not llamamoe's: --force does not remove it.",
+            hint="Move it away, or choose another name.",
+        )
+
+
+def _known(path: Path) -> bool:
+    return path.name in _OURS or path.suffix == ".safetensors"
+
+
+def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
+    """Refuse if the disk cannot hold the result.
+
+    Raises:
+        RefusedError: Too few bytes are free.
+    """
+    have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
+    if resume and partial_path(out).is_dir():
+        have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
+    need = decided.cost.nbytes + 64 * 2**20
+    if have < need:
+        raise RefusedError(
+            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
+            hint="Make room, choose another disk, or a smaller --dtype.",
+        )
