@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HELP = """Split SmolLM2-135M in two ways, prove that it is exact, and measure what is lost until it is trained.
 
 Nothing is downloaded: the model comes with the extra llamamoe[demo], the text with Python. It takes a few minutes on
-two cores and 1.3 GB in the folder OUT (default: demo-output), where the models stay and can be loaded.
+two cores and 0.9 GB in the folder OUT (default: demo-output), where the models stay and can be loaded.
 """
 EXAMPLES = """
 llamamoe demo

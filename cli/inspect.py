@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def _print(found: Inspection, *, verbose: bool) -> None:
     if found.kind == "dense":
         click.echo()
         if found.refusal is None:
-            click.echo(f"It can be split: llamamoe split {found.path} OUT --dry-run")
+            click.echo(f"It can be split: llamamoe split {shlex.quote(str(found.path))} OUT --dry-run")
         else:
             click.echo(f"It cannot be split: {found.refusal}")
 
