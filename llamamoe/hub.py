@@ -119,7 +119,8 @@ def _listing(name: str, revision: str | None) -> tuple[str, frozenset[str]] | No
     except HFValidationError:
         raise
     except HfHubHTTPError as error:
-        if error.response.status_code < 500 and error.response.status_code != 429:
+        status = getattr(error.response, "status_code", 500)
+        if status < 500 and status != 429:
             raise
         return None
     except Exception:  # no network, offline mode: each version of the hub's library has its own errors

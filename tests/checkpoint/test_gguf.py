@@ -299,6 +299,23 @@ def test_fingerprint_sees_another_file(path: Path, tmp_path: Path) -> None:
     assert first != GgufCheckpoint(tmp_path / "other.gguf").fingerprint()
 
 
+def test_fingerprint_sees_a_replaced_file_and_tokenizer(path: Path, tmp_path: Path) -> None:
+    write_gguf(path, make_model())
+    os.utime(path, ns=(1, 1))
+    first = GgufCheckpoint(path).fingerprint()
+    os.utime(path, ns=(1, 2))
+    assert GgufCheckpoint(path).fingerprint() != first
+    folder = tmp_path / "original"
+    folder.mkdir()
+    seen = {GgufCheckpoint(path).fingerprint()}
+    for text in ("{}", "[]"):
+        (folder / "tokenizer.json").write_text(text)
+        seen.add(GgufCheckpoint(path, tokenizer=folder).fingerprint())
+    assert len(seen) == 3
+    (folder / "notes.md").write_text("not of the tokenizer")
+    assert GgufCheckpoint(path, tokenizer=folder).fingerprint() in seen
+
+
 # ---- rotary embeddings --------------------------------------------------------------------------------------------
 
 
@@ -670,6 +687,19 @@ def test_an_unknown_cut_is_refused_unless_a_tokenizer_is_given(tmp_path: Path, p
     out.mkdir()
     assert checkpoint.save_tokenizer(out) == ["tokenizer.json", "generation_config.json"]
     assert sorted(os.listdir(out)) == ["generation_config.json", "tokenizer.json"]
+
+
+def test_a_tokenizer_with_a_link_or_code_is_refused(tmp_path: Path, path: Path) -> None:
+    write_gguf(path, make_model())
+    folder = tmp_path / "original"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.X", null]}}')
+    assert "'auto_map'" in error(path, tokenizer=folder)
+    (folder / "tokenizer_config.json").unlink()
+    (tmp_path / "secret").write_text("{}")
+    (folder / "tokenizer_config.json").symlink_to(tmp_path / "secret")
+    assert "symbolic link out of the folder" in error(path, tokenizer=folder)
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(path: Path) -> None:
