@@ -13,7 +13,7 @@ from .checkpoint.reader import INDEX, LICENSE_FILES, PICKLES, SIDE_FILES, SINGLE
 from .errors import CheckpointError, LlamaMoeError, UsageError
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[\w.-]+(@[\w./-]+)?")
-_SMALL = ["config.json", INDEX, *SIDE_FILES, *LICENSE_FILES, "llamamoe_*.json"]
+_SMALL = ["config.json", INDEX, *SIDE_FILES, *LICENSE_FILES, "README.md", "llamamoe_*.json"]
 _FORMS = "Give a folder, a .gguf file, a hub id (org/name) or hf://org/name@revision."
 
 
