@@ -109,7 +109,7 @@ def dry_run(work: Path) -> dict:
     """The whole process of ``--dry-run`` on 70B-shaped sparse shards, and of ``--help``."""
     source = work / "llama-70b-sparse"
     make(source, LLAMA_3_70B, num_shards=30, sparse=True)
-    dry = [*CLI, "split", str(source), str(work / "none"), "--experts", "16", "--top-k", "4", "--dry-run", "-q"]
+    dry = [*CLI, "split", str(source), "--experts", "16", "--top-k", "4", "--dry-run", "-q"]
     found = {
         "dry_run_70b_seconds": round(min(run(dry)[0] for _ in range(3)), 3),
         "help_seconds": round(min(run([*CLI, "--help"])[0] for _ in range(3)), 3),

@@ -349,15 +349,20 @@ def common_config(dense: DenseSpec, target: Target, dtype: str) -> dict[str, Any
     return config
 
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
 def expert_tensors(
-    prefix: str, names: tuple[str, str, str], hidden: int, width: int, experts: int, bake: float, layer: int
+    block: str, hidden: int, layout: MoeLayout, layer: int, names: tuple[str, str, str] = PROJECTIONS
 ) -> Iterator[OutTensor]:
-    """Gate, up and down of every expert as tensors of their own; ``prefix`` holds ``{}`` for the expert's index."""
-    for i in range(experts):
-        start = prefix.format(i)
+    """Gate, up and down of every expert as tensors of their own, below ``block``; ``names`` is what they are called."""
+    width = layout.expert_width
+    for i in range(layout.num_experts):
+        start = f"{block}experts.{i}."
         yield OutTensor(f"{start}{names[0]}.weight", (width, hidden), "routed", Neurons("gate", i), layer)
         yield OutTensor(f"{start}{names[1]}.weight", (width, hidden), "routed", Neurons("up", i), layer)
-        yield OutTensor(f"{start}{names[2]}.weight", (hidden, width), "routed", Neurons("down", i, bake), layer)
+        down = Neurons("down", i, layout.combine.bake)
+        yield OutTensor(f"{start}{names[2]}.weight", (hidden, width), "routed", down, layer)
 
 
 def shared_tensors(prefix: str, hidden: int, layout: MoeLayout, bake: float, layer: int) -> Iterator[OutTensor]:

@@ -56,15 +56,7 @@ class Ernie45Moe(Target):
         hidden, experts = dense.hidden_size, layout.num_experts
         yield OutTensor(block + "gate.weight", (experts, hidden), "router", Router(), layer, "F32")
         yield OutTensor(block + "moe_statics.e_score_correction_bias", (1, experts), "router", Zeros(), layer, "F32")
-        yield from expert_tensors(
-            block + "experts.{}.",
-            ("gate_proj", "up_proj", "down_proj"),
-            hidden,
-            layout.expert_width,
-            experts,
-            layout.combine.bake,
-            layer,
-        )
+        yield from expert_tensors(block, hidden, layout, layer)
         if layout.shared_width:
             yield from shared_tensors(block + "shared_experts.", hidden, layout, self.shared_bake, layer)
 

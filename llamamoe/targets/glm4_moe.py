@@ -61,15 +61,7 @@ class Glm4Moe(Target):
         hidden, experts = dense.hidden_size, layout.num_experts
         yield OutTensor(block + "gate.weight", (experts, hidden), "router", Router(), layer)
         yield OutTensor(block + "gate.e_score_correction_bias", (experts,), "router", Zeros(), layer, "F32")
-        yield from expert_tensors(
-            block + "experts.{}.",
-            ("gate_proj", "up_proj", "down_proj"),
-            hidden,
-            layout.expert_width,
-            experts,
-            layout.combine.bake,
-            layer,
-        )
+        yield from expert_tensors(block, hidden, layout, layer)
         yield from shared_tensors(block + "shared_experts.", hidden, layout, self.shared_bake, layer)
 
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:

@@ -37,15 +37,7 @@ class Mixtral(Target):
         """See `Target.moe_tensors`."""
         block = f"model.layers.{layer}.block_sparse_moe."
         yield OutTensor(block + "gate.weight", (layout.num_experts, dense.hidden_size), "router", Router(), layer)
-        yield from expert_tensors(
-            block + "experts.{}.",
-            ("w1", "w3", "w2"),
-            dense.hidden_size,
-            layout.expert_width,
-            layout.num_experts,
-            layout.combine.bake,
-            layer,
-        )
+        yield from expert_tensors(block, dense.hidden_size, layout, layer, ("w1", "w3", "w2"))
 
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
         """See `Target.warnings`."""

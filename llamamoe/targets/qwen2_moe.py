@@ -71,15 +71,7 @@ class Qwen2Moe(Target):
         block = f"model.layers.{layer}.mlp."
         hidden = dense.hidden_size
         yield OutTensor(block + "gate.weight", (layout.num_experts, hidden), "router", Router(), layer)
-        yield from expert_tensors(
-            block + "experts.{}.",
-            ("gate_proj", "up_proj", "down_proj"),
-            hidden,
-            layout.expert_width,
-            layout.num_experts,
-            layout.combine.bake,
-            layer,
-        )
+        yield from expert_tensors(block, hidden, layout, layer)
         yield from shared_tensors(block + "shared_expert.", hidden, layout, self.shared_bake, layer)
         yield OutTensor(block + "shared_expert_gate.weight", (1, hidden), "router", Zeros(), layer)
 

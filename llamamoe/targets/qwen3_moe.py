@@ -53,15 +53,7 @@ class Qwen3Moe(Target):
         """See `Target.moe_tensors`."""
         block = f"model.layers.{layer}.mlp."
         yield OutTensor(block + "gate.weight", (layout.num_experts, dense.hidden_size), "router", Router(), layer)
-        yield from expert_tensors(
-            block + "experts.{}.",
-            ("gate_proj", "up_proj", "down_proj"),
-            dense.hidden_size,
-            layout.expert_width,
-            layout.num_experts,
-            layout.combine.bake,
-            layer,
-        )
+        yield from expert_tensors(block, dense.hidden_size, layout, layer)
 
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
         """See `Target.warnings`."""
