@@ -84,7 +84,14 @@ def test_only_what_the_index_names_is_downloaded(hub: Hub, source: str, name: st
     hub.files = SHARDED
     location = locate(source)
     assert (location.path, location.name, location.revision) == (hub.cache, name, COMMIT)
-    assert hub.held() == {"config.json", INDEX, *SHARDS, "tokenizer.json", "LICENSE", "README.md"}  # the card takes the licence from the README
+    assert hub.held() == {
+        "config.json",
+        INDEX,
+        *SHARDS,
+        "tokenizer.json",
+        "LICENSE",
+        "README.md",
+    }  # the card takes the licence from the README
     assert hub.calls == [("info", name, revision), ("download", name, revision), ("download", name, COMMIT)]
 
 
