@@ -7,6 +7,7 @@ affair), and just after it they are dropped.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,21 +24,32 @@ _RUNTIME = re.compile(
     r"|torch_dtype|dtype|_name_or_path|transformers_version|architectures|llamamoe)$"
 )
 """Keys that say how to run a model, not what it computes: a checkpoint does not decide that here."""
+_NO_POOL = "HF_DEACTIVATE_ASYNC_LOAD"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 ReadTensor = Callable[[str], "torch.Tensor"]
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no load reports while a part of a model is loaded; restores what was set."""
+    """No progress bars and no load reports while a part of a model is loaded; restores what was set.
+
+    Transformers also loads on one thread meanwhile: its pool of threads leaves every one of them with freed memory
+    of its own, which adds up over the layers (twice the peak on a 7B model).
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    pool = os.environ.get(_NO_POOL)
+    os.environ[_NO_POOL] = "1"
     try:
         yield
     finally:
+        if pool is None:
+            del os.environ[_NO_POOL]
+        else:
+            os.environ[_NO_POOL] = pool
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
