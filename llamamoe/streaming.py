@@ -132,9 +132,8 @@ class StreamedModel:
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(**keys), dtype=torch.float32, attn_implementation="sdpa"
             )
-        outer = _load_part(
-            keys | {"num_hidden_layers": 0}, {name: self.read(name) for name in self._outer}, "outer tensors"
-        )
+        tensors = {name: self.read(name) for name in self._outer}
+        outer = _load_part(keys | {"num_hidden_layers": 0}, tensors, "outer tensors", torch.float32)
         for name, child in outer.model.named_children():
             if name != "layers":
                 setattr(model.model, name, child)
@@ -148,19 +147,22 @@ class StreamedModel:
         keys = self._keys() | self.one_layer(layer)
         keys |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
         tensors = {_LAYER.sub("model.layers.0.", name): self.read(name) for name in self._by_layer.get(layer, [])}
-        tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = torch.zeros(8, hidden)
-        tensors["model.norm.weight"] = torch.ones(hidden)
-        one = _load_part(keys, tensors, f"layer {layer}")
-        module.load_state_dict(one.model.layers[0].state_dict(), strict=True, assign=True)
+        # in the stored dtype if there is one: experts are then fused from mapped files, without a float32 copy of each,
+        # which would leave the heap in pieces and the process growing with every layer
+        kinds = {tensor.dtype for tensor in tensors.values()}
+        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+        tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = torch.zeros(8, hidden, dtype=dtype)
+        tensors["model.norm.weight"] = torch.ones(hidden, dtype=dtype)
+        one = _load_part(keys, tensors, f"layer {layer}", dtype)
+        module.load_state_dict(one.model.layers[0].float().state_dict(), strict=True, assign=True)
 
 
-def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: str) -> Any:
-    """A model in float32 from tensors at hand, by transformers' own loading.
+def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: str, dtype: torch.dtype) -> Any:
+    """A model from tensors at hand, by transformers' own loading.
 
     Raises:
         VerificationError: Transformers misses a tensor or does not know one.
     """
-    import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     keys = dict(keys)
@@ -173,7 +175,7 @@ def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: 
             None,
             config=config,
             state_dict=tensors,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
         )

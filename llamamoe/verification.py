@@ -255,7 +255,7 @@ def _parent(plan: SplitPlan) -> StreamedModel:
     dtype = torch_dtype(plan.dtype)
     tied = plan.model.spec.tie_word_embeddings
     names = {read.name for read in plan.model.reads.values()} - ({"lm_head.weight"} if tied else set())
-    return StreamedModel(checkpoint.config, sorted(names), lambda name: checkpoint.read(name).to(dtype).float())
+    return StreamedModel(checkpoint.config, sorted(names), lambda name: checkpoint.read(name).to(dtype))
 
 
 def _converted(plan: SplitPlan, converted: Checkpoint, *, zero_router: bool) -> StreamedModel:

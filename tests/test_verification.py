@@ -148,16 +148,17 @@ def test_a_conversion_that_fails_verification_does_not_appear(
     assert (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_streaming_equals_the_whole_model(tmp_path: Path, variant: str) -> None:
-    """One layer at a time gives the logits of the model in one piece, bit for bit."""
-    folder = make_dense(tmp_path / "dense", variant)
+def test_streaming_equals_the_whole_model(tmp_path: Path, variant: str, dtype: torch.dtype) -> None:
+    """One layer at a time gives the logits of the model in one piece run in float32, bit for bit."""
+    folder = make_dense(tmp_path / "dense", variant, dtype=dtype)
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
     streamed = StreamedModel(config, tensors, tensors.__getitem__).logits(ids)
     with torch.no_grad():
-        whole = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
     assert torch.equal(streamed, whole)
 
 
