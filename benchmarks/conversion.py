@@ -67,12 +67,18 @@ def split(source: Path, out: Path, method: str, *more: str) -> tuple[float, int]
     return run([*CLI, "split", str(source), str(out), *options])
 
 
-def conversion(work: Path, layers: int, repeat: int, methods: list[str]) -> dict:
-    """Alternate cp and split; ratios of medians, memory above idle torch."""
-    source, out = work / f"llama-{layers}-layers", work / "out"
+def prepare(work: Path, layers: int) -> Path:
+    """The source, made on the spot if it is not there."""
+    source = work / f"llama-{layers}-layers"
     if not (source / "config.json").exists():
         make(source, {**LLAMA_2_7B, "num_hidden_layers": layers}, num_shards=3)
         os.sync()
+    return source
+
+
+def conversion(work: Path, layers: int, repeat: int) -> dict:
+    """Alternate cp and split; ratios of medians, memory above idle torch."""
+    source, out = prepare(work, layers), work / "out"
     idle = idle_torch()
     result = {"layers": layers, "bytes": sum(p.stat().st_size for p in source.iterdir()), "idle_torch_bytes": idle}
     times = {"cp": [], "random": []}
@@ -92,15 +98,20 @@ def conversion(work: Path, layers: int, repeat: int, methods: list[str]) -> dict
         "ratio": round(statistics.median(times["random"]) / statistics.median(times["cp"]), 3),
         "peak_anon_above_idle_bytes": max(peaks),
     }
+    return result
+
+
+def memory(work: Path, layers: int, methods: list[str]) -> dict:
+    """Time and peak memory of other methods, and of ``verify``, once each."""
+    source, out, idle, result = prepare(work, layers), work / "out", idle_torch(), {}
     for method in methods:
         shutil.rmtree(out, ignore_errors=True)
-        seconds, peak = split(source, out, method)
+        if method == "verify":
+            split(source, out, "random")
+            seconds, peak = run([*CLI, "verify", str(out), "--against", str(source), "-q"])
+        else:
+            seconds, peak = split(source, out, method)
         result[method] = {"seconds": round(seconds, 2), "peak_anon_above_idle_bytes": peak - idle}
-    if "verify" not in methods:
-        shutil.rmtree(out, ignore_errors=True)
-        split(source, out, "random")
-        seconds, peak = run([*CLI, "verify", str(out), "--against", str(source), "-q"])
-        result["verify"] = {"seconds": round(seconds, 2), "peak_anon_above_idle_bytes": peak - idle}
     shutil.rmtree(out, ignore_errors=True)
     return result
 
@@ -126,11 +137,18 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--methods", nargs="*", default=["kmeans"], help="Methods beside random, run once each.")
+    parser.add_argument("--methods", nargs="*", default=["kmeans", "verify"], help="What is run once each.")
+    parser.add_argument("--parts", nargs="*", default=["dry_run", "conversion", "memory"], help="What to measure.")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/conversion.json"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    result = dry_run(options.work) | conversion(options.work, options.layers, options.repeat, options.methods)
+    result = json.loads(options.json.read_text()) if options.json.exists() else {}  # parts not measured now stay
+    if "dry_run" in options.parts:
+        result |= dry_run(options.work)
+    if "conversion" in options.parts:
+        result |= conversion(options.work, options.layers, options.repeat)
+    if "memory" in options.parts:
+        result |= memory(options.work, options.layers, options.methods)
     result["machine"] = {"cores": os.cpu_count()}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
