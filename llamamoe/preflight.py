@@ -31,17 +31,12 @@ def system_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        raise writing_failed(partial_path(out), error, what) from error
-
-
-def writing_failed(folder: Path, error: OSError, what: str = "") -> LlamaMoeError:
-    """The error for a write that the system refused; only a full disk is mended by making room."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return LlamaMoeError(
-        f"writing {folder} failed: {what}{error.strerror or error}.",
-        hint="What was finished is kept: "
-        + ("make room and repeat the command with --resume." if full else "mend the cause, then --resume goes on."),
-    )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # only a full disk is mended by making room
+        way = "make room and repeat the command with --resume." if full else "mend the cause, then --resume goes on."
+        raise LlamaMoeError(
+            f"writing {partial_path(out)} failed: {what}{error.strerror or error}.",
+            hint=f"What was finished is kept: {way}",
+        ) from error
 
 
 def recover_replaced(out: Path) -> None:
