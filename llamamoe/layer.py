@@ -1,7 +1,7 @@
 """One FFN layer as the methods see it: tensors in, tensors out, no file and no model class.
 
 Names of sizes (suffixes of tensor names): ``H`` hidden_size, ``F`` intermediate_size, ``N`` num_experts (routed),
-``W`` width of one expert with padding, ``S`` shared neurons.
+``W`` width of one expert with padding, ``S`` shared neurons, ``P`` = S + N W places for neurons, ``T`` tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from .calibration.inputs import LayerInputs
 
 PADDING = -1
 """The index that marks a zero neuron in ``Partition.experts``."""
@@ -28,12 +30,14 @@ class FfnWeights:
         up_FH: ``[F, H]``.
         down_HF: ``[H, F]``.
         norm_H: ``[H]``, the weight of the RMSNorm before the FFN.
+        hidden_act: Name of the activation, as transformers spells it.
     """
 
     gate_FH: torch.Tensor
     up_FH: torch.Tensor
     down_HF: torch.Tensor
     norm_H: torch.Tensor
+    hidden_act: str = "silu"
 
     @property
     def intermediate_size(self) -> int:
@@ -51,6 +55,7 @@ class LayerContext:
         top_k: Experts selected per token.
         expert_width: ``W``, the most neurons that one expert can hold.
         seed: The recipe's seed; use `rng` rather than this.
+        calibration: What the FFN sees on the calibration text; None if there is none.
     """
 
     layer: int
@@ -58,6 +63,18 @@ class LayerContext:
     top_k: int
     expert_width: int
     seed: int
+    calibration: LayerInputs | None = None
+
+    @property
+    def inputs(self) -> LayerInputs:
+        """The calibration inputs, for methods whose ``needs`` say so (the plan refuses them without text).
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.calibration is None:
+            raise ValueError("this method needs calibration inputs")
+        return self.calibration
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator that depends on seed, layer and purpose only (not on the order of layers or resumes)."""
@@ -74,11 +91,20 @@ class Partition:
         experts: int64 ``[N, W]``; neuron indices in ascending order, then `PADDING` (-1) for zero neurons.
         shared: int64 ``[S]``, ascending; neurons that every token uses.
         omitted: int64, ascending; neurons that are dropped (empty for every exact splitter).
+        router_NH: float32 ``[N, H]`` router rows that came with the partition (centroids, learned rows), or None.
     """
 
     experts: np.ndarray
     shared: np.ndarray
     omitted: np.ndarray
+    router_NH: torch.Tensor | None = None
+
+    @property
+    def slots(self) -> np.ndarray:
+        """int64 ``[P]``, P = S + N W: the neuron in every place, shared ones first, then expert by expert."""
+        import numpy as np
+
+        return np.concatenate([self.shared, self.experts.ravel()])
 
     @classmethod
     def from_labels(
@@ -124,3 +150,32 @@ class Partition:
             raise ValueError(
                 f"{wrong.size} neurons do not appear exactly once, the first is {wrong[0]} ({counts[wrong[0]]} times)"
             )
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights that replace the parent's, one row (gate, up) or column (down) for every place of `Partition.slots`.
+
+    They are in the parent's units: the rescale's coefficient and the target's factors come on top. All zero where
+    the slot is `PADDING`.
+
+    Attributes:
+        gate_PH: float32 ``[P, H]``.
+        up_PH: float32 ``[P, H]``.
+        down_HP: float32 ``[H, P]``.
+    """
+
+    gate_PH: torch.Tensor
+    up_PH: torch.Tensor
+    down_HP: torch.Tensor
+
+    @classmethod
+    def of_parent(cls, ffn: FfnWeights, partition: Partition) -> ExpertWeights:
+        """The parent's own weights, copied to every place of the partition."""
+        import torch
+
+        slots = torch.from_numpy(partition.slots)
+        index = slots.clamp(min=0)
+        kept = (slots != PADDING).to(torch.float32)
+        gate, up = ffn.gate_FH[index].float(), ffn.up_FH[index].float()
+        return cls(gate * kept[:, None], up * kept[:, None], ffn.down_HF[:, index].float() * kept)

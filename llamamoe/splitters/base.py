@@ -21,12 +21,20 @@ class Splitter(Plugin, ABC):
         default_rescale: Name of the rescale that suits this way to split.
         default_router: Name of the router used when the recipe names none.
         default_shared: Share of the neurons that are shared when the recipe says nothing.
+        default_shared_by: Name of the selector used when the recipe names none.
+        default_repair: Name of the repair used when the recipe names none; None for no repair.
+        overlap: Whether a neuron may be in several experts.
+        chooses_shared: Whether `split` chooses the shared neurons itself (S of them; the selector is not asked).
     """
 
     parity: ClassVar[Literal["exact", "none"]] = "exact"
     default_rescale: ClassVar[str] = "dropout"
     default_router: ClassVar[str] = "random"
     default_shared: ClassVar[float] = 0.0
+    default_shared_by: ClassVar[str] = "weight_norm"
+    default_repair: ClassVar[str | None] = None
+    overlap: ClassVar[bool] = False
+    chooses_shared: ClassVar[bool] = False
 
     @abstractmethod
     def split(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
@@ -34,11 +42,12 @@ class Splitter(Plugin, ABC):
 
         Args:
             ffn: The layer's weights.
-            shared: int64 ``[S]``, ascending, the shared neurons chosen by the recipe's selector (may be empty).
+            shared: int64 ``[S]``, ascending, the shared neurons chosen by the recipe's selector (may be empty; if
+                ``chooses_shared`` only their number counts).
             context: Sizes, seed and layer.
 
         Returns:
-            The partition; ``shared`` is in it unchanged.
+            The partition; ``shared`` is in it unchanged, unless the splitter chooses the shared ones itself.
         """
 
     @classmethod
