@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, assert_never
 
-from .layer import PADDING, FfnWeights, Partition
+from .layer import PADDING, ExpertWeights, FfnWeights, Partition
 from .targets.base import Copy, MoeLayout, Neurons, OutTensor, Router, Zeros, is_power_of_two
 
 if TYPE_CHECKING:
@@ -95,20 +95,35 @@ class LayerParts:
         partition: Which neuron goes where.
         router_NH: float32 rows, scaled as they are to be stored.
         layout: Sizes and scales.
+        weights: Where they are given (repair, re-initialised copies), what is written is these and not the
+            parent's neurons, place by place.
     """
 
     ffn: FfnWeights
     partition: Partition
     router_NH: torch.Tensor
     layout: MoeLayout
+    weights: ExpertWeights | None = None
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate, up and down that what is written is taken from: the parent's by neuron, or those by place."""
+        if self.weights is None:
+            return self.ffn.gate_FH, self.ffn.up_FH, self.ffn.down_HF
+        return self.weights.gate_PH, self.weights.up_PH, self.weights.down_HP
 
     @cached_property
-    def _shared_index(self) -> np.ndarray:
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 ``[shared_width]`` and ``[N, W]``: rows of `matrices` of the shared expert and of every other."""
         import numpy as np
 
-        index = np.full(self.layout.shared_width, PADDING, np.int64)
-        index[: len(self.partition.shared)] = self.partition.shared
-        return index
+        shared, experts = self.partition.shared, self.partition.experts
+        if self.weights is not None:
+            count = len(shared)
+            places = np.arange(count, count + experts.size, dtype=np.int64).reshape(experts.shape)
+            shared, experts = np.arange(count, dtype=np.int64), np.where(experts == PADDING, PADDING, places)
+        padding = np.full(self.layout.shared_width - len(shared), PADDING, np.int64)
+        return np.concatenate([shared, padding]), experts
 
     def neurons(self, origin: Neurons, dtype: torch.dtype) -> torch.Tensor:
         """One expert's part, the shared expert's, or all experts' stacked (see `Neurons`)."""
@@ -122,13 +137,14 @@ class LayerParts:
             for i, part in enumerate(parts, start=1):
                 out[i] = part
             return out
-        index = self._shared_index if origin.expert == "shared" else self.partition.experts[origin.expert]
+        shared, experts = self._index
+        index = shared if origin.expert == "shared" else experts[origin.expert]
+        gate, up, down = self.matrices
         if origin.part == "gate_up":
-            rows = (take(self.ffn.gate_FH, index, 0), take(self.ffn.up_FH, index, 0))
-            return cast(torch.cat(rows), dtype, origin.scale)
+            return cast(torch.cat([take(gate, index, 0), take(up, index, 0)]), dtype, origin.scale)
         if origin.part == "down":
-            return cast(take(self.ffn.down_HF, index, 1), dtype, origin.scale)
-        return cast(take(self.ffn.gate_FH if origin.part == "gate" else self.ffn.up_FH, index, 0), dtype, origin.scale)
+            return cast(take(down, index, 1), dtype, origin.scale)
+        return cast(take(gate if origin.part == "gate" else up, index, 0), dtype, origin.scale)
 
 
 def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default_dtype: str) -> torch.Tensor:
@@ -158,12 +174,12 @@ def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default
 
 
 def made_of(tensor: OutTensor, model: DenseModel, parts: LayerParts | None) -> list[torch.Tensor]:
-    """The source's tensors that `make` uses for this one (a router's rows stand for themselves)."""
+    """The tensors that `make` uses for this one, before any cast (a router's rows stand for themselves)."""
     origin = tensor.origin
     if isinstance(origin, Copy):
         return [model.read(origin.name)]
     if isinstance(origin, Neurons) and parts is not None:
-        return [parts.ffn.gate_FH, parts.ffn.up_FH, parts.ffn.down_HF]
+        return list(parts.matrices)
     return [parts.router_NH] if isinstance(origin, Router) and parts is not None else []
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamamoe.assembly import cast, interleave, nonfinite, take
-from llamamoe.layer import PADDING
+from llamamoe.assembly import LayerParts, cast, interleave, made_of, nonfinite, take
+from llamamoe.layer import PADDING, ExpertWeights, FfnWeights, Partition
+from llamamoe.targets.base import Combine, MoeLayout, Neurons, OutTensor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,3 +66,50 @@ def test_interleave(heads: int, dim: int) -> None:
         assert found[head, ::2].tolist() == list(range(start, start + dim // 2))
         assert found[head, 1::2].tolist() == list(range(start + dim // 2, start + dim))
     assert torch.equal(interleave(rows[:, 0], heads), interleave(rows, heads)[:, 0])
+
+
+def _parts(dtype: torch.dtype, replaced: bool) -> tuple[LayerParts, ExpertWeights]:
+    """Two experts of width 3 with a padded place, a neuron in both, one omitted, and two shared ones of stored width 4."""
+    draw = torch.Generator().manual_seed(1)
+    ffn = FfnWeights(*(torch.randn(*s, generator=draw).to(dtype) for s in ((7, 5), (7, 5), (5, 7), (5,))))
+    partition = Partition(np.array([[0, 2, 5], [2, 3, PADDING]]), np.array([1, 6]), np.array([4]))
+    weights = ExpertWeights.of_parent(ffn, partition)
+    if replaced:
+        weights = ExpertWeights(weights.gate_PH * 1.5, weights.up_PH * 0.7, weights.down_HP / 3)
+    combine = Combine("renormalised", 2.0, 2.0, True, 1.0)
+    layout = MoeLayout(2, 1, 3, 2, 4, (), combine)
+    return LayerParts(ffn, partition, torch.zeros(2, 5), layout, weights if replaced else None), weights
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("expert", [0, 1, "shared", "all"])
+@pytest.mark.parametrize("part", ["gate", "up", "down", "gate_up"])
+def test_neurons_of_replaced_weights_come_from_their_places(
+    part: Any, expert: Any, dtype: torch.dtype, replaced: bool
+) -> None:
+    """Place by place: shared ones first, then expert by expert; what has no neuron is zero; one cast."""
+    parts, weights = _parts(dtype, replaced)
+    found = parts.neurons(Neurons(part, expert, 3.0), dtype)
+    rows: dict[Any, list[int | None]] = {"shared": [0, 1, None, None], 0: [2, 3, 4], 1: [5, 6, 7]}
+    zero = torch.zeros(5)
+
+    def rows_of(matrix: torch.Tensor, which: Any) -> torch.Tensor:
+        return torch.stack([zero if place is None else matrix[place] for place in rows[which]])
+
+    def want(which: Any) -> torch.Tensor:
+        gate, up, down = (rows_of(m, which) for m in (weights.gate_PH, weights.up_PH, weights.down_HP.T))
+        return {"gate": gate, "up": up, "down": down.T, "gate_up": torch.cat([gate, up])}[part]
+
+    expected = torch.stack([want(0), want(1)]) if expert == "all" else want(expert)
+    assert torch.equal(found, (expected * 3.0).to(dtype))
+
+
+def test_values_that_are_not_finite_are_looked_for_where_they_come_from() -> None:
+    tensor = OutTensor("x", (3, 5), "routed", Neurons("gate", 0), 0)
+    model: Any = None
+    for replaced in (False, True):
+        parts, _ = _parts(torch.float32, replaced)
+        assert not any(nonfinite(used) for used in made_of(tensor, model, parts))
+        parts.matrices[0][3, 0] = float("nan")
+        assert any(nonfinite(used) for used in made_of(tensor, model, parts))
