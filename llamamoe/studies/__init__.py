@@ -1,0 +1,1 @@
+"""Studies: many conversions of one model, measured alike and side by side."""
