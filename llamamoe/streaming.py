@@ -19,6 +19,8 @@ from .errors import VerificationError
 if TYPE_CHECKING:
     import torch
 
+    from .dense import DenseModel
+
 _RUNTIME = re.compile(
     r"^(_?attn_implementation|_?experts_implementation|(use_)?return_dict|torchscript|output_.*|auto_map|use_cache"
     r"|torch_dtype|dtype|_name_or_path|transformers_version|architectures|llamamoe)$"
@@ -57,19 +59,23 @@ def quiet_transformers() -> Iterator[None]:
 
 @dataclass
 class StreamedModel:
-    """A checkpoint that is run layer by layer in float32.
+    """A checkpoint that is run layer by layer.
 
     Attributes:
         config: Its ``config.json``.
         names: All tensor names.
         read: Gives a tensor by name.
         one_layer: Configuration keys for the one-layer model of layer i.
+        dtype: What it computes in; None for float32.
+        device: Where it runs.
     """
 
     config: Mapping[str, Any]
     names: Iterable[str]
     read: ReadTensor
     one_layer: Callable[[int], dict[str, Any]] = field(default=lambda layer: {})
+    dtype: torch.dtype | None = None
+    device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
         self._by_layer: dict[int, list[str]] = {}
@@ -80,6 +86,14 @@ class StreamedModel:
                 self._by_layer.setdefault(int(found[1]), []).append(name)
             else:
                 self._outer.append(name)
+
+    @classmethod
+    def of_dense(cls, model: DenseModel, read: ReadTensor | None = None, **kwargs: Any) -> StreamedModel:
+        """A dense checkpoint as it is, or with another way to ``read`` its tensors."""
+        checkpoint = model.checkpoint
+        tied = model.spec.tie_word_embeddings
+        names = {read.name for read in model.reads.values()} - ({"lm_head.weight"} if tied else set())
+        return cls(checkpoint.config, sorted(names), read or checkpoint.read, **kwargs)
 
     def logits(
         self,
@@ -127,18 +141,18 @@ class StreamedModel:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        keys = self._keys()
+        keys, dtype = self._keys(), self.dtype or torch.float32
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(**keys), dtype=torch.float32, attn_implementation="sdpa"
+                AutoConfig.for_model(**keys), dtype=dtype, attn_implementation="sdpa"
             )
         tensors = {name: self.read(name) for name in self._outer}
-        outer = _load_part(keys | {"num_hidden_layers": 0}, tensors, "outer tensors", torch.float32)
+        outer = _load_part(keys | {"num_hidden_layers": 0}, tensors, "outer tensors", dtype).to(self.device)
         for name, child in outer.model.named_children():
             if name != "layers":
                 setattr(model.model, name, child)
         model.lm_head = outer.lm_head
-        return model.eval()
+        return model.eval().requires_grad_(False)
 
     def _load(self, module: torch.nn.Module, layer: int) -> None:
         import torch
@@ -154,7 +168,92 @@ class StreamedModel:
         tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = torch.zeros(8, hidden, dtype=dtype)
         tensors["model.norm.weight"] = torch.ones(hidden, dtype=dtype)
         one = _load_part(keys, tensors, f"layer {layer}", dtype)
-        module.load_state_dict(one.model.layers[0].float().state_dict(), strict=True, assign=True)
+        loaded = one.model.layers[0].to(self.device, self.dtype or torch.float32)
+        module.load_state_dict(loaded.state_dict(), strict=True, assign=True)
+        module.requires_grad_(False)
+
+
+class LayerRunner:
+    """Takes many sequences of one length through a `StreamedModel`, each layer loaded once for all of them.
+
+    Embedding, final norm and head stay in memory, of the decoder layers one at a time. What the model hands to a
+    layer beside the hidden states (mask, positions) is recorded from its own forward pass: without padding it
+    depends on the length only.
+
+    Args:
+        streamed: The model.
+        sequence_length: Tokens of every sequence.
+    """
+
+    def __init__(self, streamed: StreamedModel, sequence_length: int) -> None:
+        import torch
+
+        self._streamed = streamed
+        self._model = streamed._shell()
+        self._calls = self._pass_by(torch.zeros(1, sequence_length, dtype=torch.long))[1]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self._model.model.layers)
+
+    def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """What the first layer is given, ``[B, S, H]``, for token ids int64 ``[B, S]``."""
+        return self._pass_by(ids_BS)[0]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[torch.nn.Module]:
+        """The decoder layer with its weights, which are dropped at the end; its parameters take no gradient."""
+        module: torch.nn.Module = self._model.model.layers[index]
+        with quiet_transformers():
+            self._streamed._load(module, index)
+        try:
+            yield module
+        finally:
+            module.to(device="meta")
+
+    def run(self, index: int, module: torch.nn.Module, hidden_BSH: torch.Tensor) -> torch.Tensor:
+        """The hidden states after the layer, ``[B, S, H]``; gradients flow if they are on."""
+        output: torch.Tensor = module(hidden_BSH, **self._calls[index])
+        return output
+
+    def logits(self, hidden_PH: torch.Tensor) -> torch.Tensor:
+        """float32 ``[P, V]``: final norm and head on hidden states ``[P, H]``; gradients flow if they are on."""
+        import torch
+
+        ids = torch.zeros(len(hidden_PH), 1, dtype=torch.long)
+        return self._pass_by(ids, hidden_PH[:, None])[2][:, 0].float()
+
+    def _pass_by(
+        self, ids_BS: torch.Tensor, instead: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[dict[str, Any]], torch.Tensor]:
+        """The model's own forward pass around its layers.
+
+        Args:
+            ids_BS: Token ids.
+            instead: ``[B, S, H]``, what to take for the last layer's output; if None no logits are computed.
+
+        Returns:
+            What the first layer is given, what each layer is given beside it, and the logits (else final states).
+        """
+        first: list[torch.Tensor] = []
+        calls: list[dict[str, Any]] = []
+
+        def record(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            first.append(hidden)
+            calls.append(kwargs)
+            return hidden if instead is None else instead
+
+        layers = self._model.model.layers
+        for layer in layers:
+            layer.forward = record
+        try:
+            whole = self._model.model if instead is None else self._model
+            output = whole(input_ids=ids_BS.to(self._streamed.device), use_cache=False)
+        finally:
+            for layer in layers:
+                del layer.forward
+        return first[0], calls, output[0]
 
 
 def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: str, dtype: torch.dtype) -> Any:

@@ -253,9 +253,7 @@ def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
 def _parent(plan: SplitPlan) -> StreamedModel:
     checkpoint = plan.model.checkpoint
     dtype = torch_dtype(plan.dtype)
-    tied = plan.model.spec.tie_word_embeddings
-    names = {read.name for read in plan.model.reads.values()} - ({"lm_head.weight"} if tied else set())
-    return StreamedModel(checkpoint.config, sorted(names), lambda name: checkpoint.read(name).to(dtype))
+    return StreamedModel.of_dense(plan.model, lambda name: checkpoint.read(name).to(dtype))
 
 
 def _converted(plan: SplitPlan, converted: Checkpoint, *, zero_router: bool) -> StreamedModel:
