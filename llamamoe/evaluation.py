@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def evaluate(
     from .scoring import open_model
 
     _check(max_tokens=max_tokens, context_length=context_length, batch_size=batch_size, dtype=dtype)
-    device = _device(device)
+    device = pick_device(device)
     documents = read_documents(text)  # complains before models are opened
     sides = [open_model(name) for name in (model, against) if name is not None]
     length = _context_length(context_length, sides)
@@ -68,7 +68,7 @@ def evaluate(
     if against is not None:
         theirs, same = _encode_again(mine, sides[1])
         encoded.append(theirs)
-    plans = [_Plan(part, windows_of(part, length), side) for part, side in zip(encoded, sides, strict=True)]
+    plans = [ScoringPlan(part, windows_of(part, length), side) for part, side in zip(encoded, sides, strict=True)]
     advance = _counter(sum(int(plan.tokens.sum()) for plan in plans), progress)
     results = [plan.run(batch_size, dtype, device, advance) for plan in plans]
     scores = [model_scores(side.name, used, counts) for side, (used, counts) in zip(sides, results, strict=True)]
@@ -94,7 +94,12 @@ def _check(*, max_tokens: int | None, context_length: int | None, batch_size: in
         raise UsageError(f"dtype is '{dtype}', but must be one of {', '.join(_DTYPES)}.")
 
 
-def _device(name: str) -> str:
+def pick_device(name: str) -> str:
+    """The device of that name, ``"auto"`` resolved.
+
+    Raises:
+        UsageError: There is none.
+    """
     import torch
 
     if name == "auto":
@@ -162,7 +167,7 @@ def _encode_again(encoded: Sequence[Encoded], side: Opened) -> tuple[list[Encode
     return [encode(side.tokenizer, document, bos=side.bos) for document in cut], False
 
 
-class _Plan:
+class ScoringPlan:
     """What one model is to score, checked before its weights are read.
 
     Attributes:
@@ -192,19 +197,39 @@ class _Plan:
         """Load the model, score, and let it go; returns the weights' dtype and the sums by domain."""
         import torch
 
-        from .scoring import load_weights, score_windows
+        from .scoring import load_weights
 
         model = load_weights(self.side, dtype, device)
-        nll = score_windows(
-            model, self.encoded, self.windows, batch_size, lambda tokens: advance(self.side.name, tokens)
-        )
+        counts = self.score(model, batch_size, lambda tokens: advance(self.side.name, tokens))
         used = str(model.dtype).removeprefix("torch.")
         del model
         gc.collect()  # models hold cycles: without this two would be in memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        return used, counts
+
+    def score(self, model: Any, batch_size: int, advance: Callable[[int], None]) -> dict[str, Counts]:
+        """The sums by domain for a loaded model; ``advance`` is told of the tokens of every batch."""
+        from .scoring import score_windows
+
+        nll = score_windows(model, self.encoded, self.windows, batch_size, advance)
         sums = (self._sum(nll), self.tokens, self.bytes)
-        return used, {domain: Counts(*(each[members] for each in sums)) for domain, members in self.domains.items()}
+        return {domain: Counts(*(each[members] for each in sums)) for domain, members in self.domains.items()}
+
+
+def scoring_plan(
+    side: Opened, text: Sequence[str | Path], *, max_tokens: int | None, context_length: int | None
+) -> tuple[ScoringPlan, int]:
+    """What `evaluate` would score with one model, and the length of its windows, for models that are no checkpoint.
+
+    Raises:
+        UsageError: ``context_length`` exceeds the model's positions, or the text does not exist.
+        LlamaMoeError: A domain has nothing to score, or a document cannot be read.
+    """
+    documents = read_documents(text)
+    length = _context_length(context_length, [side])
+    encoded, _ = _take(documents, side, max_tokens)
+    return ScoringPlan(encoded, windows_of(encoded, length), side), length
 
 
 def _counter(total: int, progress: ProgressCallback) -> Callable[[str, int], None]:
