@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from .errors import UsageError
 from .plugin import Plugin
 from .registry import Registry, near_misses
+from .repairs import REPAIRS
 from .rescales import RESCALES
 from .routers import ROUTERS
 from .selectors import SELECTORS
@@ -27,6 +28,9 @@ from .targets import TARGETS
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of dtypes in recipes, and in safetensors headers."""
+AUTO = "auto"
+"""The method that the plan chooses; the calibration text that is sampled from the parent."""
+NO_REPAIR = "none"
 
 
 class Choice(BaseModel):
@@ -37,8 +41,13 @@ class Choice(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-def _choose(registry: Registry[Any]) -> BeforeValidator:
-    """Accept ``name``, ``{name: ..., option: value}`` or a `Choice`; check the options with the plug-in's model."""
+def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
+    """Accept ``name``, ``{name: ..., option: value}`` or a `Choice`; check the options with the plug-in's model.
+
+    Args:
+        registry: Where the names are looked up.
+        words: Names that stand for no plug-in and have no options.
+    """
 
     def check(value: Any) -> Any:
         if value is None:
@@ -48,11 +57,12 @@ def _choose(registry: Registry[Any]) -> BeforeValidator:
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
             raise PydanticCustomError("choice", "must be a name or a mapping with a 'name'")
-        if given["name"] not in registry:
+        if given["name"] not in registry and given["name"] not in words:
+            known = [*words, *registry.names()]
             raise PydanticCustomError(
-                "choice", f"unknown {registry.kind} {given['name']!r}. " + near_misses(given["name"], registry.names())
+                "choice", f"unknown {registry.kind} {given['name']!r}. " + near_misses(given["name"], known)
             )
-        plugin: type[Plugin] = registry.get(given["name"])
+        plugin: type[Plugin] = Plugin if given["name"] in words else registry.get(given["name"])
         options: dict[str, Any] = {str(k): v for k, v in given.items() if k not in ("name", "options")}
         nested: Any = given.get("options") or {}
         if not isinstance(nested, Mapping):
@@ -61,7 +71,7 @@ def _choose(registry: Registry[Any]) -> BeforeValidator:
         try:
             complete = plugin.Options.model_validate(options)
         except ValidationError as error:
-            raise PydanticCustomError("options", "; ".join(_explain(error, plugin.Options))) from None
+            raise PydanticCustomError("options", "; ".join(explain(error, plugin.Options))) from None
         return Choice(name=given["name"], options=complete.model_dump(mode="json"))
 
     return BeforeValidator(check)
@@ -84,6 +94,11 @@ def _shared_size(value: Any) -> Any:
     return int(text)
 
 
+def _paths(value: Any) -> Any:
+    """One path or several, as a list."""
+    return [value] if isinstance(value, str) else value
+
+
 class SplitRecipe(BaseModel):
     """Everything that decides what ``llamamoe split`` writes. Options left at null are chosen by the plan."""
 
@@ -91,21 +106,41 @@ class SplitRecipe(BaseModel):
 
     num_experts: int = Field(8, ge=2, le=4096, description="Routed experts per layer (N).")
     top_k: int = Field(2, ge=1, description="Experts selected per token (k).")
-    method: Annotated[Choice, _choose(SPLITTERS)] = Field(
+    method: Annotated[Choice, choose(SPLITTERS, AUTO)] = Field(
         Choice(name="random"), validate_default=True, description="How neurons are partitioned."
     )
     shared: Annotated[float | int | str | None, BeforeValidator(lambda v: None if v is None else _shared_size(v))] = (
         Field(None, description="Neurons that every token uses: a share, a count, or '2x' expert widths.")
     )
-    shared_by: Annotated[Choice, _choose(SELECTORS)] = Field(
-        Choice(name="weight_norm"), validate_default=True, description="How the shared neurons are chosen."
+    shared_by: Annotated[Choice | None, choose(SELECTORS)] = Field(
+        None, description="How the shared neurons are chosen."
     )
-    router: Annotated[Choice | None, _choose(ROUTERS)] = Field(None, description="How the router starts.")
+    router: Annotated[Choice | None, choose(ROUTERS)] = Field(None, description="How the router starts.")
     router_scale: Literal["hard", "soft"] = Field(
         "hard", description="hard: rows so small that selected experts weigh the same; soft: rows as they are."
     )
-    rescale: Annotated[Choice | None, _choose(RESCALES)] = Field(
+    rescale: Annotated[Choice | None, choose(RESCALES)] = Field(
         None, description="What a selected expert's output is multiplied by."
+    )
+    repair: Annotated[Choice | None, choose(REPAIRS, NO_REPAIR)] = Field(
+        None, description="How weights are fitted to the dense output on calibration text; none leaves them exact."
+    )
+    repair_passes: int = Field(
+        1, ge=1, le=4, description="Times that the layer is repaired; between two the router is fitted again."
+    )
+    calibration: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
+        (), description="Text for methods that need it: files, folders or globs; 'auto' samples it from the source."
+    )
+    calibration_tokens: int = Field(65536, ge=256, le=2**40, description="Most tokens of calibration text.")
+    calibration_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
+        None, min_length=1, description="Share of each domain in the calibration text; null means equal shares."
+    )
+    calibration_length: int | None = Field(None, ge=2, description="Tokens of one calibration sequence.")
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Dtype of large products on calibration text; what is fitted and stored is not rounded to it."
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|[a-z]+(:[0-9]+)?)$", description="Where calibration runs: auto, cpu, cuda, cuda:1, ..."
     )
     target: str = Field("auto", description="The transformers architecture to write.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -129,6 +164,10 @@ class SplitRecipe(BaseModel):
     def _consistent(self) -> SplitRecipe:
         if self.top_k > self.num_experts:
             raise PydanticCustomError("top_k", f"top_k = {self.top_k} must not exceed num_experts = {self.num_experts}")
+        if AUTO in self.calibration and len(self.calibration) > 1:
+            raise PydanticCustomError("calibration", "calibration: 'auto' (sampled text) cannot be mixed with files")
+        if self.calibration_weights is not None and not any(self.calibration_weights.values()):
+            raise PydanticCustomError("calibration_weights", "calibration_weights: all are zero")
         if self.target != "auto" and self.target not in TARGETS:
             raise PydanticCustomError(
                 "target", f"unknown target {self.target!r}. " + near_misses(self.target, ["auto", *TARGETS.names()])
@@ -142,13 +181,13 @@ class SplitRecipe(BaseModel):
     def to_yaml(self) -> str:
         """The complete recipe as YAML that `load_recipe` reads back."""
         data = self.model_dump(mode="json")
-        for key in ("method", "shared_by", "router", "rescale"):
+        for key in ("method", "shared_by", "router", "rescale", "repair"):
             if data[key] is not None:
                 data[key] = {"name": data[key]["name"], **data[key]["options"]}
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per error: path, rule, value, and for an unknown key the nearest known one."""
     lines = []
     for item in error.errors():
@@ -171,7 +210,7 @@ def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:
     try:
         return SplitRecipe.model_validate(dict(data))
     except ValidationError as error:
-        lines = _explain(error, SplitRecipe)
+        lines = explain(error, SplitRecipe)
         raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
@@ -225,7 +264,7 @@ def apply_override(data: dict[str, Any], path: Sequence[str], value: Any) -> Non
         if inner is None:
             raise (
                 UsageError(f"--set {'.'.join(path)}: name the {part} first (--set {part}=NAME).")
-                if part in ("router", "rescale")
+                if part in ("shared_by", "router", "rescale", "repair")
                 else UsageError(f"--set {'.'.join(path)}: there is no {part!r} in the recipe.")
             )
         if not isinstance(inner, str | Mapping):
@@ -265,7 +304,7 @@ def load_recipe(
     Raises:
         UsageError: The file or a value is not valid.
     """
-    data: dict[str, Any] = {"method": "random", "shared_by": "weight_norm"}
+    data: dict[str, Any] = {"method": "random"}
     if path is not None:
         data |= read_recipe_file(path)
     for key, value in (given or {}).items():

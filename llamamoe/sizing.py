@@ -19,17 +19,18 @@ _ORDER = {
 GATED_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``value``."""
     return -(-value // multiple) * multiple
 
 
 def _expert_width(routed: int, recipe: SplitRecipe) -> int:
-    return _round_up(-(-routed // recipe.num_experts), recipe.pad_to)
+    return round_up(-(-routed // recipe.num_experts), recipe.pad_to)
 
 
 def _widths_shared(multiple: int, size: int, recipe: SplitRecipe) -> int:
     """S for ``m`` expert widths: m W, with W the padded width when the FFN is cut into N + m parts."""
-    return multiple * _round_up(-(-size // (recipe.num_experts + multiple)), recipe.pad_to)
+    return multiple * round_up(-(-size // (recipe.num_experts + multiple)), recipe.pad_to)
 
 
 def _multiples(size: int, recipe: SplitRecipe) -> dict[int, int]:
@@ -114,7 +115,7 @@ def _layout(
     dense_layers: tuple[int, ...],
 ) -> MoeLayout:
     width = _expert_width(spec.intermediate_size - shared, recipe)
-    stored = _round_up(shared, recipe.pad_to) if shared else target.stub_width(width)
+    stored = round_up(shared, recipe.pad_to) if shared else target.stub_width(width)
     if shared and target.shared == "multiple":
         # S as m expert widths: every "mx" fits, whatever rounding left for the routed neurons.
         sizes = _multiples(spec.intermediate_size, recipe)
