@@ -1,0 +1,284 @@
+"""Calibration text: sequences of tokens, mixed by domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import LlamaMoeError, UsageError
+from .reading import LOOK_ROWS, Piece, Reader, document_cap, document_hash, shared_documents
+from .soundness import check_ids, odd_warnings, shape_facts, tokens_per_byte, unknown_share
+
+__all__ = ["MIN_TOKENS", "CalibrationText", "calibration_text", "document_hash", "shared_documents", "shares"]
+
+MIN_TOKENS = 256
+"""With fewer tokens than this nothing can be calibrated."""
+SHORTENED = 128
+"""To give every domain a sequence, sequences are not made shorter than this."""
+_KEPT = 0.75
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text as the model takes it.
+
+    Attributes:
+        ids_ST: int64 ``[S, T]``, S sequences of T tokens, no padding.
+        domains_S: The domain of each sequence.
+        clusters_S: int64 ``[S]``, the text cluster of each sequence; None if nobody asked for clusters.
+        facts: For the receipt, plain data: where the text comes from and how much of it there is.
+        warnings: Sentences for the user.
+        document_hashes: `document_hash` of every document that tokens were taken from; empty for sampled text.
+    """
+
+    ids_ST: np.ndarray
+    domains_S: tuple[str, ...]
+    clusters_S: np.ndarray | None
+    facts: dict[str, Any]
+    warnings: tuple[str, ...]
+    document_hashes: frozenset[str] = frozenset()
+
+    @property
+    def num_tokens(self) -> int:
+        """``S T``."""
+        return int(self.ids_ST.size)
+
+
+def calibration_text(
+    patterns: Sequence[str | Path],
+    tokenizer: Any,
+    *,
+    num_tokens: int,
+    length: int,
+    weights: Mapping[str, float] | None,
+    seed: int,
+    vocab_size: int,
+) -> CalibrationText:
+    """Take ``num_tokens // length`` sequences of text, shared among the domains by their weights.
+
+    The rules:
+
+    - The domains are those of the first `LOOK_ROWS` rows of each file (of every ``txt`` file); each gets its share of
+      the sequences, by largest remainder (a tie goes to the domain that comes first).
+    - A domain's documents stand in the order of patterns, files and rows, each with the beginning-of-sequence token
+      that the tokenizer itself adds, and with the end-of-sequence token between two of them (not after the last);
+      sequences are cut from that stream, so they begin anywhere in a document. Reading stops when there is enough.
+    - A document gives at most its first ``max(4 * length, 1/8 of its domain's tokens)`` tokens, the leading one
+      counted, so that no domain is the head of one book. Only if the domain has too few documents may all of them
+      give more, up to the same higher cap.
+    - A domain with too little text gives its whole sequences, and the others share what is missing; if all are used
+      up, what there is must do. Both warn. If not even that makes sense of the text at hand (domains shorter than a
+      sequence), sequences are shortened, and also if there are fewer sequences than domains (not below
+      `SHORTENED`).
+    - The sequences are put in an order that depends on ``seed`` only, so that the first few are a mixture too.
+
+    Args:
+        patterns: Files, folders and globs; see `llamamoe.data.text.read_documents`.
+        tokenizer: A transformers tokenizer.
+        num_tokens: Most tokens to take, at least `MIN_TOKENS`.
+        length: Tokens of a sequence.
+        weights: Domain to weight, not negative; domains that are not named get nothing. None: all equal.
+        seed: For the order of the sequences.
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        UsageError: Nothing matches ``patterns``, or a number, a weight or the name of a domain is not usable.
+        CheckpointError: The tokenizer makes ids that the model does not have.
+        LlamaMoeError: A document cannot be read or decoded, or there are fewer than `MIN_TOKENS` tokens.
+    """
+    if num_tokens < MIN_TOKENS:
+        raise UsageError(f"num_tokens is {num_tokens}, but calibration needs at least {MIN_TOKENS} tokens.")
+    if length < 2:
+        raise UsageError(f"The length of calibration sequences is {length}, but must be at least 2.")
+    check_weights(weights)
+    reader = Reader(patterns, tokenizer, num_tokens)
+    weights = _by_domain(weights, list(reader.pools))
+    mixture = _mix(reader, weights, num_tokens, length)
+    return _assemble(reader, mixture, weights, seed, vocab_size)
+
+
+def check_weights(weights: Mapping[str, float] | None) -> None:
+    """Refuse weights that are negative, not finite, or all zero.
+
+    Raises:
+        UsageError: With the name of the domain.
+    """
+    for domain, weight in (weights or {}).items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UsageError(f"The weight of the domain '{domain}' is {weight}, but must be a number from 0.")
+    if weights is not None and not any(weights.values()):
+        raise UsageError("All domain weights are zero.", hint="Give one domain a weight, or no weights at all.")
+
+
+def _by_domain(weights: Mapping[str, float] | None, found: Sequence[str]) -> dict[str, float]:
+    """Positive weights in sum 1, in the order in which the domains were found."""
+    unknown = sorted(set(weights or {}) - set(found))
+    if unknown:
+        raise UsageError(
+            f"Weights name {', '.join(map(repr, unknown))}, but the text has the domains {', '.join(found)}.",
+            hint=f"The domains of a file are those of its first {LOOK_ROWS} rows.",
+        )
+    positive = {domain: 1.0 if weights is None else float(weights.get(domain, 0.0)) for domain in found}
+    largest = max(positive.values())
+    scaled = {domain: weight / largest for domain, weight in positive.items() if weight / largest > 0}
+    total = sum(scaled.values())
+    return {domain: weight / total for domain, weight in scaled.items()}
+
+
+def shares(weights: Mapping[str, float], count: int, limits: Mapping[str, int]) -> dict[str, int]:
+    """Share ``count`` things by weight, by largest remainder, with upper limits.
+
+    Domains whose share exceeds their limit get the limit; the others share the rest in the same way.
+
+    Args:
+        weights: Positive.
+        count: How many things.
+        limits: Most things of a domain, for those that have a limit.
+
+    Returns:
+        A number for each key of ``weights``; their sum is ``count``, or less if the limits allow no more.
+    """
+    fixed: dict[str, int] = {}
+    while True:
+        free = {domain: weight for domain, weight in weights.items() if domain not in fixed}
+        rest, total = count - sum(fixed.values()), sum(free.values())
+        exact = {domain: rest * weight / total for domain, weight in free.items()}
+        out = {domain: int(share) for domain, share in exact.items()}
+        by_remainder = sorted(free, key=lambda domain: out[domain] - exact[domain])
+        for domain in by_remainder[: rest - sum(out.values())]:
+            out[domain] += 1
+        over = {domain: limits[domain] for domain in free if out[domain] > limits.get(domain, out[domain])}
+        if not over:
+            return {domain: fixed.get(domain, out.get(domain, 0)) for domain in weights}
+        fixed |= over
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """How many sequences of which length each domain gives."""
+
+    length: int
+    sequences: dict[str, int]
+    warnings: tuple[str, ...]
+
+
+def _mix(reader: Reader, weights: Mapping[str, float], num_tokens: int, length: int) -> _Mixture:
+    """Read until the shares can be had, and share again what a domain lacks."""
+    asked = min(length, num_tokens)
+    length = min(asked, max(SHORTENED, num_tokens // len(weights)))
+    fair = shares(weights, num_tokens // length, {})
+    sequences, limits = _share(reader, weights, num_tokens, length)
+    available = {domain: reader.pools[domain].size(None, reader.eos) for domain in weights}
+    total = sum(available.values())
+    if sum(sequences.values()) < num_tokens // length:  # all text was read
+        if total < MIN_TOKENS:
+            raise LlamaMoeError(
+                f"The calibration text has only {total} tokens; at least {MIN_TOKENS} are needed.",
+                hint="Give more text; 65536 tokens are a good amount.",
+            )
+        if (fitting := _fitting_length(list(available.values()), length)) < length:
+            length = fitting
+            fair = shares(weights, num_tokens // length, {})
+            sequences, limits = _share(reader, weights, num_tokens, length)
+    warnings = _short_warnings(sequences, fair, limits, available)
+    if length < asked:
+        warnings.append(f"Calibration sequences have {length} tokens instead of {asked}, to fit the text's domains.")
+    taken = sum(sequences.values()) * length
+    if sum(sequences.values()) < num_tokens // length:
+        warnings.append(f"The calibration text gives only {taken} tokens of the {num_tokens} asked for.")
+    return _Mixture(length, sequences, tuple(warnings))
+
+
+def _share(
+    reader: Reader, weights: Mapping[str, float], num_tokens: int, length: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Sequences of each domain, and those that the domains which ran out of text can give."""
+    limits: dict[str, int] = {}
+    while True:
+        sequences = shares(weights, num_tokens // length, limits)
+        reader.fill({domain: count * length for domain, count in sequences.items()}, length)
+        available = {domain: reader.pools[domain].size(None, reader.eos) // length for domain in weights}
+        short = {domain: available[domain] for domain in weights if available[domain] < sequences[domain]}
+        if not short:
+            return sequences, limits
+        limits |= short
+
+
+def _fitting_length(available: Sequence[int], length: int) -> int:
+    """The longest sequences, at most ``length``, that keep about as many tokens as the best length would.
+
+    Args:
+        available: Tokens of each domain.
+        length: Longest length allowed.
+    """
+    kept = {
+        each: sum(tokens // each * each for tokens in available)
+        for each in {min(length, tokens) for tokens in available if tokens >= 2}
+    }
+    return max(each for each, tokens in kept.items() if tokens >= _KEPT * max(kept.values()))
+
+
+def _short_warnings(
+    sequences: Mapping[str, int], fair: Mapping[str, int], limits: Mapping[str, int], available: Mapping[str, int]
+) -> list[str]:
+    short = [
+        f"The domain '{domain}' has only {available[domain]} tokens of calibration text: it gives {sequences[domain]} "
+        f"instead of {fair[domain]} sequences, and the other domains give more if they can."
+        for domain in limits
+    ]
+    none = [domain for domain, count in fair.items() if count == 0 and sequences[domain] == 0]
+    if none:
+        short.append(f"No calibration text is taken from {', '.join(none)}: its share is less than one sequence.")
+    return short
+
+
+def _assemble(
+    reader: Reader, mixture: _Mixture, weights: Mapping[str, float], seed: int, vocab_size: int
+) -> CalibrationText:
+    length = mixture.length
+    rows: list[np.ndarray] = []
+    domains: list[str] = []
+    used: list[Piece] = []
+    facts: dict[str, Any] = {}
+    unknown: dict[str, float] = {}
+    for domain, count in mixture.sequences.items():
+        tokens = count * length
+        ids, pieces = reader.pools[domain].take(tokens, document_cap(tokens, length), reader.eos)
+        rows.append(ids.reshape(count, length))
+        domains += [domain] * count
+        used += [piece for piece, _ in pieces]
+        unknown[domain] = unknown_share(reader.tokenizer, ids)
+        facts[domain] = {
+            "weight": weights[domain],
+            "sequences": count,
+            "tokens": tokens,
+            "documents": len(pieces),
+            "tokens_per_byte": tokens_per_byte(pieces, reader.bos),
+        }
+    ids_ST = np.concatenate(rows)
+    order = np.random.default_rng([seed, *b"calibration text"]).permutation(len(ids_ST))
+    ids_ST = np.ascontiguousarray(ids_ST[order])
+    check_ids(ids_ST, vocab_size)
+    odd = odd_warnings({domain: facts[domain]["tokens_per_byte"] for domain in facts}, unknown)
+    hashes = frozenset(piece.digest for piece in used)
+    files = dict.fromkeys(piece.file for piece in used)
+    return CalibrationText(
+        ids_ST=ids_ST,
+        domains_S=tuple(domains[i] for i in order),
+        clusters_S=None,
+        facts={
+            "source": "text",
+            **shape_facts(ids_ST),
+            "seed": seed,
+            "documents": len(used),
+            "domains": facts,
+            "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
+        },
+        warnings=(*mixture.warnings, *odd),
+        document_hashes=hashes,
+    )
