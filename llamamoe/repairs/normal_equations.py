@@ -1,0 +1,184 @@
+"""Sums over the calibration tokens from which every closed-form repair is solved.
+
+With ``h~`` ``[T, P]`` what every place does times its weight, ``D0`` the places' down projections and ``Y`` the dense
+output, an outcome ``Y - h~ D`` of any ``D`` depends on the tokens only through the Gram ``h~^T h~`` and the products
+``h~^T (Y - h~ D0)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ..converted_ffn import ConvertedFfn, dense_outputs
+from ..errors import LlamaMoeError
+from ..layer import PADDING
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..calibration.inputs import LayerInputs
+    from ..layer import FfnWeights, LayerContext
+
+TokenWeighting = Literal["none", "residual"]
+
+BLOCK_PLACES = 32
+"""Experts narrower than this are summed several at a time: products with very few rows are slow."""
+
+LEAST_RESIDUAL = 1e-3
+"""Tokens whose residual stream is smaller than this share of the median count as if it were that large."""
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """Sums over tokens, float64.
+
+    Attributes:
+        gram_PP: ``[P, P]``, ``h~^T h~``.
+        cross_PH: ``[P, H]``, ``h~^T (Y - h~ D0)``.
+        places: int64 ``[Q]``, the places that hold a neuron and were ever active: the others have zero rows and
+            columns.
+    """
+
+    gram_PP: torch.Tensor
+    cross_PH: torch.Tensor
+    places: torch.Tensor
+
+
+def normal_equations(
+    moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext, weighting: TokenWeighting = "none"
+) -> NormalEquations:
+    """Sum over all calibration tokens, products in float32, sums over batches in float64.
+
+    An expert's rows are summed over the tokens that selected it only, and each pair of experts once: O(T P H) for
+    the outputs and about ``T (S + k W)^2 / 2`` products for the Gram. Memory: ``P (P + H)`` doubles.
+
+    Args:
+        moe: The layer to repair.
+        ffn: The parent's FFN.
+        context: With the calibration inputs.
+        weighting: ``"residual"`` divides every token's error by the root mean square of its residual stream.
+
+    Raises:
+        LlamaMoeError: An activation is NaN or infinite.
+    """
+    import torch
+
+    inputs = context.inputs
+    device = _double_device(inputs.device)
+    places, hidden = len(moe.partition.slots), ffn.down_HF.shape[0]
+    gram = torch.zeros(places, places, dtype=torch.float64, device=device)
+    cross = torch.zeros(places, hidden, dtype=torch.float64, device=device)
+    scales = token_scales(inputs, weighting)
+    for part, (hidden_BP, residual_BH, weights_BN) in zip(inputs.batches(), residuals(moe, ffn, inputs), strict=True):
+        if scales is not None:
+            scale_B1 = scales[part].to(inputs.device)[:, None]
+            hidden_BP, residual_BH = hidden_BP * scale_B1, residual_BH * scale_B1
+        _add(gram, cross, hidden_BP, residual_BH, weights_BN, moe)
+    _mirror(gram, moe)
+    if not (bool(gram.diagonal().isfinite().all()) and bool(cross.isfinite().all())):
+        raise LlamaMoeError(f"layer {context.layer}: NaN or infinite activations on the calibration text.")
+    slots = torch.from_numpy(moe.partition.slots).to(device)
+    kept = ((slots != PADDING) & (gram.diagonal() > 0)).nonzero().flatten()
+    return NormalEquations(gram, cross, kept)
+
+
+def token_scales(inputs: LayerInputs, weighting: TokenWeighting) -> torch.Tensor | None:
+    """float32 ``[T]``: what each token's error is multiplied by before it is squared; mean square 1. None for ones."""
+    if weighting == "none" or inputs.num_tokens == 0:
+        return None
+    size = inputs.residual_scale_T.double()
+    scales = 1 / size.clamp(min=max(LEAST_RESIDUAL * float(size.median()), 1e-30))
+    return (scales / scales.square().mean().sqrt()).float()
+
+
+def residuals(
+    moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """``h~`` float32 ``[B, P]``, ``Y - h~ D0`` float32 ``[B, H]`` and the experts' weights ``[B, N]``, in batches.
+
+    If the layer's neurons are the parent's own, they are computed once, and what is missing comes from how often
+    each was counted: exactly 0 for a token that counts each neuron once.
+    """
+    import torch
+
+    if not holds_parent(moe, ffn):
+        down_HP = moe.weights.down_HP.to(inputs.device, inputs.compute_dtype)
+        hidden = inputs.hidden(moe.weights, moe.hidden_act)
+        for x_BH, h_BP, y_BH in zip(inputs.inputs(), hidden, dense_outputs(inputs, ffn), strict=True):
+            weights_BN = moe.expert_weights(x_BH)
+            h_BP = h_BP * moe.place_weights(weights_BN)
+            yield h_BP, y_BH - (h_BP.to(inputs.compute_dtype) @ down_HP.T).float(), weights_BN
+        return
+    slots = torch.from_numpy(moe.partition.slots).to(inputs.device)
+    real = (slots != PADDING).float()
+    slots = slots.clamp(min=0)
+    down_HF = ffn.down_HF.to(inputs.device, inputs.compute_dtype)
+    for x_BH, h_BF in zip(inputs.inputs(), inputs.hidden(ffn), strict=True):
+        weights_BN = moe.expert_weights(x_BH)
+        counts_BP = moe.place_weights(weights_BN) * real
+        missing_BF = torch.ones_like(h_BF).index_add_(1, slots, counts_BP, alpha=-1)
+        residual_BH = ((missing_BF * h_BF).to(inputs.compute_dtype) @ down_HF.T).float()
+        yield h_BF[:, slots] * counts_BP, residual_BH, weights_BN
+
+
+def holds_parent(moe: ConvertedFfn, ffn: FfnWeights) -> bool:
+    """Whether every place of the layer holds the parent's neuron as it is."""
+    import torch
+
+    slots = torch.from_numpy(moe.partition.slots)
+    kept = (slots != PADDING).nonzero().flatten()
+    index, weights = slots[kept], moe.weights
+    return (
+        torch.equal(weights.gate_PH[kept], ffn.gate_FH[index].float())
+        and torch.equal(weights.up_PH[kept], ffn.up_FH[index].float())
+        and torch.equal(weights.down_HP[:, kept], ffn.down_HF[:, index].float())
+    )
+
+
+def _add(
+    gram: torch.Tensor,
+    cross: torch.Tensor,
+    hidden_BP: torch.Tensor,
+    residual_BH: torch.Tensor,
+    weights_BN: torch.Tensor,
+    moe: ConvertedFfn,
+) -> None:
+    """Add one batch: shared x shared, and each block of experts x (shared, itself, later experts)."""
+    shared, (num_experts, width) = len(moe.partition.shared), moe.partition.experts.shape
+    device = gram.device
+    if shared:
+        left_SB = hidden_BP[:, :shared].T
+        gram[:shared, :shared] += (left_SB @ hidden_BP[:, :shared]).to(device)
+        cross[:shared] += (left_SB @ residual_BH).to(device)
+    for first, last in _blocks(num_experts, width):
+        rows = (weights_BN[:, first:last] != 0).any(dim=1).nonzero().flatten()
+        start, stop = shared + first * width, shared + last * width
+        later_BQ = hidden_BP[:, start:].index_select(0, rows)
+        left_WB = later_BQ[:, : stop - start].T
+        gram[start:stop, start:] += (left_WB @ later_BQ).to(device)
+        gram[start:stop, :shared] += (left_WB @ hidden_BP[:, :shared].index_select(0, rows)).to(device)
+        cross[start:stop] += (left_WB @ residual_BH.index_select(0, rows)).to(device)
+
+
+def _mirror(gram: torch.Tensor, moe: ConvertedFfn) -> None:
+    """Fill the half of the Gram that `_add` leaves out."""
+    shared, (num_experts, width) = len(moe.partition.shared), moe.partition.experts.shape
+    gram[:shared, shared:] = gram[shared:, :shared].T
+    for first, last in _blocks(num_experts, width):
+        start, stop = shared + first * width, shared + last * width
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+
+
+def _blocks(num_experts: int, width: int) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK_PLACES // max(width, 1))
+    for first in range(0, num_experts, step):
+        yield first, min(first + step, num_experts)
+
+
+def _double_device(device: torch.device) -> torch.device:
+    """Where to keep float64: Apple's GPUs have none."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device
