@@ -1,0 +1,187 @@
+"""Recipes of studies: which methods, at which budgets, with which seeds, on which text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from ..errors import UsageError
+from ..recipe import (
+    AUTO,
+    Choice,
+    SplitRecipe,
+    apply_override,
+    build_recipe,
+    choose,
+    explain,
+    parse_override,
+    read_recipe_file,
+)
+from ..registry import near_misses
+from ..selectors import SELECTORS
+from ..splitters import SPLITTERS
+
+DENSE, RANDOM, STATIC, ORACLE = "dense", "random", "static", "oracle router"
+"""Names of the controls."""
+SIZES = ("num_experts", "top_k", "shared", "pad_to")
+_STUDY = ("calibration", "calibration_tokens", "calibration_weights", "calibration_length", "compute_dtype", "device",
+          "seed", "shard_size", "card", "strict")  # fmt: skip
+"""Keys of a split's recipe that the study decides, the same for all its methods."""
+
+Budget = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+def _paths(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class StudyMethod(BaseModel):
+    """One entry of ``methods``: a name, and what is given of a split's recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[^/\\|\x00-\x1f]{1,60}$", description="What the table calls it.")
+    shared_of_active: float | None = Field(None, ge=0, lt=1, description="In the place of the study's.")
+    budgets: tuple[Budget, ...] | None = Field(None, description="In the place of the study's.")
+    sizes: dict[Budget, dict[str, Any]] = Field(
+        default_factory=dict, description="num_experts, top_k, shared and pad_to for single budgets."
+    )
+    recipe: dict[str, Any] = Field(default_factory=dict, description="Keys of a split's recipe.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        """Accept a method's name, or a mapping in which keys of a split's recipe stand beside our own."""
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or "recipe" in value:
+            return value
+        own = {key: value[key] for key in cls.model_fields if key in value}
+        recipe = {str(key): each for key, each in value.items() if key not in own}
+        if "method" not in recipe and own.get("name") in SPLITTERS:
+            recipe["method"] = own["name"]
+        return own | {"recipe": recipe}
+
+    @model_validator(mode="after")
+    def _valid(self) -> StudyMethod:
+        lines = [f"{key} is decided by the study" for key in self.recipe if key in _STUDY]
+        known = [*type(self).model_fields, *SplitRecipe.model_fields]
+        unknown = [key for key in self.recipe if key not in SplitRecipe.model_fields]
+        lines += [f"{key}: unknown key. {near_misses(key, [k for k in known if k not in _STUDY])}" for key in unknown]
+        if "method" not in self.recipe:
+            lines.append(f"names no method. {near_misses(self.name, SPLITTERS.names())}")
+        for budget, sizes in self.sizes.items():
+            wrong = [key for key in sizes if key not in SIZES]
+            lines += [f"sizes.{budget:g}.{key}: unknown key. {near_misses(key, list(SIZES))}" for key in wrong]
+        if not lines:
+            for sizes in [{}, *self.sizes.values()]:
+                try:
+                    SplitRecipe.model_validate(self.recipe | sizes)
+                except ValidationError as error:
+                    lines += explain(error, SplitRecipe)
+        if lines:
+            raise PydanticCustomError("choice", "; ".join(f"{self.name}: {line}" for line in dict.fromkeys(lines)))
+        return self
+
+    def split_recipe(self, **more: Any) -> SplitRecipe:
+        """A complete recipe; ``more`` comes on top."""
+        return build_recipe(self.recipe | more)
+
+
+class CompareRecipe(BaseModel):
+    """Everything that decides what ``llamamoe compare`` measures."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    methods: tuple[StudyMethod, ...] = Field(description="What is compared.")
+    evaluation: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
+        min_length=1, description="Text to measure perplexity on: files, folders or globs."
+    )
+    evaluation_tokens: int | None = Field(8192, ge=2, description="Tokens of each domain; null takes all.")
+    context_length: int | None = Field(None, ge=2, description="Tokens of a window; null: the model's, at most 2048.")
+    calibration: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
+        (), description="Text for methods that need it: files, folders or globs; 'auto' samples it from the source."
+    )
+    calibration_tokens: int = Field(65536, ge=256, le=2**40, description="Most tokens of calibration text.")
+    calibration_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
+        None, min_length=1, description="Share of each domain in the calibration text; null means equal shares."
+    )
+    calibration_length: int | None = Field(None, ge=2, description="Tokens of one calibration sequence.")
+    budgets: tuple[Budget, ...] = Field(
+        (0.5,),
+        min_length=1,
+        description="Most active multiply-adds of the FFN per token, as shares of the dense FFN's.",
+    )
+    seeds: tuple[Seed, ...] | dict[Budget, tuple[Seed, ...]] = Field(
+        (0,), description="Seeds of everything random; a mapping gives them budget by budget."
+    )
+    shared_of_active: float = Field(0.5, ge=0, lt=1, description="Share of the budget that shared neurons take.")
+    controls: bool = Field(
+        True, description="Add dense, random, static pruning, and each method with an oracle router."
+    )
+    static_by: Annotated[Choice, choose(SELECTORS)] = Field(
+        Choice(name="power"), validate_default=True, description="Which neurons static pruning keeps."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the models compute in.")
+    batch_size: int = Field(8, ge=1, description="Windows that run together.")
+    export: Literal["none", "first", "all"] = Field(
+        "none", description="Write checkpoints too and measure them: of the first cell of each method, or of all."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompareRecipe:
+        names = [method.name for method in self.methods]
+        if not names or not self.budgets:
+            raise PydanticCustomError("choice", f"{'budgets' if names else 'methods'}: there are none")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise PydanticCustomError("choice", f"methods: the name {twice[0]!r} stands twice")
+        if isinstance(self.seeds, dict):
+            known = {*self.budgets, *(b for method in self.methods for b in method.budgets or ())}
+            for budget in sorted(known):
+                if not self.seeds.get(budget):
+                    raise PydanticCustomError("choice", f"seeds: there are none for the budget {budget:g}")
+        elif not self.seeds:
+            raise PydanticCustomError("choice", "seeds: there are none")
+        if AUTO in self.calibration and len(self.calibration) > 1:
+            raise PydanticCustomError("choice", "calibration: 'auto' (sampled text) cannot be mixed with files")
+        return self
+
+    def seeds_of(self, budget: float) -> tuple[int, ...]:
+        """The seeds at one budget."""
+        return self.seeds[budget] if isinstance(self.seeds, dict) else self.seeds
+
+    def calibrated(self) -> dict[str, Any]:
+        """The keys of a split's recipe that the study decides for all methods that need text."""
+        return {
+            "calibration": self.calibration,
+            "calibration_tokens": self.calibration_tokens,
+            "calibration_weights": self.calibration_weights,
+            "calibration_length": self.calibration_length,
+            "compute_dtype": self.dtype,
+        }
+
+
+def load_compare_recipe(
+    path: str | Path, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> CompareRecipe:
+    """A study's recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
+
+    Raises:
+        UsageError: The file or a value is not valid; every error is named.
+    """
+    data = read_recipe_file(path)
+    data |= {key: value for key, value in (given or {}).items() if value is not None}
+    for text in overrides:
+        keys, value = parse_override(text)
+        apply_override(data, keys, value)
+    try:
+        return CompareRecipe.model_validate(data)
+    except ValidationError as error:
+        lines = explain(error, CompareRecipe)
+        raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None

@@ -1,0 +1,118 @@
+"""How many experts, how wide, how many of them and how many shared neurons fit a budget.
+
+Everything is counted in neurons: one is three rows of H multiply-adds (gate, up, down), so that a router of N rows
+costs N / 3 neurons for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..errors import RefusedError
+from ..sizing import round_up
+from ..sources.base import DenseSpec
+
+USUAL_EXPERTS = 24
+SHARED_GATE = 1 / 3
+"""What the gate of a shared expert costs (one row)."""
+_REACH = 1 / 16  # of F: how far S may move to fill the budget
+_STRAY = 0.1  # neurons of use that one neuron of moving S must bring at least
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a conversion and what they cost.
+
+    Attributes:
+        num_experts: N.
+        top_k: k.
+        expert_width: W, padding included.
+        shared: S.
+        share: Active multiply-adds per token, router and padding included, as a share of the dense FFN's.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_width: int
+    shared: int
+    share: float
+
+
+def usual_experts(spec: DenseSpec, shared_share: float, pad_to: int = 8) -> int:
+    """The number of experts for one who has no other wish: 24, or what a small FFN gives without much padding."""
+    routed = round(spec.intermediate_size * (1 - shared_share))
+    return max(2, min(USUAL_EXPERTS, routed // (2 * pad_to)))
+
+
+def sizes_for_budget(
+    spec: DenseSpec,
+    budget: float,
+    num_experts: int | None = None,
+    shared_share: float = 0.25,
+    pad_to: int = 8,
+    *,
+    fixed: float = SHARED_GATE,
+    multiple: bool = False,
+) -> Sizes:
+    """The sizes that use a budget best: most neurons a token that are not padding, router included in the cost.
+
+    S may move by a sixteenth of the FFN from what is wished, if that fills the budget better. O(F / pad_to).
+
+    Args:
+        spec: The dense model.
+        budget: Most active multiply-adds of the FFN per token, as a share of the dense FFN's.
+        num_experts: N; None for what fills the budget best, near `usual_experts`.
+        shared_share: S as a share of F; 0 for no shared neurons.
+        pad_to: W is a multiple of this.
+        fixed: What every token pays besides, in neurons: the gate of a shared expert, a stub.
+        multiple: Whether S must be a multiple of W (for the targets that say so).
+
+    Raises:
+        RefusedError: Nothing fits; the message names the smallest budget that would.
+    """
+    size = spec.intermediate_size
+    usual = usual_experts(spec, shared_share, pad_to)
+    tried = [num_experts] if num_experts else sorted(range(usual * 3 // 4, usual * 4 // 3 + 1), key=_distance(usual))
+    best: tuple[float, Sizes] | None = None
+    least: tuple[float, int] | None = None
+    for experts in tried:
+        extra = experts / 3 + fixed
+        for shared, width in _candidates(size, experts, shared_share, pad_to, multiple):
+            least = min(filter(None, (least, (shared + width + extra, experts))))
+            top_k = min(experts, int((budget * size - extra - shared + 1e-9) / width))
+            if top_k >= 1:
+                used = shared + top_k * (size - shared) / experts - _STRAY * abs(shared - shared_share * size)
+                share = (shared + top_k * width + extra) / size
+                if best is None or used > best[0] + 1e-9:
+                    best = used, Sizes(experts, top_k, width, shared, share)
+    if best is not None:
+        return best[1]
+    message = f"{num_experts or usual} experts beside {shared_share:.3g} of {size} shared neurons are not possible"
+    if least is not None:
+        message = (
+            f"a budget of {budget:g} of {size} neurons is too small for {least[1]} experts, one of them selected, "
+            f"beside about {shared_share:.3g} shared neurons; the smallest budget is {least[0] / size + 5e-4:.3f}"
+        )
+    raise RefusedError(
+        f"{message}.", hint="Share fewer neurons, or take more (so narrower) or fewer experts (a smaller router)."
+    )
+
+
+def _distance(usual: int) -> Callable[[int], int]:
+    return lambda experts: abs(experts - usual)
+
+
+def _candidates(size: int, experts: int, share: float, pad_to: int, multiple: bool) -> Iterator[tuple[int, int]]:
+    """Pairs of S and W near the wish, the nearest first."""
+    if multiple and share > 0:
+        widths = {m: round_up(-(-size // (experts + m)), pad_to) for m in range(1, 4 * experts)}
+        pairs = [(m * width, width) for m, width in widths.items() if experts <= size - m * width]
+        yield from sorted(pairs, key=lambda pair: abs(pair[0] - share * size))[:3]
+        return
+    wished = round(share * size / pad_to) * pad_to
+    reach = max(pad_to, int(_REACH * size) // pad_to * pad_to)
+    shared = range(max(wished - reach, pad_to), wished + reach + 1, pad_to) if share > 0 else [0]
+    for s in sorted(shared, key=lambda s: abs(s - wished)):
+        if experts <= size - s:
+            yield s, round_up(-(-(size - s) // experts), pad_to)
