@@ -8,7 +8,7 @@ from .rescales import RESCALES
 from .sources.base import DenseSpec
 from .splitters.base import Splitter
 from .targets import TARGETS
-from .targets.base import MoeLayout, Target, is_power_of_two
+from .targets.base import Combine, MoeLayout, Target, is_power_of_two
 
 _ORDER = {
     False: ("mixtral", "qwen3_moe", "qwen2_moe", "granitemoeshared", "glm4_moe", "ernie4_5_moe"),
@@ -24,49 +24,46 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _expert_width(routed: int, recipe: SplitRecipe) -> int:
-    return round_up(-(-routed // recipe.num_experts), recipe.pad_to)
+def _expert_width(routed: int, parts: int, recipe: SplitRecipe) -> int:
+    return round_up(-(-routed // parts), recipe.pad_to)
 
 
-def _widths_shared(multiple: int, size: int, recipe: SplitRecipe) -> int:
-    """S for ``m`` expert widths: m W, with W the padded width when the FFN is cut into N + m parts."""
-    return multiple * round_up(-(-size // (recipe.num_experts + multiple)), recipe.pad_to)
+def _widths_shared(multiple: int, size: int, parts: int, recipe: SplitRecipe) -> int:
+    """S for ``m`` expert widths: m W, with W the padded width when the FFN is cut into ``parts`` + m."""
+    return multiple * round_up(-(-size // (parts + multiple)), recipe.pad_to)
 
 
-def _multiples(size: int, recipe: SplitRecipe) -> dict[int, int]:
+def _multiples(size: int, parts: int, recipe: SplitRecipe) -> dict[int, int]:
     """Every ``m`` for which m expert widths can be shared, and the S that it means."""
-    found = {m: _widths_shared(m, size, recipe) for m in range(1, 4 * recipe.num_experts)}
-    return {m: shared for m, shared in found.items() if recipe.num_experts <= size - shared}
+    found = {m: _widths_shared(m, size, parts, recipe) for m in range(1, 4 * parts)}
+    return {m: shared for m, shared in found.items() if parts <= size - shared}
 
 
-def _shared_neurons(spec: DenseSpec, recipe: SplitRecipe, splitter: type[Splitter]) -> int:
+def _shared_neurons(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) -> int:
     wanted = splitter.default_shared if recipe.shared is None else recipe.shared
-    size = spec.intermediate_size
+    size, parts = spec.intermediate_size, splitter.parts(recipe.num_experts)
     if isinstance(wanted, str):
-        return _widths_shared(int(wanted[:-1]), size, recipe)
+        if not parts:
+            raise RefusedError(
+                f"shared = {wanted!r} counts expert widths, but {splitter.name} has no experts.",
+                hint="Give the neurons to keep as a share (0.5) or a count.",
+            )
+        return _widths_shared(int(wanted[:-1]), size, parts, recipe)
     return round(wanted * size) if isinstance(wanted, float) else wanted
 
 
-def choose_target(
-    spec: DenseSpec, recipe: SplitRecipe, splitter: type[Splitter], dtype: str
-) -> tuple[Target, MoeLayout]:
+def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: str) -> tuple[Target, MoeLayout]:
     """The named target, or for ``auto`` the first that fits (both majors of transformers before one).
 
     Raises:
         RefusedError: None fits; every reason is named.
     """
+    splitter = method(method.Options.model_validate(recipe.method.options))
     shared = _shared_neurons(spec, recipe, splitter)
-    _check_sizes(spec, recipe, shared)
+    _check_sizes(spec, recipe, splitter, shared)
     dense_layers = _dense_layers(spec, recipe)
-    if recipe.target == "auto":
-        first = _ORDER[shared > 0]
-        names = [n for n in first if n in TARGETS] + [
-            n for n in TARGETS.names() if n not in _ORDER[True] + _ORDER[False]
-        ]
-    else:
-        names = [recipe.target]
     fitting, reasons = [], []
-    for name in names:
+    for name in _candidates(recipe, splitter, shared):
         target = TARGETS.get(name)()
         layout = _layout(spec, recipe, splitter, target, shared, dense_layers)
         found = _refusals(spec, recipe, target, layout, dtype)
@@ -81,14 +78,31 @@ def choose_target(
     return next((f for f in fitting if len(f[0].majors(spec)) > 1), fitting[0])
 
 
-def _check_sizes(spec: DenseSpec, recipe: SplitRecipe, shared: int) -> None:
-    size, experts = spec.intermediate_size, recipe.num_experts
+def _candidates(recipe: SplitRecipe, splitter: Splitter, shared: int) -> list[str]:
+    """Names of the targets to try, the preferred first."""
+    if recipe.target != "auto":
+        return [recipe.target]
+    names = [name for name in TARGETS.names() if TARGETS.get(name).routed == splitter.routed]
+    first = [name for name in _ORDER[shared > 0] if name in names]
+    return first + [name for name in names if name not in _ORDER[True] + _ORDER[False]]
+
+
+def _check_sizes(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter, shared: int) -> None:
+    size, parts = spec.intermediate_size, splitter.parts(recipe.num_experts)
     if shared >= size:
+        left = "to route" if splitter.routed else "to leave out"
         raise RefusedError(
-            f"shared = {recipe.shared!r} means {shared} neurons, but the FFN has only {size}: nothing is left to route."
+            f"shared = {recipe.shared!r} means {shared} neurons, but the FFN has only {size}: nothing is left {left}."
         )
-    if experts > size - shared:
-        raise RefusedError(f"num_experts = {experts} is more than the {size - shared} neurons that are to be routed.")
+    if not splitter.routed and shared == 0:
+        raise RefusedError(
+            f"{splitter.name} keeps the shared neurons only, and there are none.", hint="For example --shared 0.5."
+        )
+    if parts > size - shared:
+        raise RefusedError(f"num_experts = {parts} is more than the {size - shared} neurons that are to be routed.")
+    refusals = splitter.refusals(recipe.num_experts, recipe.top_k, recipe.router_scale) if splitter.routed else []
+    if refusals:
+        raise RefusedError(f"{splitter.name}: {'; '.join(refusals)}.")
     if spec.hidden_act not in GATED_ACTIVATIONS:
         raise RefusedError(
             f"hidden_act {spec.hidden_act!r} is none that a gated FFN is known to use: {', '.join(GATED_ACTIVATIONS)}."
@@ -109,26 +123,33 @@ def _dense_layers(spec: DenseSpec, recipe: SplitRecipe) -> tuple[int, ...]:
 def _layout(
     spec: DenseSpec,
     recipe: SplitRecipe,
-    splitter: type[Splitter],
+    splitter: Splitter,
     target: Target,
     shared: int,
     dense_layers: tuple[int, ...],
 ) -> MoeLayout:
-    width = _expert_width(spec.intermediate_size - shared, recipe)
+    if not splitter.routed:
+        return MoeLayout(0, 0, 0, shared, shared, dense_layers, Combine("renormalised", 1.0, 1.0, True, 1.0), 0)
+    parts = splitter.parts(recipe.num_experts)
+    width = _expert_width(spec.intermediate_size - shared, parts, recipe)
     stored = round_up(shared, recipe.pad_to) if shared else target.stub_width(width)
     if shared and target.shared == "multiple":
         # S as m expert widths: every "mx" fits, whatever rounding left for the routed neurons.
-        sizes = _multiples(spec.intermediate_size, recipe)
+        sizes = _multiples(spec.intermediate_size, parts, recipe)
         width = min((s // m for m, s in sizes.items() if s == shared and s // m >= width), default=width)
         stored = shared
     rescale = RESCALES.get(recipe.rescale.name if recipe.rescale else splitter.default_rescale)()
-    combine = target.combine(rescale, recipe.num_experts, recipe.top_k)
-    return MoeLayout(recipe.num_experts, recipe.top_k, width, shared, stored, dense_layers, combine)
+    copies = recipe.num_experts // parts
+    combine = target.combine(rescale, recipe.num_experts, recipe.top_k, copies)
+    return MoeLayout(recipe.num_experts, recipe.top_k, width, shared, stored, dense_layers, combine, copies)
 
 
 def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout, dtype: str) -> list[str]:
     reasons = target.refusals(spec)
-    if layout.num_shared and target.shared == "none":
+    if target.routed != bool(layout.num_experts):
+        holds = "experts, of which this method makes none" if target.routed else "no experts"
+        reasons.append(f"{target.name} holds {holds} (--target auto)")
+    elif layout.num_shared and target.shared == "none":
         reasons.append(
             f"{target.name} has no shared expert, but {layout.num_shared} neurons are to be shared (--shared 0, or another --target)"
         )
@@ -154,7 +175,8 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
 
 def _nearest_shared(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout) -> str:
     wanted = layout.num_shared
-    sizes = {s: m for m, s in reversed(_multiples(spec.intermediate_size, recipe).items())}
+    parts = layout.num_experts // layout.copies
+    sizes = {s: m for m, s in reversed(_multiples(spec.intermediate_size, parts, recipe).items())}
     near = sorted(sizes, key=lambda s: abs(s - wanted))[:2]
     ways = " or ".join(f"--shared {sizes[s]}x ({s} neurons)" for s in sorted(near)) or "fewer experts"
     return f"{target.name}'s shared expert is a multiple of the expert width ({layout.expert_width}), which {wanted} is not: use {ways}"

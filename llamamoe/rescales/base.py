@@ -16,4 +16,7 @@ class Rescale(Plugin, ABC):
 
     @abstractmethod
     def coefficient(self, num_experts: int, top_k: int) -> float:
-        """``c`` for N experts of which k are selected."""
+        """``c`` for N experts of which k are selected.
+
+        Where experts are copies (upcycling), N is the number of experts that together hold the FFN once.
+        """

@@ -104,6 +104,8 @@ class MoeLayout:
         shared_width: Width of the shared expert as stored, zero padding included (0 if the target stores none).
         dense_layers: Layers that stay dense, ascending.
         combine: See `Combine`.
+        copies: How many experts hold each routed neuron: 1 for a partition, more for upcycling, 0 if there are no
+            experts.
     """
 
     num_experts: int
@@ -113,6 +115,7 @@ class MoeLayout:
     shared_width: int
     dense_layers: tuple[int, ...]
     combine: Combine
+    copies: int = 1
 
 
 def is_power_of_two(value: float) -> bool:
@@ -143,6 +146,7 @@ class Target(ABC):
         unties: Whether a tied head is written out as a tensor of its own.
         holds: Features of a dense source beyond plain Llama that the architecture computes exactly.
         needs_five: Source features that need transformers 5 in this architecture.
+        routed: Whether it has experts; False for the dense architectures.
         ffn_modules: The modules of a transformers 5 decoder layer whose outputs together are the FFN's.
         top_k_key: The configuration key of k.
     """
@@ -159,6 +163,7 @@ class Target(ABC):
     unties: ClassVar[bool] = False
     holds: ClassVar[frozenset[str]] = frozenset()
     needs_five: ClassVar[frozenset[str]] = frozenset()
+    routed: ClassVar[bool] = True
     ffn_modules: ClassVar[tuple[str, ...]] = ("mlp",)
     top_k_key: ClassVar[str] = "num_experts_per_tok"
 
@@ -252,22 +257,23 @@ class Target(ABC):
         """Width of the zero shared expert written when there are no shared neurons; 0 if none is needed."""
         return 0
 
-    def combine(self, rescale: Rescale, num_experts: int, top_k: int) -> Combine:
+    def combine(self, rescale: Rescale, num_experts: int, top_k: int, copies: int = 1) -> Combine:
         """Choose the router's weighting and the factor so that each selected expert counts ``c`` (see `Rescale`).
 
         With ``w`` the router's weight of one expert, the factor is ``c / w``. The first weighting for which it does
-        not depend on k is taken, so that one file is right at every k; else the first weighting.
+        not depend on k is taken, so that one file is right at every k; else the first weighting. With ``copies``
+        experts for each neuron, N / copies experts are the whole FFN, and all N of them are ``copies`` times too much.
         """
         best: Combine | None = None
         for weighting in self.weightings:
             factors = [
-                rescale.coefficient(num_experts, k) / weight(weighting, num_experts, k)
+                rescale.coefficient(num_experts // copies, k) / weight(weighting, num_experts, k)
                 for k in range(1, num_experts + 1)
             ]
             factor = factors[top_k - 1]
             any_k = all(abs(f - factor) <= 1e-12 * abs(factor) for f in factors)
             bake = 1.0 if self.scaling_knob else factor
-            parity = 1.0 / (factor * weight(weighting, num_experts, num_experts))
+            parity = 1.0 / (copies * factor * weight(weighting, num_experts, num_experts))
             parity = 1.0 if abs(parity - 1.0) < 1e-12 else parity
             found = Combine(weighting, factor, bake, any_k, parity)
             if any_k:
