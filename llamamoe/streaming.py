@@ -133,6 +133,18 @@ class StreamedModel:
             logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
         return logits.float()
 
+    def whole(self) -> Any:
+        """The whole model in memory, for what runs it token by token.
+
+        Raises:
+            VerificationError: Transformers misses a tensor or does not know one.
+        """
+        import torch
+
+        tensors = {name: self.read(name) for name in self.names}
+        model = _load_part(self._keys(), tensors, "the model", self.dtype or torch.float32)
+        return model.to(self.device).eval().requires_grad_(False)
+
     def _keys(self) -> dict[str, Any]:
         return {k: v for k, v in self.config.items() if not _RUNTIME.match(k)}
 

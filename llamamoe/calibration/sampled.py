@@ -1,0 +1,198 @@
+"""Calibration text that the parent writes itself, for when there is no other: no file, no network."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import CheckpointError, LlamaMoeError, UsageError
+from ..progress import Progress, ProgressCallback, ignore_progress
+from .reading import leading_bos
+from .soundness import shape_facts
+from .text import MIN_TOKENS, CalibrationText
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.base import Checkpoint
+    from ..dense import DenseModel
+
+SOURCE = "sampled from the parent"
+DOMAIN = "sampled"
+BATCH_SIZE = 32
+
+
+def sample_text(
+    model: DenseModel,
+    tokenizer: Any,
+    *,
+    num_tokens: int,
+    length: int,
+    seed: int,
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = BATCH_SIZE,
+    progress: ProgressCallback = ignore_progress,
+) -> CalibrationText:
+    """Let the parent write ``num_tokens // length`` sequences, each token drawn from its own next-token distribution.
+
+    Ancestral sampling from softmax(logits / temperature), neither top-k nor top-p: the text has the parent's own
+    distribution, as far as it is given by the first token (LLM-QAT, arXiv:2305.17888, makes its data so, except
+    that it takes the first few tokens greedily). A sequence starts with the beginning-of-sequence token; where the
+    tokenizer has none, with the end-of-sequence token, after which such models saw documents begin; where it has
+    neither, with a random token. It goes on after an end of sequence, with the token that the tokenizer would put
+    before the next document, so that all sequences have the same length.
+
+    Every sequence has random numbers of its own: batch size and device change results by rounding only, and on the
+    CPU the text is the same for the same seed, batch size, versions and number of threads.
+
+    Cost: the whole parent is in memory, once and for this step only (the rest of a conversion holds one layer), and
+    for ``batch_size`` sequences the keys and values of ``length`` tokens; ``length`` steps for each batch.
+
+    Args:
+        model: The parent.
+        tokenizer: Its tokenizer; only the ids of its special tokens are used.
+        num_tokens: Most tokens to sample, at least `MIN_TOKENS`.
+        length: Tokens of a sequence, the first one included; no more than the parent has positions.
+        seed: For the random numbers.
+        temperature: Above 0; 1 is the parent's own distribution.
+        dtype: What to compute in; None for float32.
+        device: Where to compute.
+        batch_size: Sequences that are sampled together.
+        progress: Told after every token of a batch how many tokens there are.
+
+    Raises:
+        UsageError: A number is out of range.
+        CheckpointError: Transformers cannot load the parent, or a special token is none of its tokens.
+        LlamaMoeError: The parent's logits are not finite.
+    """
+    from ..streaming import StreamedModel
+
+    _check(num_tokens, length, temperature, batch_size, model.spec.max_position_embeddings)
+    length = min(length, num_tokens)
+    count = num_tokens // length
+    first, after_end = _special(tokenizer, model.spec.vocab_size)
+    rng = np.random.default_rng([seed, *b"sampled text"])
+    uniform_ST = rng.random((count, length))
+    ids_ST = np.empty((count, length), np.int64)
+    ids_ST[:, 0] = (uniform_ST[:, 0] * model.spec.vocab_size).astype(np.int64) if first is None else first
+
+    def read(name: str) -> torch.Tensor:
+        tensor = model.checkpoint.read(name)
+        return tensor if dtype is None else tensor.to(dtype)  # one copy, not also the dequantised one
+
+    parent = StreamedModel.of_dense(model, read, dtype=dtype, device=device).whole()
+    done = 0
+    for start in range(0, count, batch_size):
+        part = slice(start, start + batch_size)
+        for at in _continue(parent, ids_ST[part], uniform_ST[part], temperature, after_end):
+            sequences = len(ids_ST[part])
+            progress(Progress("sample text", done + sequences * (at + 1), ids_ST.size, "token"))
+        done += ids_ST[part].size
+    return CalibrationText(
+        ids_ST=ids_ST,
+        domains_S=(DOMAIN,) * count,
+        clusters_S=None,
+        facts={
+            "source": SOURCE,
+            **shape_facts(ids_ST),
+            "seed": seed,
+            "temperature": temperature,
+            "first_token": first,
+            "dtype": str(parent.dtype).removeprefix("torch."),
+        },
+        warnings=(),
+    )
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a folder or GGUF file, without remote code and without the network.
+
+    Raises:
+        CheckpointError: There is none, or transformers cannot load it.
+    """
+    import json
+
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint.save_tokenizer(folder)
+        # Some tokenizers are known by the model's type only.
+        (folder / "config.json").write_text(json.dumps(checkpoint.config))
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # files of others can fail in any way
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"The tokenizer of '{checkpoint.path}' cannot be loaded: {reason}",
+                hint="Calibration needs the tokenizer; copy its files into the folder, or give a GGUF file's own "
+                "with --tokenizer.",
+            ) from error
+
+
+def _check(num_tokens: int, length: int, temperature: float, batch_size: int, positions: int) -> None:
+    if num_tokens < MIN_TOKENS:
+        raise UsageError(f"num_tokens is {num_tokens}, but calibration needs at least {MIN_TOKENS} tokens.")
+    if not 2 <= length <= positions:
+        raise UsageError(f"The length of sampled sequences is {length}, but must be from 2 to {positions} (positions).")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise UsageError(f"The temperature is {temperature}, but must be a number above 0.")
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}, but must be at least 1.")
+
+
+def _special(tokenizer: Any, vocab_size: int) -> tuple[int | None, dict[int, int]]:
+    """The token that sequences start with, and which token follows an end of sequence (empty: the model's choice)."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    first = bos if bos is not None else eos
+    leading = leading_bos(tokenizer)
+    after_end = {eos: leading} if leading is not None and eos is not None and leading != eos else {}
+    for token in (bos, eos):
+        if token is not None and token >= vocab_size:
+            raise CheckpointError(
+                f"The tokenizer's special token {token} is not among the model's {vocab_size} tokens.",
+                hint="The tokenizer is another model's; give the right one.",
+            )
+    return first, after_end
+
+
+def _continue(
+    parent: Any, ids_BT: np.ndarray, uniform_BT: np.ndarray, temperature: float, after_end: dict[int, int]
+) -> Iterator[int]:
+    """Fill ``ids_BT`` from its first column on, yielding the index of each column that is filled."""
+    import torch
+
+    cache = None
+    with torch.inference_mode():
+        for at in range(1, ids_BT.shape[1]):
+            last = torch.from_numpy(ids_BT[:, at - 1 : at]).to(parent.device)
+            output = parent(input_ids=last, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            ids_BT[:, at] = _draw(output.logits[:, -1].float() / temperature, uniform_BT[:, at])
+            for end, start in after_end.items():
+                ids_BT[ids_BT[:, at - 1] == end, at] = start
+            yield at
+
+
+def _draw(logits_BV: torch.Tensor, uniform_B: np.ndarray) -> np.ndarray:
+    """One token from softmax(logits) per row, where the cumulative distribution passes ``uniform``; int64 ``[B]``."""
+    import torch
+
+    if logits_BV.device.type == "mps":  # it has no float64
+        logits_BV = logits_BV.cpu()
+    total_BV = torch.softmax(logits_BV, -1, dtype=torch.float64).cumsum(-1)
+    if not bool(torch.isfinite(total_BV[:, -1]).all()):
+        raise LlamaMoeError("The parent's logits are not finite, so no text can be sampled from it.")
+    # Times the last entry, which rounding can leave beside 1: so no draw falls behind the last token.
+    target_B1 = torch.from_numpy(uniform_B[:, None]).to(total_BV.device) * total_BV[:, -1:]
+    found: np.ndarray = (
+        torch.searchsorted(total_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1).cpu().numpy()
+    )
+    return found
