@@ -9,12 +9,11 @@ from pydantic import Field
 
 from ..calibration.inputs import BATCH_TOKENS
 from ..plugin import Options
+from ..regression import TokenWeighting, solve_ridge
 from .base import Repair
-from .normal_equations import TokenWeighting, normal_equations
+from .normal_equations import normal_equations
 
 if TYPE_CHECKING:
-    import torch
-
     from ..converted_ffn import ConvertedFfn
     from ..layer import ExpertWeights, FfnWeights, LayerContext
 
@@ -65,20 +64,3 @@ class LeastSquares(Repair):
     def working_bytes(cls, places: int, hidden_size: int) -> int:
         """See `Repair.working_bytes`: Gram and its factor, three ``[P, H]`` in float64, one batch of activations."""
         return 8 * places * (2 * places + 3 * hidden_size) + 4 * BATCH_TOKENS * (4 * places + 2 * hidden_size)
-
-
-def solve_ridge(gram_QQ: torch.Tensor, right_QH: torch.Tensor, strength: float) -> torch.Tensor:
-    """``(G + strength)^-1 right`` in float64, O(Q^3); the Gram is changed in place.
-
-    Rounding of the sums can leave a Gram with small negative eigenvalues: where Cholesky's method fails for that,
-    the eigenvalues of ``G + strength`` are raised to the least that they can truly have, ``strength``.
-    """
-    import torch
-
-    gram_QQ.diagonal().add_(strength)
-    factor, failed = torch.linalg.cholesky_ex(gram_QQ)
-    if not int(failed):
-        return torch.cholesky_solve(right_QH, factor)
-    values, vectors = torch.linalg.eigh(gram_QQ)
-    out: torch.Tensor = vectors @ ((vectors.T @ right_QH) / values.clamp(min=strength)[:, None])
-    return out

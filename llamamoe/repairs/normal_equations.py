@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ..converted_ffn import ConvertedFfn, dense_outputs
-from ..errors import LlamaMoeError
 from ..layer import PADDING
+from ..regression import TokenWeighting, check_finite, double_device, token_scales
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +21,8 @@ if TYPE_CHECKING:
     from ..calibration.inputs import LayerInputs
     from ..layer import FfnWeights, LayerContext
 
-TokenWeighting = Literal["none", "residual"]
-
 BLOCK_PLACES = 32
 """Experts narrower than this are summed several at a time: products with very few rows are slow."""
-
-LEAST_RESIDUAL = 1e-3
-"""Tokens whose residual stream is smaller than this share of the median count as if it were that large."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def normal_equations(
     import torch
 
     inputs = context.inputs
-    device = _double_device(inputs.device)
+    device = double_device(inputs.device)
     places, hidden = len(moe.partition.slots), ffn.down_HF.shape[0]
     gram = torch.zeros(places, places, dtype=torch.float64, device=device)
     cross = torch.zeros(places, hidden, dtype=torch.float64, device=device)
@@ -77,20 +72,10 @@ def normal_equations(
             hidden_BP, residual_BH = hidden_BP * scale_B1, residual_BH * scale_B1
         _add(gram, cross, hidden_BP, residual_BH, weights_BN, moe)
     _mirror(gram, moe)
-    if not (bool(gram.diagonal().isfinite().all()) and bool(cross.isfinite().all())):
-        raise LlamaMoeError(f"layer {context.layer}: NaN or infinite activations on the calibration text.")
+    check_finite(context.layer, gram.diagonal(), cross)
     slots = torch.from_numpy(moe.partition.slots).to(device)
     kept = ((slots != PADDING) & (gram.diagonal() > 0)).nonzero().flatten()
     return NormalEquations(gram, cross, kept)
-
-
-def token_scales(inputs: LayerInputs, weighting: TokenWeighting) -> torch.Tensor | None:
-    """float32 ``[T]``: what each token's error is multiplied by before it is squared; mean square 1. None for ones."""
-    if weighting == "none" or inputs.num_tokens == 0:
-        return None
-    size = inputs.residual_scale_T.double()
-    scales = 1 / size.clamp(min=max(LEAST_RESIDUAL * float(size.median()), 1e-30))
-    return (scales / scales.square().mean().sqrt()).float()
 
 
 def residuals(
@@ -175,10 +160,3 @@ def _blocks(num_experts: int, width: int) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK_PLACES // max(width, 1))
     for first in range(0, num_experts, step):
         yield first, min(first + step, num_experts)
-
-
-def _double_device(device: torch.device) -> torch.device:
-    """Where to keep float64: Apple's GPUs have none."""
-    import torch
-
-    return torch.device("cpu") if device.type == "mps" else device

@@ -12,7 +12,8 @@ from llamamoe.calibration.inputs import LayerInputs
 from llamamoe.converted_ffn import ConvertedFfn
 from llamamoe.errors import LlamaMoeError
 from llamamoe.layer import PADDING, ExpertWeights, FfnWeights
-from llamamoe.repairs.least_squares import LeastSquares, solve_ridge
+from llamamoe.regression import solve_ridge
+from llamamoe.repairs.least_squares import LeastSquares
 from tests.converted import (
     EXPERTS,
     HIDDEN,
