@@ -6,8 +6,10 @@ it computes what the written file computes in transformers' own classes is teste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from .calibration.inputs import LayerInputs
@@ -49,7 +51,9 @@ class ConvertedFfn:
 
     @property
     def coefficient(self) -> float:
-        """``c``, what each selected expert counts under a hard router."""
+        """``c``, what each selected expert counts under a hard router; 0 if there are no experts."""
+        if not self.num_experts:
+            return 0.0
         return self.factor * weight(self.weighting, self.num_experts, self.top_k)
 
     def expert_weights(self, x_BH: torch.Tensor, logits_BN: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,3 +103,37 @@ def dense_outputs(inputs: LayerInputs, ffn: FfnWeights) -> Iterator[torch.Tensor
     down = ffn.down_HF.to(inputs.device, inputs.compute_dtype)
     for h_BF in inputs.hidden(ffn):
         yield (h_BF.to(inputs.compute_dtype) @ down.T).float()
+
+
+def parity_before_repair(
+    moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs, parity_factor: float = 1.0, *, batches: int = 2
+) -> float:
+    """Is the layer exact with all experts selected, before anything is fitted? Max abs difference over max abs output.
+
+    The layer is run with the parent's own neurons in its places, whatever weights it has, and with equal router
+    weights. The first tokens of the calibration text are enough: a neuron that is missing or counted twice shows on all.
+
+    Args:
+        moe: The layer; its partition, target's factors and activation count.
+        ffn: The dense layer.
+        inputs: Calibration inputs.
+        parity_factor: What the routed sum is multiplied by (see `Combine.parity_factor`).
+        batches: How many batches of the inputs are compared.
+    """
+    import torch
+
+    everyone = replace(
+        moe,
+        weights=ExpertWeights.of_parent(ffn, moe.partition),
+        router_NH=moe.router_NH.new_zeros(moe.router_NH.shape),
+        top_k=moe.num_experts,
+        scale="hard",
+        factor=moe.factor * parity_factor,
+    )
+    inputs = replace(inputs, compute_dtype=torch.float32)
+    pairs = islice(zip(dense_outputs(inputs, ffn), everyone.outputs(inputs), strict=True), batches)
+    values = [(float((want - have).abs().max()), float(want.abs().max())) for want, have in pairs]
+    worst, largest = (max(column) for column in zip(*values, strict=True))
+    if any(math.isnan(difference) for difference, _ in values):
+        return math.inf
+    return worst / largest if largest else worst
