@@ -65,6 +65,8 @@ class ConvertedFfn:
         """
         import torch
 
+        if not self.num_experts:
+            return x_BH.new_zeros(len(x_BH), 0, dtype=torch.float32)
         logits = x_BH.float() @ self.router_NH.to(x_BH.device).T if logits_BN is None else logits_BN.float()
         top = logits.topk(self.top_k, dim=-1)
         if self.scale == "hard":
@@ -133,7 +135,7 @@ def parity_before_repair(
     inputs = replace(inputs, compute_dtype=torch.float32)
     pairs = islice(zip(dense_outputs(inputs, ffn), everyone.outputs(inputs), strict=True), batches)
     values = [(float((want - have).abs().max()), float(want.abs().max())) for want, have in pairs]
-    worst, largest = (max(column) for column in zip(*values, strict=True))
     if any(math.isnan(difference) for difference, _ in values):
         return math.inf
+    worst, largest = max(difference for difference, _ in values), max(size for _, size in values)
     return worst / largest if largest else worst

@@ -6,6 +6,7 @@ from .errors import RefusedError
 from .recipe import SplitRecipe
 from .rescales import RESCALES
 from .sources.base import DenseSpec
+from .splitters import SPLITTERS
 from .splitters.base import Splitter
 from .targets import TARGETS
 from .targets.base import Combine, MoeLayout, Target, is_power_of_two
@@ -50,6 +51,12 @@ def _shared_neurons(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) ->
             )
         return _widths_shared(int(wanted[:-1]), size, parts, recipe)
     return round(wanted * size) if isinstance(wanted, float) else wanted
+
+
+def make_splitter(recipe: SplitRecipe) -> Splitter:
+    """The recipe's method with its options."""
+    method = SPLITTERS.get(recipe.method.name)
+    return method(method.Options.model_validate(recipe.method.options))
 
 
 def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: str) -> tuple[Target, MoeLayout]:

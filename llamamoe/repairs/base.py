@@ -10,15 +10,20 @@ from ..plugin import Needs, Plugin
 if TYPE_CHECKING:
     from ..converted_ffn import ConvertedFfn
     from ..layer import ExpertWeights, FfnWeights, LayerContext
+    from ..splitters.base import Kept
 
 
 class Repair(Plugin, ABC):
     """Fits weights of a converted layer, given its partition and router, to the dense FFN on calibration inputs.
 
     Repair ends exactness on purpose: what it returns is no copy of the parent's neurons.
+
+    Attributes:
+        keeps: What of the parent's neurons it leaves as it is, bit for bit: verification holds the file to that.
     """
 
     needs: ClassVar[Needs] = "activations"
+    keeps: ClassVar[Kept] = "gate_up"
 
     @abstractmethod
     def repair(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> ExpertWeights:

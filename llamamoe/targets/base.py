@@ -117,6 +117,15 @@ class MoeLayout:
     combine: Combine
     copies: int = 1
 
+    @property
+    def active_share(self) -> float:
+        """k/N, the share of the routed experts that one token uses (0 if there are none)."""
+        return self.top_k / self.num_experts if self.num_experts else 0.0
+
+    def padding(self, intermediate_size: int) -> int:
+        """Zero neurons that pad the experts of one layer of F = ``intermediate_size`` neurons."""
+        return self.num_experts * self.expert_width - self.copies * (intermediate_size - self.num_shared)
+
 
 def is_power_of_two(value: float) -> bool:
     """Whether multiplying by ``value`` only moves the exponent of a binary float."""
@@ -346,7 +355,7 @@ def common_config(dense: DenseSpec, target: Target, dtype: str) -> dict[str, Any
         "rope_scaling": None if plain else scaling,
         "rope_parameters": dict(dense.rope),
         "use_cache": True,
-        "output_router_logits": False,
+        **({"output_router_logits": False} if target.routed else {}),
         "torch_dtype": dtype,
         **dense.extra,
     }

@@ -1,0 +1,132 @@
+"""The parent's own dense architecture with a smaller FFN, for methods that route nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..sources.base import DenseSpec
+from .base import MoeLayout, Neurons, OutTensor, Target, source_features
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A dense architecture: what it holds beyond plain Llama, and which attention projections have biases."""
+
+    model_type: str
+    architecture: str
+    holds: frozenset[str]
+    biases: Literal["none", "qkv", "all or none"]
+
+
+_FORMS = (
+    _Form("llama", "LlamaForCausalLM", frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias"}), "all or none"),
+    _Form("mistral", "MistralForCausalLM", frozenset({"no_qk_norm", "head_dim", "window"}), "none"),
+    _Form(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        frozenset({"no_qk_norm", "head_dim", "qkv_bias", "window", "mixed_windows"}),
+        "qkv",
+    ),
+    _Form(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        frozenset({"qk_norm", "head_dim", "qkv_bias", "o_bias", "window", "mixed_windows"}),
+        "all or none",
+    ),
+    _Form(
+        "granite",
+        "GraniteForCausalLM",
+        frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias", "multipliers"}),
+        "all or none",
+    ),
+)
+
+
+def _refusals(form: _Form, dense: DenseSpec) -> list[str]:
+    reasons = [
+        f"{form.model_type} cannot hold {sentence}"
+        for feature, sentence in source_features(dense).items()
+        if feature not in form.holds
+    ]
+    if form.biases == "all or none" and dense.qkv_bias != dense.o_bias:
+        reasons.append(f"{form.model_type} has biases on all four attention projections or on none")
+    if form.biases == "qkv" and not dense.qkv_bias:
+        reasons.append(f"{form.model_type} always has biases on the query, key and value projections")
+    return reasons
+
+
+def _form(dense: DenseSpec) -> _Form:
+    """The parent's own architecture; for families whose files are spelled otherwise, the first that holds them."""
+    own = [form for form in _FORMS if form.model_type == dense.family]
+    fitting = [form for form in _FORMS if not _refusals(form, dense)]
+    return (own or fitting or list(_FORMS))[0]
+
+
+class Dense(Target):
+    """Llama, Mistral, Qwen2, Qwen3 or Granite with the kept neurons as its FFN: no router and no experts.
+
+    Phi-3 (fused projections) and Gemma (norms of 1 + w) are written as Llama or Mistral, where those hold them.
+    """
+
+    name = "dense"
+    architecture = "LlamaForCausalLM"
+    summary = "the parent's dense architecture with a smaller intermediate_size, for --method static"
+    shared = "any"
+    routed = False
+
+    def refusals(self, dense: DenseSpec) -> list[str]:
+        """See `Target.refusals`."""
+        return _refusals(_form(dense), dense)
+
+    def dense_layer_refusal(self, dense_layers: tuple[int, ...], num_layers: int) -> str | None:
+        """See `Target.dense_layer_refusal`: the configuration has one ``intermediate_size``."""
+        return "a dense model has one intermediate_size, so --keep-dense is not possible" if dense_layers else None
+
+    def fold(self, dense: DenseSpec) -> float:
+        """See `Target.fold`."""
+        return 1.0 if "multipliers" in _form(dense).holds else dense.embedding_multiplier
+
+    def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
+        """See `Target.config`."""
+        form = _form(dense)
+        keys: dict[str, Any] = {
+            "architectures": [form.architecture],
+            "model_type": form.model_type,
+            "intermediate_size": layout.shared_width,
+        }
+        if form.biases == "all or none":
+            keys["attention_bias"] = dense.qkv_bias
+        if form.model_type in ("llama", "granite"):
+            keys["mlp_bias"] = False
+        if "mixed_windows" in form.holds:
+            window = next((w for w in dense.sliding if w is not None), None)
+            keys |= {
+                "use_sliding_window": window is not None,
+                "sliding_window": window,
+                "max_window_layers": dense.num_layers,
+                "layer_types": ["full_attention" if w is None else "sliding_attention" for w in dense.sliding],
+            }
+        elif "window" in form.holds:
+            keys["sliding_window"] = dense.window
+        if "multipliers" in form.holds:
+            scale = dense.head_dim**-0.5 if dense.attention_multiplier is None else dense.attention_multiplier
+            keys |= {
+                "attention_multiplier": scale,
+                "embedding_multiplier": dense.embedding_multiplier,
+                "residual_multiplier": dense.residual_multiplier,
+                "logits_scaling": dense.logits_scaling,
+            }
+        return keys
+
+    def one_layer(self, *, dense: bool) -> dict[str, Any]:
+        """See `Target.one_layer`."""
+        return {}
+
+    def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
+        """See `Target.moe_tensors`: the kept neurons."""
+        block, hidden, width = f"model.layers.{layer}.mlp.", dense.hidden_size, layout.shared_width
+        for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            origin = Neurons(part, "shared")  # type: ignore[arg-type]
+            yield OutTensor(f"{block}{part}_proj.weight", shape, "dense_ffn", origin, layer)
