@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -117,24 +118,20 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: There is none, or transformers cannot load it.
     """
-    import json
+    from ..scoring import open_model
 
-    from transformers import AutoTokenizer
-
+    if checkpoint.path.is_dir():
+        return open_model(checkpoint.path).tokenizer
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        checkpoint.save_tokenizer(folder)
+        if set(checkpoint.save_tokenizer(folder)) <= {"generation_config.json"}:
+            raise CheckpointError(
+                f"'{checkpoint.path}' holds no vocabulary, so no text can be turned into its tokens.",
+                hint="Name a folder that holds the model's tokenizer with --tokenizer.",
+            )
         # Some tokenizers are known by the model's type only.
         (folder / "config.json").write_text(json.dumps(checkpoint.config))
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # files of others can fail in any way
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
-                f"The tokenizer of '{checkpoint.path}' cannot be loaded: {reason}",
-                hint="Calibration needs the tokenizer; copy its files into the folder, or give a GGUF file's own "
-                "with --tokenizer.",
-            ) from error
+        return open_model(folder).tokenizer
 
 
 def _check(num_tokens: int, length: int, temperature: float, batch_size: int, positions: int) -> None:
