@@ -28,8 +28,9 @@ class Splitter(Plugin, ABC):
         default_shared: Share of the neurons that are shared when the recipe says nothing.
         default_shared_by: Name of the selector used when the recipe names none.
         default_repair: Name of the repair used when the recipe names none; None for no repair.
-        overlap: Whether a neuron may be in several experts.
-        chooses_shared: Whether `split` chooses the shared neurons itself (S of them; the selector is not asked).
+        overlap: Whether a neuron may be in several experts; options may decide it, so ask an instance.
+        chooses_shared: Whether `split` chooses the shared neurons itself (S of them; the selector is not asked);
+            options may decide it, so ask an instance.
         routed: False if there are no experts at all: shared neurons are kept, the others omitted, no router is made
             and the result is a dense model.
     """
@@ -40,8 +41,8 @@ class Splitter(Plugin, ABC):
     default_shared: ClassVar[float] = 0.0
     default_shared_by: ClassVar[str] = "weight_norm"
     default_repair: ClassVar[str | None] = None
-    overlap: ClassVar[bool] = False
-    chooses_shared: ClassVar[bool] = False
+    overlap: bool = False
+    chooses_shared: bool = False
     routed: ClassVar[bool] = True
 
     @property
@@ -53,6 +54,11 @@ class Splitter(Plugin, ABC):
     def kept(self) -> Kept:
         """What of the parent stands in the experts bit for bit, with these options."""
         return "neurons"
+
+    @property
+    def needs_clusters(self) -> bool:
+        """Whether `split` must know the text cluster of each token (N of them), with these options."""
+        return False
 
     def parts(self, num_experts: int) -> int:
         """How many of the N experts together hold every routed neuron once: N, less if experts are copies.
