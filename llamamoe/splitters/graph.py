@@ -1,0 +1,204 @@
+"""Partition of a weighted graph into parts of given sizes, with as much weight inside the parts as can be had.
+
+Names of sizes: ``F`` vertices, ``K`` parts. The graph is a dense symmetric matrix of weights >= 0 with a zero diagonal.
+Since the total weight is fixed, most weight inside means least weight cut. Everything here is numpy.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import MissingExtraError
+from .balance import assign_balanced
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_DENSE_EIGENSOLVER = 512
+"""Up to so many vertices all eigenvectors are computed; above, only the leading ones, by Lanczos' method."""
+_LEAST_GAIN = 1e-9
+"""A swap must gain this share of the largest connection, so that rounding cannot make it run in circles."""
+
+
+def even_sizes(count: int, parts: int) -> np.ndarray:
+    """int64 ``[K]``: sizes that sum to ``count`` and differ by one at most."""
+    return np.bincount(np.arange(count) % parts, minlength=parts)
+
+
+def inside_weight(weights_FF: np.ndarray, labels: np.ndarray) -> float:
+    """Sum of the weights between vertices of the same part, each edge once."""
+    return sum(
+        float(weights_FF[np.ix_(part, part)].sum(dtype=np.float64)) / 2
+        for part in (np.flatnonzero(labels == p) for p in np.unique(labels))
+    )
+
+
+def partition_graph(
+    weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator, *, method: str, starts: int, sweeps: int
+) -> np.ndarray:
+    """int64 ``[F]``: the part of every vertex; the sizes of the parts differ by one at most.
+
+    The best of several starts, each refined by `improve_by_swaps`.
+
+    Args:
+        weights_FF: float ``[F, F]``, symmetric, >= 0, zero diagonal.
+        num_parts: ``K``.
+        rng: Decides the starts.
+        method: ``"spectral"`` (`spectral_parts`) or ``"metis"`` (`metis_parts`).
+        starts: Number of starts.
+        sweeps: Most sweeps of the refinement; 0 for none.
+
+    Raises:
+        MissingExtraError: METIS is asked for and not installed.
+    """
+    sizes = even_sizes(len(weights_FF), num_parts)
+    if len(weights_FF) == 0 or num_parts == 1:
+        return np.zeros(len(weights_FF), np.int64)
+    prepare: Callable[[np.ndarray, int, np.random.Generator], Callable[[int], np.ndarray]]
+    prepare = metis_parts if method == "metis" else spectral_parts
+    start = prepare(weights_FF, num_parts, rng)
+    seeds = [int(seed) for seed in rng.integers(2**31, size=starts)]
+    tries = [improve_by_swaps(weights_FF, to_sizes(weights_FF, start(seed), sizes), sweeps) for seed in seeds]
+    return max(tries, key=lambda labels: inside_weight(weights_FF, labels))
+
+
+def spectral_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator) -> Callable[[int], np.ndarray]:
+    """Balanced k-means of the rows of the K leading eigenvectors of ``D^-1/2 W D^-1/2``, as a function of a seed.
+
+    Reference: Ng, Jordan and Weiss, On spectral clustering (2001). O(F^3) for few vertices, O(F^2 K) per step of
+    Lanczos' method for many.
+    """
+    from .clustering import balanced_kmeans
+
+    rows = _leading_rows(weights_FF, num_parts, rng)
+    capacity = even_sizes(len(rows), num_parts)
+
+    def start(seed: int) -> np.ndarray:
+        return balanced_kmeans(rows, num_parts, capacity, seed=seed, tol=0.0).labels
+
+    return start
+
+
+def _leading_rows(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator) -> np.ndarray:
+    """float32 ``[F, K]``: each vertex in the space of the leading eigenvectors, at length 1."""
+    import scipy.linalg
+    import scipy.sparse.linalg
+
+    count = len(weights_FF)
+    degree = weights_FF.sum(1, dtype=np.float64)
+    inverse = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1.0)), 0.0).astype(weights_FF.dtype)
+    if count <= max(_DENSE_EIGENSOLVER, 4 * num_parts):
+        matrix = inverse[:, None] * weights_FF.astype(np.float64) * inverse
+        least = max(count - num_parts, 0)
+        vectors = scipy.linalg.eigh(matrix, subset_by_index=[least, count - 1])[1]
+    else:
+        operator = scipy.sparse.linalg.LinearOperator(
+            (count, count), matvec=lambda v: inverse * (weights_FF @ (inverse * v.ravel())), dtype=weights_FF.dtype
+        )
+        start = rng.standard_normal(count).astype(weights_FF.dtype)
+        vectors = scipy.sparse.linalg.eigsh(operator, k=num_parts, which="LA", v0=start, tol=1e-4)[1]
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(length > 0, length, 1.0), np.float32)
+
+
+def metis_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator) -> Callable[[int], np.ndarray]:
+    """METIS' multilevel k-way partition, as a function of a seed; the sizes are only nearly even.
+
+    Reference: Karypis and Kumar, A fast and high quality multilevel scheme for partitioning irregular graphs (1998).
+    METIS takes integer weights: the largest becomes 10^4, those that round to 0 are left out.
+
+    Raises:
+        MissingExtraError: The package pymetis is not installed.
+    """
+    try:
+        import pymetis
+    except ImportError:
+        raise MissingExtraError("pymetis", "graph", "Partitioning with METIS") from None
+
+    largest = float(weights_FF.max())
+    scale = 1e4 / largest if largest > 0 else 0.0
+    tails, heads = np.nonzero(weights_FF * scale >= 0.5)
+    edges = np.rint(weights_FF[tails, heads] * scale).astype(np.int64)
+    offsets = np.concatenate([[0], np.bincount(tails, minlength=len(weights_FF)).cumsum()])
+    graph = pymetis.CSRAdjacency(offsets, heads)
+
+    def start(seed: int) -> np.ndarray:
+        if len(edges) == 0:
+            return np.arange(len(weights_FF)) % num_parts
+        options = pymetis.Options(seed=seed)
+        found = pymetis.part_graph(num_parts, graph, eweights=edges, recursive=False, options=options)
+        return np.asarray(found.vertex_part, np.int64)
+
+    return start
+
+
+def connections(weights_FF: np.ndarray, labels: np.ndarray, num_parts: int) -> np.ndarray:
+    """float64 ``[F, K]``: the weight between each vertex and each part."""
+    member = np.zeros((len(labels), num_parts), weights_FF.dtype)
+    member[np.arange(len(labels)), labels] = 1
+    return np.asarray(weights_FF @ member, np.float64)
+
+
+def to_sizes(weights_FF: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """int64 ``[F]``: labels with exactly the given sizes (in sum F), changed for as few vertices as can be.
+
+    Of the ways to move that few, the one that keeps most weight between the vertices and the parts as they were
+    (moves count as if made one at a time).
+    """
+    if np.array_equal(np.bincount(labels, minlength=len(sizes)), sizes):
+        return labels
+    cost = -connections(weights_FF, labels, len(sizes))
+    # Worth more than what any chain of moves could gain.
+    cost[np.arange(len(labels)), labels] -= 1 + 2 * len(sizes) * np.abs(cost).max()
+    return assign_balanced(cost, sizes)
+
+
+def improve_by_swaps(weights_FF: np.ndarray, labels: np.ndarray, sweeps: int) -> np.ndarray:
+    """int64 ``[F]``: labels of the same sizes after swaps of two vertices that each brought weight inside.
+
+    For every pair of parts p, q the best swap is made while it gains, where swapping i of p with j of q gains
+    ``(c_iq - c_ip) + (c_jp - c_jq) - 2 w_ij`` with ``c`` the `connections` (Kernighan and Lin, An efficient heuristic
+    procedure for partitioning graphs, 1970, without their uphill moves). Ends when no pair of parts has such a swap
+    left, or after ``sweeps`` sweeps over the pairs. A pair costs O((F/K)^2), a swap O(F) more.
+    """
+    num_parts = int(labels.max()) + 1
+    labels, own = labels.copy(), connections(weights_FF, labels, num_parts)
+    least = _LEAST_GAIN * max(float(own.max()), np.finfo(np.float64).tiny)
+    stale = np.ones(num_parts, bool)
+    for _ in range(sweeps):
+        changed = np.zeros(num_parts, bool)
+        for p, q in combinations(range(num_parts), 2):
+            if (stale[p] or stale[q] or changed[p] or changed[q]) and _swap_all(weights_FF, labels, own, p, q, least):
+                changed[[p, q]] = True
+        if not changed.any():
+            break
+        stale = changed
+    return labels
+
+
+def _swap_all(weights_FF: np.ndarray, labels: np.ndarray, own_FK: np.ndarray, p: int, q: int, least: float) -> bool:
+    """Make the best swap between parts p and q while it gains more than ``least``; labels and connections change."""
+    left, right = np.flatnonzero(labels == p), np.flatnonzero(labels == q)
+    if len(left) == 0 or len(right) == 0:
+        return False
+    between = 2 * weights_FF[np.ix_(left, right)]
+    any_swap = False
+    while True:
+        gain_left = own_FK[left, q] - own_FK[left, p]
+        gain_right = own_FK[right, p] - own_FK[right, q]
+        gains = gain_left[:, None] + gain_right - between
+        a, b = divmod(int(gains.argmax()), len(right))
+        if not gains[a, b] > least:
+            return any_swap
+        i, j = left[a], right[b]
+        change = weights_FF[:, j].astype(np.float64) - weights_FF[:, i]
+        own_FK[:, p] += change
+        own_FK[:, q] -= change
+        labels[i], labels[j] = q, p
+        left[a], right[b] = j, i
+        between[a] = 2 * weights_FF[j, right]
+        between[:, b] = 2 * weights_FF[left, i]
+        any_swap = True
