@@ -41,6 +41,7 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         ("expert width", f"{layout.expert_width:,} neurons{widened}"),
     ]
     if layout.num_shared:
+        assert recipe.shared_by is not None, "the plan resolves it"
         by = recipe.shared_by.name
         padded = f", stored as {layout.shared_width:,}" if layout.shared_width != layout.num_shared else ""
         rows.append(("shared", f"{layout.num_shared:,} neurons for every token, chosen by {by}{padded}"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import resource
 import sys
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .assembly import LayerParts, made_of, make, nonfinite, one_thread, router_dtype
+from .assembly import made_of, make, nonfinite, one_thread
+from .calibration.compute import Compute, choose_compute
+from .calibration.session import UNIT, Session, remove_states
 from .checkpoint.card import model_card
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
@@ -22,14 +23,11 @@ from .checkpoint.writer import CheckpointWriter, write_text
 from .dense import understand
 from .errors import RefusedError
 from .hub import Location, locate, open_checkpoint
-from .layer import FfnWeights, LayerContext
+from .layer_conversion import ConvertedLayer, convert_layer
 from .plan import SplitPlan, index_json, plan_split
 from .preflight import RECEIPT_FILE, RECIPE_FILE, check_out, check_room, normal_path, recover_replaced, system_errors
 from .progress import Progress, ProgressCallback, ignore_progress
 from .recipe import SplitRecipe
-from .routers import ROUTERS
-from .selectors import SELECTORS
-from .splitters import SPLITTERS
 
 OUTER = "outer"
 """The unit of the ledger that holds embedding, final norm and head."""
@@ -104,12 +102,13 @@ def split(
     check_room(out, decided, resume=resume)
     if decided.recipe.strict:
         _refuse_nonfinite(decided, progress)
-    fingerprint, restart = plan_fingerprint(decided), force and not resume
+    compute = choose_compute(decided.recipe, decided.source_dtype) if decided.calibration else None
+    fingerprint, restart = plan_fingerprint(decided, compute.to_json() if compute else None), force and not resume
     with (
         system_errors(out),
         CheckpointWriter(out, decided.shards, fingerprint=fingerprint, resume=resume, restart=restart) as writer,
     ):
-        infos = _write_weights(decided, writer, progress)
+        infos = _write_weights(decided, writer, compute, progress)
         warnings = decided.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
         _write_side_files(decided, location, writer.path, warnings)
         receipt = _receipt(decided, location, infos, writer.weights_sha256(), warnings)
@@ -140,27 +139,66 @@ def _refuse_nonfinite(decided: SplitPlan, progress: ProgressCallback) -> None:
 
 
 def _write_weights(
-    decided: SplitPlan, writer: CheckpointWriter, progress: ProgressCallback
+    decided: SplitPlan, writer: CheckpointWriter, compute: Compute | None, progress: ProgressCallback
 ) -> dict[str, dict[str, Any]]:
     """Write every unit that is not there yet; return what is to be said of each."""
     layers = decided.model.spec.num_layers
     units: dict[str, list[int]] = {OUTER: [], **{f"layer.{i}": [] for i in range(layers)}}
     for index, tensor in enumerate(decided.tensors):
         units[OUTER if tensor.layer is None else f"layer.{tensor.layer}"].append(index)
-    for done, (unit, indices) in enumerate(units.items(), start=1):
-        if not writer.done(unit):
-            layer = None if unit == OUTER else int(unit.removeprefix("layer."))
-            _write_unit(decided, writer, unit, layer, indices)
-        progress(Progress("convert", done, len(units), "layer", unit))
+    if compute is not None:
+        _write_calibrated(decided, writer, units, Session(decided, compute, writer, progress), progress)
+    else:
+        for done, (unit, indices) in enumerate(units.items(), start=1):
+            if not writer.done(unit):
+                layer = None if unit == OUTER else int(unit.removeprefix("layer."))
+                dense = layer is None or layer in decided.layout.dense_layers
+                converted = None if layer is None or dense else convert_layer(decided, layer)
+                _write_unit(decided, writer, unit, indices, converted)
+            progress(Progress("convert", done, len(units), "layer", unit))
     writer.flush()
-    return {unit: writer.info(unit) for unit in units}
+    remove_states(writer.path)
+    return {unit: writer.info(unit) for unit in ([UNIT] if compute else []) + list(units)}
 
 
-def _write_unit(decided: SplitPlan, writer: CheckpointWriter, unit: str, layer: int | None, indices: list[int]) -> None:
-    info: dict[str, Any] = {}
-    parts = None
-    if layer is not None and layer not in decided.layout.dense_layers:
-        parts, info = convert_layer(decided, layer)
+def _write_calibrated(
+    decided: SplitPlan,
+    writer: CheckpointWriter,
+    units: dict[str, list[int]],
+    session: Session,
+    progress: ProgressCallback,
+) -> None:
+    """Walk through the layers with the calibration text and write those that are not there yet.
+
+    A layer that is finished must be walked through again only if the hidden states behind it are lost: converted
+    again, it gives the same bytes.
+    """
+    if not writer.done(OUTER):
+        _write_unit(decided, writer, OUTER, units[OUTER], None)
+    progress(Progress("convert", 1, len(units), "layer", OUTER))
+    layers = decided.model.spec.num_layers
+    finished = [writer.done(f"layer.{layer}") for layer in range(layers)]
+    first = finished.index(False) if False in finished else layers
+    if first == layers and writer.done(UNIT):
+        progress(Progress("convert", len(units), len(units), "layer"))
+        return
+    for layer in range(session.begin(first), layers):
+        unit = f"layer.{layer}"
+        inputs = session.enter(layer)
+        dense = layer in decided.layout.dense_layers
+        converted = None if dense else convert_layer(decided, layer, inputs)
+        session.leave(layer, inputs, converted.moe if converted else None)
+        if not finished[layer]:
+            _write_unit(decided, writer, unit, units[unit], converted)
+            writer.flush()  # the states of the layer before are written over only when this one is safe
+        progress(Progress("convert", layer + 2, len(units), "layer", unit))
+
+
+def _write_unit(
+    decided: SplitPlan, writer: CheckpointWriter, unit: str, indices: list[int], converted: ConvertedLayer | None
+) -> None:
+    info = dict(converted.facts) if converted else {}
+    parts = converted.parts if converted else None
     broken = []
     with one_thread():
         for index in indices:
@@ -178,40 +216,6 @@ def _write_unit(decided: SplitPlan, writer: CheckpointWriter, unit: str, layer: 
     if broken:
         info["warnings"] = [f"{len(broken)} tensors of {unit} hold NaN or infinite values, the first is {broken[0]}"]
     writer.finish(unit, [decided.tensors[i].name for i in indices], info)
-
-
-def convert_layer(decided: SplitPlan, layer: int) -> tuple[LayerParts, dict[str, Any]]:
-    """Split one layer: shared neurons, partition, router.
-
-    Returns:
-        The parts to write, and facts for the receipt.
-    """
-    from .routers.scale import scale_router
-
-    recipe, layout, model = decided.recipe, decided.layout, decided.model
-    prefix = f"model.layers.{layer}."
-    ffn = FfnWeights(
-        model.read(prefix + "mlp.gate_proj.weight"),
-        model.read(prefix + "mlp.up_proj.weight"),
-        model.read(prefix + "mlp.down_proj.weight"),
-        model.read(prefix + "post_attention_layernorm.weight"),
-    )
-    context = LayerContext(layer, layout.num_experts, layout.top_k, layout.expert_width, recipe.seed)
-    shared = _plugin(SELECTORS, recipe.shared_by).select(ffn, layout.num_shared, context)
-    splitter = _plugin(SPLITTERS, recipe.method)
-    partition = splitter.split(ffn, shared, context)
-    partition.check(ffn.intermediate_size)
-    assert recipe.router is not None
-    rows = _plugin(ROUTERS, recipe.router).rows(ffn, partition, context)
-    router = scale_router(rows, ffn.norm_H, recipe.router_scale, router_dtype(decided.tensors, decided.dtype))
-    bound = router.logit_bound if math.isfinite(router.logit_bound) else None
-    facts = {"layer": layer, "router_exponent": router.exponent, "router_logit_bound": bound}
-    return LayerParts(ffn, partition, router.rows_NH, layout), facts
-
-
-def _plugin(registry: Any, choice: Any) -> Any:
-    cls = registry.get(choice.name)
-    return cls(cls.Options.model_validate(choice.options))
 
 
 # ---- beside the weights -------------------------------------------------------------------------------------------
@@ -235,12 +239,14 @@ def _receipt(
     weights_sha256: str,
     warnings: tuple[str, ...],
 ) -> dict[str, Any]:
+    calibration = infos[UNIT]["calibration"] | {"computed": infos[UNIT]["computed"]} if UNIT in infos else None
     packages = ("torch", "transformers", "safetensors", "numpy", "scikit-learn")
     return {
         "llamamoe": __version__,
         "source": {"name": location.name, "revision": location.revision, "notes": decided.model.checkpoint.notes},
         "plan": {k: v for k, v in decided.to_json().items() if k not in ("source", "llamamoe")},
         "weights_sha256": weights_sha256,
+        "calibration": calibration,
         "layers": [info for info in infos.values() if "layer" in info],
         "warnings": list(warnings),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

@@ -13,16 +13,18 @@ from typing import Any
 
 from ._version import __version__
 from .assembly import router_dtype
+from .calibration.cost import CalibrationPlan, plan_calibration
 from .checkpoint.base import DTYPE_BYTES
 from .checkpoint.layout import Shards
+from .choices import complete
 from .costs import Cost, count
 from .dense import DenseModel
 from .errors import RefusedError
-from .recipe import DTYPES, SplitRecipe
-from .sizing import choose_target
+from .recipe import DTYPES, NO_REPAIR, Choice, SplitRecipe
+from .repairs import REPAIRS
+from .sizing import choose_target, make_splitter
 from .sources.base import DenseSpec, canonical_shapes
-from .splitters import SPLITTERS
-from .splitters.base import Splitter
+from .splitters.base import Kept, Splitter
 from .targets.base import MoeLayout, OutTensor, Target, common_config
 
 
@@ -46,6 +48,8 @@ class SplitPlan:
         advice: What is good to know, about other runtimes and widths.
         parity: Whether all experts together compute what the parent computes.
         majors: Versions of transformers that load the output.
+        calibration: What calibration will cost; None if no text is read.
+        source_dtype: Dtype of most of the source's weights, a safetensors name.
     """
 
     model: DenseModel
@@ -63,17 +67,34 @@ class SplitPlan:
     advice: tuple[str, ...]
     parity: str
     majors: tuple[str, ...]
+    calibration: CalibrationPlan | None = None
+    source_dtype: str = "F32"
+
+    @property
+    def repaired(self) -> bool:
+        """Whether weights are fitted to calibration text, so that they are not the parent's any more."""
+        return self.recipe.repair is not None and self.recipe.repair.name != NO_REPAIR
 
     @property
     def padding_per_layer(self) -> int:
         """Zero neurons added to the routed experts of one layer."""
-        routed = self.model.spec.intermediate_size - self.layout.num_shared
-        return self.layout.num_experts * self.layout.expert_width - routed
+        return self.layout.padding(self.model.spec.intermediate_size)
+
+    @property
+    def splitter(self) -> Splitter:
+        """The method with its options."""
+        return make_splitter(self.recipe)
+
+    @property
+    def kept(self) -> Kept:
+        """What of the parent's neurons the file must hold bit for bit (see `Splitter.kept`, `Repair.keeps`)."""
+        kept, repair = self.splitter.kept, self.recipe.repair
+        return REPAIRS.get(repair.name).keeps if self.repaired and repair and kept == "neurons" else kept
 
     @property
     def exactness(self) -> str:
         """In words: whether the output equals its parent with all experts selected, and on which condition."""
-        if self.parity != "exact":
+        if not self.splitter.exact:
             return "not exact, even with all experts selected"
         conditions = []
         if self.recipe.router_scale == "soft":
@@ -81,7 +102,9 @@ class SplitPlan:
         factor = self.layout.combine.parity_factor
         if factor != 1.0:
             conditions.append(f"routed outputs are multiplied by {factor:g}")
-        return "exact with all experts selected" + (f", if {' and '.join(conditions)}" if conditions else "")
+        before = "before repair " if self.repaired else ""
+        text = f"exact {before}with all experts selected" + (f", if {' and '.join(conditions)}" if conditions else "")
+        return text + (", not after it: weights are fitted to the top-k output" if self.repaired else "")
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, the same for every run."""
@@ -111,6 +134,7 @@ class SplitPlan:
             "shards": {file: sum(n for _, _, n in tensors.values()) for file, tensors in self.shards.items()},
             "num_tensors": len(self.tensors),
             "peak_memory_bytes": self.peak_bytes,
+            "calibration": self.calibration.to_json() if self.calibration else None,
             "warnings": list(self.warnings),
             "advice": list(self.advice),
             "recipe": self.recipe.model_dump(mode="json"),
@@ -124,14 +148,16 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
         RefusedError: The conversion would be inexact, impossible or unsafe; every reason is named.
     """
     spec = model.spec
-    splitter = SPLITTERS.get(recipe.method.name)
+    chosen = complete(recipe)
+    recipe, splitter = chosen.recipe, chosen.splitter
     dtype = DTYPES[recipe.dtype] if recipe.dtype else _source_dtype(model)
     target, layout = choose_target(spec, recipe, splitter, dtype)
-    recipe = recipe.model_copy(update=_resolved(recipe, splitter, target, layout, dtype))
+    calibration = plan_calibration(spec, chosen, layout) if chosen.calibrated else None
+    recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
     tensors = tuple(target.tensors(spec, layout))
     shards = _shards(tensors, dtype, recipe.shard_size)
     config = common_config(spec, target, next(n for n, d in DTYPES.items() if d == dtype)) | target.config(spec, layout)
-    warnings = _warnings(model, recipe, layout, tensors, dtype)
+    warnings = [*chosen.warnings, *_warnings(model, recipe, layout, tensors, dtype)]
     if recipe.strict and warnings:
         raise RefusedError("--strict refuses: " + "; ".join(warnings) + ".")
     return SplitPlan(
@@ -146,41 +172,29 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
         parent_cost=_parent_cost(model),
         cost=count(
             ((t.role, t.shape, math.prod(t.shape) * DTYPE_BYTES[t.dtype or dtype]) for t in tensors),
-            active_share=layout.top_k / layout.num_experts,
+            active_share=layout.active_share,
             tied=target.ties(spec),
         ),
-        peak_bytes=_peak_bytes(spec, splitter, dtype),
+        peak_bytes=_peak_bytes(spec, splitter, dtype) + (calibration.peak_bytes if calibration else 0),
         warnings=tuple(warnings),
-        advice=(*model.checkpoint.notes, *_advice(spec, splitter, target, layout)),
-        parity=splitter.parity,
+        advice=(*model.checkpoint.notes, *_advice(spec, calibration, target, layout)),
+        parity="exact" if make_splitter(recipe).exact and recipe.repair in (None, Choice(name=NO_REPAIR)) else "none",
         majors=target.majors(spec),
+        calibration=calibration,
+        source_dtype=_source_dtype(model),
     )
 
 
 # ---- choices ----------------------------------------------------------------------------------------------------
 
 
-def _resolved(
-    recipe: SplitRecipe, splitter: type[Splitter], target: Target, layout: MoeLayout, dtype: str
-) -> dict[str, Any]:
-    from .recipe import build_recipe
-
-    known = build_recipe(
-        {
-            "num_experts": recipe.num_experts,
-            "top_k": recipe.top_k,
-            "router": recipe.router or splitter.default_router,
-            "rescale": recipe.rescale or splitter.default_rescale,
-        }
-    )
+def _resolved(target: Target, layout: MoeLayout, dtype: str, calibration: CalibrationPlan | None) -> dict[str, Any]:
     return {
         "shared": layout.num_shared,
-        "router": known.router,
-        "rescale": known.rescale,
         "target": target.name,
         "dtype": next(name for name, d in DTYPES.items() if d == dtype),
         "keep_dense": layout.dense_layers,
-    }
+    } | ({"calibration_length": calibration.length} if calibration else {})
 
 
 def _source_dtype(model: DenseModel) -> str:
@@ -218,9 +232,18 @@ def _warnings(
     return found
 
 
-def _advice(spec: DenseSpec, splitter: type[Splitter], target: Target, layout: MoeLayout) -> list[str]:
+def _advice(spec: DenseSpec, calibration: CalibrationPlan | None, target: Target, layout: MoeLayout) -> list[str]:
     found = []
-    if splitter.needs in ("nothing", "weights") and layout.top_k < layout.num_experts:
+    if not layout.num_experts:
+        found.append(
+            f"no experts: the {layout.num_shared} neurons kept in each layer are the whole FFN of a dense model; numbers of experts, "
+            "router and rescale mean nothing"
+        )
+    if layout.copies > 1:
+        found.append(
+            "the experts are copies: the file is larger than its parent, and no cheaper per token unless it is trained"
+        )
+    elif calibration is None and layout.top_k < layout.num_experts:
         found.append(
             "split without calibration or training: with all experts the model equals its parent, with top-k it is ruined until it is trained"
         )
@@ -231,8 +254,7 @@ def _advice(spec: DenseSpec, splitter: type[Splitter], target: Target, layout: M
         found.append(
             f"expert width {width} is no multiple of 256: llama.cpp's k-quants fall back to larger types (--pad-to 256)"
         )
-    routed = spec.intermediate_size - layout.num_shared
-    padding = layout.num_experts * width - routed
+    padding = layout.padding(spec.intermediate_size)
     if padding:
         found.append(
             f"{padding} zero neurons per layer pad the experts to width {width}: exact, and counted in the costs"

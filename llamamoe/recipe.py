@@ -122,7 +122,7 @@ class SplitRecipe(BaseModel):
     rescale: Annotated[Choice | None, choose(RESCALES)] = Field(
         None, description="What a selected expert's output is multiplied by."
     )
-    repair: Annotated[Choice | None, choose(REPAIRS, NO_REPAIR)] = Field(
+    repair: Annotated[Choice | None, choose(REPAIRS)] = Field(
         None, description="How weights are fitted to the dense output on calibration text; none leaves them exact."
     )
     repair_passes: int = Field(

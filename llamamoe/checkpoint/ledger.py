@@ -9,12 +9,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from ..errors import RefusedError
 
 LEDGER = ".ledger.jsonl"
+STATES = ".calibration"
+"""A folder in which a calibrated run keeps what it goes on from; nothing of it is published."""
 
 
 def partial_path(out: Path) -> Path:
@@ -88,7 +91,9 @@ class Ledger:
     def _clear(self) -> None:
         self._file.truncate(0)
         for path in self.folder.iterdir():
-            if path.name != LEDGER:
+            if path.name == STATES and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LEDGER:
                 path.unlink()
 
     def _read(self) -> list[dict[str, Any]]:

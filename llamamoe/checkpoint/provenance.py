@@ -36,8 +36,13 @@ def config_block(plan: SplitPlan, location: Location) -> dict[str, Any]:
     }
 
 
-def plan_fingerprint(plan: SplitPlan) -> str:
-    """Changes whenever a resumed run would write other bytes: source, recipe, version or number of threads."""
+def plan_fingerprint(plan: SplitPlan, compute: dict[str, Any] | None = None) -> str:
+    """Changes whenever a resumed run would write other bytes: source, recipe, version or number of threads.
+
+    Args:
+        plan: What is written.
+        compute: Where and in which dtype calibration computes, if it does.
+    """
     import torch
 
     facts = [
@@ -47,5 +52,6 @@ def plan_fingerprint(plan: SplitPlan) -> str:
         plan.model.checkpoint.fingerprint(),
         plan.recipe.model_dump(mode="json"),
         plan.config,
+        compute,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -35,22 +35,27 @@ class ScaledRouter:
     logit_bound: float
 
 
-def scale_router(rows_NH: torch.Tensor, norm_H: torch.Tensor, mode: str, dtype: str) -> ScaledRouter:
+def scale_router(
+    rows_NH: torch.Tensor, norm_H: torch.Tensor, mode: str, dtype: str, *, largest: float | None = None
+) -> ScaledRouter:
     """Shrink the rows of a ``hard`` router by a power of two; leave a ``soft`` one as it is.
 
-    For inputs that point anywhere, a logit has the standard deviation ``||norm * row||``. The power of two is the
-    largest for which `TYPICAL_MAXIMUM` standard deviations stay below `HARD_LOGIT`.
+    The power of two is the largest for which the largest logit on calibration text stays below `HARD_LOGIT`. Without
+    text: for inputs that point anywhere, a logit has the standard deviation ``||norm * row||``, and
+    `TYPICAL_MAXIMUM` of them must stay below it.
 
     Args:
         rows_NH: float32 ``[N, H]``.
         norm_H: ``[H]``, the weight of the RMSNorm whose output the router reads.
         mode: ``"hard"`` or ``"soft"``.
         dtype: Safetensors name of the dtype that the rows will be stored in.
+        largest: Largest absolute logit on calibration text, if there is some.
     """
     deviation = float((rows_NH.double() * norm_H.double()).norm(dim=1).max())
+    size = TYPICAL_MAXIMUM * deviation if largest is None else largest
     exponent = 0
-    if mode == "hard" and deviation > 0 and math.isfinite(deviation):
-        exponent = min(0, math.floor(math.log2(HARD_LOGIT / (TYPICAL_MAXIMUM * deviation))))
+    if mode == "hard" and size > 0 and math.isfinite(size):
+        exponent = min(0, math.floor(math.log2(HARD_LOGIT / size)))
         if dtype == "F16":
             rms = float(rows_NH.double().pow(2).mean(dim=1).sqrt().max())
             exponent = max(exponent, min(0, math.ceil(math.log2(FLOAT16_ROW_RMS / rms))))

@@ -108,7 +108,7 @@ def test_auto_finds_a_target_for_every_family(sources: Any, variant: str, shared
 
 def _by_hand(plan: Any, layer: int, x: torch.Tensor, coefficient: float) -> torch.Tensor:
     """Shared neurons plus ``coefficient`` times those of the top-k experts, a loop over tokens, from dense weights."""
-    parts, _ = convert_layer(plan, layer)
+    parts = convert_layer(plan, layer).parts
     gate, up, down = parts.ffn.gate_FH.double(), parts.ffn.up_FH.double(), parts.ffn.down_HF.double()
     rows = []
     for token in x.reshape(-1, x.shape[-1]).double():

@@ -1,0 +1,89 @@
+"""Where calibration computes, in which dtype, and how fast that is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..recipe import SplitRecipe
+
+_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where large products run, and in which dtype.
+
+    Attributes:
+        device: A torch device.
+        dtype: ``float32`` or ``bfloat16``.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"device": str(self.device), "compute_dtype": str(self.dtype).removeprefix("torch.")}
+
+    def flops_per_second(self) -> float:
+        """Measured with a few matrix products, about a tenth of a second."""
+        import torch
+
+        a = torch.ones(_SIZE, _SIZE, device=self.device, dtype=self.dtype)
+        best = 0.0
+        for _ in range(3):
+            began = time.perf_counter()
+            out = a @ a
+            out[0, 0].item()  # waits for the device
+            best = max(best, 2 * _SIZE**3 / (time.perf_counter() - began))
+        return best
+
+
+def choose_compute(recipe: SplitRecipe, source_dtype: str) -> Compute:
+    """The recipe's device and dtype, or what suits the machine.
+
+    ``auto`` takes the first GPU if there is one. Without a dtype in the recipe, products are in bfloat16 if the
+    source's weights have 16 bits (its own values are no finer) and the device multiplies bfloat16 several times
+    faster than float32: a GPU that has it, or a processor with AMX. Everything is added up in float32.
+
+    Args:
+        recipe: Its ``device`` and ``compute_dtype`` count.
+        source_dtype: Safetensors name of the dtype of most of the source's weights.
+
+    Raises:
+        UsageError: The device is not there.
+    """
+    import torch
+
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"--device {name}: torch cannot use it ({str(error).splitlines()[0][:120]}).",
+            hint="--device cpu works everywhere; --device auto takes a GPU if there is one.",
+        ) from None
+    if recipe.compute_dtype is not None:
+        return Compute(device, getattr(torch, recipe.compute_dtype))
+    half = source_dtype in ("BF16", "F16") and _fast_bfloat16(device)
+    return Compute(device, torch.bfloat16 if half else torch.float32)
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return False

@@ -1,0 +1,190 @@
+"""The walk: calibration text through the model, one decoder layer in memory, hidden states kept between layers.
+
+For each layer: `Walk.enter` runs the parent's attention on the residual stream and gives what the FFN sees;
+`Walk.leave` adds what the (converted) FFN makes of it, so that the next layer sees the errors of this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LlamaMoeError
+from ..layer import FfnWeights
+from ..streaming import LayerRunner, StreamedModel
+from .inputs import BATCH_TOKENS, LayerInputs
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..dense import DenseModel
+    from .compute import Compute
+    from .gradients import GradientStore
+    from .text import CalibrationText
+
+
+def read_ffn(model: DenseModel, layer: int) -> FfnWeights:
+    """The weights of one layer's FFN and of the norm before it, as the source stores them."""
+    prefix = f"model.layers.{layer}."
+    return FfnWeights(
+        model.read(prefix + "mlp.gate_proj.weight"),
+        model.read(prefix + "mlp.up_proj.weight"),
+        model.read(prefix + "mlp.down_proj.weight"),
+        model.read(prefix + "post_attention_layernorm.weight"),
+        model.spec.hidden_act,
+    )
+
+
+def cast_ffn(ffn: FfnWeights, dtype: torch.dtype) -> FfnWeights:
+    """The same weights rounded to a dtype."""
+    gate, up, down, norm = (m.to(dtype) for m in (ffn.gate_FH, ffn.up_FH, ffn.down_HF, ffn.norm_H))
+    return FfnWeights(gate, up, down, norm, ffn.hidden_act)
+
+
+class Walk:
+    """Hidden states of the calibration text on their way through the layers.
+
+    Two buffers hold the residual stream before a layer and after its attention, so that what a layer began with is
+    there until it is finished: buffer ``layer % 2`` is what layer ``layer`` begins with.
+
+    Args:
+        model: The dense parent.
+        text: The tokens.
+        compute: Device and dtype of large products; the residual stream is float32.
+        weights_dtype: What norms and attention are rounded to, because they will be stored so.
+        folder: Where the residual stream lies in memory-mapped files (``residual.0``, ``residual.1``); in memory if None.
+        map_inputs: Keep the FFN's inputs in a memory-mapped file too (``inputs``); needs ``folder``.
+        gradients: Gradients of the parent's loss at the FFN outputs, if a method needs them.
+        batch_tokens: Tokens that run together, in whole sequences, at least one.
+    """
+
+    def __init__(
+        self,
+        model: DenseModel,
+        text: CalibrationText,
+        compute: Compute,
+        *,
+        weights_dtype: torch.dtype,
+        folder: Path | None = None,
+        map_inputs: bool = False,
+        gradients: GradientStore | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        import torch
+
+        self.model, self.text, self.compute = model, text, compute
+        self.batch_tokens = batch_tokens
+        self._gradients = gradients
+        sequences, length = text.ids_ST.shape
+        self._step = max(1, batch_tokens // length)
+        shape = (sequences, length, model.spec.hidden_size)
+        self.buffers = [_buffer(shape, torch.float32, folder and folder / f"residual.{i}") for i in range(2)]
+        self._x = _buffer(shape, compute.dtype, folder / "inputs" if folder and map_inputs else None)
+        self._scale = torch.empty(sequences, length)
+        self._clusters: torch.Tensor | None = None
+        if text.clusters_S is not None:
+            self._clusters = torch.from_numpy(text.clusters_S).repeat_interleave(length)
+        checkpoint = model.checkpoint
+        streamed = StreamedModel.of_dense(
+            model, lambda name: checkpoint.read(name).to(weights_dtype), device=compute.device
+        )
+        with torch.no_grad():
+            self._runner = LayerRunner(streamed, length)
+
+    def start(self) -> None:
+        """Fill the residual stream with the embeddings."""
+        import torch
+
+        ids = torch.from_numpy(self.text.ids_ST)
+        with torch.no_grad():
+            for part in self._parts():
+                self.buffers[0][part] = self._runner.embed(ids[part]).float().cpu()
+
+    def enter(self, layer: int) -> LayerInputs:
+        """Run the layer's attention; what its FFN sees. Valid until the next call.
+
+        Raises:
+            LlamaMoeError: A hidden state is NaN or infinite; the message names the layer.
+        """
+        import torch
+
+        before, after = self.buffers[layer % 2], self.buffers[(layer + 1) % 2]
+        device = self.compute.device
+        seen: list[torch.Tensor] = []
+
+        def record(x_BSH: torch.Tensor) -> torch.Tensor:
+            seen.append(x_BSH)
+            return torch.zeros_like(x_BSH)
+
+        half = torch.autocast(device.type, self.compute.dtype, enabled=self.compute.dtype != torch.float32)
+        with torch.no_grad(), half, self._runner.layer(layer) as module:
+            ffn: Any = module.mlp
+            ffn.to(device="meta")
+            ffn.forward = record
+            try:
+                for part in self._parts():
+                    out = self._runner.run(layer, module, before[part].to(device))
+                    self._check(out, layer, "attention")
+                    after[part] = out.float().cpu()
+                    self._x[part] = seen.pop().to(self.compute.dtype).cpu()
+                    self._scale[part] = out.float().square().mean(-1).sqrt().cpu()
+            finally:
+                del ffn.forward
+        return self._inputs(layer)
+
+    def leave(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
+        """Add the FFN's outputs to the residual stream.
+
+        Args:
+            layer: The layer that was entered.
+            outputs: float32 ``[B, H]`` in batches, in the order of the tokens.
+
+        Raises:
+            LlamaMoeError: An output is NaN or infinite; the message names the layer.
+        """
+        after = self.buffers[(layer + 1) % 2].flatten(0, 1)
+        start = 0
+        for y_BH in outputs:
+            self._check(y_BH, layer, "FFN")
+            after[start : start + len(y_BH)] += (y_BH * self.model.spec.residual_multiplier).cpu()
+            start += len(y_BH)
+        assert start == len(after)
+
+    def _parts(self) -> Iterable[slice]:
+        count = len(self.text.ids_ST)
+        return (slice(start, min(start + self._step, count)) for start in range(0, count, self._step))
+
+    def _inputs(self, layer: int) -> LayerInputs:
+        return LayerInputs(
+            x_TH=self._x.flatten(0, 1),
+            residual_scale_T=self._scale.flatten(),
+            device=self.compute.device,
+            compute_dtype=self.compute.dtype,
+            gradients_TH=self._gradients.read(layer) if self._gradients else None,
+            clusters_T=self._clusters,
+            batch_tokens=self.batch_tokens,
+        )
+
+    def _check(self, values: torch.Tensor, layer: int, part: str) -> None:
+        if not bool(values.isfinite().all()):
+            raise LlamaMoeError(
+                f"layer {layer}: the {part}'s output on the calibration text holds NaN or infinite values.",
+                hint="If the source's own weights do (`llamamoe split --dry-run --strict` looks), mend them; otherwise "
+                "try --compute-dtype float32.",
+            )
+
+
+def _buffer(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> torch.Tensor:
+    """Uninitialised memory, or a memory-mapped file with what it holds (zeros if it is new)."""
+    import torch
+
+    if path is None:
+        return torch.empty(shape, dtype=dtype)
+    size = 1
+    for n in shape:
+        size *= n
+    nbytes = size * dtype.itemsize
+    if path.exists() and path.stat().st_size != nbytes:
+        path.unlink()
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
