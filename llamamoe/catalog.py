@@ -215,7 +215,7 @@ _PLAIN: Mapping[str, Any] = {
 def matrix() -> Matrix:
     """Ask the plan about every family, variant and target, without and with shared neurons. Takes well under 1 s."""
     rows, cells = [], []
-    targets = tuple(TARGETS.names())
+    targets = tuple(name for name in TARGETS.names() if TARGETS.get(name).routed)
     for source in SOURCES:
         for variant, keys in {"plain": {}, **_VARIANTS.get(source.name, {})}.items():
             rows.append((source.name, variant))

@@ -1,14 +1,14 @@
-"""Does a written folder hold what was planned: every tensor, every key, and every neuron exactly once, bit for bit?"""
+"""Does a written folder hold what was planned: every tensor, every key, and the parent's neurons, bit for bit?"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .assembly import cast, torch_dtype
+from .assembly import cast, nonfinite, torch_dtype
 from .checkpoint.base import Checkpoint
 from .checkpoint.reader import SafetensorsCheckpoint, read_json
 from .errors import VerificationError
-from .targets.base import Neurons
+from .targets.base import Neurons, Router
 
 if TYPE_CHECKING:
     import torch
@@ -73,24 +73,58 @@ def neuron_keys(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None)
 
 
 def check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
-    """Every neuron of the parent must be found exactly once among experts and shared neurons, by its bits.
+    """The neurons of experts and shared expert must be the parent's, by their bits.
 
-    The down projections are left out where the target's factor rounds them (see `Combine.bake_is_exact`).
+    Each exactly once (exactly as often as there are copies, upcycled; shared ones once) where the method is exact;
+    else everything stored must be some neuron of the parent, and none twice unless the method lets experts overlap.
+    The down projections are left out where repair changed them or where the target's factor rounds them (see
+    `Combine.bake_is_exact`). Nothing is compared if nothing is kept (`SplitPlan.kept`).
 
     Raises:
         VerificationError: A neuron is missing, repeated or changed.
     """
     import torch
 
+    if plan.kept == "nothing":
+        return
+    down = plan.kept == "neurons" and plan.layout.combine.bake_is_exact
+    dtype, prefix = torch_dtype(plan.dtype), f"model.layers.{layer}.mlp."
+    dense = [cast(plan.model.read(f"{prefix}{part}_proj.weight"), dtype) for part in ("gate", "up", "down")]
+    want = neuron_keys(dense[0], dense[1], dense[2].T if down else None)
+    routed, shared = (_stored_keys(plan, converted, layer, kind, down) for kind in ("routed", "shared"))
+    splitter, copies = plan.splitter, plan.layout.copies
+    if splitter.exact:
+        held = torch.cat([shared.repeat(copies), routed]).sort().values
+        good = torch.equal(want.repeat_interleave(copies), held)
+        what = "every neuron of the parent exactly once" if copies == 1 else f"{copies} copies of the parent's neurons"
+    else:
+        held, counts = torch.unique_consecutive(torch.cat([shared, routed]).sort().values, return_counts=True)
+        place = torch.searchsorted(want, held).clamp(max=max(len(want) - 1, 0))
+        there = torch.searchsorted(want, held, right=True) - torch.searchsorted(want, held)
+        good = bool((want[place] == held).all() if splitter.overlap else (counts <= there).all())
+        what = "only neurons of the parent" + ("" if splitter.overlap else ", each at most once")
+    if not good:
+        raise VerificationError(
+            f"layer {layer}: the experts do not hold {what}, bit for bit.", hint=_made_from(plan, converted)
+        )
+
+
+def _stored_keys(plan: SplitPlan, converted: Checkpoint, layer: int, kind: str, down: bool) -> torch.Tensor:
+    """int64, sorted: keys of the neurons of all routed experts, or of the shared one, as they stand in the file."""
+    import torch
+
     gates, ups, downs = [], [], []
-    exact = plan.layout.combine.bake_is_exact
     for tensor in plan.tensors:
         origin = tensor.origin
-        if tensor.layer != layer or not isinstance(origin, Neurons):
+        if (
+            tensor.layer != layer
+            or not isinstance(origin, Neurons)
+            or (origin.expert == "shared") != (kind == "shared")
+        ):
             continue
         value = converted.read(tensor.name)
         if origin.part == "down":
-            if exact:
+            if down:
                 downs.append((value / origin.scale).transpose(-1, -2).reshape(-1, value.shape[-2]))
         elif origin.part == "gate_up":
             gate, up = value.chunk(2, dim=-2)
@@ -98,13 +132,20 @@ def check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
             ups.append(up.reshape(-1, value.shape[-1]))
         else:
             (gates if origin.part == "gate" else ups).append(value)
-    dtype = torch_dtype(plan.dtype)
-    prefix = f"model.layers.{layer}.mlp."
-    dense = [cast(plan.model.read(f"{prefix}{part}_proj.weight"), dtype) for part in ("gate", "up", "down")]
-    want = neuron_keys(dense[0], dense[1], dense[2].T if exact else None)
-    have = neuron_keys(torch.cat(gates), torch.cat(ups), torch.cat(downs) if exact else None)
-    if not torch.equal(want, have):
-        raise VerificationError(
-            f"layer {layer}: the experts do not hold every neuron of the parent exactly once, bit for bit.",
-            hint=_made_from(plan, converted),
-        )
+    if not gates:
+        return torch.empty(0, dtype=torch.int64)
+    return neuron_keys(torch.cat(gates), torch.cat(ups), torch.cat(downs) if down else None)
+
+
+def check_finite(plan: SplitPlan, converted: Checkpoint) -> None:
+    """Everything that the method made (neurons and routers) must be finite.
+
+    Raises:
+        VerificationError: A tensor holds NaN or infinite values.
+    """
+    for tensor in plan.tensors:
+        if isinstance(tensor.origin, Neurons | Router) and nonfinite(converted.read(tensor.name)):
+            raise VerificationError(
+                f"{tensor.name} holds NaN or infinite values, although the parent computes finite ones.",
+                hint=_made_from(plan, converted),
+            )

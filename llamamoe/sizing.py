@@ -162,6 +162,8 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
         )
     elif layout.num_shared and target.shared == "multiple" and layout.num_shared % layout.expert_width:
         reasons.append(_nearest_shared(spec, recipe, target, layout))
+    if layout.copies > 1 and layout.combine.parity_factor != 1.0:
+        reasons.append("copies of the FFN are averaged: no other --rescale than mean gives its output back")
     dense = target.dense_layer_refusal(layout.dense_layers, spec.num_layers)
     if dense:
         reasons.append(dense)

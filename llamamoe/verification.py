@@ -3,13 +3,17 @@
 Both are run by transformers' own classes with one layer in memory (`llamamoe.streaming`), in float32, with every
 expert selected. The converted one runs twice: with its router rows set to zero (all weights equal: the claim of
 exactness), and with the router as it is stored (what a hard router leaves of it).
+
+A conversion that claims nothing (repaired, pruned, partly re-initialised) runs too, and must give finite logits; how
+far they are from the parent's is information. What it does keep of the parent's neurons is checked bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .assembly import torch_dtype
 from .checkpoint.base import Checkpoint
@@ -17,7 +21,7 @@ from .checkpoint.reader import SafetensorsCheckpoint
 from .dense import understand
 from .errors import RefusedError, VerificationError
 from .hub import locate, open_checkpoint
-from .inventory import check_files, check_neurons
+from .inventory import check_files, check_finite, check_neurons
 from .preflight import RECIPE_FILE
 from .progress import Progress, ProgressCallback, ignore_progress
 from .streaming import StreamedModel
@@ -52,18 +56,23 @@ class Verification:
         equal_weights: max abs logit difference / max abs logit, router rows zero; None if the conversion makes
             no claim of exactness.
         equal_tolerance: What `equal_weights` may be.
-        as_stored: The same with the router as stored; None for a soft router.
+        as_stored: The same with the router as stored; None for a soft router. Where experts are copies, with the
+            configured top-k, for which they are exact too.
         stored_tolerance: What `as_stored` may be.
         largest_logit: Largest absolute router logit on the text, router as stored.
         layer_error: Per MoE layer, max abs difference of the FFN outputs on the parent's own FFN inputs over the
-            largest abs output; the last number of the pair (layer, error).
+            largest abs output; the last number of the pair (layer, error). All experts at equal weights; the
+            configured top-k and the router as stored if no exactness is claimed.
         parity_factor: What routed outputs were multiplied by for the comparison.
         reference: What the parent was compared as.
         num_tokens: Tokens of the text.
         tokens: Where the text comes from: ``"text"`` or ``"random ids"`` (no tokenizer).
-        neurons_checked: Layers whose every neuron was found exactly once, by its bits.
+        neurons_checked: Layers whose neurons were found to be the parent's, by their bits (see `kept`).
         passed: Whether everything holds.
         note: Why nothing could be compared; empty if it could.
+        kept: What was looked for: ``"neurons"``, ``"gate_up"`` (repair changed the down projections), ``"nothing"``.
+        all_experts: As `equal_weights`, for a conversion that claims no exactness: information, no test.
+        as_configured: The same with the configured top-k and the router as stored; it must only be finite.
     """
 
     equal_weights: float | None
@@ -79,6 +88,9 @@ class Verification:
     neurons_checked: int
     passed: bool
     note: str = ""
+    kept: str = "neurons"
+    all_experts: float | None = None
+    as_configured: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -89,7 +101,8 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
     """Check a converted checkpoint against the dense one that it was made from.
 
     Names, shapes, dtypes and configuration must be those of the recipe in ``out``; every neuron must be found
-    exactly once, bit for bit; all weights must be finite; the logits must agree.
+    exactly once, bit for bit; all weights must be finite; the logits must agree. Of a conversion that claims less
+    only what it claims is asked for (see `llamamoe.inventory.check_neurons`), and finite logits.
 
     Args:
         out: A folder that `llamamoe.split` wrote.
@@ -125,7 +138,7 @@ def verify_conversion(plan: SplitPlan, folder: Path, progress: ProgressCallback 
     check_files(plan, converted)
     layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]
     checked = 0
-    if plan.parity == "exact":
+    if plan.kept != "nothing":
         for done, layer in enumerate(layers, start=1):
             check_neurons(plan, converted, layer)
             checked += 1
@@ -170,29 +183,37 @@ def _check_logits(
     import torch
 
     ids, origin = receipt_tokens(converted.path, plan.model.spec.vocab_size)
-    layers = plan.model.spec.num_layers
+    layers, claims = plan.model.spec.num_layers, plan.parity == "exact"
     parent_taps, measured = _Taps({}, {}), _Measured()
 
     def step(stage: str) -> Any:
         return lambda layer, module: progress(Progress(stage, layer + 1, layers, "layer"))
 
-    def compare(layer: int, module: torch.nn.Module) -> None:
-        step("run with equal weights")(layer, module)
-        if layer not in plan.layout.dense_layers:
-            measured.errors.append((layer, _layer_error(plan.target, module, parent_taps, layer)))
+    def compare(stage: str) -> Any:
+        def after(layer: int, module: torch.nn.Module) -> None:
+            step(stage)(layer, module)
+            if layer not in plan.layout.dense_layers:
+                measured.errors.append((layer, _layer_error(plan.target, module, parent_taps, layer)))
+
+        return after
 
     parent = _parent(plan).logits(
         ids, before_layer=lambda i, m: parent_taps.attach(i, m, ("mlp",)), after_layer=step("run parent")
     )
     if torch.isfinite(parent).all():
-        equal = _converted(plan, converted, zero_router=True).logits(ids, after_layer=compare)
-        measured.equal = _difference(parent, equal)
-        if plan.recipe.router_scale == "hard":
-            taps = _Taps({}, {})
-            stored = _converted(plan, converted, zero_router=False).logits(
+        check_finite(plan, converted)
+        if plan.target.routed:
+            stage = "run with equal weights"
+            equal = _converted(plan, converted, zero_router=True)
+            after = compare(stage) if claims else step(stage)
+            measured.equal = _difference(parent, equal.logits(ids, after_layer=after))
+        as_configured = not claims or plan.layout.copies > 1
+        if as_configured or plan.recipe.router_scale == "hard":
+            taps, stage = _Taps({}, {}), "run as stored"
+            stored = _converted(plan, converted, everyone=not as_configured).logits(
                 ids,
                 before_layer=lambda i, m: taps.attach(i, m, plan.target.ffn_modules),
-                after_layer=step("run as stored"),
+                after_layer=step(stage) if claims else compare(stage),
             )
             measured.stored = _difference(parent, stored)
             measured.largest = _largest_router_logit(plan, converted, taps)
@@ -205,18 +226,14 @@ def _judge(plan: SplitPlan, measured: _Measured, num_tokens: int, origin: str, n
     stored_tolerance = max(equal_tolerance, HALF_TOLERANCE if plan.dtype == "F16" else HARD_TOLERANCE)
     claims = plan.parity == "exact"
     equal, stored = measured.equal, measured.stored
-    broken = claims and (
-        (equal is not None and equal > equal_tolerance) or (stored is not None and stored > stored_tolerance)
-    )
-    if broken:
-        worst = max(measured.errors, key=lambda pair: pair[1], default=(0, 0.0))
+    if claims and ((equal or 0.0) > equal_tolerance or (stored or 0.0) > stored_tolerance):
+        _raise_inexact(measured, equal_tolerance, stored_tolerance)
+    if stored == math.inf:
         raise VerificationError(
-            f"with all experts selected the logits differ from the parent's by {equal:.2e} of the largest one at equal weights "
-            f"(allowed {equal_tolerance:.0e})"
-            + (f" and by {stored:.2e} as stored (allowed {stored_tolerance:.0e})" if stored is not None else "")
-            + f"; the worst layer is {worst[0]} with {worst[1]:.2e}.",
+            "the logits are not finite with the configured top-k, although the parent's are.",
             hint="Weights that changed since the conversion do this; otherwise please report it.",
         )
+    compared = equal is not None or stored is not None
     return Verification(
         equal_weights=equal if claims else None,
         equal_tolerance=equal_tolerance,
@@ -229,8 +246,23 @@ def _judge(plan: SplitPlan, measured: _Measured, num_tokens: int, origin: str, n
         num_tokens=num_tokens,
         tokens=origin,
         neurons_checked=neurons,
-        passed=equal is not None,
-        note="" if equal is not None else "the parent's own logits are not finite, so there is nothing to compare with",
+        passed=compared,
+        note="" if compared else "the parent's own logits are not finite, so there is nothing to compare with",
+        kept=plan.kept,
+        all_experts=None if claims or equal == math.inf else equal,
+        as_configured=None if claims else stored,
+    )
+
+
+def _raise_inexact(measured: _Measured, equal_tolerance: float, stored_tolerance: float) -> NoReturn:
+    worst = max(measured.errors, key=lambda pair: pair[1], default=(0, 0.0))
+    stored = measured.stored
+    raise VerificationError(
+        f"with all experts selected the logits differ from the parent's by {measured.equal:.2e} of the largest one at "
+        f"equal weights (allowed {equal_tolerance:.0e})"
+        + (f" and by {stored:.2e} as stored (allowed {stored_tolerance:.0e})" if stored is not None else "")
+        + f"; the worst layer is {worst[0]} with {worst[1]:.2e}.",
+        hint="Weights that changed since the conversion do this; otherwise please report it.",
     )
 
 
@@ -256,10 +288,12 @@ def _parent(plan: SplitPlan) -> StreamedModel:
     return StreamedModel.of_dense(plan.model, lambda name: checkpoint.read(name).to(dtype))
 
 
-def _converted(plan: SplitPlan, converted: Checkpoint, *, zero_router: bool) -> StreamedModel:
-    """The output with every expert selected, and its routed sum times the parity factor."""
+def _converted(
+    plan: SplitPlan, converted: Checkpoint, *, everyone: bool = True, zero_router: bool = False
+) -> StreamedModel:
+    """The output as it is configured, or with ``everyone`` selected and the routed sum times the parity factor."""
     origins = {tensor.name: tensor.origin for tensor in plan.tensors}
-    factor = plan.layout.combine.parity_factor
+    factor = plan.layout.combine.parity_factor if everyone else 1.0
 
     def read(name: str) -> torch.Tensor:
         tensor, origin = converted.read(name), origins[name]
@@ -269,7 +303,7 @@ def _converted(plan: SplitPlan, converted: Checkpoint, *, zero_router: bool) -> 
             return tensor.float() * factor
         return tensor
 
-    config = plan.config | {plan.target.top_k_key: plan.layout.num_experts}
+    config = plan.config | ({plan.target.top_k_key: plan.layout.num_experts} if everyone else {})
     return StreamedModel(
         config, converted.tensors, read, lambda layer: plan.target.one_layer(dense=layer in plan.layout.dense_layers)
     )

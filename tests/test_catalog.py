@@ -68,7 +68,7 @@ def test_the_matrix_is_whole_and_quick():
     found = matrix()
     assert time.perf_counter() - started < 3
     assert {family for family, _ in found.rows} == set(SOURCES.names())
-    assert found.targets == tuple(TARGETS.names())
+    assert found.targets == tuple(name for name in TARGETS.names() if TARGETS.get(name).routed)
     assert len(found.cells) == 2 * len(found.rows) * len(found.targets)
     for cell in found.cells:
         assert bool(cell.reasons) != cell.supported
