@@ -81,6 +81,13 @@ class Pool:
         text = self.held if cap is None else sum(min(len(piece.ids), cap) for piece in self.pieces)
         return text + (len(self.pieces) - 1) * (eos is not None)
 
+    def level(self, tokens: int, eos: int | None) -> int:
+        """The most that one more document can ever have to give, if ``tokens`` are the most that are wanted of all.
+
+        That is the lowest cap that would be enough if the next document were endless and the last.
+        """
+        return bisect_left(range(tokens), tokens, key=lambda cap: self.size(cap, eos) + cap)
+
     def take(self, tokens: int, cap: int, eos: int | None) -> tuple[np.ndarray, list[tuple[Piece, int]]]:
         """The first ``tokens`` of the stream: documents with ``eos`` between them.
 
@@ -132,8 +139,8 @@ class Reader:
     """Reads documents into the pools of their domains, and goes on where it stopped.
 
     A file is left when the domains that it showed (`LOOK_ROWS`) have enough, and taken up again if they later need
-    more. In memory are the tokens taken and, of long documents, some more in case there are too few others: in all
-    at most about twice ``num_tokens`` for each domain.
+    more. In memory are the tokens taken and, of long documents, some more in case there are too few others: for each
+    domain at most a few times ``num_tokens``.
 
     Args:
         patterns: See `llamamoe.data.text.read_documents`.
@@ -171,7 +178,8 @@ class Reader:
                     pool.add(piece)
 
     def _piece(self, document: Document, file: Path, pool: Pool, cap: int) -> Piece:
-        limit = max(cap, self.num_tokens - pool.held)
+        short = 4 * len(document.text) < cap  # a token is at least one of a character's four bytes
+        limit = cap if short else max(cap, pool.level(self.num_tokens, self.eos))
         digest = document_hash(document.text)
         head = document.text[: limit * _CHARACTERS_PER_TOKEN]
         out = encode(self.tokenizer, replace(document, text=head), bos=self.bos, limit=limit)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamamoe.calibration.clusters import _weighted_counts, text_clusters
@@ -45,6 +45,7 @@ def test_weights_are_those_of_the_formula():
     assert not want[:, 11].any()
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 12), st.integers(0, 99))
 def test_every_cluster_has_a_sequence(sequences, length, clusters, seed):
     ids = np.random.default_rng(seed).integers(0, 3, (sequences, length))  # many are alike
