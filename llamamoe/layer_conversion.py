@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .assembly import LayerParts, cast, router_dtype, torch_dtype
 from .calibration.walk import read_ffn
-from .converted_ffn import ConvertedFfn, dense_outputs
+from .converted_ffn import ConvertedFfn, dense_outputs, parity_before_repair
 from .diagnostics import router_quality
 from .layer import ExpertWeights, FfnWeights, LayerContext, Partition
 from .registry import Registry
@@ -53,13 +53,19 @@ def plugin(registry: Registry[Any], choice: Choice | None) -> Any:
     return cls(cls.Options.model_validate(choice.options))
 
 
-def convert_layer(plan: SplitPlan, layer: int, inputs: LayerInputs | None = None) -> ConvertedLayer:
+def convert_layer(
+    plan: SplitPlan,
+    layer: int,
+    inputs: LayerInputs | None = None,
+    adapt: Callable[[ConvertedFfn, FfnWeights], ConvertedFfn] | None = None,
+) -> ConvertedLayer:
     """Split one layer, give it a router, and repair it if the recipe says so.
 
     Args:
         plan: What to do.
         layer: Index of the layer.
         inputs: What its FFN sees on the calibration text; None if no method needs it.
+        adapt: Makes another function of the layer before it is repaired, for what only a study can run.
     """
     recipe, layout = plan.recipe, plan.layout
     ffn = read_ffn(plan.model, layer)
@@ -74,12 +80,16 @@ def convert_layer(plan: SplitPlan, layer: int, inputs: LayerInputs | None = None
     if inputs is None:
         return ConvertedLayer(LayerParts(ffn, partition, rows, layout, weights), facts)
     start = ExpertWeights.of_parent(ffn, partition) if weights is None else weights
-    moe = _function(plan, start, partition, rows)
-    if plan.repaired and splitter.routed:
+    moe = as_function(plan, start, partition, rows)
+    moe = moe if adapt is None else adapt(moe, ffn)
+    if plan.repaired:
         moe, repair_facts = _repair(plan, splitter, moe, ffn, context)
+        if splitter.exact:
+            factor = layout.combine.parity_factor
+            repair_facts["parity_before_repair"] = parity_before_repair(moe, ffn, inputs, factor)
+        facts |= repair_facts
     else:
-        moe, repair_facts = moe, {"output_error": output_errors([moe], ffn, inputs)[0]}
-    facts |= repair_facts
+        facts["output_error"] = output_errors([moe], ffn, inputs)[0]
     if splitter.routed:
         facts["router_quality"] = router_quality(moe, ffn, inputs)
     kept = weights if moe.weights is start else moe.weights
@@ -134,7 +144,8 @@ def largest_logit(rows_NH: torch.Tensor, inputs: LayerInputs) -> float:
 # ---- the layer as a function --------------------------------------------------------------------------------------
 
 
-def _function(plan: SplitPlan, weights: ExpertWeights, partition: Partition, rows_NH: torch.Tensor) -> ConvertedFfn:
+def as_function(plan: SplitPlan, weights: ExpertWeights, partition: Partition, rows_NH: torch.Tensor) -> ConvertedFfn:
+    """The layer as the plan's target runs it."""
     combine = plan.layout.combine
     return ConvertedFfn(
         weights=weights,
@@ -203,7 +214,7 @@ def _repair(
     assert recipe.repair is not None
     candidates = [moe]
     refitted: dict[int, dict[str, Any]] = {}
-    for index in range(recipe.repair_passes):
+    for index in range(recipe.repair_passes if splitter.routed else 1):  # without a router nothing changes between two
         now = candidates[-1]
         if index:
             rows = plugin(ROUTERS, recipe.router).refit(now, ffn, context)

@@ -130,7 +130,7 @@ class Session:
         known = self._writer.info(UNIT)["calibration"] if self._writer.done(UNIT) else None
         text = _load_text(self.folder)
         if text is None or (known is not None and text.facts != known):
-            text = _with_clusters(self.plan, make_text(self.plan, self.compute, self.folder, self._progress))
+            text = with_clusters(self.plan, make_text(self.plan, self.compute, self.folder, self._progress))
             if known is not None and json.loads(json.dumps(text.facts)) != known:
                 raise RefusedError(
                     "the calibration text is not the one that the stopped run began with.",
@@ -209,7 +209,7 @@ def _tokenizer(plan: SplitPlan, scratch: Path) -> Any:
         ) from None
 
 
-def _with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:
+def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:
     """The text with a cluster for each sequence, if a method works with gradients, which are weighed by cluster."""
     assert plan.calibration is not None
     if not plan.calibration.gradients or text.clusters_S is not None:
