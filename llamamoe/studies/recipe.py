@@ -128,6 +128,9 @@ class CompareRecipe(BaseModel):
         Choice(name="power"), validate_default=True, description="Which neurons static pruning keeps."
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the models compute in.")
+    device: str = Field(
+        "auto", pattern=r"^(auto|[a-z]+(:[0-9]+)?)$", description="Where everything runs: auto, cpu, cuda, cuda:1, ..."
+    )
     batch_size: int = Field(8, ge=1, description="Windows that run together.")
     export: Literal["none", "first", "all"] = Field(
         "none", description="Write checkpoints too and measure them: of the first cell of each method, or of all."
@@ -164,6 +167,7 @@ class CompareRecipe(BaseModel):
             "calibration_weights": self.calibration_weights,
             "calibration_length": self.calibration_length,
             "compute_dtype": self.dtype,
+            "device": self.device,
         }
 
 

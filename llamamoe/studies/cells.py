@@ -1,0 +1,223 @@
+"""The cells of a study: every method at every budget with every seed, planned from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from ..costs import Cost
+from ..dense import DenseModel
+from ..errors import RefusedError, UsageError
+from ..plan import SplitPlan, plan_split
+from ..recipe import NO_REPAIR, Choice
+from ..registry import near_misses
+from ..splitters import SPLITTERS
+from .recipe import DENSE, ORACLE, RANDOM, STATIC, CompareRecipe, StudyMethod
+from .sizes import SHARED_GATE, sizes_for_budget
+
+SIMULATED = "simulated: cannot be exported"
+FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
+"""Parts of `llamamoe.costs.Cost` that are the FFN's."""
+_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the study.
+
+    Attributes:
+        method: What the table calls it.
+        kind: Whether it is asked for or a control.
+        budget: Share of the dense FFN's multiply-adds; None for the dense model.
+        seed: Seed; None for the dense model.
+        plan: How it is made; None for the dense model.
+        oracle: Whether the router is replaced by one that knows every expert's contribution.
+        base: For an oracle the method that it belongs to, else the method itself.
+    """
+
+    method: str
+    kind: Literal["dense", "method", "control"]
+    budget: float | None = None
+    seed: int | None = None
+    plan: SplitPlan | None = None
+    oracle: bool = False
+    base: str = ""
+
+    @property
+    def simulated(self) -> str | None:
+        """Why no file can hold it; None if one can."""
+        return SIMULATED if self.oracle else None
+
+    @property
+    def label(self) -> str:
+        """``method/0.5/seed``, what ``--only`` is matched with; ``dense`` alone."""
+        return self.method if self.budget is None else f"{self.method}/{self.budget:g}/{self.seed}"
+
+    @property
+    def share(self) -> float:
+        """Active multiply-adds of the FFN per token as a share of the dense one's."""
+        return 1.0 if self.plan is None else ffn_share(self.plan)
+
+
+def ffn_share(plan: SplitPlan) -> float:
+    """Active parameters of all FFNs, routers, padding and stubs included, over the dense FFNs' parameters."""
+    parent = sum(plan.parent_cost.active.get(part, 0) for part in FFN_PARTS)
+    return sum(plan.cost.active.get(part, 0) for part in FFN_PARTS) / parent
+
+
+def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
+    """All cells, the dense model first, then seed by seed, so that a whole picture is there early.
+
+    Raises:
+        RefusedError: A method cannot be had at a budget; every such case is named.
+    """
+    cells: list[Cell] = []
+    reasons: list[str] = []
+    for method in [*recipe.methods, *(_controls(recipe) if recipe.controls else [])]:
+        kind: Literal["method", "control"] = "method" if method in recipe.methods else "control"
+        for budget in method.budgets or recipe.budgets:
+            seeds = recipe.seeds_of(budget)
+            for seed in seeds if _routed(method) else seeds[:1]:  # nothing in pruning is random
+                try:
+                    plan = plan_at(recipe, method, model, budget, seed)
+                except RefusedError as error:
+                    reasons.append(f"{method.name} at {budget:g}: {error}")
+                    break
+                cells.append(Cell(method.name, kind, budget, seed, plan, base=method.name))
+                if recipe.controls and kind == "method" and plan.layout.num_experts > plan.layout.top_k > 0:
+                    name = f"{method.name}, {ORACLE}"
+                    cells.append(Cell(name, "control", budget, seed, plan, oracle=True, base=method.name))
+    if reasons:
+        raise RefusedError("the study cannot be done:\n" + "\n".join(f"  - {reason}" for reason in reasons))
+    order = {cell.method: i for i, cell in enumerate(reversed(cells))}
+    cells.sort(key=lambda c: (_turn(recipe, c), -order[c.method], -(c.budget or 0)))
+    return [Cell(DENSE, "dense", base=DENSE), *cells]
+
+
+def _turn(recipe: CompareRecipe, cell: Cell) -> int:
+    assert cell.budget is not None
+    assert cell.seed is not None
+    return recipe.seeds_of(cell.budget).index(cell.seed)
+
+
+def _routed(method: StudyMethod) -> bool:
+    choice = method.split_recipe().method.name
+    return choice not in SPLITTERS or SPLITTERS.get(choice).routed
+
+
+def _controls(recipe: CompareRecipe) -> Iterator[StudyMethod]:
+    """Random experts with a random router, and static pruning as it is and with every repair of the study."""
+    static_by = {"name": recipe.static_by.name, **recipe.static_by.options}
+    taken = {method.name for method in recipe.methods}
+    repairs: dict[str, Choice] = {NO_REPAIR: Choice(name=NO_REPAIR)}
+    for method in recipe.methods:
+        split = method.split_recipe()
+        splitter = SPLITTERS.get(split.method.name) if split.method.name in SPLITTERS else None
+        repair = split.repair
+        if repair is None and splitter is not None and splitter.default_repair and recipe.calibration:
+            repair = method.split_recipe(repair=splitter.default_repair).repair
+        if repair is not None and repair.name != NO_REPAIR and repair not in repairs.values():
+            same = sum(name.split(" ")[0] == repair.name for name in repairs)
+            repairs[f"{repair.name} {same + 1}" if same else repair.name] = repair
+    for name, repair in repairs.items():
+        if not recipe.calibration:
+            break
+        title = STATIC if name == NO_REPAIR else f"{STATIC} + {name}"
+        values = {"method": STATIC, "shared_by": static_by, "repair": {"name": repair.name, **repair.options}}
+        if title not in taken:
+            yield StudyMethod(name=title, recipe=values)
+    if RANDOM not in taken:
+        yield StudyMethod(name=RANDOM, shared_of_active=0.0, recipe={"method": RANDOM, "router": RANDOM})
+
+
+def plan_at(recipe: CompareRecipe, method: StudyMethod, model: DenseModel, budget: float, seed: int) -> SplitPlan:
+    """The plan of one method at one budget: sizes as given, else as they fit the budget best.
+
+    Raises:
+        RefusedError: It exceeds the budget, or nothing fits, or no target holds it.
+    """
+    given = {**method.recipe, **method.sizes.get(budget, {})}
+    fixed = {key: value for key, value in recipe.calibrated().items() if recipe.calibration} | {"seed": seed}
+    size = model.spec.intermediate_size
+    if not _routed(method):
+        pad_to = int(given.get("pad_to", 8))
+        kept = int(budget * size + 1e-9) // pad_to * pad_to
+        if kept == 0:
+            raise RefusedError(
+                f"a budget of {budget:g} of {size} neurons keeps none; the smallest is {pad_to / size:.3f}."
+            )
+        given.setdefault("shared", kept)
+    elif "top_k" not in given:
+        return _fitted(recipe, method, model, budget, {**given, **fixed})
+    plan = plan_split(model, method.split_recipe(**{**given, **fixed}))
+    if ffn_share(plan) > budget + 1e-9:
+        raise RefusedError(
+            f"the sizes that are given cost {ffn_share(plan):.4f} of the dense FFN, router and padding included, which "
+            f"exceeds the budget.",
+            hint="Leave top_k out: k, and S unless it is given, then follow from the budget.",
+        )
+    return plan
+
+
+def _fitted(
+    recipe: CompareRecipe, method: StudyMethod, model: DenseModel, budget: float, given: dict[str, Any]
+) -> SplitPlan:
+    """Sizes that fit; what the target adds (gates, stubs) is known when it is planned, so it may take two rounds."""
+    size = model.spec.intermediate_size
+    of_active = recipe.shared_of_active if method.shared_of_active is None else method.shared_of_active
+    shared = given.get("shared")
+    if isinstance(shared, str):
+        raise RefusedError(f"shared = {shared!r} needs num_experts and top_k beside it; or give a share or a count.")
+    share = of_active * budget if shared is None else shared if isinstance(shared, float) else shared / size
+    extra = SHARED_GATE if share > 0 else 0.0
+    multiple = False
+    for attempt in range(_ATTEMPTS):
+        sizes = sizes_for_budget(
+            model.spec, budget, given.get("num_experts"), share, given.get("pad_to", 8), fixed=extra, multiple=multiple
+        )
+        chosen = {"num_experts": sizes.num_experts, "top_k": sizes.top_k, "shared": sizes.shared}
+        try:
+            plan = plan_split(model, method.split_recipe(**{**given, **chosen}))
+        except RefusedError:
+            if multiple or share == 0 or attempt == _ATTEMPTS - 1:
+                raise
+            multiple = True  # for targets whose shared expert is a multiple of the others' width
+            continue
+        over = ffn_share(plan) - budget
+        if over <= 1e-9:
+            return plan
+        extra += over * size + 1e-3
+    raise RefusedError(f"no sizes were found that cost at most {budget:g} in {plan.target.name}.")
+
+
+def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells whose label or method matches a pattern (``*`` allowed), all of them if there is none.
+
+    Raises:
+        UsageError: A pattern matches nothing.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {cell.label for cell in cells if fnmatchcase(cell.label, pattern) or fnmatchcase(cell.method, pattern)}
+        if not found:
+            names = list(dict.fromkeys(cell.method for cell in cells))
+            raise UsageError(f"--only {pattern!r} matches no cell.", hint=near_misses(pattern.split("/")[0], names))
+        chosen |= found
+    return [cell for cell in cells if not patterns or cell.label in chosen]
+
+
+def estimated_flops(cell: Cell, parent: Cost, recipe: CompareRecipe, domains: int) -> int:
+    """Floating-point operations of a cell, roughly: calibration as planned, and a dense pass over the evaluation text.
+
+    A mixture of experts is measured with all its experts computed. ``evaluation_tokens`` null counts as its default.
+    """
+    tokens = domains * (recipe.evaluation_tokens or 8192)
+    walk = cell.plan.calibration.flops if cell.plan and cell.plan.calibration else 0
+    return tokens * parent.flops_per_token + walk
+
+
+def methods_of(cells: Iterable[Cell]) -> list[str]:
+    """The names of the methods, in order."""
+    return list(dict.fromkeys(cell.method for cell in cells))

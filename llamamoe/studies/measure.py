@@ -1,0 +1,63 @@
+"""Perplexity of conversions that are no checkpoint: the dense model runs with other FFNs in the place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.inputs import BATCH_TOKENS, LayerInputs
+from ..scores import ModelScores, model_scores
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..converted_ffn import ConvertedFfn
+    from ..evaluation import ScoringPlan
+
+
+def inputs_of(x_TH: torch.Tensor) -> LayerInputs:
+    """Tokens as a layer's inputs, to be computed where they are and as they are."""
+    scale = x_TH.new_ones(1).expand(len(x_TH))
+    return LayerInputs(x_TH, scale, x_TH.device, x_TH.dtype, batch_tokens=BATCH_TOKENS)
+
+
+@contextmanager
+def replaced_ffns(model: Any, ffns: Mapping[int, ConvertedFfn]) -> Iterator[None]:
+    """The model with these layers' FFNs computed by others, until the end of the context.
+
+    All experts are computed and the unselected ones multiplied by zero, as plain as can be.
+
+    Args:
+        model: A dense model of transformers, whose decoder layers have an ``mlp``.
+        ffns: By layer.
+    """
+    import torch
+
+    def runs(ffn: ConvertedFfn) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            return torch.cat(list(ffn.outputs(inputs_of(flat)))).reshape(x.shape).to(x.dtype)
+
+        return forward
+
+    layers = model.get_decoder().layers
+    try:
+        for layer, ffn in ffns.items():
+            layers[layer].mlp.forward = runs(ffn)
+        yield
+    finally:
+        for layer in ffns:
+            layers[layer].mlp.__dict__.pop("forward", None)
+
+
+def perplexity(
+    model: Any, text: ScoringPlan, batch_size: int, advance: Callable[[int], None] = lambda tokens: None
+) -> ModelScores:
+    """Score a model that is at hand, by the protocol of `llamamoe.evaluate`.
+
+    Raises:
+        LlamaMoeError: A loss is not finite.
+    """
+    counts = text.score(model, batch_size, advance)
+    return model_scores(text.side.name, str(model.dtype).removeprefix("torch."), counts)

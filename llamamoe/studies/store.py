@@ -1,0 +1,201 @@
+"""Finished cells, one small file each, and what they depend on."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..checkpoint.writer import write_text
+from ..errors import LlamaMoeError
+from .cells import Cell
+
+FOLDER = "cells"
+_PACKAGE = __name__.split(".")[0]
+_METHODS = ("splitters", "routers", "selectors", "repairs", "rescales", "calibration")
+"""Packages whose modules make a conversion what it is."""
+_ALWAYS = ("conversion", "converted_ffn", "layer", "evaluation", "scoring", "data.encoding", "streaming",
+           "studies.in_memory", "studies.measure")  # fmt: skip
+"""Modules that decide every cell."""
+_NOT_NUMBERS = frozenset({"compare", "card", "shard_size", "strict", "device", "calibration", "require"})
+"""Keys of a split's recipe that change no number; the text counts by its tokens."""
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """What a cell's result depends on; the key is a hash of all of it.
+
+    Attributes:
+        cell: Method, sizes, seed and options.
+        study: How it is measured.
+        code: Hash of the sources of the methods in it.
+        source: Fingerprint of the dense checkpoint.
+        calibration: Hash of the calibration tokens; None for a cell that takes none.
+        evaluation: Hash of the evaluation tokens; None where it is not known yet.
+    """
+
+    cell: Mapping[str, Any]
+    study: Mapping[str, Any]
+    code: str
+    source: str
+    calibration: str | None = None
+    evaluation: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "llamamoe": __version__,
+            "cell": dict(self.cell),
+            "study": dict(self.study),
+            "code": self.code,
+            "source": self.source,
+            "calibration": self.calibration,
+            "evaluation": self.evaluation,
+        }
+
+    def key(self) -> str:
+        """SHA-256 of everything."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def matches_but_text(self, stored: Mapping[str, Any]) -> bool:
+        """Whether stored dependencies are these, the text aside."""
+        texts = {"calibration": None, "evaluation": None}
+        mine = json.loads(json.dumps(self.to_json() | texts))
+        return bool({**stored, **texts} == mine)
+
+
+def cell_facts(cell: Cell) -> dict[str, Any]:
+    """What makes a cell different from others, as plain data."""
+    if cell.plan is None:
+        return {"dense": True}
+    recipe = {k: v for k, v in cell.plan.recipe.model_dump(mode="json").items() if k not in _NOT_NUMBERS}
+    return {"oracle": cell.oracle, "recipe": recipe}
+
+
+class CellStore:
+    """The folder of finished cells.
+
+    Args:
+        out: The study's folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / FOLDER
+
+    def path(self, cell: Cell, key: str) -> Path:
+        """Where a cell's result lies."""
+        label = re.sub(r"[^\w.+-]+", "_", cell.label)
+        return self.folder / f"{label}.{key[:12]}.json"
+
+    def load(self, cell: Cell, key: str) -> dict[str, Any] | None:
+        """The result of a cell, or None if there is none of this key."""
+        found = _read(self.path(cell, key))
+        return found if found is not None and found.get("key") == key else None
+
+    def save(self, cell: Cell, key: str, depends: Dependencies, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a result, whole or not at all; returns it as it will be read."""
+        data = {"key": key, "depends": depends.to_json(), **result}
+        write_file(self.path(cell, key), json.dumps(data, indent=1, allow_nan=False) + "\n")
+        loaded: dict[str, Any] = json.loads(json.dumps(data))
+        return loaded
+
+    def finished_but_text(self, cell: Cell, depends: Dependencies) -> dict[str, Any] | None:
+        """A result whose dependencies agree, whatever text it is of (for a plan, which reads no text)."""
+        prefix = self.path(cell, "").name.removesuffix("json")
+        for path in sorted(self.folder.glob(f"{_escape(prefix)}*.json")):
+            found = _read(path)
+            if found is not None and depends.matches_but_text(found.get("depends", {})):
+                return found
+        return None
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, its folder too.
+
+    Raises:
+        LlamaMoeError: The system does not let us.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise LlamaMoeError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            hint="Finished cells are kept: the same command goes on.",
+        ) from error
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", text)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A file that is broken counts as missing: the cell is done again."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def code_version(plugins: Iterable[type]) -> str:
+    """A hash of the sources of these plug-ins, of the method modules that they import, and of what runs every cell.
+
+    Comments, docstrings and formatting do not count. Adding a method changes the hash of no other.
+    """
+    modules = {f"{_PACKAGE}.{name}" for name in _ALWAYS} | {plugin.__module__ for plugin in plugins}
+    digests = sorted((name, digest) for name, digest in _closure(frozenset(modules)).items())
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+
+
+def _closure(modules: frozenset[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    waiting = set(modules)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            digest, imported = _source(name)
+            found[name] = digest
+            waiting |= {each for each in imported if each.split(".")[1:2] and each.split(".")[1] in _METHODS}
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _source(name: str) -> tuple[str, tuple[str, ...]]:
+    """Hash of a module's syntax tree without docstrings, and the modules of this package that it imports from."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return name, ()
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    imported = []
+    package = name if spec.submodule_search_locations else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+            imported.append(f"{base}.{node.module}" if node.module else base)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body[0] = ast.Pass()
+    modules = tuple(each for each in imported if each.startswith(_PACKAGE) and importlib.util.find_spec(each))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), modules
+
+
+def sha256_of(*arrays: Any) -> str:
+    """Hash of numpy arrays: shapes, types and contents."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        digest.update(f"{array.shape}{array.dtype.str}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

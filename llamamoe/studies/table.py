@@ -1,0 +1,222 @@
+"""What a study found: cells gathered over their seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget.
+
+    Attributes:
+        method: Its name in the recipe, or a control's.
+        kind: ``"dense"``, ``"method"`` or ``"control"``.
+        simulated: Why no file can hold it; None if one can.
+        budget: Share of the dense FFN's multiply-adds that was allowed; None for the dense model.
+        share: Share that it takes, router, padding and stubs included.
+        active_parameters: Of the whole model, per token.
+        total_parameters: Of the whole model.
+        sizes: ``num_experts``, ``top_k``, ``expert_width``, ``shared`` and ``target``; empty for the dense model.
+        seeds: The seeds that are done.
+        loss: Mean over seeds of the mean over domains of the loss, in nats.
+        perplexity: Mean over seeds of the exponential of it.
+        perplexity_stdev: Sample standard deviation over seeds; None for one seed.
+        ratio: ``perplexity`` over the dense model's; None if that is not done.
+        ratio_stdev: Likewise.
+        domains: Perplexity of every domain, mean over seeds.
+        recall_at_k: Mean over layers and seeds of the router's recall against the oracle, where it was measured.
+        captured: Likewise, the contribution captured.
+        output_error: Mean over layers and seeds of the relative error of the FFN's output on the calibration text.
+        seconds: Mean time of a cell.
+        peak_bytes: Most resident memory of the process in a cell.
+        exported_ratio: Largest factor between a written checkpoint's perplexity and the one here, either way; None if
+            none was written.
+    """
+
+    method: str
+    kind: str
+    simulated: str | None
+    budget: float | None
+    share: float
+    active_parameters: int
+    total_parameters: int
+    sizes: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    loss: float
+    perplexity: float
+    perplexity_stdev: float | None
+    ratio: float | None
+    ratio_stdev: float | None
+    domains: Mapping[str, float]
+    recall_at_k: float | None
+    captured: float | None
+    output_error: float | None
+    seconds: float
+    peak_bytes: int
+    exported_ratio: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `llamamoe.compare` found.
+
+    Attributes:
+        source: Name of the dense model.
+        rows: The dense model, then budget by budget (the largest first) by perplexity.
+        cells: What each finished cell's file holds, without what it depends on.
+        pending: Labels of the selected cells that are not done.
+        failed: Label and reason of cells that could not be done.
+        protocol: How perplexity was measured, in words.
+        text: How much text of which domains; for calibration also where it came from.
+        recipe: The study's recipe.
+        warnings: For the user.
+        files: What was written: ``json``, ``markdown``, and the pictures if they could be drawn.
+    """
+
+    source: str
+    rows: tuple[Row, ...]
+    cells: tuple[Mapping[str, Any], ...]
+    pending: tuple[str, ...]
+    failed: tuple[tuple[str, str], ...]
+    protocol: str
+    text: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    files: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def rows_of(cells: Sequence[Mapping[str, Any]]) -> tuple[Row, ...]:
+    """Gather finished cells by method and budget.
+
+    Args:
+        cells: What `llamamoe.studies.engine.measure_cell` made.
+    """
+    dense = next((cell["perplexity"] for cell in cells if cell["kind"] == "dense"), None)
+    groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["method"], cell["budget"]), []).append(cell)
+    rows = [_row(group, dense) for group in groups.values()]
+    return tuple(sorted(rows, key=lambda row: (row.budget is not None, -(row.budget or 0), row.perplexity)))
+
+
+def _row(group: Sequence[Mapping[str, Any]], dense: float | None) -> Row:
+    first = group[0]
+    values = [cell["perplexity"] for cell in group]
+    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    exported = [math.log(c["exported"]["perplexity"] / c["perplexity"]) for c in group if c.get("exported")]
+    return Row(
+        method=first["method"],
+        kind=first["kind"],
+        simulated=first["simulated"],
+        budget=first["budget"],
+        share=first["share"],
+        active_parameters=first["active_parameters"],
+        total_parameters=first["total_parameters"],
+        sizes=first["sizes"],
+        seeds=tuple(cell["seed"] for cell in group if cell["seed"] is not None),
+        loss=statistics.fmean(cell["loss"] for cell in group),
+        perplexity=mean,
+        perplexity_stdev=spread,
+        ratio=mean / dense if dense else None,
+        ratio_stdev=spread / dense if dense and spread is not None else None,
+        domains={name: statistics.fmean(c["domains"][name]["perplexity"] for c in group) for name in first["domains"]},
+        recall_at_k=_layers_mean(group, "recall_at_k"),
+        captured=_layers_mean(group, "captured"),
+        output_error=_layers_mean(group, "output_error"),
+        seconds=statistics.fmean(cell["seconds"] for cell in group),
+        peak_bytes=max(cell["peak_bytes"] for cell in group),
+        exported_ratio=math.exp(max(map(abs, exported))) if exported else None,
+    )
+
+
+def _layers_mean(group: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    found = []
+    for cell in group:
+        for layer in cell["layers"]:
+            value = layer.get(name, layer.get("router_quality", {}).get(name))
+            if value is not None:
+                found.append(value)
+    return statistics.fmean(found) if found else None
+
+
+def number(value: float) -> str:
+    """A perplexity or ratio with four digits: ``36.58``, ``1,204``, ``3.3e+06``."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.1e}" if value >= 1e6 else f"{value:,.0f}" if value >= 999.5 else f"{value:.4g}"
+
+
+def with_spread(value: float, spread: float | None) -> str:
+    """``88.1 +-0.4``; without the deviation where there is one seed."""
+    return number(value) if spread is None else f"{number(value)} +-{spread:.2g}"
+
+
+def shape(row: Row) -> str:
+    """``7 of 24, 416 shared``; what is kept, for pruning."""
+    sizes = row.sizes
+    if not sizes:
+        return ""
+    shared = f"{sizes['shared']:,}"
+    if not sizes["num_experts"]:
+        return f"{shared} neurons"
+    routed = f"{sizes['top_k']} of {sizes['num_experts']}"
+    return f"{routed}, {shared} shared" if sizes["shared"] else routed
+
+
+def markdown(found: Comparison) -> str:
+    """The study as a page: tables, and how it was measured."""
+    lines = [f"# {found.source}: ways to convert it, compared", ""]
+    if "svg" in found.files:
+        lines += [f"![Perplexity against active share]({found.files['svg']})", ""]
+    lines += _markdown_rows(found.rows)
+    domains = list(dict.fromkeys(name for row in found.rows for name in row.domains))
+    if len(domains) > 1:
+        lines += ["", "## Perplexity by domain", ""]
+        lines += _markdown_table(
+            ["method", "budget", *domains],
+            [[row.method, _percent(row.budget), *(number(row.domains[d]) for d in domains)] for row in found.rows],
+        )
+    lines += ["", "## How it was measured", "", found.protocol, ""]
+    lines += [
+        "Active share: multiply-adds of the FFNs per token, router, padding and stubs included, as a share of the dense "
+        "model's. +- is the sample standard deviation over seeds. An oracle router is told every expert's contribution: "
+        "simulated, it cannot be exported.",
+    ]
+    for title, items in (("Not done", [*found.pending, *(f"{a}: {b}" for a, b in found.failed)]),
+                         ("Warnings", found.warnings)):  # fmt: skip
+        if items:
+            lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_rows(rows: Sequence[Row]) -> list[str]:
+    header = ["method", "budget", "active share", "experts", "perplexity", "x dense", "recall@k", "seeds", "s/cell"]
+    body = []
+    for row in rows:
+        name = f"{row.method} ({row.simulated})" if row.simulated else row.method
+        name = f"**{name}**" if row.kind == "method" else name
+        ratio = "" if row.ratio is None else with_spread(row.ratio, row.ratio_stdev)
+        recall = "" if row.recall_at_k is None else f"{row.recall_at_k:.2f}"
+        seeds = str(len(row.seeds)) if row.seeds else ""
+        perplexity = with_spread(row.perplexity, row.perplexity_stdev)
+        body.append([name, _percent(row.budget), f"{100 * row.share:.1f} %", shape(row), perplexity, ratio, recall,
+                     seeds, f"{row.seconds:.0f}"])  # fmt: skip
+    return _markdown_table(header, body)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] * len(header)) + "|"]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+def _percent(budget: float | None) -> str:
+    return "" if budget is None else f"{100 * budget:g} %"
