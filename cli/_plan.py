@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llamamoe.calibration.cost import REFERENCE_FLOPS
+
 from ._format import amount, change, duration, error, plural, size
 from ._tables import bullets, facts, heading, table
 
 if TYPE_CHECKING:
+    from llamamoe.calibration.cost import CalibrationPlan
     from llamamoe.conversion import SplitResult
     from llamamoe.costs import Cost
     from llamamoe.plan import SplitPlan
@@ -47,6 +50,11 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         rows.append(("shared", f"{layout.num_shared:,} neurons for every token, chosen by {by}{padded}"))
     elif layout.shared_width:
         rows.append(("shared", f"none; {plan.target.name} needs a shared expert, so a zero one is stored"))
+    if plan.repaired and recipe.repair is not None:
+        passes = "" if recipe.repair_passes == 1 else f", {recipe.repair_passes} passes"
+        rows.append(("repair", f"{recipe.repair.name}{passes}"))
+    if plan.calibration is not None:
+        rows += _calibration(plan.calibration)
     if layout.dense_layers:
         rows.append(("kept dense", ", ".join(map(str, layout.dense_layers))))
     router, rescale = recipe.router, recipe.rescale
@@ -60,6 +68,16 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
         ("peak memory", f"about {size(plan.peak_bytes)}, beside Python and torch themselves"),
     ]
+
+
+def _calibration(needed: CalibrationPlan) -> list[tuple[str, str]]:
+    operations, rate = f"{amount(needed.flops)} operations", f"{amount(int(REFERENCE_FLOPS))} a second"
+    return [
+        ("calibration", f"{needed.tokens:,} tokens in sequences of {needed.length:,}"),
+        ("needed by", ", ".join(needed.needing)),
+        ("hidden states", f"{size(needed.disk_bytes)} in memory-mapped files beside OUT while it runs"),
+        ("calibration time", f"about {duration(needed.seconds())} at {rate} ({operations})"),
+    ]  # fmt: skip
 
 
 def _costs(before: Cost, after: Cost) -> None:
@@ -112,11 +130,22 @@ def print_result(result: SplitResult) -> None:
             ("parameters", f"{amount(after.total_parameters)}; {amount(after.active_parameters)} active ({shares[0]})"),
             ("files", f"{plural(len(plan.shards), 'file')}, {size(after.nbytes)}"),
             ("parity", parity(result.receipt.get("verification"))),
+            *_layer_errors(result.receipt["layers"]),
             ("took", f"{duration(run['seconds'])}, at most {size(run['peak_resident_bytes'])} of memory"),
         ]
     )
     print_warnings(result.warnings)
     _advice(plan.advice)
+
+
+def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How far the layers' outputs are from the dense ones' on the calibration text, if there was some."""
+    after = sorted(layer["output_error"] for layer in layers if "output_error" in layer)
+    before = sorted(layer["output_error_before_repair"] for layer in layers if "output_error_before_repair" in layer)
+    if not after:
+        return []
+    was = f", {before[len(before) // 2]:.2f} before repair" if before else ""
+    return [("layer error", f"{after[len(after) // 2]:.2f} of the dense output in the middle layer by error{was}")]
 
 
 def parity(check: Mapping[str, Any] | None) -> str:

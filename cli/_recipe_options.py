@@ -42,6 +42,10 @@ def _targets() -> list[str]:
     return ["auto", *_registry("targets", "TARGETS")()]
 
 
+def _splitters() -> list[str]:
+    return ["auto", *_registry("splitters", "SPLITTERS")()]
+
+
 class _Row(NamedTuple):
     """An option of the recipe: its flag and field, and what the recipe itself does not know.
 
@@ -49,6 +53,7 @@ class _Row(NamedTuple):
         names: What there is to choose from, if it is a choice.
         unset: What decides if neither flag nor recipe does.
         text: In the place of the recipe's description and of the names.
+        multiple: Whether it may be repeated.
     """
 
     flag: str
@@ -59,6 +64,7 @@ class _Row(NamedTuple):
     names: Callable[[], list[str]] | None = None
     unset: str = ""
     text: str = ""
+    multiple: bool = False
 
     def help(self) -> str:
         """The recipe's description, the names to choose from, the default and where it comes from."""
@@ -94,7 +100,26 @@ class _Layers(click.ParamType):  # type: ignore[type-arg]  # not generic in clic
         return layers
 
 
-SIZES, METHODS, WRITING = "Experts", "Methods", "What is written"
+class _Weights(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.2
+    """``arxiv=1,book=2``, as a mapping."""
+
+    name = "weights"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
+        """Parse it, or say what is wrong."""
+        weights: dict[str, float] = {}
+        for part in str(value).split(","):
+            domain, equals, number = (text.strip() for text in part.rpartition("="))
+            try:
+                weights[domain] = float(number)
+            except ValueError:
+                equals = ""
+            if not (domain and equals):
+                self.fail(f"{part.strip()!r} is no domain and weight (arxiv=1).", param, ctx)
+        return weights
+
+
+SIZES, METHODS, CALIBRATION, WRITING = "Experts", "Methods", "Calibration", "What is written"
 _ROWS = (
     _Row("--experts", "num_experts", SIZES, "N", int),
     _Row("--top-k", "top_k", SIZES, "K", int),
@@ -102,13 +127,27 @@ _ROWS = (
     _Row("--pad-to", "pad_to", SIZES, "W", int),
     _Row("--keep-dense", "keep_dense", SIZES, "LAYERS", _Layers(), unset="none",
          text="Layers left dense, for example 0,1,-1 or 0-2"),
-    _Row("--method", "method", METHODS, "NAME", names=_registry("splitters", "SPLITTERS")),
-    _Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("selectors", "SELECTORS")),
+    _Row("--method", "method", METHODS, "NAME", names=_splitters),
+    _Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("selectors", "SELECTORS"), unset="the method's"),
     _Row("--router", "router", METHODS, "NAME", names=_registry("routers", "ROUTERS"), unset="the method's"),
     _Row("--router-scale", "router_scale", METHODS, "NAME", names=_literals("router_scale"),
          text="hard: rows so small that selected experts weigh the same; soft: rows as they are"),
     _Row("--rescale", "rescale", METHODS, "NAME", names=_registry("rescales", "RESCALES"), unset="the method's"),
+    _Row("--repair", "repair", METHODS, "NAME", names=_registry("repairs", "REPAIRS"), unset="the method's"),
+    _Row("--repair-passes", "repair_passes", METHODS, "N", int),
     _Row("--seed", "seed", METHODS, "N", int),
+    _Row("--calibration", "calibration", CALIBRATION, "PATH|auto", unset="none", multiple=True,
+         text="Text for methods that need it: a file (txt, jsonl, parquet), folder or glob, may be repeated; auto: sampled "
+         "from SOURCE itself"),
+    _Row("--calibration-tokens", "calibration_tokens", CALIBRATION, "N", int),
+    _Row("--calibration-weights", "calibration_weights", CALIBRATION, "arxiv=1,book=2", _Weights(), unset="equal",
+         text="Share of each domain in the text"),
+    _Row("--calibration-length", "calibration_length", CALIBRATION, "N", int,
+         unset="the model's positions, at most 2048"),
+    _Row("--device", "device", CALIBRATION, "auto|cpu|cuda"),
+    _Row("--compute-dtype", "compute_dtype", CALIBRATION, "NAME", names=_literals("compute_dtype"),
+         unset="bfloat16 for a 16-bit source where it is much faster, else float32",
+         text="Dtype of large products on the text: float32 or bfloat16"),
     _Row("--target", "target", WRITING, "NAME", names=_targets),
     _Row("--dtype", "dtype", WRITING, "NAME", names=_literals("dtype"), unset="the source's",
          text="Dtype to store: float32, bfloat16 or float16"),
@@ -131,8 +170,15 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
             metavar=row.metavar,
             type=row.type if row.names is None else Name(row.names),
             explain=row.help,
+            multiple=row.multiple,
+            callback=_given if row.multiple else None,
         )(function)
     return function
+
+
+def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[str] | None:
+    """What was typed, or None as for every other option that was not."""
+    return list(value) or None
 
 
 def recipe_file(text: str | None) -> AbstractContextManager[Path | None]:

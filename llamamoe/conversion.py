@@ -116,7 +116,7 @@ def split(
             from .verification import verify_conversion
 
             receipt["verification"] = verify_conversion(decided, writer.path, progress).to_json()
-        receipt["run"] = _run_facts(started)
+        receipt["run"] = _run_facts(started) | _speed(decided, compute)
         write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
         writer.publish(replace=force)
     return SplitResult(out, decided, receipt, warnings)
@@ -251,6 +251,15 @@ def _receipt(
         "warnings": list(warnings),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
+
+
+def _speed(decided: SplitPlan, compute: Compute | None) -> dict[str, Any]:
+    """How fast this machine multiplies, and what the plan's estimate of calibration makes of that."""
+    if compute is None or decided.calibration is None:
+        return {}
+    rate = compute.flops_per_second()
+    seconds = round(decided.calibration.seconds(rate), 1)
+    return {"calibration": {"flops_per_second": round(rate), "estimated_seconds": seconds}}
 
 
 def _run_facts(started: float) -> dict[str, Any]:

@@ -109,9 +109,10 @@ def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
     have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
     if resume and partial_path(out).is_dir():
         have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
-    need = decided.cost.nbytes + 64 * 2**20
+    states = decided.calibration.disk_bytes if decided.calibration else 0
+    need = decided.cost.nbytes + states + 64 * 2**20
     if have < need:
         raise RefusedError(
-            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
+            f"the result{' and the hidden states' if states else ''} take{'' if states else 's'} {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
             hint="Make room, choose another disk, or a smaller --dtype.",
         )

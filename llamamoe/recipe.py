@@ -140,7 +140,9 @@ class SplitRecipe(BaseModel):
         None, description="Dtype of large products on calibration text; what is fitted and stored is not rounded to it."
     )
     device: str = Field(
-        "auto", pattern=r"^(auto|[a-z]+(:[0-9]+)?)$", description="Where calibration runs: auto, cpu, cuda, cuda:1, ..."
+        "auto",
+        pattern=r"^(auto|[a-z]+(:[0-9]+)?)$",
+        description="Where calibration runs: auto (a GPU if there is one), cpu, cuda or cuda:1",
     )
     target: str = Field("auto", description="The transformers architecture to write.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -166,6 +168,8 @@ class SplitRecipe(BaseModel):
             raise PydanticCustomError("top_k", f"top_k = {self.top_k} must not exceed num_experts = {self.num_experts}")
         if AUTO in self.calibration and len(self.calibration) > 1:
             raise PydanticCustomError("calibration", "calibration: 'auto' (sampled text) cannot be mixed with files")
+        if AUTO in self.calibration and self.calibration_weights is not None:
+            raise PydanticCustomError("calibration_weights", "calibration_weights: sampled text has no domains")
         if self.calibration_weights is not None and not any(self.calibration_weights.values()):
             raise PydanticCustomError("calibration_weights", "calibration_weights: all are zero")
         if self.target != "auto" and self.target not in TARGETS:
