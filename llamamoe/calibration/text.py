@@ -218,7 +218,7 @@ def _fitting_length(available: Sequence[int], length: int) -> int:
     """
     kept = {
         each: sum(tokens // each * each for tokens in available)
-        for each in {min(length, tokens) for tokens in available if tokens >= 2}
+        for each in {min(length, tokens) for tokens in available if tokens}
     }
     return max(each for each, tokens in kept.items() if tokens >= _KEPT * max(kept.values()))
 

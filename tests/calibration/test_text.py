@@ -169,7 +169,7 @@ ODD = (
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=8), min_size=1, max_size=4),
-    num_tokens=st.integers(256, 600),
+    num_tokens=st.integers(340, 700),
     length=st.integers(2, 80),
 )
 def test_no_token_is_lost_or_out_of_order(tmp_path_factory, tokenizer, sizes, num_tokens, length):
