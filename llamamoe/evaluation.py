@@ -73,7 +73,7 @@ def evaluate(
     results = [plan.run(batch_size, dtype, device, advance) for plan in plans]
     scores = [model_scores(side.name, used, counts) for side, (used, counts) in zip(sides, results, strict=True)]
     return Evaluation(
-        protocol=_protocol(length, max_tokens, sides, same),
+        protocol=protocol(length, max_tokens, sides, same),
         context_length=length,
         max_tokens=max_tokens,
         device=device,
@@ -243,7 +243,7 @@ def _counter(total: int, progress: ProgressCallback) -> Callable[[str, int], Non
     return advance
 
 
-def _protocol(length: int, max_tokens: int | None, sides: Sequence[Opened], same: bool) -> str:
+def protocol(length: int, max_tokens: int | None, sides: Sequence[Opened], same: bool = True) -> str:
     """State in words what was measured."""
     firsts = ["none" if s.bos is None else f"'{s.tokenizer.convert_ids_to_tokens(s.bos)}'" for s in sides]
     parts = [
