@@ -20,6 +20,7 @@ from ..checkpoint.writer import write_text
 from ..errors import LlamaMoeError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from ..streaming import LayerRunner, StreamedModel
+from .inputs import BATCH_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,7 @@ def ffn_gradients(
     folder: Path,
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype | None = None,
-    batch_sequences: int = 8,
+    batch_sequences: int | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> GradientStore:
     """The gradient of the parent's loss with respect to every FFN's output, in transformers' own classes.
@@ -108,7 +109,7 @@ def ffn_gradients(
     but rounding.
 
     Every layer runs forward twice and backward once. Memory: one decoder layer, embedding and head, and the
-    activations of one layer on one batch; logits are made a few tokens at a time. On disk: at most ``layers + 4``
+    activations of one layer on one batch; logits are made a few tokens at a time. On disk: at most ``layers + 3``
     times ``T H`` values, in the end ``layers`` times. A finished result with the same model, tokens and dtype is used again, an unfinished one is
     not.
 
@@ -119,7 +120,7 @@ def ffn_gradients(
         device: Where to compute.
         compute_dtype: What layers, hidden states and gradients are held in; None for float32. In float16 small
             gradients vanish.
-        batch_sequences: Sequences at once.
+        batch_sequences: Sequences at once; None for about `BATCH_TOKENS` tokens.
         progress: Told after every layer.
 
     Raises:
@@ -142,7 +143,8 @@ def ffn_gradients(
     store.remove()
     folder.mkdir(parents=True, exist_ok=True)
     runner = LayerRunner(StreamedModel.of_dense(model, dtype=dtype, device=device), ids_ST.shape[1])
-    job = _Pass(runner, ids_ST, store, torch.device(device), batch_sequences, progress)
+    batch = batch_sequences or max(1, BATCH_TOKENS // ids_ST.shape[1])
+    job = _Pass(runner, ids_ST, store, torch.device(device), batch, progress)
     with torch.no_grad():
         job.forward()
     loss = job.head(spec.vocab_size)

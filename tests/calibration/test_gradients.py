@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import llamamoe
 from llamamoe import scoring
 from llamamoe.calibration.gradients import DONE_FILE, ffn_gradients
 from llamamoe.dense import DenseModel, understand
@@ -167,3 +168,37 @@ def test_values_that_are_not_finite_name_the_layer(dense, tmp_path):
 def test_refuses_ids_that_are_no_text(ids, dense, tmp_path):
     with pytest.raises(ValueError, match=r"sequences|token ids"):
         ffn_gradients(opened(dense), ids, folder=tmp_path / "gradients")
+
+
+def test_a_resumed_conversion_uses_its_gradients_again(dense, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(32 + i * i % 90) for i in range(700)))
+    given = {
+        "method": {"name": "gradient", "overlap": "inter"},
+        "num_experts": 4,
+        "top_k": 2,
+        "shared": "1x",
+        "target": "qwen2_moe",
+        "calibration": [str(text)],
+        "calibration_tokens": 640,
+        "calibration_length": 32,
+    }
+    recipe = llamamoe.load_recipe(given=given)
+    stages: list[str] = []
+
+    def stop(step: Progress) -> None:
+        stages.append(step.stage)
+        if step.stage == "convert" and step.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llamamoe.split(dense, tmp_path / "out", recipe, progress=stop)
+    assert "gradients: backward" in stages
+    stages.clear()
+    out = llamamoe.split(dense, tmp_path / "out", recipe, resume=True, progress=lambda s: stages.append(s.stage)).out
+    assert "gradients: forward" not in stages
+    whole = llamamoe.split(dense, tmp_path / "whole", recipe)
+    assert whole.plan.parity == "exact"
+    assert whole.receipt["verification"]["equal_weights"] < 1e-5
+    assert (out / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
+    assert not list(out.glob("**/gradients*"))
