@@ -142,7 +142,7 @@ def plan_at(recipe: CompareRecipe, method: StudyMethod, model: DenseModel, budge
     fixed = {key: value for key, value in recipe.calibrated().items() if recipe.calibration} | {"seed": seed}
     size = model.spec.intermediate_size
     if not _routed(method):
-        pad_to = int(given.get("pad_to", 8))
+        pad_to = int(given.get("pad_to", 1))  # a dense FFN may have any width
         kept = int(budget * size + 1e-9) // pad_to * pad_to
         if kept == 0:
             raise RefusedError(

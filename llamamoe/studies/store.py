@@ -92,8 +92,7 @@ class CellStore:
 
     def path(self, cell: Cell, key: str) -> Path:
         """Where a cell's result lies."""
-        label = re.sub(r"[^\w.+-]+", "_", cell.label)
-        return self.folder / f"{label}.{key[:12]}.json"
+        return self.folder / f"{_file_name(cell)}.{key[:12]}.json"
 
     def load(self, cell: Cell, key: str) -> dict[str, Any] | None:
         """The result of a cell, or None if there is none of this key."""
@@ -109,8 +108,7 @@ class CellStore:
 
     def finished_but_text(self, cell: Cell, depends: Dependencies) -> dict[str, Any] | None:
         """A result whose dependencies agree, whatever text it is of (for a plan, which reads no text)."""
-        prefix = self.path(cell, "").name.removesuffix("json")
-        for path in sorted(self.folder.glob(f"{_escape(prefix)}*.json")):
+        for path in sorted(self.folder.glob(f"{_file_name(cell)}.*.json")):
             found = _read(path)
             if found is not None and depends.matches_but_text(found.get("depends", {})):
                 return found
@@ -133,8 +131,8 @@ def write_file(path: Path, text: str) -> None:
         ) from error
 
 
-def _escape(text: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", text)
+def _file_name(cell: Cell) -> str:
+    return re.sub(r"[^\w+.-]+", "_", cell.label)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

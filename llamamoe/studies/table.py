@@ -139,8 +139,11 @@ def _row(group: Sequence[Mapping[str, Any]], dense: float | None) -> Row:
 
 
 def _layers_mean(group: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean over layers and seeds; an oracle has no quality to speak of."""
     found = []
     for cell in group:
+        if cell["simulated"] and name != "output_error":
+            continue
         for layer in cell["layers"]:
             value = layer.get(name, layer.get("router_quality", {}).get(name))
             if value is not None:

@@ -1,0 +1,323 @@
+"""Runs the cells of a study: one dense model in memory, the FFNs of one conversion after the other in its place."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.compute import Compute, choose_compute
+from ..calibration.session import make_text, with_clusters
+from ..calibration.text import CalibrationText, shared_documents
+from ..errors import UsageError
+from ..evaluation import pick_device, scoring_plan
+from ..hub import Location
+from ..progress import Progress, ProgressCallback, ignore_progress
+from ..recipe import AUTO
+from ..scores import ModelScores
+from ..scoring import load_weights, open_model
+from .cells import Cell
+from .in_memory import convert_in_memory
+from .measure import perplexity, replaced_ffns
+from .recipe import CompareRecipe
+from .store import sha256_of
+
+if TYPE_CHECKING:
+    from ..calibration.gradients import GradientStore
+    from ..plan import SplitPlan
+
+SAMPLED = "sampled"
+_WORK, _CHECKPOINTS = "work", "checkpoints"
+
+
+class Engine:
+    """What the cells of a study share: the evaluation text, calibration texts, the dense model.
+
+    Args:
+        location: The source, a folder.
+        recipe: The study.
+        out: Its folder; checkpoints and large files go there.
+
+    Raises:
+        UsageError: A text does not exist, or documents are in both texts.
+        CheckpointError: The source is no folder that transformers loads.
+        LlamaMoeError: A text cannot be read or has nothing to score.
+    """
+
+    def __init__(self, location: Location, recipe: CompareRecipe, out: Path) -> None:
+        self.location, self.recipe, self.out = location, recipe, out
+        self.device = pick_device(recipe.device)
+        self.text, self.window = scoring_plan(
+            open_model(location.path),
+            recipe.evaluation,
+            max_tokens=recipe.evaluation_tokens,
+            context_length=recipe.context_length,
+        )
+        self._texts: dict[tuple[Any, ...], CalibrationText] = {}
+
+    # ---- texts ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def evaluation_hash(self) -> str:
+        """Hash of the tokens that are scored, and of how they are cut into windows."""
+        import numpy as np
+
+        parts = [np.array([[w.document, w.start, w.stop] for w in self.text.windows])]
+        names = "\0".join(each.document.domain for each in self.text.encoded)
+        parts.append(np.frombuffer(names.encode(), dtype=np.uint8))
+        return sha256_of(*parts, *(each.ids for each in self.text.encoded))
+
+    def calibration_hash(self, plan: SplitPlan) -> str | None:
+        """Hash of the calibration tokens; sampled text is known by its recipe alone, so nothing is sampled for it."""
+        if plan.calibration is None:
+            return None
+        if plan.recipe.calibration == (AUTO,):
+            return SAMPLED
+        text = self.calibration_text(plan)
+        clusters = () if text.clusters_S is None else (text.clusters_S,)
+        return sha256_of(text.ids_ST, *clusters)
+
+    def calibration_text(self, plan: SplitPlan, progress: ProgressCallback = ignore_progress) -> CalibrationText:
+        """The text of a plan, made once for all cells that share it; refused if documents are evaluated on too.
+
+        Raises:
+            UsageError: Documents are in both texts.
+        """
+        assert plan.calibration is not None
+        key: tuple[Any, ...] = (plan.recipe.seed, plan.calibration.length, plan.recipe.calibration_tokens)
+        if key not in self._texts:
+            with tempfile.TemporaryDirectory() as scratch:
+                text = make_text(plan, self._compute(plan), Path(scratch), progress)
+            self._refuse_overlap(text)
+            self._texts[key] = text
+        return with_clusters(plan, self._texts[key])
+
+    def _refuse_overlap(self, text: CalibrationText) -> None:
+        both = shared_documents(text.document_hashes, (each.document for each in self.text.encoded))
+        if both:
+            more = f" and {len(both) - 1} more" if len(both) > 1 else ""
+            raise UsageError(
+                f"{both[0]}{more} would be evaluated on, but the same text is in the calibration text.",
+                hint="Calibrate on other documents: what a model was fitted to says nothing of its quality.",
+            )
+
+    def text_facts(self) -> dict[str, Any]:
+        """How much text of which domains is evaluated and calibrated on."""
+        tokens = {domain: int(self.text.tokens[members].sum()) for domain, members in self.text.domains.items()}
+        facts: dict[str, Any] = {"evaluation": {"window": self.window, "scored_tokens": tokens}}
+        for key, text in self._texts.items():
+            facts.setdefault("calibration", {})[f"seed {key[0]}"] = text.facts
+        return facts
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is to be said of the calibration texts."""
+        return tuple(dict.fromkeys(w for text in self._texts.values() for w in text.warnings))
+
+    # ---- cells ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def model(self) -> Any:
+        """The dense model of transformers."""
+        return load_weights(self.text.side, self.recipe.dtype, self.device)
+
+    def _compute(self, plan: SplitPlan) -> Compute:
+        return choose_compute(plan.recipe, plan.source_dtype)
+
+    def measure(self, cell: Cell, advance: Callable[[float], None]) -> dict[str, Any]:
+        """Convert in memory, and score.
+
+        Args:
+            cell: What to do.
+            advance: Told of the share that is done, from 0 to 1.
+
+        Returns:
+            The result as plain data, see `llamamoe.studies.table`.
+
+        Raises:
+            LlamaMoeError: Something is not finite, or a text cannot be had.
+        """
+        model = self.model  # not in the cell's time
+        text = self.calibration_text(cell.plan) if cell.plan and cell.plan.calibration else None
+        began = time.monotonic()
+        facts: Sequence[Mapping[str, Any]] = ()
+        reset_peak(self.device)
+        walk = 0.0 if cell.plan is None else 0.1 if text is None else 0.8  # share of the time, roughly
+        scored = int(self.text.tokens.sum())
+        done = 0
+
+        def score(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            advance(walk + (1 - walk) * min(1.0, done / scored))
+
+        ffns: Mapping[int, Any] = {}
+        if cell.plan is not None:
+            layers = cell.plan.model.spec.num_layers
+            converted = convert_in_memory(
+                cell.plan,
+                text,
+                self._compute(cell.plan),
+                oracle=cell.oracle,
+                gradients=self._gradients(cell.plan, text),
+                folder=self._work(),
+                advance=lambda layer: advance(walk * (layer + 1) / layers),
+            )
+            ffns, facts = converted.ffns, converted.facts
+        with replaced_ffns(model, ffns):
+            scores = perplexity(model, self.text, self.recipe.batch_size, score)
+        return _result(cell, scores) | {
+            "layers": _finite(facts),
+            "seconds": round(time.monotonic() - began, 3),
+            "peak_bytes": peak_bytes(self.device),
+            "device": self.device,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def export(self, cell: Cell, progress: ProgressCallback) -> dict[str, Any]:
+        """Write the checkpoint of a cell, and measure it with `llamamoe.evaluate`."""
+        from ..conversion import split
+        from ..evaluation import evaluate
+
+        assert cell.plan is not None
+        name = cell.label.replace("/", "_").replace(" ", "_").replace(",", "")
+        folder = self.out / _CHECKPOINTS / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        split(self.location.path, folder, cell.plan.recipe, force=True, progress=progress)
+        found = evaluate(
+            folder,
+            self.recipe.evaluation,
+            max_tokens=self.recipe.evaluation_tokens,
+            context_length=self.window,
+            batch_size=self.recipe.batch_size,
+            dtype=self.recipe.dtype,
+            device=self.device,
+        )
+        return {"folder": f"{_CHECKPOINTS}/{name}", "perplexity": found.model.mean_over_domains.perplexity}
+
+    def _work(self) -> Path:
+        folder = self.out / _WORK
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _gradients(self, plan: SplitPlan, text: CalibrationText | None) -> GradientStore | None:
+        if text is None or plan.calibration is None or not plan.calibration.gradients:
+            return None
+        import torch
+
+        from ..calibration.gradients import ffn_gradients
+
+        compute = self._compute(plan)
+        return ffn_gradients(
+            plan.model,
+            torch.from_numpy(text.ids_ST),
+            folder=self._work() / "gradients",
+            device=compute.device,
+            compute_dtype=None if compute.dtype == torch.float32 else compute.dtype,
+        )
+
+    def close(self) -> None:
+        """Delete what only the run needed."""
+        shutil.rmtree(self.out / _WORK, ignore_errors=True)
+
+
+def _result(cell: Cell, scores: ModelScores) -> dict[str, Any]:
+    plan, mean = cell.plan, scores.mean_over_domains
+    sizes: dict[str, Any] = {}
+    if plan is not None:
+        layout = plan.layout
+        sizes = {
+            "num_experts": layout.num_experts,
+            "top_k": layout.top_k,
+            "expert_width": layout.expert_width,
+            "shared": layout.num_shared,
+            "target": plan.target.name,
+        }
+    return {
+        "method": cell.method,
+        "kind": cell.kind,
+        "base": cell.base,
+        "simulated": cell.simulated,
+        "budget": cell.budget,
+        "seed": cell.seed,
+        "share": cell.share,
+        "sizes": sizes,
+        "loss": mean.loss,
+        "perplexity": mean.perplexity,
+        "bits_per_byte": mean.bits_per_byte,
+        "domains": {
+            name: {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
+            for name, score in scores.domains.items()
+        },
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Plain data for strict JSON: numbers that are not finite become null."""
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
+
+
+def reset_peak(device: str) -> None:
+    """Begin to measure the peak anew, where the system can."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: forget the peak of resident memory
+
+
+def peak_bytes(device: str) -> int:
+    """Most resident memory of the process since `reset_peak` (elsewhere than on Linux: since it began), and the GPU's."""
+    most = 0
+    if device.startswith("cuda"):
+        import torch
+
+        most = int(torch.cuda.max_memory_allocated())
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return most + int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most + (peak if sys.platform == "darwin" else peak * 1024)
+
+
+class Meter:
+    """Tells how far a study is, in floating-point operations, so that the time left means something.
+
+    Args:
+        flops: Of every cell that is to be done.
+        progress: Is told.
+    """
+
+    UNIT = 10**9
+
+    def __init__(self, flops: Sequence[int], progress: ProgressCallback) -> None:
+        self._total = max(1, sum(flops) // self.UNIT)
+        self._done = 0.0
+        self._progress = progress
+
+    def cell(self, label: str, flops: int) -> Callable[[float], None]:
+        """For one cell: to be called with the share that is done."""
+        start, whole = self._done, flops / self.UNIT
+
+        def advance(share: float) -> None:
+            self._done = start + share * whole
+            done = min(self._total, int(self._done + 1e-6))
+            self._progress(Progress("compare", done, self._total, "GFLOP", label))
+
+        return advance
