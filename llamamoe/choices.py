@@ -111,7 +111,8 @@ def _plugins(recipe: SplitRecipe, splitter: type[Splitter]) -> Iterator[tuple[st
     assert recipe.repair is not None
     yield f"--method {recipe.method.name}", splitter
     wanted = splitter.default_shared if recipe.shared is None else recipe.shared
-    if wanted not in (0, "0x") and not splitter.chooses_shared:
+    chooses = splitter(splitter.Options.model_validate(recipe.method.options)).chooses_shared
+    if wanted not in (0, "0x") and not chooses:
         yield f"--shared-by {recipe.shared_by.name}", SELECTORS.get(recipe.shared_by.name)
     yield f"--router {recipe.router.name}", ROUTERS.get(recipe.router.name)
     if recipe.repair.name != NO_REPAIR:

@@ -33,7 +33,7 @@ class CalibrationPlan:
         length: Tokens of a sequence.
         gradients: Whether a reverse pass through the parent comes first.
         needing: The methods that need text.
-        state_bytes: Of the two residual streams, in memory-mapped files beside the output; twice that for gradients.
+        state_bytes: Of the two residual streams, in files beside the output; of every layer for gradients (`ffn_gradients`).
         input_bytes: Of one FFN's inputs, in float32.
         input_place: ``"memory"`` or ``"memory-mapped"``.
         peak_bytes: Estimate of the anonymous memory that calibration needs at most.
@@ -100,7 +100,7 @@ def plan_calibration(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> Cali
         length=length,
         gradients=chosen.gradients,
         needing=chosen.needing,
-        state_bytes=2 * stream + (spec.num_layers * stream if chosen.gradients else 0),
+        state_bytes=(spec.num_layers + 3 if chosen.gradients else 2) * stream,
         input_bytes=stream,
         input_place="memory" if in_memory else "memory-mapped",
         peak_bytes=_peak_bytes(spec, chosen, layout) + (stream if in_memory else 0),

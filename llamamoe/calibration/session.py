@@ -210,14 +210,20 @@ def _tokenizer(plan: SplitPlan, scratch: Path) -> Any:
 
 
 def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:
-    """The text with a cluster for each sequence, if a method works with gradients, which are weighed by cluster."""
-    assert plan.calibration is not None
-    if not plan.calibration.gradients or text.clusters_S is not None:
+    """The text with a cluster for each sequence, if the method asks for them."""
+    if not plan.splitter.needs_clusters or text.clusters_S is not None:
         return text
     from .clusters import text_clusters
 
-    count = min(plan.layout.num_experts, len(text.ids_ST))
-    return replace(text, clusters_S=text_clusters(text.ids_ST, plan.model.spec.vocab_size, count, plan.recipe.seed))
+    wanted, count = plan.layout.num_experts, len(text.ids_ST)
+    warnings = text.warnings
+    if count < wanted:
+        warnings += (
+            f"{count} sequences of calibration text cannot make {wanted} clusters: {wanted - count} experts have no "
+            "text of their own (more --calibration-tokens, or a smaller --calibration-length)",
+        )
+    clusters = text_clusters(text.ids_ST, plan.model.spec.vocab_size, min(wanted, count), plan.recipe.seed)
+    return replace(text, clusters_S=clusters, warnings=warnings)
 
 
 def _save_text(folder: Path, text: CalibrationText) -> None:

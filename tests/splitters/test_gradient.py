@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import llamamoe
+from llamamoe.calibration.session import with_clusters
+from llamamoe.calibration.text import CalibrationText
+from llamamoe.choices import complete
 from llamamoe.errors import LlamaMoeError
 from llamamoe.layer import PADDING, ExpertWeights, FfnWeights, LayerContext, Partition
 from llamamoe.splitters import SPLITTERS
@@ -334,3 +339,23 @@ def test_nan_names_the_layer():
         splitter().split(
             ffn, NONE, replace(context, layer=5, calibration=replace(context.inputs, gradients_TH=gradients))
         )
+
+
+@pytest.mark.parametrize(("overlap", "asked"), [("none", True), ("inter", False)])
+def test_the_selector_is_asked_only_if_it_chooses(overlap, asked):
+    given = {"method": {"name": "gradient", "overlap": overlap}, "shared": 0.25, "calibration": ["auto"]}
+    needing = complete(llamamoe.load_recipe(given=given | {"shared_by": "power"})).needing
+    assert any("--shared-by" in text for text in needing) == asked
+
+
+@pytest.mark.parametrize(("sequences", "warnings"), [(6, 0), (3, 1)])
+def test_too_few_sequences_for_the_experts_warn(sequences, warnings):
+    ids = np.random.default_rng(0).integers(0, 50, (sequences, 20))
+    text = CalibrationText(ids, ("a",) * sequences, None, {}, ())
+    sizes = {"model": SimpleNamespace(spec=SimpleNamespace(vocab_size=50)), "recipe": SimpleNamespace(seed=0)}
+    plan = SimpleNamespace(splitter=splitter(), layout=SimpleNamespace(num_experts=4), **sizes)
+    found = with_clusters(plan, text)
+    assert set(found.clusters_S.tolist()) == set(range(min(4, sequences)))
+    assert len(found.warnings) == warnings
+    hidden = SimpleNamespace(splitter=splitter(clusters="hidden"), layout=plan.layout, **sizes)
+    assert with_clusters(hidden, text) is text
