@@ -44,7 +44,7 @@ def pairs(source: Path, work: Path, experts: int, sizes: tuple[object, ...]) -> 
     found = {}
     for target in TARGETS.names():
         for shared in sizes:
-            given = {"num_experts": experts, "top_k": 2, "target": target, "shared": shared}
+            given = {"method": "random", "num_experts": experts, "top_k": 2, "target": target, "shared": shared}
             try:
                 result = llamamoe.split(source, work / "out", llamamoe.load_recipe(given=given), force=True)
             except llamamoe.RefusedError:

@@ -40,9 +40,12 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     times = "" if factor == 1.0 else f", routed outputs x {factor:g}"
     rows = [
         ("layers", f"{spec.num_layers}, hidden size {spec.hidden_size:,}, FFN of {spec.intermediate_size:,} neurons"),
-        ("experts", f"{layout.num_experts} in each layer, {layout.top_k} selected per token"),
-        ("expert width", f"{layout.expert_width:,} neurons{widened}"),
     ]
+    if plan.target.routed:
+        rows += [
+            ("experts", f"{layout.num_experts} in each layer, {layout.top_k} selected per token"),
+            ("expert width", f"{layout.expert_width:,} neurons{widened}"),
+        ]
     if layout.num_shared:
         assert recipe.shared_by is not None, "the plan resolves it"
         by = recipe.shared_by.name
@@ -63,7 +66,7 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     return [
         *rows,
         ("method", f"{recipe.method.name}: {plan.exactness}"),
-        ("router", f"{router.name}, {recipe.router_scale}; rescale {rescale.name}{times}"),
+        *([("router", f"{router.name}, {recipe.router_scale}; rescale {rescale.name}{times}")] if layout.top_k else []),
         ("loads in", f"transformers {' and '.join(plan.majors)}"),
         ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
         ("peak memory", f"about {size(plan.peak_bytes)}, beside Python and torch themselves"),
@@ -155,7 +158,9 @@ def parity(check: Mapping[str, Any] | None) -> str:
     if not check["passed"]:
         return f"NOT checked: {check['note']}"
     if check["equal_weights"] is None:
-        return "the method claims none; files, names and shapes are as planned"
+        text = "none is claimed; files, names, shapes and what is kept of the parent's neurons are as planned"
+        away = check.get("as_configured")
+        return text if away is None else f"{text}; logits differ by {away:.2g} of the largest"
     text = f"logits differ by {error(check['equal_weights'])} of the largest with all experts at equal weights"
     if check["as_stored"] is not None:
         text += f", {error(check['as_stored'])} with the router as stored"

@@ -140,8 +140,8 @@ _ROWS = (
          text="Text for methods that need it: a file (txt, jsonl, parquet), folder or glob, may be repeated; auto: sampled "
          "from SOURCE itself"),
     _Row("--calibration-tokens", "calibration_tokens", CALIBRATION, "N", int),
-    _Row("--calibration-weights", "calibration_weights", CALIBRATION, "arxiv=1,book=2", _Weights(), unset="equal",
-         text="Share of each domain in the text"),
+    _Row("--calibration-weights", "calibration_weights", CALIBRATION, "A=1,B=2", _Weights(), unset="equal",
+         text="Share of each domain in the text, for example arxiv=1,book=2"),
     _Row("--calibration-length", "calibration_length", CALIBRATION, "N", int,
          unset="the model's positions, at most 2048"),
     _Row("--device", "device", CALIBRATION, "auto|cpu|cuda"),

@@ -23,7 +23,7 @@ llamamoe split SOURCE OUT --experts 8 --top-k 2 --method kmeans
 llamamoe split SOURCE OUT --experts 16 --shared 0.25 --dry-run
 llamamoe split meta-llama/Llama-3.2-1B OUT --target mixtral --dtype bfloat16
 llamamoe split SOURCE OUT --calibration texts/ --calibration-tokens 65536
-llamamoe split SOURCE OUT --method token_clusters --shared 0.25 --experts 24 --top-k 8 --calibration auto
+llamamoe split SOURCE OUT --method token_clusters --experts 24 --top-k 8 --calibration auto
 llamamoe split SOURCE OUT --recipe my.yaml --set method.max_iter=50
 llamamoe split SOURCE OUT --recipe my.yaml --resume
 """

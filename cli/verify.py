@@ -41,6 +41,22 @@ def command(out: str, against: str, output: Output) -> None:
     output.result(found.to_json(), lambda: _print(out, found, verbose=output.verbose), summary=True)
 
 
+def _neurons(found: Verification) -> str:
+    """What was found of the parent's neurons."""
+    layers = plural(found.neurons_checked, "layer")
+    if found.kept == "gate_up":
+        return f"gate and up rows are the parent's, bit for bit, in {layers}; down projections were repaired"
+    if found.equal_weights is None:
+        return f"all are the parent's, bit for bit, in {layers}"
+    return f"every one found once (as often as there are copies), bit for bit, in {layers}"
+
+
+def _distances(found: Verification) -> list[tuple[str, str]]:
+    """How far the logits are from the parent's where no exactness is claimed: the largest difference, relative."""
+    values = (("with top-k", found.as_configured), ("with all experts", found.all_experts))
+    return [(name, f"logits differ by {value:.2g} of the largest") for name, value in values if value is not None]
+
+
 def _print(out: str, found: Verification, *, verbose: bool) -> None:
     click.echo(f"{click.style(out, bold=True)}: {click.style('verified', fg='green')}")
     rows = []
@@ -53,11 +69,11 @@ def _print(out: str, found: Verification, *, verbose: bool) -> None:
     if rows:
         table(("largest difference of a logit", "relative", "allowed"), rows, right=(1, 2))
     else:
-        click.echo("  The method claims no exactness; files, names and shapes are as the recipe says.")
-    neurons = f"every one found once, bit for bit, in {plural(found.neurons_checked, 'layer')}"
+        click.echo("  It claims no exactness; files, names and shapes are as the recipe says, all values finite.")
     facts(
         [
-            *([("neurons", neurons)] if found.neurons_checked else []),
+            *([("neurons", _neurons(found))] if found.neurons_checked else []),
+            *_distances(found),
             ("text", f"{plural(found.num_tokens, 'token')} of {found.tokens}"),
             ("reference", found.reference),
         ]

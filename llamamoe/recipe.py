@@ -107,7 +107,7 @@ class SplitRecipe(BaseModel):
     num_experts: int = Field(8, ge=2, le=4096, description="Routed experts per layer (N).")
     top_k: int = Field(2, ge=1, description="Experts selected per token (k).")
     method: Annotated[Choice, choose(SPLITTERS, AUTO)] = Field(
-        Choice(name="random"), validate_default=True, description="How neurons are partitioned."
+        Choice(name=AUTO), validate_default=True, description="How neurons are partitioned."
     )
     shared: Annotated[float | int | str | None, BeforeValidator(lambda v: None if v is None else _shared_size(v))] = (
         Field(None, description="Neurons that every token uses: a share, a count, or '2x' expert widths.")
@@ -308,7 +308,7 @@ def load_recipe(
     Raises:
         UsageError: The file or a value is not valid.
     """
-    data: dict[str, Any] = {"method": "random"}
+    data: dict[str, Any] = {"method": AUTO}
     if path is not None:
         data |= read_recipe_file(path)
     for key, value in (given or {}).items():

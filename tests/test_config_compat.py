@@ -53,7 +53,7 @@ def saved(tmp_path_factory) -> dict[str, Path]:
             keys = {"rope_parameters": {**VARIANTS[variant]["rope_parameters"], "rope_theta": 25000.0}}
         folder = make_dense(root / f"{name}-dense", variant, **keys)
         if target:
-            recipe = llamamoe.load_recipe(given={"num_experts": 4, "target": target, **given})
+            recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": target, **given})
             split(folder, root / f"{name}-moe", recipe, verify=False)
             AutoModelForCausalLM.from_pretrained(root / f"{name}-moe").save_pretrained(root / name)
             folder = root / name
@@ -110,13 +110,21 @@ def test_what_each_needs_beyond_the_base(saved):
 def test_what_split_writes_needs_nothing(tmp_path):
     for target in TARGETS.names():
         dense = make_dense(tmp_path / f"{target}-dense", "qwen3" if target == "qwen3_moe" else "llama")
-        split(dense, tmp_path / target, llamamoe.load_recipe(given={"num_experts": 4, "target": target}), verify=False)
+        split(
+            dense,
+            tmp_path / target,
+            llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": target}),
+            verify=False,
+        )
         assert fix_config(tmp_path / target) == []
 
 
 def test_names_of_the_memory_layout_are_refused(tmp_path):
     split(
-        make_dense(tmp_path / "dense"), tmp_path / "moe", llamamoe.load_recipe(given={"num_experts": 4}), verify=False
+        make_dense(tmp_path / "dense"),
+        tmp_path / "moe",
+        llamamoe.load_recipe(given={"method": "random", "num_experts": 4}),
+        verify=False,
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)

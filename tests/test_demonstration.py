@@ -59,7 +59,7 @@ def test_selecting_all_experts_changes_one_key(tmp_path):
     from tests.models import make_dense
 
     make_dense(tmp_path / "dense")
-    recipe = llamamoe.load_recipe(given={"num_experts": 4, "target": "ernie4_5_moe"})
+    recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": "ernie4_5_moe"})
     result = llamamoe.split(tmp_path / "dense", tmp_path / "moe", recipe, verify=False)
     folder = select_all(result, tmp_path / "all")
     before, after = (json.loads((f / "config.json").read_text()) for f in (result.out, folder))

@@ -125,7 +125,7 @@ CONVERSIONS = [
 @pytest.mark.parametrize(("target", "variant", "given"), CONVERSIONS)
 def test_conversions_are_counted_as_their_plan_counts_them(tmp_path, target, variant, given):
     dense = make_dense(tmp_path / "dense", variant)
-    recipe = llamamoe.load_recipe(given={"num_experts": 4, "target": target, **given})
+    recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": target, **given})
     plan = split(dense, tmp_path / "moe", recipe, verify=False).plan
     parent, found = inspect_checkpoint(dense), inspect_checkpoint(tmp_path / "moe")
     assert parent.cost == plan.parent_cost
@@ -144,7 +144,7 @@ def test_conversions_are_counted_as_their_plan_counts_them(tmp_path, target, var
 
 def test_the_receipt_is_summed_up(tmp_path):
     dense = make_dense(tmp_path / "dense")
-    split(dense, tmp_path / "moe", llamamoe.load_recipe(given={"num_experts": 4}))
+    split(dense, tmp_path / "moe", llamamoe.load_recipe(given={"method": "random", "num_experts": 4}))
     receipt = inspect_checkpoint(tmp_path / "moe").receipt
     assert receipt["verified"]
     assert receipt["passed"]
@@ -159,7 +159,7 @@ def test_the_receipt_is_summed_up(tmp_path):
 def test_names_that_transformers_uses_in_memory_are_read_too(tmp_path, target, given):
     from transformers import AutoModelForCausalLM
 
-    recipe = llamamoe.load_recipe(given={"num_experts": 4, "target": target, **given})
+    recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": target, **given})
     plan = split(make_dense(tmp_path / "dense"), tmp_path / "moe", recipe, verify=False).plan
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)

@@ -19,7 +19,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(source: Path, **given: Any) -> Any:
-    return llamamoe.plan_conversion(source, llamamoe.load_recipe(given={"num_experts": 4, "top_k": 2, **given}))
+    return llamamoe.plan_conversion(
+        source, llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "top_k": 2, **given})
+    )
 
 
 @pytest.mark.parametrize("target", ["glm4_moe", "ernie4_5_moe"])
@@ -83,7 +85,7 @@ def test_refusals(dense: Path, keys: dict[str, Any], words: list[str]) -> None:
 
 def test_seed_and_shard_size(dense: Path, tmp_path: Path) -> None:
     def run(name: str, **given: Any) -> Any:
-        recipe = llamamoe.load_recipe(given={"num_experts": 4, **given})
+        recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, **given})
         return llamamoe.split(dense, tmp_path / name, recipe, verify=False)
 
     one, same = run("one"), run("same")

@@ -26,7 +26,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(dense: Path) -> Path:
-    recipe = llamamoe.load_recipe(given={"num_experts": 4, "top_k": 2, "shared": "1x", "target": "qwen2_moe"})
+    recipe = llamamoe.load_recipe(
+        given={"method": "random", "num_experts": 4, "top_k": 2, "shared": "1x", "target": "qwen2_moe"}
+    )
     return llamamoe.split(dense, dense.with_name("converted"), recipe, verify=False).out
 
 
@@ -143,7 +145,7 @@ def test_a_conversion_that_fails_verification_does_not_appear(
 ) -> None:
     monkeypatch.setattr("llamamoe.verification.EQUAL_TOLERANCE", 0.0)
     with pytest.raises(llamamoe.VerificationError):
-        llamamoe.split(dense, tmp_path / "out", llamamoe.load_recipe(given={"num_experts": 4}))
+        llamamoe.split(dense, tmp_path / "out", llamamoe.load_recipe(given={"method": "random", "num_experts": 4}))
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
 

@@ -56,4 +56,4 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(dense: Path, run: Run) -> tuple[Path, Result]:
     """A conversion through the command line, and what it printed."""
     out = dense.parent / "converted"
-    return out, run("split", dense, out, "--experts", "4", "--top-k", "2")
+    return out, run("split", dense, out, "--method", "random", "--experts", "4", "--top-k", "2")

@@ -13,7 +13,7 @@ from click.testing import Result
 from .conftest import Run
 
 RECEIPT_KEYS = {
-    "out", "llamamoe", "source", "plan", "weights_sha256", "layers", "warnings", "versions", "verification", "run"
+    "out", "llamamoe", "source", "plan", "weights_sha256", "calibration", "layers", "warnings", "versions", "verification", "run"
 }  # fmt: skip
 
 
@@ -42,10 +42,11 @@ def test_json_is_one_document_and_nothing_else_is_on_stdout(dense: Path, tmp_pat
 
 
 def test_quiet_is_silent_but_not_about_warnings(dense: Path, tmp_path: Path, run: Run) -> None:
-    assert run("split", dense, tmp_path / "a", "-q", "--no-verify").output == ""
+    assert run("split", dense, tmp_path / "a", "-q", "--no-verify", "--method", "random").output == ""
     result = run("split", dense, tmp_path / "b", "-q", "--no-verify", "--dtype", "bfloat16")
     assert result.stdout == ""
     assert "weights stored as F32 are rounded" in result.stderr
+    assert "no calibration text: the method is cluster_shared" in result.stderr
 
 
 def test_no_card(dense: Path, tmp_path: Path, run: Run) -> None:
@@ -58,14 +59,18 @@ def test_every_flag_arrives_in_the_recipe(dense: Path, run: Run) -> None:
         run, dense, "--experts", "4", "--top-k", "1", "--method", "kmeans", "--shared", "2x", "--shared-by",
         "weight_norm", "--router", "zeros", "--router-scale", "soft", "--rescale", "unit", "--target", "qwen2_moe",
         "--dtype", "bfloat16", "--pad-to", "16", "--seed", "7", "--shard-size", "100KB", "--require", "4.57",
-        "--no-card",
+        "--no-card", "--repair", "scalar", "--repair-passes", "2", "--calibration", "a.txt", "--calibration", "b",
+        "--calibration-tokens", "1000", "--calibration-weights", "arxiv=1, book=2.5", "--calibration-length", "50",
+        "--device", "cpu", "--compute-dtype", "bfloat16",
     )["recipe"]  # fmt: skip
     assert recipe == {
         "num_experts": 4, "top_k": 1, "method": recipe["method"], "shared": 64,
         "shared_by": {"name": "weight_norm", "options": {}}, "router": {"name": "zeros", "options": {}},
         "router_scale": "soft", "rescale": {"name": "unit", "options": {}}, "target": "qwen2_moe", "dtype": "bfloat16",
         "pad_to": 16, "keep_dense": [], "seed": 7, "shard_size": "100KB", "require": "4.57", "strict": False,
-        "card": False,
+        "card": False, "repair": {"name": "scalar", "options": recipe["repair"]["options"]}, "repair_passes": 2,
+        "calibration": ["a.txt", "b"], "calibration_tokens": 1000, "calibration_weights": {"arxiv": 1.0, "book": 2.5},
+        "calibration_length": 50, "device": "cpu", "compute_dtype": "bfloat16",
     }  # fmt: skip
     assert recipe["method"]["name"] == "kmeans"
 
@@ -113,7 +118,7 @@ def test_missing_recipe_file(dense: Path, run: Run) -> None:
 
 def test_dry_run_prints_the_plan_and_writes_nothing(dense: Path, tmp_path: Path, run: Run) -> None:
     before = sorted(p.stat().st_mtime_ns for p in dense.rglob("*"))
-    text = run("split", dense, tmp_path / "out", "--dry-run").stdout
+    text = run("split", dense, tmp_path / "out", "--dry-run", "--method", "random").stdout
     for expected in ("llama -> mixtral", "expert width  24", "zero neurons", "active per token", "FLOPs", "peak memory",
                      "1 file", "Good to know", "Nothing was written"):  # fmt: skip
         assert expected in text
@@ -140,7 +145,7 @@ def test_force_replaces(dense: Path, converted: tuple[Path, Result], tmp_path: P
     out = tmp_path / "out"
     shutil.copytree(converted[0], out)
     run("split", dense, out, "--no-verify", "-q", code=3)
-    run("split", dense, out, "--no-verify", "-q", "--force", "--experts", "2")
+    run("split", dense, out, "--no-verify", "-q", "--force", "--method", "random", "--experts", "2")
     assert json.loads((out / "config.json").read_text())["num_local_experts"] == 2
 
 
@@ -156,6 +161,17 @@ def test_usage_errors_name_flag_value_and_way_out(dense: Path, run: Run) -> None
         (("--set", "seeed=1"), ("seeed: unknown key", "Did you mean 'seed'")),
         (("--set", "seed"), ("key=value",)),
         (("--experts", "1", "--method", "x"), ("--experts:", "--method:")),
+        (("--calibration-weights", "arxiv"), ("'arxiv' is no domain and weight",)),
+        (("--calibration-weights", "arxiv=x"), ("'arxiv=x' is no domain and weight",)),
+        (("--calibration-weights", "a=-1"), ("--calibration-weights:", "greater than or equal to 0")),
+        (("--calibration-weights", "a=0,b=0"), ("--calibration-weights: all are zero",)),
+        (("--calibration", "auto", "--calibration", "a.txt"), ("cannot be mixed",)),
+        (("--calibration", "auto", "--calibration-weights", "a=1"), ("sampled text has no domains",)),
+        (("--calibration-tokens", "10"), ("--calibration-tokens:", "greater than or equal to 256")),
+        (("--repair", "least_square"), ("--repair:", "Did you mean 'least_squares'?")),
+        (("--repair-passes", "5"), ("--repair-passes:", "less than or equal to 4")),
+        (("--compute-dtype", "float16"), ("--compute-dtype:", "'float32' or 'bfloat16'")),
+        (("--device", "/dev/null"), ("--device:",)),
         (("-q", "-v"), ("exclude each other",)),
     ):
         error = run("split", dense, "--dry-run", *args, code=2).stderr

@@ -67,7 +67,7 @@ def zero_router(folder: Path, plan: Any) -> None:
 
 
 def convert(source: Path, out: Path, **given: Any) -> llamamoe.SplitResult:
-    recipe = llamamoe.load_recipe(given={"num_experts": EXPERTS, "top_k": EXPERTS, **given})
+    recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": EXPERTS, "top_k": EXPERTS, **given})
     return llamamoe.split(source, out, recipe, verify=False)
 
 
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_with_a_reason(sources: Any, tmp_path: Path
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shared", [0, "1x"])
 def test_auto_finds_a_target_for_every_family(sources: Any, variant: str, shared: Any) -> None:
-    given = {"num_experts": EXPERTS, "top_k": 2, "shared": shared}
+    given = {"method": "random", "num_experts": EXPERTS, "top_k": 2, "shared": shared}
     plan = llamamoe.plan_conversion(sources(variant), llamamoe.load_recipe(given=given))
     assert (variant, plan.target.name) in PAIRS
 
@@ -154,7 +154,9 @@ def test_top_k_is_what_the_rescale_says(
 @pytest.mark.parametrize("rescale", ["dropout", "unit", "llama_moe"])
 @pytest.mark.parametrize("target", ["mixtral", "qwen2_moe", "glm4_moe", "granitemoeshared", "ernie4_5_moe"])
 def test_verify_allows_for_every_rescale(sources: Any, tmp_path: Path, target: str, rescale: str) -> None:
-    recipe = llamamoe.load_recipe(given={"num_experts": EXPERTS, "target": target, "rescale": rescale})
+    recipe = llamamoe.load_recipe(
+        given={"method": "random", "num_experts": EXPERTS, "target": target, "rescale": rescale}
+    )
     receipt = llamamoe.split(sources("llama"), tmp_path / "out", recipe).receipt["verification"]
     assert receipt["equal_weights"] <= 1e-5
     assert receipt["as_stored"] <= 2e-4

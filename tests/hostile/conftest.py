@@ -18,7 +18,7 @@ from tests.models import make_dense
 
 Edit = Callable[[dict[str, Any]], object]
 Refused = Callable[..., LlamaMoeError]
-SMALL = {"num_experts": 4, "top_k": 2}
+SMALL = {"method": "random", "num_experts": 4, "top_k": 2}
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,14 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             make_dense(dense, variant)
         name = _name(variant, target, shared)
         # all experts, because two versions may break ties of a hard router differently
-        given = {"num_experts": 4, "top_k": 4, "target": target, "shared": shared, "require": "4.57"}
+        given = {
+            "method": "random",
+            "num_experts": 4,
+            "top_k": 4,
+            "target": target,
+            "shared": shared,
+            "require": "4.57",
+        }
         llamamoe.split(dense, root / name, llamamoe.load_recipe(given=given), verify=False)
         _expect(root / name)
         saved = root / f"saved_{name}"
@@ -105,6 +112,8 @@ def test_same_logits_and_no_complaint(
 
 def test_require_refuses_what_it_cannot_load(tmp_path: Path) -> None:
     make_dense(tmp_path / "dense", "llama-head-dim")
-    recipe = llamamoe.load_recipe(given={"num_experts": 4, "target": "qwen2_moe", "require": "4.57"})
+    recipe = llamamoe.load_recipe(
+        given={"method": "random", "num_experts": 4, "target": "qwen2_moe", "require": "4.57"}
+    )
     with pytest.raises(llamamoe.RefusedError, match="transformers 5"):
         llamamoe.plan_conversion(tmp_path / "dense", recipe)
