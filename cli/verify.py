@@ -53,7 +53,7 @@ def _neurons(found: Verification) -> str:
 
 def _distances(found: Verification) -> list[tuple[str, str]]:
     """How far the logits are from the parent's where no exactness is claimed: the largest difference, relative."""
-    values = (("with top-k", found.as_configured), ("with all experts", found.all_experts))
+    values = (("as configured", found.as_configured), ("with all experts", found.all_experts))
     return [(name, f"logits differ by {value:.2g} of the largest") for name, value in values if value is not None]
 
 

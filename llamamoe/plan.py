@@ -88,23 +88,29 @@ class SplitPlan:
     @property
     def kept(self) -> Kept:
         """What of the parent's neurons the file must hold bit for bit (see `Splitter.kept`, `Repair.keeps`)."""
-        kept, repair = self.splitter.kept, self.recipe.repair
-        return REPAIRS.get(repair.name).keeps if self.repaired and repair and kept == "neurons" else kept
+        repair = self.recipe.repair
+        left = REPAIRS.get(repair.name).keeps if self.repaired and repair else "neurons"
+        return min(self.splitter.kept, left, key=("nothing", "gate_up", "neurons").index)
 
     @property
     def exactness(self) -> str:
         """In words: whether the output equals its parent with all experts selected, and on which condition."""
+        if not self.target.routed:
+            return "not exact: neurons are left out"
         if not self.splitter.exact:
             return "not exact, even with all experts selected"
+        before = "before repair " if self.repaired else ""
+        after = ", not after it: weights are fitted to the top-k output" if self.repaired else ""
+        if self.layout.copies > 1:
+            return f"exact {before}with any number of whole copies selected{after}"
         conditions = []
         if self.recipe.router_scale == "soft":
             conditions.append("the soft router's rows are set to zero")
         factor = self.layout.combine.parity_factor
         if factor != 1.0:
             conditions.append(f"routed outputs are multiplied by {factor:g}")
-        before = "before repair " if self.repaired else ""
-        text = f"exact {before}with all experts selected" + (f", if {' and '.join(conditions)}" if conditions else "")
-        return text + (", not after it: weights are fitted to the top-k output" if self.repaired else "")
+        condition = f", if {' and '.join(conditions)}" if conditions else ""
+        return f"exact {before}with all experts selected{condition}{after}"
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, the same for every run."""
@@ -240,9 +246,7 @@ def _advice(spec: DenseSpec, calibration: CalibrationPlan | None, target: Target
             "router and rescale mean nothing"
         )
     if layout.copies > 1:
-        found.append(
-            "the experts are copies: the file is larger than its parent, and no cheaper per token unless it is trained"
-        )
+        found.append("the experts are copies: larger than the parent and no cheaper per token, a start for training")
     elif calibration is None and layout.top_k < layout.num_experts:
         found.append(
             "split without calibration or training: with all experts the model equals its parent, with top-k it is ruined until it is trained"

@@ -36,7 +36,7 @@ def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
     config_name = str(plan.model.checkpoint.config.get("_name_or_path", ""))
     base = next((n for n in (location.name, config_name) if _HUB_ID.fullmatch(n)), None)
     data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    data["tags"] = ["moe", "llamamoe", plan.target.name]
+    data["tags"] = ["moe", "llamamoe", plan.target.name] if plan.target.routed else ["llamamoe"]
     data |= {key: parent[key] for key in ("license", "license_name", "license_link", "language") if key in parent}
     if base:
         data["base_model"] = base
@@ -57,10 +57,16 @@ def _cost_table(plan: SplitPlan) -> str:
 
 def _exactness(plan: SplitPlan) -> str:
     layout = plan.layout
-    if plan.parity != "exact":
-        return "The method drops or repeats neurons: no choice of experts gives the parent's outputs back."
+    if not plan.splitter.exact:
+        return (
+            "No: the method drops, repeats or renews neurons, and no choice of experts gives the parent's outputs back."
+            if plan.target.routed
+            else f"No: {layout.num_shared} of the parent's {plan.model.spec.intermediate_size} neurons a layer are left."
+        )
+    if layout.copies > 1:
+        return f"Every neuron of the parent is in {layout.copies} experts, and the model is {plan.exactness}."
     text = f"Every neuron of the parent is in exactly one place, so the model is {plan.exactness}."
-    if layout.top_k < layout.num_experts:
+    if layout.top_k < layout.num_experts and not plan.repaired:
         text += (
             f" With the {layout.top_k} experts per token that it is configured for it is another function, "
             "a poor one until it is trained."
@@ -68,19 +74,28 @@ def _exactness(plan: SplitPlan) -> str:
     return text
 
 
+def _made(plan: SplitPlan) -> str:
+    """What became of each FFN."""
+    layout, size = plan.layout, plan.model.spec.intermediate_size
+    if not plan.target.routed:
+        return f"{layout.num_shared} of the {size} neurons of each FFN were kept; nothing is routed"
+    how = "was copied into" if layout.copies > 1 else "was split into"
+    beside = f", beside {layout.num_shared} shared neurons" if layout.num_shared else ""
+    return (
+        f"each FFN of {size} neurons {how} {layout.num_experts} experts of width {layout.expert_width}, "
+        f"{layout.top_k} of them selected per token{beside}"
+    )
+
+
 def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: tuple[str, ...]) -> str:
     """README.md of the output; the same bytes for every run of the same conversion."""
-    layout = plan.layout
     licence = "license" in _metadata(plan, location) or any(f.startswith("LICENSE") for f in files)
     parts = [
         "---\n" + yaml.safe_dump(_metadata(plan, location), sort_keys=False).strip() + "\n---",
-        f"# {location.name} as a mixture of experts",
+        f"# {location.name} {'as a mixture of experts' if plan.target.routed else 'with fewer neurons'}",
         f"Made by llamamoe {__version__} from `{location.name}`"
         + (f" at revision `{location.revision}`" if location.revision else "")
-        + f": each FFN of {plan.model.spec.intermediate_size} neurons was split into {layout.num_experts} experts of width "
-        f"{layout.expert_width}, {layout.top_k} of them selected per token"
-        + (f", beside {layout.num_shared} shared neurons" if layout.num_shared else "")
-        + f". Architecture: `{plan.target.architecture}` of transformers, no remote code.",
+        + f": {_made(plan)}. Architecture: `{plan.config['architectures'][0]}` of transformers, no remote code.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
         "## Is it the same model?\n\n" + _exactness(plan),

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 def config_block(plan: SplitPlan, location: Location) -> dict[str, Any]:
     """The value of ``config.json["llamamoe"]``: the same for every run of the same conversion."""
-    layout, recipe = plan.layout, plan.recipe
+    layout, recipe, routed = plan.layout, plan.recipe, plan.target.routed
     return {
         "version": __version__,
         "source": location.name,
         "source_revision": location.revision,
         "method": recipe.method.name,
-        "router": recipe.router.name if recipe.router else None,
-        "router_scale": recipe.router_scale,
-        "rescale": recipe.rescale.name if recipe.rescale else None,
+        "router": recipe.router.name if recipe.router and routed else None,
+        "router_scale": recipe.router_scale if routed else None,
+        "rescale": recipe.rescale.name if recipe.rescale and routed else None,
+        "repair": recipe.repair.name if recipe.repair and plan.repaired else None,
         "recipe_sha256": recipe.sha256(),
         "num_experts": layout.num_experts,
         "top_k": layout.top_k,

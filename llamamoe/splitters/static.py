@@ -24,8 +24,6 @@ class Static(Splitter):
     summary = "control: keep the best neurons for every token, drop the rest (--shared 0.5); written as a dense model"
     reference = "after FLAP (arXiv:2312.11983); equal widths in all layers"
     parity = "none"
-    default_router = "zeros"
-    default_rescale = "unit"
     default_shared = 0.5
     default_shared_by = "power"
     routed = False

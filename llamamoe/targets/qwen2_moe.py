@@ -80,8 +80,8 @@ class Qwen2Moe(Target):
         found = []
         if layout.combine.weighting == "renormalised":
             found.append(
-                "llama.cpp never renormalises qwen2_moe routing, so a GGUF of this file would scale the experts by k/N; "
-                "--rescale unit is the same everywhere"
+                "llama.cpp never renormalises qwen2_moe routing, so a GGUF of this file would scale the experts by k/N"
+                + ("; --rescale unit is the same everywhere" if layout.copies == 1 else "")
             )
         if dense.tie_word_embeddings:
             size = dense.vocab_size * dense.hidden_size
