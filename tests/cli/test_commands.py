@@ -66,7 +66,7 @@ def test_methods(run: Run) -> None:
     data = json.loads(run("methods", "--json").stdout)
     assert {"kind", "name", "summary", "reference", "needs", "parity", "options"} <= set(data[0])
     assert "--set method.max_iter" in run("methods", "kmeans").stdout
-    assert "Did you mean 'kmeans'?" in run("methods", "kmean", code=2).stderr
+    assert "Did you mean 'kmeans'" in run("methods", "kmean", code=2).stderr
 
 
 def test_matrix(run: Run) -> None:
