@@ -181,8 +181,12 @@ def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     return list(value) or None
 
 
-def recipe_file(text: str | None) -> AbstractContextManager[Path | None]:
+def recipe_file(text: str | None, kind: str = "split") -> AbstractContextManager[Path | None]:
     """The file that ``--recipe`` means: a path, or the name of a recipe that ships with llamamoe.
+
+    Args:
+        text: What the user typed.
+        kind: The folder of shipped recipes.
 
     Raises:
         UsageError: It is neither.
@@ -194,7 +198,7 @@ def recipe_file(text: str | None) -> AbstractContextManager[Path | None]:
         return nullcontext(path)
     from importlib.resources import as_file, files
 
-    folder = files("llamamoe_recipes") / "split"
+    folder = files("llamamoe_recipes") / kind
     shipped = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
     if text not in shipped:
         raise UsageError(

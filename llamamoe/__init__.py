@@ -17,6 +17,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .catalog import Matrix, Method, list_methods, matrix
+    from .comparison import compare, plan_comparison
     from .config_compat import fix_config
     from .conversion import SplitResult, plan_conversion, split
     from .demonstration import DemoResult, demo
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .inspection import Inspection, inspect_checkpoint
     from .recipe import SplitRecipe, load_recipe
     from .scores import Evaluation
+    from .studies.recipe import CompareRecipe, load_compare_recipe
+    from .studies.table import Comparison
     from .verification import Verification, verify
 
 _PLACES = {
@@ -36,6 +39,11 @@ _PLACES = {
     "SplitRecipe": "recipe",
     "load_recipe": "recipe",
     "evaluate": "evaluation",
+    "compare": "comparison",
+    "plan_comparison": "comparison",
+    "Comparison": "studies.table",
+    "CompareRecipe": "studies.recipe",
+    "load_compare_recipe": "studies.recipe",
     "Evaluation": "scores",
     "inspect_checkpoint": "inspection",
     "Inspection": "inspection",
@@ -55,6 +63,8 @@ _PLACES = {
 
 __all__ = [
     "CheckpointError",
+    "CompareRecipe",
+    "Comparison",
     "DemoResult",
     "Evaluation",
     "Inspection",
@@ -68,13 +78,16 @@ __all__ = [
     "Verification",
     "VerificationError",
     "__version__",
+    "compare",
     "demo",
     "evaluate",
     "fix_config",
     "inspect_checkpoint",
     "list_methods",
+    "load_compare_recipe",
     "load_recipe",
     "matrix",
+    "plan_comparison",
     "plan_conversion",
     "split",
     "verify",

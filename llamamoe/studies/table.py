@@ -163,9 +163,8 @@ def with_spread(value: float, spread: float | None) -> str:
     return number(value) if spread is None else f"{number(value)} +-{spread:.2g}"
 
 
-def shape(row: Row) -> str:
+def shape(sizes: Mapping[str, Any]) -> str:
     """``7 of 24, 416 shared``; what is kept, for pruning."""
-    sizes = row.sizes
     if not sizes:
         return ""
     shared = f"{sizes['shared']:,}"
@@ -211,7 +210,7 @@ def _markdown_rows(rows: Sequence[Row]) -> list[str]:
         recall = "" if row.recall_at_k is None else f"{row.recall_at_k:.2f}"
         seeds = str(len(row.seeds)) if row.seeds else ""
         perplexity = with_spread(row.perplexity, row.perplexity_stdev)
-        body.append([name, _percent(row.budget), f"{100 * row.share:.1f} %", shape(row), perplexity, ratio, recall,
+        body.append([name, _percent(row.budget), f"{100 * row.share:.1f} %", shape(row.sizes), perplexity, ratio, recall,
                      seeds, f"{row.seconds:.0f}"])  # fmt: skip
     return _markdown_table(header, body)
 

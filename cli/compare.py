@@ -1,0 +1,211 @@
+"""``llamamoe compare``: a study in one command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llamamoe.errors import LlamaMoeError
+
+from ._format import amount, duration, plural, size
+from ._output import Interrupted, Output, output_options
+from ._recipe_options import recipe_file
+from ._style import Command, Option
+from ._tables import bullets, heading, paragraph, table
+
+if TYPE_CHECKING:
+    from llamamoe.comparison import ComparisonPlan, PlannedCell
+    from llamamoe.studies.recipe import CompareRecipe
+    from llamamoe.studies.table import Comparison, Row
+
+HELP = """Measure many conversions of SOURCE under the same conditions, with controls.
+
+The recipe names methods, budgets, seeds and text. Sizes follow from a budget: the FFN's active multiply-adds per token,
+router and padding included, as a share of the dense FFN's. Controls are the dense model, random experts, static pruning
+without and with the same repair, and every method with an oracle router.
+
+Each finished cell is a small file in the folder of --out: the same command goes on after a stop, and does again only
+what a change of recipe, code or text touches. The folder gets comparison.json, comparison.md and a picture.
+"""
+EXAMPLES = """
+llamamoe compare SOURCE --recipe smollm2 --calibration text/train --evaluation text/valid --dry-run
+llamamoe compare SOURCE --recipe my.yaml --out study
+llamamoe compare SOURCE --recipe my.yaml --out study --only 'token_clusters/0.5/*' --set calibration_tokens=8192
+"""
+RECIPE, RUN = "Recipe", "This run"
+
+
+def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
+
+
+@click.command(cls=Command, section="Measure", rank=1, short_help="Many conversions side by side, with controls.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@click.argument("source")
+@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
+       text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
+@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+       text="Set one key of the recipe, such as budgets=[0.5]; may be repeated.")  # fmt: skip
+@_flag("--calibration", group=RECIPE, metavar="PATH", multiple=True,
+       text="Text to calibrate on, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
+@_flag("--evaluation", group=RECIPE, metavar="PATH", multiple=True,
+       text="Text to measure on, in the place of the recipe's; may be repeated.")  # fmt: skip
+@_flag("--out", group=RUN, metavar="DIR", default="comparison", show_default=True, text="The study's folder.")
+@_flag("--only", group=RUN, metavar="PATTERN", multiple=True,
+       text="Do only these methods or cells (method/budget/seed, * allowed); may be repeated.")  # fmt: skip
+@_flag(
+    "--device", group=RUN, metavar="NAME", text="A torch device.  [default: the recipe's, else the GPU if there is one]"
+)
+@_flag("--export", group=RUN, type=click.Choice(["none", "first", "all"]),
+       text="Write and measure checkpoints too, of each method's first cell or of all.  [default: the recipe's]")  # fmt: skip
+@_flag("--dry-run", group=RUN, is_flag=True, text="List the cells with an estimate of their cost; reads headers only.")
+@output_options
+def command(
+    source: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    calibration: tuple[str, ...],
+    evaluation: tuple[str, ...],
+    out: str,
+    only: tuple[str, ...],
+    device: str | None,
+    export: str | None,
+    dry_run: bool,
+    output: Output,
+) -> None:
+    """Parse, then list or measure, then print."""
+    given = {
+        "calibration": list(calibration) or None,
+        "evaluation": list(evaluation) or None,
+        "device": device,
+        "export": export,
+    }
+    complete = _recipe(recipe, given, overrides)
+    if dry_run:
+        from llamamoe.comparison import plan_comparison
+
+        plan = plan_comparison(source, complete, out=out, only=only)
+        output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan, out))
+        return
+    found = _compare(source, out, complete, only, output)
+    output.result(found.to_json(), lambda: _print(found, out, verbose=output.verbose))
+    if found.failed:
+        raise LlamaMoeError(
+            f"{plural(len(found.failed), 'cell')} could not be done: {found.failed[0][0]}: {found.failed[0][1]}",
+            hint="The others are finished; the same command tries again.",
+        )
+
+
+def _recipe(recipe: str, given: dict[str, Any], overrides: tuple[str, ...]) -> CompareRecipe:
+    from llamamoe.studies.recipe import load_compare_recipe
+
+    with recipe_file(recipe, "compare") as path:
+        assert path is not None
+        return load_compare_recipe(path, given=given, overrides=overrides)
+
+
+def _compare(source: str, out: str, recipe: CompareRecipe, only: tuple[str, ...], output: Output) -> Comparison:
+    from llamamoe import compare
+
+    try:
+        with output.progress() as report:
+            return compare(source, out, recipe, only=only, progress=report)
+    except KeyboardInterrupt:
+        raise Interrupted(f"finished cells are kept in {Path(out)}, the same command goes on") from None
+
+
+def _print_plan(plan: ComparisonPlan, out: str) -> None:
+    click.echo(click.style(f"{plan.source}: {plural(len(plan.cells), 'cell')}", bold=True))
+    titles = ("cell (method/budget/seed)", "", "active share", "experts", "FLOPs", "time", "")
+    rows = [
+        (
+            cell.label,
+            "simulated" if cell.simulated else cell.kind,
+            f"{100 * cell.share:.1f} %",
+            _experts(cell),
+            amount(cell.flops),
+            duration(cell.seconds),
+            "finished" if cell.finished else "",
+        )
+        for cell in plan.cells
+    ]
+    table(titles, rows, right=(2, 4, 5), wrap=(0,))
+    done = sum(cell.finished for cell in plan.cells)
+    basis = "the finished cells took" if plan.rate_measured else "two laptop cores need"
+    click.echo()
+    paragraph(
+        f"{done} finished in {out}, about {duration(plan.seconds_left)} left, at the rate that {basis}. Nothing was written."
+    )
+
+
+def _experts(cell: PlannedCell) -> str:
+    from llamamoe.studies.table import shape
+
+    return shape(cell.sizes)
+
+
+def _print(found: Comparison, out: str, *, verbose: bool) -> None:
+    click.echo(click.style(f"{found.source}: perplexity, mean over domains and seeds", bold=True))
+    titles = ("method", "active share", "experts", "perplexity", "x dense", "recall@k", "seeds", "time")
+    table(titles, [_row(row) for row in found.rows], right=(1, 3, 4, 5, 6, 7), wrap=(0,))
+    if verbose:
+        _details(found)
+    if found.pending or found.failed:
+        heading("Not done")
+        bullets([*found.pending, *(f"{label}: {reason}" for label, reason in found.failed)])
+    if found.warnings:
+        heading("Warnings")
+        bullets(found.warnings, mark="!")
+    click.echo()
+    if any(row.simulated for row in found.rows):
+        paragraph("An oracle router knows what every expert contributes: simulated, it cannot be exported.")
+    paragraph(f"In {Path(out)}: {', '.join(found.files.values())}.")
+
+
+def _row(row: Row) -> tuple[str, ...]:
+    from llamamoe.studies.table import shape, with_spread
+
+    return (
+        f"{row.method} (simulated)" if row.simulated else row.method,
+        f"{100 * row.share:.1f} %",
+        shape(row.sizes),
+        with_spread(row.perplexity, row.perplexity_stdev),
+        "" if row.ratio is None else with_spread(row.ratio, row.ratio_stdev),
+        "" if row.recall_at_k is None else f"{row.recall_at_k:.2f}",
+        str(len(row.seeds)) if row.seeds else "",
+        duration(row.seconds),
+    )
+
+
+def _details(found: Comparison) -> None:
+    """What ``-v`` adds: domains, parameters, memory, and how it was measured."""
+    from llamamoe.studies.table import number
+
+    domains = list(dict.fromkeys(name for row in found.rows for name in row.domains))
+    if len(domains) > 1:
+        heading("Perplexity by domain")
+        rows = [
+            (f"{row.method}{f' at {row.budget:g}' if row.budget else ''}", *(number(row.domains[d]) for d in domains))
+            for row in found.rows
+        ]
+        table(("method", *domains), rows, right=range(1, len(domains) + 1), wrap=(0,))
+    heading("Parameters, memory and what a layer lost")
+    titles = ("method", "active", "total", "peak memory", "FFN error", "captured", "written / here")
+    details = [
+        (
+            f"{row.method}{f' at {row.budget:g}' if row.budget else ''}",
+            amount(row.active_parameters),
+            amount(row.total_parameters),
+            size(row.peak_bytes),
+            "" if row.output_error is None else f"{row.output_error:.3f}",
+            "" if row.captured is None else f"{row.captured:.3f}",
+            "" if row.exported_ratio is None else f"x {row.exported_ratio:.4f}",
+        )
+        for row in found.rows
+    ]
+    table(titles, details, right=range(1, 7), wrap=(0,))
+    heading("How it was measured")
+    paragraph(found.protocol)
