@@ -61,7 +61,7 @@ class Gradient(Splitter):
     reference = "LLaMA-MoE (arXiv:2406.16554), Sharing-Inner and -Inter; LLaMA-MoE-v2 (arXiv:2411.15708)"
     needs = "gradients"
     default_rescale = "unit"
-    default_router = "hidden_centroid"
+    default_router = "ridge"  # LLaMA-MoE trains its gate from scratch; v2 takes the centroids (hidden_centroid)
 
     class Options(Options):
         """Options of `Gradient`."""

@@ -16,6 +16,7 @@ import llamamoe
 from llamamoe.calibration.session import with_clusters
 from llamamoe.calibration.text import CalibrationText
 from llamamoe.choices import complete
+from llamamoe.converted_ffn import ConvertedFfn
 from llamamoe.errors import LlamaMoeError
 from llamamoe.layer import PADDING, ExpertWeights, FfnWeights, LayerContext, Partition
 from llamamoe.splitters import SPLITTERS
@@ -299,6 +300,20 @@ def test_copies_are_scaled_in_their_down_columns_only():
     plain = splitter(overlap="inner", duplicates="plain")
     assert plain.weights(ffn, partition, context) is None
     assert (method.kept, plain.kept) == ("gate_up", "neurons")
+
+
+def test_with_all_experts_every_neuron_that_was_kept_counts_once():
+    ffn, context = problem(6, top_k=4)
+    method = splitter(overlap="inner")
+    partition = method.split(ffn, np.array([2, 11]), context)
+    assert len(partition.omitted) > 0
+    weights = method.weights(ffn, partition, context)
+    moe = ConvertedFfn(weights, partition, torch.zeros(4, 8), 4, "hard", "renormalised", 4.0)
+    assert moe.coefficient == 1.0
+    h_TF = plain_hidden(ffn, context.inputs.x_TH)
+    h_TF[:, partition.omitted] = 0
+    found = torch.cat(list(moe.outputs(context.inputs))).numpy()
+    np.testing.assert_allclose(found, h_TF @ ffn.down_HF.double().numpy().T, rtol=1e-4, atol=1e-4)
 
 
 # ---- contract ---------------------------------------------------------------------------------------------------------
