@@ -17,11 +17,12 @@ LEAST_RESIDUAL = 1e-3
 """Tokens whose residual stream is smaller than this share of the median count as if it were that large."""
 
 
-def solve_ridge(gram_QQ: torch.Tensor, right_QH: torch.Tensor, strength: float) -> torch.Tensor:
-    """``(G + strength)^-1 right`` in float64, O(Q^3); the Gram is changed in place.
+def solve_ridge(gram_QQ: torch.Tensor, right_QH: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
+    """``(G + strength)^-1 right`` in float64, O(Q^3); the Gram is changed in place, ``strength`` may be ``[Q]``.
 
     Rounding of the sums can leave a Gram with small negative eigenvalues: where Cholesky's method fails for that,
-    the eigenvalues of ``G + strength`` are raised to the least that they can truly have, ``strength``.
+    the eigenvalues of ``G + strength`` are raised to the least that they can truly have, the
+    least ``strength``.
     """
     import torch
 
@@ -30,7 +31,8 @@ def solve_ridge(gram_QQ: torch.Tensor, right_QH: torch.Tensor, strength: float) 
     if not int(failed):
         return torch.cholesky_solve(right_QH, factor)
     values, vectors = torch.linalg.eigh(gram_QQ)
-    out: torch.Tensor = vectors @ ((vectors.T @ right_QH) / values.clamp(min=strength)[:, None])
+    least = float(strength.min()) if isinstance(strength, torch.Tensor) else strength
+    out: torch.Tensor = vectors @ ((vectors.T @ right_QH) / values.clamp(min=least)[:, None])
     return out
 
 

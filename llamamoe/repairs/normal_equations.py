@@ -25,6 +25,13 @@ BLOCK_PLACES = 32
 """Experts narrower than this are summed several at a time: products with very few rows are slow."""
 
 
+HELD_OUT_EVERY = 5
+"""Of so many runs of tokens one is held out."""
+
+RUN_TOKENS = 256
+"""Longest run of tokens that are held out together: neighbours are too alike to judge each other."""
+
+
 @dataclass(frozen=True)
 class NormalEquations:
     """Sums over tokens, float64.
@@ -32,28 +39,45 @@ class NormalEquations:
     Attributes:
         gram_PP: ``[P, P]``, ``h~^T h~``.
         cross_PH: ``[P, H]``, ``h~^T (Y - h~ D0)``.
-        places: int64 ``[Q]``, the places that hold a neuron and were ever active: the others have zero rows and
-            columns.
+        slots_P: int64, the neuron in every place.
     """
 
     gram_PP: torch.Tensor
     cross_PH: torch.Tensor
-    places: torch.Tensor
+    slots_P: torch.Tensor
+
+    @property
+    def places(self) -> torch.Tensor:
+        """int64 ``[Q]``: places that hold a neuron and were ever active; the others have zero rows and columns."""
+        return ((self.slots_P != PADDING) & (self.gram_PP.diagonal() > 0)).nonzero().flatten()
+
+    def gram(self, places: torch.Tensor) -> torch.Tensor:
+        """``[Q, Q]``, the Gram of these places; the Gram itself, not a copy, if they are all."""
+        return self.gram_PP if len(places) == len(self.gram_PP) else self.gram_PP[places][:, places]
 
 
 def normal_equations(
-    moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext, weighting: TokenWeighting = "none"
-) -> NormalEquations:
+    moe: ConvertedFfn,
+    ffn: FfnWeights,
+    context: LayerContext,
+    weighting: TokenWeighting = "none",
+    *,
+    hold_out: bool = False,
+) -> list[NormalEquations]:
     """Sum over all calibration tokens, products in float32, sums over batches in float64.
 
     An expert's rows are summed over the tokens that selected it only, and each pair of experts once: O(T P H) for
-    the outputs and about ``T (S + k W)^2 / 2`` products for the Gram. Memory: ``P (P + H)`` doubles.
+    the outputs and about ``T (S + k W)^2 / 2`` products for the Gram. Memory: ``P (P + H)`` doubles for each sum.
 
     Args:
         moe: The layer to repair.
         ffn: The parent's FFN.
         context: With the calibration inputs.
         weighting: ``"residual"`` divides every token's error by the root mean square of its residual stream.
+        hold_out: Sum the tokens of every fifth run on their own.
+
+    Returns:
+        One for all tokens, or two: for those to fit on, and for those held out.
 
     Raises:
         LlamaMoeError: An activation is NaN or infinite.
@@ -62,20 +86,34 @@ def normal_equations(
 
     inputs = context.inputs
     device = double_device(inputs.device)
-    places, hidden = len(moe.partition.slots), ffn.down_HF.shape[0]
-    gram = torch.zeros(places, places, dtype=torch.float64, device=device)
-    cross = torch.zeros(places, hidden, dtype=torch.float64, device=device)
+    slots = torch.from_numpy(moe.partition.slots).to(device)
+    sums = []
+    for _ in range(1 + hold_out):
+        gram = torch.zeros(len(slots), len(slots), dtype=torch.float64, device=device)
+        cross = torch.zeros(len(slots), ffn.down_HF.shape[0], dtype=torch.float64, device=device)
+        sums.append(NormalEquations(gram, cross, slots))
+    fold_T = held_out_tokens(inputs.num_tokens).long() if hold_out else torch.zeros(inputs.num_tokens).long()
     scales = token_scales(inputs, weighting)
-    for part, (hidden_BP, residual_BH, weights_BN) in zip(inputs.batches(), residuals(moe, ffn, inputs), strict=True):
+    for part, batch in zip(inputs.batches(), residuals(moe, ffn, inputs), strict=True):
         if scales is not None:
             scale_B1 = scales[part].to(inputs.device)[:, None]
-            hidden_BP, residual_BH = hidden_BP * scale_B1, residual_BH * scale_B1
-        _add(gram, cross, hidden_BP, residual_BH, weights_BN, moe)
-    _mirror(gram, moe)
-    check_finite(context.layer, gram.diagonal(), cross)
-    slots = torch.from_numpy(moe.partition.slots).to(device)
-    kept = ((slots != PADDING) & (gram.diagonal() > 0)).nonzero().flatten()
-    return NormalEquations(gram, cross, kept)
+            batch = batch[0] * scale_B1, batch[1] * scale_B1, batch[2]
+        for fold, into in enumerate(sums):
+            rows = (fold_T[part] == fold).nonzero().flatten().to(inputs.device)
+            hidden_BP, residual_BH, weights_BN = batch if len(rows) == len(batch[0]) else (t[rows] for t in batch)
+            _add(into, hidden_BP, residual_BH, weights_BN, moe)
+    for into in sums:
+        _mirror(into.gram_PP, moe)
+        check_finite(context.layer, into.gram_PP.diagonal(), into.cross_PH)
+    return sums
+
+
+def held_out_tokens(num_tokens: int) -> torch.Tensor:
+    """Which tokens are held out, bool ``[T]``: the last of every five runs of up to 256 tokens, shorter where there are few tokens."""
+    import torch
+
+    run = max(1, min(RUN_TOKENS, num_tokens // (8 * HELD_OUT_EVERY)))
+    return torch.arange(num_tokens) // run % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 def residuals(
@@ -123,8 +161,7 @@ def holds_parent(moe: ConvertedFfn, ffn: FfnWeights) -> bool:
 
 
 def _add(
-    gram: torch.Tensor,
-    cross: torch.Tensor,
+    into: NormalEquations,
     hidden_BP: torch.Tensor,
     residual_BH: torch.Tensor,
     weights_BN: torch.Tensor,
@@ -132,7 +169,7 @@ def _add(
 ) -> None:
     """Add one batch: shared x shared, and each block of experts x (shared, itself, later experts)."""
     shared, (num_experts, width) = len(moe.partition.shared), moe.partition.experts.shape
-    device = gram.device
+    gram, cross, device = into.gram_PP, into.cross_PH, into.gram_PP.device
     if shared:
         left_SB = hidden_BP[:, :shared].T
         gram[:shared, :shared] += (left_SB @ hidden_BP[:, :shared]).to(device)

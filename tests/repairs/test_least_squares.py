@@ -36,15 +36,26 @@ CASES = {
 }
 
 
-def reference(moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs, ridge: float, scale_T: np.ndarray) -> np.ndarray:
+def reference(
+    moe: ConvertedFfn,
+    ffn: FfnWeights,
+    inputs: LayerInputs,
+    ridge: float,
+    scale_T: np.ndarray | None = None,
+    penalty: str = "mean",
+) -> np.ndarray:
     """float64 ``[H, P]``: ridge regression as stacked rows, on real places that are ever active."""
+    scale_T = np.ones(inputs.num_tokens) if scale_T is None else scale_T
     h = plain_weighted_hidden(moe, inputs.x_TH) * scale_T[:, None]
     y = plain_dense(ffn, inputs.x_TH) * scale_T[:, None]
     kept = np.flatnonzero((h != 0).any(0) & (moe.partition.slots != PADDING))
-    lam = ridge * np.mean([h[:, p] @ h[:, p] for p in kept])
+    power = np.array([h[:, p] @ h[:, p] for p in kept])
+    lower_median = np.sort(power)[(len(power) - 1) // 2]
+    unit = {"mean": power.mean() + 0 * power, "median": lower_median + 0 * power, "balanced": np.sqrt(lower_median * power)}  # fmt: skip
+    pull = np.diag(np.sqrt(ridge * unit[penalty]))
     down = moe.weights.down_HP.double().numpy().copy()
-    rows = np.vstack([h[:, kept], np.sqrt(lam) * np.eye(len(kept))])
-    aim = np.vstack([y, np.sqrt(lam) * down[:, kept].T])
+    rows = np.vstack([h[:, kept], pull])
+    aim = np.vstack([y, pull @ down[:, kept].T])
     down[:, kept] = np.linalg.lstsq(rows, aim, rcond=None)[0].T
     return down
 
@@ -60,12 +71,60 @@ def test_solves_the_ridge_problem(kind: str, case: str, ridge: float) -> None:
     ffn, inputs = make_ffn(), make_inputs()
     moe = make_moe(ffn, make_partition(kind), **CASES[case])
     out = repaired(moe, ffn, inputs, ridge=ridge)
-    expected = reference(moe, ffn, inputs, ridge, np.ones(inputs.num_tokens))
+    expected = reference(moe, ffn, inputs, ridge)
     np.testing.assert_allclose(out.down_HP.numpy(), expected, rtol=1e-3, atol=1e-4)
     assert np.abs(expected - moe.weights.down_HP.numpy()).max() > 0.1
     assert torch.equal(out.gate_PH, moe.weights.gate_PH)
     assert torch.equal(out.up_PH, moe.weights.up_PH)
     assert not out.down_HP[:, moe.partition.slots == PADDING].any()
+
+
+@pytest.mark.parametrize("penalty", ["median", "balanced"])
+@pytest.mark.parametrize("kind", ["plain", "padded"])
+def test_other_penalties(penalty: str, kind: str) -> None:
+    ffn, inputs = make_ffn(), make_inputs()
+    moe = make_moe(ffn, make_partition(kind))
+    out = repaired(moe, ffn, inputs, ridge=0.3, penalty=penalty)
+    expected = reference(moe, ffn, inputs, 0.3, penalty=penalty)
+    np.testing.assert_allclose(out.down_HP.numpy(), expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(expected - reference(moe, ffn, inputs, 0.3)).max() > 0.01
+
+
+def test_auto_takes_the_strength_that_is_best_on_held_out_tokens() -> None:
+    """Every fifth run of tokens is held out; then all tokens are fitted, with as much ridge per token less."""
+    ffn, inputs = make_ffn(), make_inputs(400)
+    moe = make_moe(ffn)
+    held_out = np.arange(400) // 10 % 5 == 4
+    parts = [replace(inputs, x_TH=inputs.x_TH[rows], residual_scale_T=inputs.residual_scale_T[rows]) for rows in (~held_out, held_out)]  # fmt: skip
+    strengths = [0.3 * 10 ** (step / 2) for step in range(-6, 7)]
+    errors = []
+    for ridge in strengths:
+        down = torch.from_numpy(reference(moe, ffn, parts[0], ridge))
+        errors.append((plain_error(moe, ffn, parts[1].x_TH, down) ** 2).sum())
+    best = strengths[int(np.argmin(errors))]
+    power = [(plain_weighted_hidden(moe, x.x_TH) ** 2).sum() for x in (parts[0], inputs)]
+    expected = reference(moe, ffn, inputs, best * power[0] / power[1])
+    np.testing.assert_allclose(repaired(moe, ffn, inputs, ridge="auto").down_HP.numpy(), expected, rtol=1e-3, atol=1e-4)
+    assert 0 < int(np.argmin(errors)) < len(strengths) - 1
+
+
+@pytest.mark.parametrize("penalty", ["mean", "median", "balanced"])
+def test_auto_is_no_worse_than_no_repair_on_other_text(penalty: str) -> None:
+    """With fewer tokens than places a weak ridge fits noise."""
+    ffn, inputs, others = make_ffn(), make_inputs(25), make_inputs(500, seed=7)
+    moe = make_moe(ffn)
+    weak, auto = (
+        plain_error(moe, ffn, others.x_TH, repaired(moe, ffn, inputs, ridge=ridge, penalty=penalty).down_HP)
+        for ridge in (1e-4, "auto")
+    )
+    before = (plain_error(moe, ffn, others.x_TH, moe.weights.down_HP) ** 2).sum()
+    assert (auto**2).sum() <= before < (weak**2).sum()
+
+
+@pytest.mark.parametrize("ridge", [0, -1.0, 1e-7, float("inf"), float("nan"), "other"])
+def test_ridge_must_be_positive(ridge: object) -> None:
+    with pytest.raises(ValueError, match="ridge"):
+        LeastSquares.Options.model_validate({"ridge": ridge})
 
 
 def test_second_pass_starts_from_the_weights_it_is_given() -> None:
@@ -80,7 +139,7 @@ def test_second_pass_starts_from_the_weights_it_is_given() -> None:
         moe.weights.down_HP + 0.3 * torch.randn(moe.weights.down_HP.shape, generator=g) * real,
     )
     moe = replace(moe, weights=noisy)
-    expected = reference(moe, ffn, inputs, 0.01, np.ones(inputs.num_tokens))
+    expected = reference(moe, ffn, inputs, 0.01)
     np.testing.assert_allclose(repaired(moe, ffn, inputs, ridge=0.01).down_HP.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -91,7 +150,7 @@ def test_tokens_weighted_by_their_residual_stream() -> None:
     out = repaired(moe, ffn, inputs, ridge=0.01, weighting="residual")
     expected = reference(moe, ffn, inputs, 0.01, scale)
     np.testing.assert_allclose(out.down_HP.numpy(), expected, rtol=1e-3, atol=1e-4)
-    assert np.abs(expected - reference(moe, ffn, inputs, 0.01, np.ones(200))).max() > 0.05
+    assert np.abs(expected - reference(moe, ffn, inputs, 0.01)).max() > 0.05
 
 
 @pytest.mark.parametrize("kind", ["padded", "overlap"])
@@ -100,7 +159,7 @@ def test_tokens_weighted_by_their_residual_stream() -> None:
 def test_never_worse_than_no_repair_on_its_own_tokens(kind: str, case: str, tokens: int) -> None:
     ffn, inputs = make_ffn(1), make_inputs(tokens, seed=1)
     moe = make_moe(ffn, make_partition(kind), **CASES[case])
-    for ridge in (1e-6, 0.002, 10.0):
+    for ridge in (1e-6, 0.002, 10.0, "auto"):
         after = plain_error(moe, ffn, inputs.x_TH, repaired(moe, ffn, inputs, ridge=ridge).down_HP)
         before = plain_error(moe, ffn, inputs.x_TH, moe.weights.down_HP)
         assert (after**2).sum() <= (before**2).sum() * (1 + 1e-6)
@@ -109,14 +168,16 @@ def test_never_worse_than_no_repair_on_its_own_tokens(kind: str, case: str, toke
 def test_changes_nothing_where_nothing_is_wrong() -> None:
     ffn, inputs = make_ffn(), make_inputs()
     moe = make_moe(ffn, top_k=EXPERTS)
-    assert torch.equal(repaired(moe, ffn, inputs).down_HP, moe.weights.down_HP)
+    for ridge in (0.002, "auto"):
+        assert torch.equal(repaired(moe, ffn, inputs, ridge=ridge).down_HP, moe.weights.down_HP)
 
 
+@pytest.mark.parametrize("ridge", [0.002, "auto"])
 @pytest.mark.parametrize("weighting", ["none", "residual"])
-def test_batches_do_not_matter(weighting: str) -> None:
+def test_batches_do_not_matter(weighting: str, ridge: object) -> None:
     ffn = make_ffn()
     moe = make_moe(ffn)
-    a, b = (repaired(moe, ffn, make_inputs(200, size), weighting=weighting).down_HP for size in (7, 1000))
+    a, b = (repaired(moe, ffn, make_inputs(200, size), ridge=ridge, weighting=weighting).down_HP for size in (7, 1000))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
@@ -132,14 +193,15 @@ def test_an_expert_without_tokens_keeps_its_weights() -> None:
     start = len(moe.partition.shared) + 2 * moe.partition.experts.shape[1]
     width = moe.partition.experts.shape[1]
     assert torch.equal(out[:, start : start + width], moe.weights.down_HP[:, start : start + width])
-    expected = reference(moe, ffn, inputs, 0.002, np.ones(200))
+    expected = reference(moe, ffn, inputs, 0.002)
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_no_tokens_no_repair() -> None:
     ffn = make_ffn()
     moe = make_moe(ffn)
-    assert torch.equal(repaired(moe, ffn, make_inputs(0)).down_HP, moe.weights.down_HP)
+    for ridge in (0.002, "auto"):
+        assert torch.equal(repaired(moe, ffn, make_inputs(0), ridge=ridge).down_HP, moe.weights.down_HP)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
