@@ -30,11 +30,12 @@ class Analytic(Router):
       text, ``lam`` = ``ridge`` x the mean square of x, no intercept.
     * ``gate``: ``g^``; ``up``: ``u^``.
 
-    DEFAULT_REASON
+    ``product`` is the default because it follows CMoE best: on held-out text of three layers of SmolLM2-135M (25 %
+    shared, 8 of 24 experts) it finds 51 to 57 % of the experts that CMoE's score chooses, ``up`` 46 to 47 %, ``gate`` 23
+    to 39 %; chance is 33 %. The score is nearly even in both of its scalar products, which no linear form can follow.
 
-    Rates are low, so that nearly every mean marker is below 1/2; the nearest member is then the one that is marked
-    least. That is how CMoE defines it, and a reason why its choices were seen to agree with an oracle's no more often
-    than chance.
+    CMoE's score itself finds 35 to 36 % of an oracle's experts there. One reason: rates are low, so that nearly every
+    mean marker is below 1/2, and the member nearest to it is then the one that is marked least.
     """
 
     name = "analytic"

@@ -31,8 +31,9 @@ class Coactivation(Splitter):
 
     where f is h itself (``plain``), |h| (``l1_norm``) or h^2 (``l2_norm``), as LLaMA-MoE has it; with ReLU and no
     clamp this is MoEfication's ``sum_t h_ti h_tj 1[h_ti > 0, h_tj > 0]``. Weights below 0.99 x the ``percentile`` are
-    cut off to 0, so are negative ones. ``cosine`` divides by ``sqrt(w_ii w_jj)`` (before the percentile): otherwise
-    the graph mostly says which neurons are large.
+    cut off to 0, so are negative ones (LLaMA-MoE: percentile 10 and clamp 1; with SwiGLU's activations that clamp
+    leaves nearly all weights equal). ``cosine`` divides by ``sqrt(w_ii w_jj)``, before the percentile: otherwise the
+    graph mostly says which neurons are large.
 
     ``spectral`` finds the parts itself, ``metis`` asks the METIS library, which the papers used; parts are then made
     equal by moving as few neurons as can be, and improved by swaps (see `llamamoe.splitters.graph`).
@@ -54,7 +55,7 @@ class Coactivation(Splitter):
         cosine: bool = Field(True, description="Divide each weight by what its two neurons' own activity gives.")
         clamp: float | None = Field(None, gt=0, description="Most weight that one run of tokens can add to a pair.")
         sample_tokens: int = Field(2048, ge=1, description="Tokens in a run (it matters only with a clamp).")
-        percentile: float = Field(10.0, ge=0, lt=100, description="Share of the weakest edges that are left out, in %.")
+        percentile: float = Field(0.0, ge=0, lt=100, description="Share of the weakest edges that are left out, in %.")
         partitioner: Literal["spectral", "metis"] = Field(
             "spectral", description="spectral: built in; metis: needs the extra 'graph'."
         )
@@ -82,8 +83,8 @@ class Coactivation(Splitter):
 
     @classmethod
     def working_bytes(cls, intermediate_size: int, hidden_size: int) -> int:
-        """See `Splitter.working_bytes`: three float32 matrices ``[F, F]`` and a batch of activations."""
-        return 4 * intermediate_size * (3 * intermediate_size + 3 * BATCH_TOKENS + 2 * hidden_size)
+        """See `Splitter.working_bytes`: four float32 matrices ``[F, F]`` and a batch of activations."""
+        return 4 * intermediate_size * (4 * intermediate_size + 3 * BATCH_TOKENS + 2 * hidden_size)
 
 
 def coactive_sums(

@@ -113,23 +113,22 @@ def metis_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator
     Raises:
         MissingExtraError: The package pymetis is not installed.
     """
+    import scipy.sparse
+
     try:
         import pymetis
     except ImportError:
         raise MissingExtraError("pymetis", "graph", "Partitioning with METIS") from None
 
     largest = float(weights_FF.max())
-    scale = 1e4 / largest if largest > 0 else 0.0
-    tails, heads = np.nonzero(weights_FF * scale >= 0.5)
-    edges = np.rint(weights_FF[tails, heads] * scale).astype(np.int64)
-    offsets = np.concatenate([[0], np.bincount(tails, minlength=len(weights_FF)).cumsum()])
-    graph = pymetis.CSRAdjacency(offsets, heads)
+    edges = scipy.sparse.csr_array(np.rint(weights_FF * (1e4 / largest if largest > 0 else 0.0)).astype(np.int32))
+    graph = pymetis.CSRAdjacency(edges.indptr, edges.indices)
 
     def start(seed: int) -> np.ndarray:
-        if len(edges) == 0:
+        if edges.nnz == 0:
             return np.arange(len(weights_FF)) % num_parts
         options = pymetis.Options(seed=seed)
-        found = pymetis.part_graph(num_parts, graph, eweights=edges, recursive=False, options=options)
+        found = pymetis.part_graph(num_parts, graph, eweights=edges.data, recursive=False, options=options)
         return np.asarray(found.vertex_part, np.int64)
 
     return start
