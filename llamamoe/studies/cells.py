@@ -86,7 +86,8 @@ def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
                     reasons.append(f"{method.name} at {budget:g}: {error}")
                     break
                 cells.append(Cell(method.name, kind, budget, seed, plan, base=method.name))
-                if recipe.controls and kind == "method" and plan.layout.num_experts > plan.layout.top_k > 0:
+                choice = plan.layout.num_experts > plan.layout.top_k > 0
+                if recipe.controls and kind == "method" and choice and seed == seeds[0]:
                     name = f"{method.name}, {ORACLE}"
                     cells.append(Cell(name, "control", budget, seed, plan, oracle=True, base=method.name))
     if reasons:

@@ -21,6 +21,7 @@ _GREYS = (("#8A8A8A", "o"), ("#6E6E6E", "s"), ("#A5A5A5", "^"), ("#5A5A5A", "D")
 _OFF_SCALE = 30.0  # times dense: what lies above is an arrow at the edge, so that the rest can be read
 _SIZE = (9.0, 5.4)
 _LABEL = 9.0  # points
+_LONGEST = 44  # characters of a name
 _NOTE = "#555555"
 
 
@@ -59,7 +60,7 @@ def draw(found: Comparison, folder: Path) -> dict[str, str]:
     with rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=_SIZE, facecolor="white")
         FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.085, 0.125, 0.625, 0.745))
+        axes = figure.add_axes((0.085, 0.125, 0.885 - _label_room(lines), 0.745))
         dense = next((row.perplexity for row in found.rows if row.kind == "dense"), None)
         top = _frame(axes, lines, dense)
         for line in lines:
@@ -159,8 +160,9 @@ def _labels(axes: Axes, lines: Sequence[_Series], dense: float | None, top: floa
     for line in lines:
         share, value, _ = line.points[-1]
         off = value > top
-        shown = f"{line.name}  {number(value)}" if one or off else line.name
-        shown += " (off the scale)" if off else ""
+        name = line.name if len(line.name) <= _LONGEST else line.name[: _LONGEST - 1] + "…"
+        shown = f"{name}  {number(value)}" if one or off else name
+        shown += " ↑" if off else ""
         wanted.append((min(value, top / 1.02), shown, line.colour, share))
     if dense is not None:
         wanted.append((dense, f"dense  {number(dense)}", "#222222", axes.get_xlim()[1]))
@@ -190,6 +192,13 @@ def _labels(axes: Axes, lines: Sequence[_Series], dense: float | None, top: floa
                 "shrinkB": 5,
             },
         )
+
+
+def _label_room(lines: Sequence[_Series]) -> float:
+    """Share of the figure's width that the names at the right edge take."""
+    longest = max(len(line.name) for line in lines if not line.oracle or len(lines) == 1)
+    points = 0.6 * _LABEL * (min(longest, _LONGEST) + 6) + 18
+    return min(max(points / 72 / _SIZE[0], 0.15), 0.5)
 
 
 def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
