@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import scipy.sparse
     import torch
 
-    from ..layer import FfnWeights
+    from ..layer import FfnWeights, LayerContext
 
 Distance = Literal["l1", "l2"]
 
@@ -55,18 +55,27 @@ def every_nth(inputs: LayerInputs, max_tokens: int) -> LayerInputs:
     )
 
 
-def activation_markers(ffn: FfnWeights, inputs: LayerInputs, options: MarkerOptions) -> scipy.sparse.csr_array:
+def activation_markers(ffn: FfnWeights, context: LayerContext, options: MarkerOptions) -> scipy.sparse.csr_array:
     """float64 CSR ``[Q, F]`` of zeros and ones: ``A_tj = 1`` if ``|h_tj|`` is among the token's ``k_act`` largest.
 
     ATopK of CMoE. O(Q F H); 12 Q k_act bytes, beside one batch of activations and the two matrices in the compute
     dtype.
+
+    Raises:
+        LlamaMoeError: An activation is NaN or infinite.
     """
     import numpy as np
     import scipy.sparse
 
-    inputs = every_nth(inputs, options.max_tokens)
+    from ..regression import check_finite
+
+    inputs = every_nth(context.inputs, options.max_tokens)
     k_act = min(options.k_act, ffn.intermediate_size)
-    parts = [h_BF.abs().topk(k_act, dim=1).indices.cpu().numpy() for h_BF in _hidden(ffn, inputs, options.normalised)]
+    parts = []
+    for h_BF in _hidden(ffn, inputs, options.normalised):
+        top = h_BF.abs().topk(k_act, dim=1)
+        check_finite(context.layer, top.values)
+        parts.append(top.indices.cpu().numpy())
     columns = np.concatenate(parts).astype(np.int32) if parts else np.empty((0, k_act), np.int32)
     rows = np.arange(len(columns) + 1, dtype=np.int64) * k_act
     shape = (len(columns), ffn.intermediate_size)

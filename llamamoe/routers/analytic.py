@@ -72,7 +72,7 @@ class Analytic(Router):
 
         from ..calibration.markers import activation_markers, mean_patterns, pattern_distances
 
-        markers = activation_markers(ffn, context.inputs, self.options)
+        markers = activation_markers(ffn, context, self.options)
         members = [expert[expert != PADDING] for expert in partition.experts]
         distances = pattern_distances(markers, mean_patterns(markers, members), "l1")
         nearest = [m[distances[m, i].argmin()] if len(m) else PADDING for i, m in enumerate(members)]

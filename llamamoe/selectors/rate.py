@@ -30,4 +30,4 @@ class Rate(Selector):
         """See `Selector.scores`. O(T F H)."""
         from ..calibration.markers import activation_markers, activation_rates
 
-        return activation_rates(activation_markers(ffn, context.inputs, self.options))
+        return activation_rates(activation_markers(ffn, context, self.options))

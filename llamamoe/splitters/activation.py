@@ -55,7 +55,7 @@ class Activation(Splitter):
         from ..calibration.markers import activation_markers
 
         neurons = routed_neurons(ffn.intermediate_size, shared)
-        markers = activation_markers(ffn, context.inputs, self.options)[:, neurons]
+        markers = activation_markers(ffn, context, self.options)[:, neurons]
         labels = cluster_markers(
             markers, context.num_experts, context.expert_width, self.options.distance, self.options.iterations
         )

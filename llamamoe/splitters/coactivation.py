@@ -66,11 +66,13 @@ class Coactivation(Splitter):
 
     def split(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
         """See `Splitter.split`. O(T F^2) for the graph; the sizes of the experts differ by one at most."""
+        from ..regression import check_finite
         from .graph import partition_graph
 
         options = self.options
         neurons = routed_neurons(ffn.intermediate_size, shared)
         sums = coactive_sums(ffn, neurons, context.inputs, options.kernel, options.clamp, options.sample_tokens)
+        check_finite(context.layer, sums)
         labels = partition_graph(
             graph_weights(sums.numpy(), cosine=options.cosine, percentile=options.percentile),
             context.num_experts,

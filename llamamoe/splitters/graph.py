@@ -17,8 +17,8 @@ from .balance import assign_balanced
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_DENSE_EIGENSOLVER = 512
-"""Up to so many vertices all eigenvectors are computed; above, only the leading ones, by Lanczos' method."""
+_SUBSPACE_STEPS = 20
+"""More give no better start: the swaps that follow depend little on it."""
 _LEAST_GAIN = 1e-9
 """A swap must gain this share of the largest connection, so that rounding cannot make it run in circles."""
 
@@ -68,12 +68,20 @@ def partition_graph(
 def spectral_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator) -> Callable[[int], np.ndarray]:
     """Balanced k-means of the rows of the K leading eigenvectors of ``D^-1/2 W D^-1/2``, as a function of a seed.
 
-    Reference: Ng, Jordan and Weiss, On spectral clustering (2001). O(F^3) for few vertices, O(F^2 K) per step of
-    Lanczos' method for many.
+    Rows are brought to length 1. Reference: Ng, Jordan and Weiss, On spectral clustering (2001). O(F^2 K) per step.
     """
     from .clustering import balanced_kmeans
 
-    rows = _leading_rows(weights_FF, num_parts, rng)
+    degree = weights_FF.sum(1, dtype=np.float64)
+    inverse_F1 = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1.0)), 0.0)[:, None]
+
+    def multiply(vectors: np.ndarray) -> np.ndarray:
+        # In the graph's own dtype, or numpy would copy it.
+        return np.asarray(inverse_F1 * (weights_FF @ (inverse_F1 * vectors).astype(weights_FF.dtype)))
+
+    vectors = leading_vectors(multiply, len(degree), num_parts, rng)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = (vectors / np.where(length > 0, length, 1.0)).astype(np.float32)
     capacity = even_sizes(len(rows), num_parts)
 
     def start(seed: int) -> np.ndarray:
@@ -82,26 +90,27 @@ def spectral_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Genera
     return start
 
 
-def _leading_rows(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 ``[F, K]``: each vertex in the space of the leading eigenvectors, at length 1."""
-    import scipy.linalg
-    import scipy.sparse.linalg
+def leading_vectors(
+    multiply: Callable[[np.ndarray], np.ndarray], size: int, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """float64 ``[F, count]``: eigenvectors of the largest eigenvalues of a symmetric matrix, as start for a clustering.
 
-    count = len(weights_FF)
-    degree = weights_FF.sum(1, dtype=np.float64)
-    inverse = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1.0)), 0.0).astype(weights_FF.dtype)
-    if count <= max(_DENSE_EIGENSOLVER, 4 * num_parts):
-        matrix = inverse[:, None] * weights_FF.astype(np.float64) * inverse
-        least = max(count - num_parts, 0)
-        vectors = scipy.linalg.eigh(matrix, subset_by_index=[least, count - 1])[1]
-    else:
-        operator = scipy.sparse.linalg.LinearOperator(
-            (count, count), matvec=lambda v: inverse * (weights_FF @ (inverse * v.ravel())), dtype=weights_FF.dtype
-        )
-        start = rng.standard_normal(count).astype(weights_FF.dtype)
-        vectors = scipy.sparse.linalg.eigsh(operator, k=num_parts, which="LA", v0=start, tol=1e-4)[1]
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(length > 0, length, 1.0), np.float32)
+    Subspace iteration with twice as many vectors, and a Rayleigh-Ritz step at the end: it never fails, whatever the
+    graph (Lanczos' method stops on graphs with many equal eigenvalues, such as unconnected parts), and nearly equal
+    eigenvectors that it has not told apart do no harm here.
+
+    Args:
+        multiply: Of ``[F, any]``.
+        size: ``F``.
+        count: Fewer are returned where F is smaller.
+        rng: For the start.
+    """
+    basis = np.linalg.qr(rng.standard_normal((size, min(2 * count + 8, size))))[0]
+    for _ in range(_SUBSPACE_STEPS):
+        basis = np.linalg.qr(multiply(basis))[0]
+    small = basis.T @ multiply(basis)
+    vectors = np.linalg.eigh((small + small.T) / 2)[1]
+    return np.asarray(basis @ vectors[:, ::-1][:, :count])
 
 
 def metis_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator) -> Callable[[int], np.ndarray]:

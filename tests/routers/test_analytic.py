@@ -37,7 +37,7 @@ def test_representative_is_nearest_to_the_mean(partition: Partition) -> None:
     ffn, context = random_ffn(), layer_context(random_inputs(), 4)
     options = Analytic.Options(k_act=12)
     found = Analytic(options).representatives(ffn, partition, context)
-    marks = activation_markers(ffn, context.inputs, options).toarray()
+    marks = activation_markers(ffn, context, options).toarray()
     for i, expert in enumerate(partition.experts):
         members = expert[expert != PADDING]
         if len(members) == 0:

@@ -20,6 +20,7 @@ from llamamoe.calibration.markers import (
     mean_patterns,
     pattern_distances,
 )
+from llamamoe.errors import LlamaMoeError
 from llamamoe.layer import PADDING, FfnWeights
 from llamamoe.selectors.rate import Rate
 from llamamoe.splitters import SPLITTERS
@@ -55,7 +56,7 @@ def test_markers_and_rates(normalised: bool, k_act: int) -> None:
     ffn, inputs = random_ffn(), random_inputs(batch_tokens=7)
     ffn.gate_FH.mul_(torch.logspace(-1, 1, 24)[:, None])
     options = MarkerOptions(k_act=k_act, normalised=normalised)
-    markers = activation_markers(ffn, inputs, options)
+    markers = activation_markers(ffn, layer_context(inputs, 6), options)
     plain = plain_markers(ffn, inputs.x_TH, k_act, normalised)
     assert np.array_equal(markers.toarray(), plain)
     np.testing.assert_allclose(activation_rates(markers), plain.mean(0))
@@ -65,7 +66,7 @@ def test_markers_and_rates(normalised: bool, k_act: int) -> None:
 
 @pytest.mark.parametrize("kind", ["l1", "l2"])
 def test_distances_to_columns_and_means(kind: str) -> None:
-    markers = activation_markers(random_ffn(), random_inputs(), MarkerOptions(k_act=6))
+    markers = activation_markers(random_ffn(), layer_context(random_inputs(), 6), MarkerOptions(k_act=6))
     marks = markers.toarray()
     sets = [np.array([0, 3, 4]), np.array([7]), NONE]
     patterns = mean_patterns(markers, sets)
@@ -140,7 +141,9 @@ def test_known_clusters_around_the_most_active() -> None:
 
 @pytest.mark.parametrize("distance", ["l1", "l2"])
 def test_iterating_never_ends_farther_from_the_means(distance: str) -> None:
-    markers = activation_markers(random_ffn(size=40), random_inputs(tokens=80), MarkerOptions(k_act=6))
+    markers = activation_markers(
+        random_ffn(size=40), layer_context(random_inputs(tokens=80), 8), MarkerOptions(k_act=6)
+    )
 
     def total(labels: np.ndarray) -> float:
         means = mean_patterns(markers, [np.flatnonzero(labels == c) for c in range(5)])
@@ -188,6 +191,13 @@ def test_low_precision_weights_and_dead_neurons() -> None:
     ffn = random_ffn(size=24, dtype=torch.bfloat16)
     ffn.gate_FH[:12] = 0
     Activation().split(ffn, NONE, layer_context(random_inputs(), 6)).check(24)
+
+
+def test_nan_names_the_layer() -> None:
+    inputs = random_inputs()
+    inputs.x_TH[3, 2] = torch.nan
+    with pytest.raises(LlamaMoeError, match="layer 17"):
+        Activation().split(random_ffn(), NONE, layer_context(inputs, 6, layer=17))
 
 
 def test_defaults_are_cmoe() -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamamoe.errors import LlamaMoeError
 from llamamoe.layer import PADDING, FfnWeights
 from llamamoe.splitters import SPLITTERS
 from llamamoe.splitters.coactivation import Coactivation, coactive_sums, graph_weights
@@ -101,6 +102,13 @@ def test_repeatable_with_low_precision_and_dead_neurons() -> None:
     first, again = (Coactivation().split(ffn, NONE, context) for _ in range(2))
     first.check(24)
     assert np.array_equal(first.experts, again.experts)
+
+
+def test_nan_names_the_layer() -> None:
+    inputs = random_inputs()
+    inputs.x_TH[3, 2] = torch.nan
+    with pytest.raises(LlamaMoeError, match="layer 17"):
+        Coactivation().split(random_ffn(), NONE, layer_context(inputs, 6, layer=17))
 
 
 def test_registered_with_its_defaults() -> None:

@@ -15,10 +15,14 @@ from llamamoe.splitters.graph import (
     even_sizes,
     improve_by_swaps,
     inside_weight,
+    leading_vectors,
     metis_parts,
     partition_graph,
     to_sizes,
 )
+
+ONE_EDGE = np.zeros((600, 600), np.float32)
+ONE_EDGE[0, 1] = ONE_EDGE[1, 0] = 1
 
 
 def random_graph(size: int, seed: int) -> np.ndarray:
@@ -65,10 +69,27 @@ def test_planted_parts(method: str, size: int) -> None:
     assert len(set(zip(labels, truth, strict=True))) == 4
 
 
-def test_blocks_without_any_edge_between() -> None:
-    truth = np.arange(24) % 3
-    weights = (truth[:, None] == truth).astype(np.float32) - np.eye(24, dtype=np.float32)
-    assert len(set(zip(partition(weights, 3), truth, strict=True))) == 3
+@pytest.mark.parametrize(("size", "blocks"), [(24, 3), (600, 12)])
+def test_blocks_without_any_edge_between(size: int, blocks: int) -> None:
+    """As many equal eigenvalues as blocks."""
+    truth = np.arange(size) % blocks
+    weights = (truth[:, None] == truth).astype(np.float32) - np.eye(size, dtype=np.float32)
+    assert len(set(zip(partition(weights, blocks), truth, strict=True))) == blocks
+
+
+def test_leading_vectors_are_eigenvectors() -> None:
+    """Where they stand apart from the rest, as planted parts do."""
+    truth = np.arange(80) % 4
+    weights = random_graph(80, 0) + 2 * (truth[:, None] == truth)
+    values, vectors = np.linalg.eigh(weights)
+    found = leading_vectors(lambda v: weights @ v, 80, 4, np.random.default_rng(0))
+    assert (values[-4:] > 2 * values[-5]).all()
+    np.testing.assert_allclose(found @ found.T, vectors[:, -4:] @ vectors[:, -4:].T, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [np.zeros((600, 600), np.float32), ONE_EDGE])
+def test_nearly_empty_graphs_of_many_vertices(weights: np.ndarray) -> None:
+    assert np.bincount(partition(weights, 8, starts=1)).tolist() == [75] * 8
 
 
 @pytest.mark.parametrize("method", ["spectral", "metis"])
