@@ -23,8 +23,9 @@ class LayerInputs:
 
     Attributes:
         x_TH: ``[T, H]`` on the CPU, float32 or the compute dtype.
-        residual_scale_T: float32 ``[T]``, root mean square of the residual stream at each token before the FFN:
-            an error of the FFN counts relative to it, for the next RMSNorm divides by it.
+        residual_scale_T: float32 ``[T]``, root mean square of the residual stream at each token after the parent's
+            FFN: an error of the FFN counts relative to it, for the next RMSNorm divides by it. (Before the FFN it
+            says nothing of the few tokens whose residual the FFN makes, or takes back, a hundred times larger.)
         gradients_TH: ``[T, H]``, gradient of the parent's loss with respect to the FFN's output, summed over
             tokens; None unless a method needs gradients.
         clusters_T: int64 ``[T]``, the text cluster of each token's document; None unless a method needs them.

@@ -128,10 +128,20 @@ class Walk:
                     self._check(out, layer, "attention")
                     after[part] = out.float().cpu()
                     self._x[part] = seen.pop().to(self.compute.dtype).cpu()
-                    self._scale[part] = out.float().square().mean(-1).sqrt().cpu()
             finally:
                 del ffn.forward
-        return self._inputs(layer)
+        inputs = self._inputs(layer)
+        self._measure(inputs, layer, after.flatten(0, 1))
+        return inputs
+
+    def _measure(self, inputs: LayerInputs, layer: int, after_TH: torch.Tensor) -> None:
+        """Fill in the size of the residual stream that the parent's FFN would leave at every token."""
+        from ..converted_ffn import dense_outputs
+
+        scale_T, factor = self._scale.flatten(), self.model.spec.residual_multiplier
+        outputs = dense_outputs(inputs, read_ffn(self.model, layer))
+        for part, y_BH in zip(inputs.batches(), outputs, strict=True):
+            scale_T[part] = (after_TH[part] + y_BH.cpu() * factor).square().mean(-1).sqrt()
 
     def leave(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
         """Add the FFN's outputs to the residual stream.

@@ -48,15 +48,15 @@ def dense_walk(walking: Walk) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def reference(folder: Path, ids: np.ndarray) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """What the whole model shows to forward hooks: FFN inputs, their norms' inputs, and the last hidden state."""
+    """What the whole model shows to forward hooks: FFN inputs, every layer's output, and the last hidden state."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     seen: list[torch.Tensor] = []
     residuals: list[torch.Tensor] = []
     last: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-        layer.post_attention_layernorm.register_forward_pre_hook(
-            lambda _, args: residuals.append(args[0].flatten(0, 1))
+        layer.register_forward_hook(
+            lambda _, args, out: residuals.append((out[0] if isinstance(out, tuple) else out).flatten(0, 1))
         )
     model.model.norm.register_forward_pre_hook(lambda _, args: last.append(args[0].flatten(0, 1)))
     with torch.no_grad():
