@@ -95,3 +95,177 @@ def test_seed_and_shard_size(dense: Path, tmp_path: Path) -> None:
     assert run("sharded", shard_size="100KB").receipt["weights_sha256"] == one.receipt["weights_sha256"]
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     assert run("other", seed=1).receipt["weights_sha256"] != one.receipt["weights_sha256"]
+
+
+# ---- methods that need text -----------------------------------------------------------------------------------------
+
+TEXT = {"calibration": "text.txt"}
+
+
+def auto_plan(source: Path, **given: Any) -> Any:
+    return llamamoe.plan_conversion(source, llamamoe.load_recipe(given=given))
+
+
+def test_without_text_auto_falls_back_to_weights_and_warns(dense: Path) -> None:
+    found = auto_plan(dense)
+    assert found.recipe.method.name == "cluster_shared"
+    assert (found.recipe.num_experts, found.recipe.top_k, found.recipe.repair.name) == (8, 2, "none")
+    assert found.layout.num_shared == 43
+    assert found.calibration is None
+    assert any("no calibration text" in w and "--calibration" in w for w in found.warnings)
+    with pytest.raises(RefusedError, match="no calibration text"):
+        auto_plan(dense, strict=True)
+    assert not auto_plan(dense, method="cluster_shared").warnings, "what was asked for needs no warning"
+
+
+def small_default(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
+    wanted = {"method": "cluster_shared", "num_experts": 12, "top_k": 4, "shared": 0.3, "shared_by": "power",
+              "router": "ridge", "repair": "least_squares"} | changes  # fmt: skip
+    monkeypatch.setattr("llamamoe.choices.CALIBRATED_DEFAULT", wanted)
+    return wanted
+
+
+def test_with_text_auto_is_the_calibrated_default(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_default(monkeypatch)
+    found = auto_plan(dense, **TEXT)
+    recipe = found.recipe
+    names = (recipe.method.name, recipe.shared_by.name, recipe.router.name, recipe.repair.name)
+    assert names == ("cluster_shared", "power", "ridge", "least_squares")
+    assert (recipe.num_experts, recipe.top_k, recipe.shared) == (12, 4, round(0.3 * 172))
+    assert found.calibration is not None
+    assert not found.warnings
+    again = llamamoe.plan_conversion(dense, recipe)
+    assert (again.recipe, again.layout, again.calibration) == (recipe, found.layout, found.calibration)
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({"num_experts": 6}, (6, 2)),
+        ({"top_k": 2}, (6, 2)),
+        ({"num_experts": 5, "top_k": 3}, (5, 3)),
+        ({"num_experts": 2}, (2, 1)),
+    ],
+)
+def test_a_size_alone_keeps_the_share_of_the_default(
+    dense: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, int], sizes: tuple[int, int]
+) -> None:
+    small_default(monkeypatch)
+    recipe = auto_plan(dense, **TEXT, **given).recipe
+    assert (recipe.num_experts, recipe.top_k) == sizes
+
+
+def test_what_is_named_is_kept_by_auto(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_default(monkeypatch)
+    recipe = auto_plan(
+        dense, **TEXT, shared=0.5, shared_by="weight_norm", router={"name": "ridge", "ridge": 0.5}, repair="none"
+    ).recipe
+    assert (recipe.shared, recipe.shared_by.name, recipe.repair.name) == (86, "weight_norm", "none")
+    assert recipe.router.options["ridge"] == 0.5
+
+
+@pytest.mark.parametrize(("target", "shared"), [("mixtral", 0), ("glm4_moe", "multiple"), ("qwen2_moe", 52)])
+def test_auto_shares_what_the_named_target_can_hold(
+    dense: Path, monkeypatch: pytest.MonkeyPatch, target: str, shared: Any
+) -> None:
+    small_default(monkeypatch)
+    layout = auto_plan(dense, **TEXT, target=target).layout
+    if shared == "multiple":
+        assert layout.num_shared % layout.expert_width == 0
+        assert layout.num_shared == pytest.approx(0.3 * 172, abs=2 * layout.expert_width)  # padding of tiny experts
+    else:
+        assert layout.num_shared == shared
+
+
+def test_auto_does_without_plugins_that_are_not_there(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_default(monkeypatch, router="nowhere", repair="nothing_like_it")
+    recipe = auto_plan(dense, **TEXT).recipe
+    assert (recipe.router.name, recipe.repair.name) == ("centroid", "none")
+    small_default(monkeypatch, method="nowhere")
+    assert auto_plan(dense, **TEXT).recipe.method.name == "cluster_shared"
+
+
+@pytest.mark.parametrize(
+    ("given", "who"),
+    [
+        ({"router": "ridge"}, "--router ridge"),
+        ({"repair": "least_squares"}, "--repair least_squares"),
+        ({"shared": 0.25, "shared_by": "power"}, "--shared-by power"),
+        ({"method": "activation"}, "--method activation"),
+    ],
+)
+def test_methods_that_need_text_are_refused_without_it(dense: Path, given: dict[str, Any], who: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        plan(dense, **{"method": "random", **given})
+    assert caught.value.exit_code == 3
+    assert f"calibration text is needed by {who}" in str(caught.value)
+    assert "--calibration PATH" in str(caught.value)
+    assert "--calibration auto" in str(caught.value)
+
+
+def test_a_selector_that_is_not_asked_needs_no_text(dense: Path) -> None:
+    assert plan(dense, method="random", shared=0, shared_by="power").calibration is None
+
+
+@pytest.mark.parametrize("calibration", ["text.txt", "auto"])
+def test_text_that_nobody_needs_is_not_read(dense: Path, calibration: str) -> None:
+    found = plan(dense, method="random", calibration=calibration)
+    assert found.calibration is None
+    assert found.parity == "exact"
+    assert any("it is not read" in w for w in found.warnings)
+
+
+def test_controls_are_refused(dense: Path) -> None:
+    with pytest.raises(RefusedError, match="only `llamamoe compare` can simulate it"):
+        plan(dense, method="random", router="oracle", **TEXT)
+
+
+def test_repair_ends_parity_and_says_so(dense: Path) -> None:
+    found = plan(dense, method="cluster_shared", repair="least_squares", target="qwen2_moe", **TEXT)
+    assert (found.parity, found.kept) == ("none", "gate_up")
+    assert found.exactness.startswith("exact before repair with all experts selected")
+    assert "not after it" in found.exactness
+    assert not any("ruined until it is trained" in a for a in found.advice)
+    assert plan(dense, method="cluster_shared", repair="none", target="qwen2_moe").parity == "exact"
+
+
+def test_costs_of_calibration_by_hand(dense: Path) -> None:
+    keys = {"method": "random", "router": "ridge", "calibration_tokens": 1000, "calibration_length": 30, **TEXT}
+    found = plan(dense, **keys).calibration
+    tokens = 33 * 30
+    assert (found.tokens, found.length, found.needing) == (tokens, 30, ("--router ridge",))
+    assert found.state_bytes == 2 * 4 * tokens * 64
+    assert found.input_bytes == 4 * tokens * 64
+    attention = 2 * 64 * (64 + 2 * 32 + 64) + 4 * 64 * 30
+    places = 4 * 48
+    ffn = 4 * (4 * 172 * 64) + 6 * 172 * 64 + 2 * 6 * places * 64
+    assert found.layer_flops == tokens * (attention + ffn)
+    assert found.flops == 2 * found.layer_flops
+    assert found.seconds(found.flops) == 1.0
+    repaired = plan(dense, **keys, repair="least_squares").calibration
+    assert repaired.layer_flops > found.layer_flops + tokens * places**2
+    assert repaired.peak_bytes > found.peak_bytes
+
+
+def test_calibration_cost_is_linear_in_layers_and_tokens(dense: Path, tmp_path: Path) -> None:
+    deep = make_dense(tmp_path / "deep", num_hidden_layers=6)
+    keys = {"method": "random", "router": "ridge", "calibration_length": 32, **TEXT}
+    base = plan(dense, **keys, calibration_tokens=3200).calibration.flops
+    assert plan(deep, **keys, calibration_tokens=3200).calibration.flops == 3 * base
+    assert plan(dense, **keys, calibration_tokens=32000).calibration.flops == 10 * base
+
+
+def test_large_inputs_are_mapped_and_the_disk_must_hold_them(dense: Path, tmp_path: Path) -> None:
+    keys = {"method": "random", "router": "ridge", "calibration_tokens": 2**32, **TEXT}
+    found = plan(dense, **keys)
+    assert found.calibration.input_place == "memory-mapped"
+    assert found.calibration.disk_bytes == 3 * 4 * 2**32 * 64
+    with pytest.raises(RefusedError, match="the result and the hidden states take"):
+        llamamoe.split(dense, tmp_path / "out", found.recipe)
+
+
+def test_sequences_are_no_longer_than_the_model_has_positions(dense: Path) -> None:
+    keys = {"method": "random", "router": "ridge", **TEXT}
+    assert plan(dense, **keys).recipe.calibration_length == 64
+    with pytest.raises(RefusedError, match="--calibration-length 65 is more than the model's 64 positions"):
+        plan(dense, **keys, calibration_length=65)

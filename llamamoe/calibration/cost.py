@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import RefusedError
 from ..recipe import NO_REPAIR
 from ..repairs import REPAIRS
 from .inputs import BATCH_TOKENS
@@ -80,8 +81,16 @@ class CalibrationPlan:
 
 
 def plan_calibration(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> CalibrationPlan:
-    """Cost of calibrating, for a recipe whose methods need it. O(1)."""
+    """Cost of calibrating, for a recipe whose methods need it. O(1).
+
+    Raises:
+        RefusedError: Sequences would be longer than the model has positions.
+    """
     recipe = chosen.recipe
+    if (recipe.calibration_length or 0) > spec.max_position_embeddings:
+        raise RefusedError(
+            f"--calibration-length {recipe.calibration_length} is more than the model's {spec.max_position_embeddings} positions."
+        )
     length = recipe.calibration_length or min(MAX_LENGTH, spec.max_position_embeddings)
     length = min(length, recipe.calibration_tokens)
     tokens = recipe.calibration_tokens // length * length

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,9 @@ from tests.models import make_dense
 
 Edit = Callable[[dict[str, Any]], object]
 Refused = Callable[..., LlamaMoeError]
+Convert = Callable[..., dict[str, Any]]
+RECEIPT = "llamamoe_receipt.json"
+GIVEN = {"num_experts": 4, "top_k": 2, "method": "kmeans", "target": "qwen2_moe", "shared": 40, "shard_size": "200KB"}
 SMALL = {"method": "random", "num_experts": 4, "top_k": 2}
 
 
@@ -106,3 +112,34 @@ def refused(tmp_path: Path) -> Refused:
         return caught.value
 
     return check
+
+
+@pytest.fixture(scope="module")
+def convert() -> Iterator[Convert]:
+    """Run a conversion in a process of its own, which may be killed."""
+    script = Path(__file__).with_name("killable.py")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(script.parents[2])}
+    server = subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def call(source: Path, out: Path, at: tuple[str, int, int] | None = None, **keys: Any) -> dict[str, Any]:
+        given = keys.pop("given", GIVEN)
+        job = {"args": [str(source), str(out), given], "keys": {"verify": False} | keys, "at": at}
+        server.stdin.write(json.dumps(job) + "\n")  # type: ignore[union-attr]
+        server.stdin.flush()  # type: ignore[union-attr]
+        answer: dict[str, Any] = json.loads(server.stdout.readline())  # type: ignore[union-attr]
+        return answer
+
+    yield call
+    server.stdin.close()
+    server.wait(timeout=30)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Hashes of all files, and the receipt without what differs from run to run."""
+    receipt = json.loads((folder / RECEIPT).read_text())
+    receipt.pop("run")
+    return digests(folder) | {RECEIPT: receipt}

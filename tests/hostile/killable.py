@@ -23,6 +23,7 @@ import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 
 import llamamoe
 from llamamoe import conversion
+from llamamoe.calibration import session, walk
 from llamamoe.checkpoint import ledger, writer
 from llamamoe.verification import verify_conversion  # noqa: F401
 
@@ -33,6 +34,11 @@ POINTS: dict[str, tuple[Any, str]] = {
     "append": (ledger.Ledger, "append"),
     "finish": (writer.CheckpointWriter, "finish"),
     "layer": (conversion, "convert_layer"),
+    "enter": (walk.Walk, "enter"),
+    "leave": (walk.Walk, "leave"),
+    "save": (session.Session, "_save"),
+    "text": (session, "make_text"),
+    "rmtree": (shutil, "rmtree"),
     "copyfile": (shutil, "copyfile"),
     "write_text": (Path, "write_text"),
     "replace": (Path, "replace"),

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,45 +15,9 @@ import llamamoe
 from llamamoe.checkpoint.ledger import LEDGER
 from llamamoe.errors import RefusedError
 
-from .conftest import digests, edit_config, recipe, shard
-
-Convert = Callable[..., dict[str, Any]]
-GIVEN = {"num_experts": 4, "top_k": 2, "method": "kmeans", "target": "qwen2_moe", "shared": 40, "shard_size": "200KB"}
-RECEIPT = "llamamoe_receipt.json"
-
-
-@pytest.fixture(scope="module")
-def convert() -> Iterator[Convert]:
-    """Run a conversion in a process of its own, which may be killed."""
-    script = Path(__file__).with_name("killable.py")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(script.parents[2])}
-    server = subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-
-    def call(source: Path, out: Path, at: tuple[str, int, int] | None = None, **keys: Any) -> dict[str, Any]:
-        given = keys.pop("given", GIVEN)
-        job = {"args": [str(source), str(out), given], "keys": {"verify": False} | keys, "at": at}
-        server.stdin.write(json.dumps(job) + "\n")  # type: ignore[union-attr]
-        server.stdin.flush()  # type: ignore[union-attr]
-        answer: dict[str, Any] = json.loads(server.stdout.readline())  # type: ignore[union-attr]
-        return answer
-
-    yield call
-    server.stdin.close()
-    server.wait(timeout=30)
-
+from .conftest import GIVEN, Convert, content, digests, edit_config, recipe, shard
 
 Whole = tuple[Path, dict[str, str], dict[str, int]]
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """Hashes of all files, and the receipt without what differs from run to run."""
-    receipt = json.loads((folder / RECEIPT).read_text())
-    receipt.pop("run")
-    return digests(folder) | {RECEIPT: receipt}
 
 
 @pytest.fixture(scope="module")

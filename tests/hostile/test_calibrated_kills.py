@@ -1,0 +1,179 @@
+"""Calibrated conversions killed at many points: ``--resume`` goes on from the kept hidden states to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Convert, content, digests
+
+LAYERS = 2
+GIVEN = {
+    "num_experts": 4, "top_k": 2, "method": "cluster_shared", "shared": 40, "shared_by": "power", "router": "ridge",
+    "repair": "least_squares", "repair_passes": 2, "target": "qwen2_moe", "calibration_tokens": 320,
+    "calibration_length": 32, "device": "cpu", "shard_size": "200KB",
+}  # fmt: skip
+Whole = tuple[Path, dict[str, Any], dict[str, Any], dict[str, int]]
+
+
+@pytest.fixture(scope="module")
+def whole(convert: Convert, pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """An uninterrupted conversion: source, recipe, content of the output, and how often each function was called."""
+    folder = tmp_path_factory.mktemp("whole")
+    source = Path(shutil.copytree(pristine, folder / "dense"))
+    (folder / "text.txt").write_text("the cat sat on a mat, and it rained in May. " * 20)
+    given = GIVEN | {"calibration": str(folder / "text.txt")}
+    found = convert(source, folder / "out", given=given)
+    assert found["error"] is None, found
+    assert found["calls"]["enter"] == LAYERS
+    assert found["calls"]["leave"] == found["calls"]["save"] == LAYERS - 1, "nothing follows the last layer"
+    return source, given, content(folder / "out"), found["calls"]
+
+
+def finish(convert: Convert, whole: Whole, out: Path) -> dict[str, int]:
+    """Resume, compare with the uninterrupted run, and return what was called."""
+    source, given, expected, _ = whole
+    found = convert(source, out, resume=True, given=given)
+    assert found["error"] is None, found
+    assert content(out) == expected
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    calls: dict[str, int] = found["calls"]
+    return calls
+
+
+POINTS = [
+    ("text", 1), ("enter", 1), ("enter", 2), ("layer", 1), ("layer", 2), ("leave", 1), ("save", 1), ("append", 2),
+    ("append", 3), ("append", 4), ("append", 5), ("write_text", 1), ("write_text", 2), ("write_text", 3),
+    ("replace", 2), ("replace", 3), ("pwrite", 1), ("pwrite", -1), ("finish", -1), ("convert", 2), ("convert", -1),
+    ("rmtree", 1), ("publish", 1), ("rename", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "count"), POINTS)
+def test_kill(convert: Convert, whole: Whole, tmp_path: Path, name: str, count: int) -> None:
+    source, given, _, calls = whole
+    at = (name, count if count > 0 else calls[name] + 1 + count, signal.SIGKILL)
+    before = digests(source)
+    assert convert(source, tmp_path / "out", at, given=given)["signal"] == signal.SIGKILL, f"{at} was never reached"
+    finish(convert, whole, tmp_path / "out")
+    assert digests(source) == before
+
+
+@pytest.mark.parametrize(("name", "count"), [("enter", 2), ("layer", 1), ("text", 1), ("rmtree", 1)])
+def test_interrupt(convert: Convert, whole: Whole, tmp_path: Path, name: str, count: int) -> None:
+    found = convert(whole[0], tmp_path / "out", (name, count, signal.SIGINT), given=whole[1])
+    assert found["error"] is not None
+    assert found["error"][1] == 130
+    finish(convert, whole, tmp_path / "out")
+
+
+# ---- what a kill leaves, made by hand ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(convert: Convert, whole: Whole, tmp_path: Path) -> Path:
+    """OUT of a run killed after its first layer was finished."""
+    at = ("layer", LAYERS, signal.SIGKILL)
+    assert convert(whole[0], tmp_path / "out", at, given=whole[1])["signal"] == signal.SIGKILL
+    return tmp_path / "out"
+
+
+def states(out: Path) -> Path:
+    return out.with_name("out.partial") / ".calibration"
+
+
+def test_finished_layers_are_not_walked_through_again(convert: Convert, whole: Whole, stopped: Path) -> None:
+    calls = finish(convert, whole, stopped)
+    assert calls["layer"] == calls["enter"] == 1
+    assert "text" not in calls
+
+
+@pytest.mark.parametrize("file", ["residual.1", "state.json"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "bytes"])
+def test_lost_states_are_computed_again(
+    convert: Convert,
+    whole: Whole,
+    stopped: Path,
+    file: str,
+    damage: str,
+) -> None:
+    path = states(stopped) / file
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "bytes":
+        data[-9] ^= 1
+        path.write_bytes(data)
+    calls = finish(convert, whole, stopped)
+    assert calls["layer"] == LAYERS
+
+
+def test_without_any_state_the_walk_begins_again(convert: Convert, whole: Whole, stopped: Path) -> None:
+    shutil.rmtree(states(stopped))
+    assert finish(convert, whole, stopped)["text"] == 1
+
+
+@pytest.mark.parametrize("file", ["ids.npy", "text.json"])
+def test_text_is_read_again_if_what_was_kept_is_damaged(
+    convert: Convert,
+    whole: Whole,
+    stopped: Path,
+    file: str,
+) -> None:
+    data = bytearray((states(stopped) / file).read_bytes())
+    data[-9] ^= 1
+    (states(stopped) / file).write_bytes(data[: len(data) // 2] if file == "text.json" else data)
+    assert finish(convert, whole, stopped)["text"] == 1
+
+
+def test_another_text_cannot_take_its_place(
+    convert: Convert,
+    whole: Whole,
+    stopped: Path,
+    tmp_path: Path,
+) -> None:
+    source, given, _, _ = whole
+    text = Path(given["calibration"])
+    was = text.read_text()
+    shutil.rmtree(states(stopped))
+    try:
+        text.write_text("another text altogether, and not what it was before. " * 20)
+        name, code, message = convert(source, stopped, resume=True, given=given)["error"]
+    finally:
+        text.write_text(was)
+    assert (name, code) == ("RefusedError", 3)
+    assert "not the one that the stopped run began with" in message
+    finish(convert, whole, stopped)
+
+
+def test_a_damaged_layer_is_mended(convert: Convert, whole: Whole, tmp_path: Path) -> None:
+    source, given, _, _ = whole
+    out = tmp_path / "out"
+    assert convert(source, out, ("rmtree", 1, signal.SIGKILL), given=given)["signal"] == signal.SIGKILL
+    for file in sorted(out.with_name("out.partial").glob("*.safetensors"))[:2]:
+        data = bytearray(file.read_bytes())
+        data[-100] ^= 1
+        file.write_bytes(bytes(data))
+    finish(convert, whole, out)
+
+
+def test_force_drops_the_states(convert: Convert, whole: Whole, stopped: Path) -> None:
+    found = convert(whole[0], stopped, force=True, given=whole[1])
+    assert found["error"] is None
+    assert content(stopped) == whole[2]
+    assert json.loads((stopped / "llamamoe_receipt.json").read_text())["calibration"]["tokens"] == 320
+
+
+def test_sampled_text_is_not_sampled_again(convert: Convert, whole: Whole, tmp_path: Path) -> None:
+    given = whole[1] | {"calibration": "auto"}
+    assert convert(whole[0], tmp_path / "one", given=given)["error"] is None
+    assert convert(whole[0], tmp_path / "out", ("layer", 2, signal.SIGKILL), given=given)["signal"] == signal.SIGKILL
+    found = convert(whole[0], tmp_path / "out", resume=True, given=given)
+    assert "text" not in found["calls"]
+    assert content(tmp_path / "out") == content(tmp_path / "one")
