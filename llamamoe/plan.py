@@ -156,7 +156,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
     spec = model.spec
     chosen = complete(recipe)
     recipe, splitter = chosen.recipe, chosen.splitter
-    dtype = DTYPES[recipe.dtype] if recipe.dtype else _source_dtype(model)
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
     target, layout = choose_target(spec, recipe, splitter, dtype)
     calibration = plan_calibration(spec, chosen, layout) if chosen.calibrated else None
     recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
@@ -187,7 +187,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
         parity="exact" if make_splitter(recipe).exact and recipe.repair in (None, Choice(name=NO_REPAIR)) else "none",
         majors=target.majors(spec),
         calibration=calibration,
-        source_dtype=_source_dtype(model),
+        source_dtype=stored_dtype(model),
     )
 
 
@@ -203,7 +203,7 @@ def _resolved(target: Target, layout: MoeLayout, dtype: str, calibration: Calibr
     } | ({"calibration_length": calibration.length} if calibration else {})
 
 
-def _source_dtype(model: DenseModel) -> str:
+def stored_dtype(model: DenseModel) -> str:
     """The dtype of most weights; float64 becomes float32, which transformers computes in."""
     tally: dict[str, int] = {}
     for name, shape in canonical_shapes(model.spec).items():

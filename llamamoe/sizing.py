@@ -70,7 +70,7 @@ def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], 
     _check_sizes(spec, recipe, splitter, shared)
     dense_layers = _dense_layers(spec, recipe)
     fitting, reasons = [], []
-    for name in _candidates(recipe, splitter, shared):
+    for name in candidate_targets(recipe, splitter, shared):
         target = TARGETS.get(name)()
         layout = _layout(spec, recipe, splitter, target, shared, dense_layers)
         found = _refusals(spec, recipe, target, layout, dtype)
@@ -85,7 +85,7 @@ def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], 
     return next((f for f in fitting if len(f[0].majors(spec)) > 1), fitting[0])
 
 
-def _candidates(recipe: SplitRecipe, splitter: Splitter, shared: int) -> list[str]:
+def candidate_targets(recipe: SplitRecipe, splitter: Splitter, shared: int) -> list[str]:
     """Names of the targets to try, the preferred first."""
     if recipe.target != "auto":
         return [recipe.target]
