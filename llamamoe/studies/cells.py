@@ -186,10 +186,12 @@ def _fitted(
                 raise
             multiple = True  # for targets whose shared expert is a multiple of the others' width
             continue
-        over = ffn_share(plan) - budget
-        if over <= 1e-9:
+        if plan.layout.expert_width != sizes.expert_width and not multiple:
+            multiple = True  # such a target took it, with wider experts
+            continue
+        if ffn_share(plan) <= budget + 1e-9:
             return plan
-        extra += over * size + 1e-3
+        extra += (ffn_share(plan) - sizes.share) * size  # what the target adds beyond what was counted
     raise RefusedError(f"no sizes were found that cost at most {budget:g} in {plan.target.name}.")
 
 

@@ -114,7 +114,6 @@ class CompareRecipe(BaseModel):
     calibration_length: int | None = Field(None, ge=2, description="Tokens of one calibration sequence.")
     budgets: tuple[Budget, ...] = Field(
         (0.5,),
-        min_length=1,
         description="Most active multiply-adds of the FFN per token, as shares of the dense FFN's.",
     )
     seeds: tuple[Seed, ...] | dict[Budget, tuple[Seed, ...]] = Field(
