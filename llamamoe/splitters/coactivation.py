@@ -59,7 +59,7 @@ class Coactivation(Splitter):
         partitioner: Literal["spectral", "metis"] = Field(
             "spectral", description="spectral: built in; metis: needs the extra 'graph'."
         )
-        starts: int = Field(2, ge=1, description="Number of starts; the best is kept.")
+        starts: int = Field(1, ge=1, description="Number of starts; the best is kept.")
         sweeps: int = Field(20, ge=0, description="Most sweeps of improving swaps; 0 for none.")
 
     options: Options

@@ -117,7 +117,6 @@ def metis_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator
     """METIS' multilevel k-way partition, as a function of a seed; the sizes are only nearly even.
 
     Reference: Karypis and Kumar, A fast and high quality multilevel scheme for partitioning irregular graphs (1998).
-    METIS takes integer weights: the largest becomes 10^4, those that round to 0 are left out.
 
     Raises:
         MissingExtraError: The package pymetis is not installed.
@@ -129,8 +128,7 @@ def metis_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator
     except ImportError:
         raise MissingExtraError("pymetis", "graph", "Partitioning with METIS") from None
 
-    largest = float(weights_FF.max())
-    edges = scipy.sparse.csr_array(np.rint(weights_FF * (1e4 / largest if largest > 0 else 0.0)).astype(np.int32))
+    edges = scipy.sparse.csr_array(integer_weights(weights_FF))
     graph = pymetis.CSRAdjacency(edges.indptr, edges.indices)
 
     def start(seed: int) -> np.ndarray:
@@ -141,6 +139,16 @@ def metis_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator
         return np.asarray(found.vertex_part, np.int64)
 
     return start
+
+
+def integer_weights(weights_FF: np.ndarray) -> np.ndarray:
+    """int32 ``[F, F]``: the weights as METIS takes them; those that round to 0 are no edges.
+
+    The largest becomes 10^4, or less so that the sum stays below 2^30: METIS adds weights up in int32.
+    """
+    largest, total = float(weights_FF.max()), float(weights_FF.sum(dtype=np.float64))
+    scale = min(1e4 / largest, 2.0**30 / total) if largest > 0 else 0.0
+    return np.rint(weights_FF * scale).astype(np.int32)
 
 
 def connections(weights_FF: np.ndarray, labels: np.ndarray, num_parts: int) -> np.ndarray:

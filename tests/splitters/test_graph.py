@@ -15,6 +15,7 @@ from llamamoe.splitters.graph import (
     even_sizes,
     improve_by_swaps,
     inside_weight,
+    integer_weights,
     leading_vectors,
     metis_parts,
     partition_graph,
@@ -151,6 +152,16 @@ def test_moves_are_no_more_than_the_surplus(size: int, parts: int, seed: int) ->
     assert np.array_equal(np.bincount(moved, minlength=parts), sizes)
     surplus = (np.bincount(labels, minlength=parts) - sizes).clip(0).sum()
     assert (moved != labels).sum() == surplus
+
+
+def test_weights_for_metis_are_in_proportion_and_do_not_overflow() -> None:
+    few = integer_weights(np.array([[0, 2, 0.1], [2, 0, 0], [0.1, 0, 0]], np.float32))
+    assert few.tolist() == [[0, 10000, 500], [10000, 0, 0], [500, 0, 0]]
+    many = integer_weights(np.ones((600, 600), np.float32))
+    assert many.dtype == np.int32
+    assert len(np.unique(many)) == 1
+    assert 2**29 < many.sum(dtype=np.int64) < 2**31
+    assert not integer_weights(np.zeros((3, 3), np.float32)).any()
 
 
 def test_without_metis_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
