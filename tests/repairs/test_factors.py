@@ -112,7 +112,10 @@ def test_never_worse_than_no_repair(repair: type[Scalar | PerExpert], keys: dict
     assert errors[0] <= errors[1] * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("name", REPAIRS.names())
+CLOSED_FORM = ["none", "scalar", "per_expert", "least_squares"]
+
+
+@pytest.mark.parametrize("name", CLOSED_FORM)
 def test_contract(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact layers stay as they are, few tokens or none are no error, batches do not matter, input is not changed."""
     repair, ffn = REPAIRS.get(name)(), make_ffn()
@@ -129,7 +132,7 @@ def test_contract(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert repair.working_bytes(100, 10) >= 0
 
 
-@pytest.mark.parametrize("name", [n for n in REPAIRS.names() if n != "none"])
+@pytest.mark.parametrize("name", CLOSED_FORM[1:])
 def test_without_experts(name: str) -> None:
     """Static pruning: shared neurons only."""
     ffn, inputs = make_ffn(), make_inputs()
