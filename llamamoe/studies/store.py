@@ -25,7 +25,11 @@ _METHODS = ("splitters", "routers", "selectors", "repairs", "rescales", "calibra
 _ALWAYS = ("conversion", "converted_ffn", "layer", "evaluation", "scoring", "data.encoding", "streaming",
            "studies.in_memory", "studies.measure")  # fmt: skip
 """Modules that decide every cell."""
-_NOT_NUMBERS = frozenset({"compare", "card", "shard_size", "strict", "device", "calibration", "require"})
+_OF_TEXT = frozenset(
+    {"calibration_tokens", "calibration_weights", "calibration_length", "compute_dtype", "repair_passes"}
+)
+"""Keys that count only where calibration text is read."""
+_NOT_NUMBERS = frozenset({"card", "shard_size", "strict", "device", "calibration", "require"})
 """Keys of a split's recipe that change no number; the text counts by its tokens."""
 
 
@@ -76,7 +80,8 @@ def cell_facts(cell: Cell) -> dict[str, Any]:
     """What makes a cell different from others, as plain data."""
     if cell.plan is None:
         return {"dense": True}
-    recipe = {k: v for k, v in cell.plan.recipe.model_dump(mode="json").items() if k not in _NOT_NUMBERS}
+    left_out = _NOT_NUMBERS if cell.plan.calibration else _NOT_NUMBERS | _OF_TEXT
+    recipe = {k: v for k, v in cell.plan.recipe.model_dump(mode="json").items() if k not in left_out}
     return {"oracle": cell.oracle, "recipe": recipe}
 
 
