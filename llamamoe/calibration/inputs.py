@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from ..layer import ExpertWeights, FfnWeights
 
 BATCH_TOKENS = 4096
+
+CACHE_BYTES = 1 << 30
+"""What the parent's neurons do is kept for the methods that ask again, if it takes no more than this."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class LayerInputs:
     gradients_TH: torch.Tensor | None = None
     clusters_T: torch.Tensor | None = None
     batch_tokens: int = BATCH_TOKENS
+    _kept: dict[int, tuple[FfnWeights, list[torch.Tensor]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -58,16 +62,32 @@ class LayerInputs:
             yield self.x_TH[part].to(self.device, self.compute_dtype)
 
     def hidden(self, ffn: FfnWeights | ExpertWeights, hidden_act: str = "silu") -> Iterator[torch.Tensor]:
-        """What every neuron does, ``h = act(gate x) * (up x)``, in batches float32 ``[B, F]`` on the device."""
+        """What every neuron does, ``h = act(gate x) * (up x)``, in batches float32 ``[B, F]`` on the device.
+
+        Methods sweep over the tokens a dozen times, so the parent's are kept (in the compute dtype, in which they are
+        computed) if they fit `CACHE_BYTES`.
+        """
+        import torch
+
         from ..layer import FfnWeights
 
-        if isinstance(ffn, FfnWeights):
-            gate, up, name = ffn.gate_FH, ffn.up_FH, ffn.hidden_act
-        else:
-            gate, up, name = ffn.gate_PH, ffn.up_PH, hidden_act
-        gate, up = (w.to(self.device, self.compute_dtype) for w in (gate, up))
+        if not isinstance(ffn, FfnWeights):
+            yield from self._computed(ffn.gate_PH, ffn.up_PH, hidden_act)
+            return
+        computed = self._computed(ffn.gate_FH, ffn.up_FH, ffn.hidden_act)
+        if self.num_tokens * ffn.intermediate_size * self.compute_dtype.itemsize > CACHE_BYTES:
+            yield from computed
+            return
+        if id(ffn) not in self._kept:  # the weights are kept too, so that their id stays theirs
+            self._kept.clear()
+            self._kept[id(ffn)] = ffn, [h_BF.to(self.compute_dtype) for h_BF in computed]
+        for h_BF in self._kept[id(ffn)][1]:
+            yield h_BF.to(torch.float32, copy=True)  # a copy, because methods may change what they get
+
+    def _computed(self, gate_FH: torch.Tensor, up_FH: torch.Tensor, hidden_act: str) -> Iterator[torch.Tensor]:
+        gate_FH, up_FH = (w.to(self.device, self.compute_dtype) for w in (gate_FH, up_FH))
         for x_BH in self.inputs():
-            yield activate(x_BH @ gate.T, name) * (x_BH @ up.T).float()
+            yield activate(x_BH @ gate_FH.T, hidden_act) * (x_BH @ up_FH.T).float()
 
 
 def activate(gate_BF: torch.Tensor, hidden_act: str) -> torch.Tensor:
