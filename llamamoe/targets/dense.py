@@ -43,6 +43,9 @@ _FORMS = (
     ),
 )
 
+_SPELLED_AS = {"phi3": "mistral", "gemma": "llama"}
+"""Families whose own files are unlike the canonical tensors. (Llama in transformers 4 warns of Phi-3's longrope.)"""
+
 
 def _refusals(form: _Form, dense: DenseSpec) -> list[str]:
     reasons = [
@@ -58,8 +61,8 @@ def _refusals(form: _Form, dense: DenseSpec) -> list[str]:
 
 
 def _form(dense: DenseSpec) -> _Form:
-    """The parent's own architecture; for families whose files are spelled otherwise, the first that holds them."""
-    own = [form for form in _FORMS if form.model_type == dense.family]
+    """The parent's own architecture, or the one that it is spelled as; for other families the first that holds them."""
+    own = [form for form in _FORMS if form.model_type == _SPELLED_AS.get(dense.family, dense.family)]
     fitting = [form for form in _FORMS if not _refusals(form, dense)]
     return (own or fitting or list(_FORMS))[0]
 
@@ -67,7 +70,7 @@ def _form(dense: DenseSpec) -> _Form:
 class Dense(Target):
     """Llama, Mistral, Qwen2, Qwen3 or Granite with the kept neurons as its FFN: no router and no experts.
 
-    Phi-3 (fused projections) and Gemma (norms of 1 + w) are written as Llama or Mistral, where those hold them.
+    Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w) as Llama, where those hold them.
     """
 
     name = "dense"

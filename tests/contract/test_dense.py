@@ -15,7 +15,7 @@ from llamamoe.layer_conversion import convert_layer
 from tests.models import VARIANTS, make_dense
 
 IDS = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
-FAMILIES = {"phi3-window": "mistral", "phi3-longrope": "llama", "gemma": "llama"}
+FAMILIES = {"phi3-window": "mistral", "phi3-longrope": "mistral", "gemma": "llama"}
 """Families that are written as another one."""
 REFUSED = "phi3-partial"
 
@@ -55,7 +55,7 @@ def test_it_is_the_parent_without_the_omitted_neurons(tmp_path: Path, variant: s
 
 def test_what_no_dense_architecture_holds_is_refused(tmp_path: Path) -> None:
     source = make_dense(tmp_path / "dense", REFUSED)
-    with pytest.raises(llamamoe.RefusedError, match=r"llama cannot hold rotary positions on a part of each head"):
+    with pytest.raises(llamamoe.RefusedError, match=r"mistral cannot hold rotary positions on a part of each head"):
         llamamoe.plan_conversion(source, recipe())
 
 

@@ -44,6 +44,14 @@ CASES = [
     ("granite", "granitemoeshared", 0.25),
     ("llama-tied", "ernie4_5_moe", 0),
     ("llama-head-dim", "ernie4_5_moe", "2x"),
+    ("llama-llama3-rope", "dense", 0.5),
+    ("llama-attention-bias", "dense", 0.5),
+    ("mistral-window", "dense", 0.5),
+    ("qwen2-windows", "dense", 0.5),
+    ("qwen3-tied", "dense", 0.5),
+    ("granite", "dense", 0.5),
+    ("phi3-longrope", "dense", 0.5),
+    ("gemma", "dense", 0.5),
 ]
 """Variant, target, shared: every target, and every trap of its spelling. `Target.majors` promises each of them."""
 
@@ -78,7 +86,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         name = _name(variant, target, shared)
         # all experts, because two versions may break ties of a hard router differently
         given = {
-            "method": "random",
+            "method": "static" if target == "dense" else "random",
+            "shared_by": "weight_norm",
             "num_experts": 4,
             "top_k": 4,
             "target": target,
