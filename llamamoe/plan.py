@@ -181,7 +181,8 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
             active_share=layout.active_share,
             tied=target.ties(spec),
         ),
-        peak_bytes=_peak_bytes(spec, splitter, dtype) + (calibration.peak_bytes if calibration else 0),
+        peak_bytes=_peak_bytes(spec, make_splitter(recipe), layout, dtype)
+        + (calibration.peak_bytes if calibration else 0),
         warnings=tuple(warnings),
         advice=(*model.checkpoint.notes, *_advice(spec, calibration, target, layout)),
         parity="exact" if make_splitter(recipe).exact and recipe.repair in (None, Choice(name=NO_REPAIR)) else "none",
@@ -296,14 +297,17 @@ def _parent_cost(model: DenseModel) -> Cost:
     )
 
 
-def _peak_bytes(spec: DenseSpec, splitter: type[Splitter], dtype: str) -> int:
-    """Two gathered FFN matrices, what waits for the disk, and what the splitter works with."""
+def _peak_bytes(spec: DenseSpec, splitter: Splitter, layout: MoeLayout, dtype: str) -> int:
+    """Two gathered FFN matrices, what waits for the disk, what the splitter works with and the weights it replaces."""
     from .checkpoint.writer import QUEUE_BYTES
 
     matrix = spec.intermediate_size * spec.hidden_size
     table = spec.vocab_size * spec.hidden_size
+    places = layout.num_shared + layout.num_experts * layout.expert_width
+    replaced = 0 if splitter.kept == "neurons" else 4 * places * spec.hidden_size  # bytes of a float32 matrix
     return (
         QUEUE_BYTES
+        + 4 * replaced  # three of them, and one while it is made
         + max(2 * matrix, table) * DTYPE_BYTES[dtype]
         + splitter.working_bytes(spec.intermediate_size, spec.hidden_size)
     )
