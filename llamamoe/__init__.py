@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .budgeting import Allocation, allocate
     from .catalog import Matrix, Method, list_methods, matrix
     from .comparison import compare, plan_comparison
     from .config_compat import fix_config
@@ -38,6 +39,8 @@ _PLACES = {
     "Verification": "verification",
     "SplitRecipe": "recipe",
     "load_recipe": "recipe",
+    "allocate": "budgeting",
+    "Allocation": "budgeting",
     "evaluate": "evaluation",
     "compare": "comparison",
     "plan_comparison": "comparison",
@@ -62,6 +65,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "Allocation",
     "CheckpointError",
     "CompareRecipe",
     "Comparison",
@@ -78,6 +82,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "__version__",
+    "allocate",
     "compare",
     "demo",
     "evaluate",

@@ -1,0 +1,175 @@
+"""``llamamoe budget``: which layers stay dense under one budget of active parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llamamoe.errors import UsageError
+
+from ._format import amount
+from ._output import Interrupted, Output, output_options
+from ._recipe_options import FLAGS, name_flags, recipe_file, recipe_options
+from ._style import Command, Name, Option
+from ._tables import bullets, facts, heading, paragraph, table
+
+if TYPE_CHECKING:
+    from llamamoe.budgeting import Allocation
+    from llamamoe.recipe import SplitRecipe
+
+HELP = """Choose which layers of SOURCE stay dense under one budget of active parameters, from measured sensitivity.
+
+Every converted layer gets the same sizes, as transformers' architectures want it; each layer that stays dense takes its whole
+FFN out of the budget, and the others get less. How much every layer loses is measured on calibration text: by a proxy (one
+dense pass, no conversion), or by converting each layer alone with the recipe's method and taking the divergence of the
+model's output (kl: about as long as a conversion for each of --points, and the passes from each layer to the output).
+
+The result is a recipe for `llamamoe split`. --experts and --shared are kept if they are given; --top-k and --keep-dense
+follow from the budget.
+"""
+EXAMPLES = """
+llamamoe budget SOURCE --budget 0.5 --calibration texts/ --write-recipe half.yaml
+llamamoe budget SOURCE --budget 0.5 --calibration texts/ --measure kl --method token_clusters --points 1
+llamamoe split SOURCE OUT --recipe half.yaml
+"""
+BUDGET, RUN = "Budget", "This run"
+_CHOSEN = ("top_k", "keep_dense")
+
+
+def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
+
+
+def _measures() -> list[str]:
+    from llamamoe.sensitivities import SENSITIVITIES
+
+    return SENSITIVITIES.names()
+
+
+@click.command(cls=Command, section="Convert", rank=1, short_help="Choose dense layers and sizes under one budget.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@click.argument("source")
+@_flag("--budget", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,
+       text="Most active multiply-adds of the FFNs per token, router and padding included, as a share of the dense ones'.")  # fmt: skip
+@_flag("--measure", group=BUDGET, metavar="proxy|kl", type=Name(_measures), default="proxy", show_default=True,
+       text="How sensitivity is measured.")  # fmt: skip
+@_flag("--shared-of-active", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,
+       text="Share of the active neurons that are shared, unless --shared says how many.")  # fmt: skip
+@_flag("--points", group=BUDGET, metavar="N", type=int, default=2, show_default=True,
+       text="kl: convert at so many shares (the budget, 3/4 of it, ...).")  # fmt: skip
+@_flag("--held-out-tokens", group=BUDGET, metavar="N", type=int, default=4096, show_default=True,
+       text="kl: most tokens on which outputs are compared; they come from the last fifth of the text.")  # fmt: skip
+@_flag("--recipe", group="Recipe", metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
+@_flag("--set", "overrides", group="Recipe", metavar="KEY=VALUE", multiple=True,
+       text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
+@recipe_options
+@_flag("--write-recipe", group=RUN, metavar="FILE", text="Write the recipe for `llamamoe split --recipe`.")
+@_flag("--force", group=RUN, is_flag=True, text="Replace FILE if it is there.")
+@_flag("--tokenizer", group=RUN, metavar="FOLDER",
+       text="For a GGUF source: take the tokenizer files from this folder.")  # fmt: skip
+@output_options
+def command(
+    source: str,
+    budget: float,
+    measure: str,
+    shared_of_active: float,
+    points: int,
+    held_out_tokens: int,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    write_recipe: str | None,
+    force: bool,
+    tokenizer: str | None,
+    output: Output,
+    **given: Any,
+) -> None:
+    """Parse, then measure and choose, then print."""
+    wrong = [FLAGS[key] for key in _CHOSEN if given.get(key) is not None]
+    if wrong:
+        raise UsageError(f"{wrong[0]} follows from the budget.", hint="Leave it out, or use `llamamoe split`.")
+    file = Path(write_recipe).expanduser() if write_recipe else None
+    if file is not None:
+        _check_file(file, force)
+    complete = _recipe(recipe, given, overrides)
+    keys = {"shared_of_active": shared_of_active, "points": points, "held_out_tokens": held_out_tokens}
+    found = _allocate(source, complete, budget, output, measure=measure, tokenizer=tokenizer, **keys)
+    if file is not None:
+        file.write_text(found.to_yaml(), encoding="utf-8")
+    output.result(
+        {**found.to_json(), "written": write_recipe}, lambda: _print(found, write_recipe, verbose=output.verbose)
+    )
+
+
+def _check_file(file: Path, force: bool) -> None:
+    """Before anything is measured: can the recipe be written?"""
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise UsageError(f"--write-recipe {str(file)!r}: there is no such place for a file.")
+    if file.exists() and not force:
+        raise UsageError(f"--write-recipe {str(file)!r} is there already.", hint="--force replaces it.")
+
+
+def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> SplitRecipe:
+    from llamamoe.recipe import load_recipe
+
+    with recipe_file(recipe) as path:
+        try:
+            return load_recipe(path, given=given, overrides=overrides)
+        except UsageError as error:
+            raise name_flags(error, given) from None
+
+
+def _allocate(source: str, recipe: SplitRecipe, budget: float, output: Output, **keys: Any) -> Allocation:
+    from llamamoe import allocate
+
+    try:
+        with output.progress() as report:
+            return allocate(source, recipe, budget, progress=report, **keys)
+    except KeyboardInterrupt:
+        raise Interrupted("nothing was written") from None
+
+
+def _print(found: Allocation, written: str | None, *, verbose: bool) -> None:
+    dense = ", ".join(map(str, found.keep_dense)) or "none"
+    click.echo(click.style(f"{found.source}: {100 * found.active_share:.2f} % of the FFNs active", bold=True))
+    facts(
+        [
+            ("target", f"{found.target} (dense layers: {found.dense_form})"),
+            ("kept dense", dense),
+            ("the others", f"{found.top_k} of {found.num_experts} experts of {found.expert_width} neurons, "
+                           f"{found.shared} shared: {100 * found.layer_share:.1f} %"),
+            ("damage", f"{found.damage:.4g} {found.unit}; {found.damage_uniform:.4g} if no layer stays dense"),
+            ("measured by", f"{found.measure} (about {amount(found.flops)} operations)"),
+        ]
+    )  # fmt: skip
+    heading("Layers")
+    note = found.simulated["per_layer_shared"] is not None
+    rows = [
+        (
+            str(layer.layer),
+            f"{layer.damage_uniform:.4g}",
+            "dense" if layer.dense else f"{layer.damage:.4g}",
+            str(layer.simulated_shared) if note else "",
+        )
+        for layer in found.layers
+    ]
+    table(
+        ("layer", "damage, all alike", "damage", "shared neurons (simulated)" if note else ""), rows, right=(0, 1, 2, 3)
+    )
+    if note:
+        click.echo()
+        paragraph(
+            f"With another number of shared neurons in every layer the damage would be {found.simulated['damage']:.4g}: "
+            f"{found.simulated['note']}."
+        )
+    if found.warnings:
+        heading("Warnings")
+        bullets(found.warnings, mark="!")
+    if verbose:
+        heading("Recipe")
+        click.echo("".join(f"  {line}\n" for line in found.recipe.to_yaml().splitlines()), nl=False)
+    if written:
+        click.echo()
+        paragraph(f"llamamoe split {found.source} OUT --recipe {written}")
