@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +153,7 @@ def test_force_replaces(dense: Path, converted: tuple[Path, Result], tmp_path: P
 
 def test_usage_errors_name_flag_value_and_way_out(dense: Path, run: Run) -> None:
     for args, expected in (
-        (("--method", "kmean"), ("--method: unknown splitter 'kmean'", "Did you mean 'kmeans'?")),
+        (("--method", "kmean"), ("--method: unknown splitter 'kmean'", "Did you mean 'kmeans'")),
         (("--target", "mixtrall"), ("unknown target 'mixtrall'", "Did you mean 'mixtral'?")),
         (("--experts", "1"), ("--experts:", "greater than or equal to 2", "got 1")),
         (("--experts", "four"), ("'--experts'", "'four'")),
@@ -184,3 +186,56 @@ def test_refusals_exit_with_3(dense: Path, tmp_path: Path, run: Run) -> None:
     assert "does not exist" in run("split", tmp_path / "none", "out", code=3).stderr
     assert "qwen3_moe" in run("split", dense, "--dry-run", "--target", "qwen3_moe", code=3).stderr
     assert "--strict refuses" in run("split", dense, "--dry-run", "--strict", "--dtype", "float16", code=3).stderr
+
+
+# ---- calibration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Options of a small calibrated conversion."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("the cat sat on a mat, and it rained in May. " * 20)
+    return (
+        "--method", "cluster_shared", "--shared-by", "power", "--router", "ridge", "--repair", "least_squares", "--experts",
+        "4", "--calibration", str(text), "--calibration-tokens", "320", "--calibration-length", "32", "--device", "cpu",
+    )  # fmt: skip
+
+
+def test_dry_run_tells_what_calibration_costs(dense: Path, run: Run, calibrated: tuple[str, ...]) -> None:
+    text = run("split", dense, "--dry-run", *calibrated).stdout
+    for expected in ("repair            least_squares", "320 tokens in sequences of 32", "--shared-by power, --router ridge",
+                     "memory-mapped files", "calibration time  about", "exact before repair"):  # fmt: skip
+        assert expected in text
+    found = plan(run, dense, *calibrated)["calibration"]
+    assert {"tokens", "sequence_length", "needed_by", "hidden_state_bytes", "ffn_inputs_in", "flops_per_layer", "flops",
+            "reference_flops_per_second", "seconds_at_reference"} <= set(found)  # fmt: skip
+    assert plan(run, dense)["calibration"] is None
+
+
+def test_a_dry_run_of_calibration_imports_nothing_heavy(dense: Path, calibrated: tuple[str, ...]) -> None:
+    script = (
+        "import sys\nfrom llamamoe_cli.main import root\n"
+        f"try: root.main({['split', str(dense), '--dry-run', *calibrated]!r}, prog_name='llamamoe')\n"
+        "except SystemExit as exit: assert exit.code == 0, exit.code\n"
+        "assert not {'torch', 'transformers', 'sklearn', 'scipy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_summary_after_calibration(dense: Path, tmp_path: Path, run: Run, calibrated: tuple[str, ...]) -> None:
+    result = run("split", dense, tmp_path / "out", "--no-verify", *calibrated)
+    assert "ready for transformers" in result.stdout
+    assert "of the dense output in the middle layer by error" in result.stdout
+    assert "before repair" in result.stdout
+    assert "until it is trained" not in result.stdout
+    assert result.stderr.startswith("convert: ")
+
+
+def test_what_needs_text_says_how_to_give_it(dense: Path, run: Run) -> None:
+    error = run("split", dense, "--dry-run", "--router", "ridge", code=3).stderr
+    assert "needed by --router ridge" in error
+    assert "--calibration PATH" in error
+    error = run("split", dense, "--dry-run", "--method", "random", "--router", "oracle", code=3).stderr
+    assert "only `llamamoe compare`" in error
