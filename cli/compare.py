@@ -31,9 +31,10 @@ Each finished cell is a small file in the folder of --out: the same command goes
 what a change of recipe, code or text touches. The folder gets comparison.json, comparison.md and a picture.
 """
 EXAMPLES = """
-llamamoe compare SOURCE --recipe smollm2 --calibration text/train --evaluation text/valid --dry-run
+llamamoe compare SOURCE --recipe smollm2 --calibration train/ --evaluation valid/ --dry-run
 llamamoe compare SOURCE --recipe my.yaml --out study
-llamamoe compare SOURCE --recipe my.yaml --out study --only 'token_clusters/0.5/*' --set calibration_tokens=8192
+llamamoe compare SOURCE --recipe my.yaml --out study --only 'token_clusters/0.5/*'
+llamamoe compare SOURCE --recipe my.yaml --out small --set calibration_tokens=8192
 """
 RECIPE, RUN = "Recipe", "This run"
 

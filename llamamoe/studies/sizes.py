@@ -17,7 +17,7 @@ USUAL_EXPERTS = 24
 SHARED_GATE = 1 / 3
 """What the gate of a shared expert costs (one row)."""
 _REACH = 1 / 16  # of F: how far S may move to fill the budget
-_STRAY = 0.1  # neurons of use that one neuron of moving S must bring at least
+_STRAY = 0.4  # neurons of use that one neuron of moving S must bring at least
 
 
 @dataclass(frozen=True)
