@@ -88,18 +88,18 @@ def _descend(moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext, options:
     if not inputs.num_tokens or not all(sizes):
         return start
     aims_TH = torch.cat([y_BH.to(dtype).cpu() for y_BH in dense_outputs(inputs, ffn)])
+    chosen_TN = torch.cat([moe.expert_weights(x_BH).to(dtype).cpu() for x_BH in inputs.inputs()])
     scales_T = token_scales(inputs, options.weighting)
     with torch.enable_grad():
         for weight in weights:
             weight.requires_grad_()
-        optimiser = torch.optim.Adam([{"params": [w]} for w in weights], lr=options.lr, betas=(0.9, 0.98))
+        optimiser = torch.optim.Adam([{"params": [w]} for w in weights], lr=options.lr, betas=(0.9, 0.98), fused=True)
         step_size = _schedule(options, inputs.num_tokens)
         for step, rows in enumerate(_minibatches(options, inputs.num_tokens, context)):
             for group, size in zip(optimiser.param_groups, sizes, strict=True):
                 group["lr"] = size * step_size(step)
             x_BH = inputs.x_TH[rows].to(device, dtype)
-            with torch.no_grad():
-                counts_BP = moe.place_weights(moe.expert_weights(x_BH)).to(dtype)
+            counts_BP = moe.place_weights(chosen_TN[rows].to(device))
             gate, up, down = (w.to(dtype) for w in weights)
             h_BP = activate(x_BH @ gate.T, moe.hidden_act).to(dtype) * (x_BH @ up.T) * counts_BP
             error_BH = (h_BP @ down.T).float() - aims_TH[rows].to(device).float()

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from ..calibration.inputs import LayerInputs
     from ..layer import FfnWeights, LayerContext
 
-BLOCK_PLACES = 32
-"""Experts narrower than this are summed several at a time: products with very few rows are slow."""
+BLOCK_PLACES = 512
+"""Experts narrower than this are summed several at a time: products with few rows are slow, and so is picking rows."""
 
+MOST_ROWS = 0.6
+"""Where a block of experts is selected by more than this share of the tokens, its other tokens are not left out."""
 
 HELD_OUT_EVERY = 5
 """Of so many runs of tokens one is held out."""
@@ -175,13 +177,16 @@ def _add(
         gram[:shared, :shared] += (left_SB @ hidden_BP[:, :shared]).to(device)
         cross[:shared] += (left_SB @ residual_BH).to(device)
     for first, last in _blocks(num_experts, width):
-        rows = (weights_BN[:, first:last] != 0).any(dim=1).nonzero().flatten()
         start, stop = shared + first * width, shared + last * width
-        later_BQ = hidden_BP[:, start:].index_select(0, rows)
-        left_WB = later_BQ[:, : stop - start].T
-        gram[start:stop, start:] += (left_WB @ later_BQ).to(device)
-        gram[start:stop, :shared] += (left_WB @ hidden_BP[:, :shared].index_select(0, rows)).to(device)
-        cross[start:stop] += (left_WB @ residual_BH.index_select(0, rows)).to(device)
+        some = (weights_BN[:, first:last] != 0).any(dim=1)
+        left_BP, left_BH = hidden_BP, residual_BH
+        if int(some.sum()) <= MOST_ROWS * len(some):
+            rows = some.nonzero().flatten()
+            left_BP, left_BH = hidden_BP.index_select(0, rows), residual_BH.index_select(0, rows)
+        left_WB = left_BP[:, start:stop].T
+        gram[start:stop, start:] += (left_WB @ left_BP[:, start:]).to(device)
+        gram[start:stop, :shared] += (left_WB @ left_BP[:, :shared]).to(device)
+        cross[start:stop] += (left_WB @ left_BH).to(device)
 
 
 def _mirror(gram: torch.Tensor, moe: ConvertedFfn) -> None:

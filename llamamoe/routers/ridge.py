@@ -83,7 +83,7 @@ def centred(score_BN: torch.Tensor) -> torch.Tensor:
 def fit_rows(
     context: LayerContext, aims: Iterator[torch.Tensor], ridge: float, weighting: TokenWeighting
 ) -> torch.Tensor:
-    """float32 ``[N, H]`` on the CPU: rows R for which ``R x`` is nearest to the aims, by float64 normal equations.
+    """float32 ``[N, H]`` on the CPU: rows R for which ``R x`` is nearest to the aims, by normal equations, summed over batches in float64.
 
     Args:
         context: With the calibration inputs.
@@ -103,12 +103,12 @@ def fit_rows(
     cross = torch.zeros(hidden, num_experts, dtype=torch.float64, device=device)
     scales = token_scales(inputs, weighting)
     for part, x_BH, aim_BN in zip(inputs.batches(), inputs.inputs(), aims, strict=True):
-        x_BH, aim_BN = x_BH.to(device).double(), aim_BN.to(device).double()
+        x_BH, aim_BN = x_BH.float(), aim_BN.float()
         if scales is not None:
-            scale_B1 = scales[part].to(device)[:, None]
+            scale_B1 = scales[part].to(x_BH.device)[:, None]
             x_BH, aim_BN = x_BH * scale_B1, aim_BN * scale_B1
-        gram += x_BH.T @ x_BH
-        cross += x_BH.T @ aim_BN
+        gram += (x_BH.T @ x_BH).to(device)
+        cross += (x_BH.T @ aim_BN).to(device)
     check_finite(context.layer, gram, cross)
     strength = ridge * float(gram.diagonal().mean())
     if strength == 0:

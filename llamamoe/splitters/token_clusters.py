@@ -152,11 +152,13 @@ def spherical_kmeans(context: LayerContext, iterations: int) -> tuple[torch.Tens
     for _ in range(iterations):
         sums_NH = torch.zeros_like(centroids_NH, dtype=torch.float32)
         for x_BH in inputs.inputs():
-            unit_BH = normalize(x_BH.float() - mean_H, dim=1)
-            nearest_B = (unit_BH.to(inputs.compute_dtype) @ centroids_NH.to(inputs.compute_dtype).T).argmax(1)
+            centred_BH = (x_BH.float() - mean_H).to(x_BH.dtype)
+            nearest_B = (centred_BH @ centroids_NH.to(x_BH.dtype).T).argmax(1)  # whatever the input's length
+            length_B = centred_BH.norm(dim=1, dtype=torch.float32).clamp(min=1e-12)
             # A product in place of index_add_, whose sums have no fixed order on GPUs.
-            member_NB = torch.nn.functional.one_hot(nearest_B, num_experts).T.to(unit_BH.dtype)
-            sums_NH += member_NB @ unit_BH
+            member_NB = torch.zeros(num_experts, len(x_BH), device=x_BH.device)
+            member_NB.scatter_(0, nearest_B[None], 1 / length_B[None])
+            sums_NH += (member_NB.to(x_BH.dtype) @ centred_BH).float()
         empty = (sums_NH.square().sum(1) == 0).nonzero().flatten().cpu()
         again = torch.from_numpy(rng.integers(tokens, size=len(empty)))
         sums_NH[empty.to(sums_NH.device)] = inputs.x_TH[again].to(inputs.device).float() - mean_H
