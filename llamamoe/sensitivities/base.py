@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ..calibration.inputs import BATCH_TOKENS
 from ..plugin import Plugin
 from ..progress import ProgressCallback, ignore_progress
 from .curves import Curves
@@ -33,6 +34,7 @@ class Task:
         folder: An empty folder for hidden states that are too large for memory, and gradients.
         held_out_tokens: Most tokens on which outputs are compared.
         progress: Told after every layer.
+        batch_tokens: Tokens that run together.
     """
 
     plans: tuple[SplitPlan, ...]
@@ -42,6 +44,7 @@ class Task:
     folder: Path
     held_out_tokens: int = 4096
     progress: ProgressCallback = ignore_progress
+    batch_tokens: int = BATCH_TOKENS
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -65,6 +68,7 @@ class Task:
             folder=self.folder if mapped else None,
             map_inputs=mapped,
             gradients=gradients,
+            batch_tokens=self.batch_tokens,
         )
         walk.start()
         return walk

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.cost import MEMORY_BYTES
-from ..calibration.inputs import BATCH_TOKENS, LayerInputs
+from ..calibration.inputs import LayerInputs
 from ..calibration.session import with_clusters
 from ..calibration.walk import cast_ffn, read_ffn
 from ..converted_ffn import ConvertedFfn, dense_outputs
@@ -152,12 +152,14 @@ class _Streams:
         compute: Device and dtype.
         states_VSTH: float32; the first is the parent's, then layer by layer and plan by plan; only ``filled`` of them
             have begun to differ.
+        batch_tokens: Tokens that run together.
         filled: How many hold anything yet.
     """
 
     runner: LayerRunner
     compute: Compute
     states_VSTH: torch.Tensor
+    batch_tokens: int
     filled: int = 1
 
     @classmethod
@@ -176,7 +178,7 @@ class _Streams:
             else torch.from_file(str(task.folder / "held-out"), shared=True, size=count).view(shape)
         )
         with torch.no_grad():
-            streams = cls(LayerRunner(streamed, ids_ST.shape[1]), task.compute, states)
+            streams = cls(LayerRunner(streamed, ids_ST.shape[1]), task.compute, states, task.batch_tokens)
             for part in streams._parts():
                 states[0, part] = streams.runner.embed(torch.from_numpy(ids_ST[part])).float().cpu()
         return streams
@@ -229,7 +231,7 @@ class _Streams:
 
     def _parts(self) -> Iterator[slice]:
         count, length = self.states_VSTH.shape[1:3]
-        step = max(1, BATCH_TOKENS // length)
+        step = max(1, self.batch_tokens // length)
         return (slice(start, start + step) for start in range(0, count, step))
 
 

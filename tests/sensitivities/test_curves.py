@@ -56,8 +56,13 @@ def test_damage_never_grows_with_the_share_and_ends_at_zero() -> None:
 @pytest.mark.parametrize(
     ("shares", "damage"),
     [([0.5, 0.4], [[1.0], [1.0]]), ([0.0], [[1.0]]), ([1.0], [[1.0]]), ([0.5], [[-1.0]]), ([0.5], [[float("nan")]]),
-     ([], np.zeros((0, 2)).tolist()), ([0.5], [[1.0], [1.0]])],
+     ([0.5], [[1.0], [1.0]])],
 )  # fmt: skip
 def test_what_makes_no_curve_is_refused(shares: list[float], damage: list[list[float]]) -> None:
     with pytest.raises(ValueError, match=r"ascend|damage"):
-        Curves(np.array(shares), np.array(damage).reshape(len(damage), -1))
+        curves(shares, damage)
+
+
+def test_no_point_makes_no_curve() -> None:
+    with pytest.raises(ValueError, match="ascend"):
+        Curves(np.array([]), np.zeros((0, 2)))
