@@ -322,3 +322,17 @@ def test_ffns_are_replaced_and_put_back(study: SimpleNamespace, plan: Any) -> No
         with replaced_ffns(model, convert_in_memory(plan, None, None).ffns):  # type: ignore[arg-type]
             assert float((model(ids).logits - dense).abs().max()) > 0.1
         torch.testing.assert_close(model(ids).logits, dense, rtol=0, atol=0)
+
+
+def test_the_shipped_study_runs_shrunk(study: SimpleNamespace, tmp_path: Path) -> None:
+    from llamamoe.studies.recipe import load_compare_recipe
+
+    given = {"evaluation": [str(study.folder / "evaluation")], "calibration": [str(study.folder / "calibration")]}
+    small = ["calibration_tokens=384", "calibration_length=64", "evaluation_tokens=64", "context_length=32",
+             "budgets=[0.5]", "seeds=[0]", "controls=false"]  # fmt: skip
+    path = Path(__file__).parents[1] / "recipes" / "compare" / "stories260k.yaml"
+    recipe = load_compare_recipe(path, given=given, overrides=small)
+    found = compare(study.dense, tmp_path / "out", recipe)
+    assert found.failed == ()
+    assert {r.method for r in found.rows} == {"dense", *(method.name for method in recipe.methods)}
+    assert found.pending == ()
