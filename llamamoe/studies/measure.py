@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.inputs import BATCH_TOKENS, LayerInputs
@@ -34,7 +35,11 @@ def replaced_ffns(model: Any, ffns: Mapping[int, ConvertedFfn]) -> Iterator[None
     """
     import torch
 
+    device = next(model.parameters()).device
+
     def runs(ffn: ConvertedFfn) -> Callable[[torch.Tensor], torch.Tensor]:
+        ffn = _moved(ffn, device)
+
         def forward(x: torch.Tensor) -> torch.Tensor:
             flat = x.reshape(-1, x.shape[-1])
             return torch.cat(list(ffn.outputs(inputs_of(flat)))).reshape(x.shape).to(x.dtype)
@@ -49,6 +54,15 @@ def replaced_ffns(model: Any, ffns: Mapping[int, ConvertedFfn]) -> Iterator[None
     finally:
         for layer in ffns:
             layers[layer].mlp.__dict__.pop("forward", None)
+
+
+def _moved(ffn: ConvertedFfn, device: torch.device) -> ConvertedFfn:
+    """The layer with its weights where they are used, so that they are not copied there again for every batch."""
+    from ..layer import ExpertWeights
+
+    weights = ffn.weights
+    matrices = (matrix.to(device) for matrix in (weights.gate_PH, weights.up_PH, weights.down_HP))
+    return replace(ffn, weights=ExpertWeights(*matrices), router_NH=ffn.router_NH.to(device))
 
 
 def perplexity(
