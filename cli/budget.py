@@ -12,7 +12,7 @@ from llamamoe.errors import UsageError
 
 from ._format import amount
 from ._output import Interrupted, Output, output_options
-from ._recipe_options import FLAGS, name_flags, recipe_file, recipe_options
+from ._recipe_options import name_flags, recipe_file, recipe_options
 from ._style import Command, Name, Option
 from ._tables import bullets, facts, heading, paragraph, table
 
@@ -27,16 +27,22 @@ FFN out of the budget, and the others get less. How much every layer loses is me
 dense pass, no conversion), or by converting each layer alone with the recipe's method and taking the divergence of the
 model's output (kl: about as long as a conversion for each of --points, and the passes from each layer to the output).
 
-The result is a recipe for `llamamoe split`. --experts and --shared are kept if they are given; --top-k and --keep-dense
-follow from the budget.
+The result is a recipe for `llamamoe split`. Experts and shared neurons are kept if they are given; k and the dense layers
+follow from the budget, whatever the recipe says.
 """
 EXAMPLES = """
 llamamoe budget SOURCE --budget 0.5 --calibration texts/ --write-recipe half.yaml
-llamamoe budget SOURCE --budget 0.5 --calibration texts/ --measure kl --method token_clusters --points 1
+llamamoe budget SOURCE --budget 0.5 --calibration texts/ --measure kl --points 1
 llamamoe split SOURCE OUT --recipe half.yaml
 """
 BUDGET, RUN = "Budget", "This run"
 _CHOSEN = ("top_k", "keep_dense")
+"""Keys of the recipe that follow from the budget, so that they are no flags here."""
+_UNSET = {
+    "num_experts": "Routed experts per layer (N).  [default: about 24, as it fills the budget]",
+    "shared": "Neurons that every token uses: a share or a count.  [default: from --shared-of-active]",
+}
+"""What decides here if neither flag nor recipe does."""
 
 
 def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -87,9 +93,6 @@ def command(
     **given: Any,
 ) -> None:
     """Parse, then measure and choose, then print."""
-    wrong = [FLAGS[key] for key in _CHOSEN if given.get(key) is not None]
-    if wrong:
-        raise UsageError(f"{wrong[0]} follows from the budget.", hint="Leave it out, or use `llamamoe split`.")
     file = Path(write_recipe).expanduser() if write_recipe else None
     if file is not None:
         _check_file(file, force)
@@ -101,6 +104,12 @@ def command(
     output.result(
         {**found.to_json(), "written": write_recipe}, lambda: _print(found, write_recipe, verbose=output.verbose)
     )
+
+
+command.params = [param for param in command.params if param.name not in _CHOSEN]
+for _param in command.params:
+    if isinstance(_param, Option) and _param.name in _UNSET:
+        _param.help, _param.explain = _UNSET[_param.name], None
 
 
 def _check_file(file: Path, force: bool) -> None:
