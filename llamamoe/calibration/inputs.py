@@ -44,7 +44,9 @@ class LayerInputs:
     gradients_TH: torch.Tensor | None = None
     clusters_T: torch.Tensor | None = None
     batch_tokens: int = BATCH_TOKENS
-    _kept: dict[int, tuple[FfnWeights, list[torch.Tensor]]] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[int, tuple[FfnWeights, list[torch.Tensor]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def num_tokens(self) -> int:
