@@ -73,7 +73,8 @@ def transport_gradient(plan_RN: torch.Tensor, gradient_RN: torch.Tensor, tempera
     system_NN += size_N.mean() / len(size_N)
     e_N = torch.linalg.solve(system_NN, own_RN.sum(0))
     out_RN = (own_RN + plan * ((plan @ e_N)[:, None] - e_N)) / temperature
-    return out_RN.to(plan_RN)
+    out: torch.Tensor = out_RN.to(plan_RN)
+    return out
 
 
 def top_k_threshold(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
