@@ -18,7 +18,7 @@ from ._tables import bullets, facts, heading, paragraph, table
 if TYPE_CHECKING:
     from llamamoe.catalog import Cell, Matrix, Method
 
-HELP = """List the methods to split, route and rescale, the architectures to write and the families to read.
+HELP = """List the methods to split, route, rescale and repair, the architectures to write and the families to read.
 
 With NAME: everything about the method of that name, its options included.
 """
@@ -32,6 +32,7 @@ TITLES = {
     "router": "How the router starts (--router)",
     "shared_by": "How shared neurons are chosen (--shared-by)",
     "rescale": "What selected experts are multiplied by (--rescale)",
+    "repair": "How weights are fitted to the dense output on calibration text (--repair)",
     "target": "Architectures to write (--target)",
     "family": "Dense families to read",
 }

@@ -20,6 +20,7 @@ from .dense import DenseModel, understand
 from .errors import LlamaMoeError, RefusedError
 from .plan import plan_split
 from .recipe import build_recipe
+from .repairs import REPAIRS
 from .rescales import RESCALES
 from .routers import ROUTERS
 from .selectors import SELECTORS
@@ -30,7 +31,7 @@ from .targets import TARGETS
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["splitter", "router", "shared_by", "rescale", "target", "family"]
+Kind = Literal["splitter", "router", "shared_by", "rescale", "repair", "target", "family"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def list_methods() -> list[Method]:
             "default_rescale": cls.default_rescale,
         }
         found.append(_method("splitter", cls, parity=cls.parity, facts=facts))
-    for kind, registry in (("router", ROUTERS), ("shared_by", SELECTORS), ("rescale", RESCALES)):
+    others = (("router", ROUTERS), ("shared_by", SELECTORS), ("rescale", RESCALES), ("repair", REPAIRS))
+    for kind, registry in others:
         found += [_method(typing.cast(Kind, kind), cls) for cls in typing.cast(typing.Iterable[Any], registry)]
     for target in TARGETS:
         facts = {"architecture": target.architecture, "shared": target.shared, "dense_layers": target.dense_layers}

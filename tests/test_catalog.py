@@ -11,6 +11,7 @@ from llamamoe.catalog import list_methods, matrix
 from llamamoe.conversion import plan_conversion
 from llamamoe.errors import RefusedError
 from llamamoe.recipe import load_recipe
+from llamamoe.repairs import REPAIRS
 from llamamoe.rescales import RESCALES
 from llamamoe.routers import ROUTERS
 from llamamoe.selectors import SELECTORS
@@ -24,6 +25,7 @@ REGISTRIES = {
     "router": ROUTERS,
     "shared_by": SELECTORS,
     "rescale": RESCALES,
+    "repair": REPAIRS,
     "target": TARGETS,
     "family": SOURCES,
 }
