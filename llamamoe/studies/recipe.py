@@ -126,7 +126,10 @@ class CompareRecipe(BaseModel):
     static_by: Annotated[Choice, choose(SELECTORS)] = Field(
         Choice(name="power"), validate_default=True, description="Which neurons static pruning keeps."
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the models compute in.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the models are measured in.")
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="What large products of a calibration compute in; null: as in dtype."
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|[a-z]+(:[0-9]+)?)$", description="Where everything runs: auto, cpu, cuda, cuda:1, ..."
     )
@@ -165,7 +168,7 @@ class CompareRecipe(BaseModel):
             "calibration_tokens": self.calibration_tokens,
             "calibration_weights": self.calibration_weights,
             "calibration_length": self.calibration_length,
-            "compute_dtype": self.dtype,
+            "compute_dtype": self.compute_dtype or self.dtype,
             "device": self.device,
         }
 
