@@ -173,6 +173,8 @@ def _print(found: Allocation, written: str | None, *, verbose: bool) -> None:
             f"With another number of shared neurons in every layer the damage would be {found.simulated['damage']:.4g}: "
             f"{found.simulated['note']}."
         )
+    if verbose and len(found.by_count) > 1:
+        _alternatives(found)
     if found.warnings:
         heading("Warnings")
         bullets(found.warnings, mark="!")
@@ -182,3 +184,18 @@ def _print(found: Allocation, written: str | None, *, verbose: bool) -> None:
     if written:
         click.echo()
         paragraph(f"llamamoe split {found.source} OUT --recipe {written}")
+
+
+def _alternatives(found: Allocation) -> None:
+    """What ``-v`` adds: the best set for every number of dense layers."""
+    heading("By number of dense layers")
+    rows = [
+        (
+            str(len(each["layers"])),
+            f"{100 * each['layer_share']:.1f} %",
+            f"{each['damage']:.4g}",
+            ", ".join(map(str, each["layers"])),
+        )
+        for each in found.by_count
+    ]
+    table(("dense", "the others", "damage", "layers"), rows, right=(0, 1, 2))

@@ -44,11 +44,11 @@ def rest_of_budget(budget: float, num_layers: int, dense: int) -> float:
     return (num_layers * budget - dense) / (num_layers - dense)
 
 
-def choose_dense_set(curves: Curves, budget: float, form: DenseForm, fit: Callable[[float], Sizes]) -> DenseSet:
-    """The dense set of least damage, exactly: the sizes depend on the number of dense layers only.
+def dense_sets(curves: Curves, budget: float, form: DenseForm, fit: Callable[[float], Sizes]) -> list[DenseSet]:
+    """For every number of dense layers that the budget allows, the set of least damage, exactly.
 
-    For every number that the budget allows, the other layers' sizes are found, and with them each layer's damage; then
-    the layers that save most stay dense. O(L^2), and L calls of ``fit``.
+    The number alone decides the other layers' sizes, these each layer's damage, and then the layers that lose most
+    stay dense. The least of all is the best set there is. O(L^2), and L calls of ``fit``.
 
     Args:
         curves: The damage of each layer by its share.
@@ -56,11 +56,14 @@ def choose_dense_set(curves: Curves, budget: float, form: DenseForm, fit: Callab
         form: Which sets the target can hold.
         fit: The best sizes that cost at most a share.
 
+    Returns:
+        At least the empty set, in the order of their number.
+
     Raises:
         RefusedError: Not even with no dense layer do any sizes fit.
     """
     count = curves.num_layers
-    best: DenseSet | None = None
+    found: list[DenseSet] = []
     for dense in range(count if form != "none" else 1):
         rest = rest_of_budget(budget, count, dense)
         if rest <= 0:
@@ -74,10 +77,13 @@ def choose_dense_set(curves: Curves, budget: float, form: DenseForm, fit: Callab
         damage_L = curves.at(sizes.share)
         layers = dense_layers(damage_L, dense, form)
         damage = math.fsum(float(d) for i, d in enumerate(damage_L) if i not in layers)
-        if best is None or damage < best.damage:
-            best = DenseSet(layers, sizes, damage, (dense + (count - dense) * sizes.share) / count)
-    assert best is not None, "no dense layer fits or raises"
-    return best
+        found.append(DenseSet(layers, sizes, damage, (dense + (count - dense) * sizes.share) / count))
+    return found
+
+
+def least_damage(sets: Sequence[DenseSet]) -> DenseSet:
+    """The set of least damage; of equal ones the first."""
+    return min(sets, key=lambda each: each.damage)
 
 
 def dense_layers(damage_L: np.ndarray, count: int, form: DenseForm) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .budget_search import DenseSet, choose_dense_set, share_out
+from .budget_search import DenseSet, dense_sets, least_damage, share_out
 from .budget_sizes import Sizer
 from .dense import understand
 from .errors import RefusedError, UsageError
@@ -73,6 +72,7 @@ class Allocation:
         damage: Sum over the converted layers.
         damage_uniform: The same if no layer stays dense.
         layers: Layer by layer.
+        by_count: For every number of dense layers the best set: layers, layer_share, active_share, damage.
         simulated: Another number of shared neurons in every layer: what it would lose, and that no file holds it.
         measured: The curves as they were measured.
         flops: Estimate of the floating-point operations that the measurement took.
@@ -96,6 +96,7 @@ class Allocation:
     damage: float
     damage_uniform: float
     layers: tuple[LayerBudget, ...]
+    by_count: tuple[dict[str, Any], ...]
     simulated: dict[str, Any]
     measured: dict[str, Any]
     flops: int
@@ -165,11 +166,9 @@ def allocate(
     with tempfile.TemporaryDirectory(prefix="llamamoe-") as folder:
         task = _task(sizer, targets[0], shares, Path(folder), held_out_tokens, progress)
         curves, flops = how.measure(task), how.flops(task)
-    found = {
-        target: choose_dense_set(curves, budget, target.dense_layers, partial(sizer.fit, target)) for target in targets
-    }
-    target = min(targets, key=lambda each: found[each].damage)  # the first of equal ones
-    chosen, uniform = found[target], sizer.fit(target, budget)
+    sets = {each: dense_sets(curves, budget, each.dense_layers, partial(sizer.fit, each)) for each in targets}
+    target = min(targets, key=lambda each: least_damage(sets[each]).damage)  # the first of equal ones
+    uniform, chosen = sets[target][0].sizes, least_damage(sets[target])
     plan = plan_split(sizer.model, sizer.recipe_for(target, chosen.sizes, chosen.layers))
     return Allocation(
         source=str(source),
@@ -186,8 +185,9 @@ def allocate(
         layer_share=chosen.sizes.share,
         active_share=chosen.share,
         damage=chosen.damage,
-        damage_uniform=math.fsum(curves.at(uniform.share)),
+        damage_uniform=sets[target][0].damage,
         **_by_layer(curves, chosen, uniform, budget, sizer.model.spec.intermediate_size, recipe.pad_to),
+        by_count=tuple(_alternative(each) for each in sets[target]),
         measured=curves.to_json(),
         flops=flops,
         recipe=sizer.recipe_for(target, chosen.sizes, chosen.layers),
@@ -215,6 +215,15 @@ def _notes(target: Target) -> list[str]:
     if target.dense_layers != "none":
         return []
     return [f"{target.name} has no dense layers, so all layers are converted alike"]
+
+
+def _alternative(found: DenseSet) -> dict[str, Any]:
+    return {
+        "layers": list(found.layers),
+        "layer_share": found.sizes.share,
+        "active_share": found.share,
+        "damage": found.damage,
+    }
 
 
 def _by_layer(

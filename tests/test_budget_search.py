@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamamoe.budget_search import DenseForm, cheapest_choices, choose_dense_set, dense_layers, share_out
+from llamamoe.budget_search import DenseForm, cheapest_choices, dense_layers, dense_sets, least_damage, share_out
 from llamamoe.errors import RefusedError
 from llamamoe.sensitivities.curves import Curves
 from llamamoe.studies.sizes import Sizes
@@ -48,7 +48,7 @@ def test_the_dense_set_is_the_best_of_all(
     form: DenseForm, small: list[float], large: list[float], budget: float
 ) -> None:
     curves = Curves(np.array([0.3, 0.6]), np.array([np.maximum(small, large), small]))
-    found = choose_dense_set(curves, budget, form, fit)
+    found = least_damage(dense_sets(curves, budget, form, fit))
     best = math.inf
     for layers in allowed(form):
         rest = (LAYERS * budget - len(layers)) / (LAYERS - len(layers))
@@ -67,13 +67,13 @@ def test_the_dense_set_is_the_best_of_all(
 def test_one_layer_that_loses_everything_stays_dense() -> None:
     curves = Curves(np.array([0.5]), np.array([[100.0, 1, 1, 1, 1, 1]]))
     for form in ("leading", "ends", "any"):
-        assert choose_dense_set(curves, 0.5, form, fit).layers == (0,)  # type: ignore[arg-type]
-    assert choose_dense_set(curves, 0.5, "none", fit).layers == ()
+        assert least_damage(dense_sets(curves, 0.5, form, fit)).layers == (0,)  # type: ignore[arg-type]
+    assert [each.layers for each in dense_sets(curves, 0.5, "none", fit)] == [()]
 
 
 def test_a_budget_that_holds_nothing_is_refused() -> None:
     with pytest.raises(RefusedError, match="too small"):
-        choose_dense_set(Curves(np.array([0.5]), np.ones((1, 3))), 0.05, "any", fit)
+        dense_sets(Curves(np.array([0.5]), np.ones((1, 3))), 0.05, "any", fit)
 
 
 def test_of_equal_layers_the_first_stay_dense() -> None:

@@ -106,6 +106,9 @@ def test_a_layer_that_loses_much_stays_dense_within_the_budget(
     assert found.active_share == pytest.approx(ffn_share(plan))
     assert 0.42 < found.active_share <= 0.5 + 1e-9
     assert found.damage < found.damage_uniform
+    assert [len(each["layers"]) for each in found.by_count] == list(range(len(found.by_count)))
+    assert found.damage == min(each["damage"] for each in found.by_count)
+    assert found.damage_uniform == found.by_count[0]["damage"]
     assert found.damage == pytest.approx(sum(layer.damage for layer in found.layers))
     assert found.damage_uniform == pytest.approx(sum(layer.damage_uniform for layer in found.layers))
     assert [layer.dense for layer in found.layers] == [True, False, False, False, False]

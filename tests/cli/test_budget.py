@@ -45,8 +45,15 @@ def test_a_recipe_for_split(run: Run, source: Path, text: Path, tmp_path: Path) 
 
 def test_the_divergence_for_people(run: Run, source: Path, text: Path) -> None:
     keys = ("--measure", "kl", "--points", "1", "--held-out-tokens", "32", "--target", "qwen2_moe")
-    result = run("budget", source, "--budget", "0.6", *flags(text), *keys)
-    for part in ("nats per token", "kept dense", "simulated: no architecture of transformers holds it", "experts of"):
+    result = run("budget", source, "--budget", "0.6", *flags(text), *keys, "-v")
+    for part in (
+        "nats per token",
+        "kept dense",
+        "simulated: no architecture of transformers holds it",
+        "experts of",
+        "By number of dense layers",
+        "keep_dense:",
+    ):
         assert part in " ".join(result.stdout.split())
     assert "sensitivity" in result.stderr
 
