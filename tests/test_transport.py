@@ -95,3 +95,10 @@ def test_all_of_them_or_none() -> None:
     assert torch.equal(soft_top_k(logits(2, 3), 3), torch.ones(2, 3).double())
     with pytest.raises(ValueError, match="3 of 3"):
         top_k_threshold(logits(2, 3), 3)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
+def test_thresholds_in_single_precision(scale: float) -> None:
+    values = (scale * logits(50, 24) + 5).float()
+    values[0] = 1.0  # all alike
+    assert (soft_top_k(values, 8).sum(1) - 8).abs().max() < 1e-3
