@@ -36,7 +36,7 @@ class Sizer:
 
     def __init__(self, model: DenseModel, recipe: SplitRecipe, shared_of_active: float) -> None:
         self.model, self.asked = model, recipe
-        self.chosen = complete(recipe)
+        self.chosen = complete(recipe, model.spec.intermediate_size)
         self.recipe, self.method = self.chosen.recipe, self.chosen.splitter
         self.dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
         self.experts = recipe.num_experts if "num_experts" in recipe.model_fields_set else None

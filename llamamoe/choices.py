@@ -19,14 +19,20 @@ from .targets import TARGETS
 
 CALIBRATED_DEFAULT: dict[str, Any] = {
     "method": "token_clusters",
-    "num_experts": 24,
-    "top_k": 8,
-    "shared": 0.25,
+    "num_experts": 64,
+    "top_k": 24,
+    "shared": 0.125,
     "shared_by": "power",
     "router": "ridge",
-    "repair": "least_squares",
+    "repair": "distill",
 }
-"""What ``method: auto`` means where there is calibration text: keys that the recipe does not name itself."""
+"""What ``method: auto`` means where there is calibration text: keys that the recipe does not name itself.
+
+About half of the FFN is active. Many narrow experts and few shared neurons, a number of experts that is a power of two
+(so that factors baked into bfloat16 weights round nothing), all the repair there is: see BENCHMARKS.md.
+"""
+LEAST_WIDTH = 16
+"""The default number of experts is halved until they are this wide: padding and router would cost more than they bring."""
 UNCALIBRATED_DEFAULT = "cluster_shared"
 """The method that ``auto`` means where there is none."""
 TEXT_NEEDS = ("activations", "gradients")
@@ -56,15 +62,19 @@ class Chosen:
         return bool(self.needing)
 
 
-def complete(recipe: SplitRecipe) -> Chosen:
+def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chosen:
     """Name every method that the recipe leaves open.
+
+    Args:
+        recipe: What the user asks for.
+        intermediate_size: F, for the default number of experts; None leaves it as it is.
 
     Raises:
         RefusedError: A method needs calibration text and there is none, or a router is a control that no file holds.
     """
     warnings: list[str] = []
     if recipe.method.name == AUTO:
-        recipe, warnings = _auto(recipe)
+        recipe, warnings = _auto(recipe, intermediate_size)
     splitter = SPLITTERS.get(recipe.method.name)
     given = bool(recipe.calibration)
     repair: str | Choice = recipe.repair or splitter.default_repair or NO_REPAIR
@@ -119,12 +129,15 @@ def _plugins(recipe: SplitRecipe, splitter: type[Splitter]) -> Iterator[tuple[st
         yield f"--repair {recipe.repair.name}", REPAIRS.get(recipe.repair.name)
 
 
-def _auto(recipe: SplitRecipe) -> tuple[SplitRecipe, list[str]]:
+def _auto(recipe: SplitRecipe, size: int | None) -> tuple[SplitRecipe, list[str]]:
     """The recipe with a method in the place of ``auto``: it decides what the recipe does not name."""
-    wanted = {"method": UNCALIBRATED_DEFAULT}
+    wanted: dict[str, Any] = {"method": UNCALIBRATED_DEFAULT}
     warnings = []
     if recipe.calibration and CALIBRATED_DEFAULT["method"] in SPLITTERS:
         wanted = {key: value for key, value in CALIBRATED_DEFAULT.items() if _known(key, value)}
+        routed = (1 - wanted["shared"]) * (size or 2**62)
+        while wanted["num_experts"] >= 16 and routed / wanted["num_experts"] < LEAST_WIDTH:
+            wanted |= {"num_experts": wanted["num_experts"] // 2, "top_k": wanted["top_k"] // 2}
     elif not recipe.calibration:
         warnings.append(
             f"no calibration text: the method is {UNCALIBRATED_DEFAULT}, which loses much more than one that sees "

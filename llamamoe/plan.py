@@ -154,7 +154,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
         RefusedError: The conversion would be inexact, impossible or unsafe; every reason is named.
     """
     spec = model.spec
-    chosen = complete(recipe)
+    chosen = complete(recipe, spec.intermediate_size)
     recipe, splitter = chosen.recipe, chosen.splitter
     dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
     target, layout = choose_target(spec, recipe, splitter, dtype)

@@ -138,6 +138,15 @@ def test_with_text_auto_is_the_calibrated_default(dense: Path, monkeypatch: pyte
     assert (again.recipe, again.layout, again.calibration) == (recipe, found.layout, found.calibration)
 
 
+def test_the_default_suits_the_width_of_the_ffn(tmp_path: Path) -> None:
+    for size, sizes in ((172, (8, 3)), (1536, (64, 24)), (640, (32, 12))):
+        folder = make_dense(tmp_path / str(size), "llama", intermediate_size=size)
+        found = auto_plan(folder, **TEXT)
+        assert (found.layout.num_experts, found.layout.top_k) == sizes
+        assert found.recipe.method.name == "token_clusters"
+        assert found.recipe.repair.name == "distill"
+
+
 @pytest.mark.parametrize(
     ("given", "sizes"),
     [
@@ -172,7 +181,7 @@ def test_auto_shares_what_the_named_target_can_hold(
     layout = auto_plan(dense, **TEXT, target=target).layout
     if shared == "multiple":
         assert layout.num_shared % layout.expert_width == 0
-        assert layout.num_shared == pytest.approx(0.3 * 172, abs=2 * layout.expert_width)  # padding of tiny experts
+        assert layout.num_shared == 5 * 16  # 5 of 12 + 5 parts of the FFN, ceil(172 / 17) = 11 neurons padded to 16
     else:
         assert layout.num_shared == shared
 
