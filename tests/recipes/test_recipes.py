@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 import llamamoe
 from llamamoe.catalog import Cell, matrix
+from llamamoe.choices import complete
 from llamamoe.recipe import SplitRecipe, load_recipe
 from tests.models import make_dense
 
@@ -35,10 +38,11 @@ COMMANDS = [
 @pytest.fixture
 def beside_the_demo(tmp_path, monkeypatch) -> Path:
     """A folder with what the README's commands find: the demonstration's output (tiny) and the recipes."""
-    make_dense(tmp_path / "demo-output" / "dense", "llama-tied")
-    text = tmp_path / "demo-output" / "text" / "evaluation"
-    text.mkdir(parents=True)
-    (text / "topic.txt").write_text("The assert statement is a way to insert debugging assertions into a program.")
+    make_dense(tmp_path / "demo-output" / "dense", "llama-tied", max_position_embeddings=2048)
+    text = tmp_path / "demo-output" / "text"
+    write_words(text / "calibration" / "class.txt")
+    (text / "evaluation").mkdir()
+    (text / "evaluation" / "topic.txt").write_text("The assert statement is a way to insert debugging assertions. " * 8)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -57,30 +61,60 @@ def test_a_recipe_names_every_key_and_comments_it(path):
         assert not line or line.startswith("#") or opens_mapping or "  # " in line, line
 
 
+def write_words(path: Path, words: int = 300) -> Path:
+    """Text of a few words in random order, one token per letter in the tiny models' tokenizer."""
+    rng = np.random.default_rng(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(" ".join(rng.choice(["assert", "the", "class", "of", "a", "statement", "None", "is", "in"], words)))
+    return path
+
+
+def needs_text(recipe: SplitRecipe) -> bool:
+    """Whether a method of the recipe reads calibration text."""
+    return complete(recipe.model_copy(update={"calibration": ("given.txt",)})).calibrated
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_the_head_of_a_recipe_says_how_to_run_it(path):
+    head = [line.removeprefix("#   ") for line in path.read_text().splitlines() if line.startswith("#   llamamoe ")]
+    text = " --calibration PATH" * needs_text(load_recipe(path))
+    assert head == [f"llamamoe split SOURCE OUT --recipe recipes/split/{path.name}{text}"]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
 def test_a_recipe_runs_on_a_tiny_model(tmp_path, path, variant):
-    recipe = load_recipe(path, overrides=["num_experts=4"])
+    asked = load_recipe(path)
+    top_k = max(1, round(4 * asked.top_k / asked.num_experts))
+    text = write_words(tmp_path / "text.txt")
+    small = ["calibration_tokens=512", "calibration_length=64", f"calibration={text}"] if needs_text(asked) else []
+    recipe = load_recipe(path, overrides=["num_experts=4", f"top_k={top_k}", *small])
     result = llamamoe.split(make_dense(tmp_path / "dense", variant), tmp_path / "moe", recipe)
     assert result.receipt["verification"]["passed"]
+    assert bool(result.receipt["calibration"]) == needs_text(asked)
     assert load_recipe(tmp_path / "moe" / "llamamoe_recipe.yaml") == result.plan.recipe
 
 
+HOW_TOS = ("README.md", "split/README.md")
+
+
 def test_readme_and_how_to_name_every_recipe():
-    how_to = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    how_to, which = ((ROOT / "recipes" / name).read_text(encoding="utf-8") for name in HOW_TOS)
     assert RECIPES
     for path in RECIPES:
         assert f"split/{path.name}" in README
-        assert f"split/{path.name}" in how_to
+        assert f"`split/{path.name}`" in how_to
+        assert f"`{path.name}`" in which
 
 
 def test_readme_is_short():
     assert len(README.splitlines()) < 250
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", ["README.md", *(f"recipes/{name}" for name in HOW_TOS)])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
 
 
 def test_paths_in_the_tree_exist():
@@ -98,17 +132,35 @@ def test_the_makefile_has_the_targets_that_readme_names():
             assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
 
 
-def test_commands_of_the_readme_run(beside_the_demo):
-    """In order, as a reader would type them, on a tiny model in the place of the demonstration's."""
+def run_all(commands: list[list[str]]) -> None:
+    """In order, as a reader would type them."""
     pytest.importorskip("llamamoe_cli.main")
     from click.testing import CliRunner
 
     cli = importlib.import_module("llamamoe_cli.main")
     command = next(value for value in vars(cli).values() if type(value).__name__ == "Root")
-    assert [args[0] for args in COMMANDS] == ["inspect", *["split"] * 3, "verify", "evaluate", "fix-config"]
-    for args in COMMANDS:
+    for args in commands:
         result = CliRunner().invoke(command, args)
         assert result.exit_code == 0, f"llamamoe {shlex.join(args)}\n{result.output}\n{result.exception!r}"
+
+
+def test_commands_of_the_readme_run(beside_the_demo):
+    """On a tiny model in the place of the demonstration's."""
+    assert [args[0] for args in COMMANDS] == [
+        *("inspect", "split", "split", "split", "verify", "evaluate", "compare", "fix-config")
+    ]
+    run_all(COMMANDS)
+    assert not (beside_the_demo / "comparison").exists()
+    assert json.loads((beside_the_demo / "my-moe" / "llamamoe_receipt.json").read_text())["calibration"]
+
+
+@pytest.mark.parametrize("name", HOW_TOS)
+def test_commands_of_the_how_tos_run(beside_the_demo, name):
+    lines = re.findall(r"^    llamamoe (.+)$", (ROOT / "recipes" / name).read_text(encoding="utf-8"), re.MULTILINE)
+    names = {"SOURCE": "demo-output/dense", "OUT": "out", "texts/": "demo-output/text/calibration"}
+    commands = [[names.get(word, word) for word in shlex.split(line, comments=True)] for line in lines]
+    assert commands
+    run_all(commands)
 
 
 def test_python_of_the_readme_runs(beside_the_demo, capsys):
