@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import sys
@@ -307,7 +308,8 @@ class Meter:
     UNIT = 10**9
 
     def __init__(self, flops: Sequence[int], progress: ProgressCallback) -> None:
-        self._total = max(1, sum(flops) // self.UNIT)
+        self._whole = sum(flops) / self.UNIT
+        self._total = max(1, math.ceil(self._whole))
         self._done = 0.0
         self._progress = progress
 
@@ -317,7 +319,7 @@ class Meter:
 
         def advance(share: float) -> None:
             self._done = start + share * whole
-            done = min(self._total, int(self._done + 1e-6))
+            done = self._total if self._done > self._whole - 1e-6 else int(self._done)
             self._progress(Progress("compare", done, self._total, "GFLOP", label))
 
         return advance
