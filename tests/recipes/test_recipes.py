@@ -95,6 +95,12 @@ def test_a_recipe_runs_on_a_tiny_model(tmp_path, path, variant):
     assert load_recipe(tmp_path / "moe" / "llamamoe_recipe.yaml") == result.plan.recipe
 
 
+def test_the_calibrated_recipe_is_what_auto_means():
+    recipe = load_recipe(ROOT / "recipes" / "split" / "calibrated.yaml", given={"calibration": ["given.txt"]})
+    auto = complete(load_recipe(given={"calibration": ["given.txt"], "calibration_length": recipe.calibration_length}))
+    assert complete(recipe).recipe == auto.recipe
+
+
 HOW_TOS = ("README.md", "split/README.md")
 
 
