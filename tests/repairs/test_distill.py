@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llamamoe.errors import LlamaMoeError
-from llamamoe.layer import PADDING, FfnWeights
+from llamamoe.layer import PADDING, FfnWeights, Partition
 from llamamoe.repairs.distill import Distill, _schedule
 from llamamoe.repairs.least_squares import LeastSquares
 from tests.converted import HIDDEN, NEURONS, make_context, make_ffn, make_inputs, make_moe, make_partition, plain_error
@@ -110,3 +110,15 @@ def test_the_step_rises_and_falls() -> None:
     assert steps[0] < steps[10] < steps[19] <= 0.5
     assert steps[20:] == sorted(steps[20:], reverse=True)
     assert 0 < steps[-1] < 1e-3
+
+
+def test_a_layer_without_experts_is_distilled_too() -> None:
+    """As static pruning makes it: the kept neurons learn to stand in for the omitted ones."""
+    ffn, inputs = make_ffn(), make_inputs()
+    kept = np.arange(12)
+    partition = Partition(np.empty((0, 0), np.int64), kept, np.arange(12, NEURONS))
+    moe = make_moe(ffn, partition, router_NH=torch.zeros(0, HIDDEN), top_k=0, factor=1.0)
+    context = make_context(moe, inputs)
+    first = LeastSquares(LeastSquares.Options(ridge=0.02, weighting="residual")).repair(moe, ffn, context)
+    after = Distill(Distill.Options(epochs=60, batch=50)).repair(moe, ffn, context)
+    assert error(moe, ffn, inputs, after) < 0.8 * error(moe, ffn, inputs, first)
