@@ -143,7 +143,7 @@ _ROWS = (
     _Row("--calibration-weights", "calibration_weights", CALIBRATION, "A=1,B=2", _Weights(), unset="equal",
          text="Share of each domain in the text, for example arxiv=1,book=2"),
     _Row("--calibration-length", "calibration_length", CALIBRATION, "N", int,
-         unset="the model's positions, at most 2048"),
+         unset="the model's positions, at most 512"),
     _Row("--device", "device", CALIBRATION, "auto|cpu|cuda"),
     _Row("--compute-dtype", "compute_dtype", CALIBRATION, "NAME", names=_literals("compute_dtype"),
          unset="bfloat16 for a 16-bit source where it is much faster, else float32",

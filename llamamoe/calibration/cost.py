@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from ..sources.base import DenseSpec
     from ..targets.base import MoeLayout
 
-MAX_LENGTH = 2048
-"""Tokens of a calibration sequence, if the model has as many positions and the recipe names no number."""
+MAX_LENGTH = 512
+"""Tokens of a calibration sequence, if the recipe names no number: of equally many tokens, short sequences of many
+documents tell more than long ones of few."""
 MEMORY_BYTES = 4 * 2**30
 """The FFN's inputs are kept in memory up to this size, and in a memory-mapped file beyond it."""
 REFERENCE_FLOPS = 1e11
