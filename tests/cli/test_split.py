@@ -108,9 +108,14 @@ def test_shipped_recipe_by_name(dense: Path, tmp_path: Path, run: Run, monkeypat
 
 def test_recipes_that_ship_are_found(dense: Path, run: Run) -> None:
     folder = Path(__file__).parents[2] / "recipes" / "split"
-    for file in folder.glob("*.yaml"):
-        result = run("split", dense, "--dry-run", "--json", "--recipe", file.stem, "--set", "shared=0", "--set",
-                     "target=auto", "--set", "num_experts=4", "--set", "top_k=2", "--set", "keep_dense=[]")  # fmt: skip
+    files = list(folder.glob("*.yaml"))
+    assert len(files) > 5
+    for file in files:
+        sizes = ["num_experts=4", "top_k=2", "keep_dense=[]", "target=auto", "shared=0"]
+        if file.stem == "static":  # there are no experts, and shared neurons are all that is kept
+            sizes = ["shared=0.5"]
+        settings = [part for size in sizes for part in ("--set", size)]
+        result = run("split", dense, "--dry-run", "--json", "--recipe", file.stem, "--calibration", "auto", *settings)
         assert json.loads(result.stdout)["dry_run"] is True
 
 
@@ -239,3 +244,24 @@ def test_what_needs_text_says_how_to_give_it(dense: Path, run: Run) -> None:
     assert "--calibration PATH" in error
     error = run("split", dense, "--dry-run", "--method", "random", "--router", "oracle", code=3).stderr
     assert "only `llamamoe compare`" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gone.txt", "No file, folder or glob matches"),
+        ("*.jsonl", "No file, folder or glob matches"),
+        ("empty", "holds no text"),
+        ("text.doc", "Cannot tell the format of"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_text_that_is_not_there_is_told_before_anything_is_written(
+    name: str, expected: str, dry: bool, dense: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.doc").write_text("a")
+    before = sorted(tmp_path.iterdir())
+    given = ("--calibration", tmp_path / name, *(["--dry-run"] if dry else []))
+    assert expected in run("split", dense, tmp_path / "out", *given, code=2).stderr
+    assert sorted(tmp_path.iterdir()) == before
