@@ -14,10 +14,11 @@ from ._tables import bullets, heading, paragraph, table
 if TYPE_CHECKING:
     from llamamoe.demonstration import DemoResult
 
-HELP = """Split SmolLM2-135M in two ways, prove that it is exact, and measure what is lost until it is trained.
+HELP = """Split SmolLM2-135M at random and with calibration text, prove that a split is exact, and measure what half of
+the FFN loses, beside the dense model and static pruning.
 
 Nothing is downloaded: the model comes with the extra llamamoe[demo], the text with Python. It takes a few minutes on
-two cores and 0.9 GB in the folder OUT (default: demo-output), where the models stay and can be loaded.
+two cores and 1.1 GB in the folder OUT (default: demo-output), where the models stay and can be loaded.
 """
 EXAMPLES = """
 llamamoe demo
@@ -40,24 +41,31 @@ def command(out: str, max_tokens: int, output: Output) -> None:
     output.result(found.to_json(), lambda: _print(found), summary=True)
 
 
+def _ratio(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
+
+
 def _print(found: DemoResult) -> None:
     heading(f"Perplexity on {found.text}")
-    titles = ("model", "experts", "params", "active", "perplexity", "bits/byte", "parity")
+    titles = ("model", "experts", "params", "FFN active", "perplexity", "x dense", "parity")
     rows = [
         (
             row.model,
             row.experts or "-",
             amount(row.total_parameters),
-            amount(row.active_parameters),
-            f"{row.perplexity:,.2f}" if row.perplexity < 1e5 else f"{row.perplexity:.2e}",
-            f"{row.bits_per_byte:.3f}",
+            f"{row.ffn_share:.1%}",
+            _ratio(row.perplexity),
+            _ratio(row.perplexity / found.rows[0].perplexity),
             "-" if row.parity is None else error(row.parity),
         )
         for row in found.rows
     ]
     table(titles, rows, right=range(1, len(titles)), wrap=(0,))
     click.echo()
-    paragraph("parity: largest difference of a logit from the dense model's, all experts at equal weights.")
+    paragraph(
+        "parity: largest difference of a logit from the dense model's, all experts at equal weights; "
+        "pruning and repair claim none. FFN active: what a token uses of the FFNs, routers included."
+    )
     heading(found.prompt)
     bullets(f"{row.model}: {row.text}" for row in found.rows if row.text is not None)
     for remark in found.remarks:

