@@ -25,7 +25,16 @@ from .errors import RefusedError
 from .hub import Location, locate, open_checkpoint
 from .layer_conversion import ConvertedLayer, convert_layer
 from .plan import SplitPlan, index_json, plan_split
-from .preflight import RECEIPT_FILE, RECIPE_FILE, check_out, check_room, normal_path, recover_replaced, system_errors
+from .preflight import (
+    RECEIPT_FILE,
+    RECIPE_FILE,
+    check_out,
+    check_room,
+    check_text,
+    normal_path,
+    recover_replaced,
+    system_errors,
+)
 from .progress import Progress, ProgressCallback, ignore_progress
 from .recipe import SplitRecipe
 
@@ -57,9 +66,12 @@ def plan_conversion(
 
     Raises:
         RefusedError: The conversion is not possible; every reason is named.
+        UsageError: The recipe names calibration text that is not there.
     """
     checkpoint = open_checkpoint(locate(source), tokenizer=tokenizer)
-    return plan_split(understand(checkpoint), recipe or SplitRecipe())
+    decided = plan_split(understand(checkpoint), recipe or SplitRecipe())
+    check_text(decided)
+    return decided
 
 
 def split(
@@ -90,6 +102,7 @@ def split(
 
     Raises:
         RefusedError: Nothing was written; the message says why and the way out.
+        UsageError: The recipe names calibration text or a device that is not there; nothing was written.
         VerificationError: The result does not compute what its parent computes; it stays in ``OUT.partial/``.
         LlamaMoeError: Writing failed; ``resume`` goes on.
     """
@@ -99,6 +112,7 @@ def split(
     decided = plan_split(understand(checkpoint), recipe or SplitRecipe())
     recover_replaced(out)
     check_out(out, location.path, force=force)
+    check_text(decided)
     check_room(out, decided, resume=resume)
     if decided.recipe.strict:
         _refuse_nonfinite(decided, progress)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from .checkpoint.ledger import partial_path, replaced_path
 from .checkpoint.reader import INDEX, LICENSE_FILES, SIDE_FILES
+from .data.text import find_files
 from .errors import LlamaMoeError, RefusedError
 from .plan import SplitPlan
+from .recipe import AUTO
 
 RECIPE_FILE = "llamamoe_recipe.yaml"
 RECEIPT_FILE = "llamamoe_receipt.json"
@@ -100,6 +102,16 @@ def _known(path: Path) -> bool:
     return path.name in _OURS or path.suffix == ".safetensors"
 
 
+def check_text(decided: SplitPlan) -> None:
+    """Find the files of the calibration text, before anything is written. Opens none of them.
+
+    Raises:
+        UsageError: A path or glob matches nothing, a folder holds no text, or a file is of an unknown kind.
+    """
+    if decided.calibration and AUTO not in decided.recipe.calibration:
+        find_files(decided.recipe.calibration)
+
+
 def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
     """Refuse if the disk cannot hold the result.
 
@@ -114,5 +126,5 @@ def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
     if have < need:
         raise RefusedError(
             f"the result{' and the hidden states' if states else ''} take{'' if states else 's'} {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint="Make room, choose another disk, or a smaller --dtype.",
+            hint=f"Make room, choose another disk, {'fewer --calibration-tokens ' if states else ''}or a smaller --dtype.",
         )

@@ -18,6 +18,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dense(tmp_path_factory.mktemp("plan") / "dense")
 
 
+@pytest.fixture(autouse=True)
+def _text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").touch()  # a plan finds the calibration text and does not open it
+
+
 def plan(source: Path, **given: Any) -> Any:
     return llamamoe.plan_conversion(
         source, llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "top_k": 2, **given})
