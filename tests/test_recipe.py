@@ -207,3 +207,8 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("seed: 1\nmethod: {name: random}\nseed: 2\n")
     with pytest.raises(UsageError, match="'seed' stands twice"):
         load_recipe(tmp_path / "twice.yaml")
+
+
+def test_an_option_of_a_method_without_options_says_so() -> None:
+    with pytest.raises(UsageError, match=r"rounds: unknown key\. It has no options of its own\."):
+        load_recipe(given={"method": {"name": "auto", "rounds": 1}})

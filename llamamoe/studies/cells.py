@@ -74,7 +74,7 @@ def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
         RefusedError: A method cannot be had at a budget; every such case is named.
     """
     cells: list[Cell] = []
-    reasons: list[str] = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for method in [*recipe.methods, *(_controls(recipe) if recipe.controls else [])]:
         kind: Literal["method", "control"] = "method" if method in recipe.methods else "control"
         for budget in method.budgets or recipe.budgets:
@@ -83,7 +83,7 @@ def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
                 try:
                     plan = plan_at(recipe, method, model, budget, seed)
                 except RefusedError as error:
-                    reasons.append(f"{method.name} at {budget:g}: {error}")
+                    reasons.setdefault((method.name, str(error)), []).append(f"{budget:g}")
                     break
                 cells.append(Cell(method.name, kind, budget, seed, plan, base=method.name))
                 choice = plan.layout.num_experts > plan.layout.top_k > 0
@@ -91,7 +91,8 @@ def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
                     name = f"{method.name}, {ORACLE}"
                     cells.append(Cell(name, "control", budget, seed, plan, oracle=True, base=method.name))
     if reasons:
-        raise RefusedError("the study cannot be done:\n" + "\n".join(f"  - {reason}" for reason in reasons))
+        lines = [f"  - {name} at {', '.join(budgets)}: {error}" for (name, error), budgets in reasons.items()]
+        raise RefusedError("the study cannot be done:\n" + "\n".join(lines))
     order = {cell.method: i for i, cell in enumerate(reversed(cells))}
     cells.sort(key=lambda c: (_turn(recipe, c), -order[c.method], -(c.budget or 0)))
     return [Cell(DENSE, "dense", base=DENSE), *cells]

@@ -105,6 +105,14 @@ def test_given_sizes_are_taken_or_refused(dense: Path, tmp_path: Path) -> None:
         cells(dense, tmp_path, methods=[method], controls=False)
 
 
+def test_one_reason_for_many_budgets_is_told_once_a_method(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError) as error:
+        cells(dense, tmp_path, methods=[REPAIRED], budgets=[0.75, 0.5, 0.25], calibration=[])
+    text = str(error.value)
+    assert "repaired at 0.75, 0.5, 0.25: calibration text is needed by" in text
+    assert text.count("calibration text is needed by") == 1
+
+
 def test_impossible_budgets_are_named_all_at_once_with_the_smallest(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as error:
         cells(dense, tmp_path, budgets=[0.01, 0.02])
