@@ -148,7 +148,12 @@ def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     if not after:
         return []
     was = f", {before[len(before) // 2]:.2f} before repair" if before else ""
-    return [("layer error", f"{after[len(after) // 2]:.2f} of the dense output in the middle layer by error{was}")]
+    return [
+        (
+            "layer error",
+            f"{after[len(after) // 2]:.2f} of the dense output on the calibration text, in the middle layer by error{was}",
+        )
+    ]
 
 
 def parity(check: Mapping[str, Any] | None) -> str:

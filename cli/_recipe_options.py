@@ -75,7 +75,7 @@ class _Row(NamedTuple):
         if self.names is not None and not self.text:
             about += f": {', '.join(self.names())}"
         default = getattr(info.default, "name", info.default)
-        shown = self.unset if default is None or default == () else str(default)
+        shown = self.unset or str(default)
         return f"{about}." + (f"  [default: {shown}]" if shown else "")
 
 
@@ -121,8 +121,8 @@ class _Weights(click.ParamType):  # type: ignore[type-arg]  # not generic in cli
 
 SIZES, METHODS, CALIBRATION, WRITING = "Experts", "Methods", "Calibration", "What is written"
 _ROWS = (
-    _Row("--experts", "num_experts", SIZES, "N", int),
-    _Row("--top-k", "top_k", SIZES, "K", int),
+    _Row("--experts", "num_experts", SIZES, "N", int, unset="8; with text 64, fewer in a small FFN"),
+    _Row("--top-k", "top_k", SIZES, "K", int, unset="2; with text 24 of 64"),
     _Row("--shared", "shared", SIZES, "0.25|384|2x", unset="the method's"),
     _Row("--pad-to", "pad_to", SIZES, "W", int),
     _Row("--keep-dense", "keep_dense", SIZES, "LAYERS", _Layers(), unset="none",

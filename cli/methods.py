@@ -66,7 +66,22 @@ def command(name: str | None, as_matrix: bool, output: Output) -> None:
     output.result(data, lambda: _print(methods, detailed=name is not None or output.verbose))
 
 
+def _advice() -> str:
+    """Which methods to take, from what ``split`` takes by itself."""
+    from llamamoe.choices import CALIBRATED_DEFAULT as BEST
+    from llamamoe.choices import UNCALIBRATED_DEFAULT
+
+    return (
+        f"Which to take: with calibration text none need be named, split takes {BEST['method']}, shared by "
+        f"{BEST['shared_by']}, router {BEST['router']}, repair {BEST['repair']}; without text {UNCALIBRATED_DEFAULT}. "
+        "random, static and oracle are controls, the others what papers did. A * needs text (--calibration)."
+    )
+
+
 def _print(methods: Sequence[Method], *, detailed: bool) -> None:
+    if not detailed:
+        paragraph(_advice())
+        click.echo()
     for index, kind in enumerate(dict.fromkeys(m.kind for m in methods)):
         if index:
             click.echo()
@@ -76,7 +91,8 @@ def _print(methods: Sequence[Method], *, detailed: bool) -> None:
             for method in rows:
                 _details(method)
         else:
-            table(("", ""), [(m.name, m.summary) for m in rows])
+            text = ("activations", "gradients")
+            table(("", ""), [(m.name + " *" * (m.needs in text), m.summary) for m in rows])
     if not detailed:
         click.echo("\n`llamamoe methods NAME` tells more of one, -v of all; `--matrix` which family becomes what.")
 

@@ -15,8 +15,9 @@ from typing import Any
 from ._version import __version__
 from .assembly import made_of, make, nonfinite, one_thread
 from .calibration.compute import Compute, choose_compute
-from .calibration.session import UNIT, Session, remove_states
+from .calibration.session import UNIT, Session, read_ahead, remove_states
 from .checkpoint.card import model_card
+from .checkpoint.ledger import partial_path
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
 from .checkpoint.writer import CheckpointWriter, write_text
@@ -117,12 +118,15 @@ def split(
     if decided.recipe.strict:
         _refuse_nonfinite(decided, progress)
     compute = choose_compute(decided.recipe, decided.source_dtype) if decided.calibration else None
+    fresh = not (resume and partial_path(out).exists())
+    text = read_ahead(decided, compute, progress) if compute and fresh else None
     fingerprint, restart = plan_fingerprint(decided, compute.to_json() if compute else None), force and not resume
     with (
         system_errors(out),
         CheckpointWriter(out, decided.shards, fingerprint=fingerprint, resume=resume, restart=restart) as writer,
     ):
-        infos = _write_weights(decided, writer, compute, progress)
+        session = Session(decided, compute, writer, progress, text) if compute else None
+        infos = _write_weights(decided, writer, session, progress)
         warnings = decided.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
         _write_side_files(decided, location, writer.path, warnings)
         receipt = _receipt(decided, location, infos, writer.weights_sha256(), warnings)
@@ -153,15 +157,15 @@ def _refuse_nonfinite(decided: SplitPlan, progress: ProgressCallback) -> None:
 
 
 def _write_weights(
-    decided: SplitPlan, writer: CheckpointWriter, compute: Compute | None, progress: ProgressCallback
+    decided: SplitPlan, writer: CheckpointWriter, session: Session | None, progress: ProgressCallback
 ) -> dict[str, dict[str, Any]]:
     """Write every unit that is not there yet; return what is to be said of each."""
     layers = decided.model.spec.num_layers
     units: dict[str, list[int]] = {OUTER: [], **{f"layer.{i}": [] for i in range(layers)}}
     for index, tensor in enumerate(decided.tensors):
         units[OUTER if tensor.layer is None else f"layer.{tensor.layer}"].append(index)
-    if compute is not None:
-        _write_calibrated(decided, writer, units, Session(decided, compute, writer, progress), progress)
+    if session is not None:
+        _write_calibrated(decided, writer, units, session, progress)
     else:
         for done, (unit, indices) in enumerate(units.items(), start=1):
             if not writer.done(unit):
@@ -172,7 +176,7 @@ def _write_weights(
             progress(Progress("convert", done, len(units), "layer", unit))
     writer.flush()
     remove_states(writer.path)
-    return {unit: writer.info(unit) for unit in ([UNIT] if compute else []) + list(units)}
+    return {unit: writer.info(unit) for unit in ([UNIT] if session else []) + list(units)}
 
 
 def _write_calibrated(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,10 +42,18 @@ class Session:
         compute: Device and dtype.
         writer: Its ledger keeps the facts of the text, its folder the states.
         progress: Told while text is sampled or gradients are computed.
+        text: The text, if it is read already (see `read_ahead`).
     """
 
-    def __init__(self, plan: SplitPlan, compute: Compute, writer: CheckpointWriter, progress: ProgressCallback) -> None:
-        self.plan, self.compute = plan, compute
+    def __init__(
+        self,
+        plan: SplitPlan,
+        compute: Compute,
+        writer: CheckpointWriter,
+        progress: ProgressCallback,
+        text: CalibrationText | None = None,
+    ) -> None:
+        self.plan, self.compute, self._given = plan, compute, text
         self._writer, self._progress = writer, progress
         self.folder = writer.path / STATES
         self._text: CalibrationText | None = None
@@ -130,7 +139,8 @@ class Session:
         known = self._writer.info(UNIT)["calibration"] if self._writer.done(UNIT) else None
         text = _load_text(self.folder)
         if text is None or (known is not None and text.facts != known):
-            text = with_clusters(self.plan, make_text(self.plan, self.compute, self.folder, self._progress))
+            text = self._given or make_text(self.plan, self.compute, self.folder, self._progress)
+            text = with_clusters(self.plan, text)
             if known is not None and json.loads(json.dumps(text.facts)) != known:
                 raise RefusedError(
                     "the calibration text is not the one that the stopped run began with.",
@@ -151,6 +161,22 @@ class Session:
 def remove_states(folder: Path) -> None:
     """Delete what sessions left in ``OUT.partial/``."""
     shutil.rmtree(folder / STATES, ignore_errors=True)
+
+
+def read_ahead(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> CalibrationText | None:
+    """The text of a new run, before anything is written; None if it is to be sampled, which takes long and is kept.
+
+    Raises:
+        RefusedError: There is something to warn of, and the recipe is strict.
+        UsageError, LlamaMoeError: The text cannot be had; the message says why.
+    """
+    if plan.recipe.calibration == (AUTO,):
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        text = make_text(plan, compute, Path(scratch), progress)
+    if plan.recipe.strict and text.warnings:
+        raise RefusedError("--strict refuses: " + "; ".join(text.warnings) + ".")
+    return text
 
 
 def make_text(plan: SplitPlan, compute: Compute, scratch: Path, progress: ProgressCallback) -> CalibrationText:

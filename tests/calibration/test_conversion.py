@@ -18,7 +18,7 @@ from llamamoe.calibration.compute import Compute, choose_compute
 from llamamoe.calibration.text import CalibrationText
 from llamamoe.calibration.walk import Walk, cast_ffn, read_ffn
 from llamamoe.converted_ffn import ConvertedFfn, dense_outputs
-from llamamoe.errors import LlamaMoeError
+from llamamoe.errors import LlamaMoeError, RefusedError
 from llamamoe.layer import ExpertWeights, FfnWeights, LayerContext
 from llamamoe.layer_conversion import convert_layer, output_errors
 from llamamoe.progress import Progress
@@ -329,3 +329,27 @@ def test_conversion_in_bfloat16_products_is_near_that_in_float32(dense: Path, tm
     assert half["calibration"]["computed"]["compute_dtype"] == "bfloat16"
     for one, two in zip(exact, half["layers"], strict=True):
         assert two["output_error"] == pytest.approx(one["output_error"], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        (b"", {}),
+        (b"seven words that are far too few", {}),
+        (b"\xff\xfe not a letter of UTF-8 " * 100, {}),
+        (b"some words to look at. " * 100, {"calibration_weights": {"nowhere": 1.0}}),
+    ],
+)
+def test_text_that_cannot_be_used_leaves_nothing(dense: Path, tmp_path: Path, content: bytes, keys: Any) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(LlamaMoeError):
+        llamamoe.split(dense, tmp_path / "out", recipe(dense, calibration=str(tmp_path / "text.txt"), **keys))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_strict_refuses_what_the_text_is_warned_of_before_anything_is_written(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words to look at. " * 20)  # less than is asked for
+    given = recipe(dense, calibration=str(tmp_path / "text.txt"), calibration_tokens=4096, strict=True)
+    with pytest.raises(RefusedError, match="--strict refuses"):
+        llamamoe.split(dense, tmp_path / "out", given)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -62,7 +62,8 @@ def test_inspect(dense: Path, converted: tuple[Path, Result], tmp_path: Path, ru
 def test_methods(run: Run) -> None:
     text = run("methods").stdout
     for method in list_methods():
-        assert f"  {method.name}  " in text
+        needs_text = method.needs in ("activations", "gradients")
+        assert f"  {method.name} {'*' * needs_text}" in text
     data = json.loads(run("methods", "--json").stdout)
     assert {"kind", "name", "summary", "reference", "needs", "parity", "options"} <= set(data[0])
     assert "--set method.max_iter" in run("methods", "kmeans").stdout
