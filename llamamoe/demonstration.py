@@ -37,7 +37,7 @@ _DENSE, _TEXT, _CALIBRATION = "dense", "text", "calibration"
 _REPAIR = {"name": "least_squares", "ridge": "auto", "penalty": "balanced", "weighting": "residual"}
 """For little text: the strength is the best on held-out tokens, and does not hang on the few strongest neurons."""
 _CONVERSIONS: dict[str, dict[str, Any]] = {
-    "random": {"method": "random", "num_experts": 24, "top_k": 12},
+    "random": {"method": "random", "num_experts": 8, "top_k": 4},
     "static": {"method": "static", "shared": 0.5, "repair": _REPAIR},
     "token_clusters": {
         "method": "token_clusters", "num_experts": 24, "top_k": 7, "shared": 0.25, "router": "ridge",
@@ -60,8 +60,7 @@ WHY_EXACT = (
 WHY_CALIBRATED = (
     f"token_clusters and static: the same {CALIBRATION_TOKENS:,} tokens of other topics, the same repair, half of the "
     "FFN for every token. static keeps the same neurons for all tokens; in token_clusters a router chooses, for every "
-    "token, among experts that were built for kinds of tokens. Neither was trained; more text brings both nearer to "
-    "the parent."
+    "token, among experts that were built for kinds of tokens. Neither was trained."
 )
 
 
