@@ -20,9 +20,10 @@ from .cells import Cell
 
 FOLDER = "cells"
 _PACKAGE = __name__.split(".")[0]
-_METHODS = ("splitters", "routers", "selectors", "repairs", "rescales", "calibration")
-"""Packages whose modules make a conversion what it is."""
-_ALWAYS = ("conversion", "converted_ffn", "layer", "evaluation", "scoring", "data.encoding", "streaming",
+_METHODS = ("splitters", "routers", "selectors", "repairs", "rescales", "calibration", "assembly", "converted_ffn",
+            "diagnostics", "layer", "layer_conversion", "regression", "transport")  # fmt: skip
+"""Packages and modules that make a conversion what it is: imports of them are followed."""
+_ALWAYS = ("layer_conversion", "converted_ffn", "layer", "evaluation", "scoring", "data.encoding", "streaming",
            "studies.in_memory", "studies.measure")  # fmt: skip
 """Modules that decide every cell."""
 _OF_TEXT = frozenset(
