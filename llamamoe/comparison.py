@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint.contents import content_fingerprint
 from .data.text import find_files
 from .dense import DenseModel, understand
 from .errors import LlamaMoeError, MissingExtraError, RefusedError
@@ -212,7 +213,7 @@ class _Depends:
             "evaluation_tokens": recipe.evaluation_tokens,
             "context_length": recipe.context_length,
         }
-        self._source = model.checkpoint.fingerprint()
+        self._source = content_fingerprint(model.checkpoint.tensors, model.checkpoint.config)
 
     def of(self, cell: Cell, engine: Engine | None = None) -> Dependencies:
         """Of one cell; without an engine the text is left out."""
