@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str, ending: str = "s") -> str:
     """``1 layer``, ``1,024 layers``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
 def amount(value: float) -> str:

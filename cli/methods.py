@@ -18,7 +18,7 @@ from ._tables import bullets, facts, heading, paragraph, table
 if TYPE_CHECKING:
     from llamamoe.catalog import Cell, Matrix, Method
 
-HELP = """List the methods to split, route, rescale and repair, the architectures to write and the families to read.
+HELP = """List the methods to split, route, rescale, repair and train, the architectures to write and the families to read.
 
 With NAME: everything about the method of that name, its options included.
 """
@@ -35,8 +35,12 @@ TITLES = {
     "repair": "How weights are fitted to the dense output on calibration text (--repair)",
     "target": "Architectures to write (--target)",
     "family": "Dense families to read",
+    "loss": "Losses on the routing while training (losses: in recipes of pretrain and heal)",
+    "gate": "How tokens are routed while training (gate:)",
+    "update": "How the mixture of domains changes while training (data.update:)",
+    "experts": "How experts are computed on a CPU (experts_implementation:, or from_pretrained)",
 }
-KEYS = {"splitter": "method"}
+KEYS = {"splitter": "method", "loss": "losses", "update": "data.update"}
 """Kind to key of the recipe, where they differ."""
 
 

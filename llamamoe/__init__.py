@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError, VerificationError
     from .evaluation import evaluate
     from .inspection import Inspection, inspect_checkpoint
+    from .pretraining import PretrainPlan, PretrainResult, plan_pretraining, pretrain
     from .recipe import SplitRecipe, load_recipe
     from .scores import Evaluation
     from .studies.recipe import CompareRecipe, load_compare_recipe
     from .studies.table import Comparison
+    from .tokenization import tokenize
+    from .training.recipe import PretrainRecipe, load_pretrain_recipe
     from .verification import Verification, verify
 
 _PLACES = {
@@ -57,6 +60,13 @@ _PLACES = {
     "fix_config": "config_compat",
     "demo": "demonstration",
     "DemoResult": "demonstration",
+    "tokenize": "tokenization",
+    "pretrain": "pretraining",
+    "plan_pretraining": "pretraining",
+    "PretrainPlan": "pretraining",
+    "PretrainResult": "pretraining",
+    "PretrainRecipe": "training.recipe",
+    "load_pretrain_recipe": "training.recipe",
     "LlamaMoeError": "errors",
     "UsageError": "errors",
     "RefusedError": "errors",
@@ -75,6 +85,9 @@ __all__ = [
     "LlamaMoeError",
     "Matrix",
     "Method",
+    "PretrainPlan",
+    "PretrainRecipe",
+    "PretrainResult",
     "RefusedError",
     "SplitRecipe",
     "SplitResult",
@@ -90,11 +103,15 @@ __all__ = [
     "inspect_checkpoint",
     "list_methods",
     "load_compare_recipe",
+    "load_pretrain_recipe",
     "load_recipe",
     "matrix",
     "plan_comparison",
     "plan_conversion",
+    "plan_pretraining",
+    "pretrain",
     "split",
+    "tokenize",
     "verify",
 ]
 

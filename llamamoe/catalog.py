@@ -7,7 +7,7 @@ made-up models of every family.
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,8 @@ from pydantic.fields import FieldInfo
 from .checkpoint.base import TensorInfo
 from .dense import DenseModel, understand
 from .errors import LlamaMoeError, RefusedError
+from .experts import EXPERTS, PREFIX
+from .mixtures import MIXTURES
 from .plan import plan_split
 from .recipe import build_recipe
 from .repairs import REPAIRS
@@ -27,11 +29,15 @@ from .selectors import SELECTORS
 from .sources import SOURCES, Source
 from .splitters import SPLITTERS
 from .targets import TARGETS
+from .training.gates import GATES
+from .training.losses import LOSSES
 
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["splitter", "router", "shared_by", "rescale", "repair", "target", "family"]
+Kind = Literal[
+    "splitter", "router", "shared_by", "rescale", "repair", "target", "family", "loss", "gate", "update", "experts"
+]
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,18 @@ def list_methods() -> list[Method]:
             "default_rescale": cls.default_rescale,
         }
         found.append(_method("splitter", cls, parity=cls.parity, facts=facts))
-    others = (("router", ROUTERS), ("shared_by", SELECTORS), ("rescale", RESCALES), ("repair", REPAIRS))
-    for kind, registry in others:
-        found += [_method(typing.cast(Kind, kind), cls) for cls in typing.cast(typing.Iterable[Any], registry)]
+    found += _methods(("router", ROUTERS), ("shared_by", SELECTORS), ("rescale", RESCALES), ("repair", REPAIRS))
     for target in TARGETS:
         facts = {"architecture": target.architecture, "shared": target.shared, "dense_layers": target.dense_layers}
         found.append(Method("target", target.name, target.summary, target.reference, facts=facts))
     found += [Method("family", cls.name, cls.summary, cls.reference) for cls in SOURCES]
+    found += _methods(("loss", LOSSES), ("gate", GATES), ("update", MIXTURES))
+    found += [Method("experts", f"{PREFIX}{cls.name}", cls.summary, cls.reference) for cls in EXPERTS]
     return found
+
+
+def _methods(*registries: tuple[Kind, Iterable[Any]]) -> list[Method]:
+    return [_method(kind, cls) for kind, registry in registries for cls in registry]
 
 
 def _method(kind: Kind, cls: Any, *, parity: str = "", facts: dict[str, Any] | None = None) -> Method:

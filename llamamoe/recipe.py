@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -197,12 +197,23 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
         if item["type"] == "extra_forbidden":
-            lines.append(f"{path}: unknown key. {near_misses(str(item['loc'][-1]), list(model.model_fields))}")
+            lines.append(f"{path}: unknown key. {near_misses(str(item['loc'][-1]), _known_keys(model, item['loc'][:-1]))}")
             continue
         scalar = isinstance(item.get("input"), str | int | float | bool) and item["type"] not in ("choice", "options")
         shown = f" (got {item['input']!r})" if scalar else ""
         lines.append(f"{path + ': ' if path else ''}{item['msg']}{shown}")
     return list(dict.fromkeys(lines))
+
+
+def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the part of a recipe that ``path`` leads to."""
+    for part in path:
+        if str(part) in model.model_fields:
+            annotation = model.model_fields[str(part)].annotation
+            parts = [annotation, *get_args(annotation)]
+            inner = next((each for each in parts if isinstance(each, type) and issubclass(each, BaseModel)), None)
+            model = inner or model
+    return list(model.model_fields)
 
 
 def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:

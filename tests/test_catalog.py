@@ -10,6 +10,8 @@ import pytest
 from llamamoe.catalog import list_methods, matrix
 from llamamoe.conversion import plan_conversion
 from llamamoe.errors import RefusedError
+from llamamoe.experts import EXPERTS, PREFIX
+from llamamoe.mixtures import MIXTURES
 from llamamoe.recipe import load_recipe
 from llamamoe.repairs import REPAIRS
 from llamamoe.rescales import RESCALES
@@ -18,6 +20,8 @@ from llamamoe.selectors import SELECTORS
 from llamamoe.sources import SOURCES
 from llamamoe.splitters import SPLITTERS
 from llamamoe.targets import TARGETS
+from llamamoe.training.gates import GATES
+from llamamoe.training.losses import LOSSES
 from tests.models import make_dense
 
 REGISTRIES = {
@@ -28,6 +32,10 @@ REGISTRIES = {
     "repair": REPAIRS,
     "target": TARGETS,
     "family": SOURCES,
+    "loss": LOSSES,
+    "gate": GATES,
+    "update": MIXTURES,
+    "experts": EXPERTS,
 }
 
 
@@ -38,7 +46,8 @@ def asked():
 
 def test_everything_registered_is_listed():
     listed = [(m.kind, m.name) for m in list_methods()]
-    assert listed == [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
+    expected = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
+    assert listed == [(kind, PREFIX + name if kind == "experts" else name) for kind, name in expected]
     for method in list_methods():
         assert method.summary
         assert method.summary == method.summary.strip()

@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _GENERIC = re.compile(
     re.IGNORECASE,
 )
 _PARQUET_ROWS = 256  # rows decoded at once
+OnBadRow = Callable[[LlamaMoeError], None]  # the message begins with the row's origin
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Document:
     origin: str
 
 
-def read_documents(patterns: Sequence[str | Path]) -> Iterator[Document]:
+def read_documents(patterns: Sequence[str | Path], *, on_bad_row: OnBadRow | None = None) -> Iterator[Document]:
     """Read documents in a fixed order: patterns as given, files sorted by path, rows as they stand.
 
     Each pattern is a file, a folder (read recursively; hidden files and files of other kinds are left out)
@@ -66,6 +68,7 @@ def read_documents(patterns: Sequence[str | Path]) -> Iterator[Document]:
 
     Args:
         patterns: Files, folders and globs.
+        on_bad_row: Told about each row without usable text, which is then left out; None: such a row is an error.
 
     Returns:
         An iterator over the documents; patterns, suffixes and needed packages are checked before.
@@ -76,13 +79,17 @@ def read_documents(patterns: Sequence[str | Path]) -> Iterator[Document]:
         LlamaMoeError: While iterating: a file that cannot be read or decoded, a broken or truncated one, a
             row without usable text. The message names file and line.
     """
-    files = find_files(patterns)
+    return read_files(find_files(patterns), on_bad_row=on_bad_row)
+
+
+def read_files(files: Sequence[tuple[Path, str]], *, on_bad_row: OnBadRow | None = None) -> Iterator[Document]:
+    """Like `read_documents`, of files as `find_files` lists them."""
     for path, _ in files:
         if path.name.endswith(".zst"):
             _import("zstandard", path)
         elif path.name.endswith(".parquet"):
             _import("pyarrow.parquet", path)
-    return _read_all(files)
+    return _read_all(files, on_bad_row)
 
 
 def find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, str]]:
@@ -168,32 +175,50 @@ def _import(module: str, path: Path) -> Any:
         raise MissingExtraError(module.split(".")[0], "data", f"Reading '{path}'") from error
 
 
-def _read_all(files: Iterable[tuple[Path, str]]) -> Iterator[Document]:
+def _read_all(files: Iterable[tuple[Path, str]], on_bad_row: OnBadRow | None) -> Iterator[Document]:
     for path, domain in files:
         try:
-            yield from _READERS[_suffix(path).split(".")[1]](path, domain)
+            for row in _READERS[_suffix(path).split(".")[1]](path, domain):
+                document = _attempt(row, on_bad_row)
+                if document is not None:
+                    yield document
         except (EOFError, zlib.error) as error:  # from gzip
             raise damaged(path, error) from error
         except OSError as error:
             raise LlamaMoeError(f"Cannot read '{path}': {error.strerror or error}.") from error
 
 
-def _read_txt(path: Path, domain: str) -> Iterator[Document]:
+_Row = Callable[[], Document | None]  # makes a document of a row that was read; None for an empty line
+
+
+def _attempt(row: _Row, on_bad_row: OnBadRow | None) -> Document | None:
+    try:
+        return row()
+    except LlamaMoeError as error:
+        if on_bad_row is None:
+            raise
+        on_bad_row(error)
+    return None
+
+
+def _read_txt(path: Path, domain: str) -> Iterator[_Row]:
     with open_bytes(path) as stream:
         raw = stream.read()
-    yield Document(_usable(_decode(raw, str(path)), str(path)), domain, str(path))
+    yield lambda: Document(_usable(_decode(raw, str(path)), str(path)), domain, str(path))
 
 
-def _read_jsonl(path: Path, domain: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, domain: str) -> Iterator[_Row]:
     with open_bytes(path) as stream:
         for number, line in enumerate(stream, 1):
-            origin = f"{path}:{number}"
-            text = _decode(line, origin)
-            if text.strip():
-                yield _row(_parse(text, origin), domain, origin)
+            yield partial(_line, line, domain, f"{path}:{number}")
 
 
-def _read_parquet(path: Path, domain: str) -> Iterator[Document]:
+def _line(line: bytes, domain: str, origin: str) -> Document | None:
+    text = _decode(line, origin)
+    return _row(_parse(text, origin), domain, origin) if text.strip() else None
+
+
+def _read_parquet(path: Path, domain: str) -> Iterator[_Row]:
     parquet, arrow = _import("pyarrow.parquet", path), _import("pyarrow", path)
     try:
         file = parquet.ParquetFile(path)
@@ -208,14 +233,13 @@ def _read_parquet(path: Path, domain: str) -> Iterator[Document]:
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             for row in batch.to_pylist():
                 number += 1
-                yield _row(row, domain, f"{path}: row {number}")
+                yield partial(_row, row, domain, f"{path}: row {number}")
     except (arrow.ArrowException, UnicodeDecodeError) as error:
-        raise LlamaMoeError(
-            f"'{path}' is not a sound Parquet file: {error}.", hint="Write or download it again."
-        ) from error
+        message = f"'{path}' is not a sound Parquet file: {error}."
+        raise LlamaMoeError(message, hint="Write or download it again.") from error
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[_Row]]] = {
     "txt": _read_txt,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,

@@ -1,0 +1,171 @@
+"""``llamamoe pretrain``: train a converted model on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._format import amount, duration, plural, size
+from ._output import Interrupted, Output, output_options
+from ._recipe_options import recipe_file
+from ._style import Command, Option
+from ._tables import bullets, facts, heading, paragraph, table
+
+if TYPE_CHECKING:
+    from llamamoe.pretraining import PretrainPlan, PretrainResult
+    from llamamoe.training.recipe import PretrainRecipe
+
+HELP = """Train a converted model on, to win back what the conversion lost.
+
+The recipe names the model, the tokens (made by llamamoe tokenize), the objective and the optimiser. The folder of --out
+gets the recipe, metrics.jsonl, checkpoints, and at the end the trained model in model/, which plain transformers loads.
+
+After a stop of any kind the same command with --resume goes on from the newest whole checkpoint, and ends with the same
+weights and metrics as without the stop. For several processes start it with torchrun or accelerate launch.
+"""
+EXAMPLES = """
+llamamoe pretrain --recipe smollm2_cpu --dry-run                    # memory, time and disk on paper
+llamamoe pretrain --recipe smollm2_cpu --out run
+llamamoe pretrain --recipe my.yaml --set optimizer.lr=1e-4 --out run --resume
+torchrun --nproc_per_node 8 -m llamamoe_cli pretrain --recipe recover_distill --out run
+"""
+RECIPE, RUN, PAPER = "Recipe", "This run", "On paper"
+
+
+def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
+
+
+@click.command(cls=Command, section="Train", rank=2, short_help="Train a converted model on.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
+       text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
+@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+       text="Set one key of the recipe, such as optimizer.lr=1e-4; may be repeated.")  # fmt: skip
+@_flag("--model", group=RECIPE, metavar="PATH", text="The converted model, in the place of the recipe's.")
+@_flag("--parent", group=RECIPE, metavar="PATH", text="The dense model that it was made from, likewise.")
+@_flag("--out", group=RUN, metavar="DIR", default="pretrain-run", show_default=True, text="The run's folder.")
+@_flag("--resume", group=RUN, is_flag=True, text="Go on from the newest whole checkpoint in the run's folder.")
+@_flag("--force", group=RUN, is_flag=True, text="Drop the run that the folder holds.")
+@_flag("--dry-run", group=RUN, is_flag=True, text="Check everything and estimate memory, time and disk; loads nothing.")
+@_flag("--world-size", group=PAPER, type=click.IntRange(1), metavar="N", text="Processes.  [default: 1]")
+@_flag("--device-memory", group=PAPER, type=float, metavar="GB", text="Memory of one device.")
+@_flag("--peak-tflops", group=PAPER, type=float, metavar="X", text="What one device can do at most, in bfloat16.")
+@output_options
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    model: str | None,
+    parent: str | None,
+    out: str,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    world_size: int | None,
+    device_memory: float | None,
+    peak_tflops: float | None,
+    output: Output,
+) -> None:
+    """Parse, then plan or train, then print."""
+    if resume and force:
+        raise click.UsageError("--resume and --force exclude each other.")
+    complete = _recipe(recipe, {"model": model, "parent": parent}, overrides)
+    if dry_run:
+        from llamamoe.pretraining import plan_pretraining
+
+        plan = plan_pretraining(
+            complete,
+            world_size=world_size or 1,
+            device_memory=None if device_memory is None else int(device_memory * 1e9),
+            peak_flops=None if peak_tflops is None else peak_tflops * 1e12,
+        )
+        output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan))
+        return
+    result = _train(complete, out, resume, force, output)
+    if int(os.environ.get("RANK", "0")) == 0:
+        output.result(result.to_json(), lambda: _print(result), summary=True)
+
+
+def _recipe(recipe: str, given: dict[str, Any], overrides: tuple[str, ...]) -> PretrainRecipe:
+    from llamamoe.training.recipe import load_pretrain_recipe
+
+    with recipe_file(recipe, "pretrain") as path:
+        assert path is not None
+        return load_pretrain_recipe(path, given=given, overrides=overrides)
+
+
+def _train(recipe: PretrainRecipe, out: str, resume: bool, force: bool, output: Output) -> PretrainResult:
+    from llamamoe import pretrain
+
+    if int(os.environ.get("RANK", "0")) != 0:
+        return pretrain(recipe, out, resume=resume, force=force)
+    try:
+        with _warnings_on_stderr(), output.progress() as report:
+            return pretrain(recipe, out, resume=resume, force=force, progress=report)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{Path(out)} is kept, --resume goes on from its newest checkpoint") from None
+
+
+@contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """What the library logs while it runs is told at once."""
+
+    class Echo(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(f"{click.style('Warning:', fg='yellow')} {record.getMessage()}", err=True)
+
+    logger, handler = logging.getLogger("llamamoe"), Echo(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _print_plan(plan: PretrainPlan) -> None:
+    estimate = plan.estimate
+    click.echo(
+        click.style(f"{plan.model}: {plan.recipe.max_steps:,} steps, {amount(estimate.tokens)} tokens", bold=True)
+    )
+    facts(
+        [
+            ("parameters", ", ".join(f"{amount(n)} {name}" for name, n in estimate.parameters.items() if n)),
+            ("step", f"{amount(estimate.tokens_per_step)} tokens, {plural(estimate.accumulation, 'micro-batch', 'es')} a rank"),
+            ("text", f"{amount(sum(n for n, _ in plan.domains.values()))} tokens, read {plan.epochs:.2g} times at most"),
+            ("held out", f"{amount(plan.held_out)} tokens" if plan.held_out else "nothing"),
+        ]
+    )  # fmt: skip
+    heading("Mixture")
+    rows = [(name, f"{100 * share:.1f} %", f"{amount(n)} tokens") for name, (n, share) in plan.domains.items()]
+    table(("domain", "share", "there are"), rows, right=(1, 2))
+    heading("Memory of one device")
+    table(("", ""), [(name, size(nbytes)) for name, nbytes in estimate.lines], right=(1,))
+    heading("Time and disk")
+    times = [(f"operations per token, {name}", amount(n)) for name, n in estimate.operations.items() if n]
+    if estimate.seconds_per_step is not None:
+        seconds = estimate.seconds_per_step
+        times.append(("time", f"{duration(seconds * estimate.steps)} ({duration(seconds)} a step)"))
+    times += [(f"disk, {name}", size(n)) for name, n in estimate.disk.items() if n]
+    facts(times)
+    if plan.warnings:
+        heading("Warnings")
+        bullets(plan.warnings, mark="!")
+    click.echo()
+    paragraph("An estimate from shapes alone. Nothing was loaded or written.")
+
+
+def _print(result: PretrainResult) -> None:
+    click.echo(click.style(f"{result.steps:,} steps, {amount(result.tokens)} tokens", bold=True))
+    rows = []
+    if result.first is not None and result.last is not None:
+        rows.append(("validation loss", f"{result.first['loss']:.4f} -> {result.last['loss']:.4f}"))
+        rows.append(("perplexity", f"{result.first['perplexity']:.4g} -> {result.last['perplexity']:.4g}"))
+    rows.append(("model", str(result.model)))
+    rows.append(("metrics", str(result.out / "metrics.jsonl")))
+    facts(rows)

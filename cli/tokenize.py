@@ -1,0 +1,150 @@
+"""``llamamoe tokenize``: text to shards of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._format import amount, duration, plural, size
+from ._output import Interrupted, Output, output_options
+from ._recipe_options import recipe_file
+from ._style import Command, Option
+from ._tables import bullets, facts, heading, paragraph, table
+
+if TYPE_CHECKING:
+    from llamamoe.data.token_plan import TokenizePlan
+    from llamamoe.data.token_recipe import TokenizeRecipe
+    from llamamoe.tokenization import Tokenized
+
+HELP = """Turn text into token shards, domain by domain, once for all trainings.
+
+Reads JSON lines (also .gz, .zst), Parquet and plain text. A row's domain is its meta.redpajama_set_name, else the name
+of its file or folder, or what the recipe says. Documents are separated by the end-of-sequence token and concatenated;
+nothing is dropped. Rows without usable text are left out, counted and reported, or with --strict an error.
+
+OUT appears whole or not at all; after a stop of any kind the same command with --resume goes on. The result does not
+depend on the number of processes.
+"""
+EXAMPLES = """
+llamamoe tokenize --recipe small --tokenizer MODEL --text texts/ --dry-run
+llamamoe tokenize --recipe small --tokenizer MODEL --text texts/ --out tokens
+llamamoe tokenize --recipe slimpajama --text SlimPajama-627B/train --workers 64
+llamamoe tokenize --recipe my.yaml --set validation.share=0.01 --out tokens --resume
+"""
+RECIPE, RUN = "Recipe", "This run"
+
+
+def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
+
+
+@click.command(cls=Command, section="Train", rank=1, short_help="Text to token shards, once for all trainings.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
+       text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
+@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+       text="Set one key of the recipe, such as shard_tokens=1000000; may be repeated.")  # fmt: skip
+@_flag("--tokenizer", group=RECIPE, metavar="FOLDER", text="The model's folder, in the place of the recipe's.")
+@_flag("--text", group=RECIPE, metavar="PATH", multiple=True,
+       text="Text, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
+@_flag("--out", group=RUN, metavar="DIR", default="tokens", show_default=True, text="The folder to appear.")
+@_flag("--workers", group=RUN, type=click.IntRange(1), metavar="N",
+       text="Processes.  [default: the recipe's, else one a core]")  # fmt: skip
+@_flag("--resume", group=RUN, is_flag=True, text="Go on with what a stopped run left in OUT.partial.")
+@_flag("--force", group=RUN, is_flag=True, text="Throw away what a stopped run left there.")
+@_flag("--strict", group=RUN, is_flag=True, text="Stop at the first row without usable text.")
+@_flag("--dry-run", group=RUN, is_flag=True, text="List what would be read, with an estimate; opens no text.")
+@output_options
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    tokenizer: str | None,
+    text: tuple[str, ...],
+    out: str,
+    workers: int | None,
+    resume: bool,
+    force: bool,
+    strict: bool,
+    dry_run: bool,
+    output: Output,
+) -> None:
+    """Parse, then list or tokenise, then print."""
+    if resume and force:
+        raise click.UsageError("--resume and --force exclude each other.")
+    given = {"tokenizer": tokenizer, "text": list(text) or None, "workers": workers}
+    complete = _recipe(recipe, given, overrides)
+    if dry_run:
+        from llamamoe.data.token_plan import plan_tokenize
+
+        plan = plan_tokenize(complete)
+        output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan, verbose=output.verbose))
+        return
+    found = _tokenize(complete, out, output, resume=resume, force=force, strict=strict)
+    if found.warnings and not output.as_json:
+        bullets(found.warnings, mark="!", err=True)
+    output.result(found.to_json(), lambda: _print(found), summary=True)
+
+
+def _recipe(recipe: str, given: dict[str, Any], overrides: tuple[str, ...]) -> TokenizeRecipe:
+    from llamamoe.data.token_recipe import load_tokenize_recipe
+
+    with recipe_file(recipe, "tokenize") as path:
+        return load_tokenize_recipe(path, given=given, overrides=overrides)
+
+
+def _tokenize(recipe: TokenizeRecipe, out: str, output: Output, **keys: bool) -> Tokenized:
+    from llamamoe.tokenization import tokenize
+
+    try:
+        with output.progress() as report:
+            return tokenize(recipe, out, progress=report, **keys)
+    except KeyboardInterrupt:
+        raise Interrupted(f"finished files are kept in {Path(out)}.partial, --resume goes on") from None
+
+
+def _print_plan(plan: TokenizePlan, *, verbose: bool) -> None:
+    click.echo(click.style(f"{plural(len(plan.files), 'file')}, {size(plan.nbytes)}", bold=True))
+    by_domain: dict[str, tuple[int, int]] = {}
+    for path, domain in plan.files:
+        files, nbytes = by_domain.get(domain, (0, 0))
+        by_domain[domain] = (files + 1, nbytes + path.stat().st_size)
+    rows = [(domain, f"{files:,}", size(nbytes)) for domain, (files, nbytes) in by_domain.items()]
+    table(("domain of rows that name none", "files", "size"), rows, right=(1, 2), wrap=(0,))
+    if verbose:
+        heading("Files")
+        bullets(str(path) for path, _ in plan.files)
+    heading("About")
+    facts(
+        [
+            ("text", size(plan.text_bytes)),
+            ("tokens", amount(plan.tokens)),
+            ("disk", f"{size(2 * plan.tokens)} (twice that if the vocabulary has more than 65,536 tokens)"),
+            ("time", f"{duration(plan.seconds)} on {plural(plan.workers, 'core')}"),
+        ]
+    )
+    click.echo()
+    paragraph("Estimates from the size of the files and the speed of one laptop core. Nothing was written.")
+
+
+def _print(found: Tokenized) -> None:
+    index = found.index
+    total = sum(entry.tokens for split in index.splits.values() for entry in split.values())
+    click.echo(click.style(f"{found.out}: {amount(total)} tokens of {index.tokenizer.name}, {index.dtype}", bold=True))
+    rows = [
+        (
+            domain if split == "train" else f"{domain} ({split})",
+            f"{entry.documents:,}",
+            f"{entry.tokens:,}",
+            f"{entry.text_bytes / max(1, entry.tokens):.2f}",
+            f"{len(entry.shards):,}",
+        )
+        for split, entries in index.splits.items()
+        for domain, entry in entries.items()
+    ]
+    table(("domain", "documents", "tokens", "bytes a token", "files"), rows, right=(1, 2, 3, 4), wrap=(0,))
+    kept = f", {found.kept} of {plural(found.units, 'unit')} kept from before" if found.kept else ""
+    click.echo()
+    paragraph(f"{plural(len(index.sources), 'input file')} in {duration(found.seconds)}{kept}.")

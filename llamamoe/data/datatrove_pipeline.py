@@ -1,0 +1,155 @@
+"""The work of ``llamamoe tokenize`` on datatrove's executors (local, Slurm, Ray), with the same bytes as its result.
+
+    files = LocalPipelineExecutor([TokenizeFiles(recipe, "tokens")], tasks=64, logging_dir="logs/files")
+    LocalPipelineExecutor([MergeIndex(recipe, "tokens")], tasks=1, depends=files, logging_dir="logs/merge").run()
+
+``recipes/tokenize/cluster.py`` is a script that does this. All nodes must see the same paths. Every finished unit lies in
+a folder of its own in ``OUT.partial/``, with a record beside its shards, so that a task that is run again goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.ledger import LEDGER, partial_path
+from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from .shard_writer import file_sha256, sync_path
+from .token_index import TokenIndex
+from .token_merge import WORK, assemble, check_out, publish
+from .token_plan import plan_tokenize
+from .token_recipe import TokenizeRecipe
+from .tokenizing import Settings, Unit, UnitRecord, tokenizer_of
+from .vocabulary import open_vocabulary
+
+try:
+    PipelineStep: Any = importlib.import_module("datatrove.pipeline.base").PipelineStep
+except ModuleNotFoundError as missing:
+    raise MissingExtraError("datatrove", "cluster", "Tokenising on many nodes") from missing
+
+RECORD = "unit.json"
+
+
+class TokenizeFiles(PipelineStep):  # type: ignore[misc]  # datatrove is optional, and has no types
+    """Tokenises every unit whose number is the task's rank, modulo the number of tasks.
+
+    Args:
+        recipe: As for `llamamoe.tokenize`, with the same result; ``workers`` is not looked at.
+        out: The folder to appear.
+        strict: A row without usable text is an error.
+
+    Raises:
+        UsageError: The recipe holds out a number of documents, for which all text must be seen first.
+        RefusedError: ``out`` holds something.
+    """
+
+    type = "llamamoe"
+    name = "tokenise files"
+
+    def __init__(self, recipe: TokenizeRecipe, out: str | Path, *, strict: bool = False) -> None:
+        super().__init__()
+        if recipe.validation is not None and recipe.validation.documents is not None:
+            raise UsageError(
+                "validation.documents needs all text to be read before anything is written, which no task can do.",
+                hint="Hold out a share (validation.share).",
+            )
+        self.recipe, self.out, self.strict = recipe, Path(out).absolute(), strict
+        check_out(self.out)
+        if (partial_path(self.out) / LEDGER).exists():
+            raise RefusedError(
+                f"{partial_path(self.out)} is left from a run of llamamoe tokenize.",
+                hint="Finish it there with --resume, or remove it.",
+            )
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        """What datatrove calls."""
+        plan, vocabulary = plan_tokenize(self.recipe), open_vocabulary(self.recipe.tokenizer)
+        fingerprint, work = plan.fingerprint(vocabulary), partial_path(self.out) / WORK
+        rule = self.recipe.validation
+        held_out = None if rule is None else rule.hash_limit
+        settings = Settings(work, vocabulary, self.recipe.shard_tokens, self.strict, held_out)
+        tokenize = tokenizer_of(settings)
+        for unit in plan.units[rank::world_size]:
+            record = _finished(work, unit, fingerprint)
+            if record is None:
+                with self.track_time("unit"):
+                    record = tokenize(unit)
+                _keep(work, unit, fingerprint, record)
+            for split, found in record.splits.items():
+                for domain, entry in found.items():
+                    self.stat_update(f"{split}/{domain}", value=entry.tokens, unit="unit")
+        return data
+
+
+class MergeIndex(PipelineStep):  # type: ignore[misc]
+    """Puts the shards of all units in order, writes the index and makes OUT appear. For one task, after the others.
+
+    Args:
+        recipe: The same as for `TokenizeFiles`.
+        out: The same.
+    """
+
+    type = "llamamoe"
+    name = "merge"
+
+    def __init__(self, recipe: TokenizeRecipe, out: str | Path) -> None:
+        super().__init__()
+        self.recipe, self.out = recipe, Path(out).absolute()
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        """What datatrove calls."""
+        if rank == 0:
+            merge(self.recipe, self.out)
+        return data
+
+
+def merge(recipe: TokenizeRecipe, out: Path) -> TokenIndex:
+    """See `MergeIndex`. Reads the records, not the shards.
+
+    Raises:
+        LlamaMoeError: Units are not finished, or were finished with another recipe, tokenizer or text.
+        RefusedError: ``out`` holds something.
+    """
+    check_out(out)
+    plan, vocabulary = plan_tokenize(recipe), open_vocabulary(recipe.tokenizer)
+    fingerprint, partial = plan.fingerprint(vocabulary), partial_path(out)
+    records = {unit.name: _record(partial / WORK, unit, fingerprint) for unit in plan.units}
+    whole = {name: record for name, record in records.items() if record is not None}
+    missing = [name for name in records if name not in whole]
+    if missing:
+        raise LlamaMoeError(
+            f"{len(missing)} of {len(records)} units in {partial} are not finished, or are of another recipe, tokenizer "
+            f"or text; the first is {missing[0]}.",
+            hint="Run the tasks of TokenizeFiles again: they do only what is missing.",
+        )
+    index = assemble(partial, plan, vocabulary, whole)
+    publish(partial, out)
+    return index
+
+
+def _record(work: Path, unit: Unit, fingerprint: str) -> UnitRecord | None:
+    try:
+        data = json.loads((work / unit.name / RECORD).read_text(encoding="utf-8"))
+        return UnitRecord.from_json(data["record"]) if data["fingerprint"] == fingerprint else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _finished(work: Path, unit: Unit, fingerprint: str) -> UnitRecord | None:
+    """What an earlier run of the task made of the unit, if its shards are still so."""
+    record = _record(work, unit, fingerprint)
+    if record is None:
+        return None
+    whole = all(file_sha256(work / unit.name / shard.file) == shard.sha256 for _, _, shard in record.shards())
+    return record if whole else None
+
+
+def _keep(work: Path, unit: Unit, fingerprint: str, record: UnitRecord) -> None:
+    path = work / unit.name / RECORD
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"fingerprint": fingerprint, "record": record.to_json()}), encoding="utf-8")
+    sync_path(temporary)
+    temporary.replace(path)
+    sync_path(path.parent)

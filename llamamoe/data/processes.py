@@ -1,0 +1,130 @@
+"""Work spread over processes that end when the one that started them ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from ..errors import LlamaMoeError
+
+S = TypeVar("S")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def spread(
+    setup: Callable[[S], Callable[[T], R]], shared: S, jobs: Sequence[T], workers: int
+) -> Iterator[tuple[int, R]]:
+    """Do ``jobs``, each in one process, and yield (its number, its result) as they are done, in any order.
+
+    With one worker everything is done here. With more, processes are spawned, so a script that calls this must guard
+    its main part with ``if __name__ == "__main__":``. They ignore Ctrl-C, are stopped as soon as the iterator is
+    closed or fails, and end by themselves if this process is killed.
+
+    Args:
+        setup: Called once in every process; returns what does one job. A function of a module.
+        shared: What it is given. It, the jobs and the results are pickled.
+        jobs: The jobs, the first ones first.
+        workers: Most processes.
+
+    Raises:
+        LlamaMoeError: A process ended by itself.
+        Exception: What a job raised.
+    """
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        with _serial_tokenizers():
+            work = setup(shared)
+            for number, job in enumerate(jobs):
+                yield number, work(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[Connection, Any] = {}
+    waiting = list(reversed(range(len(jobs))))
+    try:
+        for _ in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, setup, shared), daemon=True)
+            process.start()
+            there.close()
+            pipes[here] = process
+            _give(here, waiting, jobs)
+        yield from _collect(pipes, waiting, jobs)
+    finally:
+        for pipe, process in pipes.items():
+            pipe.close()
+            process.terminate()
+            process.join()
+
+
+def _give(pipe: Connection, waiting: list[int], jobs: Sequence[Any]) -> None:
+    if waiting:
+        number = waiting.pop()
+        with contextlib.suppress(BrokenPipeError):  # what became of the process is noticed when it is listened to
+            pipe.send((number, jobs[number]))
+
+
+def _collect(pipes: dict[Connection, Any], waiting: list[int], jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    left = len(jobs)
+    while left:
+        for pipe in wait(list(pipes)):
+            assert isinstance(pipe, Connection)
+            try:
+                number, result, error = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                pipes[pipe].join()
+                raise LlamaMoeError(
+                    f"a worker process ended unexpectedly (exit code {pipes[pipe].exitcode}).",
+                    hint="Often memory ran out: use fewer --workers. What was finished is kept: --resume goes on.",
+                ) from None
+            if error is not None:
+                raise error
+            left -= 1
+            _give(pipe, waiting, jobs)
+            yield number, result
+
+
+def _serve(pipe: Connection, setup: Callable[[Any], Callable[[Any], Any]], shared: Any) -> None:
+    """What a worker process runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them: the first process decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    number = -1
+    try:
+        work = setup(shared)
+        while True:
+            try:
+                number, job = pipe.recv()
+            except EOFError:
+                return
+            pipe.send((number, work(job), None))
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            pipe.send((number, None, error))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _serial_tokenizers() -> Iterator[None]:
+    """One worker is one core here too: the tokenizer starts no threads of its own."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

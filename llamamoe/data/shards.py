@@ -1,0 +1,229 @@
+"""Reading a folder of tokens: blocks of a domain's stream, memory-mapped, as if its shards were one array."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError, RefusedError, UsageError
+from ..progress import Progress, ProgressCallback, ignore_progress
+from ..registry import near_misses
+from .shard_writer import file_sha256
+from .token_index import INDEX_FILE, TRAIN, VALIDATION, DomainEntry, TokenIndex, read_index
+
+OPEN_FILES = 128
+"""Shards that are mapped at a time: each holds a file open, and systems allow a process few."""
+
+
+class TokenCorpus:
+    """One split of a folder that `llamamoe.tokenize` wrote.
+
+    A domain's tokens are cut into consecutive blocks of a length that the caller chooses; only the last incomplete block
+    is never read. Opening looks at the size of every file and reads none.
+
+    Args:
+        folder: The folder, or ``FOLDER/SPLIT``, such as ``tokens/validation``, for a split by its path.
+        split: ``"train"`` or ``"validation"``; None: what the path says, else ``"train"``.
+
+    Attributes:
+        folder: The folder.
+        split: The split.
+        index: What is in the folder.
+        domains: Names, in order.
+
+    Raises:
+        CheckpointError: There is no index, it is damaged, or a shard is missing or of another size than the index says.
+        UsageError: The folder has no such split.
+    """
+
+    def __init__(self, folder: str | Path, split: str | None = None) -> None:
+        self.folder = Path(folder).expanduser()
+        above = self.folder.parent
+        if not self.folder.exists() and self.folder.name in (TRAIN, VALIDATION) and (above / INDEX_FILE).is_file():
+            self.folder, split = above, split or self.folder.name
+        self.split = split = split or TRAIN
+        self.index: TokenIndex = read_index(self.folder)
+        if split not in self.index.splits:
+            raise UsageError(
+                f"'{self.folder}' has no split {split!r}.", hint=near_misses(split, sorted(self.index.splits))
+            )
+        self._entries: Mapping[str, DomainEntry] = self.index.splits[split]
+        self.domains = tuple(self._entries)
+        self.dtype = np.dtype(self.index.dtype).newbyteorder("<")
+        self._paths: dict[str, list[Path]] = {}
+        self._ends: dict[str, np.ndarray] = {}
+        self._maps: OrderedDict[Path, np.ndarray] = OrderedDict()
+        for domain, entry in self._entries.items():
+            self._paths[domain] = [self._sized(shard.file, shard.tokens) for shard in entry.shards]
+            self._ends[domain] = np.cumsum([shard.tokens for shard in entry.shards], dtype=np.int64)
+
+    def _sized(self, file: str, tokens: int) -> Path:
+        parts = PurePosixPath(file).parts
+        if len(parts) != 2 or ".." in parts or "\\" in file or file.startswith("/"):
+            raise CheckpointError(f"the index of '{self.folder}' names {file!r}, which is no file in it: refused.")
+        path, expected = self.folder / file, tokens * self.dtype.itemsize
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(
+                f"'{path}' cannot be read: {error.strerror or error}.", hint="Copy the folder again, or tokenise again."
+            ) from None
+        if size != expected:
+            change = "cut short" if size < expected else "too long"
+            raise CheckpointError(
+                f"'{path}' is {change}: {size:,} bytes, and its {tokens:,} tokens take {expected:,}.",
+                hint="Copy the folder again, or tokenise again.",
+            )
+        return path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": OrderedDict()}  # every process maps for itself
+
+    # ---- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides what blocks hold: equal fingerprints mean equal tokens."""
+        shards = {domain: [shard.sha256 for shard in entry.shards] for domain, entry in self._entries.items()}
+        return hashlib.sha256(json.dumps([self.index.dtype, shards]).encode()).hexdigest()
+
+    def tokens(self, domain: str) -> int:
+        """Tokens of a domain."""
+        return self._entry(domain).tokens
+
+    def num_blocks(self, domain: str, length: int) -> int:
+        """Whole blocks of ``length`` tokens of a domain."""
+        if length < 1:
+            raise UsageError(f"The length of a block is {length}, but must be at least 1.")
+        return self._entry(domain).tokens // length
+
+    def _entry(self, domain: str) -> DomainEntry:
+        if domain not in self._entries:
+            raise UsageError(f"'{self.folder}' has no domain {domain!r}.", hint=near_misses(domain, list(self.domains)))
+        return self._entries[domain]
+
+    def verify(self, progress: ProgressCallback = ignore_progress) -> None:
+        """Read everything and compare with the hashes of the index.
+
+        Raises:
+            CheckpointError: A shard was changed since it was written.
+        """
+        shards = [shard for entry in self._entries.values() for shard in entry.shards]
+        for done, shard in enumerate(shards, start=1):
+            if file_sha256(self.folder / shard.file) != shard.sha256:
+                raise CheckpointError(
+                    f"'{self.folder / shard.file}' was changed since the text was tokenised: its hash is another.",
+                    hint="Copy the folder again, or tokenise again.",
+                )
+            progress(Progress("check tokens", done, len(shards), "file"))
+
+    def check_tokenizer(self, model: str | Path) -> None:
+        """Refuse a model that does not read these ids as they were meant.
+
+        Args:
+            model: Its folder.
+
+        Raises:
+            RefusedError: Its tokenizer makes other ids, begins or ends documents with other tokens, or the model has no
+                embedding for an id that is used.
+            CheckpointError: It holds no tokenizer that can be loaded.
+        """
+        from ..scoring import open_model
+        from .vocabulary import open_vocabulary
+
+        other, ours = open_vocabulary(model), self.index
+        hint = f"Tokenise the text again with the tokenizer of '{model}'."
+        alike = other.entry.sha256 == ours.tokenizer.sha256 or other.entry.file_sha256 == ours.tokenizer.file_sha256
+        if not alike:
+            raise RefusedError(
+                f"'{self.folder}' was written by the tokenizer of {ours.tokenizer.name}, and '{model}' has another.",
+                hint=hint,
+            )
+        for what, there, here in (
+            ("end-of-sequence", other.eos, ours.eos_token_id),
+            ("leading", other.bos, ours.bos_token_id),
+        ):
+            if there != here:
+                raise RefusedError(
+                    f"The {what} token of '{model}' is {there}, but {here} in '{self.folder}'.", hint=hint
+                )
+        rows = open_model(Path(model)).config.vocab_size
+        largest = max(entry.largest_id for entry in self._entries.values())
+        if largest >= rows:
+            raise RefusedError(
+                f"'{self.folder}' holds the token {largest}, but '{model}' has a vocabulary of {rows}.", hint=hint
+            )
+
+    # ---- blocks ----------------------------------------------------------------------------------------------------
+
+    def block(self, domain: str, index: int, length: int) -> np.ndarray:
+        """One block, int64 ``[length]``. See `blocks`."""
+        found: np.ndarray = self.blocks(domain, np.array([index]), length)[0]
+        return found
+
+    def blocks(self, domain: str, indices_B: np.ndarray, length: int) -> np.ndarray:
+        """Blocks of a domain, int64 ``[B, length]``: tokens ``i * length`` to ``(i + 1) * length`` of its stream.
+
+        Raises:
+            UsageError: There is no such domain.
+            IndexError: There is no such block.
+        """
+        count = self.num_blocks(domain, length)
+        starts_B = np.asarray(indices_B, dtype=np.int64) * length
+        if len(starts_B) and not 0 <= starts_B.min() <= starts_B.max() < count * length:
+            raise IndexError(f"the domain {domain!r} has {count} blocks of {length} tokens")
+        out_BL = np.empty((len(starts_B), length), dtype=np.int64)
+        ends = self._ends[domain]
+        shard_B = np.searchsorted(ends, starts_B, side="right")
+        inside_B = starts_B + length <= ends[shard_B] if len(starts_B) else np.empty(0, bool)
+        for shard in np.unique(shard_B[inside_B]):
+            rows = np.flatnonzero(inside_B & (shard_B == shard))
+            begin = ends[shard - 1] if shard else 0
+            windows = np.lib.stride_tricks.sliding_window_view(self._map(domain, shard), length)
+            out_BL[rows] = windows[starts_B[rows] - begin]
+        for row in np.flatnonzero(~inside_B):  # few: those that go on in the next shard
+            out_BL[row] = np.concatenate(list(self._pieces(domain, int(starts_B[row]), length)))
+        return out_BL
+
+    def gather(self, domain_B: np.ndarray, block_B: np.ndarray, length: int) -> np.ndarray:
+        """Blocks of several domains, int64 ``[B, length]``, in the order given.
+
+        Args:
+            domain_B: The domain of each as its place in `domains`.
+            block_B: The block of that domain; see `blocks`.
+            length: Tokens of a block.
+        """
+        out_BL = np.empty((len(domain_B), length), dtype=np.int64)
+        for number in np.unique(domain_B):
+            rows = np.flatnonzero(domain_B == number)
+            out_BL[rows] = self.blocks(self.domains[number], block_B[rows], length)
+        return out_BL
+
+    def _pieces(self, domain: str, start: int, length: int) -> Iterator[np.ndarray]:
+        ends = self._ends[domain]
+        shard = int(np.searchsorted(ends, start, side="right"))
+        while length:
+            begin = int(ends[shard - 1]) if shard else 0
+            piece = self._map(domain, shard)[start - begin : start - begin + length]
+            yield piece
+            start, length, shard = start + len(piece), length - len(piece), shard + 1
+
+    def _map(self, domain: str, shard: int) -> np.ndarray:
+        path = self._paths[domain][shard]
+        if path in self._maps:
+            self._maps.move_to_end(path)
+            return self._maps[path]
+        try:
+            found = np.memmap(path, dtype=self.dtype, mode="r")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"'{path}' cannot be read: {error}.", hint="It was there at the start.") from None
+        self._maps[path] = found
+        if len(self._maps) > OPEN_FILES:
+            self._maps.popitem(last=False)
+        return found

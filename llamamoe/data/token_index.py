@@ -1,0 +1,179 @@
+"""``index.json`` of a folder of tokens: what lies in it, of which text, by which tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import CheckpointError
+
+INDEX_FILE = "index.json"
+FORMAT = "llamamoe tokens"
+VERSION = 1
+TRAIN, VALIDATION = "train", "validation"
+LONGEST_FOLDER = 200
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardEntry(_Part):
+    """One file of token ids: raw, little endian.
+
+    Attributes:
+        file: Its place, relative to the folder, with ``/``.
+        tokens: How many ids it holds.
+        sha256: Of its bytes.
+    """
+
+    file: str
+    tokens: int = Field(ge=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class DomainEntry(_Part):
+    """One domain of one split.
+
+    Attributes:
+        documents: How many; each is followed by one end-of-sequence token.
+        tokens: Of all shards, separators included.
+        text_bytes: UTF-8 bytes of the documents.
+        largest_id: The largest token id among them.
+        shards: In the order in which they are read; documents may go on from one to the next.
+    """
+
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    text_bytes: int = Field(ge=0)
+    largest_id: int = Field(ge=0)
+    shards: tuple[ShardEntry, ...]
+
+
+class TokenizerEntry(_Part):
+    """The tokenizer that made the ids.
+
+    Attributes:
+        name: Its folder's name, for people.
+        sha256: Of all that decides ids, in a form that saving the tokenizer again does not change.
+        file_sha256: Of the bytes of ``tokenizer.json``, or of the files of the vocabulary.
+    """
+
+    name: str
+    sha256: str
+    file_sha256: str
+
+
+class BadRows(_Part):
+    """Rows that held no usable document and were left out.
+
+    Attributes:
+        total: How many.
+        by_domain: How many by the domain of their file (what they say themselves cannot be read).
+        first: The first few, each with its origin.
+    """
+
+    total: int = 0
+    by_domain: dict[str, int] = {}
+    first: tuple[str, ...] = ()
+
+
+class SourceFile(_Part):
+    """A file of text that was read; ``bytes`` as on disk."""
+
+    file: str
+    bytes: int
+
+
+class TokenIndex(_Part):
+    """The whole index.
+
+    Attributes:
+        tokenizer: What made the ids.
+        vocab_size: One more than the tokenizer's largest id.
+        eos_token_id: The token after every document.
+        bos_token_id: The token before every document; None where the tokenizer itself puts none.
+        dtype: Of the shards.
+        splits: Split to domain to what it holds; domains in the order of their names.
+        validation: The rule by which documents were held out, or None.
+        bad_rows: What was left out.
+        sources: Every file that was read, in order.
+    """
+
+    format: Literal["llamamoe tokens"] = "llamamoe tokens"
+    version: Literal[1] = 1
+    tokenizer: TokenizerEntry
+    vocab_size: int = Field(ge=1)
+    eos_token_id: int = Field(ge=0)
+    bos_token_id: int | None
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[str, dict[str, DomainEntry]]
+    validation: dict[str, Any] | None
+    bad_rows: BadRows
+    sources: tuple[SourceFile, ...]
+
+    def tokens(self, split: str = TRAIN) -> dict[str, int]:
+        """Tokens of each domain of a split."""
+        return {name: entry.tokens for name, entry in self.splits.get(split, {}).items()}
+
+    def to_json(self) -> str:
+        """As it is written."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def domain_folder(domain: str) -> str:
+    """The folder of a domain: its name with all but letters, digits, ``_`` and ``-`` escaped, so never a path.
+
+    Raises:
+        CheckpointError: The name is too long for a file system.
+    """
+    name = quote(domain, safe="").replace(".", "%2E").replace("~", "%7E")
+    if not 0 < len(name) <= LONGEST_FOLDER:
+        raise CheckpointError(
+            f"{domain[:60]!r}{'...' if len(domain) > 60 else ''} cannot be the name of a domain: it is empty or too long.",
+            hint="Name the domain of these files in the recipe, under domains.",
+        )
+    return name
+
+
+def shard_file(domain: str, split: str, number: int) -> str:
+    """Where a shard lies in the finished folder."""
+    prefix = "" if split == TRAIN else f"{split}-"
+    return f"{domain_folder(domain)}/{prefix}{number:05d}.bin"
+
+
+def read_index(folder: Path) -> TokenIndex:
+    """Read ``index.json``.
+
+    Raises:
+        CheckpointError: It is missing, is none, or was written by a newer version.
+    """
+    path = folder / INDEX_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"'{folder}' is no folder of tokens: {INDEX_FILE} cannot be read ({error.strerror or error}).",
+            hint="Write one with llamamoe tokenize; a run that was stopped is finished with --resume.",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' is not JSON: {error}.", hint="Tokenise the text again.") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(f"'{path}' is not the index of a folder of tokens.", hint="Name another folder.")
+    if data.get("version") != VERSION:
+        raise CheckpointError(
+            f"'{path}' has format version {data.get('version')!r}, and this llamamoe reads version {VERSION}.",
+            hint="Update llamamoe, or tokenise the text again.",
+        )
+    try:
+        return TokenIndex.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"'{path}' is damaged: {place}: {first['msg']}.", hint="Tokenise the text again."
+        ) from None

@@ -1,0 +1,156 @@
+"""What ``llamamoe tokenize`` will read, in which units, and roughly at what cost; opens no file of text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import LlamaMoeError, UsageError
+from .text import find_files, read_files
+from .token_index import FORMAT, VERSION
+from .token_recipe import TokenizeRecipe
+from .tokenizing import Unit
+from .vocabulary import Vocabulary
+
+UNPACKED = {".zst": 3.5, ".gz": 3.0, ".parquet": 2.0}
+"""How much larger text is than its file, about."""
+BYTES_PER_TOKEN = 4.2
+"""Of English text and code, for vocabularies of 32 000 to 128 000, about."""
+TEXT_BYTES_PER_SECOND = 2.1e6
+"""Text that one core tokenises, about: see BENCHMARKS.md."""
+
+
+@dataclass(frozen=True)
+class TokenizePlan:
+    """The work.
+
+    Attributes:
+        recipe: What is asked for.
+        units: In order.
+        workers: Processes that will run.
+    """
+
+    recipe: TokenizeRecipe
+    units: tuple[Unit, ...]
+    workers: int
+
+    @property
+    def files(self) -> list[tuple[Path, str]]:
+        """All input files with their domain, in order."""
+        return [file for unit in self.units for file in unit.files]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the input files."""
+        return sum(unit.nbytes for unit in self.units)
+
+    @property
+    def text_bytes(self) -> float:
+        """Estimate of the unpacked text."""
+        sizes = ((path.suffix, path.stat().st_size) for path, _ in self.files)
+        return sum(UNPACKED.get(suffix, 1.0) * size for suffix, size in sizes)
+
+    @property
+    def tokens(self) -> float:
+        """Estimate of the tokens."""
+        return self.text_bytes / BYTES_PER_TOKEN
+
+    @property
+    def seconds(self) -> float:
+        """Estimate of the time; no unit is cut, so the largest one is a bound."""
+        largest = max(unit.nbytes for unit in self.units) / max(1, self.nbytes)
+        return max(1 / self.workers, largest) * self.text_bytes / TEXT_BYTES_PER_SECOND
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "files": [
+                {"file": str(path), "domain": domain, "bytes": path.stat().st_size} for path, domain in self.files
+            ],
+            "units": len(self.units),
+            "workers": self.workers,
+            "bytes": self.nbytes,
+            "estimate": {
+                "text_bytes": round(self.text_bytes),
+                "tokens": round(self.tokens),
+                "seconds": round(self.seconds, 1),
+            },
+        }
+
+    def fingerprint(self, vocabulary: Vocabulary) -> str:
+        """Of all that decides the result; sources by place, size and time of change."""
+        files = []
+        for unit in self.units:
+            for (path, domain), fixed in zip(unit.files, unit.fixed, strict=True):
+                facts = path.stat()
+                files.append([unit.number, str(path), domain, fixed, facts.st_size, facts.st_mtime_ns])
+        tokenizer = [vocabulary.entry.sha256, vocabulary.bos, vocabulary.eos]
+        data = [FORMAT, VERSION, self.recipe.deciding(), tokenizer, files]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def plan_tokenize(recipe: TokenizeRecipe) -> TokenizePlan:
+    """Find the text and cut it into units.
+
+    Raises:
+        UsageError: Paths that match nothing, files of an unknown kind, or a file that two domains claim.
+        MissingExtraError: zstandard or pyarrow is needed and not installed.
+    """
+    found = list(_named(recipe))
+    read_files([(path, domain) for path, domain, _ in found])  # only looks whether the packages are there
+    units: list[Unit] = []
+    group: list[tuple[Path, str, bool]] = []
+    size = 0
+    for path, domain, fixed in found:
+        nbytes = _size(path)
+        if group and size + nbytes > recipe.gather_bytes:
+            units.append(_unit(len(units), group, size))
+            group, size = [], 0
+        group.append((path, domain, fixed))
+        size += nbytes
+    units.append(_unit(len(units), group, size))
+    return TokenizePlan(recipe, tuple(units), min(recipe.workers or _cores(), len(units)))
+
+
+def _named(recipe: TokenizeRecipe) -> Iterator[tuple[Path, str, bool]]:
+    """Every file once, its domain, and whether the recipe names that domain."""
+    owner: dict[Path, str] = {}
+    for domain, patterns in (recipe.domains or {}).items():
+        try:
+            files = find_files(patterns)
+        except UsageError as error:
+            raise UsageError(f"the domain {domain!r} has no text: {error.message}", hint=error.hint) from None
+        for path, _ in files:
+            other = owner.setdefault(path.resolve(), domain)
+            if other != domain:
+                raise UsageError(
+                    f"'{path}' belongs to two domains: {other} and {domain}.", hint="Give each file to one domain."
+                )
+            yield path, domain, True
+    for path, domain in find_files(recipe.text) if recipe.text else []:
+        if path.resolve() not in owner:
+            yield path, domain, False
+
+
+def _unit(number: int, group: list[tuple[Path, str, bool]], size: int) -> Unit:
+    return Unit(number, tuple((p, d) for p, d, _ in group), tuple(fixed for _, _, fixed in group), size)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise LlamaMoeError(f"Cannot read '{path}': {error.strerror or error}.") from error
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1

@@ -1,0 +1,46 @@
+"""Tokens sorted by expert, and a loop over the experts that have any."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import ExpertsCall, ExpertsImplementation
+from .grouped import gather_linear, group_by_expert, scatter_linear
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Sorted(ExpertsImplementation):
+    """Two matrix products per expert that has tokens; the weights of other experts are not read.
+
+    A token's outputs are summed in float32, whatever the dtype of the inputs.
+    """
+
+    name = "sorted"
+    summary = "tokens sorted by expert, a loop over the experts that have any: training, prefill, wide experts"
+
+    def forward(self, call: ExpertsCall) -> torch.Tensor:
+        """See `ExpertsImplementation.forward`. O(T k W H)."""
+        import torch
+
+        if call.num_tokens == 1 and not torch.is_grad_enabled():
+            return _one_token(call)
+        half = call.x_TH.dtype in (torch.bfloat16, torch.float16)
+        groups = group_by_expert(call.known_indices_Tk(), call.num_experts, pad=half and call.x_TH.device.type == "cpu")
+        hidden_RW = call.activate(gather_linear(call.x_TH, call.gate_up, groups))
+        return scatter_linear(hidden_RW * groups.weights_R(call.weights_Tk)[:, None], call.down, groups)
+
+
+def _one_token(call: ExpertsCall) -> torch.Tensor:
+    """``[1, H]``, at least float32, without gradients: sorting and scattering would cost more than the products here."""
+    import torch
+    from torch.nn.functional import linear
+
+    dtype = torch.promote_types(call.x_TH.dtype, torch.float32)
+    out_1H = call.x_TH.new_zeros((1, call.hidden_size), dtype=dtype)
+    for expert, weight in zip(call.indices_Tk[0].tolist(), call.weights_Tk[0].tolist(), strict=True):
+        if 0 <= expert < call.num_experts:
+            hidden_1W = call.activate(linear(call.x_TH, call.gate_up[expert]))
+            out_1H.add_(linear(hidden_1W, call.down[expert]), alpha=weight)
+    return out_1H

@@ -1,0 +1,23 @@
+"""Weights that never change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from .base import MixtureUpdate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Static(MixtureUpdate):
+    """The weights stay as they are: with Sheared-LLaMA's numbers the best that LLaMA-MoE found."""
+
+    name = "static"
+    summary = "the weights stay as they are"
+    dynamic: ClassVar[bool] = False
+
+    def rule(self, weights_D: np.ndarray, losses_D: np.ndarray, reference_D: np.ndarray) -> np.ndarray:
+        """See `MixtureUpdate.rule`."""
+        normal_D: np.ndarray = weights_D / weights_D.sum()
+        return normal_D

@@ -1,0 +1,1 @@
+"""Training a mixture of experts: losses, gates, distillation, and the Trainer that puts them together."""

@@ -1,0 +1,121 @@
+"""Global batches of token blocks, cut into micro-batches and dealt to ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..data.mixture import MixtureSampler
+    from ..data.shards import TokenCorpus
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who runs what of a global batch.
+
+    Micro-batch m holds sequences m x micro_batch_size onwards and is run by rank m mod world, so that the set of
+    micro-batches of a step is the same for any number of ranks.
+
+    Attributes:
+        batch_size: Sequences of a step.
+        micro_batch_size: Sequences of a micro-batch.
+        world: Ranks that see different data.
+        rank: This rank among them.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    world: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.micro_batch_size * self.world):
+            raise UsageError(
+                f"batch_size = {self.batch_size} cannot be dealt to {self.world} ranks in micro-batches of "
+                f"{self.micro_batch_size}.",
+                hint=f"Make it a multiple of {self.micro_batch_size * self.world}, or choose a smaller micro_batch_size.",
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, over all ranks."""
+        return self.batch_size // self.micro_batch_size
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step that each rank runs."""
+        return self.micro_batches // self.world
+
+    def index(self, turn: int) -> int:
+        """The micro-batch that this rank runs at its ``turn``-th turn of a step."""
+        return turn * self.world + self.rank
+
+    def rows(self, micro_batch: int) -> slice:
+        """The sequences of a micro-batch within the global batch."""
+        return slice(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)
+
+
+class TokenBatches:
+    """What the Trainer takes for its data loader: this rank's micro-batches from a step on.
+
+    Reading is a gather from memory-mapped files, so that no loader processes are needed, nothing is drawn ahead, and a
+    change of the mixture takes effect at the very next step.
+
+    Args:
+        corpus: The tokens.
+        sampler: Which blocks each global batch has.
+        layout: Who runs what.
+        block_length: Tokens of a block.
+        max_steps: Where to stop.
+    """
+
+    def __init__(
+        self, corpus: TokenCorpus, sampler: MixtureSampler, layout: Layout, block_length: int, max_steps: int
+    ) -> None:
+        self.corpus, self.sampler, self.layout = corpus, sampler, layout
+        self.block_length, self.max_steps = block_length, max_steps
+        self.first_step = 0
+        self.dataset = range(max_steps * layout.batch_size)
+        """Only its length is looked at: sequences of the run."""
+
+    def __len__(self) -> int:
+        return self.max_steps * self.layout.accumulation
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for step in range(self.first_step, self.max_steps):
+            domains, blocks = self.sampler.batch(step)
+            for turn in range(self.layout.accumulation):
+                index = self.layout.index(turn)
+                rows = self.layout.rows(index)
+                yield self._micro_batch(step, index, domains[rows], blocks[rows])
+
+    def _micro_batch(self, step: int, index: int, domains: np.ndarray, blocks: np.ndarray) -> dict[str, Any]:
+        import torch
+
+        ids_BT = self.corpus.gather(domains, blocks, self.block_length)
+        return {
+            "input_ids": torch.from_numpy(ids_BT),
+            "domains": torch.from_numpy(domains),
+            "blocks": torch.from_numpy(blocks),
+            "place": (step, index),
+        }
+
+    def describe(self, place: tuple[int, int]) -> str:
+        """Which text a micro-batch holds, for messages: ``arxiv blocks 4 and 17``.
+
+        Args:
+            place: Step and micro-batch.
+        """
+        step, index = place
+        domains, blocks = self.sampler.batch(step)
+        rows, names = self.layout.rows(index), self.corpus.domains
+        held: dict[str, list[int]] = {}
+        for domain, block in zip(domains[rows].tolist(), blocks[rows].tolist(), strict=True):
+            held.setdefault(names[domain], []).append(block)
+        return "; ".join(f"{name}: block {', '.join(map(str, numbers))}" for name, numbers in sorted(held.items()))

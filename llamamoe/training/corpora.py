@@ -1,0 +1,37 @@
+"""The tokens of a run: those that are trained on, and those that are held out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..data.shards import TokenCorpus
+from ..data.token_index import VALIDATION, read_index
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .recipe import DataRecipe
+
+
+def training_corpus(recipe: DataRecipe) -> TokenCorpus:
+    """What is trained on."""
+    return TokenCorpus(recipe.train)
+
+
+def held_out_corpus(recipe: DataRecipe) -> TokenCorpus | None:
+    """What is measured on: the split that the named folder (else the training folder) holds out, or the whole other folder.
+
+    Raises:
+        UsageError: It is the text that is trained on.
+    """
+    train = TokenCorpus(recipe.train)
+    if recipe.validation is None:
+        return TokenCorpus(train.folder, VALIDATION) if VALIDATION in train.index.splits else None
+    found = TokenCorpus(recipe.validation)
+    if found.split != VALIDATION and VALIDATION in read_index(found.folder).splits:
+        found = TokenCorpus(found.folder, VALIDATION)
+    if found.fingerprint == train.fingerprint:
+        raise UsageError(
+            "data.validation is the text of data.train: its loss says nothing.",
+            hint="Hold documents out with `validation: {share: 0.01}` in the recipe of llamamoe tokenize.",
+        )
+    return found

@@ -1,0 +1,139 @@
+"""What changes in a run beside the weights: the gate's noise, selection biases, the mixture; and what routers did."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.writer import write_text
+from ..errors import LlamaMoeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.mixture import MixtureSampler
+    from ..mixtures.base import MixtureUpdate
+    from .balancing import BiasBalancing
+    from .gates.base import Gate
+    from .routing import Routing
+    from .routing_statistics import RoutingStatistics
+
+log = logging.getLogger("llamamoe")
+STATE, GATE = "llamamoe_training.json", "llamamoe_gate.safetensors"
+_ENOUGH = 50
+"""Assignments per expert, on average, from which on a window tells whether a router has collapsed."""
+
+
+class CollapsedError(LlamaMoeError):
+    """A router uses few of its experts, and the recipe says to stop then."""
+
+
+class Dynamics:
+    """The moving parts of a run and their state.
+
+    Args:
+        gate: How tokens are routed while training.
+        balancing: Moves selection biases; None if nothing does.
+        statistics: What routers did since the last line of metrics.
+        sampler: The mixture.
+        update: How the mixture follows held-out losses.
+        reference_losses: What the update compares them with.
+        stop_on_collapse: Raise instead of warning.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        balancing: BiasBalancing | None,
+        statistics: RoutingStatistics,
+        sampler: MixtureSampler,
+        update: MixtureUpdate,
+        reference_losses: Mapping[str, float],
+        *,
+        stop_on_collapse: bool = False,
+    ) -> None:
+        self.gate, self.balancing, self.statistics = gate, balancing, statistics
+        self.sampler, self.update, self.reference_losses = sampler, update, dict(reference_losses)
+        self._stop_on_collapse = stop_on_collapse
+        self._warned: set[str] = set()
+
+    def gate_parameters(self) -> Sequence[torch.nn.Parameter]:
+        """What the gate learns beside the routers' rows."""
+        return list(self.gate.parameters())
+
+    def begin_micro_batch(self, step: int, micro_batch: int) -> None:
+        """The gate's noise depends on step and micro-batch only, so that neither a resume nor the ranks change it."""
+        self.gate.set_step(step, micro_batch)
+
+    def observe(self, routings: Sequence[Routing]) -> None:
+        """Count what the routers did with a micro-batch."""
+        self.statistics.add(routings)
+        if self.balancing is not None:
+            self.balancing.observe(routings)
+
+    def before_optimizer_step(self) -> None:
+        """What the gate learns belongs to no wrapped module: its gradients are averaged here."""
+        self.gate.average_gradients()
+
+    def after_optimizer_step(self) -> None:
+        """Move the selection biases."""
+        if self.balancing is not None:
+            self.balancing.update()
+
+    def after_validation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Let the mixture follow the held-out losses of the domains, from the next step on."""
+        if not self.update.dynamic or not losses:
+            return
+        weights = self.update.update(self.sampler.weights_at(step), losses, self.reference_losses)
+        self.sampler.set_weights(weights, step)
+
+    def values(self, step: int) -> dict[str, Any]:
+        """Mixture and routing for a line of metrics; the statistics begin anew. Every rank must call it.
+
+        Raises:
+            CollapsedError: A router has collapsed, and the recipe says to stop then.
+        """
+        from .routing_statistics import collapsed
+
+        layers = self.statistics.per_layer()
+        found: dict[str, Any] = {"mixture": {k: round(v, 6) for k, v in self.sampler.weights_at(step).items()}}
+        found["routing"] = {key: round(value, 6) for key, value in self.statistics.summary().items()}
+        names = ("max_violation", "load_entropy_share", "dead_experts", "importance_cv", "top1_probability")
+        found["layers"] = {name: [round(getattr(each, name), 5) for each in layers] for name in names}
+        found["layers"]["index"] = [each.layer for each in layers]
+        self.statistics.reset()
+        enough = [each for each in layers if each.tokens * each.top_k >= _ENOUGH * each.num_experts]
+        for sentence in collapsed(enough):
+            self._collapsed(step, sentence)
+        return found
+
+    def _collapsed(self, step: int, sentence: str) -> None:
+        if self._stop_on_collapse:
+            raise CollapsedError(
+                f"step {step}: {sentence}.",
+                hint="Add a balance loss (losses: [{name: switch}]) or lower optimizer.router_lr; go on with --resume.",
+            )
+        layer = sentence.split(":")[0]
+        if layer not in self._warned:
+            self._warned.add(layer)
+            log.warning("step %d: %s", step, sentence)
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write the state into the checkpoint of a step."""
+        from safetensors.torch import save_file
+
+        write_text(folder / STATE, json.dumps({"mixture": self.sampler.state_dict(step)}, indent=1) + "\n")
+        state = {key: value.detach().cpu().contiguous() for key, value in self.gate.state_dict().items()}
+        if state:
+            save_file(state, folder / GATE)
+
+    def load(self, folder: Path) -> None:
+        """Read it back."""
+        from safetensors.torch import load_file
+
+        self.sampler.load_state_dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["mixture"])
+        if (folder / GATE).exists():
+            self.gate.load_state_dict(load_file(folder / GATE))

@@ -1,0 +1,178 @@
+"""The contract of a gate: another way through a native router while it trains, and the way back."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+
+from ...errors import RefusedError
+from ...plugin import Plugin
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..moe_layers import MoeLayer
+
+Native = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]]
+"""The native router's forward: hidden states to logits ``[T, N]``, weights ``[T, k]``, indices ``[T, k]``."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What a gate did: the router's output, and the keyword arguments of `Routing` that tell more about it."""
+
+    logits_TN: torch.Tensor
+    weights_Tk: torch.Tensor
+    indices_Tk: torch.Tensor
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Gate(Plugin, ABC):
+    """Replaces the forward pass of native routers while they are in training mode.
+
+    Routers keep their parameters and the names of them: what is saved is a native checkpoint. What a gate learns itself
+    belongs to the gate (`parameters`, `state_dict`) and to the state of the training run.
+
+    Everything random is drawn from (seed, step, micro-batch, rank, layer), see `set_step`: a resumed run draws the same,
+    and so does the second forward pass of gradient checkpointing.
+
+    Attributes:
+        top_k: The only k that it works with; None for any.
+        noisy: Whether it selects by noisy logits, and tells them (``selection_TN``) and the noise (``noise_std_TN``).
+        allows_bias: Whether selection by a correction bias keeps its meaning.
+        replaces: Whether it replaces anything; False for the native routing itself.
+    """
+
+    top_k: ClassVar[int | None] = None
+    noisy: ClassVar[bool] = False
+    allows_bias: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        super().__init__(options)
+        self._seed, self._place = 0, (0, 0, 0)
+        self._layers: tuple[MoeLayer, ...] = ()
+        self._before: dict[int, Any] = {}
+
+    @abstractmethod
+    def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
+        """Route the tokens of one layer.
+
+        Args:
+            moe: The layer.
+            native: Its router's own forward pass.
+            hidden: ``[..., H]``, what the router is given.
+        """
+
+    def attach(self, layers: Sequence[MoeLayer], seed: int) -> None:
+        """Take over the routers of these layers, until `detach`.
+
+        Args:
+            layers: All layers of the model.
+            seed: Of everything random.
+
+        Raises:
+            RefusedError: The gate cannot work with a layer; nothing was changed.
+        """
+        if self._layers:
+            raise ValueError(f"the gate {self.name!r} is attached already")
+        for moe in layers:
+            self._check(moe)
+        self._seed, self._layers = seed, tuple(layers)
+        for moe in layers if self.replaces else ():
+            # Hooks of accelerate may have put a forward on the instance already: it is given back by `detach`.
+            self._before[moe.layer] = moe.router.__dict__.get("forward")
+            moe.router.forward = self._forward(moe)
+
+    def detach(self) -> None:
+        """Give the routers their own forward pass back."""
+        for moe in self._layers:
+            moe.router.__dict__.pop("gate_extra", None)
+            if self.replaces:
+                del moe.router.forward  # the class's own forward stands behind the instance's
+                if self._before[moe.layer] is not None:
+                    moe.router.forward = self._before[moe.layer]
+        self._layers, self._before = (), {}
+
+    def set_step(self, step: int, micro_batch: int = 0, rank: int = 0) -> None:
+        """Say where in the run the next forward pass is; everything random depends on it and on nothing else.
+
+        Args:
+            step: Number of the optimiser step.
+            micro_batch: Number of the micro-batch in the step.
+            rank: Of this process among those that hold other data.
+        """
+        self._place = (step, micro_batch, rank)
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """What the gate itself learns; empty before `attach`. Optimise it along with the model."""
+        return iter(())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The values of `parameters`, for the state of the training run."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up what `state_dict` gave; after `attach`."""
+        if state:
+            raise ValueError(f"the gate {self.name!r} has no parameters, but a state holds {sorted(state)}")
+
+    def average_gradients(self) -> None:
+        """Average the gradients of `parameters` over ranks: they belong to no module that DDP or FSDP know.
+
+        Call it before each optimiser step; nothing happens in a run of one process.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        for parameter in self.parameters():
+            if parameter.grad is None:  # every rank must take part
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+    def generator(self, moe: MoeLayer, device: torch.device) -> torch.Generator:
+        """A fresh generator for one layer's forward pass at the place that `set_step` named."""
+        import torch
+
+        key = ":".join(str(part) for part in (self._seed, *self._place, moe.layer))
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
+
+    def _forward(self, moe: MoeLayer) -> Any:
+        native: Native = moe.router.forward
+
+        def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if not moe.router.training:
+                moe.router.__dict__.pop("gate_extra", None)
+                return native(hidden)
+            gated = self.route(moe, native, hidden)
+            moe.router.gate_extra = gated.extra  # type: ignore[assignment]
+            return gated.logits_TN, gated.weights_Tk, gated.indices_Tk
+
+        forward.gate = self  # type: ignore[attr-defined]
+        return forward
+
+    def _check(self, moe: MoeLayer) -> None:
+        if isinstance(getattr(moe.router.__dict__.get("forward"), "gate", None), Gate):
+            raise ValueError(f"layer {moe.layer}: another gate is attached to the router")
+        if self.top_k is not None and moe.top_k != self.top_k:
+            raise RefusedError(
+                f"the gate {self.name!r} routes each token to {self.top_k} experts, but the model selects "
+                f"{moe.top_k} (layer {moe.layer}).",
+                hint=f"Choose the gate top_k, or convert the model with --top-k {self.top_k}.",
+            )
+        bias = moe.correction_bias
+        if not self.allows_bias and bias is not None and bool(bias.any()):
+            raise RefusedError(
+                f"the gate {self.name!r} selects by noisy logits alone, but layer {moe.layer} has a correction bias that "
+                "is not zero.",
+                hint="Choose the gate top_k or jitter together with loss-free balancing.",
+            )

@@ -1,0 +1,44 @@
+"""Multiplicative noise on what the router sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from ...plugin import Options
+from .base import Gate, Gated
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..moe_layers import MoeLayer
+    from .base import Native
+
+
+class Jitter(Gate):
+    """The router's input is multiplied by uniform noise from ``[1 - eps, 1 + eps)``, element by element.
+
+    Only the router's: experts see the clean input (Mixtral's own ``router_jitter_noise`` in transformers disturbs theirs
+    too). The logits that losses and statistics see are those of the noisy input.
+    """
+
+    name = "jitter"
+    summary = "top_k with uniform multiplicative noise on the router's input"
+    reference = "arXiv:2101.03961"
+
+    class Options(Options):
+        """Options of `Jitter`."""
+
+        eps: float = Field(0.01, gt=0, lt=1, description="Largest relative change of an input.")
+
+    options: Options
+
+    def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
+        """See `Gate.route`."""
+        import torch
+
+        eps = self.options.eps
+        noise = torch.empty(hidden.shape, device=hidden.device, dtype=torch.float32)
+        noise.uniform_(1 - eps, 1 + eps, generator=self.generator(moe, hidden.device))
+        return Gated(*native((hidden * noise).to(hidden.dtype)))

@@ -1,0 +1,83 @@
+"""How native routers select and weigh, from given logits: what gates with noise or capacity recompute."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..moe_layers import MoeLayer
+
+
+def scores_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:
+    """float32: softmax of the logits, or the sigmoid of each."""
+    logits = logits_TN.float()
+    return logits.sigmoid() if moe.weighting.startswith("sigmoid") else logits.softmax(-1)
+
+
+def ranked_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:
+    """float32: the numbers whose largest k are selected; -inf where a group of experts is shut out. No gradient.
+
+    Where nothing is added to the scores it is the logits themselves, which tie less often than their scores.
+    """
+    import torch
+
+    with torch.no_grad():
+        bias, groups = moe.correction_bias, int(getattr(moe.router, "num_group", 1))
+        if bias is None:
+            return logits_TN.float()
+        scores = scores_TN(moe, logits_TN) + bias.view(-1)
+        if groups > 1:
+            scores = scores.masked_fill(_shut_out(moe.router, scores, groups), float("-inf"))
+        return scores
+
+
+def _shut_out(router: Any, scores: torch.Tensor, groups: int) -> torch.Tensor:
+    """Experts of the groups whose two best scores sum to too little: bool ``[T, N]``."""
+    import torch
+
+    grouped_TGE = scores.view(len(scores), groups, -1)
+    sums_TG = grouped_TGE.topk(2, dim=-1)[0].sum(-1)
+    best = sums_TG.topk(router.topk_group, dim=-1, sorted=False)[1]
+    shut_TG = torch.ones_like(sums_TG, dtype=torch.bool).scatter_(1, best, False)
+    return shut_TG.unsqueeze(-1).expand_as(grouped_TGE).reshape(scores.shape)
+
+
+def weights_Tk(moe: MoeLayer, logits_TN: torch.Tensor, indices_Tk: torch.Tensor) -> torch.Tensor:
+    """float32: what the router multiplies the given experts' outputs by, as if it had selected them itself."""
+    router: Any = moe.router
+    found = scores_TN(moe, logits_TN).gather(-1, indices_Tk)
+    if moe.weighting.endswith("renormalised"):
+        total = found.sum(-1, keepdim=True)
+        least = getattr(router, "norm_min", None)
+        if least is not None:
+            total = total.clamp(min=least)
+        elif moe.weighting.startswith("sigmoid"):
+            total = total + 1e-20
+        found = found / total
+    return found * moe.factor
+
+
+def capacity(factor: float, tokens: int, moe: MoeLayer) -> int:
+    """How many assignments one expert has room for: ``ceil(factor T k / N)``, at least 1."""
+    # Rounded first: 1.1 x 100 / 11 is a little more than 10 in binary.
+    return max(1, math.ceil(round(factor * tokens * moe.top_k / moe.num_experts, 9)))
+
+
+def positions(experts_M: torch.Tensor, order_M: torch.Tensor | None = None) -> torch.Tensor:
+    """int64 ``[M]``: how many assignments to the same expert come before each; O(M log M).
+
+    Args:
+        experts_M: The expert of each assignment.
+        order_M: The assignments in the order in which they are served; None: as they stand.
+    """
+    import torch
+
+    given = experts_M if order_M is None else experts_M[order_M]
+    sorted_M, by_expert = given.sort(stable=True)
+    first_M = torch.searchsorted(sorted_M, sorted_M)  # where each expert's run begins
+    rank_M = torch.arange(len(given), device=given.device) - first_M
+    served = by_expert if order_M is None else order_M[by_expert]
+    return torch.empty_like(rank_M).scatter_(0, served, rank_M)

@@ -1,0 +1,55 @@
+"""Switch Transformers: one expert per token, and room for so many tokens only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from ...plugin import Options
+from .base import Gate, Gated
+from .selection import capacity, positions, scores_TN
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..moe_layers import MoeLayer
+    from .base import Native
+
+
+class SwitchGate(Gate):
+    """Top-1 with capacity ``ceil(capacity_factor T / N)`` per expert and micro-batch; what finds no room is dropped.
+
+    A dropped token's weight is 0: only the residual stream and shared neurons carry it on. Its expert still computes it
+    here (indices stay as they are), so dropping saves no time in native experts. The weight of a kept token is the
+    router's own: a renormalising router with k = 1 always gives 1, through which no gradient reaches it; use one that
+    does not renormalise.
+    """
+
+    name = "switch"
+    summary = "top-1 with a capacity per expert, overflowing tokens dropped"
+    reference = "arXiv:2101.03961"
+    top_k: ClassVar[int | None] = 1
+
+    class Options(Options):
+        """Options of `SwitchGate`."""
+
+        capacity_factor: float = Field(
+            1.25, gt=0, allow_inf_nan=False, description="Room per expert, relative to a perfectly balanced load."
+        )
+        priority: Literal["order", "probability"] = Field(
+            "order", description="Who is served first: tokens in their order, or those whose expert is likeliest."
+        )
+
+    options: Options
+
+    def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
+        """See `Gate.route`. O(T log T)."""
+        logits_TN, weights, indices = native(hidden)
+        order_T = None
+        if self.options.priority == "probability":
+            likeliest_T = scores_TN(moe, logits_TN.detach()).gather(-1, indices)[:, 0]
+            order_T = likeliest_T.argsort(descending=True, stable=True)
+        room = capacity(self.options.capacity_factor, len(indices), moe)
+        dropped_Tk = positions(indices[:, 0], order_T)[:, None] >= room
+        return Gated(logits_TN, weights.masked_fill(dropped_Tk, 0), indices, {"dropped_Tk": dropped_Tk})

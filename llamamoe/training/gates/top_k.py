@@ -1,0 +1,25 @@
+"""The native routing: top-k, nothing dropped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from .base import Gate, Gated
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..moe_layers import MoeLayer
+    from .base import Native
+
+
+class TopK(Gate):
+    """Routers route as they do after training: dropless, without noise. Their forward pass is left alone."""
+
+    name = "top_k"
+    summary = "the native routing: the k best experts, no noise, nothing dropped"
+    replaces: ClassVar[bool] = False
+
+    def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
+        """See `Gate.route`."""
+        return Gated(*native(hidden))

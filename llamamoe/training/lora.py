@@ -1,0 +1,73 @@
+"""Low-rank adapters by peft, experts included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from .recipe import LoraRecipe
+
+REST = "llamamoe_trained.safetensors"
+
+
+def add_adapters(model: Any, recipe: LoraRecipe) -> Any:
+    """Wrap the model: its weights are frozen, adapters (and routers, if the recipe says so) are trained.
+
+    Experts are three-dimensional parameters, which peft reaches as ``target_parameters``, not as modules.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("peft", "train", "lora") from error
+    make: Any = LoraConfig  # whose types are narrower than what it takes
+    names = [name for name, _ in model.named_parameters()]
+    experts = sorted({name.split("layers.")[1].split(".", 1)[1] for name in names if ".experts." in name})
+    config = make(
+        task_type="CAUSAL_LM",
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=0.0 if recipe.experts else recipe.dropout,
+        target_modules=list(recipe.attention),
+        target_parameters=[name for name in experts if name.endswith("_proj")] if recipe.experts else None,
+    )
+    routers = [name for name, p in model.named_parameters() if p.requires_grad and _is_router(name)]
+    wrapped = get_peft_model(model, config)
+    if recipe.train_router:
+        for name, parameter in wrapped.get_base_model().named_parameters():
+            if name in routers:
+                parameter.requires_grad_(True)
+    return wrapped
+
+
+def _is_router(name: str) -> bool:
+    from .parameters import group_of
+
+    return group_of(name) == "router"
+
+
+def save_rest(model: Any, folder: Path) -> None:
+    """Write what is trained beside the adapters, the routers, which peft leaves out of its checkpoints."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.detach().cpu().contiguous() for name, value in _rest(model)}, folder / REST)
+
+
+def load_rest(model: Any, folder: Path) -> None:
+    """Read it back."""
+    import torch
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / REST)
+    with torch.no_grad():
+        for name, value in _rest(model):
+            value.copy_(saved[name])
+
+
+def _rest(model: Any) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]

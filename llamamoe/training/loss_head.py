@@ -1,0 +1,288 @@
+"""Token losses in the place of logits: cross entropy, and the distance to a parent, in memory that stays flat.
+
+The logits of T tokens over V words are the largest tensor of a training step. Here they never exist as a whole: while
+`LossHead` runs a model, the model's own output head is asked for a few tokens' logits at a time, turns them into one
+number per token and loss, and makes them once more in the backward pass. All of it happens inside the model's forward
+pass, so DDP, FSDP2 (whose full weights exist only there), autocast and peft see one ordinary call of the head, and no
+weight changes its name.
+
+Shapes: T tokens, V vocabulary, H hidden size, C tokens of a chunk, m of the parent's most probable tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+from .model_parts import at_least_float32, find_causal_lm
+
+if TYPE_CHECKING:
+    import torch
+
+    MakeLogits = Callable[[torch.Tensor], torch.Tensor]
+
+IGNORED = -100
+"""The label of a token whose losses do not count."""
+LOGITS_AT_ONCE = 1 << 26
+"""Logits of a chunk: 256 MiB in float32; a handful of tensors of this size live at once, whatever T and V."""
+
+
+@dataclass(frozen=True)
+class KlTarget:
+    """A parent's predictions, and how the distance to them is measured.
+
+    The distance of a token is ``temperature^2 KL(parent || student)`` of both distributions at that temperature
+    (Hinton et al. 2015, arXiv:1503.02531: the factor keeps the size of gradients). With ``top_m`` the parent's m most
+    probable tokens count one by one and all others as one token that has their summed probability: a lower bound of
+    the full KL (log-sum inequality) that is zero where the full one is.
+
+    Attributes:
+        hidden_TH: What the parent's head is applied to, any leading shape; no gradient.
+        logits: The parent's head: hidden states to logits ``[..., V]``.
+        temperature: Above 0.
+        top_m: m, or None for all of the vocabulary.
+    """
+
+    hidden_TH: torch.Tensor
+    logits: MakeLogits
+    temperature: float = 1.0
+    top_m: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """The losses of a micro-batch. Both sums are linear in the tokens: equal for any split of a global batch.
+
+    Attributes:
+        nll_sum: Scalar with gradient: cross entropy in nats, summed over the tokens that count.
+        kl_sum: Scalar with gradient: the distance to the parent, summed likewise; None without a parent.
+        nll_BT: float32 (float64 if the logits are), no gradient: cross entropy of each token, 0 where it does not
+            count; shaped like the labels.
+        kl_BT: The same of the distance.
+        counted_BT: bool: which tokens count.
+    """
+
+    nll_sum: torch.Tensor
+    kl_sum: torch.Tensor | None
+    nll_BT: torch.Tensor
+    kl_BT: torch.Tensor | None
+    counted_BT: torch.Tensor
+
+
+def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
+    """What each position has to predict: labels as transformers takes them, moved left by one; the last is ignored."""
+    import torch
+
+    return torch.nn.functional.pad(labels_BT[..., 1:], (0, 1), value=IGNORED)
+
+
+def token_losses(
+    make_logits: MakeLogits,
+    hidden_TH: torch.Tensor,
+    labels_T: torch.Tensor,
+    target: KlTarget | None = None,
+    *,
+    logits_at_once: int = LOGITS_AT_ONCE,
+    vocab_size: int,
+) -> torch.Tensor:
+    """Cross entropy and distance of each token, with gradient.
+
+    Computed in float32 (float64 if the logits are) whatever the dtype of the logits. Tokens go through the head in
+    chunks; unless one chunk holds all, each is computed again in the backward pass: 1.4 times the head's time.
+
+    Args:
+        make_logits: The student's head: ``[C, H]`` to ``[C, V]``; a module or function, called once per chunk.
+        hidden_TH: What it is applied to.
+        labels_T: int64, the token to predict, `IGNORED` where nothing counts.
+        target: The parent's predictions for the same tokens.
+        logits_at_once: C x V is at most this (but C at least 1).
+        vocab_size: V.
+
+    Returns:
+        ``[T, 1]``, or ``[T, 2]`` with a target: nats, 0 where the label is ignored.
+
+    Raises:
+        ValueError: Target and hidden states have different numbers of tokens.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    rows = max(1, logits_at_once // vocab_size)
+    hidden, labels = torch.split(hidden_TH, rows), torch.split(labels_T, rows)
+    parents = _parent_chunks(target, len(hidden_TH), rows)
+    chunks = [(make_logits, target, *chunk) for chunk in zip(hidden, labels, parents, strict=True)]
+    if len(chunks) == 1:
+        return _chunk_losses(*chunks[0])
+    out: torch.Tensor = torch.cat([checkpoint(_chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
+    return out
+
+
+def _parent_chunks(target: KlTarget | None, tokens: int, rows: int) -> list[torch.Tensor | None]:
+    """The parent's hidden states, cut as the student's are; Nones without a parent."""
+    import torch
+
+    if target is None:
+        return [None] * max(1, -(-tokens // rows))
+    parent_TH = target.hidden_TH.detach().flatten(0, -2)
+    if len(parent_TH) != tokens:
+        raise ValueError(f"{len(parent_TH)} tokens of the parent for {tokens}")
+    return list(torch.split(parent_TH, rows))
+
+
+def _chunk_losses(
+    make_logits: MakeLogits,
+    target: KlTarget | None,
+    hidden_CH: torch.Tensor,
+    labels_C: torch.Tensor,
+    parent_CH: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `token_losses`; ``[C, 1]`` or ``[C, 2]``."""
+    import torch
+
+    logits_CV = at_least_float32(make_logits(hidden_CH))
+    log_q_CV = logits_CV.log_softmax(-1)
+    counted_C = labels_C != IGNORED
+    picked_C = log_q_CV.gather(-1, labels_C.clamp(min=0)[:, None])[:, 0]
+    losses = [torch.where(counted_C, -picked_C, 0.0)]
+    if target is not None and parent_CH is not None:
+        with torch.no_grad():
+            parent_CV = at_least_float32(target.logits(parent_CH)).to(logits_CV.device)
+            parent_CV = parent_CV.to(logits_CV.dtype) / target.temperature
+        if target.temperature != 1.0:
+            log_q_CV = (logits_CV / target.temperature).log_softmax(-1)
+        kl_C = _divergence(parent_CV, log_q_CV, target.top_m) * target.temperature**2
+        losses.append(torch.where(counted_C, kl_C, 0.0))
+    return torch.stack(losses, -1)
+
+
+def _divergence(parent_CV: torch.Tensor, log_q_CV: torch.Tensor, top_m: int | None) -> torch.Tensor:
+    """``KL(softmax(parent) || q)`` of each row, over all words or over the m likeliest and the rest as one."""
+    import torch
+
+    log_p_CV = parent_CV.log_softmax(-1)
+    if top_m is not None and top_m < log_p_CV.shape[-1]:
+        index_Cm = log_p_CV.topk(top_m, dim=-1, sorted=False).indices
+        log_p_CV, log_q_CV = (_with_rest(each, index_Cm) for each in (log_p_CV, log_q_CV))
+    each_CV = torch.nn.functional.kl_div(log_q_CV, log_p_CV, reduction="none", log_target=True)
+    return each_CV.sum(-1)
+
+
+def _with_rest(log_p_CV: torch.Tensor, index_Cm: torch.Tensor) -> torch.Tensor:
+    """``[C, m + 1]``: log-probabilities of these words and, last, of all others together.
+
+    The rest is summed itself, not taken from 1: where the m words have nearly everything, the difference is rounding.
+    """
+    import torch
+
+    rest_C1 = log_p_CV.scatter(-1, index_Cm, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p_CV.gather(-1, index_Cm), rest_C1], -1)
+
+
+class LossHead:
+    """Runs a model so that it returns token losses where it would return logits.
+
+    Args:
+        model: A causal language model of transformers; inside peft, DDP or FSDP2, or not.
+        logits_at_once: See `token_losses`.
+
+    Raises:
+        CheckpointError: It has no output head, or makes its logits in a way that is not known here.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, logits_at_once: int = LOGITS_AT_ONCE) -> None:
+        base = find_causal_lm(model)
+        self._head: torch.nn.Module = base.get_output_embeddings()
+        config = base.config.get_text_config()
+        if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
+            raise CheckpointError(f"{type(base).__name__} bends or scales its logits in a way that is not known here.")
+        self._divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+        self._vocab_size = int(config.vocab_size)
+        self._logits_at_once = logits_at_once
+        self._checked = False
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits of these hidden states: head and scale. For unsharded models."""
+        out: torch.Tensor = self._head(hidden)
+        return out / self._divisor if self._divisor != 1.0 else out
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        labels_BT: torch.Tensor,
+        target: KlTarget | None = None,
+    ) -> TokenLosses:
+        """One forward pass of the model, up to its losses.
+
+        Args:
+            model: The model given at construction, or what it was wrapped in since (DDP, FSDP2).
+            inputs: What it is called with (``input_ids`` and more, no ``labels``).
+            labels_BT: int64, what each position has to predict (see `next_token_labels`).
+            target: The parent's predictions for the same tokens.
+
+        Raises:
+            CheckpointError: The model does something with its logits that is not known here.
+        """
+        with self._armed(labels_BT, target) as kept:
+            out_BTL = model(**inputs).logits
+        values_TL = kept[0].detach()
+        if not self._checked:
+            self._check(out_BTL)
+        grads = out_BTL[..., :-1].flatten(0, -2).sum(0, dtype=values_TL.dtype)
+        # An FSDP2 policy can round what the model returns: values come from the head itself, the gradient from there.
+        sums = grads if out_BTL.dtype == values_TL.dtype else values_TL.sum(0) + (grads - grads.detach())
+        each = values_TL.view(*labels_BT.shape, -1)
+        has_kl = target is not None
+        return TokenLosses(
+            nll_sum=sums[0],
+            kl_sum=sums[1] if has_kl else None,
+            nll_BT=each[..., 0],
+            kl_BT=each[..., 1] if has_kl else None,
+            counted_BT=labels_BT != IGNORED,
+        )
+
+    @contextmanager
+    def _armed(self, labels_BT: torch.Tensor, target: KlTarget | None) -> Iterator[list[torch.Tensor]]:
+        """While active, the head module returns losses and a witness; the losses as computed are kept, too."""
+        import torch
+
+        head = self._head
+        own = head.__dict__.get("forward")  # accelerate's hooks put one there
+        original = head.forward
+        kept: list[torch.Tensor] = []
+
+        def make_logits(hidden_CH: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = original(hidden_CH)
+            return logits / self._divisor if self._divisor != 1.0 else logits
+
+        def forward(hidden_BTH: torch.Tensor) -> torch.Tensor:
+            losses_TL = token_losses(
+                make_logits,
+                hidden_BTH.flatten(0, -2),
+                labels_BT.reshape(-1).to(hidden_BTH.device),
+                target,
+                logits_at_once=self._logits_at_once,
+                vocab_size=self._vocab_size,
+            )
+            kept.append(losses_TL)
+            witness_T1 = torch.ones_like(losses_TL[:, :1])
+            out = torch.cat([losses_TL, witness_T1], -1).view(*hidden_BTH.shape[:-1], -1)
+            return out * self._divisor if self._divisor != 1.0 else out  # the model divides it again
+
+        head.forward = forward
+        try:
+            yield kept
+        finally:
+            del head.forward
+            if own is not None:
+                head.forward = own
+
+    def _check(self, out_BTL: torch.Tensor) -> None:
+        """The witness came through the model as it went in: so did the losses."""
+        if not bool((out_BTL[..., -1] == 1).all()):
+            raise CheckpointError("The model changes its logits after its head in a way that is not known here.")
+        self._checked = True

@@ -1,0 +1,8 @@
+"""Losses on what routers do, one file each."""
+
+from ...registry import Registry
+from .base import LossContext, RoutingLoss
+
+LOSSES: Registry[RoutingLoss] = Registry("loss", RoutingLoss, __name__)  # type: ignore[type-abstract]
+
+__all__ = ["LOSSES", "LossContext", "RoutingLoss"]

@@ -1,0 +1,96 @@
+"""The contract of a routing loss: what routers did with the tokens of a window in, one number out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from ...plugin import Options, Plugin
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..gates.base import Gate
+    from ..routing import Routing
+
+Window = Literal["micro_batch", "all_ranks"]
+"""Whose tokens are balanced together: one rank's micro-batch, or the micro-batches that all ranks have at that moment."""
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What a loss is told beside the routing.
+
+    Attributes:
+        all_reduce: Sums a tensor over ranks, with a gradient (`ranks.sum_over_ranks`); used by losses whose window is
+            ``"all_ranks"``. None in a run of one process.
+        targets: Of a layer's routing: ``r_TH``, what its routed experts together should put out for the T tokens (the
+            parent's FFN output minus that of the shared neurons), without gradient. Only `competitive` asks.
+    """
+
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+    targets: Callable[[Routing], torch.Tensor] | None = None
+
+    def reduce(self, values: torch.Tensor, window: Window) -> torch.Tensor:
+        """The sum over the ranks that the window spans, with a gradient."""
+        if window == "micro_batch" or self.all_reduce is None:
+            return values
+        return self.all_reduce(values)
+
+
+class RoutingLoss(Plugin, ABC):
+    """A term of the training loss that is a function of the routers' decisions.
+
+    Attributes:
+        linear: Whether it is a sum over tokens, and so the same for any split of a global batch.
+        needs_inputs: Whether it wants ``Routing.inputs_TH`` (``tap.armed(inputs=True)``).
+        needs_targets: Whether it wants ``LossContext.targets``.
+    """
+
+    linear: ClassVar[bool]
+    needs_inputs: ClassVar[bool] = False
+    needs_targets: ClassVar[bool] = False
+
+    class Options(Options):
+        """Options of every routing loss."""
+
+        coefficient: float = Field(0.01, ge=0, allow_inf_nan=False, description="What the loss is multiplied by.")
+
+    options: Options
+
+    def loss(self, routings: Sequence[Routing], context: LossContext) -> torch.Tensor:
+        """The loss without its coefficient: the mean over layers of `layer_loss`.
+
+        Args:
+            routings: One per layer, of one forward pass.
+            context: How to sum over ranks, and what else the loss asks for.
+
+        Returns:
+            float32 scalar (float64 of float64 logits). Linear losses: the sum over tokens, which the caller divides by
+            the number of tokens of the global batch. Others: the value for the window's tokens, which the caller
+            averages over windows.
+        """
+        import torch
+
+        losses = [self.layer_loss(routing, context) for routing in routings]
+        return torch.stack([each.to(losses[0].device) for each in losses]).mean()
+
+    @abstractmethod
+    def layer_loss(self, routing: Routing, context: LossContext) -> torch.Tensor:
+        """The loss of one layer, a scalar; see `loss`. Layers are never pooled: opposite imbalances would cancel."""
+
+    def notes(self, gate: Gate) -> list[str]:
+        """What a user should know about this loss together with this gate; for the log and the plan."""
+        return []
+
+
+class WindowOptions(RoutingLoss.Options):
+    """Options of a loss that is not linear in the batch."""
+
+    window: Window = Field(
+        "micro_batch", description="Whose tokens are balanced together: one micro-batch, or those of all ranks."
+    )

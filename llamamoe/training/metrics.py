@@ -1,0 +1,155 @@
+"""Sums over micro-batches and ranks between two log lines, and the file that the lines go to."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+TIMES = "time"
+"""The key of a line under which stands what differs from run to run: seconds, tokens per second, memory."""
+
+
+class Sums:
+    """Named sums of detached scalars, and per-domain sums of token losses; nothing is synchronised until they are read.
+
+    Args:
+        domains: Names of the domains, in the order of their numbers.
+    """
+
+    def __init__(self, domains: Sequence[str]) -> None:
+        self.domains = tuple(domains)
+        self._scalars: dict[str, torch.Tensor] = {}
+        self._per_domain: torch.Tensor | None = None
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """Add a scalar to the sum called ``name``."""
+        value = value.detach().double()
+        self._scalars[name] = self._scalars[name] + value if name in self._scalars else value
+
+    def add_domains(self, domains_B: torch.Tensor, nll_B: torch.Tensor, tokens: int) -> None:
+        """Add each sequence's summed loss, and its ``tokens``, to its domain."""
+        import torch
+
+        if self._per_domain is None:
+            self._per_domain = torch.zeros(2, len(self.domains), dtype=torch.float64, device=nll_B.device)
+        index = domains_B.to(nll_B.device)
+        self._per_domain[0].index_add_(0, index, nll_B.detach().double())
+        self._per_domain[1].index_add_(0, index, torch.full_like(nll_B, tokens, dtype=torch.float64))
+
+    def read(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """The sums over all ranks, ``name -> sum`` and ``domain -> (sum of losses, tokens)``; then they are zero.
+
+        Every rank must call it, with the same names.
+        """
+        import torch
+
+        if not self._scalars and self._per_domain is None:
+            return {}, {}
+        names = sorted(self._scalars)
+        parts = [self._scalars[name].reshape(1) for name in names]
+        if self._per_domain is not None:
+            parts.append(self._per_domain.reshape(-1))
+        values = all_reduced(torch.cat(parts)).tolist()
+        scalars = dict(zip(names, values, strict=False))
+        rest, count = values[len(names) :], len(self.domains)
+        per_domain = {
+            name: (rest[i], rest[count + i]) for i, name in enumerate(self.domains) if rest and rest[count + i] > 0
+        }
+        self._scalars, self._per_domain = {}, None
+        return scalars, per_domain
+
+
+def all_reduced(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks (the tensor itself if there is one)."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if values.device.type == "mps":  # it has no float64
+            values = values.float()
+        dist.all_reduce(values)
+    return values
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, the same for the same run but for what stands under ``time``.
+
+    Args:
+        path: The file.
+        writes: Whether this process writes it.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
+        self._started = time.monotonic()
+
+    def resume(self, step: int) -> None:
+        """Forget the lines of steps after ``step``, which will be made again, and a line that a kill cut short."""
+        if not self._writes or not self.path.exists():
+            return
+        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, step: int, values: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any]:
+        """Append a line; returns it."""
+        line = {"step": step, **values, TIMES: {"seconds": round(time.monotonic() - self._started, 3), **times}}
+        if self._writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file that are whole."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for numbers that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and (v != v or abs(v) == float("inf")) else v for k, v in values.items()}
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
+"""Dense bfloat16 operations per second of devices, by a part of their name; from their makers' data sheets."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """What a device can do at most in bfloat16; None if it is not known, and utilisation then is not stated."""
+    return next((value for part, value in PEAK_FLOPS.items() if part in device_name), None)
+
+
+def active_parameters(model: torch.nn.Module, layers: Iterable[Any]) -> int:
+    """Parameters that one token's matrix products use: of the experts k of N, no input embedding, the head always."""
+    inactive = 0
+    for moe in layers:
+        routed = sum(p.numel() for p in moe.experts.parameters())
+        inactive += routed * (moe.num_experts - moe.top_k) // moe.num_experts
+    base: Any = model
+    embedding = base.get_input_embeddings().weight.numel()
+    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    total = sum(p.numel() for p in model.parameters())
+    return total - inactive - (0 if tied else embedding)
+
+
+def training_flops(active: int, num_layers: int, hidden_size: int, length: int) -> float:
+    """Operations per token of forward and backward pass: 6 per active parameter, and causal attention's products.
+
+    PaLM's count (arXiv:2204.02311, appendix B), of active parameters only, with half of the attention matrix.
+    """
+    return 6.0 * active + 6.0 * num_layers * hidden_size * length

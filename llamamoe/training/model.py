@@ -1,0 +1,119 @@
+"""Loading the model that is trained, and what its folder needs beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint, read_json
+from ..checkpoint.writer import write_text
+from ..config_compat import missing_keys
+from ..errors import CheckpointError, RefusedError
+from ..streaming import quiet_transformers
+from ..targets import TARGETS
+
+if TYPE_CHECKING:
+    import torch
+
+    from .recipe import PretrainRecipe
+
+BLOCK = "llamamoe"
+"""The key of ``config.json`` under which our own facts stand."""
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The configuration of a converted checkpoint, its files checked by their headers.
+
+    Raises:
+        CheckpointError: Files are missing or broken, or it brings its own code.
+        RefusedError: It is a dense model.
+    """
+    checkpoint = SafetensorsCheckpoint(folder)
+    config = checkpoint.config
+    if config.get("auto_map"):
+        raise CheckpointError(f"{folder}: config.json has an 'auto_map': code of a checkpoint is never run.")
+    if config.get("model_type") not in TARGETS or config.get("model_type") == "dense":
+        raise RefusedError(
+            f"{folder}: model_type {config.get('model_type')!r} is no mixture of experts that can be trained here.",
+            hint="Convert it first: llamamoe split SOURCE OUT.",
+        )
+    return dict(config)
+
+
+def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str) -> Any:
+    """The native model, in the dtype that is trained, by transformers' own loading.
+
+    Args:
+        folder: The converted checkpoint, or a checkpoint of a run.
+        recipe: Dtype, implementation, sharding.
+        device: Where it goes, unless transformers shards it.
+
+    Raises:
+        CheckpointError: Transformers misses a tensor or does not know one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    keys: dict[str, Any] = {"dtype": getattr(torch, recipe.precision.parameters)}
+    if recipe.experts_implementation is not None:
+        keys["experts_implementation"] = _implementation(recipe.experts_implementation)
+    if recipe.distributed.sharded:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        sizes = recipe.distributed.model_dump()
+        keys["distributed_config"] = DistributedConfig(**{k: v for k, v in sizes.items() if v > 1})
+    with quiet_transformers():
+        model, info = auto.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **keys,
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            raise CheckpointError(
+                f"{folder}: transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}."
+            )
+    model.config.use_cache = False
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # the built-in balance loss is pooled over layers and scales wrongly
+    return model if recipe.distributed.sharded else model.to(device)
+
+
+def _implementation(name: str) -> str:
+    if name.startswith("llamamoe"):
+        from ..experts import register_experts
+
+        register_experts()
+    return name
+
+
+def finish_folder(folder: Path, source: Path, facts: dict[str, Any] | None = None) -> None:
+    """Make what ``save_pretrained`` wrote complete: tokenizer and licence, both spellings of the configuration, our facts.
+
+    Args:
+        folder: What was written.
+        source: The converted checkpoint, whose side files are copied.
+        facts: Go into the configuration's own block.
+    """
+    for name in (*SIDE_FILES, *LICENSE_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    path = folder / "config.json"
+    if not path.exists():  # an adapter's folder
+        return
+    config, before = read_json(path), read_json(source / "config.json")
+    config["use_cache"] = before.get("use_cache", True)
+    for key in ("output_router_logits", "router_aux_loss_coef"):
+        if key in before:
+            config[key] = before[key]
+    config = {k: v for k, v in config.items() if not k.endswith("experts_implementation")}
+    if BLOCK in before or facts:
+        config[BLOCK] = {**before.get(BLOCK, {}), **(facts or {})}
+    config |= missing_keys(config)
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,131 @@
+"""Where a native model of transformers keeps its routers and experts, whatever its architecture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+RouterWeighting = Literal["softmax", "renormalised", "sigmoid", "sigmoid_renormalised"]
+"""What a router makes of its logits: softmax over all experts, the same renormalised over the selected ones, a sigmoid
+of each, the same renormalised."""
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One mixture-of-experts layer of a live model.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        name: Dotted name of ``block`` in the model.
+        block: The module that holds router and experts (and shared neurons, if the architecture puts them there).
+        router: The native router: ``weight`` is ``[N, H]``, its output ``(logits_TN, weights_Tk, indices_Tk)``.
+        num_experts: N.
+        top_k: k.
+        weighting: What the router makes of its logits.
+        factor: What the router multiplies the weights by.
+    """
+
+    layer: int
+    name: str
+    block: torch.nn.Module
+    router: torch.nn.Module
+    num_experts: int
+    top_k: int
+    weighting: RouterWeighting
+    factor: float
+
+    @property
+    def experts(self) -> torch.nn.Module:
+        """The routed experts: ``gate_up_proj`` is ``[N, 2W, H]``, ``down_proj`` ``[N, H, W]``."""
+        experts: torch.nn.Module = self.block.experts  # type: ignore[assignment]
+        return experts
+
+    @property
+    def router_NH(self) -> torch.nn.Parameter:
+        """The router's rows."""
+        return self.router.weight  # type: ignore[return-value]
+
+    @property
+    def correction_bias(self) -> torch.Tensor | None:
+        """What is added to the scores for the selection only (glm4_moe ``[N]``, ernie4_5_moe ``[1, N]``), if there is one."""
+        found: torch.Tensor | None = getattr(self.router, "e_score_correction_bias", None)
+        if found is None:
+            found = getattr(getattr(self.router, "moe_statics", None), "e_score_correction_bias", None)
+        return found
+
+
+def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
+    """All mixture-of-experts layers, by the router class that the model's own class declares; in order of depth.
+
+    Args:
+        model: A native model of transformers (wrapped by DDP, FSDP or peft, or not).
+
+    Raises:
+        CheckpointError: There is none, or a router that is not understood.
+    """
+    router_class = _router_class(model)
+    modules = dict(model.named_modules())
+    found = []
+    for name, module in modules.items():
+        if router_class is not None and isinstance(module, router_class):
+            parent, _, _ = name.rpartition(".")
+            index = _LAYER.search(name)
+            if index is None:
+                raise CheckpointError(f"the router {name!r} belongs to no decoder layer.")
+            found.append(_moe_layer(int(index[1]), parent, modules[parent], module))
+    if not found:
+        raise CheckpointError(
+            f"{_base(model).__class__.__name__} has no router: it is no mixture of experts.",
+            hint="Convert it first: llamamoe split SOURCE OUT.",
+        )
+    return sorted(found, key=lambda each: each.layer)
+
+
+def _base(model: torch.nn.Module) -> Any:
+    """The transformers model inside wrappers."""
+    for module in model.modules():
+        if hasattr(module, "_can_record_outputs") and hasattr(module, "config"):
+            return module
+    return model
+
+
+def _router_class(model: torch.nn.Module) -> type[torch.nn.Module] | None:
+    for module in model.modules():
+        recorded: Any = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        if recorded is not None:
+            found: type[torch.nn.Module] = getattr(recorded, "target_class", recorded)
+            return found
+    return None
+
+
+def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any) -> MoeLayer:
+    weighting = _WEIGHTINGS.get(type(router).__name__)
+    if weighting is None or not hasattr(block, "experts"):
+        raise CheckpointError(
+            f"{type(router).__name__}: how this router weighs its experts is not known here.",
+            hint="Known are the routers of mixtral, qwen2_moe, qwen3_moe, glm4_moe, granitemoeshared and ernie4_5_moe.",
+        )
+    factor = float(getattr(router, "routed_scaling_factor", 1.0))
+    return MoeLayer(index, name, block, router, int(router.num_experts), int(router.top_k), weighting(router), factor)
+
+
+def _by_flag(plain: RouterWeighting, renormalised: RouterWeighting) -> Callable[[Any], RouterWeighting]:
+    return lambda router: renormalised if router.norm_topk_prob else plain
+
+
+_WEIGHTINGS: dict[str, Callable[[Any], RouterWeighting]] = {
+    "MixtralTopKRouter": lambda _: "renormalised",
+    "GraniteMoeSharedTopKRouter": lambda _: "renormalised",
+    "Ernie4_5_MoeTopKRouter": lambda _: "renormalised",
+    "Qwen2MoeTopKRouter": _by_flag("softmax", "renormalised"),
+    "Qwen3MoeTopKRouter": _by_flag("softmax", "renormalised"),
+    "Glm4MoeTopkRouter": _by_flag("sigmoid", "sigmoid_renormalised"),
+}

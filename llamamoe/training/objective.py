@@ -1,0 +1,114 @@
+"""The loss of a micro-batch: language modelling, the parent, and the balance of the routers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .loss_head import LossHead, next_token_labels
+
+if TYPE_CHECKING:
+    import torch
+
+    from .distillation import Distillation
+    from .dynamics import Dynamics
+    from .losses.base import LossContext, RoutingLoss
+    from .metrics import Sums
+    from .routing import RouterTap, Routing
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What sums of a micro-batch are divided by, so that all micro-batches of a step add up to the global loss.
+
+    Attributes:
+        targets: Predicted tokens of a global batch.
+        tokens: Tokens of a global batch.
+        turns: Micro-batches of a step on one rank.
+        world: Ranks that see different data; gradients are averaged over them, so that losses are multiplied by it.
+    """
+
+    targets: int
+    tokens: int
+    turns: int
+    world: int = 1
+
+
+class Objective:
+    """Everything that a micro-batch adds to the loss.
+
+    Args:
+        head: Makes token losses of the model's hidden states.
+        tap: Listens to the routers.
+        losses: On what they did.
+        context: What those losses are told.
+        distillation: Terms from the parent; None for language modelling alone.
+        dynamics: Told of every micro-batch.
+        sums: Where every term is added up for the metrics.
+        scale: See `Scale`.
+        max_steps: Steps of the run, for schedules.
+    """
+
+    def __init__(
+        self,
+        head: LossHead,
+        tap: RouterTap,
+        losses: Sequence[RoutingLoss],
+        context: LossContext,
+        distillation: Distillation | None,
+        dynamics: Dynamics,
+        sums: Sums,
+        scale: Scale,
+        max_steps: int,
+    ) -> None:
+        self.head, self._tap, self._losses, self._context = head, tap, tuple(losses), context
+        self._distillation, self._dynamics, self._sums = distillation, dynamics, sums
+        self._scale, self._max_steps = scale, max_steps
+        self._needs_inputs = any(loss.needs_inputs for loss in losses)
+
+    def __call__(self, model: Any, inputs: Mapping[str, Any], step: int) -> torch.Tensor:
+        """A scalar whose sum over the micro-batches of a step, divided by ``world``, is the global loss.
+
+        Args:
+            model: The model, wrapped or not.
+            inputs: ``input_ids`` int64 ``[B, T]``, ``domains`` int64 ``[B]``, ``place`` (step, micro-batch).
+            step: Optimiser steps done.
+        """
+        ids_BT = inputs["input_ids"]
+        self._dynamics.begin_micro_batch(*inputs["place"])
+        batch = {"input_ids": ids_BT, "use_cache": False}
+        labels_BT = next_token_labels(ids_BT)
+        distillation, scale = self._distillation, self._scale
+        recording = distillation.recording(batch, step, self._max_steps) if distillation else nullcontext(None)
+        with recording as recorded, self._tap.armed(inputs=self._needs_inputs) as routings:
+            losses = self.head(model, batch, labels_BT, recorded.target if recorded else None)
+        terms = {"lm": losses.nll_sum / scale.targets}
+        weights = {"lm": 1.0}
+        if distillation is not None and recorded is not None:
+            weights |= distillation.weights(step, self._max_steps)
+            if losses.kl_sum is not None:
+                terms["kl"] = losses.kl_sum / scale.targets
+            terms |= {name: total / scale.tokens for name, total in recorded.sums().items()}
+        total = sum((weights[name] * value for name, value in terms.items()), start=terms["lm"] * 0.0)
+        for loss in self._losses:
+            value = self._routing_loss(loss, routings)
+            terms[loss.name] = value
+            total = total + loss.options.coefficient * value.to(total.device)
+        self._dynamics.observe(routings)
+        for name, value in terms.items():
+            self._sums.add(name, value)
+        self._sums.add_domains(inputs["domains"], losses.nll_BT.sum(1), labels_BT.shape[1] - 1)
+        return total * scale.world
+
+    def _routing_loss(self, loss: RoutingLoss, routings: Sequence[Routing]) -> torch.Tensor:
+        """Scaled so that the terms of all micro-batches and ranks add up."""
+        value = loss.loss(routings, self._context)
+        if loss.linear:
+            return value / self._scale.tokens
+        return value / (self._scale.turns * self._scale.world)
+
+    def terms(self, scalars: Mapping[str, float], steps: int) -> dict[str, Any]:
+        """The summed terms as means over ``steps`` steps, each without its weight: ``terms: {lm: ..., switch: ...}``."""
+        return {"terms": {name: value / steps for name, value in sorted(scalars.items())}}

@@ -1,0 +1,153 @@
+"""Which parameters a run trains, in which group of the optimiser, with which learning rate at which step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..costs import role_of
+from ..errors import UsageError
+from .recipe import GROUPS
+
+if TYPE_CHECKING:
+    import torch
+
+    from .recipe import LrScheduleRecipe, PretrainRecipe
+
+_EXPERT_GROUPS = ("experts", "shared")
+_NO_DECAY = ("router", "norms")
+
+
+_GROUPS = {"routed": "experts", "norm": "norms", "embedding": "embeddings", "stub": "shared"}
+"""Roles that are called otherwise here, where a reader thinks of several parameters."""
+
+
+def group_of(name: str) -> str:
+    """The group, one of `GROUPS`, of a parameter by its dotted name; what adapters put into it does not matter.
+
+    Raises:
+        UsageError: It is in none.
+    """
+    role = role_of(name)
+    group = _GROUPS.get(role, role)
+    if group not in GROUPS:
+        raise UsageError(f"the parameter {name!r} belongs to none of the groups {', '.join(GROUPS)}.")
+    return group
+
+
+def freeze(model: torch.nn.Module, groups: Iterable[str]) -> dict[str, int]:
+    """Take the gradient from every parameter of ``groups``; selection biases, which no gradient reaches, always.
+
+    Returns:
+        Number of trainable parameters by group.
+
+    Raises:
+        UsageError: Nothing is left to train; or the head is tied to embeddings of which only one is frozen.
+    """
+    frozen = set(groups)
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if tied and len(frozen & {"embeddings", "head"}) == 1:
+        raise UsageError(
+            "freeze: this model's head is its embedding, so freeze both or neither of embeddings and head."
+        )
+    trained: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        group = group_of(name)
+        if group in frozen or "e_score_correction_bias" in name:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            trained[group] = trained.get(group, 0) + parameter.numel()
+    if not trained:
+        raise UsageError(f"freeze = {', '.join(sorted(frozen))}: nothing is left to train.")
+    return trained
+
+
+def optimizer_groups(
+    model: torch.nn.Module, recipe: PretrainRecipe, extra: Iterable[torch.nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW, in a fixed order: each has ``lr``, ``weight_decay`` and a ``name``.
+
+    Args:
+        model: Its parameters that take a gradient are in one group each.
+        recipe: Learning rates and decay.
+        extra: Parameters of a gate, which count as the router's.
+    """
+    optimizer = recipe.optimizer
+    rates = {"router": optimizer.router_lr, **dict.fromkeys(_EXPERT_GROUPS, optimizer.experts_lr)}
+    members: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = group_of(name)
+            decays = parameter.ndim >= 2 and group not in _NO_DECAY
+            kind = "router" if group == "router" else "experts" if group in _EXPERT_GROUPS else "rest"
+            members.setdefault((kind, decays), []).append(parameter)
+    if extras := list(extra):
+        members.setdefault(("router", False), []).extend(extras)
+    return [
+        {
+            "params": parameters,
+            "lr": optimizer.lr if (rate := rates.get(kind)) is None else rate,
+            "weight_decay": optimizer.weight_decay if decays else 0.0,
+            "name": kind,
+        }
+        for (kind, decays), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    """The factor on the learning rate, as a function of the step.
+
+    Attributes:
+        shape: ``cosine``, ``linear``, ``wsd`` (warm-up, stable, decay: arXiv:2404.06395) or ``constant``.
+        warmup_steps: Steps of linear rise.
+        max_steps: Steps in all.
+        min_ratio: Last factor.
+        decay_share: For ``wsd``, the share of the steps in which it falls.
+        hold_steps: Steps at the start in which the factor is 0, after which the schedule begins.
+    """
+
+    shape: str
+    warmup_steps: int
+    max_steps: int
+    min_ratio: float
+    decay_share: float = 0.2
+    hold_steps: int = 0
+
+    @classmethod
+    def of(cls, recipe: LrScheduleRecipe, max_steps: int, hold_steps: int = 0) -> LrSchedule:
+        """From a recipe; a warm-up given as a share becomes steps."""
+        steps = max(1, max_steps - hold_steps)
+        warmup = recipe.warmup if isinstance(recipe.warmup, int) else math.ceil(recipe.warmup * steps)
+        return cls(recipe.shape, warmup, max_steps, recipe.min_ratio, recipe.decay_share, hold_steps)
+
+    def __call__(self, step: int) -> float:
+        """The factor at the step that is about to be made, counted from 0."""
+        step, total = step - self.hold_steps, max(1, self.max_steps - self.hold_steps)
+        if step < 0:
+            return 0.0
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.shape == "constant":
+            return 1.0
+        start = (
+            self.warmup_steps if self.shape != "wsd" else max(self.warmup_steps, int(total * (1 - self.decay_share)))
+        )
+        done = min(1.0, max(0.0, (step - start) / max(1, total - start)))
+        fall = 0.5 * (1 + math.cos(math.pi * done)) if self.shape == "cosine" else 1 - done
+        return self.min_ratio + (1 - self.min_ratio) * fall
+
+
+def lr_factors(groups: Iterable[dict[str, Any]], recipe: PretrainRecipe) -> list[Callable[[int], float]]:
+    """A factor for every group: all but the routers wait until the router's warm-up is over.
+
+    Waiting is a learning rate of 0, not a missing gradient, so that data-parallel wrappers see the same graph all along.
+    """
+
+    def factor(hold_steps: int) -> Callable[[int], float]:
+        schedule = LrSchedule.of(recipe.lr_schedule, recipe.max_steps, hold_steps)
+        return lambda step: schedule(step)  # a plain function: the scheduler's state leaves those out
+
+    return [factor(0 if group["name"] == "router" else recipe.router.warmup_steps) for group in groups]

@@ -1,0 +1,218 @@
+"""The dense parent while a converted model trains: frozen, run without gradients, no weight held twice.
+
+Shapes: B sequences, T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RefusedError
+from .loss_head import LossHead
+from .model_parts import decoder_layers, ffn_modules, first_tensor, residual_multiplier
+
+if TYPE_CHECKING:
+    import torch
+
+_RUN_WITH = ("input_ids", "attention_mask", "position_ids")
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "base_layer", "original_module"})
+"""Parts of a parameter's name that wrappers put in."""
+
+
+@dataclass(frozen=True)
+class ParentStates:
+    """What the parent has in the middle on a batch; no gradient, in the parent's dtype.
+
+    Attributes:
+        last_BTH: What the head is applied to.
+        after: Layer to the residual stream after it, where asked for.
+        ffn_inputs: Layer to the input of its FFN, where asked for.
+    """
+
+    last_BTH: torch.Tensor
+    after: Mapping[int, torch.Tensor]
+    ffn_inputs: Mapping[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SharingReport:
+    """Which of the parent's tensors are the student's.
+
+    Attributes:
+        bytes_shared: Memory that is held once where it would be held twice.
+        names: The parent's names.
+    """
+
+    bytes_shared: int
+    names: tuple[str, ...]
+
+
+class Parent:
+    """A dense model that is only asked. It is not trained and never in training mode.
+
+    Args:
+        model: A causal language model of transformers; its parameters are frozen here.
+        name: For messages.
+    """
+
+    def __init__(self, model: Any, name: str = "the parent") -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self._layers = decoder_layers(model)
+        self._ffns = [ffn_modules(layer)[0] for layer in self._layers]
+        self._multipliers = [residual_multiplier(layer) for layer in self._layers]
+        self._head = LossHead(model)
+        self.hidden_size = int(model.config.get_text_config().hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self._ffns)
+
+    def hidden(
+        self, batch: Mapping[str, Any], *, after: Sequence[int] = (), ffn_inputs: Sequence[int] = ()
+    ) -> ParentStates:
+        """Run the parent up to its head.
+
+        Args:
+            batch: ``input_ids`` int64 ``[B, T]``, maybe ``attention_mask`` and ``position_ids``; the rest is left out.
+            after: Layers whose outputs to keep.
+            ffn_inputs: Layers whose FFN's inputs to keep.
+        """
+        kept_after: dict[int, torch.Tensor] = {}
+        kept_inputs: dict[int, torch.Tensor] = {}
+
+        def keep_output(index: int) -> Any:
+            return lambda _, __, output: kept_after.__setitem__(index, first_tensor(output))
+
+        def keep_input(index: int) -> Any:
+            return lambda _, args: kept_inputs.__setitem__(index, args[0])
+
+        handles = [self._layers[i].register_forward_hook(keep_output(i)) for i in after]
+        handles += [self._ffns[i].register_forward_pre_hook(keep_input(i)) for i in ffn_inputs]
+        device = self.model.device
+        given = {k: batch[k].to(device) for k in _RUN_WITH if batch.get(k) is not None}
+        try:
+            with self._asked():
+                last_BTH = self.model.base_model(**given, use_cache=False).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        return ParentStates(last_BTH, kept_after, kept_inputs)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., H]``, in the parent's dtype."""
+        with self._asked():
+            return self._head.logits(hidden)
+
+    def ffn(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
+        """What the layer's FFN adds to the residual stream for these inputs; in the parent's dtype, on its device.
+
+        If the inputs have a gradient it goes through; the FFN is then run once more in the backward pass, which keeps
+        its activations from piling up over the layers.
+        """
+        import torch
+        from torch.utils.checkpoint import checkpoint
+
+        ffn, multiplier = self._ffns[layer], self._multipliers[layer]
+        weight = next(ffn.parameters())
+        x_TH = x_TH.to(weight.device, weight.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            out_TH: torch.Tensor = checkpoint(ffn, x_TH, use_reentrant=False) if x_TH.requires_grad else ffn(x_TH)
+        return out_TH * multiplier
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """No gradients; and no autocast of the student's, so that the dtype is the parent's own."""
+        import torch
+
+        device = next(self._ffns[0].parameters()).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+
+    def keep_ffns_only(self) -> None:
+        """Let go of all but the FFNs, where nothing else is asked for; `hidden` and `logits` work no more."""
+        del self.model, self._head, self._layers
+
+
+def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device: str = "cpu") -> Parent:
+    """Load the dense model that a converted one was made of.
+
+    Only safetensors are read and no code of the checkpoint is run. Everything is checked by headers and configurations
+    before the weights are loaded.
+
+    Args:
+        folder: The dense checkpoint.
+        student: The converted checkpoint, with its tokenizer.
+        dtype: Of the weights: ``bfloat16``, ``float32`` or ``float16``.
+        device: Where it goes.
+
+    Raises:
+        CheckpointError: It is no dense model of a known family, or its files are broken.
+        RefusedError: Its vocabulary or tokenizer is not the student's.
+    """
+    from ..checkpoint.reader import SafetensorsCheckpoint, read_json
+    from ..dense import understand
+    from ..scoring import load_weights, open_model
+
+    spec = understand(SafetensorsCheckpoint(Path(folder))).spec
+    size = read_json(Path(student) / "config.json").get("vocab_size")
+    if size != spec.vocab_size:
+        raise RefusedError(
+            f"the parent '{folder}' has {spec.vocab_size} tokens in its vocabulary, the model '{student}' has {size}.",
+            hint="Give the dense model that this one was made of.",
+        )
+    _check_tokenizers(Path(folder), Path(student))
+    return Parent(load_weights(open_model(folder), dtype, device), str(folder))
+
+
+def _check_tokenizers(parent: Path, student: Path) -> None:
+    from ..data.vocabulary import open_vocabulary
+
+    ours, theirs = (open_vocabulary(each).entry.sha256 for each in (student, parent))
+    if ours != theirs:
+        raise RefusedError(
+            f"the parent '{parent}' has another tokenizer ({theirs[:12]}) than the model '{student}' ({ours[:12]}): "
+            "the same ids would mean different text.",
+            hint="Give the dense model that this one was made of, with the tokenizer that belongs to it.",
+        )
+
+
+def share_frozen(parent: Parent, student: torch.nn.Module) -> SharingReport:
+    """Let the parent use the student's own tensors where both are the same and will stay so.
+
+    A tensor is shared if the student has one of the same name (wrappers left out), shape, dtype and device, equal to
+    the last bit, that will not be trained: ``requires_grad`` is False. Call it when everything that will ever be
+    trained says so, and merge adapters into shared weights only after the parent is done: both change in place.
+    Weights that FSDP2 has cut are not shared. O(bytes of the parent), once.
+    """
+    theirs = {_plain_name(name): p for name, p in student.named_parameters(remove_duplicate=False)}
+    shared, names = 0, []
+    for name, mine in parent.model.named_parameters():
+        other = theirs.get(name)
+        if other is not None and not other.requires_grad and _same(mine.data, other.data):
+            shared += mine.nbytes
+            names.append(name)
+            mine.data = other.data  # the parameter stays, so that tied ones stay tied
+    return SharingReport(shared, tuple(names))
+
+
+def _plain_name(name: str) -> str:
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return plain.removeprefix("base_model.model.")  # of peft
+
+
+def _same(mine: torch.Tensor, other: torch.Tensor) -> bool:
+    """Two ordinary tensors in different memory whose bits are equal."""
+    import torch
+
+    if type(mine) is not torch.Tensor or type(other) is not torch.Tensor or mine.is_meta:
+        return False
+    alike = (mine.shape, mine.dtype, mine.device) == (other.shape, other.dtype, other.device)
+    if not alike or mine.data_ptr() == other.data_ptr():
+        return False
+    return torch.equal(mine.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -1,0 +1,259 @@
+"""Recipes of ``llamamoe pretrain``: model, data, objective, optimiser, and where it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from ..errors import UsageError
+from ..mixtures import MIXTURES
+from ..recipe import Choice, apply_override, choose, explain, parse_override, read_recipe_file
+from .balancing import BalancingOptions
+from .distillation_options import DistillOptions
+from .gates import GATES
+from .losses import LOSSES
+from .trainer_keys import check_trainer_keys
+
+GROUPS = ("router", "experts", "shared", "dense_ffn", "attention", "norms", "embeddings", "head")
+"""Groups of parameters that can be frozen; `llamamoe.training.parameters` says what is in each."""
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    """A part of the recipe: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(_Part):
+    """What is trained on, and measured on."""
+
+    train: str = Field(min_length=1, description="Folder that `llamamoe tokenize` wrote.")
+    validation: str | None = Field(
+        None,
+        min_length=1,
+        description="Another such folder, of held-out text; null: what train holds out, if anything.",
+    )
+    verify: bool = Field(True, description="Compare the tokens with their hashes before a run begins.")
+    block_length: int = Field(2048, ge=2, le=2**20, description="Tokens of one sequence.")
+    mixture: str | dict[str, Rate] = Field(
+        "proportional", description="Share of each domain: llama, sheared_llama, uniform, proportional, or a mapping."
+    )
+    update: Annotated[Choice, choose(MIXTURES)] = Field(
+        Choice(name="static"), validate_default=True, description="How the mixture changes after every validation."
+    )
+    reference_losses: Literal["parent"] | dict[str, Rate] | None = Field(
+        None, description="Loss of each domain that dynamic mixtures aim at: measured on the parent, or given."
+    )
+    validation_blocks: int | None = Field(16, ge=1, description="Blocks of each domain to measure on; null takes all.")
+
+
+class OptimizerRecipe(_Part):
+    """AdamW, with a learning rate of its own for routers and experts."""
+
+    lr: float = Field(2e-4, gt=0, lt=10, description="Largest learning rate.")
+    router_lr: float | None = Field(None, ge=0, lt=10, description="That of the routers; null: lr.")
+    experts_lr: float | None = Field(None, ge=0, lt=10, description="That of routed and shared experts; null: lr.")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="Adam's decay rates.")
+    eps: float = Field(1e-8, gt=0, lt=1, description="Adam's epsilon.")
+    weight_decay: float = Field(0.1, ge=0, lt=10, description="On matrices; norms, biases and routers have none.")
+    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Gradients are clipped to it; 0: never.")
+
+
+class LrScheduleRecipe(_Part):
+    """How the learning rate goes over the steps."""
+
+    shape: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="wsd: constant, then a linear fall over the last decay_share."
+    )
+    warmup: Annotated[int, Field(ge=0)] | Share = Field(0.03, description="Steps of linear rise, or their share.")
+    min_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate over the largest.")
+    decay_share: float = Field(0.2, gt=0, le=1, description="Share of the steps in which wsd falls.")
+
+
+class RouterRecipe(_Part):
+    """How routers begin."""
+
+    start_std: float | None = Field(
+        0.5, gt=0, le=10, description="A hard router's rows are scaled until its logits spread by this; null: left."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps at the start in which only routers are trained.")
+
+
+class LoraRecipe(_Part):
+    """Low-rank adapters by peft; merged into the weights in what is written at the end."""
+
+    rank: int = Field(8, ge=1, le=4096, description="r.")
+    alpha: float = Field(32.0, gt=0, description="The adapters' output is multiplied by alpha / rank.")
+    dropout: Share = Field(0.0, description="On the adapters' inputs; experts have none.")
+    attention: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), description="Modules of attention that get adapters."
+    )
+    experts: bool = Field(True, description="Adapters for the routed experts too.")
+    train_router: bool = Field(True, description="Routers are trained in full.")
+
+
+class PrecisionRecipe(_Part):
+    """What is stored and computed in."""
+
+    parameters: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of weights and optimiser states.")
+    compute: Literal["float32", "bfloat16"] = Field("bfloat16", description="Dtype of large products (autocast).")
+    parent: Literal["float32", "bfloat16"] = Field("bfloat16", description="Dtype of the parent's weights.")
+    save: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Dtype of the model written at the end; null: the source's."
+    )
+
+
+class DistributedRecipe(_Part):
+    """Sharding by transformers' own DistributedConfig; without it several processes run data-parallel (DDP)."""
+
+    fsdp_size: int = Field(1, ge=1, description="Ranks that parameters are sharded over (FSDP2).")
+    ep_size: int = Field(1, ge=1, description="Ranks that experts are spread over.")
+    tp_size: int = Field(1, ge=1, description="Ranks of tensor parallelism.")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether transformers cuts the model at loading."""
+        return max(self.fsdp_size, self.ep_size, self.tp_size) > 1
+
+
+class PretrainRecipe(_Part):
+    """Everything that decides a run of ``llamamoe pretrain``."""
+
+    model: str = Field(min_length=1, description="The converted checkpoint: a folder or hub id.")
+    parent: str | None = Field(None, min_length=1, description="The dense model that it was made from.")
+    data: DataRecipe = Field(description="What is trained on.")
+    steps: int | None = Field(None, ge=1, le=10**9, description="Optimiser steps; or give tokens.")
+    tokens: float | None = Field(None, gt=0, le=1e16, description="Tokens to train on; or give steps.")
+    batch_size: int = Field(512, ge=1, description="Sequences of a step, over all ranks and micro-batches.")
+    micro_batch_size: int = Field(1, ge=1, description="Sequences that one rank runs at a time.")
+    optimizer: OptimizerRecipe = Field(default_factory=OptimizerRecipe, description="The optimiser.")
+    lr_schedule: LrScheduleRecipe = Field(default_factory=LrScheduleRecipe, description="The learning rate.")
+    router: RouterRecipe = Field(default_factory=RouterRecipe, description="How routers begin.")
+    gate: Annotated[Choice, choose(GATES)] = Field(
+        Choice(name="top_k"), validate_default=True, description="How tokens are routed while training."
+    )
+    losses: tuple[Annotated[Choice, choose(LOSSES)], ...] = Field((), description="Losses on the routing.")
+    balancing: BalancingOptions | None = Field(None, description="Balancing without a loss.")
+    distill: DistillOptions | None = Field(None, description="Terms from the parent; null: language modelling only.")
+    freeze: tuple[Literal[GROUPS], ...] = Field((), description="Groups of parameters that stay as they are.")  # type: ignore[valid-type]
+    lora: LoraRecipe | None = Field(None, description="Train adapters in the place of weights.")
+    precision: PrecisionRecipe = Field(default_factory=PrecisionRecipe, description="Dtypes.")
+    gradient_checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
+    logits_at_once: int = Field(2**26, ge=1, description="Most float32 logits in memory at a time.")
+    experts_implementation: str | None = Field(
+        None, description="grouped_mm, batched_mm, eager, or one of llamamoe's; null: transformers' default."
+    )
+    distributed: DistributedRecipe = Field(default_factory=DistributedRecipe, description="Sharding.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda|mps|xpu|npu)$", description="auto: a GPU if there is one.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Of everything random.")
+    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    evaluate_every: int | None = Field(None, ge=1, description="Steps between validations; null: only at the ends.")
+    save_every: int | None = Field(None, ge=1, description="Steps between checkpoints; null: only at the end.")
+    keep: int | None = Field(2, ge=1, description="Newest checkpoints that are kept (the best one too); null: all.")
+    stop_on_collapse: bool = Field(False, description="Stop, not only warn, when a router uses few of its experts.")
+    trainer: Annotated[dict[str, Any], BeforeValidator(check_trainer_keys)] = Field(
+        default_factory=dict, description="Keys of transformers' TrainingArguments, such as report_to or deepspeed."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PretrainRecipe:
+        wrong = list(self._contradictions())
+        if wrong:
+            raise PydanticCustomError("choice", "; ".join(wrong))
+        return self
+
+    def _contradictions(self) -> Any:
+        if (self.steps is None) == (self.tokens is None):
+            yield "give either steps or tokens"
+        if self.batch_size % self.micro_batch_size:
+            yield f"batch_size = {self.batch_size} is no multiple of micro_batch_size = {self.micro_batch_size}"
+        if self.distill is not None and self.distill.needs_parent and self.parent is None:
+            yield "distill needs parent: the dense model that the experts were made from"
+        if self.data.update.name != "static" and self.data.reference_losses is None:
+            yield f"data.update = {self.data.update.name} needs data.reference_losses ('parent', or a loss for each domain)"
+        if self.data.reference_losses == "parent" and self.parent is None:
+            yield "data.reference_losses = parent needs parent: the dense model that is measured"
+        if self.data.update.name != "static" and self.evaluate_every is None:
+            yield f"data.update = {self.data.update.name} needs evaluate_every: it follows those losses"
+        if self.lora is not None and self.distributed.sharded:
+            yield "lora cannot be combined with distributed: peft's adapters are not sharded; run data-parallel (DDP)"
+        if self.balancing is not None and not GATES.get(self.gate.name).allows_bias:
+            yield f"gate = {self.gate.name} selects by noisy logits alone: balancing, which moves biases, has no effect on it"
+        if len(set(self.freeze)) == len(GROUPS):
+            yield "freeze names every group: nothing is left to train"
+        if self.losses and "router" in self.freeze:
+            yield "losses on the routing have no effect while freeze names router"
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step."""
+        return self.batch_size * self.data.block_length
+
+    @property
+    def max_steps(self) -> int:
+        """Optimiser steps of the run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return max(1, math.ceil(self.tokens / self.tokens_per_step))
+
+    def sha256(self) -> str:
+        """Hash of what decides the weights: keys that only say how often to log, measure and keep are left out."""
+        left_out = {"log_every", "evaluate_every", "save_every", "keep"}
+        data = {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The complete recipe as YAML that `load_pretrain_recipe` reads back."""
+        return yaml.safe_dump(_flat(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _flat(value: Any) -> Any:
+    """Plug-ins as users write them: options beside the name."""
+    if isinstance(value, dict):
+        if set(value) == {"name", "options"}:
+            return {"name": value["name"], **value["options"]}
+        return {key: _flat(each) for key, each in value.items()}
+    return [_flat(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def load_pretrain_recipe(
+    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> PretrainRecipe:
+    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
+
+    Args:
+        path: A YAML file, or None.
+        given: Values of single keys; those that are None are left out.
+        overrides: ``a.b=c`` texts.
+
+    Raises:
+        UsageError: The file or a value is not valid; every error is named.
+    """
+    data = read_recipe_file(path) if path is not None else {}
+    data |= {key: value for key, value in (given or {}).items() if value is not None}
+    for text in overrides:
+        keys, value = parse_override(text)
+        inner = data
+        for part in keys[:-1]:  # parts that the file leaves out, such as optimizer, begin empty
+            if inner.get(part) is None:
+                inner[part] = {}
+            if not isinstance(inner[part], dict):
+                break
+            inner = inner[part]
+        apply_override(data, keys, value)
+    try:
+        return PretrainRecipe.model_validate(data)
+    except ValidationError as error:
+        lines = explain(error, PretrainRecipe)
+        raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None

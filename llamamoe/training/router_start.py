@@ -1,0 +1,174 @@
+"""The start of router training: a hard router gets weights that differ, without changing what it selects.
+
+`llamamoe split` stores routers whose logits are about 1e-4: all selected experts count the same. Such a router has
+a gradient, but none of its weights tells one token from another, and Adam would blow its rows up in its first steps. So
+its rows are multiplied by one number per layer (`soften`), after the weights' sum was made independent of the logits'
+size (`renormalise`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RefusedError
+from .moe_layers import MoeLayer
+from .routing import RouterTap, at_least_float32
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Softened:
+    """What `soften` did to one layer.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        factor: What the router's rows were multiplied by.
+        std_before: Standard deviation of the logits over experts, mean over tokens.
+        std_after: The same afterwards.
+    """
+
+    layer: int
+    factor: float
+    std_before: float
+    std_after: float
+
+
+def logit_std(logits_TN: torch.Tensor) -> float:
+    """Standard deviation (population) of the logits over experts, mean over tokens."""
+    return float(at_least_float32(logits_TN).std(-1, correction=0).double().mean())
+
+
+def measure_logit_std(
+    model: torch.nn.Module, layers: Sequence[MoeLayer], batches: Iterable[Mapping[str, Any]]
+) -> list[float]:
+    """`logit_std` of every layer over a few batches, the model in eval mode and without gradients.
+
+    Args:
+        model: The model that the layers belong to.
+        layers: Its layers, as `find_moe_layers` returns them.
+        batches: Keyword arguments of the model's forward, such as ``{"input_ids": ...}``.
+
+    Returns:
+        One number per layer, in their order; each batch counts by its tokens.
+    """
+    import torch
+
+    sums = dict.fromkeys((moe.layer for moe in layers), 0.0)
+    tokens = 0
+    training = model.training
+    tap = RouterTap(layers)
+    model.eval()
+    try:
+        for batch in batches:
+            with torch.no_grad(), tap.armed() as routings:
+                model(**batch)
+            for routing in routings:
+                sums[routing.moe.layer] += logit_std(routing.logits_TN) * routing.num_tokens
+            tokens += routings[0].num_tokens
+    finally:
+        tap.close()
+        model.train(training)
+    return [sums[moe.layer] / tokens for moe in layers]
+
+
+def soften(layers: Sequence[MoeLayer], stds: Sequence[float], target_std: float) -> list[Softened]:
+    """Multiply every layer's router by one positive number, so that its logits' standard deviation is ``target_std``.
+
+    The ranking of the logits stays as it is. For rows narrower than float32 the factor is the nearest power of two,
+    which rounds nothing: ``target_std`` is met within a factor of sqrt(2), see `Softened.std_after`. Where the *native*
+    router of a hard layer ties (its float32 probabilities cannot tell logits apart that differ by less than about 1e-7)
+    the softened one decides by the logits.
+
+    Args:
+        layers: The layers; their weights must be renormalised, see `renormalise`.
+        stds: Of each layer, by `measure_logit_std` or `logit_std`.
+        target_std: > 0. At 1 the likeliest of 8 experts weighs about 2.9 times the mean (normal logits).
+
+    Raises:
+        RefusedError: A layer's weights are not renormalised, its logits are all equal, or it selects by more than its
+            logits (a correction bias that is not zero, groups of experts), so that scaling would change its choices.
+    """
+    import torch
+
+    for moe, std in zip(layers, stds, strict=True):
+        _check(moe, std, target_std)
+    found = []
+    for moe, std in zip(layers, stds, strict=True):
+        factor = target_std / std
+        if moe.router_NH.dtype.itemsize < torch.float32.itemsize:
+            factor = 2.0 ** round(math.log2(factor))
+        with torch.no_grad():
+            moe.router_NH.mul_(factor)
+        found.append(Softened(moe.layer, factor, std, std * factor))
+    return found
+
+
+def _check(moe: MoeLayer, std: float, target_std: float) -> None:
+    if not (target_std > 0 and math.isfinite(target_std)):
+        raise ValueError(f"target_std is {target_std}, but must be a positive number")
+    where = f"layer {moe.layer}: the router cannot be softened"
+    out = "Leave the router as it is (no start temperature), or convert the model with another router."
+    if not moe.weighting.endswith("renormalised"):
+        raise RefusedError(
+            f"{where}, because its weights are not renormalised: the routed sum would change its size.",
+            hint="Renormalise it first: llamamoe.training.router_start.renormalise(model, layers).",
+        )
+    if not (std > 0 and math.isfinite(std)):
+        raise RefusedError(f"{where}, because the spread of its logits is {std}: no factor changes that.", hint=out)
+    bias = moe.correction_bias
+    if bias is not None and bool(bias.any()):
+        raise RefusedError(
+            f"{where}, because it selects by scores plus a correction bias that is not zero: its choices would change.",
+            hint="The model was trained with it already: go on without a start temperature.",
+        )
+    if int(getattr(moe.router, "num_group", 1)) > 1:
+        raise RefusedError(f"{where}, because it selects groups of experts first: its choices would change.", hint=out)
+
+
+def renormalise(model: torch.nn.Module, layers: Sequence[MoeLayer]) -> list[MoeLayer]:
+    """Make the weights of the selected experts sum to a constant, whatever the size of the logits.
+
+    Routers that renormalise stay as they are. Others are switched (``norm_topk_prob = True`` on the configuration and
+    on every router), and the mean weight that they have at equal logits is kept: softmax gave each selected expert 1/N
+    and now gives 1/k, so the experts' down projections are multiplied by k/N; sigmoid gave 1/2, so
+    ``routed_scaling_factor`` is multiplied by k/2. A hard model computes the same as before; k/N is rounded into
+    bfloat16 weights unless it is a power of two.
+
+    Args:
+        model: The model that the layers belong to; changed in place.
+        layers: All of its layers.
+
+    Returns:
+        The layers as they are now, in the same order. Layers found before are out of date.
+    """
+    import torch
+
+    changed = [moe for moe in layers if not moe.weighting.endswith("renormalised")]
+    factors = {moe.layer: _renormalised_factor(moe) for moe in changed}
+    for moe in changed:
+        moe.router.norm_topk_prob = True  # type: ignore[assignment]
+        if moe.weighting == "softmax":
+            with torch.no_grad():
+                moe.experts.down_proj.mul_(moe.top_k / moe.num_experts)  # type: ignore[operator]
+        else:
+            moe.router.routed_scaling_factor = factors[moe.layer]  # type: ignore[assignment]
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        if changed and hasattr(config, "norm_topk_prob"):
+            config.norm_topk_prob = True
+        if any(moe.weighting == "sigmoid" for moe in changed) and hasattr(config, "routed_scaling_factor"):
+            config.routed_scaling_factor = factors[changed[0].layer]
+    return [_renormalised(moe, factors[moe.layer]) if moe.layer in factors else moe for moe in layers]
+
+
+def _renormalised_factor(moe: MoeLayer) -> float:
+    return moe.factor * 0.5 * moe.top_k if moe.weighting == "sigmoid" else moe.factor
+
+
+def _renormalised(moe: MoeLayer, factor: float) -> MoeLayer:
+    weighting: Any = "renormalised" if moe.weighting == "softmax" else "sigmoid_renormalised"
+    return replace(moe, weighting=weighting, factor=factor)

@@ -1,0 +1,126 @@
+"""What the routers did with the tokens of a micro-batch, recorded while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .moe_layers import MoeLayer
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one router did with T tokens.
+
+    Attributes:
+        moe: The layer.
+        logits_TN: The raw logits, before any noise, with their gradient.
+        weights_Tk: What each selected expert's output is multiplied by; 0 for an assignment that was dropped.
+        indices_Tk: int64, the selected experts.
+        selection_TN: The logits that experts were selected by, if a gate added noise to them; else None.
+        noise_std_TN: Standard deviation of that noise, if it is known; else None.
+        dropped_Tk: bool, assignments that found no room in their expert; None if the gate drops none.
+        inputs_TH: What the router saw; only where a loss asks for it.
+        wanted_Tk: int64, what the router chose before a full expert sent assignments elsewhere; None: ``indices_Tk``.
+    """
+
+    moe: MoeLayer
+    logits_TN: torch.Tensor
+    weights_Tk: torch.Tensor
+    indices_Tk: torch.Tensor
+    selection_TN: torch.Tensor | None = None
+    noise_std_TN: torch.Tensor | None = None
+    dropped_Tk: torch.Tensor | None = None
+    inputs_TH: torch.Tensor | None = None
+    wanted_Tk: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.logits_TN)
+
+    @property
+    def probabilities_TN(self) -> torch.Tensor:
+        """float32 (float64 of float64), rows of sum 1: softmax of the logits; a sigmoid router's scores over their sum."""
+        logits = at_least_float32(self.logits_TN)
+        if self.moe.weighting.startswith("sigmoid"):
+            scores = logits.sigmoid()
+            return scores / scores.sum(-1, keepdim=True)
+        return logits.softmax(-1)
+
+    def counts_N(self) -> torch.Tensor:
+        """float32: how many assignments each expert got, dropped ones left out. No gradient."""
+        kept = None if self.dropped_Tk is None else ~self.dropped_Tk
+        return self._count_N(self.indices_Tk, kept)
+
+    def wanted_counts_N(self) -> torch.Tensor:
+        """float32: how many assignments the router meant for each expert, whether or not it had room. No gradient."""
+        return self._count_N(self.indices_Tk if self.wanted_Tk is None else self.wanted_Tk, None)
+
+    def _count_N(self, indices_Tk: torch.Tensor, kept_Tk: torch.Tensor | None) -> torch.Tensor:
+        import torch
+
+        flat = indices_Tk.reshape(-1)
+        ones = torch.ones_like(flat, dtype=torch.float32) if kept_Tk is None else kept_Tk.reshape(-1).float()
+        return torch.zeros(self.moe.num_experts, device=flat.device).scatter_add_(0, flat, ones)
+
+
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """Narrower numbers as float32, float64 as it is: losses must not be computed in bfloat16."""
+    import torch
+
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class RouterTap:
+    """Records every router's decisions while it is armed.
+
+    Hooks stand on the native routers all the time and record only inside ``with tap.armed():``; the second forward pass
+    that gradient checkpointing makes in the backward pass comes after it, and is not recorded.
+
+    Args:
+        layers: The layers to listen to.
+    """
+
+    def __init__(self, layers: Sequence[MoeLayer]) -> None:
+        self._armed = False
+        self._inputs = False
+        self._found: dict[int, Routing] = {}
+        self._handles = [moe.router.register_forward_hook(self._hook(moe)) for moe in layers]
+
+    def _hook(self, moe: MoeLayer) -> Any:
+        def record(router: torch.nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+            if self._armed:
+                logits, weights, indices = output[:3]
+                extra = router.__dict__.pop("gate_extra", None) or {}
+                seen = args[0].reshape(-1, args[0].shape[-1]) if self._inputs else None
+                found = Routing(moe, logits, weights, indices, inputs_TH=seen)
+                self._found[moe.layer] = replace(found, **extra)
+
+        return record
+
+    @contextmanager
+    def armed(self, *, inputs: bool = False) -> Iterator[list[Routing]]:
+        """Record one forward pass; the list that is yielded is filled at the end, in order of depth.
+
+        Args:
+            inputs: Keep what each router saw, too.
+        """
+        self._armed, self._inputs = True, inputs
+        self._found = {}
+        found: list[Routing] = []
+        try:
+            yield found
+            found.extend(self._found[layer] for layer in sorted(self._found))
+        finally:
+            self._armed, self._found = False, {}
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()

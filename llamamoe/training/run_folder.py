@@ -1,0 +1,99 @@
+"""The folder of a training run: who may write to it, which checkpoints in it are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.writer import write_text
+from ..errors import LlamaMoeError, UsageError
+
+MARKER = "llamamoe_complete.json"
+"""Written last into a checkpoint: names and sizes of its files."""
+RECIPE, METRICS, FINAL = "recipe.yaml", "metrics.jsonl", "model"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else may run in ``folder`` meanwhile; the lock falls with the process, however it ends.
+
+    Raises:
+        UsageError: Another run holds it.
+        LlamaMoeError: The folder cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"another run is working in {folder}.", hint="Wait for it or stop it, or give another --out."
+        ) from None
+    except OSError as error:
+        raise LlamaMoeError(f"{folder} cannot be used: {error.strerror or error}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 if it is none."""
+    found = _NAME.fullmatch(checkpoint.name)
+    return int(found[1]) if found else -1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that are whole, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and _is_whole(path)]
+    return sorted(found, key=step_of)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def complete(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Sync all files of a checkpoint to the disk, then write the marker that makes it count."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+    write_text(checkpoint / MARKER, json.dumps({"files": sizes, **facts}, indent=1) + "\n")
+
+
+def marker(checkpoint: Path) -> dict[str, Any]:
+    """What `complete` wrote."""
+    data: dict[str, Any] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    return data
+
+
+def discard_partial(folder: Path) -> list[str]:
+    """Delete checkpoints that a kill left unfinished; returns their names."""
+    whole = set(checkpoints(folder))
+    broken = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and path not in whole]
+    for path in broken:
+        shutil.rmtree(path, ignore_errors=True)
+    return sorted(path.name for path in broken)
+
+
+def rotate(folder: Path, keep: int | None, spare: str | None) -> None:
+    """Delete all but the ``keep`` newest whole checkpoints, and the one called ``spare``."""
+    if keep is not None:
+        for path in checkpoints(folder)[:-keep]:
+            if path.name != spare:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,367 @@
+"""The Trainer: transformers' own, with our batches, objective, optimiser groups, metrics and checkpoints.
+
+Importing this module imports transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import LlamaMoeError
+from ..progress import Progress, ProgressCallback, ignore_progress
+from ..streaming import quiet_transformers
+from .lora import load_rest, save_rest
+from .metrics import MetricsFile, Sums, finite
+from .parameters import lr_factors, optimizer_groups
+from .run_folder import checkpoints, complete, rotate
+from .sharded_state import load_optimizer, reshard, save_optimizer
+
+if TYPE_CHECKING:
+    from .batches import TokenBatches
+    from .dynamics import Dynamics
+    from .objective import Objective
+    from .recipe import PretrainRecipe
+    from .validation import Validation
+
+
+class DivergedError(LlamaMoeError):
+    """The loss or a gradient is no longer finite; the weights are still those of the step before."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of, beside the model.
+
+    Attributes:
+        recipe: What was asked for.
+        folder: The run's folder.
+        batches: This rank's micro-batches.
+        objective: The loss of a micro-batch.
+        sums: What is summed up for the next line of metrics.
+        metrics: The file of lines.
+        dynamics: What changes beside the weights: gate, selection biases, mixture.
+        validation: Held-out blocks; None if there are none.
+        finish_checkpoint: Adds to a saved checkpoint what makes it a folder of its own (tokenizer, both spellings of the
+            configuration, ...).
+        flops_per_token: Operations of forward and backward pass by active parameters.
+        peak_flops: What all devices together can do; None if it is not known.
+        progress: Told after every step.
+    """
+
+    recipe: PretrainRecipe
+    folder: Path
+    batches: TokenBatches
+    objective: Objective
+    sums: Sums
+    metrics: MetricsFile
+    dynamics: Dynamics
+    validation: Validation | None
+    finish_checkpoint: Any
+    flops_per_token: float
+    peak_flops: float | None
+    progress: ProgressCallback = ignore_progress
+    warnings: list[str] = field(default_factory=list)
+
+
+class MoeTrainer(Trainer):
+    """Transformers' Trainer for a native mixture of experts.
+
+    The global loss is normalised by the tokens of the global batch, so that no term depends on how a batch is cut into
+    micro-batches and ranks, but for the balance losses, which look at one micro-batch (or at all ranks) at a time.
+
+    Args:
+        model: The native model.
+        args: See `training_arguments`.
+        parts: The rest of the run.
+        resumed: Whether the run goes on from a checkpoint: then it was measured at its start already.
+    """
+
+    def __init__(self, model: Any, args: TrainingArguments, parts: Parts, *, resumed: bool = False) -> None:
+        self.parts = parts
+        held_out: Any = range(1) if parts.validation is not None else None
+        args.eval_on_start = args.eval_on_start and not resumed
+        super().__init__(model=model, args=args, eval_dataset=held_out, callbacks=[_Flow(self)])
+        self.loss_is_scaled_for_ga = True  # by the objective, over the whole global batch
+        self._logged = (time.monotonic(), 0)
+        self._micro_losses: list[tuple[tuple[int, int], torch.Tensor]] = []
+        for callback in ("PrinterCallback", "ProgressCallback"):
+            self.callback_handler.callbacks = [
+                each for each in self.callback_handler.callbacks if type(each).__name__ != callback
+            ]
+
+    # What is trained on
+
+    def get_train_dataloader(self) -> Any:
+        """This rank's micro-batches; accelerate must not deal them again."""
+        self.parts.batches.first_step = self.state.global_step
+        return self.parts.batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The micro-batches of one step. Nothing is counted: a block has no padding."""
+        samples = list(islice(epoch_iterator, num_batches))
+        return samples, None
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Transformers', then the batches go on where the checkpoint stopped."""
+        found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        self.parts.batches.first_step = self.state.global_step
+        self._logged = (time.monotonic(), self.state.global_step)
+        return found
+
+    # What is minimised
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """This micro-batch's part of the global loss, times the number of ranks, over which gradients are averaged."""
+        with self.accelerator.autocast():
+            loss = self.parts.objective(model, inputs, self.state.global_step)
+        self._micro_losses.append((inputs["place"], loss.detach()))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Transformers'; a norm that is not finite ends the run before the optimiser has seen it."""
+        base: Any = super()
+        norm = base._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            self._diverged(float(norm))
+        self._micro_losses.clear()
+        return norm
+
+    def _diverged(self, norm: float) -> None:
+        step = self.state.global_step
+        bad = [place for place, loss in self._micro_losses if not bool(loss.isfinite())]
+        what = f"the loss is {'NaN or infinite' if bad else 'finite, but the gradient is not'}"
+        where = f"step {step + 1}"
+        if bad:
+            where += f", micro-batch {bad[0][1]} ({self.parts.batches.describe(bad[0])})"
+        self._save_checkpoint(self.model, None)
+        raise DivergedError(
+            f"{where}: {what} (gradient norm {norm}). The weights before this step are in checkpoint-{step}.",
+            hint="Lower optimizer.lr or raise lr_schedule.warmup, set precision.compute=float32, or leave the batch out "
+            "with another seed; then go on with --resume.",
+        )
+
+    # How it is minimised
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the groups of the recipe."""
+        if self.optimizer is None:
+            recipe, trained = self.parts.recipe, model or self.model
+            assert trained is not None
+            groups = optimizer_groups(trained, recipe, self.parts.dynamics.gate_parameters())
+            fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+            sharded = self.is_distributed_loading_by_transformers
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=recipe.optimizer.lr,
+                betas=recipe.optimizer.betas,
+                eps=recipe.optimizer.eps,
+                fused=fused and not sharded,
+                foreach=False if sharded else None,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The recipe's schedule, group by group."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            factors = lr_factors(optimizer.param_groups, self.parts.recipe)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # What is measured
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Transformers', with our metrics, and the same as a line of ``metrics.jsonl``."""
+        if "loss" in logs:
+            values, times = self._train_line(logs)
+            self.parts.metrics.write(self.state.global_step, {"kind": "train", **finite(values)}, times)
+            logs = {**logs, **{k: v for k, v in _scalars(values).items() if v is not None}, **times}
+        super().log(logs, None)
+
+    def _train_line(self, logs: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
+        parts, step = self.parts, self.state.global_step
+        now, (since, last) = time.monotonic(), self._logged
+        self._logged = (now, step)
+        steps = max(1, step - last)
+        scalars, per_domain = parts.sums.read()
+        values: dict[str, Any] = {"loss": logs["loss"], "grad_norm": logs.get("grad_norm")}
+        values |= parts.objective.terms(scalars, steps)
+        values["domain_loss"] = {name: total / tokens for name, (total, tokens) in per_domain.items()}
+        values["tokens"] = step * parts.recipe.tokens_per_step
+        assert self.optimizer is not None
+        values["lr"] = {str(group["name"]): group["lr"] for group in self.optimizer.param_groups}
+        values |= parts.dynamics.values(step)
+        rate = steps * parts.recipe.tokens_per_step / max(now - since, 1e-9)
+        times = {"tokens_per_second": round(rate, 1), "active_tflops": round(rate * parts.flops_per_token / 1e12, 4)}
+        if parts.peak_flops:
+            times["mfu_active"] = round(rate * parts.flops_per_token / parts.peak_flops, 4)
+        return values, times
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and perplexity of the held-out blocks, each domain and their mean."""
+        assert self.parts.validation is not None
+        assert self.model is not None
+        started = time.monotonic()
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            found = self.parts.validation.measure(self.model_wrapped, self.parts.objective.head)
+        reshard(self.model)
+        step = self.state.global_step
+        tokens = step * self.parts.recipe.tokens_per_step
+        line = {"kind": "validation", "tokens": tokens, **found}
+        self.parts.metrics.write(step, finite(line), {"validation_seconds": round(time.monotonic() - started, 3)})
+        self._logged = (self._logged[0] + time.monotonic() - started, self._logged[1])
+        if step > 0:
+            self.parts.dynamics.after_validation(step, found["domain_loss"])
+        flat = {f"{metric_key_prefix}_{key}": value for key, value in _scalars(found).items()}
+        self.log(flat)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
+        return flat
+
+    # What is kept
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Transformers', without its progress bars."""
+        with quiet_transformers():
+            super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights were loaded from the checkpoint when the model was made; adapters are loaded here."""
+        if self.parts.recipe.lora is not None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_rest(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Transformers', or ours where it cuts the model at loading."""
+        if not self.parts.recipe.distributed.sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.args.process_index)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Transformers', then what is ours, then the marker that makes it count; older ones go only after that."""
+        folder = self.parts.folder / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self.parts.recipe.distributed.sharded:
+                save_optimizer(self.optimizer, self.lr_scheduler, folder, self.args.process_index)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                self.parts.finish_checkpoint(folder, self.model)
+                self.parts.dynamics.save(folder, self.state.global_step)
+                if self.parts.recipe.lora is not None:
+                    save_rest(self.model, folder)
+                complete(folder, {"step": self.state.global_step, "recipe_sha256": self.parts.recipe.sha256()})
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise self._not_saved(folder, error) from error
+        if self.args.should_save:
+            rotate(self.parts.folder, self.parts.recipe.keep, None)
+        self.accelerator.wait_for_everyone()
+
+    def _not_saved(self, folder: Path, error: Exception) -> LlamaMoeError:
+        shutil.rmtree(folder, ignore_errors=True)
+        there = checkpoints(self.parts.folder)
+        last = there[-1].name if there else "none: no checkpoint was written yet"
+        reason = getattr(error, "strerror", None) or str(error)
+        return LlamaMoeError(
+            f"{folder.name} cannot be written: {reason}. The last good checkpoint is {last}.",
+            hint="Make room, then go on with --resume.",
+        )
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers as flat ones: ``domain_loss/arxiv``."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[prefix + key] = value
+    return flat
+
+
+class _Flow(TrainerCallback):
+    """What happens beside the gradient: biases and mixture move, lines are written, progress is told."""
+
+    def __init__(self, trainer: MoeTrainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients that no wrapper averages."""
+        self._trainer.parts.dynamics.before_optimizer_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Selection biases follow the load of the step."""
+        self._trainer.parts.dynamics.after_optimizer_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Sums are read whenever a checkpoint is made, so that a resumed run writes the same lines."""
+        parts = self._trainer.parts
+        if control.should_save or control.should_evaluate:
+            control.should_log = True
+        rate = state.global_step * parts.recipe.tokens_per_step
+        parts.progress(Progress("train", state.global_step, state.max_steps, "step", f"{rate:,} tokens"))
+        return control
+
+
+def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, evaluates: bool) -> TrainingArguments:
+    """The Trainer's arguments, from the recipe and the keys that it passes on."""
+    every = recipe.evaluate_every or recipe.max_steps
+    ours: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": recipe.max_steps,
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "per_device_eval_batch_size": recipe.micro_batch_size,
+        "learning_rate": recipe.optimizer.lr,
+        "max_grad_norm": recipe.optimizer.max_grad_norm,
+        "seed": recipe.seed,
+        "bf16": recipe.precision.compute == "bfloat16",
+        "use_cpu": device == "cpu",
+        "activation_checkpointing": recipe.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        "logging_steps": recipe.log_every,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": every,
+        "eval_on_start": evaluates,
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every or recipe.max_steps,
+        "ignore_data_skip": True,
+        "save_only_model": recipe.distributed.sharded,  # its optimiser's state is saved by ourselves
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**{**ours, **recipe.trainer})

@@ -1,0 +1,94 @@
+"""Loss of held-out blocks, by domain, while a model trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .metrics import all_reduced
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..data.shards import TokenCorpus
+    from .batches import Layout
+    from .loss_head import LossHead
+
+
+class Validation:
+    """The same blocks every time: of each domain so many, spread evenly over its text.
+
+    Args:
+        corpus: Held-out tokens.
+        block_length: Tokens of a block; a domain with less text than that has no block and is an error.
+        blocks: Most blocks of a domain; None takes all.
+        layout: Who runs what; only its micro-batch size, world and rank count here.
+
+    Raises:
+        UsageError: A domain has no block.
+    """
+
+    def __init__(self, corpus: TokenCorpus, block_length: int, blocks: int | None, layout: Layout) -> None:
+        import numpy as np
+
+        self.corpus, self.block_length, self.layout = corpus, block_length, layout
+        self.domains = tuple(corpus.domains)
+        picked = []
+        for index, name in enumerate(self.domains):
+            there = corpus.num_blocks(name, block_length)
+            if there == 0:
+                raise UsageError(
+                    f"validation: the domain {name!r} has less than one block of {block_length} tokens.",
+                    hint="Choose a smaller data.block_length, or tokenise more held-out text.",
+                )
+            chosen = np.unique(np.linspace(0, there - 1, min(blocks or there, there)).astype(np.int64))
+            picked.append(np.stack([np.full_like(chosen, index), chosen]))
+        self._domains, self._blocks = np.concatenate(picked, axis=1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are scored: all of a block but the first."""
+        return len(self._blocks) * (self.block_length - 1)
+
+    def _micro_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+        """This rank's; every rank has as many (sharded models run together), what is too much counts nothing."""
+        size, world = self.layout.micro_batch_size, self.layout.world
+        count = -(-len(self._blocks) // size)
+        for turn in range(-(-count // world)):
+            index = turn * world + self.layout.rank
+            rows = slice((index % count) * size, (index % count + 1) * size)
+            yield self._domains[rows], self._blocks[rows], index < count
+
+    def measure(self, model: Any, head: LossHead) -> dict[str, Any]:
+        """Losses in nats. No gradient is made if the caller says so; the model's mode is the caller's.
+
+        Args:
+            model: The model, wrapped or not.
+            head: Its loss head.
+
+        Returns:
+            ``loss`` (mean over domains), ``perplexity`` (its exponential), ``domain_loss``.
+        """
+        import torch
+
+        from .loss_head import next_token_labels
+
+        device = next(model.parameters()).device
+        sums = torch.zeros(2, len(self.domains), dtype=torch.float64)
+        for domains, blocks, counts in self._micro_batches():
+            ids_BT = torch.from_numpy(self.corpus.gather(domains, blocks, self.block_length)).to(device)
+            losses = head(model, {"input_ids": ids_BT, "use_cache": False}, next_token_labels(ids_BT))
+            if counts:
+                index = torch.from_numpy(domains)
+                sums[0].index_add_(0, index, losses.nll_BT.sum(1).double().cpu())
+                sums[1].index_add_(0, index, losses.counted_BT.sum(1).double().cpu())
+        totals, tokens = all_reduced(sums.to(device)).cpu()
+        means = (totals / tokens).tolist()
+        loss = sum(means) / len(means)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "domain_loss": dict(zip(self.domains, means, strict=True)),
+        }

@@ -1,0 +1,1 @@
+"""Files that start ``llamamoe pretrain`` on several GPUs and nodes."""

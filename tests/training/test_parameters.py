@@ -1,0 +1,106 @@
+"""Learning rates by step and group, and what is in which group."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llamamoe.errors import UsageError
+from llamamoe.training.parameters import LrSchedule, freeze, group_of, lr_factors, optimizer_groups
+
+from ..models import COMMON
+from .runs import make_world, recipe_of
+
+TARGETS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+    "ernie4_5_moe": {
+        "tie_word_embeddings": False,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0,
+    },
+}
+SMALL = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 32}
+
+
+def model_of(name: str) -> torch.nn.Module:
+    config = AutoConfig.for_model(name, **{**COMMON, **SMALL, **TARGETS[name]})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_every_parameter_has_a_group(name: str) -> None:
+    found = {parameter: group_of(parameter) for parameter, _ in model_of(name).named_parameters()}
+    assert {"router", "experts", "attention", "norms", "embeddings", "head"} <= set(found.values())
+    for parameter, group in found.items():
+        assert (group == "experts") == (".experts." in parameter), parameter
+        assert ("norm" in parameter) == (group == "norms"), parameter
+    assert ("shared" in found.values()) == ("mixtral" not in name and "qwen3" not in name)
+
+
+def test_an_unknown_parameter_is_an_error() -> None:
+    with pytest.raises(UsageError, match="mystery"):
+        group_of("model.layers.0.mystery.weight")
+
+
+def test_groups_have_rates_and_decay(tmp_path: Path) -> None:
+    recipe = recipe_of(make_world(tmp_path), optimizer={"lr": 1e-3, "router_lr": 5e-4, "weight_decay": 0.1})
+    model = model_of("qwen2_moe")
+    groups = optimizer_groups(model, recipe)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    by_name = {(group["name"], group["weight_decay"] > 0): group["lr"] for group in groups}
+    assert by_name == {("experts", True): 1e-3, ("rest", True): 1e-3, ("rest", False): 1e-3, ("router", False): 5e-4}
+    one_dimensional = [p for group in groups if group["weight_decay"] for p in group["params"] if p.ndim < 2]
+    assert not one_dimensional
+
+
+def test_routers_go_first(tmp_path: Path) -> None:
+    recipe = recipe_of(make_world(tmp_path), "steps=10", router={"warmup_steps": 4})
+    router, rest = lr_factors([{"name": "router"}, {"name": "rest"}], recipe)
+    assert [rest(step) for step in range(4)] == [0, 0, 0, 0]
+    assert all(router(step) > 0 for step in range(10))
+    assert rest(4) == 1
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "constant"])
+def test_schedules_rise_hold_and_end_where_they_should(shape: str) -> None:
+    schedule = LrSchedule(shape, warmup_steps=10, max_steps=100, min_ratio=0.1, decay_share=0.2)
+    values = [schedule(step) for step in range(101)]
+    assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert values[10] == 1
+    assert max(values) == 1
+    assert values[100] == pytest.approx(1.0 if shape == "constant" else 0.1)
+    if shape == "cosine":
+        assert values[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    if shape == "linear":
+        assert values[55] == pytest.approx(0.55)
+    if shape == "wsd":
+        assert values[80] == 1
+        assert values[90] == pytest.approx(0.55)
+
+
+def test_freezing_everything_or_half_of_a_tie_is_refused() -> None:
+    model = model_of("mixtral")
+    with pytest.raises(UsageError, match="nothing is left"):
+        freeze(model, ("router", "experts", "attention", "norms", "embeddings", "head"))
+    model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="both or neither"):
+        freeze(model, ("head",))
+
+
+def test_selection_biases_take_no_gradient() -> None:
+    trained = freeze(model_of("ernie4_5_moe"), ())
+    model = model_of("ernie4_5_moe")
+    freeze(model, ())
+    assert all(not p.requires_grad for name, p in model.named_parameters() if "e_score_correction_bias" in name)
+    assert trained["router"] == 2 * 4 * 64

@@ -1,0 +1,332 @@
+"""A run from start to end: what it writes, that it learns, and that a stop changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamamoe import pretrain
+from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
+from llamamoe.training.run_folder import checkpoints, locked
+
+from .runs import BLOCK, lines_of, make_tokens, make_world, recipe_of, start
+
+EXPERT_KL = {"lm": {"weight": 0.5}, "kl": {"weight": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def finished(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with everything on, not interrupted."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    pretrain(everything(world), out)
+    return out
+
+
+def everything(world: dict[str, str]) -> Any:
+    """Balance, distillation, and a mixture that changes on the way."""
+    update = {"data.update": "sheared_llama", "data.reference_losses": "{large: 3.0, small: 1.0}"}
+    return recipe_of(
+        world,
+        *(f"{key}={value}" for key, value in update.items()),
+        losses=[{"name": "switch"}, {"name": "z", "coefficient": 0.001}],
+        distill=EXPERT_KL,
+        gate="jitter",
+    )
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+def test_the_result_loads_in_plain_transformers_and_has_learned(finished: Path, world: dict[str, str]) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(finished / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(finished / "model")("ab")["input_ids"]
+    validations = [line["loss"] for line in lines_of(finished) if line["kind"] == "validation"]
+    assert validations[-1] < validations[0] - 0.5
+    assert model.dtype == torch.float32
+
+
+def test_the_configuration_has_both_spellings_and_our_facts(finished: Path, world: dict[str, str]) -> None:
+    config = json.loads((finished / "model" / "config.json").read_text())
+    before = json.loads((Path(world["model"]) / "config.json").read_text())
+    assert config["rope_theta"] == before["rope_theta"]
+    assert config["rope_parameters"] == before["rope_parameters"]
+    assert config["torch_dtype"] == "float32"
+    assert config["use_cache"] == before.get("use_cache", True)
+    assert config["llamamoe"]["trained"]["steps"] == 6
+    assert config["llamamoe"]["num_experts"] == 4
+    assert not any(key.endswith("experts_implementation") for key in config)
+    assert config.get("router_aux_loss_coef") == before.get("router_aux_loss_coef")
+
+
+def test_every_checkpoint_is_a_model_of_its_own(finished: Path) -> None:
+    for folder in checkpoints(finished):
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert not list(folder.glob("*.bin"))
+    assert [folder.name for folder in checkpoints(finished)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_metrics_tell_everything(finished: Path) -> None:
+    lines = lines_of(finished)
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in train] == [8 * BLOCK * step for step in range(1, 7)]
+    last = train[-1]
+    assert set(last["terms"]) == {"lm", "kl", "switch", "z"}
+    assert set(last["domain_loss"]) == {"large", "small"}
+    assert set(last["lr"]) == {"router", "experts", "rest"}
+    assert {"max_violation/mean", "dead_experts/worst", "load_entropy_share/first"} <= set(last["routing"])
+    assert len(last["layers"]["max_violation"]) == 2
+    total = 0.5 * last["terms"]["lm"] + last["terms"]["kl"] + 0.01 * last["terms"]["switch"]
+    assert last["loss"] == pytest.approx(total + 0.001 * last["terms"]["z"], rel=1e-5)
+
+
+def test_the_mixture_follows_the_losses(finished: Path) -> None:
+    train = [line["mixture"] for line in lines_of(finished) if line["kind"] == "train"]
+    assert train[0] == train[2]
+    assert train[3]["small"] > train[0]["small"]  # its loss is further above its reference
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_a_stop_changes_nothing(stop: int, finished: Path, world: dict[str, str], tmp_path: Path) -> None:
+    def stopping(progress: Any) -> None:
+        if progress.stage == "train" and progress.done == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(everything(world), tmp_path / "run", progress=stopping)
+    assert not (tmp_path / "run" / "model").exists()
+    pretrain(everything(world), tmp_path / "run", resume=True)
+    assert lines_of(tmp_path / "run") == lines_of(finished)
+    assert weights(tmp_path / "run") == weights(finished)
+
+
+def test_resume_after_the_end_only_writes_the_model_again(
+    finished: Path, world: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    pretrain(everything(world), tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(finished)
+    assert lines_of(tmp_path / "run") == lines_of(finished)
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_give_the_same_bytes(finished: Path, world: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(everything(world).to_yaml())
+    out = tmp_path / "run"
+    process = start(tmp_path / "recipe.yaml", out)
+    assert process.stdout is not None
+    while process.poll() is None and not (out / "checkpoint-4" / "trainer_state.json").exists():
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = start(tmp_path / "recipe.yaml", out, "--resume")
+    assert again.wait() == 0, again.stdout.read() if again.stdout else ""
+    assert lines_of(out) == lines_of(finished)
+    assert weights(out) == weights(finished)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 8])
+def test_terms_do_not_depend_on_the_micro_batch(micro: int, world: dict[str, str], tmp_path: Path) -> None:
+    losses = [{"name": "z", "coefficient": 0.01}]
+    keys: dict[str, Any] = {
+        "losses": losses,
+        "distill": EXPERT_KL | {"ffn": {"weight": 0.5}, "hidden": {"weight": 0.1}},
+    }
+    for name, size in (("one", 4), ("two", micro)):
+        recipe = recipe_of(world, "steps=3", "save_every=null", micro_batch_size=size, **keys)
+        pretrain(recipe, tmp_path / name)
+    for ours, theirs in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        if ours["kind"] == "train":
+            assert ours["terms"] == pytest.approx(theirs["terms"], rel=2e-5)
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(world: dict[str, str], tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"losses": [{"name": "switch"}, {"name": "cv_squared"}], "gate": "noisy_top_k"}
+    for name in ("false", "true"):
+        recipe = recipe_of(world, "steps=3", f"gradient_checkpointing={name}", distill=EXPERT_KL, **keys)
+        pretrain(recipe, tmp_path / name)
+    assert lines_of(tmp_path / "false") == lines_of(tmp_path / "true")
+
+
+def test_a_hard_router_is_scaled_up_with_its_ranking(finished: Path) -> None:
+    start = json.loads((finished / "facts.json").read_text())["router_start"]
+    assert [each["layer"] for each in start] == [0, 1]
+    assert all(each["std_before"] < 1e-3 for each in start)
+    assert all(each["std_after"] == pytest.approx(0.5) for each in start)
+
+
+def test_frozen_groups_stay_and_others_move(world: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_of(world, "steps=2", freeze=("attention", "embeddings", "head", "norms", "router"))
+    out = pretrain(recipe, tmp_path / "run").model
+    before = AutoModelForCausalLM.from_pretrained(world["model"]).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    softened = {name for name in moved if name.endswith("gate.weight")}
+    assert moved - softened == {name for name in after if ".experts." in name}
+
+
+def test_router_warm_up_moves_routers_only(world: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_of(world, "steps=2", "save_every=1", router={"warmup_steps": 1})
+    pretrain(recipe, tmp_path / "run")
+    before = AutoModelForCausalLM.from_pretrained(world["model"]).state_dict()
+    for step, others_move in ((1, False), (2, True)):
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{step}").state_dict()
+        moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        assert any(name.endswith("gate.weight") for name in moved)
+        assert any(".experts." in name for name in moved) is others_move
+
+
+def test_biases_balance_glm4(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", target="glm4_moe", shared="1x", num_experts=3)
+    recipe = recipe_of(world, "steps=2", balancing={"rate": 0.01})
+    out = pretrain(recipe, tmp_path / "run").model
+    model = AutoModelForCausalLM.from_pretrained(out)
+    biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    assert all(bool(b.any()) for b in biases)
+
+
+def test_adapters_are_merged_and_resume_exactly(world: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    recipe = recipe_of(world, "steps=4", lora={"rank": 2}, losses=[{"name": "switch"}])
+    whole = pretrain(recipe, tmp_path / "whole")
+
+    def stopping(progress: Any) -> None:
+        if progress.stage == "train" and progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, tmp_path / "run", progress=stopping)
+    pretrain(recipe, tmp_path / "run", resume=True)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    before = AutoModelForCausalLM.from_pretrained(world["model"]).state_dict()
+    after, info = AutoModelForCausalLM.from_pretrained(whole.model, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    moved = {name.split(".", 3)[3] for name, v in after.state_dict().items() if not torch.equal(v, before[name])}
+    assert {
+        "self_attn.q_proj.weight",
+        "mlp.experts.down_proj",
+        "mlp.experts.gate_up_proj",
+        "mlp.gate.weight",
+    } == moved - {
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight",
+    }
+
+
+# ---- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_text(world: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(world["model"], tmp_path / "moe")
+    weights = load_file(tmp_path / "moe" / "model.safetensors")
+    weights["lm_head.weight"][40] = 3e38  # its logit overflows
+    save_file(weights, tmp_path / "moe" / "model.safetensors", {"format": "pt"})
+    recipe = recipe_of(world, model=str(tmp_path / "moe"))
+    with pytest.raises(LlamaMoeError, match=r"step 1, micro-batch 0 \((large|small): block .* NaN .*checkpoint-0"):
+        pretrain(recipe, tmp_path / "run")
+    [kept] = checkpoints(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(kept)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.save_pretrained
+
+    def full(self: Any, folder: Any, **keys: Any) -> None:
+        original(self, folder, **keys)
+        if str(folder).endswith("checkpoint-4"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(LlamaMoeError, match=r"checkpoint-4 cannot be written: No space left.*is checkpoint-2"):
+        pretrain(everything(world), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    pretrain(everything(world), tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(finished)
+
+
+def test_two_runs_in_one_folder_are_refused(world: dict[str, str], tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(UsageError, match="another run is working"):
+        pretrain(recipe_of(world), tmp_path / "run")
+
+
+def test_a_finished_run_is_not_overwritten(finished: Path, world: dict[str, str]) -> None:
+    before = weights(finished)
+    with pytest.raises(UsageError, match="holds a run already"):
+        pretrain(everything(world), finished)
+    assert weights(finished) == before
+
+
+def test_another_recipe_cannot_go_on(finished: Path, world: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(RefusedError, match="another recipe"):
+        pretrain(recipe_of(world, "steps=7"), tmp_path / "run", resume=True)
+
+
+def test_another_model_cannot_go_on(finished: Path, world: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+    (tmp_path / "run" / "facts.json").write_text(json.dumps(facts | {"model": "0" * 64}))
+    with pytest.raises(RefusedError, match="model: this is not what the run"):
+        pretrain(everything(world), tmp_path / "run", resume=True)
+
+
+def test_text_of_another_tokenizer_is_refused(world: dict[str, str], tmp_path: Path) -> None:
+    from ..models import make_dense
+
+    other = make_dense(tmp_path / "other", vocab_size=100)
+    tokens = make_tokens(tmp_path / "tokens", other, 0)
+    with pytest.raises(RefusedError, match="tokenizer"):
+        pretrain(recipe_of(world, f"data.train={tokens}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_tokens_are_seen(world: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(world["train"], tmp_path / "tokens")
+    shard = next((tmp_path / "tokens").rglob("*.bin"))
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match="changed since"):
+        pretrain(recipe_of(world, f"data.train={tmp_path / 'tokens'}"), tmp_path / "run")
+    shard.write_bytes(data[:-2])
+    with pytest.raises(CheckpointError, match="cut short"):
+        pretrain(recipe_of(world, f"data.train={tmp_path / 'tokens'}"), tmp_path / "run")
+
+
+def test_the_training_text_is_no_validation(world: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.validation is the text of data\.train"):
+        pretrain(recipe_of(world, f"data.validation={world['train']}"), tmp_path / "run")
+
+
+def test_a_dense_model_is_refused(world: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="no mixture of experts"):
+        pretrain(recipe_of(world, model=world["parent"]), tmp_path / "run")

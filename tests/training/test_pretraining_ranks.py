@@ -1,0 +1,85 @@
+"""The same run on 1, 2 and 4 processes, data-parallel and sharded: the same batches, the same losses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from llamamoe import pretrain
+from llamamoe.training.recipe import PretrainRecipe
+
+from .runs import lines_of, make_world, recipe_of, start
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def recipe_for(world: dict[str, str], *overrides: str) -> PretrainRecipe:
+    return recipe_of(
+        world,
+        "steps=3",
+        "save_every=2",
+        *overrides,
+        micro_batch_size=2,
+        losses=[{"name": "switch"}, {"name": "cv_squared"}, {"name": "z", "coefficient": 0.001}],
+        distill={"lm": {"weight": 0.5}, "kl": {"weight": 1.0}},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    pretrain(recipe_for(world), out)
+    return out
+
+
+def run(recipe: PretrainRecipe, out: Path, processes: int, *flags: str) -> None:
+    path = out.with_suffix(".yaml")
+    path.write_text(recipe.to_yaml())
+    process = start(path, out, *flags, processes=processes)
+    told, _ = process.communicate()
+    assert process.returncode == 0, told[-3000:]
+
+
+def assert_equal(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        for key in {"loss", "grad_norm", "terms", "domain_loss"} & set(b):
+            assert a[key] == pytest.approx(b[key], rel=3e-5), (a["step"], key)
+        assert a.get("mixture") == b.get("mixture")
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharding"),
+    [(2, {}), (4, {}), (2, {"fsdp_size": 2}), (2, {"fsdp_size": 2, "ep_size": 2})],
+    ids=["ddp-2", "ddp-4", "fsdp-2", "fsdp-ep-2"],
+)
+def test_losses_agree(
+    processes: int, sharding: dict[str, int], world: dict[str, str], alone: Path, tmp_path: Path
+) -> None:
+    overrides = [f"distributed.{key}={value}" for key, value in sharding.items()]
+    run(recipe_for(world, *overrides), tmp_path / "run", processes)
+    assert_equal(lines_of(tmp_path / "run"), lines_of(alone))
+    ours, theirs = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "run", alone))
+    for name, value in theirs.items():
+        assert float((ours[name] - value).abs().max()) < 2e-3, name  # Adam's first steps amplify rounding
+
+
+def test_a_sharded_run_goes_on_exactly(world: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_for(world, "distributed.fsdp_size=2")
+    run(recipe, tmp_path / "whole", 2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    shutil.rmtree(tmp_path / "run" / "model")
+    run(recipe, tmp_path / "run", 2, "--resume")
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+    ours, theirs = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "whole"))
+    assert ours == theirs

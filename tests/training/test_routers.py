@@ -1,0 +1,60 @@
+"""What gates and losses take for granted about the native routers of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llamamoe.training.gates.selection import ranked_TN, weights_Tk
+from llamamoe.training.moe_layers import find_moe_layers
+from llamamoe.training.routing import RouterTap, Routing
+
+from .tiny_moe import ARCHITECTURES, H, N, fake_layer, input_ids, tiny_moe
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("renormalised", [True, False])
+def test_selection_and_weights_are_the_native_ones(name: str, renormalised: bool) -> None:
+    keys = {"norm_topk_prob": renormalised} if name in ("qwen2_moe", "qwen3_moe", "glm4_moe") else {}
+    for moe in find_moe_layers(tiny_moe(name, **keys)):
+        if moe.correction_bias is not None:
+            moe.correction_bias.copy_(torch.linspace(-0.2, 0.2, N).view_as(moe.correction_bias))
+        logits, weights, indices = moe.router(torch.randn(50, H))
+        chosen = ranked_TN(moe, logits).topk(moe.top_k, dim=-1)[1]
+        assert torch.equal(chosen.sort(-1)[0], indices.sort(-1)[0])
+        torch.testing.assert_close(weights_Tk(moe, logits, indices).to(weights.dtype), weights, rtol=1e-6, atol=0)
+
+
+def test_groups_of_experts_are_shut_out_as_the_native_router_does() -> None:
+    moe = find_moe_layers(tiny_moe("glm4_moe", n_group=3, topk_group=1))[0]
+    logits, _, indices = moe.router(torch.randn(50, H))
+    ranked = ranked_TN(moe, logits)
+    assert torch.equal(ranked.topk(2, dim=-1)[1].sort(-1)[0], indices.sort(-1)[0])
+    assert torch.equal(ranked.isfinite().sum(-1), torch.full((50,), 2))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_tap_records_logits_with_a_gradient_and_forgets_nothing_under_checkpointing(name: str) -> None:
+    model = tiny_moe(name)
+    model.activation_checkpointing_enable()
+    tap = RouterTap(find_moe_layers(model))
+    with tap.armed(inputs=True) as routings:
+        model(input_ids=input_ids(), use_cache=False)
+    assert [r.num_tokens for r in routings] == [24, 24]
+    assert all(r.inputs_TH is not None and r.inputs_TH.shape == (24, H) for r in routings)
+    sum(r.probabilities_TN[:, 0].sum() for r in routings).backward()
+    assert all(float(r.moe.router_NH.grad.norm()) > 0 for r in routings)
+
+
+def test_dropped_assignments_count_as_wanted_only() -> None:
+    logits = torch.zeros(2, 3)
+    routing = Routing(
+        fake_layer(3),
+        logits,
+        torch.ones(2, 2),
+        torch.tensor([[0, 1], [0, 2]]),
+        dropped_Tk=torch.tensor([[False, False], [True, False]]),
+        wanted_Tk=torch.tensor([[0, 1], [0, 1]]),
+    )
+    assert routing.counts_N().tolist() == [1, 1, 1]
+    assert routing.wanted_counts_N().tolist() == [2, 2, 0]
