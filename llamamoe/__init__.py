@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     from .comparison import compare, plan_comparison
     from .config_compat import fix_config
     from .conversion import SplitResult, plan_conversion, split
+    from .data.token_recipe import TokenizeRecipe, load_tokenize_recipe
     from .demonstration import DemoResult, demo
     from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError, VerificationError
     from .evaluation import evaluate
+    from .experts import register_experts
     from .inspection import Inspection, inspect_checkpoint
     from .pretraining import PretrainPlan, PretrainResult, plan_pretraining, pretrain
     from .recipe import SplitRecipe, load_recipe
     from .scores import Evaluation
     from .studies.recipe import CompareRecipe, load_compare_recipe
     from .studies.table import Comparison
-    from .tokenization import tokenize
+    from .tokenization import Tokenized, tokenize
     from .training.recipe import PretrainRecipe, load_pretrain_recipe
     from .verification import Verification, verify
 
@@ -61,6 +63,10 @@ _PLACES = {
     "demo": "demonstration",
     "DemoResult": "demonstration",
     "tokenize": "tokenization",
+    "Tokenized": "tokenization",
+    "TokenizeRecipe": "data.token_recipe",
+    "load_tokenize_recipe": "data.token_recipe",
+    "register_experts": "experts",
     "pretrain": "pretraining",
     "plan_pretraining": "pretraining",
     "PretrainPlan": "pretraining",
@@ -91,6 +97,8 @@ __all__ = [
     "RefusedError",
     "SplitRecipe",
     "SplitResult",
+    "TokenizeRecipe",
+    "Tokenized",
     "UsageError",
     "Verification",
     "VerificationError",
@@ -105,11 +113,13 @@ __all__ = [
     "load_compare_recipe",
     "load_pretrain_recipe",
     "load_recipe",
+    "load_tokenize_recipe",
     "matrix",
     "plan_comparison",
     "plan_conversion",
     "plan_pretraining",
     "pretrain",
+    "register_experts",
     "split",
     "tokenize",
     "verify",

@@ -142,7 +142,7 @@ def plan_pretraining(
     from .training.estimate import estimate
 
     location, parent = locate(recipe.model), locate(recipe.parent).path if recipe.parent else None
-    config = check_folder(location.path)
+    config = check_folder(location.path, allow_dense=recipe.allow_dense)
     _identities(recipe, location.path, parent)
     Layout(recipe.batch_size, recipe.micro_batch_size, max(1, world_size // recipe.distributed.tp_size))
     corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
@@ -193,7 +193,7 @@ def pretrain(
     """
     folder = Path(out).expanduser()
     source, parent = locate(recipe.model).path, locate(recipe.parent).path if recipe.parent else None
-    check_folder(source)
+    check_folder(source, allow_dense=recipe.allow_dense)
     facts = _identities(recipe, source, parent)
     main = int(os.environ.get("RANK", "0")) == 0
     if not main:  # the first process checks, cleans and locks before it joins the others

@@ -54,7 +54,7 @@ def test_the_leading_token_only_where_the_tokenizer_puts_one_and_wide_ids(tmp_pa
     assert (index.dtype, index.bos_token_id, index.splits["train"]["words"].largest_id) == ("uint32", 1, 69999)
 
 
-@pytest.mark.parametrize("size", [1, 7, 100])
+@pytest.mark.parametrize("size", [13, 64, 1000])
 def test_shards_are_cut_to_length_and_lose_nothing(model, tmp_path, size, monkeypatch):
     monkeypatch.setattr(shard_writer, "BUFFER_TOKENS", 64)
     texts = make_text(tmp_path / "text")
@@ -188,16 +188,16 @@ def test_text_that_is_not_there(model, tmp_path):
     with pytest.raises(UsageError, match="the domain 'law' has no text: No file, folder or glob matches"):
         tokenize(recipe(model, domains={"law": [str(tmp_path / "none.jsonl")]}), tmp_path / "out")
     write_rows(tmp_path / "text" / "f.jsonl", ["x"])
+    domains = {"p": str(tmp_path / "text"), "q": str(tmp_path / "text" / "f.jsonl")}
     with pytest.raises(UsageError, match="belongs to two domains: p and q"):
-        domains = {"p": str(tmp_path / "text"), "q": str(tmp_path / "text" / "f.jsonl")}
         tokenize(recipe(model, domains=domains), tmp_path / "out")
     (tmp_path / "blank.jsonl").write_text("\n{}\n")
     with pytest.raises(
         LlamaMoeError, match=r"The text holds no document. 1 rows held none, the first: .*blank\.jsonl:2"
     ):
         tokenize(recipe(model, tmp_path / "blank.jsonl"), tmp_path / "out")
+    domains = {"law": str(tmp_path / "blank.jsonl")}
     with pytest.raises(LlamaMoeError, match="The domain 'law' is named in the recipe, but its files hold no document"):
-        domains = {"law": str(tmp_path / "blank.jsonl")}
         tokenize(recipe(model, tmp_path / "text", domains=domains), tmp_path / "out", force=True)
     assert not (tmp_path / "out").exists()
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from ..errors import RefusedError, UsageError
 from ..registry import near_misses
-from .permutation import Permutation
+from .permutation import Permutation, permute
 
 _STEPS_AT_ONCE = 1 << 16
-_SHUFFLE = 0x5348554646  # keeps the order within batches apart from the order within domains
 _KEPT = 64  # permutations
 
 
@@ -124,13 +123,10 @@ class MixtureSampler:
         drawn_D = self._drawn(self._weights(step), step, 1)[0]
         domain_B = np.repeat(np.arange(len(self.names)), drawn_D)
         within_B = np.arange(self.batch_size) - np.repeat(np.cumsum(drawn_D) - drawn_D, drawn_D)
-        block_B = np.empty(self.batch_size, dtype=np.int64)
-        for domain in np.flatnonzero(drawn_D):
-            rows = domain_B == domain
-            block_B[rows] = self._walk(int(domain), before_D[domain] + within_B[rows])
+        block_B = self._walk(before_D, drawn_D, domain_B, before_D[domain_B] + within_B)
         self._at, self._counts_D = step + 1, before_D + drawn_D
         self._next = max(self._next, step + 1)
-        order_B = Permutation(self.batch_size, self.seed, step, _SHUFFLE)(np.arange(self.batch_size))
+        order_B = np.argsort(self._random([0, step, 0, 1], self.batch_size), kind="stable")
         return Batch(domain_B[order_B], block_B[order_B])
 
     def consumed(self, step: int) -> dict[str, int]:
@@ -157,25 +153,34 @@ class MixtureSampler:
 
     def _drawn(self, weights_D: np.ndarray, start: int, steps: int) -> np.ndarray:
         """Sequences of each domain in each of some steps under the same weights, int64 [steps, D]."""
-        philox = np.random.Philox(key=self.seed, counter=start)
-        u_S = np.random.Generator(philox).random((steps, 4))[:, 0]  # one block of the counter makes four numbers
+        raw_S = self._random([start, 0, 0, 0], 4 * steps)[::4]  # one block of the counter makes four numbers
+        u_S = (raw_S >> np.uint64(11)) * 2.0**-53
         edges_D = np.cumsum(weights_D)
         edges_D = np.concatenate([[0.0], edges_D / edges_D[-1]])
         # Sequence i is the domain's if its place (i + u) / B is between the edges, the lower one included.
         below_SE = np.ceil(self.batch_size * edges_D[None] - u_S[:, None]).clip(0, self.batch_size)
-        below_SE[:, -1] = self.batch_size
+        below_SE[:, edges_D == 1.0] = self.batch_size  # whatever rounding says
         drawn_SD: np.ndarray = np.diff(below_SE, axis=1).astype(np.int64)
         return drawn_SD
 
-    def _walk(self, domain: int, ordinals: np.ndarray) -> np.ndarray:
-        """The blocks that the given visits to a domain find."""
-        size = int(self._blocks_D[domain])
-        epochs, places = np.divmod(ordinals, size)
-        blocks = np.empty(len(ordinals), dtype=np.int64)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            blocks[rows] = self._permutation(domain, int(epoch))(places[rows])
-        return blocks
+    def _random(self, counter: list[int], count: int) -> np.ndarray:
+        """uint64 [count]: Philox's own numbers, which no version of numpy changes."""
+        raw: np.ndarray = np.random.Philox(key=self.seed, counter=np.array(counter, np.uint64)).random_raw(count)
+        return raw
+
+    def _walk(self, before_D: np.ndarray, drawn_D: np.ndarray, domain_B: np.ndarray, visit_B: np.ndarray) -> np.ndarray:
+        """The blocks that visits to domains find, int64 [B]; a batch may see several epochs of a small domain."""
+        size_D = np.maximum(self._blocks_D, 1)
+        first_D, last_D = before_D // size_D, (before_D + drawn_D - 1) // size_D
+        epochs_D = np.where(drawn_D > 0, last_D - first_D + 1, 0)
+        permutations = [
+            self._permutation(int(domain), int(first_D[domain]) + number)
+            for domain in np.flatnonzero(drawn_D)
+            for number in range(epochs_D[domain])
+        ]
+        epoch_B, place_B = np.divmod(visit_B, size_D[domain_B])
+        which_B = (np.cumsum(epochs_D) - epochs_D - first_D)[domain_B] + epoch_B
+        return permute(permutations, which_B, place_B)
 
     def _permutation(self, domain: int, epoch: int) -> Permutation:
         if (domain, epoch) not in self._permutations:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 ROUNDS = 8
@@ -26,11 +28,11 @@ class Permutation:
             raise ValueError(f"a permutation of {n} things")
         self.n = n
         bits = max(2, (n - 1).bit_length())
-        self._low = bits // 2
-        self._masks = (np.uint64((1 << self._low) - 1), np.uint64((1 << (bits - self._low)) - 1))
+        low = bits // 2
+        self.halves = np.array([low, (1 << low) - 1, (1 << (bits - low)) - 1], dtype=np.uint64)
         # The count first: to numpy, zeros at the end are as good as nothing.
         words = [len(key), *(part for number in key for part in (number & 0xFFFFFFFF, number >> 32))]
-        self._keys = np.random.SeedSequence(words).generate_state(ROUNDS, np.uint64)
+        self.keys = np.random.SeedSequence(words).generate_state(ROUNDS, np.uint64)
 
     def __len__(self) -> int:
         return self.n
@@ -38,31 +40,45 @@ class Permutation:
     def __call__(self, places: np.ndarray) -> np.ndarray:
         """What stands at ``places`` (0 to n - 1, any shape), int64 of the same shape."""
         flat = np.asarray(places).reshape(-1)
-        if len(flat) and not 0 <= flat.min() <= flat.max() < self.n:
-            raise IndexError(f"a place outside 0 ... {self.n - 1}")
-        value = self._network(flat.astype(np.uint64))
-        outside = np.flatnonzero(value >= self.n)
-        while len(outside):
-            value[outside] = self._network(value[outside])
-            outside = outside[value[outside] >= self.n]
-        return value.astype(np.int64).reshape(np.shape(places))
-
-    def _network(self, value: np.ndarray) -> np.ndarray:
-        shift = np.uint64(self._low)
-        low, high = value & self._masks[0], value >> shift
-        for number, key in enumerate(self._keys):
-            if number % 2:
-                high = high ^ (_mix(low, key) & self._masks[1])
-            else:
-                low = low ^ (_mix(high, key) & self._masks[0])
-        return (high << shift) | low
+        return permute([self], np.zeros(len(flat), np.int64), flat).reshape(np.shape(places))
 
 
-def _mix(value: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A hash of 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        value = value + key
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = value ^ (value >> np.uint64(31))
-    return mixed
+def permute(permutations: Sequence[Permutation], which_B: np.ndarray, places_B: np.ndarray) -> np.ndarray:
+    """Many places of several permutations at once: what stands at ``places_B[i]`` of number ``which_B[i]``, int64 [B].
+
+    Raises:
+        IndexError: A place is outside its permutation.
+    """
+    size_B = np.array([each.n for each in permutations], dtype=np.int64)[which_B]
+    if not ((places_B >= 0) & (places_B < size_B)).all():
+        raise IndexError("a place outside 0 ... n - 1")
+    halves_3B = np.stack([each.halves for each in permutations], axis=1)[:, which_B]
+    keys_RB = np.stack([each.keys for each in permutations], axis=1)[:, which_B]
+    size_B = size_B.astype(np.uint64)
+    value_B = _network(places_B.astype(np.uint64), halves_3B, keys_RB)
+    outside = np.flatnonzero(value_B >= size_B)
+    while len(outside):
+        value_B[outside] = _network(value_B[outside], halves_3B[:, outside], keys_RB[:, outside])
+        outside = outside[value_B[outside] >= size_B[outside]]
+    return value_B.astype(np.int64)
+
+
+def _network(value_B: np.ndarray, halves_3B: np.ndarray, keys_RB: np.ndarray) -> np.ndarray:
+    shift_B, low_mask_B, high_mask_B = halves_3B
+    low_B, high_B = value_B & low_mask_B, value_B >> shift_B
+    for number, key_B in enumerate(keys_RB):
+        if number % 2:
+            high_B = high_B ^ (_mix(low_B, key_B) & high_mask_B)
+        else:
+            low_B = low_B ^ (_mix(high_B, key_B) & low_mask_B)
+    found: np.ndarray = (high_B << shift_B) | low_B
+    return found
+
+
+def _mix(value_B: np.ndarray, key_B: np.ndarray) -> np.ndarray:
+    """A hash of 64 bits (the finaliser of SplitMix64, Steele et al. 2014); integers wrap around."""
+    value_B = value_B + key_B
+    value_B = (value_B ^ (value_B >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value_B = (value_B ^ (value_B >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed_B: np.ndarray = value_B ^ (value_B >> np.uint64(31))
+    return mixed_B

@@ -21,7 +21,7 @@ UNPACKED = {".zst": 3.5, ".gz": 3.0, ".parquet": 2.0}
 """How much larger text is than its file, about."""
 BYTES_PER_TOKEN = 4.2
 """Of English text and code, for vocabularies of 32 000 to 128 000, about."""
-TEXT_BYTES_PER_SECOND = 2.1e6
+TEXT_BYTES_PER_SECOND = 1.7e6
 """Text that one core tokenises, about: see BENCHMARKS.md."""
 
 

@@ -18,6 +18,7 @@ from ..data.shards import TokenCorpus
 from ..errors import UsageError
 from ..mixtures import MIXTURES
 from ..progress import ProgressCallback, ignore_progress
+from ..targets import TARGETS
 from .balancing import BiasBalancing
 from .batches import Layout, TokenBatches
 from .corpora import held_out_corpus, training_corpus
@@ -25,7 +26,7 @@ from .distillation import Distillation
 from .dynamics import Dynamics
 from .gates import GATES
 from .lora import add_adapters
-from .loss_head import LossHead
+from .loss_head import LossHead, next_token_labels
 from .losses import LOSSES
 from .losses.base import LossContext, RoutingLoss
 from .metrics import MetricsFile, Sums, active_parameters, peak_flops, training_flops
@@ -114,14 +115,15 @@ def assemble(
     batches = _batches(recipe, corpus, layout)
     adapters = recipe.lora is not None
     model = load_model(source if adapters or checkpoint is None else checkpoint, recipe, device)
-    layers = find_moe_layers(model)
+    dense = recipe.allow_dense and model.config.model_type not in TARGETS
+    layers = [] if dense else find_moe_layers(model)
     facts: dict[str, Any] = {}
-    if adapters or checkpoint is None:
+    if not dense and (adapters or checkpoint is None):
         facts["router_start"], layers = start_routers(model, layers, recipe, batches)
     facts["trained_parameters"] = freeze(model, recipe.freeze)
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora)
-        layers = find_moe_layers(model)
+        layers = [] if dense else find_moe_layers(model)
     gate = GATES.get(recipe.gate.name)(GATES.get(recipe.gate.name).Options(**recipe.gate.options))
     gate.attach(layers, recipe.seed)
     validation = None
@@ -134,7 +136,7 @@ def assemble(
     dynamics = _dynamics(recipe, layers, gate, batches.sampler, references, args.world_size > 1)
     if checkpoint is not None:
         dynamics.load(checkpoint)
-    losses = _losses(recipe)
+    losses = [] if dense else _losses(recipe)
     for note in (note for loss in losses for note in loss.notes(gate)):
         log.warning("%s", note)
     distillation = None
@@ -189,23 +191,40 @@ def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout) -> Tok
 
 def start_routers(
     model: Any, layers: Sequence[MoeLayer], recipe: PretrainRecipe, batches: TokenBatches
-) -> tuple[list[dict[str, Any]], list[MoeLayer]]:
-    """Scale hard routers up, so that their weights can tell tokens apart; says what was done to which layer."""
+) -> tuple[dict[str, Any], list[MoeLayer]]:
+    """Scale hard routers up, so that their weights can tell tokens apart; says what was done, and what it changed."""
     if recipe.router.start_std is None:
-        return [], list(layers)
+        return {}, list(layers)
     inputs = list(_first_blocks(batches, next(model.parameters()).device))
     stds = measure_logit_std(model, layers, inputs)
-    reshard(model)
     hard = {moe.layer for moe, std in zip(layers, stds, strict=True) if 0 < std < HARD_STD}
     for moe, std in zip(layers, stds, strict=True):
         if std == 0:
             log.warning("layer %d: the router's rows are equal: there is nothing to scale up", moe.layer)
-    if not hard:
-        return [], list(layers)
-    layers = renormalise(model, layers)
+    before = _loss(model, inputs, recipe) if hard else 0.0
+    if hard:
+        layers = renormalise(model, layers)
     pairs = [(moe, std) for moe, std in zip(layers, stds, strict=True) if moe.layer in hard]
-    done = soften([moe for moe, _ in pairs], [std for _, std in pairs], recipe.router.start_std)
-    return [asdict(each) for each in done], layers
+    done = soften([moe for moe, _ in pairs], [std for _, std in pairs], recipe.router.start_std) if hard else []
+    after = _loss(model, inputs, recipe) if hard else 0.0
+    reshard(model)
+    if not hard:
+        return {}, list(layers)
+    log.info("hard routers were scaled up: the loss of the first text goes from %.4f to %.4f", before, after)
+    return {"loss_before": before, "loss_after": after, "layers": [asdict(each) for each in done]}, list(layers)
+
+
+def _loss(model: Any, inputs: Sequence[Mapping[str, Any]], recipe: PretrainRecipe) -> float:
+    """Mean loss of a token on a few blocks."""
+    head, total, tokens = LossHead(model, logits_at_once=recipe.logits_at_once), 0.0, 0
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in inputs:
+            losses = head(model, batch, next_token_labels(batch["input_ids"]))
+            total, tokens = total + float(losses.nll_sum), tokens + int(losses.counted_BT.sum())
+    model.train(training)
+    return total / tokens
 
 
 def _first_blocks(batches: TokenBatches, device: Any) -> Iterator[Mapping[str, Any]]:
@@ -232,7 +251,7 @@ def _dynamics(
     rule = MIXTURES.get(recipe.data.update.name)
     return Dynamics(
         gate,
-        BiasBalancing(layers, recipe.balancing, reduce) if recipe.balancing is not None else None,
+        BiasBalancing(layers, recipe.balancing, reduce) if recipe.balancing is not None and layers else None,
         RoutingStatistics(layers, reduce),
         sampler,
         rule(rule.Options(**recipe.data.update.options)),

@@ -98,8 +98,10 @@ class Dynamics:
         """
         from .routing_statistics import collapsed
 
-        layers = self.statistics.per_layer()
         found: dict[str, Any] = {"mixture": {k: round(v, 6) for k, v in self.sampler.weights_at(step).items()}}
+        if not self.statistics.layers:  # a dense model
+            return found
+        layers = self.statistics.per_layer()
         found["routing"] = {key: round(value, 6) for key, value in self.statistics.summary().items()}
         names = ("max_violation", "load_entropy_share", "dead_experts", "importance_cv", "top1_probability")
         found["layers"] = {name: [round(getattr(each, name), 5) for each in layers] for name in names}

@@ -224,12 +224,15 @@ class StepMemory:
         copying = self._layers[index : index + 1] if checkpointed else self._layers[: index + 1]
         done = {self._head: self._ends[self._head], "norms": self._ends["norms"]}
         gradients = self._held(done, trained=True) + sum(each.gradients for each in self._layers[index + 1 :])
+        kept = self._kept(index + 1)
+        if checkpointed:  # the layer's input is there already, if the norm does not copy it to float32
+            kept += layer.kept - (4 * self.run.numbers if self.run.widths.weights == 4 else 0)
         new = layer.new + layer.experts // 2  # with half of the experts' own activations on the way
         if not self.accumulates:
             new += layer.new // 2 - layer.experts  # both weights' gradients, where activations were
         return self._always() | {
             "gradients": self.state()["gradients"] if self.accumulates else gradients,
-            "activations": self._kept(index + 1) + (layer.kept if checkpointed else 0),
+            "activations": kept,
             "weight copies": sum(each.copies for each in copying),
             "gathered weights": layer.full + (self._layers[index - 1].full if index else 0),
             "working space": max(layer.working, new) + 2 * layer.full,  # FSDP2: the gradient, and what is sent of it

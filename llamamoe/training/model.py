@@ -11,6 +11,7 @@ from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from ..checkpoint.writer import write_text
 from ..config_compat import missing_keys
 from ..errors import CheckpointError, RefusedError
+from ..sources import SOURCES
 from ..streaming import quiet_transformers
 from ..targets import TARGETS
 
@@ -23,8 +24,12 @@ BLOCK = "llamamoe"
 """The key of ``config.json`` under which our own facts stand."""
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
+def check_folder(folder: Path, *, allow_dense: bool = False) -> dict[str, Any]:
     """The configuration of a converted checkpoint, its files checked by their headers.
+
+    Args:
+        folder: The checkpoint.
+        allow_dense: Whether a dense model of a known family will do.
 
     Raises:
         CheckpointError: Files are missing or broken, or it brings its own code.
@@ -34,10 +39,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
     config = checkpoint.config
     if config.get("auto_map"):
         raise CheckpointError(f"{folder}: config.json has an 'auto_map': code of a checkpoint is never run.")
-    if config.get("model_type") not in TARGETS or config.get("model_type") == "dense":
+    name = config.get("model_type")
+    if (name not in TARGETS or name == "dense") and not (allow_dense and name in SOURCES):
         raise RefusedError(
-            f"{folder}: model_type {config.get('model_type')!r} is no mixture of experts that can be trained here.",
-            hint="Convert it first: llamamoe split SOURCE OUT.",
+            f"{folder}: model_type {name!r} is no mixture of experts that can be trained here.",
+            hint="Convert it first: llamamoe split SOURCE OUT. To train a dense model as a control, set allow_dense=true.",
         )
     return dict(config)
 

@@ -160,6 +160,9 @@ class PretrainRecipe(_Part):
     evaluate_every: int | None = Field(None, ge=1, description="Steps between validations; null: only at the ends.")
     save_every: int | None = Field(None, ge=1, description="Steps between checkpoints; null: only at the end.")
     keep: int | None = Field(2, ge=1, description="Newest checkpoints that are kept (the best one too); null: all.")
+    allow_dense: bool = Field(
+        False, description="Train a dense model by the same recipe, as a control: what is said of routers is left out."
+    )
     stop_on_collapse: bool = Field(False, description="Stop, not only warn, when a router uses few of its experts.")
     trainer: Annotated[dict[str, Any], BeforeValidator(check_trainer_keys)] = Field(
         default_factory=dict, description="Keys of transformers' TrainingArguments, such as report_to or deepspeed."

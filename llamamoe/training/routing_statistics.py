@@ -138,7 +138,7 @@ class RoutingStatistics:
     def __init__(
         self, layers: Sequence[MoeLayer], all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> None:
-        self._layers = sorted(layers, key=lambda moe: moe.layer)
+        self.layers = sorted(layers, key=lambda moe: moe.layer)
         self._all_reduce = all_reduce
         self._sums: dict[int, torch.Tensor] = {}
 
@@ -160,16 +160,16 @@ class RoutingStatistics:
         """Every layer that was seen (on any rank), in order of depth."""
         import torch
 
-        width = max(moe.num_experts for moe in self._layers)
-        table = torch.zeros(len(self._layers), 2 * width + _SCALARS, dtype=torch.float64)
-        for row, moe in zip(table, self._layers, strict=True):
+        width = max(moe.num_experts for moe in self.layers)
+        table = torch.zeros(len(self.layers), 2 * width + _SCALARS, dtype=torch.float64)
+        for row, moe in zip(table, self.layers, strict=True):
             if moe.layer in self._sums:
                 found = self._sums[moe.layer].cpu().double()
                 row[: len(found)] = found
         if self._all_reduce is not None:
-            device = self._layers[0].router_NH.device
+            device = self.layers[0].router_NH.device
             table = self._all_reduce(table.to(device)).cpu()
-        rows = zip(self._layers, table.tolist(), strict=True)
+        rows = zip(self.layers, table.tolist(), strict=True)
         return [_layer_statistics(moe, row) for moe, row in rows if row[0] > 0]
 
     def summary(self) -> dict[str, float]:

@@ -198,6 +198,6 @@ def test_other_tokenizers_and_vocabularies_are_refused(tokens, model, tmp_path):
     (other_end / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<pad>"}))
     with pytest.raises(RefusedError, match=r"end-of-sequence token of .* is 0, but 2"):
         corpus.check_tokenizer(other_end)
-    with pytest.raises(CheckpointError):
-        (tmp_path / "bare").mkdir()
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(CheckpointError, match="is not a model"):
         corpus.check_tokenizer(tmp_path / "bare")

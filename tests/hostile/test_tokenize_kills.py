@@ -46,17 +46,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def watch(calls: Counter[str], at: At) -> None:
     for name, (holder, attribute) in POINTS.items():
+        setattr(holder, attribute, killing(name, getattr(holder, attribute), calls, at))
 
-        def call(*args: Any, _name: str = name, _real: Any = getattr(holder, attribute), **keys: Any) -> Any:
-            calls[_name] += 1
-            if at == (_name, calls[_name]):
-                if _name == "append":  # half a line reaches the disk
-                    args[0]._file.write(json.dumps(args[1])[:20])
-                    args[0]._file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return _real(*args, **keys)
 
-        setattr(holder, attribute, call)
+def killing(name: str, real: Callable[..., Any], calls: Counter[str], at: At) -> Callable[..., Any]:
+    def call(*args: Any, **keys: Any) -> Any:
+        calls[name] += 1
+        if at == (name, calls[name]):
+            if name == "append":  # half a line reaches the disk
+                args[0]._file.write(json.dumps(args[1])[:20])
+                args[0]._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **keys)
+
+    return call
 
 
 @pytest.fixture(scope="module")

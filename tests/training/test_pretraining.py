@@ -169,7 +169,10 @@ def test_gradient_checkpointing_changes_nothing(world: dict[str, str], tmp_path:
 
 
 def test_a_hard_router_is_scaled_up_with_its_ranking(finished: Path) -> None:
-    start = json.loads((finished / "facts.json").read_text())["router_start"]
+    facts = json.loads((finished / "facts.json").read_text())["router_start"]
+    assert facts["loss_before"] > 0
+    assert facts["loss_after"] != facts["loss_before"]
+    start = facts["layers"]
     assert [each["layer"] for each in start] == [0, 1]
     assert all(each["std_before"] < 1e-3 for each in start)
     assert all(each["std_after"] == pytest.approx(0.5) for each in start)
@@ -330,3 +333,12 @@ def test_the_training_text_is_no_validation(world: dict[str, str], tmp_path: Pat
 def test_a_dense_model_is_refused(world: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no mixture of experts"):
         pretrain(recipe_of(world, model=world["parent"]), tmp_path / "run")
+
+
+def test_a_dense_control_is_trained_by_the_same_recipe(world: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_of(world, "steps=2", model=world["parent"], allow_dense=True, losses=[{"name": "switch"}])
+    result = pretrain(recipe, tmp_path / "run")
+    lines = lines_of(tmp_path / "run")
+    assert "routing" not in lines[1]
+    assert set(lines[1]["terms"]) == {"lm"}
+    assert AutoModelForCausalLM.from_pretrained(result.model).config.model_type == "llama"

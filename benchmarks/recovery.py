@@ -1,0 +1,274 @@
+"""How many tokens win back what a conversion lost: curves of held-out loss for two starts and three objectives.
+
+    python benchmarks/recovery.py stories260k --source DENSE --train train.jsonl --validation valid.jsonl --work FOLDER
+    python benchmarks/recovery.py smollm2 --source DENSE --train slimpajama/train --validation slimpajama/valid --work FOLDER
+
+Every arm is one run of ``llamamoe pretrain`` in a folder of its own: a stopped study goes on where it was, bit for bit.
+Tokens of calibration and healing count, too. The dense parent is trained by the same recipe as the control. Arms that
+are finished stand in benchmarks/results/recovery-NAME.json, curves in recovery-NAME.svg; --draw only draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llamamoe
+from llamamoe.data.token_recipe import load_tokenize_recipe
+from llamamoe.healing import heal
+from llamamoe.recovery.recipe import load_heal_recipe
+from llamamoe.training.metrics import read_lines
+from llamamoe.training.recipe import load_pretrain_recipe
+
+RESULTS = Path(__file__).parent / "results"
+KL: dict[str, Any] = {"lm": {"weight": 0.1}, "kl": {"weight": 1.0}}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model's study: how it is split, and how every arm is trained.
+
+    Attributes:
+        random: Keys of a split's recipe: half of the neurons active, chosen at random.
+        ours: The same of our best conversion.
+        calibration: Its tokens of text.
+        heal: Keys of a recipe of heal.
+        pretrain: Keys of a recipe of pretrain, the same for all arms.
+        arms: ``(start, objective)``.
+        seeds: Of the split and of the training.
+        sampled: Tokens that the parent writes beside the real text.
+    """
+
+    random: Mapping[str, Any]
+    ours: Mapping[str, Any]
+    calibration: int
+    heal: Mapping[str, Any]
+    pretrain: Mapping[str, Any]
+    arms: tuple[tuple[str, str], ...]
+    seeds: tuple[int, ...]
+    sampled: int = 0
+    distill: Mapping[str, Any] = field(default_factory=lambda: KL)
+
+
+ALL_ARMS = tuple((start, how) for start in ("random", "ours") for how in ("lm", "distill", "heal + distill"))
+STUDIES = {
+    "stories260k": Study(
+        random={"num_experts": 8, "top_k": 4, "method": "random"},
+        ours={
+            "num_experts": 16, "top_k": 5, "shared": 44, "method": {"name": "token_clusters", "rounds": 3},
+            "shared_by": "power", "router": "ridge", "repair": {"name": "distill", "epochs": 5},
+            "calibration_length": 256,
+        },
+        calibration=32768,
+        heal={"tokens": 131072, "length": 256},
+        pretrain={
+            "steps": 300, "batch_size": 16, "micro_batch_size": 16,
+            "optimizer": {"lr": 2e-3, "router_lr": 1e-3, "weight_decay": 0.01},
+            "lr_schedule": {"warmup": 20, "min_ratio": 0.05},
+            "losses": [{"name": "switch", "coefficient": 0.01}],
+            "precision": {"compute": "float32", "parent": "float32"},
+            "evaluate_every": 25, "log_every": 25, "save_every": 100,
+        },
+        arms=(*ALL_ARMS, ("dense", "lm")),
+        seeds=(0, 1, 2),
+        sampled=860_000,
+    ),
+    "smollm2": Study(
+        random={"num_experts": 8, "top_k": 4, "method": "random"},
+        ours={
+            "num_experts": 88, "top_k": 36, "shared": 128, "method": {"name": "token_clusters", "rounds": 3},
+            "shared_by": "power", "router": "ridge", "repair": {"name": "distill", "epochs": 5}, "keep_dense": [0],
+            "calibration_length": 512, "compute_dtype": "bfloat16",
+        },
+        calibration=65536,
+        heal={"tokens": 131072, "length": 512, "compute_dtype": "bfloat16"},
+        pretrain={
+            "tokens": 3e5, "batch_size": 8, "micro_batch_size": 2,
+            "optimizer": {"lr": 2e-4, "router_lr": 2e-4, "weight_decay": 0.0},
+            "lr_schedule": {"warmup": 4, "min_ratio": 0.1},
+            "losses": [{"name": "switch", "coefficient": 0.005}],
+            "freeze": ["embeddings", "head"],
+            "evaluate_every": 12, "log_every": 4, "save_every": 4, "keep": 2,
+        },
+        arms=(("ours", "distill"), ("dense", "lm"), ("ours", "lm"), ("random", "lm")),
+        seeds=(0,),
+        distill={"lm": {"weight": 0.1}, "kl": {"weight": 1.0, "top_m": 256}},
+    ),
+}  # fmt: skip
+BLOCKS = {
+    "stories260k": {"block_length": 256, "validation_blocks": 128},
+    "smollm2": {"block_length": 512, "validation_blocks": 8},
+}
+
+
+class Runner:
+    """Makes what an arm needs, once, and runs it."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.study, self.work = name, STUDIES[name], options.work
+        self.source, self.train, self.validation = options.source, options.train, options.validation
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def tokens(self) -> dict[str, str]:
+        """Folders of tokens, with the parent's own text beside the real one."""
+        text = [str(self.train)]
+        if self.study.sampled:
+            text.append(str(self._sampled()))
+        for split, paths in (("train", text), ("valid", [str(self.validation)])):
+            if not (self.work / "tokens" / split).exists():
+                recipe = load_tokenize_recipe(given={"tokenizer": str(self.source), "text": paths})
+                llamamoe.tokenize(recipe, self.work / "tokens" / split)
+        return {split: str(self.work / "tokens" / split) for split in ("train", "valid")}
+
+    def _sampled(self) -> Path:
+        """Text that the parent writes, by a seed."""
+        path: Path = self.work / "sampled.jsonl"
+        if not path.exists():
+            from llamamoe.calibration.sampled import open_tokenizer, sample_text
+            from llamamoe.dense import understand
+            from llamamoe.hub import locate, open_checkpoint
+
+            model = understand(open_checkpoint(locate(self.source)))
+            tokenizer = open_tokenizer(model.checkpoint)
+            text = sample_text(model, tokenizer, num_tokens=self.study.sampled, length=256, seed=0, batch_size=256)
+            rows = [
+                json.dumps({"text": each}) for each in tokenizer.batch_decode(text.ids_ST, skip_special_tokens=True)
+            ]
+            path.write_text("\n".join(rows) + "\n")
+        return path
+
+    def converted(self, start: str, seed: int) -> tuple[Path, int]:
+        """A conversion, and the tokens that it took."""
+        out = self.work / f"{start}-{seed}"
+        calibrated = start == "ours"
+        if not out.exists():
+            given = dict(self.study.ours if calibrated else self.study.random) | {"seed": seed}
+            if calibrated:
+                given |= {"calibration": [str(self.train)], "calibration_tokens": self.study.calibration}
+            llamamoe.split(self.source, out, llamamoe.load_recipe(given=given), resume=True, verify=False)
+        return out, self.study.calibration if calibrated else 0
+
+    def start(self, start: str, objective: str, seed: int) -> tuple[Path, int]:
+        """What an arm begins with, and the tokens that it took."""
+        if start == "dense":
+            return Path(self.source), 0
+        model, tokens = self.converted(start, seed)
+        if not objective.startswith("heal"):
+            return model, tokens
+        out = self.work / f"{start}-{seed}-healed"
+        if not out.exists():
+            recipe = load_heal_recipe(given={**self.study.heal, "text": [str(self.train)], "seed": seed})
+            heal(model, out, recipe, parent=self.source, resume=True)
+        return out, tokens + int(self.study.heal["tokens"])
+
+    def arm(self, start: str, objective: str, seed: int) -> dict[str, Any]:
+        """Run one arm to its end; its curve as plain data."""
+        tokens = self.tokens()
+        model, spent = self.start(start, objective, seed)
+        given = {
+            **self.study.pretrain,
+            "model": str(model),
+            "data": {"train": tokens["train"], "validation": tokens["valid"], **BLOCKS[self.name]},
+            "device": "cpu",
+            "seed": seed,
+            "experts_implementation": "llamamoe_auto",
+        }
+        if objective != "lm":
+            given |= {"parent": str(self.source), "distill": dict(self.study.distill)}
+        if start == "dense":
+            given |= {"allow_dense": True, "losses": [], "experts_implementation": None}
+        recipe = load_pretrain_recipe(given=given)
+        folder = self.work / "runs" / f"{start}-{objective.replace(' + ', '-')}-{seed}"
+        if not (folder / "model").exists():
+            result = llamamoe.pretrain(recipe, folder, resume=True)
+            shutil.rmtree(result.out / f"checkpoint-{result.steps}", ignore_errors=True)
+        lines = [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "validation"]
+        return {
+            "start": start,
+            "objective": objective,
+            "seed": seed,
+            "spent": spent,
+            "curve": [[spent + line["tokens"], line["loss"]] for line in lines],
+            "domains": {"first": lines[0]["domain_loss"], "last": lines[-1]["domain_loss"]},
+        }
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The finished arms."""
+    return json.loads(path.read_text())["arms"] if path.exists() else []
+
+
+def tokens_to_reach(curve: list[list[float]], loss: float) -> float | None:
+    """From which tokens on a curve is at or below a loss, linear between its points; None: never."""
+    for (x0, y0), (x1, y1) in zip([curve[0], *curve], curve, strict=False):
+        if y1 <= loss:
+            return x1 if y0 <= loss or y0 == y1 else x0 + (x1 - x0) * (y0 - loss) / (y0 - y1)
+    return None
+
+
+def draw(arms: list[dict[str, Any]], path: Path) -> None:
+    """Curves of the mean over seeds, with the range over seeds."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = {"random": "#D55E00", "ours": "#0072B2", "dense": "#555555"}
+    styles = {"lm": ":", "distill": "-", "heal + distill": "--"}
+    with rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(8.4, 5.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for start, objective in dict.fromkeys((arm["start"], arm["objective"]) for arm in arms):
+            curves = [a["curve"] for a in arms if (a["start"], a["objective"]) == (start, objective)]
+            x = [max(point[0], 1) / 1000 for point in curves[0]]
+            losses = [[curve[i][1] for curve in curves] for i in range(len(x))]
+            mean = [sum(each) / len(each) for each in losses]
+            name = {"dense": "dense parent, language modelling"}.get(start, f"{start}, {objective}")
+            axes.plot(x, mean, styles[objective], color=colours[start], label=name, linewidth=1.8)
+            axes.fill_between(x, [min(e) for e in losses], [max(e) for e in losses], color=colours[start], alpha=0.12)
+        lowest = min(loss for arm in arms for _, loss in arm["curve"])
+        ends = [arm["curve"][-1][1] for arm in arms]
+        axes.set_ylim(lowest - 0.05, max(ends) + 0.6 * (max(ends) - lowest) + 0.1)
+        axes.set_xlabel("tokens in thousands, calibration and healing included")
+        axes.set_ylabel("loss of held-out text, nats per token")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def main() -> None:
+    """Parse, run what is missing, write after every arm."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=sorted(STUDIES))
+    parser.add_argument("--source", type=Path, help="The dense model's folder.")
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--validation", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/recovery"))
+    parser.add_argument("--only", nargs="*", default=[], help="Arms such as 'ours/distill/0'.")
+    parser.add_argument("--draw", action="store_true")
+    options = parser.parse_args()
+    path = RESULTS / f"recovery-{options.study}.json"
+    arms, study = load(path), STUDIES[options.study]
+    there = {(arm["start"], arm["objective"], arm["seed"]) for arm in arms}
+    wanted = [(start, how, seed) for seed in study.seeds for start, how in study.arms]
+    if not options.draw:
+        runner = Runner(options.study, options)
+        for key in wanted:
+            if key not in there and (not options.only or "/".join(map(str, key)) in options.only):
+                arms.append(runner.arm(*key))
+                RESULTS.mkdir(exist_ok=True)
+                path.write_text(json.dumps({"study": options.study, "arms": arms}, indent=1) + "\n")
+                print(*key, arms[-1]["curve"][0], arms[-1]["curve"][-1], flush=True)
+    if arms:
+        draw(arms, path)
+
+
+if __name__ == "__main__":
+    main()

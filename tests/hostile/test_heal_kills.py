@@ -1,0 +1,120 @@
+"""Healing killed at many points, and shared by processes: the bytes are those of one run that nothing stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llamamoe
+from llamamoe.healing import heal
+from llamamoe.recovery.recipe import HealRecipe
+from tests.healing import convert, heal_recipe, receipt, write_text
+from tests.models import make_dense
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("dense") / "dense")
+
+
+@pytest.fixture(scope="module")
+def model(dense: Path) -> Path:
+    return convert(dense, dense.parent / "moe", target="mixtral")
+
+
+def run_processes(jobs: list[dict[str, Any]], **env: str) -> list[int]:
+    """Exit codes (negative: the signal) of one run for each job, one after another."""
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.hostile.killable_heal"],
+        input="".join(json.dumps(job) + "\n" for job in jobs), capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env, cwd=ROOT,
+    )  # fmt: skip
+    assert "Error" not in found.stderr, found.stderr
+    return [int(line) for line in found.stdout.split()]
+
+
+def job_of(model: Path, out: Path, dense: Path, recipe: HealRecipe, at: Any = None, **keys: Any) -> dict[str, Any]:
+    data = recipe.model_dump(mode="json")
+    return {"args": [str(model), str(out)], "parent": str(dense), "given": data, "keys": keys, "at": at}
+
+
+def same(one: Path, two: Path) -> None:
+    names = sorted(p.name for p in one.iterdir())
+    assert names == sorted(p.name for p in two.iterdir())
+    for name in names:
+        if name == "llamamoe_heal.json":
+            assert {k: v for k, v in receipt(one).items() if k != "run"} == {
+                k: v for k, v in receipt(two).items() if k != "run"
+            }
+        else:
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("inputs", ["parent", "model"])
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, model: Path, dense: Path, text: Path, inputs: str
+) -> None:
+    recipe = heal_recipe(text, inputs=inputs)
+    points = [["append", 3], ["loss", 14], ["pwrite", 9], ["write_text", 2], ["publish", 1]]
+    points = points if inputs == "parent" else points[1:2]
+    jobs = [job_of(model, tmp_path / "whole", dense, recipe)]
+    for i, at in enumerate(points):
+        jobs.append(job_of(model, tmp_path / str(i), dense, recipe, at))
+        jobs.append(job_of(model, tmp_path / str(i), dense, recipe, resume=True))
+    codes = run_processes(jobs)
+    assert codes == [0] + [-9, 0] * len(points)
+    for i in range(len(points)):
+        same(tmp_path / str(i), tmp_path / "whole")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_two_processes_write_what_one_does(tmp_path: Path, model: Path, dense: Path, text: Path) -> None:
+    recipe = heal_recipe(text)
+    assert run_processes([job_of(model, tmp_path / "one", dense, recipe)]) == [0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.hostile.killable_heal"]
+    line = json.dumps(job_of(model, tmp_path / "two", dense, recipe)) + "\n"
+    runs = []
+    for rank in range(2):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WORLD_SIZE": "2", "RANK": str(rank),
+                            "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        runs.append(
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+                cwd=ROOT,
+            )
+        )  # fmt: skip
+        assert runs[-1].stdin is not None
+        runs[-1].stdin.write(line)
+        runs[-1].stdin.close()
+        runs[-1].stdin = None
+    for run in runs:
+        out, err = run.communicate()
+        assert out.split() == ["0"], err
+    assert receipt(tmp_path / "two")["run"]["processes"] == 2
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_another_recipe_cannot_finish_it(tmp_path: Path, model: Path, dense: Path, text: Path) -> None:
+    assert run_processes([job_of(model, tmp_path / "out", dense, heal_recipe(text), ["layer", 2])]) == [-9]
+    with pytest.raises(llamamoe.RefusedError, match="left from a run"):
+        heal(model, tmp_path / "out", heal_recipe(text), parent=dense)
+    with pytest.raises(llamamoe.RefusedError, match="begun from another"):
+        heal(model, tmp_path / "out", heal_recipe(text, lr=0.01), parent=dense, resume=True)
+    heal(model, tmp_path / "out", heal_recipe(text, lr=0.01), parent=dense, force=True)
