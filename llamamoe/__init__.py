@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError, VerificationError
     from .evaluation import evaluate
     from .experts import register_experts
+    from .healing import HealResult, heal
     from .inspection import Inspection, inspect_checkpoint
     from .pretraining import PretrainPlan, PretrainResult, plan_pretraining, pretrain
     from .recipe import SplitRecipe, load_recipe
+    from .recovery.planning import plan_heal
+    from .recovery.recipe import HealRecipe, load_heal_recipe
     from .scores import Evaluation
     from .studies.recipe import CompareRecipe, load_compare_recipe
     from .studies.table import Comparison
@@ -62,6 +65,11 @@ _PLACES = {
     "fix_config": "config_compat",
     "demo": "demonstration",
     "DemoResult": "demonstration",
+    "heal": "healing",
+    "HealResult": "healing",
+    "plan_heal": "recovery.planning",
+    "HealRecipe": "recovery.recipe",
+    "load_heal_recipe": "recovery.recipe",
     "tokenize": "tokenization",
     "Tokenized": "tokenization",
     "TokenizeRecipe": "data.token_recipe",
@@ -87,6 +95,8 @@ __all__ = [
     "Comparison",
     "DemoResult",
     "Evaluation",
+    "HealRecipe",
+    "HealResult",
     "Inspection",
     "LlamaMoeError",
     "Matrix",
@@ -108,15 +118,18 @@ __all__ = [
     "demo",
     "evaluate",
     "fix_config",
+    "heal",
     "inspect_checkpoint",
     "list_methods",
     "load_compare_recipe",
+    "load_heal_recipe",
     "load_pretrain_recipe",
     "load_recipe",
     "load_tokenize_recipe",
     "matrix",
     "plan_comparison",
     "plan_conversion",
+    "plan_heal",
     "plan_pretraining",
     "pretrain",
     "register_experts",

@@ -35,7 +35,7 @@ class Costs:
     read_by_expert: float = 18
 
 
-_FLOAT32 = Costs(call=4.6e5, assignment=8, small=1.0)
+_FLOAT32 = Costs(call=8e5, assignment=16, small=1.0)
 _HALF = Costs(call=2.5e6, assignment=24, small=1.15)
 
 

@@ -77,6 +77,7 @@ def test_the_registry_needs_neither_torch_nor_transformers() -> None:
     [
         (2048, (88, 16, 36, 576), True, False),
         (2048, (88, 16, 36, 576), False, True),
+        (512, (88, 16, 36, 576), False, False),
         (2048, (8, 192, 4, 576), True, True),
         (2048, (8, 192, 4, 576), False, True),
         (2048, (8, 192, 8, 576), True, False),

@@ -1,0 +1,171 @@
+"""``llamamoe heal``: layers distilled from the dense parent's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._format import amount, duration, plural, size
+from ._output import Interrupted, Output, output_options
+from ._recipe_options import recipe_file
+from ._style import Command, Option
+from ._tables import bullets, facts, heading, paragraph, table
+
+if TYPE_CHECKING:
+    from llamamoe.healing import HealResult
+    from llamamoe.recovery.plan import HealPlan
+    from llamamoe.recovery.recipe import HealRecipe
+
+HELP = """Distil the layers of the converted checkpoint MODEL from those of its dense parent, into the folder OUT.
+
+Each converted FFN and its router learn to put out what the parent's FFN does on the same inputs. No gradient runs through
+the model: layers are independent, so under torchrun every process takes its share of them. A layer that did not get
+better on held-out tokens is left as it was.
+
+OUT appears when everything in it is written, or not at all.
+"""
+EXAMPLES = """
+llamamoe heal MODEL OUT --parent DENSE --text texts/ --dry-run
+llamamoe heal MODEL OUT --parent DENSE --text texts/ --tokens 1000000
+llamamoe heal MODEL OUT --parent DENSE --text texts/ --set router=trained --set epochs=16
+llamamoe heal MODEL OUT --parent DENSE --text texts/ --resume
+torchrun --nproc-per-node 8 -m llamamoe_cli heal MODEL OUT --parent DENSE --text texts/
+"""
+RECIPE, RUN = "Recipe", "This run"
+
+
+def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
+
+
+@click.command(cls=Command, section="Train", rank=1, short_help="Distil layers from the dense parent's.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@click.argument("model")
+@click.argument("out", required=False)
+@_flag("--parent", group=RUN, metavar="DENSE", required=True, text="The dense checkpoint that MODEL was made from.")
+@_flag("--text", group=RECIPE, metavar="PATH", multiple=True,
+       text="Text to distil on, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
+@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
+@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+       text="Set one key of the recipe, such as epochs=16; may be repeated.")  # fmt: skip
+@_flag(
+    "--tokens", group=RECIPE, metavar="N", type=int, text="Most tokens of text.  [default: the recipe's, else 262144]"
+)
+@_flag("--device", group=RECIPE, metavar="NAME", text="A torch device.  [default: the GPU if there is one]")
+@_flag("--compute-dtype", group=RECIPE, type=click.Choice(["float32", "bfloat16"]),
+       text="Dtype of large products.  [default: bfloat16 for 16-bit weights where it is much faster]")  # fmt: skip
+@_flag("--dry-run", group=RUN, is_flag=True, text="Check and print the plan; reads headers only.")
+@_flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
+@_flag("--force", group=RUN, is_flag=True, text="Replace the healed checkpoint in OUT; drop what a stopped run left.")
+@output_options
+def command(
+    model: str,
+    out: str | None,
+    parent: str,
+    text: tuple[str, ...],
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    tokens: int | None,
+    device: str | None,
+    compute_dtype: str | None,
+    dry_run: bool,
+    resume: bool,
+    force: bool,
+    output: Output,
+) -> None:
+    """Parse, then plan or heal, then print."""
+    if out is None and not dry_run:
+        raise click.UsageError("Missing argument 'OUT': the folder to make.")
+    given = {"text": list(text) or None, "tokens": tokens, "device": device, "compute_dtype": compute_dtype}
+    complete = _recipe(recipe, given, overrides)
+    if dry_run:
+        _plan(model, out, parent, complete, force, output)
+        return
+    follows = int(os.environ.get("RANK", "0")) > 0  # torchrun: the first process speaks for all
+    output = Output(quiet=True) if follows else output
+    result = _heal(model, str(out), complete, output, parent=parent, resume=resume, force=force)
+    if follows:
+        return
+    if output.quiet:
+        bullets(result.warnings, mark="!", err=True)
+    output.result({"out": str(result.out), **result.receipt}, lambda: _print(result), summary=True)
+
+
+def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> HealRecipe:
+    from llamamoe.recovery.recipe import load_heal_recipe
+
+    with recipe_file(recipe, "heal") as path:
+        return load_heal_recipe(path, given=given, overrides=overrides)
+
+
+def _plan(model: str, out: str | None, parent: str, recipe: HealRecipe, force: bool, output: Output) -> None:
+    from llamamoe.preflight import normal_path
+    from llamamoe.recovery.output import check_place
+    from llamamoe.recovery.planning import plan_heal
+
+    plan = plan_heal(model, parent, recipe)
+    if out is not None:
+        check_place(normal_path(out), plan, force=force)
+    output.result({"dry_run": True, "out": out, **plan.to_json()}, lambda: _print_plan(plan))
+
+
+def _heal(model: str, out: str, recipe: HealRecipe, output: Output, **keys: Any) -> HealResult:
+    from llamamoe.checkpoint.ledger import partial_path
+    from llamamoe.healing import heal
+
+    try:
+        with output.progress() as report:
+            return heal(model, out, recipe, progress=report, **keys)
+    except KeyboardInterrupt:
+        kept = partial_path(Path(out)).is_dir()
+        raise Interrupted("finished layers are kept, --resume goes on" if kept else "nothing was written") from None
+
+
+def _print_plan(plan: HealPlan) -> None:
+    recipe = plan.recipe
+    click.echo(click.style(f"{plan.model.name}: heal {plural(len(plan.layers), 'layer')}", bold=True))
+    facts([
+        ("parent", plan.parent.name),
+        ("experts", f"{plan.num_experts} in each layer, {plan.top_k} selected per token; {plan.target.name}"),
+        ("routers", recipe.router),
+        ("text", f"{recipe.tokens:,} tokens at most, {plan.held_out_tokens:,} of them held out; sequences of {plan.length}"),
+        ("training", f"{plural(plan.steps, 'step')} a layer, {amount(plan.trained_parameters)} parameters of each"),
+        ("memory", f"{size(plan.peak_bytes)} at most"),
+        ("disk", size(plan.nbytes) + (f", {size(2 * plan.state_bytes)} meanwhile" if plan.states_in_files else "")),
+        ("time", f"about {duration(plan.seconds)} on two laptop cores in float32"),
+    ])  # fmt: skip
+    if plan.warnings:
+        heading("Warnings")
+        bullets(plan.warnings, mark="!")
+    click.echo("\nNothing was written.")
+
+
+def _print(result: HealResult) -> None:
+    receipt = result.receipt
+    click.echo(click.style(f"{result.out}: {plural(len(receipt['layers']), 'layer')} healed", bold=True))
+    rows = [
+        (
+            str(layer["layer"]),
+            _error(layer["error_before"]),
+            _error(layer["error_after"]),
+            "" if layer["kept"] else "no better: left as it was",
+        )
+        for layer in receipt["layers"]
+    ]
+    table(("layer", "error before", "after", ""), rows, right=(0, 1, 2))
+    click.echo()
+    paragraph(
+        f"Errors relative to the parent's outputs, on {receipt['tokens']['held_out']:,} tokens that were not trained on. "
+        f"{duration(receipt['run']['seconds'])}."
+    )
+    if result.warnings:
+        heading("Warnings")
+        bullets(result.warnings, mark="!")
+
+
+def _error(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

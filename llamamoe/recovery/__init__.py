@@ -1,0 +1,1 @@
+"""Layer-wise recovery: each converted FFN and its router distilled from the parent's, one layer at a time."""

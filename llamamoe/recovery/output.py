@@ -1,0 +1,165 @@
+"""What stands beside the healed weights: configuration, recipe, card and receipt; and what OUT may be."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..checkpoint.ledger import LEDGER, partial_path
+from ..checkpoint.reader import INDEX, LICENSE_FILES, SIDE_FILES
+from ..checkpoint.writer import write_text
+from ..config_compat import missing_keys
+from ..errors import RefusedError
+from ..preflight import check_out
+from .plan import HealPlan, config_of
+
+RECIPE_FILE = "llamamoe_heal.yaml"
+RECEIPT_FILE = "llamamoe_heal.json"
+_OURS = {"config.json", INDEX, "README.md", RECIPE_FILE, RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
+_ROOM = 64 * 2**20
+
+
+def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
+    """Refuse an OUT that would harm something, or for which there is no room.
+
+    Raises:
+        RefusedError: See `llamamoe.preflight.check_out`; with ``force`` a healed checkpoint may be replaced.
+    """
+    for source in (plan.model.path, plan.parent.path):
+        check_out(out, source, force=force) if not (force and _is_healed(out)) else check_out(
+            partial_path(out), source, force=True
+        )
+    _mark_finished(partial_path(out))
+    have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
+    if partial_path(out).is_dir():
+        have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
+    need = plan.nbytes + _ROOM + (2 * plan.state_bytes if plan.states_in_files else 0)
+    if have < need:
+        raise RefusedError(
+            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
+            hint="Make room, choose another disk, or fewer --tokens.",
+        )
+
+
+def _is_healed(out: Path) -> bool:
+    """Whether the folder holds a healed checkpoint and nothing else."""
+    if not out.is_dir() or out.is_symlink() or not (out / RECIPE_FILE).is_file():
+        return False
+    return all(p.is_file() and (p.name in _OURS or p.suffix == ".safetensors") for p in out.iterdir())
+
+
+def _mark_finished(partial: Path) -> None:
+    """Own up to a folder that a kill left between the end of its ledger and its new name: it begins again."""
+    if partial.is_dir() and not partial.is_symlink() and (partial / RECEIPT_FILE).is_file():
+        (partial / LEDGER).touch()
+
+
+def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any]) -> None:
+    """Everything but weights and receipt."""
+    plan.checkpoint.save_tokenizer(folder)
+    if (plan.checkpoint.path / INDEX).is_file():
+        shutil.copyfile(plan.checkpoint.path / INDEX, folder / INDEX)
+    write_text(folder / "config.json", json.dumps(healed_config(plan, receipt), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
+    write_text(folder / "README.md", healed_card(plan, receipt))
+
+
+def healed_config(plan: HealPlan, receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """MODEL's configuration with both spellings of rope, the router's change if there is one, and where it comes from."""
+    config = plan.checkpoint.config | config_of(plan, renormalised=receipt["renormalised"])
+    config |= missing_keys(config)
+    block = dict(config.get("llamamoe") or {})
+    if "exactness" in block:
+        block |= {"parity": "none", "exactness": "not exact: layers were distilled from the parent's"}
+    if plan.recipe.router == "trained" and "router_scale" in block:
+        block["router_scale"] = "soft"
+    healed = {
+        "version": __version__,
+        "parent": plan.parent.name,
+        "recipe_sha256": plan.recipe.sha256(),
+        "tokens": receipt["tokens"]["trained"],
+        "layers": sum(layer["kept"] for layer in receipt["layers"]),
+    }
+    block["healed"] = [*block.get("healed", []), healed]
+    return config | {"llamamoe": block}
+
+
+def healed_card(plan: HealPlan, receipt: Mapping[str, Any]) -> str:
+    """MODEL's card, what it said of exactness taken back, and a section about the healing."""
+    path = plan.checkpoint.path / "README.md"
+    card = path.read_text(encoding="utf-8").rstrip() if path.is_file() else f"# {plan.model.name}"
+    card = re.sub(
+        r"(?ms)^## Is it the same model\?\n.*?(?=^## |\Z)",
+        "## Is it the same model?\n\nNo: its layers were distilled from the parent's after the conversion, see Healed.\n\n",
+        card,
+    )
+    errors = receipt["error"]
+    rows = [
+        f"| {layer['layer']} | {_number(layer['error_before'])} | {_number(layer['error_after'])} | "
+        f"{'' if layer['kept'] else 'left as it was'} |"
+        for layer in receipt["layers"]
+    ]
+    return "\n".join([
+        card.rstrip(),
+        "",
+        "## Healed",
+        "",
+        f"llamamoe {__version__} trained the FFN of every converted layer on what the dense parent "
+        f"`{plan.parent.name}` makes of the same inputs, {receipt['tokens']['trained']:,} tokens of text, "
+        f"{plan.recipe.epochs} times each; routers were {plan.recipe.router}. "
+        f"Error of the layers on {receipt['tokens']['held_out']:,} held-out tokens, relative to the parent's outputs: "
+        f"{_number(errors['before'])} before, {_number(errors['after'])} after (mean).",
+        "",
+        "| layer | before | after | |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ])  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def make_receipt(
+    plan: HealPlan,
+    *,
+    layers: list[dict[str, Any]],
+    text: Mapping[str, Any],
+    computed: Mapping[str, Any],
+    renormalised: bool,
+    weights_sha256: str,
+    warnings: tuple[str, ...],
+) -> dict[str, Any]:
+    """The content of ``llamamoe_heal.json`` without what differs from run to run."""
+    sequences, length = text["sequences"], text["length"]
+    held_out = plan.held_out_of(sequences) * length
+    pairs = [
+        (layer["error_before"], layer["error_after"] if layer["kept"] else layer["error_before"]) for layer in layers
+    ]
+    known = [(before, after) for before, after in pairs if before is not None and after is not None]
+    means = [sum(pair[i] for pair in known) / len(known) if known else None for i in range(2)]
+    return {
+        "llamamoe": __version__,
+        "model": plan.model.name,
+        "converted": plan.checkpoint.config.get("llamamoe"),
+        "parent": {"name": plan.parent.name, "revision": plan.parent.revision},
+        "plan": {key: value for key, value in plan.to_json().items() if key not in ("model", "parent", "warnings")},
+        "tokens": {"trained": sequences * length - held_out, "held_out": held_out},
+        "text": text,
+        "computed": computed,
+        "renormalised": renormalised,
+        "error": {"before": means[0], "after": means[1]},
+        "layers": layers,
+        "weights_sha256": weights_sha256,
+        "warnings": list(warnings),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")},
+    }

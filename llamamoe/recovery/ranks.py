@@ -1,0 +1,159 @@
+"""Several processes that heal one checkpoint: who they are, and how the first one gets what the others made.
+
+Imported by running code only. Processes are those of ``torchrun``; they speak over gloo, and hand layers over in files
+of the folder in which OUT is put together, so that a layer that one of them finished survives a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import LlamaMoeError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+TIMEOUT = timedelta(days=7)
+"""How long one process may train while the others wait; those that die are noticed at once."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all.
+
+    Attributes:
+        rank: Its number.
+        world: How many there are.
+        local_rank: Its number on this machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    def takes(self, layer: int) -> bool:
+        """Whether this process heals the layer."""
+        return layer % self.world == self.rank
+
+    def share(self, value: T) -> T:
+        """What the first process has, on all of them."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """Do something in the first process; an error of the user's there is raised in all of them.
+
+        Returns:
+            The result in the first process, None in the others.
+        """
+        result: T | None = None
+        error: LlamaMoeError | None = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except LlamaMoeError as found:
+                error = found
+        error = self.share(error)
+        if error is not None:
+            raise error
+        return result
+
+    def device(self, name: str) -> str:
+        """The device of the recipe, or this process's own GPU where the recipe names no number."""
+        if self.world > 1 and name in ("auto", "cuda"):
+            import torch
+
+            if torch.cuda.is_available():
+                return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return name
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            try:
+                dist.barrier()
+            except RuntimeError as error:
+                raise LlamaMoeError(
+                    f"another process stopped before its layers were healed ({str(error).splitlines()[0][:200]}).",
+                    hint="Its own message says why; --resume goes on with the layers that are missing.",
+                ) from None
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes that ``torchrun`` started, or this one alone.
+
+    Raises:
+        UsageError: The environment speaks of several processes, but they do not find one another.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks()
+        return
+    import torch.distributed as dist
+
+    ours = not dist.is_initialized()
+    if ours:
+        try:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"WORLD_SIZE is {world}, but the processes do not find one another ({str(error)[:200]}).",
+                hint="Start them with: torchrun --nproc-per-node N -m llamamoe_cli heal ...",
+            ) from None
+    try:
+        yield Ranks(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+class Handoff:
+    """Finished layers of other processes, one file each.
+
+    Args:
+        folder: Where they lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"layer.{layer}.safetensors"
+
+    def holds(self, layer: int) -> bool:
+        """Whether the layer is there. A file that has its name is whole."""
+        return self._path(layer).is_file()
+
+    def give(self, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Write the layer, whole or not at all."""
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._path(layer).with_suffix(".tmp")
+        save_file(tensors, temporary, {"facts": json.dumps(facts)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(self._path(layer))
+
+    def take(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Read the layer."""
+        from safetensors import safe_open
+
+        with safe_open(self._path(layer), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
