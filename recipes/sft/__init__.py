@@ -1,0 +1,1 @@
+"""Instruction tuning of converted models with TRL and peft."""

@@ -1,0 +1,58 @@
+"""Every recipe of instruction tuning runs two steps under TRL's own command, on a converted model with a chat template."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamamoe import fix_config, load_recipe, split
+from tests.models import make_dense
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes" / "sft").glob("*.yaml"))
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} {% endfor %}"
+
+pytest.importorskip("trl")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    dense = make_dense(folder / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(dense)
+    split(dense, folder / "moe", load_recipe(given={"num_experts": 4, "top_k": 2, "method": "random"}), verify=False)
+    rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}] * 8
+    (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "moe"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_runs_two_steps(path: Path, model: Path, tmp_path: Path) -> None:
+    shrunk = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_length": 32,
+              "use_cpu": True, "bf16": False, "logging_steps": 1}  # fmt: skip
+    flags = [part for key, value in shrunk.items() for part in (f"--{key}", str(value))]
+    command = [
+        sys.executable, "-m", "trl.scripts.sft", "--config", str(path),
+        "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out"), *flags,
+    ]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        command, env=environment, cwd=model.parent, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    if path.stem == "lora":
+        names = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert sorted(names["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    else:
+        fix_config(tmp_path / "out")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
