@@ -54,7 +54,13 @@ def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Call
 @_flag("--resume", group=RUN, is_flag=True, text="Go on from the newest whole checkpoint in the run's folder.")
 @_flag("--force", group=RUN, is_flag=True, text="Drop the run that the folder holds.")
 @_flag("--dry-run", group=RUN, is_flag=True, text="Check everything and estimate memory, time and disk; loads nothing.")
-@_flag("--world-size", group=PAPER, type=click.IntRange(1), metavar="N", text="Processes.  [default: 1]")
+@_flag(
+    "--world-size",
+    group=PAPER,
+    type=click.IntRange(1),
+    metavar="N",
+    text="Processes.  [default: as many as the recipe's sharding needs]",
+)
 @_flag("--device-memory", group=PAPER, type=float, metavar="GB", text="Memory of one device.")
 @_flag("--peak-tflops", group=PAPER, type=float, metavar="X", text="What one device can do at most, in bfloat16.")
 @output_options
@@ -81,7 +87,7 @@ def command(
 
         plan = plan_pretraining(
             complete,
-            world_size=world_size or 1,
+            world_size=world_size,
             device_memory=None if device_memory is None else int(device_memory * 1e9),
             peak_flops=None if peak_tflops is None else peak_tflops * 1e12,
         )

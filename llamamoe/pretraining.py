@@ -118,7 +118,7 @@ class PretrainPlan:
 def plan_pretraining(
     recipe: PretrainRecipe,
     *,
-    world_size: int = 1,
+    world_size: int | None = None,
     device_memory: int | None = None,
     peak_flops: float | None = None,
     utilisation: float = 0.4,
@@ -127,7 +127,7 @@ def plan_pretraining(
 
     Args:
         recipe: Everything that decides the run.
-        world_size: Processes, one device each.
+        world_size: Processes, one device each; None: as many as the recipe's sharding needs.
         device_memory: Bytes of a device.
         peak_flops: Operations per second of a device.
         utilisation: The share of them that is reached.
@@ -137,14 +137,15 @@ def plan_pretraining(
         UsageError: The recipe does not fit model, tokens or number of processes.
     """
     from .data.mixtures import mixture_weights
-    from .training.batches import Layout
+    from .training.batches import check_ranks
     from .training.corpora import held_out_corpus, training_corpus
     from .training.estimate import estimate
 
     location, parent = locate(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     _identities(recipe, location.path, parent)
-    Layout(recipe.batch_size, recipe.micro_batch_size, max(1, world_size // recipe.distributed.tp_size))
+    world_size = world_size or recipe.distributed.fsdp_size * recipe.distributed.tp_size
+    check_ranks(recipe, world_size)
     corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
     tokens = {name: corpus.tokens(name) for name in corpus.domains}
     weights = mixture_weights(recipe.data.mixture, tokens)

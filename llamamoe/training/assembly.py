@@ -20,7 +20,7 @@ from ..mixtures import MIXTURES
 from ..progress import ProgressCallback, ignore_progress
 from ..targets import TARGETS
 from .balancing import BiasBalancing
-from .batches import Layout, TokenBatches
+from .batches import Layout, TokenBatches, check_ranks
 from .corpora import held_out_corpus, training_corpus
 from .distillation import Distillation
 from .dynamics import Dynamics
@@ -109,6 +109,7 @@ def assemble(
     args = training_arguments(
         recipe, folder, device, evaluates=held_out is not None
     )  # sets up the process group, if there is one
+    check_ranks(recipe, args.world_size)
     layout = make_layout(recipe, args)
     args.gradient_accumulation_steps = layout.accumulation
     torch.manual_seed(recipe.seed)

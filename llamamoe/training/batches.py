@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..data.mixture import MixtureSampler
     from ..data.shards import TokenCorpus
+    from .recipe import PretrainRecipe
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,24 @@ class Layout:
     def rows(self, micro_batch: int) -> slice:
         """The sequences of a micro-batch within the global batch."""
         return slice(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)
+
+
+def check_ranks(recipe: PretrainRecipe, world_size: int) -> None:
+    """Refuse a number of processes that the recipe's sharding or batch cannot be dealt to.
+
+    Raises:
+        UsageError: They do not fit; the message says what would.
+    """
+    sizes = recipe.distributed
+    if sizes.sharded and sizes.fsdp_size * sizes.tp_size != world_size:
+        raise UsageError(
+            f"distributed.fsdp_size = {sizes.fsdp_size} times tp_size = {sizes.tp_size} must be the number of processes, "
+            f"which is {world_size}.",
+            hint=f"Start {sizes.fsdp_size * sizes.tp_size} processes, or set distributed.fsdp_size={world_size // sizes.tp_size or 1}.",
+        )
+    if sizes.fsdp_size * sizes.tp_size % sizes.ep_size:
+        raise UsageError(f"distributed.ep_size = {sizes.ep_size} does not divide {world_size} processes.")
+    Layout(recipe.batch_size, recipe.micro_batch_size, max(1, world_size // sizes.tp_size))
 
 
 class TokenBatches:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamamoe import pretrain
+from llamamoe import plan_pretraining, pretrain
 from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
 from llamamoe.training.run_folder import checkpoints, locked
 
@@ -342,3 +342,10 @@ def test_a_dense_control_is_trained_by_the_same_recipe(world: dict[str, str], tm
     assert "routing" not in lines[1]
     assert set(lines[1]["terms"]) == {"lm"}
     assert AutoModelForCausalLM.from_pretrained(result.model).config.model_type == "llama"
+
+
+def test_a_number_of_processes_that_does_not_fit_is_refused(world: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"fsdp_size = 2 .* must be the number of processes, which is 1"):
+        pretrain(recipe_of(world, "distributed.fsdp_size=2"), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"cannot be dealt to 3 ranks"):
+        plan_pretraining(recipe_of(world), world_size=3)
