@@ -30,10 +30,10 @@ After a stop of any kind the same command with --resume goes on from the newest 
 weights and metrics as without the stop. For several processes start it with torchrun or accelerate launch.
 """
 EXAMPLES = """
-llamamoe pretrain --recipe smollm2_cpu --dry-run                    # memory, time and disk on paper
+llamamoe pretrain --recipe smollm2_cpu --dry-run          # memory, time and disk on paper
 llamamoe pretrain --recipe smollm2_cpu --out run
 llamamoe pretrain --recipe my.yaml --set optimizer.lr=1e-4 --out run --resume
-torchrun --nproc_per_node 8 -m llamamoe_cli pretrain --recipe recover_distill --out run
+torchrun --nproc_per_node 8 -m llamamoe_cli pretrain --recipe recover_distill
 """
 RECIPE, RUN, PAPER = "Recipe", "This run", "On paper"
 
