@@ -89,7 +89,7 @@ STUDIES = {
         heal={"tokens": 131072, "length": 512, "compute_dtype": "bfloat16"},
         pretrain={
             "tokens": 3e5, "batch_size": 8, "micro_batch_size": 2,
-            "optimizer": {"lr": 2e-4, "router_lr": 2e-4, "weight_decay": 0.0},
+            "optimizer": {"lr": 2e-4, "router_lr": 2e-5, "weight_decay": 0.0},
             "lr_schedule": {"warmup": 4, "min_ratio": 0.1},
             "losses": [{"name": "switch", "coefficient": 0.005}],
             "freeze": ["embeddings", "head"],

@@ -84,7 +84,10 @@ class RouterRecipe(_Part):
     """How routers begin."""
 
     start_std: float | None = Field(
-        0.5, gt=0, le=10, description="A hard router's rows are scaled until its logits spread by this; null: left."
+        0.1,
+        gt=0,
+        le=10,
+        description="A hard router's rows are scaled until its logits spread by this; small: little changes at once. null: left.",
     )
     warmup_steps: int = Field(0, ge=0, description="Steps at the start in which only routers are trained.")
 

@@ -24,7 +24,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)  # in turns: opening, closing
+    return [text for kind, text in found if kind == language]
 
 
 COMMANDS = [
@@ -33,6 +34,24 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("llamamoe ")
 ]
+
+
+SHRUNK = {
+    "pretrain": [
+        *(
+            "--set",
+            "tokens=null",
+            "--set",
+            "steps=2",
+            "--set",
+            "data.block_length=32",
+            "--set",
+            "data.validation_blocks=2",
+        )
+    ],
+    "heal": ["--set", "epochs=1", "--set", "length=64"],
+}
+"""What makes commands of the README short enough for a test."""
 
 
 @pytest.fixture
@@ -153,9 +172,11 @@ def run_all(commands: list[list[str]]) -> None:
 def test_commands_of_the_readme_run(beside_the_demo):
     """On a tiny model in the place of the demonstration's."""
     assert [args[0] for args in COMMANDS] == [
-        *("inspect", "split", "split", "split", "verify", "evaluate", "compare", "fix-config")
+        *("inspect", "split", "split", "split", "verify", "evaluate", "compare", "fix-config"),
+        *("tokenize", "tokenize", "heal", "pretrain"),
     ]
-    run_all(COMMANDS)
+    run_all([args + SHRUNK.get(args[0], []) for args in COMMANDS])
+    assert (beside_the_demo / "my-run" / "model" / "config.json").is_file()
     assert not (beside_the_demo / "comparison").exists()
     assert json.loads((beside_the_demo / "my-moe" / "llamamoe_receipt.json").read_text())["calibration"]
 
