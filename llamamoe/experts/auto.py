@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class Costs:
     """What costs time on a CPU, in the time that one thread takes for one neuron on one token, or as said.
 
-    Fitted by hand to one machine with AVX-512 (bfloat16 included, no AMX), on 9 shapes with H = 576 and 2048, N = 8 to 88,
-    W = 16 to 1024, T = 4 to 2048, forward and forward + backward.
+    Fitted by hand to one busy machine with AVX-512 (bfloat16 included, no AMX), on 9 shapes with H = 576 and 2048, N = 8 to
+    88, W = 16 to 1024, T = 4 to 2048, forward and forward + backward, and corrected after a run of `benchmarks/experts.py`:
+    its shapes are no independent check of the rule. Other processors may want other numbers.
 
     Attributes:
         read: Reading a neuron's weights and, for `masked`, copying its down projection.
@@ -42,9 +43,26 @@ _HALF = Costs(call=2.5e6, assignment=24, small=1.15)
 class Auto(ExpertsImplementation):
     """Chooses call by call, so that one model decodes with one and trains with the other.
 
-    The rule compares `Costs` of both. It says ``sorted`` for wide experts, for float32, and for many tokens with a small
-    share selected; ``masked`` for few tokens, and in bfloat16 for experts of few neurons of which more than a third is
-    selected.
+    The rule compares `Costs` of both: ``sorted`` for wide experts and many tokens, ``masked`` for few tokens, and for narrow
+    experts of which more than a third is selected. Processor time over the dense MLP's in `benchmarks/experts.py`, 2
+    threads, forward + backward (bf16 under autocast), the choice of the rule in stars:
+
+    ======================  =====  ==========  ==========  ==========
+    shape                   dtype  masked      sorted      grouped_mm
+    ======================  =====  ==========  ==========  ==========
+    88 x 16, k=36, T=2048   bf16   *0.99*      1.21        7.15
+    88 x 16, k=36, T=512    bf16   *1.02*      2.75        7.12
+    88 x 16, k=36, T=2048   fp32   0.96        *0.93*      3.30
+    88 x 16, k=36, T=512    fp32   *0.93*      1.10        2.52
+    8 x 192, k=4, T=2048    bf16   1.02        *0.71*      1.64
+    8 x 192, k=4, T=512     bf16   1.05        *0.91*      1.35
+    8 x 192, k=4, T=2048    fp32   1.05        *0.57*      0.73
+    8 x 1024, k=2, T=256    bf16   1.10        *0.59*      0.66
+    8 x 1024, k=4, T=256    bf16   1.06        *0.72*      1.02
+    ======================  =====  ==========  ==========  ==========
+
+    It is not always right. Without gradients its choice took 1.39 times the other's time for one token of 88 x 16, k=36,
+    fp32 (1.33 in a run before), and 1.28 times for T=2048 of it (1.01 in the run before).
     """
 
     name = "auto"
@@ -77,7 +95,8 @@ def prefers_sorted(
 def one_token_prefers_sorted(num_experts: int, width: int, top_k: int, hidden_size: int, *, half: bool) -> bool:
     """The same for one token without gradients, where neither sorts, and `masked` copies the selected experts.
 
-    In float32 a loop over the selected experts is never much slower. In half precision a call per expert costs 80 us
+    In float32 the loop won on most shapes that were measured, by up to 10 times with wide experts; with narrow ones it lost up
+    to 40 % in a run. In half precision a call per expert costs 80 us
     more than a share in the copy, less 0.2 ns for each number copied, and the copy 200 us in all.
     """
     return not half or top_k * (80 - 0.0002 * width * hidden_size) < 200
