@@ -37,6 +37,7 @@ from .parameters import freeze
 from .parent import Parent, load_parent, share_frozen
 from .ranks import sum_over_ranks
 from .recipe import PretrainRecipe
+from .routed_targets import routed_targets
 from .router_start import measure_logit_std, renormalise, soften
 from .routing import RouterTap
 from .routing_statistics import RoutingStatistics
@@ -154,7 +155,11 @@ def assemble(
         world=layout.world,
     )
     sums = Sums(corpus.domains)
-    context = LossContext(all_reduce=sum_over_ranks if args.world_size > 1 else None)
+    compares = old is not None and any(loss.needs_targets for loss in losses)
+    context = LossContext(
+        all_reduce=sum_over_ranks if args.world_size > 1 else None,
+        targets=routed_targets(model, old) if compares and old is not None else None,
+    )
     objective = Objective(
         head, RouterTap(layers), losses, context, distillation, dynamics, sums, scale, recipe.max_steps
     )
@@ -264,6 +269,7 @@ def _dynamics(
 def _parent(recipe: PretrainRecipe, folder: Path | None, source: Path, device: str) -> Parent | None:
     """The dense model, if anything asks for it."""
     asked = recipe.distill is not None and recipe.distill.needs_parent
+    asked = asked or any(LOSSES.get(each.name).needs_targets for each in recipe.losses)
     if folder is None or not (asked or recipe.data.reference_losses == "parent"):
         return None
     where = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device

@@ -193,6 +193,11 @@ class PretrainRecipe(_Part):
             yield f"data.update = {self.data.update.name} needs evaluate_every: it follows those losses"
         if self.lora is not None and self.distributed.sharded:
             yield "lora cannot be combined with distributed: peft's adapters are not sharded; run data-parallel (DDP)"
+        for name in (each.name for each in self.losses if LOSSES.get(each.name).needs_targets):
+            if self.parent is None:
+                yield f"the loss {name} needs parent: it compares experts with the dense model's FFNs"
+            if self.distributed.sharded:
+                yield f"the loss {name} cannot be combined with distributed: it needs all experts on every rank"
         if self.balancing is not None and not GATES.get(self.gate.name).allows_bias:
             yield f"gate = {self.gate.name} selects by noisy logits alone: balancing, which moves biases, has no effect on it"
         if len(set(self.freeze)) == len(GROUPS):

@@ -74,6 +74,8 @@ def test_everything_wrong_is_told_at_once_with_near_misses() -> None:
         ({"trainer": {"learning_rate": 1.0}}, "learning_rate is decided by the recipe; set optimizer.lr"),
         ({"trainer": {"reprot_to": "none"}}, "Did you mean 'report_to'"),
         ({"gate": "noisy_top_k", "balancing": {}}, "noisy_top_k"),
+        ({"losses": ["competitive"], "parent": None}, "the loss competitive needs parent"),
+        ({"losses": ["competitive"], "distributed": {"fsdp_size": 2}}, "competitive cannot be combined"),
     ],
 )
 def test_impossible_combinations(keys: dict[str, Any], message: str) -> None:

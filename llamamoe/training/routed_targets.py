@@ -1,0 +1,46 @@
+"""What the routed experts of a layer should put out together: the parent's FFN less the shared neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .model_parts import decoder_layers, ffn_modules, first_tensor, residual_multiplier
+
+if TYPE_CHECKING:
+    import torch
+
+    from .parent import Parent
+    from .routing import Routing
+
+
+def routed_targets(model: torch.nn.Module, parent: Parent) -> Callable[[Routing], torch.Tensor]:
+    """For losses that compare experts with the parent (`LossContext.targets`).
+
+    The shared neurons' part is what the layer's FFN puts out less its routed experts, so the FFN and the experts run once
+    more without gradient, and the parent's FFN once.
+
+    Args:
+        model: The model that is trained, its experts whole on every rank.
+        parent: Its dense parent.
+
+    Returns:
+        A function of a `Routing` with inputs, to float32 ``[T, H]`` without gradient.
+    """
+    layers = decoder_layers(model)
+
+    def targets(routing: Routing) -> torch.Tensor:
+        import torch
+
+        moe, x_TH = routing.moe, routing.inputs_TH
+        assert x_TH is not None
+        layer: Any = layers[moe.layer]
+        with torch.no_grad():
+            aim_TH = parent.ffn(moe.layer, x_TH).float() / residual_multiplier(layer)
+            whole_TH = sum(first_tensor(module(x_TH[None]))[0].float() for module in ffn_modules(layer))
+            _, weights_Tk, indices_Tk = moe.router(x_TH)
+            shared_TH = whole_TH - moe.experts(x_TH, indices_Tk, weights_Tk).float()
+            found_TH: torch.Tensor = aim_TH.to(shared_TH.device) - shared_TH
+        return found_TH
+
+    return targets
