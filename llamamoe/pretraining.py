@@ -340,13 +340,17 @@ def _export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -
         model = model.merge_and_unload()
     name = trainer.parts.recipe.precision.save or SafetensorsCheckpoint(source).config.get("torch_dtype") or "bfloat16"
     trainer.parts.dynamics.gate.detach()
-    if not trainer.is_distributed_loading_by_transformers:
+    together = trainer.is_distributed_loading_by_transformers  # then every rank has a part of the weights
+    if not together:
         model = model.to(getattr(torch, str(name).removeprefix("torch.")))
     try:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
-        with quiet_transformers():
-            model.save_pretrained(partial, is_main_process=trainer.args.should_save)
+        trainer.accelerator.wait_for_everyone()
+        if together or trainer.args.should_save:
+            with quiet_transformers():
+                model.save_pretrained(partial, is_main_process=trainer.args.should_save)
+        trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             finish_folder(partial, source, {"trained": receipt["trained"]})
             write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())

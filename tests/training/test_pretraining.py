@@ -201,7 +201,7 @@ def test_router_warm_up_moves_routers_only(world: dict[str, str], tmp_path: Path
 
 def test_biases_balance_glm4(tmp_path: Path) -> None:
     world = make_world(tmp_path / "world", target="glm4_moe", shared="1x", num_experts=3)
-    recipe = recipe_of(world, "steps=2", balancing={"rate": 0.01})
+    recipe = recipe_of(world, "steps=1", balancing={"rate": 0.01})  # a second step may take the first one back
     out = pretrain(recipe, tmp_path / "run").model
     model = AutoModelForCausalLM.from_pretrained(out)
     biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
