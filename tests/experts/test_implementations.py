@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llamamoe.errors import RefusedError
 from llamamoe.experts import EXPERTS, register_experts
+from llamamoe.experts.grouped import _few_sizes, group_by_expert
 
 NAMES = register_experts()
 HIDDEN, WIDTH, EXPERTS_COUNT, TOP_K = 24, 8, 5, 2
@@ -248,8 +249,6 @@ def test_gradient_checkpointing_changes_no_bit(name: str, autocast: bool) -> Non
 
 def test_groups_padded_for_bfloat16_give_the_gradients_of_unpadded_ones() -> None:
     """73 tokens on 3 experts: their groups are no round numbers, so bfloat16 pads and float32 does not."""
-    from llamamoe.experts.grouped import group_by_expert
-
     inputs, indices = random_inputs(73, 3, 2, dtype=torch.bfloat16)
     assert group_by_expert(indices, 3, pad=True).padding_R is not None
     padded = call("sorted", inputs, indices)
@@ -261,8 +260,6 @@ def test_groups_padded_for_bfloat16_give_the_gradients_of_unpadded_ones() -> Non
 
 @given(st.integers(1, 5000))
 def test_padded_sizes_are_few_and_little_larger(count: int) -> None:
-    from llamamoe.experts.grouped import _few_sizes
-
     size = _few_sizes(count)
     assert count <= size <= count * 9 / 8
     assert _few_sizes(size) == size

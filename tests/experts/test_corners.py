@@ -1,0 +1,57 @@
+"""Sums in float32, autocast and float64, repeated experts, and both layouts of `masked`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llamamoe.experts import EXPERTS, masked, register_experts
+from llamamoe.experts.grouped import group_by_expert, scatter_linear
+
+from .test_implementations import call, experts_of, make_model, plain, random_inputs
+
+NAMES = register_experts()
+
+
+def test_a_tokens_outputs_are_summed_in_float32() -> None:
+    """300 experts that each add 1: a sum in bfloat16 would stop at 256."""
+    indices = torch.arange(300)[None]
+    groups = group_by_expert(indices, 300, pad=False)
+    ones = torch.ones(300, 1, dtype=torch.bfloat16)
+    out = scatter_linear(ones, torch.ones(300, 4, 1, dtype=torch.bfloat16), groups)
+    assert out.dtype == torch.float32
+    assert (out == 300).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_leaves_float64_alone(name: str) -> None:
+    inputs, indices = random_inputs(12, 4, 2)
+    torch.testing.assert_close(call(name, inputs, indices, autocast=True), call(name, inputs, indices), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_expert_selected_twice_counts_twice(name: str, tokens: int, gradients: bool) -> None:
+    inputs, indices = random_inputs(tokens, 5, 3)
+    indices[:, 2] = indices[:, 0]
+    x, gate_up, down, weights = inputs
+    experts = experts_of(make_model(num_local_experts=5))
+    experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+    with torch.set_grad_enabled(gradients):
+        y = EXPERTS.get(name.removeprefix("llamamoe_"))()(experts, x, indices, weights)
+    torch.testing.assert_close(y.detach(), plain(x, gate_up, down, indices, weights))
+
+
+@pytest.mark.parametrize("regroup", [False, True])
+def test_both_layouts_of_masked_agree_with_eager(regroup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masked, "_regroup", lambda *sizes: regroup)
+    inputs, indices = random_inputs(20, 4, 2, width=8)
+    for mine, expected in zip(call("masked", inputs, indices), call("eager", inputs, indices), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_masked_copies_weights_only_for_many_tokens() -> None:
+    assert not masked._regroup(16, 576, 16)
+    assert masked._regroup(2048, 576, 192)
