@@ -31,6 +31,18 @@ def test_autocast_leaves_float64_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_autocast_computes_every_product_in_bfloat16(name: str) -> None:
+    """Float32 products would be more exact, and slow: no value or gradient may equal those without autocast."""
+    inputs, indices = random_inputs(64, 4, 2, dtype=torch.float32)
+    exact, cast = call(name, inputs, indices), call(name, inputs, indices, autocast=True)
+    for full, low in zip(exact, cast, strict=True):
+        assert low.dtype == torch.float32
+        assert 1e-3 < (low - full).norm() / full.norm() < 2e-2
+    for weight in cast[2:4]:
+        assert torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [1, 12])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_an_expert_selected_twice_counts_twice(name: str, tokens: int, gradients: bool) -> None:
