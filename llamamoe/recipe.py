@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +26,7 @@ from .selectors import SELECTORS
 from .splitters import SPLITTERS
 from .targets import TARGETS
 
+R = TypeVar("R", bound=BaseModel)
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of dtypes in recipes, and in safetensors headers."""
 AUTO = "auto"
@@ -224,10 +225,19 @@ def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:
     Raises:
         UsageError: Something is wrong; every error is named.
     """
+    return validated(SplitRecipe, data)
+
+
+def validated(model: type[R], data: Mapping[str, Any]) -> R:
+    """A recipe of any kind from a mapping, completed with defaults.
+
+    Raises:
+        UsageError: Something is wrong; every error is named.
+    """
     try:
-        return SplitRecipe.model_validate(dict(data))
+        return model.model_validate(dict(data))
     except ValidationError as error:
-        lines = explain(error, SplitRecipe)
+        lines = explain(error, model)
         raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
@@ -306,6 +316,20 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UsageError(f"the recipe {str(path)!r} must hold a mapping (key: value), not {type(data).__name__}.")
     return data
+
+
+def load_plain(model: type[R], path: str | Path | None, given: Mapping[str, Any] | None, overrides: Sequence[str]) -> R:
+    """A recipe of ``model`` from a file (None: its defaults), then values that are not None, then ``a.b=c`` texts.
+
+    Raises:
+        UsageError: The file or a value is not valid; every error is named.
+    """
+    data = {} if path is None else read_recipe_file(path)
+    data |= {key: value for key, value in (given or {}).items() if value is not None}
+    for text in overrides:
+        keys, value = parse_override(text)
+        apply_override(data, keys, value)
+    return validated(model, data)
 
 
 def load_recipe(

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..errors import UsageError
-from ..recipe import apply_override, explain, parse_override, read_recipe_file
+from ..recipe import load_plain
 from ..registry import near_misses
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -125,13 +124,4 @@ def load_heal_recipe(
     Raises:
         UsageError: The file or a value is not valid; every error is named.
     """
-    data = {} if path is None else read_recipe_file(path)
-    data |= {key: value for key, value in (given or {}).items() if value is not None}
-    for text in overrides:
-        keys, value = parse_override(text)
-        apply_override(data, keys, value)
-    try:
-        return HealRecipe.model_validate(data)
-    except ValidationError as error:
-        lines = explain(error, HealRecipe)
-        raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+    return load_plain(HealRecipe, path, given, overrides)

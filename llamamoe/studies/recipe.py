@@ -9,17 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..errors import UsageError
 from ..recipe import (
     AUTO,
     Choice,
     SplitRecipe,
-    apply_override,
     build_recipe,
     choose,
     explain,
-    parse_override,
-    read_recipe_file,
+    load_plain,
 )
 from ..registry import near_misses
 from ..selectors import SELECTORS
@@ -181,13 +178,4 @@ def load_compare_recipe(
     Raises:
         UsageError: The file or a value is not valid; every error is named.
     """
-    data = read_recipe_file(path)
-    data |= {key: value for key, value in (given or {}).items() if value is not None}
-    for text in overrides:
-        keys, value = parse_override(text)
-        apply_override(data, keys, value)
-    try:
-        return CompareRecipe.model_validate(data)
-    except ValidationError as error:
-        lines = explain(error, CompareRecipe)
-        raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+    return load_plain(CompareRecipe, path, given, overrides)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..errors import UsageError
 from ..mixtures import MIXTURES
-from ..recipe import Choice, apply_override, choose, explain, parse_override, read_recipe_file
+from ..recipe import Choice, apply_override, choose, parse_override, read_recipe_file, validated
 from .balancing import BalancingOptions
 from .distillation_options import DistillOptions
 from .gates import GATES
@@ -263,8 +262,4 @@ def load_pretrain_recipe(
                 break
             inner = inner[part]
         apply_override(data, keys, value)
-    try:
-        return PretrainRecipe.model_validate(data)
-    except ValidationError as error:
-        lines = explain(error, PretrainRecipe)
-        raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+    return validated(PretrainRecipe, data)
