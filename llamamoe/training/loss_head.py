@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from .model_parts import at_least_float32, find_causal_lm
+from .model_parts import find_causal_lm
+from .routing import at_least_float32
 
 if TYPE_CHECKING:
     import torch

@@ -59,8 +59,3 @@ def first_tensor(output: Any) -> torch.Tensor:
     """A module's output, or the first of several."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found
-
-
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32, unless it is float64."""
-    return tensor if tensor.itemsize >= 4 else tensor.float()
