@@ -141,13 +141,7 @@ def assemble(
     losses = [] if dense else _losses(recipe)
     for note in (note for loss in losses for note in loss.notes(gate)):
         log.warning("%s", note)
-    distillation = None
-    if recipe.distill is not None:
-        distillation = Distillation(recipe.distill, model, old)
-        if old is not None and recipe.distill.needs_parent:
-            facts["parent_bytes_shared"] = share_frozen(old, model).bytes_shared
-            if not recipe.distill.needs_forward:
-                old.keep_ffns_only()
+    distillation = _distillation(recipe, model, old, facts)
     scale = Scale(
         targets=recipe.batch_size * (recipe.data.block_length - 1),
         tokens=recipe.tokens_per_step,
@@ -155,11 +149,7 @@ def assemble(
         world=layout.world,
     )
     sums = Sums(corpus.domains)
-    compares = old is not None and any(loss.needs_targets for loss in losses)
-    context = LossContext(
-        all_reduce=sum_over_ranks if args.world_size > 1 else None,
-        targets=routed_targets(model, old) if compares and old is not None else None,
-    )
+    context = _context(losses, model, old, args.world_size > 1)
     objective = Objective(
         head, RouterTap(layers), losses, context, distillation, dynamics, sums, scale, recipe.max_steps
     )
@@ -176,7 +166,7 @@ def assemble(
         metrics=metrics,
         dynamics=dynamics,
         validation=validation,
-        finish_checkpoint=lambda path, _: finish_folder(path, source),
+        finish_checkpoint=lambda path: finish_folder(path, source),
         flops_per_token=training_flops(active, config.num_hidden_layers, config.hidden_size, recipe.data.block_length),
         peak_flops=peak * args.world_size if peak else None,
         progress=progress,
@@ -239,6 +229,29 @@ def _first_blocks(batches: TokenBatches, device: Any) -> Iterator[Mapping[str, A
     for i in range(min(START_BLOCKS, len(domains))):
         ids_1T = batches.corpus.gather(domains[i : i + 1], blocks[i : i + 1], batches.block_length)
         yield {"input_ids": torch.from_numpy(ids_1T).to(device), "use_cache": False}
+
+
+def _distillation(
+    recipe: PretrainRecipe, model: Any, parent: Parent | None, facts: dict[str, Any]
+) -> Distillation | None:
+    """The terms from the parent; of the parent no more is kept than they need."""
+    if recipe.distill is None:
+        return None
+    found = Distillation(recipe.distill, model, parent)
+    if parent is not None and recipe.distill.needs_parent:
+        facts["parent_bytes_shared"] = share_frozen(parent, model).bytes_shared
+        if not recipe.distill.needs_forward:
+            parent.keep_ffns_only()
+    return found
+
+
+def _context(losses: Sequence[RoutingLoss], model: Any, parent: Parent | None, distributed: bool) -> LossContext:
+    """What the losses on the routing are told."""
+    compares = parent is not None and any(loss.needs_targets for loss in losses)
+    return LossContext(
+        all_reduce=sum_over_ranks if distributed else None,
+        targets=routed_targets(model, parent) if compares and parent is not None else None,
+    )
 
 
 def _losses(recipe: PretrainRecipe) -> list[RoutingLoss]:

@@ -91,9 +91,8 @@ def discard_partial(folder: Path) -> list[str]:
     return sorted(path.name for path in broken)
 
 
-def rotate(folder: Path, keep: int | None, spare: str | None) -> None:
-    """Delete all but the ``keep`` newest whole checkpoints, and the one called ``spare``."""
+def rotate(folder: Path, keep: int | None) -> None:
+    """Delete all but the ``keep`` newest whole checkpoints."""
     if keep is not None:
         for path in checkpoints(folder)[:-keep]:
-            if path.name != spare:
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)

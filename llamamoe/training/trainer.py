@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,11 +67,10 @@ class Parts:
     metrics: MetricsFile
     dynamics: Dynamics
     validation: Validation | None
-    finish_checkpoint: Any
+    finish_checkpoint: Callable[[Path], None]
     flops_per_token: float
     peak_flops: float | None
     progress: ProgressCallback = ignore_progress
-    warnings: list[str] = field(default_factory=list)
 
 
 class MoeTrainer(Trainer):
@@ -273,7 +272,7 @@ class MoeTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-                self.parts.finish_checkpoint(folder, self.model)
+                self.parts.finish_checkpoint(folder)
                 self.parts.dynamics.save(folder, self.state.global_step)
                 if self.parts.recipe.lora is not None:
                     save_rest(self.model, folder)
@@ -281,7 +280,7 @@ class MoeTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._not_saved(folder, error) from error
         if self.args.should_save:
-            rotate(self.parts.folder, self.parts.recipe.keep, None)
+            rotate(self.parts.folder, self.parts.recipe.keep)
         self.accelerator.wait_for_everyone()
 
     def _not_saved(self, folder: Path, error: Exception) -> LlamaMoeError:
