@@ -5,7 +5,8 @@
 
 Every arm is one run of ``llamamoe pretrain`` in a folder of its own: a stopped study goes on where it was, bit for bit.
 Tokens of calibration and healing count, too. The dense parent is trained by the same recipe as the control. Arms that
-are finished stand in benchmarks/results/recovery-NAME.json, curves in recovery-NAME.svg; --draw only draws.
+are finished stand in benchmarks/results/recovery-NAME.json, curves in recovery-NAME.svg; --draw only draws. Two
+processes may work on different arms (--only), once conversions and tokens are made.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 import llamamoe
 from llamamoe.data.token_recipe import load_tokenize_recipe
@@ -203,6 +206,15 @@ def load(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["arms"] if path.exists() else []
 
 
+def add(path: Path, study: str, arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put a finished arm among those of the file, which another process may have added to; returns all."""
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        arms = sorted([*load(path), arm], key=lambda each: (each["seed"], each["start"], each["objective"]))
+        path.write_text(json.dumps({"study": study, "arms": arms}, indent=1) + "\n")
+    return arms
+
+
 def tokens_to_reach(curve: list[list[float]], loss: float) -> float | None:
     """From which tokens on a curve is at or below a loss, linear between its points; None: never."""
     for (x0, y0), (x1, y1) in zip([curve[0], *curve], curve, strict=False):
@@ -262,9 +274,7 @@ def main() -> None:
         runner = Runner(options.study, options)
         for key in wanted:
             if key not in there and (not options.only or "/".join(map(str, key)) in options.only):
-                arms.append(runner.arm(*key))
-                RESULTS.mkdir(exist_ok=True)
-                path.write_text(json.dumps({"study": options.study, "arms": arms}, indent=1) + "\n")
+                arms = add(path, options.study, runner.arm(*key))
                 print(*key, arms[-1]["curve"][0], arms[-1]["curve"][-1], flush=True)
     if arms:
         draw(arms, path)

@@ -18,7 +18,8 @@ from ._style import Command, Option
 from ._tables import bullets, facts, heading, paragraph, table
 
 if TYPE_CHECKING:
-    from llamamoe.pretraining import PretrainPlan, PretrainResult
+    from llamamoe.pretraining import PretrainResult
+    from llamamoe.training.planning import PretrainPlan
     from llamamoe.training.recipe import PretrainRecipe
 
 HELP = """Train a converted model on, to win back what the conversion lost.
@@ -27,7 +28,8 @@ The recipe names the model, the tokens (made by llamamoe tokenize), the objectiv
 gets the recipe, metrics.jsonl, checkpoints, and at the end the trained model in model/, which plain transformers loads.
 
 After a stop of any kind the same command with --resume goes on from the newest whole checkpoint, and ends with the same
-weights and metrics as without the stop. For several processes start it with torchrun or accelerate launch.
+weights and metrics as without the stop. SIGTERM (what schedulers send before a time limit) ends the step, writes a
+checkpoint and exits with 143. For several processes start it with torchrun or accelerate launch.
 """
 EXAMPLES = """
 llamamoe pretrain --recipe smollm2_cpu --dry-run          # memory, time and disk on paper
@@ -83,7 +85,7 @@ def command(
         raise click.UsageError("--resume and --force exclude each other.")
     complete = _recipe(recipe, {"model": model, "parent": parent}, overrides)
     if dry_run:
-        from llamamoe.pretraining import plan_pretraining
+        from llamamoe import plan_pretraining
 
         plan = plan_pretraining(
             complete,

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from .conversion import SplitResult, plan_conversion, split
     from .data.token_recipe import TokenizeRecipe, load_tokenize_recipe
     from .demonstration import DemoResult, demo
-    from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError, VerificationError
+    from .errors import CheckpointError, LlamaMoeError, RefusedError, StoppedError, UsageError, VerificationError
     from .evaluation import evaluate
     from .experts import register_experts
     from .healing import HealResult, heal
     from .inspection import Inspection, inspect_checkpoint
-    from .pretraining import PretrainPlan, PretrainResult, plan_pretraining, pretrain
+    from .pretraining import PretrainResult, pretrain
     from .recipe import SplitRecipe, load_recipe
     from .recovery.planning import plan_heal
     from .recovery.recipe import HealRecipe, load_heal_recipe
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .studies.recipe import CompareRecipe, load_compare_recipe
     from .studies.table import Comparison
     from .tokenization import Tokenized, tokenize
+    from .training.planning import PretrainPlan, plan_pretraining
     from .training.recipe import PretrainRecipe, load_pretrain_recipe
     from .verification import Verification, verify
 
@@ -76,8 +77,8 @@ _PLACES = {
     "load_tokenize_recipe": "data.token_recipe",
     "register_experts": "experts",
     "pretrain": "pretraining",
-    "plan_pretraining": "pretraining",
-    "PretrainPlan": "pretraining",
+    "plan_pretraining": "training.planning",
+    "PretrainPlan": "training.planning",
     "PretrainResult": "pretraining",
     "PretrainRecipe": "training.recipe",
     "load_pretrain_recipe": "training.recipe",
@@ -85,6 +86,7 @@ _PLACES = {
     "UsageError": "errors",
     "RefusedError": "errors",
     "CheckpointError": "errors",
+    "StoppedError": "errors",
     "VerificationError": "errors",
 }
 
@@ -107,6 +109,7 @@ __all__ = [
     "RefusedError",
     "SplitRecipe",
     "SplitResult",
+    "StoppedError",
     "TokenizeRecipe",
     "Tokenized",
     "UsageError",

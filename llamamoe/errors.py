@@ -1,6 +1,7 @@
 """What can go wrong, as exceptions that carry the way out and the exit code of the command line.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 refused by the plan, 4 verification failed, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 usage, 3 refused by the plan, 4 verification failed, 130 interrupted (Ctrl-C),
+143 told to end (SIGTERM).
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ class VerificationError(LlamaMoeError):
     """The written checkpoint does not compute what its parent computes."""
 
     exit_code = 4
+
+
+class StoppedError(LlamaMoeError):
+    """A training run was told to end by SIGTERM, and wrote a checkpoint first."""
+
+    exit_code = 143
 
 
 class MissingExtraError(LlamaMoeError, ImportError):

@@ -17,6 +17,9 @@ from ..errors import LlamaMoeError, UsageError
 MARKER = "llamamoe_complete.json"
 """Written last into a checkpoint: names and sizes of its files."""
 RECIPE, METRICS, FINAL = "recipe.yaml", "metrics.jsonl", "model"
+RECEIPT = "llamamoe_training_receipt.json"
+FACTS = "facts.json"
+"""Facts about the start of a run, which a resumed one cannot measure again."""
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from .metrics import MetricsFile, Sums, finite
 from .parameters import lr_factors, optimizer_groups
 from .run_folder import checkpoints, complete, rotate
 from .sharded_state import load_optimizer, reshard, save_optimizer
+from .stopping import StopRequest
 
 if TYPE_CHECKING:
     from .batches import TokenBatches
@@ -57,6 +58,7 @@ class Parts:
         flops_per_token: Operations of forward and backward pass by active parameters.
         peak_flops: What all devices together can do; None if it is not known.
         progress: Told after every step.
+        stop: Whether the run was told to end.
     """
 
     recipe: PretrainRecipe
@@ -71,6 +73,7 @@ class Parts:
     flops_per_token: float
     peak_flops: float | None
     progress: ProgressCallback = ignore_progress
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 class MoeTrainer(Trainer):
@@ -328,6 +331,8 @@ class _Flow(TrainerCallback):
     ) -> TrainerControl:
         """Sums are read whenever a checkpoint is made, so that a resumed run writes the same lines."""
         parts = self._trainer.parts
+        if parts.stop.agreed(args.device) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
         if control.should_save or control.should_evaluate:
             control.should_log = True
         rate = state.global_step * parts.recipe.tokens_per_step

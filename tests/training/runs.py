@@ -55,9 +55,11 @@ def make_tokens(folder: Path, tokenizer: Path, seed: int) -> Path:
     return folder / "tokens"
 
 
-def make_world(folder: Path, *, target: str = "auto", top_k: int = 2, **keys: Any) -> dict[str, str]:
+def make_world(
+    folder: Path, *, variant: str = "llama", target: str = "auto", top_k: int = 2, **keys: Any
+) -> dict[str, str]:
     """Dense model, converted model and tokens; returns their paths by the recipe's keys."""
-    dense = make_dense(folder / "dense", num_hidden_layers=2)
+    dense = make_dense(folder / "dense", variant, num_hidden_layers=2)
     given = {"num_experts": 4, "top_k": top_k, "method": "random", "target": target, **keys}
     split(dense, folder / "moe", load_recipe(given=given), verify=False)
     return {

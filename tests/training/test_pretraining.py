@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamamoe import plan_pretraining, pretrain
-from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
+from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, StoppedError, UsageError
 from llamamoe.training.run_folder import checkpoints, locked
 
 from .runs import BLOCK, lines_of, make_tokens, make_world, recipe_of, start
@@ -142,6 +142,26 @@ def test_kill_9_and_resume_give_the_same_bytes(finished: Path, world: dict[str, 
     assert again.wait() == 0, again.stdout.read() if again.stdout else ""
     assert lines_of(out) == lines_of(finished)
     assert weights(out) == weights(finished)
+
+
+def test_sigterm_ends_after_a_checkpoint_and_resume_goes_on(
+    finished: Path, world: dict[str, str], tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def told(progress: Any) -> None:
+        if progress.stage == "train" and progress.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match="after step 3, whose checkpoint is whole") as found:
+        pretrain(everything(world), tmp_path / "run", progress=told)
+    assert found.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3"]
+    assert not (tmp_path / "run" / "model").exists()
+    pretrain(everything(world), tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(finished)
+    assert lines_of(tmp_path / "run") == lines_of(finished)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 8])

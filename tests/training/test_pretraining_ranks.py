@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from llamamoe import pretrain
 from llamamoe.training.recipe import PretrainRecipe
+from llamamoe.training.run_folder import checkpoints, step_of
 
 from .runs import lines_of, make_world, recipe_of, start
 
@@ -71,6 +73,24 @@ def test_losses_agree(
     ours, theirs = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "run", alone))
     for name, value in theirs.items():
         assert float((ours[name] - value).abs().max()) < 2e-3, name  # Adam's first steps amplify rounding
+
+
+def test_sigterm_stops_all_ranks_after_the_same_step(world: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_for(world, "steps=400", "save_every=null", "evaluate_every=null")
+    (tmp_path / "run.yaml").write_text(recipe.to_yaml())
+    process = start(tmp_path / "run.yaml", tmp_path / "run", processes=2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
+        pass
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on to its processes
+    told, _ = process.communicate()
+    assert process.returncode != 0
+    [kept] = checkpoints(tmp_path / "run")
+    step = step_of(kept)
+    assert f"stopped after step {step}" in told
+    assert 0 < step < 400
+    shorter = recipe_for(world, f"steps={step + 1}", "save_every=null", "evaluate_every=null", f"model={kept}")
+    run(shorter, tmp_path / "next", 2)  # a checkpoint is a model of its own
 
 
 def test_a_sharded_run_goes_on_exactly(world: dict[str, str], tmp_path: Path) -> None:

@@ -5,21 +5,18 @@ Needs a second interpreter, named by ``LLAMAMOE_TRANSFORMERS4_PYTHON`` (``make t
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.config_compat import fix_config
 from tests.models import make_dense
 
-PYTHON = os.environ.get("LLAMAMOE_TRANSFORMERS4_PYTHON")
+from .loading import PYTHON, expect_logits, run_older
+
 pytestmark = pytest.mark.skipif(not PYTHON, reason="LLAMAMOE_TRANSFORMERS4_PYTHON names no interpreter")
 
 CASES = [
@@ -60,20 +57,6 @@ def _name(variant: str, target: str, shared: Any) -> str:
     return f"{variant}_{target}_{shared}".replace("-", "_").replace(".", "")
 
 
-def _run(folders: list[Path]) -> dict[str, Any]:
-    script = Path(__file__).with_name("check.py")
-    done = subprocess.run([PYTHON or "", script, *folders], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def _expect(folder: Path) -> None:
-    ids = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        torch.save({"input_ids": ids, "logits": model(ids).logits}, folder / "expected.pt")
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every case as written, and once more after transformers 5 saved it and `fix_config` mended the folder."""
@@ -95,13 +78,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "require": "4.57",
         }
         llamamoe.split(dense, root / name, llamamoe.load_recipe(given=given), verify=False)
-        _expect(root / name)
+        expect_logits(root / name)
         saved = root / f"saved_{name}"
         AutoModelForCausalLM.from_pretrained(root / name).save_pretrained(saved)
         fix_config(saved)
-        _expect(saved)
+        expect_logits(saved)
         folders += [root / name, saved]
-    return _run(folders)
+    return run_older(folders)
 
 
 def test_it_is_the_older_transformers(loaded: dict[str, Any]) -> None:

@@ -1,0 +1,53 @@
+"""Writes the trained model of a run. Imported by running code only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.writer import write_text
+from ..errors import LlamaMoeError
+from ..streaming import quiet_transformers
+from .model import finish_folder
+from .run_folder import FINAL, RECEIPT, RECIPE
+
+
+def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:
+    """Write ``model/``: native, in the dtype that was asked for, whole or not at all."""
+    final, partial = folder / FINAL, folder / f"{FINAL}.partial"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    name = trainer.parts.recipe.precision.save or SafetensorsCheckpoint(source).config.get("torch_dtype") or "bfloat16"
+    trainer.parts.dynamics.gate.detach()
+    together = trainer.is_distributed_loading_by_transformers  # then every rank has a part of the weights
+    if not together:
+        model = model.to(getattr(torch, str(name).removeprefix("torch.")))
+    try:
+        if trainer.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        if together or trainer.args.should_save:
+            with quiet_transformers():
+                model.save_pretrained(partial, is_main_process=trainer.args.should_save)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            finish_folder(partial, source, {"trained": receipt["trained"]})
+            write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())
+            write_text(partial / RECEIPT, json.dumps(receipt, indent=1) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise LlamaMoeError(
+            f"{final} cannot be written: {getattr(error, 'strerror', None) or error}.",
+            hint="Make room, then go on with --resume: only this is done again.",
+        ) from error
+    trainer.accelerator.wait_for_everyone()
+    return final

@@ -1,0 +1,116 @@
+"""From headers and recipe to what a run would need; everything that is refused before loading is refused here, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.reader import SafetensorsCheckpoint
+from ..data.mixtures import mixture_weights
+from ..hub import locate
+from .corpora import held_out_corpus, training_corpus
+from .model import check_folder
+from .preflight import identities
+
+if TYPE_CHECKING:
+    from .estimate import Estimate
+    from .recipe import PretrainRecipe
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """What a run would need, from headers and recipe alone.
+
+    Attributes:
+        model: The converted model's name.
+        recipe: What was asked for.
+        domains: Tokens of each domain, and its share of the mixture.
+        held_out: Tokens that are held out; 0 if there are none.
+        estimate: Memory, time and disk.
+    """
+
+    model: str
+    recipe: PretrainRecipe
+    domains: dict[str, tuple[int, float]]
+    held_out: int
+    estimate: Estimate
+
+    @property
+    def epochs(self) -> float:
+        """How often the run goes through the domain that it goes through most often."""
+        wanted = self.estimate.tokens
+        return max((wanted * share / tokens for tokens, share in self.domains.values() if tokens), default=0.0)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What should be known before the run is started."""
+        found = list(self.estimate.warnings)
+        if self.epochs > 4:
+            found.append(
+                f"a domain is read {self.epochs:.1f} times: more than about 4 passes over the same text teach little "
+                "(arXiv:2305.16264)"
+            )
+        if not self.held_out:
+            found.append("no text is held out: the run will not say how good the model gets")
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "domains": {name: {"tokens": n, "share": share} for name, (n, share) in self.domains.items()},
+            "held_out_tokens": self.held_out,
+            "epochs": self.epochs,
+            "estimate": self.estimate.to_json(),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan_pretraining(
+    recipe: PretrainRecipe,
+    *,
+    world_size: int | None = None,
+    device_memory: int | None = None,
+    peak_flops: float | None = None,
+    utilisation: float = 0.4,
+) -> PretrainPlan:
+    """Check everything that `pretrain` checks before it loads anything, and estimate memory, time and disk.
+
+    Args:
+        recipe: Everything that decides the run.
+        world_size: Processes, one device each; None: as many as the recipe's sharding needs.
+        device_memory: Bytes of a device.
+        peak_flops: Operations per second of a device.
+        utilisation: The share of them that is reached.
+
+    Raises:
+        RefusedError: The model is none that can be trained, or the tokens are another tokenizer's.
+        UsageError: The recipe does not fit model, tokens or number of processes.
+    """
+    from .batches import check_ranks
+    from .estimate import estimate
+
+    location, parent = locate(recipe.model), locate(recipe.parent).path if recipe.parent else None
+    config = check_folder(location.path, allow_dense=recipe.allow_dense)
+    identities(recipe, location.path, parent)
+    world_size = world_size or recipe.distributed.fsdp_size * recipe.distributed.tp_size
+    check_ranks(recipe, world_size)
+    corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
+    tokens = {name: corpus.tokens(name) for name in corpus.domains}
+    weights = mixture_weights(recipe.data.mixture, tokens)
+    dense = SafetensorsCheckpoint(parent) if parent is not None else None
+    found = estimate(
+        recipe,
+        config,
+        SafetensorsCheckpoint(location.path).tensors,
+        parent_tensors=dense.tensors if dense else None,
+        parent_config=dense.config if dense else None,
+        world_size=world_size,
+        device_memory=device_memory,
+        peak_flops=peak_flops,
+        utilisation=utilisation,
+    )
+    domains = {name: (tokens[name], weights[name]) for name in corpus.domains}
+    measured = sum(held_out.tokens(name) for name in held_out.domains) if held_out is not None else 0
+    return PretrainPlan(location.name, recipe, domains, measured, found)
