@@ -1,8 +1,9 @@
 """Time and memory of a calibrated ``llamamoe split`` of SmolLM2-135M, and how they grow with tokens and layers.
 
-    python benchmarks/calibration.py --work /big/disk [--calibration PATH ...] [--json FILE]
+    python benchmarks/calibration.py --work /big/disk [--calibration PATH ...] [--evaluation PATH] [--json FILE]
 
-Without ``--calibration`` the text is Python's own help topics. Memory is RssAnon, the anonymous pages of the process,
+Without ``--calibration`` the text is Python's own help topics. With ``--evaluation`` every conversion of the whole model
+is measured on that text, too (8192 tokens of each domain), after the clock has stopped. Memory is RssAnon, the anonymous pages of the process,
 sampled while it runs; seconds are those of the whole process without verification.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from conversion import CLI, run
@@ -61,11 +63,19 @@ def convert(source: Path, out: Path, text: list[str], tokens: int) -> dict[str, 
     return {"seconds": round(seconds, 1), "peak_anon_bytes": peak}
 
 
+def quality(out: Path, text: str) -> dict[str, float]:
+    """Perplexity of a conversion, from the mean over domains of its logarithm."""
+    command = [*CLI, "evaluate", str(out), "--text", text, "--max-tokens", "8192", "--dtype", "bfloat16", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {"perplexity": json.loads(done.stdout)["model"]["mean_over_domains"]["perplexity"]}
+
+
 def main() -> None:
     """Parse, measure, print, write after every conversion."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"), help="A folder with room for 2 GB.")
     parser.add_argument("--calibration", nargs="*", default=[], help="Text; Python's help topics if none is given.")
+    parser.add_argument("--evaluation", help="Text to measure perplexity on.")
     parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 16384, 32768, 65536])
     parser.add_argument("--layers", type=int, nargs="*", default=[8, 15], help="Depths, at the least tokens.")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/calibration.json"))
@@ -82,7 +92,10 @@ def main() -> None:
     runs = [("layers", n, shorter(source, n), min(options.tokens)) for n in options.layers]
     runs += [("tokens", n, source, n) for n in options.tokens]
     for kind, n, folder, tokens in runs:
-        result.setdefault(kind, {})[str(n)] = convert(folder, out, text, tokens)
+        found = convert(folder, out, text, tokens)
+        if options.evaluation and kind == "tokens":
+            found |= quality(out, options.evaluation)
+        result.setdefault(kind, {})[str(n)] = found
         options.json.write_text(json.dumps(result, indent=2) + "\n")
         print(kind, n, result[kind][str(n)], flush=True)
     shutil.rmtree(out, ignore_errors=True)
