@@ -174,6 +174,8 @@ def _print(result: PretrainResult) -> None:
     if result.first is not None and result.last is not None:
         rows.append(("validation loss", f"{result.first['loss']:.4f} -> {result.last['loss']:.4f}"))
         rows.append(("perplexity", f"{result.first['perplexity']:.4g} -> {result.last['perplexity']:.4g}"))
+    if result.best is not None and result.last is not None and result.best[1] < result.last["loss"]:
+        rows.append(("best", f"{result.best[1]:.4f}, kept in {result.best[0]}"))
     rows.append(("model", str(result.model)))
     rows.append(("metrics", str(result.out / "metrics.jsonl")))
     facts(rows)

@@ -134,7 +134,7 @@ def split(
             from .verification import verify_conversion
 
             receipt["verification"] = verify_conversion(decided, writer.path, progress).to_json()
-        receipt["run"] = _run_facts(started) | _speed(decided, compute)
+        receipt["run"] = run_facts(started) | _speed(decided, compute)
         write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
         writer.publish(replace=force)
     return SplitResult(out, decided, receipt, warnings)
@@ -280,7 +280,7 @@ def _speed(decided: SplitPlan, compute: Compute | None) -> dict[str, Any]:
     return {"calibration": {"flops_per_second": round(rate), "estimated_seconds": seconds}}
 
 
-def _run_facts(started: float) -> dict[str, Any]:
+def run_facts(started: float) -> dict[str, Any]:
     """What differs from run to run: when, how long, how much memory, on what."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {

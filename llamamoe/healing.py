@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .checkpoint.writer import CheckpointWriter, write_text
-from .conversion import _run_facts
+from .conversion import run_facts
 from .errors import UsageError
 from .preflight import normal_path, recover_replaced, system_errors
 from .progress import ProgressCallback, ignore_progress
@@ -128,7 +128,7 @@ class _Healing:
                 with writer:
                     receipt = self._receipt(layers.run(writer), text, writer, warnings)
                     write_side_files(plan, writer.path, receipt)
-                    receipt["run"] = _run_facts(started) | {"processes": self.ranks.world}
+                    receipt["run"] = run_facts(started) | {"processes": self.ranks.world}
                     write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
                     writer.publish(replace=force)
         return HealResult(self.out, plan, self.ranks.share(receipt), warnings)

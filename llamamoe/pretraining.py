@@ -15,9 +15,10 @@ from .checkpoint.writer import write_text
 from .errors import StoppedError
 from .hub import locate
 from .progress import ProgressCallback, ignore_progress
+from .training.metrics import read_lines
 from .training.model import check_folder
 from .training.preflight import check_run_folder, identities, verify_tokens
-from .training.run_folder import FACTS, METRICS, RECIPE, checkpoints, locked, step_of
+from .training.run_folder import FACTS, METRICS, RECIPE, best_checkpoint, checkpoints, locked, step_of
 from .training.stopping import on_sigterm
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class PretrainResult:
         tokens: Tokens in all.
         first: The first validation's loss and domains, if there was one.
         last: The last validation's.
+        best: The checkpoint that is kept for its lowest held-out loss, and that loss; None if none was measured.
         receipt: Everything that is known about the run, as plain data.
     """
 
@@ -44,6 +46,7 @@ class PretrainResult:
     tokens: int
     first: dict[str, Any] | None
     last: dict[str, Any] | None
+    best: tuple[Path, float] | None
     receipt: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -55,6 +58,7 @@ class PretrainResult:
             "tokens": self.tokens,
             "first_validation": self.first,
             "last_validation": self.last,
+            "best_checkpoint": None if self.best is None else {"path": str(self.best[0]), "loss": self.best[1]},
             "receipt": self.receipt,
         }
 
@@ -135,6 +139,7 @@ def _run(
         tokens=trainer.state.global_step * recipe.tokens_per_step,
         first=validations[0] if validations else None,
         last=validations[-1] if validations else None,
+        best=best_checkpoint(folder),
         receipt=receipt,
     )
 
@@ -153,8 +158,6 @@ def _train(trainer: Any, start: dict[str, Any], folder: Path, facts: dict[str, A
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    from .training.metrics import read_lines
-
     return read_lines(folder / METRICS) if (folder / METRICS).exists() else []
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from ..data.mixture import MixtureSampler
@@ -26,7 +26,7 @@ from .distillation import Distillation
 from .dynamics import Dynamics
 from .gates import GATES
 from .lora import add_adapters
-from .loss_head import LossHead, next_token_labels
+from .loss_head import LossHead
 from .losses import LOSSES
 from .losses.base import LossContext, RoutingLoss
 from .metrics import MetricsFile, Sums, active_parameters, peak_flops, training_flops
@@ -38,19 +38,14 @@ from .parent import Parent, load_parent, share_frozen
 from .ranks import sum_over_ranks
 from .recipe import PretrainRecipe
 from .routed_targets import routed_targets
-from .router_start import measure_logit_std, renormalise, soften
 from .routing import RouterTap
 from .routing_statistics import RoutingStatistics
 from .run_folder import METRICS
-from .sharded_state import reshard
+from .starting import start_routers
 from .trainer import MoeTrainer, Parts, training_arguments
 from .validation import Validation
 
 log = logging.getLogger("llamamoe")
-HARD_STD = 0.01
-"""A router whose logits spread by less than this is a hard one: its weights are equal to 1 %."""
-START_BLOCKS = 8
-"""Blocks of text on which the spread of the logits is measured."""
 
 
 @contextmanager
@@ -107,63 +102,37 @@ def assemble(
     """
     device = choose_device(recipe.device)
     corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
-    args = training_arguments(
-        recipe, folder, device, evaluates=held_out is not None
-    )  # sets up the process group, if there is one
+    evaluates = held_out is not None
+    args = training_arguments(recipe, folder, device, evaluates=evaluates)  # sets up the process group, if there is one
     check_ranks(recipe, args.world_size)
     layout = make_layout(recipe, args)
     args.gradient_accumulation_steps = layout.accumulation
     torch.manual_seed(recipe.seed)
     batches = _batches(recipe, corpus, layout)
-    adapters = recipe.lora is not None
-    model = load_model(source if adapters or checkpoint is None else checkpoint, recipe, device)
-    dense = recipe.allow_dense and model.config.model_type not in TARGETS
-    layers = [] if dense else find_moe_layers(model)
     facts: dict[str, Any] = {}
-    if not dense and (adapters or checkpoint is None):
-        facts["router_start"], layers = start_routers(model, layers, recipe, batches)
-    facts["trained_parameters"] = freeze(model, recipe.freeze)
-    if recipe.lora is not None:
-        model = add_adapters(model, recipe.lora)
-        layers = [] if dense else find_moe_layers(model)
+    model, layers = _trained_model(recipe, source, checkpoint, device, batches, facts)
     gate = GATES.get(recipe.gate.name)(GATES.get(recipe.gate.name).Options(**recipe.gate.options))
     gate.attach(layers, recipe.seed)
     validation = None
     if held_out is not None:
         validation = Validation(held_out, recipe.data.block_length, recipe.data.validation_blocks, layout)
-    head = LossHead(model, logits_at_once=recipe.logits_at_once)
     old = _parent(recipe, parent, source, device)
     references = _references(recipe, old, validation)
-    facts["reference_losses"] = references
     dynamics = _dynamics(recipe, layers, gate, batches.sampler, references, args.world_size > 1)
     if checkpoint is not None:
         dynamics.load(checkpoint)
-    losses = [] if dense else _losses(recipe)
-    for note in (note for loss in losses for note in loss.notes(gate)):
-        log.warning("%s", note)
-    distillation = _distillation(recipe, model, old, facts)
-    scale = Scale(
-        targets=recipe.batch_size * (recipe.data.block_length - 1),
-        tokens=recipe.tokens_per_step,
-        turns=layout.accumulation,
-        world=layout.world,
-    )
     sums = Sums(corpus.domains)
-    context = _context(losses, model, old, args.world_size > 1)
-    objective = Objective(
-        head, RouterTap(layers), losses, context, distillation, dynamics, sums, scale, recipe.max_steps
-    )
+    objective = _objective(recipe, model, layers, old, dynamics, sums, layout, facts)
     config = model.config
     active = active_parameters(model, layers)
     peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
-    metrics = MetricsFile(folder / METRICS, writes=args.process_index == 0)
     parts = Parts(
         recipe=recipe,
         folder=folder,
         batches=batches,
         objective=objective,
         sums=sums,
-        metrics=metrics,
+        metrics=MetricsFile(folder / METRICS, writes=args.process_index == 0),
         dynamics=dynamics,
         validation=validation,
         finish_checkpoint=lambda path: finish_folder(path, source),
@@ -171,8 +140,57 @@ def assemble(
         peak_flops=peak * args.world_size if peak else None,
         progress=progress,
     )
-    facts |= {"active_parameters": active, "world_size": args.world_size, "accumulation": layout.accumulation}
+    facts |= {"reference_losses": references, "active_parameters": active}
+    facts |= {"world_size": args.world_size, "accumulation": layout.accumulation}
     return MoeTrainer(model, args, parts, resumed=checkpoint is not None), facts
+
+
+def _trained_model(
+    recipe: PretrainRecipe,
+    source: Path,
+    checkpoint: Path | None,
+    device: str,
+    batches: TokenBatches,
+    facts: dict[str, Any],
+) -> tuple[Any, list[MoeLayer]]:
+    """The native model with its routers started, what is frozen frozen and adapters added; and its MoE layers."""
+    adapters = recipe.lora is not None
+    model = load_model(source if adapters or checkpoint is None else checkpoint, recipe, device)
+    dense = recipe.allow_dense and model.config.model_type not in TARGETS
+    layers = [] if dense else find_moe_layers(model)
+    if not dense and (adapters or checkpoint is None):
+        facts["router_start"], layers = start_routers(model, layers, recipe, batches)
+    facts["trained_parameters"] = freeze(model, recipe.freeze)
+    if recipe.lora is not None:
+        model = add_adapters(model, recipe.lora)
+        layers = [] if dense else find_moe_layers(model)
+    return model, layers
+
+
+def _objective(
+    recipe: PretrainRecipe,
+    model: Any,
+    layers: Sequence[MoeLayer],
+    parent: Parent | None,
+    dynamics: Dynamics,
+    sums: Sums,
+    layout: Layout,
+    facts: dict[str, Any],
+) -> Objective:
+    """The loss of a micro-batch, every term of it normalised by the global batch."""
+    losses = _losses(recipe) if layers else []
+    for note in (note for loss in losses for note in loss.notes(dynamics.gate)):
+        log.warning("%s", note)
+    scale = Scale(
+        targets=recipe.batch_size * (recipe.data.block_length - 1),
+        tokens=recipe.tokens_per_step,
+        turns=layout.accumulation,
+        world=layout.world,
+    )
+    head = LossHead(model, logits_at_once=recipe.logits_at_once)
+    distillation = _distillation(recipe, model, parent, facts)
+    context = _context(losses, model, parent)
+    return Objective(head, RouterTap(layers), losses, context, distillation, dynamics, sums, scale, recipe.max_steps)
 
 
 def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout) -> TokenBatches:
@@ -183,52 +201,6 @@ def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout) -> Tok
         log.warning("data.mixture: %s", sentence)
     sampler = MixtureSampler(blocks, weights, recipe.batch_size, recipe.seed)
     return TokenBatches(corpus, sampler, layout, recipe.data.block_length, recipe.max_steps)
-
-
-def start_routers(
-    model: Any, layers: Sequence[MoeLayer], recipe: PretrainRecipe, batches: TokenBatches
-) -> tuple[dict[str, Any], list[MoeLayer]]:
-    """Scale hard routers up, so that their weights can tell tokens apart; says what was done, and what it changed."""
-    if recipe.router.start_std is None:
-        return {}, list(layers)
-    inputs = list(_first_blocks(batches, next(model.parameters()).device))
-    stds = measure_logit_std(model, layers, inputs)
-    hard = {moe.layer for moe, std in zip(layers, stds, strict=True) if 0 < std < HARD_STD}
-    for moe, std in zip(layers, stds, strict=True):
-        if std == 0:
-            log.warning("layer %d: the router's rows are equal: there is nothing to scale up", moe.layer)
-    before = _loss(model, inputs, recipe) if hard else 0.0
-    if hard:
-        layers = renormalise(model, layers)
-    pairs = [(moe, std) for moe, std in zip(layers, stds, strict=True) if moe.layer in hard]
-    done = soften([moe for moe, _ in pairs], [std for _, std in pairs], recipe.router.start_std) if hard else []
-    after = _loss(model, inputs, recipe) if hard else 0.0
-    reshard(model)
-    if not hard:
-        return {}, list(layers)
-    log.info("hard routers were scaled up: the loss of the first text goes from %.4f to %.4f", before, after)
-    return {"loss_before": before, "loss_after": after, "layers": [asdict(each) for each in done]}, list(layers)
-
-
-def _loss(model: Any, inputs: Sequence[Mapping[str, Any]], recipe: PretrainRecipe) -> float:
-    """Mean loss of a token on a few blocks."""
-    head, total, tokens = LossHead(model, logits_at_once=recipe.logits_at_once), 0.0, 0
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        for batch in inputs:
-            losses = head(model, batch, next_token_labels(batch["input_ids"]))
-            total, tokens = total + float(losses.nll_sum), tokens + int(losses.counted_BT.sum())
-    model.train(training)
-    return total / tokens
-
-
-def _first_blocks(batches: TokenBatches, device: Any) -> Iterator[Mapping[str, Any]]:
-    """The first sequences of the run, the same on every rank."""
-    domains, blocks = batches.sampler.batch(0)
-    for i in range(min(START_BLOCKS, len(domains))):
-        ids_1T = batches.corpus.gather(domains[i : i + 1], blocks[i : i + 1], batches.block_length)
-        yield {"input_ids": torch.from_numpy(ids_1T).to(device), "use_cache": False}
 
 
 def _distillation(
@@ -245,8 +217,9 @@ def _distillation(
     return found
 
 
-def _context(losses: Sequence[RoutingLoss], model: Any, parent: Parent | None, distributed: bool) -> LossContext:
+def _context(losses: Sequence[RoutingLoss], model: Any, parent: Parent | None) -> LossContext:
     """What the losses on the routing are told."""
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     compares = parent is not None and any(loss.needs_targets for loss in losses)
     return LossContext(
         all_reduce=sum_over_ranks if distributed else None,

@@ -78,8 +78,8 @@ def disk(recipe: PretrainRecipe, shape: ModelShape, trained: int, adapters: int)
     """Bytes on disk.
 
     A checkpoint holds the weights in the dtype of the parameters and AdamW's moments; with LoRA adapters and moments
-    only. ``keep`` of them stay, and one more is there while a new one is written. The final model is stored in
-    ``precision.save``, or as the source is.
+    only. ``keep`` of them stay, beside the one with the best held-out loss where that is measured on the way, and one
+    more is there while a new one is written. The final model is stored in ``precision.save``, or as the source is.
 
     Args:
         recipe: What is kept.
@@ -92,7 +92,8 @@ def disk(recipe: PretrainRecipe, shape: ModelShape, trained: int, adapters: int)
     moments = 2 * width * (trained - adapters) + 8 * adapters
     each = weights + moments
     saves = 1 if recipe.save_every is None else -(-recipe.max_steps // recipe.save_every)
-    count = saves if recipe.keep is None else min(saves, recipe.keep + 1)
+    best = recipe.evaluate_every is not None
+    count = saves if recipe.keep is None else min(saves, recipe.keep + best + 1)
     stored = {"float32": 4, "bfloat16": 2, None: shape.dtype_bytes}[recipe.precision.save]
     model = stored * shape.total
     return {"checkpoint": each, "checkpoints": count * each, "model": model, "total": count * each + model}

@@ -161,7 +161,9 @@ class PretrainRecipe(_Part):
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
     evaluate_every: int | None = Field(None, ge=1, description="Steps between validations; null: only at the ends.")
     save_every: int | None = Field(None, ge=1, description="Steps between checkpoints; null: only at the end.")
-    keep: int | None = Field(2, ge=1, description="Newest checkpoints that are kept; null: all.")
+    keep: int | None = Field(
+        2, ge=1, description="Newest checkpoints that are kept, beside the one with the best held-out loss; null: all."
+    )
     allow_dense: bool = Field(
         False, description="Train a dense model by the same recipe, as a control: what is said of routers is left out."
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..checkpoint.writer import write_text
 from ..errors import LlamaMoeError, UsageError
+from .metrics import read_lines
 
 MARKER = "llamamoe_complete.json"
 """Written last into a checkpoint: names and sizes of its files."""
@@ -94,8 +95,22 @@ def discard_partial(folder: Path) -> list[str]:
     return sorted(path.name for path in broken)
 
 
+def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
+    """The whole checkpoint whose held-out loss is the lowest, and that loss; None if none was measured."""
+    path = folder / METRICS
+    lines = read_lines(path) if path.exists() else []
+    losses = {line["step"]: line["loss"] for line in lines if line.get("kind") == "validation"}
+    found = [(losses[step_of(each)], each) for each in checkpoints(folder) if losses.get(step_of(each)) is not None]
+    if not found:
+        return None
+    loss, checkpoint = min(found, key=lambda pair: pair[0])  # of equals the oldest
+    return checkpoint, loss
+
+
 def rotate(folder: Path, keep: int | None) -> None:
-    """Delete all but the ``keep`` newest whole checkpoints."""
+    """Delete all but the ``keep`` newest whole checkpoints and the best one."""
     if keep is not None:
+        best = best_checkpoint(folder)
         for path in checkpoints(folder)[:-keep]:
-            shutil.rmtree(path, ignore_errors=True)
+            if best is None or path != best[0]:
+                shutil.rmtree(path, ignore_errors=True)

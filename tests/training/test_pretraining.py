@@ -83,6 +83,23 @@ def test_every_checkpoint_is_a_model_of_its_own(finished: Path) -> None:
     assert [folder.name for folder in checkpoints(finished)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
+def test_the_best_checkpoint_is_kept_beside_the_newest(world: dict[str, str], tmp_path: Path) -> None:
+    overrides = (
+        "steps=5",
+        "save_every=1",
+        "evaluate_every=1",
+        "keep=1",
+        "optimizer.lr=3.0",
+        "lr_schedule.min_ratio=1.0",
+    )
+    result = pretrain(recipe_of(world, *overrides), tmp_path / "run")
+    losses = {line["step"]: line["loss"] for line in lines_of(tmp_path / "run") if line["kind"] == "validation"}
+    step = min(range(1, 6), key=losses.__getitem__)
+    assert step < 5, losses  # such steps are too long
+    assert result.best == (tmp_path / "run" / f"checkpoint-{step}", losses[step])
+    assert {path.name for path in checkpoints(tmp_path / "run")} == {f"checkpoint-{step}", "checkpoint-5"}
+
+
 def test_metrics_tell_everything(finished: Path) -> None:
     lines = lines_of(finished)
     train = [line for line in lines if line["kind"] == "train"]
