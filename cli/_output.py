@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -30,6 +31,18 @@ class Interrupted(LlamaMoeError):
 
     def __init__(self, remark: str = "") -> None:
         super().__init__("interrupted" + (f"; {remark}" if remark else ""))
+
+
+@contextmanager
+def kept_when_interrupted(out: str | Path) -> Iterator[None]:
+    """Ctrl-C, while OUT is put together, as an error that says what is left of it."""
+    from llamamoe.checkpoint.ledger import partial_path
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        left = partial_path(Path(out))
+        raise Interrupted(f"{left} is kept, --resume finishes it" if left.exists() else "nothing was written") from None
 
 
 @dataclass(frozen=True)

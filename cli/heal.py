@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ._format import amount, duration, plural, size
-from ._output import Interrupted, Output, output_options
+from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import recipe_file
 from ._style import Command, Option
 from ._tables import bullets, facts, heading, paragraph, table
@@ -114,15 +113,10 @@ def _plan(model: str, out: str | None, parent: str, recipe: HealRecipe, force: b
 
 
 def _heal(model: str, out: str, recipe: HealRecipe, output: Output, **keys: Any) -> HealResult:
-    from llamamoe.checkpoint.ledger import partial_path
     from llamamoe.healing import heal
 
-    try:
-        with output.progress() as report:
-            return heal(model, out, recipe, progress=report, **keys)
-    except KeyboardInterrupt:
-        kept = partial_path(Path(out)).is_dir()
-        raise Interrupted("finished layers are kept, --resume goes on" if kept else "nothing was written") from None
+    with kept_when_interrupted(out), output.progress() as report:
+        return heal(model, out, recipe, progress=report, **keys)
 
 
 def _print_plan(plan: HealPlan) -> None:

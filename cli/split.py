@@ -10,7 +10,7 @@ import click
 
 from llamamoe.errors import UsageError
 
-from ._output import Interrupted, Output, output_options
+from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import WRITING, name_flags, recipe_file, recipe_options
 from ._style import Command, Option
 
@@ -117,16 +117,11 @@ def _plan(
 
 def _convert(source: str, out: Path, recipe: SplitRecipe, output: Output, **keys: Any) -> None:
     from llamamoe import split
-    from llamamoe.checkpoint.ledger import partial_path
 
     from ._plan import print_result, print_warnings
 
-    try:
-        with output.progress() as report:
-            result = split(source, out, recipe, progress=report, **keys)
-    except KeyboardInterrupt:
-        left = partial_path(out)
-        raise Interrupted(f"{left} is kept, --resume finishes it" if left.exists() else "nothing was written") from None
+    with kept_when_interrupted(out), output.progress() as report:
+        result = split(source, out, recipe, progress=report, **keys)
     if output.quiet:
         print_warnings(result.warnings, err=True)
     output.result({"out": str(out), **result.receipt}, lambda: print_result(result), summary=True)

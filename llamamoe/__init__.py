@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from .experts import register_experts
     from .healing import HealResult, heal
     from .inspection import Inspection, inspect_checkpoint
+    from .merging import MergeResult, merge
     from .pretraining import PretrainResult, pretrain
     from .recipe import SplitRecipe, load_recipe
     from .recovery.planning import plan_heal
     from .recovery.recipe import HealRecipe, load_heal_recipe
+    from .retopping import RetopResult, retop
     from .scores import Evaluation
     from .studies.recipe import CompareRecipe, load_compare_recipe
     from .studies.table import Comparison
@@ -76,6 +78,10 @@ _PLACES = {
     "TokenizeRecipe": "data.token_recipe",
     "load_tokenize_recipe": "data.token_recipe",
     "register_experts": "experts",
+    "merge": "merging",
+    "MergeResult": "merging",
+    "retop": "retopping",
+    "RetopResult": "retopping",
     "pretrain": "pretraining",
     "plan_pretraining": "training.planning",
     "PretrainPlan": "training.planning",
@@ -102,11 +108,13 @@ __all__ = [
     "Inspection",
     "LlamaMoeError",
     "Matrix",
+    "MergeResult",
     "Method",
     "PretrainPlan",
     "PretrainRecipe",
     "PretrainResult",
     "RefusedError",
+    "RetopResult",
     "SplitRecipe",
     "SplitResult",
     "StoppedError",
@@ -130,12 +138,14 @@ __all__ = [
     "load_recipe",
     "load_tokenize_recipe",
     "matrix",
+    "merge",
     "plan_comparison",
     "plan_conversion",
     "plan_heal",
     "plan_pretraining",
     "pretrain",
     "register_experts",
+    "retop",
     "split",
     "tokenize",
     "verify",

@@ -18,10 +18,10 @@ from .costs import Cost, count, role_of
 from .dense import understand
 from .errors import CheckpointError
 from .hub import Location, locate, open_checkpoint
+from .mixing import EXPERT_KEYS
 from .sources import SOURCES
 from .targets import TARGETS
 
-_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_KEYS = ("num_experts_per_tok", "moe_k")
 _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -238,7 +238,7 @@ def _experts(
     if not routed:
         return None
     counted = _stored_experts(routed)
-    stated = next((config[key] for key in _EXPERT_KEYS if _is_size(config.get(key))), counted)
+    stated = next((config[key] for key in EXPERT_KEYS if _is_size(config.get(key))), counted)
     if stated != counted:
         notes.append(f"config.json says {stated} experts, but the files hold {counted} in one layer")
     top_k = next((config[key] for key in _TOP_K_KEYS if _is_size(config.get(key))), None)

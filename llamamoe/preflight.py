@@ -16,9 +16,12 @@ from .errors import LlamaMoeError, RefusedError
 from .plan import SplitPlan
 from .recipe import AUTO
 
-RECIPE_FILE = "llamamoe_recipe.yaml"
-RECEIPT_FILE = "llamamoe_receipt.json"
-_OURS = {"config.json", INDEX, "README.md", RECIPE_FILE, RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
+RECIPE_FILE, RECEIPT_FILE = "llamamoe_recipe.yaml", "llamamoe_receipt.json"
+HEAL_RECIPE_FILE, HEAL_RECEIPT_FILE = "llamamoe_heal.yaml", "llamamoe_heal.json"
+DERIVED_FILE = "llamamoe_derived.json"
+MARKS = (RECIPE_FILE, HEAL_RECIPE_FILE, DERIVED_FILE)
+"""One of these files says that llamamoe wrote a folder."""
+_OURS = {"config.json", INDEX, "README.md", *MARKS, RECEIPT_FILE, HEAL_RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
 
 
 def normal_path(out: str | Path) -> Path:
@@ -83,9 +86,9 @@ def check_out(out: Path, source: Path, *, force: bool) -> None:
 def _check_replaceable(out: Path, *, force: bool) -> None:
     if not force:
         raise RefusedError(
-            f"OUT ({out}) is not empty.", hint="Choose another name, or --force to replace the conversion in it."
+            f"OUT ({out}) is not empty.", hint="Choose another name, or --force to replace the checkpoint in it."
         )
-    if not (out / RECIPE_FILE).is_file():
+    if not any((out / mark).is_file() for mark in MARKS):
         raise RefusedError(
             f"OUT ({out}) is not empty and was not written by llamamoe: --force does not remove it.",
             hint="Choose another name.",
@@ -112,15 +115,21 @@ def check_text(decided: SplitPlan) -> None:
         find_files(decided.recipe.calibration)
 
 
+def free_bytes(out: Path, *, resume: bool) -> int:
+    """What the disk of OUT has room for; what a stopped run left there, and ``resume`` takes up, counts as free."""
+    have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
+    if resume and partial_path(out).is_dir():
+        have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
+    return have
+
+
 def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
     """Refuse if the disk cannot hold the result.
 
     Raises:
         RefusedError: Too few bytes are free.
     """
-    have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
-    if resume and partial_path(out).is_dir():
-        have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
+    have = free_bytes(out, resume=resume)
     states = decided.calibration.disk_bytes if decided.calibration else 0
     need = decided.cost.nbytes + states + 64 * 2**20
     if have < need:

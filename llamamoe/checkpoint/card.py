@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from ..plan import SplitPlan
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```"""
 
 
 def parent_metadata(folder: Path) -> dict[str, Any]:
@@ -96,8 +102,7 @@ def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: 
         f"Made by llamamoe {__version__} from `{location.name}`"
         + (f" at revision `{location.revision}`" if location.revision else "")
         + f": {_made(plan)}. Architecture: `{plan.config['architectures'][0]}` of transformers, no remote code.",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
+        _USE,
         "## Is it the same model?\n\n" + _exactness(plan),
         "## What it costs\n\n" + _cost_table(plan),
         "## How it was made\n\n`llamamoe split SOURCE OUT --recipe llamamoe_recipe.yaml`, with\n\n```yaml\n"
@@ -115,4 +120,26 @@ def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: 
             else "The parent's licence applies; its files here name none: look it up before use."
         )
     )
+    return "\n\n".join(parts) + "\n"
+
+
+def derived_card(base: Path, title: str, story: str, warnings: tuple[str, ...]) -> str:
+    """README.md of a checkpoint that was made from others of the same shape.
+
+    Args:
+        base: The folder whose metadata (licence, language, tags) are taken over.
+        title: Its headline.
+        story: How it was made, in sentences.
+        warnings: Good to know.
+    """
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"} | parent_metadata(base)
+    parts = [
+        "---\n" + yaml.safe_dump(metadata, sort_keys=False).strip() + "\n---",
+        f"# {title}",
+        f"Made by llamamoe {__version__}. {story}",
+        _USE,
+    ]
+    if warnings:
+        parts.append("## Good to know\n\n" + "\n".join(f"- {each}" for each in warnings))
+    parts.append("## Licence\n\nThat of the models that it was made from applies.")
     return "\n\n".join(parts) + "\n"

@@ -13,16 +13,14 @@ from typing import Any
 
 from .._version import __version__
 from ..checkpoint.ledger import LEDGER, partial_path
-from ..checkpoint.reader import INDEX, LICENSE_FILES, SIDE_FILES
+from ..checkpoint.reader import INDEX
 from ..checkpoint.writer import write_text
 from ..config_compat import missing_keys
 from ..errors import RefusedError
-from ..preflight import check_out
+from ..preflight import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, check_out, free_bytes
 from .plan import HealPlan, config_of
 
-RECIPE_FILE = "llamamoe_heal.yaml"
-RECEIPT_FILE = "llamamoe_heal.json"
-_OURS = {"config.json", INDEX, "README.md", RECIPE_FILE, RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
+RECIPE_FILE, RECEIPT_FILE = HEAL_RECIPE_FILE, HEAL_RECEIPT_FILE
 _ROOM = 64 * 2**20
 
 
@@ -30,29 +28,18 @@ def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
     """Refuse an OUT that would harm something, or for which there is no room.
 
     Raises:
-        RefusedError: See `llamamoe.preflight.check_out`; with ``force`` a healed checkpoint may be replaced.
+        RefusedError: See `llamamoe.preflight.check_out`; with ``force`` a checkpoint of ours may be replaced.
     """
     for source in (plan.model.path, plan.parent.path):
-        check_out(out, source, force=force) if not (force and _is_healed(out)) else check_out(
-            partial_path(out), source, force=True
-        )
+        check_out(out, source, force=force)
     _mark_finished(partial_path(out))
-    have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
-    if partial_path(out).is_dir():
-        have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
+    have = free_bytes(out, resume=True)
     need = plan.nbytes + _ROOM + (2 * plan.state_bytes if plan.states_in_files else 0)
     if have < need:
         raise RefusedError(
             f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
             hint="Make room, choose another disk, or fewer --tokens.",
         )
-
-
-def _is_healed(out: Path) -> bool:
-    """Whether the folder holds a healed checkpoint and nothing else."""
-    if not out.is_dir() or out.is_symlink() or not (out / RECIPE_FILE).is_file():
-        return False
-    return all(p.is_file() and (p.name in _OURS or p.suffix == ".safetensors") for p in out.iterdir())
 
 
 def _mark_finished(partial: Path) -> None:

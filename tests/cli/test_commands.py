@@ -151,3 +151,18 @@ def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeyp
 def test_demo_without_the_model_names_the_extra(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamamoe.demonstration.MODEL_PACKAGE", "no_such_package_here")
     assert "llamamoe[demo]" in run("demo", tmp_path / "out", code=1).stderr
+
+
+def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
+    text = run("retop", converted[0], tmp_path / "three", "--top-k", "3").stdout
+    assert "3 experts per token in the place of 2" in text
+    data = json.loads(run("retop", converted[0], tmp_path / "one", "--top-k", "1", "--json").stdout)
+    assert (data["from"], data["to"], data["where"]) == (2, 1, "nowhere")
+    assert "from 1 to 4" in run("retop", converted[0], tmp_path / "five", "--top-k", "5", code=2).stderr
+    assert "is not empty" in run("retop", converted[0], tmp_path / "one", "--top-k", "3", code=3).stderr
+    text = run("merge", converted[0], converted[0], "--weights", "3,1", "--out", tmp_path / "merged").stdout
+    assert "0.75" in text
+    assert "no numbers" in run("merge", "a", "b", "--weights", "much,little", "--out", "c", code=2).stderr
+    assert "does not exist" in run("merge", converted[0], tmp_path / "none", "--out", tmp_path / "c", code=3).stderr
+    assert "takes two or more" in run("merge", converted[0], "--out", tmp_path / "c", code=2).stderr
+    assert "num_experts_per_tok" in run("merge", converted[0], tmp_path / "one", "--out", tmp_path / "c", code=3).stderr

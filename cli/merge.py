@@ -1,0 +1,59 @@
+"""``llamamoe merge``: the weighted average of checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ._output import Output, kept_when_interrupted, output_options
+from ._style import Command, Option
+from ._tables import bullets, table
+
+if TYPE_CHECKING:
+    from llamamoe.merging import MergeResult
+
+HELP = """Average the weights of checkpoints of one architecture and size, into the folder of --out.
+
+A model that was trained on, averaged with what it was trained from, often keeps more of both (LM-Cocktail,
+arXiv:2311.13534); so do runs of several seeds. Tensors are read and written one at a time. Files, dtype and tokenizer are
+those of the first model.
+"""
+EXAMPLES = """
+llamamoe merge run/model MODEL --weights 0.7,0.3 --out merged
+llamamoe merge seed0/model seed1/model seed2/model --out soup
+"""
+RUN = "This run"
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} are no numbers with commas between them, such as 0.7,0.3.") from None
+
+
+@click.command(cls=Command, section="Convert", rank=4, short_help="Average the weights of checkpoints.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@click.argument("models", metavar="MODEL MODEL...", nargs=-1, required=True)
+@click.option("--weights", cls=Option, group="Average", metavar="W,W", callback=_numbers,
+              help="One for each model; they are made to sum to 1.  [default: all alike]")  # fmt: skip
+@click.option("--out", cls=Option, group=RUN, metavar="DIR", required=True, help="The folder to make.")
+@click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Finish what an interrupted run left.")
+@click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace the checkpoint in OUT.")
+@output_options
+def command(
+    models: tuple[str, ...], weights: list[float] | None, out: str, resume: bool, force: bool, output: Output
+) -> None:
+    """Parse, average, print."""
+    from llamamoe import merge
+
+    with kept_when_interrupted(out), output.progress() as report:
+        found = merge(models, out, weights=weights, resume=resume, force=force, progress=report)
+    output.result({"out": str(found.out), **found.receipt}, lambda: _print(models, found), summary=True)
+
+
+def _print(models: tuple[str, ...], found: MergeResult) -> None:
+    click.echo(click.style(f"{found.out}: the average of {len(models)} models", bold=True))
+    table(("model", "weight"), [(m, f"{w:.4g}") for m, w in zip(models, found.weights, strict=True)], right=(1,))
+    bullets(found.warnings, mark="!")

@@ -1,0 +1,204 @@
+"""A checkpoint made from another: the same tensors with other values, streamed, whole or not at all, with its story."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from ..errors import RefusedError
+from ..preflight import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
+from ..progress import Progress, ProgressCallback, ignore_progress
+from .card import derived_card
+from .layout import Shards
+from .reader import INDEX, SafetensorsCheckpoint
+from .writer import CheckpointWriter, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..hub import Location
+
+OUTER = "outer"
+_ROOM = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What is to be written.
+
+    Attributes:
+        deed: The command's name; also the key under which config.json tells of it.
+        title: The headline of the card.
+        sources: What it is made from; the first gives names, shapes, files and tokenizer.
+        checkpoints: The same, opened.
+        config: The configuration, complete but for the entry about this deed.
+        make: The value of a tensor, by its name: contiguous, on the CPU, of the dtype and shape that the first has.
+        facts: What was done, as plain data.
+        story: The same for the card, in sentences.
+        warnings: What a user should know.
+    """
+
+    deed: str
+    title: str
+    sources: tuple[Location, ...]
+    checkpoints: tuple[SafetensorsCheckpoint, ...]
+    config: Mapping[str, Any]
+    make: Callable[[str], torch.Tensor]
+    facts: Mapping[str, Any]
+    story: str
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> SafetensorsCheckpoint:
+        """The first of the sources."""
+        return self.checkpoints[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.base.tensors.values())
+
+    def shards(self) -> Shards:
+        """The files to write: those of the first source, tensor for tensor."""
+        found: Shards = {}
+        for name, info in self.base.tensors.items():
+            found.setdefault(info.file.name, {})[name] = (info.dtype, info.shape, info.nbytes)
+        return found
+
+    def units(self) -> dict[str, list[str]]:
+        """Tensors by the unit that is finished at once: a layer, or all that belong to none."""
+        found: dict[str, list[str]] = {}
+        for name in self.base.tensors:
+            layer = name.removeprefix("model.layers.").split(".")[0] if name.startswith("model.layers.") else ""
+            found.setdefault(f"layer.{layer}" if layer.isdigit() else OUTER, []).append(name)
+        return found
+
+    def fingerprint(self) -> str:
+        """Changes whenever a resumed run would write other bytes."""
+        import torch
+
+        facts = [self.deed, __version__, torch.__version__, dict(self.facts), dict(self.config)]
+        facts += [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def rewrite(
+    job: Rewriting,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: ProgressCallback = ignore_progress,
+) -> dict[str, Any]:
+    """Write a `Rewriting` into a folder that appears whole or not at all; one tensor is in memory at a time.
+
+    Args:
+        job: What is to be written.
+        out: The folder to make; it must not exist or be empty.
+        resume: Finish what an earlier call with the same arguments began.
+        force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
+        progress: Told after every layer.
+
+    Returns:
+        The receipt, as it stands in ``llamamoe_derived.json``.
+
+    Raises:
+        RefusedError: OUT would harm something, the disk is too small, or a value is not finite.
+        LlamaMoeError: Writing failed; ``resume`` goes on.
+    """
+    place = normal_path(out)
+    _check(job, place, resume=resume, force=force)
+    with (
+        system_errors(place),
+        CheckpointWriter(
+            place, job.shards(), fingerprint=job.fingerprint(), resume=resume, restart=force and not resume
+        ) as writer,
+    ):
+        units = job.units()
+        for done, (unit, names) in enumerate(units.items(), start=1):
+            if not writer.done(unit):
+                for name in names:
+                    writer.put(name, _finite(name, job))
+                writer.finish(unit, names, {})
+            progress(Progress(job.deed, done, len(units), "layer", unit))
+        writer.flush()
+        receipt = _receipt(job, writer.weights_sha256())
+        _write_side_files(job, writer.path, receipt)
+        writer.publish(replace=force)
+    return receipt
+
+
+def _check(job: Rewriting, out: Path, *, resume: bool, force: bool) -> None:
+    recover_replaced(out)
+    for source in job.sources:
+        check_out(out, source.path, force=force)
+    have, need = free_bytes(out, resume=resume), job.nbytes + _ROOM
+    if have < need:
+        raise RefusedError(
+            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
+            hint="Make room, or choose another disk.",
+        )
+
+
+def _finite(name: str, job: Rewriting) -> torch.Tensor:
+    from ..assembly import nonfinite
+
+    value = job.make(name)
+    if value.is_floating_point() and nonfinite(value):
+        raise RefusedError(
+            f"{name} would hold NaN or infinite values in {job.base.tensors[name].dtype}.",
+            hint="A source holds them already, or its dtype is too narrow for the result.",
+        )
+    return value
+
+
+def _write_side_files(job: Rewriting, folder: Path, receipt: Mapping[str, Any]) -> None:
+    job.base.save_tokenizer(folder)
+    if (job.base.path / INDEX).is_file():
+        shutil.copyfile(job.base.path / INDEX, folder / INDEX)
+    block = dict(job.config.get("llamamoe") or {})
+    block[job.deed] = [*block.get(job.deed, []), {"version": __version__, **job.facts}]
+    config = {**job.config, "llamamoe": block}
+    write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / DERIVED_FILE, json.dumps(receipt, indent=2) + "\n")
+    write_text(folder / "README.md", derived_card(job.base.path, job.title, job.story, job.warnings))
+
+
+def _receipt(job: Rewriting, weights_sha256: str) -> dict[str, Any]:
+    return {
+        "llamamoe": __version__,
+        "made_by": job.deed,
+        "sources": [_described(source) for source in job.sources],
+        **job.facts,
+        "weights_sha256": weights_sha256,
+        "warnings": list(job.warnings),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "safetensors")},
+    }
+
+
+def _described(source: Location) -> dict[str, Any]:
+    return {"name": source.name, "revision": source.revision}
+
+
+def same_tensors(checkpoints: Sequence[SafetensorsCheckpoint]) -> list[str]:
+    """Why the tensors of the checkpoints do not correspond one to one; empty if they do."""
+    first, reasons = checkpoints[0], []
+    for other in checkpoints[1:]:
+        for here, there in ((first, other), (other, first)):
+            missing = sorted(here.tensors.keys() - there.tensors.keys())
+            if missing:
+                reasons.append(f"{there.path} has no {missing[0]} ({len(missing)} tensors of {here.path} are missing)")
+        for name in sorted(first.tensors.keys() & other.tensors.keys()):
+            shapes = first.tensors[name].shape, other.tensors[name].shape
+            if shapes[0] != shapes[1]:
+                reasons.append(f"{name} is {list(shapes[0])} in {first.path}, but {list(shapes[1])} in {other.path}")
+                break
+    return reasons

@@ -1,0 +1,203 @@
+"""``llamamoe.merge``: the weighted average of checkpoints of equal shape (LM-Cocktail, arXiv:2311.13534)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.base import FLOAT_DTYPES
+from .checkpoint.reader import SafetensorsCheckpoint
+from .checkpoint.rewriting import Rewriting, rewrite, same_tensors
+from .config_compat import missing_keys
+from .errors import CheckpointError, RefusedError, UsageError
+from .hub import Location, locate
+from .mixing import is_routed_down, mixing_of
+from .progress import ProgressCallback, ignore_progress
+from .sources import SOURCES
+from .targets import TARGETS
+
+if TYPE_CHECKING:
+    import torch
+
+_COSMETIC = {
+    "_name_or_path", "architectures", "dtype", "llamamoe", "output_router_logits", "router_aux_loss_coef", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+"""Keys of a configuration that do not change what the model computes."""
+_WEIGHING = {"norm_topk_prob", "routed_scaling_factor"}
+"""Keys that only say how selected experts are weighed, which merging can bring to one form."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `merge` did.
+
+    Attributes:
+        out: The folder.
+        weights: Of the models, in their order; their sum is 1.
+        receipt: The content of ``llamamoe_derived.json``.
+        warnings: What a user should know.
+    """
+
+    out: Path
+    weights: tuple[float, ...]
+    receipt: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def merge(
+    models: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: ProgressCallback = ignore_progress,
+) -> MergeResult:
+    """Average checkpoints that have the same tensors: a trained model with its state before, or runs of several seeds.
+
+    ``sum_i w_i theta_i`` with weights that are made to sum to 1, computed from the first model on
+    (``theta_1 + sum_i w_i (theta_i - theta_1)``), so that equal weights stay what they are to the bit. Float32 for 16-bit
+    tensors, float64 for others, and one rounding to the dtype of the first. If the models weigh selected experts in
+    different ways (training switches routers to weights that sum to one), all are brought to the renormalised form: the
+    mean weight of an expert moves into its down projection.
+
+    Args:
+        models: Two or more checkpoints of one architecture.
+        out: The folder to make; files, dtypes and tokenizer are those of the first model.
+        weights: One for each, not negative; None: all alike.
+        resume: Finish what an earlier call with the same arguments began.
+        force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
+        progress: Told after every layer.
+
+    Raises:
+        UsageError: There are fewer than two models, or the weights cannot be.
+        RefusedError: The models do not correspond, every reason is named; or OUT cannot be written.
+    """
+    shares = _shares(len(models), weights)
+    locations = tuple(locate(model) for model in models)
+    checkpoints = tuple(SafetensorsCheckpoint(location.path) for location in locations)
+    configs = [_complete(each) for each in checkpoints]
+    _check(locations, checkpoints, configs)
+    config, factors = _one_weighing(checkpoints, configs)
+    warnings = tuple(_warnings(locations, checkpoints, factors))
+    parts = ", ".join(f"{share:.4g} of `{each.name}`" for share, each in zip(shares, locations, strict=True))
+    job = Rewriting(
+        deed="merge",
+        title=f"A merge of {len(models)} models",
+        sources=locations,
+        checkpoints=checkpoints,
+        config=config,
+        make=lambda name: _average(checkpoints, shares, factors, name),
+        facts={"models": [each.name for each in locations], "weights": list(shares)},
+        story=f"The average of the weights of {parts}.",
+        warnings=warnings,
+    )
+    receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
+    return MergeResult(Path(out).expanduser(), shares, receipt, warnings)
+
+
+def _shares(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:
+    if count < 2:
+        raise UsageError(f"{count} model was given, but merging takes two or more.")
+    weights = [1.0] * count if weights is None else list(weights)
+    if len(weights) != count:
+        raise UsageError(f"{len(weights)} weights were given for {count} models: give one for each.")
+    wrong = next((w for w in weights if not (math.isfinite(w) and w >= 0)), None)
+    if wrong is not None or sum(weights) <= 0:
+        raise UsageError(f"the weights {weights} cannot be: each must be a number >= 0, and one of them more than 0.")
+    return tuple(w / sum(weights) for w in weights)
+
+
+def _complete(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
+    """The configuration with every default of its class, so that two spellings of one model compare as equal."""
+    from transformers import CONFIG_MAPPING
+
+    name = checkpoint.config.get("model_type")
+    if checkpoint.config.get("auto_map"):
+        raise CheckpointError(f"{checkpoint.path}: config.json has an 'auto_map': code of a checkpoint is never run.")
+    if name not in {*TARGETS.names(), *SOURCES.names()}:
+        raise RefusedError(
+            f"{checkpoint.path}: model_type {name!r} is not known here.",
+            hint=f"Known are {', '.join(sorted({*TARGETS.names(), *SOURCES.names()} - {'dense'}))}.",
+        )
+    config = {key: value for key, value in checkpoint.config.items() if key != "llamamoe"}
+    found: dict[str, Any] = CONFIG_MAPPING[name].from_dict(config).to_dict()
+    return found
+
+
+def _check(
+    locations: Sequence[Location], checkpoints: Sequence[SafetensorsCheckpoint], configs: Sequence[Mapping[str, Any]]
+) -> None:
+    reasons = same_tensors(checkpoints)
+    for place, config in zip(locations[1:], configs[1:], strict=True):
+        for key in sorted((configs[0].keys() | config.keys()) - _COSMETIC - _WEIGHING):
+            here, there = configs[0].get(key), config.get(key)
+            if here != there:
+                reasons.append(f"{key} is {here!r} in {locations[0].path}, but {there!r} in {place.path}")
+    if reasons:
+        more = f" (and {len(reasons) - 5} more reasons)" if len(reasons) > 5 else ""
+        raise RefusedError(
+            "the models cannot be averaged: " + "; ".join(reasons[:5]) + more + ".",
+            hint="Merge checkpoints of one architecture and size, such as a trained model and what it was trained from.",
+        )
+
+
+def _one_weighing(
+    checkpoints: Sequence[SafetensorsCheckpoint], configs: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """A configuration for all, and what each model's routed down projections are multiplied by for it."""
+    base = {**checkpoints[0].config}
+    if len({tuple(config.get(key) for key in sorted(_WEIGHING)) for config in configs}) == 1:
+        return base | missing_keys(base), (1.0,) * len(configs)
+    mixings = [mixing_of(config) for config in configs]
+    chosen = next((m for m in mixings if m.weighting == "renormalised"), mixings[0])
+    base |= {key: configs[mixings.index(chosen)][key] for key in _WEIGHING & configs[0].keys()}
+    return base | missing_keys(base), tuple(m.mean_weight / chosen.mean_weight for m in mixings)
+
+
+def _average(
+    checkpoints: Sequence[SafetensorsCheckpoint], shares: Sequence[float], factors: Sequence[float], name: str
+) -> torch.Tensor:
+    import torch
+
+    first = checkpoints[0].read(name)
+    if checkpoints[0].tensors[name].dtype not in FLOAT_DTYPES:
+        if any(not torch.equal(each.read(name), first) for each in checkpoints[1:]):
+            raise RefusedError(f"{name} is of whole numbers and differs between the models.")
+        return first.contiguous()
+    wide = torch.float32 if first.dtype.itemsize < 4 else torch.float64
+    routed = is_routed_down(name)
+    start = first.to(wide) * factors[0] if routed else first.to(wide)
+    total = start.clone()
+    for checkpoint, share, factor in zip(checkpoints[1:], shares[1:], factors[1:], strict=True):
+        value = checkpoint.read(name).to(wide)
+        total += ((value * factor if routed else value) - start).mul_(share)
+    return total.to(first.dtype).contiguous()
+
+
+def _warnings(
+    locations: Sequence[Location],
+    checkpoints: Sequence[SafetensorsCheckpoint],
+    factors: Sequence[float],
+) -> list[str]:
+    found = []
+    files = [_tokenizer_digest(checkpoint.path) for checkpoint in checkpoints]
+    for place, digest in zip(locations[1:], files[1:], strict=True):
+        if None not in (digest, files[0]) and digest != files[0]:
+            found.append(f"{place.name} has another tokenizer.json than {locations[0].name}, whose is taken")
+    if any(factor != 1.0 for factor in factors):
+        found.append(
+            "the models weigh selected experts in different ways: all were brought to weights that sum to a constant, "
+            "which changes those whose routers are not hard"
+        )
+    return found
+
+
+def _tokenizer_digest(folder: Path) -> str | None:
+    path = folder / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

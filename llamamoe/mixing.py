@@ -1,0 +1,77 @@
+"""How a converted checkpoint weighs the experts that it selects, read from its configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import CheckpointError, RefusedError
+from .targets import TARGETS
+from .targets.base import Target, Weighting, weight
+
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""How architectures spell N in ``config.json``."""
+_ROUTED_DOWN = re.compile(
+    r"\.experts\.\d+\.(down_proj|w2)\.weight$|\.block_sparse_moe\.output_linear\.weight$|\.experts\.down_proj$"
+)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The weights of selected experts at equal logits.
+
+    Attributes:
+        target: The architecture.
+        num_experts: N.
+        top_k: k.
+        weighting: What the router makes of its scores.
+        factor: What the configuration multiplies the weights by (1 where it cannot).
+    """
+
+    target: Target
+    num_experts: int
+    top_k: int
+    weighting: Weighting
+    factor: float
+
+    @property
+    def mean_weight(self) -> float:
+        """What one selected expert's output is multiplied by when all logits are equal."""
+        return self.factor * weight(self.weighting, self.num_experts, self.top_k)
+
+
+def mixing_of(config: Mapping[str, Any]) -> Mixing:
+    """Read it from ``config.json``.
+
+    Raises:
+        RefusedError: It is no mixture of experts of an architecture that is known here.
+        CheckpointError: A number in it cannot be.
+    """
+    name = str(config.get("model_type"))
+    if name not in TARGETS or not TARGETS.get(name).routed:
+        known = [each for each in TARGETS.names() if TARGETS.get(each).routed]
+        raise RefusedError(
+            f"model_type {name!r} is no mixture of experts that is known here.", hint=f"Known are {', '.join(known)}."
+        )
+    target = TARGETS.get(name)()
+    num_experts = _count(next((config[key] for key in EXPERT_KEYS if config.get(key) is not None), None))
+    top_k = _count(config.get(target.top_k_key))
+    if not 1 <= top_k <= num_experts:
+        raise CheckpointError(f"config.json: {top_k} selected of {num_experts} experts cannot be.")
+    weighting = target.weightings[0]
+    if len(target.weightings) > 1 and not config.get("norm_topk_prob", target.scaling_knob):
+        weighting = target.weightings[1]
+    factor = float(config.get("routed_scaling_factor", 1.0)) if target.scaling_knob else 1.0
+    return Mixing(target, num_experts, top_k, weighting, factor)
+
+
+def _count(value: Any) -> int:
+    """A whole number in the configuration; 0 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def is_routed_down(name: str) -> bool:
+    """Whether a tensor is the down projection of one routed expert, or of all."""
+    return _ROUTED_DOWN.search(name) is not None
