@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .conversion import SplitResult, plan_conversion, split
     from .data.token_recipe import TokenizeRecipe, load_tokenize_recipe
     from .demonstration import DemoResult, demo
+    from .densifying import DensifyResult, densify
     from .errors import CheckpointError, LlamaMoeError, RefusedError, StoppedError, UsageError, VerificationError
     from .evaluation import evaluate
     from .experts import register_experts
@@ -78,6 +79,8 @@ _PLACES = {
     "TokenizeRecipe": "data.token_recipe",
     "load_tokenize_recipe": "data.token_recipe",
     "register_experts": "experts",
+    "densify": "densifying",
+    "DensifyResult": "densifying",
     "merge": "merging",
     "MergeResult": "merging",
     "retop": "retopping",
@@ -102,6 +105,7 @@ __all__ = [
     "CompareRecipe",
     "Comparison",
     "DemoResult",
+    "DensifyResult",
     "Evaluation",
     "HealRecipe",
     "HealResult",
@@ -127,6 +131,7 @@ __all__ = [
     "allocate",
     "compare",
     "demo",
+    "densify",
     "evaluate",
     "fix_config",
     "heal",

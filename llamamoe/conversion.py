@@ -17,6 +17,7 @@ from .assembly import made_of, make, nonfinite, one_thread
 from .calibration.compute import Compute, choose_compute
 from .calibration.session import UNIT, Session, read_ahead, remove_states
 from .checkpoint.card import model_card
+from .checkpoint.layout import index_json
 from .checkpoint.ledger import partial_path
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
@@ -25,7 +26,7 @@ from .dense import understand
 from .errors import RefusedError
 from .hub import Location, locate, open_checkpoint
 from .layer_conversion import ConvertedLayer, convert_layer
-from .plan import SplitPlan, index_json, plan_split
+from .plan import SplitPlan, plan_split
 from .preflight import (
     RECEIPT_FILE,
     RECIPE_FILE,

@@ -7,7 +7,6 @@ model card quotes it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from ._version import __version__
 from .assembly import router_dtype
 from .calibration.cost import CalibrationPlan, plan_calibration
 from .checkpoint.base import DTYPE_BYTES
-from .checkpoint.layout import Shards
+from .checkpoint.layout import Shards, deal
 from .choices import complete
 from .costs import Cost, count
 from .dense import DenseModel
@@ -273,16 +272,8 @@ def _advice(spec: DenseSpec, calibration: CalibrationPlan | None, target: Target
 
 
 def _shards(tensors: tuple[OutTensor, ...], dtype: str, shard_size: str) -> Shards:
-    from huggingface_hub import split_state_dict_into_shards_factory
-
     entries = {t.name: (t.dtype or dtype, t.shape, math.prod(t.shape) * DTYPE_BYTES[t.dtype or dtype]) for t in tensors}
-    split = split_state_dict_into_shards_factory(
-        entries,
-        get_storage_size=lambda entry: entry[2],
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_size.replace(" ", ""),
-    )
-    return {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    return deal(entries, shard_size)
 
 
 def _parent_cost(model: DenseModel) -> Cost:
@@ -311,11 +302,3 @@ def _peak_bytes(spec: DenseSpec, splitter: Splitter, layout: MoeLayout, dtype: s
         + max(2 * matrix, table) * DTYPE_BYTES[dtype]
         + splitter.working_bytes(spec.intermediate_size, spec.hidden_size)
     )
-
-
-def index_json(shards: Mapping[str, Mapping[str, tuple[str, tuple[int, ...], int]]]) -> dict[str, Any]:
-    """The content of ``model.safetensors.index.json``."""
-    return {
-        "metadata": {"total_size": sum(n for tensors in shards.values() for _, _, n in tensors.values())},
-        "weight_map": {name: file for file, tensors in shards.items() for name in tensors},
-    }

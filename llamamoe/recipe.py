@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from .checkpoint.layout import SHARD_SIZE
 from .errors import UsageError
 from .plugin import Plugin
 from .registry import Registry, near_misses
@@ -154,9 +155,7 @@ class SplitRecipe(BaseModel):
     )
     keep_dense: tuple[int, ...] = Field((), description="Layers left dense (negative ones count from the end).")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
-    shard_size: str = Field(
-        "5GB", pattern=r"^[0-9]{1,9}(\.[0-9]+)?\s*[KMGT]B$", description="Largest shard, for example 5GB or 500MB."
-    )
+    shard_size: str = Field("5GB", pattern=SHARD_SIZE, description="Largest shard, for example 5GB or 500MB.")
     require: Literal["4.57"] | None = Field(None, description="Refuse what this older transformers cannot load.")
     strict: bool = Field(
         False, description="Refuse what would only be warned about, weights that are not finite included."

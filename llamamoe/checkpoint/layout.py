@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UsageError
+
+SHARD_SIZE = r"^[0-9]{1,9}(\.[0-9]+)?\s*[KMGT]B$"
+"""How the most bytes of a file are given."""
 Shards = dict[str, dict[str, tuple[str, tuple[int, ...], int]]]
 """file name -> tensor name -> (dtype, shape, bytes), in file order."""
 
@@ -36,3 +41,30 @@ def shard_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tup
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     return head, {name: len(head) + start for name, start in starts.items()}
+
+
+def deal(entries: Mapping[str, tuple[str, tuple[int, ...], int]], shard_size: str) -> Shards:
+    """Deal tensors, in their order, to files of at most ``shard_size`` (such as ``"5GB"``), named as transformers does.
+
+    Raises:
+        UsageError: ``shard_size`` is none.
+    """
+    if not re.match(SHARD_SIZE, shard_size):
+        raise UsageError(f"{shard_size!r} is no size of a file: give one such as 5GB or 500MB.")
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        dict(entries),
+        get_storage_size=lambda entry: entry[2],
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size.replace(" ", ""),
+    )
+    return {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
+
+
+def index_json(shards: Mapping[str, Mapping[str, tuple[str, tuple[int, ...], int]]]) -> dict[str, Any]:
+    """The content of ``model.safetensors.index.json``."""
+    return {
+        "metadata": {"total_size": sum(n for tensors in shards.values() for _, _, n in tensors.values())},
+        "weight_map": {name: file for file, tensors in shards.items() for name in tensors},
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from ..errors import RefusedError
 from ..preflight import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .card import derived_card
-from .layout import Shards
+from .layout import Shards, index_json
 from .reader import INDEX, SafetensorsCheckpoint
 from .writer import CheckpointWriter, write_text
 
@@ -44,6 +43,7 @@ class Rewriting:
         facts: What was done, as plain data.
         story: The same for the card, in sentences.
         warnings: What a user should know.
+        shards: The files to write; None: those of the first source, tensor for tensor.
     """
 
     deed: str
@@ -55,6 +55,7 @@ class Rewriting:
     facts: Mapping[str, Any]
     story: str
     warnings: tuple[str, ...] = ()
+    shards: Shards | None = None
 
     @property
     def base(self) -> SafetensorsCheckpoint:
@@ -64,10 +65,12 @@ class Rewriting:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.base.tensors.values())
+        return sum(nbytes for tensors in self.files().values() for _, _, nbytes in tensors.values())
 
-    def shards(self) -> Shards:
-        """The files to write: those of the first source, tensor for tensor."""
+    def files(self) -> Shards:
+        """The files to write."""
+        if self.shards is not None:
+            return self.shards
         found: Shards = {}
         for name, info in self.base.tensors.items():
             found.setdefault(info.file.name, {})[name] = (info.dtype, info.shape, info.nbytes)
@@ -76,7 +79,7 @@ class Rewriting:
     def units(self) -> dict[str, list[str]]:
         """Tensors by the unit that is finished at once: a layer, or all that belong to none."""
         found: dict[str, list[str]] = {}
-        for name in self.base.tensors:
+        for name in (name for tensors in self.files().values() for name in tensors):
             layer = name.removeprefix("model.layers.").split(".")[0] if name.startswith("model.layers.") else ""
             found.setdefault(f"layer.{layer}" if layer.isdigit() else OUTER, []).append(name)
         return found
@@ -119,7 +122,7 @@ def rewrite(
     with (
         system_errors(place),
         CheckpointWriter(
-            place, job.shards(), fingerprint=job.fingerprint(), resume=resume, restart=force and not resume
+            place, job.files(), fingerprint=job.fingerprint(), resume=resume, restart=force and not resume
         ) as writer,
     ):
         units = job.units()
@@ -154,7 +157,7 @@ def _finite(name: str, job: Rewriting) -> torch.Tensor:
     value = job.make(name)
     if value.is_floating_point() and nonfinite(value):
         raise RefusedError(
-            f"{name} would hold NaN or infinite values in {job.base.tensors[name].dtype}.",
+            f"{name} would hold NaN or infinite values ({value.dtype}).",
             hint="A source holds them already, or its dtype is too narrow for the result.",
         )
     return value
@@ -162,8 +165,8 @@ def _finite(name: str, job: Rewriting) -> torch.Tensor:
 
 def _write_side_files(job: Rewriting, folder: Path, receipt: Mapping[str, Any]) -> None:
     job.base.save_tokenizer(folder)
-    if (job.base.path / INDEX).is_file():
-        shutil.copyfile(job.base.path / INDEX, folder / INDEX)
+    if len(job.files()) > 1:
+        write_text(folder / INDEX, json.dumps(index_json(job.files()), indent=2, sort_keys=True) + "\n")
     block = dict(job.config.get("llamamoe") or {})
     block[job.deed] = [*block.get(job.deed, []), {"version": __version__, **job.facts}]
     config = {**job.config, "llamamoe": block}

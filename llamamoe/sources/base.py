@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from ..errors import CheckpointError
 
+DEFAULT_THETA = 10000.0
+"""The rope base that transformers assumes for all families here when the configuration names none."""
 Op = tuple[str, float]
 """A change of values on reading: ``("add", 1.0)`` or ``("mul", 45.25)``, done in float32."""
 
@@ -83,13 +85,11 @@ class Source(ABC):
         name: Its ``model_type``.
         summary: One line for ``llamamoe methods``.
         reference: Where the family is described.
-        theta: The rope base that transformers assumes when the configuration names none.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
-    theta: ClassVar[float] = 10000.0
 
     @abstractmethod
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
@@ -166,7 +166,7 @@ def number(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def rope_parameters(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rope as transformers 5 spells it, read from either spelling (a non-null ``rope_scaling`` wins, as there).
 
     Raises:
@@ -181,7 +181,7 @@ def rope_parameters(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
     rope.setdefault("rope_type", given.get("type", "default"))
     both = config.get("rope_parameters")
     inner = both.get("rope_theta") if isinstance(both, Mapping) else None
-    rope.setdefault("rope_theta", config.get("rope_theta") or inner or theta)
+    rope.setdefault("rope_theta", config.get("rope_theta") or inner or DEFAULT_THETA)
     if rope.get("mrope_section"):
         raise CheckpointError(
             "config.json: multimodal rope (mrope_section) belongs to a vision model, not to a dense text model."
@@ -189,12 +189,12 @@ def rope_parameters(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
     return rope
 
 
-def common(source: Source, config: Mapping[str, Any], **known: Any) -> DenseSpec:
+def common(family: str, config: Mapping[str, Any], **known: Any) -> DenseSpec:
     """The part of a `DenseSpec` that every Llama-like family spells the same; ``known`` overrides or adds."""
     heads = positive(config, "num_attention_heads")
     hidden = positive(config, "hidden_size")
     values: dict[str, Any] = {
-        "family": source.name,
+        "family": family,
         "vocab_size": positive(config, "vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": positive(config, "intermediate_size"),
@@ -204,7 +204,7 @@ def common(source: Source, config: Mapping[str, Any], **known: Any) -> DenseSpec
         "head_dim": positive(config, "head_dim", max(hidden // heads, 1)),
         "max_position_embeddings": positive(config, "max_position_embeddings", 2048),
         "rms_norm_eps": number(config, "rms_norm_eps", 1e-6),
-        "rope": rope_parameters(config, source.theta),
+        "rope": rope_parameters(config),
         "hidden_act": config.get("hidden_act", "silu"),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "partial_rotary_factor": 1.0,

@@ -27,7 +27,7 @@ class Gemma(Source):
             raise CheckpointError("config.json: use_bidirectional_attention is set, but every target is causal.")
         bias = bool(config.get("attention_bias", False))
         return common(
-            self,
+            self.name,
             config,
             head_dim=positive(config, "head_dim", 256),
             hidden_act="gelu_pytorch_tanh" if act == "gelu" else act,

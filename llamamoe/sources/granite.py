@@ -19,7 +19,7 @@ class Granite(Source):
         """See `Source.spec`."""
         bias = bool(config.get("attention_bias", False))
         return common(
-            self,
+            self.name,
             config,
             qkv_bias=bias,
             o_bias=bias,

@@ -18,4 +18,4 @@ class Llama(Source):
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
         """See `Source.spec`."""
         bias = bool(config.get("attention_bias", False))
-        return common(self, config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))
+        return common(self.name, config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))

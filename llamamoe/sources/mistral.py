@@ -25,4 +25,4 @@ class Mistral(Source):
         window = config.get("sliding_window", 4096)
         kv_heads = positive(config, "num_key_value_heads", 8)
         layers = positive(config, "num_hidden_layers")
-        return common(self, config, sliding=(window or None,) * layers, num_kv_heads=kv_heads)
+        return common(self.name, config, sliding=(window or None,) * layers, num_kv_heads=kv_heads)

@@ -19,7 +19,9 @@ class Phi3(Source):
         """See `Source.spec`."""
         nested = config.get("rope_parameters") or {}
         partial = number(config, "partial_rotary_factor", float(nested.get("partial_rotary_factor", 1.0)))
-        base = common(self, config, sliding=(config.get("sliding_window"),) * int(config.get("num_hidden_layers") or 0))
+        base = common(
+            self.name, config, sliding=(config.get("sliding_window"),) * int(config.get("num_hidden_layers") or 0)
+        )
         rope = {k: v for k, v in base.rope.items() if k != "partial_rotary_factor"}
         if rope["rope_type"] in ("su", "yarn"):  # transformers reads both as longrope for this family
             rope["rope_type"] = "longrope"

@@ -18,4 +18,4 @@ class Qwen2(Source):
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
         """See `Source.spec`."""
         layers = positive(config, "num_hidden_layers")
-        return common(self, config, qkv_bias=True, sliding=windows_by_type(config, layers, 4096))
+        return common(self.name, config, qkv_bias=True, sliding=windows_by_type(config, layers, 4096))

@@ -20,7 +20,7 @@ class Qwen3(Source):
         bias = bool(config.get("attention_bias", False))
         layers = positive(config, "num_hidden_layers")
         return common(
-            self,
+            self.name,
             config,
             head_dim=positive(config, "head_dim", 128),
             qkv_bias=bias,

@@ -7,12 +7,12 @@ no tensor; importing them imports neither torch nor transformers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ..rescales.base import Rescale
-from ..sources.base import DenseSpec, layer_shapes
+from ..sources.base import DenseSpec, common, layer_shapes
 
 Role = Literal["embedding", "attention", "norm", "router", "routed", "shared", "dense_ffn", "stub", "head"]
 Part = Literal["gate", "up", "down", "gate_up"]
@@ -206,6 +206,22 @@ class Target(ABC):
             return None
         where = "first" if self.dense_layers == "leading" else "first and last"
         return f"{self.name} can keep only the {where} layers dense, not {list(dense_layers)}"
+
+    # ---- how it is read back ----------------------------------------------------------------------------------
+
+    def dense_spec(self, config: Mapping[str, Any]) -> DenseSpec:
+        """What is around the FFNs of a checkpoint of this architecture, as a dense model of their full size would have it.
+
+        ``intermediate_size`` is what the configuration says and means nothing where all layers are MoE layers.
+
+        Raises:
+            CheckpointError: A key is missing or has an impossible value.
+        """
+        return common(self.name, config, **self.attention_spec(config))
+
+    def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a `DenseSpec` that this architecture spells in its own way."""
+        return {}
 
     # ---- how it is spelled ------------------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..sources.base import DenseSpec
+from ..sources.base import DenseSpec, number, rope_parameters
 from .base import MoeLayout, OutTensor, Router, Target, Zeros, expert_tensors, shared_tensors
 
 
@@ -50,6 +50,17 @@ class Glm4Moe(Target):
     def stub_width(self, layout_width: int) -> int:
         """See `Target.stub_width`: the shared width is a multiple of the expert's and cannot be zero."""
         return layout_width
+
+    def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Target.attention_spec`."""
+        rope = rope_parameters(config)
+        partial = rope.pop("partial_rotary_factor", number(config, "partial_rotary_factor", 0.5))
+        return {
+            "qkv_bias": bool(config.get("attention_bias")),
+            "qk_norm": bool(config.get("use_qk_norm")),
+            "partial_rotary_factor": float(partial),
+            "rope": rope,
+        }
 
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
         """See `Target.one_layer`."""

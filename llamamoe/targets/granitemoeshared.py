@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..sources.base import DenseSpec
+from ..sources.base import DenseSpec, number
 from .base import MoeLayout, Neurons, OutTensor, Router, Target
 
 
@@ -43,6 +43,12 @@ class GraniteMoeShared(Target):
             "logits_scaling": dense.logits_scaling,
             "router_aux_loss_coef": 0.001,
         }
+
+    def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Target.attention_spec`."""
+        bias = bool(config.get("attention_bias"))
+        names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+        return {"qkv_bias": bias, "o_bias": bias} | {name: number(config, name, 1.0) for name in names}
 
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
         """See `Target.one_layer`."""

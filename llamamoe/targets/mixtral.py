@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..sources.base import DenseSpec
+from ..sources.base import DenseSpec, positive
 from .base import MoeLayout, OutTensor, Router, Target, expert_tensors
 
 
@@ -28,6 +28,10 @@ class Mixtral(Target):
             "router_aux_loss_coef": 0.001,
             "router_jitter_noise": 0.0,
         }
+
+    def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Target.attention_spec`."""
+        return {"sliding": (config.get("sliding_window"),) * positive(config, "num_hidden_layers")}
 
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
         """See `Target.one_layer`."""

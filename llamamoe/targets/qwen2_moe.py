@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..sources.base import DenseSpec, layer_shapes
+from ..sources.base import DenseSpec, layer_shapes, positive, windows_by_type
 from .base import MoeLayout, OutTensor, Router, Target, Zeros, expert_tensors, shared_tensors
 
 
@@ -61,6 +61,11 @@ class Qwen2Moe(Target):
             for name in ("q_proj", "k_proj", "v_proj"):
                 rows = shapes[f"self_attn.{name}.weight"][0]
                 yield OutTensor(f"model.layers.{layer}.self_attn.{name}.bias", (rows,), "attention", Zeros(), layer)
+
+    def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Target.attention_spec`."""
+        layers = positive(config, "num_hidden_layers")
+        return {"qkv_bias": True, "sliding": windows_by_type(config, layers, 4096)}
 
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
         """See `Target.one_layer`."""

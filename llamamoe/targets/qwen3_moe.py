@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..sources.base import DenseSpec
+from ..sources.base import DenseSpec, positive
 from .base import MoeLayout, OutTensor, Router, Target, expert_tensors
 
 
@@ -44,6 +44,13 @@ class Qwen3Moe(Target):
             "max_window_layers": dense.num_layers,
             "router_aux_loss_coef": 0.001,
         }
+
+    def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Target.attention_spec`."""
+        window = config.get("sliding_window") if config.get("use_sliding_window") else None
+        bias = bool(config.get("attention_bias"))
+        sliding = (window,) * positive(config, "num_hidden_layers")
+        return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "sliding": sliding}
 
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
         """See `Target.one_layer`."""

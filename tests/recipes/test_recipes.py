@@ -173,7 +173,7 @@ def test_commands_of_the_readme_run(beside_the_demo):
     """On a tiny model in the place of the demonstration's."""
     assert [args[0] for args in COMMANDS] == [
         *("inspect", "split", "split", "split", "verify", "evaluate", "compare", "fix-config"),
-        *("tokenize", "tokenize", "heal", "pretrain", "merge", "retop"),
+        *("tokenize", "tokenize", "heal", "pretrain", "merge", "retop", "densify"),
     ]
     run_all([args + SHRUNK.get(args[0], []) for args in COMMANDS])
     assert (beside_the_demo / "my-run" / "model" / "config.json").is_file()

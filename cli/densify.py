@@ -1,0 +1,62 @@
+"""``llamamoe densify``: back to a dense checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ._output import Output, kept_when_interrupted, output_options
+from ._style import Command, Option
+from ._tables import bullets, facts
+
+if TYPE_CHECKING:
+    from llamamoe.densifying import DensifyResult
+
+HELP = """Put the experts of the converted checkpoint MODEL into one dense FFN again, into the folder OUT.
+
+All neurons run for every token; the router goes. Of an exact conversion that is the parent, bit for bit where its factor
+was a power of two. A repaired or trained one becomes the dense model of its weights: measure it before you use it.
+"""
+EXAMPLES = """
+llamamoe densify MODEL OUT
+llamamoe densify MODEL OUT --like PARENT              # neurons in the parent's order
+"""
+RUN = "This run"
+
+
+@click.command(cls=Command, section="Convert", rank=5, short_help="Back to a dense checkpoint.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@click.argument("model")
+@click.argument("out")
+@click.option("--like", cls=Option, group="Result", metavar="PARENT", help="Order the neurons as in this dense model.")
+@click.option("--rescale", cls=Option, group="Result", metavar="NAME",
+              help="The rescale that holds.  [default: the conversion's]")  # fmt: skip
+@click.option("--shard-size", cls=Option, group="Result", metavar="SIZE", default="5GB", show_default=True,
+              help="Most bytes of one file.")  # fmt: skip
+@click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Finish what an interrupted run left.")
+@click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace the checkpoint in OUT.")
+@output_options
+def command(
+    model: str,
+    out: str,
+    like: str | None,
+    rescale: str | None,
+    shard_size: str,
+    resume: bool,
+    force: bool,
+    output: Output,
+) -> None:
+    """Parse, write, print."""
+    from llamamoe import densify
+
+    keys = {"like": like, "rescale": rescale, "shard_size": shard_size}
+    with kept_when_interrupted(out), output.progress() as report:
+        found = densify(model, out, resume=resume, force=force, progress=report, **keys)  # type: ignore[arg-type]
+    output.result({"out": str(found.out), **found.receipt}, lambda: _print(found), summary=True)
+
+
+def _print(found: DensifyResult) -> None:
+    click.echo(click.style(f"{found.out}: a dense model with {found.intermediate_size:,} neurons a layer", bold=True))
+    facts([("exact", "every weight as the conversion kept it" if found.exact else "down projections rounded once")])
+    bullets(found.warnings, mark="!")
