@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .benching import Benchmark, bench
     from .budgeting import Allocation, allocate
     from .catalog import Matrix, Method, list_methods, matrix
     from .comparison import compare, plan_comparison
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .recipe import SplitRecipe, load_recipe
     from .recovery.planning import plan_heal
     from .recovery.recipe import HealRecipe, load_heal_recipe
+    from .reports import report
     from .retopping import RetopResult, retop
     from .scores import Evaluation
     from .studies.recipe import CompareRecipe, load_compare_recipe
@@ -81,6 +83,9 @@ _PLACES = {
     "register_experts": "experts",
     "densify": "densifying",
     "DensifyResult": "densifying",
+    "report": "reports",
+    "bench": "benching",
+    "Benchmark": "benching",
     "merge": "merging",
     "MergeResult": "merging",
     "retop": "retopping",
@@ -101,6 +106,7 @@ _PLACES = {
 
 __all__ = [
     "Allocation",
+    "Benchmark",
     "CheckpointError",
     "CompareRecipe",
     "Comparison",
@@ -129,6 +135,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "allocate",
+    "bench",
     "compare",
     "demo",
     "densify",
@@ -150,6 +157,7 @@ __all__ = [
     "plan_pretraining",
     "pretrain",
     "register_experts",
+    "report",
     "retop",
     "split",
     "tokenize",

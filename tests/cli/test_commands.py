@@ -177,3 +177,34 @@ def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Ru
     assert "does not exist" in run("merge", converted[0], tmp_path / "none", "--out", tmp_path / "c", code=3).stderr
     assert "takes two or more" in run("merge", converted[0], "--out", tmp_path / "c", code=2).stderr
     assert "num_experts_per_tok" in run("merge", converted[0], tmp_path / "one", "--out", tmp_path / "c", code=3).stderr
+
+
+def test_bench(dense: Path, converted: tuple[Path, Result], run: Run) -> None:
+    flags = ("--batch-sizes", "1,2", "--prompt", "8", "--new-tokens", "2", "--repeats", "1")
+    text = run("bench", converted[0], "--against", dense, *flags).stdout
+    for expected in ("Tokens a second", "What sizes let expect", "by bytes read", "experts by"):
+        assert expected in text
+    data = json.loads(run("bench", converted[0], *flags, "--json").stdout)
+    assert data["against"] is None
+    assert [each["batch_size"] for each in data["model"]["speeds"]] == [1, 2]
+    assert "no whole numbers" in run("bench", converted[0], "--batch-sizes", "few", code=2).stderr
+    assert "at least 2" in run("bench", converted[0], "--prompt", "1", code=2).stderr
+
+
+def test_report(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    flags = ("--against", dense, "--text", tmp_path / "text.txt", "--out", page, "--json-out", numbers)
+    text = run("report", converted[0], *flags).stdout
+    assert "page.html and" in text
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    found = json.loads(numbers.read_text())
+    assert found["models"][0]["name"] == "converted"
+    assert found["command"].startswith("llamamoe ")
+    assert "exists" in run("report", converted[0], *flags, code=2).stderr
+    again = json.loads(run("report", converted[0], *flags, "--force", "--json").stdout)
+    assert again["models"][0]["routing"]["layers"] == found["models"][0]["routing"]["layers"]
+    assert (
+        "is a dense model"
+        in run("report", dense, "--text", tmp_path / "text.txt", "--out", tmp_path / "x.html", code=3).stderr
+    )

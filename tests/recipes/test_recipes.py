@@ -172,7 +172,7 @@ def run_all(commands: list[list[str]]) -> None:
 def test_commands_of_the_readme_run(beside_the_demo):
     """On a tiny model in the place of the demonstration's."""
     assert [args[0] for args in COMMANDS] == [
-        *("inspect", "split", "split", "split", "verify", "evaluate", "compare", "fix-config"),
+        *("inspect", "split", "split", "split", "verify", "evaluate", "bench", "report", "compare", "fix-config"),
         *("tokenize", "tokenize", "heal", "pretrain", "merge", "retop", "densify"),
     ]
     run_all([args + SHRUNK.get(args[0], []) for args in COMMANDS])

@@ -1,0 +1,139 @@
+"""``llamamoe bench``: how fast a converted model is beside its parent, measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._format import amount, size
+from ._output import Output, output_options
+from ._style import Command, Option
+from ._tables import facts, heading, paragraph, table
+
+if TYPE_CHECKING:
+    from llamamoe.benching import Benchmark, ModelSpeed
+
+HELP = """Measure how fast MODEL reads a prompt and writes after it, beside its dense parent, by plain transformers.
+
+Prefill and decoding with a cache, at several batch sizes, each the median of some repeats; the parent is measured before
+and after the model, so that a machine that is not at rest shows. What sizes let expect stands beside what was measured.
+"""
+EXAMPLES = """
+llamamoe bench OUT --against SOURCE
+llamamoe bench OUT --against SOURCE --batch-sizes 1,8,64 --dtype bfloat16 --experts llamamoe_auto
+"""
+WHAT, HOW = "What is measured", "How it runs"
+
+
+def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} are no whole numbers with commas between them, such as 1,8,64.") from None
+
+
+def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
+
+
+@click.command(cls=Command, section="Measure", rank=2, short_help="Tokens a second, beside the parent.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@click.argument("model")
+@_flag("--against", group=WHAT, metavar="PARENT", text="The dense parent, measured in the same way.")
+@_flag("--batch-sizes", group=WHAT, metavar="B,B", default="1,4,16", show_default=True, callback=_sizes,
+       text="Sequences that run together.")  # fmt: skip
+@_flag("--prompt", group=WHAT, type=int, metavar="N", default=128, show_default=True, text="Tokens of each prompt.")
+@_flag("--new-tokens", group=WHAT, type=int, metavar="N", default=16, show_default=True, text="Steps of decoding.")
+@_flag("--repeats", group=WHAT, type=int, metavar="N", default=3, show_default=True, text="How often each is measured.")
+@_flag("--experts", group=HOW, metavar="NAME",
+       text="How experts run: grouped_mm, batched_mm, eager, llamamoe_auto, ...  [default: as transformers chooses]")  # fmt: skip
+@_flag(
+    "--dtype",
+    group=HOW,
+    metavar="NAME",
+    default="auto",
+    text="auto, float32, bfloat16 or float16.  [default: auto, as stored]",
+)
+@_flag(
+    "--device",
+    group=HOW,
+    metavar="NAME",
+    default="auto",
+    text="A torch device.  [default: auto, the GPU if there is one]",
+)
+@output_options
+def command(
+    model: str,
+    against: str | None,
+    batch_sizes: list[int],
+    prompt: int,
+    new_tokens: int,
+    repeats: int,
+    experts: str | None,
+    dtype: str,
+    device: str,
+    output: Output,
+) -> None:
+    """Parse, measure, print."""
+    from llamamoe import bench
+
+    with output.progress() as report:
+        found = bench(
+            model,
+            against=against,
+            batch_sizes=batch_sizes,
+            prompt_tokens=prompt,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            dtype=dtype,
+            device=device,
+            experts_implementation=experts,
+            progress=report,
+        )
+    output.result(found.to_json(), lambda: _print(found))
+
+
+def _print(found: Benchmark) -> None:
+    sides = [found.model, *([found.against] if found.against else [])]
+    where = f"{found.device}, {found.threads} threads" if found.device == "cpu" else found.device
+    click.echo(click.style(f"{found.model.name} on {where}, {found.model.dtype}", bold=True))
+    facts([(side.name, _size(side)) for side in sides])
+    heading("Tokens a second")
+    table(("batch", "prefill", "x parent", "decode", "x parent"), _rows(found), right=range(5))
+    if found.against is not None:
+        heading("What sizes let expect")
+        flops = found.against.flops_per_token / found.model.flops_per_token
+        read = found.against.active_bytes / found.model.active_bytes
+        facts([("prefill", f"{flops:.3g} x, by operations"), ("decode, batch 1", f"{read:.3g} x, by bytes read")])
+        click.echo()
+        upto = f"up to batch {found.faster_up_to}" if found.faster_up_to else "at no batch size that was measured"
+        paragraph(
+            f"Decoding is faster than the parent's {upto}. The parent's own speed changed by a factor of {found.drift:.3g} while "
+            "this was measured."
+        )
+
+
+def _size(side: ModelSpeed) -> str:
+    experts = f", experts by {side.experts_implementation}" if side.experts_implementation else ""
+    return (
+        f"{amount(side.flops_per_token)} operations a token, {size(side.active_bytes)} read to decode one, "
+        f"{size(side.memory_bytes)} of memory{experts}"
+    )
+
+
+def _rows(found: Benchmark) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for at, mine in enumerate(found.model.speeds):
+        theirs = found.against.speeds[at] if found.against else None
+        rows.append(
+            (
+                str(mine.batch_size),
+                f"{mine.prefill_tokens_per_second:,.1f}",
+                f"{theirs.prefill_seconds / mine.prefill_seconds:.3g}" if theirs else "",
+                f"{mine.decode_tokens_per_second:,.1f}",
+                f"{theirs.decode_seconds / mine.decode_seconds:.3g}" if theirs else "",
+            )
+        )
+    return rows

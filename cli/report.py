@@ -1,0 +1,115 @@
+"""``llamamoe report``: one page that shows what a conversion lost, how it routes and what it costs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ._output import Output, output_options
+from ._style import Command, Option
+from ._tables import bullets, table
+
+HELP = """Make one page that shows what converted models lost, how they route and what they cost.
+
+Every MODEL, and the dense parent of --against, reads the text; its domains are compared. The page needs no network and opens
+from disk. The same numbers are to be had as JSON.
+"""
+EXAMPLES = """
+llamamoe report OUT --against SOURCE --text texts/ --out page.html
+llamamoe report moe run/model --against SOURCE --text valid/ --json-out report.json
+"""
+TEXT, HOW, RUN = "Text", "How it runs", "This run"
+
+
+def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
+
+
+@click.command(cls=Command, section="Measure", rank=3, short_help="One page: quality, routing, cost.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@_flag("--against", group=RUN, metavar="PARENT", text="The dense parent, measured beside them.")
+@_flag("--text", group=TEXT, metavar="PATH", multiple=True, required=True,
+       text="A file, folder or glob (text, JSON lines, Parquet); may be repeated.")  # fmt: skip
+@_flag("--max-tokens", group=TEXT, type=int, metavar="N", default=8192, show_default=True,
+       text="Take only so many tokens of each domain; 0 takes all.")  # fmt: skip
+@_flag("--context-length", group=TEXT, type=int, metavar="N",
+       text="Tokens of a window.  [default: the model's positions, at most 2048]")  # fmt: skip
+@_flag("--oracle-tokens", group=TEXT, type=int, metavar="N", default=1024, show_default=True,
+       text="Tokens of each domain on which routers are compared with an oracle.")  # fmt: skip
+@_flag("--run", "runs", group=RUN, metavar="DIR", multiple=True,
+       text="A folder of llamamoe pretrain whose curves are shown; that of a MODEL in it is found by itself.")  # fmt: skip
+@_flag("--out", group=RUN, metavar="FILE", default="report.html", show_default=True, text="The page.")
+@_flag("--json-out", group=RUN, metavar="FILE", text="The same numbers as JSON.")
+@_flag("--force", group=RUN, is_flag=True, text="Replace files that are there.")
+@_flag(
+    "--dtype",
+    group=HOW,
+    metavar="NAME",
+    default="auto",
+    text="auto, float32, bfloat16 or float16.  [default: auto, as stored]",
+)
+@_flag(
+    "--device",
+    group=HOW,
+    metavar="NAME",
+    default="auto",
+    text="A torch device.  [default: auto, the GPU if there is one]",
+)
+@output_options
+def command(
+    models: tuple[str, ...],
+    against: str | None,
+    text: tuple[str, ...],
+    max_tokens: int,
+    context_length: int | None,
+    oracle_tokens: int,
+    runs: tuple[str, ...],
+    out: str,
+    json_out: str | None,
+    force: bool,
+    dtype: str,
+    device: str,
+    output: Output,
+) -> None:
+    """Parse, measure, print where the page is."""
+    from llamamoe import report
+
+    with output.progress() as progress:
+        found = report(
+            models,
+            text,
+            against=against,
+            out=out,
+            json_out=json_out,
+            runs=runs,
+            max_tokens=max_tokens or None,
+            context_length=context_length,
+            oracle_tokens=oracle_tokens,
+            dtype=dtype,
+            device=device,
+            command=shlex.join(["llamamoe", *sys.argv[1:]]),
+            force=force,
+            progress=progress,
+        )
+    output.result(found, lambda: _print(found, out, json_out), summary=True)
+
+
+def _print(found: dict[str, Any], out: str, json_out: str | None) -> None:
+    key = "perplexity" if all(each["comparable"] == "perplexity" for each in found["models"]) else "bits_per_byte"
+    sides = [*([found["parent"]] if found["parent"] else []), *found["models"]]
+    rows = [
+        (
+            each["name"],
+            f"{each['scores']['mean_over_domains'][key]:.4g}",
+            f"{each['cost']['active_parameters'] / 1e6:,.1f} M of {each['cost']['total_parameters'] / 1e6:,.1f} M",
+        )
+        for each in sides
+    ]
+    table(("model", key.replace("_", " "), "parameters of a token"), rows, right=(1,))
+    bullets(found["notes"], mark="!")
+    click.echo(f"\n{out}" + (f" and {json_out}" if json_out else "") + " written.")

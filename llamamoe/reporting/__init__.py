@@ -1,0 +1,1 @@
+"""What a report shows: collected while models read a text, and made into one page."""

@@ -1,0 +1,140 @@
+"""Lines over the depth of the models, all of them in one plot, and the course of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .figures import Chart, Key, Line, Panel, panel
+from .page_values import LIMIT_SERIES, Series, get
+
+_DASHED = "dash"
+
+
+def load_panels(series: Sequence[Series]) -> list[Chart]:
+    """How evenly experts are used, and how sure the routers are; dead experts only where there are any."""
+    dead = _lines(series, ("dead_experts", "dead experts", False))
+    return _drawn(
+        Panel(
+            "Evenness of the load",
+            "share of log N",
+            _lines(series, ("load_entropy", "load", False), ("router_entropy", "router", True)),
+            note="Entropy of the load over experts (1: all equally busy) and, averaged over tokens, of the router’s own "
+            "probabilities (1: undecided; 0: certain).",
+            keys=[*_models(series), Key("load", "ink"), Key("router", "ink", _DASHED)],
+            low=None,
+            high=1.0,
+        ),
+        Panel(
+            "Maximal violation",
+            "busiest over even − 1",
+            _lines(series, ("max_violation", "max violation", False)),
+            note="0 is perfect balance; 1 means that the busiest expert takes twice its even share.",
+            keys=_models(series),
+        ),
+        Panel(
+            "Dead experts",
+            "experts never selected",
+            dead if any(any(line.ys) for line in dead) else [],
+            keys=_models(series),
+            high=1.0,
+        ),
+        Panel(
+            "Probability of the selected",
+            "probability",
+            _lines(series, ("selected_probability", "selected", False)),
+            note="What the router’s probabilities give to the experts that it selects, averaged over tokens.",
+            keys=_models(series),
+            high=1.0,
+        ),
+    )
+
+
+def domain_panels(series: Sequence[Series]) -> list[Chart]:
+    """How far domains lie apart in each layer, and how far two halves of one domain do."""
+    keys = [*_models(series), Key("between domains", "ink"), Key("noise floor", "ink", _DASHED)]
+    return _drawn(
+        Panel(
+            "Distance between domains by depth",
+            "divergence, bits",
+            _lines(series, ("domain_distance", "domains", False), ("within_distance", "noise floor", True)),
+            note="Mean over pairs of domains of the Jensen–Shannon divergence of their loads (0: the same experts equally often; 1: no "
+            "expert in common). Noise floor: the same between two halves of one domain.",
+            keys=keys,
+        )
+    )
+
+
+def router_panels(series: Sequence[Series]) -> list[Chart]:
+    """The routers against the oracle, the experts against each other, the routed against the shared."""
+    chance = Key("chance", "ink", _DASHED)
+    return _drawn(
+        Panel(
+            "Recall of the oracle’s experts",
+            "recall@k",
+            _lines(series, ("recall_at_k", "router", False), ("chance_recall", "chance", True)),
+            note="Share of the k experts that contribute most to the output that the router selects too.",
+            keys=[*_models(series), Key("router", "ink"), chance],
+            high=1.0,
+        ),
+        Panel(
+            "Captured contribution",
+            "share of the oracle’s",
+            _lines(series, ("captured", "router", False), ("captured_by_chance", "chance", True)),
+            note="Contribution of the selected experts over that of the best k.",
+            keys=[*_models(series), Key("router", "ink"), chance],
+            high=1.0,
+        ),
+        Panel(
+            "Overlap of experts",
+            "distance from independence",
+            _lines(series, ("overlap", "overlap", False)),
+            note="Mean over pairs of experts of how far the chance of being selected together differs from what it would "
+            "be by chance, as share of it: 0 if choices are independent.",
+            keys=_models(series),
+        ),
+        Panel(
+            "Shared against routed",
+            "share of the FFN’s norm",
+            _lines(series, ("routed_norm", "routed", False), ("shared_norm", "shared", True)),
+            note="Mean norm of what the routed experts add and of what the shared expert adds, over that of the FFN’s output.",
+            keys=[*_models(series), Key("routed", "ink"), Key("shared", "ink", _DASHED)],
+        ),
+    )
+
+
+def training_panel(runs: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Losses of all runs against the tokens that they had seen."""
+    lines, keys = [], []
+    for i, run in enumerate(runs):
+        place = i % LIMIT_SERIES + 1
+        keys.append(Key(str(get(run, "name")), f"s{place}"))
+        for kind, label, faint in (("train", "training", True), ("validation", "held out", False)):
+            points = [point for point in get(run, kind) or [] if get(point, 0) is not None]
+            xs, ys = [point[0] for point in points], [get(point, 1) for point in points]
+            lines.append(Line(f"{run['name']}, {label}", xs, ys, place, faint=faint))
+    keys += [Key("held out", "ink"), Key("training", "ink", "faint")]
+    most = max((x for line in lines for x in line.xs), default=0)
+    scale, unit = (1e9, "billion ") if most >= 1e9 else (1e6, "million ") if most >= 1e6 else (1.0, "")
+    scaled = [Line(each.label, [x / scale for x in each.xs], each.ys, each.colour, faint=each.faint) for each in lines]
+    return panel(Panel("Loss in training", "nats a token", scaled, f"{unit}tokens", keys=keys, low=None))
+
+
+def _lines(series: Sequence[Series], *quantities: tuple[str, str, bool]) -> list[Line]:
+    """One line a model and quantity ``(key, name, dashed)``."""
+    found = []
+    for one in series:
+        layers = [each for each in get(one.model, "routing", "layers") or [] if get(each, "layer") is not None]
+        for key, name, dashed in quantities:
+            ys = [get(each, key) for each in layers]
+            found.append(Line(f"{one.name}, {name}", [each["layer"] for each in layers], ys, one.colour, dashed))
+    return found
+
+
+def _models(series: Sequence[Series]) -> list[Key]:
+    """The legend's models; none where there is only one, which needs no telling apart."""
+    return [Key(one.name, f"s{one.colour}", "shape") for one in series] if len(series) > 1 else []
+
+
+def _drawn(*panels: Panel) -> list[Chart]:
+    return [chart for each in panels if (chart := panel(each)) is not None]

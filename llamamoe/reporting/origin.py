@@ -1,0 +1,120 @@
+"""Where a model comes from, and how it was trained: what lies beside its weights, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import read_json
+from ..errors import CheckpointError, UsageError
+from ..preflight import DERIVED_FILE, HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECEIPT_FILE, RECIPE_FILE
+from ..training.metrics import read_lines
+from ..training.run_folder import METRICS
+from ..training.run_folder import RECEIPT as TRAINING_RECEIPT
+from ..training.run_folder import RECIPE as TRAINING_RECIPE
+
+
+def provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the files of a checkpoint say of how it was made; empty values where they say nothing."""
+    block = config.get("llamamoe")
+    receipts = [_json(folder / name) for name in (RECEIPT_FILE, HEAL_RECEIPT_FILE, TRAINING_RECEIPT, DERIVED_FILE)]
+    made = [receipt for receipt in receipts if receipt]
+    newest: dict[str, Any] = made[-1] if made else {}
+    recipe = next(
+        (text for name in (TRAINING_RECIPE, HEAL_RECIPE_FILE, RECIPE_FILE) if (text := _text(folder / name))), None
+    )
+    return {
+        "block": dict(block) if isinstance(block, Mapping) else None,
+        "recipe": recipe,
+        "weights_sha256": newest.get("weights_sha256"),
+        "versions": newest.get("versions"),
+        "commands": list(_commands(folder)),
+        "derived": [receipt.get("made_by") for receipt in made if receipt.get("made_by")],
+    }
+
+
+def _commands(folder: Path) -> Iterable[str]:
+    if (folder / RECIPE_FILE).is_file():
+        yield f"llamamoe split SOURCE OUT --recipe {RECIPE_FILE}"
+    if (folder / HEAL_RECIPE_FILE).is_file():
+        yield f"llamamoe heal MODEL OUT --parent PARENT --recipe {HEAL_RECIPE_FILE}"
+    if (folder / TRAINING_RECIPE).is_file():
+        yield f"llamamoe pretrain --recipe {TRAINING_RECIPE} --out RUN"
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path) if path.is_file() else {}
+    except CheckpointError:
+        return {}  # a broken receipt is no reason to say nothing of the model
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+def training_runs(runs: Iterable[str | Path], models: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Curves of the runs that were named, and of those whose trained model is one of the models.
+
+    Args:
+        runs: Folders of ``llamamoe pretrain``.
+        models: Name of each model, and its folder.
+
+    Raises:
+        UsageError: A folder is no run, or the run of another model.
+    """
+    found = {}
+    for model in models.values():
+        if (model.parent / METRICS).is_file() and _recipe_of(model) in (None, _recipe_of(model.parent)):
+            found[model.parent.resolve()] = model.parent
+    for run in runs:
+        folder = Path(run).expanduser()
+        _check_run(folder, models)
+        found[folder.resolve()] = folder
+    return [_curves(folder) for folder in found.values()]
+
+
+def _check_run(folder: Path, models: Mapping[str, Path]) -> None:
+    if not (folder / METRICS).is_file():
+        raise UsageError(
+            f"{folder} holds no {METRICS}, so it is no training run.", hint="Give the --out of llamamoe pretrain."
+        )
+    recipe = _recipe_of(folder)
+    if recipe is not None and recipe not in {_recipe_of(model) for model in models.values()}:
+        raise UsageError(
+            f"{folder} is the run of another model: none of {', '.join(models)} was trained by its recipe.",
+            hint="Give the run of one of the models, or report the model in its folder model/.",
+        )
+
+
+def _recipe_of(folder: Path) -> str | None:
+    """The recipe of a run or of a trained model, as it was written."""
+    return _text(folder / TRAINING_RECIPE)
+
+
+def _curves(folder: Path) -> dict[str, Any]:
+    lines = read_lines(folder / METRICS)
+    held_out = [line for line in lines if line.get("kind") == "validation"]
+    domains: dict[str, list[list[float]]] = {}
+    for line in held_out:
+        for name, loss in (line.get("domain_loss") or {}).items():
+            domains.setdefault(name, []).append([line["tokens"], loss])
+    return {
+        "name": folder.resolve().name,
+        "train": [[line["tokens"], line["loss"]] for line in lines if line.get("kind") == "train"],
+        "validation": [[line["tokens"], line["loss"]] for line in held_out],
+        "domain_validation": domains,
+    }
+
+
+def plain(data: Any) -> Any:
+    """The same with None for numbers that JSON cannot hold."""
+    return json.loads(json.dumps(data), parse_constant=lambda _: None)

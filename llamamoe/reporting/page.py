@@ -1,0 +1,120 @@
+"""The report as one HTML document that needs nothing else: no network, no file beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MissingExtraError
+from . import figures_bars, figures_lines, page_tables, page_values, page_words
+from .page_grid import legend
+from .page_values import Series, clean, get, percent, series_of
+from .page_view import View, view_of
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The whole document.
+
+    Names and tokens may hold anything; numbers may be None or not finite, and show as a dash.
+
+    Args:
+        report: What the collector measured; the same as ``report.json``.
+
+    Raises:
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    found: dict[str, Any] = clean(report)
+    series = series_of(found)
+    views = [view for one in series if (view := view_of(one, found["domains"])) is not None]
+    template = _environment().get_template("page.html.j2")
+    page: str = template.render(
+        report=found,
+        series=series,
+        views=views,
+        style=_read("page.css"),
+        script=_read("page.js"),
+        data=_embedded([view.data for view in views]),
+        load_steps=legend("even", "nothing: dead"),
+        preference_steps=legend("as usual", "nothing"),
+        **_quality(found, series),
+        **_cost(series),
+        **_routing(series, views),
+        **_training(found),
+    )
+    return page.lstrip()  # the macros before the document leave empty lines
+
+
+def _environment() -> Environment:
+    try:
+        from jinja2 import Environment, FunctionLoader, StrictUndefined
+    except ImportError as error:
+        raise MissingExtraError("jinja2", "report", "The report") from error
+    environment = Environment(
+        loader=FunctionLoader(_read), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters |= {
+        "number": page_values.number,
+        "percent": percent,
+        "whole": page_values.whole,
+        "pretty": partial(json.dumps, indent=2, ensure_ascii=False),
+    }
+    environment.globals["get"] = get
+    return environment
+
+
+def _read(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _embedded(value: Any) -> str:
+    """JSON that no HTML parser can read as an end of the script, whatever tokens it holds."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _quality(report: Mapping[str, Any], series: Sequence[Series]) -> dict[str, Any]:
+    measure, domains = page_words.measure_of(series), report["domains"]
+    charts = [figures_bars.quality(series, domains, measure), figures_bars.difference(series, domains, measure)]
+    tables = [page_tables.quality(series, domains, measure)]
+    if measure == "perplexity":
+        tables.append(page_tables.quality(series, domains, "bits_per_byte"))
+    return {
+        "measure": measure,
+        "summaries": page_words.summaries(series, domains),
+        "glance": page_tables.glance(series),
+        "quality_charts": [chart for chart in charts if chart],
+        "quality_tables": tables,
+    }
+
+
+def _cost(series: Sequence[Series]) -> dict[str, Any]:
+    charts = [figures_bars.shares(series), figures_bars.cost(series)]
+    return {"cost_charts": [chart for chart in charts if chart], "cost_table": page_tables.cost(series)}
+
+
+def _routing(series: Sequence[Series], views: Sequence[View]) -> dict[str, Any]:
+    routed = [view.series for view in views]
+    depth = [(one.name, get(one.model, "routing", "layers")) for one in routed]
+    return {
+        "load_charts": figures_lines.load_panels(routed),
+        "domain_charts": figures_lines.domain_panels(routed) if views and len(views[0].domains) > 1 else [],
+        "router_charts": figures_lines.router_panels(routed),
+        "load_sentences": [page_words.load_sentence(name, layers) for name, layers in depth],
+        "depth_sentences": [page_words.depth_sentence(name, layers) for name, layers in depth],
+        "router_sentences": [page_words.router_sentence(name, layers) for name, layers in depth],
+        "layer_tables": [page_tables.layers(one) for one in routed],
+    }
+
+
+def _training(report: Mapping[str, Any]) -> dict[str, Any]:
+    runs = report.get("training") or []
+    return {
+        "training_chart": figures_lines.training_panel(runs) if runs else None,
+        "training_table": page_tables.training(runs) if runs else None,
+    }

@@ -1,0 +1,154 @@
+"""What the numbers say, in sentences: computed from the report, never assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .page_values import DASH, Series, exp, get, known, mean, number, percent, ratio, signed, times
+
+FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
+_APART = 1.5  # deep over shallow excess distance from which they count as different
+_NOISE = 1.25  # distance over its noise floor from which domains count as apart
+
+
+def measure_of(series: Sequence[Series]) -> str:
+    """What may be compared on this page: perplexity, or bits per byte if any tokenizer differs from the parent's."""
+    differs = any(get(one.model, "comparable") == "bits_per_byte" for one in series)
+    return "bits_per_byte" if differs else "perplexity"
+
+
+def parent_of(series: Sequence[Series]) -> Mapping[str, Any] | None:
+    """The dense model, if it was measured."""
+    return series[0].model if series and series[0].place == 0 else None
+
+
+def ffn_share(model: Mapping[str, Any], parent: Mapping[str, Any] | None) -> float | None:
+    """FFN parameters that a token uses, over the parent's; without a parent over the model's own."""
+    parts = get(model, "cost", "parts") or {}
+    active = sum(get(parts, part, "active") or 0 for part in FFN_PARTS)
+    whole_parts = get(parent, "cost", "parts") or {} if parent else parts
+    whole = sum(get(whole_parts, part, "total") or 0 for part in FFN_PARTS)
+    return ratio(active or None, whole)
+
+
+def times_parent(model: Mapping[str, Any], *path: str) -> float | None:
+    """Perplexity over the parent's; only where the two compare."""
+    if get(model, "comparable") == "bits_per_byte":
+        return None
+    return exp(get(model, "difference", *path, "loss"))
+
+
+def summaries(series: Sequence[Series], domains: Sequence[str]) -> list[tuple[str, str]]:
+    """For each converted model its name, and what is to be said of it first."""
+    parent = parent_of(series)
+    return [(one.name, _summary(one.model, parent, domains)) for one in series if one.place]
+
+
+def _summary(model: Mapping[str, Any], parent: Mapping[str, Any] | None, domains: Sequence[str]) -> str:
+    return f"{_uses(model, parent)}{_quality(model, parent, domains)}"
+
+
+def _uses(model: Mapping[str, Any], parent: Mapping[str, Any] | None) -> str:
+    experts = get(model, "experts")
+    chosen = ""
+    if experts:
+        moe, dense = len(get(experts, "moe_layers") or []), len(get(experts, "dense_layers") or [])
+        where = f"in {moe} of {moe + dense} layers" if dense else f"in all {moe} layers"
+        chosen = f" ({_or_dash(experts, 'top_k')} of {_or_dash(experts, 'num_experts')} experts {where})"
+    whose = "the parent’s" if parent else "its own"
+    flops = ratio(get(model, "cost", "flops_per_token"), get(parent, "cost", "flops_per_token"))
+    compute = f", {percent(flops)} of its FLOPs" if flops is not None else ""
+    share = ffn_share(model, parent)
+    if share is None:
+        return ""
+    return f"uses {percent(share)} of {whose} FFN for a token{chosen}{compute}. "
+
+
+def _or_dash(node: Any, key: str) -> str:
+    value = get(node, key)
+    return DASH if value is None else str(value)
+
+
+def _quality(model: Mapping[str, Any], parent: Mapping[str, Any] | None, domains: Sequence[str]) -> str:
+    over = f"Over {len(domains)} domains" if len(domains) > 1 else "On this text"
+    perplexity = get(model, "comparable") != "bits_per_byte"
+    measure, name = ("perplexity", "perplexity") if perplexity else ("bits_per_byte", "bits per byte")
+    verb = "is" if perplexity else "are"
+    path = ("scores", "mean_over_domains", measure)
+    here, there = get(model, *path), get(parent, *path)
+    if here is None:
+        return f"Its {name} {'was' if perplexity else 'were'} not measured."
+    text = f"{over} its {name} {verb} {number(here)}"
+    if there is None:
+        return text + "."
+    text += f" against {number(there)}"
+    if perplexity:
+        factor = times_parent(model, "mean_over_domains") or ratio(here, there)
+        return f"{text} ({times(factor)})." if factor is not None else f"{text}."
+    return f"{text} ({signed(here - there)})."
+
+
+def depth_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
+    """Whether shallow layers route domains alike and deep ones apart, judged above the noise floor."""
+    found = [(get(each, "domain_distance"), get(each, "within_distance") or 0.0) for each in layers]
+    measured = [(distance, floor) for distance, floor in found if distance is not None]
+    if len(measured) < 3:
+        return f"{name}: too few layers were measured to compare shallow with deep ones."
+    third = max(len(measured) // 3, 1)
+    (shallow, low), (deep, high) = _third(measured[:third]), _third(measured[-third:])
+    numbers = (
+        f"domains lie {number(shallow, 2)} bits apart in the shallowest {_layers(third)} "
+        f"and {number(deep, 2)} in the deepest (noise floor {number(low, 2)} and {number(high, 2)})"
+    )
+    return f"{name}: {numbers}. {_judgement(shallow, low, deep, high)}"
+
+
+def _judgement(shallow: float, low: float, deep: float, high: float) -> str:
+    if shallow <= _NOISE * low and deep <= _NOISE * high:
+        return "Nowhere is that clearly more than chance: its experts do not follow domains."
+    above, below = deep - high, shallow - low
+    if above > _APART * max(below, 0.0):
+        return "Shallow layers route domains more alike than deep ones, as LLaMA-MoE found."
+    if below > _APART * max(above, 0.0):
+        return "Here it is the other way round than LLaMA-MoE found: the shallow layers tell domains apart more."
+    return "Shallow and deep layers differ little: LLaMA-MoE’s finding does not show here."
+
+
+def _third(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    distances, floors = zip(*measured, strict=True)
+    return sum(distances) / len(distances), sum(floors) / len(floors)
+
+
+def _layers(count: int) -> str:
+    return "layer" if count == 1 else f"{count} layers"
+
+
+def load_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
+    """How evenly the experts are used: the mean entropy, the busiest expert, how many are dead and where."""
+    violations = [(v, get(each, "layer")) for each in layers if (v := get(each, "max_violation")) is not None]
+    dead = [(get(each, "layer"), d) for each in layers if (d := get(each, "dead_experts"))]
+    entropy = mean(get(each, "load_entropy") for each in layers)
+    said = [] if entropy is None else [f"the load’s entropy is {percent(entropy)} of an even load’s"]
+    if violations:
+        worst, where = max(violations, key=lambda pair: pair[0])
+        said.append(f"the busiest expert (layer {where}) takes {number(1 + worst)} times its even share")
+    if known(get(each, "dead_experts") for each in layers):
+        total = sum(d for _, d in dead)
+        places = ", ".join(str(layer) for layer, _ in dead[:6]) + ("…" if len(dead) > 6 else "")
+        verb = "expert is" if total == 1 else "experts are"
+        said.append(f"{total} {verb} dead (layer {places})" if dead else "no expert is dead")
+    return f"{name}: {'; '.join(said) or 'its load was not measured'}."
+
+
+def router_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
+    """How much of the oracle's choice and of its contribution the router finds, on average over layers."""
+    recall, chance = mean(get(x, "recall_at_k") for x in layers), mean(get(x, "chance_recall") for x in layers)
+    captured = mean(get(x, "captured") for x in layers)
+    if recall is None and captured is None:
+        return f"{name}: the router was not compared with the oracle."
+    by_chance = mean(get(x, "captured_by_chance") for x in layers)
+    return (
+        f"{name}: its router finds {percent(recall)} of the experts that the oracle would choose (chance {percent(chance)}) "
+        f"and {percent(captured)} of the contribution that the oracle captures (chance {percent(by_chance)})."
+    )

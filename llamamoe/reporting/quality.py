@@ -1,0 +1,165 @@
+"""How good a router is against an oracle, and how much shared and routed neurons put out, while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..calibration.inputs import LayerInputs
+from ..diagnostics import contributions
+from ..layer import ExpertWeights, Partition
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..training.moe_layers import MoeLayer
+    from ..training.routing import Routing
+    from .text import TextBatch
+
+ORACLE_TOKENS = 1024
+"""Tokens of each domain for which every expert's contribution is computed."""
+
+
+@dataclass
+class _Sums:
+    tokens: float = 0.0
+    hits: float = 0.0
+    held: float = 0.0
+    best: float = 0.0
+    every: float = 0.0
+
+
+class OracleCollector:
+    """Compares the experts that a router selects with those that contribute most.
+
+    The contribution is ``||E_i(x)||^2`` (see `llamamoe.diagnostics.contributions`): all experts of a layer run for the
+    tokens that are looked at.
+
+    Args:
+        layers: The model's MoE layers.
+        hidden_act: Name of the experts' activation.
+        tokens: Of each domain.
+    """
+
+    def __init__(self, layers: Sequence[MoeLayer], hidden_act: str, tokens: int = ORACLE_TOKENS) -> None:
+        self._layers, self._act, self._most = list(layers), hidden_act, tokens
+        self._sums = {moe.layer: _Sums() for moe in layers}
+        self._seen: dict[str, int] = {}
+
+    def wants(self, domain: str) -> bool:
+        """Whether more tokens of a domain are to be looked at."""
+        return self._seen.get(domain, 0) < self._most
+
+    def add(self, batch: TextBatch, routings: Sequence[Routing]) -> None:
+        """Look at the first tokens of a batch; the routings must hold their routers' inputs."""
+        real = batch.real_BT.flatten().to(routings[0].logits_TN.device).nonzero().flatten()
+        real = real[: self._most - self._seen.get(batch.domain, 0)]
+        self._seen[batch.domain] = self._seen.get(batch.domain, 0) + len(real)
+        for each in routings:
+            assert each.inputs_TH is not None
+            self._add(each.moe, each.inputs_TH[real], each.indices_Tk[real])
+
+    def _add(self, moe: MoeLayer, x_TH: torch.Tensor, indices_Tk: torch.Tensor) -> None:
+        import torch
+
+        inputs = LayerInputs(x_TH.cpu(), torch.ones(len(x_TH)), x_TH.device, x_TH.dtype)
+        weights, partition = _weights(moe)
+        score_TN = torch.cat(list(contributions(weights, partition, inputs, hidden_act=self._act)))
+        chosen_TN = torch.zeros_like(score_TN).scatter_(1, indices_Tk, 1.0)
+        oracle = score_TN.topk(moe.top_k, dim=1)
+        sums = self._sums[moe.layer]
+        sums.tokens += len(x_TH)
+        sums.hits += float(chosen_TN.gather(1, oracle.indices).sum())
+        sums.held += float((score_TN * chosen_TN).double().sum())
+        sums.best += float(oracle.values.double().sum())
+        sums.every += float(score_TN.double().sum())
+
+    def of_layer(self, moe: MoeLayer) -> dict[str, float | None]:
+        """What the report says of one layer."""
+        sums, chance = self._sums[moe.layer], moe.top_k / moe.num_experts
+        if not sums.tokens or not sums.best:
+            return {"recall_at_k": None, "chance_recall": chance, "captured": None, "captured_by_chance": None}
+        return {
+            "recall_at_k": sums.hits / (sums.tokens * moe.top_k),
+            "chance_recall": chance,
+            "captured": sums.held / sums.best,
+            "captured_by_chance": sums.every * chance / sums.best,
+        }
+
+
+def _weights(moe: MoeLayer) -> tuple[ExpertWeights, Partition]:
+    """The routed experts of a live layer, place by place. Factors that all experts share change no comparison."""
+    gate_up_NRH: Any = moe.experts.gate_up_proj
+    down_NHW: Any = moe.experts.down_proj
+    num_experts, width = down_NHW.shape[0], down_NHW.shape[2]
+    gate_NWH, up_NWH = gate_up_NRH.detach().float().chunk(2, dim=1)
+    down_HP = down_NHW.detach().float().permute(1, 0, 2).flatten(1)
+    partition = Partition(
+        np.arange(num_experts * width, dtype=np.int64).reshape(num_experts, width),
+        np.empty(0, np.int64),
+        np.empty(0, np.int64),
+    )
+    return ExpertWeights(gate_NWH.flatten(0, 1), up_NWH.flatten(0, 1), down_HP), partition
+
+
+class OutputNorms:
+    """Mean norms of what shared and routed neurons put out, as shares of the FFN's.
+
+    Args:
+        model: The model.
+        layers: Its MoE layers.
+    """
+
+    def __init__(self, model: torch.nn.Module, layers: Sequence[MoeLayer]) -> None:
+        self._layers, self._modules = list(layers), dict(model.named_modules())
+        self._sums = {moe.layer: np.zeros(3) for moe in layers}
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._real_T: torch.Tensor | None = None
+
+    @contextmanager
+    def listening(self, batch: TextBatch) -> Iterator[None]:
+        """Sum up the norms of one forward pass over a batch."""
+        self._real_T = batch.real_BT.flatten()
+        handles = []
+        for moe in self._layers:
+            self._kept[moe.layer] = {}
+            handles.append(moe.experts.register_forward_hook(self._hook(moe.layer, "routed")))
+            handles.append(moe.block.register_forward_hook(self._hook(moe.layer, "block")))
+            beside = self._modules.get(moe.name.rpartition(".")[0] + ".shared_mlp")
+            if beside is not None:  # granitemoeshared adds it outside of the block
+                handles.append(beside.register_forward_hook(self._hook(moe.layer, "beside")))
+        try:
+            yield
+            for moe in self._layers:
+                self._add(moe.layer)
+        finally:
+            self._kept = {}
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: int, name: str) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            assert self._real_T is not None
+            self._kept[layer][name] = value.reshape(-1, value.shape[-1])[self._real_T.to(value.device)].float()
+
+        return keep
+
+    def _add(self, layer: int) -> None:
+        kept = self._kept.pop(layer)
+        routed, block = kept["routed"], kept["block"]
+        shared = kept["beside"] if "beside" in kept else block - routed
+        whole = block + kept["beside"] if "beside" in kept else block
+        self._sums[layer] += [float(each.norm(dim=1).double().sum()) for each in (routed, shared, whole)]
+
+    def of_layer(self, moe: MoeLayer) -> dict[str, float | None]:
+        """What the report says of one layer; no shared norm where nothing is shared."""
+        routed, shared, whole = self._sums[moe.layer]
+        if not whole:
+            return {"routed_norm": None, "shared_norm": None}
+        share = shared / whole
+        return {"routed_norm": routed / whole, "shared_norm": share if share > 1e-3 else None}

@@ -1,0 +1,118 @@
+"""One model reads the text of a report: its losses, and what its routers do."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import LlamaMoeError
+from ..scores import Counts
+from .quality import OracleCollector, OutputNorms
+from .routing import RoutingCollector
+from .text import batches, counts
+
+if TYPE_CHECKING:
+    from ..evaluation import ScoringPlan
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found.
+
+    Attributes:
+        dtype: What the weights were held in.
+        counts: Sums over documents by domain, of which scores are made.
+        routing: What the routers did, as plain data; None for a dense model.
+    """
+
+    dtype: str
+    counts: dict[str, Counts]
+    routing: dict[str, Any] | None
+
+
+def read(
+    plan: ScoringPlan,
+    *,
+    dtype: str,
+    device: str,
+    mixture: bool,
+    oracle_tokens: int,
+    advance: Callable[[int], None],
+) -> Reading:
+    """Load a model, let it read the text, and let it go.
+
+    Args:
+        plan: The model and the text in its tokens.
+        dtype: ``"auto"`` or a dtype's name.
+        device: A torch device.
+        mixture: Whether its routers are to be looked at.
+        oracle_tokens: Of each domain; see `OracleCollector`.
+        advance: Told of the tokens of every batch.
+
+    Raises:
+        LlamaMoeError: A loss is not finite.
+    """
+    import torch
+
+    from ..scoring import load_weights
+
+    model = load_weights(plan.side, dtype, device)
+    used = str(model.dtype).removeprefix("torch.")
+    try:
+        with torch.no_grad():
+            nll, routing = _read(model, plan, mixture, oracle_tokens, advance)
+    finally:
+        del model
+        gc.collect()  # models hold cycles: without this two would be in memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return Reading(used, counts(plan, nll), routing)
+
+
+def _read(
+    model: Any, plan: ScoringPlan, mixture: bool, oracle_tokens: int, advance: Callable[[int], None]
+) -> tuple[np.ndarray, dict[str, Any] | None]:
+    from ..training.loss_head import LossHead
+    from ..training.moe_layers import find_moe_layers
+    from ..training.routing import RouterTap
+
+    head, nll = LossHead(model), np.zeros(len(plan.windows))
+    layers = find_moe_layers(model) if mixture else []
+    found, tap = RoutingCollector(layers, list(plan.domains)), RouterTap(layers)
+    oracle = OracleCollector(layers, model.config.hidden_act, oracle_tokens)
+    norms = OutputNorms(model, layers)
+    for batch in batches(plan):
+        asked = mixture and oracle.wants(batch.domain)
+        with tap.armed(inputs=asked) as routings, norms.listening(batch):
+            nll[batch.windows] = _losses(model, head, batch.ids_BT, batch.real_BT)
+        if not np.isfinite(nll[batch.windows]).all():
+            raise LlamaMoeError(
+                f"the loss of {plan.side.name} on the domain '{batch.domain}' is not finite.",
+                hint="Try dtype float32; if that does not help, the weights are broken.",
+            )
+        if routings:
+            found.add(batch, routings)
+            if asked:
+                oracle.add(batch, routings)
+        advance(int(batch.real_BT.sum()) - len(batch.windows))
+    tap.close()
+    if not layers:
+        return nll, None
+    routing = found.to_json(plan.side.tokenizer)
+    for moe, layer in zip(layers, routing["layers"], strict=True):
+        layer |= {**oracle.of_layer(moe), **norms.of_layer(moe)}
+    return nll, routing
+
+
+def _losses(model: Any, head: Any, ids_BT: Any, real_BT: Any) -> np.ndarray:
+    """Negative log-likelihood of each window's tokens but the first, float64 ``[B]``."""
+    from ..training.loss_head import IGNORED, next_token_labels
+
+    labels_BT = next_token_labels(ids_BT.masked_fill(~real_BT, IGNORED)).to(model.device)
+    losses = head(model, {"input_ids": ids_BT.to(model.device), "use_cache": False}, labels_BT)
+    summed: np.ndarray = losses.nll_BT.double().sum(1).cpu().numpy()
+    return summed

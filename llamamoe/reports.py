@@ -1,0 +1,252 @@
+"""``llamamoe.report``: what a conversion lost, how it routes and what it costs, on one page and as JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .checkpoint.writer import write_text
+from .errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from .inspection import Inspection, inspect_checkpoint
+from .progress import Progress, ProgressCallback, ignore_progress
+from .reporting.origin import plain, provenance, training_runs
+from .scores import Counts, differences, model_scores
+
+if TYPE_CHECKING:
+    from .evaluation import ScoringPlan
+    from .reporting.walk import Reading
+
+MOST_MODELS = 4
+ORACLE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A model that is read: what its files say, and the text in its tokens."""
+
+    inspection: Inspection
+    plan: ScoringPlan
+    same_tokens: bool
+
+
+def report(
+    models: Sequence[str | Path],
+    text: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    out: str | Path | None = None,
+    json_out: str | Path | None = None,
+    runs: Sequence[str | Path] = (),
+    max_tokens: int | None = 8192,
+    context_length: int | None = None,
+    oracle_tokens: int = ORACLE_TOKENS,
+    dtype: str = "auto",
+    device: str = "auto",
+    command: str = "",
+    force: bool = False,
+    progress: ProgressCallback = ignore_progress,
+) -> dict[str, Any]:
+    """Let converted models and their dense parent read a text, and make a report of what they do with it.
+
+    Losses are those of `llamamoe.evaluate`. Each model is loaded once, one after the other.
+
+    Args:
+        models: One to four converted models; say, after the conversion and after training.
+        text: Files, folders or globs; its domains are compared.
+        against: The dense parent.
+        out: Where to write the page; None: nowhere.
+        json_out: Where to write the same numbers.
+        runs: Folders of `llamamoe.pretrain` whose curves are shown; that of a trained model is found by itself.
+        max_tokens: Take only so many tokens of each domain; None: all.
+        context_length: Tokens of a window; None: as many as the models have positions, at most 2048.
+        oracle_tokens: Tokens of each domain for which routers are compared with an oracle.
+        dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: A torch device, or ``"auto"``.
+        command: What the page says to do it again.
+        force: Replace files that are there.
+        progress: Told of the tokens that were read.
+
+    Returns:
+        The content of the JSON file.
+
+    Raises:
+        RefusedError: A model is no mixture of experts.
+        UsageError: A file is there already, a model or text does not exist, or a run is of another model.
+        LlamaMoeError: Text or weights cannot be used, see `llamamoe.evaluate`.
+        MissingExtraError: The page needs jinja2 and matplotlib (``pip install 'llamamoe[report]'``).
+    """
+    from .evaluation import pick_device
+
+    started = time.monotonic()
+    if out is not None:
+        _check_extra()
+    places = [Path(each).expanduser() for each in (out, json_out) if each is not None]
+    _check(models, places, oracle_tokens, force=force)
+    device = pick_device(device)
+    inspections = [_inspected(model) for model in models]
+    curves = training_runs(runs, {each.name: Path(each.path) for each in inspections})
+    parent = None if against is None else inspect_checkpoint(against)
+    sides, protocol, length = _sides(inspections, parent, text, max_tokens, context_length)
+    advance = _counter(sides, progress)
+    readings = [_read(side, dtype, device, oracle_tokens, advance) for side in sides]
+    of_parent = readings[-1] if parent is not None else None
+    described = [_described(side, reading, of_parent) for side, reading in zip(sides, readings, strict=True)]
+    found: dict[str, Any] = plain(
+        {
+            "llamamoe": __version__,
+            "protocol": protocol,
+            "context_length": length,
+            "max_tokens": max_tokens,
+            "domains": list(sides[0].plan.domains),
+            "command": command,
+            "run": {
+                "seconds": round(time.monotonic() - started, 1),
+                "device": device,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+            "parent": described[-1] if parent is not None else None,
+            "models": described[: len(models)],
+            "training": curves,
+            "notes": list(_notes(sides, of_parent)),
+        }
+    )
+    _write(found, out, json_out)
+    return found
+
+
+# ---- what is checked first ----------------------------------------------------------------------------------------
+
+
+def _check(models: Sequence[str | Path], places: Sequence[Path], oracle_tokens: int, *, force: bool) -> None:
+    if not 1 <= len(models) <= MOST_MODELS:
+        raise UsageError(f"{len(models)} models were given, but a report shows from 1 to {MOST_MODELS}.")
+    if oracle_tokens < 0:
+        raise UsageError(f"oracle_tokens is {oracle_tokens}, but must not be negative.")
+    for place in places:
+        if place.is_dir() or not place.absolute().parent.is_dir():
+            raise UsageError(f"{place} is no place for a file.", hint="Name a file in a folder that exists.")
+        if place.exists() and not force:
+            raise UsageError(f"{place} exists.", hint="Choose another name, or --force to replace it.")
+
+
+def _check_extra() -> None:
+    """Before minutes are spent on a page that cannot be drawn."""
+    for package in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "report", "The page")
+
+
+def _inspected(model: str | Path) -> Inspection:
+    found = inspect_checkpoint(model)
+    if found.experts is None:
+        raise RefusedError(
+            f"{found.name} is a dense model, so that there is nothing to say of its experts.",
+            hint="A dense model goes to --against; to measure perplexity alone: llamamoe evaluate.",
+        )
+    return found
+
+
+def _sides(
+    models: Sequence[Inspection],
+    parent: Inspection | None,
+    text: Sequence[str | Path],
+    max_tokens: int | None,
+    context_length: int | None,
+) -> tuple[list[_Side], str, int]:
+    """Every model with the text in its own tokens; the first one's tokenizer decides how much text is taken."""
+    from .data.encoding import windows_of
+    from .evaluation import ScoringPlan, _context_length, _encode_again, protocol, scoring_plan
+    from .scoring import open_model
+
+    inspections = [*models, *([parent] if parent is not None else [])]
+    opened = [open_model(Path(each.path)) for each in inspections]
+    length = _context_length(context_length, opened)
+    first, _ = scoring_plan(opened[0], text, max_tokens=max_tokens, context_length=length)
+    sides = [_Side(inspections[0], first, same_tokens=True)]
+    for inspection, side in zip(inspections[1:], opened[1:], strict=True):
+        encoded, same = _encode_again(first.encoded, side)
+        sides.append(_Side(inspection, ScoringPlan(encoded, windows_of(encoded, length), side), same))
+    return sides, protocol(length, max_tokens, opened, all(side.same_tokens for side in sides)), length
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def _read(side: _Side, dtype: str, device: str, oracle_tokens: int, advance: Callable[[str, int], None]) -> Reading:
+    from .reporting.walk import read
+
+    return read(
+        side.plan,
+        dtype=dtype,
+        device=device,
+        mixture=side.inspection.experts is not None,
+        oracle_tokens=oracle_tokens,
+        advance=lambda tokens: advance(side.inspection.name, tokens),
+    )
+
+
+def _counter(sides: Sequence[_Side], progress: ProgressCallback) -> Callable[[str, int], None]:
+    total, done = sum(int(side.plan.tokens.sum()) for side in sides), 0
+
+    def advance(name: str, tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(Progress("report", done, total, "token", name))
+
+    return advance
+
+
+# ---- plain data ---------------------------------------------------------------------------------------------------
+
+
+def _described(side: _Side, reading: Reading, parent: Reading | None) -> dict[str, Any]:
+    """One model, as it stands in the report."""
+    from .checkpoint.reader import read_json
+
+    found, folder = side.inspection, Path(side.inspection.path)
+    scores = asdict(model_scores(found.name, reading.dtype, reading.counts))
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    return {
+        "name": found.name,
+        "dtype": reading.dtype,
+        "comparable": "perplexity" if side.same_tokens else "bits_per_byte",
+        "scores": {key: scores[key] for key in ("domains", "overall", "mean_over_domains")},
+        "difference": _difference(reading.counts, parent, same=side.same_tokens),
+        "cost": found.cost.to_json(),
+        "experts": None if found.experts is None else asdict(found.experts),
+        "routing": reading.routing,
+        "provenance": provenance(folder, config),
+    }
+
+
+def _difference(counts: dict[str, Counts], parent: Reading | None, *, same: bool) -> dict[str, Any] | None:
+    if parent is None or parent.counts is counts:
+        return None
+    return asdict(differences(counts, parent.counts, same))
+
+
+def _notes(sides: Sequence[_Side], parent: Reading | None) -> Sequence[str]:
+    found = []
+    if not all(side.same_tokens for side in sides):
+        found.append("The models cut text into different tokens: only bits per byte may be compared.")
+    if parent is None:
+        found.append("No dense parent was given, so that nothing can be said of what the conversion lost.")
+    return found
+
+
+def _write(found: dict[str, Any], out: str | Path | None, json_out: str | Path | None) -> None:
+    try:
+        if json_out is not None:
+            write_text(Path(json_out).expanduser(), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        if out is not None:
+            from .reporting.page import render
+
+            write_text(Path(out).expanduser(), render(found))
+    except OSError as error:
+        raise LlamaMoeError(f"the report cannot be written: {error.strerror or error}.") from error
