@@ -81,7 +81,7 @@ $(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv:
 
 $(VENV)/.stamp-demo: $(PACKAGING) $(VENV)/.stamp-venv
 	@echo "Installing llamamoe and what it needs into $(VENV) (a few minutes, once)"
-	@$(BIN)/python $(PIP) -c constraints.txt -e '.[gguf]'
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[gguf,report]'
 	@touch $@
 
 $(VENV)/.stamp-dev: $(PACKAGING) $(VENV)/.stamp-venv

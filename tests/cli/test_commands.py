@@ -129,7 +129,9 @@ def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeyp
     split = replace(
         row, model="random", experts="2 of 8", ffn_share=0.252, perplexity=1.5e6, parity=3e-7, text="the the"
     )
-    result = DemoResult(tmp_path, (row, split), "What?", "topics", "protocol", ("It is ruined.",), 61.0)
+    result = DemoResult(
+        tmp_path, (row, split), "What?", "topics", "protocol", ("It is ruined.",), tmp_path / "report.html", 61.0
+    )
     monkeypatch.setattr("llamamoe.demonstration.demo", lambda out, **_: result)
     text = run("demo", tmp_path).stdout
     for expected in (
@@ -141,6 +143,7 @@ def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeyp
         "3.0e-07",
         "dense: Paris.",
         "It is ruined.",
+        "report.html",
         "1 min 01 s",
     ):
         assert expected in text
@@ -208,3 +211,15 @@ def test_report(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run
         "is a dense model"
         in run("report", dense, "--text", tmp_path / "text.txt", "--out", tmp_path / "x.html", code=3).stderr
     )
+
+
+def test_evaluate_takes_text_or_tasks(converted: tuple[Path, Result], run: Run) -> None:
+    assert "either --text or tasks" in run("evaluate", converted[0], code=2).stderr
+    assert "either --text or tasks" in run("evaluate", converted[0], "--text", "x", "--tasks", "piqa", code=2).stderr
+    assert "belong to tasks" in run("evaluate", converted[0], "--text", "x", "--limit", "3", code=2).stderr
+    assert (
+        "belongs to --tasks"
+        in run("evaluate", converted[0], "--recipe", "llama_moe_paper", "--few-shot", "3", code=2).stderr
+    )
+    pytest.importorskip("lm_eval")
+    assert "is no task" in run("evaluate", converted[0], "--tasks", "pika", code=2).stderr

@@ -1,0 +1,1 @@
+"""Benchmark tasks, by lm-evaluation-harness."""
