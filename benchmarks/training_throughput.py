@@ -119,6 +119,14 @@ def arm(name: str, places: dict[str, str], steps: int, work: Path) -> list[float
     return ours(places, steps, work, **(everything if name == "ours, everything" else {}))
 
 
+def operations(places: dict[str, str]) -> float:
+    """Operations a token of the parent over the converted model's, by active parameters, attention scores left out."""
+    from llamamoe import inspect_checkpoint
+
+    dense, moe = (inspect_checkpoint(places[name]).cost.flops_per_token for name in ("dense", "moe"))
+    return dense / moe
+
+
 def main() -> None:
     """Parse, run the arms in turns, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,6 +164,7 @@ def main() -> None:
         "ours_over_bare": round(median["ours"] / median["bare"], 4),
         "everything_over_bare": round(median["ours, everything"] / median["bare"], 4),
         "converted_over_dense_tokens_per_second": round(median["dense"] / median["ours"], 4),
+        "dense_over_converted_active_operations": round(operations(places), 4),
         "times": {name: [round(each, 3) for each in values] for name, values in times.items()},
     }
     options.json.write_text(json.dumps(result, indent=2) + "\n")
