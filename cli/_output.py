@@ -41,7 +41,7 @@ def kept_when_interrupted(out: str | Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        left = partial_path(Path(out))
+        left = partial_path(Path(os.path.abspath(Path(out).expanduser())))
         raise Interrupted(f"{left} is kept, --resume finishes it" if left.exists() else "nothing was written") from None
 
 

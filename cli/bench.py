@@ -104,7 +104,7 @@ def _print(found: Benchmark) -> None:
     table(("batch", "prefill", "x parent", "decode", "x parent"), _rows(found), right=range(5))
     if found.against is not None:
         heading("What sizes let expect")
-        flops = found.against.flops_per_token / found.model.flops_per_token
+        flops = found.against.prefill_flops_per_token / found.model.prefill_flops_per_token
         read = found.against.active_bytes / found.model.active_bytes
         facts([("prefill", f"{flops:.3g} x, by operations"), ("decode, batch 1", f"{read:.3g} x, by bytes read")])
         click.echo()

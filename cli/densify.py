@@ -48,6 +48,8 @@ def command(
     output: Output,
 ) -> None:
     """Parse, write, print."""
+    if resume and force:
+        raise click.UsageError("--resume and --force exclude each other.")
     from llamamoe import densify
 
     keys = {"like": like, "rescale": rescale, "shard_size": shard_size}
@@ -58,5 +60,5 @@ def command(
 
 def _print(found: DensifyResult) -> None:
     click.echo(click.style(f"{found.out}: a dense model with {found.intermediate_size:,} neurons a layer", bold=True))
-    facts([("exact", "every weight as the conversion kept it" if found.exact else "down projections rounded once")])
+    facts([("exact", "every weight as the conversion kept it" if found.exact else "no")])
     bullets(found.warnings, mark="!")

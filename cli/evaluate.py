@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llamamoe.errors import LlamaMoeError
+
 from ._format import plural
 from ._output import Output, output_options
 from ._recipe_options import recipe_file
@@ -69,6 +71,8 @@ def command(
     if asked == bool(text):
         raise click.UsageError("Give either --text or tasks (--tasks, --recipe).")
     if asked:
+        if max_tokens is not None or context_length is not None:
+            raise click.UsageError("--max-tokens and --context-length belong to --text.")
         keys: dict[str, Any] = {"against": against, "batch_size": batch_size, "dtype": dtype, "device": device}
         _tasks(model, recipe, _given(tasks, few_shot, limit, include), output, keys)
         return
@@ -106,6 +110,8 @@ def _tasks(model: str, recipe: str | None, given: dict[str, Any], output: Output
     with output.progress() as report:
         found = evaluate_tasks(model, complete, progress=report, **keys)
     output.result(found.to_json(), lambda: _print_tasks(found))
+    if found.failed:
+        raise LlamaMoeError("; ".join(found.failed.values()), hint="What else was asked for stands above.")
 
 
 def _print_tasks(found: TaskEvaluation) -> None:

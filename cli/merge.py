@@ -46,6 +46,8 @@ def command(
     models: tuple[str, ...], weights: list[float] | None, out: str, resume: bool, force: bool, output: Output
 ) -> None:
     """Parse, average, print."""
+    if resume and force:
+        raise click.UsageError("--resume and --force exclude each other.")
     from llamamoe import merge
 
     with kept_when_interrupted(out), output.progress() as report:

@@ -43,7 +43,7 @@ def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Call
        text="Tokens of each domain on which routers are compared with an oracle.")  # fmt: skip
 @_flag("--run", "runs", group=RUN, metavar="DIR", multiple=True,
        text="A folder of llamamoe pretrain whose curves are shown; that of a MODEL in it is found by itself.")  # fmt: skip
-@_flag("--out", group=RUN, metavar="FILE", default="report.html", show_default=True, text="The page.")
+@_flag("--out", group=RUN, metavar="FILE", text="The page.  [default: report.html, unless --json-out is given]")
 @_flag("--json-out", group=RUN, metavar="FILE", text="The same numbers as JSON.")
 @_flag("--force", group=RUN, is_flag=True, text="Replace files that are there.")
 @_flag(
@@ -69,7 +69,7 @@ def command(
     context_length: int | None,
     oracle_tokens: int,
     runs: tuple[str, ...],
-    out: str,
+    out: str | None,
     json_out: str | None,
     force: bool,
     dtype: str,
@@ -79,6 +79,7 @@ def command(
     """Parse, measure, print where the page is."""
     from llamamoe import report
 
+    out = "report.html" if out is None and json_out is None else out
     with output.progress() as progress:
         found = report(
             models,
@@ -99,7 +100,7 @@ def command(
     output.result(found, lambda: _print(found, out, json_out), summary=True)
 
 
-def _print(found: dict[str, Any], out: str, json_out: str | None) -> None:
+def _print(found: dict[str, Any], out: str | None, json_out: str | None) -> None:
     key = "perplexity" if all(each["comparable"] == "perplexity" for each in found["models"]) else "bits_per_byte"
     sides = [*([found["parent"]] if found["parent"] else []), *found["models"]]
     rows = [
@@ -112,4 +113,4 @@ def _print(found: dict[str, Any], out: str, json_out: str | None) -> None:
     ]
     table(("model", key.replace("_", " "), "parameters of a token"), rows, right=(1,))
     bullets(found["notes"], mark="!")
-    click.echo(f"\n{out}" + (f" and {json_out}" if json_out else "") + " written.")
+    click.echo(f"\n{' and '.join(name for name in (out, json_out) if name)} written.")

@@ -37,6 +37,8 @@ SIZES, RUN = "Sizes", "This run"
 @output_options
 def command(model: str, out: str, top_k: int, rescale: str | None, resume: bool, force: bool, output: Output) -> None:
     """Parse, write, print."""
+    if resume and force:
+        raise click.UsageError("--resume and --force exclude each other.")
     from llamamoe import retop
 
     with kept_when_interrupted(out), output.progress() as report:

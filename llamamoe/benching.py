@@ -50,6 +50,7 @@ class ModelSpeed:
         dtype: What its weights were held in.
         experts_implementation: How transformers ran its experts; None for a dense model.
         flops_per_token: Of a forward pass, by active parameters, attention scores left out.
+        prefill_flops_per_token: The same of a prompt, for which the head runs once at its end.
         active_bytes: Weights that one token's decoding reads: active parameters without the embedding table.
         memory_bytes: What the model takes: of the process, after all runs, above that before it was loaded; of a GPU the
             peak, caches and activations included.
@@ -60,6 +61,7 @@ class ModelSpeed:
     dtype: str
     experts_implementation: str | None
     flops_per_token: int
+    prefill_flops_per_token: float
     active_bytes: int
     memory_bytes: int
     speeds: tuple[Speed, ...]
@@ -77,7 +79,8 @@ class Benchmark:
         repeats: How often each was measured.
         model: The model.
         against: Its parent, or None.
-        drift: Time of the parent's decoding after the model over that before it, one sequence: 1 if the machine was the same.
+        drift: Time of the parent's decoding after the model over that before it, at the smallest batch size: 1 if the
+            machine was the same.
         faster_up_to: Largest batch size up to which every measured one decodes faster than the parent's; 0: none.
     """
 
@@ -111,7 +114,7 @@ def bench(
 ) -> Benchmark:
     """Measure prefill and decoding with a cache, greedy, by plain transformers; one model is in memory at a time.
 
-    The parent is measured before the model and, at one sequence, once more after it: what differs between the two is the
+    The parent is measured before the model and, at the smallest batch size, once more after it: what differs between the two is the
     machine's doing. The prompts are a text of prose, code and several languages, begun at another place for each sequence.
 
     Args:
@@ -140,6 +143,8 @@ def bench(
     device = pick_device(device)
     places = [each for each in (model, against) if each is not None]
     inspections = [inspect_checkpoint(each) for each in places]
+    if experts_implementation is not None and inspections[0].experts is None:
+        raise UsageError(f"{inspections[0].name} is a dense model: it has no experts that could run in another way.")
     opened = [open_model(Path(each.path)) for each in inspections]
     for side in opened:
         _fits(side, prompt_tokens + new_tokens)
@@ -248,7 +253,14 @@ class _Run:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return ModelSpeed(
-            inspection.name, dtype, used, inspection.cost.flops_per_token, active * width, memory, tuple(speeds)
+            name=inspection.name,
+            dtype=dtype,
+            experts_implementation=used,
+            flops_per_token=inspection.cost.flops_per_token,
+            prefill_flops_per_token=_prefill_flops(inspection, self.prompt_tokens),
+            active_bytes=active * width,
+            memory_bytes=memory,
+            speeds=tuple(speeds),
         )
 
     def _speed(self, model: Any, tokenizer: Any, size: int) -> Speed:
@@ -283,6 +295,13 @@ class _Run:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _prefill_flops(inspection: Inspection, prompt_tokens: int) -> float:
+    """Operations of a prompt's token: of the head, which is the embedding table if it is tied, only its share of one."""
+    active = inspection.cost.active
+    head = 2 * active["embedding" if inspection.tied else "head"]
+    return inspection.cost.flops_per_token - head * (1 - 1 / prompt_tokens)
 
 
 def _choose_experts(model: Any, implementation: str | None) -> str | None:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.reader import SafetensorsCheckpoint
 from .errors import CheckpointError, RefusedError
 from .inspection import Experts, inspect_checkpoint
-from .mixing import Mixing, mixing_of
-from .registry import near_misses
+from .mixing import Mixing, complete_config, mixing_of, rescale_of
 from .rescales import RESCALES
 from .sources.base import DenseSpec
 from .targets.base import Combine, Copy, MoeLayout, Neurons, OutTensor, Target
@@ -51,21 +50,22 @@ class ConvertedModel:
         self.checkpoint = checkpoint
         self.block: dict[str, Any] = dict(checkpoint.config.get("llamamoe") or {})
         self.mixing: Mixing = mixing_of(checkpoint.config)
-        name = rescale or self.block.get("rescale")
+        name = rescale_of(checkpoint.config, rescale)
         if name is None:
             raise RefusedError(
                 f"{checkpoint.path} does not say how much a selected expert counts: it was not converted by llamamoe.",
                 hint="Name the rescale that holds, if you know it: see llamamoe methods.",
             )
-        if name not in RESCALES:
-            raise RefusedError(f"{name!r} is no rescale.", hint=near_misses(str(name), RESCALES.names()))
-        self.rescale = str(name)
+        self.rescale = name
 
     @cached_property
     def experts(self) -> Experts:
         """Sizes, as the files have them."""
         found = inspect_checkpoint(self.checkpoint.path).experts
-        assert found is not None  # `mixing_of` knows the architecture
+        if found is None:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: config.json is that of a mixture of experts, but the files hold no experts."
+            )
         return found
 
     @property
@@ -76,7 +76,7 @@ class ConvertedModel:
     @cached_property
     def spec(self) -> DenseSpec:
         """What is around the FFNs; ``intermediate_size`` holds for layers that stayed dense."""
-        spec = self.target.dense_spec(self.checkpoint.config)
+        spec = self.target.dense_spec(complete_config(self.checkpoint.config))
         if self.experts.dense_width:
             spec = replace(spec, intermediate_size=self.experts.dense_width)
         return replace(spec, tie_word_embeddings="lm_head.weight" not in self.checkpoint.tensors)
@@ -173,12 +173,19 @@ class ConvertedModel:
 
 
 def check_shapes(model: ConvertedModel) -> None:
-    """Whether the files hold what the configuration implies, outside and inside the FFNs. Reads headers only.
+    """Whether the files hold what the configuration implies and no more. Reads headers only.
 
     Raises:
-        CheckpointError: A tensor is missing or has another shape.
+        CheckpointError: A tensor is missing, has another shape, or belongs to nothing that is known here.
     """
-    for tensor in model.target.tensors(model.spec, model.layout):
+    expected = list(model.target.tensors(model.spec, model.layout))
+    unknown = sorted(model.checkpoint.tensors.keys() - {tensor.name for tensor in expected})
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} tensors of {model.checkpoint.path} are not known here, the first is {unknown[0]!r}: dropping them "
+            "would not be exact."
+        )
+    for tensor in expected:
         info = model.checkpoint.tensors.get(tensor.name)
         if info is None:
             raise CheckpointError(f"{model.checkpoint.path} has no {tensor.name}, which config.json implies.")

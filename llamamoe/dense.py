@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint.base import FLOAT_DTYPES, Checkpoint
 from .checkpoint.reader import refuse_tokenizer_code
@@ -58,7 +58,8 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
         CheckpointError: It is not; the message names the key or tensor and the rule.
     """
     config = checkpoint.config
-    _refuse_foreign(checkpoint)
+    refuse_foreign(checkpoint)
+    _refuse_mixture(config)
     name = config.get("model_type")
     if not isinstance(name, str) or name not in SOURCES:
         raise CheckpointError(
@@ -81,11 +82,16 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
     return DenseModel(checkpoint, source, spec, source.canonical(spec))
 
 
-def _refuse_foreign(checkpoint: Checkpoint) -> None:
+def refuse_foreign(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that brings its own code or holds quantised weights.
+
+    Raises:
+        CheckpointError: It does.
+    """
     config = checkpoint.config
     if config.get("auto_map"):
         raise CheckpointError(
-            "config.json has an 'auto_map': the checkpoint brings its own code, which is never run.",
+            f"{checkpoint.path}: config.json has an 'auto_map': the checkpoint brings its own code, which is never run.",
             hint="Save it as one of transformers' own architectures first.",
         )
     refuse_tokenizer_code(checkpoint.path)  # a GGUF file has none; its --tokenizer was checked at opening
@@ -93,15 +99,18 @@ def _refuse_foreign(checkpoint: Checkpoint) -> None:
     if quantization:
         kind = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise CheckpointError(
-            f"the weights are quantised ({kind}): splitting them would not be exact.",
+            f"the weights are quantised ({kind}): what is made of them would not be exact.",
             hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
         )
     name = next((n for n in checkpoint.tensors if n.endswith(_QUANTISED)), None)
     if name:
         raise CheckpointError(
-            f"the weights are quantised (there is a tensor {name!r}): splitting them would not be exact.",
+            f"the weights are quantised (there is a tensor {name!r}): what is made of them would not be exact.",
             hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
         )
+
+
+def _refuse_mixture(config: Mapping[str, Any]) -> None:
     experts = next((k for k in _EXPERT_KEYS if isinstance(config.get(k), int) and config[k] > 1), None)
     if experts:
         raise CheckpointError(

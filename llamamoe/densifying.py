@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.base import DTYPE_BYTES
-from .checkpoint.layout import deal
-from .checkpoint.reader import SafetensorsCheckpoint
-from .checkpoint.rewriting import Rewriting, rewrite
+from .checkpoint.layout import check_size, deal
+from .checkpoint.rewriting import Rewriting, check_place, opened, rewrite
 from .converted import ConvertedModel, FfnParts, check_shapes
 from .dense import DenseModel, understand
 from .errors import RefusedError
 from .hub import Location, locate, open_checkpoint
-from .progress import ProgressCallback, ignore_progress
+from .mixing import is_router, may_overlap
+from .preflight import normal_path
+from .progress import Progress, ProgressCallback, ignore_progress
 from .sources.base import DenseSpec
 from .targets.base import Combine, Copy, MoeLayout, Neurons, OutTensor, common_config, is_power_of_two
 from .targets.dense import Dense
@@ -35,7 +36,8 @@ class DensifyResult:
     Attributes:
         out: The folder.
         intermediate_size: Neurons of each FFN.
-        exact: Whether every weight is what the parent's was, as far as the conversion kept it, with no rounding.
+        exact: Whether the weights are the parent's, with no rounding, as far as conversion and repair kept them; False of a
+            model that was trained on.
         receipt: The content of ``llamamoe_derived.json``.
         warnings: What a user should know.
     """
@@ -79,12 +81,15 @@ def densify(
         RefusedError: Experts are copies or share neurons that differ, no dense architecture holds the attention, or
             ``like`` has other neurons; or OUT cannot be written.
     """
-    location = locate(model)
-    parent = understand(open_checkpoint(locate(like))) if like is not None else None
-    converted = ConvertedModel(SafetensorsCheckpoint(location.path), rescale)
+    location, checkpoint = opened(model)
+    origin = locate(like) if like is not None else None
+    parent = understand(open_checkpoint(origin)) if origin is not None else None
+    check_size(shard_size)
+    check_place(normal_path(out), [location.path, *([origin.path] if origin is not None else [])], force=force)
+    converted = ConvertedModel(checkpoint, rescale)
     check_shapes(converted)
-    job = _Job(converted, parent)
-    exact = is_power_of_two(converted.routed_factor)
+    job = _Job(converted, parent, progress)
+    exact = job.exact
     warnings = tuple(job.warnings())
     facts = {
         "rescale": converted.rescale,
@@ -92,7 +97,7 @@ def densify(
         "routed_factor": converted.routed_factor,
         "exact": exact,
         "order": "experts" if parent is None else "like",
-        "like": None if like is None else locate(like).name,
+        "like": None if origin is None else origin.name,
     }
     receipt = rewrite(
         _rewriting(job, location, shard_size, facts, warnings), out, resume=resume, force=force, progress=progress
@@ -118,14 +123,15 @@ def _rewriting(
         "neurons again.",
         warnings=warnings,
         shards=deal(entries, shard_size),
+        read_too=() if job.parent is None else (job.parent.checkpoint,),
     )
 
 
 class _Job:
     """The dense model to write, tensor by tensor; the neurons of one layer are held at a time."""
 
-    def __init__(self, converted: ConvertedModel, parent: DenseModel | None) -> None:
-        self.converted, self.parent = converted, parent
+    def __init__(self, converted: ConvertedModel, parent: DenseModel | None, progress: ProgressCallback) -> None:
+        self.converted, self.parent, self._progress = converted, parent, progress
         if converted.block.get("method") == "upcycle":
             raise RefusedError(
                 "the experts are copies of one FFN (method upcycle): together they are several dense FFNs, not one.",
@@ -133,7 +139,8 @@ class _Job:
             )
         self.target = Dense()
         self._held: tuple[int, FfnParts] | None = None
-        self.duplicates = 0
+        if parent is not None:
+            _check_like(converted, parent)
         self._kept = self._kept_neurons()
         self.width = max(len(each) for each in self._kept)
         self.spec = self._spec()
@@ -163,9 +170,27 @@ class _Job:
             spec = replace(spec, tie_word_embeddings=tied)
         return spec
 
+    @property
+    def exact(self) -> bool:
+        """See `DensifyResult.exact`."""
+        block, converted = self.converted.block, self.converted
+        kinds = {info.dtype for name, info in converted.checkpoint.tensors.items() if not is_router(name)} - {"F32"}
+        one_dtype = self.dtype == "F32" or kinds == {self.dtype}
+        trained = bool(block.get("healed") or block.get("trained") or block.get("merge"))
+        return is_power_of_two(converted.routed_factor) and one_dtype and not trained and not self._gate_was_trained
+
+    @property
+    def _gate_was_trained(self) -> bool:
+        gates = [name for name in self.converted.checkpoint.tensors if name.endswith("shared_expert_gate.weight")]
+        return any(bool(self.converted.checkpoint.read(name).any()) for name in gates)
+
     def _kept_neurons(self) -> list[np.ndarray]:
-        """Of each layer the places whose neurons are kept, int64: no zero neurons, of copies the first. Reads all FFNs."""
-        return [self._kept_of(layer) for layer in range(self.converted.spec.num_layers)]
+        """Of each layer the places whose neurons are kept, int64: all but zero neurons. Reads all FFNs."""
+        found, layers = [], self.converted.spec.num_layers
+        for layer in range(layers):
+            found.append(self._kept_of(layer))
+            self._progress(Progress("look", layer + 1, layers, "layer"))
+        return found
 
     def _kept_of(self, layer: int) -> np.ndarray:
         import numpy as np
@@ -173,17 +198,12 @@ class _Job:
         ffn = self._ffn(layer)
         used = ffn.gate_PH.ne(0).any(1) | ffn.up_PH.ne(0).any(1) | ffn.down_HP.ne(0).any(0)
         places: np.ndarray = used.nonzero().flatten().numpy()
-        _, first, which = np.unique(_rows(ffn, places), return_index=True, return_inverse=True)
-        if len(first) < len(places):
-            same = ffn.down_HP[:, places[first[which]]] == ffn.down_HP[:, places]
-            if not bool(same.all()):
-                raise RefusedError(
-                    f"layer {layer}: neurons stand in several experts with different down projections (a repair or "
-                    "training changed them), so that no dense FFN is the sum.",
-                    hint="Densify the conversion before its repair, or one whose experts share no neurons.",
-                )
-            self.duplicates += len(places) - len(first)
-            places = places[np.sort(first)]
+        if may_overlap(self.converted.checkpoint.config) and len(np.unique(_rows(ffn, places))) < len(places):
+            raise RefusedError(
+                f"layer {layer}: neurons stand in several experts (gradient, overlap inner), scaled for how often they are "
+                "expected to run: together they are no dense FFN.",
+                hint="The dense model is the one that it was made from.",
+            )
         return places
 
     def _order(self, layer: int, parent: DenseModel) -> np.ndarray:
@@ -220,11 +240,8 @@ class _Job:
             yield "the model was trained with few experts selected: the dense model is not the parent, measure it first"
         if not is_power_of_two(converted.routed_factor) and self.dtype != "F32":
             yield f"the experts' factor {1 / converted.routed_factor:.6g} is no power of two: down projections are rounded once"
-        gates = [name for name in converted.checkpoint.tensors if name.endswith("shared_expert_gate.weight")]
-        if any(bool(converted.checkpoint.read(name).any()) for name in gates):
+        if self._gate_was_trained:
             yield "the shared expert's gate was trained and depends on the token: it is taken as one half"
-        if self.duplicates:
-            yield f"{self.duplicates} copies of neurons that stand in several experts are dropped"
         short = sum(len(each) < self.width for each in self._kept)
         if short:
             yield f"{short} layers have fewer neurons than others: zero neurons fill them up to {self.width}"
@@ -257,6 +274,14 @@ class _Job:
             return torch.cat([kept, kept.new_zeros(len(kept), self.width - len(places))], dim=1)
         kept = (ffn.gate_PH if part == "gate" else ffn.up_PH)[places]
         return torch.cat([kept, kept.new_zeros(self.width - len(places), kept.shape[1])])
+
+
+def _check_like(converted: ConvertedModel, parent: DenseModel) -> None:
+    """Whether a model could have the same neurons at all."""
+    for name in ("num_layers", "hidden_size"):
+        mine, theirs = getattr(converted.spec, name), getattr(parent.spec, name)
+        if mine != theirs:
+            raise RefusedError(f"--like has {name} {theirs}, but the model has {mine}: it is not made from it.")
 
 
 def _rows(ffn: FfnParts, places: np.ndarray) -> np.ndarray:

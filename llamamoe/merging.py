@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.base import FLOAT_DTYPES
 from .checkpoint.reader import SafetensorsCheckpoint
-from .checkpoint.rewriting import Rewriting, rewrite, same_tensors
+from .checkpoint.rewriting import Rewriting, opened, rewrite, same_tensors
 from .config_compat import missing_keys
-from .errors import CheckpointError, RefusedError, UsageError
-from .hub import Location, locate
-from .mixing import is_routed_down, mixing_of
+from .errors import RefusedError, UsageError
+from .hub import Location
+from .mixing import complete_config, is_routed_down, is_router, mixing_of
 from .progress import ProgressCallback, ignore_progress
 from .sources import SOURCES
 from .targets import TARGETS
@@ -23,11 +23,14 @@ from .targets import TARGETS
 if TYPE_CHECKING:
     import torch
 
+_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _COSMETIC = {
-    "_name_or_path", "architectures", "dtype", "llamamoe", "output_router_logits", "router_aux_loss_coef", "torch_dtype",
-    "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "attention_dropout", "dtype", "initializer_range", "llamamoe", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache", *_TOKENS,
 }  # fmt: skip
 """Keys of a configuration that do not change what the model computes."""
+_APART = 10.0
+"""From which factor on two routers' rows count as of different temperature: a hard and a trained one."""
 _WEIGHING = {"norm_topk_prob", "routed_scaling_factor"}
 """Keys that only say how selected experts are weighed, which merging can bring to one form."""
 
@@ -64,7 +67,9 @@ def merge(
     (``theta_1 + sum_i w_i (theta_i - theta_1)``), so that equal weights stay what they are to the bit. Float32 for 16-bit
     tensors, float64 for others, and one rounding to the dtype of the first. If the models weigh selected experts in
     different ways (training switches routers to weights that sum to one), all are brought to the renormalised form: the
-    mean weight of an expert moves into its down projection.
+    mean weight of an expert moves into its down projection. Training also scales the rows of hard routers up: where a
+    layer's rows are more than ten times smaller than another model's, they are scaled to the same root mean square, which
+    changes no choice of theirs; as they are they would vanish in the average.
 
     Args:
         models: Two or more checkpoints of one architecture.
@@ -79,12 +84,13 @@ def merge(
         RefusedError: The models do not correspond, every reason is named; or OUT cannot be written.
     """
     shares = _shares(len(models), weights)
-    locations = tuple(locate(model) for model in models)
-    checkpoints = tuple(SafetensorsCheckpoint(location.path) for location in locations)
+    pairs = [opened(model) for model in models]
+    locations, checkpoints = tuple(each for each, _ in pairs), tuple(each for _, each in pairs)
     configs = [_complete(each) for each in checkpoints]
     _check(locations, checkpoints, configs)
     config, factors = _one_weighing(checkpoints, configs)
-    warnings = tuple(_warnings(locations, checkpoints, factors))
+    config["llamamoe"] = _block(checkpoints)
+    warnings = tuple(_warnings(locations, checkpoints, configs, factors))
     parts = ", ".join(f"{share:.4g} of `{each.name}`" for share, each in zip(shares, locations, strict=True))
     job = Rewriting(
         deed="merge",
@@ -115,19 +121,26 @@ def _shares(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:
 
 def _complete(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
     """The configuration with every default of its class, so that two spellings of one model compare as equal."""
-    from transformers import CONFIG_MAPPING
-
-    name = checkpoint.config.get("model_type")
-    if checkpoint.config.get("auto_map"):
-        raise CheckpointError(f"{checkpoint.path}: config.json has an 'auto_map': code of a checkpoint is never run.")
-    if name not in {*TARGETS.names(), *SOURCES.names()}:
+    name, known = checkpoint.config.get("model_type"), {*TARGETS.names(), *SOURCES.names()} - {"dense"}
+    if name not in known:
         raise RefusedError(
-            f"{checkpoint.path}: model_type {name!r} is not known here.",
-            hint=f"Known are {', '.join(sorted({*TARGETS.names(), *SOURCES.names()} - {'dense'}))}.",
+            f"{checkpoint.path}: model_type {name!r} is not known here.", hint=f"Known are {', '.join(sorted(known))}."
         )
-    config = {key: value for key, value in checkpoint.config.items() if key != "llamamoe"}
-    found: dict[str, Any] = CONFIG_MAPPING[name].from_dict(config).to_dict()
-    return found
+    return complete_config(checkpoint.config)
+
+
+def _block(checkpoints: Sequence[SafetensorsCheckpoint]) -> dict[str, Any] | None:
+    """What is known of the first conversion, its claims taken back, and whatever any of the models went through."""
+    blocks = [dict(each.config.get("llamamoe") or {}) for each in checkpoints]
+    block = dict(blocks[0])
+    if "parity" in block:
+        block |= {"parity": "none", "exactness": "not exact: the weights are an average"}
+    for key in ("repair", "healed", "trained"):
+        found = next((each[key] for each in blocks if each.get(key)), None)
+        block |= {key: found} if found is not None else {}
+    if "router_scale" in block and any(each.get("trained") for each in blocks):
+        block["router_scale"] = "soft"
+    return block or None
 
 
 def _check(
@@ -172,28 +185,41 @@ def _average(
         return first.contiguous()
     wide = torch.float32 if first.dtype.itemsize < 4 else torch.float64
     routed = is_routed_down(name)
-    start = first.to(wide) * factors[0] if routed else first.to(wide)
+    if is_router(name):
+        factors = _temperatures([checkpoint.read(name).to(wide) for checkpoint in checkpoints])
+    scaled = routed or is_router(name)
+    start = first.to(wide) * factors[0] if scaled and factors[0] != 1.0 else first.to(wide)
     total = start.clone()
     for checkpoint, share, factor in zip(checkpoints[1:], shares[1:], factors[1:], strict=True):
         value = checkpoint.read(name).to(wide)
-        total += ((value * factor if routed else value) - start).mul_(share)
+        total += ((value * factor if scaled and factor != 1.0 else value) - start).mul_(share)
     return total.to(first.dtype).contiguous()
+
+
+def _temperatures(rows: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """What each model's router rows of a layer are multiplied by: 1, but for those that are much smaller than others."""
+    sizes = [float(each.double().square().mean().sqrt()) for each in rows]
+    largest = max(sizes)
+    return tuple(largest / size if 0 < size * _APART < largest else 1.0 for size in sizes)
 
 
 def _warnings(
     locations: Sequence[Location],
     checkpoints: Sequence[SafetensorsCheckpoint],
+    configs: Sequence[Mapping[str, Any]],
     factors: Sequence[float],
 ) -> list[str]:
     found = []
+    if any(config.get(key) != configs[0].get(key) for config in configs for key in _TOKENS):
+        found.append("ids of special tokens differ between the configurations: the first model's are taken")
     files = [_tokenizer_digest(checkpoint.path) for checkpoint in checkpoints]
     for place, digest in zip(locations[1:], files[1:], strict=True):
         if None not in (digest, files[0]) and digest != files[0]:
             found.append(f"{place.name} has another tokenizer.json than {locations[0].name}, whose is taken")
     if any(factor != 1.0 for factor in factors):
         found.append(
-            "the models weigh selected experts in different ways: all were brought to weights that sum to a constant, "
-            "which changes those whose routers are not hard"
+            "the models weigh selected experts in different ways: all were brought to those of one of them, which changes "
+            "those whose routers are neither hard nor renormalised"
         )
     return found
 

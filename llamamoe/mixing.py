@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import CheckpointError, RefusedError
+from .errors import CheckpointError, RefusedError, UsageError
+from .registry import near_misses
+from .rescales import RESCALES
 from .targets import TARGETS
 from .targets.base import Target, Weighting, weight
 
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """How architectures spell N in ``config.json``."""
+_ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.weight$|\.block_sparse_moe\.router\.layer\.weight$")
 _ROUTED_DOWN = re.compile(
     r"\.experts\.\d+\.(down_proj|w2)\.weight$|\.block_sparse_moe\.output_linear\.weight$|\.experts\.down_proj$"
 )
@@ -70,6 +73,52 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
 def _count(value: Any) -> int:
     """A whole number in the configuration; 0 for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def rescale_of(config: Mapping[str, Any], asked: str | None) -> str | None:
+    """Name of the rescale that holds: the conversion's, or that which is asked for where nothing names one.
+
+    Raises:
+        UsageError: There is no such rescale, or the conversion's is another.
+    """
+    named = (config.get("llamamoe") or {}).get("rescale")
+    for name in (named, asked):
+        if name is not None and name not in RESCALES:
+            raise UsageError(f"{name!r} is no rescale.", hint=near_misses(str(name), RESCALES.names()))
+    if named is not None and asked not in (None, named):
+        raise UsageError(
+            f"the model was converted with the rescale {named!r}, so {asked!r} does not hold.",
+            hint="Leave --rescale out.",
+        )
+    return named or asked
+
+
+def may_overlap(config: Mapping[str, Any]) -> bool:
+    """Whether neurons of a conversion may stand in several experts (`gradient` with overlap `inner`)."""
+    block = config.get("llamamoe") or {}
+    return block.get("method") == "gradient" and block.get("parity") != "exact"
+
+
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with every default of its class in transformers; ours is left out.
+
+    Raises:
+        CheckpointError: Transformers has no such class, or cannot read it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    given = {key: value for key, value in config.items() if key != "llamamoe"}
+    try:
+        found: dict[str, Any] = CONFIG_MAPPING[given["model_type"]].from_dict(given).to_dict()
+    except Exception as error:  # files of others can fail in any way
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"config.json cannot be read by transformers: {lines[0]}") from error
+    return found
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor holds a router's rows."""
+    return _ROUTER.search(name) is not None
 
 
 def is_routed_down(name: str) -> bool:

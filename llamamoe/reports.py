@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .checkpoint.writer import write_text
-from .errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from .errors import CheckpointError, LlamaMoeError, MissingExtraError, RefusedError, UsageError
 from .inspection import Inspection, inspect_checkpoint
 from .progress import Progress, ProgressCallback, ignore_progress
 from .reporting.origin import plain, provenance, training_runs
 from .scores import Counts, differences, model_scores
+from .training.run_folder import FINAL
 
 if TYPE_CHECKING:
     from .evaluation import ScoringPlan
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 MOST_MODELS = 4
 ORACLE_TOKENS = 1024
+"""Tokens of each domain for which routers are compared with an oracle."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,17 @@ def report(
         LlamaMoeError: Text or weights cannot be used, see `llamamoe.evaluate`.
         MissingExtraError: The page needs jinja2 and matplotlib (``pip install 'llamamoe[report]'``).
     """
+    from .evaluation import _check as check_numbers
     from .evaluation import pick_device
 
     started = time.monotonic()
     if out is not None:
         check_extra()
+    check_numbers(max_tokens=max_tokens, context_length=context_length, batch_size=1, dtype=dtype)
     places = [Path(each).expanduser() for each in (out, json_out) if each is not None]
     _check(models, places, oracle_tokens, force=force)
     device = pick_device(device)
-    inspections = [_inspected(model) for model in models]
+    inspections = _named([_inspected(model) for model in models])
     curves = training_runs(runs, {each.name: Path(each.path) for each in inspections})
     parent = None if against is None else inspect_checkpoint(against)
     sides, protocol, length = _sides(inspections, parent, text, max_tokens, context_length)
@@ -128,7 +133,11 @@ def _check(models: Sequence[str | Path], places: Sequence[Path], oracle_tokens: 
         raise UsageError(f"{len(models)} models were given, but a report shows from 1 to {MOST_MODELS}.")
     if oracle_tokens < 0:
         raise UsageError(f"oracle_tokens is {oracle_tokens}, but must not be negative.")
+    if len({place.absolute() for place in places}) < len(places):
+        raise UsageError(f"the page and the numbers cannot both go to {places[0]}.", hint="Name two files.")
     for place in places:
+        if place.absolute().parent.is_dir() and not os.access(place.absolute().parent, os.W_OK):
+            raise UsageError(f"{place} cannot be written: the folder does not let us.", hint="Choose another place.")
         if place.is_dir() or not place.absolute().parent.is_dir():
             raise UsageError(f"{place} is no place for a file.", hint="Name a file in a folder that exists.")
         if place.exists() and not force:
@@ -156,6 +165,15 @@ def _inspected(model: str | Path) -> Inspection:
     return found
 
 
+def _named(models: Sequence[Inspection]) -> list[Inspection]:
+    """Models with names that tell them apart: a trained one lies in RUN/model, so RUN goes before it."""
+    names = [
+        f"{Path(each.path).resolve().parent.name}/{each.name}" if each.name == FINAL else each.name for each in models
+    ]
+    counted = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return [replace(each, name=name) for each, name in zip(models, counted, strict=True)]
+
+
 def _sides(
     models: Sequence[Inspection],
     parent: Inspection | None,
@@ -176,7 +194,20 @@ def _sides(
     for inspection, side in zip(inspections[1:], opened[1:], strict=True):
         encoded, same = _encode_again(first.encoded, side)
         sides.append(_Side(inspection, ScoringPlan(encoded, windows_of(encoded, length), side), same))
+    for each in sides:
+        _check_ids(each)
     return sides, protocol(length, max_tokens, opened, all(side.same_tokens for side in sides)), length
+
+
+def _check_ids(side: _Side) -> None:
+    """Before weights are read: every id has an embedding."""
+    rows = int(side.plan.side.config.vocab_size)
+    largest = max(int(each.ids.max()) for each in side.plan.encoded if len(each.ids))
+    if largest >= rows:
+        raise CheckpointError(
+            f"the tokenizer of {side.inspection.name} makes the id {largest}, but the model has only {rows} embeddings.",
+            hint="The folder's tokenizer is another model's; copy the right one.",
+        )
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.reader import SafetensorsCheckpoint
-from .checkpoint.rewriting import Rewriting, rewrite
+from .checkpoint.rewriting import Rewriting, opened, rewrite
 from .errors import UsageError
-from .hub import locate
-from .mixing import Mixing, is_routed_down, mixing_of
+from .mixing import Mixing, is_routed_down, may_overlap, mixing_of, rescale_of
 from .progress import ProgressCallback, ignore_progress
-from .registry import near_misses
 from .rescales import RESCALES
 from .targets.base import is_power_of_two, weight
 
@@ -64,8 +62,8 @@ def retop(
         model: A converted checkpoint.
         out: The folder to make.
         top_k: The new k.
-        rescale: Name of the rescale that holds; None: the one that the conversion names, and none for a model of
-            another origin, whose router is left to itself.
+        rescale: Name of the rescale that holds, for a model that names none; None: the one that the conversion names,
+            and none for a model of another origin, whose router is left to itself.
         resume: Finish what an earlier call with the same arguments began.
         force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
         progress: Told after every layer.
@@ -74,14 +72,11 @@ def retop(
         UsageError: k is not between 1 and N, or is k already.
         RefusedError: The model is no mixture that is known here, or OUT cannot be written.
     """
-    location = locate(model)
-    checkpoint = SafetensorsCheckpoint(location.path)
+    location, checkpoint = opened(model)
     mixing = mixing_of(checkpoint.config)
     before = mixing.top_k
     _check(mixing, top_k)
-    name = rescale or (checkpoint.config.get("llamamoe") or {}).get("rescale")
-    if name is not None and name not in RESCALES:
-        raise UsageError(f"{name!r} is no rescale.", hint=near_misses(name, RESCALES.names()))
+    name = rescale_of(checkpoint.config, rescale)
     factor = _factor(mixing, top_k, name)
     where = "nowhere" if factor == 1 else "config" if mixing.target.scaling_knob else "weights"
     exact = where != "weights" or is_power_of_two(factor)
@@ -92,7 +87,7 @@ def retop(
         title=f"{location.name} with {top_k} of {mixing.num_experts} experts",
         sources=(location,),
         checkpoints=(checkpoint,),
-        config=_config(checkpoint.config, mixing, top_k, factor, exact),
+        config=_config(checkpoint.config, mixing, top_k, name, exact),
         make=lambda tensor: _value(checkpoint, tensor, factor if where == "weights" else 1.0),
         facts=facts,
         story=f"The experts of `{location.name}`, {top_k} of {mixing.num_experts} selected per token in the place of "
@@ -130,20 +125,19 @@ def _value(checkpoint: SafetensorsCheckpoint, name: str, factor: float) -> torch
     return cast(value, value.dtype, factor).contiguous()
 
 
-def _config(config: dict[str, Any], mixing: Mixing, top_k: int, factor: float, exact: bool) -> dict[str, Any]:
+def _config(config: dict[str, Any], mixing: Mixing, top_k: int, rescale: str | None, exact: bool) -> dict[str, Any]:
     found = {**config, mixing.target.top_k_key: top_k}
-    if mixing.target.scaling_knob and factor != 1.0:
-        found["routed_scaling_factor"] = mixing.factor * factor
-    block = dict(config.get("llamamoe") or {})
-    if "top_k" in block:
-        block["top_k"] = top_k
-        block["factor"] = block["factor"] * factor
-        if not mixing.target.scaling_knob:
-            block["baked_factor"] = block["baked_factor"] * factor
-        if not exact:
-            block["exactness"] = f"{block['exactness']}; down projections were rounded once more when k was changed"
-        found["llamamoe"] = block
-    return found
+    if rescale is None:
+        return found
+    n = mixing.num_experts
+    factor = RESCALES.get(rescale)().coefficient(n, top_k) / weight(mixing.weighting, n, top_k)
+    if mixing.target.scaling_knob:
+        found["routed_scaling_factor"] = mixing.factor * _factor(mixing, top_k, rescale)
+    block = {**(config.get("llamamoe") or {}), "rescale": rescale, "top_k": top_k, "factor": factor}
+    block["baked_factor"] = 1.0 if mixing.target.scaling_knob else factor
+    if not exact and "exactness" in block:
+        block["exactness"] = f"{block['exactness']}; down projections were rounded once more when k was changed"
+    return found | {"llamamoe": block}
 
 
 def _told(factor: float, where: str, rescale: str | None) -> str:
@@ -163,6 +157,11 @@ def _warnings(config: dict[str, Any], rescale: str | None, before: int, exact: b
         found.append("the experts' down projections are rounded once to their dtype: the factor is no power of two")
     if block.get("repair"):
         found.append(f"the repair was fitted with {before} experts selected: with another number it fits less well")
+    if may_overlap(config):
+        found.append(
+            f"neurons may stand in several experts, scaled for {before} selected ones: with another number they count too "
+            "much or too little"
+        )
     if block.get("healed") or block.get("trained"):
         found.append(f"the model was trained with {before} experts selected: measure it again with this number")
     return found

@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,8 @@ from .registry import near_misses
 
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "mc2", "word_perplexity", "perplexity", "bits_per_byte")
 """Metrics that are shown, of several of one task all; others are left to the harness's own output."""
+PAIRED = frozenset({"acc_norm", "acc", "exact_match", "mc2"})
+"""Metrics that are means over questions: only of those is a difference the mean of the questions' differences."""
 Z_95 = 1.959963984540054
 """Half a 95 % confidence interval, in standard errors."""
 
@@ -38,6 +40,8 @@ class TaskRequest(BaseModel):
 def _requests(value: Any) -> Any:
     """Names, or mappings with a number of examples."""
     value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list | tuple):
+        return value  # what it should be is said by pydantic
     return [{"task": each} if isinstance(each, str) else each for each in value]
 
 
@@ -76,7 +80,8 @@ class TaskScore:
         value: The model's.
         stderr: Its standard error.
         against: The other model's, or None.
-        difference: Model minus other, question by question; None if there is no other or the metric is of no question.
+        difference: Model minus other, question by question; None if there is no other, or the metric is no mean over
+            questions (a group that weighs its parts alike).
         difference_stderr: Standard error of that mean of pairs.
         interval: Its 95 % confidence interval (normal approximation).
     """
@@ -104,6 +109,7 @@ class TaskEvaluation:
         harness: Version of lm-evaluation-harness.
         limit: Questions of each task, or None for all.
         scores: By task and metric.
+        failed: Tasks that could not be run, and why.
     """
 
     model: str
@@ -112,6 +118,7 @@ class TaskEvaluation:
     harness: str
     limit: int | None
     scores: tuple[TaskScore, ...]
+    failed: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -145,7 +152,8 @@ def evaluate_tasks(
     Raises:
         MissingExtraError: The harness is not installed (``pip install 'llamamoe[eval]'``).
         UsageError: There is no such task, model or device.
-        LlamaMoeError: A task cannot be run, its data cannot be fetched for example.
+        LlamaMoeError: No task can be run; a task that alone cannot (its data cannot be fetched, for example) is told of in
+            the result.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm-eval", "eval", "Tasks of lm-evaluation-harness")
@@ -169,6 +177,7 @@ def evaluate_tasks(
         harness=version("lm_eval"),
         limit=recipe.limit,
         scores=tuple(_scores(mine, theirs)),
+        failed=run.failed,
     )
 
 
@@ -205,12 +214,12 @@ class _Answers:
     """What the harness found of one model."""
 
     dtype: str
-    results: list[dict[str, Any]]
+    results: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """How the questions are asked."""
+    """How the questions are asked; ``failed`` fills."""
 
     recipe: TaskRecipe
     manager: Any
@@ -218,6 +227,7 @@ class _Run:
     dtype: str
     device: str
     tell: Callable[[str], None]
+    failed: dict[str, str] = field(default_factory=dict)
 
     def ask(self, side: Any) -> _Answers:
         """All tasks of one model."""
@@ -229,9 +239,15 @@ class _Run:
         model = load_weights(side, self.dtype, self.device)
         dtype = str(model.dtype).removeprefix("torch.")
         wrapped = HFLM(pretrained=model, tokenizer=side.tokenizer, backend="causal", batch_size=self.batch_size)
-        results = []
+        results = {}
         for request in self.recipe.tasks:
-            results.append(self._one(wrapped, request))
+            if request.task not in self.failed:
+                try:
+                    results[request.task] = self._one(wrapped, request)
+                except LlamaMoeError as error:
+                    self.failed[request.task] = error.message
+                    if len(self.failed) == len(self.recipe.tasks):
+                        raise
             self.tell(f"{side.name}: {request.task}")
         del model, wrapped
         gc.collect()
@@ -265,8 +281,10 @@ class _Run:
 
 def _scores(mine: _Answers, theirs: _Answers | None) -> list[TaskScore]:
     scores = []
-    others: Sequence[dict[str, Any] | None] = [None] * len(mine.results) if theirs is None else theirs.results
-    for found, other in zip(mine.results, others, strict=True):
+    for name, found in mine.results.items():
+        other = None if theirs is None else theirs.results.get(name)
+        if theirs is not None and other is None:
+            continue  # failed with the other model
         for task, values in found["results"].items():
             for key, value in values.items():
                 metric, _, kind = key.partition(",")
@@ -281,7 +299,9 @@ def _score(
     results = found["results"][task]
     stderr = results.get(f"{metric}_stderr,{kind}")
     mine = _samples(found, task, metric, kind)
-    pairs = [] if other is None else _pairs(mine, _samples(other, task, metric, kind))
+    pairs = [] if other is None or metric not in PAIRED else _pairs(mine, _samples(other, task, metric, kind))
+    if pairs and abs(sum(a for a, _ in pairs) / len(pairs) - value) > 1e-6:
+        pairs = []  # no plain mean over these questions
     mean, error = _paired(pairs)
     return TaskScore(
         task=task,
@@ -298,15 +318,20 @@ def _score(
 
 
 def _samples(found: Mapping[str, Any], task: str, metric: str, kind: str) -> dict[tuple[str, int], float]:
-    """The metric of every question, by part and number; of a group that of all its parts."""
-    parts = found.get("group_subtasks", {}).get(task) or [task]
+    """The metric of every question, by part and number; of a group that of all its parts, groups among them."""
     values = {}
-    for part in parts:
+    for part in _leaves(found.get("group_subtasks", {}), task):
         for sample in found.get("samples", {}).get(part, ()):
             value = sample.get(metric)
             if sample.get("filter", kind) == kind and isinstance(value, int | float):
                 values[part, int(sample["doc_id"])] = float(value)
     return values
+
+
+def _leaves(groups: Mapping[str, Sequence[str]], task: str) -> list[str]:
+    """The tasks below a group; a task is its own."""
+    parts = [part for part in groups.get(task) or () if part != task]
+    return [leaf for part in parts for leaf in _leaves(groups, part)] if parts else [task]
 
 
 def _pairs(mine: Mapping[tuple[str, int], float], theirs: Mapping[tuple[str, int], float]) -> list[tuple[float, float]]:

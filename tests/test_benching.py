@@ -51,6 +51,8 @@ def test_bytes_that_decoding_reads(pair: tuple[Path, Path]) -> None:
     experts = 2 * 3 * 64 * 48 * 2  # 172 neurons in 4 experts of 43, padded to 48; 2 are selected
     assert found.against is not None
     assert found.against.active_bytes == 4 * (attention + norms + head + ffn)
+    assert found.against.flops_per_token == 2 * (attention + head + ffn)
+    assert found.against.prefill_flops_per_token == pytest.approx(2 * (attention + ffn + head / 4))
     assert found.model.active_bytes == 4 * (attention + norms + head + experts + 2 * 4 * 64)
 
 
@@ -58,13 +60,15 @@ def test_experts_run_as_asked(pair: tuple[Path, Path]) -> None:
     keys = {"batch_sizes": [1], "prompt_tokens": 4, "new_tokens": 1, "repeats": 1}
     for name in ("eager", "llamamoe_auto"):
         assert bench(pair[0], experts_implementation=name, **keys).model.experts_implementation == name  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="is a dense model"):
+        bench(pair[1], experts_implementation="eager", **keys)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no way to run experts"):
         bench(pair[0], experts_implementation="magic", **keys)  # type: ignore[arg-type]
 
 
 def speeds(*decode: float) -> ModelSpeed:
     each = tuple(Speed(2**i, 1.0, seconds, 1.0, 1.0, 1.0) for i, seconds in enumerate(decode))
-    return ModelSpeed("m", "float32", None, 1, 1, 1, each)
+    return ModelSpeed("m", "float32", None, 1, 1.0, 1, 1, each)
 
 
 @pytest.mark.parametrize(("mine", "best"), [((1, 1, 1), 4), ((1, 3, 1), 1), ((3, 1, 1), 0), ((2, 1, 1), 0)])

@@ -108,19 +108,27 @@ def test_dense_layers_and_another_k_come_back_too(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_neurons_in_several_experts_come_back_once(tmp_path: Path) -> None:
+def test_neurons_in_several_experts_are_refused(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     keys = {"method": {"name": "gradient", "overlap": "inner"}, "calibration": [str(tmp_path / "text.txt")]}
     keys |= {"calibration_tokens": 2048, "calibration_length": 64, "repair": "none", "rescale": "unit"}
     moe = convert(dense, tmp_path / "moe", num_experts=4, **keys)
-    found = densify(moe, tmp_path / "out")
-    assert any("stand in several experts are dropped" in each for each in found.warnings)
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (found.out, dense))
-    name = "model.layers.0.mlp.gate_proj.weight"
-    rows = {row.numpy().tobytes() for row in ours[name] if bool(row.any())}
-    assert len(rows) == sum(bool(row.any()) for row in ours[name])
-    assert rows <= {row.numpy().tobytes() for row in theirs[name]}
+    with pytest.raises(RefusedError, match="layer 0: neurons stand in several experts"):
+        densify(moe, tmp_path / "out")
+    assert any("scaled for 2 selected" in each for each in retop(moe, tmp_path / "retop", 3).warnings)
+
+
+def test_neurons_that_the_parent_has_twice_stay_two(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    for part in ("gate", "up"):
+        rows = tensors[f"model.layers.0.mlp.{part}_proj.weight"]
+        rows[5], rows[9] = rows[3], 0.0  # a neuron twice, and one that only has a down column
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    out = densify(convert(dense, tmp_path / "moe"), tmp_path / "out").out
+    wanted = logits(dense)
+    assert torch.allclose(logits(out), wanted, atol=2e-6 * float(wanted.abs().max()))
 
 
 def test_a_repaired_conversion_says_what_it_keeps(tmp_path: Path) -> None:
@@ -148,6 +156,7 @@ def test_a_trained_model_is_the_sum_of_its_experts(tmp_path: Path) -> None:
     trained = llamamoe.pretrain(recipe_of(world, "steps=2", precision={"save": "float32"}), tmp_path / "run").model
     found = densify(trained, tmp_path / "out")
     assert any("trained with few experts" in each for each in found.warnings)
+    assert not found.exact
     assert found.intermediate_size == 172
     every = retop(trained, tmp_path / "every", 4).out
     tensors = load_file(every / "model.safetensors")
@@ -193,6 +202,22 @@ def test_a_model_of_another_origin_must_name_its_rescale(tmp_path: Path) -> None
     out = densify(moe, tmp_path / "out", rescale="unit", like=dense).out
     wanted = logits(dense)
     assert torch.allclose(logits(out), wanted, atol=2e-6 * float(wanted.abs().max()))
+
+
+def test_tensors_that_would_be_lost(tmp_path: Path) -> None:
+    moe = convert(make_dense(tmp_path / "dense"), tmp_path / "moe")
+    tensors = load_file(moe / "model.safetensors")
+    tensors["model.layers.2.eh_proj.weight"] = torch.zeros(4, 4)
+    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 tensors of .*eh_proj"):
+        densify(moe, tmp_path / "out")
+
+
+def test_the_model_whose_order_is_asked_for_is_never_replaced(tmp_path: Path) -> None:
+    moe = convert(make_dense(tmp_path / "dense"), tmp_path / "moe")
+    back = densify(moe, tmp_path / "back").out
+    with pytest.raises(RefusedError, match="must not lie in one another"):
+        densify(moe, back, like=back, force=True)
 
 
 def test_files_that_disagree_with_their_configuration(tmp_path: Path) -> None:

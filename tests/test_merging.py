@@ -87,7 +87,16 @@ def test_a_trained_model_and_its_start_are_brought_to_one_form(tmp_path: Path) -
 
     found = merge([trained, world["model"]], tmp_path / "out", weights=(0, 1))
     assert any("different ways" in each for each in found.warnings)
-    assert json.loads((found.out / "config.json").read_text())["norm_topk_prob"] is True
+    config = json.loads((found.out / "config.json").read_text())
+    assert config["norm_topk_prob"] is True
+    assert (config["llamamoe"]["parity"], config["llamamoe"]["router_scale"]) == ("none", "soft")
+    merged, start = (load_file(folder / WEIGHTS) for folder in (found.out, Path(world["model"])))
+    for name, rows in start.items():
+        if name.endswith("mlp.gate.weight"):  # the same choices, at the trained router's temperature
+            size = load_file(trained / WEIGHTS)[name].float().square().mean().sqrt()
+            assert torch.allclose(merged[name], rows * size / rows.square().mean().sqrt(), rtol=1e-4)
+            merged[name] = rows
+    save_file(merged, found.out / WEIGHTS, {"format": "pt"})
     wanted = logits(Path(world["model"]))
     assert torch.allclose(logits(found.out), wanted, atol=2e-4 * float(wanted.abs().max()))  # hard to 1e-4
     other = merge([trained, world["model"]], tmp_path / "other", weights=(1, 0))
@@ -144,6 +153,14 @@ def test_models_that_differ_are_refused_with_every_reason(pair: tuple[Path, Path
     assert not (tmp_path / "out").exists()
 
 
+def test_ids_of_special_tokens_may_differ(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(pair[1], tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text()) | {"pad_token_id": None}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    found = merge([pair[0], tmp_path / "other"], tmp_path / "out")
+    assert any("special tokens differ" in each for each in found.warnings)
+
+
 def test_another_k_is_another_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
     other = llamamoe.retop(pair[0], tmp_path / "retop", 3).out
     with pytest.raises(RefusedError, match=r"num_experts_per_tok is 2 in .* but 3 in"):
@@ -164,7 +181,7 @@ def test_values_that_are_not_finite_are_named(pair: tuple[Path, Path], tmp_path:
     tensors = load_file(tmp_path / "other" / WEIGHTS)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, tmp_path / "other" / WEIGHTS, {"format": "pt"})
-    with pytest.raises(RefusedError, match=r"model\.norm\.weight would hold NaN"):
+    with pytest.raises(LlamaMoeError, match=r"model\.norm\.weight would hold NaN"):
         merge([pair[0], tmp_path / "other"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,16 @@ def test_a_model_of_another_origin_is_left_to_its_router(tmp_path: Path) -> None
     assert named.factor == 0.5
 
 
+def test_one_shard_with_an_index_stays_loadable(tmp_path: Path) -> None:
+    two = convert(make_dense(tmp_path / "dense"), tmp_path / "two", 2, "mixtral", 0, "unit")
+    name = "model-00001-of-00001.safetensors"
+    (two / "model.safetensors").rename(two / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(two / name), name)}
+    (two / "model.safetensors.index.json").write_text(json.dumps(index))
+    out = retop(two, tmp_path / "out", 1).out
+    assert logits(out).shape == logits(two).shape
+
+
 def test_what_is_left_beside_the_weights(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense", max_shard_size="100KB")
     two = convert(dense, tmp_path / "two", 2, "mixtral", 0, "unit")
@@ -146,8 +157,18 @@ def test_what_is_no_mixture_is_refused(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
     with pytest.raises(RefusedError, match="'llama' is no mixture of experts"):
         retop(dense, tmp_path / "out", 2)
+    two = convert(dense, tmp_path / "two", 2, "mixtral", 0, "unit")
     with pytest.raises(UsageError, match="'dropuot' is no rescale"):
-        retop(convert(dense, tmp_path / "two", 2, "mixtral", 0, "unit"), tmp_path / "out", 1, rescale="dropuot")
+        retop(two, tmp_path / "out", 1, rescale="dropuot")
+    with pytest.raises(UsageError, match="converted with the rescale 'unit', so 'dropout' does not hold"):
+        retop(two, tmp_path / "out", 1, rescale="dropout")
+    quantised = json.loads((two / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    shutil.copytree(two, tmp_path / "quantised")
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(CheckpointError, match="quantised"):
+        retop(tmp_path / "quantised", tmp_path / "out", 1)
+    with pytest.raises(CheckpointError, match="is a file"):
+        retop(two / "config.json", tmp_path / "out", 1)
     broken = json.loads((tmp_path / "two" / "config.json").read_text()) | {"num_local_experts": "many"}
     (tmp_path / "two" / "config.json").write_text(json.dumps(broken))
     with pytest.raises(CheckpointError, match="2 selected of 0 experts"):

@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamamoe import UsageError, evaluate_tasks, load_recipe, load_task_recipe, split
+from llamamoe import LlamaMoeError, UsageError, evaluate_tasks, load_recipe, load_task_recipe, split
+from llamamoe.task_evaluation import _Answers, _scores
 
 from .models import make_dense
 
@@ -94,6 +95,39 @@ def test_a_limit_and_no_other_model(world: dict[str, Path]) -> None:
     assert score.value == pytest.approx(sum(by_hand(world["moe"])[:4]) / 4)
 
 
+def test_groups_and_metrics_that_are_no_means() -> None:
+    """Groups in groups are pooled where their value is the pooled mean; a perplexity has no paired difference."""
+
+    def result(right: float) -> dict[str, Any]:
+        rows = [{"doc_id": i, "filter": "none", "acc": right, "perplexity": -3.0} for i in range(4)]
+        return {
+            "results": {"all": {"acc,none": right, "perplexity,none": 20.0}, "odd": {"acc,none": 0.123}},
+            "group_subtasks": {"all": ["part"], "part": ["leaf"], "odd": ["leaf"]},
+            "samples": {"leaf": rows},
+        }
+
+    scores = {
+        (s.task, s.metric): s for s in _scores(_Answers("f", {"t": result(1.0)}), _Answers("f", {"t": result(0.0)}))
+    }
+    assert scores["all", "acc"].difference == 1.0
+    assert scores["all", "acc"].questions == 4
+    assert scores["all", "perplexity"].difference is None
+    assert scores["odd", "acc"].difference is None
+
+
+def test_a_task_that_fails_keeps_the_others(world: dict[str, Path], tmp_path: Path) -> None:
+    broken = yaml.safe_load((world["tasks"] / "tiny.yaml").read_text())
+    broken |= {"task": "broken", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "none.jsonl")}}}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "broken.yaml").write_text(yaml.safe_dump(broken))
+    given = {"tasks": ["broken", "tiny_choice"], "include": [str(world["tasks"]), str(tmp_path / "tasks")]}
+    found = evaluate_tasks(world["moe"], load_task_recipe(given=given), dtype="float32")
+    assert [score.task for score in found.scores] == ["tiny_choice"]
+    assert "'broken' cannot be run" in found.failed["broken"]
+    with pytest.raises(LlamaMoeError, match="'broken' cannot be run"):
+        evaluate_tasks(world["moe"], load_task_recipe(given=given | {"tasks": "broken"}), dtype="float32")
+
+
 def test_silly_requests(world: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="'tiny_chioce' is no task"):
         evaluate_tasks(world["moe"], load_task_recipe(given={"tasks": "tiny_chioce", "include": [str(world["tasks"])]}))
@@ -101,8 +135,9 @@ def test_silly_requests(world: dict[str, Path]) -> None:
         evaluate_tasks(world["moe"], load_task_recipe(given={"tasks": "piqa", "include": ["nowhere"]}))
     with pytest.raises(UsageError, match="num_fewshot"):
         load_task_recipe(given={"tasks": [{"task": "piqa", "num_fewshot": -1}]})
-    with pytest.raises(UsageError, match="tasks"):
-        load_task_recipe(given={})
+    for given in ({}, {"tasks": {"piqa": 0}}, {"tasks": 5}):
+        with pytest.raises(UsageError, match="tasks"):
+            load_task_recipe(given=given)
 
 
 def test_the_paper_names_tasks_that_there_are() -> None:

@@ -43,14 +43,23 @@ def shard_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tup
     return head, {name: len(head) + start for name, start in starts.items()}
 
 
+def check_size(shard_size: str) -> None:
+    """Whether that is a size of a file.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not re.match(SHARD_SIZE, shard_size):
+        raise UsageError(f"{shard_size!r} is no size of a file: give one such as 5GB or 500MB.")
+
+
 def deal(entries: Mapping[str, tuple[str, tuple[int, ...], int]], shard_size: str) -> Shards:
     """Deal tensors, in their order, to files of at most ``shard_size`` (such as ``"5GB"``), named as transformers does.
 
     Raises:
         UsageError: ``shard_size`` is none.
     """
-    if not re.match(SHARD_SIZE, shard_size):
-        raise UsageError(f"{shard_size!r} is no size of a file: give one such as 5GB or 500MB.")
+    check_size(shard_size)
     from huggingface_hub import split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(

@@ -136,4 +136,5 @@ def _is_ours(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = {p.name for p in path.iterdir()}
-    return LEDGER in names or not names or {"config.json", "llamamoe_recipe.yaml", "llamamoe_receipt.json"} <= names
+    finished = ({"llamamoe_recipe.yaml", "llamamoe_receipt.json"}, {"llamamoe_derived.json"})
+    return LEDGER in names or not names or any({"config.json", *each} <= names for each in finished)

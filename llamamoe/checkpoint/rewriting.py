@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..errors import RefusedError
+from ..dense import refuse_foreign
+from ..errors import CheckpointError, LlamaMoeError, RefusedError
+from ..hub import Location, locate
 from ..preflight import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .card import derived_card
 from .layout import Shards, index_json
-from .reader import INDEX, SafetensorsCheckpoint
+from .reader import INDEX, SINGLE, SafetensorsCheckpoint
 from .writer import CheckpointWriter, write_text
 
 if TYPE_CHECKING:
     import torch
 
-    from ..hub import Location
+    from .base import Checkpoint
 
 OUTER = "outer"
 _ROOM = 64 * 2**20
@@ -44,6 +46,7 @@ class Rewriting:
         story: The same for the card, in sentences.
         warnings: What a user should know.
         shards: The files to write; None: those of the first source, tensor for tensor.
+        read_too: Other models that decide the result, opened.
     """
 
     deed: str
@@ -56,6 +59,7 @@ class Rewriting:
     story: str
     warnings: tuple[str, ...] = ()
     shards: Shards | None = None
+    read_too: tuple[Checkpoint, ...] = ()
 
     @property
     def base(self) -> SafetensorsCheckpoint:
@@ -88,8 +92,8 @@ class Rewriting:
         """Changes whenever a resumed run would write other bytes."""
         import torch
 
-        facts = [self.deed, __version__, torch.__version__, dict(self.facts), dict(self.config)]
-        facts += [checkpoint.fingerprint() for checkpoint in self.checkpoints]
+        facts = [self.deed, __version__, torch.__version__, dict(self.facts), dict(self.config), self.files()]
+        facts += [checkpoint.fingerprint() for checkpoint in (*self.checkpoints, *self.read_too)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -114,11 +118,12 @@ def rewrite(
         The receipt, as it stands in ``llamamoe_derived.json``.
 
     Raises:
-        RefusedError: OUT would harm something, the disk is too small, or a value is not finite.
-        LlamaMoeError: Writing failed; ``resume`` goes on.
+        RefusedError: OUT would harm something, or the disk is too small; nothing was written.
+        LlamaMoeError: A value is not finite, or writing failed; then ``resume`` goes on.
     """
     place = normal_path(out)
-    _check(job, place, resume=resume, force=force)
+    check_place(place, [*(source.path for source in job.sources), *(each.path for each in job.read_too)], force=force)
+    _check_room(job, place, resume=resume, force=force)
     with (
         system_errors(place),
         CheckpointWriter(
@@ -135,15 +140,24 @@ def rewrite(
         writer.flush()
         receipt = _receipt(job, writer.weights_sha256())
         _write_side_files(job, writer.path, receipt)
+        SafetensorsCheckpoint(writer.path)  # what appears can be opened
         writer.publish(replace=force)
     return receipt
 
 
-def _check(job: Rewriting, out: Path, *, resume: bool, force: bool) -> None:
+def check_place(out: Path, read: Sequence[Path], *, force: bool) -> None:
+    """Refuse an OUT that would harm something, a model that is read among it.
+
+    Raises:
+        RefusedError: See `llamamoe.preflight.check_out`.
+    """
     recover_replaced(out)
-    for source in job.sources:
-        check_out(out, source.path, force=force)
-    have, need = free_bytes(out, resume=resume), job.nbytes + _ROOM
+    for path in read:
+        check_out(out, path, force=force)
+
+
+def _check_room(job: Rewriting, out: Path, *, resume: bool, force: bool) -> None:
+    have, need = free_bytes(out, resume=resume or force), job.nbytes + _ROOM
     if have < need:
         raise RefusedError(
             f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
@@ -156,23 +170,26 @@ def _finite(name: str, job: Rewriting) -> torch.Tensor:
 
     value = job.make(name)
     if value.is_floating_point() and nonfinite(value):
-        raise RefusedError(
+        raise LlamaMoeError(
             f"{name} would hold NaN or infinite values ({value.dtype}).",
-            hint="A source holds them already, or its dtype is too narrow for the result.",
+            hint="A source holds them already, or its dtype is too narrow for the result. Another OUT, or --force, begins "
+            "again.",
         )
     return value
 
 
 def _write_side_files(job: Rewriting, folder: Path, receipt: Mapping[str, Any]) -> None:
     job.base.save_tokenizer(folder)
-    if len(job.files()) > 1:
+    if set(job.files()) != {SINGLE}:
         write_text(folder / INDEX, json.dumps(index_json(job.files()), indent=2, sort_keys=True) + "\n")
     block = dict(job.config.get("llamamoe") or {})
     block[job.deed] = [*block.get(job.deed, []), {"version": __version__, **job.facts}]
     config = {**job.config, "llamamoe": block}
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / DERIVED_FILE, json.dumps(receipt, indent=2) + "\n")
-    write_text(folder / "README.md", derived_card(job.base.path, job.title, job.story, job.warnings))
+    folders, names = [each.path for each in job.checkpoints], [each.name for each in job.sources]
+    card = derived_card(folders, names, job.title, job.story, job.warnings, model_type=str(config["model_type"]))
+    write_text(folder / "README.md", card)
 
 
 def _receipt(job: Rewriting, weights_sha256: str) -> dict[str, Any]:
@@ -189,6 +206,23 @@ def _receipt(job: Rewriting, weights_sha256: str) -> dict[str, Any]:
 
 def _described(source: Location) -> dict[str, Any]:
     return {"name": source.name, "revision": source.revision}
+
+
+def opened(source: str | Path) -> tuple[Location, SafetensorsCheckpoint]:
+    """A folder of safetensors that can be worked on weight by weight.
+
+    Raises:
+        CheckpointError: It is a file, its files are broken, it brings its own code, or its weights are quantised.
+    """
+    location = locate(source)
+    if not location.path.is_dir():
+        raise CheckpointError(
+            f"{location.path} is a file, but a folder of safetensors is wanted.",
+            hint="Give the folder with config.json.",
+        )
+    checkpoint = SafetensorsCheckpoint(location.path)
+    refuse_foreign(checkpoint)
+    return location, checkpoint
 
 
 def same_tensors(checkpoints: Sequence[SafetensorsCheckpoint]) -> list[str]:

@@ -101,7 +101,7 @@ def _recipe_of(folder: Path) -> str | None:
 
 
 def _curves(folder: Path) -> dict[str, Any]:
-    lines = read_lines(folder / METRICS)
+    lines = [line for line in read_lines(folder / METRICS) if "tokens" in line and "loss" in line]
     held_out = [line for line in lines if line.get("kind") == "validation"]
     domains: dict[str, list[list[float]]] = {}
     for line in held_out:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..calibration.inputs import LayerInputs
-from ..diagnostics import contributions
+from ..diagnostics import Contribution, contributions
 from ..layer import ExpertWeights, Partition
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..training.routing import Routing
     from .text import TextBatch
 
-ORACLE_TOKENS = 1024
-"""Tokens of each domain for which every expert's contribution is computed."""
+MOST_GRAM = 1 << 28
+"""Numbers of a layer's Gram matrices: 1 GiB."""
 
 
 @dataclass
@@ -37,7 +37,8 @@ class OracleCollector:
     """Compares the experts that a router selects with those that contribute most.
 
     The contribution is ``||E_i(x)||^2`` (see `llamamoe.diagnostics.contributions`): all experts of a layer run for the
-    tokens that are looked at.
+    tokens that are looked at, from a float32 copy of its weights and ``N W^2`` numbers beside it; where those would be
+    more than `MOST_GRAM` the power of the neurons stands in, which leaves out how they add up.
 
     Args:
         layers: The model's MoE layers.
@@ -45,7 +46,7 @@ class OracleCollector:
         tokens: Of each domain.
     """
 
-    def __init__(self, layers: Sequence[MoeLayer], hidden_act: str, tokens: int = ORACLE_TOKENS) -> None:
+    def __init__(self, layers: Sequence[MoeLayer], hidden_act: str, tokens: int) -> None:
         self._layers, self._act, self._most = list(layers), hidden_act, tokens
         self._sums = {moe.layer: _Sums() for moe in layers}
         self._seen: dict[str, int] = {}
@@ -68,7 +69,9 @@ class OracleCollector:
 
         inputs = LayerInputs(x_TH.cpu(), torch.ones(len(x_TH)), x_TH.device, x_TH.dtype)
         weights, partition = _weights(moe)
-        score_TN = torch.cat(list(contributions(weights, partition, inputs, hidden_act=self._act)))
+        wide = moe.num_experts * partition.experts.shape[1] ** 2 > MOST_GRAM
+        kind: Contribution = "power" if wide else "norm"
+        score_TN = torch.cat(list(contributions(weights, partition, inputs, kind=kind, hidden_act=self._act)))
         chosen_TN = torch.zeros_like(score_TN).scatter_(1, indices_Tk, 1.0)
         oracle = score_TN.topk(moe.top_k, dim=1)
         sums = self._sums[moe.layer]

@@ -50,6 +50,12 @@ class PretrainPlan:
                 f"a domain is read {self.epochs:.1f} times: more than about 4 passes over the same text teach little "
                 "(arXiv:2305.16264)"
             )
+        every, saved = self.recipe.evaluate_every, self.recipe.save_every
+        if self.held_out and every is not None and (saved is None or every % saved):
+            found.append(
+                f"losses are measured every {every} steps, but checkpoints are made every {saved or self.recipe.max_steps}: the best "
+                "one that is kept is the best of those that coincide"
+            )
         if not self.held_out:
             found.append("no text is held out: the run will not say how good the model gets")
         return tuple(found)

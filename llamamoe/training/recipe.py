@@ -162,7 +162,9 @@ class PretrainRecipe(_Part):
     evaluate_every: int | None = Field(None, ge=1, description="Steps between validations; null: only at the ends.")
     save_every: int | None = Field(None, ge=1, description="Steps between checkpoints; null: only at the end.")
     keep: int | None = Field(
-        2, ge=1, description="Newest checkpoints that are kept, beside the one with the best held-out loss; null: all."
+        2,
+        ge=1,
+        description="Newest checkpoints that are kept, beside the one with the best held-out loss measured; null: all.",
     )
     allow_dense: bool = Field(
         False, description="Train a dense model by the same recipe, as a control: what is said of routers is left out."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,16 @@ if TYPE_CHECKING:
     import torch
 
 
+AT_ONCE = 10.0
+"""Seconds in which further signals count as the same: a supervisor and torchrun may both send one."""
+
+
 class StopRequest:
-    """Whether this process was told to end."""
+    """Whether this process was told to end, and when."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.since = 0.0
 
     def agreed(self, device: torch.device | str) -> bool:
         """Whether any rank was told to end; every rank must call it, and all get the same answer."""
@@ -32,7 +38,7 @@ class StopRequest:
 
 @contextmanager
 def on_sigterm() -> Iterator[StopRequest]:
-    """SIGTERM makes a request of it meanwhile, a second one ends the process as it would have without us.
+    """SIGTERM makes a request of it meanwhile; one more, seconds later, ends the process as it would have without us.
 
     Only the main thread can take signals: elsewhere nothing ever asks.
     """
@@ -40,11 +46,14 @@ def on_sigterm() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
 
     def ask(number: int, frame: Any) -> None:
-        request.asked = True
-        signal.signal(signal.SIGTERM, before)
+        if not request.asked:
+            request.asked, request.since = True, time.monotonic()
+        elif time.monotonic() - request.since > AT_ONCE:
+            signal.signal(signal.SIGTERM, before)
+            signal.raise_signal(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, ask)
     try:

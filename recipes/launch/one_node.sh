@@ -3,5 +3,6 @@
 set -euo pipefail
 recipe=$1 out=$2
 shift 2
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}"  # seconds for a last checkpoint after SIGTERM
 exec torchrun --standalone --nproc_per_node "${GPUS:-gpu}" \
     -m llamamoe_cli pretrain --recipe "$recipe" --out "$out" --resume "$@"

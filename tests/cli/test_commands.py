@@ -203,7 +203,7 @@ def test_report(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run
     assert page.read_text().startswith("<!DOCTYPE html>")
     found = json.loads(numbers.read_text())
     assert found["models"][0]["name"] == "converted"
-    assert found["command"].startswith("llamamoe ")
+    assert found["command"].startswith("llamamoe")
     assert "exists" in run("report", converted[0], *flags, code=2).stderr
     again = json.loads(run("report", converted[0], *flags, "--force", "--json").stdout)
     assert again["models"][0]["routing"]["layers"] == found["models"][0]["routing"]["layers"]

@@ -278,6 +278,15 @@ def test_bad_input(world: dict[str, Path], tmp_path: Path) -> None:
         report([world["moe"]], [world["text"]], out=tmp_path / "there.html")
     with pytest.raises(UsageError, match="no place for a file"):
         report([world["moe"]], [world["text"]], out=tmp_path / "none" / "page.html")
+    for keys, message in (
+        ({"max_tokens": -5}, "max_tokens is -5"),
+        ({"context_length": 0}, "context_length is 0"),
+        ({"dtype": "f"}, "dtype is 'f'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            report([world["moe"]], [world["text"]], **keys)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="cannot both go to"):
+        report([world["moe"]], [world["text"]], out=tmp_path / "one", json_out=tmp_path / "one")
     with pytest.raises(UsageError, match="no training run"):
         report([world["moe"]], [world["text"]], runs=[tmp_path])
     assert (tmp_path / "there.html").read_text() == "mine"
@@ -303,6 +312,7 @@ def test_curves_of_the_run_and_of_no_other(tmp_path: Path) -> None:
     make_text(tmp_path / "text", 0, documents=2)
     found = report([model], [tmp_path / "text"])
     [run] = found["training"]
+    assert found["models"][0]["name"] == "run/model"
     assert [tokens for tokens, _ in run["train"]] == [128, 256]
     assert len(run["validation"]) == 2
     assert set(run["domain_validation"]) == {"large", "small"}
