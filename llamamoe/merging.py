@@ -29,6 +29,8 @@ _COSMETIC = {
     "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache", *_TOKENS,
 }  # fmt: skip
 """Keys of a configuration that do not change what the model computes."""
+_BLOCK = 1 << 24
+"""Elements that are averaged at once: 64 MiB of float32 for each model and as much again."""
 _APART = 10.0
 """From which factor on two routers' rows count as of different temperature: a hard and a trained one."""
 _WEIGHING = {"norm_topk_prob", "routed_scaling_factor"}
@@ -184,16 +186,25 @@ def _average(
             raise RefusedError(f"{name} is of whole numbers and differs between the models.")
         return first.contiguous()
     wide = torch.float32 if first.dtype.itemsize < 4 else torch.float64
-    routed = is_routed_down(name)
+    tensors = [checkpoint.read(name) for checkpoint in checkpoints]
     if is_router(name):
-        factors = _temperatures([checkpoint.read(name).to(wide) for checkpoint in checkpoints])
-    scaled = routed or is_router(name)
-    start = first.to(wide) * factors[0] if scaled and factors[0] != 1.0 else first.to(wide)
-    total = start.clone()
-    for checkpoint, share, factor in zip(checkpoints[1:], shares[1:], factors[1:], strict=True):
-        value = checkpoint.read(name).to(wide)
-        total += ((value * factor if scaled and factor != 1.0 else value) - start).mul_(share)
-    return total.to(first.dtype).contiguous()
+        factors = _temperatures([each.to(wide) for each in tensors])
+    elif not is_routed_down(name):
+        factors = (1.0,) * len(tensors)
+    out = torch.empty(first.shape, dtype=first.dtype)
+    step = max(1, _BLOCK * max(1, len(first)) // max(1, first.numel()))
+    for at in range(0, max(1, len(first)), step):
+        rows = slice(at, at + step)
+        start, *others = (_scaled(each[rows].to(wide), factor) for each, factor in zip(tensors, factors, strict=True))
+        total = start.clone()
+        for value, share in zip(others, shares[1:], strict=True):
+            total += (value - start).mul_(share)
+        out[rows] = total.to(first.dtype)
+    return out
+
+
+def _scaled(values: torch.Tensor, factor: float) -> torch.Tensor:
+    return values if factor == 1.0 else values * factor
 
 
 def _temperatures(rows: Sequence[torch.Tensor]) -> tuple[float, ...]:
