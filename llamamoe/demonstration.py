@@ -34,6 +34,8 @@ EVERY = 4
 CALIBRATION_TOKENS = 8192
 _MARKER = "llamamoe_demo.json"
 _REPORT = "report.html"
+_REPORT_TOKENS = 2048
+"""Fewer than perplexity is measured on: the page is a look, and the whole must take minutes."""
 _DENSE, _TEXT, _CALIBRATION = "dense", "text", "calibration"
 _REPAIR = {"name": "least_squares", "ridge": "auto", "penalty": "balanced", "weighting": "residual"}
 """For little text: the strength is the best on held-out tokens, and does not hang on the few strongest neurons."""
@@ -312,7 +314,7 @@ def _report(out: Path, text: Path, max_tokens: int, progress: ProgressCallback) 
         [text],
         against=out / _DENSE,
         out=page,
-        max_tokens=max_tokens,
+        max_tokens=min(max_tokens, _REPORT_TOKENS),
         context_length=CONTEXT_LENGTH,
         dtype="float32",
         command=f"llamamoe report {out / 'token_clusters'} --against {out / _DENSE} --text {text} --out {page}",
