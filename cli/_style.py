@@ -111,3 +111,28 @@ class Name(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
+
+
+def flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """An `Option` as a decorator.
+
+    Args:
+        spellings: As click takes them.
+        group: The heading under which it stands.
+        text: Its help.
+        **keys: What else click takes.
+    """
+    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
+
+
+def model_options(group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``--dtype`` and ``--device``: how models are held that are only run."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        device = flag("--device", group=group, metavar="NAME", default="auto",
+                      text="A torch device.  [default: auto, the GPU if there is one]")  # fmt: skip
+        dtype = flag("--dtype", group=group, metavar="NAME", default="auto",
+                     text="auto, float32, bfloat16 or float16.  [default: auto, as stored]")  # fmt: skip
+        return dtype(device(function))
+
+    return decorate

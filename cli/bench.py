@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ._format import amount, size
 from ._output import Output, output_options
-from ._style import Command, Option
+from ._style import Command, flag, model_options
 from ._tables import facts, heading, paragraph, table
 
 if TYPE_CHECKING:
@@ -34,35 +33,18 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> li
         raise click.BadParameter(f"{value!r} are no whole numbers with commas between them, such as 1,8,64.") from None
 
 
-def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
-
-
 @click.command(cls=Command, section="Measure", rank=2, short_help="Tokens a second, beside the parent.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
-@_flag("--against", group=WHAT, metavar="PARENT", text="The dense parent, measured in the same way.")
-@_flag("--batch-sizes", group=WHAT, metavar="B,B", default="1,4,16", show_default=True, callback=_sizes,
+@flag("--against", group=WHAT, metavar="PARENT", text="The dense parent, measured in the same way.")
+@flag("--batch-sizes", group=WHAT, metavar="B,B", default="1,4,16", show_default=True, callback=_sizes,
        text="Sequences that run together.")  # fmt: skip
-@_flag("--prompt", group=WHAT, type=int, metavar="N", default=128, show_default=True, text="Tokens of each prompt.")
-@_flag("--new-tokens", group=WHAT, type=int, metavar="N", default=16, show_default=True, text="Steps of decoding.")
-@_flag("--repeats", group=WHAT, type=int, metavar="N", default=3, show_default=True, text="How often each is measured.")
-@_flag("--experts", group=HOW, metavar="NAME",
+@flag("--prompt", group=WHAT, type=int, metavar="N", default=128, show_default=True, text="Tokens of each prompt.")
+@flag("--new-tokens", group=WHAT, type=int, metavar="N", default=16, show_default=True, text="Steps of decoding.")
+@flag("--repeats", group=WHAT, type=int, metavar="N", default=3, show_default=True, text="How often each is measured.")
+@flag("--experts", group=HOW, metavar="NAME",
        text="How experts run: grouped_mm, batched_mm, eager, llamamoe_auto, ...  [default: as transformers chooses]")  # fmt: skip
-@_flag(
-    "--dtype",
-    group=HOW,
-    metavar="NAME",
-    default="auto",
-    text="auto, float32, bfloat16 or float16.  [default: auto, as stored]",
-)
-@_flag(
-    "--device",
-    group=HOW,
-    metavar="NAME",
-    default="auto",
-    text="A torch device.  [default: auto, the GPU if there is one]",
-)
+@model_options(HOW)
 @output_options
 def command(
     model: str,

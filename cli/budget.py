@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from llamamoe.errors import UsageError
 from ._format import amount
 from ._output import Interrupted, Output, output_options
 from ._recipe_options import name_flags, recipe_file, recipe_options
-from ._style import Command, Name, Option
+from ._style import Command, Name, Option, flag
 from ._tables import bullets, facts, heading, paragraph, table
 
 if TYPE_CHECKING:
@@ -45,10 +44,6 @@ _UNSET = {
 """What decides here if neither flag nor recipe does."""
 
 
-def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
-
-
 def _measures() -> list[str]:
     from llamamoe.sensitivities import SENSITIVITIES
 
@@ -58,23 +53,23 @@ def _measures() -> list[str]:
 @click.command(cls=Command, section="Convert", rank=1, short_help="Choose dense layers and sizes under one budget.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("source")
-@_flag("--budget", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,
+@flag("--budget", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,
        text="Most active multiply-adds of the FFNs per token, router and padding included, as a share of the dense ones'.")  # fmt: skip
-@_flag("--measure", group=BUDGET, metavar="proxy|kl", type=Name(_measures), default="proxy", show_default=True,
+@flag("--measure", group=BUDGET, metavar="proxy|kl", type=Name(_measures), default="proxy", show_default=True,
        text="How sensitivity is measured.")  # fmt: skip
-@_flag("--shared-of-active", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,
+@flag("--shared-of-active", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,
        text="Share of the active neurons that are shared, unless --shared says how many.")  # fmt: skip
-@_flag("--points", group=BUDGET, metavar="N", type=int, default=2, show_default=True,
+@flag("--points", group=BUDGET, metavar="N", type=int, default=2, show_default=True,
        text="kl: convert at so many shares (the budget, 3/4 of it, ...).")  # fmt: skip
-@_flag("--held-out-tokens", group=BUDGET, metavar="N", type=int, default=4096, show_default=True,
+@flag("--held-out-tokens", group=BUDGET, metavar="N", type=int, default=4096, show_default=True,
        text="kl: most tokens on which outputs are compared; they come from the last fifth of the text.")  # fmt: skip
-@_flag("--recipe", group="Recipe", metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
-@_flag("--set", "overrides", group="Recipe", metavar="KEY=VALUE", multiple=True,
+@flag("--recipe", group="Recipe", metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
+@flag("--set", "overrides", group="Recipe", metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
 @recipe_options
-@_flag("--write-recipe", group=RUN, metavar="FILE", text="Write the recipe for `llamamoe split --recipe`.")
-@_flag("--force", group=RUN, is_flag=True, text="Replace FILE if it is there.")
-@_flag("--tokenizer", group=RUN, metavar="FOLDER",
+@flag("--write-recipe", group=RUN, metavar="FILE", text="Write the recipe for `llamamoe split --recipe`.")
+@flag("--force", group=RUN, is_flag=True, text="Replace FILE if it is there.")
+@flag("--tokenizer", group=RUN, metavar="FOLDER",
        text="For a GGUF source: take the tokenizer files from this folder.")  # fmt: skip
 @output_options
 def command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from llamamoe.errors import LlamaMoeError
 from ._format import amount, duration, plural, size
 from ._output import Interrupted, Output, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, Option
+from ._style import Command, flag
 from ._tables import bullets, heading, paragraph, table
 
 if TYPE_CHECKING:
@@ -39,30 +38,26 @@ llamamoe compare SOURCE --recipe my.yaml --out small --set calibration_tokens=81
 RECIPE, RUN = "Recipe", "This run"
 
 
-def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
-
-
 @click.command(cls=Command, section="Measure", rank=1, short_help="Many conversions side by side, with controls.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("source")
-@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
+@flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
        text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
-@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+@flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as budgets=[0.5]; may be repeated.")  # fmt: skip
-@_flag("--calibration", group=RECIPE, metavar="PATH", multiple=True,
+@flag("--calibration", group=RECIPE, metavar="PATH", multiple=True,
        text="Text to calibrate on, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
-@_flag("--evaluation", group=RECIPE, metavar="PATH", multiple=True,
+@flag("--evaluation", group=RECIPE, metavar="PATH", multiple=True,
        text="Text to measure on, in the place of the recipe's; may be repeated.")  # fmt: skip
-@_flag("--out", group=RUN, metavar="DIR", default="comparison", show_default=True, text="The study's folder.")
-@_flag("--only", group=RUN, metavar="PATTERN", multiple=True,
+@flag("--out", group=RUN, metavar="DIR", default="comparison", show_default=True, text="The study's folder.")
+@flag("--only", group=RUN, metavar="PATTERN", multiple=True,
        text="Do only these methods or cells (method/budget/seed, * allowed); may be repeated.")  # fmt: skip
-@_flag(
+@flag(
     "--device", group=RUN, metavar="NAME", text="A torch device.  [default: the recipe's, else the GPU if there is one]"
 )
-@_flag("--export", group=RUN, type=click.Choice(["none", "first", "all"]),
+@flag("--export", group=RUN, type=click.Choice(["none", "first", "all"]),
        text="Write and measure checkpoints too, of each method's first cell or of all.  [default: the recipe's]")  # fmt: skip
-@_flag("--dry-run", group=RUN, is_flag=True, text="List the cells with an estimate of their cost; reads headers only.")
+@flag("--dry-run", group=RUN, is_flag=True, text="List the cells with an estimate of their cost; reads headers only.")
 @output_options
 def command(
     source: str,

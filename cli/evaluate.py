@@ -11,7 +11,7 @@ from llamamoe.errors import LlamaMoeError
 from ._format import plural
 from ._output import Output, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, Option
+from ._style import Command, Option, model_options
 from ._tables import heading, paragraph, table
 
 if TYPE_CHECKING:
@@ -54,10 +54,7 @@ TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "How it runs"
 @click.option("--against", cls=Option, group=RUN, metavar="OTHER", help="Measure this model too, and the difference.")
 @click.option("--batch-size", cls=Option, group=RUN, type=int, default=8, show_default=True, metavar="N",
               help="Windows that run together.")  # fmt: skip
-@click.option("--dtype", cls=Option, group=RUN, default="auto", metavar="NAME",
-              help="auto, float32, bfloat16 or float16.  [default: auto, as stored]")  # fmt: skip
-@click.option("--device", cls=Option, group=RUN, default="auto", metavar="NAME",
-              help="A torch device.  [default: auto, the GPU if there is one]")  # fmt: skip
+@model_options(RUN)
 @output_options
 def command(
     model: str, text: tuple[str, ...], max_tokens: int | None, context_length: int | None, tasks: str | None,

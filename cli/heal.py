@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +10,7 @@ import click
 from ._format import amount, duration, plural, size
 from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, Option
+from ._style import Command, flag
 from ._tables import bullets, facts, heading, paragraph, table
 
 if TYPE_CHECKING:
@@ -37,29 +36,25 @@ torchrun --nproc-per-node 8 -m llamamoe_cli heal MODEL OUT --parent DENSE --text
 RECIPE, RUN = "Recipe", "This run"
 
 
-def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
-
-
 @click.command(cls=Command, section="Train", rank=1, short_help="Distil layers from the dense parent's.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
 @click.argument("out", required=False)
-@_flag("--parent", group=RUN, metavar="DENSE", required=True, text="The dense checkpoint that MODEL was made from.")
-@_flag("--text", group=RECIPE, metavar="PATH", multiple=True,
+@flag("--parent", group=RUN, metavar="DENSE", required=True, text="The dense checkpoint that MODEL was made from.")
+@flag("--text", group=RECIPE, metavar="PATH", multiple=True,
        text="Text to distil on, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
-@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
-@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+@flag("--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
+@flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as epochs=16; may be repeated.")  # fmt: skip
-@_flag(
+@flag(
     "--tokens", group=RECIPE, metavar="N", type=int, text="Most tokens of text.  [default: the recipe's, else 262144]"
 )
-@_flag("--device", group=RECIPE, metavar="NAME", text="A torch device.  [default: the GPU if there is one]")
-@_flag("--compute-dtype", group=RECIPE, type=click.Choice(["float32", "bfloat16"]),
+@flag("--device", group=RECIPE, metavar="NAME", text="A torch device.  [default: the GPU if there is one]")
+@flag("--compute-dtype", group=RECIPE, type=click.Choice(["float32", "bfloat16"]),
        text="Dtype of large products.  [default: bfloat16 for 16-bit weights where it is much faster]")  # fmt: skip
-@_flag("--dry-run", group=RUN, is_flag=True, text="Check and print the plan; reads headers only.")
-@_flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
-@_flag("--force", group=RUN, is_flag=True, text="Replace the healed checkpoint in OUT; drop what a stopped run left.")
+@flag("--dry-run", group=RUN, is_flag=True, text="Check and print the plan; reads headers only.")
+@flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
+@flag("--force", group=RUN, is_flag=True, text="Replace the healed checkpoint in OUT; drop what a stopped run left.")
 @output_options
 def command(
     model: str,

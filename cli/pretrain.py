@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import click
 from ._format import amount, duration, plural, size
 from ._output import Interrupted, Output, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, Option
+from ._style import Command, flag
 from ._tables import bullets, facts, heading, paragraph, table
 
 if TYPE_CHECKING:
@@ -40,31 +40,27 @@ torchrun --nproc_per_node 8 -m llamamoe_cli pretrain --recipe recover_distill
 RECIPE, RUN, PAPER = "Recipe", "This run", "On paper"
 
 
-def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
-
-
 @click.command(cls=Command, section="Train", rank=2, short_help="Train a converted model on.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
-@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
+@flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
        text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
-@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+@flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as optimizer.lr=1e-4; may be repeated.")  # fmt: skip
-@_flag("--model", group=RECIPE, metavar="PATH", text="The converted model, in the place of the recipe's.")
-@_flag("--parent", group=RECIPE, metavar="PATH", text="The dense model that it was made from, likewise.")
-@_flag("--out", group=RUN, metavar="DIR", default="pretrain-run", show_default=True, text="The run's folder.")
-@_flag("--resume", group=RUN, is_flag=True, text="Go on from the newest whole checkpoint in the run's folder.")
-@_flag("--force", group=RUN, is_flag=True, text="Drop the run that the folder holds.")
-@_flag("--dry-run", group=RUN, is_flag=True, text="Check everything and estimate memory, time and disk; loads nothing.")
-@_flag(
+@flag("--model", group=RECIPE, metavar="PATH", text="The converted model, in the place of the recipe's.")
+@flag("--parent", group=RECIPE, metavar="PATH", text="The dense model that it was made from, likewise.")
+@flag("--out", group=RUN, metavar="DIR", default="pretrain-run", show_default=True, text="The run's folder.")
+@flag("--resume", group=RUN, is_flag=True, text="Go on from the newest whole checkpoint in the run's folder.")
+@flag("--force", group=RUN, is_flag=True, text="Drop the run that the folder holds.")
+@flag("--dry-run", group=RUN, is_flag=True, text="Check everything and estimate memory, time and disk; loads nothing.")
+@flag(
     "--world-size",
     group=PAPER,
     type=click.IntRange(1),
     metavar="N",
     text="Processes.  [default: as many as the recipe's sharding needs]",
 )
-@_flag("--device-memory", group=PAPER, type=float, metavar="GB", text="Memory of one device.")
-@_flag("--peak-tflops", group=PAPER, type=float, metavar="X", text="What one device can do at most, in bfloat16.")
+@flag("--device-memory", group=PAPER, type=float, metavar="GB", text="Memory of one device.")
+@flag("--peak-tflops", group=PAPER, type=float, metavar="X", text="What one device can do at most, in bfloat16.")
 @output_options
 def command(
     recipe: str,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from ._output import Output, output_options
-from ._style import Command, Option
+from ._style import Command, flag, model_options
 from ._tables import bullets, table
 
 HELP = """Make one page that shows what converted models lost, how they route and what they cost.
@@ -25,41 +24,24 @@ llamamoe report moe run/model --against SOURCE --text valid/ --json-out report.j
 TEXT, HOW, RUN = "Text", "How it runs", "This run"
 
 
-def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
-
-
 @click.command(cls=Command, section="Measure", rank=3, short_help="One page: quality, routing, cost.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@_flag("--against", group=RUN, metavar="PARENT", text="The dense parent, measured beside them.")
-@_flag("--text", group=TEXT, metavar="PATH", multiple=True, required=True,
+@flag("--against", group=RUN, metavar="PARENT", text="The dense parent, measured beside them.")
+@flag("--text", group=TEXT, metavar="PATH", multiple=True, required=True,
        text="A file, folder or glob (text, JSON lines, Parquet); may be repeated.")  # fmt: skip
-@_flag("--max-tokens", group=TEXT, type=int, metavar="N", default=8192, show_default=True,
+@flag("--max-tokens", group=TEXT, type=int, metavar="N", default=8192, show_default=True,
        text="Take only so many tokens of each domain; 0 takes all.")  # fmt: skip
-@_flag("--context-length", group=TEXT, type=int, metavar="N",
+@flag("--context-length", group=TEXT, type=int, metavar="N",
        text="Tokens of a window.  [default: the model's positions, at most 2048]")  # fmt: skip
-@_flag("--oracle-tokens", group=TEXT, type=int, metavar="N", default=1024, show_default=True,
+@flag("--oracle-tokens", group=TEXT, type=int, metavar="N", default=1024, show_default=True,
        text="Tokens of each domain on which routers are compared with an oracle.")  # fmt: skip
-@_flag("--run", "runs", group=RUN, metavar="DIR", multiple=True,
+@flag("--run", "runs", group=RUN, metavar="DIR", multiple=True,
        text="A folder of llamamoe pretrain whose curves are shown; that of a MODEL in it is found by itself.")  # fmt: skip
-@_flag("--out", group=RUN, metavar="FILE", text="The page.  [default: report.html, unless --json-out is given]")
-@_flag("--json-out", group=RUN, metavar="FILE", text="The same numbers as JSON.")
-@_flag("--force", group=RUN, is_flag=True, text="Replace files that are there.")
-@_flag(
-    "--dtype",
-    group=HOW,
-    metavar="NAME",
-    default="auto",
-    text="auto, float32, bfloat16 or float16.  [default: auto, as stored]",
-)
-@_flag(
-    "--device",
-    group=HOW,
-    metavar="NAME",
-    default="auto",
-    text="A torch device.  [default: auto, the GPU if there is one]",
-)
+@flag("--out", group=RUN, metavar="FILE", text="The page.  [default: report.html, unless --json-out is given]")
+@flag("--json-out", group=RUN, metavar="FILE", text="The same numbers as JSON.")
+@flag("--force", group=RUN, is_flag=True, text="Replace files that are there.")
+@model_options(HOW)
 @output_options
 def command(
     models: tuple[str, ...],

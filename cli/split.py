@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from llamamoe.errors import UsageError
 
 from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import WRITING, name_flags, recipe_file, recipe_options
-from ._style import Command, Option
+from ._style import Command, flag
 
 if TYPE_CHECKING:
     from llamamoe.recipe import SplitRecipe
@@ -36,27 +35,23 @@ Values come from the recipe, then from flags, then from --set; the later wins.
 """
 
 
-def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
-
-
 @click.command(cls=Command, section="Convert", rank=0, short_help="Convert a dense checkpoint.", help=HELP,
                examples=EXAMPLES)  # fmt: skip
 @click.argument("source")
 @click.argument("out", required=False)
-@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
-@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+@flag("--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
+@flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
 @recipe_options
-@_flag("--strict", group=WRITING, is_flag=True,
+@flag("--strict", group=WRITING, is_flag=True,
        text="Refuse what would only be warned about, weights that are not finite included.")  # fmt: skip
-@_flag("--no-card", group=WRITING, is_flag=True, text="Write no model card.")
-@_flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; reads headers only.")
-@_flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
-@_flag("--force", group=RUN, is_flag=True, text="Replace the checkpoint in OUT; drop what an interrupted run left.")
-@_flag("--tokenizer", group=RUN, metavar="FOLDER",
+@flag("--no-card", group=WRITING, is_flag=True, text="Write no model card.")
+@flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; reads headers only.")
+@flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
+@flag("--force", group=RUN, is_flag=True, text="Replace the checkpoint in OUT; drop what an interrupted run left.")
+@flag("--tokenizer", group=RUN, metavar="FOLDER",
        text="For a GGUF source: take the tokenizer files from this folder.")  # fmt: skip
-@_flag("--no-verify", group=RUN, is_flag=True,
+@flag("--no-verify", group=RUN, is_flag=True,
        text="Do not compare the result with its parent before it appears.")  # fmt: skip
 @output_options
 def command(

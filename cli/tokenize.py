@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import click
 from ._format import amount, duration, plural, size
 from ._output import Interrupted, Output, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, Option
+from ._style import Command, flag
 from ._tables import bullets, facts, heading, paragraph, table
 
 if TYPE_CHECKING:
@@ -37,26 +36,22 @@ llamamoe tokenize --recipe my.yaml --set validation.share=0.01 --out tokens --re
 RECIPE, RUN = "Recipe", "This run"
 
 
-def _flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(*spellings, cls=Option, group=group, help=text, **keys)
-
-
 @click.command(cls=Command, section="Train", rank=1, short_help="Text to token shards, once for all trainings.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
-@_flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
+@flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
        text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
-@_flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
+@flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as shard_tokens=1000000; may be repeated.")  # fmt: skip
-@_flag("--tokenizer", group=RECIPE, metavar="FOLDER", text="The model's folder, in the place of the recipe's.")
-@_flag("--text", group=RECIPE, metavar="PATH", multiple=True,
+@flag("--tokenizer", group=RECIPE, metavar="FOLDER", text="The model's folder, in the place of the recipe's.")
+@flag("--text", group=RECIPE, metavar="PATH", multiple=True,
        text="Text, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
-@_flag("--out", group=RUN, metavar="DIR", default="tokens", show_default=True, text="The folder to appear.")
-@_flag("--workers", group=RUN, type=click.IntRange(1), metavar="N",
+@flag("--out", group=RUN, metavar="DIR", default="tokens", show_default=True, text="The folder to appear.")
+@flag("--workers", group=RUN, type=click.IntRange(1), metavar="N",
        text="Processes.  [default: the recipe's, else one a core]")  # fmt: skip
-@_flag("--resume", group=RUN, is_flag=True, text="Go on with what a stopped run left in OUT.partial.")
-@_flag("--force", group=RUN, is_flag=True, text="Throw away what a stopped run left there.")
-@_flag("--strict", group=RUN, is_flag=True, text="Stop at the first row without usable text.")
-@_flag("--dry-run", group=RUN, is_flag=True, text="List what would be read, with an estimate; opens no text.")
+@flag("--resume", group=RUN, is_flag=True, text="Go on with what a stopped run left in OUT.partial.")
+@flag("--force", group=RUN, is_flag=True, text="Throw away what a stopped run left there.")
+@flag("--strict", group=RUN, is_flag=True, text="Stop at the first row without usable text.")
+@flag("--dry-run", group=RUN, is_flag=True, text="List what would be read, with an estimate; opens no text.")
 @output_options
 def command(
     recipe: str,

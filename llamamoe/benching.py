@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import LlamaMoeError, UsageError
 from .inspection import Inspection, inspect_checkpoint
-from .progress import Progress, ProgressCallback, ignore_progress
+from .progress import ProgressCallback, counting, ignore_progress
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,7 @@ def bench(
         _fits(side, prompt_tokens + new_tokens)
     run = _Run(prompt_tokens, new_tokens, repeats, dtype, device)
     turns = (2 if against is not None else 1) * len(sizes) + (against is not None)
-    tell = _counter(turns, progress)
+    tell = counting("bench", turns, "run", progress)
     parent = run.measure(opened[1], inspections[1], sizes, None, tell) if against is not None else None
     mine = run.measure(opened[0], inspections[0], sizes, experts_implementation, tell)
     drift = None
@@ -188,17 +188,6 @@ def _fits(side: Opened, tokens: int) -> None:
             f"prompt and new tokens are {tokens}, but '{side.name}' has only {positions} positions.",
             hint="Give a smaller --prompt or --new-tokens.",
         )
-
-
-def _counter(turns: int, progress: ProgressCallback) -> Callable[[str], None]:
-    done = 0
-
-    def tell(detail: str) -> None:
-        nonlocal done
-        done += 1
-        progress(Progress("bench", done, turns, "run", detail))
-
-    return tell
 
 
 def _faster_up_to(model: ModelSpeed, parent: ModelSpeed) -> int:

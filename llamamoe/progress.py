@@ -28,5 +28,17 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
+def counting(stage: str, total: int, unit: str, progress: ProgressCallback) -> Callable[..., None]:
+    """What tells ``progress`` of work that comes piece by piece: ``advance(detail, pieces=1)``."""
+    done = 0
+
+    def advance(detail: str, pieces: int = 1) -> None:
+        nonlocal done
+        done += pieces
+        progress(Progress(stage, done, total, unit, detail))
+
+    return advance
+
+
 def ignore_progress(_: Progress) -> None:
     """The callback that is used when the caller gives none."""

@@ -15,7 +15,7 @@ from ._version import __version__
 from .checkpoint.writer import write_text
 from .errors import CheckpointError, LlamaMoeError, MissingExtraError, RefusedError, UsageError
 from .inspection import Inspection, inspect_checkpoint
-from .progress import Progress, ProgressCallback, ignore_progress
+from .progress import ProgressCallback, counting, ignore_progress
 from .reporting.origin import plain, provenance, training_runs
 from .scores import Counts, differences, model_scores
 from .training.run_folder import FINAL
@@ -98,7 +98,7 @@ def report(
     curves = training_runs(runs, {each.name: Path(each.path) for each in inspections})
     parent = None if against is None else inspect_checkpoint(against)
     sides, protocol, length = _sides(inspections, parent, text, max_tokens, context_length)
-    advance = _counter(sides, progress)
+    advance = counting("report", sum(int(side.plan.tokens.sum()) for side in sides), "token", progress)
     readings = [_read(side, dtype, device, oracle_tokens, advance) for side in sides]
     of_parent = readings[-1] if parent is not None else None
     described = [_described(side, reading, of_parent) for side, reading in zip(sides, readings, strict=True)]
@@ -224,17 +224,6 @@ def _read(side: _Side, dtype: str, device: str, oracle_tokens: int, advance: Cal
         oracle_tokens=oracle_tokens,
         advance=lambda tokens: advance(side.inspection.name, tokens),
     )
-
-
-def _counter(sides: Sequence[_Side], progress: ProgressCallback) -> Callable[[str, int], None]:
-    total, done = sum(int(side.plan.tokens.sum()) for side in sides), 0
-
-    def advance(name: str, tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        progress(Progress("report", done, total, "token", name))
-
-    return advance
 
 
 # ---- plain data ---------------------------------------------------------------------------------------------------

@@ -109,11 +109,14 @@ def _factor(mixing: Mixing, top_k: int, rescale: str | None) -> float:
     """What routed outputs must be multiplied by in addition."""
     if rescale is None:
         return 1.0
-    coefficient = RESCALES.get(rescale)().coefficient
-    n = mixing.num_experts
-    old, new = (coefficient(n, k) / weight(mixing.weighting, n, k) for k in (mixing.top_k, top_k))
-    ratio = new / old
+    ratio = _whole_factor(mixing, top_k, rescale) / _whole_factor(mixing, mixing.top_k, rescale)
     return 1.0 if abs(ratio - 1.0) < 1e-12 else ratio
+
+
+def _whole_factor(mixing: Mixing, top_k: int, rescale: str) -> float:
+    """What routed outputs must be multiplied by beyond the router's weight: ``c(k) / w(k)``."""
+    n = mixing.num_experts
+    return RESCALES.get(rescale)().coefficient(n, top_k) / weight(mixing.weighting, n, top_k)
 
 
 def _value(checkpoint: SafetensorsCheckpoint, name: str, factor: float) -> torch.Tensor:
@@ -129,8 +132,7 @@ def _config(config: dict[str, Any], mixing: Mixing, top_k: int, rescale: str | N
     found = {**config, mixing.target.top_k_key: top_k}
     if rescale is None:
         return found
-    n = mixing.num_experts
-    factor = RESCALES.get(rescale)().coefficient(n, top_k) / weight(mixing.weighting, n, top_k)
+    factor = _whole_factor(mixing, top_k, rescale)
     if mixing.target.scaling_knob:
         found["routed_scaling_factor"] = mixing.factor * _factor(mixing, top_k, rescale)
     block = {**(config.get("llamamoe") or {}), "rescale": rescale, "top_k": top_k, "factor": factor}

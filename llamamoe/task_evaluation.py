@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from .errors import LlamaMoeError, MissingExtraError, UsageError
-from .progress import Progress, ProgressCallback, ignore_progress
+from .progress import ProgressCallback, counting, ignore_progress
 from .recipe import load_plain
 from .registry import near_misses
 
@@ -166,7 +166,7 @@ def evaluate_tasks(
     manager = _manager(recipe)
     places = [each for each in (model, against) if each is not None]
     opened = [open_model(each) for each in places]
-    tell = _counter(len(places) * len(recipe.tasks), progress)
+    tell = counting("evaluate", len(places) * len(recipe.tasks), "task", progress)
     run = _Run(recipe, manager, batch_size, dtype, device, tell)
     mine = run.ask(opened[0])
     theirs = run.ask(opened[1]) if against is not None else None
@@ -196,17 +196,6 @@ def _manager(recipe: TaskRecipe) -> Any:
                 hint=near_misses(request.task, manager.all_tasks),
             )
     return manager
-
-
-def _counter(total: int, progress: ProgressCallback) -> Callable[[str], None]:
-    done = 0
-
-    def tell(detail: str) -> None:
-        nonlocal done
-        done += 1
-        progress(Progress("evaluate", done, total, "task", detail))
-
-    return tell
 
 
 @dataclass(frozen=True)
