@@ -45,6 +45,8 @@ class Study:
         arms: ``(start, objective)``.
         seeds: Of the split and of the training.
         sampled: Tokens that the parent writes beside the real text.
+        distill: What is learned from the parent.
+        router_lr: Of each start, where it is not that of ``pretrain``: a fitted router needs less than a random one.
     """
 
     random: Mapping[str, Any]
@@ -56,6 +58,7 @@ class Study:
     seeds: tuple[int, ...]
     sampled: int = 0
     distill: Mapping[str, Any] = field(default_factory=lambda: KL)
+    router_lr: Mapping[str, float] = field(default_factory=dict)
 
 
 ALL_ARMS = tuple((start, how) for start in ("random", "ours") for how in ("lm", "distill", "heal + distill"))
@@ -80,6 +83,8 @@ STUDIES = {
         arms=(*ALL_ARMS, ("dense", "lm")),
         seeds=(0, 1, 2),
         sampled=860_000,
+        distill={"lm": {"weight": 1.0}, "kl": {"weight": {"start": 1.0, "end": 0.0, "share": 0.5}}},
+        router_lr={"ours": 1e-4},
     ),
     "smollm2": Study(
         random={"num_experts": 8, "top_k": 4, "method": "random"},
@@ -181,6 +186,8 @@ class Runner:
             "seed": seed,
             "experts_implementation": "llamamoe_auto",
         }
+        if start in self.study.router_lr:
+            given["optimizer"] = {**given["optimizer"], "router_lr": self.study.router_lr[start]}
         if objective != "lm":
             given |= {"parent": str(self.source), "distill": dict(self.study.distill)}
         if start == "dense":
@@ -274,8 +281,9 @@ def main() -> None:
         runner = Runner(options.study, options)
         for key in wanted:
             if key not in there and (not options.only or "/".join(map(str, key)) in options.only):
-                arms = add(path, options.study, runner.arm(*key))
-                print(*key, arms[-1]["curve"][0], arms[-1]["curve"][-1], flush=True)
+                arm = runner.arm(*key)
+                arms = add(path, options.study, arm)
+                print(*key, arm["curve"][0], arm["curve"][-1], flush=True)
     if arms:
         draw(arms, path)
 

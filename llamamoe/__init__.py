@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, LlamaMoeError, RefusedError, StoppedError, UsageError, VerificationError
     from .evaluation import evaluate
     from .experts import register_experts
+    from .exporting import GgufExport, export_gguf
     from .healing import HealResult, heal
     from .inspection import Inspection, inspect_checkpoint
     from .merging import MergeResult, merge
@@ -85,6 +86,8 @@ _PLACES = {
     "densify": "densifying",
     "DensifyResult": "densifying",
     "report": "reports",
+    "export_gguf": "exporting",
+    "GgufExport": "exporting",
     "evaluate_tasks": "task_evaluation",
     "load_task_recipe": "task_evaluation",
     "TaskEvaluation": "task_evaluation",
@@ -118,6 +121,7 @@ __all__ = [
     "DemoResult",
     "DensifyResult",
     "Evaluation",
+    "GgufExport",
     "HealRecipe",
     "HealResult",
     "Inspection",
@@ -148,6 +152,7 @@ __all__ = [
     "densify",
     "evaluate",
     "evaluate_tasks",
+    "export_gguf",
     "fix_config",
     "heal",
     "inspect_checkpoint",

@@ -42,7 +42,7 @@ class ConvertedModel:
         rescale: The rescale that holds (see `llamamoe.rescales`); None: the one that the conversion names.
 
     Raises:
-        RefusedError: It is no mixture of experts that is known here, or nothing says which rescale holds.
+        RefusedError: It is no mixture of experts that is known here.
         CheckpointError: Files and configuration disagree.
     """
 
@@ -50,13 +50,22 @@ class ConvertedModel:
         self.checkpoint = checkpoint
         self.block: dict[str, Any] = dict(checkpoint.config.get("llamamoe") or {})
         self.mixing: Mixing = mixing_of(checkpoint.config)
-        name = rescale_of(checkpoint.config, rescale)
-        if name is None:
+        self._rescale = rescale_of(checkpoint.config, rescale)
+
+    @property
+    def rescale(self) -> str:
+        """Name of the rescale that holds.
+
+        Raises:
+            RefusedError: Nothing says which one does.
+        """
+        if self._rescale is None:
             raise RefusedError(
-                f"{checkpoint.path} does not say how much a selected expert counts: it was not converted by llamamoe.",
+                f"{self.checkpoint.path} does not say how much a selected expert counts: it was not converted by "
+                "llamamoe.",
                 hint="Name the rescale that holds, if you know it: see llamamoe methods.",
             )
-        self.rescale = name
+        return self._rescale
 
     @cached_property
     def experts(self) -> Experts:
@@ -118,6 +127,14 @@ class ConvertedModel:
             if isinstance(tensor.origin, Copy):
                 found.setdefault(tensor.origin.name, tensor)
         return found
+
+    def has(self, name: str) -> bool:
+        """Whether there is a canonical tensor (see `llamamoe.sources`) of this name outside the MoE layers' FFNs."""
+        return name in self._outer
+
+    def stored_name(self, name: str) -> str:
+        """What a canonical tensor outside the MoE layers' FFNs is called in the files."""
+        return self._outer[name].name
 
     def read(self, name: str) -> torch.Tensor:
         """A canonical tensor (see `llamamoe.sources`) outside the MoE layers' FFNs, as stored; rotary rows as Llama's."""

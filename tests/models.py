@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from llamamoe.checkpoint.gguf_tokenizer import CUTS
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -106,3 +108,30 @@ def make_dense(
     model.to(dtype).save_pretrained(folder, **save)
     make_tokenizer(folder, config.vocab_size)
     return folder
+
+
+def make_byte_level(folder: Path, pre: str = "llama-bpe", vocab_size: int = 300) -> None:
+    """A small byte-level tokenizer, after <pad>, <bos>, <eos>, that cuts text as llama.cpp's ``pre`` does."""
+    cut = CUTS[pre]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=cut.whole_words))
+    first: list[Any] = [pre_tokenizers.Digits(True)] if cut.digits else []
+    if cut.regex:
+        first = [pre_tokenizers.Split(Regex(cut.regex), "isolated")]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut.regex is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
+    tokenizer.decoder = decoders.ByteLevel()
+    if cut.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 4, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    tokenizer.add_tokens(["<tool>"])
+    if cut.add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    wrapped.chat_template = "{{ messages[0].content }}"
+    wrapped.save_pretrained(folder)

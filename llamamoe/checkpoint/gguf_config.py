@@ -51,12 +51,14 @@ LAYOUTS: dict[str, Layout] = {
 }
 """The architectures that can be carried over exactly. Mistral's files call themselves ``llama``, and are."""
 
-_PROJECTIONS = {
+PROJECTIONS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+"""llama.cpp's names of a layer's matrices, and transformers'."""
+NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+"""The same of a layer's norms."""
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _GRANITE = {
     "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
@@ -203,11 +205,11 @@ def _expected(layout: Layout, config: Mapping[str, Any]) -> dict[str, tuple[str,
     }
     for layer in range(config["num_hidden_layers"]):
         ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
-        for stored, name in _PROJECTIONS.items():
+        for stored, name in PROJECTIONS.items():
             table[f"{ours}{name}.weight"] = (f"{theirs}{stored}.weight", (rows[stored], columns.get(stored, hidden)))
             if stored in biased:
                 table[f"{ours}{name}.bias"] = (f"{theirs}{stored}.bias", (rows[stored],))
-        for stored, name in _NORMS.items():
+        for stored, name in NORMS.items():
             table[f"{ours}{name}.weight"] = (f"{theirs}{stored}.weight", (hidden,))
         for stored, name in _HEAD_NORMS.items() if layout.qk_norm else ():
             table[f"{ours}{name}.weight"] = (f"{theirs}{stored}.weight", (head_dim,))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RefusedError
 from .gguf_header import GgufHeader, GgufTensor
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 ORIGINAL = "Split the original Hugging Face checkpoint instead of its GGUF file."
 """The way out where a GGUF file cannot be carried over."""
@@ -110,12 +114,46 @@ def _llama3(header: GgufHeader, freqs: GgufTensor, theta: float, head_dim: int) 
     )
 
 
-def _llama3_factors(theta: float, head_dim: int, factor: float, original: int) -> list[float]:
+def _llama3_factors(
+    theta: float, head_dim: int, factor: float, original: int, low: float = 1.0, high: float = 4.0
+) -> list[float]:
     """What llama.cpp's converter stores: the number that divides each frequency."""
     factors = []
     for dim in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (dim / head_dim)
-        smooth = (original / wavelength - 1.0) / (4.0 - 1.0)
+        smooth = (original / wavelength - low) / (high - low)
         inside = 1 / ((1 - smooth) / factor + smooth) if 0 <= smooth <= 1 else 0.0
         factors.append(1.0 if smooth > 1 else factor if smooth < 0 else inside)
     return factors
+
+
+def write_rope(writer: GGUFWriter, rope: Mapping[str, Any], head_dim: int) -> list[float] | None:
+    """Put ``rope_parameters`` among the metadata; returns what ``rope_freqs.weight`` must hold, if there is to be one.
+
+    Raises:
+        RefusedError: llama.cpp has no such scaling.
+    """
+    import gguf
+
+    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    known |= {"llama3": {"low_freq_factor", "high_freq_factor"}, "yarn": {"beta_fast", "beta_slow"}}.get(kind, set())
+    neutral = {"mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
+    other = sorted(k for k, v in rope.items() if k not in known and v is not None and neutral.get(k) != v)
+    if kind not in ("default", "linear", "llama3", "yarn") or other:
+        what = f"rope scaling of type {kind!r}" + (f" with {', '.join(other)}" if other else "")
+        raise RefusedError(f"{what} cannot be said in a GGUF file's terms here.")
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(theta)
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+        for name in ("beta_fast", "beta_slow"):
+            if rope.get(name) is not None:
+                getattr(writer, f"add_rope_scaling_yarn_{name}")(float(rope[name]))
+    if kind != "llama3":
+        return None
+    sizes = (float(rope["factor"]), int(rope["original_max_position_embeddings"]))
+    return _llama3_factors(theta, head_dim, *sizes, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]))

@@ -20,7 +20,8 @@ from .gguf_header import GgufHeader
 from .paths import inside
 from .reader import SIDE_FILES, refuse_tokenizer_code
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""llama.cpp's types of tokens."""
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -35,7 +36,7 @@ _TEKKEN = (
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """How a byte-level tokenizer cuts text: a regular expression of its own, or GPT-2's after single digits."""
 
     regex: str | None = None
@@ -45,10 +46,10 @@ class _Cut:
     add_bos: bool = False
 
 
-_GPT2 = _Cut()
-_STARCODER = _Cut(digits=True)
-_LLAMA_BPE = _Cut(_LLAMA3, whole_words=True, add_bos=True)
-CUTS: dict[str, _Cut] = {
+_GPT2 = Cut()
+_STARCODER = Cut(digits=True)
+_LLAMA_BPE = Cut(_LLAMA3, whole_words=True, add_bos=True)
+CUTS: dict[str, Cut] = {
     "gpt-2": _GPT2,
     "smollm": _STARCODER,
     "starcoder": _STARCODER,
@@ -56,8 +57,8 @@ CUTS: dict[str, _Cut] = {
     "llama-bpe": _LLAMA_BPE,
     "llama3": _LLAMA_BPE,
     "llama-v3": _LLAMA_BPE,
-    "qwen2": _Cut(_QWEN2, nfc=True),
-    "tekken": _Cut(_TEKKEN, whole_words=True, add_bos=True),
+    "qwen2": Cut(_QWEN2, nfc=True),
+    "tekken": Cut(_TEKKEN, whole_words=True, add_bos=True),
 }
 """The values of ``tokenizer.ggml.pre`` whose original ``tokenizer.json`` is known."""
 
@@ -156,7 +157,7 @@ def _vocabulary(metadata: Mapping[str, Any]) -> tuple[dict[str, int], list[int]]
     """Token to id, and the type of each; what was added at the end only to fill the embedding is left out."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     count = len(tokens)
-    while count and types[count - 1] == _UNUSED:
+    while count and types[count - 1] == UNUSED:
         count -= 1
     return {token: index for index, token in enumerate(tokens[:count])}, types[:count]
 
@@ -181,10 +182,10 @@ def _tokenizer_json(header: GgufHeader) -> dict[str, Any]:
     added = [
         {
             "id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": types[index] != _USER_DEFINED,
+            "normalized": False, "special": types[index] != USER_DEFINED,
         }
         for token, index in vocab.items()
-        if types[index] in (_CONTROL, _UNKNOWN, _USER_DEFINED) or index in special
+        if types[index] in (CONTROL, UNKNOWN, USER_DEFINED) or index in special
     ]  # fmt: skip
     template = _template(metadata)
     if template and parts["post_processor"]:
@@ -246,7 +247,7 @@ def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int], types: li
     ]  # fmt: skip
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    merges = _merges_of_scores(vocab, types, metadata["tokenizer.ggml.scores"])
+    merges = merges_of_scores(vocab, types, metadata["tokenizer.ggml.scores"])
     unknown = token_ids(metadata)["unk"]
     token = metadata["tokenizer.ggml.tokens"][unknown] if unknown is not None else None
     return {
@@ -268,9 +269,9 @@ def _bpe(vocab: dict[str, int], merges: list[str] | list[list[str]], **settings:
     return {**plain, **settings, "vocab": vocab, "merges": merges}
 
 
-def _merges_of_scores(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[list[str]]:
+def merges_of_scores(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[list[str]]:
     """SentencePiece keeps no merges: it joins the neighbours whose union has the best score. The same as ranks."""
-    usable = {token for token, index in vocab.items() if types[index] in (_NORMAL, _USER_DEFINED, _UNUSED)}
+    usable = {token for token, index in vocab.items() if types[index] in (NORMAL, USER_DEFINED, UNUSED)}
     found: list[tuple[float, int, int, str, str]] = []
     for token in usable:
         for cut in range(1, len(token)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _EXPERT_GROUPS = ("experts", "shared")
 _NO_DECAY = ("router", "norms")
-
+_DOWN = re.compile(r"\.(down_proj|output_linear)\b")
 
 _GROUPS = {"routed": "experts", "norm": "norms", "embedding": "embeddings", "stub": "shared"}
 """Roles that are called otherwise here, where a reader thinks of several parameters."""
@@ -64,10 +65,26 @@ def freeze(model: torch.nn.Module, groups: Iterable[str]) -> dict[str, int]:
     return trained
 
 
+def baked_factor(model: torch.nn.Module) -> float:
+    """What the conversion multiplied the routed experts' down projections by, as config.json tells; 1 if nothing is told."""
+    block = getattr(getattr(model, "config", None), "llamamoe", None) or {}
+    return float(block.get("baked_factor") or 1.0)
+
+
+def _is_scaled(name: str, group: str) -> bool:
+    """Whether a parameter is a routed down projection, or the adapter's half whose size follows it."""
+    return group == "experts" and _DOWN.search(name) is not None and "lora_A" not in name
+
+
 def optimizer_groups(
     model: torch.nn.Module, recipe: PretrainRecipe, extra: Iterable[torch.nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
     """Parameter groups for AdamW, in a fixed order: each has ``lr``, ``weight_decay`` and a ``name``.
+
+    A step of Adam has about the size of its learning rate, whatever the size of the weights. A conversion to an
+    architecture whose router weighs every selected expert by about 1/N multiplies their down projections by about N;
+    by the plain rate these would learn N times slower than in the dense model. Their rate is multiplied by that factor
+    (`down_lr_factor`), and their decay divided by it, so that both are, relative to the weights, those of all others.
 
     Args:
         model: Its parameters that take a gradient are in one group each.
@@ -75,13 +92,18 @@ def optimizer_groups(
         extra: Parameters of a gate, which count as the router's.
     """
     optimizer = recipe.optimizer
-    rates = {"router": optimizer.router_lr, **dict.fromkeys(_EXPERT_GROUPS, optimizer.experts_lr)}
+    factor = baked_factor(model) if optimizer.down_lr_factor is None else optimizer.down_lr_factor
+    experts_lr = optimizer.lr if optimizer.experts_lr is None else optimizer.experts_lr
+    rates = {"router": optimizer.router_lr, "experts": experts_lr, "experts_down": experts_lr * factor}
+    decay = {"experts_down": optimizer.weight_decay / factor}
     members: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = group_of(name)
             decays = parameter.ndim >= 2 and group not in _NO_DECAY
             kind = "router" if group == "router" else "experts" if group in _EXPERT_GROUPS else "rest"
+            if factor != 1 and _is_scaled(name, group):
+                kind = "experts_down"
             members.setdefault((kind, decays), []).append(parameter)
     if extras := list(extra):
         members.setdefault(("router", False), []).extend(extras)
@@ -89,7 +111,7 @@ def optimizer_groups(
         {
             "params": parameters,
             "lr": optimizer.lr if (rate := rates.get(kind)) is None else rate,
-            "weight_decay": optimizer.weight_decay if decays else 0.0,
+            "weight_decay": decay.get(kind, optimizer.weight_decay) if decays else 0.0,
             "name": kind,
         }
         for (kind, decays), parameters in sorted(members.items(), key=lambda item: item[0])

@@ -62,6 +62,13 @@ class OptimizerRecipe(_Part):
     lr: float = Field(2e-4, gt=0, lt=10, description="Largest learning rate.")
     router_lr: float | None = Field(None, ge=0, lt=10, description="That of the routers; null: lr.")
     experts_lr: float | None = Field(None, ge=0, lt=10, description="That of routed and shared experts; null: lr.")
+    down_lr_factor: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="The rate of routed down projections over that of experts; null: the factor that the conversion "
+        "multiplied them by, since Adam's steps do not grow with the weights.",
+    )
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="Adam's decay rates.")
     eps: float = Field(1e-8, gt=0, lt=1, description="Adam's epsilon.")
     weight_decay: float = Field(0.1, ge=0, lt=10, description="On matrices; norms, biases and routers have none.")

@@ -14,6 +14,7 @@ from llamamoe_cli.evaluate import with_error
 from llamamoe.catalog import list_methods
 from llamamoe.demonstration import DemoResult, DemoRow
 
+from ..models import make_byte_level, make_dense
 from .conftest import Run
 
 
@@ -223,3 +224,16 @@ def test_evaluate_takes_text_or_tasks(converted: tuple[Path, Result], run: Run) 
     )
     pytest.importorskip("lm_eval")
     assert "is no task" in run("evaluate", converted[0], "--tasks", "pika", code=2).stderr
+
+
+def test_export_gguf(tmp_path: Path, run: Run) -> None:
+    dense = make_dense(tmp_path / "dense", vocab_size=300)
+    make_byte_level(dense)
+    run("split", dense, tmp_path / "moe", "--experts", "4", "--top-k", "2", "--method", "random")
+    text = run("export-gguf", tmp_path / "moe", tmp_path / "m.gguf", "--dtype", "bf16").stdout
+    assert "m.gguf" in text
+    assert "BF16" in text
+    assert "exists" in run("export-gguf", tmp_path / "moe", tmp_path / "m.gguf", code=3).stderr
+    data = json.loads(run("export-gguf", tmp_path / "moe", tmp_path / "m.gguf", "--force", "--json").stdout)
+    assert (data["architecture"], data["dtype"]) == ("llama", "F32")
+    assert "end in .gguf" in run("export-gguf", tmp_path / "moe", tmp_path / "out", code=2).stderr

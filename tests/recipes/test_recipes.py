@@ -16,7 +16,7 @@ import llamamoe
 from llamamoe.catalog import Cell, matrix
 from llamamoe.choices import complete
 from llamamoe.recipe import SplitRecipe, load_recipe
-from tests.models import make_dense
+from tests.models import make_byte_level, make_dense
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes" / "split").glob("*.yaml"))
@@ -57,7 +57,8 @@ SHRUNK = {
 @pytest.fixture
 def beside_the_demo(tmp_path, monkeypatch) -> Path:
     """A folder with what the README's commands find: the demonstration's output (tiny) and the recipes."""
-    make_dense(tmp_path / "demo-output" / "dense", "llama-tied", max_position_embeddings=2048)
+    dense = make_dense(tmp_path / "demo-output" / "dense", "llama-tied", max_position_embeddings=2048, vocab_size=300)
+    make_byte_level(dense, "smollm")
     text = tmp_path / "demo-output" / "text"
     write_words(text / "calibration" / "class.txt")
     (text / "evaluation").mkdir()
@@ -172,7 +173,19 @@ def run_all(commands: list[list[str]]) -> None:
 def test_commands_of_the_readme_run(beside_the_demo):
     """On a tiny model in the place of the demonstration's."""
     assert [args[0] for args in COMMANDS] == [
-        *("inspect", "split", "split", "split", "verify", "evaluate", "bench", "report", "compare", "fix-config"),
+        *(
+            "inspect",
+            "split",
+            "split",
+            "split",
+            "verify",
+            "evaluate",
+            "bench",
+            "report",
+            "compare",
+            "fix-config",
+            "export-gguf",
+        ),
         *("tokenize", "tokenize", "heal", "pretrain", "merge", "retop", "densify"),
     ]
     run_all([args + SHRUNK.get(args[0], []) for args in COMMANDS])

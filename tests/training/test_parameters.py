@@ -64,6 +64,27 @@ def test_groups_have_rates_and_decay(tmp_path: Path) -> None:
     assert not one_dimensional
 
 
+def test_scaled_down_projections_learn_as_fast_relative_to_their_size(tmp_path: Path) -> None:
+    """A step of Adam on weights that were multiplied by f, at f times the rate, is f times the plain model's step."""
+    world = make_world(tmp_path)
+    recipe = recipe_of(world, optimizer={"lr": 1e-3, "experts_lr": 2e-3, "weight_decay": 0.1})
+    model = model_of("qwen2_moe")
+    model.config.llamamoe = {"baked_factor": 16.0}
+    groups = {group["name"]: group for group in optimizer_groups(model, recipe) if group["weight_decay"]}
+    down = [p for name, p in model.named_parameters() if name.endswith("experts.down_proj")]
+    assert [id(p) for p in groups["experts_down"]["params"]] == [id(p) for p in down]
+    assert groups["experts_down"]["lr"] == 16 * groups["experts"]["lr"] == 16 * 2e-3
+    plain = torch.nn.Parameter(torch.randn(3, 4))
+    scaled = torch.nn.Parameter(16 * plain.detach())
+    for parameter, group in ((plain, groups["experts"]), (scaled, groups["experts_down"])):
+        step = torch.optim.AdamW([{**group, "params": [parameter]}], eps=0.0)
+        parameter.grad = torch.arange(12.0).reshape(3, 4) - 5.5
+        step.step()
+    assert torch.allclose(scaled, 16 * plain, rtol=1e-5)
+    plain_rates = recipe_of(world, optimizer={"down_lr_factor": 1.0})
+    assert "experts_down" not in {group["name"] for group in optimizer_groups(model, plain_rates)}
+
+
 def test_routers_go_first(tmp_path: Path) -> None:
     recipe = recipe_of(make_world(tmp_path), "steps=10", router={"warmup_steps": 4})
     router, rest = lr_factors([{"name": "router"}, {"name": "rest"}], recipe)

@@ -1,0 +1,50 @@
+"""``llamamoe export-gguf``: a converted checkpoint for llama.cpp."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ._format import size
+from ._output import Output, kept_when_interrupted, output_options
+from ._style import Command, Option
+from ._tables import bullets, facts
+
+if TYPE_CHECKING:
+    from llamamoe.exporting import GgufExport
+
+HELP = """Write the converted checkpoint MODEL as the GGUF file OUT, for llama.cpp and everything built on it.
+
+MODEL must be a mixtral or a granitemoeshared: those are computed in llama.cpp exactly as in transformers. Matrices keep
+their type unless --dtype says otherwise; llama-quantize makes smaller ones of the file.
+"""
+EXAMPLES = """
+llamamoe export-gguf MODEL model.gguf
+llamamoe export-gguf MODEL model.gguf --dtype q8_0
+"""
+
+
+@click.command(cls=Command, section="Convert", rank=6, short_help="Write a GGUF file for llama.cpp.",
+               help=HELP, examples=EXAMPLES)  # fmt: skip
+@click.argument("model")
+@click.argument("out")
+@click.option("--dtype", cls=Option, group="Result", metavar="NAME", default="auto", show_default=True,
+              help="auto (as stored), f32, f16, bf16 or q8_0.")  # fmt: skip
+@click.option("--pre", cls=Option, group="Result", metavar="NAME",
+              help="llama.cpp's name of the pre-tokenizer, if it is not recognised.")  # fmt: skip
+@click.option("--force", cls=Option, group="This run", is_flag=True, help="Replace OUT.")
+@output_options
+def command(model: str, out: str, dtype: str, pre: str | None, force: bool, output: Output) -> None:
+    """Parse, write, print."""
+    from llamamoe import export_gguf
+
+    with kept_when_interrupted(out), output.progress() as report:
+        found = export_gguf(model, out, dtype=dtype, pre=pre, force=force, progress=report)
+    output.result(found.to_json(), lambda: _print(found), summary=True)
+
+
+def _print(found: GgufExport) -> None:
+    click.echo(click.style(f"{found.out}: {size(found.nbytes)}", bold=True))
+    facts([("architecture", found.architecture), ("type", found.dtype), ("tensors", str(found.num_tensors))])
+    bullets(found.warnings, mark="!")

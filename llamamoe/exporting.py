@@ -1,0 +1,357 @@
+"""``llamamoe.export_gguf``: a converted checkpoint as one GGUF file, for llama.cpp and what is built on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .checkpoint.gguf_config import NORMS, PROJECTIONS
+from .checkpoint.gguf_header import require_gguf
+from .checkpoint.gguf_rope import write_rope
+from .checkpoint.gguf_vocabulary import GgufVocabulary, read_vocabulary
+from .checkpoint.rewriting import opened
+from .converted import ConvertedModel, check_shapes
+from .errors import LlamaMoeError, RefusedError, UsageError
+from .preflight import normal_path
+from .progress import Progress, ProgressCallback, ignore_progress
+from .registry import near_misses
+from .targets.base import Neurons, OutTensor, Router
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from gguf import GGUFWriter
+
+ARCHITECTURES = {"mixtral": "llama", "granitemoeshared": "granitemoe"}
+"""Targets that llama.cpp computes exactly as transformers does, and its names for them."""
+DTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+_KINDS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
+_Q8_BLOCK, _Q8_BYTES = 32, 34
+_ROOM = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """What `export_gguf` wrote.
+
+    Attributes:
+        out: The file.
+        architecture: llama.cpp's name for it.
+        dtype: The type that most numbers have: ``F32``, ``F16``, ``BF16`` or ``Q8_0``.
+        num_tensors: Tensors in it.
+        nbytes: Bytes of the file.
+        warnings: What a user should know.
+    """
+
+    out: Path
+    architecture: str
+    dtype: str
+    num_tensors: int
+    nbytes: int
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "out": str(self.out), "warnings": list(self.warnings)}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file: its shape, its type, and how to make it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    make: Callable[[], torch.Tensor] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        count = prod(self.shape)
+        return count * 4 if self.kind == "F32" else count * 2 if self.kind != "Q8_0" else count // _Q8_BLOCK * _Q8_BYTES
+
+
+def export_gguf(
+    model: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "auto",
+    pre: str | None = None,
+    force: bool = False,
+    progress: ProgressCallback = ignore_progress,
+) -> GgufExport:
+    """Write a converted checkpoint as one GGUF file, one tensor in memory at a time.
+
+    Rows of queries and keys are put into the order that llama.cpp rotates; experts of a layer are stacked; norms, biases
+    and routers are stored in float32, as llama.cpp's own converter does. The file appears whole or not at all.
+
+    Args:
+        model: A checkpoint with the target ``mixtral`` or ``granitemoeshared``.
+        out: The file to make; its name ends in ``.gguf``.
+        dtype: ``"auto"`` (matrices as they are stored), ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"`` (8 bits, a scale
+            for every 32 numbers; rows that are no multiple of 32 wide get 16 bits). llama.cpp makes smaller ones of it.
+        pre: llama.cpp's name of the way that a byte-level tokenizer cuts text, if it is not recognised.
+        force: Replace ``out``.
+        progress: Told after every tensor.
+
+    Raises:
+        RefusedError: llama.cpp does not compute this model exactly, OUT is there already, or the disk is too small.
+        CheckpointError: The checkpoint is broken, or llama.cpp would cut text in another way.
+        MissingExtraError: The package ``gguf`` is not installed.
+    """
+    require_gguf()
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown.", hint=near_misses(dtype, list(DTYPES)))
+    place = normal_path(out)
+    _check_place(place, force=force)
+    location, checkpoint = opened(model)
+    converted = ConvertedModel(checkpoint)
+    architecture = _architecture(converted)
+    check_shapes(converted)
+    vocabulary = read_vocabulary(checkpoint.path, converted.spec.vocab_size, pre=pre)
+    import gguf
+
+    writer = gguf.GGUFWriter(None, architecture)
+    freqs = _write_metadata(writer, converted, location.name, vocabulary)
+    tensors = list(_tensors(converted, dtype, freqs))
+    kind = max(tensors, key=lambda each: prod(each.shape)).kind
+    writer.add_file_type(_FILE_TYPES[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _check_room(place, sum(each.nbytes for each in tensors))
+    _write(writer, tensors, place, progress)
+    warnings = tuple(_warnings(converted, vocabulary, tensors, kind))
+    return GgufExport(place, architecture, kind, len(tensors), place.stat().st_size, warnings)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def _check_place(out: Path, *, force: bool) -> None:
+    if out.suffix != ".gguf":
+        raise UsageError(f"OUT ({out}) must end in .gguf.", hint=f"For example {out.name}.gguf.")
+    if out.exists() and (not out.is_file() or out.is_symlink()):
+        raise RefusedError(f"OUT ({out}) exists and is no plain file.", hint="Choose another name.")
+    if out.exists() and not force:
+        raise RefusedError(f"OUT ({out}) exists.", hint="Choose another name, or --force to replace it.")
+
+
+def _architecture(model: ConvertedModel) -> str:
+    name = model.target.name
+    if name not in ARCHITECTURES:
+        raise RefusedError(
+            f"a GGUF file can be written for {' and '.join(ARCHITECTURES)}, but this model is {name}.",
+            hint="Split the parent again with --target granitemoeshared (shared experts) or --target mixtral (none).",
+        )
+    if model.experts.dense_layers:
+        layers = ", ".join(map(str, model.experts.dense_layers))
+        raise RefusedError(f"the layers {layers} are dense, which {ARCHITECTURES[name]} cannot hold in llama.cpp.")
+    return ARCHITECTURES[name]
+
+
+def _check_room(out: Path, need: int) -> None:
+    have = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
+    if have < need + _ROOM:
+        raise RefusedError(
+            f"the file takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
+            hint="Make room, choose another disk, or a smaller --dtype.",
+        )
+
+
+def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[_Tensor], kind: str) -> Iterator[str]:
+    window = model.spec.window
+    if window is not None and window < model.spec.max_position_embeddings:
+        yield f"llama.cpp has no sliding window for this architecture: the context length is set to the window, {window}"
+    yield from vocabulary.notes
+    if vocabulary.model == "none":
+        yield "the checkpoint has no tokenizer: the file holds none, and takes token ids only"
+    wide = [each.name for each in tensors if kind == "Q8_0" and len(each.shape) > 1 and each.kind == "F16"]
+    if wide:
+        yield f"{len(wide)} tensors have rows that are no multiple of {_Q8_BLOCK} wide and are stored in 16 bits: {wide[0]}"
+    if kind == "Q8_0":
+        yield "8-bit weights round the model's weights: measure it again"
+
+
+# ---- metadata ------------------------------------------------------------------------------------------------------
+
+
+def _write_metadata(
+    writer: GGUFWriter, model: ConvertedModel, name: str, vocabulary: GgufVocabulary
+) -> list[float] | None:
+    """All that the file says before its tensors; returns llama3's rope factors, if there are any."""
+    spec, layout = model.spec, model.layout
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_string("llamamoe.version", __version__)
+    if model.block:
+        writer.add_string("llamamoe.conversion", json.dumps(model.block, sort_keys=True))
+    writer.add_vocab_size(spec.vocab_size)
+    writer.add_block_count(spec.num_layers)
+    writer.add_context_length(min(spec.window or spec.max_position_embeddings, spec.max_position_embeddings))
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_feed_forward_length(layout.expert_width)
+    writer.add_head_count(spec.num_heads)
+    writer.add_head_count_kv(spec.num_kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    writer.add_expert_count(layout.num_experts)
+    writer.add_expert_used_count(layout.top_k)
+    if model.target.name == "granitemoeshared":
+        if layout.shared_width:
+            writer.add_expert_shared_feed_forward_length(layout.shared_width)
+        multiplier = spec.attention_multiplier
+        writer.add_attention_scale(spec.head_dim**-0.5 if multiplier is None else multiplier)
+        writer.add_embedding_scale(spec.embedding_multiplier)
+        writer.add_residual_scale(spec.residual_multiplier)
+        writer.add_logit_scale(spec.logits_scaling)
+    vocabulary.write(writer)
+    return write_rope(writer, spec.rope, spec.head_dim)
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------------
+
+
+def _tensors(model: ConvertedModel, dtype: str, freqs: list[float] | None) -> Iterator[_Tensor]:
+    """The tensors of the file, in order."""
+    import torch
+
+    spec = model.spec
+
+    def outer(ours: str, theirs: str, heads: int = 0) -> _Tensor:
+        shape = model.checkpoint.tensors[model.stored_name(ours)].shape
+        kind = _kind(dtype, model.dtype_of(ours), shape)
+        return _Tensor(theirs, shape, kind, lambda: _rotated(model.read(ours), heads))
+
+    yield outer("model.embed_tokens.weight", "token_embd.weight")
+    if freqs is not None:
+        yield _Tensor("rope_freqs.weight", (len(freqs),), "F32", lambda: torch.tensor(freqs, dtype=torch.float32))
+    for layer in range(spec.num_layers):
+        prefix, block = f"model.layers.{layer}.", f"blk.{layer}."
+        for theirs, ours in NORMS.items():
+            yield outer(f"{prefix}{ours}.weight", f"{block}{theirs}.weight")
+        for theirs, ours in PROJECTIONS.items():
+            if not theirs.startswith("attn"):
+                continue
+            heads = {"attn_q": spec.num_heads, "attn_k": spec.num_kv_heads}.get(theirs, 0)
+            for part in ("weight", "bias"):
+                if model.has(f"{prefix}{ours}.{part}"):
+                    yield outer(f"{prefix}{ours}.{part}", f"{block}{theirs}.{part}", heads)
+        yield from _moe_tensors(model, dtype, layer, block)
+    yield outer("model.norm.weight", "output_norm.weight")
+    if not spec.tie_word_embeddings:
+        yield outer("lm_head.weight", "output.weight")
+
+
+def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> Iterator[_Tensor]:
+    """Router, shared expert and stacked experts of one layer, in the units in which they are stored."""
+    layout, hidden = model.layout, model.spec.hidden_size
+    parts: dict[tuple[bool, str], list[OutTensor]] = {}
+    for tensor in model.target.moe_tensors(model.spec, layout, layer):
+        origin = tensor.origin
+        if isinstance(origin, Router):
+            read = partial(model.checkpoint.read, tensor.name)
+            yield _Tensor(f"{block}ffn_gate_inp.weight", tensor.shape, "F32", read)
+        elif isinstance(origin, Neurons):
+            for part in ("gate", "up") if origin.part == "gate_up" else (origin.part,):
+                parts.setdefault((origin.expert == "shared", part), []).append(tensor)
+    for (shared, part), tensors in parts.items():
+        width = layout.shared_width if shared else layout.expert_width
+        matrix = (hidden, width) if part == "down" else (width, hidden)
+        shape = matrix if shared else (layout.num_experts, *matrix)
+        kind = _kind(dtype, model.checkpoint.tensors[tensors[0].name].dtype, shape)
+        name = f"{block}ffn_{part}_{'shexp' if shared else 'exps'}.weight"
+        yield _Tensor(name, shape, kind, partial(_gathered, model, tensors, part))
+
+
+def _gathered(model: ConvertedModel, tensors: list[OutTensor], part: str) -> torch.Tensor:
+    """All experts' rows of one projection."""
+    import torch
+
+    found = []
+    for tensor in tensors:
+        value = model.checkpoint.read(tensor.name)
+        if isinstance(tensor.origin, Neurons) and tensor.origin.part == "gate_up":
+            value = value.chunk(2, dim=-2)[part == "up"]
+        found.append(value)
+    return found[0] if len(found) == 1 else torch.stack(found)
+
+
+def _rotated(value: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of queries or keys in llama.cpp's order (0, half, 1, half + 1, ...) within each head."""
+    if not heads:
+        return value
+    return value.reshape(heads, 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
+
+
+def _kind(dtype: str, stored: str, shape: tuple[int, ...]) -> str:
+    """The GGUF type of a tensor."""
+    if len(shape) == 1:
+        return "F32"
+    kind = _KINDS.get(stored if dtype == "auto" else dtype, "F32")
+    return "F16" if kind == "Q8_0" and shape[-1] % _Q8_BLOCK else kind
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def _write(writer: GGUFWriter, tensors: list[_Tensor], out: Path, progress: ProgressCallback) -> None:
+    """The file, beside OUT under another name until it is whole."""
+    import numpy as np
+    from gguf import GGMLQuantizationType
+
+    for each in tensors:
+        kind = GGMLQuantizationType[each.kind]
+        # The dtype only tells packed from plain shapes: what is stored is `kind`.
+        writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=kind)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file(unfinished)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, each in enumerate(tensors, start=1):
+            writer.write_tensor_data(_packed(each))
+            progress(Progress("export", done, len(tensors), "tensor", each.name))
+        writer.flush()
+        for file in writer.fout or ():
+            os.fsync(file.fileno())
+        writer.close()
+        unfinished.replace(out)
+    except OSError as error:
+        raise LlamaMoeError(
+            f"writing {out} failed: {error.strerror or error}.",
+            hint="Nothing is left of it; mend the cause and repeat.",
+        ) from error
+    finally:
+        writer.close()
+        unfinished.unlink(missing_ok=True)
+
+
+def _packed(tensor: _Tensor) -> np.ndarray[Any, Any]:
+    """The numbers as the file stores them."""
+    import gguf
+    import torch
+
+    value = tensor.make()
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
+    cast = value.to(dtypes[tensor.kind]).contiguous()
+    if not torch.isfinite(cast).all():
+        raise LlamaMoeError(
+            f"{tensor.name} would hold NaN or infinite values as {tensor.kind}.",
+            hint="With --dtype f16 the values are beyond its range: take bf16 or f32."
+            if torch.isfinite(value).all()
+            else "The checkpoint holds them already.",
+        )
+    if tensor.kind == "Q8_0":
+        packed: np.ndarray[Any, Any] = gguf.quants.quantize(cast.numpy(), gguf.GGMLQuantizationType.Q8_0)
+        return packed
+    plain: np.ndarray[Any, Any] = (cast.view(torch.int16) if tensor.kind == "BF16" else cast).numpy()
+    return plain
