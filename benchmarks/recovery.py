@@ -101,11 +101,11 @@ STUDIES = {
             "lr_schedule": {"warmup": 4, "min_ratio": 0.1},
             "losses": [{"name": "switch", "coefficient": 0.005}],
             "freeze": ["embeddings", "head"],
-            "evaluate_every": 12, "log_every": 4, "save_every": 4, "keep": 2,
+            "evaluate_every": 15, "log_every": 5, "save_every": 5, "keep": 2,
         },
         arms=(("ours", "distill"), ("dense", "lm"), ("ours", "lm"), ("random", "lm")),
         seeds=(0,),
-        distill={"lm": {"weight": 0.1}, "kl": {"weight": 1.0, "top_m": 256}},
+        distill={"lm": {"weight": 0.5}, "kl": {"weight": 1.0, "top_m": 256}},
     ),
 }  # fmt: skip
 BLOCKS = {

@@ -125,12 +125,15 @@ def flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Calla
     return click.option(*spellings, cls=Option, group=group, help=text, **keys)
 
 
-def model_options(group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """``--dtype`` and ``--device``: how models are held that are only run."""
+def model_options(group: str, *, several: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``--dtype`` and ``--device``: how models are held that are only run; ``several``: on more than one device, too."""
+    devices = (
+        "A torch device; several with commas, or all GPUs (all): a copy on each; or one copy over all GPUs (spread)."
+    )
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        device = flag("--device", group=group, metavar="NAME", default="auto",
-                      text="A torch device.  [default: auto, the GPU if there is one]")  # fmt: skip
+        text = f"{devices if several else 'A torch device.'}  [default: auto, the GPU if there is one]"
+        device = flag("--device", group=group, metavar="NAME", default="auto", text=text)
         dtype = flag("--dtype", group=group, metavar="NAME", default="auto",
                      text="auto, float32, bfloat16 or float16.  [default: auto, as stored]")  # fmt: skip
         return dtype(device(function))

@@ -42,6 +42,8 @@ TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "How it runs"
               help="Take only so many tokens of each domain.  [default: all]")  # fmt: skip
 @click.option("--context-length", cls=Option, group=TEXT, type=int, metavar="N",
               help="Tokens of a window.  [default: the model's positions, at most 2048]")  # fmt: skip
+@click.option("--stride", cls=Option, group=TEXT, type=int, metavar="N",
+              help="Sliding windows: begin one every N tokens, score what is new.  [default: no overlap]")  # fmt: skip
 @click.option("--tasks", cls=Option, group=TASKS, metavar="NAME,NAME", help="Tasks, in the place of a recipe's.")
 @click.option(
     "--recipe", cls=Option, group=TASKS, metavar="FILE|NAME", help="A YAML file with tasks, or a shipped one."
@@ -54,11 +56,11 @@ TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "How it runs"
 @click.option("--against", cls=Option, group=RUN, metavar="OTHER", help="Measure this model too, and the difference.")
 @click.option("--batch-size", cls=Option, group=RUN, type=int, default=8, show_default=True, metavar="N",
               help="Windows that run together.")  # fmt: skip
-@model_options(RUN)
+@model_options(RUN, several=True)
 @output_options
 def command(
-    model: str, text: tuple[str, ...], max_tokens: int | None, context_length: int | None, tasks: str | None,
-    recipe: str | None, few_shot: int | None, limit: int | None, include: tuple[str, ...], against: str | None,
+    model: str, text: tuple[str, ...], max_tokens: int | None, context_length: int | None,
+    stride: int | None, tasks: str | None, recipe: str | None, few_shot: int | None, limit: int | None, include: tuple[str, ...], against: str | None,
     batch_size: int, dtype: str, device: str, output: Output,
 ) -> None:  # fmt: skip
     """Parse, evaluate, print."""
@@ -68,8 +70,8 @@ def command(
     if asked == bool(text):
         raise click.UsageError("Give either --text or tasks (--tasks, --recipe).")
     if asked:
-        if max_tokens is not None or context_length is not None:
-            raise click.UsageError("--max-tokens and --context-length belong to --text.")
+        if any(value is not None for value in (max_tokens, context_length, stride)):
+            raise click.UsageError("--max-tokens, --context-length and --stride belong to --text.")
         keys: dict[str, Any] = {"against": against, "batch_size": batch_size, "dtype": dtype, "device": device}
         _tasks(model, recipe, _given(tasks, few_shot, limit, include), output, keys)
         return
@@ -82,6 +84,7 @@ def command(
             against=against,
             max_tokens=max_tokens,
             context_length=context_length,
+            stride=stride,
             batch_size=batch_size,
             dtype=dtype,
             device=device,
@@ -159,7 +162,10 @@ def _print(found: Evaluation, *, verbose: bool) -> None:
         heading("How it was measured")
         paragraph(found.protocol)
     else:
-        paragraph(f"Windows of {found.context_length} tokens; +- is the standard error over documents; -v says more.")
+        sliding = f", one every {found.stride}" if found.stride else ""
+        paragraph(
+            f"Windows of {found.context_length} tokens{sliding}; +- is the standard error over documents; -v says more."
+        )
 
 
 def _scores(scores: ModelScores) -> None:

@@ -30,6 +30,7 @@ def evaluate(
     against: str | Path | None = None,
     max_tokens: int | None = None,
     context_length: int | None = None,
+    stride: int | None = None,
     batch_size: int = 8,
     dtype: str = "auto",
     device: str = "auto",
@@ -46,9 +47,12 @@ def evaluate(
         against: Another model to measure on the same text.
         max_tokens: Take only so many tokens of each domain (of ``model``'s tokenizer); None: all.
         context_length: Tokens of a window; None: as many as the models have positions, at most 2048.
+        stride: Tokens from one window's beginning to the next's, which then scores only what is new to it (a sliding
+            window: more context for each token, ``context_length / stride`` times the work); None: windows that do not
+            overlap.
         batch_size: Windows that run together; changes speed and memory, results only by rounding.
         dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        device: A torch device, or ``"auto"``: the GPU if there is one.
+        device: See `pick_devices`.
         progress: Called with tokens scored so far.
 
     Raises:
@@ -59,24 +63,28 @@ def evaluate(
     from .scoring import open_model
 
     _check(max_tokens=max_tokens, context_length=context_length, batch_size=batch_size, dtype=dtype)
-    device = pick_device(device)
+    devices = pick_devices(device)
     documents = read_documents(text)  # complains before models are opened
     sides = [open_model(name) for name in (model, against) if name is not None]
     length = _context_length(context_length, sides)
+    _check_stride(stride, length)
     mine, skipped = _take(documents, sides[0], max_tokens)
     encoded, same = [mine], True
     if against is not None:
         theirs, same = _encode_again(mine, sides[1])
         encoded.append(theirs)
-    plans = [ScoringPlan(part, windows_of(part, length), side) for part, side in zip(encoded, sides, strict=True)]
+    plans = [
+        ScoringPlan(part, windows_of(part, length, stride), side) for part, side in zip(encoded, sides, strict=True)
+    ]
     advance = _counter(sum(int(plan.tokens.sum()) for plan in plans), progress)
-    results = [plan.run(batch_size, dtype, device, advance) for plan in plans]
+    results = [plan.run(batch_size, dtype, devices, advance) for plan in plans]
     scores = [model_scores(side.name, used, counts) for side, (used, counts) in zip(sides, results, strict=True)]
     return Evaluation(
-        protocol=protocol(length, max_tokens, sides, same),
+        protocol=protocol(length, max_tokens, sides, same, stride),
         context_length=length,
+        stride=stride,
         max_tokens=max_tokens,
-        device=device,
+        device=",".join(devices),
         skipped_documents=skipped,
         model=scores[0],
         against=scores[1] if against is not None else None,
@@ -92,6 +100,33 @@ def _check(*, max_tokens: int | None, context_length: int | None, batch_size: in
             raise UsageError(f"{name} is {value}, but must be at least {least}.")
     if dtype not in _DTYPES:
         raise UsageError(f"dtype is '{dtype}', but must be one of {', '.join(_DTYPES)}.")
+
+
+def _check_stride(stride: int | None, length: int) -> None:
+    if stride is not None and not 1 <= stride <= length:
+        raise UsageError(f"stride is {stride}, but must be from 1 to {length}, the tokens of a window.")
+
+
+def pick_devices(name: str) -> list[str]:
+    """The devices of that name: where copies of a model run side by side.
+
+    Args:
+        name: ``"auto"`` (the GPU if there is one), a torch device, several with commas between them (a copy of the
+            model on each), ``"all"`` (a copy on every GPU), or ``"spread"`` (one copy, its layers over all GPUs).
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    import torch
+
+    if name == "spread":
+        return ["spread"]
+    if name == "all":
+        found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if not found:
+            raise UsageError("The device 'all' means every GPU, and torch sees none.", hint="Use 'auto' or 'cpu'.")
+        return found
+    return [pick_device(each.strip()) for each in name.split(",")]
 
 
 def pick_device(name: str) -> str:
@@ -179,8 +214,8 @@ class ScoringPlan:
         self.encoded, self.windows, self.side = encoded, windows, side
         self.owner = np.array([window.document for window in windows], dtype=np.int64)
         ends = [encoded[w.document].byte_ends for w in windows]
-        self.tokens = self._sum([w.stop - w.start - 1 for w in windows])
-        self.bytes = self._sum([end[w.stop - 1] - end[w.start] for w, end in zip(windows, ends, strict=True)])
+        self.tokens = self._sum([w.scored for w in windows])
+        self.bytes = self._sum([end[w.stop - 1] - end[w.begin - 1] for w, end in zip(windows, ends, strict=True)])
         self.domains: dict[str, list[int]] = {}
         for index, document in enumerate(encoded):
             self.domains.setdefault(document.document.domain, []).append(index)
@@ -192,17 +227,17 @@ class ScoringPlan:
         return np.bincount(self.owner, weights=np.asarray(values, dtype=np.float64), minlength=len(self.encoded))
 
     def run(
-        self, batch_size: int, dtype: str, device: str, advance: Callable[[str, int], None]
+        self, batch_size: int, dtype: str, devices: Sequence[str], advance: Callable[[str, int], None]
     ) -> tuple[str, dict[str, Counts]]:
-        """Load the model, score, and let it go; returns the weights' dtype and the sums by domain."""
+        """Load the model onto every device, score, let it go; returns the weights' dtype and the sums by domain."""
         import torch
 
         from .scoring import load_weights
 
-        model = load_weights(self.side, dtype, device)
-        counts = self.score(model, batch_size, lambda tokens: advance(self.side.name, tokens))
-        used = str(model.dtype).removeprefix("torch.")
-        del model
+        models = [load_weights(self.side, dtype, device) for device in devices]
+        counts = self._score(models, batch_size, lambda tokens: advance(self.side.name, tokens))
+        used = str(models[0].dtype).removeprefix("torch.")
+        models.clear()
         gc.collect()  # models hold cycles: without this two would be in memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -210,9 +245,12 @@ class ScoringPlan:
 
     def score(self, model: Any, batch_size: int, advance: Callable[[int], None]) -> dict[str, Counts]:
         """The sums by domain for a loaded model; ``advance`` is told of the tokens of every batch."""
+        return self._score([model], batch_size, advance)
+
+    def _score(self, models: Sequence[Any], batch_size: int, advance: Callable[[int], None]) -> dict[str, Counts]:
         from .scoring import score_windows
 
-        nll = score_windows(model, self.encoded, self.windows, batch_size, advance)
+        nll = score_windows(models, self.encoded, self.windows, batch_size, advance)
         sums = (self._sum(nll), self.tokens, self.bytes)
         return {domain: Counts(*(each[members] for each in sums)) for domain, members in self.domains.items()}
 
@@ -243,15 +281,23 @@ def _counter(total: int, progress: ProgressCallback) -> Callable[[str, int], Non
     return advance
 
 
-def protocol(length: int, max_tokens: int | None, sides: Sequence[Opened], same: bool = True) -> str:
+def protocol(
+    length: int, max_tokens: int | None, sides: Sequence[Opened], same: bool = True, stride: int | None = None
+) -> str:
     """State in words what was measured."""
+    windows = (
+        f"non-overlapping windows of {length} tokens, and in each window every token but the first is scored given those "
+        "before it in the window."
+        if stride is None
+        else f"windows of {length} tokens, each begun {stride} tokens after the one before; every token but the document's "
+        "first is scored once, in the first window that holds it, given those before it in the window."
+    )
     firsts = ["none" if s.bos is None else f"'{s.tokenizer.convert_ids_to_tokens(s.bos)}'" for s in sides]
     parts = [
         "Per domain the documents are taken in order"
         + (f" until {max_tokens} tokens of text are taken, the last document being cut" if max_tokens else "")
         + ", each is tokenised (beginning-of-sequence token, where the tokenizer itself adds one: "
-        + f"{' and '.join(dict.fromkeys(firsts))}) and cut into non-overlapping windows of {length} tokens, and "
-        "in each window every token but the first is scored given those before it in the window.",
+        + f"{' and '.join(dict.fromkeys(firsts))}) and cut into {windows}",
         "Loss is the mean negative log-likelihood of a scored token in nats, perplexity its exponential; bits "
         "per byte divide the sum in bits by the UTF-8 bytes of the scored tokens' text.",
         "Overall counts every token (byte) alike; mean over domains is the plain mean of the domains' losses "

@@ -84,6 +84,7 @@ class Evaluation:
     Attributes:
         protocol: How it was measured, in words.
         context_length: Tokens of a window.
+        stride: Tokens from one window's beginning to the next's; None: windows do not overlap.
         max_tokens: Tokens taken of each domain, or None for all.
         device: Where the models ran.
         skipped_documents: Documents too short to have a scored token.
@@ -96,6 +97,7 @@ class Evaluation:
 
     protocol: str
     context_length: int
+    stride: int | None
     max_tokens: int | None
     device: str
     skipped_documents: int

@@ -6,8 +6,10 @@ Shapes: B windows, T tokens of the longest, P scored tokens of a batch, H hidden
 from __future__ import annotations
 
 import contextlib
+import queue
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +88,11 @@ def open_model(name: str | Path) -> Opened:
 def load_weights(opened: Opened, dtype: str, device: str) -> Any:
     """Load the model for scoring.
 
+    Args:
+        opened: Which.
+        dtype: ``"auto"`` or a dtype's name.
+        device: A torch device; ``"spread"``: its layers over all GPUs and, if they do not fit, the CPU.
+
     Raises:
         CheckpointError: Weights are missing, broken, of other shapes, or not safetensors.
     """
@@ -94,7 +101,11 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
     loader: Any = AutoModelForCausalLM  # its type does not know output_loading_info
     with _refusing(f"The weights of '{opened.name}' cannot be loaded"), _no_progress_bars():
         model, info = loader.from_pretrained(
-            **opened.options, dtype=dtype, device_map=device, use_safetensors=True, output_loading_info=True
+            **opened.options,
+            dtype=dtype,
+            device_map="auto" if device == "spread" else device,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
@@ -129,7 +140,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def score_windows(
-    model: Any,
+    models: Sequence[Any],
     documents: Sequence[Encoded],
     windows: Sequence[Window],
     batch_size: int,
@@ -138,7 +149,8 @@ def score_windows(
     """Sum the negative log-likelihood of each window's scored tokens.
 
     Windows of like length go into one batch, the longest first, so that a batch that does not fit in memory
-    fails at once. ``advance`` is called after every batch with the number of tokens it scored.
+    fails at once. ``advance`` is called after every batch with the number of tokens it scored. Several models are copies
+    of one on several devices: each takes the next batch when it is free, and what comes out is the same.
 
     Returns:
         float64 [len(windows)], in nats.
@@ -147,8 +159,44 @@ def score_windows(
         CheckpointError: The tokenizer makes ids that the model does not have.
         LlamaMoeError: A loss is not finite.
     """
-    import torch
+    _check_ids(models[0], documents)
+    order = sorted(range(len(windows)), key=lambda i: windows[i].start - windows[i].stop)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    free: queue.SimpleQueue[_Scorer] = queue.SimpleQueue()
+    for model in models:
+        free.put(_Scorer(model, documents, windows))
 
+    def score(batch: list[int]) -> np.ndarray:
+        scorer = free.get()
+        try:
+            return scorer.score(batch)
+        finally:
+            free.put(scorer)
+
+    out = np.zeros(len(windows))
+    with _running(score, batches, len(models)) as results:
+        for batch, nll_B in zip(batches, results, strict=True):
+            out[batch] = nll_B
+            advance(sum(windows[i].scored for i in batch))
+    return out
+
+
+@contextlib.contextmanager
+def _running(
+    score: Callable[[list[int]], np.ndarray], batches: Sequence[list[int]], workers: int
+) -> Iterator[Iterator[np.ndarray]]:
+    """Results in order; one worker needs no thread, several stop at the first error."""
+    if workers == 1:
+        yield map(score, batches)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool.map(score, batches)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_ids(model: Any, documents: Sequence[Encoded]) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(int(document.ids.max()) for document in documents if len(document.ids))
     if largest >= rows:
@@ -156,24 +204,33 @@ def score_windows(
             f"The tokenizer makes the id {largest}, but the model has only {rows} embeddings.",
             hint="The folder's tokenizer is another model's; copy the right one.",
         )
-    out = np.zeros(len(windows))
-    order = sorted(range(len(windows)), key=lambda i: windows[i].start - windows[i].stop)
-    head = None
-    for at in range(0, len(order), batch_size):
-        batch = order[at : at + batch_size]
-        tokens = [documents[windows[i].document].ids[windows[i].start : windows[i].stop] for i in batch]
+
+
+class _Scorer:
+    """One copy of the model, and how its hidden states become logits."""
+
+    def __init__(self, model: Any, documents: Sequence[Encoded], windows: Sequence[Window]) -> None:
+        self.model, self.documents, self.windows = model, documents, windows
+        self._head: list[Head | None] = []
+
+    def score(self, batch: Sequence[int]) -> np.ndarray:
+        """Negative log-likelihood of each window of the batch, float64 [B]."""
+        import torch
+
+        chosen = [self.windows[i] for i in batch]
+        tokens = [self.documents[w.document].ids[w.start : w.stop] for w in chosen]
         with torch.inference_mode():
-            if head is None:
-                head = _find_head(model, torch.from_numpy(tokens[0][None, :16]).to(model.device))
-            out[batch] = _score_batch(model, head, tokens)
-        for i in batch:
-            if not np.isfinite(out[i]):
+            if not self._head:
+                ids_1T = torch.from_numpy(tokens[0][None, :16]).to(self.model.device)
+                self._head.append(_find_head(self.model, ids_1T))
+            nll_B = _score_batch(self.model, self._head[0], tokens, [w.begin - w.start for w in chosen])
+        for window, nll in zip(chosen, nll_B, strict=True):
+            if not np.isfinite(nll):
                 raise LlamaMoeError(
-                    f"The loss on {documents[windows[i].document].document.origin} is not finite ({out[i]}).",
+                    f"The loss on {self.documents[window.document].document.origin} is not finite ({nll}).",
                     hint="Try dtype float32; if that does not help, the weights are broken.",
                 )
-        advance(sum(len(ids) - 1 for ids in tokens))
-    return out
+        return nll_B
 
 
 Head = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -203,15 +260,16 @@ def _find_head(model: Any, ids_1T: torch.Tensor) -> Head | None:
     return next(agreeing, None)
 
 
-def _score_batch(model: Any, head: Head | None, tokens: Sequence[np.ndarray]) -> np.ndarray:
-    """Negative log-likelihood of each window's tokens but the first, float64 [B], in nats."""
+def _score_batch(model: Any, head: Head | None, tokens: Sequence[np.ndarray], begins: Sequence[int]) -> np.ndarray:
+    """Negative log-likelihood of each window's tokens from ``begins`` on, float64 [B], in nats."""
     import torch
 
     lengths = torch.tensor([len(ids) for ids in tokens])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)  # the padding's id is never read: see `scored`
     ids[mask] = torch.from_numpy(np.concatenate(tokens))
-    scored, targets = mask[:, 1:], ids[:, 1:][mask[:, 1:]]
+    scored = mask[:, 1:] & (torch.arange(1, mask.shape[1]) >= torch.tensor(begins)[:, None])
+    targets = ids[:, 1:][scored]
     owner = scored.nonzero()[:, 0]
     # Nothing attends to what comes after it, so padding on the right needs no mask; without one the fast
     # causal kernels run, and a window is computed alike whatever it is batched with.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,6 +169,57 @@ def test_scores_are_those_of_a_plain_loop_at_any_batch_size(name, batch_size, co
     mean = sum(nats / tokens for nats, tokens, _ in reference.values()) / 2
     assert got.model.mean_over_domains.loss == pytest.approx(mean, rel=1e-5)
     assert got.model.mean_over_domains.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 5, CONTEXT - 1])
+def test_sliding_windows_score_every_token_once_with_the_context_they_promise(stride, with_bos, corpus):
+    got = evaluate(with_bos, [corpus], context_length=CONTEXT, stride=stride, batch_size=4)
+    model = AutoModelForCausalLM.from_pretrained(with_bos).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(with_bos)
+    nats, tokens, size = 0.0, 0, 0
+    for document in read_documents([corpus]):
+        ids = tokenizer(document.text)["input_ids"]
+        size += len(document.text.encode())
+        for at in range(1, len(ids)):
+            # The first window that holds the token begins at the smallest multiple of the stride from which it is reached.
+            start = max(0, math.ceil((at + 1 - CONTEXT) / stride)) * stride
+            logits = model(torch.tensor([ids[start:at]])).logits[0, -1].double()
+            nats -= torch.log_softmax(logits, 0)[ids[at]].item()
+            tokens += 1
+    assert got.model.overall.tokens == tokens
+    assert got.model.overall.bytes == size
+    assert got.model.overall.loss == pytest.approx(nats / tokens, rel=1e-5)
+    assert got.stride == stride
+    assert f"begun {stride} tokens after" in got.protocol
+
+
+def test_a_stride_of_a_window_is_no_overlap(with_bos, corpus):
+    plain = evaluate(with_bos, [corpus], context_length=CONTEXT)
+    assert evaluate(with_bos, [corpus], context_length=CONTEXT, stride=CONTEXT).model == plain.model
+
+
+def test_several_devices_score_the_same(with_bos, corpus):
+    one = evaluate(with_bos, [corpus], context_length=CONTEXT, batch_size=2, device="cpu")
+    seen: list[int] = []
+    three = evaluate(
+        with_bos, [corpus], context_length=CONTEXT, batch_size=2, device="cpu, cpu,cpu",
+        progress=lambda step: seen.append(step.done),
+    )  # fmt: skip
+    assert (three.model, three.device) == (one.model, "cpu,cpu,cpu")
+    assert seen == sorted(seen)
+    assert seen[-1] == one.model.overall.tokens
+    assert evaluate(with_bos, [corpus], context_length=CONTEXT, device="spread").model.overall.loss == pytest.approx(
+        one.model.overall.loss, rel=1e-6
+    )
+
+
+def test_an_error_on_one_of_several_devices_ends_the_run(with_bos, corpus, tmp_path):
+    shutil.copytree(with_bos, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LlamaMoeError, match="not finite"):
+        evaluate(tmp_path / "broken", [corpus], context_length=CONTEXT, device="cpu,cpu")
 
 
 def test_with_a_leading_token_and_one_window_every_byte_is_counted(with_bos, tmp_path):
@@ -414,6 +466,17 @@ def test_calls_that_cannot_be(with_bos, corpus, tmp_path):
             evaluate(with_bos, [corpus], device=device)
     with pytest.raises(UsageError, match="No file, folder or glob"):
         evaluate(with_bos, [tmp_path / "none.txt"])
+
+
+def test_strides_and_devices_that_cannot_be(with_bos, corpus):
+    for stride in (0, CONTEXT + 1):
+        with pytest.raises(UsageError, match=f"stride is {stride}"):
+            evaluate(with_bos, [corpus], context_length=CONTEXT, stride=stride)
+    with pytest.raises(UsageError, match="'abc' cannot be used"):
+        evaluate(with_bos, [corpus], device="cpu,abc")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="sees none"):
+            evaluate(with_bos, [corpus], device="all")
 
 
 def test_text_too_short_to_score(no_bos, with_bos, tmp_path):

@@ -32,11 +32,22 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens ``start`` to ``stop`` of a document; all but the first are scored."""
+    """Tokens ``start`` to ``stop`` of a document; all but the first are scored, and none before ``first``."""
 
     document: int
     start: int
     stop: int
+    first: int = 0
+
+    @property
+    def begin(self) -> int:
+        """The first scored token, counted in the document."""
+        return max(self.first, self.start + 1)
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return self.stop - self.begin
 
 
 def encode(tokenizer: Any, document: Document, *, bos: int | None, limit: int | None = None) -> Encoded:
@@ -88,11 +99,25 @@ def _bytes_before(text: str) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(width)])
 
 
-def windows_of(documents: Sequence[Encoded], context_length: int) -> list[Window]:
-    """Cut every document into windows that do not overlap; one of a single token has nothing to score."""
-    return [
-        Window(index, start, min(start + context_length, len(document.ids)))
-        for index, document in enumerate(documents)
-        for start in range(0, len(document.ids), context_length)
-        if len(document.ids) - start >= 2
-    ]
+def windows_of(documents: Sequence[Encoded], context_length: int, stride: int | None = None) -> list[Window]:
+    """Cut every document into windows; one of a single token has nothing to score.
+
+    Args:
+        documents: What to cut.
+        context_length: Tokens of a window.
+        stride: None: windows do not overlap, and the first token of each is not scored. A number: each begins so many
+            tokens after the one before and scores what that one did not reach, so that every token but a document's
+            first is scored once, with at least ``context_length - stride`` before it if the document has them.
+    """
+    found: list[Window] = []
+    for index, document in enumerate(documents):
+        reached, count = 0, len(document.ids)
+        for start in range(0, count, stride or context_length):
+            stop = min(start + context_length, count)
+            window = Window(index, start, stop, reached if stride else 0)
+            if window.scored > 0:
+                found.append(window)
+            reached = stop
+            if stride and stop == count:
+                break
+    return found
