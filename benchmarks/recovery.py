@@ -39,6 +39,7 @@ class Study:
     Attributes:
         random: Keys of a split's recipe: half of the neurons active, chosen at random.
         ours: The same of our best conversion.
+        static: The same of the control: half of the neurons kept for every token, repaired in the same way.
         calibration: Its tokens of text.
         heal: Keys of a recipe of heal.
         pretrain: Keys of a recipe of pretrain, the same for all arms.
@@ -51,6 +52,7 @@ class Study:
 
     random: Mapping[str, Any]
     ours: Mapping[str, Any]
+    static: Mapping[str, Any]
     calibration: int
     heal: Mapping[str, Any]
     pretrain: Mapping[str, Any]
@@ -70,6 +72,10 @@ STUDIES = {
             "shared_by": "power", "router": "ridge", "repair": {"name": "distill", "epochs": 5},
             "calibration_length": 256,
         },
+        static={
+            "method": "static", "shared": 84, "shared_by": "power", "repair": {"name": "distill", "epochs": 5},
+            "calibration_length": 256,
+        },
         calibration=32768,
         heal={"tokens": 131072, "length": 256},
         pretrain={
@@ -80,7 +86,7 @@ STUDIES = {
             "precision": {"compute": "float32", "parent": "float32"},
             "evaluate_every": 25, "log_every": 25, "save_every": 100,
         },
-        arms=(*ALL_ARMS, ("dense", "lm")),
+        arms=(*ALL_ARMS, ("dense", "lm"), ("static", "distill")),
         seeds=(0, 1, 2),
         sampled=860_000,
         distill={"lm": {"weight": 1.0}, "kl": {"weight": {"start": 1.0, "end": 0.0, "share": 0.5}}},
@@ -93,6 +99,7 @@ STUDIES = {
             "shared_by": "power", "router": "ridge", "repair": {"name": "distill", "epochs": 5}, "keep_dense": [0],
             "calibration_length": 512, "compute_dtype": "bfloat16",
         },
+        static={},
         calibration=65536,
         heal={"tokens": 131072, "length": 512, "compute_dtype": "bfloat16"},
         pretrain={
@@ -153,9 +160,10 @@ class Runner:
     def converted(self, start: str, seed: int) -> tuple[Path, int]:
         """A conversion, and the tokens that it took."""
         out = self.work / f"{start}-{seed}"
-        calibrated = start == "ours"
+        calibrated = start != "random"
         if not out.exists():
-            given = dict(self.study.ours if calibrated else self.study.random) | {"seed": seed}
+            given = dict({"ours": self.study.ours, "static": self.study.static}.get(start, self.study.random))
+            given |= {"seed": seed}
             if calibrated:
                 given |= {"calibration": [str(self.train)], "calibration_tokens": self.study.calibration}
             llamamoe.split(self.source, out, llamamoe.load_recipe(given=given), resume=True, verify=False)
@@ -190,7 +198,7 @@ class Runner:
             given["optimizer"] = {**given["optimizer"], "router_lr": self.study.router_lr[start]}
         if objective != "lm":
             given |= {"parent": str(self.source), "distill": dict(self.study.distill)}
-        if start == "dense":
+        if start in ("dense", "static"):
             given |= {"allow_dense": True, "losses": [], "experts_implementation": None}
         recipe = load_pretrain_recipe(given=given)
         folder = self.work / "runs" / f"{start}-{objective.replace(' + ', '-')}-{seed}"
@@ -236,7 +244,7 @@ def draw(arms: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    colours = {"random": "#D55E00", "ours": "#0072B2", "dense": "#555555"}
+    colours = {"random": "#D55E00", "ours": "#0072B2", "dense": "#555555", "static": "#009E73"}
     styles = {"lm": ":", "distill": "-", "heal + distill": "--"}
     with rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(8.4, 5.0), layout="constrained")
