@@ -5,7 +5,8 @@
 
 Every arm is one run of ``llamamoe pretrain`` in a folder of its own: a stopped study goes on where it was, bit for bit.
 Tokens of calibration and healing count, too. The dense parent is trained by the same recipe as the control. Arms that
-are finished stand in benchmarks/results/recovery-NAME.json, curves in recovery-NAME.svg; --draw only draws. Two
+are finished stand in benchmarks/results/recovery-NAME.json, curves in recovery-NAME.svg, a table in recovery-NAME.md; --draw
+only makes these two. Two
 processes may work on different arms (--only), once conversions and tokens are made.
 """
 
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import FileLock
@@ -238,6 +241,46 @@ def tokens_to_reach(curve: list[list[float]], loss: float) -> float | None:
     return None
 
 
+def table(arms: list[dict[str, Any]]) -> str:
+    """Every arm beside the equally trained parent, and the tokens it needs for what others end with, as Markdown.
+
+    Losses are those of the best validation of a run, means over seeds; shares of tokens are means over seeds of what
+    the arm needs by what the other used in all.
+    """
+    curves = {(arm["start"], arm["objective"], arm["seed"]): arm["curve"] for arm in arms}
+    names = list(dict.fromkeys(key[:2] for key in curves))
+
+    def best(name: tuple[str, str]) -> list[float]:
+        return [min(loss for _, loss in curve) for key, curve in curves.items() if key[:2] == name]
+
+    def share(name: tuple[str, str], other: tuple[str, str]) -> str:
+        found = []
+        for (*mine, seed), curve in curves.items():
+            if tuple(mine) == name and (*other, seed) in curves:
+                theirs = curves[*other, seed]
+                need = tokens_to_reach(curve, min(loss for _, loss in theirs))
+                found.append(None if need is None else need / theirs[-1][0])
+        reached = [each for each in found if each is not None]
+        if not found:
+            return ""
+        return f"{fmean(reached):.2f}" if len(reached) == len(found) else f"{len(reached)} of {len(found)} seeds"
+
+    parent = fmean(best(("dense", "lm"))) if ("dense", "lm") in names else None
+    rows = [
+        "| start | objective | seeds | tokens before | loss before | loss | x trained parent | of ours + lm | of random + lm |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(names, key=lambda each: fmean(best(each))):
+        mine = [curve for key, curve in curves.items() if key[:2] == name]
+        losses, spread = best(name), max(best(name)) - min(best(name))
+        ratio = "" if parent is None else f"{math.exp(fmean(losses) - parent):.3f}"
+        before = f"{mine[0][0][0]:,.0f} | {fmean(curve[0][1] for curve in mine):.3f}"
+        loss = f"{fmean(losses):.3f}" + (f" ({spread:.3f} apart)" if len(losses) > 1 else "")
+        needs = f"{share(name, ('ours', 'lm'))} | {share(name, ('random', 'lm'))}"
+        rows.append(f"| {name[0]} | {name[1]} | {len(mine)} | {before} | {loss} | {ratio} | {needs} |")
+    return "\n".join(rows) + "\n"
+
+
 def draw(arms: list[dict[str, Any]], path: Path) -> None:
     """Curves of the mean over seeds, with the range over seeds."""
     from matplotlib import rc_context
@@ -294,6 +337,7 @@ def main() -> None:
                 print(*key, arm["curve"][0], arm["curve"][-1], flush=True)
     if arms:
         draw(arms, path)
+        path.with_suffix(".md").write_text(table(arms))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +59,23 @@ class Output:
     quiet: bool = False
     verbose: bool = False
 
-    def result(self, data: Any, human: Callable[[], None], *, summary: bool = False) -> None:
+    def result(
+        self, data: Any, human: Callable[[], None], *, summary: bool = False, warnings: Sequence[str] = ()
+    ) -> None:
         """Print a result.
 
         Args:
             data: It as plain data.
             human: Prints it for people.
             summary: Whether it only tells how a deed went, so that ``-q`` leaves it out.
+            warnings: What ``-q`` still says, on stderr.
         """
         if self.as_json:
             click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
-        elif not (summary and self.quiet):
+        elif summary and self.quiet:
+            for text in warnings:
+                click.echo(f"! {text}", err=True)
+        else:
             human()
 
     @contextmanager

@@ -55,7 +55,9 @@ def command(
     keys = {"like": like, "rescale": rescale, "shard_size": shard_size}
     with kept_when_interrupted(out), output.progress() as report:
         found = densify(model, out, resume=resume, force=force, progress=report, **keys)  # type: ignore[arg-type]
-    output.result({"out": str(found.out), **found.receipt}, lambda: _print(found), summary=True)
+    output.result(
+        {"out": str(found.out), **found.receipt}, lambda: _print(found), summary=True, warnings=found.warnings
+    )
 
 
 def _print(found: DensifyResult) -> None:

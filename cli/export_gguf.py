@@ -41,7 +41,7 @@ def command(model: str, out: str, dtype: str, pre: str | None, force: bool, outp
 
     with kept_when_interrupted(out), output.progress() as report:
         found = export_gguf(model, out, dtype=dtype, pre=pre, force=force, progress=report)
-    output.result(found.to_json(), lambda: _print(found), summary=True)
+    output.result(found.to_json(), lambda: _print(found), summary=True, warnings=found.warnings)
 
 
 def _print(found: GgufExport) -> None:

@@ -52,7 +52,9 @@ def command(
 
     with kept_when_interrupted(out), output.progress() as report:
         found = merge(models, out, weights=weights, resume=resume, force=force, progress=report)
-    output.result({"out": str(found.out), **found.receipt}, lambda: _print(models, found), summary=True)
+    output.result(
+        {"out": str(found.out), **found.receipt}, lambda: _print(models, found), summary=True, warnings=found.warnings
+    )
 
 
 def _print(models: tuple[str, ...], found: MergeResult) -> None:

@@ -43,7 +43,9 @@ def command(model: str, out: str, top_k: int, rescale: str | None, resume: bool,
 
     with kept_when_interrupted(out), output.progress() as report:
         found = retop(model, out, top_k, rescale=rescale, resume=resume, force=force, progress=report)
-    output.result({"out": str(found.out), **found.receipt}, lambda: _print(found), summary=True)
+    output.result(
+        {"out": str(found.out), **found.receipt}, lambda: _print(found), summary=True, warnings=found.warnings
+    )
 
 
 def _print(found: RetopResult) -> None:

@@ -103,8 +103,11 @@ def _check(*, max_tokens: int | None, context_length: int | None, batch_size: in
 
 
 def _check_stride(stride: int | None, length: int) -> None:
-    if stride is not None and not 1 <= stride <= length:
-        raise UsageError(f"stride is {stride}, but must be from 1 to {length}, the tokens of a window.")
+    if stride is not None and not 1 <= stride < length:
+        raise UsageError(
+            f"stride is {stride}, but must be at least 1 and less than {length}, the tokens of a window.",
+            hint="Leave it out for windows that do not overlap.",
+        )
 
 
 def pick_devices(name: str) -> list[str]:
@@ -137,6 +140,8 @@ def pick_device(name: str) -> str:
     """
     import torch
 
+    if name in ("all", "spread") or "," in name:
+        raise UsageError(f"The device '{name}' means several, and this runs on one.", hint="Name one, such as cuda:0.")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import prod
@@ -19,7 +21,7 @@ from .checkpoint.gguf_rope import write_rope
 from .checkpoint.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from .checkpoint.rewriting import opened
 from .converted import ConvertedModel, check_shapes
-from .errors import LlamaMoeError, RefusedError, UsageError
+from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
 from .preflight import normal_path
 from .progress import Progress, ProgressCallback, ignore_progress
 from .registry import near_misses
@@ -88,7 +90,7 @@ def export_gguf(
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> GgufExport:
-    """Write a converted checkpoint as one GGUF file, one tensor in memory at a time.
+    """Write a converted checkpoint as one GGUF file, with one projection of a layer's experts in memory at a time.
 
     Rows of queries and keys are put into the order that llama.cpp rotates; experts of a layer are stacked; norms, biases
     and routers are stored in float32, as llama.cpp's own converter does. The file appears whole or not at all.
@@ -113,6 +115,8 @@ def export_gguf(
     place = normal_path(out)
     _check_place(place, force=force)
     location, checkpoint = opened(model)
+    if place.parent.resolve().is_relative_to(location.path.resolve()):
+        raise RefusedError(f"OUT ({out}) lies in the model's own folder.", hint="Choose a place outside of it.")
     converted = ConvertedModel(checkpoint)
     architecture = _architecture(converted)
     check_shapes(converted)
@@ -120,14 +124,19 @@ def export_gguf(
     import gguf
 
     writer = gguf.GGUFWriter(None, architecture)
-    freqs = _write_metadata(writer, converted, location.name, vocabulary)
+    try:
+        freqs = _write_metadata(writer, converted, location.name, vocabulary)
+    except LlamaMoeError:
+        raise
+    except (TypeError, ValueError, KeyError, ArithmeticError, struct.error) as error:  # numbers of others
+        raise CheckpointError(f"config.json of {location.path} cannot be said in a GGUF file: {error!r}.") from error
     tensors = list(_tensors(converted, dtype, freqs))
     kind = max(tensors, key=lambda each: prod(each.shape)).kind
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _check_room(place, sum(each.nbytes for each in tensors))
     _write(writer, tensors, place, progress)
-    warnings = tuple(_warnings(converted, vocabulary, tensors, kind))
+    warnings = tuple(_warnings(converted, vocabulary, tensors, dtype))
     return GgufExport(place, architecture, kind, len(tensors), place.stat().st_size, warnings)
 
 
@@ -137,9 +146,16 @@ def export_gguf(
 def _check_place(out: Path, *, force: bool) -> None:
     if out.suffix != ".gguf":
         raise UsageError(f"OUT ({out}) must end in .gguf.", hint=f"For example {out.name}.gguf.")
-    if out.exists() and (not out.is_file() or out.is_symlink()):
+    try:
+        there = out.is_symlink() or out.exists()
+        parent = next(each for each in out.parents if each.exists())
+    except OSError as error:
+        raise RefusedError(f"OUT ({out}) cannot be: {error.strerror}.", hint="Choose another name.") from error
+    if not parent.is_dir():
+        raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.", hint="Choose another name.")
+    if there and (out.is_symlink() or not out.is_file()):
         raise RefusedError(f"OUT ({out}) exists and is no plain file.", hint="Choose another name.")
-    if out.exists() and not force:
+    if there and not force:
         raise RefusedError(f"OUT ({out}) exists.", hint="Choose another name, or --force to replace it.")
 
 
@@ -149,6 +165,10 @@ def _architecture(model: ConvertedModel) -> str:
         raise RefusedError(
             f"a GGUF file can be written for {' and '.join(ARCHITECTURES)}, but this model is {name}.",
             hint="Split the parent again with --target granitemoeshared (shared experts) or --target mixtral (none).",
+        )
+    if model.spec.hidden_act not in ("silu", "swish"):
+        raise RefusedError(
+            f"the experts' activation is {model.spec.hidden_act!r}, but llama.cpp computes {ARCHITECTURES[name]} with SiLU."
         )
     if model.experts.dense_layers:
         layers = ", ".join(map(str, model.experts.dense_layers))
@@ -165,17 +185,17 @@ def _check_room(out: Path, need: int) -> None:
         )
 
 
-def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[_Tensor], kind: str) -> Iterator[str]:
+def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[_Tensor], dtype: str) -> Iterator[str]:
     window = model.spec.window
-    if window is not None and window < model.spec.max_position_embeddings:
+    if window and window < model.spec.max_position_embeddings:
         yield f"llama.cpp has no sliding window for this architecture: the context length is set to the window, {window}"
     yield from vocabulary.notes
     if vocabulary.model == "none":
         yield "the checkpoint has no tokenizer: the file holds none, and takes token ids only"
-    wide = [each.name for each in tensors if kind == "Q8_0" and len(each.shape) > 1 and each.kind == "F16"]
+    wide = [each.name for each in tensors if dtype == "q8_0" and each.kind == "F16"]
     if wide:
         yield f"{len(wide)} tensors have rows that are no multiple of {_Q8_BLOCK} wide and are stored in 16 bits: {wide[0]}"
-    if kind == "Q8_0":
+    if dtype == "q8_0":
         yield "8-bit weights round the model's weights: measure it again"
 
 
@@ -332,7 +352,8 @@ def _write(writer: GGUFWriter, tensors: list[_Tensor], out: Path, progress: Prog
         ) from error
     finally:
         writer.close()
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def _packed(tensor: _Tensor) -> np.ndarray[Any, Any]:

@@ -15,7 +15,7 @@ from .checkpoint.rewriting import Rewriting, opened, rewrite, same_tensors
 from .config_compat import missing_keys
 from .errors import RefusedError, UsageError
 from .hub import Location
-from .mixing import complete_config, is_routed_down, is_router, mixing_of
+from .mixing import complete_config, is_routed_down, is_router, mixing_of, rescaled_block
 from .progress import ProgressCallback, ignore_progress
 from .sources import SOURCES
 from .targets import TARGETS
@@ -91,7 +91,7 @@ def merge(
     configs = [_complete(each) for each in checkpoints]
     _check(locations, checkpoints, configs)
     config, factors = _one_weighing(checkpoints, configs)
-    config["llamamoe"] = _block(checkpoints)
+    config["llamamoe"] = _block(checkpoints, factors[0])
     warnings = tuple(_warnings(locations, checkpoints, configs, factors))
     parts = ", ".join(f"{share:.4g} of `{each.name}`" for share, each in zip(shares, locations, strict=True))
     job = Rewriting(
@@ -131,10 +131,10 @@ def _complete(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
     return complete_config(checkpoint.config)
 
 
-def _block(checkpoints: Sequence[SafetensorsCheckpoint]) -> dict[str, Any] | None:
+def _block(checkpoints: Sequence[SafetensorsCheckpoint], factor: float) -> dict[str, Any] | None:
     """What is known of the first conversion, its claims taken back, and whatever any of the models went through."""
     blocks = [dict(each.config.get("llamamoe") or {}) for each in checkpoints]
-    block = dict(blocks[0])
+    block = rescaled_block(blocks[0], weights=factor)
     if "parity" in block:
         block |= {"parity": "none", "exactness": "not exact: the weights are an average"}
     for key in ("repair", "healed", "trained"):

@@ -116,6 +116,21 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def rescaled_block(block: Mapping[str, Any], *, weights: float = 1.0, config: float = 1.0) -> dict[str, Any]:
+    """Our entry in the configuration, after routed outputs were multiplied in addition to what the conversion did.
+
+    Args:
+        block: The entry.
+        weights: What the stored down projections were multiplied by.
+        config: What ``routed_scaling_factor`` was multiplied by.
+    """
+    found = dict(block)
+    for key, ratio in (("factor", weights * config), ("baked_factor", weights)):
+        if isinstance(found.get(key), int | float):
+            found[key] *= ratio
+    return found
+
+
 def is_router(name: str) -> bool:
     """Whether a tensor holds a router's rows."""
     return _ROUTER.search(name) is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.reader import SafetensorsCheckpoint
 from .checkpoint.rewriting import Rewriting, opened, rewrite
 from .errors import UsageError
-from .mixing import Mixing, is_routed_down, may_overlap, mixing_of, rescale_of
+from .mixing import Mixing, is_routed_down, may_overlap, mixing_of, rescale_of, rescaled_block
 from .progress import ProgressCallback, ignore_progress
 from .rescales import RESCALES
 from .targets.base import is_power_of_two, weight
@@ -132,11 +132,11 @@ def _config(config: dict[str, Any], mixing: Mixing, top_k: int, rescale: str | N
     found = {**config, mixing.target.top_k_key: top_k}
     if rescale is None:
         return found
-    factor = _whole_factor(mixing, top_k, rescale)
+    ratio = _factor(mixing, top_k, rescale)
     if mixing.target.scaling_knob:
-        found["routed_scaling_factor"] = mixing.factor * _factor(mixing, top_k, rescale)
-    block = {**(config.get("llamamoe") or {}), "rescale": rescale, "top_k": top_k, "factor": factor}
-    block["baked_factor"] = 1.0 if mixing.target.scaling_knob else factor
+        found["routed_scaling_factor"] = mixing.factor * ratio
+    place = "config" if mixing.target.scaling_knob else "weights"
+    block = rescaled_block(config.get("llamamoe") or {}, **{place: ratio}) | {"rescale": rescale, "top_k": top_k}
     if not exact and "exactness" in block:
         block["exactness"] = f"{block['exactness']}; down projections were rounded once more when k was changed"
     return found | {"llamamoe": block}

@@ -150,7 +150,7 @@ def score_windows(
 
     Windows of like length go into one batch, the longest first, so that a batch that does not fit in memory
     fails at once. ``advance`` is called after every batch with the number of tokens it scored. Several models are copies
-    of one on several devices: each takes the next batch when it is free, and what comes out is the same.
+    of one on several devices: each takes the next batch when it is free; on like devices what comes out is the same.
 
     Returns:
         float64 [len(windows)], in nats.
@@ -256,7 +256,10 @@ def _find_head(model: Any, ids_1T: torch.Tensor) -> Head | None:
         candidates.append(lambda h: (output(h) / divisor).float())
     logits = model(ids_1T, use_cache=False).logits.float()
     hidden = model.base_model(ids_1T, use_cache=False).last_hidden_state
-    agreeing = (head for head in candidates if torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-6))
+    # A model that is spread over devices brings its logits back to the first one.
+    agreeing = (
+        head for head in candidates if torch.allclose(head(hidden).to(logits.device), logits, rtol=1e-4, atol=1e-6)
+    )
     return next(agreeing, None)
 
 

@@ -161,6 +161,8 @@ def test_hard_softmax_routers_are_renormalised_and_a_layer_that_is_left_computes
     assert all(not layer["kept"] and "left as it was" in layer["note"] for layer in result.receipt["layers"])
     config = json.loads((result.out / "config.json").read_text())
     assert config["norm_topk_prob"] is True
+    before, after = (json.loads((p / "config.json").read_text())["llamamoe"]["baked_factor"] for p in (moe, result.out))
+    assert after == pytest.approx(before * 2 / 3)  # k of N
     with torch.no_grad():
         want, have = (load(folder)(input_ids=torch.arange(3, 35)[None]).logits for folder in (moe, result.out))
     assert float((want - have).abs().max()) < 1e-3 * float(want.abs().max())

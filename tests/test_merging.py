@@ -90,6 +90,9 @@ def test_a_trained_model_and_its_start_are_brought_to_one_form(tmp_path: Path) -
     config = json.loads((found.out / "config.json").read_text())
     assert config["norm_topk_prob"] is True
     assert (config["llamamoe"]["parity"], config["llamamoe"]["router_scale"]) == ("none", "soft")
+    before = json.loads((Path(world["model"]) / "config.json").read_text())["llamamoe"]
+    ratio = config["num_experts_per_tok"] / config["num_experts"]
+    assert config["llamamoe"]["baked_factor"] == pytest.approx(before["baked_factor"] * ratio)
     merged, start = (load_file(folder / WEIGHTS) for folder in (found.out, Path(world["model"])))
     for name, rows in start.items():
         if name.endswith("mlp.gate.weight"):  # the same choices, at the trained router's temperature

@@ -138,7 +138,9 @@ def write_rope(writer: GGUFWriter, rope: Mapping[str, Any], head_dim: int) -> li
     kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
     known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
     known |= {"llama3": {"low_freq_factor", "high_freq_factor"}, "yarn": {"beta_fast", "beta_slow"}}.get(kind, set())
-    neutral = {"mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
+    # Both compute 0.1 ln(factor) + 1 for yarn's attention; what says otherwise (mscale among it) has no place.
+    usual = 0.1 * math.log(float(rope["factor"])) + 1 if kind == "yarn" else None
+    neutral = {"truncate": True, "attention_factor": usual}
     other = sorted(k for k, v in rope.items() if k not in known and v is not None and neutral.get(k) != v)
     if kind not in ("default", "linear", "llama3", "yarn") or other:
         what = f"rope scaling of type {kind!r}" + (f" with {', '.join(other)}" if other else "")

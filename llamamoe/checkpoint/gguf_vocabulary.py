@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LlamaMoeError
 from . import gguf_tokenizer as kinds
 from .gguf_header import require_gguf
 
@@ -98,23 +98,37 @@ def read_vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) ->
             )
         return GgufVocabulary("none")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        model, added = content["model"], list(content.get("added_tokens") or [])
-        ids = {**model["vocab"], **{each["content"]: each["id"] for each in added}}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no tokenizer that can be read here ({error!r}).") from error
-    if model.get("type", "BPE") != "BPE":
-        raise _refused(path, f"its model is {model.get('type')!r}, not BPE")
-    if too_high := sorted(index for index in ids.values() if index >= vocab_size):
-        raise CheckpointError(f"{path} has the token {too_high[0]}, but the embedding only {vocab_size} rows.")
+        return _read(path, vocab_size, pre)
+    except LlamaMoeError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:  # files of others
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read here ({type(error).__name__}: {str(error)[:200]}).",
+            hint="Copy tokenizer.json, tokenizer_config.json and generation_config.json from the original model.",
+        ) from error
+
+
+def _read(path: Path, vocab_size: int, pre: str | None) -> GgufVocabulary:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    model, added = content["model"], list(content.get("added_tokens") or [])
+    ids = {**model["vocab"], **{each["content"]: each["id"] for each in added}}
+    _check_model(path, model)
+    wrong = next((i for i in ids.values() if not isinstance(i, int) or not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path} has the token {wrong!r}, but the embedding has {vocab_size} rows.")
     byte_level = _byte_level_cut(content)
     kind = "llama" if byte_level is None and model.get("byte_fallback") else "gpt2"
     if kind == "gpt2" and pre is None:
         pre = _name_of(path, byte_level)
     merges = [tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in model["merges"]]
     tokens, types = _tokens(ids, added, model, vocab_size, kind)
-    special, template = _special(folder, vocab_size)
-    prefix, notes = _space_prefix(path, content) if kind == "llama" else (True, ())
+    special, template = _special(path.parent, vocab_size)
+    if kind == "gpt2" and "eos" not in special:
+        raise CheckpointError(
+            f"{path.parent} names no end-of-sequence token, and llama.cpp would take token 11 for it.",
+            hint="Name one as eos_token in tokenizer_config.json.",
+        )
+    prefix, notes = _space_prefix(path, content) if kind == "llama" else (True, _composed(byte_level))
     return GgufVocabulary(
         model=kind,
         pre=pre or "default",
@@ -127,6 +141,25 @@ def read_vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) ->
         space_prefix=prefix,
         chat_template=template,
         notes=notes,
+    )
+
+
+def _check_model(path: Path, model: Mapping[str, Any]) -> None:
+    """Refuse what llama.cpp has no notion of."""
+    if model.get("type", "BPE") != "BPE":
+        raise _refused(path, f"its model is {model.get('type')!r}, not BPE")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            raise _refused(path, f"its model has {name} = {model[name]!r}")
+    if model.get("byte_fallback") and model.get("ignore_merges"):
+        raise _refused(path, "it falls back to bytes and ignores merges at once")
+
+
+def _composed(cut: kinds.Cut | None) -> tuple[str, ...]:
+    if cut is None or not cut.nfc:
+        return ()
+    return (
+        "llama.cpp does not compose characters (NFC) as this tokenizer does: decomposed text is cut in another way",
     )
 
 
@@ -177,7 +210,8 @@ def _space_prefix(path: Path, content: Mapping[str, Any]) -> tuple[bool, tuple[s
     """Whether a SentencePiece tokenizer puts a space before the text, and where llama.cpp does it otherwise."""
     normalizer, pre = content.get("normalizer") or {}, content.get("pre_tokenizer")
     steps = [s for s in normalizer.get("normalizers", [normalizer]) if s]
-    if pre is not None and pre.get("type") == "Metaspace" and not steps and not pre.get("split"):
+    plain = pre is not None and pre.get("type") == "Metaspace" and pre.get("replacement", _SPACE) == _SPACE
+    if pre is not None and plain and not steps and not pre.get("split", True):
         if pre.get("prepend_scheme", "always") == "never":
             return False, ()
         return True, (
@@ -224,7 +258,10 @@ def _scores(
     order = [token for token, _ in groupby("".join(each) for each in merges)]
     if len(set(order)) != len(order):
         raise _refused(path, "its merges are not ordered by the token that they make")
-    scores = [0.0] * len(tokens)
+    present = {token for token, kind in zip(tokens, types, strict=True) if kind == kinds.BYTE}
+    if len(present) < 256:
+        raise _refused(path, f"it falls back to bytes, but has tokens for {len(present)} of 256 only")
+    scores = [-float(len(order) + 1)] * len(tokens)  # what no merge makes is joined last
     for rank, token in enumerate(order, start=1):
         scores[vocab[token]] = -float(rank)
     found = kinds.merges_of_scores(vocab, types, scores)
@@ -240,14 +277,27 @@ def _special(folder: Path, vocab_size: int) -> tuple[dict[str, int], Any]:
 
     # It warns of templates that it does not understand; what is put around a text is found by trying, see `_adds`.
     vocab.logger.setLevel("ERROR")
+    _check_links(folder / "additional_chat_templates", folder)
     found = vocab.SpecialVocab(folder, load_merges=False, n_vocab=vocab_size)
     ids = {name: int(index) for name, index in found.special_token_ids.items() if name in ("bos", "eos", "pad", "unk")}
     generation = folder / "generation_config.json"
-    stops = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    others = [index for index in stops if index != ids.get("eos")] if isinstance(stops, list) else []
-    if others and 0 <= others[0] < vocab_size:
-        ids["eot"] = int(others[0])
+    stops = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    stops = stops if isinstance(stops, list) else [stops]
+    for index in stops:
+        if isinstance(index, int) and 0 <= index < vocab_size and index not in ids.values():
+            ids["eot" if "eos" in ids else "eos"] = index
+            break
+    if wrong := next((f"{n} = {i}" for n, i in ids.items() if not 0 <= i < vocab_size), None):
+        raise CheckpointError(f"{folder} names the special token {wrong}, but the embedding has {vocab_size} rows.")
     return ids, found.chat_template
+
+
+def _check_links(templates: Path, folder: Path) -> None:
+    """Refuse templates that are links out of the checkpoint: their text would stand in the file."""
+    root = folder.resolve()
+    for path in [templates, *templates.glob("*")]:
+        if not path.resolve().is_relative_to(root):
+            raise CheckpointError(f"{path} is a symbolic link out of the folder: refused.", hint="Copy what it names.")
 
 
 def _adds(path: Path, special: Mapping[str, int]) -> tuple[bool, bool]:

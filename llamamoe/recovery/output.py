@@ -17,8 +17,9 @@ from ..checkpoint.reader import INDEX
 from ..checkpoint.writer import write_text
 from ..config_compat import missing_keys
 from ..errors import RefusedError
+from ..mixing import rescaled_block
 from ..preflight import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, check_out, free_bytes
-from .plan import HealPlan, config_of
+from .plan import HealPlan, config_of, factors_of
 
 RECIPE_FILE, RECEIPT_FILE = HEAL_RECIPE_FILE, HEAL_RECEIPT_FILE
 _ROOM = 64 * 2**20
@@ -62,7 +63,7 @@ def healed_config(plan: HealPlan, receipt: Mapping[str, Any]) -> dict[str, Any]:
     """MODEL's configuration with both spellings of rope, the router's change if there is one, and where it comes from."""
     config = plan.checkpoint.config | config_of(plan, renormalised=receipt["renormalised"])
     config |= missing_keys(config)
-    block = dict(config.get("llamamoe") or {})
+    block = rescaled_block(config.get("llamamoe") or {}, **factors_of(plan, renormalised=receipt["renormalised"]))
     if "exactness" in block:
         block |= {"parity": "none", "exactness": "not exact: layers were distilled from the parent's"}
     if plan.recipe.router == "trained" and "router_scale" in block:

@@ -201,3 +201,12 @@ def config_of(plan: HealPlan, *, renormalised: bool) -> dict[str, Any]:
     if "routed_scaling_factor" in config:
         found["routed_scaling_factor"] = config["routed_scaling_factor"] * 0.5 * plan.top_k
     return found
+
+
+def factors_of(plan: HealPlan, *, renormalised: bool) -> dict[str, float]:
+    """What that change multiplies, for `llamamoe.mixing.rescaled_block`."""
+    if not renormalised:
+        return {}
+    if "routed_scaling_factor" in plan.checkpoint.config:
+        return {"config": 0.5 * plan.top_k}
+    return {"weights": plan.top_k / plan.num_experts}

@@ -120,6 +120,7 @@ def finish_folder(folder: Path, source: Path, facts: dict[str, Any] | None = Non
             config[key] = before[key]
     config = {k: v for k, v in config.items() if not k.endswith("experts_implementation")}
     if BLOCK in before or facts:
-        config[BLOCK] = {**before.get(BLOCK, {}), **(facts or {})}
+        factors = {key: config[BLOCK][key] for key in ("factor", "baked_factor") if key in (config.get(BLOCK) or {})}
+        config[BLOCK] = {**before.get(BLOCK, {}), **factors, **(facts or {})}
     config |= missing_keys(config)
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..costs import role_of
-from ..errors import UsageError
+from ..errors import CheckpointError, UsageError
 from .recipe import GROUPS
 
 if TYPE_CHECKING:
@@ -66,14 +66,34 @@ def freeze(model: torch.nn.Module, groups: Iterable[str]) -> dict[str, int]:
 
 
 def baked_factor(model: torch.nn.Module) -> float:
-    """What the conversion multiplied the routed experts' down projections by, as config.json tells; 1 if nothing is told."""
-    block = getattr(getattr(model, "config", None), "llamamoe", None) or {}
-    return float(block.get("baked_factor") or 1.0)
+    """What routed down projections were multiplied by since they were a dense FFN's, as config.json tells; 1 if it does not.
+
+    Raises:
+        CheckpointError: It is no number above 0.
+    """
+    block = getattr(getattr(model, "config", None), "llamamoe", None)
+    value = (block if isinstance(block, dict) else {}).get("baked_factor", 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CheckpointError(
+            f"config.json: llamamoe.baked_factor is {value!r}, but must be a number above 0.",
+            hint="Set optimizer.down_lr_factor, which takes its place.",
+        )
+    return float(value)
 
 
-def _is_scaled(name: str, group: str) -> bool:
-    """Whether a parameter is a routed down projection, or the adapter's half whose size follows it."""
-    return group == "experts" and _DOWN.search(name) is not None and "lora_A" not in name
+def _scaled_parameters(model: torch.nn.Module) -> set[int]:
+    """Ids of the routed down projections, and of those halves of their adapters that begin at zero."""
+    found = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if _DOWN.search(name) and "lora_" not in name and group_of(name) == "experts"
+    }
+    for name, module in model.named_modules():
+        # peft wraps a parameter that belongs to no module of its own, and keeps its name.
+        target = getattr(module, "parameter_name", None)
+        if isinstance(target, str) and _DOWN.search(whole := f"{name}.{target}") and group_of(whole) == "experts":
+            found |= {id(parameter) for parameter in module.lora_B.parameters()}
+    return found
 
 
 def optimizer_groups(
@@ -81,10 +101,10 @@ def optimizer_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for AdamW, in a fixed order: each has ``lr``, ``weight_decay`` and a ``name``.
 
-    A step of Adam has about the size of its learning rate, whatever the size of the weights. A conversion to an
-    architecture whose router weighs every selected expert by about 1/N multiplies their down projections by about N;
-    by the plain rate these would learn N times slower than in the dense model. Their rate is multiplied by that factor
-    (`down_lr_factor`), and their decay divided by it, so that both are, relative to the weights, those of all others.
+    A step of Adam has about the size of its learning rate, whatever the size of the weights. Where a router's weights
+    sum to one, or to less, a conversion multiplies the experts' down projections by k or N, so that outputs keep their size;
+    by the plain rate these would learn as many times slower than in the dense model. Their rate is multiplied by that
+    factor (`down_lr_factor`), and their decay divided by it, so that both are, relative to the weights, those of all others.
 
     Args:
         model: Its parameters that take a gradient are in one group each.
@@ -93,6 +113,7 @@ def optimizer_groups(
     """
     optimizer = recipe.optimizer
     factor = baked_factor(model) if optimizer.down_lr_factor is None else optimizer.down_lr_factor
+    scaled = _scaled_parameters(model)
     experts_lr = optimizer.lr if optimizer.experts_lr is None else optimizer.experts_lr
     rates = {"router": optimizer.router_lr, "experts": experts_lr, "experts_down": experts_lr * factor}
     decay = {"experts_down": optimizer.weight_decay / factor}
@@ -102,7 +123,7 @@ def optimizer_groups(
             group = group_of(name)
             decays = parameter.ndim >= 2 and group not in _NO_DECAY
             kind = "router" if group == "router" else "experts" if group in _EXPERT_GROUPS else "rest"
-            if factor != 1 and _is_scaled(name, group):
+            if factor != 1 and id(parameter) in scaled:
                 kind = "experts_down"
             members.setdefault((kind, decays), []).append(parameter)
     if extras := list(extra):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RefusedError
+from ..mixing import rescaled_block
 from .moe_layers import MoeLayer
 from .routing import RouterTap, at_least_float32
 
@@ -160,6 +161,10 @@ def renormalise(model: torch.nn.Module, layers: Sequence[MoeLayer]) -> list[MoeL
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
         if changed and hasattr(config, "norm_topk_prob"):
             config.norm_topk_prob = True
+        if changed and isinstance(block := getattr(config, "llamamoe", None), dict):
+            sigmoid, k = changed[0].weighting == "sigmoid", changed[0].top_k
+            ratio = {"config": 0.5 * k} if sigmoid else {"weights": k / changed[0].num_experts}
+            config.llamamoe = rescaled_block(block, **ratio)
         if any(moe.weighting == "sigmoid" for moe in changed) and hasattr(config, "routed_scaling_factor"):
             config.routed_scaling_factor = factors[changed[0].layer]
     return [_renormalised(moe, factors[moe.layer]) if moe.layer in factors else moe for moe in layers]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llamamoe.errors import UsageError
+from llamamoe.errors import CheckpointError, UsageError
+from llamamoe.training.lora import add_adapters
 from llamamoe.training.parameters import LrSchedule, freeze, group_of, lr_factors, optimizer_groups
 
 from ..models import COMMON
@@ -83,6 +84,33 @@ def test_scaled_down_projections_learn_as_fast_relative_to_their_size(tmp_path: 
     assert torch.allclose(scaled, 16 * plain, rtol=1e-5)
     plain_rates = recipe_of(world, optimizer={"down_lr_factor": 1.0})
     assert "experts_down" not in {group["name"] for group in optimizer_groups(model, plain_rates)}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "granitemoeshared"])
+def test_adapters_of_scaled_down_projections_do_too(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    recipe = recipe_of(make_world(tmp_path), lora={"rank": 2, "alpha": 4, "experts": True})
+    config = AutoConfig.for_model(name, **{**COMMON, **SMALL, **TARGETS[name]})
+    config.llamamoe = {"baked_factor": 4.0}
+    assert recipe.lora is not None
+    wrapped = add_adapters(AutoModelForCausalLM.from_config(config), recipe.lora)
+    group = next(group for group in optimizer_groups(wrapped, recipe) if group["name"] == "experts_down")
+    names = {id(parameter): name for name, parameter in wrapped.named_parameters()}
+    down = {names[id(parameter)] for parameter in group["params"]}
+    assert down
+    assert all("lora_B" in name for name in down)
+    # Each B of a down projection has as many rows as outputs: [H, r x N], that of gate and up has twice the width's.
+    assert {parameter.shape[0] for parameter in group["params"]} == {COMMON["hidden_size"]}
+    rates = {group["name"]: group["lr"] for group in optimizer_groups(wrapped, recipe)}
+    assert rates["experts_down"] == 4 * rates["experts"]
+
+
+@pytest.mark.parametrize("value", [0, -4, "x", float("nan"), True])
+def test_a_factor_that_cannot_be_is_named(value: object, tmp_path: Path) -> None:
+    model = model_of("mixtral")
+    model.config.llamamoe = {"baked_factor": value}
+    with pytest.raises(CheckpointError, match="baked_factor"):
+        optimizer_groups(model, recipe_of(make_world(tmp_path)))
 
 
 def test_routers_go_first(tmp_path: Path) -> None:

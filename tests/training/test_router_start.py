@@ -41,9 +41,15 @@ def started(model: Any, std: float) -> Any:
 @pytest.mark.parametrize(("name", "keys"), VARIANTS)
 def test_a_hard_model_computes_the_same_after_renormalising_and_a_tiny_start(name: str, keys: dict[str, Any]) -> None:
     model = hard(name, **keys)
+    model.config.llamamoe = {"method": "random", "factor": 8.0, "baked_factor": 8.0}
     before = outputs(model)
     layers = find_moe_layers(model)
+    down = float(layers[0].experts.down_proj.norm())
     again = renormalise(model, layers)
+    told = model.config.llamamoe
+    assert told["baked_factor"] == pytest.approx(8.0 * float(layers[0].experts.down_proj.norm()) / down)
+    assert told["factor"] == pytest.approx(told["baked_factor"] * again[0].factor / layers[0].factor)
+    assert told["method"] == "random"
     assert [moe.weighting for moe in again] == [moe.weighting for moe in find_moe_layers(model)]
     assert all(moe.weighting.endswith("renormalised") for moe in again)
     assert [moe.factor for moe in again] == [moe.factor for moe in find_moe_layers(model)]
