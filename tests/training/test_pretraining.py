@@ -108,7 +108,7 @@ def test_metrics_tell_everything(finished: Path) -> None:
     last = train[-1]
     assert set(last["terms"]) == {"lm", "kl", "switch", "z"}
     assert set(last["domain_loss"]) == {"large", "small"}
-    assert set(last["lr"]) == {"router", "experts", "rest"}
+    assert set(last["lr"]) == {"router", "experts", "experts_down", "rest"}
     assert {"max_violation/mean", "dead_experts/worst", "load_entropy_share/first"} <= set(last["routing"])
     assert len(last["layers"]["max_violation"]) == 2
     total = 0.5 * last["terms"]["lm"] + last["terms"]["kl"] + 0.01 * last["terms"]["switch"]
