@@ -220,7 +220,7 @@ class _Run:
         """One model at every batch size."""
         import torch
 
-        from .scoring import load_weights
+        from .scoring import free_memory, load_weights
 
         before = _memory(self.device)
         model = load_weights(side, self.dtype, self.device)
@@ -238,9 +238,7 @@ class _Run:
         dtype = str(model.dtype).removeprefix("torch.")
         memory = _memory(self.device, peak=True) - before
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         return ModelSpeed(
             name=inspection.name,
             dtype=dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from .data.encoding import Encoded, Window, encode, windows_of
 from .data.text import Document, read_documents
 from .errors import LlamaMoeError, UsageError
-from .progress import Progress, ProgressCallback, ignore_progress
+from .progress import ProgressCallback, counting, ignore_progress
 from .scores import Counts, Evaluation, differences, model_scores
 
 if TYPE_CHECKING:
@@ -62,21 +61,21 @@ def evaluate(
     """
     from .scoring import open_model
 
-    _check(max_tokens=max_tokens, context_length=context_length, batch_size=batch_size, dtype=dtype)
+    check_numbers(max_tokens=max_tokens, context_length=context_length, batch_size=batch_size, dtype=dtype)
     devices = pick_devices(device)
     documents = read_documents(text)  # complains before models are opened
     sides = [open_model(name) for name in (model, against) if name is not None]
-    length = _context_length(context_length, sides)
+    length = window_length(context_length, sides)
     _check_stride(stride, length)
     mine, skipped = _take(documents, sides[0], max_tokens)
     encoded, same = [mine], True
     if against is not None:
-        theirs, same = _encode_again(mine, sides[1])
+        theirs, same = encode_again(mine, sides[1])
         encoded.append(theirs)
     plans = [
         ScoringPlan(part, windows_of(part, length, stride), side) for part, side in zip(encoded, sides, strict=True)
     ]
-    advance = _counter(sum(int(plan.tokens.sum()) for plan in plans), progress)
+    advance = counting("evaluate", sum(int(plan.tokens.sum()) for plan in plans), "token", progress)
     results = [plan.run(batch_size, dtype, devices, advance) for plan in plans]
     scores = [model_scores(side.name, used, counts) for side, (used, counts) in zip(sides, results, strict=True)]
     return Evaluation(
@@ -93,7 +92,12 @@ def evaluate(
     )
 
 
-def _check(*, max_tokens: int | None, context_length: int | None, batch_size: int, dtype: str) -> None:
+def check_numbers(*, max_tokens: int | None, context_length: int | None, batch_size: int, dtype: str) -> None:
+    """Refuse what no evaluation can be asked for.
+
+    Raises:
+        UsageError: A number is too small, or there is no such dtype.
+    """
     limits = (("max_tokens", max_tokens, 2), ("context_length", context_length, 2), ("batch_size", batch_size, 1))
     for name, value, least in limits:
         if value is not None and value < least:
@@ -154,7 +158,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-def _context_length(asked: int | None, sides: Sequence[Opened]) -> int:
+def window_length(asked: int | None, sides: Sequence[Opened]) -> int:
     """The window's length; the same for both models, so that a position has the same context in both."""
     stated = {side.name: getattr(side.config, "max_position_embeddings", None) for side in sides}
     positions = {name: count for name, count in stated.items() if count}
@@ -197,7 +201,7 @@ def _nothing_to_score(domain: str, side: Opened) -> LlamaMoeError:
     )
 
 
-def _encode_again(encoded: Sequence[Encoded], side: Opened) -> tuple[list[Encoded], bool]:
+def encode_again(encoded: Sequence[Encoded], side: Opened) -> tuple[list[Encoded], bool]:
     """Tokenise the same text for another model, and tell whether the tokens are the same."""
     again = [encode(side.tokenizer, each.document, bos=side.bos, limit=each.limit) for each in encoded]
     pairs = list(zip(encoded, again, strict=True))
@@ -235,17 +239,13 @@ class ScoringPlan:
         self, batch_size: int, dtype: str, devices: Sequence[str], advance: Callable[[str, int], None]
     ) -> tuple[str, dict[str, Counts]]:
         """Load the model onto every device, score, let it go; returns the weights' dtype and the sums by domain."""
-        import torch
-
-        from .scoring import load_weights
+        from .scoring import free_memory, load_weights
 
         models = [load_weights(self.side, dtype, device) for device in devices]
         counts = self._score(models, batch_size, lambda tokens: advance(self.side.name, tokens))
         used = str(models[0].dtype).removeprefix("torch.")
         models.clear()
-        gc.collect()  # models hold cycles: without this two would be in memory
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         return used, counts
 
     def score(self, model: Any, batch_size: int, advance: Callable[[int], None]) -> dict[str, Counts]:
@@ -270,20 +270,9 @@ def scoring_plan(
         LlamaMoeError: A domain has nothing to score, or a document cannot be read.
     """
     documents = read_documents(text)
-    length = _context_length(context_length, [side])
+    length = window_length(context_length, [side])
     encoded, _ = _take(documents, side, max_tokens)
     return ScoringPlan(encoded, windows_of(encoded, length), side), length
-
-
-def _counter(total: int, progress: ProgressCallback) -> Callable[[str, int], None]:
-    done = 0
-
-    def advance(name: str, tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        progress(Progress("evaluate", done, total, "token", name))
-
-    return advance
 
 
 def protocol(

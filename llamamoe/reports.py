@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .checkpoint.writer import write_text
-from .errors import CheckpointError, LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from .errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
 from .inspection import Inspection, inspect_checkpoint
 from .progress import ProgressCallback, counting, ignore_progress
 from .reporting.origin import plain, provenance, training_runs
@@ -84,8 +84,7 @@ def report(
         LlamaMoeError: Text or weights cannot be used, see `llamamoe.evaluate`.
         MissingExtraError: The page needs jinja2 and matplotlib (``pip install 'llamamoe[report]'``).
     """
-    from .evaluation import _check as check_numbers
-    from .evaluation import pick_device
+    from .evaluation import check_numbers, pick_device
 
     started = time.monotonic()
     if out is not None:
@@ -183,31 +182,20 @@ def _sides(
 ) -> tuple[list[_Side], str, int]:
     """Every model with the text in its own tokens; the first one's tokenizer decides how much text is taken."""
     from .data.encoding import windows_of
-    from .evaluation import ScoringPlan, _context_length, _encode_again, protocol, scoring_plan
-    from .scoring import open_model
+    from .evaluation import ScoringPlan, encode_again, protocol, scoring_plan, window_length
+    from .scoring import check_ids, open_model
 
     inspections = [*models, *([parent] if parent is not None else [])]
     opened = [open_model(Path(each.path)) for each in inspections]
-    length = _context_length(context_length, opened)
+    length = window_length(context_length, opened)
     first, _ = scoring_plan(opened[0], text, max_tokens=max_tokens, context_length=length)
     sides = [_Side(inspections[0], first, same_tokens=True)]
     for inspection, side in zip(inspections[1:], opened[1:], strict=True):
-        encoded, same = _encode_again(first.encoded, side)
+        encoded, same = encode_again(first.encoded, side)
         sides.append(_Side(inspection, ScoringPlan(encoded, windows_of(encoded, length), side), same))
     for each in sides:
-        _check_ids(each)
+        check_ids(each.plan.side.name, int(each.plan.side.config.vocab_size), each.plan.encoded)
     return sides, protocol(length, max_tokens, opened, all(side.same_tokens for side in sides)), length
-
-
-def _check_ids(side: _Side) -> None:
-    """Before weights are read: every id has an embedding."""
-    rows = int(side.plan.side.config.vocab_size)
-    largest = max(int(each.ids.max()) for each in side.plan.encoded if len(each.ids))
-    if largest >= rows:
-        raise CheckpointError(
-            f"the tokenizer of {side.inspection.name} makes the id {largest}, but the model has only {rows} embeddings.",
-            hint="The folder's tokenizer is another model's; copy the right one.",
-        )
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Shapes: B windows, T tokens of the longest, P scored tokens of a batch, H hidden
 from __future__ import annotations
 
 import contextlib
+import gc
 import queue
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,15 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
     return model.eval()
 
 
+def free_memory() -> None:
+    """Give back what a model took whose last name was just deleted, so that the next one does not come beside it."""
+    import torch
+
+    gc.collect()  # models hold cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
 def _refusing(message: str) -> Iterator[None]:
     """Turn whatever a loader raises into one kind of error: files of others can fail in any way."""
@@ -159,7 +169,7 @@ def score_windows(
         CheckpointError: The tokenizer makes ids that the model does not have.
         LlamaMoeError: A loss is not finite.
     """
-    _check_ids(models[0], documents)
+    check_ids(models[0].name_or_path, models[0].get_input_embeddings().weight.shape[0], documents)
     order = sorted(range(len(windows)), key=lambda i: windows[i].start - windows[i].stop)
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     free: queue.SimpleQueue[_Scorer] = queue.SimpleQueue()
@@ -196,12 +206,21 @@ def _running(
         pool.shutdown(cancel_futures=True)
 
 
-def _check_ids(model: Any, documents: Sequence[Encoded]) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+def check_ids(name: str, rows: int, documents: Sequence[Encoded]) -> None:
+    """Whether every id has an embedding.
+
+    Args:
+        name: The model.
+        rows: Its embeddings.
+        documents: At least one with tokens.
+
+    Raises:
+        CheckpointError: One has none.
+    """
     largest = max(int(document.ids.max()) for document in documents if len(document.ids))
     if largest >= rows:
         raise CheckpointError(
-            f"The tokenizer makes the id {largest}, but the model has only {rows} embeddings.",
+            f"The tokenizer of '{name}' makes the id {largest}, but the model has only {rows} embeddings.",
             hint="The folder's tokenizer is another model's; copy the right one.",
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -220,10 +219,9 @@ class _Run:
 
     def ask(self, side: Any) -> _Answers:
         """All tasks of one model."""
-        import torch
         from lm_eval.models.huggingface import HFLM
 
-        from .scoring import load_weights
+        from .scoring import free_memory, load_weights
 
         model = load_weights(side, self.dtype, self.device)
         dtype = str(model.dtype).removeprefix("torch.")
@@ -239,9 +237,7 @@ class _Run:
                         raise
             self.tell(f"{side.name}: {request.task}")
         del model, wrapped
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         return _Answers(dtype, results)
 
     def _one(self, wrapped: Any, request: TaskRequest) -> dict[str, Any]:

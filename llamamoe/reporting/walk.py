@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,7 @@ def read(
     """
     import torch
 
-    from ..scoring import load_weights
+    from ..scoring import free_memory, load_weights
 
     model = load_weights(plan.side, dtype, device)
     used = str(model.dtype).removeprefix("torch.")
@@ -67,9 +66,7 @@ def read(
             nll, routing = _read(model, plan, mixture, oracle_tokens, advance)
     finally:
         del model
-        gc.collect()  # models hold cycles: without this two would be in memory
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
     return Reading(used, counts(plan, nll), routing)
 
 
