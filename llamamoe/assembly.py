@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, assert_never
 
 from .layer import PADDING, ExpertWeights, FfnWeights, Partition
-from .targets.base import Copy, MoeLayout, Neurons, OutTensor, Router, Zeros, is_power_of_two
+from .targets.base import Constant, Copy, MoeLayout, Neurons, OutTensor, Router, is_power_of_two
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,8 +160,8 @@ def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default
 
     dtype = torch_dtype(tensor.dtype or default_dtype)
     origin = tensor.origin
-    if isinstance(origin, Zeros):
-        return torch.zeros(tensor.shape, dtype=dtype)
+    if isinstance(origin, Constant):
+        return torch.full(tensor.shape, origin.value, dtype=dtype)
     if isinstance(origin, Copy):
         value = cast(model.read(origin.name), dtype, origin.scale)
         return (interleave(value, origin.interleave) if origin.interleave else value).contiguous()

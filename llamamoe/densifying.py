@@ -19,7 +19,7 @@ from .mixing import is_router, may_overlap
 from .preflight import normal_path
 from .progress import Progress, ProgressCallback, ignore_progress
 from .sources.base import DenseSpec
-from .targets.base import Combine, Copy, MoeLayout, Neurons, OutTensor, common_config, is_power_of_two
+from .targets.base import NEARLY_ZERO, Combine, Copy, MoeLayout, Neurons, OutTensor, common_config, is_power_of_two
 from .targets.dense import Dense
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class _Job:
     @property
     def _gate_was_trained(self) -> bool:
         gates = [name for name in self.converted.checkpoint.tensors if name.endswith("shared_expert_gate.weight")]
-        return any(bool(self.converted.checkpoint.read(name).any()) for name in gates)
+        return any(bool((self.converted.checkpoint.read(name).abs() > 2 * NEARLY_ZERO).any()) for name in gates)
 
     def _kept_neurons(self) -> list[np.ndarray]:
         """Of each layer the places whose neurons are kept, int64: all but zero neurons. Reads all FFNs."""

