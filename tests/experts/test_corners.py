@@ -67,3 +67,28 @@ def test_both_layouts_of_masked_agree_with_eager(regroup: bool, monkeypatch: pyt
 def test_masked_copies_weights_only_for_many_tokens() -> None:
     assert not masked._regroup(16, 576, 16)
     assert masked._regroup(2048, 576, 192)
+
+
+def test_one_bfloat16_token_leaves_torchs_switch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products take torch's own kernel; what others then compute takes oneDNN again, after an error, too."""
+    experts, run = experts_of(make_model(num_local_experts=6)), EXPERTS.get("sorted")()
+    (x, gate_up, down, weights), indices = random_inputs(1, 6, 2, dtype=torch.bfloat16)
+    experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+    before, seen, linear = torch.backends.mkldnn.enabled, [], torch.nn.functional.linear
+
+    def spy(*args: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.mkldnn.enabled)
+        if len(seen) == 3:
+            raise RuntimeError("stop")
+        return linear(*args)
+
+    with torch.no_grad():
+        wanted = plain(*(t.double() for t in (x, gate_up, down)), indices, weights.double())
+        got = run(experts, x, indices, weights).double()
+        assert torch.allclose(got, wanted, atol=0.02 * float(wanted.abs().max()))
+        assert torch.backends.mkldnn.enabled == before
+        monkeypatch.setattr("torch.nn.functional.linear", spy)
+        with pytest.raises(RuntimeError, match="stop"):
+            run(experts, x, indices, weights)
+    assert seen == [False] * 3
+    assert torch.backends.mkldnn.enabled == before
