@@ -22,7 +22,7 @@ HELP = """Measure how well MODEL predicts a text (perplexity and bits per byte, 
 tasks of lm-evaluation-harness.
 
 MODEL is any causal language model that transformers loads: a folder or a hub id. With --against a second model is
-measured on the same text or questions, and the paired difference is given with its standard error.
+measured on the same text or questions, and the paired difference is given with its standard error and 95 % interval.
 """
 EXAMPLES = """
 llamamoe evaluate OUT --text wiki.txt --text code/ --max-tokens 100000
@@ -151,7 +151,7 @@ def _print(found: Evaluation, *, verbose: bool) -> None:
         if len(found.difference.domains) > 1:
             rows.append(("mean over domains", found.difference.mean_over_domains))
         same = found.comparable == "perplexity"
-        titles = ("domain", *(("loss", "perplexity") if same else ()), "bits/byte")
+        titles = ("domain", *(("loss", "95 % interval", "perplexity") if same else ()), "bits/byte", "95 % interval")
         table(titles, [(n, *_difference(d, same)) for n, d in rows], right=range(1, len(titles)))
         if not same:
             paragraph("The tokenizers differ: only bits per byte may be compared.")
@@ -187,10 +187,18 @@ def _score(score: Score) -> tuple[str, ...]:
 
 
 def _difference(difference: Difference, same: bool) -> tuple[str, ...]:
-    bits = with_error(difference.bits_per_byte, difference.bits_per_byte_stderr, sign=True)
+    bits = (
+        with_error(difference.bits_per_byte, difference.bits_per_byte_stderr, sign=True),
+        _interval(difference.bits_per_byte_interval),
+    )
     if not same or difference.loss is None or difference.perplexity_ratio is None:
-        return (bits,)
-    return with_error(difference.loss, difference.loss_stderr, sign=True), f"x {difference.perplexity_ratio:.4g}", bits
+        return bits
+    loss = with_error(difference.loss, difference.loss_stderr, sign=True), _interval(difference.loss_interval)
+    return *loss, f"x {difference.perplexity_ratio:.4g}", *bits
+
+
+def _interval(found: tuple[float, float] | None) -> str:
+    return "" if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
 
 
 def with_error(value: float, stderr: float | None, *, sign: bool = False) -> str:

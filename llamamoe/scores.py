@@ -37,16 +37,28 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """Model minus ``against`` on the same documents; the standard errors are those of paired differences.
+    """Model minus ``against`` on the same documents, which are taken as pairs.
 
-    ``loss``, ``loss_stderr`` and ``perplexity_ratio`` (``exp(loss)``) are None where the tokenizers differ.
+    An interval that does not hold 0 tells the two models apart at 5 %. What is about loss is None where the tokenizers
+    differ; standard errors and intervals are None where a domain has fewer than two documents.
+
+    Attributes:
+        loss: Nats per token.
+        loss_stderr: Its standard error.
+        loss_interval: Its 95 % confidence interval, by Student's t with Satterthwaite's degrees of freedom.
+        perplexity_ratio: ``exp(loss)``.
+        bits_per_byte: Bits per byte.
+        bits_per_byte_stderr: Its standard error.
+        bits_per_byte_interval: Its 95 % confidence interval.
     """
 
     loss: float | None
     loss_stderr: float | None
+    loss_interval: tuple[float, float] | None
     perplexity_ratio: float | None
     bits_per_byte: float
     bits_per_byte_stderr: float | None
+    bits_per_byte_interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -133,10 +145,29 @@ class _Estimate(NamedTuple):
 
     def stderr(self) -> float | None:
         """The documents of each domain are taken as a sample of it, the domains as given (not as a sample)."""
+        variances = self._variances()
+        return None if variances is None else math.sqrt(sum(variances))
+
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval; variances differ between domains, so degrees of freedom are Satterthwaite's (1946)."""
+        from scipy.stats import t
+
+        variances = self._variances()
+        if variances is None:
+            return None
+        total = sum(variances)
+        if total == 0:
+            return self.value, self.value
+        parts = zip(variances, self.influence, strict=True)
+        freedom = total**2 / sum(variance**2 / (len(part) - 1) for variance, part in parts)
+        half = float(t.ppf(0.975, freedom)) * math.sqrt(total)
+        return self.value - half, self.value + half
+
+    def _variances(self) -> list[float] | None:
+        """What each domain adds to the variance of the value; None where one has fewer than two documents."""
         if any(len(part) < 2 for part in self.influence):
             return None
-        variances = [len(part) * float(np.var(part, ddof=1)) for part in self.influence]
-        return math.sqrt(sum(variances))
+        return [len(part) * float(np.var(part, ddof=1)) for part in self.influence]
 
 
 def model_scores(model: str, dtype: str, counts: Mapping[str, Counts]) -> ModelScores:
@@ -211,9 +242,11 @@ def _difference(
     return Difference(
         loss=nats.value if same_tokens else None,
         loss_stderr=nats.stderr() if same_tokens else None,
+        loss_interval=nats.interval() if same_tokens else None,
         perplexity_ratio=_exp(nats.value) if same_tokens else None,
         bits_per_byte=bits.value,
         bits_per_byte_stderr=bits.stderr(),
+        bits_per_byte_interval=bits.interval(),
     )
 
 

@@ -348,6 +348,41 @@ def test_the_standard_error_is_that_of_resampled_documents():
     assert one.domains["b"].loss_stderr is not None
 
 
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    """Of many small samples of pairs whose true difference is known, 95 % give an interval that holds it."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(1000):
+        mine, theirs = {}, {}
+        for name, n, spread in (("a", 4, 0.5), ("b", 12, 0.1)):
+            tokens = np.full(n, 100.0)
+            base = rng.normal(3, 1, n)
+            theirs[name] = Counts(base * tokens, tokens, tokens * 4)
+            mine[name] = Counts((base + rng.normal(0.2, spread, n)) * tokens, tokens, tokens * 4)
+        found = differences(mine, theirs, True).mean_over_domains
+        low, high = found.loss_interval
+        assert low < found.loss < high
+        held += low <= 0.2 <= high
+    assert 0.93 <= held / 1000 <= 0.98
+
+
+def test_the_interval_of_one_domain_is_that_of_a_paired_t_test():
+    from scipy.stats import ttest_1samp
+
+    rng = np.random.default_rng(2)
+    tokens, base = np.full(7, 50.0), rng.normal(3, 1, 7)
+    shift = rng.normal(0.1, 0.3, 7)
+    counts = ({"a": Counts((base + add) * tokens, tokens, 4 * tokens)} for add in (shift, 0.0))
+    found = differences(*counts, True)
+    wanted = ttest_1samp(shift, 0).confidence_interval(0.95)
+    assert found.overall.loss_interval == pytest.approx((wanted.low, wanted.high))
+    bits = found.overall.bits_per_byte_interval
+    assert bits == pytest.approx((wanted.low / math.log(2) / 4, wanted.high / math.log(2) / 4))
+    one = {"a": Counts(base[:1], tokens[:1], tokens[:1])}
+    assert differences(one, one, True).overall.loss_interval is None
+    assert differences(one, one, False).overall.loss_interval is None
+
+
 class SlowTokenizer:
     """As much of a tokenizer without offsets as `encode` uses: one token for two characters."""
 
