@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -19,16 +17,16 @@ from .checkpoint.gguf_config import NORMS, PROJECTIONS
 from .checkpoint.gguf_header import require_gguf
 from .checkpoint.gguf_rope import write_rope
 from .checkpoint.gguf_vocabulary import GgufVocabulary, read_vocabulary
+from .checkpoint.gguf_writing import DTYPES, FILE_TYPES, Q8_BLOCK, GgufOut, kind_of, write_tensors
 from .checkpoint.rewriting import opened
 from .converted import ConvertedModel, check_shapes
 from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
 from .preflight import normal_path
-from .progress import Progress, ProgressCallback, ignore_progress
+from .progress import ProgressCallback, ignore_progress
 from .registry import near_misses
 from .targets.base import NEARLY_ZERO, Constant, Neurons, OutTensor, Router, Weighting
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from gguf import GGUFWriter
 
@@ -58,10 +56,6 @@ ARCHITECTURES = {
     "qwen2_moe": Architecture("qwen2moe", pairs=False, llama3=False, any_head=False, weighting="softmax"),
 }
 """Targets that llama.cpp computes as transformers does, if nothing in `_architecture` says otherwise."""
-DTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
-_KINDS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
-_Q8_BLOCK, _Q8_BYTES = 32, 34
 _ROOM = 16 * 2**20
 
 
@@ -88,21 +82,6 @@ class GgufExport:
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return {**asdict(self), "out": str(self.out), "warnings": list(self.warnings)}
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor of the file: its shape, its type, and how to make it."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    make: Callable[[], torch.Tensor] = field(repr=False)
-
-    @property
-    def nbytes(self) -> int:
-        count = prod(self.shape)
-        return count * 4 if self.kind == "F32" else count * 2 if self.kind != "Q8_0" else count // _Q8_BLOCK * _Q8_BYTES
 
 
 def export_gguf(
@@ -156,10 +135,10 @@ def export_gguf(
         raise CheckpointError(f"config.json of {location.path} cannot be said in a GGUF file: {error!r}.") from error
     tensors = list(_tensors(converted, architecture, dtype, freqs))
     kind = max(tensors, key=lambda each: prod(each.shape)).kind
-    writer.add_file_type(_FILE_TYPES[kind])
+    writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _check_room(place, sum(each.nbytes for each in tensors))
-    _write(writer, tensors, place, progress)
+    write_tensors(writer, tensors, place, progress)
     warnings = tuple(_warnings(converted, vocabulary, tensors, dtype))
     return GgufExport(place, architecture.name, kind, len(tensors), place.stat().st_size, warnings)
 
@@ -226,7 +205,7 @@ def _check_room(out: Path, need: int) -> None:
         )
 
 
-def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[_Tensor], dtype: str) -> Iterator[str]:
+def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[GgufOut], dtype: str) -> Iterator[str]:
     window = model.spec.window
     if window and window < model.spec.max_position_embeddings:
         yield f"llama.cpp has no sliding window for this architecture: the context length is set to the window, {window}"
@@ -235,7 +214,7 @@ def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[_
         yield "the checkpoint has no tokenizer: the file holds none, and takes token ids only"
     wide = [each.name for each in tensors if dtype == "q8_0" and each.kind == "F16"]
     if wide:
-        yield f"{len(wide)} tensors have rows that are no multiple of {_Q8_BLOCK} wide and are stored in 16 bits: {wide[0]}"
+        yield f"{len(wide)} tensors have rows that are no multiple of {Q8_BLOCK} wide and are stored in 16 bits: {wide[0]}"
     if dtype == "q8_0":
         yield "8-bit weights round the model's weights: measure it again"
 
@@ -286,20 +265,20 @@ def _write_metadata(
 
 def _tensors(
     model: ConvertedModel, architecture: Architecture, dtype: str, freqs: list[float] | None
-) -> Iterator[_Tensor]:
+) -> Iterator[GgufOut]:
     """The tensors of the file, in order."""
     import torch
 
     spec = model.spec
 
-    def outer(ours: str, theirs: str, heads: int = 0) -> _Tensor:
+    def outer(ours: str, theirs: str, heads: int = 0) -> GgufOut:
         shape = model.checkpoint.tensors[model.stored_name(ours)].shape
-        kind = _kind(dtype, model.dtype_of(ours), shape)
-        return _Tensor(theirs, shape, kind, lambda: _rotated(model.read(ours), heads))
+        kind = kind_of(dtype, model.dtype_of(ours), shape)
+        return GgufOut(theirs, shape, kind, lambda: _rotated(model.read(ours), heads))
 
     yield outer("model.embed_tokens.weight", "token_embd.weight")
     if freqs is not None:
-        yield _Tensor("rope_freqs.weight", (len(freqs),), "F32", lambda: torch.tensor(freqs, dtype=torch.float32))
+        yield GgufOut("rope_freqs.weight", (len(freqs),), "F32", lambda: torch.tensor(freqs, dtype=torch.float32))
     for layer in range(spec.num_layers):
         prefix, block = f"model.layers.{layer}.", f"blk.{layer}."
         for theirs, ours in NORMS.items():
@@ -319,7 +298,7 @@ def _tensors(
         yield outer("model.embed_tokens.weight", "output.weight")
 
 
-def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> Iterator[_Tensor]:
+def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> Iterator[GgufOut]:
     """Router, shared expert and stacked experts of one layer, in the units in which they are stored."""
     layout, hidden = model.layout, model.spec.hidden_size
     parts: dict[tuple[bool, str], list[OutTensor]] = {}
@@ -327,10 +306,10 @@ def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> I
         origin = tensor.origin
         if isinstance(origin, Router):
             read = partial(model.checkpoint.read, tensor.name)
-            yield _Tensor(f"{block}ffn_gate_inp.weight", tensor.shape, "F32", read)
+            yield GgufOut(f"{block}ffn_gate_inp.weight", tensor.shape, "F32", read)
         elif isinstance(origin, Constant):
             read = partial(_shared_gate, model, tensor.name)
-            yield _Tensor(f"{block}ffn_gate_inp_shexp.weight", tensor.shape[1:], "F32", read)
+            yield GgufOut(f"{block}ffn_gate_inp_shexp.weight", tensor.shape[1:], "F32", read)
         elif isinstance(origin, Neurons):
             for part in ("gate", "up") if origin.part == "gate_up" else (origin.part,):
                 parts.setdefault((origin.expert == "shared", part), []).append(tensor)
@@ -338,9 +317,9 @@ def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> I
         width = layout.shared_width if shared else layout.expert_width
         matrix = (hidden, width) if part == "down" else (width, hidden)
         shape = matrix if shared else (layout.num_experts, *matrix)
-        kind = _kind(dtype, model.checkpoint.tensors[tensors[0].name].dtype, shape)
+        kind = kind_of(dtype, model.checkpoint.tensors[tensors[0].name].dtype, shape)
         name = f"{block}ffn_{part}_{'shexp' if shared else 'exps'}.weight"
-        yield _Tensor(name, shape, kind, partial(_gathered, model, tensors, part))
+        yield GgufOut(name, shape, kind, partial(_gathered, model, tensors, part))
 
 
 def _gathered(model: ConvertedModel, tensors: list[OutTensor], part: str) -> torch.Tensor:
@@ -369,70 +348,3 @@ def _rotated(value: torch.Tensor, heads: int) -> torch.Tensor:
     if not heads:
         return value
     return value.reshape(heads, 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
-
-
-def _kind(dtype: str, stored: str, shape: tuple[int, ...]) -> str:
-    """The GGUF type of a tensor."""
-    if len(shape) == 1:
-        return "F32"
-    kind = _KINDS.get(stored if dtype == "auto" else dtype, "F32")
-    return "F16" if kind == "Q8_0" and shape[-1] % _Q8_BLOCK else kind
-
-
-# ---- writing -------------------------------------------------------------------------------------------------------
-
-
-def _write(writer: GGUFWriter, tensors: list[_Tensor], out: Path, progress: ProgressCallback) -> None:
-    """The file, beside OUT under another name until it is whole."""
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
-    for each in tensors:
-        kind = GGMLQuantizationType[each.kind]
-        # The dtype only tells packed from plain shapes: what is stored is `kind`.
-        writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=kind)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_header_to_file(unfinished)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for done, each in enumerate(tensors, start=1):
-            writer.write_tensor_data(_packed(each))
-            progress(Progress("export", done, len(tensors), "tensor", each.name))
-        writer.flush()
-        for file in writer.fout or ():
-            os.fsync(file.fileno())
-        writer.close()
-        unfinished.replace(out)
-    except OSError as error:
-        raise LlamaMoeError(
-            f"writing {out} failed: {error.strerror or error}.",
-            hint="Nothing is left of it; mend the cause and repeat.",
-        ) from error
-    finally:
-        writer.close()
-        with suppress(OSError):
-            unfinished.unlink()
-
-
-def _packed(tensor: _Tensor) -> np.ndarray[Any, Any]:
-    """The numbers as the file stores them."""
-    import gguf
-    import torch
-
-    value = tensor.make()
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
-    cast = value.to(dtypes[tensor.kind]).contiguous()
-    if not torch.isfinite(cast).all():
-        raise LlamaMoeError(
-            f"{tensor.name} would hold NaN or infinite values as {tensor.kind}.",
-            hint="With --dtype f16 the values are beyond its range: take bf16 or f32."
-            if torch.isfinite(value).all()
-            else "The checkpoint holds them already.",
-        )
-    if tensor.kind == "Q8_0":
-        packed: np.ndarray[Any, Any] = gguf.quants.quantize(cast.numpy(), gguf.GGMLQuantizationType.Q8_0)
-        return packed
-    plain: np.ndarray[Any, Any] = (cast.view(torch.int16) if tensor.kind == "BF16" else cast).numpy()
-    return plain
