@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HELP = """Write the converted checkpoint MODEL as the GGUF file OUT, for llama.cpp and everything built on it.
 
 MODEL must be a mixtral, a granitemoeshared, or a qwen2_moe as calibrated conversions (rescale unit) make it, not trained on:
-those are computed in llama.cpp exactly as in transformers; anything else is refused with the reason. Matrices keep their
+llama.cpp computes those as transformers does, to rounding; anything else is refused with the reason. Matrices keep their
 type unless --dtype says otherwise; llama-quantize makes smaller ones of the file.
 """
 EXAMPLES = """

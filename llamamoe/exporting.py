@@ -56,6 +56,8 @@ ARCHITECTURES = {
     "qwen2_moe": Architecture("qwen2moe", pairs=False, llama3=False, any_head=False, weighting="softmax"),
 }
 """Targets that llama.cpp computes as transformers does, if nothing in `_architecture` says otherwise."""
+_CLOSED = 1e-7
+"""A closed gate's rows. GPUs may multiply in float16, where NEARLY_ZERO is 0; this is not, and moves a gate by 1e-6 or so."""
 _ROOM = 16 * 2**20
 
 
@@ -191,7 +193,7 @@ def _architecture(model: ConvertedModel) -> Architecture:
     if reasons:
         raise RefusedError(
             f"llama.cpp computes {found.name} otherwise than this model: {'; '.join(reasons)}.",
-            hint="Split the parent again with --target granitemoeshared (shared experts) or --target mixtral (none).",
+            hint="granitemoeshared (shared experts) and mixtral (none) hold most models; no dense layers, and SiLU only.",
         )
     return found
 
@@ -210,6 +212,11 @@ def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[G
     if window and window < model.spec.max_position_embeddings:
         yield f"llama.cpp has no sliding window for this architecture: the context length is set to the window, {window}"
     yield from vocabulary.notes
+    if model.block.get("router_scale") == "hard":
+        yield (
+            "the router is hard: its logits nearly tie, so that rounding may select another expert in llama.cpp than in "
+            "transformers"
+        )
     if vocabulary.model == "none":
         yield "the checkpoint has no tokenizer: the file holds none, and takes token ids only"
     wide = [each.name for each in tensors if dtype == "q8_0" and each.kind == "F16"]
@@ -336,11 +343,11 @@ def _gathered(model: ConvertedModel, tensors: list[OutTensor], part: str) -> tor
 
 
 def _shared_gate(model: ConvertedModel, name: str) -> torch.Tensor:
-    """The row of the shared expert's gate; zeros, which older conversions and float16 have, are replaced, see `NEARLY_ZERO`."""
+    """The row of the shared expert's gate; a closed one becomes `_CLOSED`, see `llamamoe.targets.base.NEARLY_ZERO`."""
     import torch
 
     row_H = model.checkpoint.read(name)[0].to(torch.float32)
-    return torch.where(row_H == 0, NEARLY_ZERO, row_H)
+    return torch.where(row_H.abs() <= 2 * NEARLY_ZERO, _CLOSED, row_H)
 
 
 def _rotated(value: torch.Tensor, heads: int) -> torch.Tensor:

@@ -91,7 +91,7 @@ def merge(
     configs = [_complete(each) for each in checkpoints]
     _check(locations, checkpoints, configs)
     config, factors = _one_weighing(checkpoints, configs)
-    config["llamamoe"] = _block(checkpoints, factors[0])
+    config["llamamoe"] = _block(checkpoints, factors[0], _scaling(config) / _scaling(configs[0]))
     warnings = tuple(_warnings(locations, checkpoints, configs, factors))
     parts = ", ".join(f"{share:.4g} of `{each.name}`" for share, each in zip(shares, locations, strict=True))
     job = Rewriting(
@@ -131,10 +131,14 @@ def _complete(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
     return complete_config(checkpoint.config)
 
 
-def _block(checkpoints: Sequence[SafetensorsCheckpoint], factor: float) -> dict[str, Any] | None:
+def _scaling(config: Mapping[str, Any]) -> float:
+    return float(config.get("routed_scaling_factor") or 1.0)
+
+
+def _block(checkpoints: Sequence[SafetensorsCheckpoint], weights: float, scaling: float) -> dict[str, Any] | None:
     """What is known of the first conversion, its claims taken back, and whatever any of the models went through."""
     blocks = [dict(each.config.get("llamamoe") or {}) for each in checkpoints]
-    block = rescaled_block(blocks[0], weights=factor)
+    block = rescaled_block(blocks[0], weights=weights, config=scaling)
     if "parity" in block:
         block |= {"parity": "none", "exactness": "not exact: the weights are an average"}
     for key in ("repair", "healed", "trained"):

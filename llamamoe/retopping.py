@@ -136,7 +136,8 @@ def _config(config: dict[str, Any], mixing: Mixing, top_k: int, rescale: str | N
     if mixing.target.scaling_knob:
         found["routed_scaling_factor"] = mixing.factor * ratio
     place = "config" if mixing.target.scaling_knob else "weights"
-    block = rescaled_block(config.get("llamamoe") or {}, **{place: ratio}) | {"rescale": rescale, "top_k": top_k}
+    told = {"factor": 1.0, "baked_factor": 1.0, **(config.get("llamamoe") or {})}  # of another origin: from here on
+    block = rescaled_block(told, **{place: ratio}) | {"rescale": rescale, "top_k": top_k}
     if not exact and "exactness" in block:
         block["exactness"] = f"{block['exactness']}; down projections were rounded once more when k was changed"
     return found | {"llamamoe": block}

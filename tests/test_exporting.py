@@ -292,6 +292,27 @@ def same_tokens(folder: Path, tmp_path: Path, vocab_size: int, texts: list[str])
     return all(ours(text).input_ids == theirs(text).input_ids for text in texts)
 
 
+def test_what_may_differ_in_llama_cpp_is_said(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", vocab_size=300)
+    make_byte_level(dense, "qwen2")
+    content = json.loads((dense / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"][-1]["rstrip"] = True
+    (dense / "tokenizer.json").write_text(json.dumps(content))
+    split(dense, tmp_path / "moe", load_recipe(given={"num_experts": 4, "top_k": 2, "method": "random"}), verify=False)
+    warnings = export_gguf(tmp_path / "moe", tmp_path / "m.gguf").warnings
+    for word in ("NFC", "<tool>", "router is hard"):
+        assert any(word in each for each in warnings), word
+
+
+def test_a_closed_gate_is_closed_in_half_precision_too(tmp_path: Path) -> None:
+    """llama.cpp divides by what the gate's rows give, and GPUs may give it in float16."""
+    file = Plain(export_gguf(convert(tmp_path, "llama", "qwen2_moe", "1x"), tmp_path / "m.gguf").out)
+    row = file.tensors["blk.0.ffn_gate_inp_shexp.weight"]
+    assert (row.half() > 0).all()
+    hidden = 3 * torch.randn(1000, len(row), generator=torch.Generator().manual_seed(0))
+    assert ((hidden @ row).sigmoid() - 0.5).abs().max() < 1e-5
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,7 @@ def _read(path: Path, vocab_size: int, pre: str | None) -> GgufVocabulary:
             f"{path.parent} names no end-of-sequence token, and llama.cpp would take token 11 for it.",
             hint="Name one as eos_token in tokenizer_config.json.",
         )
+    stripping = _stripping(added)
     prefix, notes = _space_prefix(path, content) if kind == "llama" else (True, _composed(byte_level))
     return GgufVocabulary(
         model=kind,
@@ -140,7 +141,7 @@ def _read(path: Path, vocab_size: int, pre: str | None) -> GgufVocabulary:
         adds=_adds(path, special),
         space_prefix=prefix,
         chat_template=template,
-        notes=notes,
+        notes=(*notes, *stripping),
     )
 
 
@@ -160,6 +161,16 @@ def _composed(cut: kinds.Cut | None) -> tuple[str, ...]:
         return ()
     return (
         "llama.cpp does not compose characters (NFC) as this tokenizer does: decomposed text is cut in another way",
+    )
+
+
+def _stripping(added: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    names = [each["content"] for each in added if any(each.get(flag) for flag in ("lstrip", "rstrip", "single_word"))]
+    if not names:
+        return ()
+    return (
+        f"{len(names)} special tokens take spaces or line ends beside them along, or stand as whole words only ({names[0]}): "
+        "llama.cpp does not know of it, so text beside them may be cut in another way",
     )
 
 

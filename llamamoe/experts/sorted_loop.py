@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -53,12 +54,16 @@ def _one_token(call: ExpertsCall) -> torch.Tensor:
 def _products_of_a_row(x_TH: torch.Tensor) -> Iterator[None]:
     """How a bfloat16 row is multiplied on a CPU: by torch's own kernel, which reads a matrix about 1.5 times as fast.
 
-    oneDNN, torch's first choice, was made for many rows: 22 GB/s against 33 for one row and 4 to 8 MB, two threads.
+    oneDNN, torch's first choice, was made for many rows: 22 GB/s against 33 for one row and 4 to 8 MB, two threads. It is
+    switched for the whole process, so only where no other thread computes; those that end with the process do not count
+    (progress bars).
     """
     import torch
 
-    switch: Any = torch.backends.mkldnn  # whose types know no setter
-    if x_TH.dtype != torch.bfloat16 or x_TH.device.type != "cpu" or torch.compiler.is_compiling() or not switch.enabled:
+    backends: Any = torch.backends  # whose types know no setter
+    switch = backends.mkldnn
+    fits = x_TH.dtype == torch.bfloat16 and x_TH.device.type == "cpu" and switch.enabled
+    if not fits or torch.compiler.is_compiling() or backends.flags_frozen() or not _alone():
         yield
         return
     switch.enabled = False
@@ -66,3 +71,7 @@ def _products_of_a_row(x_TH: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         switch.enabled = True
+
+
+def _alone() -> bool:
+    return sum(not thread.daemon for thread in threading.enumerate()) == 1 and not threading.current_thread().daemon

@@ -100,9 +100,9 @@ def difference(series: Sequence[Series], domains: Sequence[str], measure: str) -
         for i, one in enumerate(models):
             for row, node in enumerate(nodes[one.place]):
                 if (value := get(node, what)) is not None:
-                    error = 1.96 * (error_of(node, what) or 0.0)
+                    interval = get(node, f"{what}_interval")
                     at = row - 0.4 + (i + 0.5) * 0.8 / len(models)
-                    _point(axes, value, error, at, one.colour)
+                    _point(axes, value, interval[1] - value if interval else 0.0, at, one.colour)
         axes.set_xlim(*_with_zero(axes.get_xlim()))
         _rows(axes, [name for name, _ in rows])
         axes.set_xlabel(f"more loss than the parent, {unit}")

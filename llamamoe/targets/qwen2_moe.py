@@ -12,8 +12,8 @@ from .base import NEARLY_ZERO, Constant, MoeLayout, OutTensor, Router, Target, e
 class Qwen2Moe(Target):
     """Shared neurons of any width for Llama-like sources.
 
-    The shared expert's gate is written as zeros: its sigmoid is one half, exactly, so the shared down projection is
-    doubled. Biases of q, k and v are always written (zeros if the source has none), because vLLM expects them. The
+    The shared expert's gate is written as almost zeros: its sigmoid is one half, exactly, so the shared down projection
+    is doubled. Biases of q, k and v are always written (zeros if the source has none), because vLLM expects them. The
     head is untied, because SGLang and llama.cpp expect one.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -92,3 +94,29 @@ def test_one_bfloat16_token_leaves_torchs_switch_as_it_was(monkeypatch: pytest.M
             run(experts, x, indices, weights)
     assert seen == [False] * 3
     assert torch.backends.mkldnn.enabled == before
+
+
+def test_the_switch_is_left_alone_beside_other_threads_and_frozen_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, run = experts_of(make_model(num_local_experts=6)), EXPERTS.get("sorted")()
+    (x, gate_up, down, weights), indices = random_inputs(1, 6, 2, dtype=torch.bfloat16)
+    experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+    before, seen, linear = torch.backends.mkldnn.enabled, set(), torch.nn.functional.linear
+
+    def spy(*args: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.backends.mkldnn.enabled)
+        return linear(*args)
+
+    monkeypatch.setattr("torch.nn.functional.linear", spy)
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        with torch.no_grad():
+            run(experts, x, indices, weights)
+    finally:
+        done.set()
+        other.join()
+    monkeypatch.setattr("torch.backends.flags_frozen", lambda: True)
+    with torch.no_grad():
+        run(experts, x, indices, weights)
+    assert seen == {before}

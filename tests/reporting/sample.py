@@ -66,10 +66,21 @@ def _model(
     worse = 0.0 if place == 0 else 0.42 / place
     losses = {domain: 2.4 + 0.13 * i + worse * (0.8 + 0.1 * i) for i, domain in enumerate(domains)}
     mean = sum(losses.values()) / len(losses)
-    gap = {d: {"loss": worse * (0.8 + 0.1 * i), "loss_stderr": 0.008 + 0.002 * i} for i, d in enumerate(domains)}
+    gap: dict[str, dict[str, Any]] = {
+        d: {"loss": worse * (0.8 + 0.1 * i), "loss_stderr": 0.008 + 0.002 * i} for i, d in enumerate(domains)
+    }
     for each in gap.values():
         each |= {"bits_per_byte": each["loss"] / 3.0, "bits_per_byte_stderr": each["loss_stderr"] / 3.0}
-    total = {"loss": worse * 1.1, "loss_stderr": 0.006, "bits_per_byte": worse / 2.9, "bits_per_byte_stderr": 0.002}
+    total: dict[str, Any] = {
+        "loss": worse * 1.1,
+        "loss_stderr": 0.006,
+        "bits_per_byte": worse / 2.9,
+        "bits_per_byte_stderr": 0.002,
+    }
+    for each in (*gap.values(), total):
+        for what in ("loss", "bits_per_byte"):
+            half = 2.1 * each[f"{what}_stderr"]
+            each[f"{what}_interval"] = [each[what] - half, each[what] + half]
     return {
         "name": name,
         "dtype": "bfloat16",
