@@ -5,9 +5,8 @@
 
 Every arm is one run of ``llamamoe pretrain`` in a folder of its own: a stopped study goes on where it was, bit for bit.
 Tokens of calibration and healing count, too. The dense parent is trained by the same recipe as the control. Arms that
-are finished stand in benchmarks/results/recovery-NAME.json, curves in recovery-NAME.svg, a table in recovery-NAME.md; --draw
-only makes these two. Two
-processes may work on different arms (--only), once conversions and tokens are made.
+are finished stand in benchmarks/results/recovery-NAME.json, curves in recovery-NAME.svg, a table in recovery-NAME.md;
+--draw only makes these two. Two processes may work on different arms (--only), once conversions and tokens are made.
 """
 
 from __future__ import annotations
@@ -170,8 +169,7 @@ class Runner:
         out = self.work / f"{start}-{seed}"
         calibrated = start != "random"
         if not out.exists():
-            given = dict({"ours": self.study.ours, "static": self.study.static}.get(start, self.study.random))
-            given |= {"seed": seed}
+            given = {**getattr(self.study, start), "seed": seed}
             if calibrated:
                 given |= {"calibration": [str(self.train)], "calibration_tokens": self.study.calibration}
             llamamoe.split(self.source, out, llamamoe.load_recipe(given=given), resume=True, verify=False)

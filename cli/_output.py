@@ -19,6 +19,7 @@ from llamamoe.errors import LlamaMoeError
 from llamamoe.progress import ProgressCallback, ignore_progress
 
 from ._style import Option
+from ._tables import bullets
 
 VERBOSE = "llamamoe.verbose"
 """Key in ``Context.meta``: whether ``-v`` was given."""
@@ -73,8 +74,7 @@ class Output:
         if self.as_json:
             click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
         elif summary and self.quiet:
-            for text in warnings:
-                click.echo(f"! {text}", err=True)
+            bullets(warnings, mark="!", err=True)
         else:
             human()
 

@@ -59,9 +59,9 @@ TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "How it runs"
 @model_options(RUN, several=True)
 @output_options
 def command(
-    model: str, text: tuple[str, ...], max_tokens: int | None, context_length: int | None,
-    stride: int | None, tasks: str | None, recipe: str | None, few_shot: int | None, limit: int | None, include: tuple[str, ...], against: str | None,
-    batch_size: int, dtype: str, device: str, output: Output,
+    model: str, text: tuple[str, ...], max_tokens: int | None, context_length: int | None, stride: int | None,
+    tasks: str | None, recipe: str | None, few_shot: int | None, limit: int | None, include: tuple[str, ...],
+    against: str | None, batch_size: int, dtype: str, device: str, output: Output,
 ) -> None:  # fmt: skip
     """Parse, evaluate, print."""
     from llamamoe.evaluation import evaluate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from .checkpoint.gguf_writing import DTYPES, FILE_TYPES, Q8_BLOCK, GgufOut, kind
 from .checkpoint.rewriting import opened
 from .converted import ConvertedModel, check_shapes
 from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
-from .preflight import normal_path
+from .preflight import free_bytes, normal_path
 from .progress import ProgressCallback, ignore_progress
 from .registry import near_misses
 from .targets.base import NEARLY_ZERO, Constant, Neurons, OutTensor, Router, Weighting
@@ -199,7 +198,7 @@ def _architecture(model: ConvertedModel) -> Architecture:
 
 
 def _check_room(out: Path, need: int) -> None:
-    have = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
+    have = free_bytes(out, resume=False)
     if have < need + _ROOM:
         raise RefusedError(
             f"the file takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
@@ -276,12 +275,16 @@ def _tensors(
     """The tensors of the file, in order."""
     import torch
 
+    from .assembly import interleave
+
     spec = model.spec
 
     def outer(ours: str, theirs: str, heads: int = 0) -> GgufOut:
         shape = model.checkpoint.tensors[model.stored_name(ours)].shape
         kind = kind_of(dtype, model.dtype_of(ours), shape)
-        return GgufOut(theirs, shape, kind, lambda: _rotated(model.read(ours), heads))
+        if heads:
+            return GgufOut(theirs, shape, kind, lambda: interleave(model.read(ours), heads))
+        return GgufOut(theirs, shape, kind, partial(model.read, ours))
 
     yield outer("model.embed_tokens.weight", "token_embd.weight")
     if freqs is not None:
@@ -348,10 +351,3 @@ def _shared_gate(model: ConvertedModel, name: str) -> torch.Tensor:
 
     row_H = model.checkpoint.read(name)[0].to(torch.float32)
     return torch.where(row_H.abs() <= 2 * NEARLY_ZERO, _CLOSED, row_H)
-
-
-def _rotated(value: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of queries or keys in llama.cpp's order (0, half, 1, half + 1, ...) within each head."""
-    if not heads:
-        return value
-    return value.reshape(heads, 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
