@@ -131,6 +131,14 @@ def rescaled_block(block: Mapping[str, Any], *, weights: float = 1.0, config: fl
     return found
 
 
+def renormalising(*, sigmoid: bool, num_experts: int, top_k: int) -> dict[str, float]:
+    """What routed outputs are multiplied by when a router's weights are made to sum to one, for `rescaled_block`.
+
+    Softmax gave each selected expert 1/N and then gives 1/k; sigmoid gave 1/2, which ``routed_scaling_factor`` makes up for.
+    """
+    return {"config": 0.5 * top_k} if sigmoid else {"weights": top_k / num_experts}
+
+
 def is_router(name: str) -> bool:
     """Whether a tensor holds a router's rows."""
     return _ROUTER.search(name) is not None

@@ -13,6 +13,7 @@ from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.writer import QUEUE_BYTES
 from ..dense import DenseModel
 from ..hub import Location
+from ..mixing import renormalising
 from ..sources.base import layer_shapes
 from ..targets.base import Target
 
@@ -207,6 +208,5 @@ def factors_of(plan: HealPlan, *, renormalised: bool) -> dict[str, float]:
     """What that change multiplies, for `llamamoe.mixing.rescaled_block`."""
     if not renormalised:
         return {}
-    if "routed_scaling_factor" in plan.checkpoint.config:
-        return {"config": 0.5 * plan.top_k}
-    return {"weights": plan.top_k / plan.num_experts}
+    sigmoid = "routed_scaling_factor" in plan.checkpoint.config
+    return renormalising(sigmoid=sigmoid, num_experts=plan.num_experts, top_k=plan.top_k)

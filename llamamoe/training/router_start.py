@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RefusedError
-from ..mixing import rescaled_block
+from ..mixing import renormalising, rescaled_block
 from .moe_layers import MoeLayer
 from .routing import RouterTap, at_least_float32
 
@@ -162,9 +162,9 @@ def renormalise(model: torch.nn.Module, layers: Sequence[MoeLayer]) -> list[MoeL
         if changed and hasattr(config, "norm_topk_prob"):
             config.norm_topk_prob = True
         if changed and isinstance(block := getattr(config, "llamamoe", None), dict):
-            sigmoid, k = changed[0].weighting == "sigmoid", changed[0].top_k
-            ratio = {"config": 0.5 * k} if sigmoid else {"weights": k / changed[0].num_experts}
-            config.llamamoe = rescaled_block(block, **ratio)
+            first = changed[0]
+            sizes = {"num_experts": first.num_experts, "top_k": first.top_k}
+            config.llamamoe = rescaled_block(block, **renormalising(sigmoid=first.weighting == "sigmoid", **sizes))
         if any(moe.weighting == "sigmoid" for moe in changed) and hasattr(config, "routed_scaling_factor"):
             config.routed_scaling_factor = factors[changed[0].layer]
     return [_renormalised(moe, factors[moe.layer]) if moe.layer in factors else moe for moe in layers]
