@@ -120,6 +120,7 @@ STUDIES = {
             "distill": {"lm": {"weight": 0.5}, "kl": {"weight": 1.0, "top_m": 256}},
             "fading distill": {"lm": {"weight": 1.0}, "kl": {"weight": FADING, "top_m": 256}},
         },
+        optimizer={"random": {"router_lr": 2e-4}},  # a router that knows nothing yet learns at the rate of all else
     ),
 }  # fmt: skip
 BLOCKS = {
