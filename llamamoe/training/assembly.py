@@ -19,6 +19,7 @@ from ..errors import UsageError
 from ..mixtures import MIXTURES
 from ..progress import ProgressCallback, ignore_progress
 from ..targets import TARGETS
+from .arguments import training_arguments
 from .balancing import BiasBalancing
 from .batches import Layout, TokenBatches, check_ranks
 from .corpora import held_out_corpus, training_corpus
@@ -42,7 +43,7 @@ from .routing import RouterTap
 from .routing_statistics import RoutingStatistics
 from .run_folder import METRICS
 from .starting import start_routers
-from .trainer import MoeTrainer, Parts, training_arguments
+from .trainer import MoeTrainer, Parts
 from .validation import Validation
 
 log = logging.getLogger("llamamoe")

@@ -74,12 +74,25 @@ class Dynamics:
         if self.balancing is not None:
             self.balancing.observe(routings)
 
-    def before_optimizer_step(self) -> None:
-        """What the gate learns belongs to no wrapped module: its gradients are averaged here."""
+    def clip_gate_gradients(self, max_norm: float) -> float:
+        """What the gate learns belongs to no wrapped module: its gradients are averaged over ranks and clipped here.
+
+        Args:
+            max_norm: Largest norm of all of them together; 0: they are not clipped.
+
+        Returns:
+            Their norm before; 0 if the gate learns nothing.
+        """
+        import torch
+
         self.gate.average_gradients()
+        learned = [each for each in self.gate_parameters() if each.grad is not None]
+        return float(torch.nn.utils.clip_grad_norm_(learned, max_norm or float("inf"))) if learned else 0.0
 
     def after_optimizer_step(self) -> None:
-        """Move the selection biases."""
+        """Move the selection biases; forget the gradients of what the gate learns, which the model's own zeroing misses."""
+        for parameter in self.gate_parameters():
+            parameter.grad = None
         if self.balancing is not None:
             self.balancing.update()
 
@@ -116,7 +129,8 @@ class Dynamics:
         if self._stop_on_collapse:
             raise CollapsedError(
                 f"step {step}: {sentence}.",
-                hint="Add a balance loss (losses: [{name: switch}]) or lower optimizer.router_lr; go on with --resume.",
+                hint="Start a new run with a balance loss (losses: [{name: switch}]), a larger coefficient, or a lower "
+                "optimizer.router_lr.",
             )
         layer = sentence.split(":")[0]
         if layer not in self._warned:

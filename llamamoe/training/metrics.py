@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import LlamaMoeError
+
 if TYPE_CHECKING:
     import torch
 
@@ -99,11 +101,21 @@ class MetricsFile:
         os.replace(temporary, self.path)
 
     def write(self, step: int, values: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any]:
-        """Append a line; returns it."""
+        """Append a line; returns it.
+
+        Raises:
+            LlamaMoeError: It cannot be written; a part of it is dropped when the run goes on.
+        """
         line = {"step": step, **values, TIMES: {"seconds": round(time.monotonic() - self._started, 3), **times}}
         if self._writes:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise LlamaMoeError(
+                    f"step {step}: {self.path} cannot be written: {error.strerror or error}.",
+                    hint="Make room, then go on with --resume from the last checkpoint.",
+                ) from error
         return line
 
 

@@ -11,7 +11,7 @@ from ..checkpoint.contents import content_fingerprint
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError, UsageError
 from .corpora import held_out_corpus, training_corpus
-from .run_folder import FACTS, FINAL, METRICS, RECEIPT, RECIPE, checkpoints, discard_partial, marker
+from .run_folder import FACTS, FINAL, METRICS, RECEIPT, RECIPE, checkpoints, discard_partial, marker, start_anew
 
 if TYPE_CHECKING:
     from ..progress import ProgressCallback
@@ -57,8 +57,7 @@ def check_run_folder(folder: Path, recipe: PretrainRecipe, facts: dict[str, Any]
         if marker(there[-1]).get("recipe_sha256") != recipe.sha256():
             raise RefusedError(
                 f"{there[-1]} was made by another recipe: going on with this one would not be the same run.",
-                hint=f"The run's own recipe is {folder / RECIPE}; to train on differently, give model={there[-1]} and "
-                "another --out.",
+                hint=f"The run's own recipe is {folder / RECIPE}; to train on differently: {start_anew(recipe, there[-1])}.",
             )
         before = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         for key, value in facts.items():

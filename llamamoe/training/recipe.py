@@ -229,8 +229,13 @@ class PretrainRecipe(_Part):
         return max(1, math.ceil(self.tokens / self.tokens_per_step))
 
     def sha256(self) -> str:
-        """Hash of what decides the weights: keys that only say how often to log, measure and keep are left out."""
-        left_out = {"log_every", "evaluate_every", "save_every", "keep"}
+        """Hash of what decides the weights: keys that only say how often to log, measure and keep are left out.
+
+        Where the mixture follows what is measured, when it is measured is no such key.
+        """
+        left_out = {"log_every", "save_every", "keep"}
+        if self.data.update.name == "static":
+            left_out.add("evaluate_every")
         data = {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

@@ -9,11 +9,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.writer import write_text
 from ..errors import LlamaMoeError, UsageError
 from .metrics import read_lines
+
+if TYPE_CHECKING:
+    from .recipe import PretrainRecipe
 
 MARKER = "llamamoe_complete.json"
 """Written last into a checkpoint: names and sizes of its files."""
@@ -78,6 +81,18 @@ def complete(checkpoint: Path, facts: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
     write_text(checkpoint / MARKER, json.dumps({"files": sizes, **facts}, indent=1) + "\n")
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether an error that came while files were written is the disk's: torch reports its own as RuntimeError."""
+    return not isinstance(error, RuntimeError) or "writ" in str(error).lower()
+
+
+def start_anew(recipe: PretrainRecipe, checkpoint: Path) -> str:
+    """How to go on from a checkpoint with another recipe, which ``--resume`` refuses: it would be another run."""
+    if recipe.lora is not None:  # an adapter alone is no model
+        return "a new run, with another --out"
+    return f"a new run that begins there, with model={checkpoint} and another --out"
 
 
 def marker(checkpoint: Path) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..errors import LlamaMoeError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from ..streaming import quiet_transformers
+from .divergence import diverged, first_bad
 from .lora import load_rest, save_rest
 from .metrics import MetricsFile, Sums, finite
 from .parameters import lr_factors, optimizer_groups
-from .run_folder import checkpoints, complete, rotate
+from .run_folder import checkpoints, complete, is_of_the_disk, rotate
 from .sharded_state import load_optimizer, reshard, save_optimizer
 from .stopping import StopRequest
 
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
     from .objective import Objective
     from .recipe import PretrainRecipe
     from .validation import Validation
-
-
-class DivergedError(LlamaMoeError):
-    """The loss or a gradient is no longer finite; the weights are still those of the step before."""
 
 
 @dataclass
@@ -84,7 +81,7 @@ class MoeTrainer(Trainer):
 
     Args:
         model: The native model.
-        args: See `training_arguments`.
+        args: See `arguments.training_arguments`.
         parts: The rest of the run.
         resumed: Whether the run goes on from a checkpoint: then it was measured at its start already.
     """
@@ -97,6 +94,7 @@ class MoeTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # by the objective, over the whole global batch
         self._logged = (time.monotonic(), 0)
         self._micro_losses: list[tuple[tuple[int, int], torch.Tensor]] = []
+        self._saved_step = -1
         for callback in ("PrinterCallback", "ProgressCallback"):
             self.callback_handler.callbacks = [
                 each for each in self.callback_handler.callbacks if type(each).__name__ != callback
@@ -121,6 +119,7 @@ class MoeTrainer(Trainer):
         found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         self.parts.batches.first_step = self.state.global_step
         self._logged = (time.monotonic(), self.state.global_step)
+        self._saved_step = self.state.global_step if self.state.global_step else -1
         return found
 
     # What is minimised
@@ -139,27 +138,21 @@ class MoeTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Transformers'; a norm that is not finite ends the run before the optimiser has seen it."""
+        """Transformers', with what the gate learns; a norm that is not finite ends the run before the optimiser has seen it."""
         base: Any = super()
         norm = base._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(float(norm)):
-            self._diverged(float(norm))
+        of_gate = self.parts.dynamics.clip_gate_gradients(self.args.max_grad_norm)
+        if norm is not None and not (math.isfinite(float(norm)) and math.isfinite(of_gate)):
+            self._diverged(float(norm) + of_gate)
         self._micro_losses.clear()
         return norm
 
     def _diverged(self, norm: float) -> None:
-        step = self.state.global_step
-        bad = [place for place, loss in self._micro_losses if not bool(loss.isfinite())]
-        what = f"the loss is {'NaN or infinite' if bad else 'finite, but the gradient is not'}"
-        where = f"step {step + 1}"
-        if bad:
-            where += f", micro-batch {bad[0][1]} ({self.parts.batches.describe(bad[0])})"
-        self._save_checkpoint(self.model, None)
-        raise DivergedError(
-            f"{where}: {what} (gradient norm {norm}). The weights before this step are in checkpoint-{step}.",
-            hint="Lower optimizer.lr or raise lr_schedule.warmup, set precision.compute=float32, or leave the batch out "
-            "with another seed; then go on with --resume.",
-        )
+        step, recipe, folder = self.state.global_step, self.parts.recipe, self.parts.folder
+        bad = first_bad(self._micro_losses, self.args.device)
+        if self._saved_step != step:  # a checkpoint that is whole is not written anew
+            self._save_checkpoint(self.model, None)
+        raise diverged(bad, step, norm, self.parts.batches.describe, recipe, folder)
 
     # How it is minimised
 
@@ -281,7 +274,10 @@ class MoeTrainer(Trainer):
                     save_rest(self.model, folder)
                 complete(folder, {"step": self.state.global_step, "recipe_sha256": self.parts.recipe.sha256()})
         except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_of_the_disk(error):  # a device or another rank failed: not for us to explain
+                raise
             raise self._not_saved(folder, error) from error
+        self._saved_step = self.state.global_step
         if self.args.should_save:
             rotate(self.parts.folder, self.parts.recipe.keep)
         self.accelerator.wait_for_everyone()
@@ -314,12 +310,6 @@ class _Flow(TrainerCallback):
     def __init__(self, trainer: MoeTrainer) -> None:
         self._trainer = trainer
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gradients that no wrapper averages."""
-        self._trainer.parts.dynamics.before_optimizer_step()
-
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -338,34 +328,3 @@ class _Flow(TrainerCallback):
         rate = state.global_step * parts.recipe.tokens_per_step
         parts.progress(Progress("train", state.global_step, state.max_steps, "step", f"{rate:,} tokens"))
         return control
-
-
-def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, evaluates: bool) -> TrainingArguments:
-    """The Trainer's arguments, from the recipe and the keys that it passes on."""
-    every = recipe.evaluate_every or recipe.max_steps
-    ours: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": recipe.max_steps,
-        "per_device_train_batch_size": recipe.micro_batch_size,
-        "per_device_eval_batch_size": recipe.micro_batch_size,
-        "learning_rate": recipe.optimizer.lr,
-        "max_grad_norm": recipe.optimizer.max_grad_norm,
-        "seed": recipe.seed,
-        "bf16": recipe.precision.compute == "bfloat16",
-        "use_cpu": device == "cpu",
-        "activation_checkpointing": recipe.gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False} if recipe.gradient_checkpointing else None,
-        "logging_steps": recipe.log_every,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": every,
-        "eval_on_start": evaluates,
-        "save_strategy": "steps",
-        "save_steps": recipe.save_every or recipe.max_steps,
-        "ignore_data_skip": True,
-        "save_only_model": recipe.distributed.sharded,  # its optimiser's state is saved by ourselves
-        "ddp_find_unused_parameters": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(**{**ours, **recipe.trainer})

@@ -123,16 +123,42 @@ def test_the_mixture_follows_the_losses(finished: Path) -> None:
 
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_a_stop_changes_nothing(stop: int, finished: Path, world: dict[str, str], tmp_path: Path) -> None:
-    def stopping(progress: Any) -> None:
-        if progress.stage == "train" and progress.done == stop:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        pretrain(everything(world), tmp_path / "run", progress=stopping)
+        pretrain(everything(world), tmp_path / "run", progress=stopped_after(stop))
     assert not (tmp_path / "run" / "model").exists()
     pretrain(everything(world), tmp_path / "run", resume=True)
     assert lines_of(tmp_path / "run") == lines_of(finished)
     assert weights(tmp_path / "run") == weights(finished)
+
+
+def stopped_after(step: int) -> Any:
+    """Stops a run as Ctrl-C does."""
+
+    def stopping(progress: Any) -> None:
+        if progress.stage == "train" and progress.done == step:
+            raise KeyboardInterrupt
+
+    return stopping
+
+
+@pytest.mark.parametrize("gate", ["noisy_top_k", "gshard", "switch"])
+def test_a_stop_changes_nothing_of_what_a_gate_does(gate: str, tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", top_k=1 if gate == "switch" else 2, num_experts=4)
+    options: dict[str, Any] = {"name": gate} if gate == "noisy_top_k" else {"name": gate, "capacity_factor": 0.75}
+    recipe = recipe_of(world, "steps=5", gate=options, losses=[{"name": "cv_squared"}])
+    pretrain(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, tmp_path / "run", progress=stopped_after(3))
+    pretrain(recipe, tmp_path / "run", resume=True)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    if gate == "noisy_top_k":
+        gates = [load_file(tmp_path / name / "checkpoint-4" / "llamamoe_gate.safetensors") for name in ("run", "whole")]
+        assert all(bool(gates[1][key].any()) for key in gates[1]), "nothing was learned"
+        assert all(torch.equal(gates[0][key], gates[1][key]) for key in gates[1])
+    else:  # more is asked of the experts than they may take
+        dropped = [line["routing"]["dropped_share/mean"] for line in lines_of(tmp_path / "run") if "routing" in line]
+        assert all(0 < share < 1 for share in dropped), dropped
 
 
 def test_resume_after_the_end_only_writes_the_model_again(
@@ -252,12 +278,8 @@ def test_adapters_are_merged_and_resume_exactly(world: dict[str, str], tmp_path:
     recipe = recipe_of(world, "steps=4", lora={"rank": 2}, losses=[{"name": "switch"}])
     whole = pretrain(recipe, tmp_path / "whole")
 
-    def stopping(progress: Any) -> None:
-        if progress.stage == "train" and progress.done == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe, tmp_path / "run", progress=stopping)
+        pretrain(recipe, tmp_path / "run", progress=stopped_after(3))
     pretrain(recipe, tmp_path / "run", resume=True)
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
@@ -291,6 +313,106 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_text(world: dict[str, str
     [kept] = checkpoints(tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(kept)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_whole_checkpoint_is_left_alone_by_a_loss_that_diverges_and_the_hint_works(
+    adapters: bool, world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llamamoe.training.objective import Objective
+
+    kept, original = tmp_path / "run" / "checkpoint-2", Objective.__call__
+
+    def spoilt(self: Objective, model: Any, inputs: Any, step: int) -> torch.Tensor:
+        loss = original(self, model, inputs, step)
+        if step < 2:
+            return loss
+        (kept / "mark").touch()
+        return loss * float("nan")
+
+    recipe = recipe_of(world, "save_every=1", "keep=1", lora={"rank": 2} if adapters else None)
+    monkeypatch.setattr(Objective, "__call__", spoilt)
+    with pytest.raises(LlamaMoeError, match=r"step 3, micro-batch 0 .*The weights before this step") as found:
+        pretrain(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    assert (kept / "mark").exists(), "the checkpoint was written anew"
+    assert kept in checkpoints(tmp_path / "run")
+    hint = found.value.hint or ""
+    assert hint.endswith("a new run, with another --out." if adapters else f"with model={kept} and another --out.")
+    if not adapters:
+        pretrain(recipe_of(world, f"model={kept}", "steps=1"), tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "llamamoe_training.json", "llamamoe_complete.json"])
+def test_a_full_disk_in_any_file_of_a_checkpoint_leaves_the_last_one(
+    name: str, world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers' file by torch.save, which tells it as RuntimeError, and ours."""
+    from llamamoe.training import dynamics, run_folder
+
+    save, write = torch.save, run_folder.write_text
+
+    def full(target: Path) -> bool:
+        return target.name == name and target.parent.name == "checkpoint-4"
+
+    def torch_save(value: Any, target: Any, *rest: Any, **keys: Any) -> None:
+        if full(Path(target)):
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0: file write failed")
+        save(value, target, *rest, **keys)
+
+    def write_text(target: Path, text: str) -> None:
+        if full(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(target, text)
+
+    monkeypatch.setattr(torch, "save", torch_save)
+    monkeypatch.setattr(dynamics, "write_text", write_text)
+    monkeypatch.setattr(run_folder, "write_text", write_text)
+    with pytest.raises(LlamaMoeError, match=r"checkpoint-4 cannot be written: .*is checkpoint-2"):
+        pretrain(everything(world), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    pretrain(everything(world), tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(finished)
+    assert lines_of(tmp_path / "run") == lines_of(finished)
+
+
+def test_what_is_not_the_disks_is_not_blamed_on_it(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="NCCL"):
+        pretrain(recipe_of(world), tmp_path / "run")
+
+
+def test_a_full_disk_under_the_metrics_is_told_and_resumed(
+    world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Path.open
+
+    def full(self: Path, mode: str = "r", *rest: Any, **keys: Any) -> Any:
+        if self.name == "metrics.jsonl" and mode == "a" and (self.parent / "checkpoint-4").exists():
+            with original(self, mode, *rest, **keys) as file:
+                file.write('{"step": 5, "ki')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, mode, *rest, **keys)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(LlamaMoeError, match=r"step 5: .*metrics.jsonl cannot be written: No space left"):
+        pretrain(everything(world), tmp_path / "run")
+    monkeypatch.undo()
+    pretrain(everything(world), tmp_path / "run", resume=True)
+    assert lines_of(tmp_path / "run") == lines_of(finished)
+
+
+def test_when_losses_are_measured_decides_the_run_only_if_the_mixture_follows_them(world: dict[str, str]) -> None:
+    still, moving = recipe_of(world), everything(world)
+    for recipe, same in ((still, True), (moving, False)):
+        other = recipe.model_copy(update={"evaluate_every": 2})
+        assert (recipe.sha256() == other.sha256()) is same
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(

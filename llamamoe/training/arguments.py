@@ -1,0 +1,42 @@
+"""The arguments of transformers' Trainer that a recipe stands for. Imported by running code only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainingArguments
+
+if TYPE_CHECKING:
+    from .recipe import PretrainRecipe
+
+
+def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, evaluates: bool) -> TrainingArguments:
+    """The Trainer's arguments, from the recipe and the keys that it passes on."""
+    every = recipe.evaluate_every or recipe.max_steps
+    ours: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": recipe.max_steps,
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "per_device_eval_batch_size": recipe.micro_batch_size,
+        "learning_rate": recipe.optimizer.lr,
+        "max_grad_norm": recipe.optimizer.max_grad_norm,
+        "seed": recipe.seed,
+        "bf16": recipe.precision.compute == "bfloat16",
+        "use_cpu": device == "cpu",
+        "activation_checkpointing": recipe.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        "logging_steps": recipe.log_every,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": every,
+        "eval_on_start": evaluates,
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every or recipe.max_steps,
+        "ignore_data_skip": True,
+        "save_only_model": recipe.distributed.sharded,  # its optimiser's state is saved by ourselves
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**{**ours, **recipe.trainer})

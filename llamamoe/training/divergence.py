@@ -1,0 +1,60 @@
+"""A loss or a gradient that is not finite: which micro-batch it was, and how to go on. Imported by running code only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from ..errors import LlamaMoeError
+from .run_folder import start_anew
+
+if TYPE_CHECKING:
+    from .recipe import PretrainRecipe
+
+Place = tuple[int, int]
+"""Step and micro-batch, counted over all ranks."""
+
+
+class DivergedError(LlamaMoeError):
+    """The loss or a gradient is no longer finite; the weights are still those of the step before."""
+
+
+def first_bad(losses: Sequence[tuple[Place, torch.Tensor]], device: torch.device) -> Place | None:
+    """The first micro-batch of a step whose loss is NaN or infinite, on whichever rank; None if all are finite.
+
+    Every rank must call it with its own micro-batches (at least one), and all get the same answer.
+    """
+    none = 2**31
+    bad = [index for (_, index), loss in losses if not bool(loss.isfinite())]
+    index = torch.tensor(min(bad, default=none), device=device)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(index, dist.ReduceOp.MIN)
+    return None if int(index) == none else (losses[0][0][0], int(index))
+
+
+def diverged(
+    place: Place | None, step: int, norm: float, describe: Callable[[Place], str], recipe: PretrainRecipe, folder: Path
+) -> DivergedError:
+    """What to tell, once the checkpoint of the step before is there.
+
+    Args:
+        place: The micro-batch that did it, if it was a loss.
+        step: Steps that were done before.
+        norm: Of the gradient.
+        describe: The text of a micro-batch.
+        recipe: The run's.
+        folder: The run's.
+    """
+    what = f"the loss is {'NaN or infinite' if place else 'finite, but the gradient is not'}"
+    where = f"step {step + 1}"
+    if place:
+        where += f", micro-batch {place[1]} ({describe(place)})"
+    return DivergedError(
+        f"{where}: {what} (gradient norm {norm}). The weights before this step are in checkpoint-{step}.",
+        hint="Lower optimizer.lr, raise lr_schedule.warmup, set precision.compute=float32, or leave the batch out by another "
+        f"seed: {start_anew(recipe, folder / f'checkpoint-{step}')}.",
+    )
