@@ -13,6 +13,7 @@ from ..regression import token_scales
 from ..training.losses import LOSSES, LossContext
 from ..training.router_start import logit_std, soften
 from ..training.routing import RouterTap, Routing
+from ..wide import wide
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,8 +85,8 @@ def layer_error(ffn: NativeFfn, task: LayerTask, part: slice) -> float:
             scale_B1 = scales_T[rows, None].to(task.inputs.device)
             aim_BH = task.aims_TH[rows].to(task.inputs.device).float() * scale_B1
             error_BH = aim_BH - ffn.outputs(task.x(rows)).float() * scale_B1
-            missed += float(error_BH.double().square().sum())
-            whole += float(aim_BH.double().square().sum())
+            missed += float(wide(error_BH).square().sum())
+            whole += float(wide(aim_BH).square().sum())
     return math.sqrt(missed / whole) if whole else math.sqrt(missed)
 
 
@@ -133,8 +134,9 @@ def train_layer(ffn: NativeFfn, task: LayerTask) -> None:
     recipe = task.recipe
     if recipe.competitive_epochs:
         rows = {"router": ffn.moe.router_NH}
-        _descend(_Competitive(ffn, task), rows, task, recipe.competitive_epochs)
-    _descend(_Joint(ffn, task), ffn.trained(router=recipe.router == "trained"), task, recipe.epochs)
+        _descend(_Competitive(ffn, task), rows, task, recipe.competitive_epochs, ffn.moe.router_NH)
+    trained = ffn.trained(router=recipe.router == "trained")
+    _descend(_Joint(ffn, task), trained, task, recipe.epochs, ffn.moe.router_NH)
 
 
 @dataclass
@@ -154,7 +156,7 @@ class _Joint:
         for start in range(part.start, part.stop, step):
             rows = slice(start, min(start + step, part.stop))
             weighted_BH = self.task.aims_TH[rows].float() * self.scales_T[rows, None]
-            total += float(weighted_BH.double().square().sum())
+            total += float(wide(weighted_BH).square().sum())
         self.power = total / self.task.num_trained or 1.0
         self.losses = [LOSSES.get(n)(LOSSES.get(n).Options(coefficient=c)) for n, c in self.task.recipe.losses.items()]
         self.context = LossContext()
@@ -201,15 +203,16 @@ def _descend(
     parameters: Mapping[str, torch.nn.Parameter],
     task: LayerTask,
     epochs: int,
+    router: torch.nn.Parameter,
 ) -> None:
     """Adam with a step of its own for every parameter: a share of its root mean square, up and then down to zero."""
     import torch
 
     recipe, steps = task.recipe, epochs * max(1, task.num_trained // task.recipe.batch)
     groups = []
-    for name, parameter in parameters.items():
-        size = float(parameter.detach().double().square().mean().sqrt())
-        share = recipe.router_lr if name.startswith("router") or "gate.weight" in name else recipe.lr
+    for parameter in parameters.values():
+        size = float(wide(parameter.detach()).square().mean().sqrt())
+        share = recipe.router_lr if parameter is router else recipe.lr
         groups.append({"params": [parameter], "lr": 0.0, "largest": size * share})
         parameter.requires_grad_()
     optimiser = torch.optim.Adam(groups, betas=BETAS, fused=task.inputs.device.type in ("cpu", "cuda"))

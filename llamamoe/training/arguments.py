@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
 def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, evaluates: bool) -> TrainingArguments:
     """The Trainer's arguments, from the recipe and the keys that it passes on."""
     every = recipe.evaluate_every or recipe.max_steps
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     ours: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": recipe.max_steps,
         "per_device_train_batch_size": recipe.micro_batch_size,
         "per_device_eval_batch_size": recipe.micro_batch_size,
+        # DeepSpeed reads it while the arguments are made; that it divides is checked as soon as they are.
+        "gradient_accumulation_steps": max(1, recipe.batch_size // (recipe.micro_batch_size * world)),
         "learning_rate": recipe.optimizer.lr,
         "max_grad_norm": recipe.optimizer.max_grad_norm,
         "seed": recipe.seed,
@@ -39,4 +43,6 @@ def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, eva
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return TrainingArguments(**{**ours, **recipe.trainer})
+    args = TrainingArguments(**{**ours, **recipe.trainer})
+    args._n_gpu = min(args.n_gpu, 1)  # of several GPUs that one process sees, transformers would make nn.DataParallel
+    return args

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainingArguments
 
 from ..data.mixture import MixtureSampler
 from ..data.mixtures import mixture_weights
@@ -29,19 +28,19 @@ from .gates import GATES
 from .lora import add_adapters
 from .loss_head import LossHead
 from .losses import LOSSES
-from .losses.base import LossContext, RoutingLoss
+from .losses.base import WINDOWS, LossContext, RoutingLoss
 from .metrics import MetricsFile, Sums, active_parameters, peak_flops, training_flops
 from .model import finish_folder, load_model
 from .moe_layers import MoeLayer, find_moe_layers
 from .objective import Objective, Scale
-from .parameters import freeze
+from .parameters import count_trained, freeze
 from .parent import Parent, load_parent, share_frozen
-from .ranks import sum_over_ranks
+from .ranks import check_same_checkpoint, sum_over_ranks
 from .recipe import PretrainRecipe
 from .routed_targets import routed_targets
 from .routing import RouterTap
 from .routing_statistics import RoutingStatistics
-from .run_folder import METRICS
+from .run_folder import METRICS, step_of
 from .starting import start_routers
 from .trainer import MoeTrainer, Parts
 from .validation import Validation
@@ -68,16 +67,10 @@ def deterministic(device: str) -> Iterator[None]:
 
 
 def choose_device(name: str) -> str:
-    """``auto`` is a GPU if there is one."""
+    """``auto`` is a CUDA GPU if there is one; other devices have to be named."""
     if name != "auto":
         return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def make_layout(recipe: PretrainRecipe, args: TrainingArguments) -> Layout:
-    """Which rank runs what; ranks of one tensor-parallel group see the same data."""
-    tensor = recipe.distributed.tp_size
-    return Layout(recipe.batch_size, recipe.micro_batch_size, args.world_size // tensor, args.process_index // tensor)
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def assemble(
@@ -106,7 +99,8 @@ def assemble(
     evaluates = held_out is not None
     args = training_arguments(recipe, folder, device, evaluates=evaluates)  # sets up the process group, if there is one
     check_ranks(recipe, args.world_size)
-    layout = make_layout(recipe, args)
+    check_same_checkpoint(-1 if checkpoint is None else step_of(checkpoint), args.device)
+    layout = Layout(recipe.batch_size, recipe.micro_batch_size, args.world_size, args.process_index)
     args.gradient_accumulation_steps = layout.accumulation
     torch.manual_seed(recipe.seed)
     batches = _batches(recipe, corpus, layout)
@@ -165,6 +159,7 @@ def _trained_model(
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora)
         layers = [] if dense else find_moe_layers(model)
+        facts["trained_parameters"] = count_trained(model)
     return model, layers
 
 
@@ -182,6 +177,9 @@ def _objective(
     losses = _losses(recipe) if layers else []
     for note in (note for loss in losses for note in loss.notes(dynamics.gate)):
         log.warning("%s", note)
+    facts["windows"] = {loss.name: loss.window for loss in losses if loss.window is not None}
+    for name, window in facts["windows"].items():
+        log.info("%s: balanced over %s", name, WINDOWS[window])
     scale = Scale(
         targets=recipe.batch_size * (recipe.data.block_length - 1),
         tokens=recipe.tokens_per_step,

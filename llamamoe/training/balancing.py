@@ -75,6 +75,8 @@ class BiasBalancing:
         """
         import torch
 
+        from .ranks import cut_like
+
         missing = [moe.layer for moe in self._layers if moe.layer not in self._counts]
         if missing:
             raise ValueError(f"layers {missing} were not observed since the last update: one update per optimiser step")
@@ -84,7 +86,8 @@ class BiasBalancing:
                 step_N = relative_N.sign() if self.options.form == "sign" else relative_N
                 bias = moe.correction_bias
                 assert bias is not None
-                bias.add_((self.options.rate * step_N).to(bias).view_as(bias))
+                step = (self.options.rate * step_N).to(bias.device, bias.dtype).view(bias.shape)
+                bias.add_(cut_like(step, bias))
         self._counts = {}
 
     def _total_counts(self) -> list[torch.Tensor]:

@@ -131,9 +131,8 @@ def estimate(
     given = parent_tensors is not None and parent_config is not None
     parent = read_shape(parent_config, parent_tensors) if parent_config and parent_tensors else None
     sizes = recipe.distributed
-    sharding = Sharding(shape.model_type, sizes.fsdp_size, sizes.tp_size, sizes.ep_size)
-    ranks = max(1, world_size // sizes.tp_size)
-    accumulation = max(1, recipe.batch_size // (recipe.micro_batch_size * ranks))
+    sharding = Sharding(sizes.fsdp_size, sizes.ep_size)
+    accumulation = max(1, recipe.batch_size // (recipe.micro_batch_size * world_size))
     held = _parent_bytes(recipe, tensors, parent_tensors or {}, sharding)
     memory = StepMemory(recipe, shape, sharding, parent_bytes=held, accumulates=accumulation > 1, replicas=world_size)
     added = sum(adapters(recipe, shape, layer) for layer in shape.layers)
@@ -205,7 +204,7 @@ def _memory_warnings(
             f"autocast's bfloat16 copies of gathered weights are not sharded: {copies / 2**30:.1f} GiB on every rank; "
             "precision.parameters=bfloat16 has none"
         )
-    if memory.run.widths.casts and not memory.run.widths.casts_experts:
+    if memory.shape.num_experts and memory.run.widths.casts and not memory.run.widths.casts_experts:
         yield (
             "experts run in float32 although precision.compute = bfloat16: autocast does not reach grouped_mm, so the time "
             "is underestimated; precision.parameters=bfloat16 or experts_implementation=eager computes them in bfloat16"
@@ -214,31 +213,23 @@ def _memory_warnings(
 
 def _layout_warnings(recipe: PretrainRecipe, shape: ModelShape, world_size: int) -> Iterator[str]:
     sizes = recipe.distributed
-    group = sizes.fsdp_size * sizes.tp_size
-    if world_size % group:
+    if world_size % sizes.fsdp_size:
+        yield f"distributed.fsdp_size = {sizes.fsdp_size} does not divide the {world_size} processes"
+    if recipe.batch_size % (recipe.micro_batch_size * world_size):
         yield (
-            f"distributed.fsdp_size x tp_size = {sizes.fsdp_size} x {sizes.tp_size} does not divide the "
-            f"{world_size} processes"
-        )
-    ranks = max(1, world_size // sizes.tp_size)
-    if recipe.batch_size % (recipe.micro_batch_size * ranks):
-        yield (
-            f"batch_size = {recipe.batch_size} cannot be dealt to {ranks} ranks in micro-batches of "
+            f"batch_size = {recipe.batch_size} cannot be dealt to {world_size} ranks in micro-batches of "
             f"{recipe.micro_batch_size}"
         )
     if shape.num_experts and shape.num_experts % sizes.ep_size:
         yield f"distributed.ep_size = {sizes.ep_size} does not divide the {shape.num_experts} experts"
-    if sizes.ep_size > 1 and (group % sizes.ep_size or sizes.ep_size % sizes.tp_size):
-        yield (
-            f"distributed.ep_size = {sizes.ep_size} must be a multiple of tp_size and divide fsdp_size x tp_size = {group}"
-        )
+    if sizes.fsdp_size % sizes.ep_size:
+        yield f"distributed.ep_size = {sizes.ep_size} must divide fsdp_size = {sizes.fsdp_size}"
     if recipe.experts_implementation not in (None, "grouped_mm"):
         return
-    cut = 1 if sizes.ep_size > 1 else sizes.tp_size
     unit = 16 // Widths.of(recipe).experts
     for width in sorted({layer.expert_width for layer in shape.layers if layer.expert_width}):
-        if width % (unit * cut):
+        if width % unit:
             yield (
-                f"expert width {width} over tp_size = {cut} is no multiple of {unit}, which grouped_mm needs: convert with "
-                f"--pad-to {8 * cut}, or set experts_implementation=eager"
+                f"expert width {width} is no multiple of {unit}, which grouped_mm needs: convert with "
+                "--pad-to 8, or set experts_implementation=eager"
             )

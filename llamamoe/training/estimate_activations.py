@@ -79,7 +79,6 @@ class Pass:
         tokens: T.
         style: How experts are computed.
         trained: Groups whose weights get a gradient, through an adapter or not.
-        tp_size: Ranks that share each product.
         ep_size: Ranks that experts are spread over.
     """
 
@@ -88,7 +87,6 @@ class Pass:
     tokens: int
     style: Style = "grouped"
     trained: frozenset[str] = frozenset()
-    tp_size: int = 1
     ep_size: int = 1
 
     @property
@@ -100,14 +98,10 @@ class Pass:
     def rows(self) -> int:
         """Rows of the experts' products: k T, if every expert is equally loaded; N T for ``masked``.
 
-        With expert parallelism the ep / tp different micro-batches of a group are spread over its ep ranks: k T / tp.
+        With expert parallelism the ep different micro-batches of a group are spread over its ep ranks: k T again.
         """
         each = self.model.num_experts if self.style == "masked" else self.model.top_k
-        return self.tokens * each // (self.tp_size if self.ep_size > 1 else 1)
-
-    def width(self, layer: LayerShape) -> int:
-        """Neurons of an expert on this device: tensor parallelism cuts them, expert parallelism does not."""
-        return layer.expert_width if self.ep_size > 1 else layer.expert_width // self.tp_size
+        return self.tokens * each
 
     def norm(self, numbers: int) -> int:
         """RMSNorm: the input in float32, and for its weight the normalised input in its own dtype."""
@@ -121,10 +115,9 @@ class Pass:
 
 def attention_bytes(layer: LayerShape, run: Pass) -> int:
     """``T [norm + input of q, k, v + (2Q + 2K) c + 4 heads]``, and ``T (Q + K) (4 + c)`` where q and k are normalised."""
-    tp, compute = run.tp_size, run.widths.compute
-    query, key, heads = layer.query_width // tp, layer.key_width // tp, run.model.num_heads // tp
+    compute, query, key = run.widths.compute, layer.query_width, layer.key_width
     kept = run.norm(run.numbers) + run.inputs({"attention": 3})
-    kept += run.tokens * ((2 * query + 2 * key) * compute + 4 * heads)
+    kept += run.tokens * ((2 * query + 2 * key) * compute + 4 * run.model.num_heads)
     return kept + (run.tokens * (query + key) * (4 + compute) if layer.qk_norm else 0)
 
 
@@ -138,7 +131,7 @@ def experts_bytes(layer: LayerShape, run: Pass) -> int:
     """
     if not layer.expert_width:
         return 0
-    hidden, width, rows, each = run.model.hidden_size, run.width(layer), run.rows, run.widths.experts
+    hidden, width, rows, each = run.model.hidden_size, layer.expert_width, run.rows, run.widths.experts
     if run.style in ("sorted", "masked"):
         return rows * 5 * width * each + (run.numbers * each if run.widths.casts else 0)
     kept = rows * (2 * hidden + 4 * width if "experts" in run.trained else hidden + 3 * width) * each
@@ -146,7 +139,7 @@ def experts_bytes(layer: LayerShape, run: Pass) -> int:
         kept += rows * hidden * run.widths.weights
     if run.style == "batched":
         kept += rows * 3 * hidden * width * each
-    return kept + (2 * rows * hidden * each if run.ep_size > run.tp_size else 0)
+    return kept + (2 * rows * hidden * each if run.ep_size > 1 else 0)
 
 
 def ffn_bytes(layer: LayerShape, run: Pass) -> int:
@@ -160,7 +153,7 @@ def ffn_bytes(layer: LayerShape, run: Pass) -> int:
     kept = run.norm(run.numbers)
     if layer.dense_width:
         arrays = 4 if "dense_ffn" in run.trained else 3
-        kept += run.inputs({"dense_ffn": 2}) + arrays * tokens * (layer.dense_width // run.tp_size) * compute
+        kept += run.inputs({"dense_ffn": 2}) + arrays * tokens * layer.dense_width * compute
     if not layer.expert_width:
         return kept
     kept += run.inputs({"router": 2 if layer.shared_gate else 1, "shared": 2 if layer.shared_width else 0})
@@ -179,9 +172,9 @@ def working_bytes(layer: LayerShape, run: Pass) -> int:
     """
     each = run.widths.experts
     ours = run.style in ("sorted", "masked")
-    experts = run.rows * (3 * run.width(layer) * each if ours else run.model.hidden_size * (8 + each))
-    dense = 3 * run.tokens * (layer.dense_width // run.tp_size) * run.widths.compute
-    attention = 12 * run.tokens * layer.query_width // run.tp_size
+    experts = run.rows * (3 * layer.expert_width * each if ours else run.model.hidden_size * (8 + each))
+    dense = 3 * run.tokens * layer.dense_width * run.widths.compute
+    attention = 12 * run.tokens * layer.query_width
     return run.numbers * run.widths.weights + max(experts if layer.expert_width else 0, dense, attention)
 
 

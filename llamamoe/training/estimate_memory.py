@@ -103,7 +103,6 @@ class StepMemory:
             tokens=recipe.micro_batch_size * recipe.data.block_length,
             style=style_of(recipe),
             trained=self.trained | ({"experts"} if recipe.lora is not None and recipe.lora.experts else set()),
-            tp_size=sharding.tp_size,
             ep_size=sharding.ep_size,
         )
         self._ddp = replicas > 1 and not sharding.cut
@@ -118,7 +117,7 @@ class StepMemory:
     def _held(self, numel: Mapping[str, int], *, trained: bool = False) -> int:
         """Bytes of these weights at rest on one device; or of their gradients."""
         groups = [group for group in numel if not trained or group in self.trained]
-        return sum(numel[group] * self.run.widths.weights // self.sharding.held(group) for group in groups)
+        return sum(numel[group] * self.run.widths.weights // self.sharding.fsdp_size for group in groups)
 
     def _layer(self, layer: LayerShape, *, first: bool) -> _Layer:
         run, widths = self.run, self.run.widths

@@ -9,49 +9,27 @@ if TYPE_CHECKING:
     from .estimate_shapes import LayerShape, ModelShape
     from .recipe import PretrainRecipe
 
-_TP_GROUPS = {
-    "granitemoeshared": ("experts",),
-    "mixtral": ("experts", "attention", "head"),
-    "qwen3_moe": ("experts", "attention", "dense_ffn", "head"),
-    "qwen2_moe": ("experts", "attention", "dense_ffn", "head"),
-    "glm4_moe": ("experts", "attention", "dense_ffn", "shared", "head"),
-    "ernie4_5_moe": ("experts", "attention", "dense_ffn", "shared", "head"),
-}
-"""What transformers' plans for tensor parallelism cut; all else is on every rank."""
-
 
 @dataclass(frozen=True)
 class Sharding:
     """Over how many ranks what is cut.
 
     Attributes:
-        model_type: Whose plan tensor parallelism follows.
         fsdp_size: Ranks of FSDP2.
-        tp_size: Ranks of tensor parallelism.
-        ep_size: Ranks of expert parallelism, which are among the fsdp_size x tp_size.
+        ep_size: Ranks of expert parallelism, which are among those of fsdp_size.
     """
 
-    model_type: str
     fsdp_size: int = 1
-    tp_size: int = 1
     ep_size: int = 1
 
     def computed(self, group: str) -> int:
         """By what the group's weights are cut while they are multiplied with."""
-        if group == "experts" and self.ep_size > 1:
-            return self.ep_size
-        return self.tp_size if group in _TP_GROUPS.get(self.model_type, ("experts",)) else 1
-
-    def held(self, group: str) -> int:
-        """By what they are cut at rest: experts over all fsdp x tp ranks, whatever ep is."""
-        if group == "experts" and self.ep_size > 1:
-            return self.fsdp_size * self.tp_size
-        return self.fsdp_size * self.computed(group)
+        return self.ep_size if group == "experts" else 1
 
     @property
     def cut(self) -> bool:
         """Is anything cut at all?"""
-        return self.fsdp_size * self.tp_size * self.ep_size > 1
+        return self.fsdp_size * self.ep_size > 1
 
 
 def trained_groups(recipe: PretrainRecipe, shape: ModelShape) -> frozenset[str]:

@@ -17,6 +17,8 @@ from ..streaming import quiet_transformers
 from .model import finish_folder
 from .run_folder import FINAL, RECEIPT, RECIPE
 
+_BIAS = "e_score_correction_bias"
+
 
 def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:
     """Write ``model/``: native, in the dtype that was asked for, whole or not at all."""
@@ -27,8 +29,7 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
     name = trainer.parts.recipe.precision.save or SafetensorsCheckpoint(source).config.get("torch_dtype") or "bfloat16"
     trainer.parts.dynamics.gate.detach()
     together = trainer.is_distributed_loading_by_transformers  # then every rank has a part of the weights
-    if not together:
-        model = model.to(getattr(torch, str(name).removeprefix("torch.")))
+    _cast(model, getattr(torch, str(name).removeprefix("torch.")))
     try:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
@@ -51,3 +52,20 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         ) from error
     trainer.accelerator.wait_for_everyone()
     return final
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """To the dtype that is written, cut over ranks or not; selection biases stay in float32, as a conversion writes them.
+
+    Steps of balancing are smaller than what bfloat16 tells apart: rounded biases would select other experts.
+    """
+    kept = [
+        (store, value.detach().clone())
+        for module in model.modules()
+        for store in (module._parameters, module._buffers)
+        if (value := store.get(_BIAS)) is not None
+    ]
+    model.to(dtype)
+    for store, value in kept:
+        is_parameter = isinstance(store[_BIAS], torch.nn.Parameter)
+        store[_BIAS] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value

@@ -32,7 +32,7 @@ def add_adapters(model: Any, recipe: LoraRecipe) -> Any:
         task_type="CAUSAL_LM",
         r=recipe.rank,
         lora_alpha=recipe.alpha,
-        lora_dropout=0.0 if recipe.experts else recipe.dropout,
+        lora_dropout=recipe.dropout,
         target_modules=list(recipe.attention),
         target_parameters=[name for name in experts if name.endswith("_proj")] if recipe.experts else None,
     )
@@ -52,7 +52,7 @@ def _is_router(name: str) -> bool:
 
 
 def save_rest(model: Any, folder: Path) -> None:
-    """Write what is trained beside the adapters, the routers, which peft leaves out of its checkpoints."""
+    """Write what changes beside the adapters, routers and selection biases, which peft leaves out of its checkpoints."""
     from safetensors.torch import save_file
 
     save_file({name: value.detach().cpu().contiguous() for name, value in _rest(model)}, folder / REST)
@@ -70,4 +70,7 @@ def load_rest(model: Any, folder: Path) -> None:
 
 
 def _rest(model: Any) -> list[tuple[str, Any]]:
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    """What changes beside the adapters: parameters with a gradient, and selection biases, which balancing moves."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    everything = (*model.named_parameters(), *model.named_buffers())
+    return trained + [(name, value) for name, value in everything if name.endswith("e_score_correction_bias")]

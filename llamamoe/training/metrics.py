@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaMoeError
+from ..wide import wide
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ class Sums:
 
     def add(self, name: str, value: torch.Tensor) -> None:
         """Add a scalar to the sum called ``name``."""
-        value = value.detach().double()
+        value = wide(value.detach())
         self._scalars[name] = self._scalars[name] + value if name in self._scalars else value
 
     def add_domains(self, domains_B: torch.Tensor, nll_B: torch.Tensor, tokens: int) -> None:
@@ -40,10 +41,10 @@ class Sums:
         import torch
 
         if self._per_domain is None:
-            self._per_domain = torch.zeros(2, len(self.domains), dtype=torch.float64, device=nll_B.device)
-        index = domains_B.to(nll_B.device)
-        self._per_domain[0].index_add_(0, index, nll_B.detach().double())
-        self._per_domain[1].index_add_(0, index, torch.full_like(nll_B, tokens, dtype=torch.float64))
+            self._per_domain = wide(torch.zeros(2, len(self.domains), device=nll_B.device))
+        index, sums_B = domains_B.to(nll_B.device), wide(nll_B.detach())
+        self._per_domain[0].index_add_(0, index, sums_B)
+        self._per_domain[1].index_add_(0, index, torch.full_like(sums_B, tokens))
 
     def read(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
         """The sums over all ranks, ``name -> sum`` and ``domain -> (sum of losses, tokens)``; then they are zero.
@@ -73,8 +74,6 @@ def all_reduced(values: torch.Tensor) -> torch.Tensor:
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        if values.device.type == "mps":  # it has no float64
-            values = values.float()
         dist.all_reduce(values)
     return values
 

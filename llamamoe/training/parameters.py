@@ -53,15 +53,22 @@ def freeze(model: torch.nn.Module, groups: Iterable[str]) -> dict[str, int]:
         raise UsageError(
             "freeze: this model's head is its embedding, so freeze both or neither of embeddings and head."
         )
-    trained: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        group = group_of(name)
-        if group in frozen or "e_score_correction_bias" in name:
+        if group_of(name) in frozen or "e_score_correction_bias" in name:
             parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            trained[group] = trained.get(group, 0) + parameter.numel()
+    trained = count_trained(model)
     if not trained:
         raise UsageError(f"freeze = {', '.join(sorted(frozen))}: nothing is left to train.")
+    return trained
+
+
+def count_trained(model: torch.nn.Module) -> dict[str, int]:
+    """Number of trainable parameters by group, adapters in the group of what they adapt."""
+    trained: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = group_of(name)
+            trained[group] = trained.get(group, 0) + parameter.numel()
     return trained
 
 

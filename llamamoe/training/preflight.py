@@ -11,6 +11,7 @@ from ..checkpoint.contents import content_fingerprint
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError, UsageError
 from .corpora import held_out_corpus, training_corpus
+from .fit import check_fit
 from .run_folder import FACTS, FINAL, METRICS, RECEIPT, RECIPE, checkpoints, discard_partial, marker, start_anew
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def identities(recipe: PretrainRecipe, source: Path, parent: Path | None) -> dict[str, Any]:
-    """What the run is made from: fingerprints of model, parent and tokens, checked against each other."""
+    """What the run is made from: fingerprints of model, parent and tokens, checked against each other and the recipe."""
     checkpoint = SafetensorsCheckpoint(source)
     found: dict[str, Any] = {"model": content_fingerprint(checkpoint.tensors, checkpoint.config)}
     if parent is not None:
@@ -32,6 +33,7 @@ def identities(recipe: PretrainRecipe, source: Path, parent: Path | None) -> dic
         if corpus is not None:
             corpus.check_tokenizer(source)
             found[key] = corpus.fingerprint
+    check_fit(recipe, checkpoint, train, held_out)
     return found
 
 

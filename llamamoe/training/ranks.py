@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from ..errors import UsageError
 
 
 class _Sum(torch.autograd.Function):
@@ -39,3 +42,34 @@ def sum_over_ranks(values: torch.Tensor, group: Any = None) -> torch.Tensor:
         return values
     total: torch.Tensor = _Sum.apply(values, group)  # type: ignore[no-untyped-call]
     return total
+
+
+def check_same_checkpoint(step: int, device: torch.device) -> None:
+    """Refuse to begin where ranks found different checkpoints in the run's folder; every rank must call it.
+
+    Args:
+        step: Of the newest whole checkpoint that this rank found; -1 if there is none.
+        device: Where collective calls take their tensors.
+
+    Raises:
+        UsageError: Raised on all ranks alike.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    ends = torch.tensor([step, -step], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    newest, oldest = int(ends[0]), -int(ends[1])
+    if newest != oldest:
+        seen = "none" if oldest < 0 else f"checkpoint-{oldest}"
+        raise UsageError(
+            f"the processes do not see the same run: one finds checkpoint-{newest}, another {seen}.",
+            hint="Give an --out on a file system that all machines share.",
+        )
+
+
+def cut_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``values``, which all ranks have alike, cut over ranks as ``like`` is; itself if that is whole."""
+    if not isinstance(like, DTensor):
+        return values
+    whole = DTensor.from_local(values, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return whole.redistribute(placements=like.placements)

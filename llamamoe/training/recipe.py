@@ -103,7 +103,7 @@ class LoraRecipe(_Part):
 
     rank: int = Field(8, ge=1, le=4096, description="r.")
     alpha: float = Field(32.0, gt=0, description="The adapters' output is multiplied by alpha / rank.")
-    dropout: Share = Field(0.0, description="On the adapters' inputs; experts have none.")
+    dropout: Share = Field(0.0, description="On the inputs of attention's adapters; those of experts can have none.")
     attention: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj"), description="Modules of attention that get adapters."
     )
@@ -123,16 +123,18 @@ class PrecisionRecipe(_Part):
 
 
 class DistributedRecipe(_Part):
-    """Sharding by transformers' own DistributedConfig; without it several processes run data-parallel (DDP)."""
+    """Sharding by transformers' own DistributedConfig; without it several processes run data-parallel (DDP).
+
+    Tensor parallelism is not offered: one token's losses and routers would be on several ranks.
+    """
 
     fsdp_size: int = Field(1, ge=1, description="Ranks that parameters are sharded over (FSDP2).")
     ep_size: int = Field(1, ge=1, description="Ranks that experts are spread over.")
-    tp_size: int = Field(1, ge=1, description="Ranks of tensor parallelism.")
 
     @property
     def sharded(self) -> bool:
         """Whether transformers cuts the model at loading."""
-        return max(self.fsdp_size, self.ep_size, self.tp_size) > 1
+        return max(self.fsdp_size, self.ep_size) > 1
 
 
 class PretrainRecipe(_Part):
@@ -163,7 +165,9 @@ class PretrainRecipe(_Part):
         None, description="grouped_mm, batched_mm, eager, or one of llamamoe's; null: transformers' default."
     )
     distributed: DistributedRecipe = Field(default_factory=DistributedRecipe, description="Sharding.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda|mps|xpu|npu)$", description="auto: a GPU if there is one.")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda|mps|xpu|npu)$", description="auto: a CUDA GPU if there is one, else the CPU."
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Of everything random.")
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
     evaluate_every: int | None = Field(None, ge=1, description="Steps between validations; null: only at the ends.")
@@ -203,6 +207,7 @@ class PretrainRecipe(_Part):
             yield f"data.update = {self.data.update.name} needs evaluate_every: it follows those losses"
         if self.lora is not None and self.distributed.sharded:
             yield "lora cannot be combined with distributed: peft's adapters are not sharded; run data-parallel (DDP)"
+        yield from self._lora_contradictions()
         for name in (each.name for each in self.losses if LOSSES.get(each.name).needs_targets):
             if self.parent is None:
                 yield f"the loss {name} needs parent: it compares experts with the dense model's FFNs"
@@ -214,6 +219,16 @@ class PretrainRecipe(_Part):
             yield "freeze names every group: nothing is left to train"
         if self.losses and "router" in self.freeze:
             yield "losses on the routing have no effect while freeze names router"
+
+    def _lora_contradictions(self) -> Any:
+        if self.lora is None:
+            return
+        if self.lora.dropout and self.lora.experts:
+            yield "lora.dropout does not reach adapters of experts: set it to 0, or lora.experts=false"
+        if "attention" in self.freeze and self.lora.attention:
+            yield "freeze names attention, which lora would train: set lora.attention=[]"
+        if "experts" in self.freeze and self.lora.experts:
+            yield "freeze names experts, which lora would train: set lora.experts=false"
 
     @property
     def tokens_per_step(self) -> int:

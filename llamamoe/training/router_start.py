@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RefusedError
 from ..mixing import renormalising, rescaled_block
+from ..wide import wide
 from .moe_layers import MoeLayer
 from .routing import RouterTap, at_least_float32
 
@@ -41,7 +42,7 @@ class Softened:
 
 def logit_std(logits_TN: torch.Tensor) -> float:
     """Standard deviation (population) of the logits over experts, mean over tokens."""
-    return float(at_least_float32(logits_TN).std(-1, correction=0).double().mean())
+    return float(wide(at_least_float32(logits_TN).std(-1, correction=0)).mean())
 
 
 def measure_logit_std(

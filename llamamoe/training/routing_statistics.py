@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ..wide import wide
+
 if TYPE_CHECKING:
     import torch
 
@@ -230,7 +232,7 @@ def _sums(routing: Routing) -> torch.Tensor:
         ]
     )
     sums = torch.cat([scalars, routing.counts_N(), importance_N])
-    return sums if sums.device.type == "mps" else sums.double()
+    return wide(sums)
 
 
 def _layer_statistics(moe: MoeLayer, row: list[float]) -> LayerStatistics:

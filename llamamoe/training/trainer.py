@@ -115,8 +115,9 @@ class MoeTrainer(Trainer):
         return samples, None
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Transformers', then the batches go on where the checkpoint stopped."""
+        """Transformers', then the batches go on where the checkpoint stopped; how often to log, measure and save is new."""
         found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        self.state.compute_steps(self.args, self.args.max_steps)
         self.parts.batches.first_step = self.state.global_step
         self._logged = (time.monotonic(), self.state.global_step)
         self._saved_step = self.state.global_step if self.state.global_step else -1

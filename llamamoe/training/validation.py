@@ -84,7 +84,7 @@ class Validation:
                 index = torch.from_numpy(domains)
                 sums[0].index_add_(0, index, losses.nll_BT.sum(1).double().cpu())
                 sums[1].index_add_(0, index, losses.counted_BT.sum(1).double().cpu())
-        totals, tokens = all_reduced(sums.to(device)).cpu()
+        totals, tokens = all_reduced(sums if device.type == "mps" else sums.to(device)).cpu()
         means = (totals / tokens).tolist()
         loss = sum(means) / len(means)
         return {

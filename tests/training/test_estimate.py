@@ -122,7 +122,7 @@ def on_paper(what: PretrainRecipe, model: tuple[dict[str, Any], Headers] | None 
 def moments(what: PretrainRecipe, model: tuple[dict[str, Any], Headers], sharding: Sharding | None = None) -> Any:
     """All moments of a step."""
     shape = read_shape(*model)
-    return StepMemory(what, shape, sharding or Sharding(shape.model_type)).moments()
+    return StepMemory(what, shape, sharding or Sharding()).moments()
 
 
 # ---- by hand ------------------------------------------------------------------------------------------------------
@@ -312,14 +312,11 @@ def test_accumulation_keeps_gradients_and_ddp_copies_them() -> None:
     assert both.peak - once.peak == both.parts["gradient buckets"] == once.state["gradients"]
 
 
-def test_tensor_and_expert_parallelism_cut_what_their_plans_cut() -> None:
-    rest = 128 + 8 + 2 * (16 + 32)  # embedding, norms, routers are on every rank
-    tensor = on_paper(recipe(**FLOAT32, distributed={"tp_size": 2}), world_size=2)
-    assert tensor.state["weights"] == 4 * (rest + (1512 - rest) // 2)
+def test_expert_parallelism_cuts_experts_while_they_are_gathered() -> None:
     experts = on_paper(recipe(**FLOAT32, batch_size=2, distributed={"fsdp_size": 2, "ep_size": 2}), world_size=2)
     assert experts.state["weights"] == 4 * 1512 // 2
-    full = moments(recipe(**FLOAT32), mixtral(), Sharding("mixtral", fsdp_size=2))["backward pass of layer 0"]
-    spread = moments(recipe(**FLOAT32), mixtral(), Sharding("mixtral", 2, 1, 2))["backward pass of layer 0"]
+    full = moments(recipe(**FLOAT32), mixtral(), Sharding(fsdp_size=2))["backward pass of layer 0"]
+    spread = moments(recipe(**FLOAT32), mixtral(), Sharding(fsdp_size=2, ep_size=2))["backward pass of layer 0"]
     assert full["gathered weights"] - spread["gathered weights"] == 4 * 384 // 2
 
 
@@ -330,13 +327,21 @@ def test_a_gpu_has_a_fixed_overhead() -> None:
 # ---- warnings -----------------------------------------------------------------------------------------------------
 
 
+def test_warns_of_narrow_experts() -> None:
+    assert [line for line in on_paper(recipe(**FLOAT32), mixtral(width=6)).warnings if "no multiple of 4" in line]
+
+
+def test_a_dense_model_has_no_experts_to_warn_of() -> None:
+    dense = on_paper(recipe(precision={"compute": "bfloat16"}), llama())
+    assert not [line for line in dense.warnings if "experts" in line]
+
+
 @pytest.mark.parametrize(
     ("keys", "world", "expected"),
     [
         ({"distributed": {"fsdp_size": 3}, "batch_size": 4}, 4, "does not divide the 4 processes"),
         ({"distributed": {"fsdp_size": 3, "ep_size": 3}, "batch_size": 3}, 3, "ep_size = 3 does not divide the 4 experts"),
-        ({"distributed": {"tp_size": 2}}, 2, "no multiple of 4, which grouped_mm needs"),
-        ({"distributed": {"fsdp_size": 2, "ep_size": 4}, "batch_size": 2}, 2, "divide fsdp_size x tp_size = 2"),
+        ({"distributed": {"fsdp_size": 2, "ep_size": 4}, "batch_size": 2}, 2, "must divide fsdp_size = 2"),
         ({"batch_size": 3}, 2, "cannot be dealt to 2 ranks"),
         ({"precision": {"compute": "bfloat16"}}, 1, "experts run in float32"),
     ],

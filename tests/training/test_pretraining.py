@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamamoe import plan_pretraining, pretrain
+from llamamoe import plan_pretraining, pretrain, tokenize
+from llamamoe.data.token_recipe import load_tokenize_recipe
 from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, StoppedError, UsageError
-from llamamoe.training.run_folder import checkpoints, locked
+from llamamoe.training.run_folder import checkpoints, locked, step_of
 
-from .runs import BLOCK, lines_of, make_tokens, make_world, recipe_of, start
+from .runs import BLOCK, lines_of, make_text, make_tokens, make_world, recipe_of, start
 
 EXPERT_KL = {"lm": {"weight": 0.5}, "kl": {"weight": 1.0}}
 
@@ -242,6 +243,38 @@ def test_a_hard_router_is_scaled_up_with_its_ranking(finished: Path) -> None:
     assert all(each["std_after"] == pytest.approx(0.1) for each in start)
 
 
+def test_what_is_frozen_and_equal_is_held_once_with_the_parent(world: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_of(world, "steps=1", freeze=["embeddings", "head"], distill=EXPERT_KL)
+    pretrain(recipe, tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+    tensors = load_file(Path(world["parent"]) / "model.safetensors")
+    frozen = tensors["model.embed_tokens.weight"].numel() + tensors["lm_head.weight"].numel()
+    assert facts["parent_bytes_shared"] == 4 * frozen
+
+
+@pytest.mark.parametrize("window", ["micro_batch", "all_ranks"])
+def test_the_window_of_a_balance_loss_is_told(
+    window: str, world: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = [{"name": "switch", "window": window}, {"name": "z"}]
+    with caplog.at_level("INFO", logger="llamamoe"):
+        pretrain(recipe_of(world, "steps=1", losses=losses), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "facts.json").read_text())["windows"] == {"switch": window}
+    expected = {"micro_batch": "one micro-batch, on one rank", "all_ranks": "the micro-batches that all ranks have"}
+    assert [line for line in caplog.messages if line.startswith("switch: balanced over") and expected[window] in line]
+
+
+def test_how_often_to_log_measure_and_save_can_change_on_the_way(world: dict[str, str], tmp_path: Path) -> None:
+    before = recipe_of(world, "log_every=6", "evaluate_every=null", "save_every=2")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(before, tmp_path / "run", progress=stopped_after(3))
+    pretrain(recipe_of(world, "log_every=1", "evaluate_every=1", "save_every=1"), tmp_path / "run", resume=True)
+    lines = lines_of(tmp_path / "run")
+    for kind in ("train", "validation"):
+        assert [line["step"] for line in lines if line["kind"] == kind][-4:] == [3, 4, 5, 6]
+    assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [2, 3, 4, 5, 6]
+
+
 def test_frozen_groups_stay_and_others_move(world: dict[str, str], tmp_path: Path) -> None:
     recipe = recipe_of(world, "steps=2", freeze=("attention", "embeddings", "head", "norms", "router"))
     out = pretrain(recipe, tmp_path / "run").model
@@ -271,6 +304,28 @@ def test_biases_balance_glm4(tmp_path: Path) -> None:
     biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2
     assert all(bool(b.any()) for b in biases)
+
+
+@pytest.mark.parametrize("target", ["glm4_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_biases_resume_exactly_and_are_never_rounded(target: str, adapters: bool, tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", target=target, num_experts=3, shared="1x")
+    keys: dict[str, Any] = {"balancing": {"rate": 0.0011}, "lora": {"rank": 2} if adapters else None}
+    recipe = recipe_of(world, "steps=5", "precision.save=bfloat16", **keys)
+    pretrain(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, tmp_path / "run", progress=stopped_after(3))
+    pretrain(recipe, tmp_path / "run", resume=True)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    written = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    biases = {name: value for name, value in written.items() if name.endswith("e_score_correction_bias")}
+    assert len(biases) == 2
+    assert all(value.dtype == torch.float32 for value in biases.values())
+    assert all(value.dtype == torch.bfloat16 for name, value in written.items() if name not in biases)
+    steps = torch.cat([value.flatten() for value in biases.values()]) / 0.0011
+    assert bool(steps.any())
+    torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
 
 
 def test_adapters_are_merged_and_resume_exactly(world: dict[str, str], tmp_path: Path) -> None:
@@ -504,8 +559,41 @@ def test_a_dense_control_is_trained_by_the_same_recipe(world: dict[str, str], tm
     assert AutoModelForCausalLM.from_pretrained(result.model).config.model_type == "llama"
 
 
+def test_what_does_not_fit_is_told_at_once_before_anything_is_loaded(world: dict[str, str], tmp_path: Path) -> None:
+    update = ("data.update=sheared_llama", "data.reference_losses={large: 3.0}")
+    keys: dict[str, Any] = {"balancing": {}, "distill": {"ffn": {}, "hidden": {"layers": [0, 7]}}}
+    recipe = recipe_of(world, *update, "data.block_length=99999", gate="switch", **keys)
+    for attempt in (lambda: pretrain(recipe, tmp_path / "run"), lambda: plan_pretraining(recipe)):
+        with pytest.raises(UsageError) as found:
+            attempt()
+        text = str(found.value)
+        for part in (
+            "data.mixture: the domain 'large' has the weight 0.5",
+            "data.mixture: the domain 'small' has the weight 0.5",
+            "data.validation: the domain 'large' has",
+            "data.reference_losses has no small, which data.update = sheared_llama needs",
+            "gate = switch routes each token to 1 experts, but the model selects 2",
+            "balancing moves correction biases, and the routers of mixtral have none",
+            "distill.hidden: there is no layer 7: the model has 2 (0 to 1)",
+        ):
+            assert part in text, text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mixture_that_follows_losses_needs_text_of_every_domain(world: dict[str, str], tmp_path: Path) -> None:
+    make_text(tmp_path / "text", 5)
+    (tmp_path / "text" / "small.jsonl").unlink()
+    given = {"tokenizer": world["parent"], "text": [str(tmp_path / "text")], "workers": 1}
+    tokenize(load_tokenize_recipe(given=given), tmp_path / "large")
+    update = ("data.update=sheared_llama", "data.reference_losses={large: 3.0, small: 1.0}")
+    with pytest.raises(UsageError, match="no text of small is held out"):
+        pretrain(recipe_of(world, *update, f"data.validation={tmp_path / 'large'}"), tmp_path / "run")
+    with pytest.raises(UsageError, match="follows held-out losses, but no text is held out"):
+        pretrain(recipe_of(world, *update, "data.validation=null"), tmp_path / "run")
+
+
 def test_a_number_of_processes_that_does_not_fit_is_refused(world: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"fsdp_size = 2 .* must be the number of processes, which is 1"):
+    with pytest.raises(UsageError, match=r"fsdp_size = 2 must be the number of processes, which is 1"):
         pretrain(recipe_of(world, "distributed.fsdp_size=2"), tmp_path / "run")
     with pytest.raises(UsageError, match=r"cannot be dealt to 3 ranks"):
         plan_pretraining(recipe_of(world), world_size=3)

@@ -48,8 +48,11 @@ class NoisyTopK(Gate):
         import torch
 
         super().attach(layers, seed)
-        rows = {str(moe.layer): torch.zeros_like(moe.router_NH, dtype=torch.float32) for moe in layers}
-        self._rows = torch.nn.ParameterDict({key: torch.nn.Parameter(each) for key, each in rows.items()})
+        rows = {}  # whole on every rank, also where FSDP cuts the routers' own
+        for moe in layers:
+            rows_NH = torch.zeros(tuple(moe.router_NH.shape), dtype=torch.float32, device=moe.router_NH.device)
+            rows[str(moe.layer)] = torch.nn.Parameter(rows_NH)
+        self._rows = torch.nn.ParameterDict(rows)
 
     def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
         """See `Gate.route`."""

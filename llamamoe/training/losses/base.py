@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 Window = Literal["micro_batch", "all_ranks"]
 """Whose tokens are balanced together: one rank's micro-batch, or the micro-batches that all ranks have at that moment."""
+WINDOWS: dict[Window, str] = {
+    "micro_batch": "the tokens of one micro-batch, on one rank",
+    "all_ranks": "the tokens of the micro-batches that all ranks have at a moment",
+}
+"""The same in words, for the log."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,11 @@ class RoutingLoss(Plugin, ABC):
     @abstractmethod
     def layer_loss(self, routing: Routing, context: LossContext) -> torch.Tensor:
         """The loss of one layer, a scalar; see `loss`. Layers are never pooled: opposite imbalances would cancel."""
+
+    @property
+    def window(self) -> Window | None:
+        """Whose tokens are looked at together; None if it does not matter, because the loss is linear."""
+        return self.options.window if isinstance(self.options, WindowOptions) else None
 
     def notes(self, gate: Gate) -> list[str]:
         """What a user should know about this loss together with this gate; for the log and the plan."""

@@ -53,6 +53,18 @@ def averaged_gradient(gradient: torch.Tensor | None) -> torch.Tensor:
     return parameter.grad
 
 
+def told_of_checkpoints(step: int) -> str:
+    """What a rank is told that found this checkpoint."""
+    from llamamoe.errors import UsageError
+    from llamamoe.training.ranks import check_same_checkpoint
+
+    try:
+        check_same_checkpoint(step, torch.device("cpu"))
+    except UsageError as error:
+        return error.message
+    return "the same"
+
+
 def run(rank: int, folder: str) -> None:
     """Save value and gradient (averaged over ranks, as DDP does) for each loss and window."""
     import torch.distributed as dist
@@ -71,5 +83,6 @@ def run(rank: int, folder: str) -> None:
             dist.all_reduce(rows_NH.grad)
             found[f"{name}-{window}"] = (value.detach(), rows_NH.grad / 2)
     found["gate"] = averaged_gradient(None if rank else torch.tensor([3.0, 5.0]))
+    found["checkpoints"] = [told_of_checkpoints(40), told_of_checkpoints(-1), told_of_checkpoints(-1 if rank else 40)]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
