@@ -59,13 +59,9 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
     Steps of balancing are smaller than what bfloat16 tells apart: rounded biases would select other experts.
     """
-    kept = [
-        (store, value.detach().clone())
-        for module in model.modules()
-        for store in (module._parameters, module._buffers)
-        if (value := store.get(_BIAS)) is not None
-    ]
+    holders = [module for module in model.modules() if isinstance(getattr(module, _BIAS, None), torch.Tensor)]
+    kept = [getattr(module, _BIAS).detach().clone() for module in holders]
     model.to(dtype)
-    for store, value in kept:
-        is_parameter = isinstance(store[_BIAS], torch.nn.Parameter)
-        store[_BIAS] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
+    for module, value in zip(holders, kept, strict=True):
+        is_parameter = isinstance(getattr(module, _BIAS), torch.nn.Parameter)
+        setattr(module, _BIAS, torch.nn.Parameter(value, requires_grad=False) if is_parameter else value)
