@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -81,6 +82,8 @@ def test_losses_agree(
     assert_equal(lines_of(tmp_path / "run"), lines_of(alone))
     mixtures = [line["mixture"]["small"] for line in lines_of(alone) if line["kind"] == "train"]
     assert len(set(mixtures)) == 3, mixtures  # it does move
+    facts = [json.loads((out / "facts.json").read_text()) for out in (tmp_path / "run", alone)]
+    assert facts[0]["active_parameters"] == facts[1]["active_parameters"]
     ours, theirs = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "run", alone))
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype == torch.bfloat16, name

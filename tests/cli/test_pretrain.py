@@ -1,0 +1,85 @@
+"""``llamamoe pretrain``: what it prints, its JSON, its errors; a dry run writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.training.runs import make_world, recipe_of
+
+from .conftest import Run
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    found = recipe_of(make_world(folder), "steps=2", "save_every=1", losses=[{"name": "switch"}])
+    (folder / "recipe.yaml").write_text(found.to_yaml())
+    return folder / "recipe.yaml"
+
+
+def test_result_for_people_and_as_json(recipe: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "run"
+    shown = run("pretrain", "--recipe", recipe, "--out", out).stdout
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first, last = (line for line in lines if line["kind"] == "validation" and line["step"] in (0, 2))
+    for part in ("2 steps, 256 tokens", f"{first['loss']:.4f} -> {last['loss']:.4f}", str(out / "model")):
+        assert part in shown
+    assert "holds a run already" in run("pretrain", "--recipe", recipe, "--out", out, code=2).output
+    data = json.loads(run("pretrain", "--recipe", recipe, "--out", out, "--force", "--json").stdout)
+    assert (data["steps"], data["tokens"], data["model"]) == (2, 256, str(out / "model"))
+    assert data["last_validation"]["loss"] == last["loss"]
+    assert data["best_checkpoint"]["path"] in {str(out / "checkpoint-1"), str(out / "checkpoint-2")}
+    again = json.loads(run("pretrain", "--recipe", recipe, "--out", out, "--resume", "--json").stdout)
+    assert again["last_validation"]["loss"] == last["loss"]
+    assert run("pretrain", "--recipe", recipe, "--out", out, "--resume", "-q").stdout == ""
+
+
+def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path, run: Run) -> None:
+    args = ("pretrain", "--recipe", recipe, "--out", tmp_path / "run", "--dry-run")
+    paper = ("--world-size", 2, "--device-memory", 80, "--peak-tflops", 100)
+    shown = run(*args, *paper).stdout
+    for part in (
+        "2 steps, 256 tokens",
+        "Mixture",
+        "large",
+        "Memory of one device",
+        "peak",
+        "disk, total",
+        "time",
+        "Nothing was",
+    ):
+        assert part in shown, part
+    data = json.loads(run(*args, *paper, "--json").stdout)
+    assert data["dry_run"] is True
+    assert data["estimate"]["accumulation"] == 1  # two micro-batches of four, one for each process
+    small = run(*args, "--device-memory", "1e-6").stdout
+    assert "does not fit" in small
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input(recipe: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "run"
+    args = ("pretrain", "--recipe", recipe, "--out", out)
+    shown = run(*args, "--set", "optimizer.lrr=1", "--set", "steps=-1", code=2).output
+    assert "Did you mean 'lr'" in shown
+    assert "steps" in shown
+    assert "exclude each other" in run(*args, "--resume", "--force", code=2).output
+    assert "ships with" in run("pretrain", "--recipe", "smollm2_cpy", "--out", out, code=2).output
+    assert "cannot be dealt to 3 ranks" in run(*args, "--dry-run", "--world-size", 3, code=2).output
+    assert "does not exist" in run(*args, "--model", tmp_path / "nowhere", code=3).output
+    assert "train_tokens" in run(*args, "--set", "data.train=train_tokens", code=3).output
+    assert not out.exists()
+
+
+def test_another_recipe_cannot_go_on_and_the_way_out_works(recipe: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "run"
+    run("pretrain", "--recipe", recipe, "--out", out)
+    refused = " ".join(
+        run("pretrain", "--recipe", recipe, "--out", out, "--resume", "--set", "seed=3", code=3).output.split()
+    )
+    assert "was made by another recipe" in refused
+    assert "with model=" in refused
+    run("pretrain", "--recipe", recipe, "--out", tmp_path / "next", "--model", out / "checkpoint-2", "--set", "seed=3")
