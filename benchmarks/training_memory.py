@@ -72,6 +72,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "loss in 8 chunks, checkpointed": ("mixtral", FP32 | CHECKPOINTED | {"logits_at_once": 2**21}),
     "eager experts": ("mixtral", BF16 | {"experts_implementation": "eager"}),
     "eager experts, checkpointed": ("wide", BF16 | CHECKPOINTED | {"experts_implementation": "eager"}),
+    "grouped products under autocast": ("mixtral", BF16 | {"experts_implementation": "llamamoe_grouped_mm"}),
+    "grouped products under autocast, checkpointed": (
+        "wide", BF16 | CHECKPOINTED | {"experts_implementation": "llamamoe_grouped_mm"},
+    ),
     "sorted experts": ("mixtral", BF16 | {"experts_implementation": "llamamoe_sorted"}),
     "sorted experts, checkpointed": ("wide", BF16 | CHECKPOINTED | {"experts_implementation": "llamamoe_sorted"}),
     "wide experts": ("wide", BF16 | {"micro_batch_size": 1, "batch_size": 1}),
@@ -102,7 +106,7 @@ def recipe_of(given: dict[str, Any]) -> PretrainRecipe:
     """A recipe: 4 sequences at a time unless it says otherwise."""
     base: dict[str, Any] = {
         "model": "model", "data": {"train": "tokens", "block_length": 512}, "steps": 3, "batch_size": 4,
-        "micro_batch_size": 4, "device": "cpu",
+        "micro_batch_size": 4, "device": "cpu", "experts_implementation": "grouped_mm",
     }  # fmt: skip
     return PretrainRecipe.model_validate(base | ({"parent": "parent"} if "distill" in given else {}) | given)
 
@@ -172,8 +176,9 @@ def _load(folder: Path, recipe: PretrainRecipe, dtype: str) -> Any:
     """Random weights: only their sizes count."""
     register_experts()
     config = AutoConfig.from_pretrained(folder)
-    keys = {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **keys)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    if config.model_type != "llama":
+        model.set_experts_implementation(recipe.experts)
     model.config.use_cache = False
     return model
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .estimate_activations import Widths
+from .estimate_activations import Widths, style_of
 from .estimate_compute import disk, operations
 from .estimate_memory import StepMemory
 from .estimate_shapes import ModelShape, read_shape
@@ -198,16 +198,10 @@ def _memory_warnings(
         )
     if not counted and recipe.distill is not None and recipe.distill.needs_parent:
         yield "the parent is not counted: its headers were not given"
-    copies = max(moment.get("weight copies", 0) for moment in memory.moments().values())
-    if memory.sharding.fsdp_size > 1 and copies > sum(memory.state().values()) // 4:
-        yield (
-            f"autocast's bfloat16 copies of gathered weights are not sharded: {copies / 2**30:.1f} GiB on every rank; "
-            "precision.parameters=bfloat16 has none"
-        )
     if memory.shape.num_experts and memory.run.widths.casts and not memory.run.widths.casts_experts:
         yield (
             "experts run in float32 although precision.compute = bfloat16: autocast does not reach grouped_mm, so the time "
-            "is underestimated; precision.parameters=bfloat16 or experts_implementation=eager computes them in bfloat16"
+            "is underestimated; experts_implementation=llamamoe_grouped_mm computes them in bfloat16"
         )
 
 
@@ -224,7 +218,7 @@ def _layout_warnings(recipe: PretrainRecipe, shape: ModelShape, world_size: int)
         yield f"distributed.ep_size = {sizes.ep_size} does not divide the {shape.num_experts} experts"
     if sizes.fsdp_size % sizes.ep_size:
         yield f"distributed.ep_size = {sizes.ep_size} must divide fsdp_size = {sizes.fsdp_size}"
-    if recipe.experts_implementation not in (None, "grouped_mm"):
+    if style_of(recipe) != "grouped":
         return
     unit = 16 // Widths.of(recipe).experts
     for width in sorted({layer.expert_width for layer in shape.layers if layer.expert_width}):

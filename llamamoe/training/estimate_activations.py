@@ -32,6 +32,7 @@ _STYLES: dict[str | None, Style] = {
     "llamamoe_auto": "sorted",
     "llamamoe_sorted": "sorted",
     "llamamoe_masked": "masked",
+    "llamamoe_grouped_mm": "grouped",
 }
 """Ways to compute the experts that keep different things."""
 
@@ -41,13 +42,15 @@ class Widths:
     """Bytes per number.
 
     Attributes:
-        weights: s, of parameters, gradients, moments and the residual stream.
+        stored: Of parameters, gradients and moments at rest.
+        weights: s, of the weights that are computed with, their gradients as they appear, and the residual stream.
         compute: c, of what products return.
         experts: e, within the routed experts.
         casts: Does autocast copy weights and inputs?
         casts_experts: The experts' weights, too? ``grouped_mm``, transformers' default, is unknown to autocast.
     """
 
+    stored: int
     weights: int
     compute: int
     experts: int
@@ -57,16 +60,17 @@ class Widths:
     @classmethod
     def of(cls, recipe: PretrainRecipe) -> Widths:
         """From a recipe. Parameters in bfloat16 are computed with in bfloat16, whatever ``compute`` says."""
-        weights = 4 if recipe.precision.parameters == "float32" else 2
-        casts = weights == 4 and recipe.precision.compute == "bfloat16"
-        compute = 2 if casts else weights
-        known = style_of(recipe) != "grouped"
-        return cls(weights, compute, compute if known else weights, casts, casts and known)
+        stored = 4 if recipe.precision.parameters == "float32" else 2
+        if recipe.gathers_bfloat16:
+            return cls(stored, 2, 2, 2, False, False)
+        compute = 2 if recipe.autocasts else stored
+        known = recipe.autocasts and (style_of(recipe) != "grouped" or recipe.experts == "llamamoe_grouped_mm")
+        return cls(stored, stored, compute, compute if known else stored, recipe.autocasts, known)
 
 
 def style_of(recipe: PretrainRecipe) -> Style:
     """How the recipe's experts are computed; an implementation that is not known here counts as ``eager``."""
-    return _STYLES.get(recipe.experts_implementation, "eager")
+    return _STYLES.get(recipe.experts, "eager")
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ def ffn_bytes(layer: LayerShape, run: Pass) -> int:
         kept += run.inputs({"dense_ffn": 2}) + arrays * tokens * layer.dense_width * compute
     if not layer.expert_width:
         return kept
-    kept += run.inputs({"router": 2 if layer.shared_gate else 1, "shared": 2 if layer.shared_width else 0})
+    products = 1 if run.model.model_type == "granitemoeshared" else 2  # one for gate and up together, or one for each
+    kept += run.inputs({"router": 2 if layer.shared_gate else 1, "shared": products if layer.shared_width else 0})
     kept += tokens * (8 * run.model.num_experts + 40 * run.model.top_k)
     kept += (4 if "shared" in run.trained else 3) * tokens * layer.shared_width * compute
     kept += run.numbers * compute if layer.shared_gate else 0

@@ -6,7 +6,7 @@ parameters themselves are float32 and autocast copies them), each cut over the r
 `llamamoe.training.estimate_activations`, and these rules of torch 2.13 and transformers 5.23:
 
 * Autocast keeps a bfloat16 copy of each trained matrix until the loss is there; the graph keeps it until the layer's
-  backward pass. Under FSDP2 these copies are of gathered weights: they are not cut.
+  backward pass. FSDP2 gathers float32 weights in bfloat16 instead, and sums their gradients in float32.
 * Without accumulation gradients appear layer by layer as activations go; with it they are there all along, and a
   new gradient exists beside the one that it is added to.
 * With checkpointing a layer keeps its input only, and its own activations come back during its backward pass.
@@ -117,7 +117,7 @@ class StepMemory:
     def _held(self, numel: Mapping[str, int], *, trained: bool = False) -> int:
         """Bytes of these weights at rest on one device; or of their gradients."""
         groups = [group for group in numel if not trained or group in self.trained]
-        return sum(numel[group] * self.run.widths.weights // self.sharding.fsdp_size for group in groups)
+        return sum(numel[group] * self.run.widths.stored // self.sharding.fsdp_size for group in groups)
 
     def _layer(self, layer: LayerShape, *, first: bool) -> _Layer:
         run, widths = self.run, self.run.widths
@@ -200,7 +200,8 @@ class StepMemory:
         else:  # chunks are checkpointed: all inputs, and one chunk's copy
             kept += run.numbers * widths.weights + (2 * chunk * self.shape.hidden_size if widths.casts else 0)
         gathered = numel * widths.weights if self.sharding.fsdp_size > 1 else 0
-        new = numel * (widths.weights + (2 if widths.casts else 0)) + gathered if self._head in self.trained else 0
+        sent = self._sent(gathered) - gathered
+        new = numel * (widths.weights + (2 if widths.casts else 0)) + sent if self._head in self.trained else 0
         base = self._always() | {
             "gradients": self.state()["gradients"] if self.accumulates else 0,
             "activations": kept,
@@ -234,14 +235,18 @@ class StepMemory:
             "activations": kept,
             "weight copies": sum(each.copies for each in copying),
             "gathered weights": layer.full + (self._layers[index - 1].full if index else 0),
-            "working space": max(layer.working, new) + 2 * layer.full,  # FSDP2: the gradient, and what is sent of it
+            "working space": max(layer.working, new) + self._sent(layer.full),
         }
+
+    def _sent(self, gathered: int) -> int:
+        """FSDP2: the whole gradient of gathered weights, and what is sent of it, which is summed in the stored dtype."""
+        return gathered + gathered * self.run.widths.stored // self.run.widths.weights
 
     def _embedding(self) -> dict[str, int]:
         """At the end of the backward pass: all gradients, and that of the embedding before it is added or sent."""
         run, cut = self.run, self.sharding.fsdp_size > 1
         full = self.shape.embeddings * run.widths.weights if "embeddings" in self.trained else 0
-        new = 2 * full if cut else full if self.accumulates or self.shape.tied else 0
+        new = self._sent(full) if cut else full if self.accumulates or self.shape.tied else 0
         return self._always() | {
             "gradients": self.state()["gradients"],
             "gathered weights": full if cut else 0,
@@ -250,7 +255,8 @@ class StepMemory:
 
     def _optimiser(self) -> dict[str, int]:
         """All gradients; fused AdamW works in place, the plain one that cut weights need on one tensor at a time."""
-        largest = max(layer.new for layer in self._layers) // self.sharding.fsdp_size
+        widths = self.run.widths
+        largest = max(layer.new for layer in self._layers) * widths.stored // widths.weights // self.sharding.fsdp_size
         return self._always() | {
             "gradients": self.state()["gradients"],
             "working space": 2 * largest if self.sharding.cut else 0,

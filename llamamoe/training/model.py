@@ -64,13 +64,14 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
 
     auto: Any = AutoModelForCausalLM
     keys: dict[str, Any] = {"dtype": getattr(torch, recipe.precision.parameters)}
-    if recipe.experts_implementation is not None:
-        keys["experts_implementation"] = _implementation(recipe.experts_implementation)
+    if recipe.experts is not None and read_json(folder / "config.json").get("model_type") in TARGETS:
+        keys["experts_implementation"] = _implementation(recipe.experts)
     if recipe.distributed.sharded:
         from transformers.distributed.configuration_utils import DistributedConfig
 
         sizes = recipe.distributed.model_dump()
-        keys["distributed_config"] = DistributedConfig(**{k: v for k, v in sizes.items() if v > 1})
+        given = {k: v for k, v in sizes.items() if v > 1}
+        keys["distributed_config"] = DistributedConfig(**given, fsdp_mixed_precision=recipe.gathers_bfloat16)
     with quiet_transformers():
         model, info = auto.from_pretrained(
             folder,

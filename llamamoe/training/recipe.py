@@ -125,7 +125,8 @@ class PrecisionRecipe(_Part):
 class DistributedRecipe(_Part):
     """Sharding by transformers' own DistributedConfig; without it several processes run data-parallel (DDP).
 
-    Tensor parallelism is not offered: one token's losses and routers would be on several ranks.
+    With ``precision: {parameters: float32, compute: bfloat16}`` FSDP2 gathers weights in bfloat16 and sums gradients in
+    float32. Tensor parallelism is not offered: one token's losses and routers would be on several ranks.
     """
 
     fsdp_size: int = Field(1, ge=1, description="Ranks that parameters are sharded over (FSDP2).")
@@ -162,7 +163,9 @@ class PretrainRecipe(_Part):
     gradient_checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
     logits_at_once: int = Field(2**26, ge=1, description="Most float32 logits in memory at a time.")
     experts_implementation: str | None = Field(
-        None, description="grouped_mm, batched_mm, eager, or one of llamamoe's; null: transformers' default."
+        None,
+        description="grouped_mm, batched_mm, eager, or one of llamamoe's; null: llamamoe_auto on a CPU, on a GPU grouped products "
+        "in the dtype of precision.compute.",
     )
     distributed: DistributedRecipe = Field(default_factory=DistributedRecipe, description="Sharding.")
     device: str = Field(
@@ -234,6 +237,25 @@ class PretrainRecipe(_Part):
     def tokens_per_step(self) -> int:
         """Tokens of one optimiser step."""
         return self.batch_size * self.data.block_length
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether float32 weights are computed with in bfloat16 by autocast."""
+        return self.precision.parameters == "float32" and self.precision.compute == "bfloat16"
+
+    @property
+    def gathers_bfloat16(self) -> bool:
+        """Whether FSDP2 gathers float32 weights in bfloat16, so that autocast has nothing left to cast."""
+        return self.autocasts and self.distributed.fsdp_size > 1
+
+    @property
+    def experts(self) -> str | None:
+        """The experts implementation that is used, chosen where the recipe leaves it open; None: transformers' default."""
+        if self.experts_implementation is not None or self.distributed.sharded:
+            return self.experts_implementation
+        if self.device == "cpu":
+            return "llamamoe_auto"
+        return "llamamoe_grouped_mm" if self.autocasts else None
 
     @property
     def max_steps(self) -> int:

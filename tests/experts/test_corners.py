@@ -120,3 +120,18 @@ def test_the_switch_is_left_alone_beside_other_threads_and_frozen_flags(monkeypa
     with torch.no_grad():
         run(experts, x, indices, weights)
     assert seen == {before}
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["all here", "some on another rank"])
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_grouped_products_in_float32_are_those_written_out(tokens: int, missing: bool) -> None:
+    """The other tests compute in float64, which torch's grouped product does not know."""
+    inputs, indices = random_inputs(tokens, 4, 2, width=8, dtype=torch.float32)
+    if missing:
+        indices[::2, 0] = 4
+        indices[1::2, 1] = -1
+    mine = call("grouped_mm", inputs, indices)
+    doubled = [each.double() for each in inputs]
+    for found, expected in zip(mine, call("masked", doubled, indices), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

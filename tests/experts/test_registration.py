@@ -21,13 +21,13 @@ from .test_implementations import make_model
 def test_registering_twice_changes_nothing() -> None:
     names = register_experts()
     functions = [ALL_EXPERTS_FUNCTIONS[name] for name in names]
-    assert names == ["llamamoe_auto", "llamamoe_masked", "llamamoe_sorted"]
+    assert names == ["llamamoe_auto", "llamamoe_grouped_mm", "llamamoe_masked", "llamamoe_sorted"]
     assert register_experts() == names
     assert [ALL_EXPERTS_FUNCTIONS[name] for name in names] == functions
     assert len(EXPERTS.names()) == len(names)
 
 
-@pytest.mark.parametrize("name", ["llamamoe_auto", "llamamoe_masked", "llamamoe_sorted"])
+@pytest.mark.parametrize("name", ["llamamoe_auto", "llamamoe_grouped_mm", "llamamoe_masked", "llamamoe_sorted"])
 def test_what_is_saved_is_native(name: str, tmp_path: Path) -> None:
     register_experts()
     model = make_model(dtype=torch.float32)
@@ -56,7 +56,7 @@ def test_generation_is_that_of_eager() -> None:
     model = make_model(dtype=torch.float32).eval()
     ids = torch.tensor([[5, 7, 11]])
     texts = []
-    for name in ("eager", "llamamoe_auto", "llamamoe_masked", "llamamoe_sorted"):
+    for name in ("eager", "llamamoe_auto", "llamamoe_grouped_mm", "llamamoe_masked", "llamamoe_sorted"):
         model.set_experts_implementation(name)
         texts.append(model.generate(ids, max_new_tokens=12, do_sample=False).tolist())
     assert all(text == texts[0] for text in texts)
@@ -66,7 +66,7 @@ def test_generation_is_that_of_eager() -> None:
 def test_the_registry_needs_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from llamamoe.experts import EXPERTS; names = EXPERTS.names();"
-        "assert names == ['auto', 'masked', 'sorted'], names;"
+        "assert names == ['auto', 'grouped_mm', 'masked', 'sorted'], names;"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llamamoe.checkpoint.base import TensorInfo
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.errors import CheckpointError
+from llamamoe.experts import register_experts
 from llamamoe.training.estimate import Estimate, estimate
 from llamamoe.training.estimate_memory import FIXED_OVERHEAD, StepMemory
 from llamamoe.training.estimate_shapes import read_shape
@@ -31,6 +32,7 @@ def recipe(**keys: Any) -> PretrainRecipe:
     """One sequence of 16 tokens a step, 3 steps, on a CPU."""
     base: dict[str, Any] = {
         "model": "m", "data": {"train": "t", "block_length": 16}, "steps": 3, "batch_size": 1, "device": "cpu",
+        "experts_implementation": "grouped_mm",
     }  # fmt: skip
     return PretrainRecipe.model_validate(base | keys)
 
@@ -320,6 +322,27 @@ def test_expert_parallelism_cuts_experts_while_they_are_gathered() -> None:
     assert full["gathered weights"] - spread["gathered weights"] == 4 * 384 // 2
 
 
+def test_fsdp_gathers_bfloat16_and_keeps_float32() -> None:
+    """Weights, gradients and moments stay as they are; what is gathered and kept is that of a bfloat16 model."""
+    keys: dict[str, Any] = {"distributed": {"fsdp_size": 2}, "batch_size": 2, "experts_implementation": None}
+    whole, mixed, half = (
+        on_paper(recipe(precision={"parameters": p, "compute": c}, **keys), world_size=2)
+        for p, c in (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"))
+    )
+    assert mixed.state == whole.state
+    assert mixed.parts.get("weight copies", 0) == 0
+    sharding = Sharding(fsdp_size=2)
+    for moment in ("loss, forward", "backward pass of layer 0"):
+        found = [
+            moments(recipe(precision={"parameters": p, "compute": c}, **keys), mixtral(), sharding)[moment]
+            for p, c in (("float32", "bfloat16"), ("bfloat16", "bfloat16"))
+        ]
+        for kind in ("activations", "gathered weights"):
+            assert found[0][kind] == found[1][kind]
+    assert half.peak < mixed.peak < whole.peak
+    assert not [line for line in mixed.warnings if "float32" in line]
+
+
 def test_a_gpu_has_a_fixed_overhead() -> None:
     assert on_paper(recipe(**FLOAT32, device="cuda")).peak - on_paper(recipe(**FLOAT32)).peak == FIXED_OVERHEAD
 
@@ -383,13 +406,23 @@ REAL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("model_type", REAL)
-@pytest.mark.parametrize("precision", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
-def test_counts_what_autograd_keeps(model_type: str, precision: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "experts"),
+    [
+        (("float32", "float32"), "grouped_mm"),
+        (("float32", "bfloat16"), "grouped_mm"),
+        (("float32", "bfloat16"), "llamamoe_grouped_mm"),
+        (("bfloat16", "bfloat16"), "grouped_mm"),
+    ],
+)
+def test_counts_what_autograd_keeps(model_type: str, precision: tuple[str, str], experts: str, tmp_path: Path) -> None:
     """Bytes of all distinct tensors that the forward pass of transformers' own model saves, weights left out."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     keys = {**sizes, "vocab_size": 96, "tie_word_embeddings": False, "use_cache": False, **REAL[model_type]}
     config = AutoConfig.for_model(model_type, **keys)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, precision[0])).train()
+    register_experts()
+    model.set_experts_implementation(experts)
     model.save_pretrained(tmp_path)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
@@ -406,7 +439,7 @@ def test_counts_what_autograd_keeps(model_type: str, precision: tuple[str, str],
 
     what = recipe(
         data={"train": "t", "block_length": 128}, batch_size=2, micro_batch_size=2,
-        precision=dict(zip(("parameters", "compute"), precision, strict=True)),
+        precision=dict(zip(("parameters", "compute"), precision, strict=True)), experts_implementation=experts,
     )  # fmt: skip
     checkpoint = SafetensorsCheckpoint(tmp_path)
     loss = moments(what, (checkpoint.config, checkpoint.tensors))["loss, backward"]  # type: ignore[arg-type]

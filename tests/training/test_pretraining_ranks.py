@@ -90,6 +90,25 @@ def test_losses_agree(
         assert float((ours[name] - value).abs().max()) < 2e-3, name  # Adam's first steps amplify rounding
 
 
+def test_a_sharded_run_in_bfloat16_gathers_bfloat16_and_trains_float32(
+    world: dict[str, str], alone: Path, tmp_path: Path
+) -> None:
+    """The same loss to bfloat16's rounding, and float32 weights whose steps bfloat16 could not hold."""
+    overrides = ("precision.compute=bfloat16", "precision.save=float32", "optimizer.lr=1e-6", "gate=top_k")
+    for name, processes, size in (("whole", 1, 1), ("run", 2, 2)):
+        run(recipe_for(world, *overrides, f"distributed.fsdp_size={size}"), tmp_path / name, processes)
+    ours, theirs = (lines_of(tmp_path / name) for name in ("run", "whole"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+    before = load_file(Path(world["model"]) / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rsplit(".", 3)[-2] for name in moved} >= {"w1", "w2", "w3", "q_proj"}
+    for name in moved:
+        if ".experts." in name:  # steps of 1e-6 on weights of 0.02: far below bfloat16's spacing
+            assert 0 < float((after[name] - before[name]).abs().max()) < 1e-5, name
+
+
 def test_sigterm_stops_all_ranks_after_the_same_step(world: dict[str, str], tmp_path: Path) -> None:
     recipe = recipe_for(world, "steps=400", *SELDOM)
     (tmp_path / "run.yaml").write_text(recipe.to_yaml())
