@@ -30,6 +30,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, help="datatrove's folder  [default: OUT.logs]")
     parser.add_argument("--strict", action="store_true")
     parser.add_argument("--partition", help="of Slurm")
+    parser.add_argument("--qos", default="", help="of Slurm  [default: that of the partition]")
     parser.add_argument("--time", default="24:00:00", help="of Slurm, for a task")
     parser.add_argument("--mem-per-cpu-gb", type=int, default=4, help="of Slurm")
     return parser.parse_args(arguments)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logs = args.logs or args.out.with_name(args.out.name + ".logs")
     keys: dict[str, Any] = {}
     if args.executor == "slurm":
-        keys = {"partition": args.partition, "time": args.time, "mem_per_cpu_gb": args.mem_per_cpu_gb}
+        keys = {"partition": args.partition, "qos": args.qos, "time": args.time, "mem_per_cpu_gb": args.mem_per_cpu_gb}
     files = executor(
         [TokenizeFiles(recipe, args.out, strict=args.strict)],
         tasks=args.tasks,

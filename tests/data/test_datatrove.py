@@ -16,6 +16,7 @@ from llamamoe.data.datatrove_pipeline import MergeIndex, TokenizeFiles, merge
 from llamamoe.errors import LlamaMoeError, RefusedError, UsageError
 from llamamoe.tokenization import tokenize
 from tests.hostile.conftest import digests
+from tests.slurm import environment
 from tests.tokens import make_model, make_text, recipe
 
 KEYS = {"shard_tokens": 200, "validation": {"share": 0.2}}
@@ -40,6 +41,23 @@ def test_a_local_executor_gives_the_same_bytes(model, text, tmp_path):
     cluster.main([*arguments, "--workers", "1"])
     assert digests(tmp_path / "many") == digests(tmp_path / "one")
     assert not (tmp_path / "many.partial").exists()
+
+
+def test_slurm_jobs_give_the_same_bytes(model, text, tmp_path, monkeypatch):
+    """Datatrove's own scripts, run by commands that stand in for Slurm's."""
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    wanted = recipe(model, text, **KEYS)
+    tokenize(wanted, tmp_path / "one")
+    (tmp_path / "recipe.yaml").write_text(wanted.to_yaml())
+    arguments = ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "many"), "--tasks", "2"]
+    cluster.main([*arguments, "--executor", "slurm", "--partition", "cpu"])
+    log = (tmp_path / "slurm.log").read_text()
+    assert digests(tmp_path / "many") == digests(tmp_path / "one"), log
+    script = (tmp_path / "many.logs" / "files" / "launch_script.slurm").read_text()
+    for part in ("--partition=cpu", "--time=24:00:00", "--mem-per-cpu=4G", "--array=0-1"):
+        assert part in script
+    assert "--qos" not in script
 
 
 def test_only_missing_units_are_done_again(model, text, tmp_path, monkeypatch):
