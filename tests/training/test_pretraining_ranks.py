@@ -168,3 +168,25 @@ def test_biases_of_a_sharded_model_move_as_those_of_a_whole_one(tmp_path: Path) 
         assert ours[name].dtype == torch.float32
         assert bool(theirs[name].any())
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
+
+
+def test_deepspeed_trains_what_ddp_does_and_goes_on_exactly(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-1 on a CPU, in float32: its bfloat16 is another than autocast's. No extra installs it, so CI skips this."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    shipped = Path(__file__).resolve().parents[2] / "recipes" / "launch" / "deepspeed_zero1.json"
+    config = json.loads(shipped.read_text()) | {"bf16": {"enabled": False}}
+    (tmp_path / "zero1.json").write_text(json.dumps(config))
+    recipe = recipe_for(world, "gate=top_k", f"trainer.deepspeed={tmp_path / 'zero1.json'}")
+    run(recipe_for(world, "gate=top_k"), tmp_path / "ddp", 2)
+    run(recipe, tmp_path / "zero1", 2)
+    assert_equal(lines_of(tmp_path / "zero1"), lines_of(tmp_path / "ddp"))
+    shutil.copytree(tmp_path / "zero1", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    shutil.rmtree(tmp_path / "run" / "model")
+    run(recipe, tmp_path / "run", 2, "--resume")
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "zero1")
+    ours, theirs = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "zero1"))
+    assert ours == theirs
