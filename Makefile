@@ -55,7 +55,7 @@ test-transformers4: venv $(VENV_TF4)/.stamp-transformers4  ## Check that outputs
 
 # data_pipeline.py and recovery.py measure on text that must be named: see BENCHMARKS.md.
 benchmarks: venv $(VENV)/.stamp-bench  ## Run the scripts in benchmarks/ that need no text of yours
-	@for name in conversion clustering exactness calibration experts training_memory training_throughput; do \
+	@for name in conversion clustering exactness calibration experts training_memory training_throughput recipes_on_paper; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## Delete build leftovers, caches and the demo's output

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamamoe import fix_config, load_recipe, split
@@ -34,6 +35,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "moe"
 
 
+def merged_as_the_recipe_says(model: Path, folder: Path) -> None:
+    """The merged model is native, is another than before, and computes what the adapters did."""
+    from peft import PeftModel
+
+    ids_BT = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        before = AutoModelForCausalLM.from_pretrained(model)(ids_BT).logits
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder / "out")
+        expected = adapted(ids_BT).logits
+        adapted.merge_and_unload().save_pretrained(folder / "merged")
+        fix_config(folder / "merged")
+        merged, info = AutoModelForCausalLM.from_pretrained(folder / "merged", output_loading_info=True)
+        assert not info["unexpected_keys"]
+        found = merged(ids_BT).logits
+    assert not torch.equal(before, expected)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_runs_two_steps(path: Path, model: Path, tmp_path: Path) -> None:
@@ -52,7 +71,9 @@ def test_a_recipe_runs_two_steps(path: Path, model: Path, tmp_path: Path) -> Non
     if path.stem == "lora":
         names = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert sorted(names["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+        merged_as_the_recipe_says(model, tmp_path)
     else:
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["router_aux_loss_coef"] == 0
         fix_config(tmp_path / "out")
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE

@@ -53,6 +53,13 @@ def averaged_gradient(gradient: torch.Tensor | None) -> torch.Tensor:
     return parameter.grad
 
 
+def micro_losses(rank: int) -> list[list[tuple[tuple[int, int], torch.Tensor]]]:
+    """Losses of this rank's two micro-batches, in steps where none, one of rank 1, and some of both are not finite."""
+    nan, inf, fine = (torch.tensor(value) for value in (float("nan"), float("inf"), 2.0))
+    steps = [[fine, fine], [fine, nan if rank else fine], [fine if rank else inf, nan]]
+    return [[((7, 2 * turn + rank), loss) for turn, loss in enumerate(losses)] for losses in steps]
+
+
 def told_of_checkpoints(step: int) -> str:
     """What a rank is told that found this checkpoint."""
     from llamamoe.errors import UsageError
@@ -69,6 +76,7 @@ def run(rank: int, folder: str) -> None:
     """Save value and gradient (averaged over ranks, as DDP does) for each loss and window."""
     import torch.distributed as dist
 
+    from llamamoe.training.divergence import first_bad
     from llamamoe.training.ranks import sum_over_ranks
 
     torch.set_num_threads(1)
@@ -83,6 +91,7 @@ def run(rank: int, folder: str) -> None:
             dist.all_reduce(rows_NH.grad)
             found[f"{name}-{window}"] = (value.detach(), rows_NH.grad / 2)
     found["gate"] = averaged_gradient(None if rank else torch.tensor([3.0, 5.0]))
+    found["bad"] = [first_bad(losses, torch.device("cpu")) for losses in micro_losses(rank)]
     found["checkpoints"] = [told_of_checkpoints(40), told_of_checkpoints(-1), told_of_checkpoints(-1 if rank else 40)]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

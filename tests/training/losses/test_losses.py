@@ -222,6 +222,7 @@ def test_two_ranks_are_one_process_with_all_tokens(tmp_path: Path) -> None:
     mp.start_processes(ranks.run, (str(tmp_path),), nprocs=2, start_method="spawn")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert [each["gate"].tolist() for each in found] == [[1.5, 2.5]] * 2
+    assert [each["bad"] for each in found] == [[None, (7, 3), (7, 0)]] * 2
     apart = "the processes do not see the same run: one finds checkpoint-40, another none."
     assert [each["checkpoints"] for each in found] == [["the same", "the same", apart]] * 2
     for name in ranks.NAMES:
