@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -123,8 +123,23 @@ STUDIES = {
         optimizer={"random": {"router_lr": 2e-4}},  # a router that knows nothing yet learns at the rate of all else
     ),
 }  # fmt: skip
+STUDIES["stories260k_long"] = replace(
+    STUDIES["stories260k"],
+    pretrain={
+        **STUDIES["stories260k"].pretrain,
+        "steps": 1500,
+        "evaluate_every": 125,
+        "log_every": 125,
+        "save_every": 250,
+    },
+    arms=(("dense", "lm"), ("ours", "fading distill"), ("ours", "lm"), ("random", "lm")),
+    seeds=(0,),
+    sampled=5_800_000,
+)
+"""Five times the tokens: the real stories once, and so much more of the parent's."""
 BLOCKS = {
     "stories260k": {"block_length": 256, "validation_blocks": 128},
+    "stories260k_long": {"block_length": 256, "validation_blocks": 128},
     "smollm2": {"block_length": 512, "validation_blocks": 8},
 }
 

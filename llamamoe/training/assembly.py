@@ -96,48 +96,47 @@ def assemble(
     """
     device = choose_device(recipe.device)
     corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
-    evaluates = held_out is not None
-    args = training_arguments(recipe, folder, device, evaluates=evaluates)  # sets up the process group, if there is one
+    args = training_arguments(recipe, folder, device, evaluates=held_out is not None)  # joins the other processes
     check_ranks(recipe, args.world_size)
     check_same_checkpoint(-1 if checkpoint is None else step_of(checkpoint), args.device)
     layout = Layout(recipe.batch_size, recipe.micro_batch_size, args.world_size, args.process_index)
     args.gradient_accumulation_steps = layout.accumulation
     torch.manual_seed(recipe.seed)
     batches = _batches(recipe, corpus, layout)
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"world_size": args.world_size, "accumulation": layout.accumulation}
     model, layers = _trained_model(recipe, source, checkpoint, device, batches, facts)
-    gate = GATES.get(recipe.gate.name)(GATES.get(recipe.gate.name).Options(**recipe.gate.options))
-    gate.attach(layers, recipe.seed)
     validation = None
     if held_out is not None:
         validation = Validation(held_out, recipe.data.block_length, recipe.data.validation_blocks, layout)
     old = _parent(recipe, parent, source, device)
-    references = _references(recipe, old, validation)
-    dynamics = _dynamics(recipe, layers, gate, batches.sampler, references, args.world_size > 1)
+    facts["reference_losses"] = _references(recipe, old, validation)
+    dynamics = _dynamics(recipe, layers, batches.sampler, facts["reference_losses"], args.world_size > 1)
     if checkpoint is not None:
         dynamics.load(checkpoint)
     sums = Sums(corpus.domains)
-    objective = _objective(recipe, model, layers, old, dynamics, sums, layout, facts)
-    config = model.config
-    active = active_parameters(model, layers)
+    facts["active_parameters"] = active_parameters(model, layers)
     peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     parts = Parts(
         recipe=recipe,
         folder=folder,
         batches=batches,
-        objective=objective,
+        objective=_objective(recipe, model, layers, old, dynamics, sums, layout, facts),
         sums=sums,
         metrics=MetricsFile(folder / METRICS, writes=args.process_index == 0),
         dynamics=dynamics,
         validation=validation,
         finish_checkpoint=lambda path: finish_folder(path, source),
-        flops_per_token=training_flops(active, config.num_hidden_layers, config.hidden_size, recipe.data.block_length),
+        flops_per_token=_flops_per_token(recipe, model.config, facts["active_parameters"]),
         peak_flops=peak * args.world_size if peak else None,
         progress=progress,
     )
-    facts |= {"reference_losses": references, "active_parameters": active}
-    facts |= {"world_size": args.world_size, "accumulation": layout.accumulation}
     return MoeTrainer(model, args, parts, resumed=checkpoint is not None), facts
+
+
+def _flops_per_token(recipe: PretrainRecipe, config: Any, active: int) -> float:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head
+    return training_flops(active, config.num_hidden_layers, width, recipe.data.block_length)
 
 
 def _trained_model(
@@ -233,12 +232,14 @@ def _losses(recipe: PretrainRecipe) -> list[RoutingLoss]:
 def _dynamics(
     recipe: PretrainRecipe,
     layers: Sequence[MoeLayer],
-    gate: Any,
     sampler: MixtureSampler,
     references: Mapping[str, float],
     distributed: bool,
 ) -> Dynamics:
+    """The gate, in the routers' place from here on, and what else changes beside the weights."""
     reduce = sum_over_ranks if distributed else None
+    gate = GATES.get(recipe.gate.name)(GATES.get(recipe.gate.name).Options(**recipe.gate.options))
+    gate.attach(layers, recipe.seed)
     rule = MIXTURES.get(recipe.data.update.name)
     return Dynamics(
         gate,

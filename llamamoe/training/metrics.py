@@ -158,9 +158,10 @@ def active_parameters(model: torch.nn.Module, layers: Iterable[Any]) -> int:
     return total - inactive - (0 if tied else embedding)
 
 
-def training_flops(active: int, num_layers: int, hidden_size: int, length: int) -> float:
+def training_flops(active: int, num_layers: int, attention_width: int, length: int) -> float:
     """Operations per token of forward and backward pass: 6 per active parameter, and causal attention's products.
 
-    PaLM's count (arXiv:2204.02311, appendix B), of active parameters only, with half of the attention matrix.
+    PaLM's count (arXiv:2204.02311, appendix B), of active parameters only, with half of the attention matrix. The width of
+    attention is that of all heads together.
     """
-    return 6.0 * active + 6.0 * num_layers * hidden_size * length
+    return 6.0 * active + 6.0 * num_layers * attention_width * length
