@@ -91,7 +91,7 @@ def bare(places: dict[str, str], steps: int, work: Path) -> list[float]:
 
 def ours(places: dict[str, str], steps: int, work: Path, **keys: Any) -> list[float]:
     """`llamamoe.pretrain` on the same model."""
-    from llamamoe.training.assembly import assemble
+    from llamamoe.training.assembly import assemble, deterministic
     from llamamoe.training.recipe import load_pretrain_recipe
 
     given = {
@@ -102,10 +102,11 @@ def ours(places: dict[str, str], steps: int, work: Path, **keys: Any) -> list[fl
     }  # fmt: skip
     recipe = load_pretrain_recipe(given=given | keys)
     clock = Clock()
-    trainer, _ = assemble(recipe, work / "ours", Path(recipe.model), None, None)
-    trainer.add_callback(clock.callback)
-    trainer.args.save_strategy = "no"  # type: ignore[assignment]
-    trainer.train()
+    with deterministic("cpu"):  # as `llamamoe.pretrain` does
+        trainer, _ = assemble(recipe, work / "ours", Path(recipe.model), None, None)
+        trainer.add_callback(clock.callback)
+        trainer.args.save_strategy = "no"  # type: ignore[assignment]
+        trainer.train()
     return clock.times
 
 

@@ -43,6 +43,10 @@ def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, eva
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if recipe.distributed.sharded and recipe.distributed.dp_replicate_size == 1:
+        # Left to itself the Trainer sums gradients over micro-batches whole, on every rank, and cuts the sum: for a model
+        # that is cut because it does not fit, each micro-batch's gradients have to be cut at once. (HSDP does that.)
+        ours["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     args = TrainingArguments(**{**ours, **recipe.trainer})
     args._n_gpu = min(args.n_gpu, 1)  # of several GPUs that one process sees, transformers would make nn.DataParallel
     return args

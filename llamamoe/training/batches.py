@@ -69,13 +69,12 @@ def check_ranks(recipe: PretrainRecipe, world_size: int) -> None:
         UsageError: They do not fit; the message says what would.
     """
     sizes = recipe.distributed
-    if sizes.sharded and sizes.fsdp_size != world_size:
+    if sizes.sharded and sizes.world_size != world_size:
         raise UsageError(
-            f"distributed.fsdp_size = {sizes.fsdp_size} must be the number of processes, which is {world_size}.",
-            hint=f"Start {sizes.fsdp_size} processes, or set distributed.fsdp_size={world_size}.",
+            f"distributed.fsdp_size = {sizes.fsdp_size} times dp_replicate_size = {sizes.dp_replicate_size} must be the number of "
+            f"processes, which is {world_size}.",
+            hint=f"Start {sizes.world_size} processes, or set distributed.fsdp_size={world_size}.",
         )
-    if sizes.fsdp_size % sizes.ep_size:
-        raise UsageError(f"distributed.ep_size = {sizes.ep_size} does not divide {world_size} processes.")
     Layout(recipe.batch_size, recipe.micro_batch_size, world_size)
 
 

@@ -207,8 +207,8 @@ def _memory_warnings(
 
 def _layout_warnings(recipe: PretrainRecipe, shape: ModelShape, world_size: int) -> Iterator[str]:
     sizes = recipe.distributed
-    if world_size % sizes.fsdp_size:
-        yield f"distributed.fsdp_size = {sizes.fsdp_size} does not divide the {world_size} processes"
+    if sizes.sharded and world_size != sizes.world_size:
+        yield f"distributed needs {sizes.world_size} processes (fsdp_size x dp_replicate_size), not {world_size}"
     if recipe.batch_size % (recipe.micro_batch_size * world_size):
         yield (
             f"batch_size = {recipe.batch_size} cannot be dealt to {world_size} ranks in micro-batches of "
@@ -216,8 +216,6 @@ def _layout_warnings(recipe: PretrainRecipe, shape: ModelShape, world_size: int)
         )
     if shape.num_experts and shape.num_experts % sizes.ep_size:
         yield f"distributed.ep_size = {sizes.ep_size} does not divide the {shape.num_experts} experts"
-    if sizes.fsdp_size % sizes.ep_size:
-        yield f"distributed.ep_size = {sizes.ep_size} must divide fsdp_size = {sizes.fsdp_size}"
     if style_of(recipe) != "grouped":
         return
     unit = 16 // Widths.of(recipe).experts

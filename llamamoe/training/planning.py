@@ -100,7 +100,7 @@ def plan_pretraining(
     location, parent = locate(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     identities(recipe, location.path, parent)
-    world_size = world_size or recipe.distributed.fsdp_size
+    world_size = world_size or recipe.distributed.world_size
     check_ranks(recipe, world_size)
     corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
     tokens = {name: corpus.tokens(name) for name in corpus.domains}

@@ -130,12 +130,20 @@ class DistributedRecipe(_Part):
     """
 
     fsdp_size: int = Field(1, ge=1, description="Ranks that parameters are sharded over (FSDP2).")
-    ep_size: int = Field(1, ge=1, description="Ranks that experts are spread over.")
+    dp_replicate_size: int = Field(
+        1, ge=1, description="Copies of what is sharded (HSDP): nodes, if fsdp_size is a node's GPUs."
+    )
+    ep_size: int = Field(1, ge=1, description="Ranks that experts are spread over, among those of fsdp_size.")
 
     @property
     def sharded(self) -> bool:
         """Whether transformers cuts the model at loading."""
-        return max(self.fsdp_size, self.ep_size) > 1
+        return self.fsdp_size > 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes that a sharded run needs."""
+        return self.fsdp_size * self.dp_replicate_size
 
 
 class PretrainRecipe(_Part):
@@ -208,6 +216,10 @@ class PretrainRecipe(_Part):
             yield "data.reference_losses = parent needs parent: the dense model that is measured"
         if self.data.update.name != "static" and self.evaluate_every is None:
             yield f"data.update = {self.data.update.name} needs evaluate_every: it follows those losses"
+        if self.distributed.fsdp_size % self.distributed.ep_size:
+            yield f"distributed.ep_size = {self.distributed.ep_size} does not divide fsdp_size = {self.distributed.fsdp_size}"
+        if self.distributed.dp_replicate_size > 1 and not self.distributed.sharded:
+            yield "distributed.dp_replicate_size copies what is sharded: set fsdp_size; without it every process has a copy (DDP)"
         if self.lora is not None and self.distributed.sharded:
             yield "lora cannot be combined with distributed: peft's adapters are not sharded; run data-parallel (DDP)"
         yield from self._lora_contradictions()

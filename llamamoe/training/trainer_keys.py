@@ -54,6 +54,7 @@ _OURS = {
     "label_names": "",
     "load_best_model_at_end": "",
     "auto_find_batch_size": "",
+    "accelerator_config": "distributed",
     "save_only_model": "",
 }
 """Arguments that the recipe decides itself, and the key that does; empty: always."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes" / "pretrain").glob("*.yaml"))
 SHRUNK = [
     "steps=2", "tokens=null", "batch_size=4", "micro_batch_size=2", "data.block_length=16", "data.mixture=uniform",
-    "data.validation_blocks=2", "distributed.fsdp_size=1", "device=cpu", "precision.compute=float32",
+    "data.validation_blocks=2", "distributed.fsdp_size=1", "distributed.dp_replicate_size=1", "device=cpu", "precision.compute=float32",
     "trainer={}", "evaluate_every=1", "save_every=1",
 ]  # fmt: skip
 

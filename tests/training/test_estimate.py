@@ -362,9 +362,8 @@ def test_a_dense_model_has_no_experts_to_warn_of() -> None:
 @pytest.mark.parametrize(
     ("keys", "world", "expected"),
     [
-        ({"distributed": {"fsdp_size": 3}, "batch_size": 4}, 4, "does not divide the 4 processes"),
+        ({"distributed": {"fsdp_size": 3}, "batch_size": 4}, 4, "needs 3 processes (fsdp_size x dp_replicate_size), not 4"),
         ({"distributed": {"fsdp_size": 3, "ep_size": 3}, "batch_size": 3}, 3, "ep_size = 3 does not divide the 4 experts"),
-        ({"distributed": {"fsdp_size": 2, "ep_size": 4}, "batch_size": 2}, 2, "must divide fsdp_size = 2"),
         ({"batch_size": 3}, 2, "cannot be dealt to 2 ranks"),
         ({"precision": {"compute": "bfloat16"}}, 1, "experts run in float32"),
     ],

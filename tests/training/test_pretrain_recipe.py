@@ -77,6 +77,8 @@ def test_everything_wrong_is_told_at_once_with_near_misses() -> None:
         ({"lora": {"dropout": 0.1}}, "lora.dropout does not reach adapters of experts"),
         ({"lora": {}, "freeze": ["attention"]}, "freeze names attention, which lora would train"),
         ({"lora": {}, "freeze": ["experts"]}, "freeze names experts, which lora would train"),
+        ({"distributed": {"fsdp_size": 2, "ep_size": 4}}, "distributed.ep_size = 4 does not divide fsdp_size = 2"),
+        ({"distributed": {"dp_replicate_size": 2}}, "dp_replicate_size copies what is sharded"),
         ({"distributed": {"tp_size": 2}}, "distributed.tp_size: unknown key"),
         ({"gate": "noisy_top_k", "balancing": {}}, "noisy_top_k"),
         ({"losses": ["competitive"], "parent": None}, "the loss competitive needs parent"),

@@ -593,7 +593,9 @@ def test_a_mixture_that_follows_losses_needs_text_of_every_domain(world: dict[st
 
 
 def test_a_number_of_processes_that_does_not_fit_is_refused(world: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"fsdp_size = 2 must be the number of processes, which is 1"):
+    with pytest.raises(
+        UsageError, match=r"fsdp_size = 2 times dp_replicate_size = 1 must be the number of processes, which is 1"
+    ):
         pretrain(recipe_of(world, "distributed.fsdp_size=2"), tmp_path / "run")
     with pytest.raises(UsageError, match=r"cannot be dealt to 3 ranks"):
         plan_pretraining(recipe_of(world), world_size=3)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from llamamoe import pretrain
+from llamamoe.training.arguments import training_arguments
 from llamamoe.training.recipe import PretrainRecipe
 from llamamoe.training.run_folder import checkpoints, step_of
 
@@ -71,8 +72,14 @@ def assert_equal(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
 
 @pytest.mark.parametrize(
     ("processes", "sharding"),
-    [(2, {}), (4, {}), (2, {"fsdp_size": 2}), (2, {"fsdp_size": 2, "ep_size": 2})],
-    ids=["ddp-2", "ddp-4", "fsdp-2", "fsdp-ep-2"],
+    [
+        (2, {}),
+        (4, {}),
+        (2, {"fsdp_size": 2}),
+        (4, {"fsdp_size": 2, "dp_replicate_size": 2}),
+        (2, {"fsdp_size": 2, "ep_size": 2}),
+    ],
+    ids=["ddp-2", "ddp-4", "fsdp-2", "hsdp-4", "fsdp-ep-2"],
 )
 def test_losses_agree(
     processes: int, sharding: dict[str, int], world: dict[str, str], alone: Path, tmp_path: Path
@@ -88,6 +95,14 @@ def test_losses_agree(
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype == torch.bfloat16, name
         assert float((ours[name] - value).abs().max()) < 2e-3, name  # Adam's first steps amplify rounding
+
+
+def test_gradients_are_cut_after_every_micro_batch(world: dict[str, str], tmp_path: Path) -> None:
+    """Summed whole on every rank, they would be as large as the model."""
+    for sizes, expected in (({"fsdp_size": 2}, True), ({"fsdp_size": 2, "dp_replicate_size": 2}, None), ({}, None)):
+        recipe = recipe_for(world, *(f"distributed.{key}={value}" for key, value in sizes.items()))
+        args = training_arguments(recipe, tmp_path, "cpu", evaluates=False)
+        assert (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch") is expected
 
 
 def test_a_sharded_run_in_bfloat16_gathers_bfloat16_and_trains_float32(
