@@ -178,7 +178,7 @@ def _load(folder: Path, recipe: PretrainRecipe, dtype: str) -> Any:
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     if config.model_type != "llama":
-        model.set_experts_implementation(recipe.experts)
+        model.set_experts_implementation(recipe.experts_on("cpu"))
     model.config.use_cache = False
     return model
 

@@ -38,7 +38,7 @@ TITLES = {
     "loss": "Losses on the routing while training (losses: in recipes of pretrain and heal)",
     "gate": "How tokens are routed while training (gate:)",
     "update": "How the mixture of domains changes while training (data.update:)",
-    "experts": "How experts are computed on a CPU (experts_implementation:, or from_pretrained)",
+    "experts": "How experts are computed (experts_implementation:, or from_pretrained)",
 }
 KEYS = {"splitter": "method", "loss": "losses", "update": "data.update"}
 """Kind to key of the recipe, where they differ."""

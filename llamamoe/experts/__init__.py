@@ -1,4 +1,4 @@
-"""Ways to compute the routed experts of a native model, for CPUs, one file each.
+"""Ways to compute the routed experts of a native model, on CPUs and under autocast, one file each.
 
 transformers computes experts by a function that the user picks by name. Ours are registered there beside its own:
 

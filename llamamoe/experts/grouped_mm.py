@@ -51,8 +51,12 @@ class GroupedMm(ExpertsImplementation):
     summary = "transformers' grouped products, in bfloat16 under autocast: for GPUs"
 
     def forward(self, call: ExpertsCall) -> torch.Tensor:
-        """See `ExpertsImplementation.forward`. torch's product knows no float64, in which the experts are run one by one."""
-        if call.x_TH.element_size() > 4:
+        """See `ExpertsImplementation.forward`.
+
+        torch's product knows no float64, and only rows of whole 16 bytes: elsewhere experts are run one by one.
+        """
+        size = call.x_TH.element_size()
+        if size > 4 or call.width * size % 16 or call.hidden_size * size % 16:
             return Sorted().forward(call)
         from transformers.integrations.moe import grouped_mm_experts_forward
 

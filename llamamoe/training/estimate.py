@@ -218,10 +218,12 @@ def _layout_warnings(recipe: PretrainRecipe, shape: ModelShape, world_size: int)
         yield f"distributed.ep_size = {sizes.ep_size} does not divide the {shape.num_experts} experts"
     if style_of(recipe) != "grouped":
         return
-    unit = 16 // Widths.of(recipe).experts
+    ours = recipe.experts_on(recipe.device) == "llamamoe_grouped_mm"
+    unit = 16 // Widths.of(recipe, shape.model_type).experts
     for width in sorted({layer.expert_width for layer in shape.layers if layer.expert_width}):
         if width % unit:
             yield (
-                f"expert width {width} is no multiple of {unit}, which grouped_mm needs: convert with "
-                "--pad-to 8, or set experts_implementation=eager"
+                f"expert width {width} is no multiple of {unit}, which grouped products need: "
+                + ("experts will run one by one; " if ours else "set experts_implementation=eager, or ")
+                + "convert with --pad-to 8"
             )

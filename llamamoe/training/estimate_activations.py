@@ -58,19 +58,23 @@ class Widths:
     casts_experts: bool
 
     @classmethod
-    def of(cls, recipe: PretrainRecipe) -> Widths:
+    def of(cls, recipe: PretrainRecipe, model_type: str) -> Widths:
         """From a recipe. Parameters in bfloat16 are computed with in bfloat16, whatever ``compute`` says."""
         stored = 4 if recipe.precision.parameters == "float32" else 2
-        if recipe.gathers_bfloat16:
+        if recipe.gathers_bfloat16(model_type):
             return cls(stored, 2, 2, 2, False, False)
         compute = 2 if recipe.autocasts else stored
-        known = recipe.autocasts and (style_of(recipe) != "grouped" or recipe.experts == "llamamoe_grouped_mm")
+        known = recipe.autocasts and (style_of(recipe) != "grouped" or _experts(recipe) == "llamamoe_grouped_mm")
         return cls(stored, stored, compute, compute if known else stored, recipe.autocasts, known)
 
 
 def style_of(recipe: PretrainRecipe) -> Style:
     """How the recipe's experts are computed; an implementation that is not known here counts as ``eager``."""
-    return _STYLES.get(recipe.experts, "eager")
+    return _STYLES.get(_experts(recipe), "eager")
+
+
+def _experts(recipe: PretrainRecipe) -> str | None:
+    return recipe.experts_on(recipe.device)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class StepMemory:
         self.trained = trained_groups(recipe, shape)
         self.run = Pass(
             model=shape,
-            widths=Widths.of(recipe),
+            widths=Widths.of(recipe, shape.model_type),
             tokens=recipe.micro_batch_size * recipe.data.block_length,
             style=style_of(recipe),
             trained=self.trained | ({"experts"} if recipe.lora is not None and recipe.lora.experts else set()),

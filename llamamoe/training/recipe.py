@@ -255,19 +255,24 @@ class PretrainRecipe(_Part):
         """Whether float32 weights are computed with in bfloat16 by autocast."""
         return self.precision.parameters == "float32" and self.precision.compute == "bfloat16"
 
-    @property
-    def gathers_bfloat16(self) -> bool:
-        """Whether FSDP2 gathers float32 weights in bfloat16, so that autocast has nothing left to cast."""
-        return self.autocasts and self.distributed.fsdp_size > 1
+    def gathers_bfloat16(self, model_type: str) -> bool:
+        """Whether FSDP2 gathers float32 weights in bfloat16, so that autocast has nothing left to cast.
 
-    @property
-    def experts(self) -> str | None:
-        """The experts implementation that is used, chosen where the recipe leaves it open; None: transformers' default."""
+        Not those of ernie4_5_moe: it routes in float32, and its selection biases are parameters that would be rounded.
+        """
+        return self.autocasts and self.distributed.fsdp_size > 1 and model_type != "ernie4_5_moe"
+
+    def experts_on(self, device: str) -> str | None:
+        """The experts implementation that is used, chosen where the recipe leaves it open; None: transformers' default.
+
+        Args:
+            device: ``cpu``, ``cuda``, ...; ``auto``, of which nothing is known yet, counts as a GPU.
+        """
         if self.experts_implementation is not None or self.distributed.sharded:
             return self.experts_implementation
-        if self.device == "cpu":
+        if device == "cpu":
             return "llamamoe_auto"
-        return "llamamoe_grouped_mm" if self.autocasts else None
+        return "llamamoe_grouped_mm" if self.autocasts and device in ("cuda", "auto") else None
 
     @property
     def max_steps(self) -> int:

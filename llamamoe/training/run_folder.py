@@ -84,8 +84,12 @@ def complete(checkpoint: Path, facts: dict[str, Any]) -> None:
 
 
 def is_of_the_disk(error: Exception) -> bool:
-    """Whether an error that came while files were written is the disk's: torch reports its own as RuntimeError."""
-    return not isinstance(error, RuntimeError) or "writ" in str(error).lower()
+    """Whether an error that came while files were written is the disk's: ``torch.save`` reports it as RuntimeError.
+
+    With the place in torch where its archive is written, or with that of the stream behind it.
+    """
+    told = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
+    return not isinstance(error, RuntimeError) or any(part in told for part in ("inline_container", "iostream"))
 
 
 def start_anew(recipe: PretrainRecipe, checkpoint: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -31,9 +32,15 @@ def alone(recipe: Path) -> Path:
     return out
 
 
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
 def start(command: list[str | Path], folder: Path) -> None:
     (folder / "start").mkdir(parents=True)
-    env = os.environ | environment(folder / "start")
+    env = os.environ | environment(folder / "start") | {"MASTER_PORT": free_port()}
     found = subprocess.run([str(each) for each in command], env=env, capture_output=True, text=True, check=False)
     log = folder / "start" / "slurm.log"
     assert found.returncode == 0, found.stdout + found.stderr + (log.read_text() if log.exists() else "")

@@ -351,7 +351,11 @@ def test_a_gpu_has_a_fixed_overhead() -> None:
 
 
 def test_warns_of_narrow_experts() -> None:
-    assert [line for line in on_paper(recipe(**FLOAT32), mixtral(width=6)).warnings if "no multiple of 4" in line]
+    [line] = [line for line in on_paper(recipe(**FLOAT32), mixtral(width=6)).warnings if "no multiple of 4" in line]
+    assert "experts_implementation=eager" in line
+    ours = recipe(device="cuda", experts_implementation=None)
+    [line] = [line for line in on_paper(ours, mixtral(width=6)).warnings if "no multiple of 8" in line]
+    assert "one by one" in line
 
 
 def test_a_dense_model_has_no_experts_to_warn_of() -> None:

@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from llamamoe import inspect_checkpoint, pretrain
+from llamamoe.checkpoint.reader import SafetensorsCheckpoint
+from llamamoe.training.assembly import _flops_per_token
 from llamamoe.training.dynamics import CollapsedError
+from llamamoe.training.estimate import estimate
 from llamamoe.training.lora import add_adapters
 from llamamoe.training.metrics import active_parameters, peak_flops, training_flops
 from llamamoe.training.moe_layers import find_moe_layers
-from llamamoe.training.recipe import LoraRecipe
+from llamamoe.training.recipe import LoraRecipe, load_pretrain_recipe
 
 from .runs import lines_of, make_world, recipe_of
 from .tiny_moe import ARCHITECTURES, input_ids, tiny_moe
@@ -64,6 +67,20 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     half = training_flops(active, config.num_hidden_layers, width, LENGTH)
     whole = half + 6.0 * config.num_hidden_layers * width * LENGTH - 6.0 * norms
     assert counter.get_total_flops() / (ROWS * LENGTH) == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_dry_run_counts_what_a_run_does(name: str, tmp_path: Path) -> None:
+    """Also where heads are wider than the hidden size divided by them."""
+    model = tiny_moe(name)
+    model.save_pretrained(tmp_path / "model")
+    checkpoint = SafetensorsCheckpoint(tmp_path / "model")
+    data = {"train": "t", "block_length": LENGTH}
+    given = {"model": "m", "data": data, "steps": 1, "batch_size": 1, "device": "cpu"}
+    recipe = load_pretrain_recipe(given=given)
+    paper = estimate(recipe, checkpoint.config, checkpoint.tensors, world_size=1).operations["student"]
+    active = active_parameters(model, find_moe_layers(model))
+    assert paper == pytest.approx(_flops_per_token(recipe, model.config, active), rel=1e-6)
 
 
 def test_adapters_count_as_what_they_adapt() -> None:

@@ -102,3 +102,26 @@ def test_parts_that_the_file_leaves_out_can_be_set() -> None:
 def test_the_yaml_is_complete() -> None:
     data = yaml.safe_load(load().to_yaml())
     assert set(data) == set(PretrainRecipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "expected"),
+    [
+        ((), "cpu", "llamamoe_auto"),
+        ((), "cuda", "llamamoe_grouped_mm"),
+        ((), "mps", None),
+        (("precision.compute=float32",), "cuda", None),
+        (("precision.parameters=bfloat16",), "cuda", None),
+        (("distributed.fsdp_size=2",), "cuda", None),
+        (("experts_implementation=eager",), "cpu", "eager"),
+    ],
+)
+def test_how_experts_run_is_chosen_by_the_device(overrides: tuple[str, ...], device: str, expected: str | None) -> None:
+    assert load(*overrides).experts_on(device) == expected
+
+
+def test_fsdp_gathers_bfloat16_but_for_routers_that_need_more() -> None:
+    assert load("distributed.fsdp_size=2").gathers_bfloat16("mixtral")
+    assert not load("distributed.fsdp_size=2").gathers_bfloat16("ernie4_5_moe")
+    assert not load("distributed.fsdp_size=2", "precision.compute=float32").gathers_bfloat16("mixtral")
+    assert not load().gathers_bfloat16("mixtral")

@@ -173,16 +173,21 @@ def test_a_data_parallel_run_goes_on_exactly_and_with_another_number_of_ranks(
 def test_biases_of_a_sharded_model_move_as_those_of_a_whole_one(tmp_path: Path) -> None:
     """Ernie's bias is a parameter, which FSDP cuts."""
     world = make_world(tmp_path / "world", target="ernie4_5_moe", num_experts=3, shared="1x")
-    keys: dict[str, Any] = {"micro_batch_size": 2, "balancing": {"rate": 0.01, "form": "proportional"}}
-    pretrain(recipe_of(world, "steps=2", **keys), tmp_path / "alone")
-    run(recipe_of(world, "steps=2", "distributed.fsdp_size=2", **keys), tmp_path / "run", 2)
+    keys: dict[str, Any] = {"micro_batch_size": 2, "balancing": {"rate": 0.00117}}
+    keys["precision"] = {"compute": "bfloat16", "parent": "float32"}
+    pretrain(recipe_of(world, "steps=3", **keys), tmp_path / "alone")
+    run(recipe_of(world, "steps=3", "distributed.fsdp_size=2", **keys), tmp_path / "run", 2)
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "alone"))
     biases = [name for name in theirs if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2
     for name in biases:
         assert ours[name].dtype == torch.float32
         assert bool(theirs[name].any())
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
+        steps = (
+            ours[name] / 0.00117
+        )  # by signs, which rounding elsewhere may turn; never by what bfloat16 leaves of them
+        torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+        assert float((steps - theirs[name] / 0.00117).abs().mean()) < 1
 
 
 def test_deepspeed_trains_what_ddp_does_and_goes_on_exactly(
