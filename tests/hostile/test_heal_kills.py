@@ -18,7 +18,7 @@ from llamamoe.recovery.recipe import HealRecipe
 from tests.healing import convert, heal_recipe, receipt, write_text
 from tests.models import make_dense
 
-ROOT = Path(__file__).parents[2]
+from .dying import ROOT, run_jobs
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +34,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(dense: Path) -> Path:
     return convert(dense, dense.parent / "moe", target="mixtral")
-
-
-def run_processes(jobs: list[dict[str, Any]], **env: str) -> list[int]:
-    """Exit codes (negative: the signal) of one run for each job, one after another."""
-    found = subprocess.run(
-        [sys.executable, "-m", "tests.hostile.killable_heal"],
-        input="".join(json.dumps(job) + "\n" for job in jobs), capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env, cwd=ROOT,
-    )  # fmt: skip
-    assert "Error" not in found.stderr, found.stderr
-    return [int(line) for line in found.stdout.split()]
 
 
 def job_of(model: Path, out: Path, dense: Path, recipe: HealRecipe, at: Any = None, **keys: Any) -> dict[str, Any]:
@@ -75,7 +64,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     for i, at in enumerate(points):
         jobs.append(job_of(model, tmp_path / str(i), dense, recipe, at))
         jobs.append(job_of(model, tmp_path / str(i), dense, recipe, resume=True))
-    codes = run_processes(jobs)
+    codes = run_jobs("killable_heal", jobs)
     assert codes == [0] + [-9, 0] * len(points)
     for i in range(len(points)):
         same(tmp_path / str(i), tmp_path / "whole")
@@ -84,7 +73,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
 
 def test_two_processes_write_what_one_does(tmp_path: Path, model: Path, dense: Path, text: Path) -> None:
     recipe = heal_recipe(text)
-    assert run_processes([job_of(model, tmp_path / "one", dense, recipe)]) == [0]
+    assert run_jobs("killable_heal", [job_of(model, tmp_path / "one", dense, recipe)]) == [0]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -112,7 +101,7 @@ def test_two_processes_write_what_one_does(tmp_path: Path, model: Path, dense: P
 
 
 def test_another_recipe_cannot_finish_it(tmp_path: Path, model: Path, dense: Path, text: Path) -> None:
-    assert run_processes([job_of(model, tmp_path / "out", dense, heal_recipe(text), ["layer", 2])]) == [-9]
+    assert run_jobs("killable_heal", [job_of(model, tmp_path / "out", dense, heal_recipe(text), ["layer", 2])]) == [-9]
     with pytest.raises(llamamoe.RefusedError, match="left from a run"):
         heal(model, tmp_path / "out", heal_recipe(text), parent=dense)
     with pytest.raises(llamamoe.RefusedError, match="begun from another"):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,8 @@ import pytest
 from llamamoe.training.run_folder import checkpoints
 from tests.training.runs import lines_of, make_world, recipe_of
 
-ROOT = Path(__file__).parents[2]
+from .dying import run_jobs
+
 STEPS, MICRO_BATCHES = 6, 2
 
 IN_A_SAVE = [["optimizer", 3], ["state", 2], ["marker", 2], ["rotate", 2], ["metrics", 5], ["finish", 1], ["rename", 1]]
@@ -39,17 +36,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "recipe.yaml"
 
 
-def run_processes(jobs: list[dict[str, Any]]) -> list[int]:
-    """Exit codes (negative: the signal) of one run for each job, one after another."""
-    found = subprocess.run(
-        [sys.executable, "-m", "tests.hostile.killable_pretrain"],
-        input="".join(json.dumps(job) + "\n" for job in jobs), capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, cwd=ROOT,
-    )  # fmt: skip
-    assert "Error" not in found.stderr, found.stderr
-    return [int(line) for line in found.stdout.split()]
-
-
 def job(recipe: Path, out: Path, at: Any = None, *, resume: bool = True) -> dict[str, Any]:
     return {"recipe": str(recipe), "out": str(out), "at": at, "resume": resume}
 
@@ -57,7 +43,7 @@ def job(recipe: Path, out: Path, at: Any = None, *, resume: bool = True) -> dict
 @pytest.fixture(scope="module")
 def whole(recipe: Path) -> Path:
     out = recipe.parent / "whole"
-    assert run_processes([job(recipe, out, resume=False)]) == [0]
+    assert run_jobs("killable_pretrain", [job(recipe, out, resume=False)]) == [0]
     return out
 
 
@@ -75,7 +61,7 @@ def test_killed_inside_a_save_it_goes_on_to_the_same_bytes(recipe: Path, whole: 
         for i, at in enumerate(IN_A_SAVE)
         for each in (job(recipe, tmp_path / str(i), at, resume=False), job(recipe, tmp_path / str(i)))
     ]
-    assert run_processes(jobs) == [-9, 0] * len(IN_A_SAVE)
+    assert run_jobs("killable_pretrain", jobs) == [-9, 0] * len(IN_A_SAVE)
     for i in range(len(IN_A_SAVE)):
         assert_same(tmp_path / str(i), whole)
 
@@ -84,7 +70,7 @@ def test_killed_inside_a_save_it_goes_on_to_the_same_bytes(recipe: Path, whole: 
 def test_killed_at_random_steps_again_and_again(seed: int, recipe: Path, whole: Path, tmp_path: Path) -> None:
     rng = random.Random(seed)
     jobs = [job(recipe, tmp_path / "run", ["micro_batch", rng.randrange(1, 9)], resume=i > 0) for i in range(4)]
-    codes = run_processes([*jobs, job(recipe, tmp_path / "run")])
+    codes = run_jobs("killable_pretrain", [*jobs, job(recipe, tmp_path / "run")])
     assert codes[0] == -9
     assert codes[-1] == 0
     assert set(codes) <= {-9, 0}
