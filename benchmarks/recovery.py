@@ -31,6 +31,8 @@ from llamamoe.training.metrics import read_lines
 from llamamoe.training.recipe import load_pretrain_recipe
 
 RESULTS = Path(__file__).parent / "results"
+FEW, FEW_TOKENS = " from 8k", 8192
+"""The end of a start's name that is fitted to so few tokens."""
 FADING = {"start": 1.0, "end": 0.0, "share": 0.5}
 
 
@@ -45,7 +47,8 @@ class Study:
         calibration: Its tokens of text.
         heal: Keys of a recipe of heal.
         pretrain: Keys of a recipe of pretrain, the same for all arms.
-        arms: ``(start, objective)``; an objective is ``lm`` or a name in ``distill``, after ``heal + `` if layers are healed.
+        arms: ``(start, objective)``; an objective is ``lm``, ``untrained``, or a name in ``distill``, after ``heal + `` if
+            layers are healed.
         seeds: Of the split and of the training.
         sampled: Tokens that the parent writes beside the real text.
         distill: What is learned from the parent, by objective.
@@ -114,7 +117,8 @@ STUDIES = {
             "freeze": ["embeddings", "head"],
             "evaluate_every": 15, "log_every": 5, "save_every": 5, "keep": 2,
         },
-        arms=(("ours", "distill"), ("dense", "lm"), ("ours", "fading distill"), ("ours", "lm"), ("random", "lm")),
+        arms=(("ours", "distill"), ("dense", "lm"), ("ours", "fading distill"), ("ours", "lm"), ("random", "lm"),
+              ("ours from 8k", "untrained")),
         seeds=(0,),
         distill={
             "distill": {"lm": {"weight": 0.5}, "kl": {"weight": 1.0, "top_m": 256}},
@@ -184,12 +188,13 @@ class Runner:
         """A conversion, and the tokens that it took."""
         out = self.work / f"{start}-{seed}"
         calibrated = start != "random"
+        tokens = FEW_TOKENS if start.endswith(FEW) else self.study.calibration
         if not out.exists():
-            given = {**getattr(self.study, start), "seed": seed}
+            given = {**getattr(self.study, start.removesuffix(FEW)), "seed": seed}
             if calibrated:
-                given |= {"calibration": [str(self.train)], "calibration_tokens": self.study.calibration}
+                given |= {"calibration": [str(self.train)], "calibration_tokens": tokens}
             llamamoe.split(self.source, out, llamamoe.load_recipe(given=given), resume=True, verify=False)
-        return out, self.study.calibration if calibrated else 0
+        return out, tokens if calibrated else 0
 
     def start(self, start: str, objective: str, seed: int) -> tuple[Path, int]:
         """What an arm begins with, and the tokens that it took."""
@@ -208,6 +213,7 @@ class Runner:
         """Run one arm to its end; its curve as plain data."""
         tokens = self.tokens()
         model, spent = self.start(start, objective, seed)
+        untrained = objective == "untrained"  # measured before a step that is then thrown away
         given = {
             **self.study.pretrain,
             "model": str(model),
@@ -217,17 +223,20 @@ class Runner:
             "experts_implementation": "llamamoe_auto",
         }
         given["optimizer"] = {**given["optimizer"], **self.study.optimizer.get(start, {})}
-        if objective != "lm":
+        if untrained:
+            given |= {"steps": 1, "tokens": None}
+        elif objective != "lm":
             terms = self.study.distill[objective.removeprefix("heal + ")]
             given |= {"parent": str(self.source), "distill": dict(terms)}
         if start in ("dense", "static"):
             given |= {"allow_dense": True, "losses": [], "experts_implementation": None}
-        recipe = load_pretrain_recipe(given=given)
+        recipe = load_pretrain_recipe(given={key: value for key, value in given.items() if value is not None})
         folder = self.work / "runs" / f"{start}-{objective.replace(' + ', '-').replace(' ', '-')}-{seed}"
         if not (folder / "model").exists():
             result = llamamoe.pretrain(recipe, folder, resume=True)
             shutil.rmtree(result.out / f"checkpoint-{result.steps}", ignore_errors=True)
         lines = [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "validation"]
+        lines = lines[:1] if untrained else lines
         return {
             "start": start,
             "objective": objective,
@@ -306,8 +315,14 @@ def draw(arms: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    colours = {"random": "#D55E00", "ours": "#0072B2", "dense": "#555555", "static": "#009E73"}
-    styles = {"lm": ":", "distill": "-.", "fading distill": "-", "heal + fading distill": "--"}
+    colours = {
+        "random": "#D55E00",
+        "ours": "#0072B2",
+        "dense": "#555555",
+        "static": "#009E73",
+        "ours from 8k": "#56B4E9",
+    }
+    styles = {"lm": ":", "distill": "-.", "fading distill": "-", "heal + fading distill": "--", "untrained": "o"}
     with rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(8.4, 5.0), layout="constrained")
         FigureCanvasAgg(figure)
