@@ -83,8 +83,25 @@ def test_the_competitive_warm_up_moves_routers_only_and_lowers_its_loss(model: P
     loss = _Competitive(ffn, task)
     held_out = torch.arange(768, 1024)
     found = float(loss(held_out)), float((ffn.logits(x[768:]).argmax(1) == planted[768:]).float().mean())
-    _descend(loss, {"gate.weight": ffn.moe.router_NH}, task, 12)
+    _descend(loss, {"gate.weight": ffn.moe.router_NH}, task, 12, ffn.moe.router_NH)
     after = float(loss(held_out)), float((ffn.logits(x[768:]).argmax(1) == planted[768:]).float().mean())
     assert after[0] < found[0]
     assert after[1] > found[1] + 0.2
     assert [name for name, value in ffn.parameters().items() if not value.equal(before[name])] == ["mlp.gate.weight"]
+
+
+@pytest.mark.parametrize("target", ["mixtral", "granitemoeshared", "qwen2_moe"])
+def test_routers_learn_at_their_own_rate_whatever_they_are_called(target: str, text: Path, tmp_path: Path) -> None:
+    source = make_dense(tmp_path / "dense")
+    recipe = heal_recipe(text, router_lr=1e-9)
+    plan = plan_heal(convert(source, tmp_path / "moe", target=target), source, recipe)
+    ffn = load_ffn(plan, 0, plan.checkpoint.read)
+    g = torch.Generator().manual_seed(0)
+    x, aims = torch.randn(1024, 64, generator=g), torch.randn(1024, 64, generator=g)
+    task = LayerTask(LayerInputs(x, torch.ones(1024), torch.device("cpu"), torch.float32), aims, 768, recipe, 0)
+    start_router(ffn, task)
+    before = {name: value.detach().clone() for name, value in ffn.trained(router=True).items()}
+    _descend(_Joint(ffn, task), ffn.trained(router=True), task, 1, ffn.moe.router_NH)
+    for name, value in ffn.trained(router=True).items():
+        moved = float((value - before[name]).abs().mean() / before[name].abs().mean())
+        assert (moved < 1e-6) is (value is ffn.moe.router_NH), (name, moved)
