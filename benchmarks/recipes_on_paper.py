@@ -19,7 +19,6 @@ from typing import Any
 import llamamoe
 from llamamoe.checkpoint.base import TensorInfo
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
-from llamamoe.targets.base import common_config
 from llamamoe.training.estimate import Estimate, estimate
 from llamamoe.training.recipe import load_pretrain_recipe
 
@@ -66,15 +65,11 @@ def on_paper(case: Case, folder: Path) -> Estimate:
     parent = folder / case.recipe
     make(parent, case.parent, num_shards=4, sparse=True)
     plan = llamamoe.plan_conversion(parent, llamamoe.load_recipe(given={**case.split, "method": "random"}))
-    spec, target = plan.model.spec, plan.target
-    config = common_config(spec, target, "BF16") | target.config(spec, plan.layout)
-    tensors = {
-        tensor.name: TensorInfo("BF16", tuple(tensor.shape), folder) for tensor in target.tensors(spec, plan.layout)
-    }
+    tensors = {tensor.name: TensorInfo("BF16", tensor.shape, folder) for tensor in plan.tensors}
     recipe = load_pretrain_recipe(RECIPES / f"{case.recipe}.yaml")
     dense = SafetensorsCheckpoint(parent) if recipe.parent is not None else None
     return estimate(
-        recipe, config, tensors, parent_tensors=dense.tensors if dense else None,
+        recipe, plan.config, tensors, parent_tensors=dense.tensors if dense else None,
         parent_config=dense.config if dense else None, world_size=case.devices, device_memory=case.memory,
         peak_flops=case.peak_flops, utilisation=UTILISATION,
     )  # fmt: skip

@@ -230,7 +230,7 @@ class Runner:
             given |= {"parent": str(self.source), "distill": dict(terms)}
         if start in ("dense", "static"):
             given |= {"allow_dense": True, "losses": [], "experts_implementation": None}
-        recipe = load_pretrain_recipe(given={key: value for key, value in given.items() if value is not None})
+        recipe = load_pretrain_recipe(given=given)
         folder = self.work / "runs" / f"{start}-{objective.replace(' + ', '-').replace(' ', '-')}-{seed}"
         if not (folder / "model").exists():
             result = llamamoe.pretrain(recipe, folder, resume=True)

@@ -61,6 +61,5 @@ class GroupedMm(ExpertsImplementation):
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         function: Any = grouped_mm_experts_forward
-        known = ExpertsCall(call.x_TH, call.known_indices_Tk(), call.weights_Tk, call.gate_up, call.down, call.activate)
-        out_TH: torch.Tensor = function(_Experts(known), known.x_TH, known.indices_Tk, known.weights_Tk)
+        out_TH: torch.Tensor = function(_Experts(call), call.x_TH, call.known_indices_Tk(), call.weights_Tk)
         return out_TH

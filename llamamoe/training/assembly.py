@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..data.mixture import MixtureSampler
 from ..data.mixtures import mixture_weights
@@ -35,7 +34,7 @@ from .moe_layers import MoeLayer, find_moe_layers
 from .objective import Objective, Scale
 from .parameters import count_trained, freeze
 from .parent import Parent, load_parent, share_frozen
-from .ranks import check_same_checkpoint, sum_over_ranks
+from .ranks import check_same_checkpoint, several_ranks, sum_over_ranks
 from .recipe import PretrainRecipe
 from .routed_targets import routed_targets
 from .routing import RouterTap
@@ -154,11 +153,11 @@ def _trained_model(
     layers = [] if dense else find_moe_layers(model)
     if not dense and (adapters or checkpoint is None):
         facts["router_start"], layers = start_routers(model, layers, recipe, batches)
-    facts["trained_parameters"] = freeze(model, recipe.freeze)
+    freeze(model, recipe.freeze)
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora)
         layers = [] if dense else find_moe_layers(model)
-        facts["trained_parameters"] = count_trained(model)
+    facts["trained_parameters"] = count_trained(model)
     return model, layers
 
 
@@ -217,10 +216,9 @@ def _distillation(
 
 def _context(losses: Sequence[RoutingLoss], model: Any, parent: Parent | None) -> LossContext:
     """What the losses on the routing are told."""
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     compares = parent is not None and any(loss.needs_targets for loss in losses)
     return LossContext(
-        all_reduce=sum_over_ranks if distributed else None,
+        all_reduce=sum_over_ranks if several_ranks() else None,
         targets=routed_targets(model, parent) if compares and parent is not None else None,
     )
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import LlamaMoeError
+from .ranks import all_reduced
 from .run_folder import start_anew
 
 if TYPE_CHECKING:
@@ -30,10 +31,8 @@ def first_bad(losses: Sequence[tuple[Place, torch.Tensor]], device: torch.device
     """
     none = 2**31
     bad = [index for (_, index), loss in losses if not bool(loss.isfinite())]
-    index = torch.tensor(min(bad, default=none), device=device)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(index, dist.ReduceOp.MIN)
-    return None if int(index) == none else (losses[0][0][0], int(index))
+    index = int(all_reduced(torch.tensor(min(bad, default=none), device=device), dist.ReduceOp.MIN))
+    return None if index == none else (losses[0][0][0], index)
 
 
 def diverged(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .estimate_activations import Widths, style_of
+from .estimate_activations import Widths, experts_of, style_of
 from .estimate_compute import disk, operations
 from .estimate_memory import StepMemory
 from .estimate_shapes import ModelShape, read_shape
@@ -218,7 +218,7 @@ def _layout_warnings(recipe: PretrainRecipe, shape: ModelShape, world_size: int)
         yield f"distributed.ep_size = {sizes.ep_size} does not divide the {shape.num_experts} experts"
     if style_of(recipe) != "grouped":
         return
-    ours = recipe.experts_on(recipe.device) == "llamamoe_grouped_mm"
+    ours = experts_of(recipe) == "llamamoe_grouped_mm"
     unit = 16 // Widths.of(recipe, shape.model_type).experts
     for width in sorted({layer.expert_width for layer in shape.layers if layer.expert_width}):
         if width % unit:

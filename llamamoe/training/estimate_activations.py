@@ -64,16 +64,17 @@ class Widths:
         if recipe.gathers_bfloat16(model_type):
             return cls(stored, 2, 2, 2, False, False)
         compute = 2 if recipe.autocasts else stored
-        known = recipe.autocasts and (style_of(recipe) != "grouped" or _experts(recipe) == "llamamoe_grouped_mm")
+        known = recipe.autocasts and (style_of(recipe) != "grouped" or experts_of(recipe) == "llamamoe_grouped_mm")
         return cls(stored, stored, compute, compute if known else stored, recipe.autocasts, known)
 
 
 def style_of(recipe: PretrainRecipe) -> Style:
     """How the recipe's experts are computed; an implementation that is not known here counts as ``eager``."""
-    return _STYLES.get(_experts(recipe), "eager")
+    return _STYLES.get(experts_of(recipe), "eager")
 
 
-def _experts(recipe: PretrainRecipe) -> str | None:
+def experts_of(recipe: PretrainRecipe) -> str | None:
+    """What runs the experts, as far as the recipe tells the device."""
     return recipe.experts_on(recipe.device)
 
 

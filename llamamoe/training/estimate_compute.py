@@ -40,7 +40,7 @@ def operations(
         ``recomputation``: the layers' forward pass again, with checkpointing. ``head again``: the output head's, where
         the loss runs in chunks.
     """
-    length, width, depth = recipe.data.block_length, shape.num_heads * shape.head_dim, len(shape.layers)
+    length, width, depth = recipe.data.block_length, shape.attention_width, len(shape.layers)
     attention = training_flops(0, depth, width, length)
     head = shape.head or shape.embeddings
     share = shape.top_k / shape.num_experts if shape.num_experts else 1.0
@@ -67,7 +67,7 @@ def _parent(recipe: PretrainRecipe, parent: ModelShape | None) -> float:
     if distill.needs_forward:
         head = (parent.head or parent.embeddings) if distill.kl is None else 0
         total += 2.0 * (parent.active - head)
-        total += training_flops(0, len(parent.layers), parent.num_heads * parent.head_dim, recipe.data.block_length) / 3
+        total += training_flops(0, len(parent.layers), parent.attention_width, recipe.data.block_length) / 3
     if distill.ffn is not None:
         layers = distill.ffn.layers
         total += 2.0 * ffn * (1.0 if layers == "all" else len(set(layers)) / len(parent.layers))

@@ -144,7 +144,7 @@ class StepMemory:
             experts=experts_bytes(layer, run),
             working=working_bytes(layer, run),
             new=new + (sizes.get("experts", 0) * 2 if widths.casts_experts else 0),
-            full=sum(computed.values()) * widths.weights if self.sharding.fsdp_size > 1 else 0,
+            full=sum(computed.values()) * widths.weights if self.sharding.cut else 0,
         )
 
     def state(self) -> dict[str, int]:
@@ -199,9 +199,12 @@ class StepMemory:
             kept += run.inputs({self._head: 1})
         else:  # chunks are checkpointed: all inputs, and one chunk's copy
             kept += run.numbers * widths.weights + (2 * chunk * self.shape.hidden_size if widths.casts else 0)
-        gathered = numel * widths.weights if self.sharding.fsdp_size > 1 else 0
-        sent = self._sent(gathered) - gathered
-        new = numel * (widths.weights + (2 if widths.casts else 0)) + sent if self._head in self.trained else 0
+        gathered = numel * widths.weights if self.sharding.cut else 0
+        new = (
+            numel * (widths.weights + (2 if widths.casts else 0)) + self._sent(gathered)
+            if self._head in self.trained
+            else 0
+        )
         base = self._always() | {
             "gradients": self.state()["gradients"] if self.accumulates else 0,
             "activations": kept,
@@ -235,18 +238,18 @@ class StepMemory:
             "activations": kept,
             "weight copies": sum(each.copies for each in copying),
             "gathered weights": layer.full + (self._layers[index - 1].full if index else 0),
-            "working space": max(layer.working, new) + self._sent(layer.full),
+            "working space": max(layer.working, new) + layer.full + self._sent(layer.full),
         }
 
     def _sent(self, gathered: int) -> int:
-        """FSDP2: the whole gradient of gathered weights, and what is sent of it, which is summed in the stored dtype."""
-        return gathered + gathered * self.run.widths.stored // self.run.widths.weights
+        """FSDP2: what is sent of the gradient of gathered weights; it is summed in the stored dtype."""
+        return gathered * self.run.widths.stored // self.run.widths.weights
 
     def _embedding(self) -> dict[str, int]:
         """At the end of the backward pass: all gradients, and that of the embedding before it is added or sent."""
-        run, cut = self.run, self.sharding.fsdp_size > 1
+        run, cut = self.run, self.sharding.cut
         full = self.shape.embeddings * run.widths.weights if "embeddings" in self.trained else 0
-        new = self._sent(full) if cut else full if self.accumulates or self.shape.tied else 0
+        new = full + self._sent(full) if cut else full if self.accumulates or self.shape.tied else 0
         return self._always() | {
             "gradients": self.state()["gradients"],
             "gathered weights": full if cut else 0,

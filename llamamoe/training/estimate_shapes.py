@@ -86,6 +86,11 @@ class ModelShape:
     dtype_bytes: int
 
     @property
+    def attention_width(self) -> int:
+        """Of all heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
     def tied(self) -> bool:
         """Is the head the embedding?"""
         return self.head == 0

@@ -29,7 +29,7 @@ class Sharding:
     @property
     def cut(self) -> bool:
         """Is anything cut at all?"""
-        return self.fsdp_size * self.ep_size > 1
+        return self.fsdp_size > 1
 
 
 def trained_groups(recipe: PretrainRecipe, shape: ModelShape) -> frozenset[str]:

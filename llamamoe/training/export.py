@@ -15,9 +15,8 @@ from ..checkpoint.writer import write_text
 from ..errors import LlamaMoeError
 from ..streaming import quiet_transformers
 from .model import finish_folder
+from .moe_layers import CORRECTION_BIAS
 from .run_folder import FINAL, RECEIPT, RECIPE
-
-_BIAS = "e_score_correction_bias"
 
 
 def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:
@@ -59,9 +58,9 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
     Steps of balancing are smaller than what bfloat16 tells apart: rounded biases would select other experts.
     """
-    holders = [module for module in model.modules() if isinstance(getattr(module, _BIAS, None), torch.Tensor)]
-    kept = [getattr(module, _BIAS).detach().clone() for module in holders]
+    holders = [module for module in model.modules() if isinstance(getattr(module, CORRECTION_BIAS, None), torch.Tensor)]
+    kept = [getattr(module, CORRECTION_BIAS).detach().clone() for module in holders]
     model.to(dtype)
     for module, value in zip(holders, kept, strict=True):
-        is_parameter = isinstance(getattr(module, _BIAS), torch.nn.Parameter)
-        setattr(module, _BIAS, torch.nn.Parameter(value, requires_grad=False) if is_parameter else value)
+        is_parameter = isinstance(getattr(module, CORRECTION_BIAS), torch.nn.Parameter)
+        setattr(module, CORRECTION_BIAS, torch.nn.Parameter(value, requires_grad=False) if is_parameter else value)

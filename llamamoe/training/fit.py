@@ -12,6 +12,7 @@ from ..targets import TARGETS
 from .distillation_options import resolve_layers
 from .estimate_shapes import read_shape
 from .gates import GATES
+from .moe_layers import CORRECTION_BIAS
 
 if TYPE_CHECKING:
     from ..checkpoint.reader import SafetensorsCheckpoint
@@ -37,7 +38,7 @@ def check_fit(
     wrong = list(_text(recipe, train, held_out))
     shape = read_shape(model.config, model.tensors)
     if model.config.get("model_type") in TARGETS:
-        biased = any("e_score_correction_bias" in name for name in model.tensors)
+        biased = any(name.endswith(CORRECTION_BIAS) for name in model.tensors)
         wrong += _routing(recipe, shape, has_bias=biased)
     wrong += _distillation(recipe, len(shape.layers))
     if len(wrong) == 1:
@@ -56,8 +57,8 @@ def _text(recipe: PretrainRecipe, train: TokenCorpus, held_out: TokenCorpus | No
                 f"data.mixture: the domain {name!r} has the weight {weights[name]:.3g}, but its {train.tokens(name):,} tokens are "
                 f"less than one block of {length} (more text, a smaller data.block_length, or weight 0)"
             )
-    for name in held_out.domains if held_out is not None else ():
-        if held_out is not None and held_out.num_blocks(name, length) == 0:
+    if held_out is not None:
+        for name in (each for each in held_out.domains if held_out.num_blocks(each, length) == 0):
             yield (
                 f"data.validation: the domain {name!r} has {held_out.tokens(name):,} tokens, less than one block of {length} "
                 "(more held-out text, or a smaller data.block_length)"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
+from .moe_layers import CORRECTION_BIAS
 
 if TYPE_CHECKING:
     from .recipe import LoraRecipe
@@ -71,6 +72,8 @@ def load_rest(model: Any, folder: Path) -> None:
 
 def _rest(model: Any) -> list[tuple[str, Any]]:
     """What changes beside the adapters: parameters with a gradient, and selection biases, which balancing moves."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
-    everything = (*model.named_parameters(), *model.named_buffers())
-    return trained + [(name, value) for name, value in everything if name.endswith("e_score_correction_bias")]
+    return [
+        (name, value)
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+        if (value.requires_grad and "lora_" not in name) or name.endswith(CORRECTION_BIAS)
+    ]

@@ -53,6 +53,8 @@ class Sums:
         """
         import torch
 
+        from .ranks import all_reduced
+
         if not self._scalars and self._per_domain is None:
             return {}, {}
         names = sorted(self._scalars)
@@ -67,15 +69,6 @@ class Sums:
         }
         self._scalars, self._per_domain = {}, None
         return scalars, per_domain
-
-
-def all_reduced(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks (the tensor itself if there is one)."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
 
 
 class MetricsFile:

@@ -64,10 +64,8 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
 
     auto: Any = AutoModelForCausalLM
     keys: dict[str, Any] = {"dtype": getattr(torch, recipe.precision.parameters)}
-    model_type, experts = (
-        read_json(folder / "config.json").get("model_type"),
-        recipe.experts_on(str(device).split(":")[0]),
-    )
+    model_type = str(read_json(folder / "config.json").get("model_type"))
+    experts = recipe.experts_on(str(device).split(":")[0])
     if experts is not None and model_type in TARGETS:
         keys["experts_implementation"] = _implementation(experts)
     if recipe.distributed.sharded:
@@ -75,9 +73,8 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
 
         sizes = recipe.distributed.model_dump()
         given = {k: v for k, v in sizes.items() if v > 1}
-        keys["distributed_config"] = DistributedConfig(
-            **given, fsdp_mixed_precision=recipe.gathers_bfloat16(str(model_type))
-        )
+        mixed = recipe.gathers_bfloat16(model_type)
+        keys["distributed_config"] = DistributedConfig(**given, fsdp_mixed_precision=mixed)
     with quiet_transformers():
         model, info = auto.from_pretrained(
             folder,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 RouterWeighting = Literal["softmax", "renormalised", "sigmoid", "sigmoid_renormalised"]
 """What a router makes of its logits: softmax over all experts, the same renormalised over the selected ones, a sigmoid
 of each, the same renormalised."""
+CORRECTION_BIAS = "e_score_correction_bias"
+"""What a selection bias is called, as an attribute and at the end of its name in a checkpoint: glm4_moe, ernie4_5_moe."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -56,9 +58,9 @@ class MoeLayer:
     @property
     def correction_bias(self) -> torch.Tensor | None:
         """What is added to the scores for the selection only (glm4_moe ``[N]``, ernie4_5_moe ``[1, N]``), if there is one."""
-        found: torch.Tensor | None = getattr(self.router, "e_score_correction_bias", None)
+        found: torch.Tensor | None = getattr(self.router, CORRECTION_BIAS, None)
         if found is None:
-            found = getattr(getattr(self.router, "moe_statics", None), "e_score_correction_bias", None)
+            found = getattr(getattr(self.router, "moe_statics", None), CORRECTION_BIAS, None)
         return found
 
 

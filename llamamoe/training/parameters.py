@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..costs import role_of
 from ..errors import CheckpointError, UsageError
+from .moe_layers import CORRECTION_BIAS
 from .recipe import GROUPS
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def freeze(model: torch.nn.Module, groups: Iterable[str]) -> dict[str, int]:
             "freeze: this model's head is its embedding, so freeze both or neither of embeddings and head."
         )
     for name, parameter in model.named_parameters():
-        if group_of(name) in frozen or "e_score_correction_bias" in name:
+        if group_of(name) in frozen or name.endswith(CORRECTION_BIAS):
             parameter.requires_grad_(False)
     trained = count_trained(model)
     if not trained:

@@ -11,6 +11,18 @@ from torch.distributed.tensor import DTensor, Replicate
 from ..errors import UsageError
 
 
+def several_ranks(group: Any = None) -> bool:
+    """Whether this process is one of several that compute together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def all_reduced(values: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum (or what ``op`` says) over all ranks, in place; the tensor as it is if there is one. No gradient."""
+    if several_ranks():
+        dist.all_reduce(values, op)
+    return values
+
+
 class _Sum(torch.autograd.Function):
     """Forward: the sum over ranks. Backward: the incoming gradient times the number of ranks."""
 
@@ -38,7 +50,7 @@ def sum_over_ranks(values: torch.Tensor, group: Any = None) -> torch.Tensor:
         values: Of the same shape on every rank.
         group: Process group; None for all ranks.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if not several_ranks(group):
         return values
     total: torch.Tensor = _Sum.apply(values, group)  # type: ignore[no-untyped-call]
     return total
@@ -54,10 +66,7 @@ def check_same_checkpoint(step: int, device: torch.device) -> None:
     Raises:
         UsageError: Raised on all ranks alike.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    ends = torch.tensor([step, -step], device=device)
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    ends = all_reduced(torch.tensor([step, -step], device=device), dist.ReduceOp.MAX)
     newest, oldest = int(ends[0]), -int(ends[1])
     if newest != oldest:
         seen = "none" if oldest < 0 else f"checkpoint-{oldest}"

@@ -29,11 +29,11 @@ class StopRequest:
         import torch
         import torch.distributed as dist
 
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        from .ranks import all_reduced, several_ranks
+
+        if not several_ranks():  # nothing to ask a device for
             return self.asked
-        asked = torch.tensor(float(self.asked), device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return bool(asked.item())
+        return bool(all_reduced(torch.tensor(float(self.asked), device=device), dist.ReduceOp.MAX))
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class MoeTrainer(Trainer):
         self.state.compute_steps(self.args, self.args.max_steps)
         self.parts.batches.first_step = self.state.global_step
         self._logged = (time.monotonic(), self.state.global_step)
-        self._saved_step = self.state.global_step if self.state.global_step else -1
+        self._saved_step = self.state.global_step or -1
         return found
 
     # What is minimised

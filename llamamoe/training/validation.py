@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .metrics import all_reduced
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +73,7 @@ class Validation:
         import torch
 
         from .loss_head import next_token_labels
+        from .ranks import all_reduced
 
         device = next(model.parameters()).device
         sums = torch.zeros(2, len(self.domains), dtype=torch.float64)

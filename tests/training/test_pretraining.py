@@ -398,6 +398,19 @@ def test_a_whole_checkpoint_is_left_alone_by_a_loss_that_diverges_and_the_hint_w
         pretrain(recipe_of(world, f"model={kept}", "steps=1"), tmp_path / "again")
 
 
+def only_checkpoint_4_is_lost(
+    reason: str, world: dict[str, str], finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run stops with its last checkpoint, and ends as it would have once the disk has room."""
+    with pytest.raises(LlamaMoeError, match=rf"checkpoint-4 cannot be written: {reason}.*is checkpoint-2"):
+        pretrain(everything(world), folder)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    pretrain(everything(world), folder, resume=True)
+    assert weights(folder) == weights(finished)
+    assert lines_of(folder) == lines_of(finished)
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "llamamoe_training.json", "llamamoe_complete.json"])
 def test_a_full_disk_in_any_file_of_a_checkpoint_leaves_the_last_one(
     name: str, world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -424,13 +437,7 @@ def test_a_full_disk_in_any_file_of_a_checkpoint_leaves_the_last_one(
     monkeypatch.setattr(torch, "save", torch_save)
     monkeypatch.setattr(dynamics, "write_text", write_text)
     monkeypatch.setattr(run_folder, "write_text", write_text)
-    with pytest.raises(LlamaMoeError, match=r"checkpoint-4 cannot be written: .*is checkpoint-2"):
-        pretrain(everything(world), tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    monkeypatch.undo()
-    pretrain(everything(world), tmp_path / "run", resume=True)
-    assert weights(tmp_path / "run") == weights(finished)
-    assert lines_of(tmp_path / "run") == lines_of(finished)
+    only_checkpoint_4_is_lost("", world, finished, tmp_path / "run", monkeypatch)
 
 
 def test_what_is_not_the_disks_is_not_blamed_on_it(
@@ -484,12 +491,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(LlamaMoeError, match=r"checkpoint-4 cannot be written: No space left.*is checkpoint-2"):
-        pretrain(everything(world), tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    monkeypatch.undo()
-    pretrain(everything(world), tmp_path / "run", resume=True)
-    assert weights(tmp_path / "run") == weights(finished)
+    only_checkpoint_4_is_lost("No space left", world, finished, tmp_path / "run", monkeypatch)
 
 
 def test_two_runs_in_one_folder_are_refused(world: dict[str, str], tmp_path: Path) -> None:

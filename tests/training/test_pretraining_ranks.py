@@ -60,6 +60,20 @@ def run(recipe: PretrainRecipe, out: Path, processes: int, *flags: str) -> None:
     assert process.returncode == 0, told[-3000:]
 
 
+def go_on(whole: Path, out: Path, recipe: PretrainRecipe, processes: int) -> None:
+    """What a finished run would do had it been stopped after its second step."""
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoint-3")
+    shutil.rmtree(out / "model")
+    run(recipe, out, processes, "--resume")
+
+
+def assert_same_bytes(ours: Path, theirs: Path) -> None:
+    assert lines_of(ours) == lines_of(theirs)
+    file = Path("model", "model.safetensors")
+    assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+
+
 def assert_equal(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -145,13 +159,8 @@ def test_sigterm_stops_all_ranks_after_the_same_step(world: dict[str, str], tmp_
 def test_a_sharded_run_goes_on_exactly(world: dict[str, str], tmp_path: Path) -> None:
     recipe = recipe_for(world, "distributed.fsdp_size=2")
     run(recipe, tmp_path / "whole", 2)
-    shutil.copytree(tmp_path / "whole", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
-    shutil.rmtree(tmp_path / "run" / "model")
-    run(recipe, tmp_path / "run", 2, "--resume")
-    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
-    ours, theirs = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "whole"))
-    assert ours == theirs
+    go_on(tmp_path / "whole", tmp_path / "run", recipe, 2)
+    assert_same_bytes(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_data_parallel_run_goes_on_exactly_and_with_another_number_of_ranks(
@@ -160,14 +169,9 @@ def test_a_data_parallel_run_goes_on_exactly_and_with_another_number_of_ranks(
     run(recipe_for(world), tmp_path / "whole", 2)
     for processes in (2, 4):
         out = tmp_path / f"on-{processes}"
-        shutil.copytree(tmp_path / "whole", out)
-        shutil.rmtree(out / "checkpoint-3")
-        shutil.rmtree(out / "model")
-        run(recipe_for(world), out, processes, "--resume")
+        go_on(tmp_path / "whole", out, recipe_for(world), processes)
         assert_equal(lines_of(out), lines_of(alone))
-    assert lines_of(tmp_path / "on-2") == lines_of(tmp_path / "whole")
-    ours, theirs = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("on-2", "whole"))
-    assert ours == theirs
+    assert_same_bytes(tmp_path / "on-2", tmp_path / "whole")
 
 
 def test_biases_of_a_sharded_model_move_as_those_of_a_whole_one(tmp_path: Path) -> None:
@@ -203,10 +207,5 @@ def test_deepspeed_trains_what_ddp_does_and_goes_on_exactly(
     run(recipe_for(world, "gate=top_k"), tmp_path / "ddp", 2)
     run(recipe, tmp_path / "zero1", 2)
     assert_equal(lines_of(tmp_path / "zero1"), lines_of(tmp_path / "ddp"))
-    shutil.copytree(tmp_path / "zero1", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
-    shutil.rmtree(tmp_path / "run" / "model")
-    run(recipe, tmp_path / "run", 2, "--resume")
-    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "zero1")
-    ours, theirs = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "zero1"))
-    assert ours == theirs
+    go_on(tmp_path / "zero1", tmp_path / "run", recipe, 2)
+    assert_same_bytes(tmp_path / "run", tmp_path / "zero1")

@@ -130,7 +130,9 @@ class Gate(Plugin, ABC):
         import torch
         import torch.distributed as dist
 
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        from ..ranks import several_ranks
+
+        if not several_ranks():
             return
         for parameter in self.parameters():
             if parameter.grad is None:  # every rank must take part
