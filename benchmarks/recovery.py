@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from llamamoe.healing import heal
 from llamamoe.recovery.recipe import load_heal_recipe
 from llamamoe.training.metrics import read_lines
 from llamamoe.training.recipe import load_pretrain_recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.pictures import picture
 
 RESULTS = Path(__file__).parent / "results"
 FEW, FEW_TOKENS = " from 8k", 8192
@@ -311,10 +315,6 @@ def table(arms: list[dict[str, Any]]) -> str:
 
 def draw(arms: list[dict[str, Any]], path: Path) -> None:
     """Curves of the mean over seeds, with the range over seeds."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     colours = {
         "random": "#D55E00",
         "ours": "#0072B2",
@@ -323,10 +323,7 @@ def draw(arms: list[dict[str, Any]], path: Path) -> None:
         "ours from 8k": "#56B4E9",
     }
     styles = {"lm": ":", "distill": "-.", "fading distill": "-", "heal + fading distill": "--", "untrained": "o"}
-    with rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(8.4, 5.0), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+    with picture(path, (8.4, 5.0)) as axes:
         for start, objective in dict.fromkeys((arm["start"], arm["objective"]) for arm in arms):
             curves = [a["curve"] for a in arms if (a["start"], a["objective"]) == (start, objective)]
             x = [max(point[0], 1) / 1000 for point in curves[0]]
@@ -340,11 +337,7 @@ def draw(arms: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylim(lowest - 0.05, max(ends) + 0.6 * (max(ends) - lowest) + 0.1)
         axes.set_xlabel("tokens in thousands, calibration and healing included")
         axes.set_ylabel("loss of held-out text, nats per token")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def main() -> None:

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from llamamoe.training.metrics import read_lines
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.pictures import picture
 
 OUT = Path(__file__).parent / "results" / "training-smollm2.json"
 RUNS = {
@@ -33,14 +37,7 @@ def curve(folder: Path) -> dict[str, Any]:
 
 def draw(curves: dict[str, Any], path: Path) -> None:
     """Lines with their last value beside them, and the parent as it was."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(7.4, 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+    with picture(path, (7.4, 3.6)) as axes:
         parent = curves["control"]["held_out"][0][1]
         axes.axhline(parent, color="#999999", linewidth=1, linestyle=":")
         for name, (label, colour, style) in RUNS.items():
@@ -59,11 +56,7 @@ def draw(curves: dict[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0.9 * min(p for each in curves.values() for _, p in each["held_out"]))
         axes.set_xlabel("tokens of training, in thousands")
         axes.set_ylabel("perplexity of held-out text")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, loc="upper right")
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def main() -> None:
