@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 HELP = """Check the folder OUT, which `llamamoe split` wrote, against the dense checkpoint that it was made from.
 
-Names, shapes and configuration must be those of the recipe in OUT; every neuron must be found exactly once, bit for
-bit; and with all experts selected the logits must agree. One layer is in memory at a time.
+Names, shapes and configuration must be those of the recipe in OUT; attention, norms and embedding must be the parent's
+and every neuron must be found exactly once, bit for bit; all weights must have the SHA-256 in the receipt; and with all
+experts selected the logits must agree. One layer is in memory at a time.
 Exit code 4 means that something does not agree.
 """
 EXAMPLES = """
@@ -51,6 +52,14 @@ def _neurons(found: Verification) -> str:
     return f"every one found once (as often as there are copies), bit for bit, in {layers}"
 
 
+def _weights(found: Verification) -> str:
+    """Return what was compared of all other tensors, and what could not be."""
+    copied = f"{plural(found.copied_checked, 'tensor')} outside the experts are the parent's, bit for bit"
+    if found.unproven:
+        return f"{copied}; experts and routers could not be compared with what was written: {found.unproven}"
+    return f"{copied}; all {found.hashed_checked} have the SHA-256 in the receipt"
+
+
 def _distances(found: Verification) -> list[tuple[str, str]]:
     """How far the logits are from the parent's where no exactness is claimed: the largest difference, relative."""
     values = (("as configured", found.as_configured), ("with all experts", found.all_experts))
@@ -73,6 +82,7 @@ def _print(out: str, found: Verification, *, verbose: bool) -> None:
     facts(
         [
             *([("neurons", _neurons(found))] if found.neurons_checked else []),
+            ("weights", _weights(found)),
             *_distances(found),
             ("text", f"{plural(found.num_tokens, 'token')} of {found.tokens}"),
             ("reference", found.reference),

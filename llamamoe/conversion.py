@@ -25,6 +25,7 @@ from .checkpoint.writer import CheckpointWriter, write_text
 from .dense import understand
 from .errors import RefusedError
 from .hub import Location, locate, open_checkpoint
+from .inventory import OUTER, Hashes, unit_of
 from .layer_conversion import ConvertedLayer, convert_layer
 from .plan import SplitPlan, plan_split
 from .preflight import (
@@ -39,9 +40,6 @@ from .preflight import (
 )
 from .progress import Progress, ProgressCallback, ignore_progress
 from .recipe import SplitRecipe
-
-OUTER = "outer"
-"""The unit of the ledger that holds embedding, final norm and head."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +128,12 @@ def split(
         infos = _write_weights(decided, writer, session, progress)
         warnings = decided.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
         _write_side_files(decided, location, writer.path, warnings)
-        receipt = _receipt(decided, location, infos, writer.weights_sha256(), warnings)
+        hashes = Hashes(writer.weights_sha256(), writer.unit_sha256())
+        receipt = _receipt(decided, location, infos, hashes, warnings)
         if verify:
             from .verification import verify_conversion
 
-            receipt["verification"] = verify_conversion(decided, writer.path, progress).to_json()
+            receipt["verification"] = verify_conversion(decided, writer.path, hashes, progress).to_json()
         receipt["run"] = run_facts(started) | _speed(decided, compute)
         write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
         writer.publish(replace=force)
@@ -164,7 +163,7 @@ def _write_weights(
     layers = decided.model.spec.num_layers
     units: dict[str, list[int]] = {OUTER: [], **{f"layer.{i}": [] for i in range(layers)}}
     for index, tensor in enumerate(decided.tensors):
-        units[OUTER if tensor.layer is None else f"layer.{tensor.layer}"].append(index)
+        units[unit_of(tensor)].append(index)
     if session is not None:
         _write_calibrated(decided, writer, units, session, progress)
     else:
@@ -255,7 +254,7 @@ def _receipt(
     decided: SplitPlan,
     location: Location,
     infos: dict[str, dict[str, Any]],
-    weights_sha256: str,
+    hashes: Hashes,
     warnings: tuple[str, ...],
 ) -> dict[str, Any]:
     calibration = infos[UNIT]["calibration"] | {"computed": infos[UNIT]["computed"]} if UNIT in infos else None
@@ -264,7 +263,8 @@ def _receipt(
         "llamamoe": __version__,
         "source": {"name": location.name, "revision": location.revision, "notes": decided.model.checkpoint.notes},
         "plan": {k: v for k, v in decided.to_json().items() if k not in ("source", "llamamoe")},
-        "weights_sha256": weights_sha256,
+        "weights_sha256": hashes.weights,
+        "unit_sha256": dict(hashes.units),
         "calibration": calibration,
         "layers": [info for info in infos.values() if "layer" in info],
         "warnings": list(warnings),

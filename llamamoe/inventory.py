@@ -1,19 +1,127 @@
-"""Does a written folder hold what was planned: every tensor, every key, and the parent's neurons, bit for bit?"""
+"""Checks that a folder holds what was planned: every tensor, every key, and the parent's weights, bit for bit."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .assembly import cast, nonfinite, torch_dtype
+from .assembly import cast, make, nonfinite, torch_dtype
 from .checkpoint.base import Checkpoint
 from .checkpoint.reader import SafetensorsCheckpoint, read_json
-from .errors import VerificationError
-from .targets.base import Neurons, Router
+from .checkpoint.writer import joined_sha256, tensor_bytes
+from .errors import CheckpointError, VerificationError
+from .preflight import RECEIPT_FILE
+from .progress import Progress, ProgressCallback
+from .targets.base import Constant, Copy, Neurons, OutTensor, Router
 
 if TYPE_CHECKING:
     import torch
 
     from .plan import SplitPlan
+
+
+OUTER = "outer"
+"""The unit of tensors that belong to no layer: embedding, final norm and head."""
+
+
+def unit_of(tensor: OutTensor) -> str:
+    """Return the unit in which a tensor is written and hashed: its layer, or `OUTER`."""
+    return OUTER if tensor.layer is None else f"layer.{tensor.layer}"
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """SHA-256 of the weights as they were written (see `llamamoe.checkpoint.writer.joined_sha256`).
+
+    Attributes:
+        weights: Over all tensors; None if it is not known.
+        units: Over each unit; empty if they are not known.
+        missing: Why the hashes are not known; empty if they are.
+    """
+
+    weights: str | None = None
+    units: Mapping[str, str] = field(default_factory=dict)
+    missing: str = ""
+
+    @classmethod
+    def of_receipt(cls, folder: Path) -> Hashes:
+        """Read the hashes from the receipt of a conversion.
+
+        Raises:
+            VerificationError: There is a receipt, but it cannot be read.
+        """
+        path = folder / RECEIPT_FILE
+        if not path.is_file():
+            return cls(missing=f"{RECEIPT_FILE} is missing")
+        try:
+            receipt = read_json(path)
+        except CheckpointError as error:
+            raise VerificationError(
+                f"{folder}: {error}", hint=f"Restore {RECEIPT_FILE} from where the folder came from, or delete it."
+            ) from None
+        weights, units = receipt.get("weights_sha256"), receipt.get("unit_sha256")
+        if not isinstance(weights, str):
+            return cls(missing=f"{RECEIPT_FILE} holds no weights_sha256: an older version wrote it")
+        return cls(weights, units if isinstance(units, dict) else {})
+
+
+@dataclass(frozen=True)
+class WeightsChecked:
+    """The outcome of `check_weights`.
+
+    Attributes:
+        copied: Tensors found equal to what the parent gives, bit for bit.
+        hashed: Tensors found equal to what was written, by the hash in the receipt.
+        unproven: Why the others were compared with nothing; empty if all were.
+    """
+
+    copied: int
+    hashed: int
+    unproven: str
+
+
+def check_weights(plan: SplitPlan, converted: Checkpoint, hashes: Hashes, progress: ProgressCallback) -> WeightsChecked:
+    """Compare every tensor of a folder with what it must be. Reads each tensor once.
+
+    What a conversion takes over from the parent unchanged or scaled (attention, norms, embedding, head, layers left
+    dense) and what is constant is made again from the parent and compared bit for bit. Everything, experts and
+    routers included, is compared with the hashes of what was written.
+
+    Raises:
+        VerificationError: A tensor differs; the message names it, or its layer where only the hash tells.
+    """
+    digests: dict[str, dict[str, str]] = {}
+    copied = 0
+    for done, tensor in enumerate(plan.tensors, start=1):
+        stored = tensor_bytes(converted.read(tensor.name).contiguous())
+        if isinstance(tensor.origin, Copy | Constant):
+            if stored != tensor_bytes(make(tensor, plan.model, None, plan.dtype)):
+                what = "the parent's, bit for bit" if isinstance(tensor.origin, Copy) else "what the recipe implies"
+                raise VerificationError(f"{tensor.name} is not {what}.", hint=_made_from(plan, converted))
+            copied += 1
+        if hashes.weights is not None:
+            digests.setdefault(unit_of(tensor), {})[tensor.name] = hashlib.sha256(stored).hexdigest()
+        progress(Progress("check weights", done, len(plan.tensors), "tensor"))
+    if hashes.weights is None:
+        return WeightsChecked(copied, 0, hashes.missing)
+    _check_hashes(plan, converted, hashes, digests)
+    return WeightsChecked(copied, len(plan.tensors), "")
+
+
+def _check_hashes(
+    plan: SplitPlan, converted: Checkpoint, hashes: Hashes, digests: Mapping[str, Mapping[str, str]]
+) -> None:
+    if joined_sha256({name: digest for unit in digests.values() for name, digest in unit.items()}) == hashes.weights:
+        return
+    changed = [unit for unit, found in digests.items() if hashes.units.get(unit) not in (None, joined_sha256(found))]
+    where = f"experts or router of layer {changed[0].removeprefix('layer.')}" if changed else "experts or routers"
+    raise VerificationError(
+        f"the weights are not those that were written ({where}): their SHA-256 differs from the one in {RECEIPT_FILE}.",
+        hint=_made_from(plan, converted),
+    )
 
 
 def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:

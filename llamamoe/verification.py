@@ -11,7 +11,7 @@ far they are from the parent's is information. What it does keep of the parent's
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,7 +21,7 @@ from .checkpoint.reader import SafetensorsCheckpoint
 from .dense import understand
 from .errors import RefusedError, VerificationError
 from .hub import locate, open_checkpoint
-from .inventory import check_files, check_finite, check_neurons
+from .inventory import Hashes, check_files, check_finite, check_neurons, check_weights
 from .preflight import RECIPE_FILE
 from .progress import Progress, ProgressCallback, ignore_progress
 from .streaming import StreamedModel
@@ -73,6 +73,9 @@ class Verification:
         kept: What was looked for: ``"neurons"``, ``"gate_up"`` (repair changed the down projections), ``"nothing"``.
         all_experts: As `equal_weights`, for a conversion that claims no exactness: information, no test.
         as_configured: The same with the configured top-k and the router as stored; it must only be finite.
+        copied_checked: Tensors outside the experts found to be the parent's, bit for bit.
+        hashed_checked: Tensors, experts and routers included, whose SHA-256 is that of what was written.
+        unproven: Why no hashes could be compared; empty if they were.
     """
 
     equal_weights: float | None
@@ -91,6 +94,9 @@ class Verification:
     kept: str = "neurons"
     all_experts: float | None = None
     as_configured: float | None = None
+    copied_checked: int = 0
+    hashed_checked: int = 0
+    unproven: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -100,8 +106,9 @@ class Verification:
 def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback = ignore_progress) -> Verification:
     """Check a converted checkpoint against the dense one that it was made from.
 
-    Names, shapes, dtypes and configuration must be those of the recipe in ``out``; every neuron must be found
-    exactly once, bit for bit; all weights must be finite; the logits must agree. Of a conversion that claims less
+    Names, shapes, dtypes and configuration must be those of the recipe in ``out``; what is taken over from the parent
+    must be the parent's, and every neuron must be found exactly once, bit for bit; all weights must have the SHA-256 in
+    the receipt, and be finite; the logits must agree. A receipt that is missing is told in the result. Of a conversion that claims less
     only what it claims is asked for (see `llamamoe.inventory.check_neurons`), and finite logits.
 
     Args:
@@ -126,14 +133,16 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
     tokenizer = folder if location.path.is_file() else None  # a GGUF's own may be one that cannot be rebuilt
     model = understand(open_checkpoint(location, tokenizer=tokenizer))
     plan = plan_split(model, load_recipe(folder / RECIPE_FILE))
-    result = verify_conversion(plan, folder, progress)
+    result = verify_conversion(plan, folder, Hashes.of_receipt(folder), progress)
     if not result.passed:
         raise VerificationError(f"{folder} cannot be verified: {result.note}.")
     return result
 
 
-def verify_conversion(plan: SplitPlan, folder: Path, progress: ProgressCallback = ignore_progress) -> Verification:
-    """Like `verify`, for a plan at hand and a folder that need not be published yet."""
+def verify_conversion(
+    plan: SplitPlan, folder: Path, hashes: Hashes, progress: ProgressCallback = ignore_progress
+) -> Verification:
+    """Like `verify`, for a plan and hashes at hand and a folder that need not be published yet."""
     converted = SafetensorsCheckpoint(folder)
     check_files(plan, converted)
     layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]
@@ -143,7 +152,10 @@ def verify_conversion(plan: SplitPlan, folder: Path, progress: ProgressCallback 
             check_neurons(plan, converted, layer)
             checked += 1
             progress(Progress("check neurons", done, len(layers), "layer"))
-    return _check_logits(plan, converted, checked, progress)
+    result = _check_logits(plan, converted, checked, progress)
+    # last: what the checks before find, they name more precisely than a hash can
+    weights = check_weights(plan, converted, hashes, progress)
+    return replace(result, copied_checked=weights.copied, hashed_checked=weights.hashed, unproven=weights.unproven)
 
 
 # ---- logits -------------------------------------------------------------------------------------------------------
@@ -178,7 +190,10 @@ class _Measured:
 
 
 def _check_logits(
-    plan: SplitPlan, converted: SafetensorsCheckpoint, neurons: int, progress: ProgressCallback
+    plan: SplitPlan,
+    converted: SafetensorsCheckpoint,
+    neurons: int,
+    progress: ProgressCallback,
 ) -> Verification:
     import torch
 

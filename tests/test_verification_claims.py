@@ -135,11 +135,15 @@ def test_changed_down_columns_are_seen_where_nothing_was_repaired(
         verify(kind, "down", set_value(0.25))
 
 
-def test_changed_down_columns_of_a_repair_show_in_the_distance_only(
-    verify: Callable[..., Verification], converted: Callable[[str], Path], dense: Path
+def test_changed_down_columns_of_a_repair_show_in_the_distance_only_without_a_receipt(
+    verify: Callable[..., Verification], converted: Callable[[str], Path], dense: Path, tmp_path: Path
 ) -> None:
-    found = verify("repaired", "down", lambda t: t * 2)
+    with pytest.raises(llamamoe.VerificationError, match=r"SHA-256"):
+        verify("repaired", "down", lambda t: t * 2)
+    (tmp_path / "copy" / "llamamoe_receipt.json").unlink()
+    found = llamamoe.verify(tmp_path / "copy", dense)
     assert found.passed
+    assert found.unproven
     assert found.as_configured is not None
     assert abs(found.as_configured - relative(converted("repaired"), dense)) > 1e-4
 
@@ -170,3 +174,56 @@ def test_a_neuron_twice_is_seen(converted: Callable[[str], Path], dense: Path, t
 def test_logits_that_overflow_are_seen(verify: Callable[..., Verification]) -> None:
     with pytest.raises(llamamoe.VerificationError, match="not finite with the configured top-k"):
         verify("repaired", "down", lambda t: torch.full_like(t, 3e38))
+
+
+NOISE = {
+    "query": "model.layers.0.self_attn.q_proj.weight",
+    "embedding": "model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "norm": "model.layers.0.input_layernorm.weight",
+    "last norm": "model.norm.weight",
+    "router": "model.layers.0.mlp.gate.weight",
+    "down": "model.layers.0.mlp.experts.1.down_proj.weight",
+}
+
+
+def replace_by_noise(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = torch.randn_like(tensors[name].float()).to(tensors[name].dtype) * 0.02
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", NOISE)
+def test_noise_anywhere_in_a_repaired_conversion_is_found(
+    part: str, converted: Callable[[str], Path], dense: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(converted("repaired"), tmp_path / "copy"))
+    replace_by_noise(folder, NOISE[part])
+    where = "experts or router of layer 0" if part in ("router", "down") else NOISE[part]
+    with pytest.raises(llamamoe.VerificationError, match=where.replace(".", r"\.")):
+        llamamoe.verify(folder, dense)
+
+
+def test_what_is_proven_of_a_repaired_conversion(converted: Callable[[str], Path], dense: Path) -> None:
+    found = llamamoe.verify(converted("repaired"), dense)
+    assert found.copied_checked > 0
+    assert found.hashed_checked > found.copied_checked
+    assert not found.unproven
+
+
+@pytest.mark.parametrize("kind", ["missing", "old"])
+def test_a_receipt_without_hashes_is_told(
+    kind: str, converted: Callable[[str], Path], dense: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(converted("repaired"), tmp_path / "copy"))
+    receipt = folder / "llamamoe_receipt.json"
+    if kind == "missing":
+        receipt.unlink()
+    else:
+        receipt.write_text("{}")
+    found = llamamoe.verify(folder, dense)
+    assert "llamamoe_receipt.json" in found.unproven
+    assert found.hashed_checked == 0
+    replace_by_noise(folder, NOISE["query"])
+    with pytest.raises(llamamoe.VerificationError, match="q_proj"):
+        llamamoe.verify(folder, dense)

@@ -122,11 +122,7 @@ class CheckpointWriter:
         Raises:
             OSError: An earlier write failed.
         """
-        import torch
-
-        view = memoryview(b"")
-        if tensor.numel():
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+        view = tensor_bytes(tensor)
         if view.nbytes != self.slots[name].nbytes:
             raise AssertionError(f"{name}: {view.nbytes} bytes, planned {self.slots[name].nbytes}")
         with self._room:
@@ -202,12 +198,15 @@ class CheckpointWriter:
         self._ledger.units[unit] = line
 
     def weights_sha256(self) -> str:
-        """One hash over names and hashes of all tensors: equal weights have equal hashes, whatever the sharding."""
+        """One hash of all tensors, see `joined_sha256`: equal weights have equal hashes, whatever the sharding."""
         missing = self.slots.keys() - self._digests.keys()
         if missing:
             raise AssertionError(f"not written: {sorted(missing)[:3]}")
-        lines = "".join(f"{name} {self._digests[name]}\n" for name in sorted(self._digests))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return joined_sha256(self._digests)
+
+    def unit_sha256(self) -> dict[str, str]:
+        """One hash for each finished unit, so that a change can be traced to a layer."""
+        return {unit: joined_sha256(line["sha256"]) for unit, line in self._ledger.units.items() if line["sha256"]}
 
     # ---- the end ----------------------------------------------------------------------------------------------
 
@@ -238,6 +237,21 @@ class CheckpointWriter:
             raise
         _sync(self.out.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU as they stand in a file, without a copy."""
+    import torch
+
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def joined_sha256(digests: Mapping[str, str]) -> str:
+    """Return one hash over the names of tensors and the hashes of their bytes, independent of their order."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _write_at(handle: IO[bytes], offset: int, view: memoryview) -> None:
