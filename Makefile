@@ -53,7 +53,7 @@ test-transformers4: venv $(VENV_TF4)/.stamp-transformers4  ## Check that outputs
 	$(TEST_ENV) LLAMAMOE_TRANSFORMERS4_PYTHON='$(abspath $(VENV_TF4))/bin/python' \
 		$(BIN)/python -m pytest tests/transformers4 $(PYTEST_ARGS)
 
-# data_pipeline.py and recovery.py measure on text that must be named: see BENCHMARKS.md.
+# data_pipeline.py, recovery.py and router_scale.py measure on text that must be named: see BENCHMARKS.md.
 benchmarks: venv $(VENV)/.stamp-bench  ## Run the scripts in benchmarks/ that need no text of yours
 	@for name in conversion clustering exactness calibration experts training_memory training_throughput recipes_on_paper; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
