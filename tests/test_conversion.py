@@ -102,7 +102,14 @@ def test_progress_counts_every_stage_to_its_end(source: Path, tmp_path: Path) ->
     steps: list[Any] = []
     llamamoe.split(source, tmp_path / "out", recipe(), progress=steps.append)
     last = {step.stage: (step.done, step.total) for step in steps}
-    assert set(last) == {"convert", "check neurons", "run parent", "run with equal weights", "run as stored"}
+    assert set(last) == {
+        "convert",
+        "check neurons",
+        "check weights",
+        "run parent",
+        "run with equal weights",
+        "run as stored",
+    }
     assert all(done == total for done, total in last.values())
 
 
