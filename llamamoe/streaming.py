@@ -31,6 +31,11 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 ReadTensor = Callable[[str], "torch.Tensor"]
 
 
+def computing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a ``config.json`` that say what is computed, without those that say how to run it."""
+    return {k: v for k, v in config.items() if not _RUNTIME.match(k)}
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no load reports while a part of a model is loaded; restores what was set.
@@ -146,7 +151,7 @@ class StreamedModel:
         return model.to(self.device).eval().requires_grad_(False)
 
     def _keys(self) -> dict[str, Any]:
-        return {k: v for k, v in self.config.items() if not _RUNTIME.match(k)}
+        return computing_keys(self.config)
 
     def _shell(self) -> Any:
         """The whole model without weights, but with embedding, final norm, head and rotary positions for real."""

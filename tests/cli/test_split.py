@@ -15,7 +15,7 @@ from click.testing import Result
 from .conftest import Run
 
 RECEIPT_KEYS = {
-    "out", "llamamoe", "source", "plan", "weights_sha256", "calibration", "layers", "warnings", "versions", "verification", "run"
+    "out", "llamamoe", "source", "plan", "weights_sha256", "unit_sha256", "calibration", "layers", "warnings", "versions", "verification", "run"
 }  # fmt: skip
 
 
