@@ -18,7 +18,7 @@ HELP = """Check the folder OUT, which `llamamoe split` wrote, against the dense 
 
 Names, shapes and configuration must be those of the recipe in OUT; attention, norms and embedding must be the parent's
 and every neuron must be found exactly once, bit for bit; all weights must have the SHA-256 in the receipt; and with all
-experts selected the logits must agree. One layer is in memory at a time.
+experts selected the logits must agree with those of the parent as transformers loads it. One layer is in memory at a time.
 Exit code 4 means that something does not agree.
 """
 EXAMPLES = """

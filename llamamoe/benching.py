@@ -312,7 +312,7 @@ def _prompts(tokenizer: Any, size: int, length: int, vocab_size: int) -> torch.T
     """int64 ``[B, T]``: the text again and again, each sequence begun at another place."""
     import torch
 
-    from .verification import RECEIPT_TEXT
+    from .verification_runs import RECEIPT_TEXT
 
     ids = torch.tensor(tokenizer(RECEIPT_TEXT, add_special_tokens=False)["input_ids"])
     if len(ids) == 0 or int(ids.max()) >= vocab_size:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .assembly import cast, make, nonfinite, torch_dtype
 from .checkpoint.base import Checkpoint
-from .checkpoint.reader import SafetensorsCheckpoint, read_json
+from .checkpoint.reader import INDEX, PICKLES, SafetensorsCheckpoint, read_json
 from .checkpoint.writer import joined_sha256, tensor_bytes
 from .errors import CheckpointError, VerificationError
 from .preflight import RECEIPT_FILE
@@ -125,11 +125,14 @@ def _check_hashes(
 
 
 def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
-    """Names, dtypes and shapes of all tensors, and every planned key of the configuration.
+    """Check files, names, dtypes and shapes of all tensors, and the configuration.
+
+    Keys beyond the planned ones are allowed as long as transformers' configuration is the planned one.
 
     Raises:
         VerificationError: One of them is not as planned.
     """
+    _check_others(plan, converted)
     planned = {name: entry[:2] for tensors in plan.shards.values() for name, entry in tensors.items()}
     found = {name: (info.dtype, info.shape) for name, info in converted.tensors.items()}
     for name in sorted(planned.keys() | found.keys()):
@@ -143,6 +146,40 @@ def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
     if wrong:
         raise VerificationError(
             f"config.json: {wrong[0]} = {config.get(wrong[0])!r}, but the recipe implies {plan.config[wrong[0]]!r}.",
+            hint=_made_from(plan, converted),
+        )
+    _check_effective(plan, converted)
+
+
+def _check_others(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
+    """No file beside the planned ones that transformers might load in their place."""
+    known = {*plan.shards, *([INDEX] if len(plan.shards) > 1 else [])}
+    for path in sorted(converted.path.iterdir()):
+        weights = path.name.endswith((".safetensors", ".safetensors.index.json", *PICKLES))
+        if path.name not in known and (weights or path.name == "adapter_config.json"):
+            raise VerificationError(
+                f"{converted.path} also holds {path.name}, which the conversion did not write and transformers may load.",
+                hint="Move it away.",
+            )
+
+
+def _check_effective(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
+    """Compare the configuration objects, so that an added key that changes what is computed shows."""
+    from transformers import AutoConfig
+
+    found = {k: v for k, v in converted.config.items() if k not in ("llamamoe", "auto_map")}
+    try:
+        have = AutoConfig.for_model(**found).to_dict()
+    except Exception as error:  # the class of every architecture has its own rules
+        raise VerificationError(
+            f"config.json: transformers refuses it ({error}).", hint=_made_from(plan, converted)
+        ) from None
+    want = AutoConfig.for_model(**plan.config).to_dict()
+    wrong = sorted(k for k in want if have.get(k) != want[k] and k not in ("transformers_version", "_name_or_path"))
+    if wrong:
+        raise VerificationError(
+            f"config.json: transformers takes {wrong[0]} = {have.get(wrong[0])!r}, but the recipe implies "
+            f"{want[wrong[0]]!r}.",
             hint=_made_from(plan, converted),
         )
 

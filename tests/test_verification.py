@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import llamamoe
 from llamamoe.inventory import neuron_keys
 from llamamoe.streaming import StreamedModel
-from llamamoe.verification import RECEIPT_TEXT, receipt_tokens
+from llamamoe.verification_runs import RECEIPT_TEXT, receipt_tokens
 from tests.models import VARIANTS, make_dense
 
 

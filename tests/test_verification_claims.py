@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llamamoe
-from llamamoe.verification import Verification, receipt_tokens
+from llamamoe.verification import Verification
+from llamamoe.verification_runs import receipt_tokens
 from tests.models import make_dense
 
 GIVEN: dict[str, dict[str, Any]] = {
