@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llamamoe.checkpoint.files import write_text
 from llamamoe.errors import UsageError
 
 from ._format import amount
@@ -95,7 +96,7 @@ def command(
     keys = {"shared_of_active": shared_of_active, "points": points, "held_out_tokens": held_out_tokens}
     found = _allocate(source, complete, budget, output, measure=measure, tokenizer=tokenizer, **keys)
     if file is not None:
-        file.write_text(found.to_yaml(), encoding="utf-8")
+        write_text(file, found.to_yaml())
     output.result(
         {**found.to_json(), "written": write_recipe}, lambda: _print(found, write_recipe, verbose=output.verbose)
     )

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.files import write_text
 from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint, read_json
-from .checkpoint.writer import write_text
 from .errors import CheckpointError, RefusedError
 from .registry import near_misses
 from .sources import SOURCES

@@ -17,11 +17,12 @@ from .assembly import made_of, make, nonfinite, one_thread
 from .calibration.compute import Compute, choose_compute
 from .calibration.session import UNIT, Session, read_ahead, remove_states
 from .checkpoint.card import model_card
+from .checkpoint.files import write_text
 from .checkpoint.layout import index_json
 from .checkpoint.ledger import partial_path
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
-from .checkpoint.writer import CheckpointWriter, write_text
+from .checkpoint.writer import CheckpointWriter
 from .dense import understand
 from .errors import RefusedError
 from .hub import Location, locate, open_checkpoint

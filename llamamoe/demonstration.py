@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint.files import write_text
 from .checkpoint.reader import read_json
-from .checkpoint.writer import write_text
 from .errors import MissingExtraError, RefusedError
 from .progress import Progress, ProgressCallback, ignore_progress
 
@@ -256,7 +257,8 @@ def _prepare(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / _MARKER, '{"unfinished": true}\n')  # from now on the folder is known to be ours
     for name in _OWN:
-        for path in (out / name, *out.glob(f"{name}*.partial")):
+        partial = re.compile(rf"{re.escape(name)}(\.\d+)?\.partial")
+        for path in (out / name, *(each for each in out.iterdir() if partial.fullmatch(each.name))):
             if path.is_symlink() or path.is_file():
                 path.unlink()
             elif path.is_dir():
@@ -268,7 +270,7 @@ def write_topics(folder: Path) -> Path:
     """Write Python's help topics, one file each: ``evaluation/`` and ``calibration/``; return the former."""
     for name, topic, part in _topics():
         (folder / part).mkdir(parents=True, exist_ok=True)
-        (folder / part / f"{name}.txt").write_text(topic, encoding="utf-8")
+        write_text(folder / part / f"{name}.txt", topic)
     return folder / "evaluation"
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .checkpoint.writer import CheckpointWriter, write_text
+from .checkpoint.files import write_text
+from .checkpoint.writer import CheckpointWriter
 from .conversion import run_facts
 from .errors import UsageError
 from .preflight import normal_path, recover_replaced, system_errors

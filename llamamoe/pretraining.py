@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .checkpoint.writer import write_text
+from .checkpoint.files import write_text
 from .errors import StoppedError
 from .hub import locate
 from .progress import ProgressCallback, ignore_progress

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .checkpoint.writer import write_text
+from .checkpoint.files import write_text
 from .errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
 from .inspection import Inspection, inspect_checkpoint
 from .progress import ProgressCallback, counting, ignore_progress

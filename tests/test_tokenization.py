@@ -287,7 +287,7 @@ def test_two_runs_in_one_folder(model, tmp_path):
     partial.mkdir()
     with (partial / ".ledger.jsonl").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        for keys in ({"resume": True}, {"force": True}):
+        for keys in ({}, {"resume": True}, {"force": True}):
             with pytest.raises(RefusedError, match="another process is writing"):
                 tokenize(recipe(model, tmp_path / "text"), tmp_path / "out", **keys)
     tokenize(recipe(model, tmp_path / "text"), tmp_path / "out", resume=True)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING
 
-from ..checkpoint.writer import write_text
+from ..checkpoint.files import make_folder, remove_temporaries, replacing, write_text
 from ..errors import LlamaMoeError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from ..streaming import LayerRunner, StreamedModel
@@ -77,11 +76,7 @@ class GradientStore:
 
     def remove(self) -> None:
         """Delete the files, and the folder if nothing else is in it."""
-        for pattern in (DONE_FILE, "gradients.*.bin*", "hidden.*.bin*"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
-        with suppress(OSError):
-            self.folder.rmdir()
+        remove_gradients(self.folder)
 
     def _map(self, path: Path) -> torch.Tensor:
         import torch
@@ -89,6 +84,18 @@ class GradientStore:
         count = self.num_tokens * self.hidden_size
         flat = torch.from_file(str(path), shared=False, size=count, dtype=self.dtype)
         return flat.view(self.num_tokens, self.hidden_size)
+
+
+def remove_gradients(folder: Path) -> None:
+    """Delete the files of a `GradientStore`, whole or not, and the folder if nothing else is in it."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    for pattern in (DONE_FILE, "gradients.*.bin", "hidden.*.bin"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    remove_temporaries(folder)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def ffn_gradients(
@@ -141,7 +148,7 @@ def ffn_gradients(
     if store.whole():
         return store
     store.remove()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     runner = LayerRunner(StreamedModel.of_dense(model, dtype=dtype, device=device), ids_ST.shape[1])
     batch = batch_sequences or max(1, BATCH_TOKENS // ids_ST.shape[1])
     job = _Pass(runner, ids_ST, store, torch.device(device), batch, progress)
@@ -176,11 +183,11 @@ class _Pass:
 
     def forward(self) -> None:
         """Write the input of every layer, and the output of the last one."""
-        with _RowFile(self._hidden[0]) as file:
+        with _row_file(self._hidden[0]) as file:
             for rows in self._batches():
                 file.write(self._finite(self.runner.embed(self.ids_ST[rows]), "the embeddings"))
         for layer in range(self.runner.num_layers):
-            with self.runner.layer(layer) as module, _RowFile(self._hidden[layer + 1]) as file:
+            with self.runner.layer(layer) as module, _row_file(self._hidden[layer + 1]) as file:
                 for rows in self._batches():
                     output = self.runner.run(layer, module, self._rows(self._hidden[layer], rows))
                     file.write(self._finite(output, f"the hidden states after layer {layer}"))
@@ -192,7 +199,7 @@ class _Pass:
 
         last, total = self._hidden[-1], 0.0
         step = max(1, LOGITS_AT_ONCE // vocab_size)
-        with _RowFile(last) as file:
+        with _row_file(last) as file:
             for rows in self._batches():
                 loss, gradient = self._head_batch(self.ids_ST[rows], self._rows(last, rows), step)
                 file.write(self._finite(gradient, "the loss's gradient at the last hidden states"))
@@ -221,8 +228,8 @@ class _Pass:
             with ExitStack() as stack:
                 module = stack.enter_context(self.runner.layer(layer))
                 here, flow = self._hidden[layer], self._hidden[layer + 1]
-                gradients = stack.enter_context(_RowFile(self.store.path(layer)))
-                below = stack.enter_context(_RowFile(here))
+                gradients = stack.enter_context(_row_file(self.store.path(layer)))
+                below = stack.enter_context(_row_file(here))
                 for rows in self._batches():
                     at_ffn, at_input = self._through(layer, module, self._rows(here, rows), self._rows(flow, rows))
                     gradients.write(self._finite(at_ffn, f"the gradient at the FFN of layer {layer}"))
@@ -268,16 +275,10 @@ class _Pass:
 
 
 class _RowFile:
-    """A file that is written in order under a temporary name and gets its name when it is whole."""
+    """A file that is written in order."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._file: BinaryIO
-
-    def __enter__(self) -> _RowFile:
-        self._file = self._temporary.open("wb")
-        return self
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
 
     def write(self, values: torch.Tensor) -> None:
         """Append values in row-major order, in their own dtype."""
@@ -285,9 +286,9 @@ class _RowFile:
 
         self._file.write(values.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if error is None:
-            self._temporary.replace(self._path)
+
+@contextmanager
+def _row_file(path: Path) -> Iterator[_RowFile]:
+    """Open a file that gets its name when it is whole. Not synced: a resumed run computes the gradients again."""
+    with replacing(path, sync=False) as file:
+        yield _RowFile(file)

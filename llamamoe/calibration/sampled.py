@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoint.files import write_text
 from ..errors import CheckpointError, LlamaMoeError, UsageError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .reading import leading_bos
@@ -130,7 +131,7 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
                 hint="Name a folder that holds the model's tokenizer with --tokenizer.",
             )
         # Some tokenizers are known by the model's type only.
-        (folder / "config.json").write_text(json.dumps(checkpoint.config))
+        write_text(folder / "config.json", json.dumps(checkpoint.config))
         return open_model(folder).tokenizer
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..assembly import torch_dtype
+from ..checkpoint.files import make_folder, replacing, write_text
 from ..checkpoint.ledger import STATES
-from ..checkpoint.writer import CheckpointWriter, write_text
+from ..checkpoint.writer import CheckpointWriter
 from ..converted_ffn import ConvertedFfn, dense_outputs
 from ..errors import CheckpointError, RefusedError
 from ..progress import ProgressCallback
@@ -68,7 +69,7 @@ class Session:
     def begin(self, layer: int) -> int:
         """Prepare to convert ``layer``, the first that is not finished; the layer to begin with: it, or 0."""
         assert self.plan.calibration is not None
-        self.folder.mkdir(exist_ok=True)
+        make_folder(self.folder)
         text = self._text = self._prepare_text()
         gradients = self._gradients(text) if self.plan.calibration.gradients else None
         self._walk = Walk(
@@ -223,7 +224,7 @@ def _tokenizer(plan: SplitPlan, scratch: Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = scratch / "tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     plan.model.checkpoint.save_tokenizer(folder)
     write_text(folder / "config.json", json.dumps(dict(plan.model.checkpoint.config)))
     try:
@@ -255,7 +256,8 @@ def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:
 def _save_text(folder: Path, text: CalibrationText) -> None:
     import numpy as np
 
-    np.save(folder / _IDS, text.ids_ST)
+    with replacing(folder / _IDS) as file:
+        np.save(file, text.ids_ST)
     data = {
         "facts": text.facts,
         "domains": text.domains_S,

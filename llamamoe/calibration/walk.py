@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.files import set_size
 from ..errors import LlamaMoeError
 from ..layer import FfnWeights
 from ..streaming import LayerRunner, StreamedModel
@@ -195,6 +196,5 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> to
     for n in shape:
         size *= n
     nbytes = size * dtype.itemsize
-    if path.exists() and path.stat().st_size != nbytes:
-        path.unlink()
+    set_size(path, nbytes)  # what torch opens by name is a plain file of ours then
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

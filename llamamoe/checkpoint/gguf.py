@@ -16,6 +16,7 @@ from ..errors import CheckpointError, UsageError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from . import gguf_tokenizer
 from .base import DTYPE_BYTES, TensorInfo
+from .files import replacing, write_text
 from .gguf_config import build_config, layout_of, tensor_table
 from .gguf_header import GgufTensor, read_header, require_gguf
 from .layout import shard_header
@@ -207,14 +208,14 @@ def _write_config(config: dict[str, Any], path: Path, dtype: str) -> None:
     both = {k: v for k, v in config.items() if k != "dtype"}
     both |= {"rope_theta": theta, "rope_scaling": rope if rope["rope_type"] != "default" else None}
     both |= {"torch_dtype": _TORCH_NAMES[dtype]}
-    path.write_text(json.dumps(both, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(both, indent=2) + "\n")
 
 
 def _write_weights(source: GgufCheckpoint, path: Path, dtype: str, progress: ProgressCallback) -> None:
     """One safetensors file, its header planned ahead, its tensors written as they are read."""
     width = DTYPE_BYTES[dtype]
     header, _ = shard_header({n: (dtype, info.shape, info.numel * width) for n, info in source.tensors.items()})
-    with path.open("wb") as file:
+    with replacing(path) as file:
         file.write(header)
         for done, name in enumerate(source.tensors, 1):
             file.write(_bytes(source.read(name), name, dtype))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .files import copy_file, write_text
 from .gguf_config import token_ids
 from .gguf_header import GgufHeader
 from .paths import inside
@@ -106,7 +106,7 @@ def save(header: GgufHeader, folder: Path | None, out: Path) -> list[str]:
         given = files(folder)
         names = [path.name for path in given]
         for path in given:
-            shutil.copyfile(path, out / path.name)
+            copy_file(path, out / path.name)
     elif header.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         names = []
     else:
@@ -127,7 +127,7 @@ def _refuse(header: GgufHeader, reason: str) -> None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def _check_vocabulary(header: GgufHeader, vocab_size: int) -> None:

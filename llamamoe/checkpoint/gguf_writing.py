@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaMoeError
 from ..progress import Progress, ProgressCallback
+from .files import replacing_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,20 +59,16 @@ def write_tensors(writer: GGUFWriter, tensors: Sequence[GgufOut], out: Path, pro
         kind = GGMLQuantizationType[each.kind]
         # The dtype only tells packed from plain shapes: what is stored is `kind`.
         writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=kind)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_header_to_file(unfinished)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for done, each in enumerate(tensors, start=1):
-            writer.write_tensor_data(_packed(each))
-            progress(Progress("export", done, len(tensors), "tensor", each.name))
-        writer.flush()
-        for file in writer.fout or ():
-            os.fsync(file.fileno())
-        writer.close()
-        unfinished.replace(out)
+        with replacing_path(out) as unfinished:
+            writer.write_header_to_file(unfinished)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for done, each in enumerate(tensors, start=1):
+                writer.write_tensor_data(_packed(each))
+                progress(Progress("export", done, len(tensors), "tensor", each.name))
+            writer.close()
     except OSError as error:
         raise LlamaMoeError(
             f"writing {out} failed: {error.strerror or error}.",
@@ -81,8 +76,6 @@ def write_tensors(writer: GGUFWriter, tensors: Sequence[GgufOut], out: Path, pro
         ) from error
     finally:
         writer.close()
-        with suppress(OSError):
-            unfinished.unlink()
 
 
 def _packed(tensor: GgufOut) -> np.ndarray[Any, Any]:

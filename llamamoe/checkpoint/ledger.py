@@ -6,7 +6,7 @@ after the tensors are on disk. The file is locked while a process works in the f
 
 from __future__ import annotations
 
-import fcntl
+import io
 import json
 import os
 import shutil
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RefusedError
+from .files import InUseError, check_plain, is_locked, lock, open_append, remove_temporaries
 
 LEDGER = ".ledger.jsonl"
 STATES = ".calibration"
@@ -49,6 +50,8 @@ class Ledger:
     def __init__(self, folder: Path, fingerprint: str, *, resume: bool, restart: bool) -> None:
         self.folder = folder
         if folder.exists() and not (resume or restart):
+            if is_locked(folder / LEDGER):
+                raise in_use(folder)
             raise RefusedError(
                 f"{folder} is left from a run that was stopped.",
                 hint="--resume finishes it; --force starts again.",
@@ -59,7 +62,7 @@ class Ledger:
                 hint="Choose another OUT, or move it away.",
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / LEDGER).open("a+", encoding="utf-8", errors="surrogateescape")
+        self._file = io.TextIOWrapper(open_append(folder / LEDGER), encoding="utf-8", errors="surrogateescape")
         try:
             self._lock()
             self._begin(fingerprint, restart)
@@ -69,13 +72,14 @@ class Ledger:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RefusedError(
-                f"another process is writing {self.folder}.", hint="Wait for it, or choose another OUT."
-            ) from None
+            lock(self._file)
+        except InUseError:
+            raise in_use(self.folder) from None
 
     def _begin(self, fingerprint: str, restart: bool) -> None:
+        if not restart:
+            check_plain(self.folder)
+            remove_temporaries(self.folder)
         lines = [] if restart else self._read()
         if not lines:  # also where the ledger is gone: what lies there is of unknown origin
             self._clear()
@@ -89,9 +93,16 @@ class Ledger:
         self.units: dict[str, dict[str, Any]] = {line["unit"]: line for line in lines[1:]}
 
     def _clear(self) -> None:
+        folders = [path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink()]
+        foreign = sorted(path.name for path in folders if path.name != STATES)
+        if foreign:
+            raise RefusedError(
+                f"{self.folder} also holds the folder {foreign[0]!r}, which is not llamamoe's: nothing was removed.",
+                hint="Move it away, or choose another OUT.",
+            )
         self._file.truncate(0)
         for path in self.folder.iterdir():
-            if path.name == STATES and path.is_dir() and not path.is_symlink():
+            if path in folders:
                 shutil.rmtree(path)
             elif path.name != LEDGER:
                 path.unlink()
@@ -119,6 +130,11 @@ class Ledger:
     def close(self) -> None:
         """Close the file, which also gives up the lock."""
         self._file.close()
+
+
+def in_use(folder: Path) -> RefusedError:
+    """Return the refusal of a folder that another process writes."""
+    return RefusedError(f"another process is writing {folder}.", hint="Wait for it, or choose another OUT.")
 
 
 def _check(lines: list[dict[str, Any]]) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from .base import TensorInfo
+from .files import copy_file
 from .headers import read_header
 from .paths import inside, shown
 
@@ -168,7 +168,7 @@ class SafetensorsCheckpoint:
         copied = []
         for name in (*SIDE_FILES, *LICENSE_FILES):
             if (self.path / name).is_file():
-                shutil.copyfile(self._inside(name), out / name)
+                copy_file(self._inside(name), out / name)
                 copied.append(name)
         return copied
 

@@ -18,9 +18,10 @@ from ..hub import Location, locate
 from ..preflight import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .card import derived_card
+from .files import write_text
 from .layout import Shards, index_json
 from .reader import INDEX, SINGLE, SafetensorsCheckpoint
-from .writer import CheckpointWriter, write_text
+from .writer import CheckpointWriter
 
 if TYPE_CHECKING:
     import torch

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import RefusedError
+from .files import open_update, remove_temporaries, sync_path
 from .layout import Slot, shard_header
 from .ledger import LEDGER, Ledger, partial_path, replaced_path
 
@@ -91,9 +92,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         try:
             for file, (head, size) in self._headers.items():
-                path = self.path / file
-                handle = path.open("r+b" if path.exists() else "w+b", buffering=0)
-                self._files[file] = handle
+                handle = self._files[file] = open_update(self.path / file)
                 if os.fstat(handle.fileno()).st_size != size:
                     handle.truncate(size)
                 _write_at(handle, 0, memoryview(head))
@@ -216,10 +215,11 @@ class CheckpointWriter:
         Args:
             replace: An existing ``OUT`` is moved aside first and removed after the rename.
         """
+        remove_temporaries(self.path)
         for path in self.path.iterdir():
-            _sync(path)
+            sync_path(path)
         (self.path / LEDGER).unlink(missing_ok=True)
-        _sync(self.path)
+        sync_path(self.path)
         old = replaced_path(self.out)
         if self.out.exists() and any(self.out.iterdir()):
             if not replace:
@@ -235,7 +235,7 @@ class CheckpointWriter:
             if old.exists():
                 old.rename(self.out)
             raise
-        _sync(self.out.parent)
+        sync_path(self.out.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -275,18 +275,3 @@ def _hash_slot(path: Path, slot: Slot) -> str | None:
     except OSError:
         return None
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole: into a temporary file beside it, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -14,9 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.ledger import LEDGER, partial_path
+from ..checkpoint.files import is_locked, write_text
+from ..checkpoint.ledger import LEDGER, in_use, partial_path
 from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
-from .shard_writer import file_sha256, sync_path
+from .shard_writer import file_sha256
 from .token_index import TokenIndex
 from .token_merge import WORK, assemble, check_out, publish
 from .token_plan import plan_tokenize
@@ -57,6 +58,8 @@ class TokenizeFiles(PipelineStep):  # type: ignore[misc]  # datatrove is optiona
             )
         self.recipe, self.out, self.strict = recipe, Path(out).absolute(), strict
         check_out(self.out)
+        if is_locked(partial_path(self.out) / LEDGER):
+            raise in_use(partial_path(self.out))
         if (partial_path(self.out) / LEDGER).exists():
             raise RefusedError(
                 f"{partial_path(self.out)} is left from a run of llamamoe tokenize.",
@@ -147,9 +150,4 @@ def _finished(work: Path, unit: Unit, fingerprint: str) -> UnitRecord | None:
 
 
 def _keep(work: Path, unit: Unit, fingerprint: str, record: UnitRecord) -> None:
-    path = work / unit.name / RECORD
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"fingerprint": fingerprint, "record": record.to_json()}), encoding="utf-8")
-    sync_path(temporary)
-    temporary.replace(path)
-    sync_path(path.parent)
+    write_text(work / unit.name / RECORD, json.dumps({"fingerprint": fingerprint, "record": record.to_json()}))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..checkpoint.files import open_append, sync_path
 from .token_index import DomainEntry, ShardEntry
 
 BUFFER_TOKENS = 1 << 20
@@ -61,7 +61,7 @@ class DomainWriter:
         while len(ids):
             piece, ids = np.split(ids, [min(self._most - self._length, len(ids))])
             data = piece.astype(self.dtype, copy=False).tobytes()
-            with (self._folder / self._file).open("ab") as file:  # not held open: there may be thousands of domains
+            with open_append(self._folder / self._file) as file:  # not held open: there may be thousands of domains
                 file.write(data)
             self._digest.update(data)
             self._length += len(piece)
@@ -73,15 +73,6 @@ class DomainWriter:
         entry = ShardEntry(file=self._file, tokens=self._length, sha256=self._digest.hexdigest())
         self._shards.append(entry)
         self._digest, self._length = hashlib.sha256(), 0
-
-
-def sync_path(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_sha256(path: Path) -> str | None:

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..checkpoint.files import remove_temporaries, sync_path, write_text
 from ..checkpoint.ledger import LEDGER
 from ..errors import LlamaMoeError, RefusedError
-from .shard_writer import sync_path
 from .token_index import (
     INDEX_FILE,
     TRAIN,
@@ -88,8 +88,8 @@ def assemble(
             source.replace(target)
     for folder in {(partial / place).parent for place in places.values()}:
         sync_path(folder)
-    _write(partial / RECIPE_FILE, plan.recipe.to_yaml())
-    _write(partial / INDEX_FILE, index.to_json())
+    write_text(partial / RECIPE_FILE, plan.recipe.to_yaml())
+    write_text(partial / INDEX_FILE, index.to_json())
     sync_path(partial)
     return index
 
@@ -101,6 +101,7 @@ def publish(partial: Path, out: Path) -> None:
         RefusedError: Somebody filled it meanwhile.
     """
     shutil.rmtree(partial / WORK, ignore_errors=True)
+    remove_temporaries(partial)
     if out.exists():
         if any(out.iterdir()):
             raise RefusedError(f"OUT ({out}) was filled by somebody else meanwhile.", hint="Choose another name.")
@@ -184,10 +185,3 @@ def _check(index: TokenIndex, plan: TokenizePlan) -> None:
         raise LlamaMoeError(
             f"All documents of {', '.join(emptied)} would be held out for validation.", hint="Hold out less."
         )
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync_path(temporary)
-    temporary.replace(path)

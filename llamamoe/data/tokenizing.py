@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.files import make_folder, sync_path
 from ..errors import LlamaMoeError
-from .shard_writer import DomainWriter, file_sha256, sync_path
+from .shard_writer import DomainWriter, file_sha256
 from .text import Document, read_files
 from .token_index import TRAIN, VALIDATION, DomainEntry, ShardEntry, domain_folder
 from .vocabulary import Vocabulary
@@ -147,7 +148,7 @@ def tokenize_unit(unit: Unit, settings: Settings, tokenizer: Any) -> UnitRecord:
         LlamaMoeError: A file cannot be read or is damaged, or with ``strict`` a row holds no usable text.
         OSError: The shards cannot be written.
     """
-    settings.work.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.work)
     folder = Path(tempfile.mkdtemp(prefix=f"{unit.name}.", dir=settings.work))
     try:
         record = UnitRecord()

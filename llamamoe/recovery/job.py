@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..assembly import torch_dtype
+from ..checkpoint.files import set_size
 from ..converted_ffn import dense_outputs
 from .block import NativeFfn, load_ffn
 from .plan import HealPlan, config_of
@@ -42,7 +43,7 @@ def parent_outputs(inputs: LayerInputs, ffn: FfnWeights, dtype: torch.dtype, pat
     if path is None:
         aims_TH = torch.empty(shape, dtype=dtype)
     else:
-        path.unlink(missing_ok=True)
+        set_size(path, shape[0] * shape[1] * dtype.itemsize)
         aims_TH = torch.from_file(str(path), shared=True, size=shape[0] * shape[1], dtype=dtype).view(shape)
     for part, y_BH in zip(inputs.batches(), dense_outputs(inputs, ffn), strict=True):
         aims_TH[part] = y_BH.to("cpu", dtype)

@@ -13,6 +13,7 @@ from ..assembly import torch_dtype
 from ..calibration.compute import Compute
 from ..calibration.text import CalibrationText
 from ..calibration.walk import Walk, read_ffn
+from ..checkpoint.files import make_folder
 from ..checkpoint.ledger import STATES, partial_path
 from ..checkpoint.writer import CheckpointWriter
 from ..progress import Progress, ProgressCallback
@@ -99,7 +100,7 @@ class LayerRun:
     def _walk(self) -> Walk:
         place = None
         if self.plan.states_in_files:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             place = self._folder
         norm = f"model.layers.{self.plan.layers[0]}.post_attention_layernorm.weight"
         stored = torch_dtype(self.plan.checkpoint.tensors[norm].dtype)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import platform
 import re
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..checkpoint.files import copy_file, open_append, write_text
 from ..checkpoint.ledger import LEDGER, partial_path
 from ..checkpoint.reader import INDEX
-from ..checkpoint.writer import write_text
 from ..config_compat import missing_keys
 from ..errors import RefusedError
 from ..mixing import rescaled_block
@@ -46,14 +45,14 @@ def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
 def _mark_finished(partial: Path) -> None:
     """Own up to a folder that a kill left between the end of its ledger and its new name: it begins again."""
     if partial.is_dir() and not partial.is_symlink() and (partial / RECEIPT_FILE).is_file():
-        (partial / LEDGER).touch()
+        open_append(partial / LEDGER).close()
 
 
 def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any]) -> None:
     """Everything but weights and receipt."""
     plan.checkpoint.save_tokenizer(folder)
     if (plan.checkpoint.path / INDEX).is_file():
-        shutil.copyfile(plan.checkpoint.path / INDEX, folder / INDEX)
+        copy_file(plan.checkpoint.path / INDEX, folder / INDEX)
     write_text(folder / "config.json", json.dumps(healed_config(plan, receipt), indent=2, ensure_ascii=False) + "\n")
     write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
     write_text(folder / "README.md", healed_card(plan, receipt))

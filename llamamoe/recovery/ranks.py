@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..checkpoint.files import make_folder, save_tensors
 from ..errors import LlamaMoeError, UsageError
 
 if TYPE_CHECKING:
@@ -142,14 +143,8 @@ class Handoff:
 
     def give(self, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Write the layer, whole or not at all."""
-        from safetensors.torch import save_file
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._path(layer).with_suffix(".tmp")
-        save_file(tensors, temporary, {"facts": json.dumps(facts)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self._path(layer))
+        make_folder(self.folder)
+        save_tensors(self._path(layer), tensors, {"facts": json.dumps(facts)})
 
     def take(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Read the layer."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.compute import Compute, choose_compute
 from ..calibration.session import make_text, with_clusters
 from ..calibration.text import CalibrationText, shared_documents
+from ..checkpoint.files import make_folder
 from ..errors import UsageError
 from ..evaluation import pick_device, scoring_plan
 from ..hub import Location
@@ -189,7 +189,7 @@ class Engine:
         assert cell.plan is not None
         name = cell.label.replace("/", "_").replace(" ", "_").replace(",", "")
         folder = self.out / _CHECKPOINTS / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         split(self.location.path, folder, cell.plan.recipe, force=True, progress=progress)
         found = evaluate(
             folder,
@@ -204,7 +204,7 @@ class Engine:
 
     def _work(self) -> Path:
         folder = self.out / _WORK
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return folder
 
     def _gradients(self, plan: SplitPlan, text: CalibrationText | None) -> GradientStore | None:
@@ -225,7 +225,13 @@ class Engine:
 
     def close(self) -> None:
         """Delete what only the run needed."""
-        shutil.rmtree(self.out / _WORK, ignore_errors=True)
+        from ..calibration.gradients import remove_gradients
+
+        folder = self.out / _WORK
+        if not folder.is_symlink():
+            remove_gradients(folder / "gradients")
+            with suppress(OSError):  # it is not there, or holds something else
+                folder.rmdir()
 
 
 def _result(cell: Cell, scores: ModelScores) -> dict[str, Any]:

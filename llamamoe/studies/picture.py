@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.files import replacing
 from ..errors import LlamaMoeError, MissingExtraError
 from .recipe import ORACLE
 from .table import Comparison, Row, number
@@ -71,7 +72,8 @@ def draw(found: Comparison, folder: Path) -> dict[str, str]:
         for kind in ("svg", "png"):
             files[kind] = f"comparison.{kind}"
             metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-            figure.savefig(folder / files[kind], dpi=150, facecolor="white", metadata=metadata)
+            with replacing(folder / files[kind]) as file:
+                figure.savefig(file, format=kind, dpi=150, facecolor="white", metadata=metadata)
     return files
 
 

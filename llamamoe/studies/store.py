@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..checkpoint.writer import write_text
+from ..checkpoint.files import make_folder, write_text
 from ..errors import LlamaMoeError
 from .cells import Cell
 
@@ -128,7 +128,7 @@ def write_file(path: Path, text: str) -> None:
         LlamaMoeError: The system does not let us.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_text(path, text)
     except OSError as error:
         raise LlamaMoeError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.writer import write_text
+from ..checkpoint.files import save_tensors, write_text
 from ..errors import LlamaMoeError
 
 if TYPE_CHECKING:
@@ -139,12 +139,10 @@ class Dynamics:
 
     def save(self, folder: Path, step: int) -> None:
         """Write the state into the checkpoint of a step."""
-        from safetensors.torch import save_file
-
         write_text(folder / STATE, json.dumps({"mixture": self.sampler.state_dict(step)}, indent=1) + "\n")
         state = {key: value.detach().cpu().contiguous() for key, value in self.gate.state_dict().items()}
         if state:
-            save_file(state, folder / GATE)
+            save_tensors(folder / GATE, state)
 
     def load(self, folder: Path) -> None:
         """Read it back."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..checkpoint.files import write_text
 from ..checkpoint.reader import SafetensorsCheckpoint
-from ..checkpoint.writer import write_text
 from ..errors import LlamaMoeError
 from ..streaming import quiet_transformers
 from .model import finish_folder

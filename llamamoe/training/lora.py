@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.files import save_tensors
 from ..errors import MissingExtraError
 from .moe_layers import CORRECTION_BIAS
 
@@ -54,9 +55,7 @@ def _is_router(name: str) -> bool:
 
 def save_rest(model: Any, folder: Path) -> None:
     """Write what changes beside the adapters, routers and selection biases, which peft leaves out of its checkpoints."""
-    from safetensors.torch import save_file
-
-    save_file({name: value.detach().cpu().contiguous() for name, value in _rest(model)}, folder / REST)
+    save_tensors(folder / REST, {name: value.detach().cpu().contiguous() for name, value in _rest(model)})
 
 
 def load_rest(model: Any, folder: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.files import open_append, write_text
 from ..errors import LlamaMoeError
 from ..wide import wide
 
@@ -88,9 +88,7 @@ class MetricsFile:
         if not self._writes or not self.path.exists():
             return
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any]:
         """Append a line; returns it.
@@ -101,8 +99,8 @@ class MetricsFile:
         line = {"step": step, **values, TIMES: {"seconds": round(time.monotonic() - self._started, 3), **times}}
         if self._writes:
             try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                with open_append(self.path) as file:
+                    file.write((json.dumps(line) + "\n").encode("utf-8"))
             except OSError as error:
                 raise LlamaMoeError(
                     f"step {step}: {self.path} cannot be written: {error.strerror or error}.",

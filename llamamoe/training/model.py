@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint, read_json
-from ..checkpoint.writer import write_text
 from ..config_compat import missing_keys
 from ..errors import CheckpointError, RefusedError
 from ..sources import SOURCES
@@ -113,7 +112,7 @@ def finish_folder(folder: Path, source: Path, facts: dict[str, Any] | None = Non
     """
     for name in (*SIDE_FILES, *LICENSE_FILES):
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            copy_file(source / name, folder / name)
     path = folder / "config.json"
     if not path.exists():  # an adapter's folder
         return

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.writer import write_text
+from ..checkpoint.files import InUseError, lock, open_append, write_text
 from ..errors import LlamaMoeError, UsageError
 from .metrics import read_lines
 
@@ -35,22 +35,21 @@ def locked(folder: Path) -> Iterator[None]:
         UsageError: Another run holds it.
         LlamaMoeError: The folder cannot be made.
     """
-    from filelock import FileLock, Timeout
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(
-            f"another run is working in {folder}.", hint="Wait for it or stop it, or give another --out."
-        ) from None
+        file = open_append(folder / ".lock")
     except OSError as error:
         raise LlamaMoeError(f"{folder} cannot be used: {error.strerror or error}.") from None
-    try:
+    with file:
+        try:
+            lock(file)
+        except InUseError:
+            raise UsageError(
+                f"another run is working in {folder}.", hint="Wait for it or stop it, or give another --out."
+            ) from None
+        except OSError as error:
+            raise LlamaMoeError(f"{folder} cannot be locked: {error.strerror or error}.") from None
         yield
-    finally:
-        lock.release()
 
 
 def step_of(checkpoint: Path) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from ..checkpoint.writer import write_text
+from ..checkpoint.files import save_tensors, write_text
 from ..errors import CheckpointError
 
 _SCHEDULE = "schedule.json"
@@ -36,7 +36,7 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path, rank: int) -> N
         for key, value in optimizer.state.get(parameter, {}).items():
             local = value.to_local() if isinstance(value, DTensor) else value
             tensors[f"{index}.{key}"] = local.detach().cpu().contiguous()
-    save_file(tensors, _file(folder, rank))
+    save_tensors(_file(folder, rank), tensors)
     if rank == 0:
         state = scheduler.state_dict()
         write_text(folder / _SCHEDULE, json.dumps({key: state[key] for key in _SCHEDULE_KEYS}) + "\n")

@@ -24,7 +24,7 @@ import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 import llamamoe
 from llamamoe import conversion
 from llamamoe.calibration import session, walk
-from llamamoe.checkpoint import ledger, writer
+from llamamoe.checkpoint import files, ledger, writer
 from llamamoe.verification import verify_conversion  # noqa: F401
 
 POINTS: dict[str, tuple[Any, str]] = {
@@ -39,9 +39,9 @@ POINTS: dict[str, tuple[Any, str]] = {
     "save": (session.Session, "_save"),
     "text": (session, "make_text"),
     "rmtree": (shutil, "rmtree"),
-    "copyfile": (shutil, "copyfile"),
-    "write_text": (Path, "write_text"),
-    "replace": (Path, "replace"),
+    "copyfile": (shutil, "copyfileobj"),
+    "write_text": (files, "write_bytes"),
+    "replace": (os, "replace"),
     "rename": (Path, "rename"),
     "unlink": (Path, "unlink"),
     "publish": (writer.CheckpointWriter, "publish"),

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer  # noqa: F401
 
 import llamamoe.calibration.sampled
 import llamamoe.scoring  # noqa: F401
-from llamamoe.checkpoint import ledger, writer
+from llamamoe.checkpoint import files, ledger, writer
 from llamamoe.healing import heal
 from llamamoe.recovery import layers, training
 from llamamoe.recovery.ranks import Handoff
@@ -30,7 +30,7 @@ POINTS: Points = {
     "layer": (layers, "heal_layer"),
     "loss": (training._Joint, "__call__"),
     "give": (Handoff, "give"),
-    "write_text": (Path, "write_text"),
+    "write_text": (files, "write_bytes"),
     "rename": (Path, "rename"),
     "publish": (writer.CheckpointWriter, "publish"),
 }

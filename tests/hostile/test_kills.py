@@ -207,7 +207,7 @@ def test_resume_with_something_else_is_refused(
     assert digests(stopped.with_name("out.partial")) == before
 
 
-@pytest.mark.parametrize("keys", [{"resume": True}, {"force": True}])
+@pytest.mark.parametrize("keys", [{}, {"resume": True}, {"force": True}])
 def test_two_processes_at_once(convert: Convert, whole: Whole, stopped: Path, keys: dict[str, bool]) -> None:
     with ledger(stopped).open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -216,7 +216,7 @@ def test_two_processes_at_once(convert: Convert, whole: Whole, stopped: Path, ke
         assert (name, code) == ("RefusedError", 3)
         assert "another process is writing" in text
         assert digests(stopped.with_name("out.partial")) == before
-    assert convert(whole[0], stopped, **keys)["error"] is None
+    assert convert(whole[0], stopped, **(keys or {"resume": True}))["error"] is None
 
 
 def test_resume_of_nothing_begins(source: Path, tmp_path: Path) -> None:

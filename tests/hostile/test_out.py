@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -241,19 +240,17 @@ def without_receipt(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in digests(folder).items() if name != "llamamoe_receipt.json"}
 
 
-@pytest.mark.parametrize("file", ["config.json.tmp", "llamamoe_recipe.yaml.tmp", "README.md.tmp", "tokenizer.json"])
+@pytest.mark.parametrize("file", ["config.json", "llamamoe_recipe.yaml", "README.md", "tokenizer.json"])
 def test_write_errors_of_small_files(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
-    def failing(real: Callable[..., Any], place: int) -> Callable[..., Any]:
-        def call(*args: Any, **keys: Any) -> Any:
-            if Path(args[place]).name == file and Path(args[place]).parent.name == "out.partial":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[place]))
-            return real(*args, **keys)
+    real = os.replace
 
-        return call
+    def failing(old: Path, new: Path) -> None:
+        if new == tmp_path / "out.partial" / file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(old))
+        real(old, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", failing(Path.write_text, 0))
-        patch.setattr(shutil, "copyfile", failing(shutil.copyfile, 1))
+        patch.setattr(os, "replace", failing)
         with pytest.raises(LlamaMoeError, match="No space left") as caught:
             llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
     assert caught.value.exit_code == 1
@@ -289,3 +286,63 @@ def test_failing_progress_callback_leaves_what_resume_finishes(source: Path, tmp
         llamamoe.split(source, tmp_path / "out", recipe(), progress=fail)
     assert not (tmp_path / "out").exists()
     llamamoe.split(source, tmp_path / "out", recipe(), verify=False, resume=True)
+
+
+# ---- links in a folder that was handed over ------------------------------------------------------------------------
+
+LINKS = ["model.safetensors", "config.json", "config.json.tmp", "llamamoe_recipe.yaml.tmp", "tokenizer.json", LEDGER]
+
+
+def stop(source: Path, out: Path) -> Path:
+    """Leave a run that stopped after its first layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        break_call(patch, "fdatasync", 3)
+        with pytest.raises(LlamaMoeError):
+            llamamoe.split(source, out, recipe(), verify=False)
+    return out.with_name("out.partial")
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("kind", [Path.symlink_to, Path.hardlink_to])
+def test_resume_refuses_a_folder_with_a_link(source: Path, tmp_path: Path, name: str, kind: Any) -> None:
+    partial, precious = stop(source, tmp_path / "out"), tmp_path / "precious"
+    precious.write_bytes((partial / name).read_bytes() if (partial / name).exists() else b"mine")
+    content = precious.read_bytes()
+    (partial / name).unlink(missing_ok=True)
+    kind(partial / name, precious)
+    before = digests(partial)
+    with pytest.raises(RefusedError, match="link") as caught:
+        llamamoe.split(source, tmp_path / "out", recipe(), resume=True, verify=False)
+    assert name in str(caught.value)
+    assert precious.read_bytes() == content
+    assert digests(partial) == before
+    (partial / name).unlink()
+    if name != LEDGER:  # without it nothing tells whose the folder is
+        llamamoe.split(source, tmp_path / "out", recipe(), resume=True, verify=False)
+
+
+@pytest.mark.parametrize("name", [name for name in LINKS if name != LEDGER])
+def test_force_removes_links_and_not_what_they_point_to(source: Path, tmp_path: Path, name: str) -> None:
+    partial, precious = stop(source, tmp_path / "out"), tmp_path / "precious"
+    precious.write_text("mine")
+    (partial / name).unlink(missing_ok=True)
+    (partial / name).symlink_to(precious)
+    llamamoe.split(source, tmp_path / "out", recipe(), force=True, verify=False)
+    assert precious.read_text() == "mine"
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_force_removes_no_folder_that_is_not_ours(source: Path, tmp_path: Path) -> None:
+    partial = stop(source, tmp_path / "out")
+    (partial / "notes").mkdir()
+    before = digests(partial)
+    with pytest.raises(RefusedError, match="'notes'"):
+        llamamoe.split(source, tmp_path / "out", recipe(), force=True, verify=False)
+    assert digests(partial) == before
+
+
+def test_what_a_kill_left_of_a_small_file_is_not_published(source: Path, tmp_path: Path) -> None:
+    partial = stop(source, tmp_path / "out")
+    (partial / f".llamamoe-{'0' * 16}.tmp").write_text("half")
+    llamamoe.split(source, tmp_path / "out", recipe(), resume=True, verify=False)
+    assert not list((tmp_path / "out").glob(".*"))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamamoe import plan_pretraining, pretrain, tokenize
 from llamamoe.data.token_recipe import load_tokenize_recipe
 from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, StoppedError, UsageError
+from llamamoe.training import metrics
 from llamamoe.training.run_folder import checkpoints, locked, step_of
 
 from .runs import BLOCK, lines_of, make_text, make_tokens, make_world, recipe_of, start
@@ -454,16 +455,16 @@ def test_what_is_not_the_disks_is_not_blamed_on_it(
 def test_a_full_disk_under_the_metrics_is_told_and_resumed(
     world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Path.open
+    original = metrics.open_append
 
-    def full(self: Path, mode: str = "r", *rest: Any, **keys: Any) -> Any:
-        if self.name == "metrics.jsonl" and mode == "a" and (self.parent / "checkpoint-4").exists():
-            with original(self, mode, *rest, **keys) as file:
-                file.write('{"step": 5, "ki')
+    def full(path: Path) -> Any:
+        if (path.parent / "checkpoint-4").exists():
+            with original(path) as file:
+                file.write(b'{"step": 5, "ki')
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(self, mode, *rest, **keys)
+        return original(path)
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(metrics, "open_append", full)
     with pytest.raises(LlamaMoeError, match=r"step 5: .*metrics.jsonl cannot be written: No space left"):
         pretrain(everything(world), tmp_path / "run")
     monkeypatch.undo()

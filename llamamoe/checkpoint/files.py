@@ -1,0 +1,240 @@
+"""The one place where files are opened for writing.
+
+A folder that was handed over may hold links to files elsewhere, under any name. Nothing here writes through one: files
+that are replaced are written under a random name that did not exist and renamed, and files that are opened again must be
+plain files with one name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from ..errors import RefusedError
+
+if TYPE_CHECKING:
+    import torch
+
+_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no link, no wait for the other end of a pipe
+_MODE = 0o666  # less the umask, as for every file that `open` makes
+_TEMPORARY = re.compile(r"\.llamamoe-[0-9a-f]{16}\.tmp")
+_COPY_BYTES = 2**20
+
+
+class InUseError(Exception):
+    """Another process holds a lock."""
+
+
+# ---- whole files ---------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file in UTF-8, whole or not at all; see `replacing`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file, whole or not at all; see `replacing`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of a file, whole or not at all; see `replacing`."""
+    with source.open("rb") as read, replacing(target) as file:
+        shutil.copyfileobj(read, file, _COPY_BYTES)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all; see `replacing`."""
+    from safetensors.torch import save_file
+
+    with replacing_path(path) as temporary:
+        save_file(dict(tensors), temporary, metadata)
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
+    """Open a new file that takes the name ``path`` when the block ends without an error.
+
+    Until then it lies beside ``path`` under a random name; after an error nothing is left. What had the name before is
+    replaced: of a link the link itself, never what it points to.
+
+    Args:
+        path: The name that the file gets.
+        sync: Wait until file and name are on disk.
+
+    Raises:
+        OSError: The file cannot be made, written or renamed; ``filename`` is ``path``.
+    """
+    with (
+        replacing_path(path, sync=sync) as temporary,
+        os.fdopen(os.open(temporary, os.O_WRONLY | _SAFE), "wb") as file,
+    ):
+        yield file
+
+
+@contextmanager
+def replacing_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Make an empty file for a library that writes by name; the rest is as with `replacing`."""
+    temporary = path.with_name(f".llamamoe-{secrets.token_hex(8)}.tmp")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _SAFE, _MODE))
+        yield temporary
+        if sync:
+            sync_path(temporary)
+        os.replace(temporary, path)
+        if sync:
+            sync_path(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename is not None and Path(error.filename) == temporary:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # the random name tells nothing
+        raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what `replacing` left in a folder when it was killed. Only for a folder that is locked."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+
+
+# ---- files that grow or are filled in place ------------------------------------------------------------------------
+
+
+def open_update(path: Path) -> IO[bytes]:
+    """Open a file for reading and writing in place, unbuffered; an empty one is made if there is none.
+
+    Raises:
+        RefusedError: It is a link, has a second name, or is not a plain file.
+        OSError: It cannot be opened.
+    """
+    return _opened(path, 0, buffering=0)
+
+
+def open_append(path: Path) -> IO[bytes]:
+    """Open a file to add to its end; an empty one is made if there is none.
+
+    Raises:
+        RefusedError: It is a link, has a second name, or is not a plain file.
+        OSError: It cannot be opened.
+    """
+    return _opened(path, os.O_APPEND, buffering=-1)
+
+
+def set_size(path: Path, nbytes: int) -> None:
+    """Give a file a size, for a library that maps it by name; one of another size loses its contents.
+
+    Raises:
+        RefusedError: It is a link, has a second name, or is not a plain file.
+        OSError: It cannot be opened, or the disk is full.
+    """
+    with open_update(path) as file:
+        if os.fstat(file.fileno()).st_size != nbytes:
+            file.truncate(0)
+            file.truncate(nbytes)
+
+
+def _opened(path: Path, flags: int, *, buffering: int) -> IO[bytes]:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | flags | _SAFE, _MODE)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _not_plain(path) from None
+        raise
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        os.close(handle)
+        raise _not_plain(path)
+    return os.fdopen(handle, "r+b", buffering=buffering)
+
+
+def _not_plain(path: Path) -> RefusedError:
+    return RefusedError(
+        f"{path} is {_kind(path)}: llamamoe writes only to plain files of its own.",
+        hint="Remove it, or choose another folder.",
+    )
+
+
+def _kind(path: Path) -> str:
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        return "a symbolic link"
+    if stat.S_ISREG(mode):
+        return "a hard link to a file with another name"
+    return "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of ours in one that was handed over, unless it is there.
+
+    Raises:
+        RefusedError: Its name is a link to a folder elsewhere.
+        OSError: It cannot be made.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise _not_plain(path)
+
+
+def check_plain(folder: Path) -> None:
+    """Refuse a folder in which something is a link, or anything but plain files and folders.
+
+    For folders in which libraries write by name, before they do.
+
+    Raises:
+        RefusedError: Names the first such entry.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            found = (path := Path(place, name)).lstat()
+            plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+            if not plain and not stat.S_ISDIR(found.st_mode):
+                raise _not_plain(path)
+
+
+# ---- locks and the disk --------------------------------------------------------------------------------------------
+
+
+def lock(file: IO[bytes] | IO[str]) -> None:
+    """Take the lock of an open file; it falls when the file is closed, and with the process, however it ends.
+
+    Raises:
+        InUseError: Another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUseError from None
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether another process holds the lock of a file. Changes nothing."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDWR | _SAFE), "rb") as file:
+            lock(file)
+    except InUseError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY | _SAFE)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
