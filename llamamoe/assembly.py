@@ -31,7 +31,8 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.
         return tensor.to(dtype)
     if is_power_of_two(scale):
         return tensor.to(dtype) * scale
-    return (tensor.double() * scale).to(dtype) if tensor.dtype.itemsize > 4 else (tensor.float() * scale).to(dtype)
+    wide = max(tensor.dtype.itemsize, dtype.itemsize) > 4  # a product in float32 would round before float64 does
+    return (tensor.double() if wide else tensor.float()).mul(scale).to(dtype)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def test_killed_again_and_again(start: Start, whole: Any, tmp_path: Path) -> Non
     start(out, ("append", 2))
     for _ in range(12):
         name = rng.choice(["fsync", "append", "replace", "rename"])
-        found = start(out, (name, rng.randint(1, max(2, calls[name] // 3))), resume=True)
+        found = start(out, (name, rng.randint(1, max(2, calls[name] // 6))), resume=True)
         kills += found["killed"]
         if not found["killed"]:
             break
