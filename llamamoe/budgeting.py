@@ -275,5 +275,5 @@ def _task(
             plans.append(sizer.plan(target, sizes))
             costs.append(sizes.share)
     compute = choose_compute(plans[0].recipe, plans[0].source_dtype)
-    text = make_text(plans[0], compute, folder, progress)
+    text = make_text(plans[0], compute, progress)
     return Task(tuple(plans), tuple(costs), text, compute, folder, held_out_tokens, progress)

@@ -22,6 +22,7 @@ from .checkpoint.layout import index_json
 from .checkpoint.ledger import partial_path
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
+from .checkpoint.tokenizer import carry, check_loads, check_parent
 from .checkpoint.writer import CheckpointWriter
 from .dense import understand
 from .errors import RefusedError
@@ -117,6 +118,7 @@ def split(
     check_room(out, decided, resume=resume)
     if decided.recipe.strict:
         _refuse_nonfinite(decided, progress)
+    tokenizer_of_parent = check_parent(checkpoint, decided.config)
     compute = choose_compute(decided.recipe, decided.source_dtype) if decided.calibration else None
     fresh = not (resume and partial_path(out).exists())
     text = read_ahead(decided, compute, progress) if compute and fresh else None
@@ -128,7 +130,7 @@ def split(
         session = Session(decided, compute, writer, progress, text) if compute else None
         infos = _write_weights(decided, writer, session, progress)
         warnings = decided.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
-        _write_side_files(decided, location, writer.path, warnings)
+        _write_side_files(decided, location, writer.path, warnings, tokenizer_of_parent)
         hashes = Hashes(writer.weights_sha256(), writer.unit_sha256())
         receipt = _receipt(decided, location, infos, hashes, warnings)
         if verify:
@@ -240,10 +242,13 @@ def _write_unit(
 # ---- beside the weights -------------------------------------------------------------------------------------------
 
 
-def _write_side_files(decided: SplitPlan, location: Location, folder: Path, warnings: tuple[str, ...]) -> None:
-    copied = decided.model.checkpoint.save_tokenizer(folder)
+def _write_side_files(
+    decided: SplitPlan, location: Location, folder: Path, warnings: tuple[str, ...], tokenizer: Any | None
+) -> None:
     config = decided.config | {"llamamoe": config_block(decided, location)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    copied = carry(decided.model.checkpoint, tokenizer, folder)
+    check_loads(folder)
     write_text(folder / RECIPE_FILE, decided.recipe.to_yaml())
     if len(decided.shards) > 1:
         write_text(folder / INDEX, json.dumps(index_json(decided.shards), indent=2, sort_keys=True) + "\n")

@@ -9,11 +9,28 @@ from pathlib import Path
 
 from .checkpoint.base import Checkpoint
 from .checkpoint.paths import shown
-from .checkpoint.reader import INDEX, LICENSE_FILES, PICKLES, SIDE_FILES, SINGLE, pickle_refusal, read_weight_map
+from .checkpoint.reader import (
+    CHAT_TEMPLATES,
+    INDEX,
+    LICENSE_FILES,
+    PICKLES,
+    SIDE_FILES,
+    SINGLE,
+    pickle_refusal,
+    read_weight_map,
+)
 from .errors import CheckpointError, LlamaMoeError, UsageError
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[\w.-]+(@[\w./-]+)?")
-_SMALL = ["config.json", INDEX, *SIDE_FILES, *LICENSE_FILES, "README.md", "llamamoe_*.json"]
+_SMALL = [
+    "config.json",
+    INDEX,
+    *SIDE_FILES,
+    f"{CHAT_TEMPLATES}/*.jinja",
+    *LICENSE_FILES,
+    "README.md",
+    "llamamoe_*.json",
+]
 _FORMS = "Give a folder, a .gguf file, a hub id (org/name) or hf://org/name@revision."
 
 

@@ -15,6 +15,7 @@ from .assembly import router_dtype
 from .calibration.cost import CalibrationPlan, plan_calibration
 from .checkpoint.base import DTYPE_BYTES
 from .checkpoint.layout import Shards, deal
+from .checkpoint.tokenizer import plan_warnings
 from .choices import complete
 from .costs import Cost, count
 from .dense import DenseModel
@@ -216,7 +217,8 @@ def stored_dtype(model: DenseModel) -> str:
 def _warnings(
     model: DenseModel, recipe: SplitRecipe, layout: MoeLayout, tensors: tuple[OutTensor, ...], dtype: str
 ) -> list[str]:
-    found = []
+    folder = model.checkpoint.path
+    found = plan_warnings(folder, model.spec.vocab_size) if folder.is_dir() else []
     kinds = {model.dtype_of(name) for name in canonical_shapes(model.spec)}
     lossy = sorted(k for k in kinds if k != dtype and dtype != "F32")
     if lossy:

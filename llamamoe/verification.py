@@ -114,6 +114,7 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
     tokenizer = folder if location.path.is_file() else None  # a GGUF's own may be one that cannot be rebuilt
     model = understand(open_checkpoint(location, tokenizer=tokenizer))
     plan = plan_split(model, load_recipe(folder / RECIPE_FILE))
+    _check_tokenizer(plan, folder)
     result = verify_conversion(plan, folder, Hashes.of_receipt(folder), progress)
     if not result.passed:
         raise VerificationError(f"{folder} cannot be verified: {result.note}.")
@@ -133,6 +134,16 @@ def _refuse_others(folder: Path) -> None:
             f"{folder} holds no {RECIPE_FILE}, so it was not written by `llamamoe split`.",
             hint="Give the folder that `llamamoe split` made.",
         )
+
+
+def _check_tokenizer(plan: SplitPlan, folder: Path) -> None:
+    from .checkpoint.tokenizer import check_same, holds_vocabulary, load, parent_tokenizer
+
+    parent = parent_tokenizer(plan.model.checkpoint)
+    if parent is not None:
+        if not holds_vocabulary(folder):
+            raise VerificationError(f"{folder} has no tokenizer, but its parent has one.", hint="Convert it again.")
+        check_same(parent, load(folder), str(folder))
 
 
 def verify_conversion(

@@ -154,6 +154,12 @@ def test_a_trained_model_is_the_sum_of_its_experts(tmp_path: Path) -> None:
 
     world = make_world(tmp_path / "world", num_experts=4, rescale="unit", target="qwen2_moe", shared="1x")
     trained = llamamoe.pretrain(recipe_of(world, "steps=2", precision={"save": "float32"}), tmp_path / "run").model
+    # transformers 5 opens whatever stands beside a qwen2 model as a Qwen2Tokenizer, which this one is not
+    with pytest.raises(CheckpointError, match="cannot be carried over exactly: beside a model of type qwen2"):
+        densify(trained, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    for path in trained.glob("tokenizer*"):
+        path.unlink()
     found = densify(trained, tmp_path / "out")
     assert any("trained with few experts" in each for each in found.warnings)
     assert not found.exact

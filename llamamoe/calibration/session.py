@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..assembly import torch_dtype
 from ..checkpoint.files import make_folder, replacing, write_text
 from ..checkpoint.ledger import STATES
+from ..checkpoint.tokenizer import parent_tokenizer
 from ..checkpoint.writer import CheckpointWriter
 from ..converted_ffn import ConvertedFfn, dense_outputs
 from ..errors import CheckpointError, RefusedError
@@ -140,7 +140,7 @@ class Session:
         known = self._writer.info(UNIT)["calibration"] if self._writer.done(UNIT) else None
         text = _load_text(self.folder)
         if text is None or (known is not None and text.facts != known):
-            text = self._given or make_text(self.plan, self.compute, self.folder, self._progress)
+            text = self._given or make_text(self.plan, self.compute, self._progress)
             text = with_clusters(self.plan, text)
             if known is not None and json.loads(json.dumps(text.facts)) != known:
                 raise RefusedError(
@@ -173,20 +173,18 @@ def read_ahead(plan: SplitPlan, compute: Compute, progress: ProgressCallback) ->
     """
     if plan.recipe.calibration == (AUTO,):
         return None
-    with tempfile.TemporaryDirectory() as scratch:
-        text = make_text(plan, compute, Path(scratch), progress)
+    text = make_text(plan, compute, progress)
     if plan.recipe.strict and text.warnings:
         raise RefusedError("--strict refuses: " + "; ".join(text.warnings) + ".")
     return text
 
 
-def make_text(plan: SplitPlan, compute: Compute, scratch: Path, progress: ProgressCallback) -> CalibrationText:
+def make_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> CalibrationText:
     """The recipe's calibration text in the source's tokens, read from files or sampled from the source.
 
     Args:
         plan: Its recipe says what; its ``calibration`` how much.
         compute: For sampling.
-        scratch: A folder in which the tokenizer may be put.
         progress: Told while text is sampled.
 
     Raises:
@@ -195,7 +193,7 @@ def make_text(plan: SplitPlan, compute: Compute, scratch: Path, progress: Progre
     """
     recipe, sizes, spec = plan.recipe, plan.calibration, plan.model.spec
     assert sizes is not None
-    tokenizer = _tokenizer(plan, scratch)
+    tokenizer = _tokenizer(plan)
     if recipe.calibration == (AUTO,):
         from .sampled import sample_text
 
@@ -220,20 +218,14 @@ def make_text(plan: SplitPlan, compute: Compute, scratch: Path, progress: Progre
     )
 
 
-def _tokenizer(plan: SplitPlan, scratch: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = scratch / "tokenizer"
-    make_folder(folder)
-    plan.model.checkpoint.save_tokenizer(folder)
-    write_text(folder / "config.json", json.dumps(dict(plan.model.checkpoint.config)))
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+def _tokenizer(plan: SplitPlan) -> Any:
+    found = parent_tokenizer(plan.model.checkpoint)
+    if found is None:
         raise CheckpointError(
-            f"the source's tokenizer cannot be loaded, so calibration text cannot be read: {str(error)[:200]}",
+            "the source has no tokenizer, so calibration text cannot be read.",
             hint="Put the tokenizer's files beside the weights, or for a GGUF source give --tokenizer STATES.",
-        ) from None
+        )
+    return found
 
 
 def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .._version import __version__
+from ..errors import CheckpointError
 from ..targets import TARGETS
+from .paths import inside
 
 if TYPE_CHECKING:
     from ..hub import Location
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _INHERITED = ("license", "license_name", "license_link", "language")
 """Keys of a parent's metadata that hold for what is made from it."""
+_HEAD_BYTES, _CARD_BYTES = 2**16, 2**20
+_MOST_NESTED = 16
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,17 +32,43 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 
 def parent_metadata(folder: Path) -> dict[str, Any]:
-    """The YAML block at the head of the parent's model card; empty if there is none."""
+    """What the YAML block at the head of the parent's model card says in plain strings; empty if there is none.
+
+    A card is anybody's text: only its first bytes are read, of a regular file inside the folder, without aliases and
+    without deep nesting.
+    """
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_card(folder, _HEAD_BYTES)
+        found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        data = yaml.safe_load(found[1]) if found and _is_plain(found[1]) else {}
+    except (ValueError, yaml.YAMLError):  # ValueError: a date that does not exist
         return {}
-    found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    if not isinstance(data, dict):
+        return {}
+    return {key: value for key, value in data.items() if isinstance(key, str) and _is_text(value)}
+
+
+def read_card(folder: Path, limit: int = _CARD_BYTES) -> str:
+    """The first bytes of a folder's README.md as text; empty if there is none, or it is not a regular file in it."""
     try:
-        data = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
-        return {}
-    return data if isinstance(data, dict) else {}
+        with inside(folder, "README.md").open("rb") as file:
+            return file.read(limit).decode("utf-8", "ignore").replace("\r\n", "\n")
+    except (OSError, CheckpointError):
+        return ""
+
+
+def _is_plain(text: str) -> bool:
+    """Whether YAML has no aliases and little nesting: looked at event by event, nothing is built."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _MOST_NESTED:
+            return False
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
 
 
 def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -32,6 +33,19 @@ _COPY_BYTES = 2**20
 
 class InUseError(Exception):
     """Another process holds a lock."""
+
+
+_UNSYNCED = ContextVar("unsynced", default=False)
+
+
+@contextmanager
+def unsynced() -> Iterator[None]:
+    """Do not wait for the disk while files are written that are removed again at once."""
+    before = _UNSYNCED.set(True)
+    try:
+        yield
+    finally:
+        _UNSYNCED.reset(before)
 
 
 # ---- whole files ---------------------------------------------------------------------------------------------------
@@ -86,6 +100,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 @contextmanager
 def replacing_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Make an empty file for a library that writes by name; the rest is as with `replacing`."""
+    sync = sync and not _UNSYNCED.get()
     temporary = path.with_name(f".llamamoe-{secrets.token_hex(8)}.tmp")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _SAFE, _MODE))

@@ -18,7 +18,7 @@ from .files import copy_file, write_text
 from .gguf_config import token_ids
 from .gguf_header import GgufHeader
 from .paths import inside
-from .reader import SIDE_FILES, refuse_tokenizer_code
+from .reader import SIDE_FILES, check_side_file, refuse_tokenizer_code
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's types of tokens."""
@@ -73,7 +73,8 @@ def check(header: GgufHeader, folder: Path | None, vocab_size: int) -> list[str]
     if folder is not None:
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json).")
-        files(folder)
+        for path in files(folder):
+            check_side_file(path)
         refuse_tokenizer_code(folder)
         return []
     model = header.metadata.get("tokenizer.ggml.model", "none")

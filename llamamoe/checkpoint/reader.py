@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from .base import TensorInfo
-from .files import copy_file
+from .files import copy_file, make_folder
 from .headers import read_header
 from .paths import inside, shown
 
@@ -22,19 +22,33 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SIDE_FILES = (
+VOCABULARIES = (
     "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+)
+"""Files in which transformers finds a vocabulary."""
+SIDE_FILES = (
+    *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
-    "tokenizer.model",
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
 )
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The folder of further chat templates."""
+SIDE_FILE_BYTES = 256 * 2**20
+"""A tokenizer's largest file has about 40 MB."""
 PICKLES = (".bin", ".pt", ".pth")
+_POINTER = b"version https://git-lfs"
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
@@ -65,6 +79,26 @@ def read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{INDEX} has no usable 'weight_map'.")
     return weight_map
+
+
+def check_side_file(path: Path) -> None:
+    """Refuse a file beside the weights that cannot be what it is called: no regular file, too large, a pointer, no JSON.
+
+    Raises:
+        CheckpointError: It is one of these.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is not a regular file.", hint="Copy the file itself into the folder.")
+    if path.stat().st_size > SIDE_FILE_BYTES:
+        raise CheckpointError(f"{path.name} has {path.stat().st_size:,} bytes; at most {SIDE_FILE_BYTES:,} are read.")
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{path.name} is a pointer of git LFS, not the file itself.",
+                hint="Fetch it in that folder: git lfs pull",
+            )
+    if path.suffix == ".json" and path.name != "chat_template.json":
+        read_json(path)
 
 
 def pickle_refusal(where: str, name: str) -> CheckpointError:
@@ -113,8 +147,9 @@ class SafetensorsCheckpoint:
             self._add(read_header(self._inside(name)))
         self._check_index()
         for name in (*SIDE_FILES, *LICENSE_FILES):
-            if (path / name).is_file():
-                self._inside(name)
+            if (path / name).exists() or (path / name).is_symlink():
+                check_side_file(self._inside(name))
+        self._templates()
         self._open: dict[Path, Any] = {}
 
     def _what_is_there(self) -> str:
@@ -170,7 +205,29 @@ class SafetensorsCheckpoint:
             if (self.path / name).is_file():
                 copy_file(self._inside(name), out / name)
                 copied.append(name)
+        for path in self._templates():
+            make_folder(out / CHAT_TEMPLATES)
+            copy_file(path, out / CHAT_TEMPLATES / path.name)
+            copied.append(f"{CHAT_TEMPLATES}/{path.name}")
         return copied
+
+    def _templates(self) -> list[Path]:
+        """Further chat templates, each a regular file inside the folder."""
+        folder = self.path / CHAT_TEMPLATES
+        if not folder.is_dir():
+            return []
+        if folder.is_symlink():
+            raise CheckpointError(f"{CHAT_TEMPLATES} is a symbolic link: refused.", hint="Copy the folder itself.")
+        found = []
+        for path in sorted(folder.glob("*.jinja")):
+            roots = [self.path.resolve()]
+            if roots[0].parent.name == "snapshots":
+                roots.append(roots[0].parent.parent / "blobs")
+            if not any(path.resolve().is_relative_to(root) for root in roots):
+                raise CheckpointError(f"{path} is a symbolic link out of the folder: refused.", hint="Copy the file.")
+            check_side_file(path)
+            found.append(path)
+        return found
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""

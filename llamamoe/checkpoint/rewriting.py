@@ -21,6 +21,7 @@ from .card import derived_card
 from .files import write_text
 from .layout import Shards, index_json
 from .reader import INDEX, SINGLE, SafetensorsCheckpoint
+from .tokenizer import carry, check_loads, check_parent
 from .writer import CheckpointWriter
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def rewrite(
     place = normal_path(out)
     check_place(place, [*(source.path for source in job.sources), *(each.path for each in job.read_too)], force=force)
     _check_room(job, place, resume=resume, force=force)
+    tokenizer = check_parent(job.base, job.config)
     with (
         system_errors(place),
         CheckpointWriter(
@@ -140,7 +142,7 @@ def rewrite(
             progress(Progress(job.deed, done, len(units), "layer", unit))
         writer.flush()
         receipt = _receipt(job, writer.weights_sha256())
-        _write_side_files(job, writer.path, receipt)
+        _write_side_files(job, writer.path, receipt, tokenizer)
         SafetensorsCheckpoint(writer.path)  # what appears can be opened
         writer.publish(replace=force)
     return receipt
@@ -179,14 +181,15 @@ def _finite(name: str, job: Rewriting) -> torch.Tensor:
     return value
 
 
-def _write_side_files(job: Rewriting, folder: Path, receipt: Mapping[str, Any]) -> None:
-    job.base.save_tokenizer(folder)
+def _write_side_files(job: Rewriting, folder: Path, receipt: Mapping[str, Any], tokenizer: Any | None) -> None:
     if set(job.files()) != {SINGLE}:
         write_text(folder / INDEX, json.dumps(index_json(job.files()), indent=2, sort_keys=True) + "\n")
     block = dict(job.config.get("llamamoe") or {})
     block[job.deed] = [*block.get(job.deed, []), {"version": __version__, **job.facts}]
     config = {**job.config, "llamamoe": block}
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    carry(job.base, tokenizer, folder)
+    check_loads(folder)
     write_text(folder / DERIVED_FILE, json.dumps(receipt, indent=2) + "\n")
     folders, names = [each.path for each in job.checkpoints], [each.name for each in job.sources]
     card = derived_card(folders, names, job.title, job.story, job.warnings, model_type=str(config["model_type"]))

@@ -139,7 +139,12 @@ class TokenCorpus:
 
         other, ours = open_vocabulary(model), self.index
         hint = f"Tokenise the text again with the tokenizer of '{model}'."
-        alike = other.entry.sha256 == ours.tokenizer.sha256 or other.entry.file_sha256 == ours.tokenizer.file_sha256
+        # A folder written before ids_sha256 was kept has hashes of the tokenizer's form only.
+        alike = other.entry.sha256 == ours.tokenizer.sha256 or (
+            other.entry.ids_sha256 == ours.tokenizer.ids_sha256
+            if ours.tokenizer.ids_sha256
+            else other.entry.file_sha256 == ours.tokenizer.file_sha256
+        )
         if not alike:
             raise RefusedError(
                 f"'{self.folder}' was written by the tokenizer of {ours.tokenizer.name}, and '{model}' has another.",

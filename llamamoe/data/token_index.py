@@ -61,11 +61,13 @@ class TokenizerEntry(_Part):
         name: Its folder's name, for people.
         sha256: Of all that decides ids, in a form that saving the tokenizer again does not change.
         file_sha256: Of the bytes of ``tokenizer.json``, or of the files of the vocabulary.
+        ids_sha256: Of vocabulary, merges and the ids of probe text; empty in folders written before it was kept.
     """
 
     name: str
     sha256: str
     file_sha256: str
+    ids_sha256: str = ""
 
 
 class BadRows(_Part):

@@ -47,6 +47,7 @@ def open_vocabulary(folder: str | Path) -> Vocabulary:
         CheckpointError: It holds no tokenizer that can be used: none at all, no fast one, or one without an end of
             sequence.
     """
+    from ..checkpoint.tokenizer import ids_sha256
     from ..scoring import open_model
 
     opened = open_model(Path(folder))
@@ -69,6 +70,7 @@ def open_vocabulary(folder: str | Path) -> Vocabulary:
         name=Path(folder).resolve().name,
         sha256=hashlib.sha256(canonical.encode() + b"split special" * split_special).hexdigest(),
         file_sha256=_files_sha256(Path(folder).expanduser()),
+        ids_sha256=ids_sha256(tokenizer),
     )
     size = 1 + max(tokenizer.get_vocab().values())
     return Vocabulary(canonical, entry, size, opened.bos, tokenizer.eos_token_id, split_special)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..checkpoint.card import read_card
 from ..checkpoint.files import copy_file, open_append, write_text
 from ..checkpoint.ledger import LEDGER, partial_path
 from ..checkpoint.reader import INDEX
+from ..checkpoint.tokenizer import carry, check_loads, parent_tokenizer
 from ..config_compat import missing_keys
 from ..errors import RefusedError
 from ..mixing import rescaled_block
@@ -50,10 +52,11 @@ def _mark_finished(partial: Path) -> None:
 
 def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any]) -> None:
     """Everything but weights and receipt."""
-    plan.checkpoint.save_tokenizer(folder)
     if (plan.checkpoint.path / INDEX).is_file():
         copy_file(plan.checkpoint.path / INDEX, folder / INDEX)
     write_text(folder / "config.json", json.dumps(healed_config(plan, receipt), indent=2, ensure_ascii=False) + "\n")
+    carry(plan.checkpoint, parent_tokenizer(plan.checkpoint), folder)
+    check_loads(folder)
     write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
     write_text(folder / "README.md", healed_card(plan, receipt))
 
@@ -80,8 +83,7 @@ def healed_config(plan: HealPlan, receipt: Mapping[str, Any]) -> dict[str, Any]:
 
 def healed_card(plan: HealPlan, receipt: Mapping[str, Any]) -> str:
     """MODEL's card, what it said of exactness taken back, and a section about the healing."""
-    path = plan.checkpoint.path / "README.md"
-    card = path.read_text(encoding="utf-8").rstrip() if path.is_file() else f"# {plan.model.name}"
+    card = read_card(plan.checkpoint.path).rstrip() or f"# {plan.model.name}"
     card = re.sub(
         r"(?ms)^## Is it the same model\?\n.*?(?=^## |\Z)",
         "## Is it the same model?\n\nNo: its layers were distilled from the parent's after the conversion, see Healed.\n\n",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -94,8 +93,7 @@ class Engine:
         assert plan.calibration is not None
         key: tuple[Any, ...] = (plan.recipe.seed, plan.calibration.length, plan.recipe.calibration_tokens)
         if key not in self._texts:
-            with tempfile.TemporaryDirectory() as scratch:
-                text = make_text(plan, self._compute(plan), Path(scratch), progress)
+            text = make_text(plan, self._compute(plan), progress)
             self._refuse_overlap(text)
             self._texts[key] = text
         return with_clusters(plan, self._texts[key])

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from ..checkpoint.files import write_text
 from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.tokenizer import check_loads
 from ..errors import LlamaMoeError
 from ..streaming import quiet_transformers
 from .model import finish_folder
@@ -39,6 +40,7 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             finish_folder(partial, source, {"trained": receipt["trained"]})
+            check_loads(partial)
             write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())
             write_text(partial / RECEIPT, json.dumps(receipt, indent=1) + "\n")
             shutil.rmtree(final, ignore_errors=True)

@@ -171,13 +171,14 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
 
 
 def _check_tokenizers(parent: Path, student: Path) -> None:
-    from ..data.vocabulary import open_vocabulary
+    from ..checkpoint.tokenizer import difference
+    from ..scoring import open_model
 
-    ours, theirs = (open_vocabulary(each).entry.sha256 for each in (student, parent))
-    if ours != theirs:
+    found = difference(open_model(parent).tokenizer, open_model(student).tokenizer, templates=False)
+    if found:
         raise RefusedError(
-            f"the parent '{parent}' has another tokenizer ({theirs[:12]}) than the model '{student}' ({ours[:12]}): "
-            "the same ids would mean different text.",
+            f"the parent '{parent}' has another tokenizer than the model '{student}': the same ids would mean "
+            f"different text ({found}).",
             hint="Give the dense model that this one was made of, with the tokenizer that belongs to it.",
         )
 

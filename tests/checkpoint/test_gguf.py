@@ -308,7 +308,7 @@ def test_fingerprint_sees_a_replaced_file_and_tokenizer(path: Path, tmp_path: Pa
     folder = tmp_path / "original"
     folder.mkdir()
     seen = {GgufCheckpoint(path).fingerprint()}
-    for text in ("{}", "[]"):
+    for text in ("{}", "{ }"):
         (folder / "tokenizer.json").write_text(text)
         seen.add(GgufCheckpoint(path, tokenizer=folder).fingerprint())
     assert len(seen) == 3

@@ -4,7 +4,7 @@
 
 Each folder holds a checkpoint and ``expected.pt`` with ``input_ids`` and ``logits``. Prints one JSON object:
 folder name to the largest logit difference over the largest logit, the keys that loading complained
-about, and all warnings.
+about, all warnings, and the probe texts that the tokenizer turns into other ids.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Collect(logging.Handler):
@@ -40,7 +40,21 @@ def check(folder: Path) -> dict:
     error = float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
     keys = [str(k) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[kind]]
     logging.getLogger("transformers").removeHandler(collect)
-    return {"error": error, "keys": keys, "warnings": collect.messages}
+    return {"error": error, "keys": keys, "warnings": collect.messages, "ids": other_ids(folder)}
+
+
+def other_ids(folder: Path) -> list[str]:
+    """Texts that become other ids here, or other text when decoded; those expected stand in ``expected_ids.json``."""
+    path = folder / "expected_ids.json"
+    if not path.is_file():
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    found = []
+    for text, (ids, decoded) in json.loads(path.read_text()).items():
+        now = tokenizer(text)["input_ids"]
+        if now != ids or tokenizer.decode(now) != decoded:
+            found.append(text)
+    return found
 
 
 print(json.dumps({"version": transformers.__version__} | {Path(f).name: check(Path(f)) for f in sys.argv[1:]}))

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamamoe.checkpoint.tokenizer import PROBES
 
 PYTHON = os.environ.get("LLAMAMOE_TRANSFORMERS4_PYTHON")
 
@@ -26,5 +28,9 @@ def expect_logits(folder: Path) -> None:
     """Leave beside a checkpoint what it must compute, by the transformers that runs here."""
     ids = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids_of = {text: [tokenizer(text).input_ids, tokenizer.decode(tokenizer(text).input_ids)] for text in PROBES}
+        (folder / "expected_ids.json").write_text(json.dumps(ids_of))
     with torch.no_grad():
         torch.save({"input_ids": ids, "logits": model(ids).logits}, folder / "expected.pt")

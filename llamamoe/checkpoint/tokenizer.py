@@ -1,0 +1,397 @@
+"""A parent's tokenizer, carried over so that the same text gives the same ids.
+
+transformers picks the class of a tokenizer by the model's type and by what ``tokenizer_config.json`` says, and some
+classes build the tokenizer anew instead of reading ``tokenizer.json``. A conversion changes the type. So the parent's
+tokenizer is opened once as transformers opens it, and what came out is written as a ``tokenizer.json`` with the one class
+that transformers 4.57 and 5 both take literally. Then both are compared (see `difference`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, VerificationError
+from .files import unsynced, write_bytes, write_text
+from .reader import VOCABULARIES, read_json
+
+if TYPE_CHECKING:
+    from .base import Checkpoint
+
+LITERAL_CLASS = "PreTrainedTokenizerFast"
+"""Takes ``tokenizer.json`` as it is, in transformers 4.57 and 5, whatever the model's type."""
+REWRITTEN = frozenset({
+    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"
+}) - {"tokenizer.model"}  # fmt: skip
+"""Files whose content stands in the two that are written; copied, they would change what transformers makes of those."""
+PROBES = (
+    "",
+    " ",
+    "a",
+    "Once upon a time, there was a little girl named Lily.",
+    "  two  spaces   lead and   trail  ",
+    "1234567890 3.14159 1,000 007 x86_64",
+    "line\nline\r\n\n\n\tend\n",
+    "I'M, don't, we'll, THEY'RE",
+    "def f(x):\n    return {'a': [x ** 2, -1]}  # O(n)",
+    "Ünï­cödé naïve cafe\u0301 ﬁ ½ \u00a0\u200b",
+    "Привет, мир! 専門家が答える。 안녕하세요 مرحبا नमस्ते ไทย",
+    "😀👩‍👩‍👧 🇩🇪 \U0001f600 \x00\x07 \ufffd",
+    "[INST] <s> </s> <unk> <pad> <|endoftext|> <|im_start|>user\nhi<|im_end|>",
+)
+"""What is tokenised to compare two tokenizers; each one's special tokens are added."""
+_MOST_SPECIAL = 64
+_NAMES = (
+    "bos_token_id",
+    "eos_token_id",
+    "unk_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "mask_token_id",
+)
+
+
+# ---- opening ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _one_error(what: str, folder: Path, by: str = "transformers") -> Iterator[None]:
+    """Whatever a tokenizer's library raises, Rust's panics among it, as one error."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, and panics are no Exception at all
+        # two of the ways in which transformers says that a package is missing
+        text = " ".join(str(error).split())
+        package = next((name for name in ("sentencepiece", "tiktoken", "protobuf") if name in text.lower()), None)
+        only_model = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+        raise CheckpointError(
+            f"{what} cannot be loaded by {by}: {type(error).__name__}: {text[:300]}",
+            hint=f"pip install {package}, or save it once with a tokenizer.json beside the others."
+            if package and only_model
+            else "Mend the file, or copy it again from where the model comes from.",
+        ) from None
+
+
+def load(folder: Path, what: str | None = None) -> Any:
+    """The tokenizer of a folder with a ``config.json``, as transformers opens it; no code of the folder is run.
+
+    Args:
+        folder: Where its files lie.
+        what: Its name in an error.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    from ..streaming import quiet_transformers
+
+    with _one_error(what or f"the tokenizer of '{folder}'", folder), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer("a")
+        return tokenizer
+
+
+@contextmanager
+def _staged(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A copy of the checkpoint's small files: only those that were checked can be read, and none is a link or a pipe."""
+    with tempfile.TemporaryDirectory(prefix="llamamoe-") as name:
+        folder = Path(name)
+        with unsynced():
+            checkpoint.save_tokenizer(folder)
+            write_text(folder / "config.json", json.dumps(dict(checkpoint.config)))
+        yield folder
+
+
+def parent_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """The tokenizer of a folder or a GGUF file as transformers opens it; None if there is none.
+
+    Raises:
+        CheckpointError: There is one, but transformers cannot load it.
+    """
+    with _staged(checkpoint) as folder:
+        if not holds_vocabulary(folder):
+            return None
+        return load(folder, f"the tokenizer of '{checkpoint.path}'")
+
+
+def holds_vocabulary(folder: Path) -> bool:
+    """Whether transformers finds a vocabulary there."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def check_loads(folder: Path) -> None:
+    """Load configuration, generation configuration and tokenizer of a folder that is about to be published.
+
+    Raises:
+        CheckpointError: transformers cannot load one of them.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    from ..streaming import quiet_transformers
+
+    with _one_error(f"config.json of '{folder}'", folder), quiet_transformers():
+        AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if (folder / "generation_config.json").is_file():
+        with _one_error(f"generation_config.json of '{folder}'", folder), quiet_transformers():
+            GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    if holds_vocabulary(folder):
+        load(folder)
+
+
+def check_parent(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any | None:
+    """Load what is carried over beside the weights, and carry it once on trial, before anything is written.
+
+    Args:
+        checkpoint: The parent.
+        config: The configuration of what is to be written.
+
+    Returns:
+        The tokenizer, or None.
+
+    Raises:
+        CheckpointError: transformers cannot load the tokenizer or the generation configuration, or makes other ids of
+            the tokenizer beside the new configuration.
+    """
+    from transformers import GenerationConfig
+
+    from ..streaming import quiet_transformers
+
+    with _staged(checkpoint) as folder:
+        if (folder / "generation_config.json").is_file():
+            with _one_error(f"generation_config.json of '{checkpoint.path}'", folder), quiet_transformers():
+                GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        found = load(folder, f"the tokenizer of '{checkpoint.path}'") if holds_vocabulary(folder) else None
+    if found is not None:
+        with tempfile.TemporaryDirectory(prefix="llamamoe-") as name, unsynced():
+            folder = Path(name)
+            write_text(folder / "config.json", json.dumps(dict(config)))
+            carry(checkpoint, found, folder)
+    return found
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]:
+    """Write tokenizer, generation configuration and licence into a folder that has its ``config.json``.
+
+    Args:
+        checkpoint: The parent.
+        tokenizer: Its tokenizer, from `check_parent`; None if it has none.
+        out: The folder.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        CheckpointError: transformers makes other ids of what was written, or the tokenizer has no fast form.
+    """
+    names = []
+    with _staged(checkpoint) as folder:
+        for path in sorted(folder.iterdir()):
+            kept = path.is_file() and path.name != "config.json" and path.name not in REWRITTEN
+            if kept and not (path.name == "chat_template.jinja" and isinstance(_template(tokenizer), dict)):
+                write_bytes(out / path.name, path.read_bytes())
+                names.append(path.name)
+        if tokenizer is None:
+            return names
+        if not getattr(tokenizer, "is_fast", False):
+            raise CheckpointError(
+                f"the tokenizer of '{checkpoint.path}' ({type(tokenizer).__name__}) has no fast form, so it cannot be "
+                "carried over exactly.",
+                hint="Save it once as a fast tokenizer, so that there is a tokenizer.json.",
+            )
+        write_text(out / "tokenizer.json", _tokenizer_json(tokenizer, folder / "tokenizer.json"))
+    config = _tokenizer_config(tokenizer, template_file="chat_template.jinja" in names)
+    write_text(out / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    found = difference(tokenizer, load(out))
+    if found:
+        model_type = read_json(out / "config.json").get("model_type")
+        raise CheckpointError(
+            f"the tokenizer of '{checkpoint.path}' cannot be carried over exactly: beside a model of type {model_type}, "
+            f"{found}.",
+            hint="Choose another target, or take the tokenizer's files out of the folder: then the output has none.",
+        )
+    return sorted([*names, "tokenizer.json", "tokenizer_config.json"])
+
+
+def _tokenizer_json(tokenizer: Any, given: Path) -> str:
+    """What the tokenizer does, as JSON: the parent's own text where that says the same."""
+    from tokenizers import Tokenizer
+
+    now = json.loads(tokenizer.backend_tokenizer.to_str())
+    if given.is_file():
+        text = given.read_text(encoding="utf-8")
+        if json.loads(Tokenizer.from_str(text).to_str()) == now:
+            return text
+    return json.dumps(now, ensure_ascii=False, indent=2) + "\n"
+
+
+def _template(tokenizer: Any | None) -> str | dict[str, str] | None:
+    return getattr(tokenizer, "chat_template", None)
+
+
+def _tokenizer_config(tokenizer: Any, *, template_file: bool) -> dict[str, Any]:
+    """What does not stand in ``tokenizer.json``, in words that transformers 4.57 and 5 both know."""
+    plain, full = (tokenizer("a", add_special_tokens=flag).input_ids for flag in (False, True))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config: dict[str, Any] = {
+        "tokenizer_class": LITERAL_CLASS,
+        "model_input_names": list(tokenizer.model_input_names),
+        "clean_up_tokenization_spaces": bool(tokenizer.clean_up_tokenization_spaces),
+        "split_special_tokens": bool(tokenizer.split_special_tokens),
+        "padding_side": tokenizer.padding_side,
+        "truncation_side": tokenizer.truncation_side,
+        "model_max_length": tokenizer.model_max_length,
+        # for other readers; the post-processor in tokenizer.json is what does it
+        "add_bos_token": bos is not None and full[:1] == [bos] and plain[:1] != [bos],
+        "add_eos_token": eos is not None and full[-1:] == [eos] and plain[-1:] != [eos],
+    }
+    pre = json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer") or {}
+    if isinstance(pre.get("add_prefix_space"), bool):  # 4.57 sets the pre-tokenizer to what this says
+        config["add_prefix_space"] = pre["add_prefix_space"]
+    config |= {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", None) or []]
+    if extra:
+        config["additional_special_tokens"] = extra
+    template = _template(tokenizer)
+    if isinstance(template, dict):
+        config["chat_template"] = [{"name": name, "template": text} for name, text in sorted(template.items())]
+    elif template is not None and not template_file:
+        config["chat_template"] = template
+    return config
+
+
+# ---- comparing ----------------------------------------------------------------------------------------------------
+
+
+def _probes(tokenizer: Any) -> list[str]:
+    added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().__getitem__)[:_MOST_SPECIAL]
+    return [*PROBES, "".join(added), "".join(f" a {token} b" for token in added)]
+
+
+def _behaviour(tokenizer: Any, probes: list[str]) -> dict[str, Any]:
+    """Ids and text of the probes, and ids of special tokens, as plain data."""
+    found: dict[str, Any] = {name.removesuffix("_id"): getattr(tokenizer, name, None) for name in _NAMES}
+    for text in probes:
+        full = list(tokenizer(text).input_ids)
+        plain = list(tokenizer(text, add_special_tokens=False).input_ids)
+        decoded = [tokenizer.decode(full, skip_special_tokens=skip) for skip in (False, True)]
+        found[f"the text {text[:60]!r}"] = [full, plain, decoded]
+    return found
+
+
+def _model(tokenizer: Any) -> list[Any]:
+    """Vocabulary and, of a fast tokenizer, merges or scores: what decides ids of text that is not among the probes."""
+    if not getattr(tokenizer, "is_fast", False):
+        return [sorted(tokenizer.get_vocab().items())]
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [each.split(" ") if isinstance(each, str) else list(each) for each in model.get("merges") or []]
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else None
+    return [sorted(tokenizer.get_vocab().items()), merges, scores]
+
+
+def difference(parent: Any, other: Any, *, templates: bool = True) -> str | None:
+    """What two tokenizers do differently, in words; None if they make the same ids.
+
+    Compared are vocabulary and merges, special tokens, chat templates, and the ids of probe text, with special tokens
+    and without, and what becomes of them when decoded.
+
+    Args:
+        parent: A tokenizer of transformers.
+        other: Another.
+        templates: Whether chat templates count, which change no ids of text.
+    """
+    if _model(parent) != _model(other):
+        return "the vocabulary or its merges differ"
+    if templates and _template(parent) != _template(other):
+        return "the chat template differs"
+    probes = _probes(parent)
+    ours, theirs = _behaviour(parent, probes), _behaviour(other, probes)
+    for what, value in ours.items():
+        if theirs[what] != value:
+            return f"{what} becomes {str(theirs[what])[:200]} where the parent has {str(value)[:200]}"
+    return None
+
+
+def check_same(parent: Any, other: Any, name: str) -> None:
+    """Refuse a tokenizer that does not do what its parent's does.
+
+    Raises:
+        VerificationError: See `difference`.
+    """
+    found = difference(parent, other)
+    if found:
+        raise VerificationError(
+            f"the tokenizer of {name} is not its parent's: {found}.",
+            hint="Files that changed since the conversion do this; otherwise please report it.",
+        )
+
+
+def ids_sha256(tokenizer: Any) -> str:
+    """A hash that two tokenizers share if they make the same ids: of vocabulary, merges, and the ids of probe text."""
+    facts = [_model(tokenizer), _behaviour(tokenizer, _probes(tokenizer))]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# ---- the plan -----------------------------------------------------------------------------------------------------
+
+
+def plan_warnings(folder: Path, vocab_size: int) -> list[str]:
+    """What is to be said of the tokenizer of a folder before anything is written; neither torch nor transformers is used.
+
+    Raises:
+        CheckpointError: ``tokenizer.json`` or ``generation_config.json`` is broken.
+    """
+    _check_generation(folder)
+    if not holds_vocabulary(folder):
+        other = " (tekken.json alone is not enough)" if (folder / "tekken.json").exists() else ""
+        return [f"the source has no tokenizer that transformers can load{other}: the output has none"]
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return []
+    from tokenizers import Tokenizer
+
+    with _one_error(f"{path.name} of '{folder}'", folder, "tokenizers"):
+        Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    size = _tokens_of(read_json(path))
+    if size > vocab_size:
+        return [f"the tokenizer has {size:,} tokens, but the embedding has {vocab_size:,} rows: some ids have none"]
+    return []
+
+
+def _check_generation(folder: Path) -> None:
+    """Ids in ``generation_config.json`` are integers; only the end of sequence may be several."""
+    path = folder / "generation_config.json"
+    data = read_json(path) if path.is_file() else {}
+    for key in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        value = data.get(key)
+        several = (
+            value
+            if isinstance(value, list) and value and key in ("eos_token_id", "decoder_start_token_id")
+            else [value]
+        )
+        if value is not None and not all(isinstance(each, int) and not isinstance(each, bool) for each in several):
+            raise CheckpointError(
+                f"generation_config.json: {key} is {value!r}, but must be an integer.",
+                hint="Mend it, or remove the file.",
+            )
+
+
+def _tokens_of(data: Mapping[str, Any]) -> int:
+    """One more than the largest id of a ``tokenizer.json``; 0 where it does not say."""
+    model, added = data.get("model"), data.get("added_tokens") or []
+    vocab = model.get("vocab") if isinstance(model, Mapping) else None
+    ids = list(vocab.values()) if isinstance(vocab, Mapping) else [len(vocab) - 1] if isinstance(vocab, list) else []
+    return 1 + max([*ids, *(each["id"] for each in added)], default=-1)

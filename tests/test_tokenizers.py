@@ -1,0 +1,213 @@
+"""The tokenizer of a conversion makes the ids of its parent's, whatever files the parent has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from llamamoe import split, verify
+from llamamoe.checkpoint.card import parent_metadata
+from llamamoe.checkpoint.tokenizer import PROBES, difference, ids_sha256
+from llamamoe.conversion import plan_conversion
+from llamamoe.errors import CheckpointError, VerificationError
+from llamamoe.recipe import build_recipe
+from llamamoe.training.parent import _check_tokenizers
+
+from .paths import SHARED_DATA, needs_shared_data
+
+TARGETS = ("qwen2_moe", "mixtral", "granitemoeshared", "glm4_moe", "ernie4_5_moe")
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+pytestmark = needs_shared_data
+STORIES = SHARED_DATA / "models" / "stories260k"
+CASES_DIR = SHARED_DATA.parent / "cases"
+
+
+def without_config(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+
+
+def llama_class(folder: Path) -> None:
+    config = {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
+        "tokenizer_class": "LlamaTokenizer", "legacy": False,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def gpt2_files(folder: Path) -> None:
+    """vocab.json and merges.txt of a byte-level tokenizer, with the class GPT2Tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([*PROBES] * 3, trainer)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    tokenizer.model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+
+
+def qwen2_files(folder: Path) -> None:
+    gpt2_files(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+
+
+def templates(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools" + TEMPLATE)
+
+
+CASES = {f.__name__: f for f in (without_config, llama_class, gpt2_files, qwen2_files, templates)}
+
+
+def parent_of(folder: Path, change: Any = None) -> Path:
+    shutil.copytree(STORIES, folder)
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    if change:
+        change(folder)
+    return folder
+
+
+def recipe_for(target: str) -> Any:
+    return build_recipe({"target": target, "num_experts": 4, "top_k": 2, "method": "random"})
+
+
+def opened(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_ids_are_the_parents(tmp_path: Path, case: str, target: str) -> None:
+    parent = parent_of(tmp_path / "parent", CASES[case])
+    out = tmp_path / "out"
+    split(parent, out, recipe_for(target), verify=False)
+    before, after = opened(parent), opened(out)
+    for text in PROBES:
+        assert after(text).input_ids == before(text).input_ids
+        assert after.decode(after(text).input_ids) == before.decode(before(text).input_ids)
+    assert after.chat_template == before.chat_template
+    assert difference(before, after) is None
+    assert ids_sha256(before) == ids_sha256(after)
+    _check_tokenizers(parent, out)
+
+
+def small(parent: Path, out: Path, **keys: Any) -> Any:
+    return split(parent, out, recipe_for("qwen2_moe"), **keys)
+
+
+def test_bits_per_byte_are_the_parents_without_a_tokenizer_config(tmp_path: Path) -> None:
+    from llamamoe import evaluate
+
+    parent, out = parent_of(tmp_path / "parent", without_config), tmp_path / "out"
+    small(parent, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 4}))
+    text = [SHARED_DATA / "tinystories" / "valid.jsonl"]
+    before, after = (evaluate(each, text, max_tokens=3000) for each in (parent, out))
+    assert before.model.overall.bits_per_byte < 1.5
+    assert after.model.overall.bits_per_byte == pytest.approx(before.model.overall.bits_per_byte, rel=1e-3)
+
+
+def test_verify_finds_another_tokenizer(tmp_path: Path) -> None:
+    parent, out = parent_of(tmp_path / "parent"), tmp_path / "out"
+    small(parent, out)
+    verify(out, parent)
+    path = out / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(data))
+    with pytest.raises(VerificationError, match="is not its parent's"):
+        verify(out, parent)
+
+
+def test_no_tokenizer_is_said_in_the_plan(tmp_path: Path) -> None:
+    parent = parent_of(tmp_path / "parent")
+    for path in parent.glob("tokenizer*"):
+        path.unlink()
+    (parent / "tekken.json").write_text("{}")
+    plan = plan_conversion(parent, recipe_for("mixtral"))
+    assert any("no tokenizer" in each for each in plan.warnings)
+    split(parent, tmp_path / "out", recipe_for("mixtral"))
+    assert not list((tmp_path / "out").glob("*te*en*.json"))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_warned_of(tmp_path: Path) -> None:
+    parent = parent_of(tmp_path / "parent")
+    data = json.loads((parent / "tokenizer.json").read_text())
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 512, "content": "<more>"})
+    (parent / "tokenizer.json").write_text(json.dumps(data))
+    assert any("513 tokens" in each for each in plan_conversion(parent, recipe_for("mixtral")).warnings)
+
+
+@pytest.mark.parametrize("name", ["tok-15-0-tokenizer.json", "tok-15-9-tokenizer.json", "gen-14-16.json"])
+def test_broken_side_files_are_refused_in_the_plan(tmp_path: Path, name: str) -> None:
+    parent = parent_of(tmp_path / "parent")
+    there = "generation_config.json" if name.startswith("gen") else "tokenizer.json"
+    (parent / there).write_bytes((CASES_DIR / "fuzz" / name).read_bytes())
+    with pytest.raises(CheckpointError, match=there):
+        plan_conversion(parent, recipe_for("mixtral"))
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path) -> None:
+    parent = parent_of(tmp_path / "parent")
+    (parent / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError) as caught:
+        plan_conversion(parent, recipe_for("mixtral"))
+    assert "git lfs pull" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    parent = parent_of(tmp_path / "parent")
+    (parent / name).unlink(missing_ok=True)
+    os.mkfifo(parent / name)
+    with pytest.raises(CheckpointError):
+        plan_conversion(parent, recipe_for("mixtral"))
+
+
+@pytest.mark.parametrize("name", ["date-README.md", "alias-bomb-README.md"])
+def test_a_card_gives_plain_strings_only(tmp_path: Path, name: str) -> None:
+    shutil.copyfile(CASES_DIR / "readme" / name, tmp_path / "README.md")
+    assert all(isinstance(v, str | list) for v in parent_metadata(tmp_path).values())
+    assert len(str(parent_metadata(tmp_path))) < 1000
+    assert "license" not in parent_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "out", "nested"])
+def test_a_card_that_cannot_be_read_says_nothing(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "parent"
+    folder.mkdir()
+    card, other = folder / "README.md", tmp_path / "other.md"
+    other.write_text("---\nlicense: mit\n---\n")
+    make = {
+        "pipe": lambda: os.mkfifo(card),
+        "device": lambda: card.symlink_to("/dev/zero"),
+        "out": lambda: card.symlink_to(other),
+        "nested": lambda: card.write_text("---\nlicense: mit\na: " + "[" * 2000 + "]" * 2000 + "\n---\n"),
+    }
+    make[kind]()
+    assert parent_metadata(folder) == {}
+
+
+def test_sentencepiece_alone_loads_the_same_or_names_the_package(tmp_path: Path) -> None:
+    parent = parent_of(tmp_path / "parent")
+    for path in parent.glob("tokenizer*"):
+        path.unlink()
+    (parent / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        small(parent, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
