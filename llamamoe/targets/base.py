@@ -203,6 +203,15 @@ class Target(ABC):
         """What a user of this architecture should know about runtimes other than transformers."""
         return []
 
+    def head_notes(self, dense: DenseSpec) -> list[str]:
+        """What it costs that a tied head is written out, if it is (see `unties`)."""
+        if not (self.unties and dense.tie_word_embeddings):
+            return []
+        size = dense.vocab_size * dense.hidden_size
+        return [
+            f"{self.name} needs an output head of its own in several runtimes: the tied head is written out (+{size:,} parameters)"
+        ]
+
     def dense_layer_refusal(self, dense_layers: tuple[int, ...], num_layers: int) -> str | None:
         """Why these layers cannot stay dense, or None."""
         if not dense_layers or self.dense_layers == "any":

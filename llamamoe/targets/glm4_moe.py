@@ -13,7 +13,8 @@ class Glm4Moe(Target):
     """Holds norms on queries and keys, any head_dim, partial rotary, shared experts and loss-free balancing.
 
     The factor of the routed experts stands in the configuration (``routed_scaling_factor``): nothing is baked, so
-    every weight keeps its bits.
+    every weight keeps its bits. The head is untied: mlx-lm always reads ``lm_head.weight``, and vLLM ignores
+    ``tie_word_embeddings`` and runs with a head that was never loaded.
     """
 
     name = "glm4_moe"
@@ -24,6 +25,7 @@ class Glm4Moe(Target):
     scaling_knob = True
     shared = "multiple"
     dense_layers = "leading"
+    unties = True
     holds = frozenset({"no_qk_norm", "qk_norm", "qkv_bias", "head_dim", "partial_rotary"})
 
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
@@ -77,7 +79,12 @@ class Glm4Moe(Target):
 
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
         """See `Target.warnings`."""
-        found = ["llama.cpp's converter expects GLM's own tokenizer for glm4_moe; this one will not convert"]
+        found = [
+            "llama.cpp's converter expects GLM's own tokenizer for glm4_moe; this one will not convert",
+            "transformers' glm4_moe has no auxiliary loss: other trainers leave its router unbalanced "
+            "(llamamoe pretrain has losses of its own, and balances by the correction bias)",
+        ]
+        found += self.head_notes(dense)
         if not layout.num_shared:
             found.append(
                 f"glm4_moe cannot do without a shared expert: one of zeros and width {layout.shared_width} is written and costs its multiply-adds"

@@ -29,11 +29,12 @@ class GraniteMoeShared(Target):
         return reasons
 
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
-        """See `Target.config`."""
+        """See `Target.config`. ``num_experts`` is for TRL, which asks every mixture of experts for it."""
         scale = dense.head_dim**-0.5 if dense.attention_multiplier is None else dense.attention_multiplier
         return {
             "intermediate_size": layout.expert_width,
             "num_local_experts": layout.num_experts,
+            "num_experts": layout.num_experts,
             "num_experts_per_tok": layout.top_k,
             "shared_intermediate_size": layout.shared_width,
             "attention_bias": dense.qkv_bias,

@@ -85,14 +85,16 @@ class Qwen2Moe(Target):
         found = []
         if layout.combine.weighting == "renormalised":
             found.append(
-                "llama.cpp never renormalises qwen2_moe routing, so a GGUF of this file would scale the experts by k/N"
-                + ("; --rescale unit is the same everywhere" if layout.copies == 1 else "")
+                "llama.cpp and mlx-lm never renormalise qwen2_moe's routing and say nothing: there the experts would be "
+                "scaled by k/N. The same everywhere: --target granitemoeshared (llama.cpp) or glm4_moe (mlx-lm)"
+                + (", or --rescale unit" if layout.copies == 1 else "")
             )
-        if dense.tie_word_embeddings:
-            size = dense.vocab_size * dense.hidden_size
+        if layout.num_experts:
             found.append(
-                f"qwen2_moe needs an output head of its own in several runtimes: the tied head is written out (+{size:,} parameters)"
+                "mlx-lm rounds qwen2_moe's router probabilities to the model's dtype before it selects: in bfloat16 a hard "
+                "router's experts tie there (run it in float32, or take --target glm4_moe)"
             )
+        found += self.head_notes(dense)
         if dense.rope["rope_type"] == "llama3":
             found.append(
                 "llama.cpp drops llama3 rope scaling for qwen2_moe: contexts past the original length differ there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llamamoe.layer import PADDING
 from llamamoe.rescales import RESCALES
 from llamamoe.targets import TARGETS
 from llamamoe.targets.base import Router
+from llamamoe.verification import HARD_TOLERANCE
 from tests.models import VARIANTS, make_dense
 
 EXPERTS = 4
@@ -87,7 +89,7 @@ def test_all_experts_together_are_the_parent(
         return
     result = convert(sources(variant), tmp_path / "out", target=target, shared=shared)
     parent = logits(sources(variant))
-    assert difference(logits(result.out), parent) <= 2e-4
+    assert difference(logits(result.out), parent) <= HARD_TOLERANCE
     zero_router(result.out, result.plan)
     assert difference(logits(result.out), parent) <= 1e-5
 
@@ -149,7 +151,7 @@ def test_top_k_is_what_the_rescale_says(
     found = sum(o[0] if isinstance(o, tuple) else o for o in outputs).reshape(x.shape)
     coefficient = {"dropout": EXPERTS / 2, "unit": 1.0, "llama_moe": EXPERTS / 4}[rescale]
     assert RESCALES.get(rescale)().coefficient(EXPERTS, 2) == coefficient
-    assert difference(found, _by_hand(result.plan, 1, x, coefficient).float()) < 3e-4
+    assert difference(found, _by_hand(result.plan, 1, x, coefficient).float()) < 2 * HARD_TOLERANCE
 
 
 @pytest.mark.parametrize("rescale", ["dropout", "unit", "llama_moe"])
@@ -160,7 +162,7 @@ def test_verify_allows_for_every_rescale(sources: Any, tmp_path: Path, target: s
     )
     receipt = llamamoe.split(sources("llama"), tmp_path / "out", recipe).receipt["verification"]
     assert receipt["equal_weights"] <= 1e-5
-    assert receipt["as_stored"] <= 2e-4
+    assert receipt["as_stored"] <= HARD_TOLERANCE
     assert receipt["neurons_checked"] == 2
 
 
@@ -170,7 +172,7 @@ def test_verify_allows_for_every_rescale(sources: Any, tmp_path: Path, target: s
 def test_dense_layers_stay_dense(sources: Any, tmp_path: Path, target: str, keep: list[int]) -> None:
     result = convert(sources("llama"), tmp_path / "out", target=target, keep_dense=keep)
     assert result.plan.layout.dense_layers == (keep[0] % 2,)
-    assert difference(logits(result.out), logits(sources("llama"))) <= 2e-4
+    assert difference(logits(result.out), logits(sources("llama"))) <= HARD_TOLERANCE
     assert llamamoe.verify(result.out, sources("llama")).neurons_checked == 1
 
 
@@ -212,3 +214,27 @@ def test_generation_with_cache_and_left_padding_is_the_parents(
         model = AutoModelForCausalLM.from_pretrained(folder)
         texts.append(model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False).tolist())
     assert texts[0] == texts[1]
+
+
+def test_glm4_moe_writes_a_tied_head_out(sources: Any, tmp_path: Path) -> None:
+    """mlx-lm always reads ``lm_head.weight``; vLLM ignores ``tie_word_embeddings`` and runs with an unloaded head."""
+    result = convert(sources("llama-tied"), tmp_path / "out", target="glm4_moe")
+    tensors = {k: v for file in result.out.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    config = json.loads((result.out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert result.plan.cost.total["head"] == tensors["lm_head.weight"].numel()
+    assert any("head is written out" in line for line in result.plan.advice)
+    assert any("no auxiliary loss" in line for line in result.plan.advice)
+
+
+def test_granitemoeshared_names_its_experts_as_trl_asks(sources: Any, tmp_path: Path) -> None:
+    result = convert(sources("llama"), tmp_path / "out", target="granitemoeshared")
+    assert AutoModelForCausalLM.from_pretrained(result.out).config.num_experts == EXPERTS
+
+
+@pytest.mark.parametrize(("rescale", "warned"), [("dropout", True), ("unit", False)])
+def test_qwen2_moe_that_renormalises_names_the_clients_that_do_not(sources: Any, rescale: str, warned: bool) -> None:
+    given = {"method": "random", "num_experts": EXPERTS, "target": "qwen2_moe", "rescale": rescale}
+    advice = llamamoe.plan_conversion(sources("llama"), llamamoe.load_recipe(given=given)).advice
+    assert any("llama.cpp and mlx-lm never renormalise" in line for line in advice) is warned
