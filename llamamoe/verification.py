@@ -22,13 +22,14 @@ from .hub import locate, open_checkpoint
 from .inventory import Hashes, WeightsChecked, check_files, check_neurons, check_weights
 from .preflight import DERIVED_FILE, HEAL_RECIPE_FILE, RECIPE_FILE
 from .progress import Progress, ProgressCallback, ignore_progress
+from .routers.scale import HARD_LOGIT
 from .verification_runs import Measured, compare_logits
 
 if TYPE_CHECKING:
     from .plan import SplitPlan
 
 EQUAL_TOLERANCE = 1e-5
-HARD_TOLERANCE = 2e-4
+HARD_TOLERANCE = 2 * HARD_LOGIT
 ROUNDED_TOLERANCE = 2e-2
 HALF_TOLERANCE = 5e-2
 

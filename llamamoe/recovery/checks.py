@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import RefusedError
-from ..routers.scale import TYPICAL_MAXIMUM
+from ..routers.scale import is_hard
 from .plan import HealPlan
-
-HARD = 1e-2
-"""A router whose largest logits are below this weighs all selected experts the same."""
 
 
 def hard_layers(plan: HealPlan) -> list[int]:
     """The layers whose routers are so small that selected experts count the same. Reads routers and norms only."""
     found = []
     for layer in plan.layers:
-        rows_NH = plan.checkpoint.read(plan.router_name(layer)).double()
-        norm_H = plan.checkpoint.read(f"model.layers.{layer}.post_attention_layernorm.weight").double()
-        if TYPICAL_MAXIMUM * float((rows_NH * norm_H).norm(dim=1).max()) < HARD:
+        rows_NH = plan.checkpoint.read(plan.router_name(layer))
+        norm_H = plan.checkpoint.read(f"model.layers.{layer}.post_attention_layernorm.weight")
+        if is_hard(rows_NH, norm_H):
             found.append(layer)
     return found
 

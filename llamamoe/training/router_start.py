@@ -1,6 +1,6 @@
 """The start of router training: a hard router gets weights that differ, without changing what it selects.
 
-`llamamoe split` stores routers whose logits are about 1e-4: all selected experts count the same. Such a router has
+`llamamoe split` stores routers whose logits are below 1/256: all selected experts count the same. Such a router has
 a gradient, but none of its weights tells one token from another, and Adam would blow its rows up in its first steps. So
 its rows are multiplied by one number per layer (`soften`), after the weights' sum was made independent of the logits'
 size (`renormalise`).

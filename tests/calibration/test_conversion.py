@@ -26,6 +26,7 @@ from llamamoe.repairs import REPAIRS
 from llamamoe.repairs.base import Repair
 from llamamoe.routers import ROUTERS
 from llamamoe.routers.centroid import Centroid
+from llamamoe.routers.scale import HARD_LOGIT
 from tests.models import make_dense
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -113,7 +114,7 @@ def test_the_file_computes_what_the_walk_computed(
         monkeypatch.setattr(ROUTERS.get("ridge"), "_fit", lambda self, scores, context: _soft_rows(context))
     given = recipe(dense, target=target, shared=shared, router_scale=scale)
     result = llamamoe.split(dense, tmp_path / "out", given, verify=False)
-    assert_same(result.plan, result.out, _ids_of(result, dense), 2e-4)
+    assert_same(result.plan, result.out, _ids_of(result, dense), 2 * HARD_LOGIT)
 
 
 def _soft_rows(context: LayerContext) -> torch.Tensor:
@@ -140,13 +141,13 @@ def _ids_of(result: llamamoe.SplitResult, dense: Path) -> np.ndarray:
 def test_what_feeds_the_next_layer_is_rounded_as_stored(dense: Path, tmp_path: Path, target: str, shared: Any) -> None:
     given = recipe(dense, target=target, shared=shared, dtype="bfloat16", num_experts=3, keep_dense=[])
     result = llamamoe.split(dense, tmp_path / "out", given, verify=False)
-    assert_same(result.plan, result.out, _ids_of(result, dense), 2e-4)
+    assert_same(result.plan, result.out, _ids_of(result, dense), 2 * HARD_LOGIT)
 
 
 def test_layers_kept_dense_are_walked_through(dense: Path, tmp_path: Path) -> None:
     result = llamamoe.split(dense, tmp_path / "out", recipe(dense, keep_dense=[1], target="qwen2_moe"))
     assert [layer["layer"] for layer in result.receipt["layers"]] == [0, 2]
-    assert_same(result.plan, result.out, _ids_of(result, dense), 2e-4)
+    assert_same(result.plan, result.out, _ids_of(result, dense), 2 * HARD_LOGIT)
 
 
 def test_the_receipt_says_what_was_read_and_what_repair_changed(dense: Path, tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_the_receipt_says_what_was_read_and_what_repair_changed(dense: Path, tmp
         assert 0 < layer["output_error"] <= layer["output_error_before_repair"] < 1
         assert layer["output_error"] == min([layer["output_error_before_repair"], *layer["repair_passes"]])
         assert 0.5 < layer["router_quality"]["captured"] <= 1
-        assert 0.25e-4 < layer["router_largest_logit"] <= 1e-4
+        assert HARD_LOGIT / 4 < layer["router_largest_logit"] <= HARD_LOGIT
     assert not list(result.out.glob("*calibration*"))
     assert not list(result.out.glob(".*"))
     json.dumps(receipt, allow_nan=False)
@@ -229,7 +230,7 @@ def test_between_passes_the_router_is_fitted_to_the_repaired_layer(
     result = llamamoe.split(dense, tmp_path / "out", given, verify=False)
     assert len(Turning.refitted) == 2 * 3
     assert min(Turning.refitted) > 0, "the weights that it saw were repaired"
-    assert all(0.25e-4 < layer["router_largest_logit"] <= 1e-4 for layer in result.receipt["layers"])
+    assert all(HARD_LOGIT / 4 < layer["router_largest_logit"] <= HARD_LOGIT for layer in result.receipt["layers"])
 
 
 def test_output_errors_are_what_they_say(dense: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from llamamoe.layer import PADDING, FfnWeights, LayerContext, Partition
 from llamamoe.routers.centroid import Centroid
-from llamamoe.routers.scale import scale_router
+from llamamoe.routers.scale import HARD_LOGIT, is_hard, scale_router
 from llamamoe.selectors.weight_norm import WeightNorm
 
 
@@ -54,7 +54,15 @@ def test_hard_keeps_the_ranking(name: str, dtype: torch.dtype, size: float) -> N
         assert torch.equal(want[clear], have[clear])
     assert float((x @ stored.float().T).abs().max()) <= hard.logit_bound * 1.01
     if name != "F16":
-        assert float(after.max() * 16 - 1) < 2e-4, "weights are equal"
+        assert float(after.max() * 16 - 1) < 2 * HARD_LOGIT, "weights are equal"
+
+
+@pytest.mark.parametrize("name", ["F32", "BF16", "F16"])
+def test_hard_and_soft_routers_are_told_apart(name: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows, norm = torch.randn(16, 512, generator=generator) * 0.02, torch.rand(512, generator=generator) + 0.5
+    assert is_hard(scale_router(rows, norm, "hard", name).rows_NH, norm)
+    assert not is_hard(scale_router(rows, norm, "soft", name).rows_NH, norm)
 
 
 def test_soft_leaves_rows_alone() -> None:

@@ -22,7 +22,7 @@ class NoisyTopK(Gate):
     """KeepTopK of ``logits + softplus(W_noise x + offset) normal()``, experts selected and weighed by the noisy logits.
 
     The noise's standard deviation is ``softplus(x W_noise) + floor``, with ``W_noise`` zero at first: 0.69 + floor for
-    every expert. Mind the size of the logits: a hard router's (1e-4) vanish in it, so soften routers first.
+    every expert. Mind the size of the logits: a hard router's (below 1/256) vanish in it, so soften routers first.
 
     Weights are what the router itself makes of the noisy logits: renormalising routers take the softmax over the selected
     noisy logits, as in the paper; others the softmax over all noisy logits, or their sigmoid, without renormalising.
