@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, VerificationError
-from .files import unsynced, write_bytes, write_text
+from .files import copy_file, unsynced, write_text
 from .reader import VOCABULARIES, read_json
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]
         for path in sorted(folder.iterdir()):
             kept = path.is_file() and path.name != "config.json" and path.name not in REWRITTEN
             if kept and not (path.name == "chat_template.jinja" and isinstance(_template(tokenizer), dict)):
-                write_bytes(out / path.name, path.read_bytes())
+                copy_file(path, out / path.name)
                 names.append(path.name)
         if tokenizer is None:
             return names
