@@ -219,6 +219,7 @@ _PLAIN: Mapping[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "vocab_size": 128,
+    "pad_token_id": None,
     "max_position_embeddings": 64,
     "sliding_window": None,
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .sources.base import DenseSpec
+from .sources.fields import Fields, described, fits
 
 
 def _whole(value: Any) -> bool:
@@ -31,14 +32,18 @@ def _token(value: Any) -> bool:
 
 Rule = tuple[str, Callable[[Any], bool], tuple[str, ...]]
 
+SIZE_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "num_key_value_heads",
+)  # fmt: skip
+"""The keys that shape the tensors."""
 _SIZE = "a whole number above 0"
 _NUMBER = "a finite number"
 _RULES: tuple[Rule, ...] = (
     (
         _SIZE,
         lambda value: _whole(value) and value > 0,
-        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-         "num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings"),
+        (*SIZE_KEYS, "max_position_embeddings", "original_max_position_embeddings"),
     ),
     ("a whole number, not negative", lambda value: _whole(value) and value >= 0, ("sliding_window", "max_window_layers")),
     ("a finite number, not negative", _not_negative, ("rms_norm_eps", "initializer_range", "attention_dropout")),
@@ -76,11 +81,23 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 """The kinds of rope that transformers 4.57 and 5 compute, and what each cannot do without."""
 
 
-def check_values(config: Mapping[str, Any]) -> None:
-    """Check the kind of every value that a dense family reads.
+_DTYPES = ("float32", "float", "float64", "double", "float16", "half", "bfloat16")
+_ATTENTION = ("full_attention", "sliding_attention")
+_MOST_LABELS = 1_000_000
+_READ_ONLY = ("use_return_dict", "is_heterogeneous", "per_layer_attributes", "sub_configs",
+              "allow_global_per_layer_attribute_access")  # fmt: skip
+"""Attributes of transformers' configuration that no key can set."""
+
+
+def check_values(config: Mapping[str, Any], fields: Fields | None = None) -> None:
+    """Check the kind of every value that a dense family reads, and of all that its class in transformers checks.
+
+    Args:
+        config: ``config.json``, before defaults are filled in.
+        fields: The keys of the family's class.
 
     Raises:
-        CheckpointError: One is impossible; key, value and rule are named.
+        CheckpointError: One is impossible, or transformers refuses it; key, value and rule are named.
     """
     for phrase, holds, keys in _RULES:
         for key in keys:
@@ -94,6 +111,79 @@ def check_values(config: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"config.json: {key} = {config[key]!r}, but rope parameters must be a mapping.", hint=_HINT
             )
+    _check_class(config, fields or {})
+
+
+def _check_class(config: Mapping[str, Any], fields: Fields) -> None:
+    """Check what the configuration class in transformers refuses."""
+    for key, field in fields.items():
+        if key in config and not fits(config[key], field.kind):
+            raise CheckpointError(
+                f"config.json: {key} = {config[key]!r}, but it must be {described(field.kind)}: transformers refuses it.",
+                hint=_HINT,
+            )
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) is not None and config[key] not in _DTYPES:
+            raise CheckpointError(
+                f"config.json: {key} = {config[key]!r}, but it must be one of {', '.join(_DTYPES)}.", hint=_HINT
+            )
+    labels = config.get("num_labels", 0)
+    if config.get("id2label") is None and not (_whole(labels) and labels <= _MOST_LABELS):
+        raise CheckpointError(
+            f"config.json: num_labels = {labels!r}, but it must be a whole number up to {_MOST_LABELS}.", hint=_HINT
+        )
+    if not all(_is_integer(key) for key in config.get("id2label") or {}):
+        raise CheckpointError(f"config.json: id2label = {config['id2label']!r}, but its keys must be whole numbers.")
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if fields and types is not None and (set(types) - set(_ATTENTION) or (layers is not None and layers != len(types))):
+        raise CheckpointError(
+            f"config.json: layer_types = {types!r}, but it must name {' or '.join(_ATTENTION)} for each of {layers} layers."
+        )
+    if "head_dim" in config and config["head_dim"] is None and fields and "head_dim" not in fields:
+        raise CheckpointError("config.json: head_dim = None, but it must be a whole number above 0 or left out.")
+    if config.get("per_layer_config") or config.get("is_causal", True) is not True:
+        key = "per_layer_config" if config.get("per_layer_config") else "is_causal"
+        raise CheckpointError(f"config.json: {key} = {config[key]!r}, which no target can compute exactly.")
+    read_only = next((key for key in _READ_ONLY if key in config), None)
+    if read_only:
+        raise CheckpointError(f"config.json: {read_only} cannot be set: transformers refuses it.", hint=_HINT)
+
+
+def _is_integer(text: str) -> bool:
+    """Return whether ``int()`` reads it."""
+    try:
+        int(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_special(spec: DenseSpec) -> None:
+    """Check what transformers' classes ask of several values together.
+
+    Raises:
+        CheckpointError: They do not go together, so that transformers cannot load the checkpoint.
+    """
+    pad = spec.extra.get("pad_token_id")
+    if pad is not None and not -spec.vocab_size <= pad < spec.vocab_size:
+        raise CheckpointError(
+            f"config.json: pad_token_id = {pad!r} must be below vocab_size = {spec.vocab_size}: transformers cannot build "
+            "the embedding.",
+            hint="Set it to null or to a token of the vocabulary (a missing key has the default of the family).",
+        )
+    if spec.family == "llama" and spec.hidden_size % spec.num_heads:
+        raise CheckpointError(
+            f"config.json: hidden_size = {spec.hidden_size} is not a multiple of num_attention_heads = {spec.num_heads}: "
+            "transformers refuses it."
+        )
+    if spec.family == "llama" and spec.extra["initializer_range"] > 1.0:
+        raise CheckpointError(
+            f"config.json: initializer_range = {spec.extra['initializer_range']!r} must be at most 1: transformers refuses it."
+        )
+    if spec.head_dim % 2 and spec.head_dim > 4 and int(spec.head_dim * spec.partial_rotary_factor) == spec.head_dim:
+        raise CheckpointError(
+            f"config.json: head_dim = {spec.head_dim} must be even, because rotary positions turn pairs."
+        )
 
 
 _HINT = "Download config.json again, or correct it."

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.base import FLOAT_DTYPES, Checkpoint
 from .checkpoint.reader import refuse_tokenizer_code
-from .config_values import check_rope, check_values
+from .config_values import SIZE_KEYS, check_rope, check_special, check_values
 from .errors import CheckpointError
 from .registry import near_misses
 from .sources import SOURCES, DenseSpec, Read, Source
+from .sources.fields import completed
 
 if TYPE_CHECKING:
     import torch
@@ -66,19 +67,24 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
             f"config.json: model_type {name!r} is no dense family that can be converted exactly.",
             hint=near_misses(str(name), SOURCES.names()),
         )
-    check_values(config)
+    source = SOURCES.get(name)()
+    check_values(config, source.fields)
+    config = completed(config, source.fields)
     layers = config.get("num_hidden_layers") or 0
     if layers > len(checkpoint.tensors):
         raise CheckpointError(
             f"config.json: num_hidden_layers = {layers}, but the files hold only {len(checkpoint.tensors)} tensors: "
             "config and weights disagree."
         )
-    source = SOURCES.get(name)()
     spec = source.spec(config)
     check_rope(spec)
+    check_special(spec)
     if spec.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors:
         spec = replace(spec, tie_word_embeddings=False)  # transformers 5 does not tie tensors that differ
-    _check_tensors(checkpoint, source.raw_shapes(spec))
+    try:
+        _check_tensors(checkpoint, source.raw_shapes(spec))
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint=_left_out(checkpoint.config, config) or error.hint) from None
     return DenseModel(checkpoint, source, spec, source.canonical(spec))
 
 
@@ -117,6 +123,16 @@ def _refuse_mixture(config: Mapping[str, Any]) -> None:
             f"config.json: {experts} = {config[experts]}, so this is already a mixture of experts.",
             hint="Give the dense model that it was made from.",
         )
+
+
+def _left_out(given: Mapping[str, Any], completed: Mapping[str, Any]) -> str | None:
+    """Name the sizes whose defaults were taken, because weights that disagree may disagree with these."""
+    told = [f"{key} ({completed[key]})" for key in SIZE_KEYS if key not in given and completed.get(key) is not None]
+    return (
+        f"config.json leaves out {', '.join(told)}, which {'has' if len(told) == 1 else 'have'} the family's default."
+        if told
+        else None
+    )
 
 
 def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import CheckpointError
+from .fields import Fields
 
 DEFAULT_THETA = 10000.0
 """The rope base that transformers assumes for all families here when the configuration names none."""
@@ -85,11 +86,14 @@ class Source(ABC):
         name: Its ``model_type``.
         summary: One line for ``llamamoe methods``.
         reference: Where the family is described.
+        fields: The keys of its configuration class in transformers with type and default, which hold for keys that
+            ``config.json`` leaves out; without them nothing is completed.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
+    fields: ClassVar[Fields] = {}
 
     @abstractmethod
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
@@ -179,9 +183,9 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     rope = {k: v for k, v in given.items() if k != "type"}
     rope.setdefault("rope_type", given.get("type", "default"))
-    both = config.get("rope_parameters")
-    inner = both.get("rope_theta") if isinstance(both, Mapping) else None
-    rope.setdefault("rope_theta", config.get("rope_theta") or inner or DEFAULT_THETA)
+    rope.setdefault("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    if rope["rope_theta"] is None:
+        raise CheckpointError("config.json: rope_theta = None, but it must be a finite number above 0.")
     if rope.get("mrope_section"):
         raise CheckpointError(
             "config.json: multimodal rope (mrope_section) belongs to a vision model, not to a dense text model."
@@ -220,7 +224,8 @@ def common(family: str, config: Mapping[str, Any], **known: Any) -> DenseSpec:
     values.setdefault("sliding", (None,) * values["num_layers"])
     if values["num_heads"] % values["num_kv_heads"]:
         raise CheckpointError(
-            f"config.json: {heads} attention heads do not divide among {values['num_kv_heads']} key/value heads."
+            f"config.json: num_attention_heads = {heads} do not divide among num_key_value_heads = "
+            f"{values['num_kv_heads']}: each key/value head serves equally many heads."
         )
     return DenseSpec(**values)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import DenseSpec, Source, common
+from .fields import DECODER, NUMBER, Field, Fields, sizes
 
 
 class Llama(Source):
@@ -14,6 +15,15 @@ class Llama(Source):
     name = "llama"
     summary = "Llama 1/2/3 and models of that shape"
     reference = "arXiv:2302.13971, arXiv:2407.21783"
+    fields: ClassVar[Fields] = {
+        **DECODER,
+        **sizes(32000, 4096, 11008, layers=32, heads=32, positions=2048),
+        "pretraining_tp": Field(int | None, 1),
+        "attention_bias": Field(bool, False),
+        "attention_dropout": Field(NUMBER | None, 0.0),
+        "mlp_bias": Field(bool, False),
+        "head_dim": Field(int | None, None),
+    }
 
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
         """See `Source.spec`."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import CheckpointError
 from .base import DenseSpec, Source, common, positive
+from .fields import DECODER, Field, Fields, sizes
 
 
 class Mistral(Source):
@@ -15,12 +16,19 @@ class Mistral(Source):
     name = "mistral"
     summary = "Mistral, sliding window kept"
     reference = "arXiv:2310.06825"
+    fields: ClassVar[Fields] = {
+        **DECODER,
+        **sizes(32000, 4096, 14336, layers=32, heads=32, positions=4096 * 32),
+        "num_key_value_heads": Field(int, 8),
+        "head_dim": Field(int | None, None),
+        "sliding_window": Field(int | None, 4096),
+    }
 
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
         """See `Source.spec`."""
         if config.get("layer_types"):
             raise CheckpointError(
-                "config.json: this Mistral alternates attention types (Ministral), which no target here is known to hold exactly."
+                "config.json: layer_types is set: this Mistral alternates attention types (Ministral), which no target here is known to hold exactly."
             )
         window = config.get("sliding_window", 4096)
         kv_heads = positive(config, "num_key_value_heads", 8)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from ..errors import CheckpointError
 from .base import DenseSpec, Read, Source, canonical_shapes, common, number
+from .fields import DECODER, NUMBER, TOKEN, TOKENS, Field, Fields, sizes
 
 
 class Phi3(Source):
@@ -14,19 +16,34 @@ class Phi3(Source):
     name = "phi3"
     summary = "Phi-3 and Phi-4 (fused projections are taken apart)"
     reference = "arXiv:2404.14219"
+    fields: ClassVar[Fields] = {
+        **DECODER,
+        **sizes(32064, 3072, 8192, layers=32, heads=32, positions=4096),
+        "resid_pdrop": Field(NUMBER, 0.0),
+        "embd_pdrop": Field(NUMBER, 0.0),
+        "original_max_position_embeddings": Field(int, 4096),
+        "rms_norm_eps": Field(float, 1e-5),
+        "eos_token_id": Field(TOKENS, 32000),
+        "pad_token_id": Field(TOKEN, 32000),
+        "sliding_window": Field(int | None, None),
+    }
 
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
         """See `Source.spec`."""
-        nested = config.get("rope_parameters") or {}
-        partial = number(config, "partial_rotary_factor", float(nested.get("partial_rotary_factor", 1.0)))
         base = common(
             self.name, config, sliding=(config.get("sliding_window"),) * int(config.get("num_hidden_layers") or 0)
         )
+        partial = number(base.rope if "partial_rotary_factor" in base.rope else config, "partial_rotary_factor", 1.0)
         rope = {k: v for k, v in base.rope.items() if k != "partial_rotary_factor"}
+        if rope["rope_type"] in ("longrope", "yarn"):
+            # The key beside rope wins over the one in it, and is never missing: the class has a default.
+            rope["original_max_position_embeddings"] = config.get("original_max_position_embeddings", 4096)
         if rope["rope_type"] in ("su", "yarn"):  # transformers reads both as longrope for this family
             rope["rope_type"] = "longrope"
-        if rope["rope_type"] == "longrope":
-            rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings", 4096))
+            if "original_max_position_embeddings" not in rope:
+                raise CheckpointError(
+                    "config.json: rope of the type 'su' needs original_max_position_embeddings beside its factors."
+                )
         values = {**base.__dict__, "rope": rope, "partial_rotary_factor": partial}
         return DenseSpec(**values)
 

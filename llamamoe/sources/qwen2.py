@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import DenseSpec, Source, common, positive, windows_by_type
+from .fields import QWEN, Fields
 
 
 class Qwen2(Source):
@@ -14,6 +15,7 @@ class Qwen2(Source):
     name = "qwen2"
     summary = "Qwen2 and Qwen2.5"
     reference = "arXiv:2407.10671"
+    fields: ClassVar[Fields] = QWEN
 
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
         """See `Source.spec`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import DenseSpec, Source, common, positive, windows_by_type
+from .fields import QWEN, Field, Fields
 
 
 class Qwen3(Source):
@@ -14,6 +15,7 @@ class Qwen3(Source):
     name = "qwen3"
     summary = "Qwen3 (dense)"
     reference = "arXiv:2505.09388"
+    fields: ClassVar[Fields] = {**QWEN, "head_dim": Field(int, 128), "attention_bias": Field(bool, False)}
 
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
         """See `Source.spec`."""
