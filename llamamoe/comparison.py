@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.contents import content_fingerprint
-from .data.text import find_files
+from .data.files import find_files
 from .dense import DenseModel, understand
 from .errors import LlamaMoeError, MissingExtraError, RefusedError
 from .hub import Location, locate, open_checkpoint

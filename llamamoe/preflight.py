@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checkpoint.ledger import partial_path, replaced_path
 from .checkpoint.reader import INDEX, LICENSE_FILES, SIDE_FILES
-from .data.text import find_files
+from .data.files import find_files
 from .errors import LlamaMoeError, RefusedError
 from .plan import SplitPlan
 from .recipe import AUTO

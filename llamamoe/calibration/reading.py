@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..data.encoding import encode
-from ..data.text import Document, find_files, read_documents
+from ..data.files import find_files
+from ..data.text import Document, read_documents
 
 LOOK_ROWS = 256
 """The domains of a file are those of its first rows, this many."""

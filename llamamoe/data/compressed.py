@@ -8,9 +8,13 @@ import io
 from pathlib import Path
 from typing import IO, Any, cast
 
-from ..errors import LlamaMoeError
+from ..errors import LlamaMoeError, MissingExtraError
+from .files import check_regular
 
-_COMPRESSED_BYTES = 1 << 16  # read from the file at once
+_COMPRESSED_BYTES = 1 << 10
+"""Handed to zstandard at once: it gives back everything that they unpack to, up to 32,768 times as much."""
+_WINDOW_BYTES = 1 << 27
+"""Memory that a zstandard file may ask for: what the command line tool allows too, enough for its --long."""
 _BUFFER_BYTES = 1 << 20  # handed to the line splitter at once
 
 
@@ -18,15 +22,29 @@ def open_bytes(path: Path) -> IO[bytes]:
     """Open ``path`` for reading; ``.gz`` and ``.zst`` are decompressed on the way, in pieces.
 
     Raises:
+        UsageError: It is not a regular file.
         OSError: The file cannot be opened or, while reading, is not gzip.
         EOFError, zlib.error: While reading: the gzip file is cut short or damaged.
-        LlamaMoeError: While reading: the zstandard file is cut short or damaged.
+        LlamaMoeError: While reading: the zstandard file is cut short or damaged, or needs too much memory.
     """
+    check_regular(path)
     if path.name.endswith(".gz"):
         return cast(IO[bytes], gzip.open(path))
     if path.name.endswith(".zst"):
         return io.BufferedReader(_ZstdStream(path), buffer_size=_BUFFER_BYTES)
     return path.open("rb")
+
+
+def import_for(module: str, path: Path) -> Any:
+    """Import a module of an optional package that reading ``path`` needs.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(module.split(".")[0], "data", f"Reading '{path}'") from error
 
 
 def damaged(path: Path, error: Exception | str) -> LlamaMoeError:
@@ -74,11 +92,16 @@ class _ZstdStream(io.RawIOBase):
     def _decompress(self, piece: bytes) -> bytes:
         out = []
         while piece:
-            if self._frame is None:  # the largest window reads what was written with --long too
-                self._frame = self._zstd.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            if self._frame is None:
+                self._frame = self._zstd.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
             try:
                 out.append(self._frame.decompress(piece))
             except self._zstd.ZstdError as error:
+                if "too much memory" in str(error):
+                    raise LlamaMoeError(
+                        f"'{self._path}' needs a window of more than {_WINDOW_BYTES >> 20} MiB to be unpacked.",
+                        hint="Compress it again: zstd -d --long=31 -c OLD | zstd -o NEW",
+                    ) from error
                 raise damaged(self._path, error) from error
             piece = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import glob
-import importlib
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import LlamaMoeError, MissingExtraError, UsageError
-from .compressed import damaged, open_bytes
+from ..errors import LlamaMoeError
+from .compressed import damaged, import_for, open_bytes
+from .files import find_files, suffix_of
+from .parquet import read_rows
 
 REDPAJAMA_DOMAINS = {
     "RedPajamaArXiv": "arxiv",
@@ -27,15 +26,8 @@ REDPAJAMA_DOMAINS = {
 }
 """Short names of the domains that SlimPajama and RedPajama write into ``meta.redpajama_set_name``."""
 
-SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-
-# Names that tell which part of a corpus a file is, not what is in it: part-0001, train-00000-of-00007, 0003.
-_GENERIC = re.compile(
-    r"(part|shard|chunk|split|file|data|text|docs?|documents?|train|training|valid|validation|val|dev|test|eval|"
-    r"holdout|heldout|example)?([-_.]?(train|valid|validation|test|holdout))?([-_.]?\d+)*([-_.]?of[-_.]?\d+)?",
-    re.IGNORECASE,
-)
-_PARQUET_ROWS = 256  # rows decoded at once
+MAX_DOCUMENT_BYTES = 1 << 26
+"""Most bytes of one document (of JSON lines: of one line), unpacked. Tokenising one takes some 25 times its size."""
 OnBadRow = Callable[[LlamaMoeError], None]  # the message begins with the row's origin
 
 
@@ -58,9 +50,11 @@ def read_documents(patterns: Sequence[str | Path], *, on_bad_row: OnBadRow | Non
     """Read documents in a fixed order: patterns as given, files sorted by path, rows as they stand.
 
     Each pattern is a file, a folder (read recursively; hidden files and files of other kinds are left out)
-    or a glob (``**`` allowed). Files end in one of `SUFFIXES`: a ``txt`` file is one document, rows of the
+    or a glob (``**`` allowed). Files end in one of `llamamoe.data.files.SUFFIXES`: a ``txt`` file is one document, rows of the
     others have a ``text`` column. A file that two patterns name is read once. Only one line, or a few hundred
-    Parquet rows, are in memory at a time (a ``txt`` file is read whole).
+    Parquet rows, are in memory at a time (a ``txt`` file is read whole), and none of more than `MAX_DOCUMENT_BYTES`.
+    Only regular files are read. A file or folder that a pattern names may be a link; links that are found in a folder,
+    or by a glob, must stay inside it.
 
     The domain is ``meta.redpajama_set_name`` where a row has it (in the short form of `REDPAJAMA_DOMAINS`).
     Else it is the file's name without its suffix, or where that says nothing (``part-0001``, ``train``) the
@@ -74,10 +68,11 @@ def read_documents(patterns: Sequence[str | Path], *, on_bad_row: OnBadRow | Non
         An iterator over the documents; patterns, suffixes and needed packages are checked before.
 
     Raises:
-        UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind.
+        UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind or that is not a regular file.
+        RefusedError: A link out of a folder.
         MissingExtraError: zstandard or pyarrow is needed and not installed.
         LlamaMoeError: While iterating: a file that cannot be read or decoded, a broken or truncated one, a
-            row without usable text. The message names file and line.
+            row without usable text or with too much. The message names file and line.
     """
     return read_files(find_files(patterns), on_bad_row=on_bad_row)
 
@@ -86,99 +81,16 @@ def read_files(files: Sequence[tuple[Path, str]], *, on_bad_row: OnBadRow | None
     """Like `read_documents`, of files as `find_files` lists them."""
     for path, _ in files:
         if path.name.endswith(".zst"):
-            _import("zstandard", path)
+            import_for("zstandard", path)
         elif path.name.endswith(".parquet"):
-            _import("pyarrow.parquet", path)
+            import_for("pyarrow.parquet", path)
     return _read_all(files, on_bad_row)
-
-
-def find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, str]]:
-    """List the files that ``patterns`` name, each once and with the domain of its rows that state none.
-
-    Raises:
-        UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind.
-    """
-    if isinstance(patterns, (str, Path)):  # a single str is a sequence of str too: its characters
-        patterns = [patterns]
-    if not patterns:
-        raise UsageError("No text was given.", hint="Name at least one file, folder or glob.")
-    found: dict[Path, tuple[Path, str]] = {}
-    for pattern in patterns:
-        for path, named in _match(pattern):
-            domain = _domain(path, by_folder=_suffix(path).startswith(".txt") and not named)
-            found.setdefault(path.resolve(), (path, domain))
-    return list(found.values())
-
-
-def _match(pattern: str | Path) -> Iterator[tuple[Path, bool]]:
-    """Yield the files of one pattern, and whether the pattern is the file's own name."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        yield from ((file, False) for file in _walk(path))
-        return
-    if path.exists():
-        yield _known(path), True
-        return
-    matches = sorted(glob.glob(str(path), recursive=True))
-    if not matches:
-        raise UsageError(
-            f"No file, folder or glob matches '{pattern}'.",
-            hint=f"Paths are relative to {Path.cwd()}; quote globs that the shell should leave alone.",
-        )
-    folders = [Path(match) for match in matches if Path(match).is_dir()]
-    files = [_known(Path(match)) for match in matches if not Path(match).is_dir()]
-    if not files:  # 'corpus/*' that holds only folders means these folders
-        files = [file for folder in folders for file in _walk(folder)]
-    yield from ((file, False) for file in files)
-
-
-def _walk(folder: Path) -> list[Path]:
-    files = [
-        path
-        for path in folder.rglob("*")
-        if path.name.endswith(SUFFIXES)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    if not files:
-        raise UsageError(
-            f"The folder '{folder}' holds no text.",
-            hint=f"Files that can be read end in {', '.join(SUFFIXES)}.",
-        )
-    return sorted(files)
-
-
-def _known(path: Path) -> Path:
-    if not path.name.endswith(SUFFIXES):
-        raise UsageError(
-            f"Cannot tell the format of '{path}' by its name.",
-            hint=f"Rename it; files that can be read end in {', '.join(SUFFIXES)}.",
-        )
-    return path
-
-
-def _domain(path: Path, *, by_folder: bool) -> str:
-    stem = path.name.removesuffix(_suffix(path))
-    folders = [parent.name for parent in path.absolute().parents]
-    names = folders if by_folder else [stem, *folders]
-    return next((name for name in names if name and not _GENERIC.fullmatch(name)), stem)
-
-
-def _suffix(path: Path) -> str:
-    return max((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), key=len)
-
-
-def _import(module: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(module.split(".")[0], "data", f"Reading '{path}'") from error
 
 
 def _read_all(files: Iterable[tuple[Path, str]], on_bad_row: OnBadRow | None) -> Iterator[Document]:
     for path, domain in files:
         try:
-            for row in _READERS[_suffix(path).split(".")[1]](path, domain):
+            for row in _READERS[suffix_of(path).split(".")[1]](path, domain):
                 document = _attempt(row, on_bad_row)
                 if document is not None:
                     yield document
@@ -201,16 +113,34 @@ def _attempt(row: _Row, on_bad_row: OnBadRow | None) -> Document | None:
     return None
 
 
+def _too_large(origin: str) -> Document:
+    raise LlamaMoeError(
+        f"{origin}: the document is larger than {MAX_DOCUMENT_BYTES:,} bytes, the most that is read at once.",
+        hint="Cut it into several documents, such as rows of a .jsonl file.",
+    )
+
+
 def _read_txt(path: Path, domain: str) -> Iterator[_Row]:
     with open_bytes(path) as stream:
-        raw = stream.read()
-    yield lambda: Document(_usable(_decode(raw, str(path)), str(path)), domain, str(path))
+        raw = stream.read(MAX_DOCUMENT_BYTES + 1)
+    origin = str(path)
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        yield partial(_too_large, origin)
+    else:
+        yield lambda: Document(_usable(_decode(raw, origin), origin), domain, origin)
 
 
 def _read_jsonl(path: Path, domain: str) -> Iterator[_Row]:
     with open_bytes(path) as stream:
-        for number, line in enumerate(stream, 1):
-            yield partial(_line, line, domain, f"{path}:{number}")
+        number = 0
+        while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+            number += 1
+            if len(line) <= MAX_DOCUMENT_BYTES:
+                yield partial(_line, line, domain, f"{path}:{number}")
+                continue
+            yield partial(_too_large, f"{path}:{number}")
+            while line and not line.endswith(b"\n"):  # the rest of the line, where such rows are left out
+                line = stream.readline(1 << 20)
 
 
 def _line(line: bytes, domain: str, origin: str) -> Document | None:
@@ -219,24 +149,9 @@ def _line(line: bytes, domain: str, origin: str) -> Document | None:
 
 
 def _read_parquet(path: Path, domain: str) -> Iterator[_Row]:
-    parquet, arrow = _import("pyarrow.parquet", path), _import("pyarrow", path)
-    try:
-        file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if "text" not in names:
-            raise LlamaMoeError(
-                f"'{path}' has no column 'text'; it has {', '.join(names) or 'none'}.",
-                hint="Rename the column that holds the documents to 'text'.",
-            )
-        number = 0
-        columns = [name for name in ("text", "meta") if name in names]
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield partial(_row, row, domain, f"{path}: row {number}")
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
-        message = f"'{path}' is not a sound Parquet file: {error}."
-        raise LlamaMoeError(message, hint="Write or download it again.") from error
+    for number, row in enumerate(read_rows(path, MAX_DOCUMENT_BYTES), 1):
+        origin = f"{path}: row {number}"
+        yield partial(_too_large, origin) if row is None else partial(_row, row, domain, origin)
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[_Row]]] = {

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlamaMoeError, UsageError
-from .text import find_files, read_files
+from .files import find_files
+from .text import read_files
 from .token_index import FORMAT, VERSION
 from .token_recipe import TokenizeRecipe
 from .tokenizing import Unit

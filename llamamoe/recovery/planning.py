@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..calibration.cost import MAX_LENGTH
 from ..checkpoint.base import FLOAT_DTYPES
 from ..checkpoint.reader import SafetensorsCheckpoint, refuse_tokenizer_code
-from ..data.text import find_files
+from ..data.files import find_files
 from ..dense import DenseModel, understand
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..hub import locate, open_checkpoint

@@ -6,12 +6,15 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from llamamoe.data.text import Document, find_files, read_documents
+from llamamoe.data.files import find_files
+from llamamoe.data.text import Document, read_documents
 from llamamoe.errors import LlamaMoeError, MissingExtraError, UsageError
 from tests.paths import SHARED_DATA, needs_shared_data
 
@@ -216,6 +219,92 @@ def test_a_large_file_is_never_in_memory(tmp_path, suffix):
     tracemalloc.stop()
     assert count == 10_000
     assert peak < 4e6
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_line_that_is_too_large_is_named_or_left_out(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr("llamamoe.data.text.MAX_DOCUMENT_BYTES", 1000)
+    long = json.dumps({"text": "x" * 5000}).encode() + b"\n"
+    path = write(tmp_path / f"a{suffix}", compress(LINES + long + LINES + long[:-1], suffix))
+    with pytest.raises(LlamaMoeError, match=r"a\.jsonl.*:3: the document is larger than 1,000 bytes") as caught:
+        texts(path)
+    assert caught.value.hint
+    bad: list[str] = []
+    kept = [d.origin for d in read_documents([path], on_bad_row=lambda error: bad.append(error.message))]
+    assert [origin.rsplit(":")[-1] for origin in kept] == ["1", "2", "4", "5"]
+    assert [message.split(": ")[0].rsplit(":")[-1] for message in bad] == ["3", "6"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".txt.zst"])
+def test_a_text_file_of_the_largest_size_is_read_and_no_larger_one(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr("llamamoe.data.text.MAX_DOCUMENT_BYTES", 1000)
+    assert texts(write(tmp_path / f"a{suffix}", compress(b"x" * 1000, suffix))) == ["x" * 1000]
+    with pytest.raises(LlamaMoeError, match=r"b\.txt.*: the document is larger than 1,000 bytes"):
+        texts(write(tmp_path / f"b{suffix}", compress(b"x" * 1001, suffix)))
+
+
+def test_a_parquet_row_that_is_too_large_is_named(tmp_path, monkeypatch):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("llamamoe.data.text.MAX_DOCUMENT_BYTES", 1000)
+    noise = random.Random(0).randbytes(2000).hex()
+    parquet.write_table(arrow.table({"text": ["a", noise, "b"]}), tmp_path / "a.parquet")
+    with pytest.raises(LlamaMoeError, match=r"a\.parquet: row 2: the document is larger than 1,000 bytes"):
+        texts(tmp_path / "a.parquet")
+    parquet.write_table(arrow.table({"text": ["x" * 10_000_000]}), tmp_path / "b.parquet", compression="zstd")
+    with pytest.raises(LlamaMoeError, match=r"b\.parquet': [\d,]+ bytes of the column 'text' unpack to 10,0"):
+        texts(tmp_path / "b.parquet")
+
+
+def test_one_entry_of_a_parquet_dictionary_in_many_rows_is_not_decoded_at_once(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = arrow.DictionaryArray.from_arrays(arrow.array([0] * 400), ["x" * (16 << 20)])  # 6.7 GB
+    parquet.write_table(arrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
+    arrow.default_memory_pool().release_unused()
+    rows = read_documents([tmp_path / "a.parquet"])
+    assert len(next(rows).text) == 16 << 20
+    assert arrow.total_allocated_bytes() < 256 << 20
+
+
+_PEAK = """
+import pathlib, sys
+from llamamoe.data.text import read_documents
+try:
+    next(read_documents(sys.argv[1:]))
+except Exception as error:
+    print(error)
+status = pathlib.Path("/proc/self/status").read_text()  # ru_maxrss would count the process that started this one
+print(status.split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory in KiB")
+def test_a_small_file_that_unpacks_to_gigabytes_takes_little_memory(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "bomb.jsonl.zst"
+    with path.open("wb") as file, zstandard.ZstdCompressor().stream_writer(file) as writer:
+        for _ in range(64):
+            writer.write(b"x" * (16 << 20))
+    out = subprocess.run([sys.executable, "-c", _PEAK, str(path)], capture_output=True, text=True, check=True)
+    message, *_, peak = out.stdout.splitlines()
+    assert "bomb.jsonl.zst:1: the document is larger than 67,108,864 bytes" in message
+    assert int(peak) < 400 << 10
+
+
+def test_a_window_beyond_the_bound_is_refused_and_that_of_long_is_read(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+
+    def packed(log: int) -> bytes:
+        parameters = zstandard.ZstdCompressionParameters(
+            window_log=log, hash_log=6, chain_log=6, search_log=1, strategy=1, write_content_size=False
+        )
+        out = io.BytesIO()
+        with zstandard.ZstdCompressor(compression_params=parameters).stream_writer(out, closefd=False) as writer:
+            writer.write(LINES)
+        return out.getvalue()
+
+    assert len(texts(write(tmp_path / "a.jsonl.zst", packed(27)))) == len(ROWS)
+    with pytest.raises(LlamaMoeError, match=r"b\.jsonl\.zst' needs a window of more than 128 MiB"):
+        texts(write(tmp_path / "b.jsonl.zst", packed(28)))
 
 
 @needs_shared_data

@@ -1,0 +1,161 @@
+"""Finding files of text: by name, in folders, by globs; regular files only, and no link out of a folder."""
+
+from __future__ import annotations
+
+import glob
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..errors import RefusedError, UsageError
+
+SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+# Names that tell which part of a corpus a file is, not what is in it: part-0001, train-00000-of-00007, 0003.
+_GENERIC = re.compile(
+    r"(part|shard|chunk|split|file|data|text|docs?|documents?|train|training|valid|validation|val|dev|test|eval|"
+    r"holdout|heldout|example)?([-_.]?(train|valid|validation|test|holdout))?([-_.]?\d+)*([-_.]?of[-_.]?\d+)?",
+    re.IGNORECASE,
+)
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, str]]:
+    """List the files that ``patterns`` name, each once and with the domain of its rows that state none.
+
+    Raises:
+        UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind or that is not a regular file.
+        RefusedError: A folder or glob holds a link out of the folder.
+    """
+    if isinstance(patterns, (str, Path)):  # a single str is a sequence of str too: its characters
+        patterns = [patterns]
+    if not patterns:
+        raise UsageError("No text was given.", hint="Name at least one file, folder or glob.")
+    found: dict[Path, tuple[Path, str]] = {}
+    for pattern in patterns:
+        for path, named in _match(pattern):
+            domain = _domain(path, by_folder=suffix_of(path).startswith(".txt") and not named)
+            found.setdefault(path.resolve(), (path, domain))
+    return list(found.values())
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is not a regular file or a link to one: a pipe has no size and may have no end.
+
+    Raises:
+        UsageError: It is something else.
+        OSError: It is not there.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "something else")
+        raise UsageError(f"'{path}' is {kind}, not a regular file.", hint="Write the text into a file first.")
+
+
+def _match(pattern: str | Path) -> Iterator[tuple[Path, bool]]:
+    """Yield the files of one pattern, and whether the pattern is the file's own name."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        yield from ((file, False) for file in _walk(path))
+        return
+    if path.exists():  # a file that is named may be a link to anywhere: that is what was asked for
+        check_regular(_known(path))
+        yield path, True
+        return
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    if not matches:
+        raise UsageError(
+            f"No file, folder or glob matches '{pattern}'.",
+            hint=f"Paths are relative to {Path.cwd()}; quote globs that the shell should leave alone.",
+        )
+    root = _glob_root(path)
+    folders = [match for match in matches if match.is_dir()]
+    files = [_known(match) for match in matches if not match.is_dir()]
+    if not files:  # 'corpus/*' that holds only folders means these folders
+        files = [file for folder in folders for file in _walk(_inside(folder, root))]
+    for file in files:
+        _readable(_inside(file, root))
+    yield from ((file, False) for file in files)
+
+
+def _glob_root(pattern: Path) -> Path:
+    """The folder below which a glob searches."""
+    while glob.has_magic(str(pattern)):
+        pattern = pattern.parent
+    return pattern
+
+
+def _walk(folder: Path) -> list[Path]:
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        is_text = path.name.endswith(SUFFIXES)
+        if path.is_symlink() and (is_text or path.is_dir()):
+            _inside(path, folder)
+        if is_text and not path.is_dir():
+            _readable(path)
+            files.append(path)
+    if not files:
+        raise UsageError(
+            f"The folder '{folder}' holds no text.",
+            hint=f"Files that can be read end in {', '.join(SUFFIXES)}.",
+        )
+    return files
+
+
+def _readable(path: Path) -> None:
+    try:
+        check_regular(path)
+    except OSError as error:  # a link to nothing, or in a circle
+        raise UsageError(
+            f"'{path}' cannot be read: {error.strerror or error}.", hint="Remove it, or name the files one by one."
+        ) from None
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    """``path``, unless it leads out of ``folder``; the blobs of a hub cache belong to its snapshots.
+
+    Raises:
+        RefusedError: It does.
+    """
+    root = folder.resolve()
+    blobs = [above.parent.parent / "blobs" for above in (root, *root.parents) if above.parent.name == "snapshots"]
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise RefusedError(f"'{path}' cannot be found ({error}).", hint="Remove the link.") from None
+    if not any(real.is_relative_to(allowed) for allowed in (root, *blobs)):
+        raise RefusedError(
+            f"'{path}' is a link out of the folder '{folder}' (to '{real}'): refused.",
+            hint="Copy what it points to into the folder, or name that file or folder itself.",
+        )
+    return path
+
+
+def _known(path: Path) -> Path:
+    if not path.name.endswith(SUFFIXES):
+        raise UsageError(
+            f"Cannot tell the format of '{path}' by its name.",
+            hint=f"Rename it; files that can be read end in {', '.join(SUFFIXES)}.",
+        )
+    return path
+
+
+def _domain(path: Path, *, by_folder: bool) -> str:
+    stem = path.name.removesuffix(suffix_of(path))
+    folders = [parent.name for parent in path.absolute().parents]
+    names = folders if by_folder else [stem, *folders]
+    return next((name for name in names if name and not _GENERIC.fullmatch(name)), stem)
+
+
+def suffix_of(path: Path) -> str:
+    """The one of `SUFFIXES` that the file has, the longest."""
+    return max((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), key=len)
