@@ -37,6 +37,9 @@ def logits(folder: Path, **keys: Any) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **keys).eval()
     ids = torch.arange(3, 51)[None] * 5 % 120 + 3  # longer than the windows and than the original context of longrope
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".gate." in name or ".router." in name:  # equal weights, for which the conversion is exact
+                parameter.zero_()
         return model(ids).logits
 
 
@@ -47,7 +50,7 @@ def test_the_output_computes_what_transformers_makes_of_the_parent(tmp_path: Pat
     dtype = {"dtype": "float32"} if variant.startswith("gemma") else {}
     llamamoe.split(source, out, recipe(num_experts=4, top_k=4, **dtype), verify=False)
     parent, made = logits(source), logits(out)
-    assert (made - parent).abs().max() < 1e-4 * parent.abs().max()
+    assert (made - parent).abs().max() < 1e-5 * parent.abs().max()
 
 
 @pytest.mark.parametrize(
