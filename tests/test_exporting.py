@@ -333,7 +333,7 @@ def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'WordLevel', not BPE"):
         export_gguf(moe, tmp_path / "n.gguf")
     path.write_text(plain[:-20])
-    with pytest.raises(CheckpointError, match="tokenizer.json is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not valid JSON"):
         export_gguf(moe, tmp_path / "n.gguf")
     path.unlink()
     found = export_gguf(moe, tmp_path / "n.gguf")
