@@ -108,12 +108,8 @@ def test_a_wrong_default_for_a_missing_key_is_caught(tmp_path: Path, monkeypatch
     config = json.loads((dense / "config.json").read_text())
     del config["rms_norm_eps"]
     (dense / "config.json").write_text(json.dumps(config))
-    real = Llama.spec
-
-    def wrong(self: Llama, given: Any) -> Any:
-        return real(self, given) if "rms_norm_eps" in given else replace(real(self, given), rms_norm_eps=1.5e-6)
-
-    monkeypatch.setattr(Llama, "spec", wrong)
+    wrong = {"rms_norm_eps": Llama.fields["rms_norm_eps"]._replace(default=1.5e-6)}
+    monkeypatch.setattr(Llama, "fields", {**Llama.fields, **wrong})
     with pytest.raises(llamamoe.VerificationError, match=r"transformers takes rms_norm_eps = 1e-06, .* 1\.5e-06"):
         llamamoe.split(dense, tmp_path / "out", llamamoe.load_recipe(given={"method": "random", "num_experts": 4}))
 
