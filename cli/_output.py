@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import sys
@@ -20,6 +19,7 @@ from llamamoe.progress import ProgressCallback, ignore_progress
 
 from ._style import Option
 from ._tables import bullets
+from ._text import Styled, echo, json_text
 
 VERBOSE = "llamamoe.verbose"
 """Key in ``Context.meta``: whether ``-v`` was given."""
@@ -72,7 +72,7 @@ class Output:
             warnings: What ``-q`` still says, on stderr.
         """
         if self.as_json:
-            click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+            echo(Styled(json_text(_finite(data))))
         elif summary and self.quiet:
             bullets(warnings, mark="!", err=True)
         else:

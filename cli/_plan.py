@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from llamamoe.calibration.cost import REFERENCE_FLOPS
 
 from ._format import amount, change, duration, error, plural, size
 from ._tables import bullets, facts, heading, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.calibration.cost import CalibrationPlan
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 def print_plan(plan: SplitPlan, source: str, *, verbose: bool) -> None:
     """What ``--dry-run`` shows."""
-    click.echo(click.style(f"{source}: {plan.model.source.name} -> {plan.target.name}", bold=True))
+    echo(bold(f"{source}: {plan.model.source.name} -> {plan.target.name}"))
     facts(_conversion(plan))
     heading("Costs")
     _costs(plan.parent_cost, plan.cost)
@@ -29,7 +28,7 @@ def print_plan(plan: SplitPlan, source: str, *, verbose: bool) -> None:
         _details(plan)
     print_warnings(plan.warnings)
     _advice(plan.advice)
-    click.echo("\nNothing was written.")
+    echo("\nNothing was written.")
 
 
 def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
@@ -106,7 +105,7 @@ def _details(plan: SplitPlan) -> None:
     heading("Files")
     table(("", ""), [(f, size(sum(n for *_, n in t.values()))) for f, t in plan.shards.items()], right=(1,))
     heading("Recipe")
-    click.echo("".join(f"  {line}\n" for line in plan.recipe.to_yaml().splitlines()), nl=False)
+    echo("".join(f"  {line}\n" for line in plan.recipe.to_yaml().splitlines()), nl=False)
 
 
 def print_warnings(warnings: Sequence[str], *, err: bool = False) -> None:
@@ -125,7 +124,7 @@ def _advice(advice: Sequence[str]) -> None:
 def print_result(result: SplitResult) -> None:
     """How a conversion went."""
     plan, run = result.plan, result.receipt["run"]
-    click.echo(f"\n{click.style(str(result.out), bold=True)}: {plan.target.name}, ready for transformers.")
+    echo("\n", bold(str(result.out)), f": {plan.target.name}, ready for transformers.")
     before, after = plan.parent_cost, plan.cost
     shares = (change(before.active_parameters, after.active_parameters), change(before.nbytes, after.nbytes))
     facts(

@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import click
-
 from llamamoe.progress import Progress, ProgressCallback
 
 from ._format import duration, plural
+from ._text import echo
 
 PLAIN_SECONDS = 5.0
 """The least time between two plain lines of one stage."""
@@ -59,7 +58,7 @@ def plain_lines(*, verbose: bool) -> Iterator[ProgressCallback]:
         clock.starts(step)
         if verbose or step.done >= step.total or clock.now - shown >= PLAIN_SECONDS:
             shown = clock.now
-            click.echo(f"{step.stage}: {clock.text(detail=verbose)}", err=True)
+            echo(f"{step.stage}: {clock.text(detail=verbose)}", err=True)
 
     yield report
 

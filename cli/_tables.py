@@ -7,7 +7,9 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-import click
+from llamamoe.plain_text import printable
+
+from ._text import Styled, bold, echo
 
 
 def width() -> int:
@@ -48,12 +50,12 @@ def table(
             overflow="fold",
         )
     for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*(Text(printable(cell)) for cell in row))
     console = Console(file=sys.stdout, width=width(), highlight=False)
     with console.capture() as captured:
         console.print(Padding(grid, (0, 0, 0, indent), expand=False))
     for line in captured.get().splitlines():
-        click.echo(line.rstrip())
+        echo(Styled(line.rstrip()))  # cells were escaped
 
 
 def facts(pairs: Iterable[tuple[str, str]], *, indent: int = 2) -> None:
@@ -63,15 +65,15 @@ def facts(pairs: Iterable[tuple[str, str]], *, indent: int = 2) -> None:
 
 def heading(text: str, *, err: bool = False) -> None:
     """Print a title after an empty line."""
-    click.echo(f"\n{click.style(text, bold=True)}", err=err)
+    echo("\n", bold(text), err=err)
 
 
 def bullets(lines: Iterable[str], *, mark: str = "-", err: bool = False) -> None:
     """Print one wrapped item for each line."""
     for line in lines:
-        click.echo(textwrap.fill(line, width(), initial_indent=f"  {mark} ", subsequent_indent="    "), err=err)
+        echo(textwrap.fill(line, width(), initial_indent=f"  {mark} ", subsequent_indent="    "), err=err)
 
 
 def paragraph(text: str) -> None:
     """Print wrapped text."""
-    click.echo(textwrap.fill(text, width(), initial_indent="  ", subsequent_indent="  "))
+    echo(textwrap.fill(text, width(), initial_indent="  ", subsequent_indent="  "))

@@ -10,6 +10,7 @@ from ._format import amount, size
 from ._output import Output, output_options
 from ._style import Command, flag, model_options
 from ._tables import facts, heading, paragraph, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.benching import Benchmark, ModelSpeed
@@ -80,7 +81,7 @@ def command(
 def _print(found: Benchmark) -> None:
     sides = [found.model, *([found.against] if found.against else [])]
     where = f"{found.device}, {found.threads} threads" if found.device == "cpu" else found.device
-    click.echo(click.style(f"{found.model.name} on {where}, {found.model.dtype}", bold=True))
+    echo(bold(f"{found.model.name} on {where}, {found.model.dtype}"))
     facts([(side.name, _size(side)) for side in sides])
     heading("Tokens a second")
     table(("batch", "prefill", "x parent", "decode", "x parent"), _rows(found), right=range(5))
@@ -89,7 +90,7 @@ def _print(found: Benchmark) -> None:
         flops = found.against.prefill_flops_per_token / found.model.prefill_flops_per_token
         read = found.against.active_bytes / found.model.active_bytes
         facts([("prefill", f"{flops:.3g} x, by operations"), ("decode, batch 1", f"{read:.3g} x, by bytes read")])
-        click.echo()
+        echo()
         upto = f"up to batch {found.faster_up_to}" if found.faster_up_to else "at no batch size that was measured"
         paragraph(
             f"Decoding is faster than the parent's {upto}. The parent's own speed changed by a factor of {found.drift:.3g} while "

@@ -15,6 +15,7 @@ from ._output import Interrupted, Output, output_options
 from ._recipe_options import name_flags, recipe_file, recipe_options
 from ._style import Command, Name, Option, flag
 from ._tables import bullets, facts, heading, paragraph, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.budgeting import Allocation
@@ -138,7 +139,7 @@ def _allocate(source: str, recipe: SplitRecipe, budget: float, output: Output, *
 
 def _print(found: Allocation, written: str | None, *, verbose: bool) -> None:
     dense = ", ".join(map(str, found.keep_dense)) or "none"
-    click.echo(click.style(f"{found.source}: {100 * found.active_share:.2f} % of the FFNs active", bold=True))
+    echo(bold(f"{found.source}: {100 * found.active_share:.2f} % of the FFNs active"))
     facts(
         [
             ("target", f"{found.target} (dense layers: {found.dense_form})"),
@@ -164,7 +165,7 @@ def _print(found: Allocation, written: str | None, *, verbose: bool) -> None:
         ("layer", "damage, all alike", "damage", "shared neurons (simulated)" if note else ""), rows, right=(0, 1, 2, 3)
     )
     if note:
-        click.echo()
+        echo()
         paragraph(
             f"With another number of shared neurons in every layer the damage would be {found.simulated['damage']:.4g}: "
             f"{found.simulated['note']}."
@@ -176,9 +177,9 @@ def _print(found: Allocation, written: str | None, *, verbose: bool) -> None:
         bullets(found.warnings, mark="!")
     if verbose:
         heading("Recipe")
-        click.echo("".join(f"  {line}\n" for line in found.recipe.to_yaml().splitlines()), nl=False)
+        echo("".join(f"  {line}\n" for line in found.recipe.to_yaml().splitlines()), nl=False)
     if written:
-        click.echo()
+        echo()
         paragraph(f"llamamoe split {found.source} OUT --recipe {written}")
 
 

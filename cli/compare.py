@@ -14,6 +14,7 @@ from ._output import Interrupted, Output, output_options
 from ._recipe_options import recipe_file
 from ._style import Command, flag
 from ._tables import bullets, heading, paragraph, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.comparison import ComparisonPlan, PlannedCell
@@ -114,7 +115,7 @@ def _compare(source: str, out: str, recipe: CompareRecipe, only: tuple[str, ...]
 
 
 def _print_plan(plan: ComparisonPlan, out: str) -> None:
-    click.echo(click.style(f"{plan.source}: {plural(len(plan.cells), 'cell')}", bold=True))
+    echo(bold(f"{plan.source}: {plural(len(plan.cells), 'cell')}"))
     titles = ("cell (method/budget/seed)", "", "active share", "experts", "FLOPs", "time", "")
     rows = [
         (
@@ -131,7 +132,7 @@ def _print_plan(plan: ComparisonPlan, out: str) -> None:
     table(titles, rows, right=(2, 4, 5), wrap=(0,))
     done = sum(cell.finished for cell in plan.cells)
     basis = "the finished cells took" if plan.rate_measured else "two laptop cores need"
-    click.echo()
+    echo()
     paragraph(
         f"{done} finished in {out}, about {duration(plan.seconds_left)} left, at the rate that {basis}. Nothing was written."
     )
@@ -144,7 +145,7 @@ def _experts(cell: PlannedCell) -> str:
 
 
 def _print(found: Comparison, out: str, *, verbose: bool) -> None:
-    click.echo(click.style(f"{found.source}: perplexity, mean over domains and seeds", bold=True))
+    echo(bold(f"{found.source}: perplexity, mean over domains and seeds"))
     titles = ("method", "active share", "experts", "perplexity", "x dense", "recall@k", "seeds", "time")
     table(titles, [_row(row) for row in found.rows], right=(1, 3, 4, 5, 6, 7), wrap=(0,))
     if verbose:
@@ -155,7 +156,7 @@ def _print(found: Comparison, out: str, *, verbose: bool) -> None:
     if found.warnings:
         heading("Warnings")
         bullets(found.warnings, mark="!")
-    click.echo()
+    echo()
     if any(row.simulated for row in found.rows):
         paragraph("An oracle router knows what every expert contributes: simulated, it cannot be exported.")
     paragraph(f"In {Path(out)}: {', '.join(found.files.values())}.")

@@ -10,6 +10,7 @@ from ._format import amount, duration, error
 from ._output import Output, output_options
 from ._style import Command, Option
 from ._tables import bullets, heading, paragraph, table
+from ._text import echo
 
 if TYPE_CHECKING:
     from llamamoe.demonstration import DemoResult
@@ -61,7 +62,7 @@ def _print(found: DemoResult) -> None:
         for row in found.rows
     ]
     table(titles, rows, right=range(1, len(titles)), wrap=(0,))
-    click.echo()
+    echo()
     paragraph(
         "parity: largest difference of a logit from the dense model's, all experts at equal weights; "
         "pruning and repair claim none. FFN active: what a token uses of the FFNs, routers included."
@@ -69,7 +70,7 @@ def _print(found: DemoResult) -> None:
     heading(found.prompt)
     bullets(f"{row.model}: {row.text}" for row in found.rows if row.text is not None)
     for remark in found.remarks:
-        click.echo()
+        echo()
         paragraph(remark)
-    click.echo(f"\nThe models are in {found.out}; it took {duration(found.seconds)}.")
-    click.echo(f"What token_clusters costs and how its experts differ, on one page: {found.report}")
+    echo(f"\nThe models are in {found.out}; it took {duration(found.seconds)}.")
+    echo(f"What token_clusters costs and how its experts differ, on one page: {found.report}")

@@ -9,6 +9,7 @@ import click
 from ._output import Output, kept_when_interrupted, output_options
 from ._style import Command, Option
 from ._tables import bullets, facts
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.densifying import DensifyResult
@@ -61,6 +62,6 @@ def command(
 
 
 def _print(found: DensifyResult) -> None:
-    click.echo(click.style(f"{found.out}: a dense model with {found.intermediate_size:,} neurons a layer", bold=True))
+    echo(bold(f"{found.out}: a dense model with {found.intermediate_size:,} neurons a layer"))
     facts([("exact", "every weight as the conversion kept it" if found.exact else "no")])
     bullets(found.warnings, mark="!")

@@ -13,6 +13,7 @@ from ._output import Output, output_options
 from ._recipe_options import recipe_file
 from ._style import Command, Option, model_options
 from ._tables import heading, paragraph, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.scores import Difference, Evaluation, ModelScores, Score
@@ -121,7 +122,7 @@ def _print_tasks(found: TaskEvaluation) -> None:
     columns = titles if found.against else titles[:5]
     table(columns, [row[: len(columns)] for row in rows], right=range(2, len(columns)))
     if found.against:
-        click.echo()
+        echo()
         paragraph(f"against: {found.against}. Differences are of questions taken as pairs; +- is one standard error.")
 
 
@@ -142,11 +143,11 @@ def _task_row(score: TaskScore) -> tuple[str, ...]:
 def _print(found: Evaluation, *, verbose: bool) -> None:
     for scores in (found.model, found.against):
         if scores is not None:
-            click.echo(f"{click.style(scores.model, bold=True)} ({scores.dtype}, {found.device})")
+            echo(bold(scores.model), f" ({scores.dtype}, {found.device})")
             _scores(scores)
-            click.echo()
+            echo()
     if found.difference is not None and found.against is not None:
-        click.echo(click.style(f"{found.model.model} minus {found.against.model}", bold=True))
+        echo(bold(f"{found.model.model} minus {found.against.model}"))
         rows = [*found.difference.domains.items(), ("overall", found.difference.overall)]
         if len(found.difference.domains) > 1:
             rows.append(("mean over domains", found.difference.mean_over_domains))
@@ -155,7 +156,7 @@ def _print(found: Evaluation, *, verbose: bool) -> None:
         table(titles, [(n, *_difference(d, same)) for n, d in rows], right=range(1, len(titles)))
         if not same:
             paragraph("The tokenizers differ: only bits per byte may be compared.")
-        click.echo()
+        echo()
     if found.skipped_documents:
         paragraph(f"{plural(found.skipped_documents, 'document')} too short to score.")
     if verbose:

@@ -10,6 +10,7 @@ from ._format import size
 from ._output import Output, kept_when_interrupted, output_options
 from ._style import Command, Option
 from ._tables import bullets, facts
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.exporting import GgufExport
@@ -46,6 +47,6 @@ def command(model: str, out: str, dtype: str, pre: str | None, force: bool, outp
 
 
 def _print(found: GgufExport) -> None:
-    click.echo(click.style(f"{found.out}: {size(found.nbytes)}", bold=True))
+    echo(bold(f"{found.out}: {size(found.nbytes)}"))
     facts([("architecture", found.architecture), ("type", found.dtype), ("tensors", str(found.num_tensors))])
     bullets(found.warnings, mark="!")

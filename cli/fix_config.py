@@ -8,6 +8,7 @@ from ._format import plural
 from ._output import Output, output_options
 from ._style import Command, Option
 from ._tables import bullets
+from ._text import echo
 
 HELP = """Add to config.json in the folder PATH what transformers 4.57 reads.
 
@@ -30,10 +31,10 @@ def command(path: str, dry_run: bool, output: Output) -> None:
 
     def human() -> None:
         if not added:
-            click.echo(f"{path}: nothing is missing.")
+            echo(f"{path}: nothing is missing.")
             return
         verb = "would be added" if dry_run else "added"
-        click.echo(f"{path}/config.json: {plural(len(added), 'key')} {verb}")
+        echo(f"{path}/config.json: {plural(len(added), 'key')} {verb}")
         bullets(added, mark="+")
 
     output.result({"path": path, "dry_run": dry_run, "added": added}, human, summary=not dry_run)

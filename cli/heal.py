@@ -12,6 +12,7 @@ from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import recipe_file
 from ._style import Command, flag
 from ._tables import bullets, facts, heading, paragraph, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.healing import HealResult
@@ -116,7 +117,7 @@ def _heal(model: str, out: str, recipe: HealRecipe, output: Output, **keys: Any)
 
 def _print_plan(plan: HealPlan) -> None:
     recipe = plan.recipe
-    click.echo(click.style(f"{plan.model.name}: heal {plural(len(plan.layers), 'layer')}", bold=True))
+    echo(bold(f"{plan.model.name}: heal {plural(len(plan.layers), 'layer')}"))
     facts([
         ("parent", plan.parent.name),
         ("experts", f"{plan.num_experts} in each layer, {plan.top_k} selected per token; {plan.target.name}"),
@@ -130,12 +131,12 @@ def _print_plan(plan: HealPlan) -> None:
     if plan.warnings:
         heading("Warnings")
         bullets(plan.warnings, mark="!")
-    click.echo("\nNothing was written.")
+    echo("\nNothing was written.")
 
 
 def _print(result: HealResult) -> None:
     receipt = result.receipt
-    click.echo(click.style(f"{result.out}: {plural(len(receipt['layers']), 'layer')} healed", bold=True))
+    echo(bold(f"{result.out}: {plural(len(receipt['layers']), 'layer')} healed"))
     rows = [
         (
             str(layer["layer"]),
@@ -146,7 +147,7 @@ def _print(result: HealResult) -> None:
         for layer in receipt["layers"]
     ]
     table(("layer", "error before", "after", ""), rows, right=(0, 1, 2))
-    click.echo()
+    echo()
     paragraph(
         f"Errors relative to the parent's outputs, on {receipt['tokens']['held_out']:,} tokens that were not trained on. "
         f"{duration(receipt['run']['seconds'])}."

@@ -12,6 +12,7 @@ from ._format import amount, duration, error, plural, size
 from ._output import Output, output_options
 from ._style import Command
 from ._tables import bullets, facts, heading, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.inspection import Experts, Inspection
@@ -37,7 +38,7 @@ def command(path: str, output: Output) -> None:
 
 def _print(found: Inspection, *, verbose: bool) -> None:
     kind = "mixture of experts" if found.kind == "moe" else "dense"
-    click.echo(f"{click.style(found.name, bold=True)}: {kind}, {found.model_type or 'no model_type'}")
+    echo(bold(found.name), f": {kind}, {found.model_type or 'no model_type'}")
     facts(_facts(found))
     if found.experts is not None:
         heading("Experts")
@@ -51,11 +52,11 @@ def _print(found: Inspection, *, verbose: bool) -> None:
         heading("Notes")
         bullets(found.notes, mark="!")
     if found.kind == "dense":
-        click.echo()
+        echo()
         if found.refusal is None:
-            click.echo(f"It can be split: llamamoe split {shlex.quote(str(found.path))} OUT --dry-run")
+            echo(f"It can be split: llamamoe split {shlex.quote(str(found.path))} OUT --dry-run")
         else:
-            click.echo(f"It cannot be split: {found.refusal}")
+            echo(f"It cannot be split: {found.refusal}")
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:

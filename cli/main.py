@@ -19,8 +19,10 @@ from llamamoe import __version__
 from llamamoe.errors import LlamaMoeError
 from llamamoe.registry import near_misses
 
+from ._failures import told
 from ._output import VERBOSE, Interrupted
 from ._style import Command, Context, write_sections
+from ._text import echo, styled
 
 EXAMPLES = """\
 llamamoe demo                                         # a small real model, start to end
@@ -108,24 +110,19 @@ class Root(click.Group):
 
 def _unexpected(ctx: click.Context, error: Exception) -> LlamaMoeError:
     """What nobody foresaw, as one line; the traceback with ``-v``."""
-    if ctx.meta.get(VERBOSE):
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        text = f"{where}{error.strerror}."
-    else:
-        lines = str(error).strip().splitlines()
-        text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return LlamaMoeError(text, hint=None if ctx.meta.get(VERBOSE) else "Use -v for the traceback.")
+    verbose = bool(ctx.meta.get(VERBOSE))
+    if verbose:
+        echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    return told(error, verbose=verbose)
 
 
 def _fail(ctx: click.Context, error: LlamaMoeError) -> NoReturn:
     if isinstance(error, Interrupted):
-        click.echo(str(error), err=True)
+        echo(str(error), err=True)
     else:
-        click.echo(f"{click.style('Error:', fg='red', bold=True)} {error.message}", err=True)
+        echo(styled("Error:", fg="red", bold=True), f" {error.message}", err=True)
         if error.hint:
-            click.echo(f"  {error.hint}", err=True)
+            echo(f"  {error.hint}", err=True)
     ctx.exit(error.exit_code)
 
 

@@ -9,6 +9,7 @@ import click
 from ._output import Output, kept_when_interrupted, output_options
 from ._style import Command, Option
 from ._tables import bullets, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.merging import MergeResult
@@ -58,6 +59,6 @@ def command(
 
 
 def _print(models: tuple[str, ...], found: MergeResult) -> None:
-    click.echo(click.style(f"{found.out}: the average of {len(models)} models", bold=True))
+    echo(bold(f"{found.out}: the average of {len(models)} models"))
     table(("model", "weight"), [(m, f"{w:.4g}") for m, w in zip(models, found.weights, strict=True)], right=(1,))
     bullets(found.warnings, mark="!")

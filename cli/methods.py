@@ -14,6 +14,7 @@ from llamamoe.registry import near_misses
 from ._output import Output, output_options
 from ._style import Command, Option
 from ._tables import bullets, facts, heading, paragraph, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.catalog import Cell, Matrix, Method
@@ -85,11 +86,11 @@ def _advice() -> str:
 def _print(methods: Sequence[Method], *, detailed: bool) -> None:
     if not detailed:
         paragraph(_advice())
-        click.echo()
+        echo()
     for index, kind in enumerate(dict.fromkeys(m.kind for m in methods)):
         if index:
-            click.echo()
-        click.echo(click.style(TITLES.get(kind, kind), bold=True))
+            echo()
+        echo(bold(TITLES.get(kind, kind)))
         rows = [m for m in methods if m.kind == kind]
         if detailed:
             for method in rows:
@@ -98,11 +99,11 @@ def _print(methods: Sequence[Method], *, detailed: bool) -> None:
             text = ("activations", "gradients")
             table(("", ""), [(m.name + " *" * (m.needs in text), m.summary) for m in rows])
     if not detailed:
-        click.echo("\n`llamamoe methods NAME` tells more of one, -v of all; `--matrix` which family becomes what.")
+        echo("\n`llamamoe methods NAME` tells more of one, -v of all; `--matrix` which family becomes what.")
 
 
 def _details(method: Method) -> None:
-    click.echo(f"  {click.style(method.name, bold=True)}: {method.summary}")
+    echo("  ", bold(method.name), f": {method.summary}")
     known = [("reference", method.reference), ("needs", method.needs), ("parity", method.parity)]
     known += [(key.replace("_", " "), str(value)) for key, value in method.facts.items()]
     facts([pair for pair in known if pair[1]], indent=4)
@@ -119,7 +120,7 @@ def _print_matrix(found: Matrix, *, verbose: bool) -> None:
     ]
     titles = [re.sub(r"_?moe", r"\n\g<0>", target) for target in found.targets]
     table(("family", "", *titles), rows, wrap=(1,), indent=0)
-    click.echo()
+    echo()
     paragraph(
         "4.57: loads in transformers 4.57 and 5. 5: in transformers 5 only. s: neurons can be shared, too. "
         "*: exact in float32 only. -: refused" + ("." if verbose else "; -v says why.")

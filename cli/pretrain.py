@@ -16,6 +16,7 @@ from ._output import Interrupted, Output, output_options
 from ._recipe_options import recipe_file
 from ._style import Command, flag
 from ._tables import bullets, facts, heading, paragraph, table
+from ._text import bold, echo, styled
 
 if TYPE_CHECKING:
     from llamamoe.pretraining import PretrainResult
@@ -122,7 +123,7 @@ def _warnings_on_stderr() -> Iterator[None]:
 
     class Echo(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            click.echo(f"{click.style('Warning:', fg='yellow')} {record.getMessage()}", err=True)
+            echo(styled("Warning:", fg="yellow"), f" {record.getMessage()}", err=True)
 
     logger, handler = logging.getLogger("llamamoe"), Echo(logging.WARNING)
     logger.addHandler(handler)
@@ -134,9 +135,7 @@ def _warnings_on_stderr() -> Iterator[None]:
 
 def _print_plan(plan: PretrainPlan) -> None:
     estimate = plan.estimate
-    click.echo(
-        click.style(f"{plan.model}: {plan.recipe.max_steps:,} steps, {amount(estimate.tokens)} tokens", bold=True)
-    )
+    echo(bold(f"{plan.model}: {plan.recipe.max_steps:,} steps, {amount(estimate.tokens)} tokens"))
     facts(
         [
             ("parameters", ", ".join(f"{amount(n)} {name}" for name, n in estimate.parameters.items() if n)),
@@ -160,12 +159,12 @@ def _print_plan(plan: PretrainPlan) -> None:
     if plan.warnings:
         heading("Warnings")
         bullets(plan.warnings, mark="!")
-    click.echo()
+    echo()
     paragraph("An estimate from shapes alone. Nothing was loaded or written.")
 
 
 def _print(result: PretrainResult) -> None:
-    click.echo(click.style(f"{result.steps:,} steps, {amount(result.tokens)} tokens", bold=True))
+    echo(bold(f"{result.steps:,} steps, {amount(result.tokens)} tokens"))
     rows = []
     if result.first is not None and result.last is not None:
         rows.append(("validation loss", f"{result.first['loss']:.4f} -> {result.last['loss']:.4f}"))

@@ -11,6 +11,7 @@ import click
 from ._output import Output, output_options
 from ._style import Command, flag, model_options
 from ._tables import bullets, table
+from ._text import echo
 
 HELP = """Make one page that shows what converted models lost, how they route and what they cost.
 
@@ -95,4 +96,4 @@ def _print(found: dict[str, Any], out: str | None, json_out: str | None) -> None
     ]
     table(("model", key.replace("_", " "), "parameters of a token"), rows, right=(1,))
     bullets(found["notes"], mark="!")
-    click.echo(f"\n{' and '.join(name for name in (out, json_out) if name)} written.")
+    echo(f"\n{' and '.join(name for name in (out, json_out) if name)} written.")

@@ -9,6 +9,7 @@ import click
 from ._output import Output, kept_when_interrupted, output_options
 from ._style import Command, Option
 from ._tables import bullets, facts
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.retopping import RetopResult
@@ -49,9 +50,7 @@ def command(model: str, out: str, top_k: int, rescale: str | None, resume: bool,
 
 
 def _print(found: RetopResult) -> None:
-    click.echo(
-        click.style(f"{found.out}: {found.top_k[1]} experts per token in the place of {found.top_k[0]}", bold=True)
-    )
+    echo(bold(f"{found.out}: {found.top_k[1]} experts per token in the place of {found.top_k[0]}"))
     places = {"nowhere": "nothing had to change", "config": "in routed_scaling_factor", "weights": "in the experts"}
     facts(
         [("factor", f"{found.factor:.6g}, {places[found.where]}"), ("exact", "yes" if found.exact else "one rounding")]

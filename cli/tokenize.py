@@ -12,6 +12,7 @@ from ._output import Interrupted, Output, output_options
 from ._recipe_options import recipe_file
 from ._style import Command, flag
 from ._tables import bullets, facts, heading, paragraph, table
+from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.data.token_plan import TokenizePlan
@@ -101,7 +102,7 @@ def _tokenize(recipe: TokenizeRecipe, out: str, output: Output, **keys: bool) ->
 
 
 def _print_plan(plan: TokenizePlan, *, verbose: bool) -> None:
-    click.echo(click.style(f"{plural(len(plan.files), 'file')}, {size(plan.nbytes)}", bold=True))
+    echo(bold(f"{plural(len(plan.files), 'file')}, {size(plan.nbytes)}"))
     by_domain: dict[str, tuple[int, int]] = {}
     for path, domain in plan.files:
         files, nbytes = by_domain.get(domain, (0, 0))
@@ -120,14 +121,14 @@ def _print_plan(plan: TokenizePlan, *, verbose: bool) -> None:
             ("time", f"{duration(plan.seconds)} on {plural(plan.workers, 'core')}"),
         ]
     )
-    click.echo()
+    echo()
     paragraph("Estimates from the size of the files and the speed of one laptop core. Nothing was written.")
 
 
 def _print(found: Tokenized) -> None:
     index = found.index
     total = sum(entry.tokens for split in index.splits.values() for entry in split.values())
-    click.echo(click.style(f"{found.out}: {amount(total)} tokens of {index.tokenizer.name}, {index.dtype}", bold=True))
+    echo(bold(f"{found.out}: {amount(total)} tokens of {index.tokenizer.name}, {index.dtype}"))
     rows = [
         (
             domain if split == "train" else f"{domain} ({split})",
@@ -141,5 +142,5 @@ def _print(found: Tokenized) -> None:
     ]
     table(("domain", "documents", "tokens", "bytes a token", "files"), rows, right=(1, 2, 3, 4), wrap=(0,))
     kept = f", {found.kept} of {plural(found.units, 'unit')} kept from before" if found.kept else ""
-    click.echo()
+    echo()
     paragraph(f"{plural(len(index.sources), 'input file')} in {duration(found.seconds)}{kept}.")

@@ -10,6 +10,7 @@ from ._format import error, plural
 from ._output import Output, output_options
 from ._style import Command, Option
 from ._tables import facts, heading, table
+from ._text import bold, echo, styled
 
 if TYPE_CHECKING:
     from llamamoe.verification import Verification
@@ -67,7 +68,7 @@ def _distances(found: Verification) -> list[tuple[str, str]]:
 
 
 def _print(out: str, found: Verification, *, verbose: bool) -> None:
-    click.echo(f"{click.style(out, bold=True)}: {click.style('verified', fg='green')}")
+    echo(bold(out), ": ", styled("verified", fg="green"))
     rows = []
     for name, value, allowed in (
         ("all experts, equal weights", found.equal_weights, found.equal_tolerance),
@@ -78,7 +79,7 @@ def _print(out: str, found: Verification, *, verbose: bool) -> None:
     if rows:
         table(("largest difference of a logit", "relative", "allowed"), rows, right=(1, 2))
     else:
-        click.echo("  It claims no exactness; files, names and shapes are as the recipe says, all values finite.")
+        echo("  It claims no exactness; files, names and shapes are as the recipe says, all values finite.")
     facts(
         [
             *([("neurons", _neurons(found))] if found.neurons_checked else []),

@@ -6,9 +6,13 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 refused by the plan, 4 verification fai
 
 from __future__ import annotations
 
+from .plain_text import bounded, printable
+
 
 class LlamaMoeError(Exception):
     """An error for the user: what is wrong (value and rule), and how to go on.
+
+    Both may quote files of others: control characters are escaped, and what does not fit a screen is left out.
 
     Args:
         message: Names the value and the rule that it breaks.
@@ -18,9 +22,9 @@ class LlamaMoeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = bounded(printable(message, lines=True))
+        self.hint = None if hint is None else bounded(printable(hint, lines=True))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  {self.hint}"

@@ -8,7 +8,6 @@ from glob import escape
 from pathlib import Path
 
 from .checkpoint.base import Checkpoint
-from .checkpoint.paths import shown
 from .checkpoint.reader import (
     CHAT_TEMPLATES,
     INDEX,
@@ -20,6 +19,7 @@ from .checkpoint.reader import (
     read_weight_map,
 )
 from .errors import CheckpointError, LlamaMoeError, UsageError
+from .plain_text import printable
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[\w.-]+(@[\w./-]+)?")
 _SMALL = [
@@ -120,7 +120,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         shards = sorted({file for file in read_weight_map(path / INDEX).values() if Path(file).name == file})
     if listed is not None and not listed[1].issuperset(shards):
         missing = min(set(shards) - listed[1])
-        raise CheckpointError(f"{name}: {shown(missing)}, which {INDEX} names, is not on the hub.")
+        raise CheckpointError(f"{name}: {printable(missing)}, which {INDEX} names, is not on the hub.")
     patterns = [escape(file) for file in shards]
     snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline)
     return path
@@ -147,7 +147,7 @@ def _listing(name: str, revision: str | None) -> tuple[str, frozenset[str]] | No
 
 def _check_listing(name: str, files: frozenset[str]) -> None:
     """Refuse by the names of the files alone, before anything is downloaded."""
-    held = ", ".join(shown(file) for file in sorted(files)[:6]) or "nothing"
+    held = ", ".join(printable(file) for file in sorted(files)[:6]) or "nothing"
     hint = f"It holds: {held}."
     if any(file.endswith(".gguf") for file in files):
         hint = "To convert a GGUF file, download it and give its path."

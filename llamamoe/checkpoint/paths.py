@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError
-
-
-def shown(name: str) -> str:
-    """A file's name for a message: what is not printable is escaped, so that no terminal obeys it."""
-    return repr(name)[1:-1]
+from ..plain_text import printable
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -30,7 +26,7 @@ def inside(folder: Path, name: str) -> Path:
         raise CheckpointError(f"{name} cannot be found ({error}).", hint="Copy the file into the folder.") from None
     if not any(real.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(
-            f"{name} is a symbolic link out of the folder (to {shown(str(real))}): refused.",
+            f"{name} is a symbolic link out of the folder (to {printable(str(real))}): refused.",
             hint="Copy the file into the folder.",
         )
     if not real.is_file():

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..plain_text import printable
 from .base import TensorInfo
 from .files import copy_file, make_folder
 from .headers import read_header
-from .paths import inside, shown
+from .paths import inside
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,7 @@ def check_side_file(path: Path) -> None:
 def pickle_refusal(where: str, name: str) -> CheckpointError:
     """The refusal of weights that only pickle can read."""
     return CheckpointError(
-        f"{where} holds its weights as pickle ({shown(name)}), which can run code when it is read: refused.",
+        f"{where} holds its weights as pickle ({printable(name)}), which can run code when it is read: refused.",
         hint="Convert it once with: AutoModelForCausalLM.from_pretrained(PATH, weights_only=True).save_pretrained(NEW)",
     )
 
@@ -153,7 +154,7 @@ class SafetensorsCheckpoint:
         self._open: dict[Path, Any] = {}
 
     def _what_is_there(self) -> str:
-        found = sorted(shown(p.name) for p in self.path.iterdir())
+        found = sorted(printable(p.name) for p in self.path.iterdir())
         gguf = next((f for f in found if f.endswith(".gguf")), None)
         if gguf:
             return f"To convert a GGUF file, name the file itself: {self.path / gguf}"
