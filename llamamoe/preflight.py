@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,27 +60,58 @@ def check_out(out: Path, source: Path, *, force: bool) -> None:
     Raises:
         RefusedError: It lies in the source or the other way round, is no folder, or holds something.
     """
-    here, there = out.resolve(), source.resolve()
-    for place in (here, partial_path(here) if here.name else here):
-        if place.is_relative_to(there) or there.is_relative_to(place):
-            raise RefusedError(
-                f"OUT ({out}) and SOURCE ({source}) must not lie in one another: the source is never touched.",
-                hint=f"Choose an OUT elsewhere; {out.name}.partial beside it is written too.",
-            )
+    here = out.resolve()
+    check_apart(
+        out,
+        source,
+        "SOURCE",
+        (partial_path(here),) if here.name else (),
+        f"; {out.name}.partial beside it is written too",
+    )
     if Path.cwd().is_relative_to(here):
         raise RefusedError(f"OUT ({out}) is the folder that you are in.", hint="Choose a folder below or beside it.")
+    check_kind(out)
+    if out.exists() and any(out.iterdir()):
+        _check_replaceable(out, force=force)
+
+
+def check_apart(out: Path, source: Path, name: str, also: Sequence[Path] = (), note: str = "") -> None:
+    """Refuse an OUT that lies in what is read, holds it, or is it, links and ``..`` followed.
+
+    Args:
+        out: Where something is to be written.
+        source: What is read.
+        name: What that is, for the message.
+        also: Other places that are written.
+        note: What the hint says of them.
+
+    Raises:
+        RefusedError: One lies in the other.
+    """
+    there = source.resolve()
+    for place in (out.resolve(), *also):
+        if place.is_relative_to(there) or there.is_relative_to(place):
+            raise RefusedError(
+                f"OUT ({out}) and {name} ({source}) must not lie in one another: what is read is never touched.",
+                hint=f"Choose an OUT elsewhere{note}.",
+            )
+
+
+def check_kind(out: Path) -> None:
+    """Refuse an OUT that is there and is not a folder, or that cannot be made.
+
+    Raises:
+        RefusedError: It is a file or a symbolic link, or lies below a file.
+    """
     if not out.exists():
         if out.is_symlink():
             raise RefusedError(f"OUT ({out}) is a broken symbolic link.", hint="Choose another name.")
-        parent = next(p for p in here.parents if p.exists())
+        parent = next(p for p in out.resolve().parents if p.exists())
         if not parent.is_dir():
             raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.", hint="Choose another name.")
-        return
-    if not out.is_dir() or out.is_symlink():
+    elif not out.is_dir() or out.is_symlink():
         kind = "a symbolic link" if out.is_symlink() else "not a folder"
         raise RefusedError(f"OUT ({out}) exists and is {kind}.", hint="Choose another name.")
-    if any(out.iterdir()):
-        _check_replaceable(out, force=force)
 
 
 def _check_replaceable(out: Path, *, force: bool) -> None:

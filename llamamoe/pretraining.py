@@ -14,10 +14,11 @@ from ._version import __version__
 from .checkpoint.files import write_text
 from .errors import StoppedError
 from .hub import locate
+from .preflight import normal_path
 from .progress import ProgressCallback, ignore_progress
 from .training.metrics import read_lines
 from .training.model import check_folder
-from .training.preflight import check_run_folder, identities, verify_tokens
+from .training.preflight import check_place, check_run_folder, identities, verify_tokens
 from .training.run_folder import FACTS, METRICS, RECIPE, best_checkpoint, checkpoints, locked, step_of
 from .training.stopping import on_sigterm
 
@@ -85,13 +86,15 @@ def pretrain(
         progress: Told after every step.
 
     Raises:
-        RefusedError: The model is none that can be trained, or another one than the run began with; nothing was changed.
+        RefusedError: The model is none that can be trained, or another one than the run began with; or ``out`` is, holds
+            or lies in what is read, or holds something that the run would write and did not. Nothing was changed.
         UsageError: The recipe does not fit model or data, another run works in ``out``, or ``out`` holds a run.
         LlamaMoeError: The run went wrong: a loss that is not finite, a full disk; the last good checkpoint stays.
         StoppedError: The process got SIGTERM: it ended its step and wrote a checkpoint.
     """
-    folder = Path(out).expanduser()
+    folder = normal_path(out)
     source, parent = locate(recipe.model).path, locate(recipe.parent).path if recipe.parent else None
+    check_place(folder, recipe, source, parent)
     check_folder(source, allow_dense=recipe.allow_dense)
     facts = identities(recipe, source, parent)
     main = int(os.environ.get("RANK", "0")) == 0

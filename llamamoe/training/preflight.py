@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.contents import content_fingerprint
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError, UsageError
+from ..preflight import check_apart, check_kind
 from .corpora import held_out_corpus, training_corpus
 from .fit import check_fit
 from .run_folder import FACTS, FINAL, METRICS, RECEIPT, RECIPE, checkpoints, discard_partial, marker, start_anew
@@ -17,6 +18,24 @@ from .run_folder import FACTS, FINAL, METRICS, RECEIPT, RECIPE, checkpoints, dis
 if TYPE_CHECKING:
     from ..progress import ProgressCallback
     from .recipe import PretrainRecipe
+
+
+def check_place(out: Path, recipe: PretrainRecipe, source: Path, parent: Path | None) -> None:
+    """Refuse a run's folder that lies in what the run reads, or holds it, before anything is written.
+
+    Raises:
+        RefusedError: So it does, or it is not a folder; see `llamamoe.preflight.check_apart` and `check_kind`.
+    """
+    check_apart(out, source, "the model")
+    if parent is not None:
+        check_apart(out, parent, "its parent")
+    for key, corpus in (
+        ("data.train", training_corpus(recipe.data)),
+        ("data.validation", held_out_corpus(recipe.data)),
+    ):
+        if corpus is not None:
+            check_apart(out, corpus.folder, key)
+    check_kind(out)
 
 
 def identities(recipe: PretrainRecipe, source: Path, parent: Path | None) -> dict[str, Any]:
