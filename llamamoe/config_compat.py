@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.files import write_text
-from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint, read_json
+from .checkpoint.json_files import read_json
+from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from .errors import CheckpointError, RefusedError
 from .registry import near_misses
 from .sources import SOURCES

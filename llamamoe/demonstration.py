@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.files import write_text
-from .checkpoint.reader import read_json
+from .checkpoint.json_files import read_json
 from .errors import MissingExtraError, RefusedError
 from .progress import Progress, ProgressCallback, ignore_progress
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .checkpoint.base import DTYPE_BYTES, Checkpoint, TensorInfo
-from .checkpoint.reader import read_json
+from .checkpoint.json_files import read_json
+from .checkpoint.paths import inside
 from .costs import Cost, count, role_of
 from .dense import understand
 from .errors import CheckpointError
@@ -289,7 +290,7 @@ def _receipt(folder: Path, notes: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        data = read_json(path)
+        data = read_json(inside(folder, path.name))
     except CheckpointError as error:
         notes.append(f"the receipt cannot be read: {error.message}")
         return None

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from .assembly import cast, make, nonfinite, torch_dtype
 from .checkpoint.base import Checkpoint
-from .checkpoint.reader import INDEX, PICKLES, SafetensorsCheckpoint, read_json
+from .checkpoint.json_files import read_json
+from .checkpoint.reader import INDEX, PICKLES, SafetensorsCheckpoint
 from .checkpoint.writer import joined_sha256, tensor_bytes
 from .errors import CheckpointError, VerificationError
 from .preflight import RECEIPT_FILE

@@ -219,7 +219,7 @@ def _read(side: _Side, dtype: str, device: str, oracle_tokens: int, advance: Cal
 
 def _described(side: _Side, reading: Reading, parent: Reading | None) -> dict[str, Any]:
     """One model, as it stands in the report."""
-    from .checkpoint.reader import read_json
+    from .checkpoint.json_files import read_json
 
     found, folder = side.inspection, Path(side.inspection.path)
     scores = asdict(model_scores(found.name, reading.dtype, reading.counts))

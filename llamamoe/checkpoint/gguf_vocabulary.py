@@ -7,7 +7,6 @@ any error.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, LlamaMoeError
 from . import gguf_tokenizer as kinds
 from .gguf_header import require_gguf
+from .json_files import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -109,7 +109,7 @@ def read_vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) ->
 
 
 def _read(path: Path, vocab_size: int, pre: str | None) -> GgufVocabulary:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, vocabulary=True)
     model, added = content["model"], list(content.get("added_tokens") or [])
     ids = {**model["vocab"], **{each["content"]: each["id"] for each in added}}
     _check_model(path, model)
@@ -292,7 +292,7 @@ def _special(folder: Path, vocab_size: int) -> tuple[dict[str, int], Any]:
     found = vocab.SpecialVocab(folder, load_merges=False, n_vocab=vocab_size)
     ids = {name: int(index) for name, index in found.special_token_ids.items() if name in ("bos", "eos", "pad", "unk")}
     generation = folder / "generation_config.json"
-    stops = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    stops = read_json(generation).get("eos_token_id") if generation.is_file() else None
     stops = stops if isinstance(stops, list) else [stops]
     for index in stops:
         if isinstance(index, int) and 0 <= index < vocab_size and index not in ids.values():

@@ -13,18 +13,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .base import DTYPE_BYTES, TensorInfo
+from .json_files import unique_keys
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the name {key!r} appears twice")
-        found[key] = value
-    return found
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -48,7 +40,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}.") from None
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        header = json.loads(text, object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
         return _tensors(path, header, size - 8 - length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

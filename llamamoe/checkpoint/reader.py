@@ -16,6 +16,7 @@ from ..plain_text import printable
 from .base import TensorInfo
 from .files import copy_file, make_folder
 from .headers import read_header
+from .json_files import MOST_BYTES, read_json
 from .paths import inside
 
 if TYPE_CHECKING:
@@ -46,28 +47,9 @@ SIDE_FILES = (
 )
 CHAT_TEMPLATES = "additional_chat_templates"
 """The folder of further chat templates."""
-SIDE_FILE_BYTES = 256 * 2**20
-"""A tokenizer's largest file has about 40 MB."""
 PICKLES = (".bin", ".pt", ".pth")
 _POINTER = b"version https://git-lfs"
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: It cannot be read, is not JSON or no object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not valid JSON ({error}).") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object, not {type(data).__name__}.")
-    return data
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
@@ -90,8 +72,8 @@ def check_side_file(path: Path) -> None:
     """
     if not path.is_file():
         raise CheckpointError(f"{path.name} is not a regular file.", hint="Copy the file itself into the folder.")
-    if path.stat().st_size > SIDE_FILE_BYTES:
-        raise CheckpointError(f"{path.name} has {path.stat().st_size:,} bytes; at most {SIDE_FILE_BYTES:,} are read.")
+    if path.stat().st_size > MOST_BYTES:
+        raise CheckpointError(f"{path.name} has {path.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read.")
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise CheckpointError(
@@ -99,7 +81,7 @@ def check_side_file(path: Path) -> None:
                 hint="Fetch it in that folder: git lfs pull",
             )
     if path.suffix == ".json" and path.name != "chat_template.json":
-        read_json(path)
+        read_json(path, vocabulary=path.name in VOCABULARIES)
 
 
 def pickle_refusal(where: str, name: str) -> CheckpointError:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, VerificationError
 from .files import copy_file, unsynced, write_text
-from .reader import VOCABULARIES, read_json
+from .json_files import read_json
+from .reader import VOCABULARIES
 
 if TYPE_CHECKING:
     from .base import Checkpoint
@@ -365,7 +366,7 @@ def plan_warnings(folder: Path, vocab_size: int) -> list[str]:
 
     with _one_error(f"{path.name} of '{folder}'", folder, "tokenizers"):
         Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    size = _tokens_of(read_json(path))
+    size = _tokens_of(read_json(path, vocabulary=True))
     if size > vocab_size:
         return [f"the tokenizer has {size:,} tokens, but the embedding has {vocab_size:,} rows: some ids have none"]
     return []

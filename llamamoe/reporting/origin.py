@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.reader import read_json
+from ..checkpoint.json_files import read_json
 from ..errors import CheckpointError, UsageError
 from ..preflight import DERIVED_FILE, HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECEIPT_FILE, RECIPE_FILE
 from ..training.metrics import read_lines

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import copy_file, write_text
-from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint, read_json
+from ..checkpoint.json_files import read_json
+from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from ..config_compat import missing_keys
 from ..errors import CheckpointError, RefusedError
 from ..sources import SOURCES

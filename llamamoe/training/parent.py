@@ -155,7 +155,8 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
         CheckpointError: It is no dense model of a known family, or its files are broken.
         RefusedError: Its vocabulary or tokenizer is not the student's.
     """
-    from ..checkpoint.reader import SafetensorsCheckpoint, read_json
+    from ..checkpoint.json_files import read_json
+    from ..checkpoint.reader import SafetensorsCheckpoint
     from ..dense import understand
     from ..scoring import load_weights, open_model
 

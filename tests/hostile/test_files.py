@@ -79,7 +79,7 @@ def point(folder: Path, file: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "", "a/../b", "a\0b", "\ud800"],
+    ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "", "a/../b", "a\0b"],
 )
 def test_index_names_a_file_outside(sharded: Path, refused: Refused, name: str) -> None:
     shutil.copyfile(sharded / FIRST, sharded.parent / "elsewhere.safetensors")
