@@ -17,7 +17,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from .checkpoint.layout import SHARD_SIZE
+from .data.files import check_regular
 from .errors import UsageError
+from .plain_values import MOST_DIGITS, Huge, oddities
 from .plugin import Plugin
 from .registry import Registry, near_misses
 from .repairs import REPAIRS
@@ -33,6 +35,7 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 AUTO = "auto"
 """The method that the plan chooses; the calibration text that is sampled from the parent."""
 NO_REPAIR = "none"
+_MOST_BYTES, _MOST_VALUES = 2**20, 100_000
 
 
 class Choice(BaseModel):
@@ -254,17 +257,30 @@ class _UniqueKeys(yaml.SafeLoader):
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """See PyYAML; a number of thousands of digits, which Python does not print, is left to `oddities`."""
+        text = str(node.value)
+        return super().construct_yaml_int(node) if len(text) <= MOST_DIGITS else Huge(len(text))
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
+
 
 def _parse(text: str) -> Any:
     """YAML without code.
 
     Raises:
-        yaml.YAMLError: It is none; what PyYAML's own parts raise for odd values and nesting included.
+        yaml.YAMLError: It is none, or holds values that cannot be passed on; what PyYAML's own parts raise for odd values
+            and nesting included.
     """
     try:
-        return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+        data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+    odd = next(oddities(data, _MOST_VALUES), None)
+    if odd is not None:
+        raise yaml.YAMLError(odd)
+    return data
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -307,7 +323,12 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
         UsageError: The file is missing, is not YAML, or holds no mapping.
     """
     try:
-        data = _parse(Path(path).read_text(encoding="utf-8"))
+        check_regular(Path(path))
+        with Path(path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UsageError(f"the recipe {str(path)!r} has more than {_MOST_BYTES:,} bytes.")
+        data = _parse(content.decode("utf-8"))
     except OSError as error:
         raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

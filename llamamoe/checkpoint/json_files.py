@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..plain_values import oddities, whole
 
 MOST_BYTES = 256 * 2**20
 """A tokenizer's largest file has about 40 MB, the index of a large model 10."""
-_MOST_DIGITS, _MOST_NESTED = 100, 64
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class _Huge(int):
-    """A whole number that is not read: its value is the number of its digits."""
+_HINT = "Download the file again, or correct it."
 
 
 def read_json(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
@@ -43,13 +37,10 @@ def read_json(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path.name} is not valid JSON ({error}).", hint=_HINT) from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path.name} must hold a JSON object, not {type(data).__name__}.", hint=_HINT)
-    wrong = None if vocabulary else next(_wrong(data), None)
+    wrong = None if vocabulary else next(oddities(data), None)
     if wrong is not None:
         raise CheckpointError(f"{path.name}: {wrong}.", hint=_HINT)
     return data
-
-
-_HINT = "Download the file again, or correct it."
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,28 +59,4 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse(text: str, *, vocabulary: bool) -> Any:
     if vocabulary:
         return json.loads(text)
-    return json.loads(text, object_pairs_hook=unique_keys, parse_int=_whole)
-
-
-def _whole(digits: str) -> int:
-    return int(digits) if len(digits) <= _MOST_DIGITS else _Huge(len(digits.lstrip("-")))
-
-
-def _wrong(data: Any) -> Iterator[str]:
-    """Sentences about values that cannot be passed on. Not recursive: the depth is what is looked for."""
-    waiting: list[tuple[str, Any, int]] = [("", data, 0)]
-    while waiting:
-        place, value, depth = waiting.pop()
-        if isinstance(value, dict | list):
-            if depth >= _MOST_NESTED:
-                yield f"{place.split('.')[0]} is nested more than {_MOST_NESTED} levels deep"
-                return
-            parts = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, part in parts:
-                if isinstance(key, str) and _SURROGATE.search(key):
-                    yield f"the key {key!r} holds half a character (a lone surrogate)"
-                waiting.append((f"{place}.{key}" if place else str(key), part, depth + 1))
-        elif isinstance(value, _Huge):
-            yield f"{place} is a whole number of {int(value):,} digits, but at most {_MOST_DIGITS} are read"
-        elif isinstance(value, str) and _SURROGATE.search(value):
-            yield f"{place} = {value!r} holds half a character (a lone surrogate)"
+    return json.loads(text, object_pairs_hook=unique_keys, parse_int=whole)
