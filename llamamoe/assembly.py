@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, assert_never
 
@@ -89,7 +89,7 @@ def take(tensor: torch.Tensor, index: np.ndarray, axis: int) -> torch.Tensor:
 
 @dataclass
 class LayerParts:
-    """The pieces of one converted layer. Tensors are made on demand, one matrix at most is held.
+    """The pieces of one converted layer. Tensors are made on demand, from the matrices that they need and no others.
 
     Attributes:
         ffn: The dense layer.
@@ -105,13 +105,17 @@ class LayerParts:
     router_NH: torch.Tensor
     layout: MoeLayout
     weights: ExpertWeights | None = None
+    _part: str = field(default="", init=False)
 
     @property
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate, up and down that what is written is taken from: the parent's by neuron, or those by place."""
-        if self.weights is None:
-            return self.ffn.gate_FH, self.ffn.up_FH, self.ffn.down_HF
-        return self.weights.gate_PH, self.weights.up_PH, self.weights.down_HP
+        return self._matrix("gate"), self._matrix("up"), self._matrix("down")
+
+    def _matrix(self, part: str) -> torch.Tensor:
+        names = {"gate": ("gate_FH", "gate_PH"), "up": ("up_FH", "up_PH"), "down": ("down_HF", "down_HP")}[part]
+        matrix: torch.Tensor = getattr(self.ffn, names[0]) if self.weights is None else getattr(self.weights, names[1])
+        return matrix
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
@@ -140,16 +144,17 @@ class LayerParts:
             return out
         shared, experts = self._index
         index = shared if origin.expert == "shared" else experts[origin.expert]
-        gate, up, down = self.matrices
+        if origin.part != self._part:  # one part after another: what the last one needed is let go of
+            self.ffn.release()
+            self._part = origin.part
         if origin.part == "gate_up":
-            return cast(torch.cat([take(gate, index, 0), take(up, index, 0)]), dtype, origin.scale)
-        if origin.part == "down":
-            return cast(take(down, index, 1), dtype, origin.scale)
-        return cast(take(gate if origin.part == "gate" else up, index, 0), dtype, origin.scale)
+            halves = [take(self._matrix(part), index, 0) for part in ("gate", "up")]
+            return cast(torch.cat(halves), dtype, origin.scale)
+        return cast(take(self._matrix(origin.part), index, origin.part == "down"), dtype, origin.scale)
 
 
 def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default_dtype: str) -> torch.Tensor:
-    """One tensor of the output, contiguous, on the CPU; possibly mapped from the source.
+    """One tensor of the output, contiguous, on the CPU.
 
     Args:
         tensor: What to make.

@@ -269,7 +269,7 @@ class _MadeUp:
             name: TensorInfo(dtype, shape, self.path) for name, shape in shapes.items()
         }
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         raise LlamaMoeError(f"{name}: this checkpoint has no tensors.")
 
     def save_tokenizer(self, out: Path) -> list[str]:
@@ -277,3 +277,6 @@ class _MadeUp:
 
     def fingerprint(self) -> str:
         return ""
+
+    def check_unchanged(self) -> None:
+        pass

@@ -42,6 +42,7 @@ from .preflight import (
 )
 from .progress import Progress, ProgressCallback, ignore_progress
 from .recipe import SplitRecipe
+from .targets.base import Neurons, OutTensor
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def split(
             receipt["verification"] = verify_conversion(decided, writer.path, hashes, progress).to_json()
         receipt["run"] = run_facts(started) | _speed(decided, compute)
         write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
+        checkpoint.check_unchanged()
         writer.publish(replace=force)
     return SplitResult(out, decided, receipt, warnings)
 
@@ -222,8 +224,9 @@ def _write_unit(
     parts = converted.parts if converted else None
     broken = []
     with one_thread():
-        for index in indices:
+        for index in sorted(indices, key=lambda i: _part_of(decided.tensors[i])):
             tensor = decided.tensors[index]
+            writer.make_room(tensor.name)
             value = make(tensor, decided.model, parts, decided.dtype)
             if nonfinite(value):
                 if not any(nonfinite(used) for used in made_of(tensor, decided.model, parts)):
@@ -237,6 +240,11 @@ def _write_unit(
     if broken:
         info["warnings"] = [f"{len(broken)} tensors of {unit} hold NaN or infinite values, the first is {broken[0]}"]
     writer.finish(unit, [decided.tensors[i].name for i in indices], info)
+
+
+def _part_of(tensor: OutTensor) -> str:
+    """Tensors that are taken from the same matrix of the parent have the same, so that it is read once."""
+    return tensor.origin.part if isinstance(tensor.origin, Neurons) else ""
 
 
 # ---- beside the weights -------------------------------------------------------------------------------------------

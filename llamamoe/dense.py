@@ -40,11 +40,9 @@ class DenseModel:
         return self.checkpoint.tensors[self.reads[name].name].dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """A canonical tensor in its stored dtype (float32 if reading changes values), mapped where possible."""
+        """A canonical tensor in its stored dtype (float32 if reading changes values)."""
         read = self.reads[name]
-        tensor = self.checkpoint.read(read.name)
-        if read.rows is not None:
-            tensor = tensor[read.rows[0] : read.rows[1]]
+        tensor = self.checkpoint.read(read.name, read.rows)
         for op, value in read.ops:
             tensor = tensor.float() + value if op == "add" else tensor.float() * value
         return tensor
@@ -139,7 +137,10 @@ def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
         raise CheckpointError(
-            f"{len(missing)} tensors that config.json implies are missing, the first is {missing[0]!r}: config and weights disagree."
+            f"{len(missing)} tensors that config.json implies are missing, the first is {missing[0]!r}: config and weights disagree.",
+            hint="The folder was saved from the model without its head: save it from AutoModelForCausalLM."
+            if missing == ["lm_head.weight"]
+            else None,
         )
     for name, shape in expected.items():
         info = checkpoint.tensors[name]

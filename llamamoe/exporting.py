@@ -139,7 +139,7 @@ def export_gguf(
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _check_room(place, sum(each.nbytes for each in tensors))
-    write_tensors(writer, tensors, place, progress)
+    write_tensors(writer, tensors, place, progress, checkpoint.check_unchanged)
     warnings = tuple(_warnings(converted, vocabulary, tensors, dtype))
     return GgufExport(place, architecture.name, kind, len(tensors), place.stat().st_size, warnings)
 

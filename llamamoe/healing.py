@@ -131,6 +131,8 @@ class _Healing:
                     write_side_files(plan, writer.path, receipt)
                     receipt["run"] = run_facts(started) | {"processes": self.ranks.world}
                     write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
+                    for read in (plan.checkpoint, plan.dense.checkpoint):
+                        read.check_unchanged()
                     writer.publish(replace=force)
         return HealResult(self.out, plan, self.ranks.share(receipt), warnings)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .checkpoint.base import Checkpoint
 from .checkpoint.reader import (
+    ADAPTER,
     CHAT_TEMPLATES,
     INDEX,
     LICENSE_FILES,
@@ -24,6 +25,7 @@ from .plain_text import printable
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[\w.-]+(@[\w./-]+)?")
 _SMALL = [
     "config.json",
+    ADAPTER,
     INDEX,
     *SIDE_FILES,
     f"{CHAT_TEMPLATES}/*.jinja",
@@ -116,7 +118,8 @@ def _fetch(name: str, revision: str | None) -> Path:
     if listed is not None and commit != listed[0]:
         raise LlamaMoeError(f"{name} changed on the hub while it was read.", hint="Start again.")
     shards = [SINGLE]
-    if (path / INDEX).exists():
+    single = (path / SINGLE).exists() if listed is None else SINGLE in listed[1]
+    if not single and (path / INDEX).exists():  # the single file before the index, as transformers does
         shards = sorted({file for file in read_weight_map(path / INDEX).values() if Path(file).name == file})
     if listed is not None and not listed[1].issuperset(shards):
         missing = min(set(shards) - listed[1])
@@ -154,6 +157,11 @@ def _check_listing(name: str, files: frozenset[str]) -> None:
     pickles = sorted(file for file in files if file.endswith(PICKLES))
     if pickles and not any(file.endswith(".safetensors") for file in files):
         raise pickle_refusal(name, pickles[0])
+    if ADAPTER in files:
+        raise CheckpointError(
+            f"{name} holds a PEFT adapter ({ADAPTER}): transformers would compute with it, but only a model can be read.",
+            hint="Merge it first: AutoPeftModelForCausalLM.from_pretrained(ID).merge_and_unload().save_pretrained(NEW)",
+        )
     if "config.json" not in files:
         raise CheckpointError(f"{name} holds no config.json, so it is no transformers checkpoint.", hint=hint)
     if not files & {SINGLE, INDEX}:

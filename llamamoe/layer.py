@@ -23,8 +23,6 @@ PADDING = -1
 class FfnWeights:
     """The weights of one SwiGLU FFN ``y = down (act(gate x) * (up x))``, on the CPU, in the source's dtype.
 
-    They may be memory-mapped from the source: never write to them.
-
     Attributes:
         gate_FH: ``[F, H]``.
         up_FH: ``[F, H]``.
@@ -43,6 +41,14 @@ class FfnWeights:
     def intermediate_size(self) -> int:
         """``F``, the number of neurons."""
         return self.gate_FH.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """``H``, the width of the hidden states."""
+        return self.norm_H.shape[0]
+
+    def release(self) -> None:
+        """Give back the memory of matrices that can be read again; here there are none."""
 
 
 @dataclass(frozen=True)

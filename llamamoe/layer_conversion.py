@@ -116,7 +116,7 @@ def _router(
     import torch
 
     if not splitter.routed:
-        return torch.zeros(0, ffn.gate_FH.shape[1]), {}
+        return torch.zeros(0, ffn.hidden_size), {}
     rows = plugin(ROUTERS, plan.recipe.router).rows(ffn, partition, context)
     return _scaled(plan, splitter, rows, ffn, context)
 

@@ -184,26 +184,31 @@ def _average(
 ) -> torch.Tensor:
     import torch
 
-    first = checkpoints[0].read(name)
-    if checkpoints[0].tensors[name].dtype not in FLOAT_DTYPES:
+    from .assembly import torch_dtype
+
+    info = checkpoints[0].tensors[name]
+    if info.dtype not in FLOAT_DTYPES:
+        first = checkpoints[0].read(name)
         if any(not torch.equal(each.read(name), first) for each in checkpoints[1:]):
             raise RefusedError(f"{name} is of whole numbers and differs between the models.")
         return first.contiguous()
-    wide = torch.float32 if first.dtype.itemsize < 4 else torch.float64
-    tensors = [checkpoint.read(name) for checkpoint in checkpoints]
+    dtype = torch_dtype(info.dtype)
+    wide = torch.float32 if dtype.itemsize < 4 else torch.float64
     if is_router(name):
-        factors = _temperatures([each.to(wide) for each in tensors])
+        factors = _temperatures([each.read(name).to(wide) for each in checkpoints])
     elif not is_routed_down(name):
-        factors = (1.0,) * len(tensors)
-    out = torch.empty(first.shape, dtype=first.dtype)
-    step = max(1, _BLOCK * max(1, len(first)) // max(1, first.numel()))
-    for at in range(0, max(1, len(first)), step):
-        rows = slice(at, at + step)
-        start, *others = (_scaled(each[rows].to(wide), factor) for each, factor in zip(tensors, factors, strict=True))
+        factors = (1.0,) * len(checkpoints)
+    out = torch.empty(info.shape, dtype=dtype)
+    count = info.shape[0]
+    step = max(1, _BLOCK * count // max(1, info.numel))
+    for at in range(0, count, step):
+        rows = at, min(count, at + step)
+        blocks = (each.read(name, rows).to(wide) for each in checkpoints)
+        start, *others = (_scaled(block, factor) for block, factor in zip(blocks, factors, strict=True))
         total = start.clone()
         for value, share in zip(others, shares[1:], strict=True):
             total += (value - start).mul_(share)
-        out[rows] = total.to(first.dtype)
+        out[slice(*rows)] = total.to(dtype)
     return out
 
 

@@ -25,7 +25,7 @@ def near_misses(value: str, choices: list[str]) -> str:
     """A sentence that names the nearest choices and then all of them."""
     if not choices:
         return "It has no options of its own."
-    close = difflib.get_close_matches(value, choices, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(value, choices, n=3, cutoff=0.65)
     start = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     return f"{start}Known: {', '.join(choices)}."
 

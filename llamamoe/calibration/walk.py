@@ -7,6 +7,7 @@ For each layer: `Walk.enter` runs the parent's attention on the residual stream 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +26,52 @@ if TYPE_CHECKING:
     from .text import CalibrationText
 
 
+class StoredFfn(FfnWeights):
+    """The FFN of one layer as the source stores it: a matrix is read when it is first asked for."""
+
+    def __init__(self, model: DenseModel, layer: int) -> None:
+        # past the frozen class, as its cached properties do too
+        self.__dict__.update(_model=model, _prefix=f"model.layers.{layer}.", hidden_act=model.spec.hidden_act)
+
+    @cached_property
+    def gate_FH(self) -> torch.Tensor:
+        """``[F, H]``."""
+        return self._read("mlp.gate_proj.weight")
+
+    @cached_property
+    def up_FH(self) -> torch.Tensor:
+        """``[F, H]``."""
+        return self._read("mlp.up_proj.weight")
+
+    @cached_property
+    def down_HF(self) -> torch.Tensor:
+        """``[H, F]``."""
+        return self._read("mlp.down_proj.weight")
+
+    @cached_property
+    def norm_H(self) -> torch.Tensor:
+        """``[H]``."""
+        return self._read("post_attention_layernorm.weight")
+
+    def _read(self, name: str) -> torch.Tensor:
+        model: DenseModel = self.__dict__["_model"]
+        return model.read(self.__dict__["_prefix"] + name)
+
+    @property
+    def intermediate_size(self) -> int:
+        """``F``, the number of neurons."""
+        model: DenseModel = self.__dict__["_model"]
+        return model.spec.intermediate_size
+
+    def release(self) -> None:
+        """Let go of the matrices; each is read again when it is asked for again."""
+        for name in ("gate_FH", "up_FH", "down_HF"):
+            self.__dict__.pop(name, None)
+
+
 def read_ffn(model: DenseModel, layer: int) -> FfnWeights:
     """The weights of one layer's FFN and of the norm before it, as the source stores them."""
-    prefix = f"model.layers.{layer}."
-    return FfnWeights(
-        model.read(prefix + "mlp.gate_proj.weight"),
-        model.read(prefix + "mlp.up_proj.weight"),
-        model.read(prefix + "mlp.down_proj.weight"),
-        model.read(prefix + "post_attention_layernorm.weight"),
-        model.spec.hidden_act,
-    )
+    return StoredFfn(model, layer)
 
 
 def cast_ffn(ffn: FfnWeights, dtype: torch.dtype) -> FfnWeights:

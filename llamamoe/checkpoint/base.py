@@ -17,6 +17,13 @@ DTYPE_BYTES = {
 }  # fmt: skip
 """Bytes per element of the dtypes of the safetensors format, by the format's own names."""
 
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+    "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+}  # fmt: skip
+"""What torch calls the same dtypes."""
+
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that a dense parent's weights may have."""
 
@@ -29,11 +36,13 @@ class TensorInfo:
         dtype: The safetensors name of the dtype that `Checkpoint.read` returns, for example ``"BF16"``.
         shape: Its shape, as `Checkpoint.read` returns it.
         file: The file that holds it.
+        offset: The byte of the file at which it begins.
     """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    offset: int = 0
 
     @property
     def numel(self) -> int:
@@ -61,8 +70,12 @@ class Checkpoint(Protocol):
     tensors: Mapping[str, TensorInfo]
     notes: list[str]
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, memory-mapped where the format allows it: never write to it."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """Read a tensor, or the rows from the first to before the second of ``rows``, into fresh memory on the CPU.
+
+        Raises:
+            LlamaMoeError: The file was changed since the checkpoint was opened, or cannot be read.
+        """
         ...
 
     def save_tokenizer(self, out: Path) -> list[str]:
@@ -71,4 +84,12 @@ class Checkpoint(Protocol):
 
     def fingerprint(self) -> str:
         """A hash of names, shapes, dtypes and file sizes (not of the weights): does a resume see the same source?"""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Compare all files with what they were when the checkpoint was opened, before what was made is published.
+
+        Raises:
+            LlamaMoeError: One was written, replaced, removed or added since.
+        """
         ...

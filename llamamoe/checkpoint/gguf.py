@@ -20,6 +20,7 @@ from .files import replacing, write_text
 from .gguf_config import build_config, layout_of, tensor_table
 from .gguf_header import GgufTensor, read_header, require_gguf
 from .layout import shard_header
+from .source_files import SourceFiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +55,8 @@ class GgufCheckpoint:
 
     def __init__(self, path: str | Path, *, tokenizer: str | Path | None = None) -> None:
         self.path = Path(path)
+        self._files = SourceFiles()
+        self._files.watch(self.path)
         self._header = header = read_header(self.path)
         self._layout = layout_of(header)
         self.config, notes = build_config(header, self._layout)
@@ -66,22 +69,24 @@ class GgufCheckpoint:
         }
         self.general = {k.removeprefix("general."): v for k, v in header.metadata.items() if k.startswith("general.")}
         self._tokenizer = None if tokenizer is None else Path(tokenizer)
+        self._files.watch(*(gguf_tokenizer.files(self._tokenizer) if self._tokenizer else ()))
         # Found out now, so that a plan can refuse before anything is written.
         tokenizer_notes = gguf_tokenizer.check(header, self._tokenizer, self.config["vocab_size"])
         self.notes = self._quantisation_notes() + notes + tokenizer_notes
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU: F16, BF16 and F32 as they are stored, everything else dequantised to float32.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """See `Checkpoint.read`: F16, BF16 and F32 as they are stored, everything else dequantised to float32.
 
         Raises:
             CheckpointError: There is no such tensor.
+            LlamaMoeError: The file was changed since it was opened, or cannot be read.
         """
         import torch
 
         tensor = self._table.get(name)
         if tensor is None:
             raise CheckpointError(f"{self.path} has no tensor {name!r}.")
-        values = torch.from_numpy(_values(self.path, tensor))
+        values = torch.from_numpy(_values(self._files, self.path, tensor))
         if tensor.kind == "BF16":
             values = values.view(torch.bfloat16)
         if self._layout.permuted and ".self_attn.q_proj." in name:
@@ -90,7 +95,7 @@ class GgufCheckpoint:
             values = _unpermuted(values, self.config["num_key_value_heads"])
         if self._layout.norm_offset and name.endswith("norm.weight"):
             values = values - self._layout.norm_offset
-        return values
+        return values if rows is None else values[rows[0] : rows[1]]
 
     def save_tokenizer(self, out: Path) -> list[str]:
         """Write tokenizer, its configuration with the chat template, and the generation configuration into ``out``.
@@ -105,9 +110,13 @@ class GgufCheckpoint:
         rows = [[name, list(t.shape), t.kind, t.offset] for name, t in sorted(self._table.items())]
         given = gguf_tokenizer.files(self._tokenizer) if self._tokenizer else []
         tokenizer = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in given]
-        file = [self._header.file_size, self.path.stat().st_mtime_ns]
+        file = [self._header.file_size, self._files.facts([self.path])[0][-1]]
         text = json.dumps([file, self.config, rows, tokenizer], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """See `Checkpoint.check_unchanged`."""
+        self._files.check_unchanged()
 
     def _quantisation_notes(self) -> list[str]:
         kinds = Counter(t.kind for t in self._table.values() if t.kind not in _PLAIN)
@@ -128,23 +137,24 @@ def _check_readable(path: Path, tensor: GgufTensor) -> None:
         )
 
 
-def _values(path: Path, tensor: GgufTensor) -> np.ndarray[Any, Any]:
-    """The tensor's numbers: a view of the file where they are stored plainly (BF16 as int16), else float32."""
+def _values(files: SourceFiles, path: Path, tensor: GgufTensor) -> np.ndarray[Any, Any]:
+    """The tensor's numbers: as they are where they are stored plainly (BF16 as int16), else float32."""
     import numpy as np
 
     plain = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}.get(tensor.kind)
-    # Copy on write: torch cannot hold read-only memory, and nobody's mistake shall reach the file.
     if plain is not None:
-        return np.memmap(path, plain, mode="c", offset=tensor.offset, shape=tensor.shape)
+        return files.read(path, tensor.offset, tensor.nbytes).view(plain).reshape(tensor.shape)
     rows, columns = prod(tensor.shape[:-1]), tensor.shape[-1]
-    packed = np.memmap(path, np.uint8, mode="c", offset=tensor.offset, shape=(rows, tensor.nbytes // rows))
+    width = tensor.nbytes // rows
     gguf = require_gguf()
     kind = gguf.constants.GGMLQuantizationType(tensor.type_id)
     out = np.empty((rows, columns), np.float32)
     step = max(1, _DEQUANTISE_AT_ONCE // columns)
     with np.errstate(all="ignore"):  # a scale may be zero or denormal
         for start in range(0, rows, step):
-            out[start : start + step] = gguf.quants.dequantize(packed[start : start + step], kind)
+            count = min(step, rows - start)
+            packed = files.read(path, tensor.offset + start * width, count * width).reshape(count, width)
+            out[start : start + count] = gguf.quants.dequantize(packed, kind)
     return out.reshape(tensor.shape)
 
 
@@ -220,6 +230,7 @@ def _write_weights(source: GgufCheckpoint, path: Path, dtype: str, progress: Pro
         for done, name in enumerate(source.tensors, 1):
             file.write(_bytes(source.read(name), name, dtype))
             progress(Progress("export", done, len(source.tensors), "tensor", name))
+    source.check_unchanged()
 
 
 def _bytes(values: torch.Tensor, name: str, dtype: str) -> memoryview:

@@ -6,7 +6,6 @@ answers a broken file with whatever numpy says. This one checks every length aga
 
 from __future__ import annotations
 
-import mmap
 import re
 import struct
 import sys
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from ..errors import CheckpointError, MissingExtraError
+from .paths import refuse_pointer
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -84,13 +84,14 @@ def read_header(path: Path) -> GgufHeader:
         raise CheckpointError(f"{path} is not a file.", hint="Give the .gguf file itself.")
     size = path.stat().st_size
     with path.open("rb") as file:
-        _check_magic(path, file.read(8))
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            cursor = _Cursor(path, data, size)
-            tensor_count, key_count = cursor.count(_MAX_ENTRIES, "tensors"), cursor.count(_MAX_ENTRIES, "keys")
-            metadata = _read_metadata(cursor, key_count)
-            _refuse_split(path, metadata)
-            tensors = _read_tensors(cursor, tensor_count, metadata)
+        start = file.read(8)
+        refuse_pointer(path, start + file.read(64) if start == b"version " else start)
+        _check_magic(path, start)
+        cursor = _Cursor(path, file, size)
+        tensor_count, key_count = cursor.count(_MAX_ENTRIES, "tensors"), cursor.count(_MAX_ENTRIES, "keys")
+        metadata = _read_metadata(cursor, key_count)
+        _refuse_split(path, metadata)
+        tensors = _read_tensors(cursor, tensor_count, metadata)
     return GgufHeader(path, size, metadata, tensors)
 
 
@@ -103,7 +104,7 @@ def _check_magic(path: Path, start: bytes) -> None:
     if start[:4] != b"GGUF":
         raise CheckpointError(
             f"{path} is not a GGUF file: it begins with {start[:4]!r}, not with b'GGUF'.",
-            hint="A git-lfs pointer or an unfinished download looks like this: check the size of the file.",
+            hint="An unfinished download looks like this: check the size of the file.",
         )
     if len(start) < 8:
         raise CheckpointError(f"{path} is cut off after {len(start)} bytes.", hint="Download it again.")
@@ -134,18 +135,19 @@ def _refuse_split(path: Path, metadata: dict[str, Any]) -> None:
 class _Cursor:
     """Walks over the bytes of a header and never past their end."""
 
-    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
-        self.path, self.data, self.size, self.at = path, data, size, 8
+    def __init__(self, path: Path, file: IO[bytes], size: int) -> None:
+        self.path, self._file, self.size, self.at = path, file, size, 8
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.at:
+        data = self._file.read(count) if count <= self.size - self.at else b""
+        if len(data) < count:
             raise CheckpointError(
                 f"{self.path} is cut off or broken: its header wants {count} bytes at byte {self.at}, "
                 f"but the file has {self.size} bytes.",
                 hint="Download or convert it again.",
             )
         self.at += count
-        return self.data[self.at - count : self.at]
+        return data
 
     def scalar(self, code: str) -> Any:
         (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))

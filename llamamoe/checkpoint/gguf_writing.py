@@ -50,8 +50,14 @@ def kind_of(dtype: str, stored: str, shape: tuple[int, ...]) -> str:
     return "F16" if kind == "Q8_0" and shape[-1] % Q8_BLOCK else kind
 
 
-def write_tensors(writer: GGUFWriter, tensors: Sequence[GgufOut], out: Path, progress: ProgressCallback) -> None:
-    """The file, beside OUT under another name until it is whole."""
+def write_tensors(
+    writer: GGUFWriter,
+    tensors: Sequence[GgufOut],
+    out: Path,
+    progress: ProgressCallback,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the file, beside OUT under another name until it is whole and ``check`` has raised nothing."""
     import numpy as np
     from gguf import GGMLQuantizationType
 
@@ -69,6 +75,7 @@ def write_tensors(writer: GGUFWriter, tensors: Sequence[GgufOut], out: Path, pro
                 writer.write_tensor_data(_packed(each))
                 progress(Progress("export", done, len(tensors), "tensor", each.name))
             writer.close()
+            check()
     except OSError as error:
         raise LlamaMoeError(
             f"writing {out} failed: {error.strerror or error}.",

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .base import DTYPE_BYTES, TensorInfo
 from .json_files import unique_keys
+from .paths import refuse_pointer
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
@@ -29,6 +30,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
+            refuse_pointer(path, start + file.read(64) if start == b"version " else start)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
@@ -42,14 +44,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(text, object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
-        return _tensors(path, header, size - 8 - length)
+        return _tensors(path, header, 8 + length, size - 8 - length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path.name}: the header is not valid ({error}).", hint="Download it again.") from None
 
 
-def _tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
+def _tensors(path: Path, header: dict[str, Any], data_start: int, data_bytes: int) -> dict[str, TensorInfo]:
     found, spans = {}, []
     for name, entry in header.items():
         dtype, shape = entry["dtype"], tuple(entry["shape"])
@@ -61,7 +63,7 @@ def _tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, T
         if stop - start != prod(shape) * DTYPE_BYTES[dtype]:
             raise ValueError(f"{name}: {stop - start} bytes do not hold {dtype} {list(shape)}")
         spans.append((start, stop, name))
-        found[name] = TensorInfo(dtype, shape, path)
+        found[name] = TensorInfo(dtype, shape, path, data_start + start)
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:

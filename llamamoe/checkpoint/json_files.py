@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..plain_values import oddities, whole
+from .paths import refuse_pointer
 
 MOST_BYTES = 256 * 2**20
 """A tokenizer's largest file has about 40 MB, the index of a large model 10."""
@@ -22,13 +23,15 @@ def read_json(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
         vocabulary: It is a tokenizer's, which may be large and repeat a key: only its form is checked.
 
     Raises:
-        CheckpointError: It cannot be read, is too large, is not a JSON object, or holds a key twice, half a character
+        CheckpointError: It cannot be read, is too large, is a Git LFS pointer or not a JSON object, or holds a key twice, half a character
             (a lone surrogate), a whole number of more than 100 digits or more than 64 levels; the key is named.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
             raise CheckpointError(f"{path.name} has {path.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read.")
-        data = _parse(path.read_text(encoding="utf-8"), vocabulary=vocabulary)
+        raw = path.read_bytes()
+        refuse_pointer(path, raw)
+        data = _parse(raw.decode("utf-8"), vocabulary=vocabulary)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}.") from None
     except CheckpointError:

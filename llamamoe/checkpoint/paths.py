@@ -8,6 +8,26 @@ from ..errors import CheckpointError
 from ..plain_text import printable
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Refuse a file that Git LFS left in the place of the real one.
+
+    Args:
+        path: The file, for the message.
+        start: Its first bytes.
+
+    Raises:
+        CheckpointError: It is such a pointer.
+    """
+    if start.startswith(_POINTER):
+        raise CheckpointError(
+            f"{path.name} is a Git LFS pointer, not the file itself.",
+            hint=f"Fetch the files: cd {path.parent} && git lfs pull",
+        )
+
+
 def inside(folder: Path, name: str) -> Path:
     """The file ``name`` of a folder; links may lead out of it only into the blobs of a hub cache.
 

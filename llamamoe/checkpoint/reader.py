@@ -1,6 +1,7 @@
-"""A folder of safetensors, opened safely: headers at once, tensors one at a time, memory-mapped.
+"""A folder of safetensors, opened safely: headers at once, tensors one at a time.
 
-Nothing is unpickled, no code of the checkpoint runs, and no path leaves the folder.
+Nothing is unpickled, no code of the checkpoint runs, and no path leaves the folder. Which files are read, and under
+which names their tensors are known, is what transformers makes of the folder; what it would read otherwise is refused.
 """
 
 from __future__ import annotations
@@ -8,22 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..plain_text import printable
-from .base import TensorInfo
+from .base import DTYPE_BYTES, TORCH_NAMES, TensorInfo
 from .files import copy_file, make_folder
 from .headers import read_header
 from .json_files import MOST_BYTES, read_json
-from .paths import inside
+from .paths import inside, refuse_pointer
+from .source_files import SourceFiles
+from .tensor_names import named_as_in_files
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+"""PEFT's configuration of an adapter: transformers applies the adapter without a word if it can."""
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -48,7 +54,6 @@ SIDE_FILES = (
 CHAT_TEMPLATES = "additional_chat_templates"
 """The folder of further chat templates."""
 PICKLES = (".bin", ".pt", ".pth")
-_POINTER = b"version https://git-lfs"
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
@@ -75,11 +80,7 @@ def check_side_file(path: Path) -> None:
     if path.stat().st_size > MOST_BYTES:
         raise CheckpointError(f"{path.name} has {path.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read.")
     with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise CheckpointError(
-                f"{path.name} is a pointer of git LFS, not the file itself.",
-                hint="Fetch it in that folder: git lfs pull",
-            )
+        refuse_pointer(path, file.read(64))
     if path.suffix == ".json" and path.name != "chat_template.json":
         read_json(path, vocabulary=path.name in VOCABULARIES)
 
@@ -119,21 +120,50 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notes: list[str] = []
+        self._refuse_adapter()
         if not (path / "config.json").exists():
             raise CheckpointError(
                 f"{path} holds no config.json, so it is no transformers checkpoint.", hint=self._what_is_there()
             )
+        self._files = SourceFiles()
+        self._files.watch(*(path / n for n in ("config.json", ADAPTER, SINGLE, INDEX, *SIDE_FILES, *LICENSE_FILES)))
         self.config = read_json(self._inside("config.json"))
-        self._tensors: dict[str, TensorInfo] = {}
-        self.tensors: Mapping[str, TensorInfo] = self._tensors
+        self._refuse_other_file()
+        stored: dict[str, TensorInfo] = {}
         for name in self._shards():
-            self._add(read_header(self._inside(name)))
-        self._check_index()
+            self._files.watch(path / name)
+            self._add(stored, read_header(self._inside(name)))
+        self._check_index(stored)
+        self.tensors: Mapping[str, TensorInfo] = named_as_in_files(stored, self.config)
         for name in (*SIDE_FILES, *LICENSE_FILES):
             if (path / name).exists() or (path / name).is_symlink():
                 check_side_file(self._inside(name))
         self._templates()
-        self._open: dict[Path, Any] = {}
+
+    def _refuse_adapter(self) -> None:
+        if not (self.path / ADAPTER).exists():
+            return
+        hint = "Merge it first: AutoPeftModelForCausalLM.from_pretrained(PATH).merge_and_unload().save_pretrained(NEW)"
+        if (self.path / "config.json").exists():
+            raise CheckpointError(
+                f"{self.path} holds a PEFT adapter ({ADAPTER}) beside a model: transformers would compute with both, but "
+                "only the model can be read here.",
+                hint=f"{hint}, or move {ADAPTER} away if the adapter is merged already or not wanted.",
+            )
+        base = read_json(self._inside(ADAPTER)).get("base_model_name_or_path")
+        of = f" of {printable(base)}" if isinstance(base, str) and base else ""
+        raise CheckpointError(
+            f"{self.path} holds a PEFT adapter{of}, not a model: its weights are only differences.", hint=f"{hint}."
+        )
+
+    def _refuse_other_file(self) -> None:
+        other = self.config.get("transformers_weights")
+        if other is not None:
+            raise CheckpointError(
+                f"config.json: transformers_weights = {other!r}: transformers takes the weights from that file, which "
+                "cannot be read here.",
+                hint="Load the folder with transformers and save it again.",
+            )
 
     def _what_is_there(self) -> str:
         found = sorted(printable(p.name) for p in self.path.iterdir())
@@ -146,40 +176,47 @@ class SafetensorsCheckpoint:
         return inside(self.path, name)
 
     def _shards(self) -> list[str]:
-        if (self.path / INDEX).exists():
-            self._weight_map: dict[str, str] | None = read_weight_map(self._inside(INDEX))
-            return sorted(set(self._weight_map.values()))
-        self._weight_map = None
-        if (self.path / SINGLE).exists():
+        self._weight_map: dict[str, str] = {}
+        if (self.path / SINGLE).exists():  # before the index, as transformers does
+            if (self.path / INDEX).exists():
+                self.notes.append(f"{SINGLE} is read, as transformers does, and not the files that {INDEX} names")
             return [SINGLE]
+        if (self.path / INDEX).exists():
+            self._weight_map = read_weight_map(self._inside(INDEX))
+            return sorted(set(self._weight_map.values()))
         pickles = sorted(p.name for p in self.path.iterdir() if p.name.endswith(PICKLES))
         if pickles:
             raise pickle_refusal(str(self.path), pickles[0])
         raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}.", hint=self._what_is_there())
 
-    def _add(self, header: dict[str, TensorInfo]) -> None:
+    @staticmethod
+    def _add(stored: dict[str, TensorInfo], header: dict[str, TensorInfo]) -> None:
         for name, info in header.items():
-            if name in self._tensors:
+            if name in stored:
                 raise CheckpointError(
-                    f"the tensor {name!r} stands in {self.tensors[name].file.name} and again in {info.file.name}."
+                    f"the tensor {name!r} stands in {stored[name].file.name} and again in {info.file.name}."
                 )
-            self._tensors[name] = info
+            stored[name] = info
 
-    def _check_index(self) -> None:
-        for name, file in (self._weight_map or {}).items():
-            info = self.tensors.get(name)
+    def _check_index(self, stored: Mapping[str, TensorInfo]) -> None:
+        for name, file in self._weight_map.items():
+            info = stored.get(name)
             if info is None or info.file.name != file:
                 raise CheckpointError(f"{INDEX} says that {name!r} stands in {file}, but it does not.")
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, memory-mapped: its pages belong to the file, not to this process. Never write to it."""
-        from safetensors import safe_open
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """See `Checkpoint.read`."""
+        import torch
 
-        path = self.tensors[name].file
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        tensor: torch.Tensor = self._open[path].get_tensor(name)
-        return tensor
+        info = self.tensors[name]
+        shape, offset = info.shape, info.offset
+        if rows is not None:
+            first, stop = rows
+            offset += first * (info.nbytes // max(1, info.shape[0]))
+            shape = (stop - first, *info.shape[1:])
+        nbytes = prod(shape) * DTYPE_BYTES[info.dtype]
+        data = torch.from_numpy(self._files.read(info.file, offset, nbytes))
+        return data.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(shape)
 
     def save_tokenizer(self, out: Path) -> list[str]:
         """See `Checkpoint.save_tokenizer`; licence files are copied too."""
@@ -215,8 +252,10 @@ class SafetensorsCheckpoint:
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""
         facts: list[Any] = [[n, i.dtype, i.shape, i.file.name] for n, i in sorted(self.tensors.items())]
-        facts += [
-            [f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted({i.file for i in self.tensors.values()})
-        ]
+        facts += self._files.facts({info.file for info in self.tensors.values()})
         facts.append(self.config)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """See `Checkpoint.check_unchanged`."""
+        self._files.check_unchanged()

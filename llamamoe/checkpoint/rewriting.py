@@ -137,6 +137,7 @@ def rewrite(
         for done, (unit, names) in enumerate(units.items(), start=1):
             if not writer.done(unit):
                 for name in names:
+                    writer.make_room(name)
                     writer.put(name, _finite(name, job))
                 writer.finish(unit, names, {})
             progress(Progress(job.deed, done, len(units), "layer", unit))
@@ -144,6 +145,8 @@ def rewrite(
         receipt = _receipt(job, writer.weights_sha256())
         _write_side_files(job, writer.path, receipt, tokenizer)
         SafetensorsCheckpoint(writer.path)  # what appears can be opened
+        for read in (*job.checkpoints, *job.read_too):
+            read.check_unchanged()
         writer.publish(replace=force)
     return receipt
 

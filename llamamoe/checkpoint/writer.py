@@ -115,6 +115,17 @@ class CheckpointWriter:
             handle.close()
         self._ledger.close()
 
+    def make_room(self, name: str) -> None:
+        """Wait until a tensor's bytes fit beside those that wait for the disk; call it before the tensor is made.
+
+        Raises:
+            OSError: An earlier write failed.
+        """
+        room = max(0, QUEUE_BYTES - self.slots[name].nbytes)
+        with self._room:
+            self._room.wait_for(lambda: self._waiting <= room or self._error is not None)
+        self._raise()
+
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Queue one tensor: contiguous, on the CPU, of the planned size. It must not be changed afterwards.
 
@@ -124,10 +135,9 @@ class CheckpointWriter:
         view = tensor_bytes(tensor)
         if view.nbytes != self.slots[name].nbytes:
             raise AssertionError(f"{name}: {view.nbytes} bytes, planned {self.slots[name].nbytes}")
+        self.make_room(name)
         with self._room:
-            self._room.wait_for(lambda: self._waiting < QUEUE_BYTES or self._error is not None)
             self._waiting += view.nbytes
-        self._raise()
         self._queues[0].put(("tensor", (name, view)))
 
     def finish(self, unit: str, names: list[str], info: dict[str, Any]) -> None:

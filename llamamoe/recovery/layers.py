@@ -143,6 +143,7 @@ class LayerRun:
         for unit, names in units.items():
             if not writer.done(unit):
                 for name in names:
+                    writer.make_room(name)
                     writer.put(name, plan.checkpoint.read(name).contiguous())
                 writer.finish(unit, names, {})
         return self._written(writer)

@@ -28,7 +28,7 @@ class Centroid(Router):
         """See `Router.rows`. O(N W H); one expert in float32 at a time."""
         import torch
 
-        rows = torch.zeros(context.num_experts, ffn.gate_FH.shape[1])
+        rows = torch.zeros(context.num_experts, ffn.hidden_size)
         for i, expert in enumerate(partition.experts):
             members = torch.from_numpy(expert[expert != PADDING])
             if len(members):

@@ -86,7 +86,7 @@ class Distilled(Router):
         moe = ConvertedFfn(
             weights=ExpertWeights.of_parent(ffn, partition),
             partition=partition,
-            router_NH=torch.zeros(num_experts, ffn.gate_FH.shape[1]),
+            router_NH=torch.zeros(num_experts, ffn.hidden_size),
             top_k=context.top_k,
             scale="hard",
             weighting="softmax",

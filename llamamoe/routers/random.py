@@ -33,5 +33,5 @@ class Random(Router):
         """See `Router.rows`."""
         import torch
 
-        shape = (context.num_experts, ffn.gate_FH.shape[1])
+        shape = (context.num_experts, ffn.hidden_size)
         return torch.from_numpy(context.rng("router").normal(0.0, self.options.std, shape)).float()

@@ -23,4 +23,4 @@ class Zeros(Router):
         """See `Router.rows`."""
         import torch
 
-        return torch.zeros(context.num_experts, ffn.gate_FH.shape[1])
+        return torch.zeros(context.num_experts, ffn.hidden_size)

@@ -99,7 +99,7 @@ def coactive_sums(
     import torch
 
     index = torch.from_numpy(neurons)
-    routed = replace(ffn, gate_FH=ffn.gate_FH[index], up_FH=ffn.up_FH[index], down_HF=ffn.down_HF[:, index])
+    routed = FfnWeights(ffn.gate_FH[index], ffn.up_FH[index], ffn.down_HF[:, index], ffn.norm_H, ffn.hidden_act)
     total = torch.zeros(len(neurons), len(neurons), device=inputs.device)
     for h_BR in replace(inputs, batch_tokens=sample_tokens).hidden(routed):
         f_BR = {"plain": h_BR, "l1_norm": h_BR.abs(), "l2_norm": h_BR.square()}[kernel]

@@ -104,7 +104,7 @@ def test_a_source_without_a_tokenizer_is_told_in_the_plan(dense: Path) -> None:
 
 def test_a_pointer_of_git_lfs_is_called_one(dense: Path) -> None:
     (dense / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(llamamoe.LlamaMoeError, match="git LFS") as caught:
+    with pytest.raises(llamamoe.LlamaMoeError, match="Git LFS pointer") as caught:
         llamamoe.plan_conversion(dense)
     assert "git lfs pull" in str(caught.value)
 

@@ -1,0 +1,114 @@
+"""The files of a source: read without mapping them, and noticed when they change while they are read.
+
+A mapped file that another process truncates kills the reader with SIGBUS; a short read is an error that can be told.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ..errors import LlamaMoeError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Stamp = tuple[int, int, int, int, int]
+"""Device, inode, size, time of the last change of the content and of the attributes, the last two in nanoseconds."""
+_AT_ONCE = 2**30
+"""Bytes of one read: Linux gives at most 2 GiB."""
+
+
+class SourceFiles:
+    """Files as they were when they were first seen, and their bytes."""
+
+    def __init__(self) -> None:
+        self._stamps: dict[Path, Stamp | None] = {}
+        self._open: dict[Path, IO[bytes]] = {}
+
+    def watch(self, *paths: Path) -> None:
+        """Remember how files are now, or that they are missing; of files seen before, what they were stays."""
+        for path in paths:
+            self._stamps.setdefault(path, _stamp(path))
+
+    def facts(self, paths: Iterable[Path]) -> list[list[Any]]:
+        """Name, size and time of change in nanoseconds of watched files, as they were when first seen."""
+        stamps = ((path, self._stamps[path]) for path in sorted(paths))
+        return [[path.name, stamp[2], stamp[3]] for path, stamp in stamps if stamp is not None]
+
+    def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Bytes of a watched file, uint8 ``[nbytes]``, in fresh memory.
+
+        Raises:
+            LlamaMoeError: The file was changed since it was first seen, or cannot be read.
+        """
+        import numpy as np
+
+        out = np.empty(nbytes, np.uint8)
+        view, done = memoryview(out), 0  # type: ignore[arg-type]
+        try:
+            handle = self._handle(path)
+            while done < nbytes:
+                count = os.preadv(handle.fileno(), [view[done : done + _AT_ONCE]], offset + done)
+                if count == 0:
+                    raise _changed(path, f"it ends at byte {offset + done:,}, within a tensor")
+                done += count
+        except OSError as error:
+            raise LlamaMoeError(f"{path} cannot be read: {error.strerror}.") from error
+        return out
+
+    def check_unchanged(self) -> None:
+        """Compare every watched file with what it was when it was first seen.
+
+        Raises:
+            LlamaMoeError: One was written, replaced, removed or added since.
+        """
+        for path, before in self._stamps.items():
+            how = _difference(before, _stamp(path))
+            if how:
+                raise _changed(path, how)
+
+    def _handle(self, path: Path) -> IO[bytes]:
+        if path not in self._open:
+            handle = path.open("rb", buffering=0)
+            how = _difference(self._stamps[path], _of(os.fstat(handle.fileno())))
+            if how:
+                handle.close()
+                raise _changed(path, how)
+            self._open[path] = handle
+        return self._open[path]
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        return _of(path.stat())
+    except OSError:
+        return None
+
+
+def _of(status: os.stat_result) -> Stamp:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _difference(before: Stamp | None, now: Stamp | None) -> str | None:
+    """What happened to a file, in words; None if nothing did."""
+    if before == now:
+        return None
+    if now is None:
+        return "it is missing now"
+    if before is None:
+        return "it was not there before"
+    if before[:2] != now[:2]:
+        return "it was replaced by another file"
+    if before[2] != now[2]:
+        return f"it had {before[2]:,} bytes and has {now[2]:,} now"
+    return "it was written to" if before[3] != now[3] else "its attributes were changed"
+
+
+def _changed(path: Path, how: str) -> LlamaMoeError:
+    return LlamaMoeError(
+        f"{path} changed while it was read ({how}), so the result would be a mixture of two models.",
+        hint="Nothing was published. Wait until nothing writes to the source any more and start again with --force.",
+    )

@@ -1,0 +1,146 @@
+"""Tensors under the names that transformers' own files give them, whoever saved the folder.
+
+Four other ways of naming are read as transformers reads them: files that the model without its head saved (no
+``model.``), a tied table that `safetensors.torch.save_model` stored under the head's name, and experts under the
+names that transformers 5 uses in memory (``save_original_format=False``, mergekit): one tensor for all experts, which
+is taken apart without copying. Names that transformers would not recognise are refused with the way out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import CheckpointError
+from .base import TensorInfo
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_WITHOUT_HEAD = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.weight$)")
+_MOST_EXPERTS = 1 << 16  # a header that claims more would only keep us busy
+_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
+COMPILED = "_orig_mod."
+_WRAPPERS = {
+    COMPILED: (
+        "a model that torch.compile had wrapped",
+        "Save the model inside: model._orig_mod.save_pretrained(NEW).",
+    ),
+    "module.": (
+        "a model that DataParallel or DistributedDataParallel had wrapped",
+        "Save the model inside: model.module.save_pretrained(NEW).",
+    ),
+    "base_model.model.": (
+        "a PEFT model, base and adapter side by side",
+        "Merge the adapter first: model.merge_and_unload().save_pretrained(NEW).",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """What transformers 5 calls the tensors of one architecture in memory, where its files name them otherwise.
+
+    Attributes:
+        experts: What a file calls ``experts``, from the name of a layer's module on.
+        parts: Gate, up and down of one expert; None if files hold all experts of a layer in one tensor too.
+        whole: Then the two tensors.
+        renamed: Ends of names in memory, and in files.
+    """
+
+    experts: tuple[str, str] = (".mlp.experts", ".mlp.experts")
+    parts: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
+    whole: tuple[str, str] = ("", "")
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
+IN_MEMORY: dict[str, InMemory] = {
+    "mixtral": InMemory(
+        (".mlp.experts", ".block_sparse_moe.experts"),
+        ("w1", "w3", "w2"),
+        renamed=((".mlp.gate.weight", ".block_sparse_moe.gate.weight"),),
+    ),
+    "granitemoeshared": InMemory(
+        (".block_sparse_moe.experts", ".block_sparse_moe"),
+        None,
+        ("input_linear.weight", "output_linear.weight"),
+        renamed=((".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),),
+    ),
+    "ernie4_5_moe": InMemory(
+        renamed=((".mlp.gate.moe_statics.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),)
+    ),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "glm4_moe"), InMemory()),
+}
+
+
+def named_as_in_files(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors under their usual names, in the same order. O(tensors); nothing is read.
+
+    Args:
+        tensors: As the headers have them.
+        config: The folder's ``config.json``.
+
+    Raises:
+        CheckpointError: Transformers would not recognise the names, or two tensors have one name.
+    """
+    _refuse_wrappers(tensors)
+    found: dict[str, TensorInfo] = {}
+    for stored, info in tensors.items():
+        for name, piece in _renamed(stored, info, str(config.get("model_type"))):
+            if name in found:
+                raise CheckpointError(f"the tensor {name!r} stands twice in the files, under two names ({stored!r}).")
+            found[name] = piece
+    if EMBEDDING not in found and HEAD in found and config.get("tie_word_embeddings", True) is True:
+        found = {EMBEDDING if name == HEAD else name: info for name, info in found.items()}
+    return found
+
+
+def has_names_of_memory(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
+    """Return True if experts have the names that transformers 5 uses in memory, which 4.57 does not recognise.
+
+    Args:
+        tensors: As the headers have them.
+        config: The folder's ``config.json``.
+    """
+    return str(config.get("model_type")) in IN_MEMORY and any(_FUSED.match(name) for name in tensors)
+
+
+def _refuse_wrappers(tensors: Mapping[str, TensorInfo]) -> None:
+    for prefix, (what, hint) in _WRAPPERS.items():
+        name = next((n for n in tensors if n.startswith(prefix) or (prefix == COMPILED and prefix in n)), None)
+        if name is not None:
+            raise CheckpointError(
+                f"the tensor {name!r} was saved from {what}: transformers would not find it and draw random numbers "
+                "in its place.",
+                hint=hint,
+            )
+
+
+def _renamed(name: str, info: TensorInfo, model_type: str) -> Iterator[tuple[str, TensorInfo]]:
+    """One stored tensor under its usual name, or as the experts that it holds."""
+    if _WITHOUT_HEAD.match(name):
+        name = f"model.{name}"
+    table = IN_MEMORY.get(model_type)
+    fused = _FUSED.match(name) if len(info.shape) == 3 and 0 < info.shape[0] <= _MOST_EXPERTS and info.numel else None
+    if table is None:
+        yield name, info
+    elif fused is None:
+        yield next((name.removesuffix(a) + b for a, b in table.renamed if name.endswith(a)), name), info
+    else:
+        start = fused[1].removesuffix(table.experts[0]) + table.experts[1]
+        yield from _experts(start, fused[2] == "down_proj", info, table)
+
+
+def _experts(start: str, down: bool, info: TensorInfo, table: InMemory) -> Iterator[tuple[str, TensorInfo]]:
+    """The matrices of all experts that lie behind one another in one stored tensor."""
+    if table.parts is None:
+        yield f"{start}.{table.whole[down]}", info
+        return
+    count, rows, columns = info.shape
+    parts = table.parts[2:] if down else table.parts[:2]
+    if rows % len(parts):
+        raise CheckpointError(f"{start}.gate_up_proj has {rows} rows, which are not gate and up of equal size.")
+    first = replace(info, shape=(rows // len(parts), columns))
+    names = (f"{start}.{expert}.{part}.weight" for expert in range(count) for part in parts)
+    for at, name in enumerate(names):
+        yield name, replace(first, offset=info.offset + at * first.nbytes)
