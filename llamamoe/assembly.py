@@ -150,7 +150,7 @@ class LayerParts:
         if origin.part == "gate_up":
             halves = [take(self._matrix(part), index, 0) for part in ("gate", "up")]
             return cast(torch.cat(halves), dtype, origin.scale)
-        return cast(take(self._matrix(origin.part), index, origin.part == "down"), dtype, origin.scale)
+        return cast(take(self._matrix(origin.part), index, int(origin.part == "down")), dtype, origin.scale)
 
 
 def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default_dtype: str) -> torch.Tensor:

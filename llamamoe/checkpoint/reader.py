@@ -131,8 +131,9 @@ class SafetensorsCheckpoint:
         self._refuse_other_file()
         stored: dict[str, TensorInfo] = {}
         for name in self._shards():
-            self._files.watch(path / name)
-            self._add(stored, read_header(self._inside(name)))
+            file = self._inside(name)
+            self._files.watch(file)
+            self._add(stored, read_header(file))
         self._check_index(stored)
         self.tensors: Mapping[str, TensorInfo] = named_as_in_files(stored, self.config)
         for name in (*SIDE_FILES, *LICENSE_FILES):

@@ -180,7 +180,6 @@ WRITING = {
 ALLOWED = {
     ("llamamoe/studies/engine.py", "write_text"),  # a file of Linux's /proc
     ("llamamoe/demonstration.py", "symlink_to"),  # links in a folder that it has just made
-    ("llamamoe/checkpoint/gguf.py", "memmap"),  # read only: copy on write
     ("llamamoe/data/shards.py", "memmap"),  # read only
     ("cli/main.py", "open"),  # /dev/null
 }

@@ -367,7 +367,7 @@ def test_other_rope_factors_are_refused(path: Path) -> None:
 
 def test_files_that_are_no_gguf(tmp_path: Path, path: Path) -> None:
     for content, words in [
-        (b"version https://git-lfs.github.com/spec/v1\n", "not a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"", "not a GGUF file"),
         (b"GGUF", "cut off"),
         (b"tjgg" + bytes(20), "older than GGUF"),
