@@ -1,12 +1,16 @@
-"""Which files of a folder may be read: plain names, and no link that leads out of the folder."""
+"""Which files of a folder may be read: plain names, and no link that leads out of the folder.
+
+A folder that somebody handed over could otherwise name any file of its reader's. Links into a hub cache's own blobs
+are followed, and into folders that the reader has listed in ``LLAMAMOE_LINKS_INTO``.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..plain_text import printable
-
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -28,27 +32,54 @@ def refuse_pointer(path: Path, start: bytes) -> None:
         )
 
 
+LINKS_INTO = "LLAMAMOE_LINKS_INTO"
+"""Environment variable: folders that links in a source may lead into, separated as in ``PATH``."""
+
+
 def inside(folder: Path, name: str) -> Path:
-    """The file ``name`` of a folder; links may lead out of it only into the blobs of a hub cache.
+    """The file ``name`` of a folder; see the head of this module for where links may lead.
 
     Raises:
-        CheckpointError: The name is no plain file name, the file is missing, or it is a link out of the folder.
+        CheckpointError: The name is not a plain file name, the file is missing, or it is a link out of the folder.
     """
-    path, root = folder / name, folder.resolve()
+    path = folder / name
     if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
         raise CheckpointError(f"the index names {name!r}, which is not a plain file name in the folder: refused.")
-    roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
+    if not check_link(path, folder).is_file():
+        raise CheckpointError(f"{name} is missing from {folder}.", hint="Download the checkpoint again.")
+    return path
+
+
+def check_link(path: Path, folder: Path) -> Path:
+    """Where a file of a folder really is.
+
+    Args:
+        path: The file, or a link to it.
+        folder: The folder that it must stay in.
+
+    Raises:
+        CheckpointError: It is a link that leads out of the folder and not into a permitted one, or to another user's file.
+    """
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{name} cannot be found ({error}).", hint="Copy the file into the folder.") from None
-    if not any(real.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(
-            f"{name} is a symbolic link out of the folder (to {printable(str(real))}): refused.",
+            f"{path.name} cannot be found ({error}).", hint="Copy the file into the folder."
+        ) from None
+    root = folder.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if any(real.is_relative_to(allowed) for allowed in roots):
+        return real
+    listed = [Path(entry).expanduser().resolve() for entry in os.environ.get(LINKS_INTO, "").split(os.pathsep) if entry]
+    if not any(real.is_relative_to(allowed) for allowed in listed):
+        raise CheckpointError(
+            f"{path.name} is a symbolic link out of the folder (to {printable(str(real))}): refused.",
+            hint=f"Copy the file into the folder, or, if you trust the folder, permit it: {LINKS_INTO}={real.parent}",
+        )
+    if real.exists() and real.stat().st_uid != os.getuid():
+        raise CheckpointError(
+            f"{path.name} is a symbolic link to another user's file ({printable(str(real))}): refused, although {LINKS_INTO} "
+            "permits its folder.",
             hint="Copy the file into the folder.",
         )
-    if not real.is_file():
-        raise CheckpointError(f"{name} is missing from {folder}.", hint="Download the checkpoint again.")
-    return path
+    return real

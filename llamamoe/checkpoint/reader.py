@@ -19,7 +19,7 @@ from .base import DTYPE_BYTES, TORCH_NAMES, TensorInfo
 from .files import copy_file, make_folder
 from .headers import read_header
 from .json_files import MOST_BYTES, read_json
-from .paths import inside, refuse_pointer
+from .paths import check_link, inside, refuse_pointer
 from .source_files import SourceFiles
 from .tensor_names import named_as_in_files
 
@@ -241,11 +241,7 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{CHAT_TEMPLATES} is a symbolic link: refused.", hint="Copy the folder itself.")
         found = []
         for path in sorted(folder.glob("*.jinja")):
-            roots = [self.path.resolve()]
-            if roots[0].parent.name == "snapshots":
-                roots.append(roots[0].parent.parent / "blobs")
-            if not any(path.resolve().is_relative_to(root) for root in roots):
-                raise CheckpointError(f"{path} is a symbolic link out of the folder: refused.", hint="Copy the file.")
+            check_link(path, self.path)
             check_side_file(path)
             found.append(path)
         return found

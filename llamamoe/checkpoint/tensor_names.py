@@ -84,13 +84,15 @@ def named_as_in_files(tensors: Mapping[str, TensorInfo], config: Mapping[str, An
         CheckpointError: Transformers would not recognise the names, or two tensors have one name.
     """
     _refuse_wrappers(tensors)
+    model_type = str(config.get("model_type"))
     found: dict[str, TensorInfo] = {}
     for stored, info in tensors.items():
-        for name, piece in _renamed(stored, info, str(config.get("model_type"))):
+        for name, piece in _renamed(stored, info, model_type):
             if name in found:
                 raise CheckpointError(f"the tensor {name!r} stands twice in the files, under two names ({stored!r}).")
             found[name] = piece
-    if EMBEDDING not in found and HEAD in found and config.get("tie_word_embeddings", True) is True:
+    tied = config.get("tie_word_embeddings", model_type.startswith("gemma"))  # the default of the family's class
+    if EMBEDDING not in found and HEAD in found and tied is True:
         found = {EMBEDDING if name == HEAD else name: info for name, info in found.items()}
     return found
 

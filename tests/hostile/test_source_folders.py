@@ -105,6 +105,33 @@ def test_outputs_under_the_names_of_memory_are_read(dense: Path, tmp_path: Path,
     assert same(here, there)
 
 
+def linked(dense: Path, folder: Path) -> Path:
+    """A folder of links to the files of a hub cache's snapshot, themselves links to its blobs."""
+    snapshot, blobs = dense.parent / "cache" / "snapshots" / "0123", dense.parent / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    folder.mkdir()
+    for number, path in enumerate(sorted(dense.iterdir())):
+        shutil.copy(path, blobs / f"blob{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/blob{number}")
+        (folder / path.name).symlink_to(snapshot / path.name)
+    return folder
+
+
+def test_links_lead_into_permitted_folders_only(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = linked(dense, tmp_path / "links")
+    assert same(split(tmp_path / "cache" / "snapshots" / "0123", tmp_path / "out"), dense)
+    monkeypatch.setenv("LLAMAMOE_LINKS_INTO", f"{tmp_path / 'elsewhere'}{os.pathsep}")
+    with pytest.raises(llamamoe.CheckpointError, match="symbolic link out of the folder") as caught:
+        split(source, tmp_path / "out2")
+    assert f"LLAMAMOE_LINKS_INTO={tmp_path / 'cache' / 'blobs'}" in str(caught.value)
+    monkeypatch.setenv("LLAMAMOE_LINKS_INTO", f"{tmp_path / 'elsewhere'}{os.pathsep}{tmp_path / 'cache'}")
+    assert same(split(source, tmp_path / "out2"), dense)
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    with pytest.raises(llamamoe.CheckpointError, match="another user's file"):
+        split(source, tmp_path / "out3")
+
+
 def test_a_pointer_of_git_lfs_is_called_one(dense: Path, tmp_path: Path) -> None:
     (dense / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(llamamoe.LlamaMoeError, match="Git LFS pointer") as caught:
