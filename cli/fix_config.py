@@ -8,13 +8,13 @@ from ._format import plural
 from ._output import Output, output_options
 from ._style import Command, Option
 from ._tables import bullets
-from ._text import echo
 
-HELP = """Add to config.json in the folder PATH what transformers 4.57 reads.
+HELP = """Write into the folder PATH what transformers 4.57 reads.
 
 save_pretrained and the Trainer of transformers 5 write rope and some names in a new spelling only; 4.57 falls back to
-its defaults without a word, and computes something else. The old spelling is added beside the new one; transformers 5
-loads the same model as before.
+its defaults without a word, and computes something else. The old spelling is added to config.json beside the new one.
+Experts under the names of memory (save_original_format=False, mergekit) get the names of files. Transformers 5 loads the
+same model as before.
 """
 
 
@@ -27,14 +27,20 @@ def command(path: str, dry_run: bool, output: Output) -> None:
     """Parse, fix, print."""
     from llamamoe.config_compat import fix_config
 
-    added = fix_config(path, dry_run=dry_run)
+    fixes = fix_config(path, dry_run=dry_run)
 
     def human() -> None:
-        if not added:
-            echo(f"{path}: nothing is missing.")
+        if not fixes.added and not fixes.renamed:
+            click.echo(f"{path}: nothing is missing.")
             return
-        verb = "would be added" if dry_run else "added"
-        echo(f"{path}/config.json: {plural(len(added), 'key')} {verb}")
-        bullets(added, mark="+")
+        would = "would be " if dry_run else ""
+        for file, count in fixes.renamed.items():
+            click.echo(
+                f"{path}/{file}: {plural(count, 'tensor')} {would}written under the names of transformers' files"
+            )
+        if fixes.added:
+            click.echo(f"{path}/config.json: {plural(len(fixes.added), 'key')} {would}added")
+            bullets(fixes.added, mark="+")
 
-    output.result({"path": path, "dry_run": dry_run, "added": added}, human, summary=not dry_run)
+    result = {"path": path, "dry_run": dry_run, "added": fixes.added, "renamed": fixes.renamed}
+    output.result(result, human, summary=not dry_run)

@@ -1,49 +1,60 @@
-"""``llamamoe.fix_config``: mend the ``config.json`` that transformers 5 wrote, so that 4.57 computes the same.
+"""``llamamoe.fix_config``: mend a folder that transformers 5 wrote, so that 4.57 computes the same.
 
 ``save_pretrained`` and the Trainer of transformers 5 write rope and a few names in a new spelling only. Transformers
 4.57 does not know it and falls back to its defaults without a word: the model loads, and its logits are wrong. The
-old spelling is added beside the new one, with the same content, so that nothing changes for transformers 5.
+old spelling is added beside the new one, with the same content, so that nothing changes for transformers 5. Tensors
+under the names that transformers 5 uses in memory (``save_original_format=False``, mergekit) get those of its files.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .checkpoint.files import write_text
 from .checkpoint.json_files import read_json
 from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
+from .checkpoint.renaming import rename_tensors, unusual_files
 from .errors import CheckpointError, RefusedError
 from .registry import near_misses
 from .sources import SOURCES
 from .targets import TARGETS
 
-_IN_MEMORY = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
-"""How transformers 5 names experts in memory; files of every architecture here name them otherwise."""
 _RENAMED = {"qwen3_moe": (("num_local_experts", "num_experts"),)}
 """Per model_type: the key that transformers 5 writes, and the one that 4.57 reads."""
 _LONGROPE_ONLY = ("phi3",)
 """Families that 4.57 checks for a ``rope_scaling`` of exactly type, short_factor and long_factor."""
 
 
-def fix_config(path: str | Path, *, dry_run: bool = False) -> list[str]:
-    """Add to ``config.json`` what transformers 4.57 reads; transformers 5 loads the same model as before.
+@dataclass(frozen=True)
+class Fixes:
+    """What was changed, or would be.
 
-    Done again it changes nothing. The file is replaced whole.
+    Attributes:
+        added: One line per key that ``config.json`` was lacking (``key: value``).
+        renamed: Files of weights whose tensors had other names, with the number of tensors that they hold now.
+    """
+
+    added: list[str]
+    renamed: dict[str, int]
+
+
+def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
+    """Write into a folder what transformers 4.57 reads; transformers 5 loads the same model as before.
+
+    Keys are added to ``config.json``; files whose tensors have names that only transformers 5 understands are written
+    anew with the same data. Done again it changes nothing. Every file is replaced whole, ``config.json`` last.
 
     Args:
-        path: A folder that ``save_pretrained`` or the Trainer wrote.
-        dry_run: Only say what would be added.
-
-    Returns:
-        One line per key that was added (``key: value``); empty if nothing was missing.
+        path: A folder that ``save_pretrained``, the Trainer or mergekit wrote.
+        dry_run: Only say what would be changed.
 
     Raises:
-        CheckpointError: It is no readable checkpoint folder, or its weights have names that 4.57 does not know.
-        RefusedError: The architecture is not one of ours, or 4.57 cannot compute it.
+        CheckpointError: It is not a readable checkpoint folder.
+        RefusedError: The architecture is not one of ours, 4.57 cannot compute it, or the disk is too small.
     """
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
@@ -52,12 +63,17 @@ def fix_config(path: str | Path, *, dry_run: bool = False) -> list[str]:
         )
     config = read_json(folder / "config.json")
     _check_known(config)
-    if (folder / INDEX).exists() or (folder / SINGLE).exists():
-        _check_names(SafetensorsCheckpoint(folder).tensors)
     added = missing_keys(config)
+    renamed: dict[str, int] = {}
+    if (folder / INDEX).exists() or (folder / SINGLE).exists():
+        checkpoint = SafetensorsCheckpoint(folder)
+        files = unusual_files(checkpoint)
+        renamed = {file.name: len(tensors) for file, tensors in files.items()}
+        if files and not dry_run:
+            rename_tensors(checkpoint, files)
     if added and not dry_run:
         write_text(folder / "config.json", json.dumps(config | added, indent=2, ensure_ascii=False) + "\n")
-    return [f"{key}: {json.dumps(value)}" for key, value in added.items()]
+    return Fixes([f"{key}: {json.dumps(value)}" for key, value in added.items()], renamed)
 
 
 def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,16 +112,6 @@ def _check_holdable(name: str, config: Mapping[str, Any]) -> None:
     if head_dim and heads and hidden and "head_dim" in needs_five and head_dim * heads != hidden:
         raise RefusedError(
             f"config.json: head_dim = {head_dim}, but transformers 4.57 takes {name}'s to be {hidden} / {heads}."
-        )
-
-
-def _check_names(names: Iterable[str]) -> None:
-    fused = next((name for name in names if _IN_MEMORY.search(name)), None)
-    if fused is not None:
-        raise CheckpointError(
-            f"the weights have the names that transformers 5 uses in memory ({fused}): 4.57 would replace the experts "
-            "with random numbers.",
-            hint="Load the folder with transformers 5 and save it again without save_original_format=False.",
         )
 
 

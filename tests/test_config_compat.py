@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llamamoe
-from llamamoe.config_compat import fix_config, missing_keys
+from llamamoe.checkpoint.headers import read_header
+from llamamoe.config_compat import Fixes, fix_config, missing_keys
 from llamamoe.conversion import split
-from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError
+from llamamoe.errors import LlamaMoeError, RefusedError
 from llamamoe.sources import SOURCES
 from llamamoe.targets import TARGETS
 from tests.models import LLAMA3_ROPE, VARIANTS, make_dense
@@ -88,8 +89,8 @@ def test_both_spellings_stand_in_the_file_and_transformers_5_sees_no_change(save
     assert {key: after[key] for key in before} == before
     assert after["rope_theta"] == before["rope_parameters"]["rope_theta"] == 25000.0
     assert after["torch_dtype"] == before["dtype"]
-    assert [line.split(":")[0] for line in planned] == [key for key in after if key not in before]
-    assert fix_config(folder) == []
+    assert [line.split(":")[0] for line in planned.added] == [key for key in after if key not in before]
+    assert fix_config(folder) == Fixes([], {})
     assert not list(folder.glob("*.tmp"))
     again = AutoConfig.from_pretrained(folder).rope_parameters
     assert {k: v for k, v in again.items() if k != "type"} == loaded.rope_parameters  # "type": rope_type's old name
@@ -117,23 +118,69 @@ def test_what_split_writes_needs_nothing(tmp_path):
             else {"method": "random", "num_experts": 4}
         )
         split(dense, tmp_path / target, llamamoe.load_recipe(given={"target": target, **method}), verify=False)
-        assert fix_config(tmp_path / target) == []
+        assert fix_config(tmp_path / target) == Fixes([], {})
 
 
-def test_names_of_the_memory_layout_are_refused(tmp_path):
-    split(
-        make_dense(tmp_path / "dense"),
-        tmp_path / "moe",
-        llamamoe.load_recipe(given={"method": "random", "num_experts": 4}),
-        verify=False,
-    )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
-    model.save_pretrained(tmp_path / "fused", save_original_format=False)
-    before = config_of(tmp_path / "fused")
-    with pytest.raises(CheckpointError, match="in memory") as refused:
-        fix_config(tmp_path / "fused")
-    assert "save_original_format" in refused.value.hint
-    assert config_of(tmp_path / "fused") == before
+def in_memory(target: str, path: Path, **kwargs: str) -> tuple[Path, Path]:
+    """A conversion, and the same saved under the names that transformers 5 uses in memory."""
+    dense = make_dense(path / "dense", "qwen3" if target == "qwen3_moe" else "llama")
+    recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": target})
+    split(dense, path / "moe", recipe, verify=False)
+    model = AutoModelForCausalLM.from_pretrained(path / "moe")
+    model.save_pretrained(path / "fused", save_original_format=False, **kwargs)
+    return path / "moe", path / "fused"
+
+
+def names(folder: Path) -> set[str]:
+    return {name for file in folder.glob("*.safetensors") for name in read_header(file)}
+
+
+@pytest.mark.parametrize("target", sorted(set(TARGETS.names()) - {"dense"}))
+def test_names_of_memory_become_those_of_files(tmp_path, target):
+    moe, fused = in_memory(target, tmp_path)
+    want, before = logits(fused), (fused / "model.safetensors").read_bytes()
+    assert names(fused) != names(moe)
+    planned = fix_config(fused, dry_run=True)
+    assert (fused / "model.safetensors").read_bytes() == before
+    assert fix_config(fused) == planned
+    assert planned.renamed == {"model.safetensors": len(names(moe))}
+    assert names(fused) == names(moe)
+    assert torch.equal(logits(fused), want)
+    assert fix_config(fused) == Fixes([], {})
+
+
+def test_renaming_that_is_stopped_between_two_files_is_finished(tmp_path, monkeypatch):
+    moe, fused = in_memory("mixtral", tmp_path, max_shard_size="100KB")
+    want, files = logits(fused), sorted(fused.glob("*.safetensors"))
+    assert len(files) > 2
+    real = os.replace
+
+    def stop(temporary: Path, path: Path) -> None:
+        if path == files[1]:
+            raise KeyboardInterrupt
+        real(temporary, path)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fix_config(fused)
+    assert names(fused) != names(moe)
+    assert torch.equal(logits(fused), want)  # transformers 5 reads the mixture too
+    assert "rope_theta" not in config_of(fused)
+    monkeypatch.undo()
+    assert len(fix_config(fused).renamed) == len(files) - 1
+    assert names(fused) == names(moe)
+    assert torch.equal(logits(fused), want)
+    assert config_of(fused)["rope_theta"]
+    assert set(json.loads((fused / "model.safetensors.index.json").read_text())["weight_map"]) == names(moe)
+
+
+def test_a_disk_without_room_for_renaming(tmp_path, monkeypatch):
+    _, fused = in_memory("mixtral", tmp_path)
+    monkeypatch.setattr("llamamoe.checkpoint.renaming.free_bytes", lambda *_, **__: 1000)
+    before = (fused / "config.json").read_bytes(), (fused / "model.safetensors").read_bytes()
+    with pytest.raises(RefusedError, match="room for a copy"):
+        fix_config(fused)
+    assert ((fused / "config.json").read_bytes(), (fused / "model.safetensors").read_bytes()) == before
 
 
 @pytest.mark.parametrize(

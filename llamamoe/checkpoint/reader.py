@@ -134,8 +134,8 @@ class SafetensorsCheckpoint:
             file = self._inside(name)
             self._files.watch(file)
             self._add(stored, read_header(file))
-        self._check_index(stored)
         self.tensors: Mapping[str, TensorInfo] = named_as_in_files(stored, self.config)
+        self._check_index(stored)
         for name in (*SIDE_FILES, *LICENSE_FILES):
             if (path / name).exists() or (path / name).is_symlink():
                 check_side_file(self._inside(name))
@@ -201,7 +201,7 @@ class SafetensorsCheckpoint:
 
     def _check_index(self, stored: Mapping[str, TensorInfo]) -> None:
         for name, file in self._weight_map.items():
-            info = stored.get(name)
+            info = stored.get(name, self.tensors.get(name))  # by the usual name while files are being renamed
             if info is None or info.file.name != file:
                 raise CheckpointError(f"{INDEX} says that {name!r} stands in {file}, but it does not.")
 

@@ -59,7 +59,7 @@ def _name(variant: str, target: str, shared: Any) -> str:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every case as written, and once more after transformers 5 saved it and `fix_config` mended the folder."""
+    """Every case as written, and after transformers 5 saved it, also under the names of memory, and `fix_config` mended it."""
     root = tmp_path_factory.mktemp("transformers4")
     folders = []
     for variant, target, shared in CASES:
@@ -79,11 +79,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }
         llamamoe.split(dense, root / name, llamamoe.load_recipe(given=given), verify=False)
         expect_logits(root / name)
-        saved = root / f"saved_{name}"
-        AutoModelForCausalLM.from_pretrained(root / name).save_pretrained(saved)
-        fix_config(saved)
-        expect_logits(saved)
-        folders += [root / name, saved]
+        folders.append(root / name)
+        for prefix, form in (("saved_", True), ("memory_", False)):
+            saved = root / f"{prefix}{name}"
+            AutoModelForCausalLM.from_pretrained(root / name).save_pretrained(saved, save_original_format=form)
+            fix_config(saved)
+            expect_logits(saved)
+            folders.append(saved)
     return run_older(folders)
 
 
@@ -91,7 +93,7 @@ def test_it_is_the_older_transformers(loaded: dict[str, Any]) -> None:
     assert loaded["version"].startswith("4.57")
 
 
-@pytest.mark.parametrize("saved", ["", "saved_"])
+@pytest.mark.parametrize("saved", ["", "saved_", "memory_"])
 @pytest.mark.parametrize(("variant", "target", "shared"), CASES)
 def test_same_logits_and_no_complaint(
     loaded: dict[str, Any], variant: str, target: str, shared: Any, saved: str

@@ -1,0 +1,85 @@
+"""Tensors of a folder renamed in place to the names that transformers' own files give them: headers change, data do not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import IO
+
+from ..errors import RefusedError
+from ..preflight import free_bytes, system_errors
+from .base import TensorInfo
+from .files import replacing, write_text
+from .headers import read_header
+from .layout import index_json, shard_header
+from .reader import INDEX, SafetensorsCheckpoint
+
+_CHUNK = 16 * 2**20
+Entries = dict[str, tuple[str, tuple[int, ...], int]]
+"""Tensor name to dtype, shape and bytes, in the order of the file."""
+
+
+def unusual_files(checkpoint: SafetensorsCheckpoint) -> dict[Path, Entries]:
+    """Find the files with tensors under other names than transformers 4.57 and 5 both read.
+
+    Args:
+        checkpoint: The folder, opened, which knows the tensors by their usual names.
+
+    Returns:
+        Such files with the usual names, in the order in which the data lie.
+    """
+    found: dict[Path, Entries] = {}
+    for file, tensors in sorted(_by_file(checkpoint).items()):
+        if read_header(file).keys() != tensors.keys():
+            found[file] = {name: (info.dtype, info.shape, info.nbytes) for name, info in tensors.items()}
+    return found
+
+
+def rename_tensors(checkpoint: SafetensorsCheckpoint, files: dict[Path, Entries]) -> None:
+    """Give the tensors their usual names. Each file is replaced whole; done again after a kill it finishes the work.
+
+    Args:
+        checkpoint: The folder, opened.
+        files: What `unusual_files` found.
+
+    Raises:
+        RefusedError: The disk is too small for a second copy of the largest of the files; nothing was changed.
+        LlamaMoeError: Writing failed, or the folder changed meanwhile.
+    """
+    need, have = max(file.stat().st_size for file in files), free_bytes(checkpoint.path, resume=False)
+    if have < need:
+        raise RefusedError(
+            f"renaming needs room for a copy of one file, {need / 1e9:.2f} GB, but the disk of {checkpoint.path} has "
+            f"{have / 1e9:.2f} GB free.",
+            hint="Make room, or copy the folder to another disk first.",
+        )
+    checkpoint.check_unchanged()
+    with system_errors(checkpoint.path):
+        if (checkpoint.path / INDEX).exists():  # first: read together with either names it is right
+            text = json.dumps(index_json(_shards(checkpoint)), indent=2, sort_keys=True) + "\n"
+            write_text(checkpoint.path / INDEX, text)
+        for file, tensors in files.items():
+            header, _ = shard_header(tensors)
+            with file.open("rb") as old, replacing(file) as new:
+                old.seek(8 + int.from_bytes(old.read(8), "little"))
+                _copy(header, old, new)
+
+
+def _copy(header: bytes, old: IO[bytes], new: IO[bytes]) -> None:
+    new.write(header)
+    shutil.copyfileobj(old, new, _CHUNK)
+
+
+def _by_file(checkpoint: SafetensorsCheckpoint) -> dict[Path, dict[str, TensorInfo]]:
+    found: dict[Path, dict[str, TensorInfo]] = {}
+    for name, info in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        found.setdefault(info.file, {})[name] = info
+    return found
+
+
+def _shards(checkpoint: SafetensorsCheckpoint) -> dict[str, Entries]:
+    return {
+        file.name: {name: (info.dtype, info.shape, info.nbytes) for name, info in tensors.items()}
+        for file, tensors in sorted(_by_file(checkpoint).items())
+    }
