@@ -28,8 +28,10 @@ HELP = """Train a converted model on, to win back what the conversion lost.
 The recipe names the model, the tokens (made by llamamoe tokenize), the objective and the optimiser. The folder of --out
 gets the recipe, metrics.jsonl, checkpoints, and at the end the trained model in model/, which plain transformers loads.
 
-After a stop of any kind the same command with --resume goes on from the newest whole checkpoint, and ends with the same
-weights and metrics as without the stop. SIGTERM (what schedulers send before a time limit) ends the step, writes a
+After a stop of any kind the same command with --resume goes on from the newest checkpoint, and ends with the same
+weights and metrics as without the stop. Every byte of the checkpoint is compared with the SHA-256 noted when it was
+written; if it is damaged, --resume CHECKPOINT goes on from an older one. Only files that the run wrote are replaced or
+deleted: anything else with such a name is refused. SIGTERM (what schedulers send before a time limit) ends the step, writes a
 checkpoint and exits with 143. For several processes start it with torchrun or accelerate launch.
 """
 EXAMPLES = """
@@ -39,6 +41,8 @@ llamamoe pretrain --recipe my.yaml --set optimizer.lr=1e-4 --out run --resume
 torchrun --nproc_per_node 8 -m llamamoe_cli pretrain --recipe recover_distill
 """
 RECIPE, RUN, PAPER = "Recipe", "This run", "On paper"
+NEWEST = ""
+"""What ``--resume`` without a name stands for."""
 
 
 @click.command(cls=Command, section="Train", rank=2, short_help="Train a converted model on.",
@@ -50,8 +54,10 @@ RECIPE, RUN, PAPER = "Recipe", "This run", "On paper"
 @flag("--model", group=RECIPE, metavar="PATH", text="The converted model, in the place of the recipe's.")
 @flag("--parent", group=RECIPE, metavar="PATH", text="The dense model that it was made from, likewise.")
 @flag("--out", group=RUN, metavar="DIR", default="pretrain-run", show_default=True, text="The run's folder.")
-@flag("--resume", group=RUN, is_flag=True, text="Go on from the newest whole checkpoint in the run's folder.")
-@flag("--force", group=RUN, is_flag=True, text="Drop the run that the folder holds.")
+@flag("--resume", group=RUN, is_flag=False, flag_value=NEWEST, default=None, metavar="[CHECKPOINT]",
+       text="Go on from the newest checkpoint in the run's folder, or from the one named; later ones are deleted and made "
+            "again.")  # fmt: skip
+@flag("--force", group=RUN, is_flag=True, text="Delete the run that the folder holds; nothing else in it is touched.")
 @flag("--dry-run", group=RUN, is_flag=True, text="Check everything and estimate memory, time and disk; loads nothing.")
 @flag(
     "--world-size",
@@ -69,7 +75,7 @@ def command(
     model: str | None,
     parent: str | None,
     out: str,
-    resume: bool,
+    resume: str | None,
     force: bool,
     dry_run: bool,
     world_size: int | None,
@@ -78,21 +84,24 @@ def command(
     output: Output,
 ) -> None:
     """Parse, then plan or train, then print."""
-    if resume and force:
+    if resume is not None and force:
         raise click.UsageError("--resume and --force exclude each other.")
+    where: dict[str, Any] = {"resume": resume is not None if resume in (None, NEWEST) else resume, "force": force}
     complete = _recipe(recipe, {"model": model, "parent": parent}, overrides)
     if dry_run:
         from llamamoe import plan_pretraining
 
         plan = plan_pretraining(
             complete,
+            out=out,
+            **where,
             world_size=world_size,
             device_memory=None if device_memory is None else int(device_memory * 1e9),
             peak_flops=None if peak_tflops is None else peak_tflops * 1e12,
         )
         output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan))
         return
-    result = _train(complete, out, resume, force, output)
+    result = _train(complete, out, where, output)
     if int(os.environ.get("RANK", "0")) == 0:
         output.result(result.to_json(), lambda: _print(result), summary=True)
 
@@ -105,14 +114,14 @@ def _recipe(recipe: str, given: dict[str, Any], overrides: tuple[str, ...]) -> P
         return load_pretrain_recipe(path, given=given, overrides=overrides)
 
 
-def _train(recipe: PretrainRecipe, out: str, resume: bool, force: bool, output: Output) -> PretrainResult:
+def _train(recipe: PretrainRecipe, out: str, where: dict[str, Any], output: Output) -> PretrainResult:
     from llamamoe import pretrain
 
     if int(os.environ.get("RANK", "0")) != 0:
-        return pretrain(recipe, out, resume=resume, force=force)
+        return pretrain(recipe, out, **where)
     try:
         with _warnings_on_stderr(), output.progress() as report:
-            return pretrain(recipe, out, resume=resume, force=force, progress=report)
+            return pretrain(recipe, out, **where, progress=report)
     except KeyboardInterrupt:
         raise Interrupted(f"{Path(out)} is kept, --resume goes on from its newest checkpoint") from None
 

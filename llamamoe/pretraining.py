@@ -18,8 +18,10 @@ from .preflight import normal_path
 from .progress import ProgressCallback, ignore_progress
 from .training.metrics import read_lines
 from .training.model import check_folder
-from .training.preflight import check_place, check_run_folder, identities, verify_tokens
-from .training.run_folder import FACTS, METRICS, RECIPE, best_checkpoint, checkpoints, locked, step_of
+from .training.ownership import FACTS, METRICS
+from .training.preflight import check_place, check_run_folder, identities, prepare_run_folder, verify_tokens
+from .training.resuming import chosen
+from .training.run_folder import best_checkpoint, locked, refuse_used
 from .training.stopping import on_sigterm
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def pretrain(
     recipe: PretrainRecipe,
     out: str | Path,
     *,
-    resume: bool = False,
+    resume: bool | str | Path = False,
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> PretrainResult:
@@ -80,14 +82,16 @@ def pretrain(
     Args:
         recipe: Everything that decides the run.
         out: The run's folder.
-        resume: Go on from the newest whole checkpoint in ``out`` (from the start if there is none): weights and metrics
-            end as they would have without the stop.
-        force: Drop what an earlier run left in ``out``.
+        resume: Go on from the newest checkpoint in ``out`` (from the start if there is none): weights and metrics end as
+            they would have without the stop. Every byte of it is checked first. The name or path of a checkpoint in
+            ``out``: go on from that one; later ones are deleted, to be made again.
+        force: Delete what an earlier run left in ``out``; what no run wrote stays or is a reason to refuse.
         progress: Told after every step.
 
     Raises:
         RefusedError: The model is none that can be trained, or another one than the run began with; or ``out`` is, holds
             or lies in what is read, or holds something that the run would write and did not. Nothing was changed.
+        CheckpointError: The checkpoint is damaged; an older one that is whole is named.
         UsageError: The recipe does not fit model or data, another run works in ``out``, or ``out`` holds a run.
         LlamaMoeError: The run went wrong: a loss that is not finite, a full disk; the last good checkpoint stays.
         StoppedError: The process got SIGTERM: it ended its step and wrote a checkpoint.
@@ -100,11 +104,13 @@ def pretrain(
     main = int(os.environ.get("RANK", "0")) == 0
     if not main:  # the first process checks, cleans and locks before it joins the others
         return _run(recipe, folder, source, parent, facts, resume, progress)
+    refuse_used(folder)
+    check_run_folder(folder, recipe, facts, resume=resume, force=force)  # before anything is made, the folder among it
+    if recipe.data.verify:
+        verify_tokens(recipe, progress)
     with locked(folder):
-        if recipe.data.verify:
-            verify_tokens(recipe, progress)
-        check_run_folder(folder, recipe, facts, resume=resume, force=force)
-        write_text(folder / RECIPE, recipe.to_yaml())
+        checkpoint = check_run_folder(folder, recipe, facts, resume=resume, force=force)
+        prepare_run_folder(folder, recipe, checkpoint, force=force)
         return _run(recipe, folder, source, parent, facts, resume, progress)
 
 
@@ -114,15 +120,14 @@ def _run(
     source: Path,
     parent: Path | None,
     facts: dict[str, Any],
-    resume: bool,
+    resume: bool | str | Path,
     progress: ProgressCallback,
 ) -> PretrainResult:
     from .training.assembly import assemble, choose_device, deterministic
     from .training.export import export
 
     started = time.monotonic()
-    there = checkpoints(folder) if resume else []
-    newest = there[-1] if there else None
+    newest = chosen(folder, resume)
     with deterministic(choose_device(recipe.device)), on_sigterm() as stop:
         trainer, start = assemble(recipe, folder, source, parent, newest, progress)
         trainer.parts.stop = stop
@@ -156,7 +161,6 @@ def _train(trainer: Any, start: dict[str, Any], folder: Path, facts: dict[str, A
     else:
         start.clear()
         start |= json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    trainer.parts.metrics.resume(step_of(newest) if newest else -1)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 

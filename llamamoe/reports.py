@@ -18,7 +18,7 @@ from .inspection import Inspection, inspect_checkpoint
 from .progress import ProgressCallback, counting, ignore_progress
 from .reporting.origin import plain, provenance, training_runs
 from .scores import Counts, differences, model_scores
-from .training.run_folder import FINAL
+from .training.ownership import FINAL
 
 if TYPE_CHECKING:
     from .evaluation import ScoringPlan

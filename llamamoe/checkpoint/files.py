@@ -203,6 +203,18 @@ def make_folder(path: Path) -> None:
         raise _not_plain(path)
 
 
+def check_plain_file(path: Path) -> None:
+    """Refuse a name that is not free and not that of a plain file with one name.
+
+    Raises:
+        RefusedError: It is a link, a folder, a pipe, or has a second name.
+    """
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise _not_plain(path)
+
+
 def check_plain(folder: Path) -> None:
     """Refuse a folder in which something is a link, or anything but plain files and folders.
 
@@ -213,10 +225,9 @@ def check_plain(folder: Path) -> None:
     """
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            found = (path := Path(place, name)).lstat()
-            plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-            if not plain and not stat.S_ISDIR(found.st_mode):
-                raise _not_plain(path)
+            path = Path(place, name)
+            if not stat.S_ISDIR(path.lstat().st_mode):
+                check_plain_file(path)
 
 
 # ---- locks and the disk --------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..checkpoint.files import is_locked, write_text
 from ..checkpoint.ledger import LEDGER, in_use, partial_path
+from ..checkpoint.manifest import file_sha256
 from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
-from .shard_writer import file_sha256
 from .token_index import TokenIndex
 from .token_merge import WORK, assemble, check_out, publish
 from .token_plan import plan_tokenize

@@ -73,12 +73,3 @@ class DomainWriter:
         entry = ShardEntry(file=self._file, tokens=self._length, sha256=self._digest.hexdigest())
         self._shards.append(entry)
         self._digest, self._length = hashlib.sha256(), 0
-
-
-def file_sha256(path: Path) -> str | None:
-    """The hash of a file's bytes; None if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.manifest import file_sha256
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from ..registry import near_misses
-from .shard_writer import file_sha256
 from .token_index import INDEX_FILE, TRAIN, VALIDATION, DomainEntry, TokenIndex, read_index
 
 OPEN_FILES = 128

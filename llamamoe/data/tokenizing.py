@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.files import make_folder, sync_path
+from ..checkpoint.manifest import file_sha256
 from ..errors import LlamaMoeError
-from .shard_writer import DomainWriter, file_sha256
+from .shard_writer import DomainWriter
 from .text import Document, read_files
 from .token_index import TRAIN, VALIDATION, DomainEntry, ShardEntry, domain_folder
 from .vocabulary import Vocabulary

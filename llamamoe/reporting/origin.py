@@ -11,9 +11,9 @@ from ..checkpoint.json_files import read_json
 from ..errors import CheckpointError, UsageError
 from ..preflight import DERIVED_FILE, HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECEIPT_FILE, RECIPE_FILE
 from ..training.metrics import read_lines
-from ..training.run_folder import METRICS
+from ..training.ownership import METRICS
+from ..training.ownership import RECIPE as TRAINING_RECIPE
 from ..training.run_folder import RECEIPT as TRAINING_RECEIPT
-from ..training.run_folder import RECIPE as TRAINING_RECIPE
 
 
 def provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

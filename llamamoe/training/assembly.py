@@ -32,6 +32,7 @@ from .metrics import MetricsFile, Sums, active_parameters, peak_flops, training_
 from .model import finish_folder, load_model
 from .moe_layers import MoeLayer, find_moe_layers
 from .objective import Objective, Scale
+from .ownership import METRICS, step_of
 from .parameters import count_trained, freeze
 from .parent import Parent, load_parent, share_frozen
 from .ranks import check_same_checkpoint, several_ranks, sum_over_ranks
@@ -39,7 +40,6 @@ from .recipe import PretrainRecipe
 from .routed_targets import routed_targets
 from .routing import RouterTap
 from .routing_statistics import RoutingStatistics
-from .run_folder import METRICS, step_of
 from .starting import start_routers
 from .trainer import MoeTrainer, Parts
 from .validation import Validation

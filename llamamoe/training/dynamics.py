@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import save_tensors, write_text
 from ..errors import LlamaMoeError
+from .resuming import STATE
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .routing_statistics import RoutingStatistics
 
 log = logging.getLogger("llamamoe")
-STATE, GATE = "llamamoe_training.json", "llamamoe_gate.safetensors"
+GATE = "llamamoe_gate.safetensors"
 _ENOUGH = 50
 """Assignments per expert, on average, from which on a window tells whether a router has collapsed."""
 

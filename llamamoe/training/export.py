@@ -17,12 +17,13 @@ from ..errors import LlamaMoeError
 from ..streaming import quiet_transformers
 from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
-from .run_folder import FINAL, RECEIPT, RECIPE
+from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id
+from .run_folder import RECEIPT, complete
 
 
 def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:
     """Write ``model/``: native, in the dtype that was asked for, whole or not at all."""
-    final, partial = folder / FINAL, folder / f"{FINAL}.partial"
+    final, partial = folder / FINAL, folder / STAGING / FINAL
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
@@ -43,8 +44,11 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
             check_loads(partial)
             write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())
             write_text(partial / RECEIPT, json.dumps(receipt, indent=1) + "\n")
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            complete(partial, {"run": run_id(folder), "step": trainer.state.global_step})
+            if final.exists():
+                discard(folder, final)
+            publish(folder, FINAL)
+            close_staging(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise LlamaMoeError(

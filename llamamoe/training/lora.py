@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.files import save_tensors
 from ..errors import MissingExtraError
 from .moe_layers import CORRECTION_BIAS
+from .resuming import REST
 
 if TYPE_CHECKING:
     from .recipe import LoraRecipe
-
-REST = "llamamoe_trained.safetensors"
 
 
 def add_adapters(model: Any, recipe: LoraRecipe) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import open_append, write_text
-from ..errors import LlamaMoeError
+from ..errors import CheckpointError, LlamaMoeError
 from ..wide import wide
 
 if TYPE_CHECKING:
@@ -111,15 +111,36 @@ class MetricsFile:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file that are whole."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    lines = (_parsed(text) for text in path.read_bytes().split(b"\n"))
+    return [line for line in lines if line is not None]
+
+
+def check_lines(path: Path) -> None:
+    """Refuse a metrics file that is damaged elsewhere than in a last line that a kill cut short.
+
+    Raises:
+        CheckpointError: Names the line.
+    """
+    try:
+        texts = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    for number, text in enumerate(texts[:-1], start=1):
+        if _parsed(text) is None:
+            raise CheckpointError(
+                f"{path}, line {number} is damaged: it is not a JSON object with a step and a loss as numbers.",
+                hint="Mend or delete that line; the run itself does not depend on it.",
+            )
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    return line if isinstance(line.get("loss"), float | int | None) else None
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..data.mixtures import mixture_weights
 from ..hub import locate
+from ..preflight import normal_path
 from .corpora import held_out_corpus, training_corpus
 from .model import check_folder
-from .preflight import identities
+from .preflight import check_place, check_run_folder, identities
+from .run_folder import refuse_used
 
 if TYPE_CHECKING:
     from .estimate import Estimate
@@ -76,22 +79,29 @@ class PretrainPlan:
 def plan_pretraining(
     recipe: PretrainRecipe,
     *,
+    out: str | Path | None = None,
+    resume: bool | str | Path = False,
+    force: bool = False,
     world_size: int | None = None,
     device_memory: int | None = None,
     peak_flops: float | None = None,
     utilisation: float = 0.4,
 ) -> PretrainPlan:
-    """Check everything that `pretrain` checks before it loads anything, and estimate memory, time and disk.
+    """Check what `pretrain` checks before it loads anything, but for bytes of tokens; estimate memory, time and disk.
 
     Args:
         recipe: Everything that decides the run.
+        out: The run's folder; None: it is not looked at.
+        resume: See `pretrain`.
+        force: See `pretrain`.
         world_size: Processes, one device each; None: as many as the recipe's sharding needs.
         device_memory: Bytes of a device.
         peak_flops: Operations per second of a device.
         utilisation: The share of them that is reached.
 
     Raises:
-        RefusedError: The model is none that can be trained, or the tokens are another tokenizer's.
+        RefusedError: The model is none that can be trained, the tokens are another tokenizer's, or `pretrain` would
+            refuse ``out``.
         UsageError: The recipe does not fit model, tokens or number of processes.
     """
     from .batches import check_ranks
@@ -99,7 +109,12 @@ def plan_pretraining(
 
     location, parent = locate(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
-    identities(recipe, location.path, parent)
+    facts = identities(recipe, location.path, parent)
+    if out is not None:
+        folder = normal_path(out)
+        check_place(folder, recipe, location.path, parent)
+        refuse_used(folder)
+        check_run_folder(folder, recipe, facts, resume=resume, force=force)
     world_size = world_size or recipe.distributed.world_size
     check_ranks(recipe, world_size)
     corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)

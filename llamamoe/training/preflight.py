@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.contents import content_fingerprint
+from ..checkpoint.files import remove_temporaries, write_text
+from ..checkpoint.json_files import read_json
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..preflight import check_apart, check_kind
 from .corpora import held_out_corpus, training_corpus
 from .fit import check_fit
-from .run_folder import FACTS, FINAL, METRICS, RECEIPT, RECIPE, checkpoints, discard_partial, marker, start_anew
+from .metrics import check_lines
+from .ownership import (
+    FACTS,
+    FINAL,
+    METRICS,
+    RECIPE,
+    begin,
+    check_owned,
+    check_removable,
+    clear,
+    named_checkpoints,
+    open_staging,
+    run_id,
+    step_of,
+)
+from .resuming import check_contents, check_same_run, chosen
 
 if TYPE_CHECKING:
     from ..progress import ProgressCallback
@@ -63,35 +78,82 @@ def verify_tokens(recipe: PretrainRecipe, progress: ProgressCallback) -> None:
             corpus.verify(progress)
 
 
-def check_run_folder(folder: Path, recipe: PretrainRecipe, facts: dict[str, Any], *, resume: bool, force: bool) -> None:
-    """Refuse to mix two runs; drop what a kill left half-written."""
-    if force and not resume:
-        _clear(folder)
-    discard_partial(folder)
-    there = checkpoints(folder)
-    if not resume and (there or (folder / METRICS).exists() or (folder / FINAL).exists()):
-        raise UsageError(
-            f"{folder} holds a run already.",
-            hint="Go on with it by --resume, drop it by --force, or give another --out.",
-        )
-    if resume and there:
-        if marker(there[-1]).get("recipe_sha256") != recipe.sha256():
-            raise RefusedError(
-                f"{there[-1]} was made by another recipe: going on with this one would not be the same run.",
-                hint=f"The run's own recipe is {folder / RECIPE}; to train on differently: {start_anew(recipe, there[-1])}.",
+def check_run_folder(
+    folder: Path, recipe: PretrainRecipe, facts: dict[str, Any], *, resume: bool | str | Path, force: bool
+) -> Path | None:
+    """Refuse to mix two runs, or to touch what the run did not write; changes nothing.
+
+    Returns:
+        The checkpoint to go on from; None for a run that begins. What is in it is not read yet.
+
+    Raises:
+        RefusedError: Something in the folder is not the run's, or the run was begun with something else.
+        CheckpointError: A file of the run is damaged.
+        UsageError: It holds a run already, or has no such checkpoint.
+    """
+    check_owned(folder)
+    run, model, there = run_id(folder), folder / FINAL, named_checkpoints(folder)
+    if resume is False:
+        found = [path for path in (*there, model) if path.exists()]
+        if not force and (found or (folder / METRICS).exists()):
+            raise UsageError(
+                f"{folder} holds a run already.",
+                hint="Go on with it by --resume, drop it by --force, or give another --out.",
             )
-        before = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        for key, value in facts.items():
-            if before.get(key) != value:
-                raise RefusedError(
-                    f"{key}: this is not what the run in {folder} began with: it has changed since.",
-                    hint="Put back what it was, or start a new run in another --out.",
-                )
+        for path in found:
+            check_removable(path, run)
+        return None
+    checkpoint = chosen(folder, resume)
+    if checkpoint is None and model.exists():
+        raise UsageError(
+            f"{folder} holds a trained model, but no checkpoint to go on from.",
+            hint="Begin again by --force, or give another --out.",
+        )
+    for path in (model, *(each for each in there if checkpoint is not None and step_of(each) > step_of(checkpoint))):
+        if path.exists():  # the run makes it again
+            check_removable(path, run)
+    if checkpoint is not None:
+        check_same_run(checkpoint, recipe)
+        _check_facts(folder, facts)
+        check_lines(folder / METRICS)
+    return checkpoint
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    shutil.rmtree(folder / FINAL, ignore_errors=True)
-    for name in (METRICS, RECIPE, RECEIPT, FACTS):
-        (folder / name).unlink(missing_ok=True)
+def _check_facts(folder: Path, facts: dict[str, Any]) -> None:
+    try:
+        before = read_json(folder / FACTS)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: {error.message} It says what the run began with.",
+            hint="Begin again by --force or in another --out; a new run can begin with a checkpoint of this one, by --model.",
+        ) from None
+    for key, value in facts.items():
+        if before.get(key) != value:
+            raise RefusedError(
+                f"{key}: this is not what the run in {folder} began with: it has changed since.",
+                hint="Put back what it was, or start a new run in another --out.",
+            )
+
+
+def prepare_run_folder(folder: Path, recipe: PretrainRecipe, checkpoint: Path | None, *, force: bool) -> None:
+    """Make a run's folder ready, once `check_run_folder` has passed and the folder is locked.
+
+    Args:
+        folder: The run's folder.
+        recipe: What is asked for; written into it.
+        checkpoint: Where the run goes on.
+        force: Delete what an earlier run left.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged; nothing was changed.
+    """
+    if checkpoint is not None:
+        check_contents(checkpoint, recipe)
+    if force:
+        clear(folder)
+    if run_id(folder) is None:
+        begin(folder)
+    else:
+        remove_temporaries(folder)
+        open_staging(folder)
+    write_text(folder / RECIPE, recipe.to_yaml())

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.files import InUseError, lock, open_append, write_text
-from ..errors import LlamaMoeError, UsageError
+from ..checkpoint.files import InUseError, is_locked, lock, open_append
+from ..checkpoint.manifest import Manifest, write_manifest
+from ..errors import LlamaMoeError, RefusedError, UsageError
 from .metrics import read_lines
+from .ownership import LOCK, MARKER, METRICS, discard, manifest_of, named_checkpoints, run_id, step_of
 
 if TYPE_CHECKING:
     from .recipe import PretrainRecipe
 
-MARKER = "llamamoe_complete.json"
-"""Written last into a checkpoint: names and sizes of its files."""
-RECIPE, METRICS, FINAL = "recipe.yaml", "metrics.jsonl", "model"
+log = logging.getLogger("llamamoe")
 RECEIPT = "llamamoe_training_receipt.json"
-FACTS = "facts.json"
-"""Facts about the start of a run, which a resumed one cannot measure again."""
-_NAME = re.compile(r"checkpoint-(\d+)$")
 
 
 @contextmanager
@@ -37,49 +31,49 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open_append(folder / ".lock")
+        file = open_append(folder / LOCK)
     except OSError as error:
         raise LlamaMoeError(f"{folder} cannot be used: {error.strerror or error}.") from None
     with file:
         try:
             lock(file)
         except InUseError:
-            raise UsageError(
-                f"another run is working in {folder}.", hint="Wait for it or stop it, or give another --out."
-            ) from None
+            raise _in_use(folder) from None
         except OSError as error:
             raise LlamaMoeError(f"{folder} cannot be locked: {error.strerror or error}.") from None
         yield
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name; -1 if it is none."""
-    found = _NAME.fullmatch(checkpoint.name)
-    return int(found[1]) if found else -1
+def refuse_used(folder: Path) -> None:
+    """Refuse a folder in which another run is working, before anything in it is looked at. Changes nothing.
+
+    Raises:
+        UsageError: Another run is.
+    """
+    if is_locked(folder / LOCK):
+        raise _in_use(folder)
+
+
+def _in_use(folder: Path) -> UsageError:
+    return UsageError(f"another run is working in {folder}.", hint="Wait for it or stop it, or give another --out.")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that are whole, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and _is_whole(path)]
-    return sorted(found, key=step_of)
+    """Checkpoints of the folder's run that look whole, oldest first: no file is missing or of another size."""
+    return [path for path in named_checkpoints(folder) if _looks_whole(path)]
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _looks_whole(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        found = manifest_of(checkpoint, run_id(checkpoint.parent))
+    except RefusedError:
         return False
+    return found.facts.get("step") == step_of(checkpoint) and not any(found.misfits(checkpoint))
 
 
-def complete(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Sync all files of a checkpoint to the disk, then write the marker that makes it count."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-    write_text(checkpoint / MARKER, json.dumps({"files": sizes, **facts}, indent=1) + "\n")
+def complete(checkpoint: Path, facts: Mapping[str, Any]) -> Manifest:
+    """Sync all files of a checkpoint to the disk, hash them, then write the list that makes it count."""
+    return write_manifest(checkpoint, MARKER, facts)
 
 
 def is_of_the_disk(error: Exception) -> bool:
@@ -98,27 +92,13 @@ def start_anew(recipe: PretrainRecipe, checkpoint: Path) -> str:
     return f"a new run that begins there, with model={checkpoint} and another --out"
 
 
-def marker(checkpoint: Path) -> dict[str, Any]:
-    """What `complete` wrote."""
-    data: dict[str, Any] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    return data
-
-
-def discard_partial(folder: Path) -> list[str]:
-    """Delete checkpoints that a kill left unfinished; returns their names."""
-    whole = set(checkpoints(folder))
-    broken = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and path not in whole]
-    for path in broken:
-        shutil.rmtree(path, ignore_errors=True)
-    return sorted(path.name for path in broken)
-
-
 def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
     """The whole checkpoint whose held-out loss is the lowest, and that loss; None if none was measured."""
     path = folder / METRICS
     lines = read_lines(path) if path.exists() else []
-    losses = {line["step"]: line["loss"] for line in lines if line.get("kind") == "validation"}
-    found = [(losses[step_of(each)], each) for each in checkpoints(folder) if losses.get(step_of(each)) is not None]
+    validations = (line for line in lines if line.get("kind") == "validation" and line.get("loss") is not None)
+    losses: dict[int, float] = {line["step"]: line["loss"] for line in validations}
+    found = [(losses[step_of(each)], each) for each in checkpoints(folder) if step_of(each) in losses]
     if not found:
         return None
     loss, checkpoint = min(found, key=lambda pair: pair[0])  # of equals the oldest
@@ -126,9 +106,16 @@ def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
 
 
 def rotate(folder: Path, keep: int | None) -> None:
-    """Delete all but the ``keep`` newest whole checkpoints and the best one."""
-    if keep is not None:
-        best = best_checkpoint(folder)
-        for path in checkpoints(folder)[:-keep]:
-            if best is None or path != best[0]:
-                shutil.rmtree(path, ignore_errors=True)
+    """Delete all but the ``keep`` newest whole checkpoints and the best one; what holds something else, too, stays."""
+    if keep is None:
+        return
+    best = best_checkpoint(folder)
+    for path in checkpoints(folder)[:-keep]:
+        if best is not None and path == best[0]:
+            continue
+        try:
+            discard(folder, path)
+        except RefusedError as error:
+            log.warning("%s", error.message)
+        except OSError as error:
+            log.warning("%s cannot be deleted: %s", path, error.strerror or error)

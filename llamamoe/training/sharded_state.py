@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoint.files import save_tensors, write_text
 from ..errors import CheckpointError
+from .resuming import SCHEDULE, optimizer_file
 
-_SCHEDULE = "schedule.json"
 _SCHEDULE_KEYS = ("last_epoch", "_step_count", "base_lrs", "_last_lr")
 
 
 def _file(folder: Path, rank: int) -> Path:
-    return folder / f"optimizer-{rank:05d}.safetensors"
+    return folder / optimizer_file(rank)
 
 
 def _parameters(optimizer: Any) -> list[torch.Tensor]:
@@ -39,7 +39,7 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path, rank: int) -> N
     save_tensors(_file(folder, rank), tensors)
     if rank == 0:
         state = scheduler.state_dict()
-        write_text(folder / _SCHEDULE, json.dumps({key: state[key] for key in _SCHEDULE_KEYS}) + "\n")
+        write_text(folder / SCHEDULE, json.dumps({key: state[key] for key in _SCHEDULE_KEYS}) + "\n")
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:
@@ -60,7 +60,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path, rank: int) -> N
         prefix = f"{index}."
         mine = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         optimizer.state[parameter] = {key: _placed(value, parameter, key, path) for key, value in mine.items()}
-    state = json.loads((folder / _SCHEDULE).read_text(encoding="utf-8"))
+    state = json.loads((folder / SCHEDULE).read_text(encoding="utf-8"))
     scheduler.load_state_dict({**state, "lr_lambdas": [None] * len(optimizer.param_groups)})
     for group, rate in zip(optimizer.param_groups, state["_last_lr"], strict=True):
         group["lr"] = rate

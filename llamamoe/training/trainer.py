@@ -9,22 +9,27 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import LlamaMoeError
+from ..checkpoint.manifest import file_sha256
+from ..errors import CheckpointError, LlamaMoeError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from ..streaming import quiet_transformers
 from .divergence import diverged, first_bad
 from .lora import load_rest, save_rest
 from .metrics import MetricsFile, Sums, finite
+from .ownership import FACTS, STAGING, discard, named_checkpoints, publish, run_id, step_of
 from .parameters import lr_factors, optimizer_groups
+from .resuming import missing
 from .run_folder import checkpoints, complete, is_of_the_disk, rotate
 from .sharded_state import load_optimizer, reshard, save_optimizer
 from .stopping import StopRequest
@@ -89,6 +94,7 @@ class MoeTrainer(Trainer):
     def __init__(self, model: Any, args: TrainingArguments, parts: Parts, *, resumed: bool = False) -> None:
         self.parts = parts
         held_out: Any = range(1) if parts.validation is not None else None
+        self._resumed = resumed
         args.eval_on_start = args.eval_on_start and not resumed
         super().__init__(model=model, args=args, eval_dataset=held_out, callbacks=[_Flow(self)])
         self.loss_is_scaled_for_ga = True  # by the objective, over the whole global batch
@@ -120,8 +126,16 @@ class MoeTrainer(Trainer):
         self.state.compute_steps(self.args, self.args.max_steps)
         self.parts.batches.first_step = self.state.global_step
         self._logged = (time.monotonic(), self.state.global_step)
-        self._saved_step = self.state.global_step or -1
+        self._saved_step = self.state.global_step if self._resumed else -1
         return found
+
+    def forget_later(self) -> None:
+        """Drop lines of metrics and checkpoints of steps that are made again."""
+        step = self.state.global_step if self._resumed else -1
+        self.parts.metrics.resume(step)
+        for path in named_checkpoints(self.parts.folder) if self.args.should_save else ():
+            if step_of(path) > step:
+                discard(self.parts.folder, path)
 
     # What is minimised
 
@@ -252,13 +266,24 @@ class MoeTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Transformers', or ours where it cuts the model at loading."""
         if not self.parts.recipe.distributed.sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with _tensors_only(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.args.process_index)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Transformers', with its error told as ours."""
+        with _tensors_only(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where transformers puts checkpoints together: what it writes gets its name in the run's folder when it is whole."""
+        return str(self.parts.folder / STAGING)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Transformers', then what is ours, then the marker that makes it count; older ones go only after that."""
-        folder = self.parts.folder / f"checkpoint-{self.state.global_step}"
+        """Transformers', then what is ours, then the manifest and its name; older ones go only after that."""
+        name = f"checkpoint-{self.state.global_step}"
+        folder = self.parts.folder / STAGING / name
         try:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -268,12 +293,8 @@ class MoeTrainer(Trainer):
                 save_optimizer(self.optimizer, self.lr_scheduler, folder, self.args.process_index)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-                self.parts.finish_checkpoint(folder)
-                self.parts.dynamics.save(folder, self.state.global_step)
-                if self.parts.recipe.lora is not None:
-                    save_rest(self.model, folder)
-                complete(folder, {"step": self.state.global_step, "recipe_sha256": self.parts.recipe.sha256()})
+                self._finish_checkpoint(folder)
+                publish(self.parts.folder, name)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not is_of_the_disk(error):  # a device or another rank failed: not for us to explain
                 raise
@@ -282,6 +303,24 @@ class MoeTrainer(Trainer):
         if self.args.should_save:
             rotate(self.parts.folder, self.parts.recipe.keep)
         self.accelerator.wait_for_everyone()
+
+    def _finish_checkpoint(self, folder: Path) -> None:
+        """What the first rank adds when the others have written theirs; it hashes the files of all of them."""
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+        self.parts.finish_checkpoint(folder)
+        self.parts.dynamics.save(folder, self.state.global_step)
+        if self.parts.recipe.lora is not None:
+            save_rest(self.model, folder)
+        facts = {
+            "run": run_id(self.parts.folder),
+            "step": self.state.global_step,
+            "ranks": self.args.world_size,
+            "recipe_sha256": self.parts.recipe.sha256(),
+            "facts_sha256": file_sha256(self.parts.folder / FACTS),
+        }
+        lacking = next(missing(folder, complete(folder, facts), self.parts.recipe), None)
+        if lacking is not None:
+            raise OSError(f"{lacking} was not written")
 
     def _not_saved(self, folder: Path, error: Exception) -> LlamaMoeError:
         shutil.rmtree(folder, ignore_errors=True)
@@ -292,6 +331,19 @@ class MoeTrainer(Trainer):
             f"{folder.name} cannot be written: {reason}. The last good checkpoint is {last}.",
             hint="Make room, then go on with --resume.",
         )
+
+
+@contextmanager
+def _tensors_only(checkpoint: str | None) -> Iterator[None]:
+    """Transformers reads its ``.pt`` files with ``weights_only=True``; tell what is refused then as an error of ours."""
+    try:
+        yield
+    except UnpicklingError as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CheckpointError(
+            f"{checkpoint} holds a .pt file with something else than tensors, which could run code: refused ({reason}).",
+            hint="It was not written by this run: go on from another checkpoint, --resume CHECKPOINT.",
+        ) from error
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -310,6 +362,12 @@ class _Flow(TrainerCallback):
 
     def __init__(self, trainer: MoeTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What an earlier start left of later steps goes only now that weights and optimiser have been loaded."""
+        self._trainer.forget_later()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -14,7 +14,8 @@ import transformers.models.mixtral.modeling_mixtral  # noqa: F401  # what traini
 
 import llamamoe.scoring  # noqa: F401
 from llamamoe import pretrain
-from llamamoe.training import dynamics, export, metrics, objective, run_folder, trainer
+from llamamoe.checkpoint import manifest
+from llamamoe.training import dynamics, export, metrics, objective, trainer
 from llamamoe.training.recipe import load_pretrain_recipe
 
 from .dying import Points, serve
@@ -24,10 +25,11 @@ POINTS: Points = {
     "metrics": (metrics.MetricsFile, "write"),
     "optimizer": (torch, "save"),
     "state": (dynamics.Dynamics, "save"),
-    "marker": (run_folder, "write_text"),
+    "marker": (manifest, "write_text"),
     "rotate": (trainer, "rotate"),
     "finish": (export, "finish_folder"),
     "rename": (Path, "rename"),
+    "model": (export, "publish"),
 }
 
 

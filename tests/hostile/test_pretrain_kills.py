@@ -15,7 +15,17 @@ from .dying import run_jobs
 
 STEPS, MICRO_BATCHES = 6, 2
 
-IN_A_SAVE = [["optimizer", 3], ["state", 2], ["marker", 2], ["rotate", 2], ["metrics", 5], ["finish", 1], ["rename", 1]]
+IN_A_SAVE = [
+    ["optimizer", 3],
+    ["state", 2],
+    ["marker", 2],
+    ["rotate", 2],
+    ["metrics", 5],
+    ["finish", 1],
+    ["rename", 1],
+    ["rename", 3],
+    ["model", 1],
+]
 
 
 @pytest.fixture(scope="module")

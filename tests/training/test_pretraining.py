@@ -19,7 +19,8 @@ from llamamoe import plan_pretraining, pretrain, tokenize
 from llamamoe.data.token_recipe import load_tokenize_recipe
 from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, StoppedError, UsageError
 from llamamoe.training import metrics
-from llamamoe.training.run_folder import checkpoints, locked, step_of
+from llamamoe.training.ownership import step_of
+from llamamoe.training.run_folder import checkpoints, locked
 
 from .runs import BLOCK, lines_of, make_text, make_tokens, make_world, recipe_of, start
 
@@ -179,7 +180,7 @@ def test_kill_9_and_resume_give_the_same_bytes(finished: Path, world: dict[str, 
     out = tmp_path / "run"
     process = start(tmp_path / "recipe.yaml", out)
     assert process.stdout is not None
-    while process.poll() is None and not (out / "checkpoint-4" / "trainer_state.json").exists():
+    while process.poll() is None and not (out / ".partial" / "checkpoint-4" / "trainer_state.json").exists():
         pass
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -417,9 +418,10 @@ def test_a_full_disk_in_any_file_of_a_checkpoint_leaves_the_last_one(
     name: str, world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Transformers' file by torch.save, which tells it as RuntimeError and nothing of a disk, and ours."""
-    from llamamoe.training import dynamics, run_folder
+    from llamamoe.checkpoint import manifest
+    from llamamoe.training import dynamics
 
-    save, write = torch.save, run_folder.write_text
+    save, write = torch.save, manifest.write_text
 
     def full(target: Path) -> bool:
         return target.name == name and target.parent.name == "checkpoint-4"
@@ -437,7 +439,7 @@ def test_a_full_disk_in_any_file_of_a_checkpoint_leaves_the_last_one(
 
     monkeypatch.setattr(torch, "save", torch_save)
     monkeypatch.setattr(dynamics, "write_text", write_text)
-    monkeypatch.setattr(run_folder, "write_text", write_text)
+    monkeypatch.setattr(manifest, "write_text", write_text)
     only_checkpoint_4_is_lost("", world, finished, tmp_path / "run", monkeypatch)
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from llamamoe import pretrain
 from llamamoe.training.arguments import training_arguments
+from llamamoe.training.ownership import step_of
 from llamamoe.training.recipe import PretrainRecipe
-from llamamoe.training.run_folder import checkpoints, step_of
+from llamamoe.training.run_folder import checkpoints
 
 from .runs import lines_of, make_world, recipe_of, start
 

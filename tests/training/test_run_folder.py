@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llamamoe import pretrain
-from llamamoe.errors import LlamaMoeError, RefusedError
+from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
+from llamamoe.training.ownership import clear
+from llamamoe.training.run_folder import checkpoints
 
 from ..hostile.conftest import digests
-from .runs import make_world, recipe_of
+from .runs import lines_of, make_world, recipe_of
+
+OVERRIDES = ("steps=4", "save_every=2", "evaluate_every=2")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +36,7 @@ def refused(
     folders = [Path(world["model"]).parent, *(each for each in (out, out.parent) if each.is_dir())]
     before = [digests(folder) for folder in folders]
     with pytest.raises(kind) as caught:
-        pretrain(recipe_of(world), out, **keys)
+        pretrain(recipe_of(world, *OVERRIDES), out, **keys)
     for part in parts:
         assert part in str(caught.value), str(caught.value)
     assert [digests(folder) for folder in folders] == before
@@ -76,3 +86,342 @@ def test_out_is_a_link_or_a_file(world: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     refused(world, tmp_path / "file", "is not a folder", force=True)
     refused(world, tmp_path / "file" / "run", "is not a folder", force=True)
+
+
+# ---- what a run did not write -------------------------------------------------------------------------------------
+
+KEYS = [{}, {"force": True}, {"resume": True}]
+each_way = pytest.mark.parametrize("keys", KEYS, ids=["plain", "force", "resume"])
+
+
+@pytest.fixture(scope="module")
+def finished(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints and its model; tests work on copies."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    pretrain(recipe_of(world, *OVERRIDES), out)
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def put(folder: Path, name: str = "thesis.tex") -> Path:
+    """Something of the user's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    return folder
+
+
+@each_way
+@pytest.mark.parametrize("name", ["checkpoint-500", "checkpoint-0", "model", ".partial"])
+def test_a_foreign_folder_is_never_deleted(
+    name: str, keys: dict[str, bool], world: dict[str, str], run: Path, tmp_path: Path
+) -> None:
+    """Neither in a folder without a run, nor in one of a run that knows nothing of it."""
+    put(tmp_path / "new" / name)
+    refused(world, tmp_path / "new", str(tmp_path / "new" / name), "this run did not write it", "Move it away", **keys)
+    shutil.rmtree(run / name, ignore_errors=True)
+    put(run / name)
+    refused(world, run, str(run / name), "Move it away", **keys)
+
+
+@each_way
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "facts.json"])
+def test_a_foreign_file_is_never_overwritten(
+    name: str, keys: dict[str, bool], world: dict[str, str], tmp_path: Path
+) -> None:
+    put(tmp_path / "new", name)
+    refused(world, tmp_path / "new", name, "this run did not write it", **keys)
+
+
+@each_way
+def test_a_checkpoint_of_another_run_is_foreign(
+    keys: dict[str, bool], world: dict[str, str], run: Path, tmp_path: Path
+) -> None:
+    pretrain(recipe_of(world, *OVERRIDES), tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "checkpoint-4", run / "checkpoint-500")
+    refused(world, run, "checkpoint-500 was written by another run", **keys)
+
+
+@each_way
+@pytest.mark.parametrize(
+    "name", ["checkpoint-4", "checkpoint-500", "model", ".partial", "metrics.jsonl", "recipe.yaml"]
+)
+def test_a_link_is_never_followed(
+    name: str, keys: dict[str, bool], world: dict[str, str], run: Path, tmp_path: Path
+) -> None:
+    """Not even one to what the run itself wrote and the user moved away."""
+    elsewhere = tmp_path / "elsewhere"
+    if (run / name).exists():
+        (run / name).rename(elsewhere)
+    else:
+        put(elsewhere)
+    (run / name).symlink_to(elsewhere)
+    refused(world, run, str(run / name), "symbolic link", **keys)
+
+
+def test_other_names_are_left_alone(world: dict[str, str], run: Path) -> None:
+    for name in ("checkpoint-abc", "checkpoint-004", "checkpoint-4-copy", "notes", "model.partial"):
+        put(run / name)
+    (run / "slurm.out").write_text("mine")
+    pretrain(recipe_of(world, *OVERRIDES), run, resume=True)
+    pretrain(recipe_of(world, *OVERRIDES), run, force=True)
+    for name in ("checkpoint-abc", "checkpoint-004", "checkpoint-4-copy", "notes", "model.partial"):
+        assert (run / name / "thesis.tex").read_text() == "mine"
+    assert (run / "slurm.out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2", "model"])
+def test_what_lies_in_a_folder_of_the_run_is_not_deleted_with_it(name: str, world: dict[str, str], run: Path) -> None:
+    put(run / name / "mine")
+    refused(world, run, f"{name} also holds 'mine'", "nothing was deleted", force=True)
+    if name == "model":
+        refused(world, run, "model also holds 'mine'", resume=True)
+
+
+def test_rotation_deletes_only_what_the_run_wrote(
+    world: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever appears while the run is under way."""
+    run = tmp_path / "run"
+
+    def mine(progress: Any) -> None:
+        if progress.stage == "train" and progress.done == 2:
+            put(run / "checkpoint-1" / "evaluated")
+            put(run / "checkpoint-0")
+
+    pretrain(recipe_of(world, "steps=4", "save_every=1", "keep=1", "evaluate_every=null"), run, progress=mine)
+    assert (run / "checkpoint-1" / "evaluated" / "thesis.tex").read_text() == "mine"
+    assert (run / "checkpoint-0" / "thesis.tex").read_text() == "mine"
+    assert (run / "checkpoint-1" / "model.safetensors").is_file()
+    assert not (run / "checkpoint-2").exists()
+    assert any("checkpoint-1 also holds 'evaluated'" in message for message in caplog.messages)
+
+
+def test_a_name_that_is_taken_meanwhile_ends_the_run(world: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def mine(progress: Any) -> None:
+        if progress.stage == "train" and progress.done == 2:
+            put(run / "checkpoint-4")
+
+    with pytest.raises(LlamaMoeError, match=r"checkpoint-4 cannot be written.*last good checkpoint is checkpoint-2"):
+        pretrain(recipe_of(world, *OVERRIDES), run, progress=mine)
+    assert (run / "checkpoint-4" / "thesis.tex").read_text() == "mine"
+
+
+def test_force_replaces_a_run_and_a_kill_on_the_way_does_no_harm(
+    world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every deletion can be the last: the next command still knows what is its own."""
+    original = shutil.rmtree
+    for last in range(1, 10):
+        run, left = Path(shutil.copytree(finished, tmp_path / str(last))), [last]
+
+        def dying(*args: Any, left: list[int] = left, **keys: Any) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            original(*args, **keys)
+
+        monkeypatch.setattr(shutil, "rmtree", dying)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(recipe_of(world, *OVERRIDES), run, force=True)
+        monkeypatch.undo()
+        clear(run)
+        assert [path.name for path in run.iterdir()] == [".lock"], last
+    pretrain(recipe_of(world, *OVERRIDES), run, force=True)
+    assert (run / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_model_without_checkpoints_is_not_trained_over(world: dict[str, str], run: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.rmtree(run / name)
+    refused(world, run, "holds a trained model, but no checkpoint", kind=UsageError, resume=True)
+
+
+# ---- damage -------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int = -5) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def same_size(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    assert len(old) == len(new)
+    path.write_text(text.replace(old, new))
+
+
+STATE, MANIFEST = "trainer_state.json", "llamamoe_complete.json"
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "bit of the weights": (
+        lambda c: flip(c / "model.safetensors"),
+        "model.safetensors was changed after it was written",
+    ),
+    "bit of the moments": (lambda c: flip(c / "optimizer.pt", 5000), "optimizer.pt was changed after it was written"),
+    "bit of the random state": (lambda c: flip(c / "rng_state.pth", 3000), "rng_state.pth was changed"),
+    "no optimiser": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "no schedule": (lambda c: (c / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "no random state": (lambda c: (c / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "no state": (lambda c: (c / STATE).unlink(), f"{STATE} is missing"),
+    "no weights": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "step": (lambda c: same_size(c / STATE, '"global_step": 4', '"global_step": 3'), f"{STATE} says step 3"),
+    "state no JSON": (
+        lambda c: same_size(c / STATE, '"global_step": 4', '"global_step"; 4'),
+        f"{STATE} is not valid JSON",
+    ),
+    "ours no JSON": (lambda c: (c / "llamamoe_training.json").write_text("{"), "llamamoe_training.json has 1 bytes"),
+    "cut weights": (lambda c: cut(c / "model.safetensors"), "model.safetensors has"),
+    "cut moments": (lambda c: cut(c / "optimizer.pt"), "optimizer.pt has"),
+    "link": (lambda c: relink(c / "optimizer.pt"), "optimizer.pt is not a plain file"),
+    "pipe": (lambda c: (os.unlink(c / STATE), os.mkfifo(c / STATE)), f"{STATE} is not a plain file"),
+    "manifest's step": (lambda c: change(c / MANIFEST, step=2), f"{MANIFEST} says step 2"),
+    "manifest's ranks": (lambda c: change(c / MANIFEST, ranks=2), "rng_state_0.pth is not among its files"),
+    "manifest's list": (lambda c: unlist(c, "optimizer.pt"), "optimizer.pt is not among its files"),
+    "renamed": (lambda c: c.rename(c.with_name("checkpoint-6")), f"{MANIFEST} says step 4"),
+}
+
+
+def relink(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+    path.symlink_to("moved")
+
+
+def unlist(checkpoint: Path, name: str) -> None:
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest["files"][name]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_and_the_way_out_is_told(damage: str, world: dict[str, str], run: Path) -> None:
+    act, told = DAMAGES[damage]
+    act(run / "checkpoint-4")
+    refused(world, run, "is damaged: ", told, "--resume checkpoint-2 goes on", kind=CheckpointError, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["bit of the weights", "no optimiser", "cut moments", "link", "renamed"])
+def test_the_way_out_ends_with_the_same_bytes(damage: str, world: dict[str, str], run: Path, finished: Path) -> None:
+    DAMAGES[damage][0](run / "checkpoint-4")
+    for path in run.glob("checkpoint-*/moved"):
+        path.unlink()  # which the user has put there
+    pretrain(recipe_of(world, *OVERRIDES), run, resume="checkpoint-2")
+    assert (run / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+    assert lines_of(run) == lines_of(finished)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_without_a_whole_checkpoint_the_way_out_is_another_run(world: dict[str, str], run: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-4"):
+        flip(run / name / "model.safetensors")
+    refused(world, run, "checkpoint-4 is damaged", "start again with --force", kind=CheckpointError, resume=True)
+    refused(world, run, "checkpoint-2 is damaged", kind=CheckpointError, resume=str(run / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": 3}', '{"files": {"a": 3}}', "[" * 100_000, "\udcff"])
+def test_a_damaged_manifest(text: str, world: dict[str, str], run: Path) -> None:
+    """It alone tells that the run wrote the checkpoint."""
+    (run / "checkpoint-4" / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
+    for keys in KEYS:
+        refused(
+            world,
+            run,
+            "checkpoint-4",
+            MANIFEST,
+            "neither used nor deleted",
+            "Move it away",
+            kind=CheckpointError,
+            **keys,
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("llamamoe_run.json", "", "llamamoe_run.json is not valid JSON"),
+        ("llamamoe_run.json", "{}", "llamamoe_run.json names no run"),
+        ("llamamoe_run.json", '{"run": "another"}', "was written by another run"),
+        ("facts.json", "{", "facts.json is not valid JSON"),
+        ("facts.json", "[]", "facts.json must hold a JSON object"),
+        ("metrics.jsonl", "nonsense\n", "metrics.jsonl, line 1 is damaged"),
+        ("metrics.jsonl", '{"step": 1}\n{"step": "2"}\n', "metrics.jsonl, line 2 is damaged"),
+        ("metrics.jsonl", '{"step": 1, "loss": "low"}\n', "metrics.jsonl, line 1 is damaged"),
+        ("metrics.jsonl", "\udcff\n", "metrics.jsonl, line 1 is damaged"),
+    ],
+)
+def test_a_damaged_file_of_the_run(name: str, text: str, told: str, world: dict[str, str], run: Path) -> None:
+    (run / name).write_bytes(text.encode(errors="surrogateescape"))
+    refused(world, run, told, resume=True)
+
+
+@pytest.mark.parametrize("name", ["llamamoe_run.json", "facts.json", "metrics.jsonl", "recipe.yaml", ".lock"])
+def test_a_file_of_the_run_is_a_folder(name: str, world: dict[str, str], run: Path) -> None:
+    (run / name).unlink()
+    put(run / name)
+    for keys in KEYS:
+        refused(world, run, name, "is a folder", **keys)
+
+
+def test_facts_that_were_changed(world: dict[str, str], run: Path) -> None:
+    change(run / "facts.json", accumulation=7)
+    refused(world, run, "facts.json of the run was changed", kind=CheckpointError, resume=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-3", "checkpoint-abc", "../run/checkpoint-3", "/tmp/checkpoint-4", "model", ".", ""]
+)
+def test_what_is_not_a_checkpoint_cannot_be_resumed(name: str, world: dict[str, str], run: Path) -> None:
+    refused(world, run, "is not a checkpoint of the run", "checkpoint-2, checkpoint-4", kind=UsageError, resume=name)
+
+
+def test_an_empty_folder_of_a_run_begins(world: dict[str, str], finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    pretrain(recipe_of(world, *OVERRIDES), tmp_path / "run", resume=True)
+    assert lines_of(tmp_path / "run") == lines_of(finished)
+    (tmp_path / "run" / "checkpoint-6").mkdir()
+    refused(world, tmp_path / "run", "checkpoint-6: llamamoe_complete.json is missing", resume=True)
+
+
+class Evil:
+    """What a pickle does to whoever reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_that_would_run_code_is_refused(name: str, world: dict[str, str], run: Path, tmp_path: Path) -> None:
+    """Even one whose size and hash are listed."""
+    torch.save({"state": Evil(tmp_path / "ran")}, run / "checkpoint-2" / name)
+    manifest = json.loads((run / "checkpoint-2" / MANIFEST).read_text())
+    data = (run / "checkpoint-2" / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (run / "checkpoint-2" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="could run code"):
+        pretrain(recipe_of(world, *OVERRIDES), run, resume="checkpoint-2")
+    assert not (tmp_path / "ran").exists()
+    assert name.startswith("rng") or (run / "checkpoint-4").is_dir(), "later ones go only when this one is loaded"
+
+
+def test_every_file_is_listed_with_its_hash(run: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-4", "model"):
+        manifest = json.loads((run / name / MANIFEST).read_text())
+        listed = {file: entry["sha256"] for file, entry in manifest["files"].items()}
+        assert listed == {file: digest for file, digest in digests(run / name).items() if file != MANIFEST}

@@ -1,0 +1,218 @@
+"""What in a run's folder is the run's own: nothing else is replaced or deleted, whatever its name.
+
+A run writes an id of its own into its folder first. Checkpoints and the trained model are put together in a folder with
+that id, and get their names when they are whole, each with a manifest that holds the id, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from .._version import __version__
+from ..checkpoint.files import check_plain_file, remove_temporaries, sync_path, write_text
+from ..checkpoint.json_files import read_json
+from ..checkpoint.manifest import Manifest, read_manifest
+from ..errors import CheckpointError, LlamaMoeError, RefusedError
+
+RUN = "llamamoe_run.json"
+"""Holds the id of the run."""
+MARKER = "llamamoe_complete.json"
+"""The manifest of a checkpoint, or of the trained model; written last."""
+STAGING = ".partial"
+"""The folder in which checkpoints and the trained model are put together."""
+RECIPE, METRICS, FACTS, FINAL = "recipe.yaml", "metrics.jsonl", "facts.json", "model"
+"""The recipe; what was measured; facts about the start, which a resumed run cannot measure again; the trained model."""
+LOCK = ".lock"
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 if it is not the name of one."""
+    found = _CHECKPOINT.fullmatch(checkpoint.name)
+    return int(found[1]) if found else -1
+
+
+def named_checkpoints(folder: Path) -> list[Path]:
+    """Everything that has the name of a checkpoint, in the order of steps, whatever it is."""
+    return sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+
+
+def run_id(folder: Path) -> str | None:
+    """The id of the run that a folder belongs to; None if there is none.
+
+    Raises:
+        RefusedError: The file that holds it is not a plain file.
+        CheckpointError: It is damaged.
+    """
+    check_plain_file(folder / RUN)
+    if not (folder / RUN).exists():
+        return None
+    try:
+        found = read_json(folder / RUN).get("run")
+    except CheckpointError as error:
+        raise _damaged_id(folder, error.message) from None
+    if not isinstance(found, str) or not found:
+        raise _damaged_id(folder, f"{RUN} names no run.")
+    return found
+
+
+def _damaged_id(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: {what} So it cannot be told which run the folder belongs to.",
+        hint="Give another --out; a new run can begin with a checkpoint of this one, by --model.",
+    )
+
+
+def check_owned(folder: Path) -> None:
+    """Refuse a folder in which something has a name that a run writes, and the folder's run did not write it.
+
+    Raises:
+        RefusedError: Names the first such thing.
+        CheckpointError: So it may be, but what would tell is damaged.
+    """
+    for name in (LOCK, RUN, RECIPE, METRICS, FACTS):
+        check_plain_file(folder / name)
+    run = run_id(folder)
+    written = [folder / name for name in (RECIPE, METRICS, FACTS, FINAL, STAGING)]
+    there = [path for path in (*named_checkpoints(folder), *written) if path.exists() or path.is_symlink()]
+    if run is None and there:
+        raise _foreign(there[0], f"is there, but no {RUN}")
+    for path in there:
+        if path.name == STAGING:
+            _check_staging(path, run)
+        elif path.name == FINAL or step_of(path) >= 0:
+            manifest_of(path, run)
+
+
+def manifest_of(path: Path, run: str | None) -> Manifest:
+    """The manifest of a checkpoint or trained model that a run wrote.
+
+    Raises:
+        RefusedError: It was not written by this run.
+        CheckpointError: It has no manifest that can be read.
+    """
+    if path.is_symlink() or not path.is_dir():
+        raise _foreign(path, f"is {'a symbolic link' if path.is_symlink() else 'not a folder'}")
+    try:
+        found = read_manifest(path, MARKER)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path}: {error.message} So nothing tells that this run wrote it: it is neither used nor deleted.",
+            hint="Move it away, or give another --out.",
+        ) from None
+    if found.facts.get("run") != run:
+        raise _foreign(path, "was written by another run")
+    return found
+
+
+def check_removable(path: Path, run: str | None) -> None:
+    """Refuse to delete a checkpoint or trained model that holds something that the run did not write.
+
+    Raises:
+        RefusedError: Names it.
+    """
+    strays = manifest_of(path, run).strays(path)
+    if strays:
+        raise RefusedError(
+            f"{path} also holds {strays[0]!r}, which the run did not write: nothing was deleted.",
+            hint="Move it away, or give another --out.",
+        )
+
+
+def _check_staging(path: Path, run: str | None) -> None:
+    if path.is_symlink() or not path.is_dir():
+        raise _foreign(path, f"is {'a symbolic link' if path.is_symlink() else 'not a folder'}")
+    if (path / RUN).exists() or any(_unowned(path)):
+        try:
+            owner = run_id(path)
+        except LlamaMoeError:
+            owner = None
+        if owner != run:
+            raise _foreign(path, "is where checkpoints are put together, but holds something else")
+
+
+def _unowned(staging: Path) -> Iterator[Path]:
+    """What a kill before the id was written into it cannot have left."""
+    return (path for path in staging.iterdir() if not path.name.startswith(".llamamoe-"))
+
+
+def _foreign(path: Path, what: str) -> RefusedError:
+    return RefusedError(
+        f"{path} {what}: this run did not write it, so it is neither changed nor deleted.",
+        hint="Move it away, or give another --out.",
+    )
+
+
+# ---- what changes something; only under the folder's lock ----------------------------------------------------------
+
+
+def begin(folder: Path) -> None:
+    """Make the folder that of a new run."""
+    remove_temporaries(folder)
+    write_text(folder / RUN, json.dumps({"run": secrets.token_hex(16), "llamamoe": __version__}) + "\n")
+    open_staging(folder)
+
+
+def open_staging(folder: Path) -> Path:
+    """The folder in which checkpoints are put together, emptied; see `check_owned`."""
+    staging = folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(exist_ok=True)
+    write_text(staging / RUN, (folder / RUN).read_text(encoding="utf-8"))
+    return staging
+
+
+def close_staging(folder: Path) -> None:
+    """Remove it at the end of a run."""
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+def publish(folder: Path, name: str) -> Path:
+    """Give what was put together, and is on disk, its name in the run's folder.
+
+    Raises:
+        OSError: Something has that name.
+    """
+    target = folder / name
+    (folder / STAGING / name).rename(target)
+    sync_path(folder)
+    return target
+
+
+def discard(folder: Path, path: Path) -> None:
+    """Delete a checkpoint or trained model, so that a kill on the way leaves it whole or in the staging folder.
+
+    Raises:
+        RefusedError: It holds something that the run did not write; see `check_removable`.
+    """
+    check_removable(path, run_id(folder))
+    dropped = folder / STAGING / f"dropped-{path.name}"
+    shutil.rmtree(dropped, ignore_errors=True)
+    path.rename(dropped)
+    shutil.rmtree(dropped, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run left, and nothing else. The id goes last: a kill on the way can be repeated.
+
+    Raises:
+        RefusedError: Something in it is not the run's; nothing was deleted.
+    """
+    check_owned(folder)
+    run = run_id(folder)
+    if run is None:
+        return
+    found = [path for path in (*named_checkpoints(folder), folder / FINAL) if path.exists()]
+    for path in found:
+        check_removable(path, run)
+    open_staging(folder)
+    for path in found:
+        discard(folder, path)
+    close_staging(folder)
+    for name in (METRICS, RECIPE, FACTS, RUN):
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,148 @@
+"""From which checkpoint a run goes on, and whether that is still what was written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoint.manifest import Manifest, file_sha256
+from ..checkpoint.reader import INDEX, SINGLE, read_weight_map
+from ..errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
+from .ownership import FACTS, MARKER, RECIPE, manifest_of, named_checkpoints, run_id, step_of
+from .run_folder import checkpoints, start_anew
+
+if TYPE_CHECKING:
+    from .recipe import PretrainRecipe
+
+STATE, REST = "llamamoe_training.json", "llamamoe_trained.safetensors"
+"""The mixture and the gate's state; what is trained beside adapters."""
+TRAINER_STATE = "trainer_state.json"
+SCHEDULE = "schedule.json"
+
+
+def optimizer_file(rank: int) -> str:
+    """The name of a rank's part of the optimiser's state, where the model is cut at loading."""
+    return f"optimizer-{rank:05d}.safetensors"
+
+
+def chosen(folder: Path, resume: bool | str | Path) -> Path | None:
+    """The checkpoint that is asked for: a name or path of one, or the one of the most steps; None at a run's start.
+
+    Raises:
+        UsageError: The folder has none of that name.
+    """
+    if isinstance(resume, bool):
+        return next(reversed(named_checkpoints(folder)), None) if resume else None
+    given = Path(resume).expanduser()
+    found = folder / given.name
+    elsewhere = len(given.parts) > 1 and given.resolve() != found.resolve()
+    if elsewhere or found not in named_checkpoints(folder):
+        there = ", ".join(path.name for path in named_checkpoints(folder)) or "none"
+        raise UsageError(f"{resume} is not a checkpoint of the run in {folder}.", hint=f"Its checkpoints: {there}.")
+    return found
+
+
+def check_same_run(checkpoint: Path, recipe: PretrainRecipe) -> None:
+    """Refuse to go on with another recipe.
+
+    Raises:
+        RefusedError: The checkpoint was made by another one.
+    """
+    folder = checkpoint.parent
+    if manifest_of(checkpoint, run_id(folder)).facts.get("recipe_sha256") != recipe.sha256():
+        raise RefusedError(
+            f"{checkpoint} was made by another recipe: going on with this one would not be the same run.",
+            hint=f"The run's own recipe is {folder / RECIPE}; to train on differently: {start_anew(recipe, checkpoint)}.",
+        )
+
+
+def check_contents(checkpoint: Path, recipe: PretrainRecipe) -> None:
+    """Refuse a checkpoint that is not, byte for byte, what the run wrote. Reads all of it.
+
+    Raises:
+        CheckpointError: Names the file and the fault, and an older checkpoint that is whole.
+    """
+    fault = next(faults(checkpoint, recipe), None)
+    if fault is None:
+        return
+    older = [path for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    whole = next((path for path in reversed(older) if next(faults(path, recipe), None) is None), None)
+    way = "No older checkpoint is whole: start again with --force, or with another --out."
+    if whole is not None:
+        way = f"--resume {whole.name} goes on from the newest older one that is whole; later ones are deleted and made again."
+    raise CheckpointError(f"{checkpoint} is damaged: {fault}.", hint=way)
+
+
+def faults(checkpoint: Path, recipe: PretrainRecipe) -> Iterator[str]:
+    """What is wrong with a checkpoint, each as a sentence without its end; what is quick to see comes first."""
+    try:
+        manifest = manifest_of(checkpoint, run_id(checkpoint.parent))
+    except RefusedError as error:
+        yield error.message.removesuffix(".")
+        return
+    step = manifest.facts.get("step")
+    if step != step_of(checkpoint):
+        yield f"{MARKER} says step {step!r}"
+    yield from manifest.misfits(checkpoint)
+    for name in missing(checkpoint, manifest, recipe):
+        yield f"{name} is not among its files"
+    yield from _state_faults(checkpoint)
+    yield from manifest.changes(checkpoint)
+    if manifest.facts.get("facts_sha256") != file_sha256(checkpoint.parent / FACTS):
+        yield f"{FACTS} of the run was changed after it was written"
+
+
+def _state_faults(checkpoint: Path) -> Iterator[str]:
+    step = None
+    for name in (STATE, TRAINER_STATE):  # the latter grows with the run: no bound of ours holds for it
+        try:
+            data = json.loads((checkpoint / name).read_bytes())
+            step = data.get("global_step")
+        except (OSError, ValueError, RecursionError, AttributeError):
+            yield f"{name} is not valid JSON"
+            return
+    if type(step) is not int or step != step_of(checkpoint):
+        yield f"{TRAINER_STATE} says step {step!r}"
+
+
+def missing(checkpoint: Path, manifest: Manifest, recipe: PretrainRecipe) -> Iterator[str]:
+    """The files that going on needs and the manifest does not list: weights, optimiser, schedule, random states, our own."""
+    ranks = manifest.facts.get("ranks")
+    if type(ranks) is not int or ranks < 1:
+        yield f"{MARKER}: a number of ranks"
+        return
+    wanted = [TRAINER_STATE, STATE, *_weights(checkpoint, recipe)]
+    if recipe.distributed.sharded:
+        wanted += [SCHEDULE, *map(optimizer_file, range(ranks))]
+    else:
+        wanted += [*_optimizer(manifest.files, recipe)]
+        wanted += ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    yield from (name for name in wanted if name not in manifest.files)
+
+
+def _weights(checkpoint: Path, recipe: PretrainRecipe) -> Iterator[str]:
+    if recipe.lora is not None:
+        yield from ("adapter_config.json", "adapter_model.safetensors", REST)
+        return
+    yield "config.json"
+    if not (checkpoint / INDEX).is_file():
+        yield SINGLE
+        return
+    yield INDEX
+    try:
+        yield from sorted(set(read_weight_map(checkpoint / INDEX).values()))
+    except LlamaMoeError:
+        yield f"{INDEX}: a map of weights"
+
+
+def _optimizer(names: Collection[str], recipe: PretrainRecipe) -> Iterator[str]:
+    """DeepSpeed writes folders of its own, whose names depend on its stage."""
+    if recipe.trainer.get("deepspeed") is None:
+        yield from ("optimizer.pt", "scheduler.pt")
+    else:
+        yield "latest"
+        if not any(re.fullmatch(r"global_step\d+/.*_states\.pt", name) for name in names):
+            yield "global_step*/*_states.pt"
