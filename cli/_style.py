@@ -125,6 +125,12 @@ def flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Calla
     return click.option(*spellings, cls=Option, group=group, help=text, **keys)
 
 
+def tokenizer_option(group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``--tokenizer``: in the place of the vocabulary of a GGUF file."""
+    text = "For a GGUF file: take the tokenizer files from this folder.  [default: the tokenizer in the file]"
+    return flag("--tokenizer", group=group, metavar="FOLDER", text=text)
+
+
 def model_options(group: str, *, several: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """``--dtype`` and ``--device``: how models are held that are only run; ``several``: on more than one device, too."""
     devices = (

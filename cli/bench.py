@@ -8,7 +8,7 @@ import click
 
 from ._format import amount, size
 from ._output import Output, output_options
-from ._style import Command, flag, model_options
+from ._style import Command, flag, model_options, tokenizer_option
 from ._tables import facts, heading, paragraph, table
 from ._text import bold, echo
 
@@ -45,6 +45,7 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> li
 @flag("--repeats", group=WHAT, type=int, metavar="N", default=3, show_default=True, text="How often each is measured.")
 @flag("--experts", group=HOW, metavar="NAME",
        text="How experts run: grouped_mm, batched_mm, eager, llamamoe_auto, ...  [default: as transformers chooses]")  # fmt: skip
+@tokenizer_option(HOW)
 @model_options(HOW)
 @output_options
 def command(
@@ -55,6 +56,7 @@ def command(
     new_tokens: int,
     repeats: int,
     experts: str | None,
+    tokenizer: str | None,
     dtype: str,
     device: str,
     output: Output,
@@ -66,6 +68,7 @@ def command(
         found = bench(
             model,
             against=against,
+            tokenizer=tokenizer,
             batch_sizes=batch_sizes,
             prompt_tokens=prompt,
             new_tokens=new_tokens,

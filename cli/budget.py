@@ -13,7 +13,7 @@ from llamamoe.errors import UsageError
 from ._format import amount
 from ._output import Interrupted, Output, output_options
 from ._recipe_options import name_flags, recipe_file, recipe_options
-from ._style import Command, Name, Option, flag
+from ._style import Command, Name, Option, flag, tokenizer_option
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
@@ -71,8 +71,7 @@ def _measures() -> list[str]:
 @recipe_options
 @flag("--write-recipe", group=RUN, metavar="FILE", text="Write the recipe for `llamamoe split --recipe`.")
 @flag("--force", group=RUN, is_flag=True, text="Replace FILE if it is there.")
-@flag("--tokenizer", group=RUN, metavar="FOLDER",
-       text="For a GGUF source: take the tokenizer files from this folder.")  # fmt: skip
+@tokenizer_option(RUN)
 @output_options
 def command(
     source: str,

@@ -12,7 +12,7 @@ from llamamoe.errors import LlamaMoeError
 from ._format import amount, duration, plural, size
 from ._output import Interrupted, Output, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, flag
+from ._style import Command, flag, tokenizer_option
 from ._tables import bullets, heading, paragraph, table
 from ._text import bold, echo
 
@@ -58,6 +58,7 @@ RECIPE, RUN = "Recipe", "This run"
 )
 @flag("--export", group=RUN, type=click.Choice(["none", "first", "all"]),
        text="Write and measure checkpoints too, of each method's first cell or of all.  [default: the recipe's]")  # fmt: skip
+@tokenizer_option(RUN)
 @flag("--dry-run", group=RUN, is_flag=True, text="List the cells with an estimate of their cost; reads headers only.")
 @output_options
 def command(
@@ -70,6 +71,7 @@ def command(
     only: tuple[str, ...],
     device: str | None,
     export: str | None,
+    tokenizer: str | None,
     dry_run: bool,
     output: Output,
 ) -> None:
@@ -84,10 +86,10 @@ def command(
     if dry_run:
         from llamamoe.comparison import plan_comparison
 
-        plan = plan_comparison(source, complete, out=out, only=only)
+        plan = plan_comparison(source, complete, out=out, only=only, tokenizer=tokenizer)
         output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan, out))
         return
-    found = _compare(source, out, complete, only, output)
+    found = _compare(source, out, complete, output, only=only, tokenizer=tokenizer)
     output.result(found.to_json(), lambda: _print(found, out, verbose=output.verbose))
     if found.failed:
         raise LlamaMoeError(
@@ -104,12 +106,12 @@ def _recipe(recipe: str, given: dict[str, Any], overrides: tuple[str, ...]) -> C
         return load_compare_recipe(path, given=given, overrides=overrides)
 
 
-def _compare(source: str, out: str, recipe: CompareRecipe, only: tuple[str, ...], output: Output) -> Comparison:
+def _compare(source: str, out: str, recipe: CompareRecipe, output: Output, **keys: Any) -> Comparison:
     from llamamoe import compare
 
     try:
         with output.progress() as report:
-            return compare(source, out, recipe, only=only, progress=report)
+            return compare(source, out, recipe, progress=report, **keys)
     except KeyboardInterrupt:
         raise Interrupted(f"finished cells are kept in {Path(out)}, the same command goes on") from None
 

@@ -11,7 +11,7 @@ from llamamoe.errors import LlamaMoeError
 from ._format import plural
 from ._output import Output, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, Option, model_options
+from ._style import Command, Option, model_options, tokenizer_option
 from ._tables import heading, paragraph, table
 from ._text import bold, echo
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 HELP = """Measure how well MODEL predicts a text (perplexity and bits per byte, by domain and over all), or how it answers the
 tasks of lm-evaluation-harness.
 
-MODEL is any causal language model that transformers loads: a folder or a hub id. With --against a second model is
-measured on the same text or questions, and the paired difference is given with its standard error and 95 % interval.
+MODEL is any causal language model that transformers loads, a folder or a hub id, or a .gguf file that `llamamoe split`
+takes. With --against a second model is measured on the same text or questions, and the paired difference is given with
+its standard error and 95 % interval.
 """
 EXAMPLES = """
 llamamoe evaluate OUT --text wiki.txt --text code/ --max-tokens 100000
@@ -57,12 +58,13 @@ TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "How it runs"
 @click.option("--against", cls=Option, group=RUN, metavar="OTHER", help="Measure this model too, and the difference.")
 @click.option("--batch-size", cls=Option, group=RUN, type=int, default=8, show_default=True, metavar="N",
               help="Windows that run together.")  # fmt: skip
+@tokenizer_option(RUN)
 @model_options(RUN, several=True)
 @output_options
 def command(
     model: str, text: tuple[str, ...], max_tokens: int | None, context_length: int | None, stride: int | None,
     tasks: str | None, recipe: str | None, few_shot: int | None, limit: int | None, include: tuple[str, ...],
-    against: str | None, batch_size: int, dtype: str, device: str, output: Output,
+    against: str | None, batch_size: int, tokenizer: str | None, dtype: str, device: str, output: Output,
 ) -> None:  # fmt: skip
     """Parse, evaluate, print."""
     from llamamoe.evaluation import evaluate
@@ -74,6 +76,7 @@ def command(
         if any(value is not None for value in (max_tokens, context_length, stride)):
             raise click.UsageError("--max-tokens, --context-length and --stride belong to --text.")
         keys: dict[str, Any] = {"against": against, "batch_size": batch_size, "dtype": dtype, "device": device}
+        keys["tokenizer"] = tokenizer
         _tasks(model, recipe, _given(tasks, few_shot, limit, include), output, keys)
         return
     if few_shot is not None or limit is not None or include:
@@ -83,6 +86,7 @@ def command(
             model,
             text,
             against=against,
+            tokenizer=tokenizer,
             max_tokens=max_tokens,
             context_length=context_length,
             stride=stride,

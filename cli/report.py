@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ._output import Output, output_options
-from ._style import Command, flag, model_options
+from ._style import Command, flag, model_options, tokenizer_option
 from ._tables import bullets, table
 from ._text import echo
 
@@ -42,6 +42,7 @@ TEXT, HOW, RUN = "Text", "How it runs", "This run"
 @flag("--out", group=RUN, metavar="FILE", text="The page.  [default: report.html, unless --json-out is given]")
 @flag("--json-out", group=RUN, metavar="FILE", text="The same numbers as JSON.")
 @flag("--force", group=RUN, is_flag=True, text="Replace files that are there.")
+@tokenizer_option(HOW)
 @model_options(HOW)
 @output_options
 def command(
@@ -55,6 +56,7 @@ def command(
     out: str | None,
     json_out: str | None,
     force: bool,
+    tokenizer: str | None,
     dtype: str,
     device: str,
     output: Output,
@@ -68,6 +70,7 @@ def command(
             models,
             text,
             against=against,
+            tokenizer=tokenizer,
             out=out,
             json_out=json_out,
             runs=runs,

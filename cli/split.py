@@ -11,7 +11,7 @@ from llamamoe.errors import UsageError
 
 from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import WRITING, name_flags, recipe_file, recipe_options
-from ._style import Command, flag
+from ._style import Command, flag, tokenizer_option
 
 if TYPE_CHECKING:
     from llamamoe.recipe import SplitRecipe
@@ -49,8 +49,7 @@ Values come from the recipe, then from flags, then from --set; the later wins.
 @flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; reads headers only.")
 @flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
 @flag("--force", group=RUN, is_flag=True, text="Replace the checkpoint in OUT; drop what an interrupted run left.")
-@flag("--tokenizer", group=RUN, metavar="FOLDER",
-       text="For a GGUF source: take the tokenizer files from this folder.")  # fmt: skip
+@tokenizer_option(RUN)
 @flag("--no-verify", group=RUN, is_flag=True,
        text="Do not compare the result with its parent before it appears.")  # fmt: skip
 @output_options

@@ -43,7 +43,9 @@ RECIPE, RUN = "Recipe", "This run"
        text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as shard_tokens=1000000; may be repeated.")  # fmt: skip
-@flag("--tokenizer", group=RECIPE, metavar="FOLDER", text="The model's folder, in the place of the recipe's.")
+@flag(
+    "--tokenizer", group=RECIPE, metavar="PATH", text="The model's folder or .gguf file, in the place of the recipe's."
+)
 @flag("--text", group=RECIPE, metavar="PATH", multiple=True,
        text="Text, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
 @flag("--out", group=RUN, metavar="DIR", default="tokens", show_default=True, text="The folder to appear.")

@@ -103,6 +103,7 @@ def bench(
     model: str | Path,
     *,
     against: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     batch_sizes: Sequence[int] = (1, 4, 16),
     prompt_tokens: int = 128,
     new_tokens: int = 16,
@@ -118,8 +119,9 @@ def bench(
     machine's doing. The prompts are a text of prose, code and several languages, begun at another place for each sequence.
 
     Args:
-        model: A folder or a hub id.
+        model: A folder, a ``.gguf`` file or a hub id.
         against: The parent, measured in the same way.
+        tokenizer: For GGUF files, a folder whose tokenizer is used instead of the one in the file.
         batch_sizes: Sequences that run together, each 1 or more.
         prompt_tokens: Tokens of each prompt, at least 2.
         new_tokens: Steps of decoding, at least 1.
@@ -137,7 +139,7 @@ def bench(
     import torch
 
     from .evaluation import pick_device
-    from .scoring import open_model
+    from .scoring import open_models
 
     sizes = _check(batch_sizes, prompt_tokens, new_tokens, repeats)
     device = pick_device(device)
@@ -145,7 +147,7 @@ def bench(
     inspections = [inspect_checkpoint(each) for each in places]
     if experts_implementation is not None and inspections[0].experts is None:
         raise UsageError(f"{inspections[0].name} is a dense model: it has no experts that could run in another way.")
-    opened = [open_model(Path(each.path)) for each in inspections]
+    opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)
     for side in opened:
         _fits(side, prompt_tokens + new_tokens)
     run = _Run(prompt_tokens, new_tokens, repeats, dtype, device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.contents import content_fingerprint
 from .data.files import find_files
 from .dense import DenseModel, understand
-from .errors import LlamaMoeError, MissingExtraError, RefusedError
+from .errors import LlamaMoeError, MissingExtraError
 from .hub import Location, locate, open_checkpoint
 from .progress import ProgressCallback, ignore_progress
 from .recipe import AUTO, NO_REPAIR
@@ -86,7 +86,12 @@ class ComparisonPlan:
 
 
 def plan_comparison(
-    source: str | Path, recipe: CompareRecipe, *, out: str | Path | None = None, only: Sequence[str] = ()
+    source: str | Path,
+    recipe: CompareRecipe,
+    *,
+    out: str | Path | None = None,
+    only: Sequence[str] = (),
+    tokenizer: str | Path | None = None,
 ) -> ComparisonPlan:
     """List the cells with an estimate of their cost; reads headers only. For the arguments see `compare`.
 
@@ -94,7 +99,7 @@ def plan_comparison(
         RefusedError: A method cannot be had at a budget; every such case is named.
         UsageError: A text does not exist, or ``only`` matches nothing.
     """
-    location, model = _open(source)
+    location, model = _open(source, tokenizer)
     everything = cells_of(recipe, model)
     cells = select(everything, only)
     domains = len({domain for _, domain in find_files(recipe.evaluation)})
@@ -130,6 +135,7 @@ def compare(
     recipe: CompareRecipe,
     *,
     only: Sequence[str] = (),
+    tokenizer: str | Path | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> Comparison:
     """Measure every method of a study at every budget with every seed, and its controls, on the same text.
@@ -142,11 +148,12 @@ def compare(
     and text. Called again, `compare` does what is missing; a kill loses the cell that was running.
 
     Args:
-        source: A folder or ``org/name``.
+        source: A folder, a ``.gguf`` file or a hub id.
         out: The study's folder; made if it is not there.
         recipe: See `llamamoe.studies.recipe.load_compare_recipe`.
         only: Do only cells whose method or label (``method/budget/seed``) matches one of these patterns; the table
             still shows all that are finished.
+        tokenizer: For a GGUF source, a folder whose tokenizer is used instead of the one in the file.
         progress: Told how far the study is.
 
     Raises:
@@ -156,11 +163,11 @@ def compare(
     """
     from .studies.engine import Engine, Meter
 
-    location, model = _open(source)
+    location, model = _open(source, tokenizer)
     cells = cells_of(recipe, model)
     wanted = {cell.label for cell in select(cells, only)}
     folder = Path(out).expanduser()
-    engine = Engine(location, recipe, folder)
+    engine = Engine(location, recipe, folder, tokenizer=tokenizer)
     store, depends = CellStore(folder), _Depends(recipe, model)
     keyed = [(cell, depends.of(cell, engine)) for cell in cells]
     found = {cell.label: store.load(cell, d.key()) for cell, d in keyed}
@@ -194,14 +201,9 @@ def compare(
     return _finish(recipe, location, engine, cells, wanted, found, failed, folder)
 
 
-def _open(source: str | Path) -> tuple[Location, DenseModel]:
+def _open(source: str | Path, tokenizer: str | Path | None) -> tuple[Location, DenseModel]:
     location = locate(source)
-    if not location.path.is_dir():
-        raise RefusedError(
-            f"{location.path} is no folder: a study measures the dense model too, with transformers.",
-            hint="Give a folder with config.json and safetensors.",
-        )
-    return location, understand(open_checkpoint(location))
+    return location, understand(open_checkpoint(location, tokenizer=tokenizer))
 
 
 class _Depends:

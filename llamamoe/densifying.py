@@ -14,7 +14,7 @@ from .checkpoint.rewriting import Rewriting, check_place, opened, rewrite
 from .converted import ConvertedModel, FfnParts, check_shapes
 from .dense import DenseModel, understand
 from .errors import RefusedError
-from .hub import Location, locate, open_checkpoint
+from .hub import Location, locate, open_parent
 from .mixing import is_router, may_overlap
 from .preflight import normal_path
 from .progress import Progress, ProgressCallback, ignore_progress
@@ -83,7 +83,7 @@ def densify(
     """
     location, checkpoint = opened(model)
     origin = locate(like) if like is not None else None
-    parent = understand(open_checkpoint(origin)) if origin is not None else None
+    parent = understand(open_parent(origin.path, location.path)) if origin is not None else None
     check_size(shard_size)
     check_place(normal_path(out), [location.path, *([origin.path] if origin is not None else [])], force=force)
     converted = ConvertedModel(checkpoint, rescale)

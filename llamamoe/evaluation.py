@@ -27,6 +27,7 @@ def evaluate(
     text: Sequence[str | Path],
     *,
     against: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     max_tokens: int | None = None,
     context_length: int | None = None,
     stride: int | None = None,
@@ -41,9 +42,10 @@ def evaluate(
     the vocabulary. Of two models one is loaded after the other.
 
     Args:
-        model: A folder (then nothing is fetched) or a Hub id.
+        model: A folder or ``.gguf`` file (then nothing is fetched), or a Hub id; see `llamamoe.scoring.open_model`.
         text: Files, folders or globs; see `llamamoe.data.text.read_documents`.
         against: Another model to measure on the same text.
+        tokenizer: For GGUF files, a folder whose tokenizer is used instead of the one in the file.
         max_tokens: Take only so many tokens of each domain (of ``model``'s tokenizer); None: all.
         context_length: Tokens of a window; None: as many as the models have positions, at most 2048.
         stride: Tokens from one window's beginning to the next's, which then scores only what is new to it (a sliding
@@ -59,12 +61,12 @@ def evaluate(
         CheckpointError: A folder is not a model, lacks weights or its tokenizer, or needs remote code.
         LlamaMoeError: A domain has nothing to score, a document cannot be read, or a loss is not finite.
     """
-    from .scoring import open_model
+    from .scoring import open_models
 
     check_numbers(max_tokens=max_tokens, context_length=context_length, batch_size=batch_size, dtype=dtype)
     devices = pick_devices(device)
     documents = read_documents(text)  # complains before models are opened
-    sides = [open_model(name) for name in (model, against) if name is not None]
+    sides = open_models([name for name in (model, against) if name is not None], tokenizer=tokenizer)
     length = window_length(context_length, sides)
     _check_stride(stride, length)
     mine, skipped = _take(documents, sides[0], max_tokens)

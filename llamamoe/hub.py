@@ -51,6 +51,13 @@ class Location:
     revision: str | None = None
 
 
+def is_hub_id(text: str) -> bool:
+    """Tell whether that can only be meant for the hub: ``hf://...``, or ``org/name`` that is not spelled as a path."""
+    return text.startswith("hf://") or bool(
+        "/" in text and not text.startswith((".", "/", "~")) and _HUB_ID.fullmatch(text)
+    )
+
+
 def locate(source: str | Path) -> Location:
     """Find a source: an existing path first, then ``hf://org/name@revision``, then ``org/name``.
 
@@ -72,7 +79,7 @@ def locate(source: str | Path) -> Location:
     path = Path(text).expanduser()
     if path.exists():
         return Location(path, path.resolve().name)
-    if text.startswith((".", "/", "~")) or "/" not in text or not _HUB_ID.fullmatch(text):
+    if not is_hub_id(text):
         raise CheckpointError(f"{text!r} does not exist.", hint=_FORMS)
     return _download(text)
 
@@ -168,12 +175,38 @@ def _check_listing(name: str, files: frozenset[str]) -> None:
         raise CheckpointError(f"{name} holds neither {SINGLE} nor {INDEX}.", hint=hint)
 
 
-def open_checkpoint(location: Location, *, tokenizer: str | Path | None = None) -> Checkpoint:
+def open_parent(path: Path, child: Path) -> Checkpoint:
+    """Open the dense parent of a converted checkpoint; headers only.
+
+    Args:
+        path: The parent's folder or GGUF file.
+        child: The folder of what was made from it.
+
+    Raises:
+        CheckpointError: See `open_checkpoint`.
+    """
+    return open_checkpoint(Location(path, path.name), tokenizer=parent_vocabulary(path, child))
+
+
+def parent_vocabulary(path: Path, child: Path) -> Path | None:
+    """The folder whose tokenizer a GGUF parent gets: ``child``, which has the one that the conversion was given.
+
+    That in the file may be one that cannot be rebuilt. A folder brings its own.
+    """
+    from .checkpoint.tokenizer import holds_vocabulary
+
+    return child if path.is_file() and holds_vocabulary(child) else None
+
+
+def open_checkpoint(
+    location: Location, *, tokenizer: str | Path | None = None, weights_only: bool = False
+) -> Checkpoint:
     """Open a folder of safetensors or a GGUF file; headers only.
 
     Args:
         location: Where it is.
         tokenizer: For a GGUF file, a folder whose tokenizer files replace the vocabulary in the file.
+        weights_only: Take a GGUF file whose tokenizer cannot be used, too.
 
     Raises:
         UsageError: ``tokenizer`` is given for a folder, which brings its own.
@@ -188,7 +221,7 @@ def open_checkpoint(location: Location, *, tokenizer: str | Path | None = None) 
     if location.path.suffix == ".gguf":
         from .checkpoint.gguf import GgufCheckpoint
 
-        return GgufCheckpoint(location.path, tokenizer=tokenizer)
+        return GgufCheckpoint(location.path, tokenizer=tokenizer, weights_only=weights_only)
     raise CheckpointError(
         f"{location.path} is neither a folder nor a .gguf file.", hint="Give the folder that holds config.json."
     )

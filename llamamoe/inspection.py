@@ -125,7 +125,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         CheckpointError: It is no checkpoint, or its files are broken.
     """
     location = locate(path)
-    checkpoint = open_checkpoint(location)
+    checkpoint = open_checkpoint(location, weights_only=True)
     config, provenance = checkpoint.config, _mapping(checkpoint.config.get("llamamoe"))
     notes = list(checkpoint.notes)
     tied, tensors = _counted(checkpoint, notes)
@@ -145,7 +145,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         architecture=next(iter(config.get("architectures") or []), None),
         family=name if name in SOURCES else None,
         target=name if name in TARGETS and experts is not None else None,
-        refusal=_refusal(checkpoint) if experts is None else None,
+        refusal=_refusal(checkpoint, notes) if experts is None else None,
         sizes=sizes,
         intermediate_size=_dense_width(tensors),
         dtypes=_gguf_dtypes(location) if is_gguf else _dtypes(tensors.values()),
@@ -169,11 +169,19 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _refusal(checkpoint: Checkpoint) -> str | None:
+def _refusal(checkpoint: Checkpoint, notes: list[str]) -> str | None:
     try:
         understand(checkpoint)
     except CheckpointError as error:
         return error.message
+    if checkpoint.path.is_file():
+        from .checkpoint.gguf import GgufCheckpoint
+
+        assert isinstance(checkpoint, GgufCheckpoint)
+        try:
+            notes += checkpoint.check_tokenizer()
+        except CheckpointError as error:  # the way out belongs to it: the weights are good
+            return str(error)
     return None
 
 

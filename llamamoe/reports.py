@@ -43,6 +43,7 @@ def report(
     text: Sequence[str | Path],
     *,
     against: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     out: str | Path | None = None,
     json_out: str | Path | None = None,
     runs: Sequence[str | Path] = (),
@@ -62,7 +63,8 @@ def report(
     Args:
         models: One to four converted models; say, after the conversion and after training.
         text: Files, folders or globs; its domains are compared.
-        against: The dense parent.
+        against: The dense parent: a folder, a ``.gguf`` file or a hub id.
+        tokenizer: For a GGUF parent, a folder whose tokenizer is used instead of the one in the file.
         out: Where to write the page; None: nowhere.
         json_out: Where to write the same numbers.
         runs: Folders of `llamamoe.pretrain` whose curves are shown; that of a trained model is found by itself.
@@ -96,7 +98,7 @@ def report(
     inspections = _named([_inspected(model) for model in models])
     curves = training_runs(runs, {each.name: Path(each.path) for each in inspections})
     parent = None if against is None else inspect_checkpoint(against)
-    sides, protocol, length = _sides(inspections, parent, text, max_tokens, context_length)
+    sides, protocol, length = _sides(inspections, parent, tokenizer, text, max_tokens, context_length)
     advance = counting("report", sum(int(side.plan.tokens.sum()) for side in sides), "token", progress)
     readings = [_read(side, dtype, device, oracle_tokens, advance) for side in sides]
     of_parent = readings[-1] if parent is not None else None
@@ -176,6 +178,7 @@ def _named(models: Sequence[Inspection]) -> list[Inspection]:
 def _sides(
     models: Sequence[Inspection],
     parent: Inspection | None,
+    tokenizer: str | Path | None,
     text: Sequence[str | Path],
     max_tokens: int | None,
     context_length: int | None,
@@ -183,10 +186,10 @@ def _sides(
     """Every model with the text in its own tokens; the first one's tokenizer decides how much text is taken."""
     from .data.encoding import windows_of
     from .evaluation import ScoringPlan, encode_again, protocol, scoring_plan, window_length
-    from .scoring import check_ids, open_model
+    from .scoring import check_ids, open_models
 
     inspections = [*models, *([parent] if parent is not None else [])]
-    opened = [open_model(Path(each.path)) for each in inspections]
+    opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)
     length = window_length(context_length, opened)
     first, _ = scoring_plan(opened[0], text, max_tokens=max_tokens, context_length=length)
     sides = [_Side(inspections[0], first, same_tokens=True)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import queue
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import CheckpointError, LlamaMoeError, UsageError
+from .hub import is_hub_id, locate, open_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
+    from .checkpoint.base import Checkpoint
     from .data.encoding import Encoded, Window
+    from .dense import DenseModel
 
 LOGITS_AT_ONCE = 1 << 24  # fp32 logits held at once: 64 MiB, whatever the vocabulary
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
@@ -35,10 +36,11 @@ class Opened:
 
     Attributes:
         name: As the caller gave it.
-        options: What every ``from_pretrained`` of this model is called with.
+        options: What every ``from_pretrained`` of this model is called with; nothing for a GGUF file.
         config: The transformers configuration of the text model.
         tokenizer: The transformers tokenizer.
         bos: The token that the tokenizer itself puts before a text, or None.
+        dense: A GGUF file as llamamoe reads it; None for what transformers reads itself.
     """
 
     name: str
@@ -46,44 +48,116 @@ class Opened:
     config: Any
     tokenizer: Any
     bos: int | None
+    dense: DenseModel | None = None
 
 
-def open_model(name: str | Path) -> Opened:
-    """Open a folder (never touching the network) or a Hub id, without its weights and without remote code.
+def open_models(names: Sequence[str | Path], *, tokenizer: str | Path | None = None) -> list[Opened]:
+    """Open models without their weights; see `open_model`.
+
+    Args:
+        names: Folders, GGUF files or Hub ids.
+        tokenizer: A folder whose tokenizer replaces that of every GGUF file among them.
 
     Raises:
-        UsageError: There is no such folder.
-        CheckpointError: The folder holds no model or no tokenizer that transformers can load.
+        UsageError: There is no such model, or ``tokenizer`` is given and none of them is a GGUF file.
+        CheckpointError: See `open_model`.
     """
+    files = [is_gguf(name) for name in names]
+    if tokenizer is not None and not any(files):
+        raise UsageError("--tokenizer is for GGUF files: a folder brings its own tokenizer, which is used.")
+    return [open_model(name, tokenizer=tokenizer if file else None) for name, file in zip(names, files, strict=True)]
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Tell whether that is a GGUF file on this machine."""
+    path = Path(name).expanduser()
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def open_model(name: str | Path, *, tokenizer: str | Path | None = None) -> Opened:
+    """Open a model without its weights and without remote code. A path never touches the network.
+
+    Args:
+        name: A folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``. A `Path` is never taken for a Hub id.
+        tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
+
+    Raises:
+        UsageError: There is no such folder or file.
+        CheckpointError: It is not a model, or has no tokenizer that transformers can load.
+    """
+    path = Path(name).expanduser()
+    if not (path.exists() and str(name)) and (isinstance(name, Path) or not is_hub_id(name)):
+        raise UsageError(
+            f"There is no folder '{name}'.", hint="Give a model's folder, a .gguf file, or a Hub id: owner/name."
+        )
+    if path.is_file() and not is_gguf(name):
+        raise UsageError(f"'{name}' is a file.", hint="Name the folder that holds config.json and the weights.")
+    location = locate(name)
+    if location.path.is_file():
+        from .dense import understand
+
+        return _open_gguf(str(name), understand(open_checkpoint(location, tokenizer=tokenizer)))
+    return _open_folder(str(name), location.path)
+
+
+def _open_folder(name: str, folder: Path) -> Opened:
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise UsageError(f"'{name}' is a file.", hint="Name the folder that holds config.json and the weights.")
-    local = folder.is_dir() and str(name) != ""
-    if not local and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
-        raise UsageError(f"There is no folder '{name}'.", hint="Give a model's folder, or a Hub id: owner/name.")
-    if local and not (folder / "config.json").is_file():
-        raise CheckpointError(f"'{name}' is not a model: it has no config.json.", hint="Name a model's folder.")
+    from .checkpoint.tokenizer import of_any_length
+
+    if not (folder / "config.json").is_file():
+        files = sorted(folder.glob("*.gguf"))
+        hint = f"To use a GGUF file, name the file itself: {files[0]}" if files else "Name a model's folder."
+        raise CheckpointError(f"'{name}' is not a model: it has no config.json.", hint=hint)
     options: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(folder) if local else str(name),
-        "local_files_only": local,
+        "pretrained_model_name_or_path": str(folder),
+        "local_files_only": True,
         "trust_remote_code": False,
     }
     with _refusing(f"'{name}' has no configuration that transformers can load without remote code"):
         config = AutoConfig.from_pretrained(**options).get_text_config()
-    if local and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise CheckpointError(
             f"'{name}' has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.",
             hint="Copy the tokenizer's files from the model that it was made of.",
         )
     with _refusing(f"The tokenizer of '{name}' cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(**options)
-        first = tokenizer("a")["input_ids"][:1]
-    bos = tokenizer.bos_token_id
-    if bos is None or first != [bos]:
-        bos = None
-    return Opened(str(name), options, config, tokenizer, bos)
+        tokenizer = of_any_length(AutoTokenizer.from_pretrained(**options))
+        bos = _leading_bos(tokenizer)
+    return Opened(name, options, config, tokenizer, bos)
+
+
+def _open_gguf(name: str, dense: DenseModel) -> Opened:
+    from transformers import AutoConfig
+
+    from .streaming import computing_keys
+
+    config = AutoConfig.for_model(**computing_keys(dense.checkpoint.config))
+    tokenizer = needed_tokenizer(dense.checkpoint)
+    return Opened(name, {}, config, tokenizer, _leading_bos(tokenizer), dense)
+
+
+def needed_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the tokenizer of a GGUF file, or of the folder that was given in its place.
+
+    Raises:
+        CheckpointError: There is none, or transformers cannot load it.
+    """
+    from .checkpoint.tokenizer import parent_tokenizer
+
+    tokenizer = parent_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds no vocabulary, so no text can be turned into its tokens.",
+            hint="Name a folder that holds the model's tokenizer with --tokenizer.",
+        )
+    return tokenizer
+
+
+def _leading_bos(tokenizer: Any) -> int | None:
+    """Return the token that the tokenizer itself puts before a text, or None."""
+    first, bos = tokenizer("a")["input_ids"][:1], tokenizer.bos_token_id
+    return bos if bos is not None and first == [bos] else None
 
 
 def load_weights(opened: Opened, dtype: str, device: str) -> Any:
@@ -97,6 +171,9 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
     Raises:
         CheckpointError: Weights are missing, broken, of other shapes, or not safetensors.
     """
+    if opened.dense is not None:
+        with _refusing(f"The weights of '{opened.name}' cannot be loaded"):
+            return _load_gguf(opened.name, opened.dense, dtype, device)
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM  # its type does not know output_loading_info
@@ -117,6 +194,30 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
     return model.eval()
 
 
+def _load_gguf(name: str, dense: DenseModel, dtype: str, device: str) -> Any:
+    """The model of a GGUF file, by transformers' own loading of one layer after the other; it is held once.
+
+    ``"auto"`` is the dtype that `llamamoe.split` would write.
+    """
+    import torch
+
+    from .assembly import torch_dtype
+    from .plan import stored_dtype
+    from .streaming import StreamedModel
+
+    kind: torch.dtype = torch_dtype(stored_dtype(dense)) if dtype == "auto" else getattr(torch, dtype)
+    streamed = StreamedModel.of_dense(dense, dtype=kind, device="cpu" if device == "spread" else device)
+    model = streamed.whole()
+    model.name_or_path = model.config.name_or_path = name
+    if device == "spread":
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+
+        kept = {"no_split_module_classes": list(model._no_split_modules or ())}
+        model = dispatch_model(model, infer_auto_device_map(model, get_balanced_memory(model, **kept), **kept))
+    return model
+
+
 def free_memory() -> None:
     """Give back what a model took whose last name was just deleted, so that the next one does not come beside it."""
     import torch
@@ -131,6 +232,8 @@ def _refusing(message: str) -> Iterator[None]:
     """Turn whatever a loader raises into one kind of error: files of others can fail in any way."""
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{message}: {reason[0]}") from error

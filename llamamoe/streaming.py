@@ -139,16 +139,16 @@ class StreamedModel:
         return logits.float()
 
     def whole(self) -> Any:
-        """The whole model in memory, for what runs it token by token.
+        """The whole model in memory, for what runs it token by token. It is held once, and one layer as it is stored.
 
         Raises:
             VerificationError: Transformers misses a tensor or does not know one.
         """
-        import torch
-
-        tensors = {name: self.read(name) for name in self.names}
-        model = _load_part(self._keys(), tensors, "the model", self.dtype or torch.float32)
-        return model.to(self.device).eval().requires_grad_(False)
+        model = self._shell()
+        with quiet_transformers():
+            for index, layer in enumerate(model.model.layers):
+                self._load(layer, index)
+        return model
 
     def _keys(self) -> dict[str, Any]:
         return computing_keys(self.config)

@@ -129,6 +129,7 @@ def evaluate_tasks(
     recipe: TaskRecipe,
     *,
     against: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     batch_size: int = 8,
     dtype: str = "auto",
     device: str = "auto",
@@ -140,9 +141,10 @@ def evaluate_tasks(
     paired test takes questions as pairs, so that it sees differences that the two standard errors alone would hide.
 
     Args:
-        model: A folder or a hub id.
+        model: A folder, a ``.gguf`` file or a hub id.
         recipe: The tasks.
         against: Another model.
+        tokenizer: For GGUF files, a folder whose tokenizer is used instead of the one in the file.
         batch_size: Requests that run together.
         dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: A torch device, or ``"auto"``.
@@ -157,14 +159,14 @@ def evaluate_tasks(
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm-eval", "eval", "Tasks of lm-evaluation-harness")
     from .evaluation import pick_device
-    from .scoring import open_model
+    from .scoring import open_models
 
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}, but must be at least 1.")
     device = pick_device(device)
     manager = _manager(recipe)
     places = [each for each in (model, against) if each is not None]
-    opened = [open_model(each) for each in places]
+    opened = open_models(places, tokenizer=tokenizer)
     tell = counting("evaluate", len(places) * len(recipe.tasks), "task", progress)
     run = _Run(recipe, manager, batch_size, dtype, device, tell)
     mine = run.ask(opened[0])

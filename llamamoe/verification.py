@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .checkpoint.reader import SafetensorsCheckpoint
 from .dense import understand
 from .errors import RefusedError, VerificationError
-from .hub import locate, open_checkpoint
+from .hub import locate, open_parent
 from .inventory import Hashes, WeightsChecked, check_files, check_neurons, check_weights
 from .preflight import DERIVED_FILE, HEAL_RECIPE_FILE, RECIPE_FILE
 from .progress import Progress, ProgressCallback, ignore_progress
@@ -112,8 +112,7 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
     folder = Path(out).expanduser()
     _refuse_others(folder)
     location = locate(against)
-    tokenizer = folder if location.path.is_file() else None  # a GGUF's own may be one that cannot be rebuilt
-    model = understand(open_checkpoint(location, tokenizer=tokenizer))
+    model = understand(open_parent(location.path, folder))
     plan = plan_split(model, load_recipe(folder / RECIPE_FILE))
     _check_tokenizer(plan, folder)
     result = verify_conversion(plan, folder, Hashes.of_receipt(folder), progress)

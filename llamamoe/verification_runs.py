@@ -112,14 +112,15 @@ def compare_logits(plan: SplitPlan, converted: SafetensorsCheckpoint, progress: 
 def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
     """int64 ``[1, T]``: `RECEIPT_TEXT` in the folder's tokens, or seeded random ids if it has no tokenizer."""
     import torch
-    from transformers import AutoTokenizer
+
+    from .checkpoint.tokenizer import load
+    from .errors import CheckpointError
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        ids = tokenizer(RECEIPT_TEXT).input_ids[:MAX_TOKENS]
+        ids = load(folder)(RECEIPT_TEXT).input_ids[:MAX_TOKENS]
         if len(ids) > 1 and max(ids) < vocab_size:
             return torch.tensor([ids]), "text"
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
+    except CheckpointError:
         pass  # no tokenizer, or one that needs a package or code that is not here
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocab_size, (1, MAX_TOKENS), generator=generator), "random ids"

@@ -15,7 +15,7 @@ import torch
 from llamamoe.calibration.inputs import LayerInputs
 from llamamoe.comparison import compare, plan_comparison
 from llamamoe.diagnostics import contributions
-from llamamoe.errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from llamamoe.errors import LlamaMoeError, MissingExtraError, UsageError
 from llamamoe.evaluation import evaluate
 from llamamoe.studies import engine, picture, store
 from llamamoe.studies.in_memory import convert_in_memory, oracle_of
@@ -245,12 +245,6 @@ def test_without_matplotlib_the_table_still_comes(study: SimpleNamespace, tmp_pa
     assert found.rows == study.found.rows
     assert "pip install 'llamamoe[plot]'" in found.warnings[-1]
     assert set(found.files) == {"json", "markdown"}
-
-
-def test_a_gguf_file_is_refused(tmp_path: Path, study: SimpleNamespace) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(RefusedError, match="is no folder"):
-        compare(tmp_path / "model.gguf", tmp_path / "out", study.recipe)
 
 
 # ---- the parts ----------------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from llamamoe.checkpoint.reader import INDEX, SafetensorsCheckpoint
-from llamamoe.errors import CheckpointError, LlamaMoeError
+from llamamoe.errors import CheckpointError, LlamaMoeError, UsageError
 from llamamoe.hub import locate
+from llamamoe.scoring import open_model
+from tests.models import make_dense
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -234,3 +236,18 @@ def test_odd_file_names_are_escaped(tmp_path: Path, make: Callable[[Path], objec
         SafetensorsCheckpoint(tmp_path)
     assert "It holds: a\\x1b[2J\\n" in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["org/model", "hf://org/model@v1", "org/model@v1"])
+def test_a_model_that_is_only_run_is_found_as_a_source_is(
+    hub: Hub, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_dense(tmp_path / "dense")
+    monkeypatch.setattr("llamamoe.hub._fetch", lambda name, revision: dense if name == "org/model" else None)
+    opened = open_model(source)
+    assert opened.name == source
+    assert opened.options == {
+        "pretrained_model_name_or_path": str(dense), "local_files_only": True, "trust_remote_code": False
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="There is no folder"):
+        open_model(Path("org/model"))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoint.files import write_text
 from ..errors import CheckpointError, LlamaMoeError, UsageError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .reading import leading_bos
@@ -119,20 +115,11 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: There is none, or transformers cannot load it.
     """
-    from ..scoring import open_model
+    from ..scoring import needed_tokenizer, open_model
 
     if checkpoint.path.is_dir():
         return open_model(checkpoint.path).tokenizer
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if set(checkpoint.save_tokenizer(folder)) <= {"generation_config.json"}:
-            raise CheckpointError(
-                f"'{checkpoint.path}' holds no vocabulary, so no text can be turned into its tokens.",
-                hint="Name a folder that holds the model's tokenizer with --tokenizer.",
-            )
-        # Some tokenizers are known by the model's type only.
-        write_text(folder / "config.json", json.dumps(checkpoint.config))
-        return open_model(folder).tokenizer
+    return needed_tokenizer(checkpoint)
 
 
 def _check(num_tokens: int, length: int, temperature: float, batch_size: int, positions: int) -> None:

@@ -39,6 +39,7 @@ class GgufCheckpoint:
     Args:
         path: The .gguf file.
         tokenizer: A folder whose tokenizer files are used instead of the vocabulary in the file.
+        weights_only: Leave the tokenizer for `check_tokenizer`, for who only looks at the weights.
 
     Attributes:
         general: The file's ``general.*`` metadata without the prefix: name, license, ...
@@ -53,7 +54,7 @@ class GgufCheckpoint:
     tensors: Mapping[str, TensorInfo]
     notes: list[str]
 
-    def __init__(self, path: str | Path, *, tokenizer: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, *, tokenizer: str | Path | None = None, weights_only: bool = False) -> None:
         self.path = Path(path)
         self._files = SourceFiles()
         self._files.watch(self.path)
@@ -71,8 +72,7 @@ class GgufCheckpoint:
         self._tokenizer = None if tokenizer is None else Path(tokenizer)
         self._files.watch(*(gguf_tokenizer.files(self._tokenizer) if self._tokenizer else ()))
         # Found out now, so that a plan can refuse before anything is written.
-        tokenizer_notes = gguf_tokenizer.check(header, self._tokenizer, self.config["vocab_size"])
-        self.notes = self._quantisation_notes() + notes + tokenizer_notes
+        self.notes = self._quantisation_notes() + notes + ([] if weights_only else self.check_tokenizer())
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """See `Checkpoint.read`: F16, BF16 and F32 as they are stored, everything else dequantised to float32.
@@ -96,6 +96,14 @@ class GgufCheckpoint:
         if self._layout.norm_offset and name.endswith("norm.weight"):
             values = values - self._layout.norm_offset
         return values if rows is None else values[rows[0] : rows[1]]
+
+    def check_tokenizer(self) -> list[str]:
+        """Return notes about the tokenizer.
+
+        Raises:
+            CheckpointError: It could not be saved; see `llamamoe.checkpoint.gguf_tokenizer.check`.
+        """
+        return gguf_tokenizer.check(self._header, self._tokenizer, self.config["vocab_size"])
 
     def save_tokenizer(self, out: Path) -> list[str]:
         """Write tokenizer, its configuration with the chat template, and the generation configuration into ``out``.

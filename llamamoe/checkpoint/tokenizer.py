@@ -100,7 +100,13 @@ def load(folder: Path, what: str | None = None) -> Any:
     with _one_error(what or f"the tokenizer of '{folder}'", folder), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer("a")
-        return tokenizer
+        return of_any_length(tokenizer)
+
+
+def of_any_length(tokenizer: Any) -> Any:
+    """Keep transformers from remarking that a text is longer than the model's positions: texts are cut later."""
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 @contextmanager

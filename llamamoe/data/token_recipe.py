@@ -46,7 +46,7 @@ class TokenizeRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokenizer: str = Field(min_length=1, description="A model's folder, which holds the tokenizer.")
+    tokenizer: str = Field(min_length=1, description="A model's folder or .gguf file, which holds the tokenizer.")
     text: Paths = Field((), description="Files, folders or globs; the domain is the row's, the file's or the folder's.")
     domains: dict[DomainName, Paths] | None = Field(
         None, min_length=1, description="Domains by name, with their files, folders or globs, whatever the rows say."

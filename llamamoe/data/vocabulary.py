@@ -40,10 +40,10 @@ class Vocabulary:
 
 
 def open_vocabulary(folder: str | Path) -> Vocabulary:
-    """Read the tokenizer of a model's folder, without the network and without remote code.
+    """Read the tokenizer of a model's folder or GGUF file, without the network and without remote code.
 
     Raises:
-        UsageError: There is no such folder.
+        UsageError: There is no such folder or file.
         CheckpointError: It holds no tokenizer that can be used: none at all, no fast one, or one without an end of
             sequence.
     """
@@ -77,6 +77,7 @@ def open_vocabulary(folder: str | Path) -> Vocabulary:
 
 
 def _files_sha256(folder: Path) -> str:
+    """Hash what decides ids in a folder; nothing for a GGUF file, whose tokenizer is known by `TokenizerEntry.ids_sha256`."""
     digest = hashlib.sha256()
     for name in _FILES:
         if (folder / name).is_file():

@@ -41,21 +41,24 @@ class Engine:
     """What the cells of a study share: the evaluation text, calibration texts, the dense model.
 
     Args:
-        location: The source, a folder.
+        location: The source, a folder or a GGUF file.
         recipe: The study.
         out: Its folder; checkpoints and large files go there.
+        tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
 
     Raises:
         UsageError: A text does not exist, or documents are in both texts.
-        CheckpointError: The source is no folder that transformers loads.
+        CheckpointError: The source, or its tokenizer, cannot be loaded.
         LlamaMoeError: A text cannot be read or has nothing to score.
     """
 
-    def __init__(self, location: Location, recipe: CompareRecipe, out: Path) -> None:
-        self.location, self.recipe, self.out = location, recipe, out
+    def __init__(
+        self, location: Location, recipe: CompareRecipe, out: Path, *, tokenizer: str | Path | None = None
+    ) -> None:
+        self.location, self.recipe, self.out, self._tokenizer = location, recipe, out, tokenizer
         self.device = pick_device(recipe.device)
         self.text, self.window = scoring_plan(
-            open_model(location.path),
+            open_model(location.path, tokenizer=tokenizer),
             recipe.evaluation,
             max_tokens=recipe.evaluation_tokens,
             context_length=recipe.context_length,
@@ -188,7 +191,7 @@ class Engine:
         name = cell.label.replace("/", "_").replace(" ", "_").replace(",", "")
         folder = self.out / _CHECKPOINTS / name
         make_folder(folder.parent)
-        split(self.location.path, folder, cell.plan.recipe, force=True, progress=progress)
+        split(self.location.path, folder, cell.plan.recipe, force=True, tokenizer=self._tokenizer, progress=progress)
         found = evaluate(
             folder,
             self.recipe.evaluation,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RefusedError
+from ..errors import CheckpointError, RefusedError
 from .loss_head import LossHead
 from .model_parts import decoder_layers, ffn_modules, first_tensor, residual_multiplier
 
@@ -146,7 +146,7 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
     before the weights are loaded.
 
     Args:
-        folder: The dense checkpoint.
+        folder: The dense checkpoint: a folder, or a ``.gguf`` file.
         student: The converted checkpoint, with its tokenizer.
         dtype: Of the weights: ``bfloat16``, ``float32`` or ``float16``.
         device: Where it goes.
@@ -156,31 +156,54 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
         RefusedError: Its vocabulary or tokenizer is not the student's.
     """
     from ..checkpoint.json_files import read_json
-    from ..checkpoint.reader import SafetensorsCheckpoint
     from ..dense import understand
+    from ..hub import open_parent, parent_vocabulary
     from ..scoring import load_weights, open_model
 
-    spec = understand(SafetensorsCheckpoint(Path(folder))).spec
+    spec = understand(open_parent(Path(folder), Path(student))).spec
     size = read_json(Path(student) / "config.json").get("vocab_size")
     if size != spec.vocab_size:
         raise RefusedError(
             f"the parent '{folder}' has {spec.vocab_size} tokens in its vocabulary, the model '{student}' has {size}.",
             hint="Give the dense model that this one was made of.",
         )
-    _check_tokenizers(Path(folder), Path(student))
-    return Parent(load_weights(open_model(folder), dtype, device), str(folder))
+    taken = parent_vocabulary(Path(folder), Path(student))
+    opened = open_model(folder, tokenizer=taken)
+    _check_tokenizers(opened.tokenizer, Path(folder), Path(student))
+    if taken is not None:
+        _check_vocabulary(Path(folder), opened.tokenizer, Path(student))
+    return Parent(load_weights(opened, dtype, device), str(folder))
 
 
-def _check_tokenizers(parent: Path, student: Path) -> None:
+def _check_tokenizers(tokenizer: Any, parent: Path, student: Path) -> None:
     from ..checkpoint.tokenizer import difference
     from ..scoring import open_model
 
-    found = difference(open_model(parent).tokenizer, open_model(student).tokenizer, templates=False)
+    found = difference(tokenizer, open_model(student).tokenizer, templates=False)
     if found:
         raise RefusedError(
             f"the parent '{parent}' has another tokenizer than the model '{student}': the same ids would mean "
             f"different text ({found}).",
             hint="Give the dense model that this one was made of, with the tokenizer that belongs to it.",
+        )
+
+
+def _check_vocabulary(parent: Path, tokenizer: Any, student: Path) -> None:
+    """Refuse a GGUF file whose own tokens have other ids than in the tokenizer that is used in its place."""
+    from ..checkpoint.tokenizer import parent_tokenizer
+    from ..hub import Location, open_checkpoint
+
+    try:
+        own = parent_tokenizer(open_checkpoint(Location(parent, parent.name)))
+    except CheckpointError:
+        return  # it cannot be rebuilt, so nothing can be said
+    mine, theirs = own.get_vocab() if own is not None else {}, tokenizer.get_vocab()
+    wrong = [token for token, index in mine.items() if theirs.get(token, index) != index]
+    if wrong or 2 * len(mine.keys() & theirs.keys()) < len(mine):
+        told = f"{wrong[0]!r} has the ids {mine[wrong[0]]} and {theirs[wrong[0]]}" if wrong else "most tokens differ"
+        raise RefusedError(
+            f"the parent '{parent}' has another vocabulary than the model '{student}': {told}.",
+            hint="Give the dense model that this one was made of.",
         )
 
 

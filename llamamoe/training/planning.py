@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..data.mixtures import mixture_weights
-from ..hub import locate
+from ..hub import locate, open_parent
 from ..preflight import normal_path
 from .corpora import held_out_corpus, training_corpus
 from .model import check_folder
@@ -120,7 +120,7 @@ def plan_pretraining(
     corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
     tokens = {name: corpus.tokens(name) for name in corpus.domains}
     weights = mixture_weights(recipe.data.mixture, tokens)
-    dense = SafetensorsCheckpoint(parent) if parent is not None else None
+    dense = open_parent(parent, location.path) if parent is not None else None
     found = estimate(
         recipe,
         config,

@@ -10,6 +10,7 @@ from ..checkpoint.files import remove_temporaries, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError, UsageError
+from ..hub import open_parent
 from ..preflight import check_apart, check_kind
 from .corpora import held_out_corpus, training_corpus
 from .fit import check_fit
@@ -58,9 +59,7 @@ def identities(recipe: PretrainRecipe, source: Path, parent: Path | None) -> dic
     checkpoint = SafetensorsCheckpoint(source)
     found: dict[str, Any] = {"model": content_fingerprint(checkpoint.tensors, checkpoint.config)}
     if parent is not None:
-        if not parent.is_dir():
-            raise CheckpointError(f"parent: {parent} is no folder.", hint="Give the folder with config.json.")
-        dense = SafetensorsCheckpoint(parent)
+        dense = open_parent(parent, source)
         found["parent"] = content_fingerprint(dense.tensors, dense.config)
     train, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
     for key, corpus in (("train", train), ("validation", held_out)):

@@ -150,7 +150,9 @@ class PretrainRecipe(_Part):
     """Everything that decides a run of ``llamamoe pretrain``."""
 
     model: str = Field(min_length=1, description="The converted checkpoint: a folder or hub id.")
-    parent: str | None = Field(None, min_length=1, description="The dense model that it was made from.")
+    parent: str | None = Field(
+        None, min_length=1, description="The dense model that it was made from: a folder, .gguf file or hub id."
+    )
     data: DataRecipe = Field(description="What is trained on.")
     steps: int | None = Field(None, ge=1, le=10**9, description="Optimiser steps; or give tokens.")
     tokens: float | None = Field(None, gt=0, le=1e16, description="Tokens to train on; or give steps.")
