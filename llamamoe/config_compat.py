@@ -19,7 +19,7 @@ from .checkpoint.json_files import read_json
 from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from .checkpoint.renaming import rename_tensors, unusual_files
 from .errors import CheckpointError, RefusedError
-from .registry import near_misses
+from .registry import known_names
 from .sources import SOURCES
 from .targets import TARGETS
 
@@ -97,7 +97,7 @@ def _check_known(config: Mapping[str, Any]) -> None:
     if name not in known:
         raise RefusedError(
             f"config.json: model_type {name!r} is none whose two spellings are known here.",
-            hint=near_misses(str(name), known),
+            hint=known_names(known),
         )
 
 

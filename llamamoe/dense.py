@@ -10,7 +10,7 @@ from .checkpoint.base import FLOAT_DTYPES, Checkpoint
 from .checkpoint.reader import refuse_tokenizer_code
 from .config_values import SIZE_KEYS, check_rope, check_special, check_values
 from .errors import CheckpointError
-from .registry import near_misses
+from .registry import known_names
 from .sources import SOURCES, DenseSpec, Read, Source
 from .sources.fields import completed
 
@@ -63,7 +63,7 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
     if not isinstance(name, str) or name not in SOURCES:
         raise CheckpointError(
             f"config.json: model_type {name!r} is no dense family that can be converted exactly.",
-            hint=near_misses(str(name), SOURCES.names()),
+            hint=known_names(SOURCES.names()),
         )
     source = SOURCES.get(name)()
     check_values(config, source.fields)

@@ -21,13 +21,27 @@ from .errors import UsageError
 T = TypeVar("T")
 
 
+_ALIKE = 0.7
+"""Lowest `difflib` ratio of a typing error: "stablelm" has 0.53 to "mistral", "rand" has 0.8 to "random"."""
+_MOST_NAMED = 100
+
+
 def near_misses(value: str, choices: list[str]) -> str:
-    """A sentence that names the nearest choices and then all of them."""
+    """Name the choices that ``value`` may be a typing error of, and then all of them (unless they are too many).
+
+    For what a person typed; see `known_names` for what stands in a file of somebody else's.
+    """
     if not choices:
         return "It has no options of its own."
-    close = difflib.get_close_matches(value, choices, n=3, cutoff=0.65)
+    spelled = {choice.lower(): choice for choice in reversed(choices)}
+    close = [spelled[each] for each in difflib.get_close_matches(value.lower(), spelled, n=3, cutoff=_ALIKE)]
     start = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return f"{start}Known: {', '.join(choices)}."
+    return start + known_names(choices)
+
+
+def known_names(choices: list[str]) -> str:
+    """Name all choices, or say how many there are, without a guess which of them may be meant."""
+    return f"Known: {', '.join(choices)}." if len(choices) <= _MOST_NAMED else f"{len(choices):,} names are known."
 
 
 class Registry(Generic[T]):
