@@ -1,10 +1,11 @@
 # Everything a fresh clone needs, with Python 3.11+ and make only. `make help` lists the targets.
 #
-# An environment is a folder (VENV, VENV_TF4) with a stamp file per thing installed in it: a second `make` does nothing.
+# An environment is a folder (VENV, VENV_TF4, VENV_CLIENTS) with a stamp file per thing installed in it: a second `make` does nothing.
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TF4 ?= .venv-tf4
+VENV_CLIENTS ?= .venv-clients
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -23,7 +24,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZER
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo test lint format test-transformers4 benchmarks clean distclean
+.PHONY: help venv demo test lint format test-transformers4 test-clients benchmarks clean distclean
 
 help:  ## List the targets (default)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +54,10 @@ test-transformers4: venv $(VENV_TF4)/.stamp-transformers4  ## Check that outputs
 	$(TEST_ENV) LLAMAMOE_TRANSFORMERS4_PYTHON='$(abspath $(VENV_TF4))/bin/python' \
 		$(BIN)/python -m pytest tests/transformers4 $(PYTEST_ARGS)
 
+test-clients: venv $(VENV_CLIENTS)/.stamp-clients  ## Check what mlx-lm, llama.cpp and mistral.rs compute of outputs
+	$(TEST_ENV) LLAMAMOE_CLIENTS_PYTHON='$(abspath $(VENV_CLIENTS))/bin/python' \
+		$(BIN)/python -m pytest tests/clients $(PYTEST_ARGS)
+
 # data_pipeline.py, recovery.py and router_scale.py measure on text that must be named: see BENCHMARKS.md.
 benchmarks: venv $(VENV)/.stamp-bench  ## Run the scripts in benchmarks/ that need no text of yours
 	@for name in conversion clustering exactness calibration experts training_memory training_throughput recipes_on_paper; do \
@@ -63,7 +68,7 @@ clean:  ## Delete build leftovers, caches and the demo's output
 	find llamamoe cli recipes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the environments too
-	rm -rf $(VENV) $(VENV_TF4)
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_CLIENTS)
 
 define CHECK_PYTHON
 @command -v '$(PYTHON)' >/dev/null || { \
@@ -74,7 +79,7 @@ define CHECK_PYTHON
 	echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 endef
 
-$(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv:
+$(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv $(VENV_CLIENTS)/.stamp-venv:
 	$(CHECK_PYTHON)
 	@'$(PYTHON)' -m venv $(@D)
 	@touch $@
@@ -102,4 +107,9 @@ $(VENV)/.stamp-model: constraints.txt $(VENV)/.stamp-venv
 $(VENV_TF4)/.stamp-transformers4: constraints-transformers4.txt $(VENV_TF4)/.stamp-venv
 	@echo "Installing transformers 4.57 into $(VENV_TF4) (a few minutes, once)"
 	@$(VENV_TF4)/bin/python $(PIP) -r constraints-transformers4.txt
+	@touch $@
+
+$(VENV_CLIENTS)/.stamp-clients: constraints-clients.txt $(VENV_CLIENTS)/.stamp-venv
+	@echo "Installing mlx-lm, llama.cpp and mistral.rs into $(VENV_CLIENTS) (a minute, once)"
+	@$(VENV_CLIENTS)/bin/python $(PIP) -r constraints-clients.txt
 	@touch $@

@@ -1,0 +1,134 @@
+"""What programs other than transformers compute of each target: measured, by version; see ``tests/clients``.
+
+Plain data, so that ``llamamoe methods --matrix`` and the README can show it. ``make test-clients`` asserts every entry,
+and so fails on the day that a program gains an architecture or mends a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Outcome = Literal["same", "differs", "refused"]
+
+SIGNS: Mapping[Outcome, str] = {"same": "✓", "differs": "≠", "refused": "–"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program makes of an output.
+
+    Attributes:
+        outcome: ``"same"``: the logits of transformers in float32 and its greedy tokens; ``"differs"``: it computes
+            something else without an error; ``"refused"``: it has no such class, or reports an error.
+        note: Why, and the way out, if there is more to say.
+    """
+
+    outcome: Outcome
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program that runs checkpoints, and what it makes of each kind of output.
+
+    Attributes:
+        name: What its users call it.
+        package: The distribution by which it was tested.
+        version: The version tested.
+        results: By target, or by target and flags (``"qwen2_moe --rescale unit"``).
+    """
+
+    name: str
+    package: str
+    version: str
+    results: Mapping[str, Result]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the client as plain data."""
+        return asdict(self)
+
+
+_SAME = Result("same")
+_UNKNOWN = Result("refused", "it does not have this architecture")
+_NO_GGUF = Result("refused", "export-gguf refuses it: granitemoeshared and mixtral hold most models")
+
+CLIENTS: tuple[Client, ...] = (
+    Client(
+        "mlx-lm",
+        "mlx-lm",
+        "0.32.2",
+        {
+            "dense": _SAME,
+            "ernie4_5_moe": _SAME,
+            "glm4_moe": _SAME,
+            "glm4_moe --shared 2x": _SAME,
+            "granitemoeshared": _UNKNOWN,
+            "mixtral": _SAME,
+            "qwen2_moe": Result("differs", "it ignores norm_topk_prob; take --rescale unit, or glm4_moe"),
+            "qwen2_moe --rescale unit": Result(
+                "same", "in float32; in bfloat16 it rounds the router's probabilities, so that experts tie"
+            ),
+            "qwen3_moe": _SAME,
+        },
+    ),
+    Client(
+        "llama.cpp",
+        "xllamacpp",
+        "2026.10.11549",
+        {
+            "dense": Result("refused", "export-gguf writes mixtures only; llama.cpp's own converter takes the folder"),
+            "ernie4_5_moe": _NO_GGUF,
+            "glm4_moe": _NO_GGUF,
+            "glm4_moe --shared 2x": _NO_GGUF,
+            "granitemoeshared": _SAME,
+            "mixtral": _SAME,
+            "qwen2_moe": Result(
+                "refused",
+                "export-gguf refuses renormalised weights, which llama.cpp would ignore; take --rescale unit. Its own "
+                "converter takes the folder, and the result differs",
+            ),
+            "qwen2_moe --rescale unit": _SAME,
+            "qwen3_moe": _NO_GGUF,
+        },
+    ),
+    Client(
+        "mistral.rs",
+        "mistralrs",
+        "0.9.5",
+        {
+            "dense": _SAME,
+            "ernie4_5_moe": _UNKNOWN,
+            "glm4_moe": _SAME,
+            "glm4_moe --shared 2x": Result("refused", "it takes a shared expert of one expert width only: --shared 1x"),
+            "granitemoeshared": _UNKNOWN,
+            "mixtral": _SAME,
+            "qwen2_moe": _UNKNOWN,
+            "qwen2_moe --rescale unit": _UNKNOWN,
+            "qwen3_moe": _SAME,
+        },
+    ),
+)
+
+
+def table() -> list[list[str]]:
+    """Return the rows of a table: a header of clients, then one row for each kind of output."""
+    kinds = sorted({kind for client in CLIENTS for kind in client.results})
+    rows = [["program", *(client.name for client in CLIENTS)]]
+    return rows + [[kind, *(SIGNS[client.results[kind].outcome] for client in CLIENTS)] for kind in kinds]
+
+
+def notes() -> list[str]:
+    """Return a sentence for each result that needs one, equal ones joined."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for client in CLIENTS:
+        for kind, result in client.results.items():
+            if result.note:
+                found.setdefault((client.name, result.note), []).append(kind)
+    return [f"{name}, {', '.join(kinds)}: {note}" for (name, note), kinds in found.items()]
+
+
+def versions() -> str:
+    """Name the version of each client that was tested."""
+    return ", ".join(f"{client.name} ({client.package} {client.version})" for client in CLIENTS)
