@@ -125,6 +125,7 @@ def _print_matrix(found: Matrix, *, verbose: bool) -> None:
         "4.57: loads in transformers 4.57 and 5. 5: in transformers 5 only. s: neurons can be shared, too. "
         "*: exact in float32 only. -: refused" + ("." if verbose else "; -v says why.")
     )
+    _print_clients(verbose=verbose)
     if verbose:
         heading("Refused because")
         reasons = {
@@ -133,6 +134,22 @@ def _print_matrix(found: Matrix, *, verbose: bool) -> None:
             if not c.supported and not c.shared
         }
         bullets(sorted(reasons))
+
+
+def _print_clients(*, verbose: bool) -> None:
+    """What other programs compute of each target."""
+    from llamamoe.targets import clients
+
+    heading("In other programs")
+    header, *rows = clients.table()
+    table(header, rows, indent=0)
+    echo()
+    paragraph(
+        f"✓: the same logits and greedy tokens as transformers in float32. ≠: others, without an error. –: refused. Tested: "
+        f"{clients.versions()}."
+    )
+    if verbose:
+        bullets(clients.notes())
 
 
 def _cell(found: Matrix, family: str, target: str, variant: str) -> str:

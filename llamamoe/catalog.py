@@ -29,6 +29,7 @@ from .selectors import SELECTORS
 from .sources import SOURCES, Source
 from .splitters import SPLITTERS
 from .targets import TARGETS
+from .targets.clients import CLIENTS
 from .training.gates import GATES
 from .training.losses import LOSSES
 
@@ -184,6 +185,7 @@ class Matrix:
             "rows": [{"family": family, "variant": variant} for family, variant in self.rows],
             "targets": list(self.targets),
             "cells": [asdict(cell) for cell in self.cells],
+            "clients": [client.to_json() for client in CLIENTS],
         }
 
 

@@ -16,6 +16,7 @@ import llamamoe
 from llamamoe.catalog import Cell, matrix
 from llamamoe.choices import complete
 from llamamoe.recipe import SplitRecipe, load_recipe
+from llamamoe.targets import TARGETS, clients
 from tests.models import make_byte_level, make_dense
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,6 +231,15 @@ def matrix_table() -> str:
         shared = [found.cell(family, target, variant=variant, shared=True) for target in found.targets]
         rows.append([name, *map(cell_text, plain, shared)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def test_the_table_of_other_programs_is_the_data():
+    header, *rows = zip(*clients.table(), strict=True)
+    titles = [header[0], *(f"`{kind}`" for kind in header[1:])]
+    assert "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)) in README
+    assert clients.versions() in README.replace("\n", " ")
+    for client in clients.CLIENTS:
+        assert {kind.split()[0] for kind in client.results} == set(TARGETS.names()), client.name
 
 
 def test_the_table_of_the_readme_is_the_matrix():
