@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .checkpoint.paths import refuse_pointers
+from .checkpoint.reader import SIDE_FILES
 from .errors import CheckpointError, LlamaMoeError, UsageError
 from .hub import is_hub_id, locate, open_checkpoint
 
@@ -65,7 +67,10 @@ def open_models(names: Sequence[str | Path], *, tokenizer: str | Path | None = N
     files = [is_gguf(name) for name in names]
     if tokenizer is not None and not any(files):
         raise UsageError("--tokenizer is for GGUF files: a folder brings its own tokenizer, which is used.")
-    return [open_model(name, tokenizer=tokenizer if file else None) for name, file in zip(names, files, strict=True)]
+    found = [open_model(name, tokenizer=tokenizer if file else None) for name, file in zip(names, files, strict=True)]
+    for folder in (Path(each.options["pretrained_model_name_or_path"]) for each in found if each.dense is None):
+        refuse_pointers(sorted(folder.glob("*.safetensors")))
+    return found
 
 
 def is_gguf(name: str | Path) -> bool:
@@ -109,6 +114,7 @@ def _open_folder(name: str, folder: Path) -> Opened:
         files = sorted(folder.glob("*.gguf"))
         hint = f"To use a GGUF file, name the file itself: {files[0]}" if files else "Name a model's folder."
         raise CheckpointError(f"'{name}' is not a model: it has no config.json.", hint=hint)
+    refuse_pointers(folder / file for file in ("config.json", *SIDE_FILES))
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": str(folder),
         "local_files_only": True,
@@ -177,7 +183,8 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM  # its type does not know output_loading_info
-    with _refusing(f"The weights of '{opened.name}' cannot be loaded"), _no_progress_bars():
+    folder = Path(opened.options["pretrained_model_name_or_path"])
+    with _refusing(f"The weights of '{opened.name}' cannot be loaded", folder), _no_progress_bars():
         model, info = loader.from_pretrained(
             **opened.options,
             dtype=dtype,
@@ -228,13 +235,25 @@ def free_memory() -> None:
 
 
 @contextlib.contextmanager
-def _refusing(message: str) -> Iterator[None]:
-    """Turn whatever a loader raises into one kind of error: files of others can fail in any way."""
+def _refusing(message: str, folder: Path | None = None) -> Iterator[None]:
+    """Turn whatever a loader raises into one kind of error: files of others can fail in any way.
+
+    Args:
+        message: What cannot be done.
+        folder: Of weights in which llamamoe's own reader may find what is wrong, in better words.
+    """
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
+        if folder is not None:
+            from .checkpoint.reader import SafetensorsCheckpoint
+
+            try:
+                SafetensorsCheckpoint(folder)
+            except CheckpointError as found:
+                raise CheckpointError(f"{message}: {found.message}", hint=found.hint) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{message}: {reason[0]}") from error
 

@@ -7,12 +7,16 @@ are followed, and into folders that the reader has listed in ``LLAMAMOE_LINKS_IN
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..plain_text import printable
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+"""Every pointer is smaller, by its specification."""
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:
@@ -30,6 +34,21 @@ def refuse_pointer(path: Path, start: bytes) -> None:
             f"{path.name} is a Git LFS pointer, not the file itself.",
             hint=f"Fetch the files: cd {path.parent} && git lfs pull",
         )
+
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Refuse files that Git LFS left in the place of the real ones; files that are not there are passed over.
+
+    Raises:
+        CheckpointError: One is such a pointer; see `refuse_pointer`.
+    """
+    for path in paths:
+        start = b""
+        with suppress(OSError):  # who reads the file says what is wrong with it
+            if path.is_file() and path.stat().st_size < _POINTER_BYTES:
+                with path.open("rb") as file:
+                    start = file.read(len(_POINTER))
+        refuse_pointer(path, start)
 
 
 LINKS_INTO = "LLAMAMOE_LINKS_INTO"

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, VerificationError
 from .files import copy_file, unsynced, write_text
 from .json_files import read_json
-from .reader import VOCABULARIES
+from .paths import refuse_pointers
+from .reader import SIDE_FILES, VOCABULARIES
 
 if TYPE_CHECKING:
     from .base import Checkpoint
@@ -91,12 +92,13 @@ def load(folder: Path, what: str | None = None) -> Any:
         what: Its name in an error.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or Git LFS left pointers in the place of its files.
     """
     from transformers import AutoTokenizer
 
     from ..streaming import quiet_transformers
 
+    refuse_pointers(folder / name for name in ("config.json", *SIDE_FILES))
     with _one_error(what or f"the tokenizer of '{folder}'", folder), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer("a")

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..checkpoint.paths import refuse_pointers
 from ..errors import RefusedError, UsageError
 
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -51,12 +52,14 @@ def check_regular(path: Path) -> None:
 
     Raises:
         UsageError: It is something else.
+        CheckpointError: Git LFS left a pointer in its place.
         OSError: It is not there.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         kind = next((name for test, name in _KINDS if test(mode)), "something else")
         raise UsageError(f"'{path}' is {kind}, not a regular file.", hint="Write the text into a file first.")
+    refuse_pointers([path])
 
 
 def _match(pattern: str | Path) -> Iterator[tuple[Path, bool]]:

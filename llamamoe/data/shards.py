@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.manifest import file_sha256
+from ..checkpoint.paths import refuse_pointers
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from ..registry import near_misses
@@ -75,6 +76,7 @@ class TokenCorpus:
                 f"'{path}' cannot be read: {error.strerror or error}.", hint="Copy the folder again, or tokenise again."
             ) from None
         if size != expected:
+            refuse_pointers([path])
             change = "cut short" if size < expected else "too long"
             raise CheckpointError(
                 f"'{path}' is {change}: {size:,} bytes, and its {tokens:,} tokens take {expected:,}.",

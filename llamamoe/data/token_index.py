@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..checkpoint.paths import refuse_pointers
 from ..errors import CheckpointError
 
 INDEX_FILE = "index.json"
@@ -155,6 +156,7 @@ def read_index(folder: Path) -> TokenIndex:
         CheckpointError: It is missing, is none, or was written by a newer version.
     """
     path = folder / INDEX_FILE
+    refuse_pointers([path])
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
