@@ -101,7 +101,7 @@ def test_ids_are_the_parents(tmp_path: Path, case: str, target: str) -> None:
     assert after.chat_template == before.chat_template
     assert difference(before, after) is None
     assert ids_sha256(before) == ids_sha256(after)
-    _check_tokenizers(parent, out)
+    _check_tokenizers(before, parent, out)
 
 
 def small(parent: Path, out: Path, **keys: Any) -> Any:

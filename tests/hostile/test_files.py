@@ -277,9 +277,9 @@ def test_unknown_architecture(source: Path, refused: Refused, name: Any) -> None
     refused(source, repr(name), "no dense family", "Known: gemma, granite, llama")
 
 
-def test_unknown_architecture_names_near_misses(source: Path, refused: Refused) -> None:
-    edit_config(source, model_type="lama")
-    refused(source, "Did you mean 'llama'")
+def test_unknown_architecture_names_the_known_ones(source: Path, refused: Refused) -> None:
+    edit_config(source, model_type="stablelm")
+    assert "mean" not in str(refused(source, "model_type 'stablelm'", "Known: gemma, granite, llama"))
 
 
 def test_custom_code(source: Path, refused: Refused) -> None:
