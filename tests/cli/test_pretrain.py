@@ -74,6 +74,31 @@ def test_bad_input(recipe: Path, tmp_path: Path, run: Run) -> None:
     assert not out.exists()
 
 
+def test_a_damaged_checkpoint_is_told_and_an_older_one_can_be_named(recipe: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "run"
+    args = ("pretrain", "--recipe", recipe, "--out", out)
+    run(*args)
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    path = out / "checkpoint-2" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    told = " ".join(run(*args, "--resume", code=3).output.split())
+    assert "model.safetensors was changed after it was written" in told
+    assert "--resume checkpoint-1 goes on" in told
+    run(*args, "--resume", "checkpoint-1", "-q")
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+    assert "is not a checkpoint of the run" in run(*args, "--resume", "checkpoint-7", code=2).output
+    assert "exclude each other" in run(*args, "--resume", "checkpoint-1", "--force", code=2).output
+
+
+def test_a_dry_run_refuses_what_the_run_would(recipe: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "run"
+    (out / "checkpoint-500").mkdir(parents=True)
+    for flags in ((), ("--force",), ("--resume",)):
+        shown = run("pretrain", "--recipe", recipe, "--out", out, "--dry-run", *flags, code=3).output
+        assert "checkpoint-500" in shown
+    assert [path.name for path in out.iterdir()] == ["checkpoint-500"]
+
+
 def test_another_recipe_cannot_go_on_and_the_way_out_works(recipe: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "run"
     run("pretrain", "--recipe", recipe, "--out", out)
