@@ -29,7 +29,7 @@ from .ownership import (
     run_id,
     step_of,
 )
-from .resuming import check_contents, check_same_run, chosen
+from .resuming import check_contents, check_same_run, chosen, warn_of_metrics
 
 if TYPE_CHECKING:
     from ..progress import ProgressCallback
@@ -148,6 +148,7 @@ def prepare_run_folder(folder: Path, recipe: PretrainRecipe, checkpoint: Path | 
     """
     if checkpoint is not None:
         check_contents(checkpoint, recipe)
+        warn_of_metrics(checkpoint)
     if force:
         clear(folder)
     if run_id(folder) is None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.manifest import Manifest, file_sha256
 from ..checkpoint.reader import INDEX, SINGLE, read_weight_map
 from ..errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
-from .ownership import FACTS, MARKER, RECIPE, manifest_of, named_checkpoints, run_id, step_of
-from .run_folder import checkpoints, start_anew
+from .ownership import FACTS, MARKER, METRICS, RECIPE, manifest_of, named_checkpoints, run_id, step_of
+from .run_folder import checkpoints, complete, start_anew
 
 if TYPE_CHECKING:
     from .recipe import PretrainRecipe
 
+log = logging.getLogger("llamamoe")
 STATE, REST = "llamamoe_training.json", "llamamoe_trained.safetensors"
 """The mixture and the gate's state; what is trained beside adapters."""
 TRAINER_STATE = "trainer_state.json"
@@ -70,10 +75,72 @@ def check_contents(checkpoint: Path, recipe: PretrainRecipe) -> None:
         return
     older = [path for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
     whole = next((path for path in reversed(older) if next(faults(path, recipe), None) is None), None)
-    way = "No older checkpoint is whole: start again with --force, or with another --out."
+    way = "No older checkpoint is whole: put the file back from a copy, or begin again in another --out or by --force."
     if whole is not None:
         way = f"--resume {whole.name} goes on from the newest older one that is whole; later ones are deleted and made again."
     raise CheckpointError(f"{checkpoint} is damaged: {fault}.", hint=way)
+
+
+def note_files(checkpoint: Path, folder: Path, recipe: PretrainRecipe, *, step: int, ranks: int) -> None:
+    """Write the manifest of a checkpoint whose files all ranks have written; it is not yet where it will be.
+
+    Args:
+        checkpoint: Where it was put together.
+        folder: The run's folder.
+        recipe: The run's.
+        step: Steps done.
+        ranks: Processes of the run.
+
+    Raises:
+        OSError: A file that going on needs was not written, or the disk is full.
+    """
+    facts = {
+        "run": run_id(folder),
+        "step": step,
+        "ranks": ranks,
+        "recipe_sha256": recipe.sha256(),
+        "facts_sha256": file_sha256(folder / FACTS),
+        "metrics": metrics_facts(folder),
+    }
+    lacking = next(missing(checkpoint, complete(checkpoint, facts), recipe), None)
+    if lacking is not None:
+        raise OSError(f"{lacking} was not written")
+
+
+@contextmanager
+def tensors_only(checkpoint: str | None) -> Iterator[None]:
+    """Transformers reads its ``.pt`` files with ``weights_only=True``; tell what is refused then as an error of ours."""
+    try:
+        yield
+    except UnpicklingError as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CheckpointError(
+            f"{checkpoint} holds a .pt file with something else than tensors, which could run code: refused ({reason}).",
+            hint="It was not written by this run: go on from another checkpoint, --resume CHECKPOINT.",
+        ) from error
+
+
+def metrics_facts(folder: Path, nbytes: int | None = None) -> dict[str, Any]:
+    """Size and SHA-256 of the lines of metrics so far, or of their first ``nbytes``, for the manifest of a checkpoint."""
+    path = folder / METRICS
+    data = path.read_bytes()[:nbytes] if path.exists() else b""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def warn_of_metrics(checkpoint: Path) -> None:
+    """Tell if the lines of metrics are not those that stood there when the checkpoint was written.
+
+    They do not decide the weights, so that a run can go on whose metrics were lost.
+    """
+    before = manifest_of(checkpoint, run_id(checkpoint.parent)).facts.get("metrics")
+    nbytes = before.get("bytes") if isinstance(before, dict) else None
+    if type(nbytes) is not int or metrics_facts(checkpoint.parent, nbytes) != before:
+        log.warning(
+            "%s is not what it was when %s was written: its lines stay as they are, and the best checkpoint is chosen by "
+            "them",
+            checkpoint.parent / METRICS,
+            checkpoint.name,
+        )
 
 
 def faults(checkpoint: Path, recipe: PretrainRecipe) -> Iterator[str]:

@@ -9,28 +9,25 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoint.manifest import file_sha256
-from ..errors import CheckpointError, LlamaMoeError
+from ..errors import LlamaMoeError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from ..streaming import quiet_transformers
 from .divergence import diverged, first_bad
 from .lora import load_rest, save_rest
 from .metrics import MetricsFile, Sums, finite
-from .ownership import FACTS, STAGING, discard, named_checkpoints, publish, run_id, step_of
+from .ownership import STAGING, discard, named_checkpoints, publish, step_of
 from .parameters import lr_factors, optimizer_groups
-from .resuming import missing
-from .run_folder import checkpoints, complete, is_of_the_disk, rotate
+from .resuming import note_files, tensors_only
+from .run_folder import checkpoints, is_of_the_disk, rotate
 from .sharded_state import load_optimizer, reshard, save_optimizer
 from .stopping import StopRequest
 
@@ -266,14 +263,14 @@ class MoeTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Transformers', or ours where it cuts the model at loading."""
         if not self.parts.recipe.distributed.sharded:
-            with _tensors_only(checkpoint):
+            with tensors_only(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.args.process_index)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Transformers', with its error told as ours."""
-        with _tensors_only(checkpoint):
+        with tensors_only(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -311,16 +308,9 @@ class MoeTrainer(Trainer):
         self.parts.dynamics.save(folder, self.state.global_step)
         if self.parts.recipe.lora is not None:
             save_rest(self.model, folder)
-        facts = {
-            "run": run_id(self.parts.folder),
-            "step": self.state.global_step,
-            "ranks": self.args.world_size,
-            "recipe_sha256": self.parts.recipe.sha256(),
-            "facts_sha256": file_sha256(self.parts.folder / FACTS),
-        }
-        lacking = next(missing(folder, complete(folder, facts), self.parts.recipe), None)
-        if lacking is not None:
-            raise OSError(f"{lacking} was not written")
+        note_files(
+            folder, self.parts.folder, self.parts.recipe, step=self.state.global_step, ranks=self.args.world_size
+        )
 
     def _not_saved(self, folder: Path, error: Exception) -> LlamaMoeError:
         shutil.rmtree(folder, ignore_errors=True)
@@ -331,19 +321,6 @@ class MoeTrainer(Trainer):
             f"{folder.name} cannot be written: {reason}. The last good checkpoint is {last}.",
             hint="Make room, then go on with --resume.",
         )
-
-
-@contextmanager
-def _tensors_only(checkpoint: str | None) -> Iterator[None]:
-    """Transformers reads its ``.pt`` files with ``weights_only=True``; tell what is refused then as an error of ours."""
-    try:
-        yield
-    except UnpicklingError as error:
-        reason = str(error).split("\n", 1)[0]
-        raise CheckpointError(
-            f"{checkpoint} holds a .pt file with something else than tensors, which could run code: refused ({reason}).",
-            hint="It was not written by this run: go on from another checkpoint, --resume CHECKPOINT.",
-        ) from error
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -328,7 +328,15 @@ def test_the_way_out_ends_with_the_same_bytes(damage: str, world: dict[str, str]
 def test_without_a_whole_checkpoint_the_way_out_is_another_run(world: dict[str, str], run: Path) -> None:
     for name in ("checkpoint-2", "checkpoint-4"):
         flip(run / name / "model.safetensors")
-    refused(world, run, "checkpoint-4 is damaged", "start again with --force", kind=CheckpointError, resume=True)
+    refused(
+        world,
+        run,
+        "checkpoint-4 is damaged",
+        "No older checkpoint is whole",
+        "begin again in another --out",
+        kind=CheckpointError,
+        resume=True,
+    )
     refused(world, run, "checkpoint-2 is damaged", kind=CheckpointError, resume=str(run / "checkpoint-2"))
 
 
@@ -374,6 +382,23 @@ def test_a_file_of_the_run_is_a_folder(name: str, world: dict[str, str], run: Pa
     put(run / name)
     for keys in KEYS:
         refused(world, run, name, "is a folder", **keys)
+
+
+@pytest.mark.parametrize("how", ["kept", "changed", "lost"])
+def test_metrics_that_were_changed_are_told_and_do_not_stop_a_run(
+    how: str, world: dict[str, str], run: Path, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = run / "metrics.jsonl"
+    if how == "changed":
+        same_size(path, '"step": 2, "kind": "validation"', '"step": 1, "kind": "validation"')
+    elif how == "lost":
+        path.unlink()
+    pretrain(recipe_of(world, *OVERRIDES), run, resume="checkpoint-2")
+    assert any("metrics.jsonl is not what it was" in message for message in caplog.messages) is (how != "kept")
+    assert (run / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+    caplog.clear()
+    pretrain(recipe_of(world, *OVERRIDES), run, resume=True)
+    assert not caplog.messages, "the next checkpoint notes what stands there now"
 
 
 def test_facts_that_were_changed(world: dict[str, str], run: Path) -> None:
