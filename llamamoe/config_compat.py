@@ -19,6 +19,7 @@ from .checkpoint.json_files import read_json
 from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from .checkpoint.renaming import rename_tensors, unusual_files
 from .errors import CheckpointError, RefusedError
+from .loadable import check_counts, check_loads_with, check_model
 from .registry import known_names
 from .sources import SOURCES
 from .targets import TARGETS
@@ -63,10 +64,11 @@ def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
         )
     config = read_json(folder / "config.json")
     _check_known(config)
-    added = missing_keys(config)
+    there = (folder / INDEX).exists() or (folder / SINGLE).exists()
+    checkpoint = SafetensorsCheckpoint(folder) if there else None
+    added = _missing_checked(folder, config, checkpoint)
     renamed: dict[str, int] = {}
-    if (folder / INDEX).exists() or (folder / SINGLE).exists():
-        checkpoint = SafetensorsCheckpoint(folder)
+    if checkpoint is not None:
         files = unusual_files(checkpoint)
         renamed = {file.name: len(tensors) for file, tensors in files.items()}
         if files and not dry_run:
@@ -74,6 +76,21 @@ def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
     if added and not dry_run:
         write_text(folder / "config.json", json.dumps(config | added, indent=2, ensure_ascii=False) + "\n")
     return Fixes([f"{key}: {json.dumps(value)}" for key, value in added.items()], renamed)
+
+
+def _missing_checked(
+    folder: Path, config: Mapping[str, Any], checkpoint: SafetensorsCheckpoint | None
+) -> dict[str, Any]:
+    """The keys to add, once transformers was found to load the folder without and with them."""
+    tensors = None if checkpoint is None else checkpoint.tensors
+    check_counts(config, tensors)
+    check_loads_with(folder, config)
+    added = missing_keys(config)
+    if added:
+        check_loads_with(folder, {**config, **added})
+    if tensors is not None:
+        check_model({**config, **added}, {name: info.shape for name, info in tensors.items()})
+    return added
 
 
 def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:

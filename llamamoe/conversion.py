@@ -22,13 +22,14 @@ from .checkpoint.layout import index_json
 from .checkpoint.ledger import partial_path
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
-from .checkpoint.tokenizer import carry, check_loads, check_parent
+from .checkpoint.tokenizer import carry, check_parent
 from .checkpoint.writer import CheckpointWriter
 from .dense import understand
 from .errors import RefusedError
 from .hub import Location, locate, open_checkpoint
 from .inventory import OUTER, Hashes, unit_of
 from .layer_conversion import ConvertedLayer, convert_layer
+from .loadable import check_loads, check_model
 from .plan import SplitPlan, plan_split
 from .preflight import (
     RECEIPT_FILE,
@@ -119,6 +120,7 @@ def split(
     check_room(out, decided, resume=resume)
     if decided.recipe.strict:
         _refuse_nonfinite(decided, progress)
+    check_model(decided.config, {tensor.name: tensor.shape for tensor in decided.tensors})
     tokenizer_of_parent = check_parent(checkpoint, decided.config)
     compute = choose_compute(decided.recipe, decided.source_dtype) if decided.calibration else None
     fresh = not (resume and partial_path(out).exists())

@@ -15,6 +15,7 @@ from .converted import ConvertedModel, FfnParts, check_shapes
 from .dense import DenseModel, understand
 from .errors import RefusedError
 from .hub import Location, locate, open_parent
+from .loadable import check_model
 from .mixing import is_router, may_overlap
 from .preflight import normal_path
 from .progress import Progress, ProgressCallback, ignore_progress
@@ -88,6 +89,7 @@ def densify(
     check_place(normal_path(out), [location.path, *([origin.path] if origin is not None else [])], force=force)
     converted = ConvertedModel(checkpoint, rescale)
     check_shapes(converted)
+    check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     job = _Job(converted, parent, progress)
     exact = job.exact
     warnings = tuple(job.warnings())

@@ -20,6 +20,7 @@ from .checkpoint.gguf_writing import DTYPES, FILE_TYPES, Q8_BLOCK, GgufOut, kind
 from .checkpoint.rewriting import opened
 from .converted import ConvertedModel, check_shapes
 from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
+from .loadable import check_model
 from .preflight import free_bytes, normal_path
 from .progress import ProgressCallback, ignore_progress
 from .registry import near_misses
@@ -124,6 +125,7 @@ def export_gguf(
     converted = ConvertedModel(checkpoint)
     architecture = _architecture(converted)
     check_shapes(converted)
+    check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     vocabulary = read_vocabulary(checkpoint.path, converted.spec.vocab_size, pre=pre)
     import gguf
 

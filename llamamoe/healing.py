@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .checkpoint.files import write_text
+from .checkpoint.tokenizer import check_parent
 from .checkpoint.writer import CheckpointWriter
 from .conversion import run_facts
 from .errors import UsageError
+from .loadable import check_model
 from .preflight import normal_path, recover_replaced, system_errors
 from .progress import ProgressCallback, ignore_progress
 from .recovery.output import RECEIPT_FILE, check_place, make_receipt, write_side_files
@@ -114,6 +116,8 @@ class _Healing:
         from .recovery.layers import LayerRun
 
         started, plan = time.monotonic(), self.plan
+        check_model(plan.checkpoint.config, {name: info.shape for name, info in plan.checkpoint.tensors.items()})
+        tokenizer = check_parent(plan.checkpoint, plan.checkpoint.config)
         self.ranks.on_first(lambda: self._check(force=force))
         text = self._text()
         warnings = (*plan.warnings, *text.warnings, *differences(plan), *self._remarks())
@@ -128,7 +132,7 @@ class _Healing:
             else:
                 with writer:
                     receipt = self._receipt(layers.run(writer), text, writer, warnings)
-                    write_side_files(plan, writer.path, receipt)
+                    write_side_files(plan, writer.path, receipt, tokenizer)
                     receipt["run"] = run_facts(started) | {"processes": self.ranks.world}
                     write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
                     for read in (plan.checkpoint, plan.dense.checkpoint):

@@ -142,7 +142,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         kind="dense" if experts is None else "moe",
         format="gguf" if is_gguf else "safetensors",
         model_type=name,
-        architecture=next(iter(config.get("architectures") or []), None),
+        architecture=_first_name(config.get("architectures")),
         family=name if name in SOURCES else None,
         target=name if name in TARGETS and experts is not None else None,
         refusal=_refusal(checkpoint, notes) if experts is None else None,
@@ -163,6 +163,10 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
 def _mapping(value: Any) -> dict[str, Any] | None:
     return dict(value) if isinstance(value, Mapping) else None
+
+
+def _first_name(value: Any) -> str | None:
+    return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
 
 
 def _is_size(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     from transformers import CONFIG_MAPPING
 
-    given = {key: value for key, value in config.items() if key != "llamamoe"}
+    given = copy.deepcopy({key: value for key, value in config.items() if key != "llamamoe"})  # it is written into
     try:
         found: dict[str, Any] = CONFIG_MAPPING[given["model_type"]].from_dict(given).to_dict()
     except Exception as error:  # files of others can fail in any way

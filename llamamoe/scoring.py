@@ -20,6 +20,7 @@ from .checkpoint.paths import refuse_pointers
 from .checkpoint.reader import SIDE_FILES
 from .errors import CheckpointError, LlamaMoeError, UsageError
 from .hub import is_hub_id, locate, open_checkpoint
+from .loadable import check_config_file
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +116,7 @@ def _open_folder(name: str, folder: Path) -> Opened:
         hint = f"To use a GGUF file, name the file itself: {files[0]}" if files else "Name a model's folder."
         raise CheckpointError(f"'{name}' is not a model: it has no config.json.", hint=hint)
     refuse_pointers(folder / file for file in ("config.json", *SIDE_FILES))
+    check_config_file(folder)
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": str(folder),
         "local_files_only": True,

@@ -137,13 +137,17 @@ def _refuse_others(folder: Path) -> None:
 
 
 def _check_tokenizer(plan: SplitPlan, folder: Path) -> None:
-    from .checkpoint.tokenizer import check_same, holds_vocabulary, load, parent_tokenizer
+    from .checkpoint.tokenizer import check_same, parent_tokenizer
+    from .loadable import check_counts
 
     parent = parent_tokenizer(plan.model.checkpoint)
     if parent is not None:
-        if not holds_vocabulary(folder):
+        converted = SafetensorsCheckpoint(folder)
+        check_counts(converted.config, converted.tensors)
+        own = parent_tokenizer(converted)
+        if own is None:
             raise VerificationError(f"{folder} has no tokenizer, but its parent has one.", hint="Convert it again.")
-        check_same(parent, load(folder), str(folder))
+        check_same(parent, own, str(folder))
 
 
 def verify_conversion(

@@ -171,5 +171,5 @@ def test_what_is_no_mixture_is_refused(tmp_path: Path) -> None:
         retop(two / "config.json", tmp_path / "out", 1)
     broken = json.loads((tmp_path / "two" / "config.json").read_text()) | {"num_local_experts": "many"}
     (tmp_path / "two" / "config.json").write_text(json.dumps(broken))
-    with pytest.raises(CheckpointError, match="2 selected of 0 experts"):
+    with pytest.raises(CheckpointError, match="num_local_experts = 'many'"):
         retop(tmp_path / "two", tmp_path / "out", 1)

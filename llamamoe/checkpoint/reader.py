@@ -128,6 +128,8 @@ class SafetensorsCheckpoint:
         self._files = SourceFiles()
         self._files.watch(*(path / n for n in ("config.json", ADAPTER, SINGLE, INDEX, *SIDE_FILES, *LICENSE_FILES)))
         self.config = read_json(self._inside("config.json"))
+        if not isinstance(self.config.get("llamamoe") or {}, dict):
+            raise CheckpointError(f"config.json: llamamoe = {self.config['llamamoe']!r}, but it must be a mapping.")
         self._refuse_other_file()
         stored: dict[str, TensorInfo] = {}
         for name in self._shards():

@@ -15,13 +15,14 @@ from .._version import __version__
 from ..dense import refuse_foreign
 from ..errors import CheckpointError, LlamaMoeError, RefusedError
 from ..hub import Location, locate
+from ..loadable import check_counts, check_loads, check_model
 from ..preflight import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .card import derived_card
 from .files import write_text
 from .layout import Shards, index_json
 from .reader import INDEX, SINGLE, SafetensorsCheckpoint
-from .tokenizer import carry, check_loads, check_parent
+from .tokenizer import carry, check_parent
 from .writer import CheckpointWriter
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def rewrite(
     place = normal_path(out)
     check_place(place, [*(source.path for source in job.sources), *(each.path for each in job.read_too)], force=force)
     _check_room(job, place, resume=resume, force=force)
+    check_model(job.config, {name: shape for file in job.files().values() for name, (_, shape, _) in file.items()})
     tokenizer = check_parent(job.base, job.config)
     with (
         system_errors(place),
@@ -219,7 +221,8 @@ def opened(source: str | Path) -> tuple[Location, SafetensorsCheckpoint]:
     """A folder of safetensors that can be worked on weight by weight.
 
     Raises:
-        CheckpointError: It is a file, its files are broken, it brings its own code, or its weights are quantised.
+        CheckpointError: It is a file, its files are broken or disagree, it brings its own code, or its weights are
+            quantised.
     """
     location = locate(source)
     if not location.path.is_dir():
@@ -229,6 +232,7 @@ def opened(source: str | Path) -> tuple[Location, SafetensorsCheckpoint]:
         )
     checkpoint = SafetensorsCheckpoint(location.path)
     refuse_foreign(checkpoint)
+    check_counts(checkpoint.config, checkpoint.tensors)
     return location, checkpoint
 
 

@@ -63,8 +63,17 @@ _NAMES = (
 
 
 @contextmanager
-def _one_error(what: str, folder: Path, by: str = "transformers") -> Iterator[None]:
-    """Whatever a tokenizer's library raises, Rust's panics among it, as one error."""
+def one_error(what: str, folder: Path | None = None, by: str = "transformers") -> Iterator[None]:
+    """Report whatever a library raises over files of others, panics of Rust included, as one error.
+
+    Args:
+        what: The file or model that it cannot load.
+        folder: Where a tokenizer lies, to find out whether only a package is missing.
+        by: The library.
+
+    Raises:
+        CheckpointError: Names all three.
+    """
     try:
         yield
     except CheckpointError:
@@ -75,7 +84,9 @@ def _one_error(what: str, folder: Path, by: str = "transformers") -> Iterator[No
         # two of the ways in which transformers says that a package is missing
         text = " ".join(str(error).split())
         package = next((name for name in ("sentencepiece", "tiktoken", "protobuf") if name in text.lower()), None)
-        only_model = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+        only_model = bool(
+            folder and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+        )
         raise CheckpointError(
             f"{what} cannot be loaded by {by}: {type(error).__name__}: {text[:300]}",
             hint=f"pip install {package}, or save it once with a tokenizer.json beside the others."
@@ -99,7 +110,7 @@ def load(folder: Path, what: str | None = None) -> Any:
     from ..streaming import quiet_transformers
 
     refuse_pointers(folder / name for name in ("config.json", *SIDE_FILES))
-    with _one_error(what or f"the tokenizer of '{folder}'", folder), quiet_transformers():
+    with one_error(what or f"the tokenizer of '{folder}'", folder), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer("a")
         return of_any_length(tokenizer)
@@ -139,25 +150,6 @@ def holds_vocabulary(folder: Path) -> bool:
     return any((folder / name).is_file() for name in VOCABULARIES)
 
 
-def check_loads(folder: Path) -> None:
-    """Load configuration, generation configuration and tokenizer of a folder that is about to be published.
-
-    Raises:
-        CheckpointError: transformers cannot load one of them.
-    """
-    from transformers import AutoConfig, GenerationConfig
-
-    from ..streaming import quiet_transformers
-
-    with _one_error(f"config.json of '{folder}'", folder), quiet_transformers():
-        AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    if (folder / "generation_config.json").is_file():
-        with _one_error(f"generation_config.json of '{folder}'", folder), quiet_transformers():
-            GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-    if holds_vocabulary(folder):
-        load(folder)
-
-
 def check_parent(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any | None:
     """Load what is carried over beside the weights, and carry it once on trial, before anything is written.
 
@@ -178,7 +170,7 @@ def check_parent(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any | Non
 
     with _staged(checkpoint) as folder:
         if (folder / "generation_config.json").is_file():
-            with _one_error(f"generation_config.json of '{checkpoint.path}'", folder), quiet_transformers():
+            with one_error(f"generation_config.json of '{checkpoint.path}'", folder), quiet_transformers():
                 GenerationConfig.from_pretrained(str(folder), local_files_only=True)
         found = load(folder, f"the tokenizer of '{checkpoint.path}'") if holds_vocabulary(folder) else None
     if found is not None:
@@ -372,7 +364,7 @@ def plan_warnings(folder: Path, vocab_size: int) -> list[str]:
         return []
     from tokenizers import Tokenizer
 
-    with _one_error(f"{path.name} of '{folder}'", folder, "tokenizers"):
+    with one_error(f"{path.name} of '{folder}'", folder, "tokenizers"):
         Tokenizer.from_str(path.read_text(encoding="utf-8"))
     size = _tokens_of(read_json(path, vocabulary=True))
     if size > vocab_size:

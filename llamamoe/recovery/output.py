@@ -15,9 +15,10 @@ from ..checkpoint.card import read_card
 from ..checkpoint.files import copy_file, open_append, write_text
 from ..checkpoint.ledger import LEDGER, partial_path
 from ..checkpoint.reader import INDEX
-from ..checkpoint.tokenizer import carry, check_loads, parent_tokenizer
+from ..checkpoint.tokenizer import carry
 from ..config_compat import missing_keys
 from ..errors import RefusedError
+from ..loadable import check_loads
 from ..mixing import rescaled_block
 from ..preflight import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, check_out, free_bytes
 from .plan import HealPlan, config_of, factors_of
@@ -50,12 +51,12 @@ def _mark_finished(partial: Path) -> None:
         open_append(partial / LEDGER).close()
 
 
-def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any]) -> None:
+def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], tokenizer: Any | None) -> None:
     """Everything but weights and receipt."""
     if (plan.checkpoint.path / INDEX).is_file():
         copy_file(plan.checkpoint.path / INDEX, folder / INDEX)
     write_text(folder / "config.json", json.dumps(healed_config(plan, receipt), indent=2, ensure_ascii=False) + "\n")
-    carry(plan.checkpoint, parent_tokenizer(plan.checkpoint), folder)
+    carry(plan.checkpoint, tokenizer, folder)
     check_loads(folder)
     write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
     write_text(folder / "README.md", healed_card(plan, receipt))

@@ -15,6 +15,7 @@ from ..data.files import find_files
 from ..dense import DenseModel, understand
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..hub import locate, open_parent
+from ..loadable import check_counts
 from ..routers import ROUTERS
 from ..targets import TARGETS
 from ..targets.base import Target
@@ -39,6 +40,7 @@ def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> Heal
         raise CheckpointError(f"MODEL ({model}) is no folder.", hint="Give the folder that `llamamoe split` made.")
     checkpoint = SafetensorsCheckpoint(place.path)
     target = _target(checkpoint)
+    check_counts(checkpoint.config, checkpoint.tensors)
     dense = understand(open_parent(origin.path, place.path))
     layers = tuple(sorted(int(found[1]) for name in checkpoint.tensors if (found := ROUTER.match(name))))
     _check_fit(checkpoint, dense, layers)

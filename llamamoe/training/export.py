@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from ..checkpoint.files import write_text
 from ..checkpoint.reader import SafetensorsCheckpoint
-from ..checkpoint.tokenizer import check_loads
 from ..errors import LlamaMoeError
+from ..loadable import check_loads
 from ..streaming import quiet_transformers
 from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
