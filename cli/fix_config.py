@@ -8,6 +8,7 @@ from ._format import plural
 from ._output import Output, output_options
 from ._style import Command, Option
 from ._tables import bullets
+from ._text import echo
 
 HELP = """Write into the folder PATH what transformers 4.57 reads.
 
@@ -31,15 +32,13 @@ def command(path: str, dry_run: bool, output: Output) -> None:
 
     def human() -> None:
         if not fixes.added and not fixes.renamed:
-            click.echo(f"{path}: nothing is missing.")
+            echo(f"{path}: nothing is missing.")
             return
         would = "would be " if dry_run else ""
         for file, count in fixes.renamed.items():
-            click.echo(
-                f"{path}/{file}: {plural(count, 'tensor')} {would}written under the names of transformers' files"
-            )
+            echo(f"{path}/{file}: {plural(count, 'tensor')} {would}written under the names of transformers' files")
         if fixes.added:
-            click.echo(f"{path}/config.json: {plural(len(fixes.added), 'key')} {would}added")
+            echo(f"{path}/config.json: {plural(len(fixes.added), 'key')} {would}added")
             bullets(fixes.added, mark="+")
 
     result = {"path": path, "dry_run": dry_run, "added": fixes.added, "renamed": fixes.renamed}
