@@ -218,7 +218,7 @@ def _warnings(
     model: DenseModel, recipe: SplitRecipe, layout: MoeLayout, tensors: tuple[OutTensor, ...], dtype: str
 ) -> list[str]:
     folder = model.checkpoint.path
-    found = plan_warnings(folder, model.spec.vocab_size) if folder.is_dir() else []
+    found = plan_warnings(folder, model.spec.vocab_size, model.checkpoint.config) if folder.is_dir() else []
     kinds = {model.dtype_of(name) for name in canonical_shapes(model.spec)}
     lossy = sorted(k for k in kinds if k != dtype and dtype != "F32")
     if lossy:

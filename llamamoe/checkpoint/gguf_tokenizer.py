@@ -19,6 +19,7 @@ from .gguf_config import token_ids
 from .gguf_header import GgufHeader
 from .paths import inside
 from .reader import SIDE_FILES, check_side_file, refuse_tokenizer_code
+from .tokenizer_ids import beyond_embedding
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's types of tokens."""
@@ -76,7 +77,7 @@ def check(header: GgufHeader, folder: Path | None, vocab_size: int) -> list[str]
         for path in files(folder):
             check_side_file(path)
         refuse_tokenizer_code(folder)
-        return []
+        return beyond_embedding(folder, vocab_size)
     model = header.metadata.get("tokenizer.ggml.model", "none")
     if model in ("none", "no_vocab"):
         return ["the GGUF file holds no tokenizer; the output has none"]

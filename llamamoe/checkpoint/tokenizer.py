@@ -21,6 +21,7 @@ from .files import copy_file, unsynced, write_text
 from .json_files import read_json
 from .paths import refuse_pointers
 from .reader import SIDE_FILES, VOCABULARIES
+from .tokenizer_ids import beyond_embedding
 
 if TYPE_CHECKING:
     from .base import Checkpoint
@@ -349,8 +350,13 @@ def ids_sha256(tokenizer: Any) -> str:
 # ---- the plan -----------------------------------------------------------------------------------------------------
 
 
-def plan_warnings(folder: Path, vocab_size: int) -> list[str]:
+def plan_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> list[str]:
     """What is to be said of the tokenizer of a folder before anything is written; neither torch nor transformers is used.
+
+    Args:
+        folder: The parent's.
+        vocab_size: Rows of its embedding.
+        config: Its configuration.
 
     Raises:
         CheckpointError: ``tokenizer.json`` or ``generation_config.json`` is broken.
@@ -360,16 +366,12 @@ def plan_warnings(folder: Path, vocab_size: int) -> list[str]:
         other = " (tekken.json alone is not enough)" if (folder / "tekken.json").exists() else ""
         return [f"the source has no tokenizer that transformers can load{other}: the output has none"]
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        return []
-    from tokenizers import Tokenizer
+    if path.is_file():
+        from tokenizers import Tokenizer
 
-    with one_error(f"{path.name} of '{folder}'", folder, "tokenizers"):
-        Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    size = _tokens_of(read_json(path, vocabulary=True))
-    if size > vocab_size:
-        return [f"the tokenizer has {size:,} tokens, but the embedding has {vocab_size:,} rows: some ids have none"]
-    return []
+        with one_error(f"{path.name} of '{folder}'", folder, "tokenizers"):
+            Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    return beyond_embedding(folder, vocab_size, config)
 
 
 def _check_generation(folder: Path) -> None:
@@ -388,11 +390,3 @@ def _check_generation(folder: Path) -> None:
                 f"generation_config.json: {key} is {value!r}, but must be an integer.",
                 hint="Mend it, or remove the file.",
             )
-
-
-def _tokens_of(data: Mapping[str, Any]) -> int:
-    """One more than the largest id of a ``tokenizer.json``; 0 where it does not say."""
-    model, added = data.get("model"), data.get("added_tokens") or []
-    vocab = model.get("vocab") if isinstance(model, Mapping) else None
-    ids = list(vocab.values()) if isinstance(vocab, Mapping) else [len(vocab) - 1] if isinstance(vocab, list) else []
-    return 1 + max([*ids, *(each["id"] for each in added)], default=-1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.tokenizer_ids import beyond_embedding
 from ..data.mixtures import mixture_weights
 from ..hub import locate, open_parent
 from ..preflight import normal_path
@@ -30,6 +31,7 @@ class PretrainPlan:
         domains: Tokens of each domain, and its share of the mixture.
         held_out: Tokens that are held out; 0 if there are none.
         estimate: Memory, time and disk.
+        notes: What the model's tokenizer and special tokens have no embedding for.
     """
 
     model: str
@@ -37,6 +39,7 @@ class PretrainPlan:
     domains: dict[str, tuple[int, float]]
     held_out: int
     estimate: Estimate
+    notes: tuple[str, ...] = ()
 
     @property
     def epochs(self) -> float:
@@ -47,7 +50,7 @@ class PretrainPlan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What should be known before the run is started."""
-        found = list(self.estimate.warnings)
+        found = [*self.notes, *self.estimate.warnings]
         if self.epochs > 4:
             found.append(
                 f"a domain is read {self.epochs:.1f} times: more than about 4 passes over the same text teach little "
@@ -134,4 +137,6 @@ def plan_pretraining(
     )
     domains = {name: (tokens[name], weights[name]) for name in corpus.domains}
     measured = sum(held_out.tokens(name) for name in held_out.domains) if held_out is not None else 0
-    return PretrainPlan(location.name, recipe, domains, measured, found)
+    rows = config.get("vocab_size")
+    notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []
+    return PretrainPlan(location.name, recipe, domains, measured, found, tuple(notes))

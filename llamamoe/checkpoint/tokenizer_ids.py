@@ -1,0 +1,81 @@
+"""Ids that a folder's tokenizer can make and its embedding has no row for, from the files alone.
+
+A token that was added to a tokenizer and not to the embedding (a padding token, most often) is an index out of range on the
+first text that holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .json_files import read_json
+
+_SPECIAL = ("bos", "eos", "pad", "unk")
+
+
+def beyond_embedding(folder: Path, rows: int, config: Mapping[str, Any] | None = None) -> list[str]:
+    """List what has no row in the embedding: the tokenizer's largest ids, and special tokens by their keys.
+
+    Neither torch nor transformers is used.
+
+    Args:
+        folder: The tokenizer's folder; files that are not there are passed over.
+        rows: Of the embedding.
+        config: The model's configuration.
+
+    Raises:
+        CheckpointError: A file is broken.
+    """
+    ids = _vocabulary(_optional(folder / "tokenizer.json", vocabulary=True))
+    found = []
+    size = 1 + max(ids.values(), default=-1)
+    if size > rows:
+        found.append(f"the tokenizer has {size:,} tokens, but the embedding has {rows:,} rows: some ids have none")
+    special = [*_of_keys("config.json", config or {})]
+    special += _of_keys("generation_config.json", _optional(folder / "generation_config.json"))
+    special += _named("tokenizer_config.json", _optional(folder / "tokenizer_config.json"), ids)
+    wrong = [f"{where} = {index:,}" for where, index in special if index >= rows]
+    if wrong:
+        found.append(f"special tokens have no row in the embedding, which has {rows:,}: {', '.join(wrong)}")
+    return found
+
+
+def _optional(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
+    return read_json(path, vocabulary=vocabulary) if path.is_file() else {}
+
+
+def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
+    """Token to id, by a ``tokenizer.json``; what it does not say plainly is left out."""
+    model = data.get("model")
+    vocab = model.get("vocab") if isinstance(model, Mapping) else None
+    ids: dict[str, int] = {}
+    if isinstance(vocab, Mapping):
+        ids = {token: index for token, index in vocab.items() if isinstance(index, int)}
+    elif isinstance(vocab, list):  # Unigram: pairs of token and score
+        ids = {str(row[0]): index for index, row in enumerate(vocab) if isinstance(row, list) and row}
+    for each in data.get("added_tokens") or []:
+        if isinstance(each, Mapping) and isinstance(each.get("id"), int):
+            ids[str(each.get("content"))] = each["id"]
+    return ids
+
+
+def _of_keys(file: str, data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Special tokens that are named by their ids: where, and the id."""
+    for key in (f"{name}_token_id" for name in _SPECIAL):
+        value = data.get(key)
+        yield from (
+            (f"{key} in {file}", each)
+            for each in (value if isinstance(value, list) else [value])
+            if isinstance(each, int)
+        )
+
+
+def _named(file: str, data: Mapping[str, Any], ids: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Special tokens that are named by their text: where, and the id."""
+    for key in (f"{name}_token" for name in _SPECIAL):
+        token = data.get(key)
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(text, str) and text in ids:
+            yield f"{key} ({text}) in {file}", ids[text]
