@@ -16,6 +16,7 @@ from ..checkpoint.paths import refuse_pointers
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from ..registry import near_misses
+from .files import check_regular
 from .token_index import INDEX_FILE, TRAIN, VALIDATION, DomainEntry, TokenIndex, read_index
 
 OPEN_FILES = 128
@@ -70,6 +71,12 @@ class TokenCorpus:
             raise CheckpointError(f"the index of '{self.folder}' names {file!r}, which is no file in it: refused.")
         path, expected = self.folder / file, tokens * self.dtype.itemsize
         try:
+            if not path.resolve().is_relative_to(self.folder.resolve()):
+                raise CheckpointError(
+                    f"'{path}' is a symbolic link out of the folder (to '{path.resolve()}'): refused.",
+                    hint="Copy the file into the folder.",
+                )
+            check_regular(path)
             size = path.stat().st_size
         except OSError as error:
             raise CheckpointError(
@@ -180,6 +187,7 @@ class TokenCorpus:
         Raises:
             UsageError: There is no such domain.
             IndexError: There is no such block.
+            CheckpointError: A shard holds an id that the index excludes.
         """
         count = self.num_blocks(domain, length)
         starts_B = np.asarray(indices_B, dtype=np.int64) * length
@@ -196,7 +204,23 @@ class TokenCorpus:
             out_BL[rows] = windows[starts_B[rows] - begin]
         for row in np.flatnonzero(~inside_B):  # few: those that go on in the next shard
             out_BL[row] = np.concatenate(list(self._pieces(domain, int(starts_B[row]), length)))
+        self._check_ids(domain, starts_B, out_BL)
         return out_BL
+
+    def _check_ids(self, domain: str, starts_B: np.ndarray, ids_BL: np.ndarray) -> None:
+        """Refuse an id above the largest that the index names: for that one the model's vocabulary was checked."""
+        largest = self._entry(domain).largest_id
+        if not ids_BL.size or int(ids_BL.max()) <= largest:
+            return
+        row, column = np.argwhere(ids_BL > largest)[0]
+        place, ends = int(starts_B[row] + column), self._ends[domain]
+        shard = int(np.searchsorted(ends, place, side="right"))
+        raise CheckpointError(
+            f"'{self._paths[domain][shard]}' holds the id {ids_BL[row, column]} at token "
+            f"{place - int(ends[shard - 1] if shard else 0):,}, but by the index the largest is {largest}, of a vocabulary "
+            f"of {self.index.vocab_size:,}.",
+            hint="The file was changed or damaged: copy the folder again, or tokenise again.",
+        )
 
     def gather(self, domain_B: np.ndarray, block_B: np.ndarray, length: int) -> np.ndarray:
         """Blocks of several domains, int64 ``[B, length]``, in the order given.

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from ..checkpoint.json_files import read_json
 from ..checkpoint.paths import refuse_pointers
 from ..errors import CheckpointError
 
@@ -119,6 +121,18 @@ class TokenIndex(_Part):
     bad_rows: BadRows
     sources: tuple[SourceFile, ...]
 
+    @model_validator(mode="after")
+    def _within_vocabulary(self) -> TokenIndex:
+        for split, domains in self.splits.items():
+            for name, entry in domains.items():
+                if entry.largest_id >= self.vocab_size:
+                    raise PydanticCustomError(
+                        "id",
+                        "{split}.{name} holds the id {id}, but the vocabulary has {size}",
+                        {"split": split, "name": name, "id": entry.largest_id, "size": self.vocab_size},
+                    )
+        return self
+
     def tokens(self, split: str = TRAIN) -> dict[str, int]:
         """Tokens of each domain of a split."""
         return {name: entry.tokens for name, entry in self.splits.get(split, {}).items()}
@@ -157,16 +171,16 @@ def read_index(folder: Path) -> TokenIndex:
     """
     path = folder / INDEX_FILE
     refuse_pointers([path])
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not path.is_file():
         raise CheckpointError(
-            f"'{folder}' is no folder of tokens: {INDEX_FILE} cannot be read ({error.strerror or error}).",
+            f"'{folder}' is not a folder of tokens: it has no {INDEX_FILE}.",
             hint="Write one with llamamoe tokenize; a run that was stopped is finished with --resume.",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' is not JSON: {error}.", hint="Tokenise the text again.") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        )
+    try:
+        data = read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{folder}': {error.message}", hint="Tokenise the text again.") from None
+    if data.get("format") != FORMAT:
         raise CheckpointError(f"'{path}' is not the index of a folder of tokens.", hint="Name another folder.")
     if data.get("version") != VERSION:
         raise CheckpointError(

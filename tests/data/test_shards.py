@@ -140,8 +140,8 @@ def test_a_changed_shard_is_found_by_its_hash(copy):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
-        ("[]", "is not the index"),
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
         ('{"format": "other"}', "is not the index"),
         ('{"format": "llamamoe tokens", "version": 2}', "format version 2, and this llamamoe reads version 1"),
         ('{"format": "llamamoe tokens", "version": 1}', "is damaged: tokenizer: Field required"),
@@ -154,9 +154,9 @@ def test_an_index_that_is_none(copy, text, message):
 
 
 def test_no_folder_of_tokens(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"has no index\.json"):
         TokenCorpus(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"has no index\.json"):
         TokenCorpus(tmp_path / "none" / "validation")
 
 
@@ -201,3 +201,55 @@ def test_other_tokenizers_and_vocabularies_are_refused(tokens, model, tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(CheckpointError, match="is not a model"):
         corpus.check_tokenizer(tmp_path / "bare")
+
+
+def rewrite_shard(folder: Path, place: int, token: int, *, honest: bool) -> Path:
+    """Put an id into a shard; honest: with its new hash in the index."""
+    index = json.loads((folder / "index.json").read_text())
+    entry = index["splits"]["train"]["a"]["shards"][1]
+    path = folder / entry["file"]
+    ids = np.fromfile(path, dtype=index["dtype"])
+    ids[place] = token
+    ids.tofile(path)
+    if honest:
+        entry["sha256"] = shards.file_sha256(path)
+        edit_index(folder, splits=index["splits"])
+    return path
+
+
+@pytest.mark.parametrize("honest", [True, False])
+@pytest.mark.parametrize("length", [7, 64])
+def test_an_id_beyond_the_vocabulary_is_named(copy: Path, length: int, honest: bool) -> None:
+    path = rewrite_shard(copy, 3, 60_000, honest=honest)
+    corpus = TokenCorpus(copy)
+    with pytest.raises(CheckpointError, match="60000 at token 3,") as caught:
+        corpus.blocks("a", np.arange(corpus.num_blocks("a", length)), length)
+    assert str(path) in str(caught.value)
+    assert "vocabulary of 128" in str(caught.value)
+
+
+def test_an_index_with_an_id_beyond_its_vocabulary_is_damaged(copy: Path) -> None:
+    edit_index(copy, vocab_size=40)
+    with pytest.raises(CheckpointError, match=r"holds the id [0-9]+, but the vocabulary has 40"):
+        TokenCorpus(copy)
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(copy: Path, whole_folder: bool) -> None:
+    inner = copy / "a" if whole_folder else copy / "a" / "00001.bin"
+    inner.rename(copy.parent / "elsewhere")
+    inner.symlink_to(copy.parent / "elsewhere")
+    with pytest.raises(CheckpointError, match="symbolic link out of the folder"):
+        TokenCorpus(copy)
+
+
+def test_a_shard_that_is_a_pipe_is_refused(copy: Path) -> None:
+    (copy / "a" / "00001.bin").unlink()
+    os.mkfifo(copy / "a" / "00001.bin")
+    with pytest.raises(UsageError, match="is a pipe"):
+        TokenCorpus(copy)
+
+
+def test_a_linked_folder_of_tokens_may_be_named(copy: Path) -> None:
+    (copy.parent / "link").symlink_to(copy)
+    assert TokenCorpus(copy.parent / "link").domains == ("a", "b")
