@@ -12,7 +12,7 @@ from .dense import DenseModel
 from .errors import RefusedError
 from .plan import SplitPlan, plan_split, stored_dtype
 from .recipe import DTYPES, SplitRecipe
-from .sizing import candidate_targets, choose_target
+from .sizing import PAD_TO, candidate_targets, choose_target
 from .studies.sizes import SHARED_GATE, Sizes, sizes_for_budget
 from .targets import TARGETS
 from .targets.base import MoeLayout, Target
@@ -36,6 +36,8 @@ class Sizer:
 
     def __init__(self, model: DenseModel, recipe: SplitRecipe, shared_of_active: float) -> None:
         self.model, self.asked = model, recipe
+        # A budget is filled best by narrow steps.
+        recipe = recipe.model_copy(update={"pad_to": recipe.pad_to or PAD_TO})
         self.chosen = complete(recipe, model.spec.intermediate_size)
         self.recipe, self.method = self.chosen.recipe, self.chosen.splitter
         self.dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
@@ -116,7 +118,7 @@ class Sizer:
         multiple = target.shared == "multiple" and share > 0
         for _ in range(_ATTEMPTS):
             sizes = sizes_for_budget(
-                spec, budget, self.experts, share, self.recipe.pad_to, fixed=extra, multiple=multiple
+                spec, budget, self.experts, share, self.recipe.pad_to or PAD_TO, fixed=extra, multiple=multiple
             )
             layout = choose_target(spec, self.recipe_for(target, sizes, ()), self.method, self.dtype)[1]
             cost = layer_share(target, self.model, layout)

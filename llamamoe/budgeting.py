@@ -20,6 +20,7 @@ from .progress import ProgressCallback, ignore_progress
 from .recipe import SplitRecipe
 from .sensitivities import SENSITIVITIES
 from .sensitivities.base import Task
+from .sizing import PAD_TO
 from .studies.sizes import Sizes
 from .targets.base import Target
 
@@ -186,7 +187,7 @@ def allocate(
         active_share=chosen.share,
         damage=chosen.damage,
         damage_uniform=sets[target][0].damage,
-        **_by_layer(curves, chosen, uniform, budget, sizer.model.spec.intermediate_size, recipe.pad_to),
+        **_by_layer(curves, chosen, uniform, budget, sizer.model.spec.intermediate_size, recipe.pad_to or PAD_TO),
         by_count=tuple(_alternative(each) for each in sets[target]),
         measured=curves.to_json(),
         flops=flops,

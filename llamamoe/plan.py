@@ -22,7 +22,7 @@ from .dense import DenseModel
 from .errors import RefusedError
 from .recipe import DTYPES, NO_REPAIR, Choice, SplitRecipe
 from .repairs import REPAIRS
-from .sizing import choose_target, make_splitter
+from .sizing import choose_target, make_splitter, padded, unquantised
 from .sources.base import DenseSpec, canonical_shapes
 from .splitters.base import Kept, Splitter
 from .targets.base import MoeLayout, OutTensor, Target, common_config
@@ -157,6 +157,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
     chosen = complete(recipe, spec.intermediate_size)
     recipe, splitter = chosen.recipe, chosen.splitter
     dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
+    recipe = padded(spec, recipe, splitter, dtype)
     target, layout = choose_target(spec, recipe, splitter, dtype)
     calibration = plan_calibration(spec, chosen, layout) if chosen.calibrated else None
     recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
@@ -253,13 +254,8 @@ def _advice(spec: DenseSpec, calibration: CalibrationPlan | None, target: Target
         found.append(
             "split without calibration or training: with all experts the model equals its parent, with top-k it is ruined until it is trained"
         )
+    found += unquantised(spec, layout)
     width = layout.expert_width
-    if width % 32:
-        found.append(f"expert width {width} is no multiple of 32: llama.cpp cannot quantise it (--pad-to 32)")
-    elif width % 256:
-        found.append(
-            f"expert width {width} is no multiple of 256: llama.cpp's k-quants fall back to larger types (--pad-to 256)"
-        )
     padding = layout.padding(spec.intermediate_size)
     if padding:
         found.append(

@@ -153,8 +153,13 @@ class SplitRecipe(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Dtype to store; null keeps the source's."
     )
-    pad_to: int = Field(
-        8, ge=8, le=4096, multiple_of=8, description="Expert width is padded to a multiple of this with zero neurons."
+    pad_to: int | None = Field(
+        None,
+        ge=8,
+        le=4096,
+        multiple_of=8,
+        description="Expert width is padded to a multiple of this with zero neurons; null takes 32, which quantisers want, "
+        "where it costs less than 3 %, else 8.",
     )
     keep_dense: tuple[int, ...] = Field((), description="Layers left dense (negative ones count from the end).")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")

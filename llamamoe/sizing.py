@@ -17,6 +17,13 @@ _ORDER = {
 }
 """Targets that ``auto`` tries, without and with shared neurons; others (plug-ins) come after, by name."""
 
+QUANTISED_BLOCK = 32
+"""Rows of multiples of this can be quantised (llama.cpp's 8-bit and older 4-bit types, mlx); others stay in 16 bits."""
+PAD_TO = 8
+"""Multiple of expert widths where `QUANTISED_BLOCK` would cost too much."""
+MOST_PADDING = 0.03
+"""The share of the FFN from which padding costs too much."""
+
 GATED_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 
@@ -25,13 +32,17 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def _pad_to(recipe: SplitRecipe) -> int:
+    return recipe.pad_to or PAD_TO
+
+
 def _expert_width(routed: int, parts: int, recipe: SplitRecipe) -> int:
-    return round_up(-(-routed // parts), recipe.pad_to)
+    return round_up(-(-routed // parts), _pad_to(recipe))
 
 
 def _widths_shared(multiple: int, size: int, parts: int, recipe: SplitRecipe) -> int:
     """S for ``m`` expert widths: m W, with W the padded width when the FFN is cut into ``parts`` + m."""
-    return multiple * round_up(-(-size // (parts + multiple)), recipe.pad_to)
+    return multiple * round_up(-(-size // (parts + multiple)), _pad_to(recipe))
 
 
 def _multiples(size: int, parts: int, recipe: SplitRecipe) -> dict[int, int]:
@@ -57,6 +68,66 @@ def make_splitter(recipe: SplitRecipe) -> Splitter:
     """The recipe's method with its options."""
     method = SPLITTERS.get(recipe.method.name)
     return method(method.Options.model_validate(recipe.method.options))
+
+
+def padded(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: str) -> SplitRecipe:
+    """Return the recipe with ``pad_to`` set: as asked for, or the widest that costs little and that a target holds."""
+    splitter = method(method.Options.model_validate(recipe.method.options))
+    if recipe.pad_to is not None:
+        return recipe
+    wide = recipe.model_copy(update={"pad_to": QUANTISED_BLOCK})
+    if _padding_share(spec, wide, splitter) < MOST_PADDING:
+        try:
+            choose_target(spec, wide, method, dtype)
+        except (
+            RefusedError
+        ):  # a number of shared neurons that fits narrower experts only, or a reason that 8 has as well
+            pass
+        else:
+            return wide
+    return recipe.model_copy(update={"pad_to": PAD_TO})
+
+
+def _padding_share(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) -> float:
+    """Zero neurons over the neurons of a layer, copies counted once."""
+    size, parts = spec.intermediate_size, splitter.parts(recipe.num_experts)
+    shared = _shared_neurons(spec, recipe, splitter)
+    if not parts or shared >= size:
+        return 1.0
+    return (parts * _expert_width(size - shared, parts, recipe) + round_up(shared, _pad_to(recipe))) / size - 1
+
+
+def _quantisable_experts(size: int, shared: int, most: int) -> tuple[int, int] | None:
+    """Return the largest number of experts up to ``most`` whose width can be quantised at little padding, and that width."""
+    for count in range(most, 1, -1):
+        width = round_up(-(-(size - shared) // count), QUANTISED_BLOCK)
+        if (count * width + shared) / size - 1 < MOST_PADDING:
+            return count, width
+    return None
+
+
+def unquantised(spec: DenseSpec, layout: MoeLayout) -> list[str]:
+    """Name the matrices that llama.cpp cannot quantise, or not to the type that is asked for, and the way out."""
+    width, shared = layout.expert_width, layout.shared_width
+    found = []
+    if layout.num_experts and width % QUANTISED_BLOCK:
+        parts = layout.num_experts // layout.copies
+        near = _quantisable_experts(spec.intermediate_size, layout.num_shared, parts - 1)
+        other = f"; {near[0]} experts of {near[1]} quantise" if near else ""
+        found.append(
+            f"llama.cpp keeps ffn_down_exps in F16 at expert width {width}, which is not a multiple of {QUANTISED_BLOCK} "
+            f"(--pad-to {QUANTISED_BLOCK}{other})"
+        )
+    elif layout.num_experts and width % 256:
+        found.append(
+            f"llama.cpp's k-quants fall back to larger types for ffn_down_exps at expert width {width}, which is not a "
+            "multiple of 256 (--pad-to 256)"
+        )
+    if layout.num_experts and shared % QUANTISED_BLOCK:
+        found.append(
+            f"llama.cpp keeps ffn_down_shexp in F16 at {shared} shared neurons, which is not a multiple of {QUANTISED_BLOCK}"
+        )
+    return found
 
 
 def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: str) -> tuple[Target, MoeLayout]:
@@ -139,7 +210,7 @@ def _layout(
         return MoeLayout(0, 0, 0, shared, shared, dense_layers, Combine("renormalised", 1.0, 1.0, True, 1.0), 0)
     parts = splitter.parts(recipe.num_experts)
     width = _expert_width(spec.intermediate_size - shared, parts, recipe)
-    stored = round_up(shared, recipe.pad_to) if shared else target.stub_width(width)
+    stored = round_up(shared, _pad_to(recipe)) if shared else target.stub_width(width)
     if shared and target.shared == "multiple":
         # S as m expert widths: every "mx" fits, whatever rounding left for the routed neurons.
         sizes = _multiples(spec.intermediate_size, parts, recipe)

@@ -284,3 +284,49 @@ def test_sequences_are_no_longer_than_the_model_has_positions(dense: Path) -> No
     assert plan(dense, **keys).recipe.calibration_length == 64
     with pytest.raises(RefusedError, match="--calibration-length 65 is more than the model's 64 positions"):
         plan(dense, **keys, calibration_length=65)
+
+
+# ---- widths that can be quantised ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("plan") / "wide", intermediate_size=2000)
+
+
+@pytest.mark.parametrize(
+    ("given", "pad_to", "width"),
+    [
+        ({}, 32, 512),  # 2.4 % more than 500
+        ({"shared": 0.25}, 32, 384),  # with 512 shared: 2.4 %
+        ({"num_experts": 8, "top_k": 4}, 32, 256),
+        ({"num_experts": 16}, 32, 128),
+        ({"num_experts": 12}, 8, 168),  # 192 would cost 15 %
+        ({"pad_to": 8}, 8, 504),
+        ({"num_experts": 3, "target": "glm4_moe", "shared": 504}, 8, 504),  # a shared expert as wide as narrow experts
+    ],
+)
+def test_widths_can_be_quantised_where_that_costs_little(wide: Path, given: Any, pad_to: int, width: int) -> None:
+    found = plan(wide, **given)
+    assert found.layout.expert_width == width
+    assert found.recipe.pad_to == pad_to
+    stored = found.layout.num_experts * width + found.layout.shared_width
+    assert stored < 1.03 * 2000
+    again = llamamoe.plan_conversion(wide, found.recipe)
+    assert again.layout == found.layout, "the recipe beside the output says it all"
+
+
+def test_the_plan_names_what_cannot_be_quantised(wide: Path) -> None:
+    def said(**given: Any) -> str:
+        return " ".join(plan(wide, **given).advice)
+
+    text = said(num_experts=12)
+    assert "llama.cpp keeps ffn_down_exps in F16 at expert width 168, which is not a multiple of 32" in text
+    count, width = map(int, re.search(r"(\d+) experts of (\d+) quantise", text).groups())  # type: ignore[union-attr]
+    assert count < 12
+    assert plan(wide, num_experts=count).layout.expert_width == width
+    assert "F16" not in said(num_experts=count)
+    assert "k-quants fall back to larger types for ffn_down_exps at expert width 384" in said(shared=0.25)
+    assert "ffn_down" not in said(num_experts=8)
+    assert "ffn_down_shexp in F16 at 504 shared neurons" in said(shared=504, target="granitemoeshared", pad_to=8)
+    assert "ffn_down" not in said(method="static", shared=0.3, shared_by="weight_norm")

@@ -13,6 +13,7 @@ from ..errors import RefusedError, UsageError
 from ..plan import SplitPlan, plan_split
 from ..recipe import NO_REPAIR, Choice
 from ..registry import near_misses
+from ..sizing import PAD_TO
 from ..splitters import SPLITTERS
 from .recipe import DENSE, ORACLE, RANDOM, STATIC, CompareRecipe, StudyMethod
 from .sizes import SHARED_GATE, sizes_for_budget
@@ -151,7 +152,9 @@ def plan_at(recipe: CompareRecipe, method: StudyMethod, model: DenseModel, budge
                 f"a budget of {budget:g} of {size} neurons keeps none; the smallest is {pad_to / size:.3f}."
             )
         given.setdefault("shared", kept)
-    elif "top_k" not in given:
+    else:
+        given.setdefault("pad_to", PAD_TO)  # a budget is filled best by narrow steps
+    if _routed(method) and "top_k" not in given:
         return _fitted(recipe, method, model, budget, {**given, **fixed})
     plan = plan_split(model, method.split_recipe(**{**given, **fixed}))
     if ffn_share(plan) > budget + 1e-9:
@@ -177,7 +180,7 @@ def _fitted(
     multiple = False
     for attempt in range(_ATTEMPTS):
         sizes = sizes_for_budget(
-            model.spec, budget, given.get("num_experts"), share, given.get("pad_to", 8), fixed=extra, multiple=multiple
+            model.spec, budget, given.get("num_experts"), share, given["pad_to"], fixed=extra, multiple=multiple
         )
         chosen = {"num_experts": sizes.num_experts, "top_k": sizes.top_k, "shared": sizes.shared}
         try:
