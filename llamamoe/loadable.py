@@ -98,21 +98,26 @@ def check_model(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
             )
 
 
-def check_loads(folder: Path) -> None:
+def check_loads(folder: Path, name: Path | None = None) -> None:
     """Load configuration, generation configuration and tokenizer of a folder that is about to be published.
+
+    Args:
+        folder: Where the files lie.
+        name: What to call it in an error, if it is a copy.
 
     Raises:
         CheckpointError: transformers cannot load one of them.
     """
     from transformers import AutoConfig, GenerationConfig
 
-    with one_error(f"config.json of '{folder}'"), quiet_transformers():
+    called = name or folder
+    with one_error(f"config.json of '{called}'"), quiet_transformers():
         AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if (folder / "generation_config.json").is_file():
-        with one_error(f"generation_config.json of '{folder}'"), quiet_transformers():
+        with one_error(f"generation_config.json of '{called}'"), quiet_transformers():
             GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     if holds_vocabulary(folder):
-        load(folder)
+        load(folder, f"the tokenizer of '{called}'")
 
 
 def check_loads_with(folder: Path, config: Mapping[str, Any]) -> None:
@@ -127,4 +132,4 @@ def check_loads_with(folder: Path, config: Mapping[str, Any]) -> None:
             if (folder / each).is_file():
                 copy_file(folder / each, staged / each)
         write_text(staged / "config.json", json.dumps(dict(config)))
-        check_loads(staged)
+        check_loads(staged, folder)

@@ -68,7 +68,8 @@ def _is_plain(text: str) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(each, str) and each.isprintable() for each in texts)
 
 
 def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:

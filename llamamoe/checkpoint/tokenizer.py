@@ -350,6 +350,21 @@ def ids_sha256(tokenizer: Any) -> str:
 # ---- the plan -----------------------------------------------------------------------------------------------------
 
 
+def _check_unique(path: Path) -> None:
+    """Refuse a vocabulary in which two tokens share an id: which of them is decoded changes from run to run."""
+    model = read_json(path, vocabulary=True).get("model")
+    vocab = model.get("vocab") if isinstance(model, Mapping) else None
+    if not isinstance(vocab, Mapping):
+        return
+    first: dict[Any, str] = {}
+    for token, index in vocab.items():
+        if first.setdefault(index, token) != token:
+            raise CheckpointError(
+                f"{path.name}: the tokens {first[index]!r} and {token!r} share the id {index}.",
+                hint="Mend the file, or copy it again from where the model comes from.",
+            )
+
+
 def plan_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> list[str]:
     """What is to be said of the tokenizer of a folder before anything is written; neither torch nor transformers is used.
 
@@ -371,6 +386,7 @@ def plan_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> l
 
         with one_error(f"{path.name} of '{folder}'", folder, "tokenizers"):
             Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        _check_unique(path)
     return beyond_embedding(folder, vocab_size, config)
 
 

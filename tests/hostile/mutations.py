@@ -59,7 +59,8 @@ def _other(value: Any, rng: random.Random) -> Any:
     if isinstance(value, bool):
         choices += [int(value), not value]
     elif isinstance(value, int):
-        choices += [value + 1, value - 1, -value, value * 2, float(value), value + 0.5, value // 2, str(value)]
+        choices += [value + 1, value - 1, -value, value * 2, value // 2, str(value)]
+        choices += [float(value), value + 0.5] if abs(value) < 2**53 else []
     elif isinstance(value, float):
         choices += [-value, value * 1e6, int(value) if abs(value) < 1e9 else 0, value + 1]
     elif isinstance(value, str):
