@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..calibration.inputs import BATCH_TOKENS
-from ..layer import Partition
+from ..layer import FfnWeights, Partition
 from ..plugin import Options
 from .base import Splitter, routed_neurons
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..calibration.inputs import LayerInputs
-    from ..layer import FfnWeights, LayerContext
+    from ..layer import LayerContext
 
 Kernel = Literal["plain", "l1_norm", "l2_norm"]
 
