@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._version import __version__
+from .advice import advice
 from .assembly import router_dtype
 from .calibration.cost import CalibrationPlan, plan_calibration
 from .checkpoint.base import DTYPE_BYTES
@@ -22,7 +23,7 @@ from .dense import DenseModel
 from .errors import RefusedError
 from .recipe import DTYPES, NO_REPAIR, Choice, SplitRecipe
 from .repairs import REPAIRS
-from .sizing import choose_target, make_splitter, padded, unquantised
+from .sizing import choose_target, make_splitter, padded
 from .sources.base import DenseSpec, canonical_shapes
 from .splitters.base import Kept, Splitter
 from .targets.base import MoeLayout, OutTensor, Target, common_config
@@ -185,7 +186,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
         peak_bytes=_peak_bytes(spec, make_splitter(recipe), layout, dtype)
         + (calibration.peak_bytes if calibration else 0),
         warnings=tuple(warnings),
-        advice=(*model.checkpoint.notes, *_advice(spec, calibration, target, layout)),
+        advice=(*model.checkpoint.notes, *advice(spec, recipe, calibration, target, layout)),
         parity="exact" if make_splitter(recipe).exact and recipe.repair in (None, Choice(name=NO_REPAIR)) else "none",
         majors=target.majors(spec),
         calibration=calibration,
@@ -239,31 +240,6 @@ def _warnings(
             f"the factor {layout.combine.bake:g} is no power of two: the experts' down projections are rounded once more in {dtype}"
         )
     return found
-
-
-def _advice(spec: DenseSpec, calibration: CalibrationPlan | None, target: Target, layout: MoeLayout) -> list[str]:
-    found = []
-    if not layout.num_experts:
-        found.append(
-            f"no experts: the {layout.num_shared} neurons kept in each layer are the whole FFN of a dense model; numbers of experts, "
-            "router and rescale mean nothing"
-        )
-    if layout.copies > 1:
-        found.append("the experts are copies: larger than the parent and no cheaper per token, a start for training")
-    elif calibration is None and layout.top_k < layout.num_experts:
-        found.append(
-            "split without calibration or training: with all experts the model equals its parent, with top-k it is ruined until it is trained"
-        )
-    found += unquantised(spec, layout)
-    width = layout.expert_width
-    padding = layout.padding(spec.intermediate_size)
-    if padding:
-        found.append(
-            f"{padding} zero neurons per layer pad the experts to width {width}: exact, and counted in the costs"
-        )
-    if not layout.combine.any_k:
-        found.append(f"the file is right for top-k = {layout.top_k} only: another k needs another factor")
-    return found + target.warnings(spec, layout)
 
 
 # ---- files and costs --------------------------------------------------------------------------------------------

@@ -97,39 +97,6 @@ def _padding_share(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) -> 
     return (parts * _expert_width(size - shared, parts, recipe) + round_up(shared, _pad_to(recipe))) / size - 1
 
 
-def _quantisable_experts(size: int, shared: int, most: int) -> tuple[int, int] | None:
-    """Return the largest number of experts up to ``most`` whose width can be quantised at little padding, and that width."""
-    for count in range(most, 1, -1):
-        width = round_up(-(-(size - shared) // count), QUANTISED_BLOCK)
-        if (count * width + shared) / size - 1 < MOST_PADDING:
-            return count, width
-    return None
-
-
-def unquantised(spec: DenseSpec, layout: MoeLayout) -> list[str]:
-    """Name the matrices that llama.cpp cannot quantise, or not to the type that is asked for, and the way out."""
-    width, shared = layout.expert_width, layout.shared_width
-    found = []
-    if layout.num_experts and width % QUANTISED_BLOCK:
-        parts = layout.num_experts // layout.copies
-        near = _quantisable_experts(spec.intermediate_size, layout.num_shared, parts - 1)
-        other = f"; {near[0]} experts of {near[1]} quantise" if near else ""
-        found.append(
-            f"llama.cpp keeps ffn_down_exps in F16 at expert width {width}, which is not a multiple of {QUANTISED_BLOCK} "
-            f"(--pad-to {QUANTISED_BLOCK}{other})"
-        )
-    elif layout.num_experts and width % 256:
-        found.append(
-            f"llama.cpp's k-quants fall back to larger types for ffn_down_exps at expert width {width}, which is not a "
-            "multiple of 256 (--pad-to 256)"
-        )
-    if layout.num_experts and shared % QUANTISED_BLOCK:
-        found.append(
-            f"llama.cpp keeps ffn_down_shexp in F16 at {shared} shared neurons, which is not a multiple of {QUANTISED_BLOCK}"
-        )
-    return found
-
-
 def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: str) -> tuple[Target, MoeLayout]:
     """The named target, or for ``auto`` the first that fits (both majors of transformers before one).
 

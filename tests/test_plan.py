@@ -330,3 +330,14 @@ def test_the_plan_names_what_cannot_be_quantised(wide: Path) -> None:
     assert "ffn_down" not in said(num_experts=8)
     assert "ffn_down_shexp in F16 at 504 shared neurons" in said(shared=504, target="granitemoeshared", pad_to=8)
     assert "ffn_down" not in said(method="static", shared=0.3, shared_by="weight_norm")
+
+
+def test_the_plan_says_what_a_hard_router_and_stacked_experts_cost_elsewhere(dense: Path) -> None:
+    def said(**given: Any) -> str:
+        return " ".join(plan(dense, **given).advice)
+
+    assert "programs that round probabilities to bfloat16" in said()
+    assert "round probabilities to bfloat16" not in said(router_scale="soft")
+    assert "round probabilities to bfloat16" not in said(top_k=4), "all experts are selected anyway"
+    assert "bitsandbytes leaves the experts unquantised" in said()
+    assert "bitsandbytes" not in said(method="static", shared=0.5, shared_by="weight_norm")

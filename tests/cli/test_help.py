@@ -64,7 +64,7 @@ def test_split_has_a_flag_for_every_key_of_the_recipe(run: Run) -> None:
 
 def test_split_help_shows_defaults_and_where_they_come_from(run: Run) -> None:
     text = " ".join(run("split", "--help").stdout.split())
-    for expected in ("[default: 8]", "[default: auto]", "[default: the method's]", "[default: the source's]"):
+    for expected in ("[default: 5GB]", "[default: auto]", "[default: the method's]", "[default: the source's]"):
         assert expected in text
     assert "Seed of everything random. [default: 0]" in text
 
