@@ -21,7 +21,7 @@ def whole(digits: str) -> int:
     return int(digits) if len(digits) <= MOST_DIGITS else Huge(len(digits.lstrip("-")))
 
 
-def oddities(data: Any, most_values: int = _MOST_VALUES) -> Iterator[str]:
+def oddities(data: Any, most_values: int = _MOST_VALUES, *, nul: bool = True) -> Iterator[str]:
     """Yield a sentence for each value that cannot be passed on; the first one is the message for the user.
 
     These are lone surrogates, whole numbers of more than 100 digits, more than 64 levels, and (where one part stands in
@@ -30,6 +30,7 @@ def oddities(data: Any, most_values: int = _MOST_VALUES) -> Iterator[str]:
     Args:
         data: Plain data.
         most_values: How many values may be visited.
+        nul: Whether text may hold the character NUL, which no path can.
     """
     waiting: list[tuple[str, Any, int]] = [("", data, 0)]  # not recursive: the depth is what is looked for
     while waiting:
@@ -49,5 +50,7 @@ def oddities(data: Any, most_values: int = _MOST_VALUES) -> Iterator[str]:
         elif isinstance(value, int) and (isinstance(value, Huge) or abs(value) >= 10**MOST_DIGITS):
             digits = int(value) if isinstance(value, Huge) else int(value.bit_length() * 0.30103) + 1
             yield f"{place} is a whole number of {digits:,} digits, but at most {MOST_DIGITS} are read"
+        elif isinstance(value, str) and not nul and "\0" in value:
+            yield f"{place} = {value!r} holds the character NUL"
         elif isinstance(value, str) and _SURROGATE.search(value):
             yield f"{place} = {value!r} holds half a character (a lone surrogate)"

@@ -282,7 +282,7 @@ def _parse(text: str) -> Any:
         data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
-    odd = next(oddities(data, _MOST_VALUES), None)
+    odd = next(oddities(data, _MOST_VALUES, nul=False), None)
     if odd is not None:
         raise yaml.YAMLError(odd)
     return data

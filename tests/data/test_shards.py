@@ -160,7 +160,7 @@ def test_no_folder_of_tokens(tmp_path):
         TokenCorpus(tmp_path / "none" / "validation")
 
 
-@pytest.mark.parametrize("file", ["../x/00000.bin", "/etc/passwd", "a/b/c.bin", "..\\x/0.bin"])
+@pytest.mark.parametrize("file", ["../x/00000.bin", "a/0\0.bin", "/etc/passwd", "a/b/c.bin", "..\\x/0.bin"])
 def test_the_index_cannot_name_files_elsewhere(copy, file):
     index = json.loads((copy / "index.json").read_text())
     index["splits"]["train"]["a"]["shards"][0]["file"] = file

@@ -141,7 +141,7 @@ def work(folder: Path, seed: int, numbers: range, only: str | None) -> None:
     """Print a line of JSON for each attempt."""
     from transformers.utils import logging
 
-    from tests.hostile.fuzz_subjects import World
+    from tests.hostile.fuzz_world import World
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

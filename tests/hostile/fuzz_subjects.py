@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from tests.models import make_byte_level, make_dense
-
-from .conftest import shard
+from .fuzz_world import OUTPUTS, SIZES, World
 from .mutations import damaged, damaged_bytes, damaged_json
 
 FAMILIES = ("llama", "mistral-window", "qwen2-windows", "qwen3", "phi3-longrope", "phi3-partial", "granite", "gemma")
-OUTPUTS = {"mixtral": "llama", "qwen2_moe": "llama", "glm4_moe": "llama", "granitemoeshared": "granite",
-           "ernie4_5_moe": "llama", "qwen3_moe": "qwen3"}  # fmt: skip
 CONFIG_KEYS = ("rope_scaling", "rope_theta", "head_dim", "sliding_window", "layer_types", "attention_bias", "auto_map",
                "quantization_config", "num_labels", "id2label", "torch_dtype", "partial_rotary_factor", "model_type",
                "architectures", "pruned_heads", "mlp_bias", "is_causal", "tie_word_embeddings", "llamamoe")  # fmt: skip
-SIZES = ["--experts", "4", "--method", "random"]
 ALL_ON = [*SIZES, "--top-k", "4", "--no-verify"]
 
 
@@ -47,61 +40,6 @@ class Attempt:
     files: list[Path] = field(default_factory=list)
 
 
-class World:
-    """Whole checkpoints, recipes and text, made once; attempts work on copies.
-
-    Args:
-        folder: Where they are made.
-        run: Runs a command line, and fails if that fails.
-    """
-
-    def __init__(self, folder: Path, run: Callable[..., Any]) -> None:
-        self.folder, self.run = folder, run
-        self.text = folder / "text.jsonl"
-        self.text.write_text("".join(json.dumps({"text": f"once upon a time {i} ago"}) + "\n" for i in range(40)))
-
-    def _made(self, name: str, make: Callable[[Path], object]) -> Path:
-        path = self.folder / name
-        if not path.exists():
-            make(path)
-        return path
-
-    def dense(self, variant: str = "llama") -> Path:
-        """A dense checkpoint."""
-        return self._made(f"dense-{variant}", lambda path: make_dense(path, variant, vocab_size=128))
-
-    def byte_level(self) -> Path:
-        """A dense checkpoint whose tokenizer llama.cpp knows, with a chat template."""
-
-        def make(path: Path) -> None:
-            make_dense(path, vocab_size=300)
-            make_byte_level(path)
-
-        return self._made("dense-bytes", make)
-
-    def sharded(self) -> Path:
-        """A dense checkpoint of two files and an index."""
-        return self._made("dense-sharded", lambda path: shard(Path(shutil.copytree(self.dense(), path))))
-
-    def output(self, target: str) -> Path:
-        """A conversion."""
-        shared = ["--shared", "40"] if target != "mixtral" and target != "qwen3_moe" else []
-        source = self.byte_level() if OUTPUTS[target] == "llama" else self.dense(OUTPUTS[target])
-        arguments = [*SIZES, "--top-k", "2", "--no-verify", "--target", target, *shared]
-        return self._made(f"out-{target}", lambda path: self.run("split", source, path, *arguments))
-
-    def gguf(self) -> Path:
-        """A dense model in a GGUF file."""
-        from tests.checkpoint.test_gguf import make_model, write_gguf
-
-        return self._made("dense.gguf", lambda path: write_gguf(path, make_model()))
-
-    def tokens(self) -> Path:
-        """A folder of tokens."""
-        given = ["--set", "validation=null", "--recipe", "small", "--tokenizer", self.dense(), "--text", self.text]
-        return self._made("tokens", lambda path: self.run("tokenize", "--out", path, *given))
-
-
 # ---- sources -------------------------------------------------------------------------------------------------------
 
 
@@ -114,8 +52,14 @@ def config(world: World, rng: random.Random, place: Path) -> Attempt:
     source = _copied(world.dense(rng.choice(FAMILIES)), place)
     content, done = damaged_json((source / "config.json").read_text(), rng, CONFIG_KEYS)
     (source / "config.json").write_bytes(content)
+    text = ["--text", str(world.text), "--device", "cpu"]
     if rng.random() < 0.3:
-        return Attempt(["split", str(source), str(place / "out"), *ALL_ON, "--dry-run"], done)
+        verb = rng.choice((["split", str(source), str(place / "out"), *ALL_ON, "--dry-run"], ["inspect", str(source)],
+                           ["evaluate", str(source), *text],
+                           ["budget", str(source), "--budget", "0.7", "--calibration", str(world.text), *SIZES],
+                           ["compare", str(source), "--recipe", "quick", "--calibration", str(world.text),
+                            "--evaluation", str(world.text), "--out", str(place / "study"), "--dry-run"]))  # fmt: skip
+        return Attempt(verb, done)
     return Attempt(["split", str(source), str(place / "out"), *ALL_ON], done, place / "out", source, ids=True)
 
 
@@ -225,10 +169,70 @@ def output(world: World, rng: random.Random, place: Path) -> Attempt:
         "verify": ["verify", str(model), "--against", dense],
         "heal": ["heal", str(model), str(out), "--parent", dense, "--text", str(world.text), "--dry-run"],
         "evaluate": ["evaluate", str(model), "--text", str(world.text), "--device", "cpu"],
+        "report": ["report", str(model), "--text", str(world.text), "--json-out", str(place / "report.json")],
+        "bench": [
+            "bench",
+            str(model),
+            "--device",
+            "cpu",
+            "--prompt",
+            "4",
+            "--new-tokens",
+            "2",
+            "--batch-sizes",
+            "1",
+            "--repeats",
+            "1",
+        ],
     }
     verb = rng.choice(tuple(verbs))
     published = out if verb in ("retop", "densify", "merge") else model if verb == "fix-config" else None
     return Attempt(verbs[verb], f"{target}/{name}: {done}", published)
+
+
+def text(world: World, rng: random.Random, place: Path) -> Attempt:
+    """Text, plain or compressed, that is read for calibration or tokenised."""
+    import gzip
+
+    content, done = world.text.read_bytes(), ""
+    for _ in range(rng.choice((1, 2))):
+        content, more = damaged_bytes(content, rng) if rng.random() < 0.6 else _odd_row(content, rng)
+        done += more + "; "
+    packed = rng.random() < 0.3
+    path = place / ("text.jsonl.gz" if packed else rng.choice(("text.jsonl", "text.jsonl", "text.txt", "text.parquet")))
+    if packed:
+        content, more = (
+            damaged_bytes(gzip.compress(content), rng) if rng.random() < 0.5 else (gzip.compress(content), "")
+        )
+        done += f"gzip {more}"
+    path.write_bytes(content)
+    dense = str(world.dense())
+    verb = rng.choice((["tokenize", "--recipe", "small", "--tokenizer", dense, "--text", str(path), "--out", str(place / "t")],
+                       ["evaluate", dense, "--text", str(path), "--device", "cpu"]))  # fmt: skip
+    return Attempt(verb, f"{path.name}: {done}")
+
+
+def _odd_row(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    rows = content.split(b"\n")
+    row = rng.choice((b'{"text": 1}', b'{"text": null}', b"[]", b'{"text": "\\ud800"}', b"{" * 3000, b"\xff\xfe", b"",
+                      b'{"text": "a", "text": "b"}', b'{"text": "' + b"x" * 10**5 + b'"}', b'{"domain": [], "text": "a"}',
+                      b'{"text": "a", "n": 1' + b"0" * 9000 + b"}", b'{"domain": "../../x", "text": "\\u0000"}'))  # fmt: skip
+    rows[rng.randrange(len(rows))] = row
+    return b"\n".join(rows), f"a row {row[:30]!r}"
+
+
+def tokens(world: World, rng: random.Random, place: Path) -> Attempt:
+    """A folder of tokens that is trained on."""
+    folder = _copied(world.tokens(), place, "tokens")
+    path = rng.choice((folder / "index.json", *sorted(folder.rglob("*.bin"))))
+    content, done = (
+        damaged_bytes(path.read_bytes(), rng) if path.suffix == ".bin" else damaged_json(path.read_text(), rng)
+    )
+    path.write_bytes(content)
+    given = ["--set", f"model={world.output('qwen3_moe')}", "--set", "parent=null", "--set", f"data.train={folder}",
+             "--set", "data.validation=null", "--set", "data.block_length=16", "--set", "distill=null"]  # fmt: skip
+    verb = ["pretrain", "--recipe", "stories260k", "--out", str(place / "run"), *given, "--dry-run"]
+    return Attempt(verb, f"{path.name}: {done}")
 
 
 SUBJECTS: dict[str, tuple[int, Callable[[World, random.Random, Path], Attempt]]] = {
@@ -238,5 +242,7 @@ SUBJECTS: dict[str, tuple[int, Callable[[World, random.Random, Path], Attempt]]]
     "gguf": (8, gguf),
     "recipe": (15, recipe),
     "output": (30, output),
+    "text": (6, text),
+    "tokens": (4, tokens),
 }
-"""How often of 108 times, and what."""
+"""How often of 118 times, and what."""

@@ -35,6 +35,7 @@ BAD = {
     "seed: " + "9" * 101: "seed is a whole number of 101 digits",
     "seed: " + "9" * 9000: "seed is a whole number of 9,000 digits",
     'method: "\\ud800"': "method = '\\ud800' holds half a character",
+    'text: "a\\0b"': "text = 'a\\x00b' holds the character NUL",
     "method: " + "[" * 70 + "]" * 70: "method.0 is nested more than 64 levels",
     "method: " + "[" * 5000: "recursion",
     "method: &x [*x]": "method.0 is nested",
