@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .checkpoint.files import write_text
-from .errors import StoppedError
+from .errors import LlamaMoeError, StoppedError
 from .hub import locate
 from .preflight import normal_path
 from .progress import ProgressCallback, ignore_progress
@@ -110,7 +110,10 @@ def pretrain(
         verify_tokens(recipe, progress)
     with locked(folder):
         checkpoint = check_run_folder(folder, recipe, facts, resume=resume, force=force)
-        prepare_run_folder(folder, recipe, checkpoint, force=force)
+        try:
+            prepare_run_folder(folder, recipe, checkpoint, force=force)
+        except OSError as error:
+            raise LlamaMoeError(f"{error.filename or folder} cannot be changed: {error.strerror or error}.") from error
         return _run(recipe, folder, source, parent, facts, resume, progress)
 
 

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from .._version import __version__
@@ -161,15 +162,29 @@ def begin(folder: Path) -> None:
 def open_staging(folder: Path) -> Path:
     """The folder in which checkpoints are put together, emptied; see `check_owned`."""
     staging = folder / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(exist_ok=True)
+    _empty(staging)
     write_text(staging / RUN, (folder / RUN).read_text(encoding="utf-8"))
     return staging
 
 
 def close_staging(folder: Path) -> None:
     """Remove it at the end of a run."""
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    staging = folder / STAGING
+    with suppress(OSError):
+        _empty(staging)
+        if not any(path.name != RUN for path in staging.iterdir()):
+            (staging / RUN).unlink(missing_ok=True)
+            staging.rmdir()
+
+
+def _empty(staging: Path) -> None:
+    """Delete everything but the id, which tells after a kill on the way whose the rest is."""
+    for path in staging.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != RUN:
+            path.unlink(missing_ok=True)
 
 
 def publish(folder: Path, name: str) -> Path:

@@ -133,6 +133,8 @@ class MoeTrainer(Trainer):
         for path in named_checkpoints(self.parts.folder) if self.args.should_save else ():
             if step_of(path) > step:
                 discard(self.parts.folder, path)
+        if self._resumed and self.args.should_save:  # a kill may have come between the last checkpoint and this
+            rotate(self.parts.folder, self.parts.recipe.keep)
 
     # What is minimised
 

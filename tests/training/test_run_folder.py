@@ -15,7 +15,7 @@ import torch
 
 from llamamoe import pretrain
 from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
-from llamamoe.training.ownership import clear
+from llamamoe.training.ownership import begin, check_owned, clear, close_staging, open_staging
 from llamamoe.training.run_folder import checkpoints
 
 from ..hostile.conftest import digests
@@ -234,6 +234,33 @@ def test_force_replaces_a_run_and_a_kill_on_the_way_does_no_harm(
         assert [path.name for path in run.iterdir()] == [".lock"], last
     pretrain(recipe_of(world, *OVERRIDES), run, force=True)
     assert (run / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_kill_while_the_staging_folder_is_emptied_does_not_make_it_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for last in range(1, 9):
+        left, run = [last], tmp_path / str(last)
+        run.mkdir()
+        begin(run)
+        for name in ("a", "m", "z"):
+            put(run / ".partial" / name)
+        put(run / ".partial", "zz")
+        with monkeypatch.context() as patch:
+            for name, original in (("unlink", os.unlink), ("rmdir", os.rmdir)):
+
+                def dying(*args: Any, left: list[int] = left, real: Any = original, **keys: Any) -> None:
+                    left[0] -= 1
+                    if not left[0]:
+                        raise KeyboardInterrupt
+                    real(*args, **keys)
+
+                patch.setattr(os, name, dying)
+            with pytest.raises(KeyboardInterrupt):
+                close_staging(run)
+        check_owned(run)
+        open_staging(run)
+        assert [path.name for path in (run / ".partial").iterdir()] == ["llamamoe_run.json"]
 
 
 def test_a_model_without_checkpoints_is_not_trained_over(world: dict[str, str], run: Path) -> None:
