@@ -19,6 +19,7 @@ from .checkpoint.json_files import read_json
 from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from .checkpoint.renaming import rename_tensors, unusual_files
 from .errors import CheckpointError, RefusedError
+from .hub import check_folder
 from .loadable import check_counts, check_loads_with, check_model
 from .registry import known_names
 from .sources import SOURCES
@@ -58,6 +59,7 @@ def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
         RefusedError: The architecture is not one of ours, 4.57 cannot compute it, or the disk is too small.
     """
     folder = Path(path).expanduser()
+    check_folder(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} holds no config.json.", hint="Give the folder that save_pretrained or the Trainer wrote."

@@ -74,7 +74,7 @@ def locate(source: str | Path) -> Location:
     if text.startswith("hf://"):
         text = text.removeprefix("hf://")
         if not _HUB_ID.fullmatch(text):
-            raise CheckpointError(f"{text!r} is no hub id.", hint=_FORMS)
+            raise CheckpointError(f"{text!r} is not a hub id.", hint=_FORMS)
         return _download(text)
     path = Path(text).expanduser()
     if path.exists():
@@ -82,6 +82,37 @@ def locate(source: str | Path) -> Location:
     if not is_hub_id(text):
         raise CheckpointError(f"{text!r} does not exist.", hint=_FORMS)
     return _download(text)
+
+
+def locate_folder(source: str | Path) -> Location:
+    """Find a converted checkpoint, which is always a folder; see `locate`.
+
+    Raises:
+        CheckpointError: See `locate` and `check_folder`.
+    """
+    location = locate(source)
+    check_folder(location.path)
+    return location
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a path on this machine that is not a folder.
+
+    Raises:
+        CheckpointError: It does not exist or is a file; for a GGUF file the message names what makes a folder of it.
+    """
+    if path.is_dir():
+        return
+    if not path.exists():
+        raise CheckpointError(f"'{path}' does not exist.", hint="Give the folder that holds config.json.")
+    hint = "Give the folder that holds config.json."
+    if path.suffix == ".gguf":
+        made = f"export_dense({str(path)!r}, 'FOLDER', dtype='F32')"
+        hint = (
+            f"A GGUF file is read as a dense model. Convert it first: llamamoe split {path} OUT\n"
+            f'  Or make a plain folder of it: python -c "from llamamoe.checkpoint.gguf import export_dense; {made}"'
+        )
+    raise CheckpointError(f"'{path}' is a file, but a folder with config.json and safetensors is needed.", hint=hint)
 
 
 def _download(text: str) -> Location:
@@ -93,7 +124,7 @@ def _download(text: str) -> Location:
     except LlamaMoeError:
         raise
     except HFValidationError as error:
-        raise CheckpointError(f"{text!r} is no hub id: {error}") from None
+        raise CheckpointError(f"{text!r} is not a hub id: {error}") from None
     except LocalEntryNotFoundError as error:
         raise LlamaMoeError(
             f"{text!r} is no folder here, and the hub cannot be reached ({type(error).__name__}).",

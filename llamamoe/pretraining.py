@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .checkpoint.files import write_text
 from .errors import LlamaMoeError, StoppedError
-from .hub import locate
+from .hub import locate, locate_folder
 from .preflight import normal_path
 from .progress import ProgressCallback, ignore_progress
 from .training.metrics import read_lines
@@ -97,7 +97,7 @@ def pretrain(
         StoppedError: The process got SIGTERM: it ended its step and wrote a checkpoint.
     """
     folder = normal_path(out)
-    source, parent = locate(recipe.model).path, locate(recipe.parent).path if recipe.parent else None
+    source, parent = locate_folder(recipe.model).path, locate(recipe.parent).path if recipe.parent else None
     check_place(folder, recipe, source, parent)
     check_folder(source, allow_dense=recipe.allow_dense)
     facts = identities(recipe, source, parent)

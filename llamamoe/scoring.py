@@ -19,7 +19,7 @@ import numpy as np
 from .checkpoint.paths import refuse_pointers
 from .checkpoint.reader import SIDE_FILES
 from .errors import CheckpointError, LlamaMoeError, UsageError
-from .hub import is_hub_id, locate, open_checkpoint
+from .hub import check_folder, locate, open_checkpoint
 from .loadable import check_config_file
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def open_models(names: Sequence[str | Path], *, tokenizer: str | Path | None = N
         tokenizer: A folder whose tokenizer replaces that of every GGUF file among them.
 
     Raises:
-        UsageError: There is no such model, or ``tokenizer`` is given and none of them is a GGUF file.
+        UsageError: ``tokenizer`` is given and none of them is a GGUF file.
         CheckpointError: See `open_model`.
     """
     files = [is_gguf(name) for name in names]
@@ -88,16 +88,10 @@ def open_model(name: str | Path, *, tokenizer: str | Path | None = None) -> Open
         tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
 
     Raises:
-        UsageError: There is no such folder or file.
-        CheckpointError: It is not a model, or has no tokenizer that transformers can load.
+        CheckpointError: It does not exist, is not a model, or has no tokenizer that transformers can load.
     """
-    path = Path(name).expanduser()
-    if not (path.exists() and str(name)) and (isinstance(name, Path) or not is_hub_id(name)):
-        raise UsageError(
-            f"There is no folder '{name}'.", hint="Give a model's folder, a .gguf file, or a Hub id: owner/name."
-        )
-    if path.is_file() and not is_gguf(name):
-        raise UsageError(f"'{name}' is a file.", hint="Name the folder that holds config.json and the weights.")
+    if isinstance(name, Path) and not name.expanduser().exists():
+        check_folder(name)
     location = locate(name)
     if location.path.is_file():
         from .dense import understand
@@ -116,7 +110,10 @@ def _open_folder(name: str, folder: Path) -> Opened:
         hint = f"To use a GGUF file, name the file itself: {files[0]}" if files else "Name a model's folder."
         raise CheckpointError(f"'{name}' is not a model: it has no config.json.", hint=hint)
     refuse_pointers(folder / file for file in ("config.json", *SIDE_FILES))
-    check_config_file(folder)
+    try:
+        check_config_file(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{name}' is not a model: {error.message}", hint=error.hint) from None
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": str(folder),
         "local_files_only": True,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .checkpoint.reader import SafetensorsCheckpoint
 from .dense import understand
 from .errors import RefusedError, VerificationError
-from .hub import locate, open_parent
+from .hub import check_folder, locate, open_parent
 from .inventory import Hashes, WeightsChecked, check_files, check_neurons, check_weights
 from .preflight import DERIVED_FILE, HEAL_RECIPE_FILE, RECIPE_FILE
 from .progress import Progress, ProgressCallback, ignore_progress
@@ -110,6 +110,7 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
     from .recipe import load_recipe
 
     folder = Path(out).expanduser()
+    check_folder(folder)
     _refuse_others(folder)
     location = locate(against)
     model = understand(open_parent(location.path, folder))

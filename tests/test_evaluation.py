@@ -461,7 +461,11 @@ def pickled(folder: Path) -> None:
     ("change", "kind", "message"),
     [
         (lambda f: (f / "config.json").unlink(), CheckpointError, "not a model: it has no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), CheckpointError, "no configuration"),
+        (
+            lambda f: (f / "config.json").write_text("{"),
+            CheckpointError,
+            r"not a model: config\.json is not valid JSON",
+        ),
         (lambda f: (f / "tokenizer.json").unlink(), CheckpointError, "has no tokenizer"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), CheckpointError, "tokenizer of .* cannot be loaded"),
         (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "weights of .* cannot be loaded"),
@@ -482,9 +486,9 @@ def test_a_broken_model_is_named(tmp_path, corpus, change, kind, message):
 
 def test_calls_that_cannot_be(with_bos, corpus, tmp_path):
     for bad in ("/no/such/folder", "./nowhere", tmp_path / "a" / "b", "~/nothing", "", "gone", "a/b/c"):
-        with pytest.raises(UsageError, match="There is no folder"):
+        with pytest.raises(CheckpointError, match=r"does not exist|is empty"):
             evaluate(bad, [corpus])
-    with pytest.raises(UsageError, match="is a file"):
+    with pytest.raises(CheckpointError, match="neither a folder nor a"):
         evaluate(with_bos / "config.json", [corpus])
     with pytest.raises(UsageError, match="has only 64 positions"):
         evaluate(with_bos, [corpus], context_length=65)

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from llamamoe.checkpoint.reader import INDEX, SafetensorsCheckpoint
-from llamamoe.errors import CheckpointError, LlamaMoeError, UsageError
+from llamamoe.errors import CheckpointError, LlamaMoeError
 from llamamoe.hub import locate
 from llamamoe.scoring import open_model
 from tests.models import make_dense
@@ -194,7 +194,7 @@ def test_a_download_that_breaks_is_an_error_of_ours(hub: Hub, monkeypatch: pytes
 
 def test_an_id_that_the_hub_finds_invalid(hub: Hub) -> None:
     hub.unreachable = HFValidationError("-- and .. are forbidden")
-    with pytest.raises(CheckpointError, match="is no hub id: -- and"):
+    with pytest.raises(CheckpointError, match="is not a hub id: -- and"):
         locate("org/na--me")
 
 
@@ -203,10 +203,10 @@ def test_an_id_that_the_hub_finds_invalid(hub: Hub) -> None:
     [
         ("", "the source is empty"),
         (" \n", "the source is empty"),
-        ("hf://", "is no hub id"),
-        ("hf://a/b/c", "is no hub id"),
-        ("hf://org/name@", "is no hub id"),
-        ("hf://../name", "is no hub id"),
+        ("hf://", "is not a hub id"),
+        ("hf://a/b/c", "is not a hub id"),
+        ("hf://org/name@", "is not a hub id"),
+        ("hf://../name", "is not a hub id"),
         ("nowhere", "does not exist"),
         ("a/b/c", "does not exist"),
         ("./org/name", "does not exist"),
@@ -249,5 +249,5 @@ def test_a_model_that_is_only_run_is_found_as_a_source_is(
     assert opened.options == {
         "pretrained_model_name_or_path": str(dense), "local_files_only": True, "trust_remote_code": False
     }  # fmt: skip
-    with pytest.raises(UsageError, match="There is no folder"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         open_model(Path("org/model"))

@@ -244,9 +244,9 @@ def test_a_folder_of_somebody_else_where_out_is_put_together(model, tmp_path):
 
 def test_tokenizers_that_cannot_be_used(model, tmp_path):
     make_text(tmp_path / "text")
-    with pytest.raises(UsageError, match="There is no folder"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         tokenize(recipe(tmp_path / "none", tmp_path / "text"), tmp_path / "out")
-    with pytest.raises(UsageError, match="There is no folder 'some/model'"):  # never asked of the hub
+    with pytest.raises(CheckpointError, match="'some/model' does not exist"):  # never asked of the hub
         tokenize(recipe(Path("some/model"), tmp_path / "text"), tmp_path / "out")
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -72,6 +72,10 @@ def check(header: GgufHeader, folder: Path | None, vocab_size: int) -> list[str]
             or the folder holds no tokenizer, a link out of it, or a tokenizer with its own code.
     """
     if folder is not None:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"--tokenizer: '{folder}' is not a folder.", hint="Give a folder that holds the model's tokenizer.json."
+            )
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json).")
         for path in files(folder):

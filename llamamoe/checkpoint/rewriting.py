@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..dense import refuse_foreign
-from ..errors import CheckpointError, LlamaMoeError, RefusedError
-from ..hub import Location, locate
+from ..errors import LlamaMoeError, RefusedError
+from ..hub import Location, locate_folder
 from ..loadable import check_counts, check_loads, check_model
 from ..preflight import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..progress import Progress, ProgressCallback, ignore_progress
@@ -224,12 +224,7 @@ def opened(source: str | Path) -> tuple[Location, SafetensorsCheckpoint]:
         CheckpointError: It is a file, its files are broken or disagree, it brings its own code, or its weights are
             quantised.
     """
-    location = locate(source)
-    if not location.path.is_dir():
-        raise CheckpointError(
-            f"{location.path} is a file, but a folder of safetensors is wanted.",
-            hint="Give the folder with config.json.",
-        )
+    location = locate_folder(source)
     checkpoint = SafetensorsCheckpoint(location.path)
     refuse_foreign(checkpoint)
     check_counts(checkpoint.config, checkpoint.tensors)

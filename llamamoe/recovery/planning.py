@@ -14,7 +14,7 @@ from ..checkpoint.reader import SafetensorsCheckpoint, refuse_tokenizer_code
 from ..data.files import find_files
 from ..dense import DenseModel, understand
 from ..errors import CheckpointError, RefusedError, UsageError
-from ..hub import locate, open_parent
+from ..hub import locate, locate_folder, open_parent
 from ..loadable import check_counts
 from ..routers import ROUTERS
 from ..targets import TARGETS
@@ -35,9 +35,7 @@ def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> Heal
         RefusedError: One of the two is not what it must be, or they do not belong together; every reason is named.
         UsageError: The text is not there, or the recipe does not suit the models.
     """
-    place, origin = locate(model), locate(parent)
-    if not place.path.is_dir():
-        raise CheckpointError(f"MODEL ({model}) is no folder.", hint="Give the folder that `llamamoe split` made.")
+    place, origin = locate_folder(model), locate(parent)
     checkpoint = SafetensorsCheckpoint(place.path)
     target = _target(checkpoint)
     check_counts(checkpoint.config, checkpoint.tensors)

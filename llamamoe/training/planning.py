@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tokenizer_ids import beyond_embedding
 from ..data.mixtures import mixture_weights
-from ..hub import locate, open_parent
+from ..hub import locate, locate_folder, open_parent
 from ..preflight import normal_path
 from .corpora import held_out_corpus, training_corpus
 from .model import check_folder
@@ -110,7 +110,7 @@ def plan_pretraining(
     from .batches import check_ranks
     from .estimate import estimate
 
-    location, parent = locate(recipe.model), locate(recipe.parent).path if recipe.parent else None
+    location, parent = locate_folder(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     facts = identities(recipe, location.path, parent)
     if out is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -272,3 +273,51 @@ def test_a_folder_around_a_gguf_file_names_the_file(world: SimpleNamespace, tmp_
         ("verify", moe(world, world.dense), "--against", tmp_path),
     ):
         assert str(tmp_path / "model.gguf") in "".join(world.run(*args, code=3).stderr.split("\n")), args
+
+
+def test_a_gguf_file_in_the_place_of_a_conversion_names_what_makes_a_folder(
+    world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, text = world.parents["F32.gguf"], ("--text", world.text)
+    pretraining = ("pretrain", "--recipe", "stories260k", "--dry-run", "--parent", world.dense, "--model", path)
+    for args in (
+        ("merge", path, world.dense, "--out", tmp_path / "out"),
+        ("verify", path, "--against", world.dense),
+        ("heal", path, "--parent", world.dense, *text, "--dry-run"),
+        ("retop", path, tmp_path / "out", "--top-k", 1),
+        ("densify", path, tmp_path / "out"),
+        ("export-gguf", path, tmp_path / "out.gguf"),
+        ("fix-config", path),
+        (*pretraining, "--set", "data.validation=null", "--set", f"data.train={world.root / 'tokens'}"),
+    ):
+        said = world.run(*args, code=3).stderr
+        assert "is a file, but a folder" in said, args
+    joined = " ".join(said.split())
+    [command] = re.findall(r'python -c "([^"]+)"', joined)
+    monkeypatch.chdir(tmp_path)
+    exec(command)  # what the message tells the reader to run
+    assert weights(tmp_path / "FOLDER")
+    assert evaluate(world, tmp_path / "FOLDER", tmp_path) == evaluate(world, world.dense, tmp_path)
+
+
+def test_a_path_that_does_not_exist_is_told_alike(world: SimpleNamespace, tmp_path: Path) -> None:
+    gone, text = tmp_path / "gone", ("--text", world.text)
+    for args in (
+        ("inspect", gone),
+        ("split", gone, "--dry-run"),
+        ("verify", gone, "--against", world.dense),
+        ("verify", moe(world, world.dense), "--against", gone),
+        ("evaluate", gone, *text),
+        ("bench", gone),
+        ("report", gone, *text, "--json-out", tmp_path / "report.json"),
+        ("compare", gone, "--recipe", "quick", "--dry-run"),
+        ("budget", gone, "--calibration", world.text),
+        ("heal", gone, "--parent", world.dense, *text, "--dry-run"),
+        ("merge", gone, world.dense, "--out", tmp_path / "out"),
+        ("fix-config", gone),
+        ("tokenize", "--recipe", "small", "--tokenizer", gone, *text, "--out", tmp_path / "out"),
+    ):
+        said = " ".join(world.run(*args, code=3).stderr.split())
+        assert f"'{gone}' does not exist. Give" in said, args
+    said = world.run("split", world.parents["F32.gguf"], "--dry-run", "--tokenizer", gone, code=3).stderr
+    assert f"--tokenizer: '{gone}' is not a folder." in " ".join(said.split())

@@ -73,6 +73,6 @@ def test_errors(args: list[str | Path], tmp_path: Path, run: Run) -> None:
     assert "Did you mean 'shard_tokens'" in run(*args, "--set", "shard_token=3", code=2).stderr
     assert "Did you mean 'small'" in run("tokenize", "--recipe", "smal", code=2).stderr
     assert "matches" in run(*args, "--text", tmp_path / "none.jsonl", code=2).stderr
-    assert "There is no folder" in run(*args, "--tokenizer", tmp_path / "none", code=2).stderr
+    assert "does not exist" in run(*args, "--tokenizer", tmp_path / "none", code=3).stderr
     assert "exclude each other" in run(*args, "--resume", "--force", code=2).stderr
     assert "Missing option '--recipe'" in run("tokenize", code=2).stderr
