@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checkpoint.paths import refuse_pointers
+from .checkpoint.paths import inside, refuse_pointers
 from .checkpoint.reader import SIDE_FILES
 from .errors import CheckpointError, LlamaMoeError, UsageError
 from .hub import check_folder, locate, open_checkpoint
@@ -70,7 +70,7 @@ def open_models(names: Sequence[str | Path], *, tokenizer: str | Path | None = N
         raise UsageError("--tokenizer is for GGUF files: a folder brings its own tokenizer, which is used.")
     found = [open_model(name, tokenizer=tokenizer if file else None) for name, file in zip(names, files, strict=True)]
     for folder in (Path(each.options["pretrained_model_name_or_path"]) for each in found if each.dense is None):
-        refuse_pointers(sorted(folder.glob("*.safetensors")))
+        _check_files(folder, sorted(path.name for path in folder.glob("*.safetensors")))
     return found
 
 
@@ -109,7 +109,7 @@ def _open_folder(name: str, folder: Path) -> Opened:
         files = sorted(folder.glob("*.gguf"))
         hint = f"To use a GGUF file, name the file itself: {files[0]}" if files else "Name a model's folder."
         raise CheckpointError(f"'{name}' is not a model: it has no config.json.", hint=hint)
-    refuse_pointers(folder / file for file in ("config.json", *SIDE_FILES))
+    _check_files(folder, ("config.json", *SIDE_FILES))
     try:
         check_config_file(folder)
     except CheckpointError as error:
@@ -130,6 +130,12 @@ def _open_folder(name: str, folder: Path) -> Opened:
         tokenizer = of_any_length(AutoTokenizer.from_pretrained(**options))
         bos = _leading_bos(tokenizer)
     return Opened(name, options, config, tokenizer, bos)
+
+
+def _check_files(folder: Path, names: Iterable[str]) -> None:
+    """Refuse links out of the folder and pointers of Git LFS among these files, where they are there."""
+    there = [folder / name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
+    refuse_pointers(inside(folder, path.name) for path in there)
 
 
 def _open_gguf(name: str, dense: DenseModel) -> Opened:

@@ -484,6 +484,15 @@ def test_a_broken_model_is_named(tmp_path, corpus, change, kind, message):
     assert "model" in str(caught.value) or "weights" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path, with_bos, corpus, name):
+    folder = shutil.copytree(with_bos, tmp_path / "model")
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is a symbolic link out of the folder"):
+        evaluate(folder, [corpus])
+
+
 def test_calls_that_cannot_be(with_bos, corpus, tmp_path):
     for bad in ("/no/such/folder", "./nowhere", tmp_path / "a" / "b", "~/nothing", "", "gone", "a/b/c"):
         with pytest.raises(CheckpointError, match=r"does not exist|is empty"):
