@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamamoe import fix_config, load_recipe, split
@@ -22,14 +23,15 @@ TEMPLATE = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} {% endf
 pytest.importorskip("trl")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["mixtral", "granitemoeshared"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sft")
     dense = make_dense(folder / "dense")
     tokenizer = AutoTokenizer.from_pretrained(dense)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(dense)
-    split(dense, folder / "moe", load_recipe(given={"num_experts": 4, "top_k": 2, "method": "random"}), verify=False)
+    given = {"num_experts": 4, "top_k": 2, "method": "random", "target": request.param}
+    split(dense, folder / "moe", load_recipe(given=given), verify=False)
     rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}] * 8
     (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "moe"
@@ -70,7 +72,9 @@ def test_a_recipe_runs_two_steps(path: Path, model: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr[-3000:]
     if path.stem == "lora":
         names = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-        assert sorted(names["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+        assert sorted(names["target_parameters"]) == ["experts.down_proj", "experts.gate_up_proj"]
+        weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        assert any(".experts." in name for name in weights), "experts have adapters, whatever their module is called"
         merged_as_the_recipe_says(model, tmp_path)
     else:
         assert json.loads((tmp_path / "out" / "config.json").read_text())["router_aux_loss_coef"] == 0
