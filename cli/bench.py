@@ -31,7 +31,7 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> li
     try:
         return [int(part) for part in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{value!r} are no whole numbers with commas between them, such as 1,8,64.") from None
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 1,8,64.") from None
 
 
 @click.command(cls=Command, section="Measure", rank=2, short_help="Tokens a second, beside the parent.",

@@ -31,7 +31,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     try:
         return None if value is None else [float(part) for part in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{value!r} are no numbers with commas between them, such as 0.7,0.3.") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.7,0.3.") from None
 
 
 @click.command(cls=Command, section="Convert", rank=4, short_help="Average the weights of checkpoints.",

@@ -96,7 +96,7 @@ def command(
             out=out,
             **where,
             world_size=world_size,
-            device_memory=None if device_memory is None else int(device_memory * 1e9),
+            device_memory=None if device_memory is None else device_memory * 1e9,
             peak_flops=None if peak_tflops is None else peak_tflops * 1e12,
         )
         output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan))

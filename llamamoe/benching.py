@@ -179,7 +179,7 @@ def _check(batch_sizes: Sequence[int], prompt_tokens: int, new_tokens: int, repe
             raise UsageError(f"{name} is {value}, but must be at least {least}.")
     sizes = tuple(sorted(set(batch_sizes)))
     if not sizes or sizes[0] < 1:
-        raise UsageError(f"the batch sizes {list(batch_sizes)} cannot be: each must be at least 1.")
+        raise UsageError(f"invalid batch sizes {list(batch_sizes)}: each must be at least 1.")
     return sizes
 
 

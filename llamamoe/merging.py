@@ -117,7 +117,7 @@ def _shares(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:
         raise UsageError(f"{len(weights)} weights were given for {count} models: give one for each.")
     wrong = next((w for w in weights if not (math.isfinite(w) and w >= 0)), None)
     if wrong is not None or sum(weights) <= 0:
-        raise UsageError(f"the weights {weights} cannot be: each must be a number >= 0, and one of them more than 0.")
+        raise UsageError(f"invalid weights {weights}: each must be a number >= 0, and one of them more than 0.")
     return tuple(w / sum(weights) for w in weights)
 
 

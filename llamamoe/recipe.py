@@ -203,7 +203,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per error: path, rule, value, and for an unknown key the nearest known one."""
     lines = []
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+        # pydantic puts the alternatives of a union among the keys: function-before[...], tuple[constrained-int, ...]
+        path = ".".join(str(part) for part in item["loc"] if not re.match(r"function-|constrained-|\w+\[", str(part)))
         if item["type"] == "extra_forbidden":
             lines.append(
                 f"{path}: unknown key. {near_misses(str(item['loc'][-1]), _known_keys(model, item['loc'][:-1]))}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint.paths import inside, refuse_pointers
-from .checkpoint.reader import SIDE_FILES
+from .checkpoint.reader import SIDE_FILES, check_side_file
 from .errors import CheckpointError, LlamaMoeError, UsageError
 from .hub import check_folder, locate, open_checkpoint
 from .loadable import check_config_file
@@ -112,6 +112,8 @@ def _open_folder(name: str, folder: Path) -> Opened:
     _check_files(folder, ("config.json", *SIDE_FILES))
     try:
         check_config_file(folder)
+        for path in (folder / file for file in SIDE_FILES if (folder / file).exists()):
+            check_side_file(path)
     except CheckpointError as error:
         raise CheckpointError(f"'{name}' is not a model: {error.message}", hint=error.hint) from None
     options: dict[str, Any] = {

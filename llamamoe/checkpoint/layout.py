@@ -10,8 +10,8 @@ from typing import Any
 
 from ..errors import UsageError
 
-SHARD_SIZE = r"^[0-9]{1,9}(\.[0-9]+)?\s*[KMGT]B$"
-"""How the most bytes of a file are given."""
+SHARD_SIZE = r"^([0-9]{0,8}[1-9][0-9]{0,8}(\.[0-9]+)?|[0-9]{1,9}\.[0-9]*[1-9][0-9]*)\s*[KMGT]B$"
+"""How the most bytes of a file are given: a number above 0 and a unit."""
 Shards = dict[str, dict[str, tuple[str, tuple[int, ...], int]]]
 """file name -> tensor name -> (dtype, shape, bytes), in file order."""
 
@@ -50,7 +50,7 @@ def check_size(shard_size: str) -> None:
         UsageError: It is none.
     """
     if not re.match(SHARD_SIZE, shard_size):
-        raise UsageError(f"{shard_size!r} is no size of a file: give one such as 5GB or 500MB.")
+        raise UsageError(f"{shard_size!r} is not a size of a file: give one such as 5GB or 500MB.")
 
 
 def deal(entries: Mapping[str, tuple[str, tuple[int, ...], int]], shard_size: str) -> Shards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tokenizer_ids import beyond_embedding
 from ..data.mixtures import mixture_weights
+from ..errors import UsageError
 from ..hub import locate, locate_folder, open_parent
 from ..preflight import normal_path
 from .corpora import held_out_corpus, training_corpus
@@ -86,7 +88,7 @@ def plan_pretraining(
     resume: bool | str | Path = False,
     force: bool = False,
     world_size: int | None = None,
-    device_memory: int | None = None,
+    device_memory: float | None = None,
     peak_flops: float | None = None,
     utilisation: float = 0.4,
 ) -> PretrainPlan:
@@ -105,11 +107,15 @@ def plan_pretraining(
     Raises:
         RefusedError: The model is none that can be trained, the tokens are another tokenizer's, or `pretrain` would
             refuse ``out``.
-        UsageError: The recipe does not fit model, tokens or number of processes.
+        UsageError: The recipe does not fit model, tokens or number of processes, or what is said of a device is not a
+            number above 0.
     """
     from .batches import check_ranks
     from .estimate import estimate
 
+    for what, value in (("device_memory", device_memory), ("peak_flops", peak_flops), ("utilisation", utilisation)):
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{what} is {value:g}, but must be a finite number above 0.")
     location, parent = locate_folder(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     facts = identities(recipe, location.path, parent)
@@ -131,7 +137,7 @@ def plan_pretraining(
         parent_tensors=dense.tensors if dense else None,
         parent_config=dense.config if dense else None,
         world_size=world_size,
-        device_memory=device_memory,
+        device_memory=None if device_memory is None else int(device_memory),
         peak_flops=peak_flops,
         utilisation=utilisation,
     )
