@@ -33,6 +33,11 @@ class Interrupted(LlamaMoeError):
     def __init__(self, remark: str = "") -> None:
         super().__init__("interrupted" + (f"; {remark}" if remark else ""))
 
+    @classmethod
+    def leaving(cls, left: Path, remark: str) -> Interrupted:
+        """With ``remark`` if there is something at ``left``; else nothing was written."""
+        return cls(remark if left.exists() else "nothing was written")
+
 
 @contextmanager
 def kept_when_interrupted(out: str | Path) -> Iterator[None]:
@@ -43,7 +48,7 @@ def kept_when_interrupted(out: str | Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         left = partial_path(Path(os.path.abspath(Path(out).expanduser())))
-        raise Interrupted(f"{left} is kept, --resume finishes it" if left.exists() else "nothing was written") from None
+        raise Interrupted.leaving(left, f"{left} is kept, --resume finishes it") from None
 
 
 @dataclass(frozen=True)

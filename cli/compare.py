@@ -113,7 +113,8 @@ def _compare(source: str, out: str, recipe: CompareRecipe, output: Output, **key
         with output.progress() as report:
             return compare(source, out, recipe, progress=report, **keys)
     except KeyboardInterrupt:
-        raise Interrupted(f"finished cells are kept in {Path(out)}, the same command goes on") from None
+        left = Path(out).expanduser()
+        raise Interrupted.leaving(left, f"finished cells are kept in {left}, the same command goes on") from None
 
 
 def _print_plan(plan: ComparisonPlan, out: str) -> None:

@@ -100,7 +100,8 @@ def _tokenize(recipe: TokenizeRecipe, out: str, output: Output, **keys: bool) ->
         with output.progress() as report:
             return tokenize(recipe, out, progress=report, **keys)
     except KeyboardInterrupt:
-        raise Interrupted(f"finished files are kept in {Path(out)}.partial, --resume goes on") from None
+        left = Path(f"{Path(out).expanduser()}.partial")
+        raise Interrupted.leaving(left, f"finished files are kept in {left}, --resume goes on") from None
 
 
 def _print_plan(plan: TokenizePlan, *, verbose: bool) -> None:

@@ -240,3 +240,40 @@ def test_export_gguf(tmp_path: Path, run: Run) -> None:
     data = json.loads(run("export-gguf", tmp_path / "moe", tmp_path / "m.gguf", "--force", "--json").stdout)
     assert (data["architecture"], data["dtype"]) == ("llama", "F32")
     assert "end in .gguf" in run("export-gguf", tmp_path / "moe", tmp_path / "out", code=2).stderr
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("verb", ["tokenize", "compare"])
+def test_ctrl_c_promises_only_what_is_there(
+    verb: str, there: bool, dense: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / ("out.partial" if verb == "tokenize" else "out")
+
+    def stopped(*args: object, **keys: object) -> None:
+        if there:
+            left.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "llamamoe.tokenization.tokenize" if verb == "tokenize" else "llamamoe.compare", stopped, raising=False
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("the cat " * 100)
+    args = {
+        "tokenize": ("tokenize", "--recipe", "small", "--tokenizer", dense, "--text", text, "--out", tmp_path / "out"),
+        "compare": (
+            "compare",
+            dense,
+            "--recipe",
+            "quick",
+            "--calibration",
+            text,
+            "--evaluation",
+            text,
+            "--out",
+            tmp_path / "out",
+        ),
+    }
+    said = " ".join(run(*args[verb], code=130).stderr.split())
+    assert (f"kept in {left}" in said) is there
+    assert ("nothing was written" in said) is not there
