@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checkpoint.ledger import partial_path, replaced_path
@@ -90,11 +90,23 @@ def check_apart(out: Path, source: Path, name: str, also: Sequence[Path] = (), n
     """
     there = source.resolve()
     for place in (out.resolve(), *also):
-        if place.is_relative_to(there) or there.is_relative_to(place):
+        if holds(there, place) or holds(place, there):
             raise RefusedError(
                 f"OUT ({out}) and {name} ({source}) must not lie in one another: what is read is never touched.",
                 hint=f"Choose an OUT elsewhere{note}.",
             )
+
+
+def holds(folder: Path, path: Path) -> bool:
+    """Return whether a path is a folder or lies in it: by its name, or by what is there.
+
+    A file system that takes capitals for small letters, or is mounted twice, has several names for one folder.
+    """
+    if path.is_relative_to(folder):
+        return True
+    with suppress(OSError):
+        return folder.exists() and any(each.exists() and each.samefile(folder) for each in (path, *path.parents))
+    return False
 
 
 def check_kind(out: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from llamamoe import pretrain
 from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
+from llamamoe.preflight import holds
 from llamamoe.training.ownership import begin, check_owned, clear, close_staging, open_staging
 from llamamoe.training.run_folder import checkpoints
 
@@ -75,6 +76,17 @@ def test_links_and_dots_do_not_hide_it(key: str, name: str, world: dict[str, str
     refused(world, place / ".." / place.name / "run", name)
     linked = world | {key: str(tmp_path / "link")}
     refused(linked, place / "run", name, force=True)
+
+
+def test_another_name_of_a_folder_does_not_hide_it(tmp_path: Path) -> None:
+    """As on file systems that take capitals for small letters; a link that is not followed stands for it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "Model").symlink_to(tmp_path / "model")
+    assert holds(tmp_path / "model", tmp_path / "Model" / "new" / "run")
+    assert holds(tmp_path / "Model", tmp_path / "model")
+    assert not holds(tmp_path / "model", tmp_path)
+    assert not holds(tmp_path / "model", tmp_path / "models" / "run")
+    assert not holds(tmp_path / "nowhere", tmp_path / "run")
 
 
 def test_out_is_a_link_or_a_file(world: dict[str, str], tmp_path: Path) -> None:
