@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checkpoint.reader import SafetensorsCheckpoint
-from .dense import understand
+from .dense import refuse_foreign, understand
 from .errors import RefusedError, VerificationError
 from .hub import check_folder, locate, open_parent
 from .inventory import Hashes, WeightsChecked, check_files, check_neurons, check_weights
@@ -156,6 +156,7 @@ def verify_conversion(
 ) -> Verification:
     """Like `verify`, for a plan and hashes at hand and a folder that need not be published yet."""
     converted = SafetensorsCheckpoint(folder)
+    refuse_foreign(converted)  # transformers would quantise what it loads, or load otherwise
     check_files(plan, converted)
     layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]
     checked = 0

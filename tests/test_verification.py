@@ -121,6 +121,23 @@ def test_a_changed_configuration_is_seen(copy: Path, dense: Path, key: str, valu
         llamamoe.verify(copy, dense)
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_conversion_that_would_be_quantised_on_loading_is_refused_by_all_that_read_it(
+    copy: Path, dense: Path, key: str
+) -> None:
+    from llamamoe.training.model import check_folder
+
+    config = json.loads((copy / "config.json").read_text())
+    config[key] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(llamamoe.CheckpointError, match="quantised"):
+        llamamoe.verify(copy, dense)
+    with pytest.raises(llamamoe.CheckpointError, match="quantised"):
+        check_folder(copy)
+    with pytest.raises(llamamoe.CheckpointError, match="quantised"):
+        llamamoe.plan_heal(copy, dense, llamamoe.HealRecipe(text=(str(Path(__file__)),)))
+
+
 def test_a_missing_tensor_is_named(copy: Path, dense: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.layers.1.mlp.gate.weight"]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from ..calibration.cost import MAX_LENGTH
 from ..checkpoint.base import FLOAT_DTYPES
-from ..checkpoint.reader import SafetensorsCheckpoint, refuse_tokenizer_code
+from ..checkpoint.reader import SafetensorsCheckpoint
 from ..data.files import find_files
-from ..dense import DenseModel, understand
+from ..dense import DenseModel, refuse_foreign, understand
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..hub import locate, locate_folder, open_parent
 from ..loadable import check_counts
@@ -52,9 +52,7 @@ def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> Heal
 
 def _target(checkpoint: SafetensorsCheckpoint) -> Target:
     config = checkpoint.config
-    if config.get("auto_map"):
-        raise CheckpointError("MODEL's config.json has an 'auto_map': it brings its own code, which is never run.")
-    refuse_tokenizer_code(checkpoint.path)
+    refuse_foreign(checkpoint)
     name = config.get("model_type")
     known = [each.name for each in TARGETS if each.routed]
     if name not in known:

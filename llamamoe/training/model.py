@@ -10,6 +10,7 @@ from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from ..config_compat import missing_keys
+from ..dense import refuse_foreign
 from ..errors import CheckpointError, RefusedError
 from ..sources import SOURCES
 from ..streaming import quiet_transformers
@@ -32,13 +33,12 @@ def check_folder(folder: Path, *, allow_dense: bool = False) -> dict[str, Any]:
         allow_dense: Whether a dense model of a known family will do.
 
     Raises:
-        CheckpointError: Files are missing or broken, or it brings its own code.
+        CheckpointError: Files are missing or broken, it brings its own code, or its weights are quantised.
         RefusedError: It is a dense model.
     """
     checkpoint = SafetensorsCheckpoint(folder)
     config = checkpoint.config
-    if config.get("auto_map"):
-        raise CheckpointError(f"{folder}: config.json has an 'auto_map': code of a checkpoint is never run.")
+    refuse_foreign(checkpoint)
     name = config.get("model_type")
     if (name not in TARGETS or name == "dense") and not (allow_dense and name in SOURCES):
         raise RefusedError(
