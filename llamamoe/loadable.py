@@ -37,6 +37,11 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         raise CheckpointError(
             f"config.json: num_labels = {labels!r}, but it must be at most {_MOST_LABELS:,}.", hint=_HINT
         )
+    window = config.get("sliding_window")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
+        raise CheckpointError(
+            f"config.json: sliding_window = {window!r}, but it must be a whole number, not negative.", hint=_HINT
+        )
     layers = _MOST_LAYERS if tensors is None else len(tensors)
     experts = max(layers, max((size for info in (tensors or {}).values() for size in info.shape), default=0))
     for key, most in (("num_hidden_layers", layers), *((key, experts) for key in EXPERT_KEYS)):

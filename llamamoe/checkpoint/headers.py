@@ -43,7 +43,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}.") from None
     try:
         header = json.loads(text, object_pairs_hook=unique_keys)
-        header.pop("__metadata__", None)
+        facts = header.pop("__metadata__", None)
+        if facts is not None and not (
+            isinstance(facts, dict) and all(isinstance(each, str) for each in facts.values())
+        ):
+            raise ValueError("__metadata__ must be a mapping to text")
         return _tensors(path, header, 8 + length, size - 8 - length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):

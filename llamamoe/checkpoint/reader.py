@@ -63,7 +63,10 @@ def read_weight_map(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: The index is broken.
     """
-    weight_map = read_json(path).get("weight_map")
+    index = read_json(path)
+    if not isinstance(index.get("metadata", {}), dict):
+        raise CheckpointError(f"{INDEX}: 'metadata' must be a mapping: transformers refuses it.")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{INDEX} has no usable 'weight_map'.")
     return weight_map

@@ -243,4 +243,9 @@ def windows_by_type(config: Mapping[str, Any], num_layers: int, default_window: 
         raise CheckpointError(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {num_layers} layers."
         )
+    if window is None and "sliding_attention" in types:
+        raise CheckpointError(
+            "config.json: layer_types names sliding_attention, but use_sliding_window is false or sliding_window null: "
+            "transformers cannot run it."
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in types)

@@ -37,6 +37,7 @@ def test_good(tmp_path: Path) -> None:
             {"data_offsets": [1, 5]}, {"data_offsets": [0, 8]}, {"data_offsets": "ab"},
         )),
         {"a": ENTRY, "b": ENTRY},
+        *({"__metadata__": value, "a": ENTRY} for value in (5, "x", [1], {"format": 64}, {"format": [[]]})),
         {"a": ENTRY, "b": ENTRY | {"data_offsets": [8, 12]}},
     ],
 )  # fmt: skip

@@ -171,6 +171,16 @@ def test_rope_theta(source: Path, refused: Refused, theta: Any, nested: bool) ->
         ("qwen2", {"layer_types": 5}, "layer_types"),
         ("qwen2", {"layer_types": [["a"], 1]}, "layer_types"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+        (
+            "qwen3",
+            {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "use_sliding_window": True,
+                "sliding_window": None,
+            },
+            "sliding_window",
+        ),
         ("granite", {"embedding_multiplier": "x"}, "embedding_multiplier"),
         ("granite", {"logits_scaling": float("nan")}, "logits_scaling"),
     ],

@@ -87,6 +87,13 @@ def test_index_names_a_file_outside(sharded: Path, refused: Refused, name: str) 
     refused(sharded, repr(name), "not a plain file name")
 
 
+@pytest.mark.parametrize("metadata", [5, "x", [1], None])
+def test_index_whose_metadata_transformers_refuses(sharded: Path, refused: Refused, metadata: Any) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    (sharded / INDEX).write_text(json.dumps(index | {"metadata": metadata}))
+    refused(sharded, INDEX, "metadata")
+
+
 def test_index_names_a_missing_file(sharded: Path, refused: Refused) -> None:
     point(sharded, "gone.safetensors")
     refused(sharded, "gone.safetensors", "missing")

@@ -56,6 +56,7 @@ DAMAGE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "shared width": ("qwen2_moe", {"shared_expert_intermediate_size": 10**30}, ()),
     "norms": ("glm4_moe", {"use_qk_norm": True}, ()),
     "block": ("mixtral", {"llamamoe": ["x"]}, ("llamamoe = ['x']",)),
+    "window": ("mixtral", {"sliding_window": -1}, ("sliding_window = -1",)),
     "huge": ("mixtral", {"rms_norm_eps": 10**400}, ("rms_norm_eps", "401 digits")),
 }
 HARMLESS = {"architectures", "architectures.0"}
