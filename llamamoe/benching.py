@@ -303,7 +303,7 @@ def _choose_experts(model: Any, implementation: str | None) -> str | None:
             model.set_experts_implementation(implementation)
         except (ValueError, KeyError) as error:
             raise UsageError(
-                f"'{implementation}' is no way to run experts: {str(error).splitlines()[0]}",
+                f"'{implementation}' is not a way to run experts: {str(error).splitlines()[0]}",
                 hint="Try grouped_mm, batched_mm, eager, llamamoe_auto, llamamoe_masked or llamamoe_sorted.",
             ) from error
     found: str | None = getattr(model.config, "_experts_implementation", None)

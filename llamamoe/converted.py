@@ -42,7 +42,7 @@ class ConvertedModel:
         rescale: The rescale that holds (see `llamamoe.rescales`); None: the one that the conversion names.
 
     Raises:
-        RefusedError: It is no mixture of experts that is known here.
+        RefusedError: It is not a mixture of experts that is known here.
         CheckpointError: Files and configuration disagree.
     """
 

@@ -62,7 +62,7 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in SOURCES:
         raise CheckpointError(
-            f"config.json: model_type {name!r} is no dense family that can be converted exactly.",
+            f"config.json: model_type {name!r} is not a dense family that can be converted exactly.",
             hint=known_names(SOURCES.names()),
         )
     source = SOURCES.get(name)()

@@ -127,7 +127,7 @@ def _download(text: str) -> Location:
         raise CheckpointError(f"{text!r} is not a hub id: {error}") from None
     except LocalEntryNotFoundError as error:
         raise LlamaMoeError(
-            f"{text!r} is no folder here, and the hub cannot be reached ({type(error).__name__}).",
+            f"{text!r} is not a folder here, and the hub cannot be reached ({type(error).__name__}).",
             hint="Check the path, or download the checkpoint first and give its folder.",
         ) from None
     except HfHubHTTPError as error:
@@ -201,7 +201,7 @@ def _check_listing(name: str, files: frozenset[str]) -> None:
             hint="Merge it first: AutoPeftModelForCausalLM.from_pretrained(ID).merge_and_unload().save_pretrained(NEW)",
         )
     if "config.json" not in files:
-        raise CheckpointError(f"{name} holds no config.json, so it is no transformers checkpoint.", hint=hint)
+        raise CheckpointError(f"{name} holds no config.json, so it is not a transformers checkpoint.", hint=hint)
     if not files & {SINGLE, INDEX}:
         raise CheckpointError(f"{name} holds neither {SINGLE} nor {INDEX}.", hint=hint)
 

@@ -50,14 +50,15 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
     """Read it from ``config.json``.
 
     Raises:
-        RefusedError: It is no mixture of experts of an architecture that is known here.
+        RefusedError: It is not a mixture of experts of an architecture that is known here.
         CheckpointError: A number in it cannot be.
     """
     name = str(config.get("model_type"))
     if name not in TARGETS or not TARGETS.get(name).routed:
         known = [each for each in TARGETS.names() if TARGETS.get(each).routed]
         raise RefusedError(
-            f"model_type {name!r} is no mixture of experts that is known here.", hint=f"Known are {', '.join(known)}."
+            f"model_type {name!r} is not a mixture of experts that is known here.",
+            hint=f"Known are {', '.join(known)}.",
         )
     target = TARGETS.get(name)()
     num_experts = _count(next((config[key] for key in EXPERT_KEYS if config.get(key) is not None), None))

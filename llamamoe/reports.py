@@ -81,7 +81,7 @@ def report(
         The content of the JSON file.
 
     Raises:
-        RefusedError: A model is no mixture of experts.
+        RefusedError: A model is not a mixture of experts.
         UsageError: A file is there already, a model or text does not exist, or a run is of another model.
         LlamaMoeError: Text or weights cannot be used, see `llamamoe.evaluate`.
         MissingExtraError: The page needs jinja2 and matplotlib (``pip install 'llamamoe[report]'``).
@@ -140,7 +140,7 @@ def _check(models: Sequence[str | Path], places: Sequence[Path], oracle_tokens: 
         if place.absolute().parent.is_dir() and not os.access(place.absolute().parent, os.W_OK):
             raise UsageError(f"{place} cannot be written: the folder does not let us.", hint="Choose another place.")
         if place.is_dir() or not place.absolute().parent.is_dir():
-            raise UsageError(f"{place} is no place for a file.", hint="Name a file in a folder that exists.")
+            raise UsageError(f"{place} is not a place for a file.", hint="Name a file in a folder that exists.")
         if place.exists() and not force:
             raise UsageError(f"{place} exists.", hint="Choose another name, or --force to replace it.")
 

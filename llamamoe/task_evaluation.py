@@ -188,12 +188,12 @@ def _manager(recipe: TaskRecipe) -> Any:
 
     for folder in recipe.include:
         if not Path(folder).expanduser().is_dir():
-            raise UsageError(f"include: {folder} is no folder.")
+            raise UsageError(f"include: {folder} is not a folder.")
     manager = TaskManager(include_path=[str(Path(each).expanduser()) for each in recipe.include] or None)
     for request in recipe.tasks:
         if request.task not in manager.all_tasks:
             raise UsageError(
-                f"{request.task!r} is no task of lm-evaluation-harness.",
+                f"{request.task!r} is not a task of lm-evaluation-harness.",
                 hint=near_misses(request.task, manager.all_tasks),
             )
     return manager

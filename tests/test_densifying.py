@@ -182,7 +182,7 @@ def test_what_cannot_be_one_ffn_is_refused(tmp_path: Path) -> None:
     copies = convert(dense, tmp_path / "copies", method="upcycle", num_experts=2, rescale="mean", top_k=1)
     with pytest.raises(RefusedError, match="copies of one FFN"):
         densify(copies, tmp_path / "out")
-    with pytest.raises(RefusedError, match="'llama' is no mixture of experts"):
+    with pytest.raises(RefusedError, match="'llama' is not a mixture of experts"):
         densify(dense, tmp_path / "out")
     partial = convert(make_dense(tmp_path / "phi", "phi3-partial"), tmp_path / "partial", "glm4_moe")
     with pytest.raises(RefusedError, match=r"no dense architecture here holds the attention: .*rotary"):

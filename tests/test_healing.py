@@ -272,7 +272,7 @@ def test_checkpoints_that_do_not_belong_together(tmp_path: Path, model: Path, de
     other = make_dense(tmp_path / "other", hidden_size=32, vocab_size=120, head_dim=16)
     with pytest.raises(llamamoe.RefusedError, match=r"hidden_size is 64 and 32.*vocab_size is 128 and 120"):
         plan_heal(model, other, heal_recipe(text))
-    with pytest.raises(llamamoe.CheckpointError, match="no mixture of experts"):
+    with pytest.raises(llamamoe.CheckpointError, match="not a mixture of experts"):
         plan_heal(dense, dense, heal_recipe(text))
     with pytest.raises(llamamoe.CheckpointError, match="mixture"):
         plan_heal(model, model, heal_recipe(text))

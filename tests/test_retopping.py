@@ -155,7 +155,7 @@ def test_a_silly_k_is_refused(top_k: int, kind: type[Exception], message: str, t
 
 def test_what_is_no_mixture_is_refused(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
-    with pytest.raises(RefusedError, match="'llama' is no mixture of experts"):
+    with pytest.raises(RefusedError, match="'llama' is not a mixture of experts"):
         retop(dense, tmp_path / "out", 2)
     two = convert(dense, tmp_path / "two", 2, "mixtral", 0, "unit")
     with pytest.raises(UsageError, match="'dropuot' is no rescale"):

@@ -126,7 +126,7 @@ class SafetensorsCheckpoint:
         self._refuse_adapter()
         if not (path / "config.json").exists():
             raise CheckpointError(
-                f"{path} holds no config.json, so it is no transformers checkpoint.", hint=self._what_is_there()
+                f"{path} holds no config.json, so it is not a transformers checkpoint.", hint=self._what_is_there()
             )
         self._files = SourceFiles()
         self._files.watch(*(path / n for n in ("config.json", ADAPTER, SINGLE, INDEX, *SIDE_FILES, *LICENSE_FILES)))

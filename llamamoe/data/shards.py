@@ -68,7 +68,7 @@ class TokenCorpus:
     def _sized(self, file: str, tokens: int) -> Path:
         parts = PurePosixPath(file).parts
         if len(parts) != 2 or ".." in parts or "\\" in file or file.startswith("/") or not file.isprintable():
-            raise CheckpointError(f"the index of '{self.folder}' names {file!r}, which is no file in it: refused.")
+            raise CheckpointError(f"the index of '{self.folder}' names {file!r}, which is not a file in it: refused.")
         path, expected = self.folder / file, tokens * self.dtype.itemsize
         try:
             if not path.resolve().is_relative_to(self.folder.resolve()):

@@ -57,7 +57,7 @@ def _target(checkpoint: SafetensorsCheckpoint) -> Target:
     known = [each.name for each in TARGETS if each.routed]
     if name not in known:
         raise CheckpointError(
-            f"MODEL: model_type {name!r} is no mixture of experts that can be healed.",
+            f"MODEL: model_type {name!r} is not a mixture of experts that can be healed.",
             hint=f"Convert the dense model first (llamamoe split). Known: {', '.join(known)}.",
         )
     fused = next((n for n in checkpoint.tensors if _IN_MEMORY.search(n)), None)

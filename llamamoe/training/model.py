@@ -42,7 +42,7 @@ def check_folder(folder: Path, *, allow_dense: bool = False) -> dict[str, Any]:
     name = config.get("model_type")
     if (name not in TARGETS or name == "dense") and not (allow_dense and name in SOURCES):
         raise RefusedError(
-            f"{folder}: model_type {name!r} is no mixture of experts that can be trained here.",
+            f"{folder}: model_type {name!r} is not a mixture of experts that can be trained here.",
             hint="Convert it first: llamamoe split SOURCE OUT. To train a dense model as a control, set allow_dense=true.",
         )
     return dict(config)

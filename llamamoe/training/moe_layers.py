@@ -85,7 +85,7 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
             found.append(_moe_layer(int(index[1]), parent, modules[parent], module))
     if not found:
         raise CheckpointError(
-            f"{_base(model).__class__.__name__} has no router: it is no mixture of experts.",
+            f"{_base(model).__class__.__name__} has no router: it is not a mixture of experts.",
             hint="Convert it first: llamamoe split SOURCE OUT.",
         )
     return sorted(found, key=lambda each: each.layer)

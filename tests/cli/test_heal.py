@@ -74,7 +74,7 @@ def test_bad_input(dense: Path, converted: tuple[Path, Result], text: Path, tmp_
                 code=2).output  # fmt: skip
     assert "Did you mean 'epochs'" in shown
     assert "lr" in shown
-    assert "no mixture of experts" in run("heal", dense, out, "--parent", dense, "--text", text, code=3).output
+    assert "not a mixture of experts" in run("heal", dense, out, "--parent", dense, "--text", text, code=3).output
     assert "Missing argument 'OUT'" in run("heal", converted[0], "--parent", dense, "--text", text, code=2).output
     assert "ships with" in run("heal", converted[0], out, "--parent", dense, "--recipe", "defalt", code=2).output
     assert not out.exists()

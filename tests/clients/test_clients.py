@@ -24,7 +24,7 @@ SAME = {"mlx-lm": 2e-5, "llama.cpp": 2e-5, "mistral.rs": 5e-3}
 DIFFERENT = 0.05
 REFUSALS = {
     "mlx-lm": ("Model type granitemoeshared not supported",),
-    "llama.cpp": ("a GGUF file can be written for", "norm_topk_prob is false", "is no mixture of experts"),
+    "llama.cpp": ("a GGUF file can be written for", "norm_topk_prob is false", "is not a mixture of experts"),
     "mistral.rs": ("Unsupported Hugging Face Transformers -CausalLM model class", "shape mismatch"),
 }
 """How each refuses what it does not have; anything else is a fault of the test's own, such as a broken install."""

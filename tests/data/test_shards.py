@@ -165,7 +165,7 @@ def test_the_index_cannot_name_files_elsewhere(copy, file):
     index = json.loads((copy / "index.json").read_text())
     index["splits"]["train"]["a"]["shards"][0]["file"] = file
     edit_index(copy, splits=index["splits"])
-    with pytest.raises(CheckpointError, match="which is no file in it: refused"):
+    with pytest.raises(CheckpointError, match="which is not a file in it: refused"):
         TokenCorpus(copy)
 
 

@@ -287,7 +287,7 @@ def test_bad_input(world: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "there.html").write_text("mine")
     with pytest.raises(UsageError, match="exists"):
         report([world["moe"]], [world["text"]], out=tmp_path / "there.html")
-    with pytest.raises(UsageError, match="no place for a file"):
+    with pytest.raises(UsageError, match="not a place for a file"):
         report([world["moe"]], [world["text"]], out=tmp_path / "none" / "page.html")
     for keys, message in (
         ({"max_tokens": -5}, "max_tokens is -5"),

@@ -552,7 +552,7 @@ def test_the_training_text_is_no_validation(world: dict[str, str], tmp_path: Pat
 
 
 def test_a_dense_model_is_refused(world: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="no mixture of experts"):
+    with pytest.raises(RefusedError, match="not a mixture of experts"):
         pretrain(recipe_of(world, model=world["parent"]), tmp_path / "run")
 
 
