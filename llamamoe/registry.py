@@ -108,7 +108,7 @@ class Registry(Generic[T]):
         return iter(self._found.values())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._found
+        return isinstance(name, str) and name in self._found  # of others it may be a list
 
     def refresh(self) -> None:
         """Forget what was found, so that the next use looks again (for plug-ins added while running)."""

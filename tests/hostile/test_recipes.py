@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from llamamoe_cli.main import root
 
@@ -100,3 +101,13 @@ def test_only_a_regular_file_of_a_bounded_size_is_read(command: str, tmp_path: P
     (tmp_path / "long.yaml").write_text("# " + "x" * 2**21)
     with pytest.raises(LlamaMoeError, match="1,048,576 bytes"):
         LOADERS[command](tmp_path / "long.yaml")
+
+
+@pytest.mark.parametrize("name", [["token_clusters"], {"a": 1}, 5, None])
+def test_the_name_of_a_method_of_a_study_must_be_text(name: Any, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump({"calibration": "t", "evaluation": "e", "budgets": [0.5], "methods": [{"name": name}]})
+    )
+    with pytest.raises(UsageError, match="methods"):
+        load_compare_recipe(path)
