@@ -15,7 +15,7 @@ from llamamoe import pretrain
 from llamamoe.errors import LlamaMoeError
 from tests.training.runs import lines_of, make_world, recipe_of
 
-SEEDS = 4
+SEEDS = 2
 MUTATIONS = 30
 """Of each seed."""
 OF_THE_RUN = ("recipe.yaml", "metrics.jsonl", "facts.json", "llamamoe_run.json", ".lock")
