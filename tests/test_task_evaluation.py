@@ -147,3 +147,15 @@ def test_the_paper_names_tasks_that_there_are() -> None:
     names = [request.task for request in load_task_recipe(path).tasks]
     assert len(names) == 11
     assert set(names) <= set(TaskManager().all_tasks)
+
+
+def test_a_gguf_file_answers_as_its_folder_does(world: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from .checkpoint.test_gguf import Kind, write_gguf
+
+    path = tmp_path / "dense.gguf"
+    write_gguf(path, AutoModelForCausalLM.from_pretrained(world["dense"], dtype=torch.float32), Kind.F32)
+    recipe = load_task_recipe(given={"tasks": "tiny_choice", "include": [str(world["tasks"])]})
+    [score] = evaluate_tasks(path, recipe, against=world["dense"], tokenizer=world["dense"], dtype="float32").scores
+    assert score.value == score.against
+    assert score.difference == 0
