@@ -64,6 +64,6 @@ def report(package: str, check: Callable[[Path], dict]) -> None:
         try:
             found[folder.name] = check(folder)
         except Exception as error:  # whatever a program raises is its refusal; the tests compare the words
-            found[folder.name] = {"refused": f"{type(error).__name__}: {error}"}
+            found[folder.name] = {"refused": f"{type(error).__name__}: {error}".partition("\n")[0][:300]}
     sys.stdout.flush()
     os.write(1, ("\n" + json.dumps({"version": version(package), "found": found}) + "\n").encode())
