@@ -25,6 +25,8 @@ _HINT = "Download config.json again, or correct it."
 def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None) -> None:
     """Refuse a configuration with more layers or experts than the files can hold, before anything is made for each.
 
+    Other values that transformers fails over only when it runs the model are refused, too.
+
     Args:
         config: ``config.json``.
         tensors: What the files hold; None if there are no weights.
@@ -41,6 +43,10 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
         raise CheckpointError(
             f"config.json: sliding_window = {window!r}, but it must be a whole number, not negative.", hint=_HINT
+        )
+    if not isinstance(config.get("is_causal", True), bool):
+        raise CheckpointError(
+            f"config.json: is_causal = {config['is_causal']!r}, but it must be true or false.", hint=_HINT
         )
     layers = _MOST_LAYERS if tensors is None else len(tensors)
     experts = max(layers, max((size for info in (tensors or {}).values() for size in info.shape), default=0))

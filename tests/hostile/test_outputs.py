@@ -57,6 +57,7 @@ DAMAGE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "norms": ("glm4_moe", {"use_qk_norm": True}, ()),
     "block": ("mixtral", {"llamamoe": ["x"]}, ("llamamoe = ['x']",)),
     "window": ("mixtral", {"sliding_window": -1}, ("sliding_window = -1",)),
+    "causal": ("mixtral", {"is_causal": 64}, ("is_causal = 64",)),
     "huge": ("mixtral", {"rms_norm_eps": 10**400}, ("rms_norm_eps", "401 digits")),
 }
 HARMLESS = {"architectures", "architectures.0"}
