@@ -11,6 +11,7 @@ from typing import Any
 from .errors import CheckpointError, RefusedError, UsageError
 from .registry import near_misses
 from .rescales import RESCALES
+from .sources.base import number
 from .targets import TARGETS
 from .targets.base import Target, Weighting, weight
 
@@ -68,7 +69,9 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
     weighting = target.weightings[0]
     if len(target.weightings) > 1 and not config.get("norm_topk_prob", target.scaling_knob):
         weighting = target.weightings[1]
-    factor = float(config.get("routed_scaling_factor", 1.0)) if target.scaling_knob else 1.0
+    factor = number(config, "routed_scaling_factor", 1.0) if target.scaling_knob else 1.0
+    if factor <= 0:
+        raise CheckpointError(f"config.json: routed_scaling_factor = {factor!r}, but it must be above 0.")
     return Mixing(target, num_experts, top_k, weighting, factor)
 
 

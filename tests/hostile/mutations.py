@@ -64,7 +64,13 @@ def _other(value: Any, rng: random.Random) -> Any:
     elif isinstance(value, float):
         choices += [-value, value * 1e6, int(value) if abs(value) < 1e9 else 0, value + 1]
     elif isinstance(value, str):
-        choices += [value + " ", value.upper(), value[:-1], value + "\x00", value.encode().hex()]
+        choices += [
+            value + " ",
+            value.upper(),
+            value[:-1],
+            value + "\x00",
+            value.encode("utf-8", "surrogatepass").hex(),
+        ]
     elif isinstance(value, list):
         choices += [value[:-1], value + value[:1], value[::-1], [rng.choice(VALUES)]]
     return rng.choice(choices)

@@ -58,6 +58,7 @@ DAMAGE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "block": ("mixtral", {"llamamoe": ["x"]}, ("llamamoe = ['x']",)),
     "window": ("mixtral", {"sliding_window": -1}, ("sliding_window = -1",)),
     "causal": ("mixtral", {"is_causal": 64}, ("is_causal = 64",)),
+    "factor": ("glm4_moe", {"routed_scaling_factor": "x"}, ()),
     "huge": ("mixtral", {"rms_norm_eps": 10**400}, ("rms_norm_eps", "401 digits")),
 }
 HARMLESS = {"architectures", "architectures.0"}
@@ -128,3 +129,13 @@ def test_a_renamed_tensor_is_named(verb: str, outputs: dict[str, Path], parent: 
     (model / "model.safetensors").write_bytes(content.replace(b"layers.1.input_layernorm", b"layers.1.input_layernOrm"))
     code, error = run(verb, model, parent)
     assert (code, "model.layers.1.input_layernorm.weight" in error) == (3, True), error
+
+
+@pytest.mark.parametrize("verb", ["retop", "densify"])
+def test_a_factor_of_nothing_cannot_be_rescaled(
+    verb: str, outputs: dict[str, Path], parent: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(outputs["glm4_moe"], tmp_path / "model"))
+    edit_config(model, routed_scaling_factor=0.0)
+    code, error = run(verb, model, parent)
+    assert (code, "routed_scaling_factor = 0.0" in error) == (3, True), error
