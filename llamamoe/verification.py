@@ -11,6 +11,8 @@ far they are from the parent's is information. What it does keep of the parent's
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -155,6 +157,21 @@ def verify_conversion(
     plan: SplitPlan, folder: Path, hashes: Hashes, progress: ProgressCallback = ignore_progress
 ) -> Verification:
     """Like `verify`, for a plan and hashes at hand and a folder that need not be published yet."""
+    with _changes_told(plan):
+        return _verified(plan, folder, hashes, progress)
+
+
+@contextmanager
+def _changes_told(plan: SplitPlan) -> Iterator[None]:
+    """Tell a parent that changed meanwhile as that, whatever error it led to: also transformers reads it here."""
+    try:
+        yield
+    except Exception:
+        plan.model.checkpoint.check_unchanged()
+        raise
+
+
+def _verified(plan: SplitPlan, folder: Path, hashes: Hashes, progress: ProgressCallback) -> Verification:
     converted = SafetensorsCheckpoint(folder)
     refuse_foreign(converted)  # transformers would quantise what it loads, or load otherwise
     check_files(plan, converted)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import save_tensors, write_text
 from ..errors import LlamaMoeError
-from .resuming import STATE
+from .resuming import STATE, state_errors
 
 if TYPE_CHECKING:
     import torch
@@ -149,6 +149,7 @@ class Dynamics:
         """Read it back."""
         from safetensors.torch import load_file
 
-        self.sampler.load_state_dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["mixture"])
-        if (folder / GATE).exists():
-            self.gate.load_state_dict(load_file(folder / GATE))
+        with state_errors(str(folder)):
+            self.sampler.load_state_dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["mixture"])
+            if (folder / GATE).exists():
+                self.gate.load_state_dict(load_file(folder / GATE))

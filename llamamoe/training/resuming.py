@@ -108,14 +108,24 @@ def note_files(checkpoint: Path, folder: Path, recipe: PretrainRecipe, *, step: 
 
 
 @contextmanager
-def tensors_only(checkpoint: str | None) -> Iterator[None]:
-    """Transformers reads its ``.pt`` files with ``weights_only=True``; tell what is refused then as an error of ours."""
+def state_errors(checkpoint: str | None) -> Iterator[None]:
+    """Tell what is refused in a checkpoint's state, and what does not fit, as an error of ours.
+
+    Transformers reads its ``.pt`` files with ``weights_only=True``. Hashes tell what changed, not who wrote the manifest.
+    """
     try:
         yield
     except UnpicklingError as error:
         reason = str(error).split("\n", 1)[0]
         raise CheckpointError(
             f"{checkpoint} holds a .pt file with something else than tensors, which could run code: refused ({reason}).",
+            hint="It was not written by this run: go on from another checkpoint, --resume CHECKPOINT.",
+        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if checkpoint is None:
+            raise
+        raise CheckpointError(
+            f"{checkpoint} holds a state that does not fit this run ({type(error).__name__}: {error}).",
             hint="It was not written by this run: go on from another checkpoint, --resume CHECKPOINT.",
         ) from error
 

@@ -26,7 +26,7 @@ from .lora import load_rest, save_rest
 from .metrics import MetricsFile, Sums, finite
 from .ownership import STAGING, discard, named_checkpoints, publish, step_of
 from .parameters import lr_factors, optimizer_groups
-from .resuming import note_files, tensors_only
+from .resuming import note_files, state_errors
 from .run_folder import checkpoints, is_of_the_disk, rotate
 from .sharded_state import load_optimizer, reshard, save_optimizer
 from .stopping import StopRequest
@@ -265,14 +265,14 @@ class MoeTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Transformers', or ours where it cuts the model at loading."""
         if not self.parts.recipe.distributed.sharded:
-            with tensors_only(checkpoint):
+            with state_errors(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.args.process_index)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Transformers', with its error told as ours."""
-        with tensors_only(checkpoint):
+        with state_errors(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llamamoe import pretrain
 from llamamoe.errors import LlamaMoeError
+from llamamoe.training.ownership import MARKER, manifest_of, run_id
+from llamamoe.training.run_folder import complete
 from tests.training.runs import lines_of, make_world, recipe_of
 
 SEEDS = 2
@@ -202,3 +205,19 @@ def test_no_file_of_a_checkpoint_can_be_damaged_without_a_refusal(
         if path.name != "llamamoe_complete.json" or act not in (_flip, _cut):  # of which the last byte is a line's end
             assert "checkpoint-2" in told, f"{name}: {done}: {told}"
         shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "llamamoe_training.json"])
+def test_a_state_of_something_else_with_a_manifest_that_fits_is_one_error(
+    name: str, world: dict[str, str], stopped: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    checkpoint = run / "checkpoint-2"
+    facts = manifest_of(checkpoint, run_id(run)).facts
+    if name.endswith(".json"):
+        (checkpoint / name).write_text("{}")
+    else:
+        torch.save({"a": 1}, checkpoint / name)
+    (checkpoint / MARKER).unlink()
+    complete(checkpoint, facts)
+    assert "checkpoint-2" in judge(world, run, whole)

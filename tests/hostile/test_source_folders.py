@@ -166,3 +166,19 @@ def test_a_source_that_changes_is_noticed(dense: Path, tmp_path: Path, how: Call
         split(dense, tmp_path / "out", progress=progress)
     assert done
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [rewrite, truncate, Path.unlink])
+def test_a_source_that_changes_while_the_result_is_compared_is_called_so(
+    dense: Path, tmp_path: Path, how: Callable[[Path], None]
+) -> None:
+    done: list[Any] = []
+
+    def progress(step: Any) -> None:
+        if step.stage == "run parent" and not done:
+            done.append(how(dense / SINGLE))
+
+    with pytest.raises(llamamoe.LlamaMoeError, match=r"model\.safetensors changed while it was read"):
+        split(dense, tmp_path / "out", verify=True, progress=progress)
+    assert done
+    assert not (tmp_path / "out").exists()
