@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 _ALIKE = 0.7
 """Lowest `difflib` ratio of a typing error: "stablelm" has 0.53 to "mistral", "rand" has 0.8 to "random"."""
+_ALIKE_OF_TWO = 0.5
+"""The same for names of two characters, of which one is right."""
 _MOST_NAMED = 100
 
 
@@ -34,7 +36,8 @@ def near_misses(value: str, choices: list[str]) -> str:
     if not choices:
         return "It has no options of its own."
     spelled = {choice.lower(): choice for choice in reversed(choices)}
-    close = [spelled[each] for each in difflib.get_close_matches(value.lower(), spelled, n=3, cutoff=_ALIKE)]
+    cutoff = _ALIKE if len(value) > 2 else _ALIKE_OF_TWO
+    close = [spelled[each] for each in difflib.get_close_matches(value.lower(), spelled, n=3, cutoff=cutoff)]
     start = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     return start + known_names(choices)
 

@@ -180,7 +180,7 @@ def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Ru
     assert "is not empty" in run("retop", converted[0], tmp_path / "one", "--top-k", "3", code=3).stderr
     text = run("merge", converted[0], converted[0], "--weights", "3,1", "--out", tmp_path / "merged").stdout
     assert "0.75" in text
-    assert "no numbers" in run("merge", "a", "b", "--weights", "much,little", "--out", "c", code=2).stderr
+    assert "not a list of numbers" in run("merge", "a", "b", "--weights", "much,little", "--out", "c", code=2).stderr
     assert "does not exist" in run("merge", converted[0], tmp_path / "none", "--out", tmp_path / "c", code=3).stderr
     assert "takes two or more" in run("merge", converted[0], "--out", tmp_path / "c", code=2).stderr
     assert "num_experts_per_tok" in run("merge", converted[0], tmp_path / "one", "--out", tmp_path / "c", code=3).stderr
@@ -194,7 +194,7 @@ def test_bench(dense: Path, converted: tuple[Path, Result], run: Run) -> None:
     data = json.loads(run("bench", converted[0], *flags, "--json").stdout)
     assert data["against"] is None
     assert [each["batch_size"] for each in data["model"]["speeds"]] == [1, 2]
-    assert "no whole numbers" in run("bench", converted[0], "--batch-sizes", "few", code=2).stderr
+    assert "not a list of whole numbers" in run("bench", converted[0], "--batch-sizes", "few", code=2).stderr
     assert "at least 2" in run("bench", converted[0], "--prompt", "1", code=2).stderr
 
 
@@ -226,7 +226,7 @@ def test_evaluate_takes_text_or_tasks(converted: tuple[Path, Result], run: Run) 
         in run("evaluate", converted[0], "--recipe", "llama_moe_paper", "--few-shot", "3", code=2).stderr
     )
     pytest.importorskip("lm_eval")
-    assert "is no task" in run("evaluate", converted[0], "--tasks", "pika", code=2).stderr
+    assert "is not a task" in run("evaluate", converted[0], "--tasks", "pika", code=2).stderr
 
 
 def test_export_gguf(tmp_path: Path, run: Run) -> None:
