@@ -3,7 +3,8 @@
 ``save_pretrained`` and the Trainer of transformers 5 write rope and a few names in a new spelling only. Transformers
 4.57 does not know it and falls back to its defaults without a word: the model loads, and its logits are wrong. The
 old spelling is added beside the new one, with the same content, so that nothing changes for transformers 5. Tensors
-under the names that transformers 5 uses in memory (``save_original_format=False``, mergekit) get those of its files.
+under the names that transformers 5 uses in memory (``save_original_format=False``, mergekit) get those of its files. A tokenizer saved under a class that 4.57 does not have
+gets the one that both have.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .checkpoint.files import write_text
 from .checkpoint.json_files import read_json
 from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from .checkpoint.renaming import rename_tensors, unusual_files
+from .checkpoint.tokenizer import older_config
 from .errors import CheckpointError, RefusedError
 from .hub import check_folder
 from .loadable import check_counts, check_loads_with, check_model
@@ -38,17 +40,19 @@ class Fixes:
     Attributes:
         added: One line per key that ``config.json`` was lacking (``key: value``).
         renamed: Files of weights whose tensors had other names, with the number of tensors that they hold now.
+        tokenizer: Whether ``tokenizer_config.json`` named a class, or special tokens, in a way that 4.57 refuses.
     """
 
     added: list[str]
     renamed: dict[str, int]
+    tokenizer: bool = False
 
 
 def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
     """Write into a folder what transformers 4.57 reads; transformers 5 loads the same model as before.
 
     Keys are added to ``config.json``; files whose tensors have names that only transformers 5 understands are written
-    anew with the same data. Done again it changes nothing. Every file is replaced whole, ``config.json`` last.
+    anew with the same data, and so is a ``tokenizer_config.json`` that 4.57 refuses. Done again it changes nothing. Every file is replaced whole, ``config.json`` last.
 
     Args:
         path: A folder that ``save_pretrained``, the Trainer or mergekit wrote.
@@ -69,15 +73,18 @@ def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
     there = (folder / INDEX).exists() or (folder / SINGLE).exists()
     checkpoint = SafetensorsCheckpoint(folder) if there else None
     added = _missing_checked(folder, config, checkpoint)
+    tokenizer = older_config(folder)
     renamed: dict[str, int] = {}
     if checkpoint is not None:
         files = unusual_files(checkpoint)
         renamed = {file.name: len(tensors) for file, tensors in files.items()}
         if files and not dry_run:
             rename_tensors(checkpoint, files)
+    if tokenizer is not None and not dry_run:
+        write_text(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n")
     if added and not dry_run:
         write_text(folder / "config.json", json.dumps(config | added, indent=2, ensure_ascii=False) + "\n")
-    return Fixes([f"{key}: {json.dumps(value)}" for key, value in added.items()], renamed)
+    return Fixes([f"{key}: {json.dumps(value)}" for key, value in added.items()], renamed, tokenizer is not None)
 
 
 def _missing_checked(

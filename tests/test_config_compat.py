@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
 from llamamoe.checkpoint.headers import read_header
+from llamamoe.checkpoint.tokenizer import difference
 from llamamoe.config_compat import Fixes, fix_config, missing_keys
 from llamamoe.conversion import split
 from llamamoe.errors import LlamaMoeError, RefusedError
 from llamamoe.sources import SOURCES
 from llamamoe.targets import TARGETS
-from tests.models import LLAMA3_ROPE, VARIANTS, make_dense
+from tests.models import LLAMA3_ROPE, VARIANTS, make_byte_level, make_dense
 
 OTHER_ROPE = {"rope_type": "default", "rope_theta": 25000.0}
 CASES = [  # target or None for the dense model itself, variant, recipe; every base differs from 4.57's defaults
@@ -242,3 +243,25 @@ def test_transformers_4_57_computes_the_same_logits(saved):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_a_tokenizer_that_transformers_5_saved(tmp_path):
+    make_byte_level(make_dense(tmp_path / "dense", vocab_size=300))
+    moe = tmp_path / "moe"
+    split(tmp_path / "dense", moe, llamamoe.load_recipe(given={"method": "random", "num_experts": 4}), verify=False)
+    saved = AutoTokenizer.from_pretrained(moe)
+    saved.add_special_tokens({"extra_special_tokens": ["<one>", "<two>"]})
+    saved.chat_template = "{{ messages }}"
+    saved.save_pretrained(moe)
+    path = moe / "tokenizer_config.json"
+    before = json.loads(path.read_text())
+    assert before["tokenizer_class"] == "TokenizersBackend"  # 4.57 has no such class
+    assert isinstance(before["extra_special_tokens"], list)  # 4.57 wants a mapping
+    assert fix_config(moe, dry_run=True).tokenizer
+    assert json.loads(path.read_text()) == before
+    assert fix_config(moe).tokenizer
+    after = json.loads(path.read_text())
+    assert after["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in after
+    assert difference(saved, AutoTokenizer.from_pretrained(moe)) is None
+    assert fix_config(moe) == Fixes([], {})

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LITERAL_CLASS = "PreTrainedTokenizerFast"
 """Takes ``tokenizer.json`` as it is, in transformers 4.57 and 5, whatever the model's type."""
+_NEW_CLASS = "TokenizersBackend"
+"""What ``save_pretrained`` of transformers 5 calls `LITERAL_CLASS`, a name that 4.57 does not have."""
 REWRITTEN = frozenset({
     *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"
 }) - {"tokenizer.model"}  # fmt: skip
@@ -272,6 +274,43 @@ def _tokenizer_config(tokenizer: Any, *, template_file: bool) -> dict[str, Any]:
         config["chat_template"] = [{"name": name, "template": text} for name, text in sorted(template.items())]
     elif template is not None and not template_file:
         config["chat_template"] = template
+    return config
+
+
+def older_config(folder: Path) -> dict[str, Any] | None:
+    """Return a ``tokenizer_config.json`` that 4.57 reads, for a folder in which transformers 5 saved one that it refuses.
+
+    Transformers 5 saves `LITERAL_CLASS` under a new name, and more special tokens as a list; 4.57 raises for both.
+
+    Args:
+        folder: It has a ``config.json``.
+
+    Returns:
+        The whole content; None if 4.57 reads what is there. Chat templates stay where they are.
+
+    Raises:
+        CheckpointError: The tokenizer cannot be loaded, or transformers 5 would make other ids of what is returned.
+    """
+    path = folder / "tokenizer_config.json"
+    now = read_json(path) if path.is_file() else {}
+    new = now.get("tokenizer_class") == _NEW_CLASS or isinstance(now.get("extra_special_tokens"), list)
+    if not new or not (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = load(folder)
+    config = _tokenizer_config(tokenizer, template_file=True)
+    config.pop("chat_template", None)
+    config |= {"chat_template": now["chat_template"]} if "chat_template" in now else {}
+    with tempfile.TemporaryDirectory(prefix="llamamoe-") as name, unsynced():
+        trial = Path(name)
+        for each in ("config.json", "tokenizer.json"):
+            copy_file(folder / each, trial / each)
+        write_text(trial / path.name, json.dumps(config))
+        found = difference(tokenizer, load(trial), templates=False)
+    if found:
+        raise CheckpointError(
+            f"the tokenizer of '{folder}' cannot be written for transformers 4.57: {found}.",
+            hint="Take the tokenizer's files out of the folder, or copy those of the parent into it.",
+        )
     return config
 
 
