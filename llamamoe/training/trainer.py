@@ -317,11 +317,11 @@ class MoeTrainer(Trainer):
     def _not_saved(self, folder: Path, error: Exception) -> LlamaMoeError:
         shutil.rmtree(folder, ignore_errors=True)
         there = checkpoints(self.parts.folder)
-        last = there[-1].name if there else "none: no checkpoint was written yet"
+        last = f"The last good checkpoint is {there[-1].name}" if there else "No checkpoint was written before it"
         reason = getattr(error, "strerror", None) or str(error)
         return LlamaMoeError(
-            f"{folder.name} cannot be written: {reason}. The last good checkpoint is {last}.",
-            hint="Make room, then go on with --resume.",
+            f"{folder.name} cannot be written: {reason}. {last}.",
+            hint="Make room, then go on with --resume." if there else "Make room; --resume begins at the first step.",
         )
 
 

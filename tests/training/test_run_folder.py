@@ -224,6 +224,20 @@ def test_a_name_that_is_taken_meanwhile_ends_the_run(world: dict[str, str], tmp_
     assert (run / "checkpoint-4" / "thesis.tex").read_text() == "mine"
 
 
+def test_a_first_checkpoint_that_cannot_be_written_is_told_so(world: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def mine(progress: Any) -> None:
+        if progress.stage == "train" and progress.done == 1:
+            put(run / "checkpoint-2")
+
+    with pytest.raises(
+        LlamaMoeError, match=r"checkpoint-2 cannot be written.*No checkpoint was written before"
+    ) as error:
+        pretrain(recipe_of(world, *OVERRIDES), run, progress=mine)
+    assert "first step" in (error.value.hint or "")
+
+
 def test_force_replaces_a_run_and_a_kill_on_the_way_does_no_harm(
     world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
