@@ -132,7 +132,7 @@ _ROWS = (
     _Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("selectors", "SELECTORS"), unset="the method's"),
     _Row("--router", "router", METHODS, "NAME", names=_registry("routers", "ROUTERS"), unset="the method's"),
     _Row("--router-scale", "router_scale", METHODS, "NAME", names=_literals("router_scale"),
-         text="hard: rows so small that selected experts weigh the same; soft: rows as they are"),
+         text="hard: scaled down so that selected experts get equal weights; soft: as it is"),
     _Row("--rescale", "rescale", METHODS, "NAME", names=_registry("rescales", "RESCALES"), unset="the method's"),
     _Row("--repair", "repair", METHODS, "NAME", names=_registry("repairs", "REPAIRS"), unset="the method's"),
     _Row("--repair-passes", "repair_passes", METHODS, "N", int),
@@ -153,7 +153,7 @@ _ROWS = (
     _Row("--dtype", "dtype", WRITING, "NAME", names=_literals("dtype"), unset="the source's",
          text="Dtype to store: float32, bfloat16 or float16"),
     _Row("--shard-size", "shard_size", WRITING, "SIZE"),
-    _Row("--require", "require", WRITING, "4.57", names=_literals("require"),
+    _Row("--require", "require", WRITING, "4.57", names=_literals("require"), unset="none",
          text="Refuse what this older transformers cannot load"),
 )  # fmt: skip
 FLAGS = {row.field: row.flag for row in _ROWS} | {"strict": "--strict", "card": "--no-card"}

@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-SECTIONS = ("Convert", "Train", "Look and check", "Measure", "Other commands")
+SECTIONS = ("Convert", "Train", "Inspect and verify", "Measure", "Other commands")
 """The order of sections in ``llamamoe --help``."""
 GENERAL = "General"
 

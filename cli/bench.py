@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HELP = """Measure how fast MODEL reads a prompt and writes after it, beside its dense parent, by plain transformers.
 
 Prefill and decoding with a cache, at several batch sizes, each the median of some repeats; the parent is measured before
-and after the model, so that a machine that is not at rest shows. What sizes let expect stands beside what was measured.
+and after the model, so that a machine that is not at rest shows. Speeds expected from sizes are given, too.
 """
 EXAMPLES = """
 llamamoe bench OUT --against SOURCE
@@ -89,7 +89,7 @@ def _print(found: Benchmark) -> None:
     heading("Tokens a second")
     table(("batch", "prefill", "x parent", "decode", "x parent"), _rows(found), right=range(5))
     if found.against is not None:
-        heading("What sizes let expect")
+        heading("Expected from sizes")
         flops = found.against.prefill_flops_per_token / found.model.prefill_flops_per_token
         read = found.against.active_bytes / found.model.active_bytes
         facts([("prefill", f"{flops:.3g} x, by operations"), ("decode, batch 1", f"{read:.3g} x, by bytes read")])

@@ -56,7 +56,7 @@ def _measures() -> list[str]:
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("source")
 @flag("--budget", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,
-       text="Most active multiply-adds of the FFNs per token, router and padding included, as a share of the dense ones'.")  # fmt: skip
+       text="Maximum active multiply-adds of the FFNs per token, router and padding included, as a share of the dense ones'.")  # fmt: skip
 @flag("--measure", group=BUDGET, metavar="proxy|kl", type=Name(_measures), default="proxy", show_default=True,
        text="How sensitivity is measured.")  # fmt: skip
 @flag("--shared-of-active", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,

@@ -32,9 +32,9 @@ RUN = "This run"
 @click.argument("out")
 @click.option("--like", cls=Option, group="Result", metavar="PARENT", help="Order the neurons as in this dense model.")
 @click.option("--rescale", cls=Option, group="Result", metavar="NAME",
-              help="The rescale that holds.  [default: the conversion's]")  # fmt: skip
+              help="Rescale rule used at conversion.  [default: as its config.json says]")  # fmt: skip
 @click.option("--shard-size", cls=Option, group="Result", metavar="SIZE", default="5GB", show_default=True,
-              help="Most bytes of one file.")  # fmt: skip
+              help="Largest shard, for example 5GB or 500MB.")  # fmt: skip
 @click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Finish what an interrupted run left.")
 @click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace the checkpoint in OUT.")
 @output_options

@@ -19,7 +19,7 @@ class 4.57 does not have gets one that both versions have. Transformers 5 loads 
 """
 
 
-@click.command(cls=Command, section="Convert", rank=1, short_help="Make a saved config.json readable for 4.57.",
+@click.command(cls=Command, section="Convert", rank=1, short_help="Make a saved checkpoint readable by 4.57.",
                help=HELP, examples="llamamoe fix-config trained/checkpoint-1000 --dry-run")  # fmt: skip
 @click.argument("path")
 @click.option("--dry-run", cls=Option, group="This run", is_flag=True, help="Only say what would be changed.")

@@ -37,7 +37,7 @@ torchrun --nproc-per-node 8 -m llamamoe_cli heal MODEL OUT --parent DENSE --text
 RECIPE, RUN = "Recipe", "This run"
 
 
-@click.command(cls=Command, section="Train", rank=1, short_help="Distil layers from the dense parent's.",
+@click.command(cls=Command, section="Train", rank=1, short_help="Distil layers from the dense parent.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
 @click.argument("out", required=False)
@@ -48,7 +48,11 @@ RECIPE, RUN = "Recipe", "This run"
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as epochs=16; may be repeated.")  # fmt: skip
 @flag(
-    "--tokens", group=RECIPE, metavar="N", type=int, text="Most tokens of text.  [default: the recipe's, else 262144]"
+    "--tokens",
+    group=RECIPE,
+    metavar="N",
+    type=int,
+    text="Maximum number of tokens of text.  [default: the recipe's, else 262144]",
 )
 @flag("--device", group=RECIPE, metavar="NAME", text="A torch device.  [default: the GPU if there is one]")
 @flag("--compute-dtype", group=RECIPE, type=click.Choice(["float32", "bfloat16"]),

@@ -24,7 +24,7 @@ hub id. No weights are read.
 """
 
 
-@click.command(cls=Command, section="Look and check", rank=0, short_help="What a checkpoint is and what it costs.",
+@click.command(cls=Command, section="Inspect and verify", rank=0, short_help="What a checkpoint is and what it costs.",
                help=HELP, examples="llamamoe inspect OUT\nllamamoe inspect model.gguf --json")  # fmt: skip
 @click.argument("path")
 @output_options

@@ -45,7 +45,7 @@ KEYS = {"splitter": "method", "loss": "losses", "update": "data.update"}
 """Kind to key of the recipe, where they differ."""
 
 
-@click.command(cls=Command, section="Look and check", rank=2, short_help="What there is to choose from.", help=HELP,
+@click.command(cls=Command, section="Inspect and verify", rank=2, short_help="List methods, targets and families.", help=HELP,
                examples=EXAMPLES)  # fmt: skip
 @click.argument("name", required=False)
 @click.option("--matrix", "as_matrix", cls=Option, group="What to list", is_flag=True,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llamamoe.training.planning import PretrainPlan
     from llamamoe.training.recipe import PretrainRecipe
 
-HELP = """Train a converted model on, to win back what the conversion lost.
+HELP = """Continue pretraining a converted model, to recover what the conversion lost.
 
 The recipe names the model, the tokens (made by llamamoe tokenize), the objective and the optimiser. The folder of --out
 gets the recipe, metrics.jsonl, checkpoints, and at the end the trained model in model/, which plain transformers loads.
@@ -40,12 +40,12 @@ llamamoe pretrain --recipe smollm2_cpu --out run
 llamamoe pretrain --recipe my.yaml --set optimizer.lr=1e-4 --out run --resume
 torchrun --nproc_per_node 8 -m llamamoe_cli pretrain --recipe recover_distill
 """
-RECIPE, RUN, PAPER = "Recipe", "This run", "On paper"
+RECIPE, RUN, PAPER = "Recipe", "This run", "Hardware assumed by --dry-run"
 NEWEST = ""
 """What ``--resume`` without a name stands for."""
 
 
-@click.command(cls=Command, section="Train", rank=2, short_help="Train a converted model on.",
+@click.command(cls=Command, section="Train", rank=2, short_help="Continue pretraining a converted model.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
        text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip

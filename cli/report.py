@@ -16,7 +16,7 @@ from ._text import echo
 HELP = """Make one page that shows what converted models lost, how they route and what they cost.
 
 Every MODEL, and the dense parent of --against, reads the text; its domains are compared. The page needs no network and opens
-from disk. The same numbers are to be had as JSON.
+from disk. The same numbers are available as JSON.
 """
 EXAMPLES = """
 llamamoe report OUT --against SOURCE --text texts/ --out page.html
@@ -38,7 +38,7 @@ TEXT, HOW, RUN = "Text", "How it runs", "This run"
 @flag("--oracle-tokens", group=TEXT, type=int, metavar="N", default=1024, show_default=True,
        text="Tokens of each domain on which routers are compared with an oracle.")  # fmt: skip
 @flag("--run", "runs", group=RUN, metavar="DIR", multiple=True,
-       text="A folder of llamamoe pretrain whose curves are shown; that of a MODEL in it is found by itself.")  # fmt: skip
+       text="A folder of llamamoe pretrain whose curves are shown; the run that a MODEL lies in is found automatically.")  # fmt: skip
 @flag("--out", group=RUN, metavar="FILE", text="The page.  [default: report.html, unless --json-out is given]")
 @flag("--json-out", group=RUN, metavar="FILE", text="The same numbers as JSON.")
 @flag("--force", group=RUN, is_flag=True, text="Replace files that are there.")

@@ -32,7 +32,7 @@ SIZES, RUN = "Sizes", "This run"
 @click.argument("out")
 @click.option("--top-k", cls=Option, group=SIZES, type=int, metavar="K", required=True, help="Experts per token.")
 @click.option("--rescale", cls=Option, group=SIZES, metavar="NAME",
-              help="The rescale that holds.  [default: the conversion's]")  # fmt: skip
+              help="Rescale rule used at conversion.  [default: as its config.json says]")  # fmt: skip
 @click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Finish what an interrupted run left.")
 @click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace the checkpoint in OUT.")
 @output_options

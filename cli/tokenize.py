@@ -37,7 +37,7 @@ llamamoe tokenize --recipe my.yaml --set validation.share=0.01 --out tokens --re
 RECIPE, RUN = "Recipe", "This run"
 
 
-@click.command(cls=Command, section="Train", rank=1, short_help="Text to token shards, once for all trainings.",
+@click.command(cls=Command, section="Train", rank=1, short_help="Turn text into token shards.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
        text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip

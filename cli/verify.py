@@ -28,7 +28,7 @@ llamamoe verify OUT --against org/name --json
 """
 
 
-@click.command(cls=Command, section="Look and check", rank=1, short_help="Compare a conversion with its parent.",
+@click.command(cls=Command, section="Inspect and verify", rank=1, short_help="Compare a conversion with its parent.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("out")
 @click.option("--against", cls=Option, group="Comparison", metavar="SOURCE", required=True,

@@ -1,4 +1,4 @@
-"""``llamamoe.bench``: how fast models read and write on this machine, measured, beside what their sizes let expect."""
+"""``llamamoe.bench``: how fast models read and write on this machine, beside the speed expected from their sizes."""
 
 from __future__ import annotations
 

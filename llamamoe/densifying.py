@@ -203,7 +203,7 @@ class _Job:
         if may_overlap(self.converted.checkpoint.config) and len(np.unique(_rows(ffn, places))) < len(places):
             raise RefusedError(
                 f"layer {layer}: neurons stand in several experts (gradient, overlap inner), scaled for how often they are "
-                "expected to run: together they are no dense FFN.",
+                "expected to run: together they are not a dense FFN.",
                 hint="The dense model is the one that it was made from.",
             )
         return places
@@ -241,7 +241,7 @@ class _Job:
         if block.get("healed") or block.get("trained"):
             yield "the model was trained with few experts selected: the dense model is not the parent, measure it first"
         if not is_power_of_two(converted.routed_factor) and self.dtype != "F32":
-            yield f"the experts' factor {1 / converted.routed_factor:.6g} is no power of two: down projections are rounded once"
+            yield f"the experts' factor {1 / converted.routed_factor:.6g} is not a power of two: down projections are rounded once"
         if self._gate_was_trained:
             yield "the shared expert's gate was trained and depends on the token: it is taken as one half"
         short = sum(len(each) < self.width for each in self._kept)

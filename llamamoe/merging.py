@@ -93,7 +93,7 @@ def merge(
     config, factors = _one_weighing(checkpoints, configs)
     config["llamamoe"] = _block(checkpoints, factors[0], _scaling(config) / _scaling(configs[0]))
     warnings = tuple(_warnings(locations, checkpoints, configs, factors))
-    parts = ", ".join(f"{share:.4g} of `{each.name}`" for share, each in zip(shares, locations, strict=True))
+    parts = ", ".join(f"`{each.name}` ({share:.4g})" for share, each in zip(shares, locations, strict=True))
     job = Rewriting(
         deed="merge",
         title=f"A merge of {len(models)} models",
@@ -238,8 +238,8 @@ def _warnings(
             found.append(f"{place.name} has another tokenizer.json than {locations[0].name}, whose is taken")
     if any(factor != 1.0 for factor in factors):
         found.append(
-            "the models weigh selected experts in different ways: all were brought to those of one of them, which changes "
-            "those whose routers are neither hard nor renormalised"
+            "the models weight selected experts in different ways: all were converted to one of these ways, which changes models "
+            "whose routers are neither hard nor renormalised"
         )
     return found
 

@@ -237,7 +237,7 @@ def _warnings(
         )
     if not layout.combine.bake_is_exact and dtype != "F32":
         found.append(
-            f"the factor {layout.combine.bake:g} is no power of two: the experts' down projections are rounded once more in {dtype}"
+            f"the factor {layout.combine.bake:g} is not a power of two: the experts' down projections are rounded once more in {dtype}"
         )
     return found
 

@@ -157,7 +157,7 @@ def _warnings(config: dict[str, Any], rescale: str | None, before: int, exact: b
             "the model names no rescale: its router's weights are left as they are (give --rescale to change that)"
         )
     if not exact:
-        found.append("the experts' down projections are rounded once to their dtype: the factor is no power of two")
+        found.append("the experts' down projections are rounded once to their dtype: the factor is not a power of two")
     if block.get("repair"):
         found.append(f"the repair was fitted with {before} experts selected: with another number it fits less well")
     if may_overlap(config):

@@ -115,7 +115,7 @@ def test_what_is_left_beside_the_weights(pair: tuple[Path, Path], tmp_path: Path
     assert receipt["weights_sha256"] == found.receipt["weights_sha256"]
     block = json.loads((found.out / "config.json").read_text())["llamamoe"]
     assert block["merge"][0]["weights"] == [0.75, 0.25]
-    assert "0.75 of `moe`" in (found.out / "README.md").read_text()
+    assert "weights of `moe` (0.75), `" in (found.out / "README.md").read_text()
 
 
 def stop_at(unit: int) -> Callable[[Any], None]:

@@ -104,7 +104,7 @@ class CompareRecipe(BaseModel):
     calibration: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
         (), description="Text for methods that need it: files, folders or globs; 'auto' samples it from the source."
     )
-    calibration_tokens: int = Field(65536, ge=256, le=2**40, description="Most tokens of calibration text.")
+    calibration_tokens: int = Field(65536, ge=256, le=2**40, description="Maximum number of calibration tokens.")
     calibration_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
         None, min_length=1, description="Share of each domain in the calibration text; null means equal shares."
     )

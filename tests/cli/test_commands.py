@@ -189,7 +189,7 @@ def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Ru
 def test_bench(dense: Path, converted: tuple[Path, Result], run: Run) -> None:
     flags = ("--batch-sizes", "1,2", "--prompt", "8", "--new-tokens", "2", "--repeats", "1")
     text = run("bench", converted[0], "--against", dense, *flags).stdout
-    for expected in ("Tokens a second", "What sizes let expect", "by bytes read", "experts by"):
+    for expected in ("Tokens a second", "Expected from sizes", "by bytes read", "experts by"):
         assert expected in text
     data = json.loads(run("bench", converted[0], *flags, "--json").stdout)
     assert data["against"] is None
