@@ -282,7 +282,7 @@ def test_large_inputs_are_mapped_and_the_disk_must_hold_them(dense: Path, tmp_pa
 def test_sequences_are_no_longer_than_the_model_has_positions(dense: Path) -> None:
     keys = {"method": "random", "router": "ridge", **TEXT}
     assert plan(dense, **keys).recipe.calibration_length == 64
-    with pytest.raises(RefusedError, match="--calibration-length 65 is more than the model's 64 positions"):
+    with pytest.raises(RefusedError, match=r"65 is more than the model's 64 positions \(--set calibration_length=64\)"):
         plan(dense, **keys, calibration_length=65)
 
 

@@ -90,7 +90,8 @@ def plan_calibration(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> Cali
     recipe = chosen.recipe
     if (recipe.calibration_length or 0) > spec.max_position_embeddings:
         raise RefusedError(
-            f"--calibration-length {recipe.calibration_length} is more than the model's {spec.max_position_embeddings} positions."
+            f"--calibration-length {recipe.calibration_length} is more than the model's {spec.max_position_embeddings} "
+            f"positions (--set calibration_length={spec.max_position_embeddings})."
         )
     length = recipe.calibration_length or min(MAX_LENGTH, spec.max_position_embeddings)
     length = min(length, recipe.calibration_tokens)
