@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import platform
 import re
 import shutil
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint.files import write_text
+from .checkpoint.files import copy_file, write_text
 from .checkpoint.json_files import read_json
 from .errors import MissingExtraError, RefusedError
 from .progress import Progress, ProgressCallback, ignore_progress
@@ -282,11 +281,14 @@ def _topics() -> Iterator[tuple[str, str, str]]:
 
 
 def select_all(result: SplitResult, folder: Path) -> Path:
-    """The same model with every expert selected: links to its files, and a configuration with k = N."""
+    """The same model with every expert selected: a second name for each of its files, and a configuration with k = N."""
     folder.mkdir()
     for path in result.out.iterdir():
-        if path.name != "config.json":
-            (folder / path.name).symlink_to(os.path.relpath(path, folder))
+        if path.name != "config.json" and path.is_file():
+            try:
+                (folder / path.name).hardlink_to(path)
+            except OSError:  # a file system without hard links
+                copy_file(path, folder / path.name)
     config = read_json(result.out / "config.json")
     config[result.plan.target.top_k_key] = result.plan.layout.num_experts
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -201,11 +201,18 @@ def test_bits_are_compared_not_values() -> None:
 # ---- files and configuration ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model.bin", "adapter_config.json"])
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model.bin"])
 def test_another_file_that_transformers_may_load_is_seen(converted: Callable[[str], Converted], name: str) -> None:
     case = converted("mixtral")
     (case.out / name).write_bytes(b"{}")
     with pytest.raises(llamamoe.VerificationError, match=f"also holds {name}"):
+        llamamoe.verify(case.out, case.dense)
+
+
+def test_an_adapter_beside_an_output_is_refused(converted: Callable[[str], Converted]) -> None:
+    case = converted("mixtral")
+    (case.out / "adapter_config.json").write_bytes(b"{}")
+    with pytest.raises(llamamoe.CheckpointError, match="PEFT adapter"):
         llamamoe.verify(case.out, case.dense)
 
 

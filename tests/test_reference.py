@@ -80,8 +80,8 @@ def test_a_reader_that_takes_other_weights_is_caught(
     given |= {"num_experts": 4}
     real = SafetensorsCheckpoint.read
 
-    def wrong(self: SafetensorsCheckpoint, tensor: str) -> torch.Tensor:
-        value = real(self, tensor)
+    def wrong(self: SafetensorsCheckpoint, tensor: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        value = real(self, tensor, rows)
         return value * 1.001 if self.path == dense and tensor == name else value
 
     monkeypatch.setattr(SafetensorsCheckpoint, "read", wrong)

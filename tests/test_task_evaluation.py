@@ -129,7 +129,7 @@ def test_a_task_that_fails_keeps_the_others(world: dict[str, Path], tmp_path: Pa
 
 
 def test_silly_requests(world: dict[str, Path]) -> None:
-    with pytest.raises(UsageError, match="'tiny_chioce' is no task"):
+    with pytest.raises(UsageError, match="'tiny_chioce' is not a task"):
         evaluate_tasks(world["moe"], load_task_recipe(given={"tasks": "tiny_chioce", "include": [str(world["tasks"])]}))
     with pytest.raises(UsageError, match="is not a folder"):
         evaluate_tasks(world["moe"], load_task_recipe(given={"tasks": "piqa", "include": ["nowhere"]}))

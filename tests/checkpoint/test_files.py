@@ -179,7 +179,7 @@ WRITING = {
 """Names of functions that write files by name."""
 ALLOWED = {
     ("llamamoe/studies/engine.py", "write_text"),  # a file of Linux's /proc
-    ("llamamoe/demonstration.py", "symlink_to"),  # links in a folder that it has just made
+    ("llamamoe/demonstration.py", "hardlink_to"),  # in a folder that it has just made
     ("llamamoe/data/shards.py", "memmap"),  # read only
     ("cli/main.py", "open"),  # /dev/null
 }
