@@ -225,7 +225,8 @@ def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]
         raise CheckpointError(
             f"the tokenizer of '{checkpoint.path}' cannot be carried over exactly: beside a model of type {model_type}, "
             f"{found}.",
-            hint="Choose another target, or take the tokenizer's files out of the folder: then the output has none.",
+            hint=f"{type(tokenizer).__name__} does in Python what no tokenizer.json can hold. Convert a copy of the folder "
+            "without the tokenizer's files: then the output has none.",
         )
     return sorted([*names, "tokenizer.json", "tokenizer_config.json"])
 
