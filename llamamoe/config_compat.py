@@ -3,8 +3,8 @@
 ``save_pretrained`` and the Trainer of transformers 5 write rope and a few names in a new spelling only. Transformers
 4.57 does not know it and falls back to its defaults without a word: the model loads, and its logits are wrong. The
 old spelling is added beside the new one, with the same content, so that nothing changes for transformers 5. Tensors
-under the names that transformers 5 uses in memory (``save_original_format=False``, mergekit) get those of its files. A tokenizer saved under a class that 4.57 does not have
-gets the one that both have.
+under the names that transformers 5 uses in memory (``save_original_format=False``, mergekit) get those of its files. A
+tokenizer saved under a class that 4.57 does not have gets the one that both have.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
     """Write into a folder what transformers 4.57 reads; transformers 5 loads the same model as before.
 
     Keys are added to ``config.json``; files whose tensors have names that only transformers 5 understands are written
-    anew with the same data, and so is a ``tokenizer_config.json`` that 4.57 refuses. Done again it changes nothing. Every file is replaced whole, ``config.json`` last.
+    anew with the same data, and so is a ``tokenizer_config.json`` that 4.57 refuses. Done again it changes nothing.
+    Every file is replaced whole, ``config.json`` last.
 
     Args:
         path: A folder that ``save_pretrained``, the Trainer or mergekit wrote.

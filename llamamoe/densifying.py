@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint.base import DTYPE_BYTES
+from .checkpoint.base import DTYPE_BYTES, TORCH_NAMES
 from .checkpoint.layout import check_size, deal
 from .checkpoint.rewriting import Rewriting, check_place, opened, rewrite
 from .converted import ConvertedModel, FfnParts, check_shapes
@@ -26,8 +26,6 @@ from .targets.dense import Dense
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def _rewriting(
     job: _Job, location: Location, shard_size: str, facts: dict[str, Any], warnings: tuple[str, ...]
 ) -> Rewriting:
     entries = {t.name: (job.dtype, t.shape, math.prod(t.shape) * DTYPE_BYTES[job.dtype]) for t in job.tensors.values()}
-    config = common_config(job.spec, job.target, _DTYPE_NAMES[job.dtype]) | job.target.config(job.spec, job.layout)
+    config = common_config(job.spec, job.target, TORCH_NAMES[job.dtype]) | job.target.config(job.spec, job.layout)
     converted = job.converted
     return Rewriting(
         deed="densify",

@@ -23,8 +23,9 @@ def read_json(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
         vocabulary: It is a tokenizer's, which may be large and repeat a key: only its form is checked.
 
     Raises:
-        CheckpointError: It cannot be read, is too large, is a Git LFS pointer or not a JSON object, or holds a key twice, half a character
-            (a lone surrogate), a whole number of more than 100 digits or more than 64 levels; the key is named.
+        CheckpointError: It cannot be read, is too large, is a Git LFS pointer or not a JSON object, or holds a key twice,
+            half a character (a lone surrogate), a whole number of more than 100 digits or more than 64 levels; the key
+            is named.
     """
     try:
         if path.stat().st_size > MOST_BYTES:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import IO
 
 from ..errors import RefusedError
 from ..preflight import free_bytes, system_errors
-from .base import TensorInfo
 from .files import replacing, write_text
 from .headers import read_header
 from .layout import index_json, shard_header
@@ -29,11 +27,9 @@ def unusual_files(checkpoint: SafetensorsCheckpoint) -> dict[Path, Entries]:
     Returns:
         Such files with the usual names, in the order in which the data lie.
     """
-    found: dict[Path, Entries] = {}
-    for file, tensors in sorted(_by_file(checkpoint).items()):
-        if read_header(file).keys() != tensors.keys():
-            found[file] = {name: (info.dtype, info.shape, info.nbytes) for name, info in tensors.items()}
-    return found
+    return {
+        file: tensors for file, tensors in _by_file(checkpoint).items() if read_header(file).keys() != tensors.keys()
+    }
 
 
 def rename_tensors(checkpoint: SafetensorsCheckpoint, files: dict[Path, Entries]) -> None:
@@ -57,29 +53,22 @@ def rename_tensors(checkpoint: SafetensorsCheckpoint, files: dict[Path, Entries]
     checkpoint.check_unchanged()
     with system_errors(checkpoint.path):
         if (checkpoint.path / INDEX).exists():  # first: read together with either names it is right
-            text = json.dumps(index_json(_shards(checkpoint)), indent=2, sort_keys=True) + "\n"
+            shards = {file.name: tensors for file, tensors in _by_file(checkpoint).items()}
+            text = json.dumps(index_json(shards), indent=2, sort_keys=True) + "\n"
             write_text(checkpoint.path / INDEX, text)
         for file, tensors in files.items():
             header, _ = shard_header(tensors)
             with file.open("rb") as old, replacing(file) as new:
                 old.seek(8 + int.from_bytes(old.read(8), "little"))
-                _copy(header, old, new)
+                new.write(header)
+                shutil.copyfileobj(old, new, _CHUNK)
 
 
-def _copy(header: bytes, old: IO[bytes], new: IO[bytes]) -> None:
-    new.write(header)
-    shutil.copyfileobj(old, new, _CHUNK)
-
-
-def _by_file(checkpoint: SafetensorsCheckpoint) -> dict[Path, dict[str, TensorInfo]]:
-    found: dict[Path, dict[str, TensorInfo]] = {}
-    for name, info in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        found.setdefault(info.file, {})[name] = info
+def _by_file(checkpoint: SafetensorsCheckpoint) -> dict[Path, Entries]:
+    """All files, sorted, with their tensors in the order in which the data lie."""
+    found: dict[Path, Entries] = {}
+    for name, info in sorted(
+        checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].offset, item[1].nbytes)
+    ):
+        found.setdefault(info.file, {})[name] = (info.dtype, info.shape, info.nbytes)
     return found
-
-
-def _shards(checkpoint: SafetensorsCheckpoint) -> dict[str, Entries]:
-    return {
-        file.name: {name: (info.dtype, info.shape, info.nbytes) for name, info in tensors.items()}
-        for file, tensors in sorted(_by_file(checkpoint).items())
-    }

@@ -97,16 +97,6 @@ def named_as_in_files(tensors: Mapping[str, TensorInfo], config: Mapping[str, An
     return found
 
 
-def has_names_of_memory(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
-    """Return True if experts have the names that transformers 5 uses in memory, which 4.57 does not recognise.
-
-    Args:
-        tensors: As the headers have them.
-        config: The folder's ``config.json``.
-    """
-    return str(config.get("model_type")) in IN_MEMORY and any(_FUSED.match(name) for name in tensors)
-
-
 def _refuse_wrappers(tensors: Mapping[str, TensorInfo]) -> None:
     for prefix, (what, hint) in _WRAPPERS.items():
         name = next((n for n in tensors if n.startswith(prefix) or (prefix == COMPILED and prefix in n)), None)

@@ -390,9 +390,9 @@ def ids_sha256(tokenizer: Any) -> str:
 # ---- the plan -----------------------------------------------------------------------------------------------------
 
 
-def _check_unique(path: Path) -> None:
+def _check_unique(name: str, data: Mapping[str, Any]) -> None:
     """Refuse a vocabulary in which two tokens share an id: which of them is decoded changes from run to run."""
-    model = read_json(path, vocabulary=True).get("model")
+    model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
     if not isinstance(vocab, Mapping):
         return
@@ -400,7 +400,7 @@ def _check_unique(path: Path) -> None:
     for token, index in vocab.items():
         if first.setdefault(index, token) != token:
             raise CheckpointError(
-                f"{path.name}: the tokens {first[index]!r} and {token!r} share the id {index}.",
+                f"{name}: the tokens {first[index]!r} and {token!r} share the id {index}.",
                 hint="Mend the file, or copy it again from where the model comes from.",
             )
 
@@ -420,14 +420,15 @@ def plan_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> l
     if not holds_vocabulary(folder):
         other = " (tekken.json alone is not enough)" if (folder / "tekken.json").exists() else ""
         return [f"the source has no tokenizer that transformers can load{other}: the output has none"]
-    path = folder / "tokenizer.json"
+    path, vocabulary = folder / "tokenizer.json", None
     if path.is_file():
         from tokenizers import Tokenizer
 
         with one_error(f"{path.name} of '{folder}'", folder, "tokenizers"):
             Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        _check_unique(path)
-    return beyond_embedding(folder, vocab_size, config)
+        vocabulary = read_json(path, vocabulary=True)
+        _check_unique(path.name, vocabulary)
+    return beyond_embedding(folder, vocab_size, config, vocabulary)
 
 
 def _check_generation(folder: Path) -> None:

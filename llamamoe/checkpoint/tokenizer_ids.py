@@ -15,7 +15,12 @@ from .json_files import read_json
 _SPECIAL = ("bos", "eos", "pad", "unk")
 
 
-def beyond_embedding(folder: Path, rows: int, config: Mapping[str, Any] | None = None) -> list[str]:
+def beyond_embedding(
+    folder: Path,
+    rows: int,
+    config: Mapping[str, Any] | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
+) -> list[str]:
     """List what has no row in the embedding: the tokenizer's largest ids, and special tokens by their keys.
 
     Neither torch nor transformers is used.
@@ -24,11 +29,14 @@ def beyond_embedding(folder: Path, rows: int, config: Mapping[str, Any] | None =
         folder: The tokenizer's folder; files that are not there are passed over.
         rows: Of the embedding.
         config: The model's configuration.
+        vocabulary: What ``tokenizer.json`` holds; None: it is read.
 
     Raises:
         CheckpointError: A file is broken.
     """
-    ids = _vocabulary(_optional(folder / "tokenizer.json", vocabulary=True))
+    if vocabulary is None:
+        vocabulary = _optional(folder / "tokenizer.json", vocabulary=True)
+    ids = _vocabulary(vocabulary)
     found = []
     size = 1 + max(ids.values(), default=-1)
     if size > rows:

@@ -97,8 +97,7 @@ def manifest_of(path: Path, run: str | None) -> Manifest:
         RefusedError: It was not written by this run.
         CheckpointError: It has no manifest that can be read.
     """
-    if path.is_symlink() or not path.is_dir():
-        raise _foreign(path, f"is {'a symbolic link' if path.is_symlink() else 'not a folder'}")
+    _check_folder(path)
     try:
         found = read_manifest(path, MARKER)
     except CheckpointError as error:
@@ -125,9 +124,13 @@ def check_removable(path: Path, run: str | None) -> None:
         )
 
 
-def _check_staging(path: Path, run: str | None) -> None:
+def _check_folder(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         raise _foreign(path, f"is {'a symbolic link' if path.is_symlink() else 'not a folder'}")
+
+
+def _check_staging(path: Path, run: str | None) -> None:
+    _check_folder(path)
     if (path / RUN).exists() or any(_unowned(path)):
         try:
             owner = run_id(path)

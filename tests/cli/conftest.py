@@ -57,3 +57,20 @@ def converted(dense: Path, run: Run) -> tuple[Path, Result]:
     """A conversion through the command line, and what it printed."""
     out = dense.parent / "converted"
     return out, run("split", dense, out, "--method", "random", "--experts", "4", "--top-k", "2")
+
+
+def make_tokens(run: Run, tokenizer: Path, text: Path, out: Path) -> None:
+    """Tokenise a text, none of it held out."""
+    run(
+        "tokenize",
+        "--recipe",
+        "small",
+        "--tokenizer",
+        tokenizer,
+        "--text",
+        text,
+        "--set",
+        "validation=null",
+        "--out",
+        out,
+    )

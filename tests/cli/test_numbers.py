@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from .conftest import Run
+from .conftest import Run, make_tokens
 
 
 @pytest.mark.parametrize("size", ["0GB", "0.0 GB", "-1GB", "1e9GB", "5", ""])
@@ -24,19 +24,7 @@ def test_what_a_device_has(
 ) -> None:
     tokens, text = tmp_path / "tokens", tmp_path / "text.txt"
     text.write_text("the cat sat on the mat " * 50, encoding="utf-8")
-    run(
-        "tokenize",
-        "--recipe",
-        "small",
-        "--tokenizer",
-        dense,
-        "--text",
-        text,
-        "--set",
-        "validation=null",
-        "--out",
-        tokens,
-    )
+    make_tokens(run, dense, text, tokens)
     said = run(
         "pretrain", "--recipe", "stories260k", "--model", converted[0], "--parent", dense, "--dry-run", "--set",
         f"data.train={tokens}", "--set", "data.validation=null", "--set", "data.block_length=32", option, value, code=2,

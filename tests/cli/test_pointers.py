@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from .conftest import Run
+from .conftest import Run, make_tokens
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 123456\n"
 SIDE = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -106,19 +106,7 @@ def test_among_texts(kind: str, named: bool, dense: Path, tmp_path: Path, run: R
 
 def test_among_tokens(dense: Path, converted: tuple[Path, Result], text: Path, tmp_path: Path, run: Run) -> None:
     tokens = tmp_path / "tokens"
-    run(
-        "tokenize",
-        "--recipe",
-        "small",
-        "--tokenizer",
-        dense,
-        "--text",
-        text,
-        "--set",
-        "validation=null",
-        "--out",
-        tokens,
-    )
+    make_tokens(run, dense, text, tokens)
     shard = next(tokens.rglob("*.bin"))
     for path in (shard, tokens / "index.json"):
         path.write_text(POINTER)
