@@ -119,6 +119,9 @@ def _check_hashes(
         return
     changed = [unit for unit, found in digests.items() if hashes.units.get(unit) not in (None, joined_sha256(found))]
     where = f"experts or router of layer {changed[0].removeprefix('layer.')}" if changed else "experts or routers"
+    broken = _not_finite(plan, converted)
+    if broken:  # more precise than a hash of a layer
+        where = f"{broken} holds NaN or infinite values"
     raise VerificationError(
         f"the weights are not those that were written ({where}): their SHA-256 differs from the one in {RECEIPT_FILE}.",
         hint=_made_from(plan, converted),
@@ -289,9 +292,15 @@ def check_finite(plan: SplitPlan, converted: Checkpoint) -> None:
     Raises:
         VerificationError: A tensor holds NaN or infinite values.
     """
-    for tensor in plan.tensors:
-        if isinstance(tensor.origin, Neurons | Router) and nonfinite(converted.read(tensor.name)):
-            raise VerificationError(
-                f"{tensor.name} holds NaN or infinite values, although the parent computes finite ones.",
-                hint=_made_from(plan, converted),
-            )
+    broken = _not_finite(plan, converted)
+    if broken:
+        raise VerificationError(
+            f"{broken} holds NaN or infinite values, although the parent computes finite ones.",
+            hint=_made_from(plan, converted),
+        )
+
+
+def _not_finite(plan: SplitPlan, converted: Checkpoint) -> str | None:
+    """Return the first of the neurons and routers that holds NaN or infinite values."""
+    made = (tensor.name for tensor in plan.tensors if isinstance(tensor.origin, Neurons | Router))
+    return next((name for name in made if nonfinite(converted.read(name))), None)

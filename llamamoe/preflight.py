@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checkpoint.ledger import partial_path, replaced_path
-from .checkpoint.reader import INDEX, LICENSE_FILES, SIDE_FILES
+from .checkpoint.reader import INDEX, LICENSE_FILES, SIDE_FILES, read_weight_map
 from .data.files import find_files
-from .errors import LlamaMoeError, RefusedError
+from .errors import CheckpointError, LlamaMoeError, RefusedError
 from .plan import SplitPlan
 from .recipe import AUTO
 
@@ -22,6 +23,7 @@ DERIVED_FILE = "llamamoe_derived.json"
 MARKS = (RECIPE_FILE, HEAL_RECIPE_FILE, DERIVED_FILE)
 """One of these files says that llamamoe wrote a folder."""
 _OURS = {"config.json", INDEX, "README.md", *MARKS, RECEIPT_FILE, HEAL_RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
+_WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
 def normal_path(out: str | Path) -> Path:
@@ -45,13 +47,24 @@ def system_errors(out: Path) -> Iterator[None]:
 
 
 def recover_replaced(out: Path) -> None:
-    """Finish what a kill interrupted while ``--force`` replaced OUT: the old one comes back, or goes for good."""
+    """Finish what a kill interrupted while ``--force`` replaced OUT: the old one comes back, or goes for good.
+
+    Raises:
+        RefusedError: Something else has the name under which the old one waits; nothing was changed.
+    """
     old = replaced_path(out)
-    if old.is_dir() and not old.is_symlink():
-        if out.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(out)
+    if not os.path.lexists(old):
+        return
+    # a kill while it was removed may have left any of its files
+    if old.is_symlink() or not old.is_dir() or _foreign(old):
+        raise RefusedError(
+            f"{old} is where an OUT waits while it is replaced, but it holds something else.",
+            hint="Move it away, or choose another OUT.",
+        )
+    if out.exists():
+        shutil.rmtree(old)
+    else:
+        old.rename(out)
 
 
 def check_out(out: Path, source: Path, *, force: bool) -> None:
@@ -136,7 +149,7 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
             f"OUT ({out}) is not empty and was not written by llamamoe: --force does not remove it.",
             hint="Choose another name.",
         )
-    foreign = sorted(p.name for p in out.iterdir() if not p.is_file() or not _known(p))
+    foreign = _foreign(out)
     if foreign:
         raise RefusedError(
             f"OUT ({out}) also holds {foreign[0]!r}, which is not llamamoe's: --force does not remove it.",
@@ -144,8 +157,17 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
         )
 
 
-def _known(path: Path) -> bool:
-    return path.name in _OURS or path.suffix == ".safetensors"
+def _foreign(folder: Path) -> list[str]:
+    """Names in a folder that no checkpoint of ours has, sorted."""
+    shards: set[str] = set()
+    with suppress(CheckpointError):  # merge and retop keep the names of their source's files
+        shards.update(read_weight_map(folder / INDEX).values())
+    known = _OURS | shards
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if not path.is_file() or not (path.name in known or _WEIGHTS.fullmatch(path.name))
+    )
 
 
 def check_text(decided: SplitPlan) -> None:

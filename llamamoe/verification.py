@@ -182,10 +182,10 @@ def _verified(plan: SplitPlan, folder: Path, hashes: Hashes, progress: ProgressC
             check_neurons(plan, converted, layer)
             checked += 1
             progress(Progress("check neurons", done, len(layers), "layer"))
+    # before the logits, which cannot tell which tensor changed
+    weights = check_weights(plan, converted, hashes, progress)
     measured = compare_logits(plan, converted, progress)
     _check_claims(plan, measured)
-    # last: what the checks before find, they name more precisely than a hash can
-    weights = check_weights(plan, converted, hashes, progress)
     return _result(plan, measured, checked, weights)
 
 

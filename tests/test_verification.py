@@ -92,14 +92,20 @@ def test_down_columns_that_belong_to_other_neurons_are_seen(copy: Path, dense: P
     "name",
     ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"],
 )
-def test_a_changed_weight_outside_the_experts_is_seen_in_the_logits(copy: Path, dense: Path, name: str) -> None:
+@pytest.mark.parametrize("receipt", [True, False])
+def test_a_changed_weight_outside_the_experts_is_named(copy: Path, dense: Path, name: str, receipt: bool) -> None:
     change(copy, name, lambda t: t * 1.01)
-    with pytest.raises(llamamoe.VerificationError, match="with all experts selected the logits differ"):
+    if not receipt:
+        (copy / "llamamoe_receipt.json").unlink()
+    with pytest.raises(llamamoe.VerificationError, match=f"{name} is not the parent's, bit for bit"):
         llamamoe.verify(copy, dense)
 
 
 def test_a_router_that_is_not_hard_is_seen(copy: Path, dense: Path) -> None:
     change(copy, "model.layers.0.mlp.gate.weight", lambda t: t * 1e4)
+    with pytest.raises(llamamoe.VerificationError, match="router of layer 0"):
+        llamamoe.verify(copy, dense)
+    (copy / "llamamoe_receipt.json").unlink()
     with pytest.raises(llamamoe.VerificationError, match="as stored"):
         llamamoe.verify(copy, dense)
 

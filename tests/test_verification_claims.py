@@ -172,9 +172,14 @@ def test_a_neuron_twice_is_seen(converted: Callable[[str], Path], dense: Path, t
         llamamoe.verify(folder, dense)
 
 
-def test_logits_that_overflow_are_seen(verify: Callable[..., Verification]) -> None:
-    with pytest.raises(llamamoe.VerificationError, match="not finite with the configured top-k"):
+def test_logits_that_overflow_are_seen_without_a_receipt(
+    verify: Callable[..., Verification], dense: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(llamamoe.VerificationError, match="SHA-256"):
         verify("repaired", "down", lambda t: torch.full_like(t, 3e38))
+    (tmp_path / "copy" / "llamamoe_receipt.json").unlink()
+    with pytest.raises(llamamoe.VerificationError, match="not finite with the configured top-k"):
+        llamamoe.verify(tmp_path / "copy", dense)
 
 
 NOISE = {

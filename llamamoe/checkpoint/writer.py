@@ -230,23 +230,25 @@ class CheckpointWriter:
             sync_path(path)
         (self.path / LEDGER).unlink(missing_ok=True)
         sync_path(self.path)
-        old = replaced_path(self.out)
+        old, moved = replaced_path(self.out), False
         if self.out.exists() and any(self.out.iterdir()):
             if not replace:
                 raise RefusedError(
                     f"OUT ({self.out}) was filled by somebody else meanwhile.", hint="Choose another name."
                 )
             self.out.rename(old)
+            moved = True
         elif self.out.exists():
             self.out.rmdir()
         try:
             self.path.rename(self.out)
         except OSError:
-            if old.exists():
+            if moved:
                 old.rename(self.out)
             raise
         sync_path(self.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if moved:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

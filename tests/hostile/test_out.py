@@ -87,7 +87,7 @@ def test_force_never_removes_a_dense_checkpoint(source: Path, tmp_path: Path, re
     assert digests(other) == before
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "my-runs", ".git"])
+@pytest.mark.parametrize("name", ["notes.txt", "my-runs", ".git", "mine.safetensors"])
 def test_force_never_removes_what_lies_beside_a_conversion(
     source: Path, tmp_path: Path, refused: Refused, name: str
 ) -> None:
@@ -98,6 +98,25 @@ def test_force_never_removes_what_lies_beside_a_conversion(
         (out / name).mkdir()
     refused(source, f"also holds '{name}'", "Move it away", force=True)
     assert (out / name).exists()
+
+
+@pytest.mark.parametrize("verb", ["split", "retop"])
+@pytest.mark.parametrize("there", [True, False], ids=["OUT is there", "OUT is not there"])
+def test_what_is_called_as_a_replaced_out_and_is_not_ours_is_left_alone(
+    source: Path, tmp_path: Path, verb: str, there: bool
+) -> None:
+    out = tmp_path / "out"
+    made = llamamoe.split(source, tmp_path / ("out" if there else "made"), recipe(), verify=False).out
+    foreign = tmp_path / ".out.llamamoe-replaced"
+    foreign.mkdir()
+    (foreign / "notes").write_text("mine")
+    before = digests(tmp_path)
+    with pytest.raises(RefusedError, match="holds something else"):
+        if verb == "split":
+            llamamoe.split(source, out, recipe(), force=True, verify=False)
+        else:
+            llamamoe.retop(made, out, 3, force=True)
+    assert digests(tmp_path) == before
 
 
 def test_force_replaces_a_conversion(source: Path, tmp_path: Path) -> None:
