@@ -55,6 +55,8 @@ CHAT_TEMPLATES = "additional_chat_templates"
 """The folder of further chat templates."""
 PICKLES = (".bin", ".pt", ".pth")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+_WATCHED = ("config.json", ADAPTER, SINGLE, INDEX, "README.md", CHAT_TEMPLATES, *SIDE_FILES, *LICENSE_FILES)
+"""What changes the result when it changes or appears while a folder is read, beside its weights."""
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
@@ -129,7 +131,7 @@ class SafetensorsCheckpoint:
                 f"{path} holds no config.json, so it is not a transformers checkpoint.", hint=self._what_is_there()
             )
         self._files = SourceFiles()
-        self._files.watch(*(path / n for n in ("config.json", ADAPTER, SINGLE, INDEX, *SIDE_FILES, *LICENSE_FILES)))
+        self._files.watch(*(path / name for name in _WATCHED))
         self.config = read_json(self._inside("config.json"))
         if not isinstance(self.config.get("llamamoe") or {}, dict):
             raise CheckpointError(f"config.json: llamamoe = {self.config['llamamoe']!r}, but it must be a mapping.")
@@ -144,7 +146,7 @@ class SafetensorsCheckpoint:
         for name in (*SIDE_FILES, *LICENSE_FILES):
             if (path / name).exists() or (path / name).is_symlink():
                 check_side_file(self._inside(name))
-        self._templates()
+        self._files.watch(*self._templates())
 
     def _refuse_adapter(self) -> None:
         if not (self.path / ADAPTER).exists():

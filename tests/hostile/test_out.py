@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,16 @@ def test_force_never_removes_what_lies_beside_a_conversion(
     assert (out / name).exists()
 
 
-@pytest.mark.parametrize("verb", ["split", "retop"])
+VERBS: dict[str, Callable[[Path, Path, Path], object]] = {
+    "split": lambda made, source, out: llamamoe.split(source, out, recipe(), force=True, verify=False),
+    "retop": lambda made, source, out: llamamoe.retop(made, out, 3, force=True),
+}
+
+
+@pytest.mark.parametrize("write", VERBS.values(), ids=list(VERBS))
 @pytest.mark.parametrize("there", [True, False], ids=["OUT is there", "OUT is not there"])
 def test_what_is_called_as_a_replaced_out_and_is_not_ours_is_left_alone(
-    source: Path, tmp_path: Path, verb: str, there: bool
+    source: Path, tmp_path: Path, write: Callable[[Path, Path, Path], object], there: bool
 ) -> None:
     out = tmp_path / "out"
     made = llamamoe.split(source, tmp_path / ("out" if there else "made"), recipe(), verify=False).out
@@ -112,10 +119,7 @@ def test_what_is_called_as_a_replaced_out_and_is_not_ours_is_left_alone(
     (foreign / "notes").write_text("mine")
     before = digests(tmp_path)
     with pytest.raises(RefusedError, match="holds something else"):
-        if verb == "split":
-            llamamoe.split(source, out, recipe(), force=True, verify=False)
-        else:
-            llamamoe.retop(made, out, 3, force=True)
+        write(made, source, out)
     assert digests(tmp_path) == before
 
 

@@ -168,6 +168,24 @@ def test_a_source_that_changes_is_noticed(dense: Path, tmp_path: Path, how: Call
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "tokenizer_config.json", "additional_chat_templates", "additional_chat_templates/tool.jinja"]
+)
+def test_small_files_that_change_are_noticed(dense: Path, tmp_path: Path, name: str) -> None:
+    folder = dense / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool.jinja").write_text("one")
+    file = folder / "more.jinja" if name == folder.name else dense / name
+
+    def progress(step: Any) -> None:
+        if step.stage == "convert":
+            file.write_text("{}")
+
+    with pytest.raises(llamamoe.LlamaMoeError, match=f"{name} changed while it was read"):
+        split(dense, tmp_path / "out", progress=progress)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("how", [rewrite, truncate, Path.unlink])
 def test_a_source_that_changes_while_the_result_is_compared_is_called_so(
     dense: Path, tmp_path: Path, how: Callable[[Path], None]
