@@ -101,8 +101,9 @@ def open_model(name: str | Path, *, tokenizer: str | Path | None = None) -> Open
 
 
 def _open_folder(name: str, folder: Path) -> Opened:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
+    from .checkpoint.infilling import open_tokenizer
     from .checkpoint.tokenizer import of_any_length
 
     if not (folder / "config.json").is_file():
@@ -129,7 +130,7 @@ def _open_folder(name: str, folder: Path) -> Opened:
             hint="Copy the tokenizer's files from the model that it was made of.",
         )
     with _refusing(f"The tokenizer of '{name}' cannot be loaded"):
-        tokenizer = of_any_length(AutoTokenizer.from_pretrained(**options))
+        tokenizer = of_any_length(open_tokenizer(folder))
         bos = _leading_bos(tokenizer)
     return Opened(name, options, config, tokenizer, bos)
 

@@ -17,6 +17,7 @@ from llamamoe.checkpoint.tokenizer import PROBES, difference, ids_sha256
 from llamamoe.conversion import plan_conversion
 from llamamoe.errors import CheckpointError, VerificationError
 from llamamoe.recipe import build_recipe
+from llamamoe.scoring import open_model
 from llamamoe.training.parent import _check_tokenizers
 
 from .paths import SHARED_DATA, needs_shared_data
@@ -61,6 +62,29 @@ def qwen2_files(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
 
 
+INFILLING = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
+
+
+def code_llama(folder: Path) -> None:
+    """The last characters of the vocabulary become the tokens of infilling, as in Code Llama's."""
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocab = data["model"]["vocab"]
+    for old, new in zip(sorted(vocab, key=vocab.get)[-len(INFILLING) :], INFILLING, strict=True):
+        assert not any(old in merge for merge in data["model"]["merges"])  # nothing is merged with it
+        vocab[new] = vocab.pop(old)
+        data["added_tokens"].append({**data["added_tokens"][0], "id": vocab[new], "content": new})
+    path.write_text(json.dumps(data))
+    code_llama_class(folder)
+
+
+def code_llama_class(folder: Path) -> None:
+    """Without these tokens, as in those of 34B: the class adds them behind the vocabulary."""
+    llama_class(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "CodeLlamaTokenizer"}))
+
+
 def templates(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "additional_chat_templates").mkdir()
@@ -102,6 +126,38 @@ def test_ids_are_the_parents(tmp_path: Path, case: str, target: str) -> None:
     assert difference(before, after) is None
     assert ids_sha256(before) == ids_sha256(after)
     _check_tokenizers(before, parent, out)
+
+
+FILLED = ("def f(x):<FILL_ME>\n    return x", "a b<FILL_ME>c d", "<FILL_ME>x")
+
+
+@pytest.mark.parametrize("case", [code_llama, code_llama_class])
+@pytest.mark.parametrize("target", TARGETS[:2])
+def test_infilling_is_given_up_and_the_way_out_is_told(tmp_path: Path, target: str, case: Any) -> None:
+    parent, out = parent_of(tmp_path / "parent", case), tmp_path / "out"
+    recipe = recipe_for(target)
+    [told] = [each for each in plan_conversion(parent, recipe).warnings if "<FILL_ME>" in each]
+    assert "ids of all other text are the same" in told
+    assert "tokenize with the parent's folder" in told
+    split(parent, out, recipe, verify=False)
+    verify(out, parent)
+    before, after = opened(parent), opened(out)
+    assert "<FILL_ME>" not in after.get_vocab(), "it would have no row in the embedding"
+    special = set(after.convert_tokens_to_ids([*INFILLING]))
+    for text in [*PROBES, *INFILLING, " ▁<PRE> a ▁<SUF>b ▁<MID>"]:
+        assert after(text).input_ids == before(text).input_ids
+    for text in FILLED:  # later, as the parent's makes other ids of some plain text once it has filled in
+        prompt = before(text).input_ids
+        assert special & set(prompt)
+        assert after.convert_ids_to_tokens(prompt) == before.convert_ids_to_tokens(prompt)
+        assert not special & set(after(text).input_ids)
+
+
+def test_text_about_infilling_is_text(tmp_path: Path) -> None:
+    """Transformers' tokenizer raises over the second one."""
+    parent = parent_of(tmp_path / "parent", code_llama)
+    ids = open_model(parent).tokenizer("<FILL_ME> and <FILL_ME>").input_ids
+    assert max(ids) < 508
 
 
 def small(parent: Path, out: Path, **keys: Any) -> Any:

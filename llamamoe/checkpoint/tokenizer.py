@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, VerificationError
 from .files import copy_file, unsynced, write_text
+from .infilling import infilling_warnings, open_tokenizer
 from .json_files import read_json
 from .paths import refuse_pointers
 from .reader import SIDE_FILES, VOCABULARIES
@@ -108,13 +109,11 @@ def load(folder: Path, what: str | None = None) -> Any:
     Raises:
         CheckpointError: transformers cannot load it, or Git LFS left pointers in the place of its files.
     """
-    from transformers import AutoTokenizer
-
     from ..streaming import quiet_transformers
 
     refuse_pointers(folder / name for name in ("config.json", *SIDE_FILES))
     with one_error(what or f"the tokenizer of '{folder}'", folder), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = open_tokenizer(folder)
         tokenizer("a")
         return of_any_length(tokenizer)
 
@@ -428,7 +427,7 @@ def plan_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> l
             Tokenizer.from_str(path.read_text(encoding="utf-8"))
         vocabulary = read_json(path, vocabulary=True)
         _check_unique(path.name, vocabulary)
-    return beyond_embedding(folder, vocab_size, config, vocabulary)
+    return [*beyond_embedding(folder, vocab_size, config, vocabulary), *infilling_warnings(folder, config)]
 
 
 def _check_generation(folder: Path) -> None:

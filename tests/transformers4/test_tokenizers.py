@@ -8,7 +8,7 @@ import pytest
 
 from llamamoe import split
 from tests.paths import needs_shared_data
-from tests.test_tokenizers import CASES, TARGETS, parent_of, recipe_for
+from tests.test_tokenizers import CASES, TARGETS, code_llama, code_llama_class, parent_of, recipe_for
 
 from .loading import PYTHON, expect_logits, run_older
 
@@ -17,11 +17,13 @@ pytestmark = [
     needs_shared_data,
 ]
 
+EVERY = CASES | {f.__name__: f for f in (code_llama, code_llama_class)}
+
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("tokenizers4")
-    for case, change in CASES.items():
+    for case, change in EVERY.items():
         parent = parent_of(root / "parents" / case, change)
         for target in TARGETS:
             out = root / f"{case}-{target}"
@@ -31,7 +33,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_older([path for path in sorted(root.iterdir()) if path.name != "parents"])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 @pytest.mark.parametrize("target", TARGETS)
 def test_same_ids(loaded: dict[str, Any], case: str, target: str) -> None:
     assert loaded[f"{case}-{target}"]["ids"] == []
