@@ -16,9 +16,12 @@ from llamamoe import pretrain
 from llamamoe.training.arguments import training_arguments
 from llamamoe.training.ownership import step_of
 from llamamoe.training.recipe import PretrainRecipe
+from llamamoe.training.resuming import optimizer_file
 from llamamoe.training.run_folder import checkpoints
 
+from ..hostile.conftest import digests
 from .runs import lines_of, make_world, recipe_of, start
+from .test_run_folder import flip
 
 pytestmark = pytest.mark.slow
 SELDOM = ("save_every=null", "evaluate_every=null", "data.update=static")
@@ -157,10 +160,34 @@ def test_sigterm_stops_all_ranks_after_the_same_step(world: dict[str, str], tmp_
     run(shorter, tmp_path / "next", 2)  # a checkpoint is a model of its own
 
 
-def test_a_sharded_run_goes_on_exactly(world: dict[str, str], tmp_path: Path) -> None:
-    recipe = recipe_for(world, "distributed.fsdp_size=2")
-    run(recipe, tmp_path / "whole", 2)
-    go_on(tmp_path / "whole", tmp_path / "run", recipe, 2)
+@pytest.mark.parametrize(
+    ("processes", "sharding"),
+    [
+        (2, {"fsdp_size": 2}),
+        (4, {"fsdp_size": 2, "dp_replicate_size": 2}),
+        (2, {"fsdp_size": 2, "ep_size": 2}),
+    ],
+    ids=["fsdp-2", "hsdp-4", "fsdp-ep-2"],
+)
+def test_a_sharded_run_goes_on_exactly(
+    processes: int, sharding: dict[str, int], world: dict[str, str], tmp_path: Path
+) -> None:
+    """From its newest checkpoint, and past a damaged one, which all ranks refuse by one error and without waiting."""
+    recipe = recipe_for(world, *(f"distributed.{key}={value}" for key, value in sharding.items()))
+    run(recipe, tmp_path / "whole", processes)
+    go_on(tmp_path / "whole", tmp_path / "run", recipe, processes)
+    assert_same_bytes(tmp_path / "run", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "run" / "model")
+    damaged = tmp_path / "run" / "checkpoint-3" / optimizer_file(processes - 1)
+    flip(damaged)
+    before = digests(tmp_path / "run")
+    told, _ = (process := start(tmp_path / "run.yaml", tmp_path / "run", "--resume", processes=processes)).communicate()
+    assert process.returncode != 0
+    assert told.count(f"checkpoint-3 is damaged: {damaged.name} was changed") == 1
+    assert "llamamoe.errors" not in told, "the error is told in a line, not by its traceback"
+    assert digests(tmp_path / "run") == before
+    way = told.split("--resume ")[1].split()[0]
+    run(recipe, tmp_path / "run", processes, "--resume", way)
     assert_same_bytes(tmp_path / "run", tmp_path / "whole")
 
 
