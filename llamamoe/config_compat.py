@@ -17,7 +17,8 @@ from typing import Any
 
 from .checkpoint.files import write_text
 from .checkpoint.json_files import read_json
-from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
+from .checkpoint.paths import inside
+from .checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint, check_side_files
 from .checkpoint.renaming import rename_tensors, unusual_files
 from .checkpoint.tokenizer import older_config
 from .errors import CheckpointError, RefusedError
@@ -69,7 +70,8 @@ def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
         raise CheckpointError(
             f"{folder} holds no config.json.", hint="Give the folder that save_pretrained or the Trainer wrote."
         )
-    config = read_json(folder / "config.json")
+    config = read_json(inside(folder, "config.json"))
+    check_side_files(folder)
     _check_known(config)
     there = (folder / INDEX).exists() or (folder / SINGLE).exists()
     checkpoint = SafetensorsCheckpoint(folder) if there else None

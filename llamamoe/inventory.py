@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .assembly import cast, make, nonfinite, torch_dtype
 from .checkpoint.base import Checkpoint
 from .checkpoint.json_files import read_json
+from .checkpoint.paths import inside
 from .checkpoint.reader import INDEX, PICKLES, SafetensorsCheckpoint
 from .checkpoint.writer import joined_sha256, tensor_bytes
 from .errors import CheckpointError, VerificationError
@@ -58,7 +59,7 @@ class Hashes:
         if not path.is_file():
             return cls(missing=f"{RECEIPT_FILE} is missing")
         try:
-            receipt = read_json(path)
+            receipt = read_json(inside(folder, RECEIPT_FILE))
         except CheckpointError as error:
             raise VerificationError(
                 f"{folder}: {error}", hint=f"Restore {RECEIPT_FILE} from where the folder came from, or delete it."

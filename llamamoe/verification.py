@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .checkpoint.paths import inside
 from .checkpoint.reader import SafetensorsCheckpoint
 from .dense import refuse_foreign, understand
 from .errors import RefusedError, VerificationError
@@ -116,7 +117,7 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
     _refuse_others(folder)
     location = locate(against)
     model = understand(open_parent(location.path, folder))
-    plan = plan_split(model, load_recipe(folder / RECIPE_FILE))
+    plan = plan_split(model, load_recipe(inside(folder, RECIPE_FILE)))
     _check_tokenizer(plan, folder)
     result = verify_conversion(plan, folder, Hashes.of_receipt(folder), progress)
     if not result.passed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -90,6 +91,17 @@ def check_side_file(path: Path) -> None:
         read_json(path, vocabulary=path.name in VOCABULARIES)
 
 
+def check_side_files(folder: Path) -> None:
+    """Check all files beside the weights of a folder that are there; see `check_side_file`.
+
+    Raises:
+        CheckpointError: One of them cannot be what it is called, or is a link out of the folder.
+    """
+    for name in (*SIDE_FILES, *LICENSE_FILES):
+        if os.path.lexists(folder / name):
+            check_side_file(inside(folder, name))
+
+
 def pickle_refusal(where: str, name: str) -> CheckpointError:
     """The refusal of weights that only pickle can read."""
     return CheckpointError(
@@ -143,9 +155,7 @@ class SafetensorsCheckpoint:
             self._add(stored, read_header(file))
         self.tensors: Mapping[str, TensorInfo] = named_as_in_files(stored, self.config)
         self._check_index(stored)
-        for name in (*SIDE_FILES, *LICENSE_FILES):
-            if (path / name).exists() or (path / name).is_symlink():
-                check_side_file(self._inside(name))
+        check_side_files(path)
         self._files.watch(*self._templates())
 
     def _refuse_adapter(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.json_files import read_json
+from ..checkpoint.paths import inside
 from ..errors import CheckpointError, UsageError
 from ..preflight import DERIVED_FILE, HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECEIPT_FILE, RECIPE_FILE
 from ..training.metrics import read_lines
@@ -45,15 +46,15 @@ def _commands(folder: Path) -> Iterable[str]:
 
 
 def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+    try:  # no link out of the folder: what is read is shown
+        return inside(path.parent, path.name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, CheckpointError):
         return None
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path) if path.is_file() else {}
+        return read_json(inside(path.parent, path.name)) if path.is_file() else {}
     except CheckpointError:
         return {}  # a broken receipt is no reason to say nothing of the model
 
@@ -101,7 +102,7 @@ def _recipe_of(folder: Path) -> str | None:
 
 
 def _curves(folder: Path) -> dict[str, Any]:
-    lines = [line for line in read_lines(folder / METRICS) if "tokens" in line and "loss" in line]
+    lines = [line for line in read_lines(inside(folder, METRICS)) if "tokens" in line and "loss" in line]
     held_out = [line for line in lines if line.get("kind") == "validation"]
     domains: dict[str, list[list[float]]] = {}
     for line in held_out:

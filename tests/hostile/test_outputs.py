@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from llamamoe_cli.main import root
 
 import llamamoe
+from llamamoe.reporting.origin import provenance
 from tests.models import make_byte_level, make_dense
 
 from .conftest import digests, edit_config, recipe
@@ -139,3 +140,36 @@ def test_a_factor_of_nothing_cannot_be_rescaled(
     edit_config(model, routed_scaling_factor=0.0)
     code, error = run(verb, model, parent)
     assert (code, "routed_scaling_factor = 0.0" in error) == (3, True), error
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("weights", [True, False], ids=["with weights", "without weights"])
+def test_fix_config_follows_no_link_out_of_the_folder(
+    name: str, weights: bool, outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(outputs["mixtral"], tmp_path / "model"))
+    if not weights:
+        (model / "model.safetensors").unlink()
+    move_out(model / name, tmp_path)
+    with pytest.raises(llamamoe.CheckpointError, match=f"{name} is a symbolic link out of the folder"):
+        llamamoe.fix_config(model)
+
+
+@pytest.mark.parametrize("name", ["llamamoe_recipe.yaml", "llamamoe_receipt.json"])
+def test_recipe_and_receipt_are_read_from_the_folder_only(
+    name: str, outputs: dict[str, Path], parent: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(outputs["mixtral"], tmp_path / "model"))
+    secret = "scrypt-31d2"
+    text = (model / name).read_text()
+    (model / name).write_text(f"# {secret}\n{text}" if name.endswith("yaml") else '{"versions": "' + secret + '"}')
+    assert secret in json.dumps(provenance(model, {}))
+    move_out(model / name, tmp_path)
+    assert secret not in json.dumps(provenance(model, {}))
+    with pytest.raises(llamamoe.LlamaMoeError, match=f"{name} is a symbolic link out of the folder"):
+        llamamoe.verify(model, parent)
+
+
+def move_out(file: Path, to: Path) -> None:
+    file.rename(to / file.name)
+    file.symlink_to(to / file.name)
