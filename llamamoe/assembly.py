@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, assert_never
 
+from .checkpoint.memory import empty_bytes
 from .layer import PADDING, ExpertWeights, FfnWeights, Partition
 from .targets.base import Constant, Copy, MoeLayout, Neurons, OutTensor, Router, is_power_of_two
 
@@ -76,7 +78,7 @@ def take(tensor: torch.Tensor, index: np.ndarray, axis: int) -> torch.Tensor:
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     source = tensor.contiguous().view(bits).numpy()
     shape = (len(index), source.shape[1]) if axis == 0 else (source.shape[0], len(index))
-    out = np.empty(shape, source.dtype)
+    out = empty_bytes(prod(shape) * source.itemsize).view(source.dtype).reshape(shape)
     step = source.shape[0] if axis == 0 else 256
     for start in range(0, source.shape[0], step):
         block = slice(None) if axis == 0 else slice(start, start + step)
@@ -150,7 +152,10 @@ class LayerParts:
         if origin.part == "gate_up":
             halves = [take(self._matrix(part), index, 0) for part in ("gate", "up")]
             return cast(torch.cat(halves), dtype, origin.scale)
-        return cast(take(self._matrix(origin.part), index, int(origin.part == "down")), dtype, origin.scale)
+        taken = take(self._matrix(origin.part), index, int(origin.part == "down"))
+        if taken.dtype == dtype and is_power_of_two(origin.scale):
+            return taken.mul_(origin.scale) if origin.scale != 1.0 else taken  # as `cast`, without another copy
+        return cast(taken, dtype, origin.scale)
 
 
 def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default_dtype: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ from .checkpoint.card import model_card
 from .checkpoint.files import write_text
 from .checkpoint.layout import index_json
 from .checkpoint.ledger import partial_path
+from .checkpoint.memory import reused_memory
 from .checkpoint.provenance import config_block, plan_fingerprint
 from .checkpoint.reader import INDEX
 from .checkpoint.tokenizer import carry, check_parent
@@ -174,16 +175,23 @@ def _write_weights(
     if session is not None:
         _write_calibrated(decided, writer, units, session, progress)
     else:
-        for done, (unit, indices) in enumerate(units.items(), start=1):
-            if not writer.done(unit):
-                layer = None if unit == OUTER else int(unit.removeprefix("layer."))
-                dense = layer is None or layer in decided.layout.dense_layers
-                converted = None if layer is None or dense else convert_layer(decided, layer)
-                _write_unit(decided, writer, unit, indices, converted)
-            progress(Progress("convert", done, len(units), "layer", unit))
+        with reused_memory():
+            _write_uncalibrated(decided, writer, units, progress)
     writer.flush()
     remove_states(writer.path)
     return {unit: writer.info(unit) for unit in ([UNIT] if session else []) + list(units)}
+
+
+def _write_uncalibrated(
+    decided: SplitPlan, writer: CheckpointWriter, units: dict[str, list[int]], progress: ProgressCallback
+) -> None:
+    for done, (unit, indices) in enumerate(units.items(), start=1):
+        if not writer.done(unit):
+            layer = None if unit == OUTER else int(unit.removeprefix("layer."))
+            dense = layer is None or layer in decided.layout.dense_layers
+            converted = None if layer is None or dense else convert_layer(decided, layer)
+            _write_unit(decided, writer, unit, indices, converted)
+        progress(Progress("convert", done, len(units), "layer", unit))
 
 
 def _write_calibrated(

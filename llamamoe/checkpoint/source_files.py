@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import LlamaMoeError
+from .memory import empty_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,14 +40,12 @@ class SourceFiles:
         return [[path.name, stamp[2], stamp[3]] for path, stamp in stamps if stamp is not None]
 
     def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Bytes of a watched file, uint8 ``[nbytes]``, in fresh memory.
+        """Bytes of a watched file, uint8 ``[nbytes]``, in memory of the caller's own.
 
         Raises:
             LlamaMoeError: The file was changed since it was first seen, or cannot be read.
         """
-        import numpy as np
-
-        out = np.empty(nbytes, np.uint8)
+        out = empty_bytes(nbytes)
         view, done = memoryview(out), 0  # type: ignore[arg-type]
         try:
             handle = self._handle(path)

@@ -121,3 +121,12 @@ def test_completion_knows_the_methods() -> None:
     script = "from llamamoe_cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env)
     assert done.stdout.splitlines() == ["plain,kmeans"]
+
+
+def test_the_end_of_a_process_does_not_wait_for_the_garbage_collector() -> None:
+    script = (
+        "import atexit, gc\nfrom llamamoe_cli.main import main\n"
+        "atexit.register(lambda: print(gc.get_freeze_count()))\nmain()"  # called after what `main` registers
+    )
+    done = subprocess.run([sys.executable, "-c", script, "--version"], capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) > 1000

@@ -1,0 +1,74 @@
+"""Memory for large arrays that is used again, because the system clears every page that it hands out.
+
+A conversion reads and makes arrays of few sizes over and over. Clearing fresh memory for each takes more of its time than
+reading and sorting the weights does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_BYTES = 512 * 2**20
+"""Bytes, used or waiting to be used again, beyond which memory that waits is given back to the system."""
+_SMALL = 2**20  # numpy and the C library keep these themselves
+
+
+class _Memory:
+    """Blocks of memory, each given out again once nothing refers to the array that was made of it."""
+
+    def __init__(self) -> None:
+        self._bytes = 0  # of all blocks that exist
+        self._free: list[np.ndarray[Any, Any]] = []  # oldest first
+        # arrays end in any thread and at any moment: to append is all that may happen then
+        self._returned: deque[np.ndarray[Any, Any]] = deque()
+
+    def empty(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        import numpy as np
+
+        block = self._block(nbytes)
+        # of a memoryview and not a slice: a view of a view of an array refers to the first array only
+        array = np.frombuffer(memoryview(block), np.uint8)  # type: ignore[arg-type]
+        weakref.finalize(array, self._returned.append, block).atexit = False
+        return array
+
+    def _block(self, nbytes: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        # the latest may still lie in the processor's cache
+        index = next((i for i in reversed(range(len(self._free))) if self._free[i].nbytes == nbytes), None)
+        again = None if index is None else self._free.pop(index)
+        self._bytes += nbytes if again is None else 0
+        while self._free and self._bytes > MOST_BYTES:
+            self._bytes -= self._free.pop(0).nbytes
+        return np.empty(nbytes, np.uint8) if again is None else again
+
+
+_MEMORY: ContextVar[_Memory | None] = ContextVar("memory", default=None)
+
+
+@contextmanager
+def reused_memory() -> Iterator[None]:
+    """Let `empty_bytes` give memory again of which no array is left, until the block ends."""
+    before = _MEMORY.set(_Memory())
+    try:
+        yield
+    finally:
+        _MEMORY.reset(before)
+
+
+def empty_bytes(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return an array uint8 ``[nbytes]`` of arbitrary contents; see `reused_memory`."""
+    import numpy as np
+
+    memory = _MEMORY.get()
+    return np.empty(nbytes, np.uint8) if memory is None or nbytes < _SMALL else memory.empty(nbytes)
