@@ -62,6 +62,13 @@ def qwen2_files(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
 
 
+def qwen2_files_of_a_llama(folder: Path) -> None:
+    """A byte-level tokenizer that calls itself a Llama's: transformers passes over the class."""
+    qwen2_files(folder)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizerFast"}))
+
+
 INFILLING = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 
 
@@ -91,7 +98,9 @@ def templates(folder: Path) -> None:
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools" + TEMPLATE)
 
 
-CASES = {f.__name__: f for f in (without_config, llama_class, gpt2_files, qwen2_files, templates)}
+CASES = {
+    f.__name__: f for f in (without_config, llama_class, gpt2_files, qwen2_files, qwen2_files_of_a_llama, templates)
+}
 
 
 def parent_of(folder: Path, change: Any = None) -> Path:
