@@ -27,9 +27,20 @@ SCRIPTS = {
 
 def cell(result: dict[str, Any]) -> str:
     """One cell of the table."""
-    if "refused" in result:
-        return "refused"
+    for key in ("refused", "failed"):
+        if key in result:
+            return key
     return f"{result['error']:.0e}, {'same' if result['greedy'] else 'other tokens'}"
+
+
+def ask(program: str, python: str, folders: list[Path]) -> dict[str, Any]:
+    """What a program says of some folders; that it did not come to an end costs only its own figures."""
+    print(f"{program}: {', '.join(each.name for each in folders)}", file=sys.stderr, flush=True)
+    try:
+        return run_client(SCRIPTS[program], folders, python=python)
+    except (AssertionError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1:] or ["no word"]
+        return {"versions": {}, "found": {each.name: {"failed": reason[0][:300]} for each in folders}}
 
 
 def measure(pythons: dict[str, str], folders: list[Path]) -> dict[str, Any]:
@@ -38,29 +49,51 @@ def measure(pythons: dict[str, str], folders: list[Path]) -> dict[str, Any]:
     for program, python in pythons.items():
         there = [each for each in folders if program != "llama.cpp" or (each / "model.gguf").is_file()]
         groups = [[each] for each in there] if program == "vLLM" else [there]  # one engine a process
-        answers = [run_client(SCRIPTS[program], group, python=python) for group in groups]
+        answers = [ask(program, python, group) for group in groups]
         gone = {each.name: {"refused": (each / "refused.txt").read_text()} for each in folders if each not in there}
         said = {name: result for answer in answers for name, result in answer["found"].items()}
-        found[program] = {"version": answers[0]["version"], "found": said | gone}
+        versions = {package: number for answer in answers for package, number in answer["versions"].items()}
+        found[program] = {"versions": versions, "found": said | gone}
     return found
 
 
-def main() -> None:
-    """Convert, run, print the table."""
+def reasons(found: dict[str, Any]) -> dict[str, list[str]]:
+    """Why a program gives no figures, in its own words, and of which outputs it says so."""
+    told: dict[str, list[str]] = {}
+    for program, answer in found.items():
+        for name in CASES:
+            for key in ("refused", "failed"):
+                if key in answer["found"][name]:
+                    words = " ".join(answer["found"][name][key].split())
+                    told.setdefault(f"{program} {key}: {words}", []).append(name)
+    return told
+
+
+def main() -> int:
+    """Convert, run, print the table and what stands behind its words; 1 if a program did not come to an end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programs", nargs="+", metavar="NAME=PYTHON", help=f"of {', '.join(SCRIPTS)}")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     given = parser.parse_args()
-    pythons = dict(each.split("=", 1) for each in given.programs)
+    pythons = dict(each.partition("=")[::2] for each in given.programs)
+    unknown = set(pythons) - set(SCRIPTS)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(SCRIPTS)}")
     with tempfile.TemporaryDirectory() as work:
         found = measure(pythons, build(Path(work)))
-    print("| output |", " | ".join(f"{name} {found[name]['version']}" for name in found), "|")
+    heads = [" ".join([name, *(f"({' '.join(each)})" for each in found[name]["versions"].items())]) for name in found]
+    print("| output |", " | ".join(heads), "|")
     print("|---" * (1 + len(found)) + "|")
     for name in CASES:
         print(f"| {name} |", " | ".join(cell(each["found"][name]) for each in found.values()), "|")
+    print()
+    told = reasons(found)
+    for reason, names in told.items():
+        print(f"- {reason} ({', '.join(names)})")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    return int(any(" failed: " in each for each in told))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

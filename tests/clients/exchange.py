@@ -2,8 +2,8 @@
 
 A folder to check holds, beside the checkpoint, ``expected.json`` (texts, prompts and greedy ids) and ``expected.npy``
 (logits ``[T, V]`` of prompts followed by greedy ids, all one
-behind the other). A runner prints one JSON object: the version of its program,
-and for each folder's name what `Expected.compare` returns, or ``{"refused": message}``.
+behind the other). A runner prints one JSON object: the version of its program
+(the first of its ``versions`` by package), and for each folder's name what `Expected.compare` returns, or ``{"refused": message}``.
 """
 
 import json
@@ -57,7 +57,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return rows - np.log(np.exp(rows).sum(-1, keepdims=True))
 
 
-def report(package: str, check: Callable[[Path], dict]) -> None:
+def report(packages: Sequence[str], check: Callable[[Path], dict]) -> None:
     """Check every folder on the command line; print one line of JSON after whatever the program prints itself."""
     found = {}
     for folder in map(Path, sys.argv[1:]):
@@ -66,4 +66,7 @@ def report(package: str, check: Callable[[Path], dict]) -> None:
         except Exception as error:  # whatever a program raises is its refusal; the tests compare the words
             found[folder.name] = {"refused": f"{type(error).__name__}: {error}".partition("\n")[0][:300]}
     sys.stdout.flush()
-    os.write(1, ("\n" + json.dumps({"version": version(package), "found": found}) + "\n").encode())
+    versions = {name: version(name) for name in packages}
+    os.write(
+        1, ("\n" + json.dumps({"version": versions[packages[0]], "versions": versions, "found": found}) + "\n").encode()
+    )

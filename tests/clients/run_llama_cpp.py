@@ -102,4 +102,4 @@ def check(folder: Path) -> dict:
     return expected.compare_logs(logs, greedy) | {"quantised": quantised}
 
 
-report("xllamacpp", check)
+report(["xllamacpp"], check)

@@ -32,4 +32,4 @@ def check(folder: Path) -> dict:
     return expected.compare_logs(logs, greedy)
 
 
-report("mistralrs", check)
+report(["mistralrs"], check)

