@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llamamoe import split, verify
+from llamamoe.checkpoint import tokenizer
 from llamamoe.checkpoint.card import parent_metadata
 from llamamoe.checkpoint.tokenizer import PROBES, difference, ids_sha256
 from llamamoe.conversion import plan_conversion
@@ -267,11 +268,37 @@ def test_a_card_that_cannot_be_read_says_nothing(tmp_path: Path, kind: str) -> N
     assert parent_metadata(folder) == {}
 
 
+SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+
+
+@pytest.mark.parametrize(
+    ("content", "there", "lacking"),
+    [
+        (SENTENCEPIECE, set(), ["sentencepiece", "protobuf"]),
+        (SENTENCEPIECE, {"sentencepiece", "tiktoken"}, ["protobuf"]),
+        (SENTENCEPIECE, {"protobuf"}, ["sentencepiece"]),
+        (SENTENCEPIECE, {"sentencepiece", "protobuf"}, []),
+        (b"IQ== 0\nIg== 1\n", {"sentencepiece", "protobuf"}, ["tiktoken"]),
+    ],
+)
+def test_the_packages_that_a_vocabulary_needs_are_named(
+    content: bytes, there: set[str], lacking: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers asks for tiktoken whichever of them is missing."""
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    monkeypatch.setattr(tokenizer, "_installed", there.__contains__)
+    with pytest.raises(CheckpointError) as caught, tokenizer.one_error("it", tmp_path):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
+    told = f"pip install {' '.join(lacking)}, or save it" if lacking else "Mend the file"
+    assert told in (caught.value.hint or "")
+    assert ("tiktoken" in str(caught.value)) is (lacking in ([], ["tiktoken"]))
+
+
 def test_sentencepiece_alone_loads_the_same_or_names_the_package(tmp_path: Path) -> None:
     parent = parent_of(tmp_path / "parent")
     for path in parent.glob("tokenizer*"):
         path.unlink()
-    (parent / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (parent / "tokenizer.model").write_bytes(SENTENCEPIECE)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         small(parent, tmp_path / "out")
     assert not (tmp_path / "out").exists()

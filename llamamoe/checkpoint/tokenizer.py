@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,8 @@ PROBES = (
 )
 """What is tokenised to compare two tokenizers; each one's special tokens are added."""
 _MOST_SPECIAL = 64
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+"""How a file of tiktoken begins; else ``tokenizer.model`` is one of SentencePiece."""
 _NAMES = (
     "bos_token_id",
     "eos_token_id",
@@ -85,18 +89,34 @@ def one_error(what: str, folder: Path | None = None, by: str = "transformers") -
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:  # tokenizers raises bare Exception, and panics are no Exception at all
-        # two of the ways in which transformers says that a package is missing
+        lacking = _lacking(folder) if folder else []
+        if lacking:  # transformers tries one reader after another, and tells what the last of them lacks
+            raise CheckpointError(
+                f"{what} cannot be loaded by {by}: tokenizer.model needs {' and '.join(lacking)}, not installed here.",
+                hint=f"pip install {' '.join(lacking)}, or save it once with a tokenizer.json beside the others.",
+            ) from None
         text = " ".join(str(error).split())
-        package = next((name for name in ("sentencepiece", "tiktoken", "protobuf") if name in text.lower()), None)
-        only_model = bool(
-            folder and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-        )
         raise CheckpointError(
             f"{what} cannot be loaded by {by}: {type(error).__name__}: {text[:300]}",
-            hint=f"pip install {package}, or save it once with a tokenizer.json beside the others."
-            if package and only_model
-            else "Mend the file, or copy it again from where the model comes from.",
+            hint="Mend the file, or copy it again from where the model comes from.",
         ) from None
+
+
+def _lacking(folder: Path) -> list[str]:
+    """The packages without which transformers cannot read a vocabulary that stands in ``tokenizer.model`` alone."""
+    path = folder / "tokenizer.model"
+    if not path.is_file() or (folder / "tokenizer.json").is_file():
+        return []
+    with path.open("rb") as file:
+        wanted = ("tiktoken",) if _TIKTOKEN.match(file.read(1024)) else ("sentencepiece", "protobuf")
+    return [name for name in wanted if not _installed(name)]
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def load(folder: Path, what: str | None = None) -> Any:
