@@ -123,7 +123,18 @@ def _train(recipe: PretrainRecipe, out: str, where: dict[str, Any], output: Outp
         with _warnings_on_stderr(), output.progress() as report:
             return pretrain(recipe, out, **where, progress=report)
     except KeyboardInterrupt:
-        raise Interrupted(f"{Path(out)} is kept, --resume goes on from its newest checkpoint") from None
+        raise Interrupted.leaving(Path(out).expanduser(), _left(Path(out).expanduser())) from None
+
+
+def _left(out: Path) -> str:
+    """What a run that was interrupted can go on from."""
+    from llamamoe.training.ownership import named_checkpoints
+
+    there = named_checkpoints(out)
+    where = (
+        f"goes on from its newest checkpoint, {there[-1].name}" if there else "begins again: it has no checkpoint yet"
+    )
+    return f"{out} is kept, --resume {where}"
 
 
 @contextmanager

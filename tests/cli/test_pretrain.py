@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import llamamoe
 from tests.training.runs import make_world, recipe_of
 
 from .conftest import Run
@@ -88,6 +90,35 @@ def test_a_damaged_checkpoint_is_told_and_an_older_one_can_be_named(recipe: Path
     assert (out / "model" / "model.safetensors").read_bytes() == weights
     assert "is not a checkpoint of the run" in run(*args, "--resume", "checkpoint-7", code=2).output
     assert "exclude each other" in run(*args, "--resume", "checkpoint-1", "--force", code=2).output
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        (None, "nothing was written"),
+        (1, "{out} is kept, --resume begins again: it has no checkpoint yet"),
+        (2, "{out} is kept, --resume goes on from its newest checkpoint, checkpoint-1"),
+    ],
+)
+def test_ctrl_c_tells_what_is_there(
+    stage: int | None, told: str, recipe: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = llamamoe.pretrain
+
+    def interrupted(*args: Any, progress: Any, **keys: Any) -> Any:
+        def stop(each: Any) -> None:
+            if each.stage == "train" and each.done == stage:
+                raise KeyboardInterrupt
+
+        if stage is None:
+            raise KeyboardInterrupt
+        return real(*args, progress=stop, **keys)
+
+    monkeypatch.setattr(llamamoe, "pretrain", interrupted)
+    args = ("pretrain", "--recipe", recipe, "--out", tmp_path / "run")
+    assert run(*args, code=130).stderr.strip().endswith("interrupted; " + told.format(out=tmp_path / "run"))
+    monkeypatch.undo()
+    run(*args, *(("--resume",) if stage else ()))
 
 
 def test_a_dry_run_refuses_what_the_run_would(recipe: Path, tmp_path: Path, run: Run) -> None:
