@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from .checkpoint.layout import SHARD_SIZE
+from .checkpoint.layout import SHARD_SIZE, SHARD_SIZE_RULE
 from .data.files import check_regular
 from .errors import UsageError
 from .plain_values import MOST_DIGITS, Huge, oddities
@@ -82,6 +82,20 @@ def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def form(pattern: str, rule: str) -> AfterValidator:
+    """Make pydantic refuse a text that does not match as a whole, and tell the rule instead of the pattern."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise PydanticCustomError("form", rule)
+        return value
+
+    return AfterValidator(check)
+
+
+Device = Annotated[str, form(r"auto|[a-z]+(:[0-9]+)?", "must be auto or a device such as cpu, cuda or cuda:1")]
+
+
 def _shared_size(value: Any) -> Any:
     """A share (0 <= x < 1), a count (0, 1, 2, ...) or a number of expert widths (``"2x"``), kept as written."""
     text = str(value).strip() if isinstance(value, str | int | float) else ""
@@ -144,10 +158,8 @@ class SplitRecipe(BaseModel):
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype of large products on calibration text; what is fitted and stored is not rounded to it."
     )
-    device: str = Field(
-        "auto",
-        pattern=r"^(auto|[a-z]+(:[0-9]+)?)$",
-        description="Where calibration runs: auto (a GPU if there is one), cpu, cuda or cuda:1",
+    device: Device = Field(
+        "auto", description="Where calibration runs: auto (a GPU if there is one), cpu, cuda or cuda:1"
     )
     target: str = Field("auto", description="The transformers architecture to write.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -163,7 +175,9 @@ class SplitRecipe(BaseModel):
     )
     keep_dense: tuple[int, ...] = Field((), description="Layers left dense (negative ones count from the end).")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
-    shard_size: str = Field("5GB", pattern=SHARD_SIZE, description="Largest shard, for example 5GB or 500MB.")
+    shard_size: Annotated[str, form(SHARD_SIZE, SHARD_SIZE_RULE)] = Field(
+        "5GB", description="Largest shard, for example 5GB or 500MB."
+    )
     require: Literal["4.57"] | None = Field(None, description="Refuse what this older transformers cannot load.")
     strict: bool = Field(
         False, description="Refuse what would only be warned about, weights that are not finite included."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
+from llamamoe.data.token_recipe import TokenizeRecipe
 from llamamoe.errors import UsageError
 from llamamoe.recipe import SplitRecipe, build_recipe, load_recipe, parse_override, read_recipe_file
+from llamamoe.recovery.recipe import HealRecipe
+from llamamoe.studies.recipe import CompareRecipe
+from llamamoe.task_evaluation import TaskRecipe
+from llamamoe.training.recipe import PretrainRecipe
 
 
 def test_defaults_are_complete_and_read_back(tmp_path: Path) -> None:
@@ -212,3 +219,20 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
 def test_an_option_of_a_method_without_options_says_so() -> None:
     with pytest.raises(UsageError, match=r"rounds: unknown key\. It has no options of its own\."):
         load_recipe(given={"method": {"name": "auto", "rounds": 1}})
+
+
+@pytest.mark.parametrize("model", [SplitRecipe, PretrainRecipe, HealRecipe, CompareRecipe, TokenizeRecipe, TaskRecipe])
+def test_no_recipe_tells_a_user_a_regular_expression(model: type[BaseModel]) -> None:
+    assert '"pattern"' not in json.dumps(model.model_json_schema())
+
+
+@pytest.mark.parametrize("size", ["0", "0GB", "5", "GB", "-5GB", "5 gb", "5GB\n", "1e3GB"])
+def test_a_size_that_is_none_is_told_in_words(size: str) -> None:
+    with pytest.raises(UsageError, match=r"shard_size: must be a size above 0 with its unit, such as 5GB or 500MB"):
+        build_recipe({"shard_size": size})
+
+
+@pytest.mark.parametrize("device", ["", "GPU", "cuda:", "cuda:1\n", "/dev/null"])
+def test_a_device_that_is_none_is_told_in_words(device: str) -> None:
+    with pytest.raises(UsageError, match=r"device: must be auto or a device such as cpu, cuda or cuda:1"):
+        build_recipe({"device": device})

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import UsageError
 
-SHARD_SIZE = r"^([0-9]{0,8}[1-9][0-9]{0,8}(\.[0-9]+)?|[0-9]{1,9}\.[0-9]*[1-9][0-9]*)\s*[KMGT]B$"
+SHARD_SIZE = r"([0-9]{0,8}[1-9][0-9]{0,8}(\.[0-9]+)?|[0-9]{1,9}\.[0-9]*[1-9][0-9]*)\s*[KMGT]B"
+SHARD_SIZE_RULE = "must be a size above 0 with its unit, such as 5GB or 500MB"
 """How the most bytes of a file are given: a number above 0 and a unit."""
 Shards = dict[str, dict[str, tuple[str, tuple[int, ...], int]]]
 """file name -> tensor name -> (dtype, shape, bytes), in file order."""
@@ -49,8 +50,8 @@ def check_size(shard_size: str) -> None:
     Raises:
         UsageError: It is none.
     """
-    if not re.match(SHARD_SIZE, shard_size):
-        raise UsageError(f"{shard_size!r} is not a size of a file: give one such as 5GB or 500MB.")
+    if not re.fullmatch(SHARD_SIZE, shard_size):
+        raise UsageError(f"shard_size = {shard_size!r} {SHARD_SIZE_RULE}.")
 
 
 def deal(entries: Mapping[str, tuple[str, tuple[int, ...], int]], shard_size: str) -> Shards:

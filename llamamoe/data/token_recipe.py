@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..recipe import load_plain
+from ..recipe import form, load_plain
 
 
 def _paths(value: Any) -> Any:
@@ -18,7 +18,9 @@ def _paths(value: Any) -> Any:
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
-DomainName = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f]*$")]
+DomainName = Annotated[
+    str, form(r"[^\x00-\x1f\x7f]{1,80}", "must have 1 to 80 characters, none of them a control character")
+]
 
 
 class Validation(BaseModel):

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..recipe import load_plain
+from ..recipe import Device, load_plain
 from ..registry import near_misses
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -86,11 +86,7 @@ class HealRecipe(BaseModel):
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype of large products; what is fitted is kept in float32."
     )
-    device: str = Field(
-        "auto",
-        pattern=r"^(auto|[a-z]+(:[0-9]+)?)$",
-        description="Where it runs: auto (a GPU if there is one), cpu, cuda.",
-    )
+    device: Device = Field("auto", description="Where it runs: auto (a GPU if there is one), cpu, cuda.")
 
     @model_validator(mode="after")
     def _consistent(self) -> HealRecipe:

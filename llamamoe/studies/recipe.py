@@ -12,10 +12,12 @@ from pydantic_core import PydanticCustomError
 from ..recipe import (
     AUTO,
     Choice,
+    Device,
     SplitRecipe,
     build_recipe,
     choose,
     explain,
+    form,
     load_plain,
 )
 from ..registry import near_misses
@@ -42,7 +44,10 @@ class StudyMethod(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[^/\\|\x00-\x1f]{1,60}$", description="What the table calls it.")
+    name: Annotated[
+        str,
+        form(r"[^/\\|\x00-\x1f]{1,60}", "must have 1 to 60 characters, none of them /, \\, | or a control character"),
+    ] = Field(description="What the table calls it.")
     shared_of_active: float | None = Field(None, ge=0, lt=1, description="In the place of the study's.")
     budgets: tuple[Budget, ...] | None = Field(None, description="In the place of the study's.")
     sizes: dict[Budget, dict[str, Any]] = Field(
@@ -127,9 +132,7 @@ class CompareRecipe(BaseModel):
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="What large products of a calibration compute in; null: as in dtype."
     )
-    device: str = Field(
-        "auto", pattern=r"^(auto|[a-z]+(:[0-9]+)?)$", description="Where everything runs: auto, cpu, cuda, cuda:1, ..."
-    )
+    device: Device = Field("auto", description="Where everything runs: auto, cpu, cuda, cuda:1, ...")
     batch_size: int = Field(8, ge=1, description="Windows that run together.")
     export: Literal["none", "first", "all"] = Field(
         "none", description="Write checkpoints too and measure them: of the first cell of each method, or of all."

@@ -178,8 +178,8 @@ class PretrainRecipe(_Part):
         "in the dtype of precision.compute.",
     )
     distributed: DistributedRecipe = Field(default_factory=DistributedRecipe, description="Sharding.")
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda|mps|xpu|npu)$", description="auto: a CUDA GPU if there is one, else the CPU."
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"] = Field(
+        "auto", description="auto: a CUDA GPU if there is one, else the CPU."
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Of everything random.")
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")

@@ -42,7 +42,7 @@ def test_every_error_at_once_with_near_misses() -> None:
         ({"text": []}, "no text is named"),
         ({"tokenizer": ""}, "tokenizer"),
         ({"domains": {"a": []}}, "domains.a: no path is named"),
-        ({"domains": {"": ["x"]}}, "at least 1 character"),
+        ({"domains": {"": ["x"]}}, "must have 1 to 80 characters"),
         ({"domains": {}}, "at least 1 item"),
         ({"validation": {}}, "give either share or documents"),
         ({"validation": {"share": 0.1, "documents": 3}}, "give either share or documents"),

@@ -62,7 +62,7 @@ def test_every_error_at_once_with_near_misses(tmp_path: Path) -> None:
         ({"methods": [{"name": "a", "method": "kmeans", "seed": 1}]}, "seed is decided by the study"),
         ({"methods": [{"name": "a", "method": "kmeans", "sizes": {0.5: {"n": 1}}}]}, "sizes.0.5.n: unknown key"),
         ({"methods": ["kmens"]}, "Did you mean 'kmeans'"),
-        ({"methods": [{"name": "a/b", "method": "kmeans"}]}, "pattern"),
+        ({"methods": [{"name": "a/b", "method": "kmeans"}]}, "must have 1 to 60 characters, none of them /"),
         ({"calibration": ["auto", "x"]}, "cannot be mixed"),
         ({"static_by": "powr"}, "Did you mean 'power'"),
     ],
