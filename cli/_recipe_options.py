@@ -90,7 +90,7 @@ class _Layers(click.ParamType):  # type: ignore[type-arg]  # not generic in clic
         for part in str(value).split(","):
             match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?\s*", part)
             if match is None:
-                self.fail(f"{part!r} is no layer (3), layer from the end (-1) or range (0-2).", param, ctx)
+                self.fail(f"{part!r} is not a layer (3), layer from the end (-1) or range (0-2).", param, ctx)
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 self.fail(f"the range {part.strip()!r} ends before it begins.", param, ctx)
@@ -115,7 +115,7 @@ class _Weights(click.ParamType):  # type: ignore[type-arg]  # not generic in cli
             except ValueError:
                 equals = ""
             if not (domain and equals):
-                self.fail(f"{part.strip()!r} is no domain and weight (arxiv=1).", param, ctx)
+                self.fail(f"{part.strip()!r} is not a domain and weight (arxiv=1).", param, ctx)
         return weights
 
 

@@ -35,7 +35,8 @@ def advice(
         found.append("the experts are copies: larger than the parent and no cheaper per token, a start for training")
     elif calibration is None and layout.top_k < layout.num_experts:
         found.append(
-            "split without calibration or training: with all experts the model equals its parent, with top-k it is ruined until it is trained"
+            "split without calibration or training: with all experts selected the model equals its parent; with top-k "
+            "selection, quality collapses until the model is trained"
         )
     found += _unquantised(spec, layout)
     width = layout.expert_width

@@ -160,7 +160,7 @@ def _check_place(out: Path, *, force: bool) -> None:
     if not parent.is_dir():
         raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.", hint="Choose another name.")
     if there and (out.is_symlink() or not out.is_file()):
-        raise RefusedError(f"OUT ({out}) exists and is no plain file.", hint="Choose another name.")
+        raise RefusedError(f"OUT ({out}) exists and is not a plain file.", hint="Choose another name.")
     if there and not force:
         raise RefusedError(f"OUT ({out}) exists.", hint="Choose another name, or --force to replace it.")
 

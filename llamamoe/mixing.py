@@ -89,7 +89,7 @@ def rescale_of(config: Mapping[str, Any], asked: str | None) -> str | None:
     named = (config.get("llamamoe") or {}).get("rescale")
     for name in (named, asked):
         if name is not None and name not in RESCALES:
-            raise UsageError(f"{name!r} is no rescale.", hint=near_misses(str(name), RESCALES.names()))
+            raise UsageError(f"{name!r} is not a rescale.", hint=near_misses(str(name), RESCALES.names()))
     if named is not None and asked not in (None, named):
         raise UsageError(
             f"the model was converted with the rescale {named!r}, so {asked!r} does not hold.",

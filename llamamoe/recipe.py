@@ -102,7 +102,7 @@ def _shared_size(value: Any) -> Any:
     if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,18}x?|[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+e-[0-9]+", text):
         shown = repr(value) if text else f"a {type(value).__name__}"
         raise PydanticCustomError(
-            "shared", f"{shown} is no share (0.25), count (384) or number of expert widths ('2x')"
+            "shared", f"{shown} is not a share (0.25), a count (384) or a number of expert widths ('2x')"
         )
     if text.endswith("x"):
         return text

@@ -158,7 +158,7 @@ def test_what_is_no_mixture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="'llama' is not a mixture of experts"):
         retop(dense, tmp_path / "out", 2)
     two = convert(dense, tmp_path / "two", 2, "mixtral", 0, "unit")
-    with pytest.raises(UsageError, match="'dropuot' is no rescale"):
+    with pytest.raises(UsageError, match="'dropuot' is not a rescale"):
         retop(two, tmp_path / "out", 1, rescale="dropuot")
     with pytest.raises(UsageError, match="converted with the rescale 'unit', so 'dropout' does not hold"):
         retop(two, tmp_path / "out", 1, rescale="dropout")

@@ -86,7 +86,7 @@ def training_runs(runs: Iterable[str | Path], models: Mapping[str, Path]) -> lis
 def _check_run(folder: Path, models: Mapping[str, Path]) -> None:
     if not (folder / METRICS).is_file():
         raise UsageError(
-            f"{folder} holds no {METRICS}, so it is no training run.", hint="Give the --out of llamamoe pretrain."
+            f"{folder} holds no {METRICS}, so it is not a training run.", hint="Give the --out of llamamoe pretrain."
         )
     recipe = _recipe_of(folder)
     if recipe is not None and recipe not in {_recipe_of(model) for model in models.values()}:

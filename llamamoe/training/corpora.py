@@ -31,7 +31,7 @@ def held_out_corpus(recipe: DataRecipe) -> TokenCorpus | None:
         found = TokenCorpus(found.folder, VALIDATION)
     if found.fingerprint == train.fingerprint:
         raise UsageError(
-            "data.validation is the text of data.train: its loss says nothing.",
+            "data.validation is the text of data.train, so its loss would be meaningless.",
             hint="Hold documents out with `validation: {share: 0.01}` in the recipe of llamamoe tokenize.",
         )
     return found

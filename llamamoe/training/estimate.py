@@ -223,7 +223,7 @@ def _layout_warnings(recipe: PretrainRecipe, shape: ModelShape, world_size: int)
     for width in sorted({layer.expert_width for layer in shape.layers if layer.expert_width}):
         if width % unit:
             yield (
-                f"expert width {width} is no multiple of {unit}, which grouped products need: "
+                f"expert width {width} is not a multiple of {unit}, which grouped products need: "
                 + ("experts will run one by one; " if ours else "set experts_implementation=eager, or ")
                 + "convert with --pad-to 8"
             )

@@ -22,7 +22,7 @@ def find_causal_lm(model: torch.nn.Module) -> Any:
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             return module
     raise CheckpointError(
-        f"{type(model).__name__} has no output head: it is no causal language model.",
+        f"{type(model).__name__} has no output head: it is not a causal language model.",
         hint="Load it with AutoModelForCausalLM.",
     )
 

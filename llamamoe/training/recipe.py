@@ -209,7 +209,7 @@ class PretrainRecipe(_Part):
         if (self.steps is None) == (self.tokens is None):
             yield "give either steps or tokens"
         if self.batch_size % self.micro_batch_size:
-            yield f"batch_size = {self.batch_size} is no multiple of micro_batch_size = {self.micro_batch_size}"
+            yield f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
         if self.distill is not None and self.distill.needs_parent and self.parent is None:
             yield "distill needs parent: the dense model that the experts were made from"
         if self.data.update.name != "static" and self.data.reference_losses is None:
