@@ -4,6 +4,7 @@
 
 Both sides end with their files synced to disk; the order alternates; the median counts. Memory is RssAnon, the
 anonymous pages of the process, sampled while it runs, above that of an idle process that imported torch.
+Processor seconds hardly depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -43,6 +45,12 @@ def run(command: list[str]) -> tuple[float, int]:
     if process.returncode:
         raise SystemExit(f"{command} failed:\n{process.stderr.read()}")
     return time.perf_counter() - started, peak
+
+
+def processor_seconds() -> float:
+    """Of all processes that were run and have ended, in the program and in the system."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def idle_torch() -> int:
@@ -81,13 +89,15 @@ def conversion(work: Path, layers: int, repeat: int) -> dict:
     source, out = prepare(work, layers), work / "out"
     idle = idle_torch()
     result = {"layers": layers, "bytes": sum(p.stat().st_size for p in source.iterdir()), "idle_torch_bytes": idle}
-    times = {"cp": [], "random": []}
+    times, processor = {"cp": [], "random": []}, {"cp": [], "random": []}
     peaks = []
     for turn in range(repeat):
         for side in ("cp", "random") if turn % 2 == 0 else ("random", "cp"):
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
+            before = processor_seconds()
             seconds, peak = copy(source, out) if side == "cp" else split(source, out, "random")
+            processor[side].append(round(processor_seconds() - before, 2))
             times[side].append(round(seconds, 2))
             if side == "random":
                 peaks.append(peak - idle)
@@ -95,6 +105,8 @@ def conversion(work: Path, layers: int, repeat: int) -> dict:
     result["random"] = {
         "seconds": times["random"],
         "cp_seconds": times["cp"],
+        "processor_seconds": processor["random"],
+        "cp_processor_seconds": processor["cp"],
         "ratio": round(statistics.median(times["random"]) / statistics.median(times["cp"]), 3),
         "peak_anon_above_idle_bytes": max(peaks),
     }

@@ -264,6 +264,7 @@ def _parent_cost(model: DenseModel) -> Cost:
 
 def _peak_bytes(spec: DenseSpec, splitter: Splitter, layout: MoeLayout, dtype: str) -> int:
     """Two gathered FFN matrices, what waits for the disk, what the splitter works with and the weights it replaces."""
+    from .checkpoint.memory import MOST_BYTES
     from .checkpoint.writer import QUEUE_BYTES
 
     matrix = spec.intermediate_size * spec.hidden_size
@@ -271,8 +272,7 @@ def _peak_bytes(spec: DenseSpec, splitter: Splitter, layout: MoeLayout, dtype: s
     places = layout.num_shared + layout.num_experts * layout.expert_width
     replaced = 0 if splitter.kept == "neurons" else 4 * places * spec.hidden_size  # bytes of a float32 matrix
     return (
-        QUEUE_BYTES
+        max(MOST_BYTES, QUEUE_BYTES + max(2 * matrix, table) * DTYPE_BYTES[dtype])
         + 4 * replaced  # three of them, and one while it is made
-        + max(2 * matrix, table) * DTYPE_BYTES[dtype]
         + splitter.working_bytes(spec.intermediate_size, spec.hidden_size)
     )
