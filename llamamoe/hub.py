@@ -42,13 +42,17 @@ class Location:
 
     Attributes:
         path: Folder or GGUF file.
-        name: What to call it: the hub id, or the name of the folder or file (never its place on this machine).
+        name: What to call it: the hub id, or the name of the folder or file (never its place on this machine). It is
+            written into cards, configurations and receipts, so what is not printable in it is escaped.
         revision: The resolved commit of a hub download, else None.
     """
 
     path: Path
     name: str
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
 
 
 def is_hub_id(text: str) -> bool:

@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner, Result
 from llamamoe_cli.main import root
 
+import llamamoe
 from llamamoe.errors import LlamaMoeError
 from llamamoe.plain_text import bounded, printable
 
-from .conftest import edit_config, edit_weights
+from .conftest import edit_config, edit_weights, recipe
 
 EVIL = "a\x1b[2Jb\u202ec\x00d\ud800e\x9bf"
 SAFE = r"a\x1b[2Jb\u202ec\x00d\ud800e\x9bf"
@@ -134,3 +135,15 @@ def test_what_the_machine_lacks_is_one_line_and_a_way_out(
     assert "traceback" not in result.stderr.lower()
     for word in words:
         assert word in result.stderr
+
+
+def test_the_name_of_a_folder_is_escaped_in_what_is_made_of_it(source: Path, tmp_path: Path) -> None:
+    evil = tmp_path / "a\x1b[2J\udcff\n---\nlicense: mit"
+    source.rename(evil)
+    made = llamamoe.split(evil, tmp_path / "made", recipe(), verify=False).out
+    llamamoe.retop(made, tmp_path / "again", 3)
+    for folder in (made, tmp_path / "again"):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert unprintable(text) == []
+        assert "\nlicense: mit" not in text
+    assert r"a\x1b[2J\udcff\n---\nlicense: mit" in (made / "README.md").read_text(encoding="utf-8")
