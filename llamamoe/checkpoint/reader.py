@@ -23,6 +23,7 @@ from .json_files import MOST_BYTES, read_json
 from .paths import check_link, inside, refuse_pointer
 from .source_files import SourceFiles
 from .tensor_names import named_as_in_files
+from .tokenizer_ids import check_ids
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,9 @@ def check_side_file(path: Path) -> None:
     with path.open("rb") as file:
         refuse_pointer(path, file.read(64))
     if path.suffix == ".json" and path.name != "chat_template.json":
-        read_json(path, vocabulary=path.name in VOCABULARIES)
+        data = read_json(path, vocabulary=path.name in VOCABULARIES)
+        if path.name in VOCABULARIES:
+            check_ids(path, data)
 
 
 def check_side_files(folder: Path) -> None:
@@ -147,6 +150,8 @@ class SafetensorsCheckpoint:
         self.config = read_json(self._inside("config.json"))
         if not isinstance(self.config.get("llamamoe") or {}, dict):
             raise CheckpointError(f"config.json: llamamoe = {self.config['llamamoe']!r}, but it must be a mapping.")
+        if not isinstance(self.config.get("model_type", ""), str):
+            raise CheckpointError(f"config.json: model_type = {self.config['model_type']!r}, but it must be a name.")
         self._refuse_other_file()
         stored: dict[str, TensorInfo] = {}
         for name in self._shards():

@@ -10,8 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from .json_files import read_json
 
+MOST_IDS = 2**24
+"""The largest known vocabulary has 262,144 tokens; tokenizers takes memory for every id up to the largest."""
 _SPECIAL = ("bos", "eos", "pad", "unk")
 
 
@@ -50,6 +53,25 @@ def beyond_embedding(
     return found
 
 
+def check_ids(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuse a vocabulary with an id that no embedding could have.
+
+    Args:
+        path: A ``tokenizer.json`` or ``vocab.json``.
+        data: What it holds.
+
+    Raises:
+        CheckpointError: The token and its id are named.
+    """
+    ids = _vocabulary(data if path.name == "tokenizer.json" else {"model": {"vocab": data}})
+    token, largest = max(ids.items(), key=lambda item: item[1], default=("", 0))
+    if largest >= MOST_IDS:
+        raise CheckpointError(
+            f"{path.name}: the token {token[:60]!r} has the id {largest}, but it must be below {MOST_IDS:,}.",
+            hint="Download the file again, or correct it.",
+        )
+
+
 def _optional(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
     return read_json(path, vocabulary=vocabulary) if path.is_file() else {}
 
@@ -63,7 +85,8 @@ def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
         ids = {token: index for token, index in vocab.items() if isinstance(index, int)}
     elif isinstance(vocab, list):  # Unigram: pairs of token and score
         ids = {str(row[0]): index for index, row in enumerate(vocab) if isinstance(row, list) and row}
-    for each in data.get("added_tokens") or []:
+    added = data.get("added_tokens")
+    for each in added if isinstance(added, list) else []:
         if isinstance(each, Mapping) and isinstance(each.get("id"), int):
             ids[str(each.get("content"))] = each["id"]
     return ids

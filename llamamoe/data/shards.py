@@ -40,7 +40,8 @@ class TokenCorpus:
         domains: Names, in order.
 
     Raises:
-        CheckpointError: There is no index, it is damaged, or a shard is missing or of another size than the index says.
+        CheckpointError: There is no index, it is damaged or empty, or a shard is missing or of another size than the
+            index says.
         UsageError: The folder has no such split.
     """
 
@@ -56,6 +57,10 @@ class TokenCorpus:
                 f"'{self.folder}' has no split {split!r}.", hint=near_misses(split, sorted(self.index.splits))
             )
         self._entries: Mapping[str, DomainEntry] = self.index.splits[split]
+        if not self._entries:
+            raise CheckpointError(
+                f"'{self.folder}' has no domain in its split {split!r}.", hint="Tokenise the text again."
+            )
         self.domains = tuple(self._entries)
         self.dtype = np.dtype(self.index.dtype).newbyteorder("<")
         self._paths: dict[str, list[Path]] = {}

@@ -124,6 +124,15 @@ def test_a_shard_of_another_size_is_seen_at_once(copy, change, message):
     assert caught.value.hint
 
 
+def test_an_index_without_domains_is_refused(copy):
+    path = copy / "index.json"
+    index = json.loads(path.read_text())
+    index["splits"]["train"] = {}
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no domain in its split 'train'"):
+        TokenCorpus(copy)
+
+
 def test_a_changed_shard_is_found_by_its_hash(copy):
     TokenCorpus(copy).verify()
     TokenCorpus(copy, "validation").verify()
