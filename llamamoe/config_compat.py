@@ -168,7 +168,7 @@ def _rope(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _longrope(name: str, config: Mapping[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
     """Longrope, whose factor 4.57 always takes to be the ratio of the two context lengths."""
-    ratio = config.get("max_position_embeddings", 0) / scaling.get("original_max_position_embeddings", 1)
+    ratio = (config.get("max_position_embeddings") or 0) / (scaling.get("original_max_position_embeddings") or 1)
     factor = scaling.get("factor")
     strange = scaling.get("attention_factor") is None and factor is not None and factor != ratio
     if strange or (name in _LONGROPE_ONLY and scaling.get("attention_factor") is not None):

@@ -1,4 +1,4 @@
-"""Values in a dense model's ``config.json`` that no model can have, refused by name before anything relies on them."""
+"""Values in a model's ``config.json`` that no model can have, refused by name before anything relies on them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def _not_negative(value: Any) -> bool:
     return _finite(value) and value >= 0
 
 
+def _positive(value: Any) -> bool:
+    return _finite(value) and value > 0
+
+
 def _token(value: Any) -> bool:
     return _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
 
@@ -46,8 +50,13 @@ _RULES: tuple[Rule, ...] = (
         (*SIZE_KEYS, "max_position_embeddings", "original_max_position_embeddings"),
     ),
     ("a whole number, not negative", lambda value: _whole(value) and value >= 0, ("sliding_window", "max_window_layers")),
-    ("a finite number, not negative", _not_negative, ("rms_norm_eps", "initializer_range", "attention_dropout")),
-    ("a finite number above 0", lambda value: _finite(value) and value > 0, ("rope_theta", "partial_rotary_factor")),
+    ("a finite number, not negative", _not_negative, ("rms_norm_eps", "initializer_range")),
+    (
+        "a number from 0 to 1",
+        lambda value: _not_negative(value) and value <= 1,
+        ("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    ),
+    ("a finite number above 0", _positive, ("rope_theta", "partial_rotary_factor", "routed_scaling_factor")),
     (
         _NUMBER,
         _finite,
@@ -64,12 +73,13 @@ _RULES: tuple[Rule, ...] = (
         lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
         ("layer_types",),
     ),
+    ("a mapping", lambda value: isinstance(value, Mapping), ("id2label",)),
     ("a name", lambda value: isinstance(value, str), ("hidden_act", "hidden_activation")),
 )  # fmt: skip
 """What the values of which keys must be; null means that the key is left out."""
 
 _ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "original_max_position_embeddings",
-                 "beta_fast", "beta_slow", "rope_theta")  # fmt: skip
+                 "beta_fast", "beta_slow", "rope_theta", "partial_rotary_factor")  # fmt: skip
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -90,11 +100,11 @@ _READ_ONLY = ("use_return_dict", "is_heterogeneous", "per_layer_attributes", "su
 
 
 def check_values(config: Mapping[str, Any], fields: Fields | None = None) -> None:
-    """Check the kind of every value that a dense family reads, and of all that its class in transformers checks.
+    """Check the kind of every value that a dense family or a target reads, and of all that its class in transformers checks.
 
     Args:
         config: ``config.json``, before defaults are filled in.
-        fields: The keys of the family's class.
+        fields: The keys of the class, if it is that of a dense family.
 
     Raises:
         CheckpointError: One is impossible, or transformers refuses it; key, value and rule are named.
@@ -107,11 +117,22 @@ def check_values(config: Mapping[str, Any], fields: Fields | None = None) -> Non
     if config.get("use_sliding_window") and "max_window_layers" in config and config["max_window_layers"] is None:
         raise CheckpointError("config.json: max_window_layers = None, but use_sliding_window needs it.", hint=_HINT)
     for key in ("rope_scaling", "rope_parameters"):
-        if config.get(key) is not None and not isinstance(config[key], Mapping):
-            raise CheckpointError(
-                f"config.json: {key} = {config[key]!r}, but rope parameters must be a mapping.", hint=_HINT
-            )
+        if config.get(key) is not None:
+            _check_rope_values(key, config[key])
     _check_class(config, fields or {})
+    if fields is not None and (config.get("per_layer_config") or config.get("is_causal", True) is not True):
+        key = "per_layer_config" if config.get("per_layer_config") else "is_causal"
+        raise CheckpointError(f"config.json: {key} = {config[key]!r}, which no target can compute exactly.")
+
+
+def _check_rope_values(name: str, rope: Any) -> None:
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"config.json: {name} = {rope!r}, but rope parameters must be a mapping.", hint=_HINT)
+    for key in _ROPE_NUMBERS:
+        if rope.get(key) is not None and not _positive(rope[key]):
+            raise CheckpointError(
+                f"config.json: {name}.{key} = {rope[key]!r}, but it must be a finite number above 0.", hint=_HINT
+            )
 
 
 def _check_class(config: Mapping[str, Any], fields: Fields) -> None:
@@ -141,9 +162,6 @@ def _check_class(config: Mapping[str, Any], fields: Fields) -> None:
         )
     if "head_dim" in config and config["head_dim"] is None and fields and "head_dim" not in fields:
         raise CheckpointError("config.json: head_dim = None, but it must be a whole number above 0 or left out.")
-    if config.get("per_layer_config") or config.get("is_causal", True) is not True:
-        key = "per_layer_config" if config.get("per_layer_config") else "is_causal"
-        raise CheckpointError(f"config.json: {key} = {config[key]!r}, which no target can compute exactly.")
     read_only = next((key for key in _READ_ONLY if key in config), None)
     if read_only:
         raise CheckpointError(f"config.json: {read_only} cannot be set: transformers refuses it.", hint=_HINT)
@@ -190,7 +208,7 @@ _HINT = "Download config.json again, or correct it."
 
 
 def check_rope(spec: DenseSpec) -> None:
-    """Check that rope is of a known kind and has all the numbers that it needs.
+    """Check that rope is of a known kind and has all the numbers that it needs (for their values see `check_values`).
 
     Raises:
         CheckpointError: It is not, or has not.
@@ -204,12 +222,6 @@ def check_rope(spec: DenseSpec) -> None:
     missing = [key for key in _ROPE_NEEDS[kind] if rope.get(key) is None]
     if missing:
         raise CheckpointError(f"config.json: rope_type = {kind!r} needs {', '.join(missing)}.", hint=_HINT)
-    for key in _ROPE_NUMBERS:
-        if rope.get(key) is not None and not (_finite(rope[key]) and rope[key] > 0):
-            raise CheckpointError(
-                f"config.json: {key} = {rope[key]!r} in the rope parameters, but it must be a finite number above 0.",
-                hint=_HINT,
-            )
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise CheckpointError(
             f"config.json: high_freq_factor = {rope['high_freq_factor']!r} in the rope parameters must be above "

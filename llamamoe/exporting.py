@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .checkpoint.gguf_config import NORMS, PROJECTIONS
 from .checkpoint.gguf_header import require_gguf
-from .checkpoint.gguf_rope import write_rope
+from .checkpoint.gguf_rope import float32, uint32, write_rope
 from .checkpoint.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from .checkpoint.gguf_writing import DTYPES, FILE_TYPES, Q8_BLOCK, GgufOut, kind_of, write_tensors
 from .checkpoint.rewriting import opened
+from .config_values import check_rope
 from .converted import ConvertedModel, check_shapes
-from .errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
+from .errors import RefusedError, UsageError
 from .loadable import check_model
 from .preflight import free_bytes, normal_path
 from .progress import ProgressCallback, ignore_progress
@@ -124,18 +124,14 @@ def export_gguf(
         raise RefusedError(f"OUT ({out}) lies in the model's own folder.", hint="Choose a place outside of it.")
     converted = ConvertedModel(checkpoint)
     architecture = _architecture(converted)
+    check_rope(converted.spec)
     check_shapes(converted)
     check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     vocabulary = read_vocabulary(checkpoint.path, converted.spec.vocab_size, pre=pre)
     import gguf
 
     writer = gguf.GGUFWriter(None, architecture.name)
-    try:
-        freqs = _write_metadata(writer, converted, location.name, vocabulary)
-    except LlamaMoeError:
-        raise
-    except (TypeError, ValueError, KeyError, ArithmeticError, struct.error) as error:  # numbers of others
-        raise CheckpointError(f"config.json of {location.path} cannot be said in a GGUF file: {error!r}.") from error
+    freqs = _write_metadata(writer, converted, location.name, vocabulary)
     tensors = list(_tensors(converted, architecture, dtype, freqs))
     kind = max(tensors, key=lambda each: prod(each.shape)).kind
     writer.add_file_type(FILE_TYPES[kind])
@@ -242,7 +238,8 @@ def _write_metadata(
         writer.add_string("llamamoe.conversion", json.dumps(model.block, sort_keys=True))
     writer.add_vocab_size(spec.vocab_size)
     writer.add_block_count(spec.num_layers)
-    writer.add_context_length(min(spec.window or spec.max_position_embeddings, spec.max_position_embeddings))
+    longest = uint32(vars(spec), "max_position_embeddings")
+    writer.add_context_length(min(spec.window or longest, longest))
     writer.add_embedding_length(spec.hidden_size)
     if model.target.name == "qwen2_moe":
         writer.add_feed_forward_length(spec.intermediate_size)
@@ -253,17 +250,17 @@ def _write_metadata(
     writer.add_head_count_kv(spec.num_kv_heads)
     writer.add_key_length(spec.head_dim)
     writer.add_value_length(spec.head_dim)
-    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(float32(vars(spec), "rms_norm_eps"))
     writer.add_expert_count(layout.num_experts)
     writer.add_expert_used_count(layout.top_k)
     if layout.shared_width:
         writer.add_expert_shared_feed_forward_length(layout.shared_width)
     if model.target.name == "granitemoeshared":
-        multiplier = spec.attention_multiplier
-        writer.add_attention_scale(spec.head_dim**-0.5 if multiplier is None else multiplier)
-        writer.add_embedding_scale(spec.embedding_multiplier)
-        writer.add_residual_scale(spec.residual_multiplier)
-        writer.add_logit_scale(spec.logits_scaling)
+        usual = spec.attention_multiplier is None
+        writer.add_attention_scale(spec.head_dim**-0.5 if usual else float32(vars(spec), "attention_multiplier"))
+        writer.add_embedding_scale(float32(vars(spec), "embedding_multiplier"))
+        writer.add_residual_scale(float32(vars(spec), "residual_multiplier"))
+        writer.add_logit_scale(float32(vars(spec), "logits_scaling"))
     vocabulary.write(writer)
     return write_rope(writer, spec.rope, spec.head_dim)
 

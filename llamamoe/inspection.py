@@ -19,11 +19,10 @@ from .costs import Cost, count, role_of
 from .dense import understand
 from .errors import CheckpointError
 from .hub import Location, locate, open_checkpoint
-from .mixing import EXPERT_KEYS
+from .mixing import EXPERT_KEYS, TOP_K_KEYS
 from .sources import SOURCES
 from .targets import TARGETS
 
-_TOP_K_KEYS = ("num_experts_per_tok", "moe_k")
 _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "max_position_embeddings",
@@ -254,7 +253,7 @@ def _experts(
     stated = next((config[key] for key in EXPERT_KEYS if _is_size(config.get(key))), counted)
     if stated != counted:
         notes.append(f"config.json says {stated} experts, but the files hold {counted} in one layer")
-    top_k = next((config[key] for key in _TOP_K_KEYS if _is_size(config.get(key))), None)
+    top_k = next((config[key] for key in TOP_K_KEYS if _is_size(config.get(key))), None)
     if top_k is None or not 1 <= top_k <= counted:
         notes.append(f"config.json names no usable number of selected experts ({top_k!r}): all {counted} are counted")
         top_k = counted

@@ -16,9 +16,12 @@ from .checkpoint.files import copy_file, unsynced, write_text
 from .checkpoint.json_files import read_json
 from .checkpoint.reader import SIDE_FILES
 from .checkpoint.tokenizer import holds_vocabulary, load, one_error
+from .config_values import check_values
 from .errors import CheckpointError
-from .mixing import EXPERT_KEYS
+from .mixing import EXPERT_KEYS, TOP_K_KEYS, check_top_k
+from .sources import SOURCES
 from .streaming import quiet_transformers
+from .targets import TARGETS
 
 _MOST_LAYERS, _MOST_LABELS = 10_000, 1_000_000
 _HINT = "Download config.json again, or correct it."
@@ -50,11 +53,14 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         raise CheckpointError(
             f"config.json: is_causal = {config['is_causal']!r}, but it must be true or false.", hint=_HINT
         )
+    known = config.get("model_type") in [*TARGETS.names(), *SOURCES.names()]  # a list: the value may be of any type
+    if known:
+        check_values(config)
     layers = _MOST_LAYERS if tensors is None else len(tensors)
     experts = max(layers, max((size for info in (tensors or {}).values() for size in info.shape), default=0))
-    for key, most in (("num_hidden_layers", layers), *((key, experts) for key in EXPERT_KEYS)):
+    for key, most in (("num_hidden_layers", layers), *((key, experts) for key in (*EXPERT_KEYS, *TOP_K_KEYS))):
         value = config.get(key)
-        if value is None:
+        if value is None or (value == 0 and not known):  # a mixture's class without experts, in some other family
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {key} = {value!r}, but it must be a whole number above 0.", hint=_HINT)
@@ -65,6 +71,8 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
                 else f"config.json: {key} = {value}, but at most {most:,} are read without weights.",
                 hint=_HINT,
             )
+    if known:
+        check_top_k(config)
 
 
 def check_config_file(folder: Path) -> None:

@@ -18,6 +18,7 @@ from .hub import Location
 from .mixing import complete_config, is_routed_down, is_router, mixing_of, rescaled_block
 from .progress import ProgressCallback, ignore_progress
 from .sources import SOURCES
+from .sources.base import number
 from .targets import TARGETS
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _complete(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
 
 
 def _scaling(config: Mapping[str, Any]) -> float:
-    return float(config.get("routed_scaling_factor") or 1.0)
+    return number(config, "routed_scaling_factor", 1.0)
 
 
 def _block(checkpoints: Sequence[SafetensorsCheckpoint], weights: float, scaling: float) -> dict[str, Any] | None:

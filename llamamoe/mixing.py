@@ -6,17 +6,20 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from .errors import CheckpointError, RefusedError, UsageError
 from .registry import near_misses
 from .rescales import RESCALES
-from .sources.base import number
+from .sources.base import number, positive
 from .targets import TARGETS
 from .targets.base import Target, Weighting, weight
 
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """How architectures spell N in ``config.json``."""
+TOP_K_KEYS = ("num_experts_per_tok", "moe_k")
+"""The same of k."""
 _ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.weight$|\.block_sparse_moe\.router\.layer\.weight$")
 _ROUTED_DOWN = re.compile(
     r"\.experts\.\d+\.(down_proj|w2)\.weight$|\.block_sparse_moe\.output_linear\.weight$|\.experts\.down_proj$"
@@ -62,10 +65,9 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
             hint=f"Known are {', '.join(known)}.",
         )
     target = TARGETS.get(name)()
-    num_experts = _count(next((config[key] for key in EXPERT_KEYS if config.get(key) is not None), None))
-    top_k = _count(config.get(target.top_k_key))
-    if not 1 <= top_k <= num_experts:
-        raise CheckpointError(f"config.json: {top_k} selected of {num_experts} experts cannot be.")
+    stated = next((key for key in EXPERT_KEYS if config.get(key) is not None), EXPERT_KEYS[0])
+    num_experts, top_k = positive(config, stated), positive(config, target.top_k_key)
+    check_top_k(config)
     weighting = target.weightings[0]
     if len(target.weightings) > 1 and not config.get("norm_topk_prob", target.scaling_knob):
         weighting = target.weightings[1]
@@ -75,9 +77,22 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
     return Mixing(target, num_experts, top_k, weighting, factor)
 
 
-def _count(value: Any) -> int:
-    """A whole number in the configuration; 0 for anything else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+def check_top_k(config: Mapping[str, Any]) -> None:
+    """Refuse more selected experts than there are: transformers fails over them only when the model runs.
+
+    Args:
+        config: ``config.json``; counts that are not numbers are passed over.
+
+    Raises:
+        CheckpointError: Both keys are named.
+    """
+    here = {key: config[key] for key in (*TOP_K_KEYS, *EXPERT_KEYS) if isinstance(config.get(key), int)}
+    for top_k, count in product(TOP_K_KEYS, EXPERT_KEYS):
+        if top_k in here and count in here and here[top_k] > here[count]:
+            raise CheckpointError(
+                f"config.json: {top_k} = {here[top_k]}, but it must be at most {count} = {here[count]}.",
+                hint="Download config.json again, or correct it.",
+            )
 
 
 def rescale_of(config: Mapping[str, Any], asked: str | None) -> str | None:

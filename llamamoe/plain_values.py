@@ -8,6 +8,10 @@ from typing import Any
 
 MOST_DIGITS = 100
 """Of a whole number; ``float`` holds 308, and Python prints 4,300."""
+LARGEST = 2**63 - 1
+"""Of the whole numbers that programs compute with: what 64 bits hold."""
+_NO_LIMIT = "model_max_length"
+"""The last part of keys that hold 10**30 where a tokenizer has no limit; nobody computes with them."""
 _MOST_NESTED, _MOST_VALUES = 64, 2_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -19,6 +23,21 @@ class Huge(int):
 def whole(digits: str) -> int:
     """Read a whole number; one of more than `MOST_DIGITS` becomes `Huge`, which `oddities` names."""
     return int(digits) if len(digits) <= MOST_DIGITS else Huge(len(digits.lstrip("-")))
+
+
+def beyond(data: Any, place: str = "") -> str | None:
+    """Return a phrase for the first whole number, at any level, that 64 bits cannot hold: no tensor program computes with it.
+
+    Args:
+        data: Plain data without `oddities`.
+        place: The key that it stands under.
+    """
+    if isinstance(data, dict | list):
+        parts = data.items() if isinstance(data, dict) else enumerate(data)
+        return next(filter(None, (beyond(part, f"{place}.{key}".lstrip(".")) for key, part in parts)), None)
+    if not isinstance(data, int) or abs(data) <= LARGEST or place.endswith(_NO_LIMIT):
+        return None
+    return f"{place} = {data}, but a whole number must lie between -2**63 and 2**63"
 
 
 def oddities(data: Any, most_values: int = _MOST_VALUES, *, nul: bool = True) -> Iterator[str]:

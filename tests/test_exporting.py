@@ -422,6 +422,29 @@ def test_broken_files_give_one_error_and_no_file(name: str, tmp_path: Path) -> N
     assert not list(tmp_path.glob("*.gguf"))
 
 
+NUMBERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "context": ("mixtral", {"max_position_embeddings": 2**32}, "max_position_embeddings = 4294967296"),
+    "original": ("mixtral", {"rope_parameters": {**YARN, "original_max_position_embeddings": 32.5}}, "original_max"),
+    "theta": ("mixtral", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e39}}, "rope_theta = 1e+39"),
+    "beta": ("mixtral", {"rope_parameters": {**YARN, "beta_fast": 1e39}}, "beta_fast = 1e+39"),
+    "eps": ("mixtral", {"rms_norm_eps": 1e-60}, "rms_norm_eps = 1e-60"),
+    "scale": ("granitemoeshared", {"logits_scaling": 1e300}, "logits_scaling = 1e+300"),
+    "multiplier": ("granitemoeshared", {"residual_multiplier": 1e-40}, "residual_multiplier = 1e-40"),
+    "share": ("mixtral", {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+def test_numbers_that_a_gguf_file_cannot_hold_are_named(name: str, tmp_path: Path) -> None:
+    target, keys, words = NUMBERS[name]
+    moe = convert(tmp_path, "llama", target, 0)
+    _edited(moe / "config.json", lambda c: c.update({"rope_scaling": None} | keys))
+    with pytest.raises((CheckpointError, RefusedError)) as caught:
+        export_gguf(moe, tmp_path / "m.gguf")
+    assert words in str(caught.value)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
 def test_no_template_comes_from_outside(tmp_path: Path) -> None:
     moe = convert(tmp_path, "llama", "mixtral", 0)
     (tmp_path / "secret").write_text("mine")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UsageError
+from ..plain_values import beyond
 from ..progress import Progress, ProgressCallback, ignore_progress
 from . import gguf_tokenizer
 from .base import DTYPE_BYTES, TensorInfo
@@ -61,6 +62,8 @@ class GgufCheckpoint:
         self._header = header = read_header(self.path)
         self._layout = layout_of(header)
         self.config, notes = build_config(header, self._layout)
+        if (wrong := beyond(self.config)) is not None:
+            raise CheckpointError(f"{self.path}: {wrong}.", hint="Download the file again, or convert it again.")
         self._table = tensor_table(header, self._layout, self.config)
         for tensor in self._table.values():
             _check_readable(self.path, tensor)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 ORIGINAL = "Split the original Hugging Face checkpoint instead of its GGUF file."
 """The way out where a GGUF file cannot be carried over."""
+_HINT = "Correct it in the model's config.json."
+_LEAST, _MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The size of float32's normal numbers."""
 
 
 class Keys:
@@ -135,12 +138,12 @@ def write_rope(writer: GGUFWriter, rope: Mapping[str, Any], head_dim: int) -> li
     """
     import gguf
 
-    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
-    known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    kind, theta = rope.get("rope_type", "default"), float32(rope, "rope_theta")
+    known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
     known |= {"llama3": {"low_freq_factor", "high_freq_factor"}, "yarn": {"beta_fast", "beta_slow"}}.get(kind, set())
     # Both compute 0.1 ln(factor) + 1 for yarn's attention; what says otherwise (mscale among it) has no place.
-    usual = 0.1 * math.log(float(rope["factor"])) + 1 if kind == "yarn" else None
-    neutral = {"truncate": True, "attention_factor": usual}
+    usual = 0.1 * math.log(float32(rope, "factor")) + 1 if kind == "yarn" else None
+    neutral = {"truncate": True, "attention_factor": usual, "partial_rotary_factor": 1.0}
     other = sorted(k for k, v in rope.items() if k not in known and v is not None and neutral.get(k) != v)
     if kind not in ("default", "linear", "llama3", "yarn") or other:
         what = f"rope scaling of type {kind!r}" + (f" with {', '.join(other)}" if other else "")
@@ -149,13 +152,46 @@ def write_rope(writer: GGUFWriter, rope: Mapping[str, Any], head_dim: int) -> li
     writer.add_rope_freq_base(theta)
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_factor(float32(rope, "factor"))
     if kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+        writer.add_rope_scaling_orig_ctx_len(uint32(rope, "original_max_position_embeddings"))
         for name in ("beta_fast", "beta_slow"):
             if rope.get(name) is not None:
-                getattr(writer, f"add_rope_scaling_yarn_{name}")(float(rope[name]))
+                getattr(writer, f"add_rope_scaling_yarn_{name}")(float32(rope, name))
     if kind != "llama3":
         return None
-    sizes = (float(rope["factor"]), int(rope["original_max_position_embeddings"]))
-    return _llama3_factors(theta, head_dim, *sizes, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]))
+    sizes = float32(rope, "factor"), uint32(rope, "original_max_position_embeddings")
+    low, high = float32(rope, "low_freq_factor"), float32(rope, "high_freq_factor")
+    return _llama3_factors(theta, head_dim, *sizes, low, high)
+
+
+def uint32(values: Mapping[str, Any], key: str) -> int:
+    """Return a whole number above zero that a GGUF file can hold.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**32:
+        raise CheckpointError(
+            f"config.json: {key} = {value!r}, but in a GGUF file it must be a whole number above 0 and below 2**32.",
+            hint=_HINT,
+        )
+    return value
+
+
+def float32(values: Mapping[str, Any], key: str) -> float:
+    """Return a number that a GGUF file can hold, which rounds it to float32.
+
+    Raises:
+        CheckpointError: It is something else, or float32 makes zero or infinity of it.
+    """
+    value: Any = values.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and (value == 0 or _LEAST <= abs(value) <= _MOST):
+        return float(value)
+    raise CheckpointError(
+        f"config.json: {key} = {value!r}, but in a GGUF file it must be a finite number that float32 holds "
+        f"({_LEAST:.1e} to {_MOST:.1e}).",
+        hint=_HINT,
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..plain_values import oddities, whole
+from ..plain_values import beyond, oddities, whole
 from .paths import refuse_pointer
 
 MOST_BYTES = 256 * 2**20
@@ -24,8 +24,8 @@ def read_json(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
 
     Raises:
         CheckpointError: It cannot be read, is too large, is a Git LFS pointer or not a JSON object, or holds a key twice,
-            half a character (a lone surrogate), a whole number of more than 100 digits or more than 64 levels; the key
-            is named.
+            half a character (a lone surrogate), a whole number of more than 100 digits (in ``config.json`` of more than
+            64 bits) or more than 64 levels; the key is named.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -42,6 +42,8 @@ def read_json(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path.name} must hold a JSON object, not {type(data).__name__}.", hint=_HINT)
     wrong = None if vocabulary else next(oddities(data), None)
+    if wrong is None and path.name == "config.json":
+        wrong = beyond(data)
     if wrong is not None:
         raise CheckpointError(f"{path.name}: {wrong}.", hint=_HINT)
     return data

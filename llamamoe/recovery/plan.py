@@ -14,7 +14,7 @@ from ..checkpoint.writer import QUEUE_BYTES
 from ..dense import DenseModel
 from ..hub import Location
 from ..mixing import renormalising
-from ..sources.base import layer_shapes
+from ..sources.base import layer_shapes, number, positive
 from ..targets.base import Target
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class HealPlan:
     @property
     def top_k(self) -> int:
         """Experts selected per token."""
-        return int(self.checkpoint.config[self.target.top_k_key])
+        return positive(self.checkpoint.config, self.target.top_k_key)
 
     @property
     def dtype(self) -> str:
@@ -199,8 +199,8 @@ def config_of(plan: HealPlan, *, renormalised: bool) -> dict[str, Any]:
     if not renormalised:
         return {}
     found: dict[str, Any] = {"norm_topk_prob": True}
-    if "routed_scaling_factor" in config:
-        found["routed_scaling_factor"] = config["routed_scaling_factor"] * 0.5 * plan.top_k
+    if plan.target.scaling_knob:
+        found["routed_scaling_factor"] = number(config, "routed_scaling_factor", 1.0) * 0.5 * plan.top_k
     return found
 
 
@@ -208,5 +208,4 @@ def factors_of(plan: HealPlan, *, renormalised: bool) -> dict[str, float]:
     """What that change multiplies, for `llamamoe.mixing.rescaled_block`."""
     if not renormalised:
         return {}
-    sigmoid = "routed_scaling_factor" in plan.checkpoint.config
-    return renormalising(sigmoid=sigmoid, num_experts=plan.num_experts, top_k=plan.top_k)
+    return renormalising(sigmoid=plan.target.scaling_knob, num_experts=plan.num_experts, top_k=plan.top_k)

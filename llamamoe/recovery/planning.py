@@ -16,6 +16,7 @@ from ..dense import DenseModel, refuse_foreign, understand
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..hub import locate, locate_folder, open_parent
 from ..loadable import check_counts
+from ..mixing import mixing_of
 from ..routers import ROUTERS
 from ..targets import TARGETS
 from ..targets.base import Target
@@ -66,7 +67,7 @@ def _target(checkpoint: SafetensorsCheckpoint) -> Target:
             f"MODEL's weights have the names that transformers 5 uses in memory ({fused}).",
             hint="Load the folder with transformers 5 and save it again without save_original_format=False.",
         )
-    return TARGETS.get(str(name))()
+    return mixing_of(config).target
 
 
 def _check_fit(checkpoint: SafetensorsCheckpoint, dense: DenseModel, layers: tuple[int, ...]) -> None:

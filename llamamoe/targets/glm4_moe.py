@@ -56,11 +56,12 @@ class Glm4Moe(Target):
     def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See `Target.attention_spec`."""
         rope = rope_parameters(config)
-        partial = rope.pop("partial_rotary_factor", number(config, "partial_rotary_factor", 0.5))
+        partial = number(rope if "partial_rotary_factor" in rope else config, "partial_rotary_factor", 0.5)
+        rope.pop("partial_rotary_factor", None)
         return {
             "qkv_bias": bool(config.get("attention_bias")),
             "qk_norm": bool(config.get("use_qk_norm")),
-            "partial_rotary_factor": float(partial),
+            "partial_rotary_factor": partial,
             "rope": rope,
         }
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..sources.base import positive
 from ..targets import TARGETS
 from .parameters import group_of
 
@@ -130,7 +130,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     Raises:
         CheckpointError: The configuration has no sizes, or tensors are in no known group.
     """
-    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
     layers: dict[int, dict[str, TensorInfo]] = {}
     outside = {"embeddings": 0, "head": 0, "norms": 0}
     widths: dict[int, int] = {}
@@ -147,9 +147,9 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     return ModelShape(
         model_type=str(config.get("model_type", "")),
         hidden_size=hidden,
-        vocab_size=_size(config, "vocab_size"),
+        vocab_size=positive(config, "vocab_size"),
         num_heads=heads,
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        head_dim=positive(config, "head_dim", max(hidden // heads, 1)),
         num_experts=experts,
         top_k=_top_k(config, experts) if experts else 0,
         layers=tuple(_layer(layers[index], hidden, config) for index in sorted(layers)),
@@ -160,17 +160,10 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     )
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json has no usable {key}: {value!r}.")
-    return value
-
-
 def _top_k(config: Mapping[str, Any], num_experts: int) -> int:
     name = str(config.get("model_type", ""))
     key = TARGETS.get(name).top_k_key if name in TARGETS else "num_experts_per_tok"
-    return min(_size(config, key), num_experts)
+    return min(positive(config, key), num_experts)
 
 
 def _experts(tensors: Mapping[str, TensorInfo]) -> int:
@@ -195,9 +188,9 @@ def _layer(tensors: Mapping[str, TensorInfo], hidden: int, config: Mapping[str, 
     routed = numel.get("experts", 0)
     if routed:
         largest["experts"] = routed * 2 // 3
-    heads = _size(config, "num_attention_heads")
-    size = int(config.get("head_dim") or hidden // heads)
-    keys = int(config.get("num_key_value_heads") or heads)
+    heads = positive(config, "num_attention_heads")
+    size = positive(config, "head_dim", max(hidden // heads, 1))
+    keys = positive(config, "num_key_value_heads", heads)
     shared = sum(i.numel for n, i in tensors.items() if group_of(n) == "shared" and len(i.shape) > 1)
     dense = sum(i.numel for n, i in tensors.items() if group_of(n) == "dense_ffn" and len(i.shape) > 1)
     return LayerShape(

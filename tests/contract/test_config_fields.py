@@ -29,7 +29,7 @@ NARROWER = {
     "max_position_embeddings": "sizes are above 0", "original_max_position_embeddings": "sizes are above 0",
     "sliding_window": "a window is not negative", "max_window_layers": "not negative",
     "rms_norm_eps": "finite and not negative", "initializer_range": "finite and not negative",
-    "attention_dropout": "finite and not negative", "pad_token_id": "the embedding must have its row",
+    "attention_dropout": "a share", "resid_pdrop": "a share", "embd_pdrop": "a share", "pad_token_id": "the embedding must have its row",
     "rope_parameters": "must be flat rope parameters", "layer_types": "of attention, and only of some families",
     "attention_bias": "", "use_bidirectional_attention": "every target is causal", "dtype": "a floating dtype",
     "torch_dtype": "a floating dtype", "num_labels": "a bound on memory",

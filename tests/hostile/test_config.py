@@ -98,6 +98,28 @@ def test_value_of_a_wrong_kind(source: Path, refused: Refused, key: str, value: 
     )
 
 
+@pytest.mark.parametrize("value", [2**63, -(2**63), 10**59])
+@pytest.mark.parametrize(
+    "keys",
+    ["sliding_window", "max_position_embeddings", "eos_token_id", "chunk_size_feed_forward", "resid_pdrop", "other"],
+)
+def test_whole_numbers_beyond_64_bits(source: Path, refused: Refused, keys: str, value: int) -> None:
+    edit_config(source, **{keys: [value] if keys == "eos_token_id" else value})
+    refused(source, f"config.json: {keys}", f"{value}", "between -2**63 and 2**63")
+
+
+def test_the_largest_whole_numbers_are_carried_over(source: Path) -> None:
+    edit_config(source, max_position_embeddings=2**63 - 1, tokenizer_model_max_length=10**30)
+    assert llamamoe.plan_conversion(source, recipe()).config["max_position_embeddings"] == 2**63 - 1
+
+
+@pytest.mark.parametrize("key", ["attention_dropout", "resid_pdrop", "embd_pdrop"])
+@pytest.mark.parametrize("value", [1.5, -0.1, 1e300, "x"])
+def test_dropout_is_a_share(source: Path, refused: Refused, key: str, value: Any) -> None:
+    edit_config(source, model_type="phi3", **{key: value})
+    refused(source, f"{key} = {value!r}", "from 0 to 1")
+
+
 @pytest.mark.parametrize("value", [2, [2, 3], None, []])
 def test_end_tokens_may_be_several(source: Path, value: Any) -> None:
     edit_config(source, eos_token_id=value)

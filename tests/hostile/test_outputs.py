@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def outputs(parent: Path) -> dict[str, Path]:
 
 
 VERBS = ("inspect", "retop", "densify", "merge", "fix-config", "export-gguf", "heal", "verify", "evaluate")
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 DAMAGE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "architectures": ("qwen2_moe", {"architectures": 1e300}, ()),
     "architectures.0": ("qwen2_moe", {"architectures": [["x"]]}, ()),
@@ -60,6 +62,20 @@ DAMAGE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "window": ("mixtral", {"sliding_window": -1}, ("sliding_window = -1",)),
     "causal": ("mixtral", {"is_causal": 64}, ("is_causal = 64",)),
     "factor": ("glm4_moe", {"routed_scaling_factor": "x"}, ()),
+    "window of 59 digits": ("mixtral", {"sliding_window": 10**59}, (f"sliding_window = {10**59}", "2**63")),
+    "rotary share": (
+        "glm4_moe",
+        {"rope_parameters": ROPE | {"partial_rotary_factor": "x"}},
+        ("rope_parameters.partial_rotary_factor = 'x'", "finite number above 0"),
+    ),
+    "rope factor": (
+        "mixtral",
+        {"rope_parameters": ROPE | {"rope_type": "linear", "factor": [2.0]}},
+        ("rope_parameters.factor = [2.0]", "finite number above 0"),
+    ),
+    "too few selected": ("qwen2_moe", {"num_experts_per_tok": -1}, ("num_experts_per_tok = -1",)),
+    "too many selected": ("qwen2_moe", {"num_experts_per_tok": 5}, ("num_experts_per_tok = 5", "num_experts = 4")),
+    "no name": ("mixtral", {"model_type": {}}, ("{}",)),
     "huge": ("mixtral", {"rms_norm_eps": 10**400}, ("rms_norm_eps", "401 digits")),
 }
 HARMLESS = {"architectures", "architectures.0"}
@@ -80,6 +96,8 @@ def run(verb: str, model: Path, parent: Path) -> tuple[int, str]:
         "heal": [model, out, "--parent", parent, "--text", text, "--tokens", "512", "--set", "epochs=1"],
         "verify": [model, "--against", parent],
         "evaluate": [model, "--text", text, "--device", "cpu"],
+        "split": [model, out, "--experts", "4", "--method", "random", "--no-verify"],
+        "tokenize": ["--recipe", "small", "--tokenizer", model, "--text", text, "--out", out],
     }[verb]
     result = CliRunner().invoke(root, [verb, *map(str, arguments)], prog_name="llamamoe")
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -173,3 +191,31 @@ def test_recipe_and_receipt_are_read_from_the_folder_only(
 def move_out(file: Path, to: Path) -> None:
     file.rename(to / file.name)
     file.symlink_to(to / file.name)
+
+
+@pytest.mark.parametrize("verb", ["retop", "densify", "export-gguf", "heal"])
+def test_a_missing_number_of_selected_experts_is_named(
+    verb: str, outputs: dict[str, Path], parent: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(outputs["mixtral"], tmp_path / "model"))
+    edit_config(model, lambda config: config.pop("num_experts_per_tok"))
+    code, error = run(verb, model, parent)
+    assert (code, "num_experts_per_tok = None" in error) == (3, True), error
+
+
+@pytest.mark.parametrize("verb", ["split", "verify", "tokenize", "evaluate"])
+@pytest.mark.parametrize("place", ["vocab", "added"])
+def test_a_token_id_of_a_billion_is_refused_in_little_memory(
+    place: str, verb: str, outputs: dict[str, Path], parent: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(parent if verb == "split" else outputs["mixtral"], tmp_path / "model"))
+    data = json.loads((model / "tokenizer.json").read_text())
+    if place == "vocab":
+        data["model"]["vocab"]["K"] = 10**9
+    else:
+        data["added_tokens"][-1]["id"] = 10**9
+    (model / "tokenizer.json").write_text(json.dumps(data))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code, error = run(verb, model, parent)
+    assert (code != 0, "has the id 1000000000" in error) == (True, True), error
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes"
