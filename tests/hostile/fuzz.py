@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -20,7 +21,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,45 +60,50 @@ def attempt(world: Any, seed: int, number: int, only: str | None = None) -> Resu
         made = SUBJECTS[subject][1](world, rng, Path(name))
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
         try:
-            failure, code = judged(made)
+            failure, code, said = judged(made)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            failure, code = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}", None
+            failure, code, said = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}", None, ""
         used = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         if not failure and used > BYTES:
             failure = f"took {used:,} bytes"
         seconds = round(time.monotonic() - started, 2)
-    return {"number": number, "subject": subject, "verb": made.arguments[0], "damage": made.damage, "code": code,
-            "seconds": seconds, "failure": failure}  # fmt: skip
+    return {"number": number, "subject": subject, "kind": made.kind, "verb": made.arguments[0], "damage": made.damage,
+            "code": code, "seconds": seconds, "said": said, "failure": failure}  # fmt: skip
 
 
-def judged(made: Any) -> tuple[str, int]:
-    """Run an attempt; what is wrong with the outcome, or nothing, and the exit code."""
+def judged(made: Any) -> tuple[str, int, str]:
+    """Run an attempt; what is wrong with the outcome, or nothing, the exit code, and the message."""
+    result = invoke(*made.arguments)
+    said = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    return wrong_with(made, result, said), result.exit_code, said[0] if said else ""
+
+
+def wrong_with(made: Any, result: Any, said: list[str]) -> str:
+    """What is wrong with the outcome, or nothing."""
     from llamamoe.checkpoint.ledger import partial_path
 
-    result = invoke(*made.arguments)
     code, error = result.exit_code, result.stderr
-    said = [line for line in error.splitlines() if line.startswith("Error: ")]
     if result.exception is not None and not isinstance(result.exception, SystemExit):
-        return f"escaped: {result.exception!r}", code
+        return f"escaped: {result.exception!r}"
     if "traceback" in error.lower():
-        return f"unforeseen: {error[-800:]}", code
+        return f"unforeseen: {error[-800:]}"
     if code not in (0, 1, 2, 3, 4) or (code != 0) != (len(said) == 1):
-        return f"exit code {code} with {len(said)} messages: {error[-800:]}", code
+        return f"exit code {code} with {len(said)} messages: {error[-800:]}"
     if len(error[error.find("Error: ") :]) > 3000 and code != 0:
-        return f"{len(error):,} characters: {error[:300]}", code
+        return f"{len(error):,} characters: {error[:300]}"
     wild = {each for each in result.stdout + error if not each.isprintable() and each != "\n"}
     if wild:
-        return f"control characters {wild!r} in {(result.stdout + error)[:500]!r}", code
+        return f"control characters {wild!r} in {(result.stdout + error)[:500]!r}"
     if made.out is None:
-        return "", code
+        return ""
     if code == 0:
-        return published(made), code
-    if made.arguments[0] == "fix-config":
-        return "", code
+        return published(made)
+    if made.keeps or made.arguments[0] == "fix-config":
+        return ""
     left = [path.name for path in (made.out, partial_path(made.out)) if path.exists()]
-    return f"exit code {code} left {left} behind: {error[-500:]}" if left and code != 4 else "", code
+    return f"exit code {code} left {left} behind: {error[-500:]}" if left and code != 4 else ""
 
 
 def published(made: Any) -> str:
@@ -129,6 +134,9 @@ def differs(made: Any) -> str:
 
     from tests.hostile.test_config_defaults import logits
 
+    index = made.parent / "model.safetensors.index.json"
+    if index.is_file():  # transformers needs its metadata, and we do not
+        index.write_text(json.dumps({"metadata": {}} | json.loads(index.read_text())))
     parent, made_of_it = (logits(folder, dtype=torch.float32) for folder in (made.parent, made.out))
     if not bool(parent.isfinite().all()):
         return ""
@@ -204,17 +212,25 @@ def main() -> None:
 
 
 def report(found: Iterator[Result]) -> None:
-    """Print failures as they come, and counts at the end."""
-    codes: Counter[str] = Counter()
+    """Print failures as they come, and at the end what became of each kind of damage."""
+    rows: dict[str, list[Result]] = {}
     for each in found:
-        codes[f"{each['subject']} {'failed' if each['failure'] else each['code']}"] += 1
+        rows.setdefault(f"{each['subject']} {each.get('kind', '')}", []).append(each)
         if each["failure"]:
             print(
                 f"#{each['number']} {each['subject']} {each['verb']}\n  {each['damage']}\n  {each['failure']}",
                 flush=True,
             )
-    for key in sorted(codes):
-        print(f"{codes[key]:6} {key}")
+    print(f"{'':44} {'all':>5} {'harmless':>8} {'refused':>7} {'failed':>6} {'verbs':>5} {'messages':>8}")
+    for kind, all_of in sorted(rows.items()):
+        failed = sum(bool(each["failure"]) for each in all_of)
+        harmless = sum(each["code"] == 0 and not each["failure"] for each in all_of)
+        refused = len(all_of) - failed - harmless
+        messages = {re.sub(r"'[^']*'|\"[^\"]*\"|[/\w.-]*\d[\w./,-]*", "_", each.get("said", "")) for each in all_of} - {
+            ""
+        }
+        verbs = {each["verb"] for each in all_of}
+        print(f"{kind:44} {len(all_of):5} {harmless:8} {refused:7} {failed:6} {len(verbs):5} {len(messages):8}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,6 +31,8 @@ class Attempt:
         out: A checkpoint that the command publishes.
         parent: The dense checkpoint that it must compute the same as, all experts selected.
         ids: Whether it must make the ids that the parent makes.
+        kind: What was damaged, for counts.
+        keeps: Whether what lay beside ``out`` may stay after a refusal.
     """
 
     arguments: list[str]
@@ -37,7 +40,8 @@ class Attempt:
     out: Path | None = None
     parent: Path | None = None
     ids: bool = False
-    files: list[Path] = field(default_factory=list)
+    kind: str = ""
+    keeps: bool = False
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
@@ -75,7 +79,12 @@ def tokenizer(world: World, rng: random.Random, place: Path) -> Attempt:
     content, done = damaged_json(text, rng) if name.endswith(".json") else damaged_bytes(text.encode(), rng)
     path.write_bytes(content)
     return Attempt(
-        ["split", str(source), str(place / "out"), *ALL_ON], f"{name}: {done}", place / "out", source, ids=True
+        ["split", str(source), str(place / "out"), *ALL_ON],
+        f"{name}: {done}",
+        place / "out",
+        source,
+        ids=True,
+        kind=name,
     )
 
 
@@ -83,9 +92,11 @@ def weights(world: World, rng: random.Random, place: Path) -> Attempt:
     """A header of safetensors, or the index."""
     source = _copied(world.sharded(), place)
     path = rng.choice(sorted(source.glob("model*")))
+    part = "bytes"
     if path.suffix == ".json":
         content, done = damaged_json(path.read_text(), rng)
     elif rng.random() < 0.5:
+        part = "header"
         raw = path.read_bytes()
         length = int.from_bytes(raw[:8], "little")
         header, done = damaged_json(raw[8 : 8 + length].decode(), rng)
@@ -93,16 +104,71 @@ def weights(world: World, rng: random.Random, place: Path) -> Attempt:
     else:
         content, done = damaged_bytes(path.read_bytes(), rng, within=2000)
     path.write_bytes(content)
-    return Attempt(["split", str(source), str(place / "out"), *ALL_ON], f"{path.name}: {done}", place / "out", source)
+    arguments = ["split", str(source), str(place / "out"), *ALL_ON]
+    return Attempt(arguments, f"{path.name}: {done}", place / "out", source, kind=f"{path.suffix} {part}")
 
 
 def gguf(world: World, rng: random.Random, place: Path) -> Attempt:
-    """The header of a GGUF file."""
-    path = place / "source.gguf"
-    content, done = damaged_bytes(world.gguf().read_bytes(), rng, within=3000)
-    path.write_bytes(content)
+    """The header of a GGUF file: its bytes, or well-formed metadata of other values."""
+    path, original = place / "source.gguf", world.gguf(rng.choice(("llama", "granite", "qwen2")))
+    kind = rng.choice(("bytes", "values", "values"))
+    if kind == "values":
+        done = _other_metadata(original, path, rng)
+    else:
+        content, done = damaged_bytes(original.read_bytes(), rng, within=rng.choice((500, 20_000)))
+        path.write_bytes(content)
     verb = rng.choice((["inspect", str(path)], ["split", str(path), str(place / "out"), *ALL_ON]))
-    return Attempt(verb, done, place / "out" if verb[0] == "split" else None)
+    return Attempt(verb, done, place / "out" if verb[0] == "split" else None, kind=kind)
+
+
+def _other_metadata(original: Path, path: Path, rng: random.Random) -> str:
+    """Write a GGUF file with one to three other values among its metadata."""
+    import gguf
+    import numpy as np
+
+    from llamamoe.checkpoint.gguf_header import read_header
+
+    header = read_header(original)
+    lists = {key for key, value in header.metadata.items() if isinstance(value, list)}
+    left = lists if rng.random() < 0.7 else set()  # they hold most of the values
+    metadata, done = damaged({key: value for key, value in header.metadata.items() if key not in left}, rng)
+    metadata |= {key: header.metadata[key] for key in left}
+    writer = gguf.GGUFWriter(path, str(metadata.pop("general.architecture", "llama")).replace("\ud800", "?"))
+    for key, value in metadata.items():
+        kind = _gguf_type(value)
+        if kind is None or (isinstance(value, list) and len({_gguf_type(each) for each in value}) != 1):
+            done += f"; {key} left out"
+        else:
+            writer.add_key_value(key, value, kind)
+    for name, tensor in header.tensors.items():
+        size = int(np.prod(tensor.shape))
+        writer.add_tensor(name, np.fromfile(original, np.float32, size, offset=tensor.offset).reshape(tensor.shape))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    return done
+
+
+def _gguf_type(value: Any) -> Any:
+    """The type that holds a value, or None."""
+    from gguf import GGUFValueType as Type
+
+    if isinstance(value, bool | float):
+        return Type.BOOL if isinstance(value, bool) else Type.FLOAT64
+    if isinstance(value, int):
+        fitting = [kind for kind, least, most in ((Type.UINT32, 0, 2**32), (Type.INT64, -(2**63), 2**63), (Type.UINT64, 0, 2**64))
+                   if least <= value < most]  # fmt: skip
+        return fitting[0] if fitting else None
+    if isinstance(value, str):
+        return Type.STRING if "\ud800" not in value else None
+    if not isinstance(value, list) or not value or {_gguf_type(each) for each in value} & {None, Type.ARRAY}:
+        return None
+    large = any(isinstance(each, int) and not -(2**31) <= each < 2**31 for each in value)  # the writer takes int32
+    return None if large else Type.ARRAY
 
 
 # ---- recipes -------------------------------------------------------------------------------------------------------
@@ -117,15 +183,18 @@ def recipe(world: World, rng: random.Random, place: Path) -> Attempt:
                              ("tokenize", "small")))  # fmt: skip
     text = (files("llamamoe_recipes") / kind / f"{name}.yaml").read_text()
     data = yaml.safe_load(text)
-    dense, out = str(world.dense()), str(world.output("mixtral"))
-    real = {"calibration": str(world.text), "evaluation": str(world.text), "text": [str(world.text)],
-            "tokenizer": dense, "model": out, "parent": dense}  # fmt: skip
+    dense, out = str(world.byte_level()), str(world.output("mixtral"))
+    real = {"calibration": str(world.text), "evaluation": str(world.held_out), "text": [str(world.text)],
+            "calibration_length": 32, "calibration_tokens": 256, "context_length": 32, "tokenizer": dense, "model": out,
+            "parent": dense}  # fmt: skip
     data |= {key: value for key, value in real.items() if key in data}
+    if kind == "split":  # for the models of the world; without damage every recipe is accepted
+        data |= {"calibration": str(world.text), "num_experts": 4, "top_k": 2}
     if kind == "pretrain":
-        data["data"] |= {"train": str(world.tokens()), "validation": None, "block_length": 16}
+        data["data"] |= {"train": str(world.byte_tokens()), "validation": None, "block_length": 16}
     data, done = damaged(data, rng)
     path = place / "recipe.yaml"
-    content = yaml.safe_dump(data).encode("utf-8", "surrogatepass") if rng.random() < 0.9 else text.encode()
+    content = yaml.safe_dump(data).encode("utf-8", "surrogatepass")
     if rng.random() < 0.15:
         content, more = damaged_bytes(content, rng)
         done += f"; {more}"
@@ -137,7 +206,7 @@ def recipe(world: World, rng: random.Random, place: Path) -> Attempt:
         "heal": ["heal", out, str(place / "out"), "--parent", dense, "--recipe", str(path), "--dry-run"],
         "tokenize": ["tokenize", "--out", str(place / "out"), "--recipe", str(path), "--dry-run"],
     }[kind]
-    return Attempt(arguments, f"{kind}: {done}")
+    return Attempt(arguments, f"{kind}: {done}", kind=kind)
 
 
 # ---- what we wrote -------------------------------------------------------------------------------------------------
@@ -170,24 +239,15 @@ def output(world: World, rng: random.Random, place: Path) -> Attempt:
         "heal": ["heal", str(model), str(out), "--parent", dense, "--text", str(world.text), "--dry-run"],
         "evaluate": ["evaluate", str(model), "--text", str(world.text), "--device", "cpu"],
         "report": ["report", str(model), "--text", str(world.text), "--json-out", str(place / "report.json")],
-        "bench": [
-            "bench",
-            str(model),
-            "--device",
-            "cpu",
-            "--prompt",
-            "4",
-            "--new-tokens",
-            "2",
-            "--batch-sizes",
-            "1",
-            "--repeats",
-            "1",
-        ],
-    }
+        "bench": ["bench", str(model), "--device", "cpu", "--prompt", "4", "--new-tokens", "2", "--batch-sizes", "1",
+                  "--repeats", "1"],
+        "pretrain": ["pretrain", "--recipe", str(world.training()), "--out", str(place / "run"), "--model", str(model),
+                     "--set", "steps=1", *rng.choice(([], ["--dry-run"]))],
+        "tokenize": ["tokenize", "--recipe", "small", "--tokenizer", str(model), "--text", str(world.text), "--out", str(out)],
+    }  # fmt: skip
     verb = rng.choice(tuple(verbs))
     published = out if verb in ("retop", "densify", "merge") else model if verb == "fix-config" else None
-    return Attempt(verbs[verb], f"{target}/{name}: {done}", published)
+    return Attempt(verbs[verb], f"{target}/{name}: {done}", published, kind=name)
 
 
 def text(world: World, rng: random.Random, place: Path) -> Attempt:
@@ -209,7 +269,7 @@ def text(world: World, rng: random.Random, place: Path) -> Attempt:
     dense = str(world.dense())
     verb = rng.choice((["tokenize", "--recipe", "small", "--tokenizer", dense, "--text", str(path), "--out", str(place / "t")],
                        ["evaluate", dense, "--text", str(path), "--device", "cpu"]))  # fmt: skip
-    return Attempt(verb, f"{path.name}: {done}")
+    return Attempt(verb, f"{path.name}: {done}", kind="".join(path.suffixes))
 
 
 def _odd_row(content: bytes, rng: random.Random) -> tuple[bytes, str]:
@@ -232,7 +292,30 @@ def tokens(world: World, rng: random.Random, place: Path) -> Attempt:
     given = ["--set", f"model={world.output('qwen3_moe')}", "--set", "parent=null", "--set", f"data.train={folder}",
              "--set", "data.validation=null", "--set", "data.block_length=16", "--set", "distill=null"]  # fmt: skip
     verb = ["pretrain", "--recipe", "stories260k", "--out", str(place / "run"), *given, "--dry-run"]
-    return Attempt(verb, f"{path.name}: {done}")
+    return Attempt(verb, f"{path.name}: {done}", kind=path.suffix)
+
+
+def stopped(world: World, rng: random.Random, place: Path) -> Attempt:
+    """What a stopped split, tokenize or pretrain left, which it goes on with."""
+    verb = rng.choice(("split", "split", "tokenize", "pretrain"))
+    shutil.copytree(world.stopped(verb), place, dirs_exist_ok=True)
+    path = rng.choice(sorted(each for each in place.rglob("*") if each.is_file()))
+    if rng.random() < 0.1:
+        path.unlink()
+        done = "delete"
+    else:
+        json_like = path.suffix == ".json" and path.stat().st_size
+        raw = path.read_bytes()
+        content, done = damaged_json(raw.decode(), rng) if json_like else damaged_bytes(raw, rng)
+        path.write_bytes(content)
+    dense, out = world.dense(), place / "out"
+    arguments = {"split": [str(dense), str(out), *ALL_ON],
+                 "tokenize": ["--recipe", str(world.tokenizing()), "--out", str(out)],
+                 "pretrain": ["--recipe", str(world.training()), "--out", str(out)]}[verb]  # fmt: skip
+    name = path.relative_to(place)
+    published = out if verb == "split" else out / "model" if verb == "pretrain" else None
+    return Attempt([verb, *arguments, "--resume"], f"{name}: {done}", published, dense if verb == "split" else None,
+                   kind=f"{verb} {path.name}", keeps=True)  # fmt: skip
 
 
 SUBJECTS: dict[str, tuple[int, Callable[[World, random.Random, Path], Attempt]]] = {
@@ -244,5 +327,6 @@ SUBJECTS: dict[str, tuple[int, Callable[[World, random.Random, Path], Attempt]]]
     "output": (30, output),
     "text": (6, text),
     "tokens": (4, tokens),
+    "stopped": (8, stopped),
 }
-"""How often of 118 times, and what."""
+"""How often of 126 times, and what."""

@@ -53,6 +53,11 @@ def at(data: Any, path: tuple[Any, ...]) -> Any:
     return data
 
 
+def _value(rng: random.Random) -> Any:
+    """One of `VALUES`, as a copy: a later change must reach neither the others nor itself."""
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def _other(value: Any, rng: random.Random) -> Any:
     """A near relative of a value: another type or size that says the same, or nearly."""
     choices: list[Any] = [str(value), [value], {"a": value}, [value, value]]
@@ -72,7 +77,7 @@ def _other(value: Any, rng: random.Random) -> Any:
             value.encode("utf-8", "surrogatepass").hex(),
         ]
     elif isinstance(value, list):
-        choices += [value[:-1], value + value[:1], value[::-1], [rng.choice(VALUES)]]
+        choices += [value[:-1], value + value[:1], value[::-1], [_value(rng)]]
     return rng.choice(choices)
 
 
@@ -88,7 +93,7 @@ def damaged(data: Any, rng: random.Random, keys: tuple[str, ...] = ()) -> Damage
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         found = places(data)
         if not found or (keys and rng.random() < 0.1):
-            key, value = rng.choice(keys or ("x",)), rng.choice(VALUES)
+            key, value = rng.choice(keys or ("x",)), _value(rng)
             if isinstance(data, dict):
                 data[key] = value
             done.append(f"add {key} = {value!r:.60}")
@@ -100,7 +105,7 @@ def damaged(data: Any, rng: random.Random, keys: tuple[str, ...] = ()) -> Damage
             del inner[key]
             done.append(f"delete {name}")
         else:
-            inner[key] = rng.choice(VALUES) if how < 0.6 else _other(inner[key], rng)
+            inner[key] = _value(rng) if how < 0.6 else copy.deepcopy(_other(inner[key], rng))
             done.append(f"{name} = {inner[key]!r:.60}")
     return data, "; ".join(done)
 
