@@ -6,6 +6,7 @@ after the tensors are on disk. The file is locked while a process works in the f
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,8 @@ from ..errors import RefusedError
 from .files import InUseError, check_plain, is_locked, lock, open_append, remove_temporaries
 
 LEDGER = ".ledger.jsonl"
+_SEAL = "line_sha256"
+"""The key of a line under which the hash of all else in it stands."""
 STATES = ".calibration"
 """A folder in which a calibrated run keeps what it goes on from; nothing of it is published."""
 
@@ -113,7 +116,7 @@ class Ledger:
         text = self._file.read()
         whole = text[: text.rfind("\n") + 1]
         try:
-            lines = [json.loads(line) for line in whole.split("\n")[:-1]]
+            lines = [_unsealed(json.loads(line)) for line in whole.split("\n")[:-1]]
             _check(lines)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise RefusedError(f"the ledger in {self.folder} is damaged.", hint="Start again with --force.") from None
@@ -123,7 +126,7 @@ class Ledger:
     def append(self, line: dict[str, Any]) -> None:
         """Add a line and wait until it is on disk."""
         self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line | {_SEAL: _seal(line)}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -135,6 +138,22 @@ class Ledger:
 def in_use(folder: Path) -> RefusedError:
     """Return the refusal of a folder that another process writes."""
     return RefusedError(f"another process is writing {folder}.", hint="Wait for it, or choose another OUT.")
+
+
+def _seal(line: dict[str, Any]) -> str:
+    """Return a hash of a line: what readers make of it relies on every value in it."""
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16]
+
+
+def _unsealed(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line without its hash.
+
+    Raises:
+        ValueError: The line was changed.
+    """
+    if line.pop(_SEAL) != _seal(line):
+        raise ValueError("not the line that was written")
+    return line
 
 
 def _check(lines: list[dict[str, Any]]) -> None:
