@@ -41,6 +41,8 @@ llamamoe pretrain --recipe my.yaml --set optimizer.lr=1e-4 --out run --resume
 torchrun --nproc_per_node 8 -m llamamoe_cli pretrain --recipe recover_distill
 """
 RECIPE, RUN, PAPER = "Recipe", "This run", "Hardware assumed by --dry-run"
+_COUNTED = {"active": "active per token"}
+"""Numbers of parameters by the words that `split` and `inspect` have for them."""
 NEWEST = ""
 """What ``--resume`` without a name stands for."""
 
@@ -158,7 +160,7 @@ def _print_plan(plan: PretrainPlan) -> None:
     echo(bold(f"{plan.model}: {plan.recipe.max_steps:,} steps, {amount(estimate.tokens)} tokens"))
     facts(
         [
-            ("parameters", ", ".join(f"{amount(n)} {name}" for name, n in estimate.parameters.items() if n)),
+            ("parameters", ", ".join(f"{amount(n)} {_COUNTED.get(name, name)}" for name, n in estimate.parameters.items() if n)),
             ("step", f"{amount(estimate.tokens_per_step)} tokens, {plural(estimate.accumulation, 'micro-batch', 'es')} a rank"),
             ("text", f"{amount(sum(n for n, _ in plan.domains.values()))} tokens, read {plan.epochs:.2g} times at most"),
             ("held out", f"{amount(plan.held_out)} tokens" if plan.held_out else "nothing"),

@@ -28,7 +28,7 @@ from .lora import add_adapters
 from .loss_head import LossHead
 from .losses import LOSSES
 from .losses.base import WINDOWS, LossContext, RoutingLoss
-from .metrics import MetricsFile, Sums, active_parameters, peak_flops, training_flops
+from .metrics import MetricsFile, Sums, active_parameters, looked_up_parameters, peak_flops, training_flops
 from .model import finish_folder, load_model
 from .moe_layers import MoeLayer, find_moe_layers
 from .objective import Objective, Scale
@@ -125,17 +125,19 @@ def assemble(
         dynamics=dynamics,
         validation=validation,
         finish_checkpoint=lambda path: finish_folder(path, source),
-        flops_per_token=_flops_per_token(recipe, model.config, facts["active_parameters"]),
+        flops_per_token=_flops_per_token(
+            recipe, model.config, facts["active_parameters"] - looked_up_parameters(model)
+        ),
         peak_flops=peak * args.world_size if peak else None,
         progress=progress,
     )
     return MoeTrainer(model, args, parts, resumed=checkpoint is not None), facts
 
 
-def _flops_per_token(recipe: PretrainRecipe, config: Any, active: int) -> float:
+def _flops_per_token(recipe: PretrainRecipe, config: Any, multiplied: int) -> float:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head
-    return training_flops(active, config.num_hidden_layers, width, recipe.data.block_length)
+    return training_flops(multiplied, config.num_hidden_layers, width, recipe.data.block_length)
 
 
 def _trained_model(

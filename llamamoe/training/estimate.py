@@ -31,7 +31,8 @@ class Estimate:
         parts: What lives on one device at the peak, in bytes.
         moment: When that is.
         device_memory: Bytes that the device has; None: not known.
-        parameters: ``total``, ``active``, ``trained`` (adapters included), ``adapters``.
+        parameters: ``total``, ``active`` (of one token, counted as `llamamoe.costs` does), ``trained`` (adapters included),
+            ``adapters``.
         tokens_per_step: Of all ranks.
         steps: Optimiser steps.
         tokens: Tokens in all.

@@ -107,9 +107,14 @@ class ModelShape:
 
     @property
     def active(self) -> int:
-        """As `llamamoe.training.metrics.active_parameters`: of the experts k of N, the head, not the embedding."""
+        """Parameters that one token uses, counted as `llamamoe.costs` does: of the experts k of N, the rest whole."""
         inactive = self.routed * (self.num_experts - self.top_k) // self.num_experts if self.num_experts else 0
-        return self.total - inactive - (0 if self.tied else self.embeddings)
+        return self.total - inactive
+
+    @property
+    def multiplied(self) -> int:
+        """Of these, those that a token is multiplied with: an embedding that is not the head is only looked up."""
+        return self.active - (0 if self.tied else self.embeddings)
 
     def by_group(self) -> dict[str, int]:
         """Parameters of each group, over the whole model."""

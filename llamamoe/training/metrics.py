@@ -158,22 +158,25 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def active_parameters(model: torch.nn.Module, layers: Iterable[Any]) -> int:
-    """Parameters that one token's matrix products use: of the experts k of N, no input embedding, the head always."""
+    """Parameters that one token uses, counted as `llamamoe.costs` does: of the experts k of N, the rest whole."""
     inactive = 0
     for moe in layers:
         routed = sum(p.numel() for p in moe.experts.parameters())
         inactive += routed * (moe.num_experts - moe.top_k) // moe.num_experts
+    return sum(p.numel() for p in model.parameters()) - inactive
+
+
+def looked_up_parameters(model: torch.nn.Module) -> int:
+    """Active parameters that no product uses: the input embedding, unless it is the head, too."""
     base: Any = model
-    embedding = base.get_input_embeddings().weight.numel()
-    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
-    total = sum(p.numel() for p in model.parameters())
-    return total - inactive - (0 if tied else embedding)
+    embedding = base.get_input_embeddings().weight
+    return 0 if base.get_output_embeddings().weight is embedding else embedding.numel()
 
 
-def training_flops(active: int, num_layers: int, attention_width: int, length: int) -> float:
-    """Operations per token of forward and backward pass: 6 per active parameter, and causal attention's products.
+def training_flops(multiplied: int, num_layers: int, attention_width: int, length: int) -> float:
+    """Operations per token of forward and backward pass: 6 per parameter that is multiplied with, and causal attention's products.
 
     PaLM's count (arXiv:2204.02311, appendix B), of active parameters only, with half of the attention matrix. The width of
     attention is that of all heads together.
     """
-    return 6.0 * active + 6.0 * num_layers * attention_width * length
+    return 6.0 * multiplied + 6.0 * num_layers * attention_width * length

@@ -15,8 +15,9 @@ from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.training.assembly import _flops_per_token
 from llamamoe.training.dynamics import CollapsedError
 from llamamoe.training.estimate import estimate
+from llamamoe.training.estimate_shapes import read_shape
 from llamamoe.training.lora import add_adapters
-from llamamoe.training.metrics import active_parameters, peak_flops, training_flops
+from llamamoe.training.metrics import active_parameters, looked_up_parameters, peak_flops, training_flops
 from llamamoe.training.moe_layers import find_moe_layers
 from llamamoe.training.recipe import LoraRecipe, load_pretrain_recipe
 
@@ -37,10 +38,11 @@ def test_active_parameters_are_those_of_the_headers(name: str, tied: bool, tmp_p
     model = tiny_moe(name, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "model")
     cost = inspect_checkpoint(tmp_path / "model").cost
-    embedding = 0 if tied else model.get_input_embeddings().weight.numel()
     biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("e_score_correction_bias"))
     found = active_parameters(model, find_moe_layers(model))
-    assert found - biases == cost.active_parameters - embedding - (cost_of_biases(tmp_path / "model"))
+    assert found - biases == cost.active_parameters - cost_of_biases(tmp_path / "model")
+    checkpoint = SafetensorsCheckpoint(tmp_path / "model")
+    assert read_shape(checkpoint.config, checkpoint.tensors).active == cost.active_parameters
 
 
 def cost_of_biases(folder: Path) -> int:
@@ -62,9 +64,9 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    active = active_parameters(model, find_moe_layers(model))
+    multiplied = active_parameters(model, find_moe_layers(model)) - looked_up_parameters(model)
     norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)  # no products
-    half = training_flops(active, config.num_hidden_layers, width, LENGTH)
+    half = training_flops(multiplied, config.num_hidden_layers, width, LENGTH)
     whole = half + 6.0 * config.num_hidden_layers * width * LENGTH - 6.0 * norms
     assert counter.get_total_flops() / (ROWS * LENGTH) == pytest.approx(whole, rel=1e-3)
 
@@ -79,8 +81,8 @@ def test_the_dry_run_counts_what_a_run_does(name: str, tmp_path: Path) -> None:
     given = {"model": "m", "data": data, "steps": 1, "batch_size": 1, "device": "cpu"}
     recipe = load_pretrain_recipe(given=given)
     paper = estimate(recipe, checkpoint.config, checkpoint.tensors, world_size=1).operations["student"]
-    active = active_parameters(model, find_moe_layers(model))
-    assert paper == pytest.approx(_flops_per_token(recipe, model.config, active), rel=1e-6)
+    multiplied = active_parameters(model, find_moe_layers(model)) - looked_up_parameters(model)
+    assert paper == pytest.approx(_flops_per_token(recipe, model.config, multiplied), rel=1e-6)
 
 
 def test_adapters_count_as_what_they_adapt() -> None:
@@ -116,9 +118,11 @@ def test_utilisation_is_operations_over_what_the_devices_can(
     pretrain(recipe_of(world, "steps=2"), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     times = [line["time"] for line in lines if line["kind"] == "train"]
-    active = json.loads((tmp_path / "run" / "facts.json").read_text())["active_parameters"]
+    checkpoint = SafetensorsCheckpoint(tmp_path / "run" / "model")
+    shape = read_shape(checkpoint.config, checkpoint.tensors)
+    assert json.loads((tmp_path / "run" / "facts.json").read_text())["active_parameters"] == shape.active
     for each in times:
-        operations = each["tokens_per_second"] * training_flops(active, 2, 64, 16)
+        operations = each["tokens_per_second"] * training_flops(shape.multiplied, 2, 64, 16)
         assert each["mfu_active"] == pytest.approx(operations / 1e9, rel=0.01)
 
 
