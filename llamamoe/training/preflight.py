@@ -15,6 +15,7 @@ from ..preflight import check_apart, check_kind
 from .corpora import held_out_corpus, training_corpus
 from .fit import check_fit
 from .metrics import check_lines
+from .model import check_folder
 from .ownership import (
     FACTS,
     FINAL,
@@ -144,10 +145,12 @@ def prepare_run_folder(folder: Path, recipe: PretrainRecipe, checkpoint: Path | 
         force: Delete what an earlier run left.
 
     Raises:
-        CheckpointError: The checkpoint is damaged; nothing was changed.
+        CheckpointError: The checkpoint is damaged, or no model that can be trained; nothing was changed.
     """
     if checkpoint is not None:
         check_contents(checkpoint, recipe)
+        if recipe.lora is None:  # else the model is loaded from the recipe's folder
+            check_folder(checkpoint, allow_dense=recipe.allow_dense)
         warn_of_metrics(checkpoint)
     if force:
         clear(folder)

@@ -486,14 +486,38 @@ class Evil:
         return Path.touch, (self.path,)
 
 
+def relist(checkpoint: Path, name: str) -> None:
+    """Put a changed file on the list as if the run had written it."""
+    manifest, data = json.loads((checkpoint / MANIFEST).read_text()), (checkpoint / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("resume", [True, "checkpoint-2"])
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "the weights are quantised (bitsandbytes)"),
+        ({"quantization_config": {}, "compression_config": "x"}, "the weights are quantised (x)"),
+        ({"auto_map": {"AutoModel": "a.B"}}, "brings its own code"),
+        ({"model_type": "bert"}, "model_type 'bert' is not a mixture of experts"),
+    ],
+)
+def test_a_checkpoint_is_checked_as_a_model_is(
+    keys: dict[str, Any], told: str, resume: bool | str, world: dict[str, str], run: Path
+) -> None:
+    """Whatever the list says: transformers raised ValueError in the midst of loading."""
+    for name in ("checkpoint-2", "checkpoint-4"):
+        change(run / name / "config.json", **keys)
+        relist(run / name, "config.json")
+    refused(world, run, told, kind=LlamaMoeError, resume=resume)
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_pickle_that_would_run_code_is_refused(name: str, world: dict[str, str], run: Path, tmp_path: Path) -> None:
     """Even one whose size and hash are listed."""
     torch.save({"state": Evil(tmp_path / "ran")}, run / "checkpoint-2" / name)
-    manifest = json.loads((run / "checkpoint-2" / MANIFEST).read_text())
-    data = (run / "checkpoint-2" / name).read_bytes()
-    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (run / "checkpoint-2" / MANIFEST).write_text(json.dumps(manifest))
+    relist(run / "checkpoint-2", name)
     with pytest.raises(CheckpointError, match="could run code"):
         pretrain(recipe_of(world, *OVERRIDES), run, resume="checkpoint-2")
     assert not (tmp_path / "ran").exists()
