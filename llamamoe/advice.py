@@ -14,6 +14,10 @@ HARD_ROUTER = (
     "that round probabilities to bfloat16 on almost all (a soft router or training ends that)"
 )
 """Measured by ``benchmarks/hard_router.py``."""
+UNTRAINED = (
+    "split without calibration or training: with all experts selected the model equals its parent; with top-k "
+    "selection, quality collapses until the model is trained"
+)
 BITSANDBYTES = (
     "bitsandbytes leaves the experts unquantised, because transformers 5 stacks them in one parameter; torchao and "
     "llama.cpp quantise them"
@@ -34,10 +38,7 @@ def advice(
     if layout.copies > 1:
         found.append("the experts are copies: larger than the parent and no cheaper per token, a start for training")
     elif calibration is None and layout.top_k < layout.num_experts:
-        found.append(
-            "split without calibration or training: with all experts selected the model equals its parent; with top-k "
-            "selection, quality collapses until the model is trained"
-        )
+        found.append(UNTRAINED)
     found += _unquantised(spec, layout)
     width = layout.expert_width
     padding = layout.padding(spec.intermediate_size)

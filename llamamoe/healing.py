@@ -22,9 +22,9 @@ from .checkpoint.writer import CheckpointWriter
 from .conversion import run_facts
 from .errors import UsageError
 from .loadable import check_model
-from .preflight import normal_path, recover_replaced, system_errors
+from .preflight import HEAL_RECEIPT_FILE, normal_path, recover_replaced, system_errors
 from .progress import ProgressCallback, ignore_progress
-from .recovery.output import RECEIPT_FILE, check_place, make_receipt, write_side_files
+from .recovery.output import check_place, make_receipt, write_side_files
 from .recovery.plan import HealPlan
 from .recovery.planning import plan_heal
 from .recovery.recipe import HealRecipe
@@ -134,7 +134,7 @@ class _Healing:
                     receipt = self._receipt(layers.run(writer), text, writer, warnings)
                     write_side_files(plan, writer.path, receipt, tokenizer)
                     receipt["run"] = run_facts(started) | {"processes": self.ranks.world}
-                    write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
+                    write_text(writer.path / HEAL_RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
                     for read in (plan.checkpoint, plan.dense.checkpoint):
                         read.check_unchanged()
                     writer.publish(replace=force)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
+from llamamoe.advice import UNTRAINED
 from llamamoe.calibration.text import calibration_text
 from llamamoe.healing import heal
 from llamamoe.recovery import job, training
@@ -167,6 +169,21 @@ def test_hard_softmax_routers_are_renormalised_and_a_layer_that_is_left_computes
         want, have = (load(folder)(input_ids=torch.arange(3, 35)[None]).logits for folder in (moe, result.out))
     assert float((want - have).abs().max()) < 1e-3 * float(want.abs().max())
     assert "left as it was" in (result.out / "README.md").read_text()
+
+
+def test_the_card_names_files_that_are_there_and_nothing_that_healing_ended(
+    dense: Path, text: Path, tmp_path: Path
+) -> None:
+    moe = convert(dense, tmp_path / "moe", target="mixtral")
+    assert UNTRAINED in (moe / "README.md").read_text()
+    out = heal(moe, tmp_path / "out", heal_recipe(text), parent=dense).out
+    card = (out / "README.md").read_text()
+    named = set(re.findall(r"llamamoe_\w+\.\w+", card))
+    assert named == {"llamamoe_heal.yaml"}
+    assert all((out / name).is_file() for name in named)
+    assert "num_experts: 4" in card, "the recipe of the conversion stands in it"
+    assert "until the model is trained" not in card
+    assert not re.search(r"## Good to know\s+(##|$)", card)
 
 
 def test_a_layer_that_got_worse_keeps_its_bytes(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..advice import UNTRAINED
 from ..checkpoint.card import read_card
 from ..checkpoint.files import copy_file, open_append, write_text
 from ..checkpoint.ledger import LEDGER, partial_path
@@ -20,10 +21,9 @@ from ..config_compat import missing_keys
 from ..errors import RefusedError
 from ..loadable import check_loads
 from ..mixing import rescaled_block
-from ..preflight import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, check_out, free_bytes
+from ..preflight import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECIPE_FILE, check_out, free_bytes
 from .plan import HealPlan, config_of, factors_of
 
-RECIPE_FILE, RECEIPT_FILE = HEAL_RECIPE_FILE, HEAL_RECEIPT_FILE
 _ROOM = 64 * 2**20
 
 
@@ -47,7 +47,7 @@ def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
 
 def _mark_finished(partial: Path) -> None:
     """Own up to a folder that a kill left between the end of its ledger and its new name: it begins again."""
-    if partial.is_dir() and not partial.is_symlink() and (partial / RECEIPT_FILE).is_file():
+    if partial.is_dir() and not partial.is_symlink() and (partial / HEAL_RECEIPT_FILE).is_file():
         open_append(partial / LEDGER).close()
 
 
@@ -58,7 +58,7 @@ def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], t
     write_text(folder / "config.json", json.dumps(healed_config(plan, receipt), indent=2, ensure_ascii=False) + "\n")
     carry(plan.checkpoint, tokenizer, folder)
     check_loads(folder)
-    write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
+    write_text(folder / HEAL_RECIPE_FILE, plan.recipe.to_yaml())
     write_text(folder / "README.md", healed_card(plan, receipt))
 
 
@@ -90,6 +90,9 @@ def healed_card(plan: HealPlan, receipt: Mapping[str, Any]) -> str:
         "## Is it the same model?\n\nNo: its layers were distilled from the parent's after the conversion, see Healed.\n\n",
         card,
     )
+    card = card.replace(f"--recipe {RECIPE_FILE}`, with", "--recipe RECIPE.yaml`, with RECIPE.yaml")
+    if any(layer["kept"] for layer in receipt["layers"]):
+        card = re.sub(r"(?m)^## Good to know\n+(?=## |\Z)", "", card.replace(f"- {UNTRAINED}\n", ""))
     errors = receipt["error"]
     rows = [
         f"| {layer['layer']} | {_number(layer['error_before'])} | {_number(layer['error_after'])} | "
@@ -100,6 +103,8 @@ def healed_card(plan: HealPlan, receipt: Mapping[str, Any]) -> str:
         card.rstrip(),
         "",
         "## Healed",
+        "",
+        f"`llamamoe heal MODEL OUT --parent PARENT --recipe {HEAL_RECIPE_FILE}`",
         "",
         f"llamamoe {__version__} trained the FFN of every converted layer on what the dense parent "
         f"`{plan.parent.name}` makes of the same inputs, {receipt['tokens']['trained']:,} tokens of text, "
