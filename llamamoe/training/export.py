@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
+from ..checkpoint.card import derived_card
 from ..checkpoint.files import write_text
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import LlamaMoeError
@@ -19,6 +21,9 @@ from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
 from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id
 from .run_folder import RECEIPT, complete
+
+if TYPE_CHECKING:
+    from .recipe import PretrainRecipe
 
 
 def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:
@@ -42,6 +47,7 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         if trainer.args.should_save:
             finish_folder(partial, source, {"trained": receipt["trained"]})
             check_loads(partial)
+            write_text(partial / "README.md", _card(trainer.parts.recipe, source, receipt["trained"]))
             write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())
             write_text(partial / RECEIPT, json.dumps(receipt, indent=1) + "\n")
             complete(partial, {"run": run_id(folder), "step": trainer.state.global_step})
@@ -57,6 +63,25 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         ) from error
     trainer.accelerator.wait_for_everyone()
     return final
+
+
+def _card(recipe: PretrainRecipe, source: Path, trained: Mapping[str, Any]) -> str:
+    """The model card: what was trained, for how long, and by which recipe."""
+    name = _called(recipe.model)
+    helped = f", distilling its dense parent `{_called(recipe.parent)}`" if recipe.parent and recipe.distill else ""
+    story = (
+        f"`llamamoe pretrain --recipe {RECIPE}` trained `{name}` on{helped}: {trained['steps']:,} steps of "
+        f"{recipe.batch_size:,} sequences of {recipe.data.block_length:,} tokens, {trained['tokens']:,} tokens in all. "
+        f"{RECIPE} is the recipe, {RECEIPT} says what was found at the start and which versions ran."
+    )
+    model_type = str(SafetensorsCheckpoint(source).config.get("model_type"))
+    return derived_card([source], [name], f"{name}, trained on", story, (), model_type=model_type)
+
+
+def _called(source: str) -> str:
+    """A hub id, or the name of a folder or file, never its place on this machine."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +79,19 @@ def test_the_configuration_has_both_spellings_and_our_facts(finished: Path, worl
     assert config["llamamoe"]["num_experts"] == 4
     assert not any(key.endswith("experts_implementation") for key in config)
     assert config.get("router_aux_loss_coef") == before.get("router_aux_loss_coef")
+
+
+def test_the_card_tells_what_was_trained(finished: Path, world: dict[str, str]) -> None:
+    receipt = json.loads((finished / "model" / "llamamoe_training_receipt.json").read_text())["trained"]
+    card = (finished / "model" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers"
+    assert "moe" in head["tags"]
+    for part in (Path(world["model"]).name, f"{receipt['steps']:,} steps", f"{receipt['tokens']:,} tokens in all"):
+        assert part in card, part
+    assert str(Path(world["model"]).parent) not in card, "no place on this machine"
+    for name in re.findall(r"[\w.]+\.(?:yaml|json)", card):
+        assert (finished / "model" / name).is_file(), name
 
 
 def test_every_checkpoint_is_a_model_of_its_own(finished: Path) -> None:
