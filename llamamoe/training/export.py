@@ -16,6 +16,7 @@ from ..checkpoint.files import write_text
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import LlamaMoeError
 from ..loadable import check_loads
+from ..plain_text import printable
 from ..streaming import quiet_transformers
 from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
@@ -79,9 +80,9 @@ def _card(recipe: PretrainRecipe, source: Path, trained: Mapping[str, Any]) -> s
 
 
 def _called(source: str) -> str:
-    """A hub id, or the name of a folder or file, never its place on this machine."""
+    """A hub id, or the name of a folder or file, never its place on this machine; what is not printable is escaped."""
     path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
+    return printable(path.resolve().name if path.exists() else source)
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -30,7 +30,7 @@ def test_summary_after_a_run(converted: tuple[Path, Result]) -> None:
     assert (out / "config.json").is_file()
     assert "mixtral, ready for transformers" in result.stdout
     assert "logits differ by" in result.stdout
-    assert "until it is trained" in result.stdout, "the honest line"
+    assert "until the model is trained" in result.stdout, "the honest line"
     assert result.stderr.startswith("convert: 3 of 3 layers"), "progress is on stderr, plain"
     assert "\x1b" not in result.output
 
@@ -238,7 +238,7 @@ def test_summary_after_calibration(dense: Path, tmp_path: Path, run: Run, calibr
     assert "ready for transformers" in result.stdout
     assert "of the dense output on the calibration text, in the middle layer by error" in result.stdout
     assert "before repair" in result.stdout
-    assert "until it is trained" not in result.stdout
+    assert "until the model is trained" not in result.stdout
     assert result.stderr.startswith("convert: ")
 
 
