@@ -71,12 +71,12 @@ def _card(recipe: PretrainRecipe, source: Path, trained: Mapping[str, Any]) -> s
     name = _called(recipe.model)
     helped = f", distilling its dense parent `{_called(recipe.parent)}`" if recipe.parent and recipe.distill else ""
     story = (
-        f"`llamamoe pretrain --recipe {RECIPE}` trained `{name}` on{helped}: {trained['steps']:,} steps of "
+        f"`llamamoe pretrain --recipe {RECIPE}` continued the pretraining of `{name}`{helped}: {trained['steps']:,} steps of "
         f"{recipe.batch_size:,} sequences of {recipe.data.block_length:,} tokens, {trained['tokens']:,} tokens in all. "
         f"{RECIPE} is the recipe, {RECEIPT} says what was found at the start and which versions ran."
     )
     model_type = str(SafetensorsCheckpoint(source).config.get("model_type"))
-    return derived_card([source], [name], f"{name}, trained on", story, (), model_type=model_type)
+    return derived_card([source], [name], f"{name} after continued pretraining", story, (), model_type=model_type)
 
 
 def _called(source: str) -> str:
