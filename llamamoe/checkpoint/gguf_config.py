@@ -89,6 +89,9 @@ def layout_of(header: GgufHeader) -> Layout:
         CheckpointError: It is no dense language model, or of an architecture that is not carried over.
     """
     metadata, path = header.metadata, header.path
+    for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre"):
+        if not isinstance(metadata.get(key, ""), str):
+            raise CheckpointError(f"{path}: {key} = {metadata[key]!r}, but it must be a name.", hint=ORIGINAL)
     kind = metadata.get("general.type", "model")
     arch = metadata.get("general.architecture")
     if kind != "model" or not isinstance(arch, str):

@@ -796,3 +796,10 @@ def test_smollm2_reads_english(tmp_path: Path) -> None:
     )
     assert kl.item() < 0.01
     assert (theirs.argmax(-1) == out.logits[0].argmax(-1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("key", ["tokenizer.ggml.model", "tokenizer.ggml.pre"])
+def test_a_name_that_is_a_list_is_refused(key: str, path: Path) -> None:
+    write_gguf(path, make_model(), metadata=lambda writer: writer.add_array(key, ["llama-bpe", "llama-bpe"]))
+    for weights_only in (True, False):
+        assert f"{key} = ['llama-bpe', 'llama-bpe']" in error(path, weights_only=weights_only)
