@@ -65,7 +65,7 @@ def test_everything_wrong_is_told_at_once_with_near_misses() -> None:
     [
         ({"tokens": 1e6}, "give either steps or tokens"),
         ({"steps": None}, "give either steps or tokens"),
-        ({"batch_size": 6, "micro_batch_size": 4}, "no multiple of micro_batch_size"),
+        ({"batch_size": 6, "micro_batch_size": 4}, "not a multiple of micro_batch_size"),
         ({"parent": None, "distill": {"kl": {}}}, "distill needs parent"),
         ({"data": {"train": "t", "update": "sheared_llama"}}, "needs data.reference_losses"),
         ({"data": {"train": "t", "reference_losses": "parent"}, "parent": None}, "needs parent"),
