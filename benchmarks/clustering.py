@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from llamamoe.splitters.balance import assign_balanced
-from llamamoe.splitters.clustering import balanced_kmeans
+from llamamoe.methods.solvers.balance import assign_balanced
+from llamamoe.methods.solvers.clustering import balanced_kmeans
 
 Timed = tuple[float, Any]
 

@@ -14,11 +14,11 @@ import shutil
 import time
 from pathlib import Path
 
-from llamamoe.data.mixture import MixtureSampler
-from llamamoe.data.mixtures import mixture_weights
+from llamamoe.data.recipe import load_tokenize_recipe
 from llamamoe.data.shards import TokenCorpus
-from llamamoe.data.token_recipe import load_tokenize_recipe
-from llamamoe.tokenization import tokenize
+from llamamoe.data.tokenize import tokenize
+from llamamoe.training.mixtures.sampler import MixtureSampler
+from llamamoe.training.mixtures.weights import mixture_weights
 
 SHAPES = ((8, 512), (64, 2048), (256, 4096))
 """Sequences of a batch, tokens of a sequence."""

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import llamamoe
-from llamamoe.experts import register_experts
+from llamamoe.models.experts import register_experts
 
 SHAPE = {
     **LLAMA_2_7B,
@@ -83,8 +83,8 @@ def ffn_blocks(top_k: int, dtype: torch.dtype, turns: int) -> dict[str, Any]:
 
 def models(work: Path) -> dict[str, Path]:
     """The checkpoints, made once."""
-    from llamamoe.checkpoint.gguf import GgufCheckpoint
-    from llamamoe.demonstration import model_file
+    from llamamoe.checkpoint.gguf.reader import GgufCheckpoint
+    from llamamoe.studies.demo import model_file
 
     places = {"dense": work / "dense"} | {f"{k} of {NUM_EXPERTS}": work / f"moe-{k}" for k in TOP_K}
     if not places["dense"].exists():

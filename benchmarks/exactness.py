@@ -22,9 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
-from llamamoe.checkpoint.gguf import export_dense
-from llamamoe.routers.scale import HARD_LOGIT
-from llamamoe.targets import TARGETS
+from llamamoe.architectures.targets import TARGETS
+from llamamoe.checkpoint.gguf.reader import export_dense
+from llamamoe.methods.router_scale import HARD_LOGIT
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.models import VARIANTS, make_dense

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from llamamoe.experts import register_experts
+from llamamoe.models.experts import register_experts
 
 OURS = register_experts()
 

@@ -19,7 +19,7 @@ from typing import Any
 import llamamoe
 from llamamoe.checkpoint.base import TensorInfo
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
-from llamamoe.training.estimate import Estimate, estimate
+from llamamoe.training.estimate.estimate import Estimate, estimate
 from llamamoe.training.recipe import load_pretrain_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -25,9 +25,9 @@ from typing import Any
 from filelock import FileLock
 
 import llamamoe
-from llamamoe.data.token_recipe import load_tokenize_recipe
-from llamamoe.healing import heal
-from llamamoe.recovery.recipe import load_heal_recipe
+from llamamoe.data.recipe import load_tokenize_recipe
+from llamamoe.healing.heal import heal
+from llamamoe.healing.recipe import load_heal_recipe
 from llamamoe.training.metrics import read_lines
 from llamamoe.training.recipe import load_pretrain_recipe
 
@@ -175,9 +175,9 @@ class Runner:
         """Text that the parent writes, by a seed."""
         path: Path = self.work / "sampled.jsonl"
         if not path.exists():
+            from llamamoe.architectures.dense_checkpoint import understand
             from llamamoe.calibration.sampled import open_tokenizer, sample_text
-            from llamamoe.dense import understand
-            from llamamoe.hub import locate, open_checkpoint
+            from llamamoe.checkpoint.locate import locate, open_checkpoint
 
             model = understand(open_checkpoint(locate(self.source)))
             tokenizer = open_tokenizer(model.checkpoint)

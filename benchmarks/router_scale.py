@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import llamamoe
-from llamamoe.assembly import torch_dtype
 from llamamoe.calibration.compute import choose_compute
-from llamamoe.calibration.inputs import LayerInputs
-from llamamoe.calibration.session import make_text
 from llamamoe.calibration.walk import Walk, cast_ffn, read_ffn
-from llamamoe.converted_ffn import ConvertedFfn, dense_outputs
-from llamamoe.evaluation import ScoringPlan, scoring_plan
-from llamamoe.layer import FfnWeights
-from llamamoe.layer_conversion import convert_layer
-from llamamoe.scoring import load_weights, open_model
+from llamamoe.conversion.assembly import torch_dtype
+from llamamoe.conversion.layer import convert_layer
+from llamamoe.conversion.session import make_text
+from llamamoe.evaluation.perplexity import ScoringPlan, scoring_plan
+from llamamoe.methods.inputs import LayerInputs
+from llamamoe.methods.layer import FfnWeights
+from llamamoe.methods.moe_layer import ConvertedFfn, dense_outputs
+from llamamoe.models.loading import load_weights, open_model
 from llamamoe.studies.measure import perplexity, replaced_ffns
 
 if TYPE_CHECKING:
-    from llamamoe.plan import SplitPlan
+    from llamamoe.conversion.plan import SplitPlan
 
 
 @dataclass(frozen=True)

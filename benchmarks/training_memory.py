@@ -30,10 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
-from llamamoe.data.token_recipe import load_tokenize_recipe
-from llamamoe.experts import register_experts
+from llamamoe.data.recipe import load_tokenize_recipe
+from llamamoe.models.experts import register_experts
 from llamamoe.training.distillation import Distillation
-from llamamoe.training.estimate import estimate
+from llamamoe.training.estimate.estimate import estimate
 from llamamoe.training.loss_head import LossHead, next_token_labels
 from llamamoe.training.parameters import freeze, optimizer_groups
 from llamamoe.training.parent import Parent, share_frozen

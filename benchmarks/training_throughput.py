@@ -25,9 +25,9 @@ ARMS = ("bare", "ours", "ours, everything", "dense")
 def prepare(work: Path) -> dict[str, str]:
     """The parent, its conversion, and tokens."""
     import llamamoe
-    from llamamoe.checkpoint.gguf import export_dense
-    from llamamoe.data.token_recipe import load_tokenize_recipe
-    from llamamoe.demonstration import model_file, write_topics
+    from llamamoe.checkpoint.gguf.reader import export_dense
+    from llamamoe.data.recipe import load_tokenize_recipe
+    from llamamoe.studies.demo import model_file, write_topics
 
     work.mkdir(parents=True, exist_ok=True)
     places = {name: work / name for name in ("dense", "moe", "text", "tokens")}
@@ -67,7 +67,7 @@ def bare(places: dict[str, str], steps: int, work: Path) -> list[float]:
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     from llamamoe.data.shards import TokenCorpus
-    from llamamoe.experts import register_experts
+    from llamamoe.models.experts import register_experts
 
     register_experts()
     corpus = TokenCorpus(places["tokens"])
@@ -91,7 +91,7 @@ def bare(places: dict[str, str], steps: int, work: Path) -> list[float]:
 
 def ours(places: dict[str, str], steps: int, work: Path, **keys: Any) -> list[float]:
     """`llamamoe.pretrain` on the same model."""
-    from llamamoe.training.assembly import assemble, deterministic
+    from llamamoe.training.build import assemble, deterministic
     from llamamoe.training.recipe import load_pretrain_recipe
 
     given = {

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llamamoe.calibration.cost import REFERENCE_FLOPS
+from llamamoe.conversion.calibration_cost import REFERENCE_FLOPS
 
 from ._format import amount, change, duration, error, plural, size
 from ._tables import bullets, facts, heading, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.calibration.cost import CalibrationPlan
-    from llamamoe.conversion import SplitResult
-    from llamamoe.costs import Cost
-    from llamamoe.plan import SplitPlan
+    from llamamoe.architectures.costs import Cost
+    from llamamoe.conversion.calibration_cost import CalibrationPlan
+    from llamamoe.conversion.plan import SplitPlan
+    from llamamoe.conversion.split import SplitResult
 
 
 def print_plan(plan: SplitPlan, source: str, *, verbose: bool) -> None:

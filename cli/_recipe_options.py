@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 import click
 
 from llamamoe.errors import UsageError
-from llamamoe.registry import near_misses
+from llamamoe.plugins import near_misses
 
 from ._style import Name, Option
 
@@ -28,7 +28,7 @@ def _registry(package: str, variable: str) -> Callable[[], list[str]]:
 
 def _literals(field: str) -> Callable[[], list[str]]:
     def names() -> list[str]:
-        from llamamoe.recipe import SplitRecipe
+        from llamamoe.conversion.recipe import SplitRecipe
 
         def flat(annotation: Any) -> list[str]:
             return [v for a in get_args(annotation) for v in ([a] if isinstance(a, str) else flat(a))]
@@ -68,7 +68,7 @@ class _Row(NamedTuple):
 
     def help(self) -> str:
         """The recipe's description, the names to choose from, the default and where it comes from."""
-        from llamamoe.recipe import SplitRecipe
+        from llamamoe.conversion.recipe import SplitRecipe
 
         info = SplitRecipe.model_fields[self.field]
         about = self.text or (info.description or "").rstrip(".")

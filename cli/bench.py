@@ -13,7 +13,7 @@ from ._tables import facts, heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.benching import Benchmark, ModelSpeed
+    from llamamoe.evaluation.bench import Benchmark, ModelSpeed
 
 HELP = """Measure how fast MODEL reads a prompt and writes after it, beside its dense parent, by plain transformers.
 

@@ -18,8 +18,8 @@ from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.budgeting import Allocation
-    from llamamoe.recipe import SplitRecipe
+    from llamamoe.conversion.recipe import SplitRecipe
+    from llamamoe.studies.budget.budget import Allocation
 
 HELP = """Choose which layers of SOURCE stay dense under one budget of active parameters, from measured sensitivity.
 
@@ -47,7 +47,7 @@ _UNSET = {
 
 
 def _measures() -> list[str]:
-    from llamamoe.sensitivities import SENSITIVITIES
+    from llamamoe.studies.budget.sensitivities import SENSITIVITIES
 
     return SENSITIVITIES.names()
 
@@ -117,7 +117,7 @@ def _check_file(file: Path, force: bool) -> None:
 
 
 def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> SplitRecipe:
-    from llamamoe.recipe import load_recipe
+    from llamamoe.conversion.recipe import load_recipe
 
     with recipe_file(recipe) as path:
         try:

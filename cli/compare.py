@@ -17,7 +17,7 @@ from ._tables import bullets, heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.comparison import ComparisonPlan, PlannedCell
+    from llamamoe.studies.compare import ComparisonPlan, PlannedCell
     from llamamoe.studies.recipe import CompareRecipe
     from llamamoe.studies.table import Comparison, Row
 
@@ -84,7 +84,7 @@ def command(
     }
     complete = _recipe(recipe, given, overrides)
     if dry_run:
-        from llamamoe.comparison import plan_comparison
+        from llamamoe.studies.compare import plan_comparison
 
         plan = plan_comparison(source, complete, out=out, only=only, tokenizer=tokenizer)
         output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan, out))

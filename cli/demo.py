@@ -13,7 +13,7 @@ from ._tables import bullets, heading, paragraph, table
 from ._text import echo
 
 if TYPE_CHECKING:
-    from llamamoe.demonstration import DemoResult
+    from llamamoe.studies.demo import DemoResult
 
 HELP = """Split SmolLM2-135M at random and with calibration text, prove that a split is exact, and measure what half of
 the FFN loses, beside the dense model and static pruning.
@@ -35,7 +35,7 @@ llamamoe demo /tmp/demo --max-tokens 2048
 @output_options
 def command(out: str, max_tokens: int, output: Output) -> None:
     """Run, print."""
-    from llamamoe.demonstration import demo
+    from llamamoe.studies.demo import demo
 
     with output.progress() as report:
         found = demo(out, max_tokens=max_tokens, progress=report)

@@ -12,7 +12,7 @@ from ._tables import bullets, facts
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.densifying import DensifyResult
+    from llamamoe.transforms.densify import DensifyResult
 
 HELP = """Put the experts of the converted checkpoint MODEL into one dense FFN again, into the folder OUT.
 

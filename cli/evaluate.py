@@ -16,8 +16,8 @@ from ._tables import heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.scores import Difference, Evaluation, ModelScores, Score
-    from llamamoe.task_evaluation import TaskEvaluation, TaskScore
+    from llamamoe.evaluation.scores import Difference, Evaluation, ModelScores, Score
+    from llamamoe.evaluation.tasks import TaskEvaluation, TaskScore
 
 HELP = """Measure how well MODEL predicts a text (perplexity and bits per byte, by domain and over all), or how it answers the
 tasks of lm-evaluation-harness.
@@ -67,7 +67,7 @@ def command(
     against: str | None, batch_size: int, tokenizer: str | None, dtype: str, device: str, output: Output,
 ) -> None:  # fmt: skip
     """Parse, evaluate, print."""
-    from llamamoe.evaluation import evaluate
+    from llamamoe.evaluation.perplexity import evaluate
 
     asked = bool(tasks or recipe)
     if asked == bool(text):
@@ -108,7 +108,7 @@ def _given(tasks: str | None, few_shot: int | None, limit: int | None, include: 
 
 
 def _tasks(model: str, recipe: str | None, given: dict[str, Any], output: Output, keys: dict[str, Any]) -> None:
-    from llamamoe.task_evaluation import evaluate_tasks, load_task_recipe
+    from llamamoe.evaluation.tasks import evaluate_tasks, load_task_recipe
 
     with recipe_file(recipe, "eval") as path:
         complete = load_task_recipe(path, given=given)

@@ -13,7 +13,7 @@ from ._tables import bullets, facts
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.exporting import GgufExport
+    from llamamoe.transforms.export_gguf import GgufExport
 
 HELP = """Write the converted checkpoint MODEL as the GGUF file OUT, for llama.cpp and everything built on it.
 

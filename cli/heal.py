@@ -15,9 +15,9 @@ from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.healing import HealResult
-    from llamamoe.recovery.plan import HealPlan
-    from llamamoe.recovery.recipe import HealRecipe
+    from llamamoe.healing.heal import HealResult
+    from llamamoe.healing.plan import HealPlan
+    from llamamoe.healing.recipe import HealRecipe
 
 HELP = """Distil the layers of the converted checkpoint MODEL from those of its dense parent, into the folder OUT.
 
@@ -95,16 +95,16 @@ def command(
 
 
 def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> HealRecipe:
-    from llamamoe.recovery.recipe import load_heal_recipe
+    from llamamoe.healing.recipe import load_heal_recipe
 
     with recipe_file(recipe, "heal") as path:
         return load_heal_recipe(path, given=given, overrides=overrides)
 
 
 def _plan(model: str, out: str | None, parent: str, recipe: HealRecipe, force: bool, output: Output) -> None:
-    from llamamoe.preflight import normal_path
-    from llamamoe.recovery.output import check_place
-    from llamamoe.recovery.planning import plan_heal
+    from llamamoe.checkpoint.out_folder import normal_path
+    from llamamoe.healing.output import check_place
+    from llamamoe.healing.planning import plan_heal
 
     plan = plan_heal(model, parent, recipe)
     if out is not None:
@@ -113,7 +113,7 @@ def _plan(model: str, out: str | None, parent: str, recipe: HealRecipe, force: b
 
 
 def _heal(model: str, out: str, recipe: HealRecipe, output: Output, **keys: Any) -> HealResult:
-    from llamamoe.healing import heal
+    from llamamoe.healing.heal import heal
 
     with kept_when_interrupted(out), output.progress() as report:
         return heal(model, out, recipe, progress=report, **keys)

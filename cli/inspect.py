@@ -15,7 +15,7 @@ from ._tables import bullets, facts, heading, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.inspection import Experts, Inspection
+    from llamamoe.architectures.inspect import Experts, Inspection
 
 HELP = """Say what the checkpoint PATH is and what it costs, from headers alone.
 
@@ -30,7 +30,7 @@ hub id. No weights are read.
 @output_options
 def command(path: str, output: Output) -> None:
     """Parse, inspect, print."""
-    from llamamoe.inspection import inspect_checkpoint
+    from llamamoe.architectures.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(path)
     output.result(found.to_json(), lambda: _print(found, verbose=output.verbose))

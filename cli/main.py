@@ -19,7 +19,7 @@ import click
 
 from llamamoe import __version__
 from llamamoe.errors import LlamaMoeError
-from llamamoe.registry import near_misses
+from llamamoe.plugins import near_misses
 
 from ._failures import told
 from ._output import VERBOSE, Interrupted

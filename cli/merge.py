@@ -12,7 +12,7 @@ from ._tables import bullets, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.merging import MergeResult
+    from llamamoe.transforms.merge import MergeResult
 
 HELP = """Average the weights of checkpoints of one architecture and size, into the folder of --out.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llamamoe.errors import UsageError
-from llamamoe.registry import near_misses
+from llamamoe.plugins import near_misses
 
 from ._output import Output, output_options
 from ._style import Command, Option
@@ -73,8 +73,8 @@ def command(name: str | None, as_matrix: bool, output: Output) -> None:
 
 def _advice() -> str:
     """Which methods to take, from what ``split`` takes by itself."""
-    from llamamoe.choices import CALIBRATED_DEFAULT as BEST
-    from llamamoe.choices import UNCALIBRATED_DEFAULT
+    from llamamoe.conversion.defaults import CALIBRATED_DEFAULT as BEST
+    from llamamoe.conversion.defaults import UNCALIBRATED_DEFAULT
 
     return (
         f"Which to take: with calibration text none need be named, split takes {BEST['method']}, shared by "
@@ -138,7 +138,7 @@ def _print_matrix(found: Matrix, *, verbose: bool) -> None:
 
 def _print_clients(*, verbose: bool) -> None:
     """What other programs compute of each target."""
-    from llamamoe.targets import clients
+    from llamamoe.architectures.targets import clients
 
     heading("In other programs")
     header, *rows = clients.table()

@@ -19,8 +19,8 @@ from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo, styled
 
 if TYPE_CHECKING:
-    from llamamoe.pretraining import PretrainResult
-    from llamamoe.training.planning import PretrainPlan
+    from llamamoe.training.plan import PretrainPlan
+    from llamamoe.training.pretrain import PretrainResult
     from llamamoe.training.recipe import PretrainRecipe
 
 HELP = """Continue pretraining a converted model, to recover what the conversion lost.

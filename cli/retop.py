@@ -12,7 +12,7 @@ from ._tables import bullets, facts
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.retopping import RetopResult
+    from llamamoe.transforms.retop import RetopResult
 
 HELP = """Write the converted checkpoint MODEL again, with another number of experts selected per token, into the folder OUT.
 

@@ -14,7 +14,7 @@ from ._recipe_options import WRITING, name_flags, recipe_file, recipe_options
 from ._style import Command, flag, tokenizer_option
 
 if TYPE_CHECKING:
-    from llamamoe.recipe import SplitRecipe
+    from llamamoe.conversion.recipe import SplitRecipe
 
 RECIPE, RUN = "Recipe", "This run"
 EXAMPLES = """
@@ -82,7 +82,7 @@ def command(
 
 
 def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> SplitRecipe:
-    from llamamoe.recipe import load_recipe
+    from llamamoe.conversion.recipe import load_recipe
 
     with recipe_file(recipe) as path:
         try:
@@ -94,8 +94,8 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
 def _plan(
     source: str, out: str | None, recipe: SplitRecipe, resume: bool, force: bool, tokenizer: str | None, output: Output
 ) -> None:
-    from llamamoe.conversion import plan_conversion
-    from llamamoe.preflight import check_out, check_room, normal_path
+    from llamamoe.checkpoint.out_folder import check_out, check_room, normal_path
+    from llamamoe.conversion.split import plan_conversion
 
     from ._plan import print_plan
 

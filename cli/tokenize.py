@@ -15,9 +15,9 @@ from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
+    from llamamoe.data.recipe import TokenizeRecipe
     from llamamoe.data.token_plan import TokenizePlan
-    from llamamoe.data.token_recipe import TokenizeRecipe
-    from llamamoe.tokenization import Tokenized
+    from llamamoe.data.tokenize import Tokenized
 
 HELP = """Turn text into token shards, domain by domain, once for all trainings.
 
@@ -87,14 +87,14 @@ def command(
 
 
 def _recipe(recipe: str, given: dict[str, Any], overrides: tuple[str, ...]) -> TokenizeRecipe:
-    from llamamoe.data.token_recipe import load_tokenize_recipe
+    from llamamoe.data.recipe import load_tokenize_recipe
 
     with recipe_file(recipe, "tokenize") as path:
         return load_tokenize_recipe(path, given=given, overrides=overrides)
 
 
 def _tokenize(recipe: TokenizeRecipe, out: str, output: Output, **keys: bool) -> Tokenized:
-    from llamamoe.tokenization import tokenize
+    from llamamoe.data.tokenize import tokenize
 
     try:
         with output.progress() as report:

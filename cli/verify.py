@@ -13,7 +13,7 @@ from ._tables import facts, heading, table
 from ._text import bold, echo, styled
 
 if TYPE_CHECKING:
-    from llamamoe.verification import Verification
+    from llamamoe.conversion.verify import Verification
 
 HELP = """Check the folder OUT, which `llamamoe split` wrote, against the dense checkpoint that it was made from.
 

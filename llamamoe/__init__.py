@@ -16,92 +16,92 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .benching import Benchmark, bench
-    from .budgeting import Allocation, allocate
+    from .architectures.config_compat import fix_config
+    from .architectures.inspect import Inspection, inspect_checkpoint
     from .catalog import Matrix, Method, list_methods, matrix
-    from .comparison import compare, plan_comparison
-    from .config_compat import fix_config
-    from .conversion import SplitResult, plan_conversion, split
-    from .data.token_recipe import TokenizeRecipe, load_tokenize_recipe
-    from .demonstration import DemoResult, demo
-    from .densifying import DensifyResult, densify
+    from .conversion.recipe import SplitRecipe, load_recipe
+    from .conversion.split import SplitResult, plan_conversion, split
+    from .conversion.verify import Verification, verify
+    from .data.recipe import TokenizeRecipe, load_tokenize_recipe
+    from .data.tokenize import Tokenized, tokenize
     from .errors import CheckpointError, LlamaMoeError, RefusedError, StoppedError, UsageError, VerificationError
-    from .evaluation import evaluate
-    from .experts import register_experts
-    from .exporting import GgufExport, export_gguf
-    from .healing import HealResult, heal
-    from .inspection import Inspection, inspect_checkpoint
-    from .merging import MergeResult, merge
-    from .pretraining import PretrainResult, pretrain
-    from .recipe import SplitRecipe, load_recipe
-    from .recovery.planning import plan_heal
-    from .recovery.recipe import HealRecipe, load_heal_recipe
-    from .reports import report
-    from .retopping import RetopResult, retop
-    from .scores import Evaluation
+    from .evaluation.bench import Benchmark, bench
+    from .evaluation.perplexity import evaluate
+    from .evaluation.scores import Evaluation
+    from .evaluation.tasks import TaskEvaluation, TaskRecipe, evaluate_tasks, load_task_recipe
+    from .healing.heal import HealResult, heal
+    from .healing.planning import plan_heal
+    from .healing.recipe import HealRecipe, load_heal_recipe
+    from .models.experts import register_experts
+    from .reporting.report import report
+    from .studies.budget.budget import Allocation, allocate
+    from .studies.compare import compare, plan_comparison
+    from .studies.demo import DemoResult, demo
     from .studies.recipe import CompareRecipe, load_compare_recipe
     from .studies.table import Comparison
-    from .task_evaluation import TaskEvaluation, TaskRecipe, evaluate_tasks, load_task_recipe
-    from .tokenization import Tokenized, tokenize
-    from .training.planning import PretrainPlan, plan_pretraining
+    from .training.plan import PretrainPlan, plan_pretraining
+    from .training.pretrain import PretrainResult, pretrain
     from .training.recipe import PretrainRecipe, load_pretrain_recipe
-    from .verification import Verification, verify
+    from .transforms.densify import DensifyResult, densify
+    from .transforms.export_gguf import GgufExport, export_gguf
+    from .transforms.merge import MergeResult, merge
+    from .transforms.retop import RetopResult, retop
 
 _PLACES = {
-    "split": "conversion",
-    "plan_conversion": "conversion",
-    "SplitResult": "conversion",
-    "verify": "verification",
-    "Verification": "verification",
-    "SplitRecipe": "recipe",
-    "load_recipe": "recipe",
-    "allocate": "budgeting",
-    "Allocation": "budgeting",
-    "evaluate": "evaluation",
-    "compare": "comparison",
-    "plan_comparison": "comparison",
+    "split": "conversion.split",
+    "plan_conversion": "conversion.split",
+    "SplitResult": "conversion.split",
+    "verify": "conversion.verify",
+    "Verification": "conversion.verify",
+    "SplitRecipe": "conversion.recipe",
+    "load_recipe": "conversion.recipe",
+    "allocate": "studies.budget.budget",
+    "Allocation": "studies.budget.budget",
+    "evaluate": "evaluation.perplexity",
+    "compare": "studies.compare",
+    "plan_comparison": "studies.compare",
     "Comparison": "studies.table",
     "CompareRecipe": "studies.recipe",
     "load_compare_recipe": "studies.recipe",
-    "Evaluation": "scores",
-    "inspect_checkpoint": "inspection",
-    "Inspection": "inspection",
+    "Evaluation": "evaluation.scores",
+    "inspect_checkpoint": "architectures.inspect",
+    "Inspection": "architectures.inspect",
     "list_methods": "catalog",
     "Method": "catalog",
     "matrix": "catalog",
     "Matrix": "catalog",
-    "fix_config": "config_compat",
-    "demo": "demonstration",
-    "DemoResult": "demonstration",
-    "heal": "healing",
-    "HealResult": "healing",
-    "plan_heal": "recovery.planning",
-    "HealRecipe": "recovery.recipe",
-    "load_heal_recipe": "recovery.recipe",
-    "tokenize": "tokenization",
-    "Tokenized": "tokenization",
-    "TokenizeRecipe": "data.token_recipe",
-    "load_tokenize_recipe": "data.token_recipe",
-    "register_experts": "experts",
-    "densify": "densifying",
-    "DensifyResult": "densifying",
-    "report": "reports",
-    "export_gguf": "exporting",
-    "GgufExport": "exporting",
-    "evaluate_tasks": "task_evaluation",
-    "load_task_recipe": "task_evaluation",
-    "TaskEvaluation": "task_evaluation",
-    "TaskRecipe": "task_evaluation",
-    "bench": "benching",
-    "Benchmark": "benching",
-    "merge": "merging",
-    "MergeResult": "merging",
-    "retop": "retopping",
-    "RetopResult": "retopping",
-    "pretrain": "pretraining",
-    "plan_pretraining": "training.planning",
-    "PretrainPlan": "training.planning",
-    "PretrainResult": "pretraining",
+    "fix_config": "architectures.config_compat",
+    "demo": "studies.demo",
+    "DemoResult": "studies.demo",
+    "heal": "healing.heal",
+    "HealResult": "healing.heal",
+    "plan_heal": "healing.planning",
+    "HealRecipe": "healing.recipe",
+    "load_heal_recipe": "healing.recipe",
+    "tokenize": "data.tokenize",
+    "Tokenized": "data.tokenize",
+    "TokenizeRecipe": "data.recipe",
+    "load_tokenize_recipe": "data.recipe",
+    "register_experts": "models.experts",
+    "densify": "transforms.densify",
+    "DensifyResult": "transforms.densify",
+    "report": "reporting.report",
+    "export_gguf": "transforms.export_gguf",
+    "GgufExport": "transforms.export_gguf",
+    "evaluate_tasks": "evaluation.tasks",
+    "load_task_recipe": "evaluation.tasks",
+    "TaskEvaluation": "evaluation.tasks",
+    "TaskRecipe": "evaluation.tasks",
+    "bench": "evaluation.bench",
+    "Benchmark": "evaluation.bench",
+    "merge": "transforms.merge",
+    "MergeResult": "transforms.merge",
+    "retop": "transforms.retop",
+    "RetopResult": "transforms.retop",
+    "pretrain": "training.pretrain",
+    "plan_pretraining": "training.plan",
+    "PretrainPlan": "training.plan",
+    "PretrainResult": "training.pretrain",
     "PretrainRecipe": "training.recipe",
     "load_pretrain_recipe": "training.recipe",
     "LlamaMoeError": "errors",

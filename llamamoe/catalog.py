@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from .architectures.dense_checkpoint import DenseModel, understand
+from .architectures.rescales import RESCALES
+from .architectures.sources import SOURCES, Source
+from .architectures.targets import TARGETS
+from .architectures.targets.clients import CLIENTS
 from .checkpoint.base import TensorInfo
-from .dense import DenseModel, understand
+from .conversion.plan import plan_split
+from .conversion.recipe import build_recipe
 from .errors import LlamaMoeError, RefusedError
-from .experts import EXPERTS, PREFIX
-from .mixtures import MIXTURES
-from .plan import plan_split
-from .recipe import build_recipe
-from .repairs import REPAIRS
-from .rescales import RESCALES
-from .routers import ROUTERS
-from .selectors import SELECTORS
-from .sources import SOURCES, Source
-from .splitters import SPLITTERS
-from .targets import TARGETS
-from .targets.clients import CLIENTS
+from .methods.repairs import REPAIRS
+from .methods.routers import ROUTERS
+from .methods.selectors import SELECTORS
+from .methods.splitters import SPLITTERS
+from .models.experts import EXPERTS, PREFIX
 from .training.gates import GATES
 from .training.losses import LOSSES
+from .training.mixtures.updates import MIXTURES
 
 if TYPE_CHECKING:
     import torch

@@ -7,21 +7,21 @@ import time
 
 import pytest
 
+from llamamoe.architectures.rescales import RESCALES
+from llamamoe.architectures.sources import SOURCES
+from llamamoe.architectures.targets import TARGETS
 from llamamoe.catalog import list_methods, matrix
-from llamamoe.conversion import plan_conversion
+from llamamoe.conversion.recipe import load_recipe
+from llamamoe.conversion.split import plan_conversion
 from llamamoe.errors import RefusedError
-from llamamoe.experts import EXPERTS, PREFIX
-from llamamoe.mixtures import MIXTURES
-from llamamoe.recipe import load_recipe
-from llamamoe.repairs import REPAIRS
-from llamamoe.rescales import RESCALES
-from llamamoe.routers import ROUTERS
-from llamamoe.selectors import SELECTORS
-from llamamoe.sources import SOURCES
-from llamamoe.splitters import SPLITTERS
-from llamamoe.targets import TARGETS
+from llamamoe.methods.repairs import REPAIRS
+from llamamoe.methods.routers import ROUTERS
+from llamamoe.methods.selectors import SELECTORS
+from llamamoe.methods.splitters import SPLITTERS
+from llamamoe.models.experts import EXPERTS, PREFIX
 from llamamoe.training.gates import GATES
 from llamamoe.training.losses import LOSSES
+from llamamoe.training.mixtures.updates import MIXTURES
 from tests.models import make_dense
 
 REGISTRIES = {

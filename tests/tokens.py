@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llamamoe.data.token_recipe import TokenizeRecipe, load_tokenize_recipe
+from llamamoe.data.recipe import TokenizeRecipe, load_tokenize_recipe
 from tests.models import make_tokenizer
 
 

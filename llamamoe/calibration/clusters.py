@@ -39,7 +39,7 @@ def text_clusters(ids_ST: np.ndarray, vocab_size: int, num_clusters: int, seed: 
     Raises:
         UsageError: There are fewer sequences than clusters, or no cluster.
     """
-    from ..splitters.clustering import balanced_kmeans
+    from ..methods.solvers.clustering import balanced_kmeans
 
     count = len(ids_ST)
     if not 1 <= num_clusters <= count:

@@ -11,7 +11,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from ..recipe import SplitRecipe
+    from ..conversion.recipe import SplitRecipe
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from typing import IO, TYPE_CHECKING
 
 from ..checkpoint.files import make_folder, remove_temporaries, replacing, write_text
 from ..errors import LlamaMoeError
+from ..methods.inputs import BATCH_TOKENS
+from ..models.streaming import LayerRunner, StreamedModel
 from ..progress import Progress, ProgressCallback, ignore_progress
-from ..streaming import LayerRunner, StreamedModel
-from .inputs import BATCH_TOKENS
 
 if TYPE_CHECKING:
     import torch
 
-    from ..dense import DenseModel
+    from ..architectures.dense_checkpoint import DenseModel
 
 DONE_FILE = "gradients.json"
 
@@ -195,7 +195,7 @@ class _Pass:
 
     def head(self, vocab_size: int) -> float:
         """Replace the last layer's output by the loss's gradient with respect to it; return the mean loss."""
-        from ..scoring import LOGITS_AT_ONCE
+        from ..models.loading import LOGITS_AT_ONCE
 
         last, total = self._hidden[-1], 0.0
         step = max(1, LOGITS_AT_ONCE // vocab_size)

@@ -17,8 +17,8 @@ from .text import MIN_TOKENS, CalibrationText
 if TYPE_CHECKING:
     import torch
 
+    from ..architectures.dense_checkpoint import DenseModel
     from ..checkpoint.base import Checkpoint
-    from ..dense import DenseModel
 
 SOURCE = "sampled from the parent"
 DOMAIN = "sampled"
@@ -70,7 +70,7 @@ def sample_text(
         CheckpointError: Transformers cannot load the parent, or a special token is none of its tokens.
         LlamaMoeError: The parent's logits are not finite.
     """
-    from ..streaming import StreamedModel
+    from ..models.streaming import StreamedModel
 
     _check(num_tokens, length, temperature, batch_size, model.spec.max_position_embeddings)
     length = min(length, num_tokens)
@@ -115,7 +115,7 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: There is none, or transformers cannot load it.
     """
-    from ..scoring import needed_tokenizer, open_model
+    from ..models.loading import needed_tokenizer, open_model
 
     if checkpoint.path.is_dir():
         return open_model(checkpoint.path).tokenizer

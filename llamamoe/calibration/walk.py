@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import set_size
 from ..errors import LlamaMoeError
-from ..layer import FfnWeights
-from ..streaming import LayerRunner, StreamedModel
-from .inputs import BATCH_TOKENS, LayerInputs
+from ..methods.inputs import BATCH_TOKENS, LayerInputs
+from ..methods.layer import FfnWeights
+from ..models.streaming import LayerRunner, StreamedModel
 
 if TYPE_CHECKING:
     import torch
 
-    from ..dense import DenseModel
+    from ..architectures.dense_checkpoint import DenseModel
     from .compute import Compute
     from .gradients import GradientStore
     from .text import CalibrationText
@@ -174,7 +174,7 @@ class Walk:
 
     def _measure(self, inputs: LayerInputs, layer: int, after_TH: torch.Tensor) -> None:
         """Fill in the size of the residual stream that the parent's FFN would leave at every token."""
-        from ..converted_ffn import dense_outputs
+        from ..methods.moe_layer import dense_outputs
 
         scale_T, factor = self._scale.flatten(), self.model.spec.residual_multiplier
         outputs = dense_outputs(inputs, read_ffn(self.model, layer))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..plain_values import beyond, oddities, whole
 from .paths import refuse_pointer
+from .plain_values import beyond, oddities, whole
 
 MOST_BYTES = 256 * 2**20
 """A tokenizer's largest file has about 40 MB, the index of a large model 10."""

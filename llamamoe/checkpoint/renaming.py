@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 from ..errors import RefusedError
-from ..preflight import free_bytes, system_errors
 from .files import replacing, write_text
 from .headers import read_header
 from .layout import index_json, shard_header
+from .out_folder import free_bytes, system_errors
 from .reader import INDEX, SafetensorsCheckpoint
 
 _CHUNK = 16 * 2**20

@@ -18,10 +18,10 @@ from ..checkpoint.files import is_locked, write_text
 from ..checkpoint.ledger import LEDGER, in_use, partial_path
 from ..checkpoint.manifest import file_sha256
 from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from .recipe import TokenizeRecipe
 from .token_index import TokenIndex
 from .token_merge import WORK, assemble, check_out, publish
 from .token_plan import plan_tokenize
-from .token_recipe import TokenizeRecipe
 from .tokenizing import Settings, Unit, UnitRecord, tokenizer_of
 from .vocabulary import open_vocabulary
 

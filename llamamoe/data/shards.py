@@ -14,8 +14,8 @@ import numpy as np
 from ..checkpoint.manifest import file_sha256
 from ..checkpoint.paths import refuse_pointers
 from ..errors import CheckpointError, RefusedError, UsageError
+from ..plugins import near_misses
 from ..progress import Progress, ProgressCallback, ignore_progress
-from ..registry import near_misses
 from .files import check_regular
 from .token_index import INDEX_FILE, TRAIN, VALIDATION, DomainEntry, TokenIndex, read_index
 
@@ -148,7 +148,7 @@ class TokenCorpus:
                 embedding for an id that is used.
             CheckpointError: It holds no tokenizer that can be loaded.
         """
-        from ..scoring import open_model
+        from ..models.loading import open_model
         from .vocabulary import open_vocabulary
 
         other, ours = open_vocabulary(model), self.index

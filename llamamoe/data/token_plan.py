@@ -12,9 +12,9 @@ from typing import Any
 
 from ..errors import LlamaMoeError, UsageError
 from .files import find_files
+from .recipe import TokenizeRecipe
 from .text import read_files
 from .token_index import FORMAT, VERSION
-from .token_recipe import TokenizeRecipe
 from .tokenizing import Unit
 from .vocabulary import Vocabulary
 

@@ -48,7 +48,7 @@ def open_vocabulary(folder: str | Path) -> Vocabulary:
             sequence.
     """
     from ..checkpoint.tokenizer import ids_sha256
-    from ..scoring import open_model
+    from ..models.loading import open_model
 
     opened = open_model(Path(folder))
     tokenizer = opened.tokenizer

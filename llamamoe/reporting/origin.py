@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.json_files import read_json
+from ..checkpoint.out_folder import DERIVED_FILE, HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECEIPT_FILE, RECIPE_FILE
 from ..checkpoint.paths import inside
 from ..errors import CheckpointError, UsageError
-from ..preflight import DERIVED_FILE, HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECEIPT_FILE, RECIPE_FILE
 from ..training.metrics import read_lines
 from ..training.ownership import METRICS
 from ..training.ownership import RECIPE as TRAINING_RECIPE

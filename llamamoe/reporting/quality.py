@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..calibration.inputs import LayerInputs
-from ..diagnostics import Contribution, contributions
-from ..layer import ExpertWeights, Partition
+from ..methods.contributions import Contribution, contributions
+from ..methods.inputs import LayerInputs
+from ..methods.layer import ExpertWeights, Partition
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class _Sums:
 class OracleCollector:
     """Compares the experts that a router selects with those that contribute most.
 
-    The contribution is ``||E_i(x)||^2`` (see `llamamoe.diagnostics.contributions`): all experts of a layer run for the
+    The contribution is ``||E_i(x)||^2`` (see `llamamoe.methods.contributions.contributions`): all experts of a layer run for the
     tokens that are looked at, from a float32 copy of its weights and ``N W^2`` numbers beside it; where those would be
     more than `MOST_GRAM` the power of the neurons stands in, which leaves out how they add up.
 

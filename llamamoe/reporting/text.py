@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..scores import Counts
+from ..evaluation.scores import Counts
 
 if TYPE_CHECKING:
     import torch
 
-    from ..evaluation import ScoringPlan
+    from ..evaluation.perplexity import ScoringPlan
 
 BATCH_TOKENS = 4096
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import LlamaMoeError
-from ..scores import Counts
+from ..evaluation.scores import Counts
 from .quality import OracleCollector, OutputNorms
 from .routing import RoutingCollector
 from .text import batches, counts
 
 if TYPE_CHECKING:
-    from ..evaluation import ScoringPlan
+    from ..evaluation.perplexity import ScoringPlan
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read(
     """
     import torch
 
-    from ..scoring import free_memory, load_weights
+    from ..models.loading import free_memory, load_weights
 
     model = load_weights(plan.side, dtype, device)
     used = str(model.dtype).removeprefix("torch.")

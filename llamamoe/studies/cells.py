@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from ..costs import Cost
-from ..dense import DenseModel
+from ..architectures.costs import Cost
+from ..architectures.dense_checkpoint import DenseModel
+from ..conversion.plan import SplitPlan, plan_split
+from ..conversion.recipe import NO_REPAIR, Choice
+from ..conversion.sizes import PAD_TO
 from ..errors import RefusedError, UsageError
-from ..plan import SplitPlan, plan_split
-from ..recipe import NO_REPAIR, Choice
-from ..registry import near_misses
-from ..sizing import PAD_TO
-from ..splitters import SPLITTERS
+from ..methods.splitters import SPLITTERS
+from ..plugins import near_misses
 from .recipe import DENSE, ORACLE, RANDOM, STATIC, CompareRecipe, StudyMethod
 from .sizes import SHARED_GATE, sizes_for_budget
 
 SIMULATED = "simulated: cannot be exported"
 FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
-"""Parts of `llamamoe.costs.Cost` that are the FFN's."""
+"""Parts of `llamamoe.architectures.costs.Cost` that are the FFN's."""
 _ATTEMPTS = 4
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.compute import Compute, choose_compute
-from ..calibration.session import make_text, with_clusters
 from ..calibration.text import CalibrationText, shared_documents
 from ..checkpoint.files import make_folder
+from ..checkpoint.locate import Location
+from ..conversion.recipe import AUTO
+from ..conversion.session import make_text, with_clusters
 from ..errors import UsageError
-from ..evaluation import pick_device, scoring_plan
-from ..hub import Location
+from ..evaluation.perplexity import pick_device, scoring_plan
+from ..evaluation.scores import ModelScores
+from ..models.loading import load_weights, open_model
 from ..progress import Progress, ProgressCallback, ignore_progress
-from ..recipe import AUTO
-from ..scores import ModelScores
-from ..scoring import load_weights, open_model
 from .cells import Cell
 from .in_memory import convert_in_memory
 from .measure import perplexity, replaced_ffns
@@ -31,7 +31,7 @@ from .store import sha256_of
 
 if TYPE_CHECKING:
     from ..calibration.gradients import GradientStore
-    from ..plan import SplitPlan
+    from ..conversion.plan import SplitPlan
 
 SAMPLED = "sampled"
 _WORK, _CHECKPOINTS = "work", "checkpoints"
@@ -184,8 +184,8 @@ class Engine:
 
     def export(self, cell: Cell, progress: ProgressCallback) -> dict[str, Any]:
         """Write the checkpoint of a cell, and measure it with `llamamoe.evaluate`."""
-        from ..conversion import split
-        from ..evaluation import evaluate
+        from ..conversion.split import split
+        from ..evaluation.perplexity import evaluate
 
         assert cell.plan is not None
         name = cell.label.replace("/", "_").replace(" ", "_").replace(",", "")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..assembly import torch_dtype
 from ..calibration.walk import Walk, cast_ffn, read_ffn
-from ..converted_ffn import ConvertedFfn, dense_outputs
-from ..layer import ExpertWeights, FfnWeights
-from ..layer_conversion import ConvertedLayer, as_function, as_stored, convert_layer
-from ..routers.oracle import oracle_logits
+from ..conversion.assembly import torch_dtype
+from ..conversion.layer import ConvertedLayer, as_function, as_stored, convert_layer
+from ..methods.layer import ExpertWeights, FfnWeights
+from ..methods.moe_layer import ConvertedFfn, dense_outputs
+from ..methods.routers.oracle import oracle_logits
 from .measure import inputs_of
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from ..calibration.compute import Compute
     from ..calibration.gradients import GradientStore
-    from ..calibration.inputs import LayerInputs
     from ..calibration.text import CalibrationText
-    from ..plan import SplitPlan
+    from ..conversion.plan import SplitPlan
+    from ..methods.inputs import LayerInputs
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.inputs import BATCH_TOKENS, LayerInputs
-from ..scores import ModelScores, model_scores
+from ..evaluation.scores import ModelScores, model_scores
+from ..methods.inputs import BATCH_TOKENS, LayerInputs
 
 if TYPE_CHECKING:
     import torch
 
-    from ..converted_ffn import ConvertedFfn
-    from ..evaluation import ScoringPlan
+    from ..evaluation.perplexity import ScoringPlan
+    from ..methods.moe_layer import ConvertedFfn
 
 
 def inputs_of(x_TH: torch.Tensor) -> LayerInputs:
@@ -58,7 +58,7 @@ def replaced_ffns(model: Any, ffns: Mapping[int, ConvertedFfn]) -> Iterator[None
 
 def _moved(ffn: ConvertedFfn, device: torch.device) -> ConvertedFfn:
     """The layer with its weights where they are used, so that they are not copied there again for every batch."""
-    from ..layer import ExpertWeights
+    from ..methods.layer import ExpertWeights
 
     weights = ffn.weights
     matrices = (matrix.to(device) for matrix in (weights.gate_PH, weights.up_PH, weights.down_HP))

@@ -9,20 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..recipe import (
-    AUTO,
-    Choice,
-    Device,
-    SplitRecipe,
-    build_recipe,
-    choose,
-    explain,
-    form,
-    load_plain,
-)
-from ..registry import near_misses
-from ..selectors import SELECTORS
-from ..splitters import SPLITTERS
+from ..conversion.recipe import AUTO, Choice, Device, SplitRecipe, build_recipe, choose, explain, form, load_plain
+from ..methods.selectors import SELECTORS
+from ..methods.splitters import SPLITTERS
+from ..plugins import near_misses
 
 DENSE, RANDOM, STATIC, ORACLE = "dense", "random", "static", "oracle router"
 """Names of the controls."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..architectures.sources.base import DenseSpec
+from ..conversion.sizes import round_up
 from ..errors import RefusedError
-from ..sizing import round_up
-from ..sources.base import DenseSpec
 
 USUAL_EXPERTS = 24
 SHARED_GATE = 1 / 3

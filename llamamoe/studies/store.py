@@ -20,11 +20,10 @@ from .cells import Cell
 
 FOLDER = "cells"
 _PACKAGE = __name__.split(".")[0]
-_METHODS = ("splitters", "routers", "selectors", "repairs", "rescales", "calibration", "assembly", "converted_ffn",
-            "diagnostics", "layer", "layer_conversion", "regression", "transport")  # fmt: skip
+_METHODS = ("methods", "calibration", "architectures.rescales", "conversion.assembly", "conversion.layer", "numerics")
 """Packages and modules that make a conversion what it is: imports of them are followed."""
-_ALWAYS = ("layer_conversion", "converted_ffn", "layer", "evaluation", "scoring", "data.encoding", "streaming",
-           "studies.in_memory", "studies.measure")  # fmt: skip
+_ALWAYS = ("conversion.layer", "methods.moe_layer", "methods.layer", "evaluation.perplexity", "models.loading",
+           "data.encoding", "models.streaming", "studies.in_memory", "studies.measure")  # fmt: skip
 """Modules that decide every cell."""
 _OF_TEXT = frozenset(
     {"calibration_tokens", "calibration_weights", "calibration_length", "compute_dtype", "repair_passes"}
@@ -168,8 +167,13 @@ def _closure(modules: frozenset[str]) -> dict[str, str]:
         if name not in found:
             digest, imported = _source(name)
             found[name] = digest
-            waiting |= {each for each in imported if each.split(".")[1:2] and each.split(".")[1] in _METHODS}
+            waiting |= {each for each in imported if _within(each)}
     return found
+
+
+def _within(module: str) -> bool:
+    """Return whether a module is one of those that make a conversion what it is, or lies in one."""
+    return any(f"{module}.".startswith(f"{_PACKAGE}.{name}.") for name in _METHODS)
 
 
 @functools.lru_cache(maxsize=256)

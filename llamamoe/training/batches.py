@@ -11,8 +11,8 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..data.mixture import MixtureSampler
     from ..data.shards import TokenCorpus
+    from .mixtures.sampler import MixtureSampler
     from .recipe import PretrainRecipe
 
 

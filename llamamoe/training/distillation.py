@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LlamaMoeError, RefusedError, UsageError
 from .distillation_options import DistillOptions, FfnTerm, HiddenTerm, resolve_layers
 from .loss_head import KlTarget
-from .model_parts import (
-    decoder_layers,
-    ffn_modules,
-    find_causal_lm,
-    first_tensor,
-    residual_multiplier,
-)
+from .model_parts import decoder_layers, ffn_modules, find_causal_lm, first_tensor, residual_multiplier
 from .routing import at_least_float32
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from .resuming import STATE, state_errors
 if TYPE_CHECKING:
     import torch
 
-    from ..data.mixture import MixtureSampler
-    from ..mixtures.base import MixtureUpdate
     from .balancing import BiasBalancing
     from .gates.base import Gate
+    from .mixtures.sampler import MixtureSampler
+    from .mixtures.updates.base import MixtureUpdate
     from .routing import Routing
     from .routing_statistics import RoutingStatistics
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..data.mixtures import mixture_weights
+from ..architectures.targets import TARGETS
 from ..errors import UsageError
-from ..mixtures import MIXTURES
-from ..targets import TARGETS
 from .distillation_options import resolve_layers
-from .estimate_shapes import read_shape
+from .estimate.shapes import read_shape
 from .gates import GATES
+from .mixtures.updates import MIXTURES
+from .mixtures.weights import mixture_weights
 from .moe_layers import CORRECTION_BIAS
 
 if TYPE_CHECKING:
     from ..checkpoint.reader import SafetensorsCheckpoint
     from ..data.shards import TokenCorpus
-    from .estimate_shapes import ModelShape
+    from .estimate.shapes import ModelShape
     from .recipe import PretrainRecipe
 
 

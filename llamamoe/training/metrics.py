@@ -158,7 +158,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def active_parameters(model: torch.nn.Module, layers: Iterable[Any]) -> int:
-    """Parameters that one token uses, counted as `llamamoe.costs` does: of the experts k of N, the rest whole."""
+    """Parameters that one token uses, counted as `llamamoe.architectures.costs` does: of the experts k of N, the rest whole."""
     inactive = 0
     for moe in layers:
         routed = sum(p.numel() for p in moe.experts.parameters())

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.config_compat import missing_keys
+from ..architectures.dense_checkpoint import refuse_foreign
+from ..architectures.sources import SOURCES
+from ..architectures.targets import TARGETS
 from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
-from ..config_compat import missing_keys
-from ..dense import refuse_foreign
 from ..errors import CheckpointError, RefusedError
-from ..sources import SOURCES
-from ..streaming import quiet_transformers
-from ..targets import TARGETS
+from ..models.streaming import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
 
 def _implementation(name: str) -> str:
     if name.startswith("llamamoe"):
-        from ..experts import register_experts
+        from ..models.experts import register_experts
 
         register_experts()
     return name

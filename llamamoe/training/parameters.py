@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..costs import role_of
+from ..architectures.costs import role_of
 from ..errors import CheckpointError, UsageError
 from .moe_layers import CORRECTION_BIAS
 from .recipe import GROUPS

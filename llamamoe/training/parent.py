@@ -155,10 +155,10 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
         CheckpointError: It is no dense model of a known family, or its files are broken.
         RefusedError: Its vocabulary or tokenizer is not the student's.
     """
+    from ..architectures.dense_checkpoint import understand
     from ..checkpoint.json_files import read_json
-    from ..dense import understand
-    from ..hub import open_parent, parent_vocabulary
-    from ..scoring import load_weights, open_model
+    from ..checkpoint.locate import open_parent, parent_vocabulary
+    from ..models.loading import load_weights, open_model
 
     spec = understand(open_parent(Path(folder), Path(student))).spec
     size = read_json(Path(student) / "config.json").get("vocab_size")
@@ -177,7 +177,7 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
 
 def _check_tokenizers(tokenizer: Any, parent: Path, student: Path) -> None:
     from ..checkpoint.tokenizer import difference
-    from ..scoring import open_model
+    from ..models.loading import open_model
 
     found = difference(tokenizer, open_model(student).tokenizer, templates=False)
     if found:
@@ -190,8 +190,8 @@ def _check_tokenizers(tokenizer: Any, parent: Path, student: Path) -> None:
 
 def _check_vocabulary(parent: Path, tokenizer: Any, student: Path) -> None:
     """Refuse a GGUF file whose own tokens have other ids than in the tokenizer that is used in its place."""
+    from ..checkpoint.locate import Location, open_checkpoint
     from ..checkpoint.tokenizer import parent_tokenizer
-    from ..hub import Location, open_checkpoint
 
     try:
         own = parent_tokenizer(open_checkpoint(Location(parent, parent.name)))

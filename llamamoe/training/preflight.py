@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.contents import content_fingerprint
 from ..checkpoint.files import remove_temporaries, write_text
 from ..checkpoint.json_files import read_json
+from ..checkpoint.locate import open_parent
+from ..checkpoint.out_folder import check_apart, check_kind
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError, UsageError
-from ..hub import open_parent
-from ..preflight import check_apart, check_kind
 from .corpora import held_out_corpus, training_corpus
 from .fit import check_fit
 from .metrics import check_lines
@@ -41,7 +41,7 @@ def check_place(out: Path, recipe: PretrainRecipe, source: Path, parent: Path | 
     """Refuse a run's folder that lies in what the run reads, or holds it, before anything is written.
 
     Raises:
-        RefusedError: So it does, or it is not a folder; see `llamamoe.preflight.check_apart` and `check_kind`.
+        RefusedError: So it does, or it is not a folder; see `llamamoe.checkpoint.out_folder.check_apart` and `check_kind`.
     """
     check_apart(out, source, "the model")
     if parent is not None:

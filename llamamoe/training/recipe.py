@@ -13,12 +13,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..mixtures import MIXTURES
-from ..recipe import Choice, apply_override, choose, parse_override, read_recipe_file, validated
+from ..conversion.recipe import Choice, apply_override, choose, parse_override, read_recipe_file, validated
 from .balancing import BalancingOptions
 from .distillation_options import DistillOptions
 from .gates import GATES
 from .losses import LOSSES
+from .mixtures.updates import MIXTURES
 from .trainer_keys import check_trainer_keys
 
 GROUPS = ("router", "experts", "shared", "dense_ffn", "attention", "norms", "embeddings", "head")

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.expert_weighting import renormalising, rescaled_block
 from ..errors import RefusedError
-from ..mixing import renormalising, rescaled_block
 from ..wide import wide
 from .moe_layers import MoeLayer
 from .routing import RouterTap, at_least_float32

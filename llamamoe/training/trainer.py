@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import LlamaMoeError
+from ..models.streaming import quiet_transformers
 from ..progress import Progress, ProgressCallback, ignore_progress
-from ..streaming import quiet_transformers
 from .divergence import diverged, first_bad
 from .lora import load_rest, save_rest
 from .metrics import MetricsFile, Sums, finite

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-from ..registry import near_misses
+from ..plugins import near_misses
 
 _OURS = {
     "output_dir": "--out",

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llamamoe
-from llamamoe import scoring
+from llamamoe.architectures.dense_checkpoint import DenseModel, understand
 from llamamoe.calibration.gradients import DONE_FILE, ffn_gradients
-from llamamoe.dense import DenseModel, understand
+from llamamoe.checkpoint.locate import locate, open_checkpoint
 from llamamoe.errors import LlamaMoeError
-from llamamoe.hub import locate, open_checkpoint
+from llamamoe.models import loading as scoring
+from llamamoe.models.streaming import LayerRunner
 from llamamoe.progress import Progress
-from llamamoe.streaming import LayerRunner
 from tests.models import VARIANTS, make_dense
 
 IDS = torch.randint(3, 128, (5, 12), generator=torch.Generator().manual_seed(0))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llamamoe.architectures.dense_checkpoint import DenseModel, understand
 from llamamoe.calibration.sampled import _draw, open_tokenizer, sample_text
-from llamamoe.dense import DenseModel, understand
+from llamamoe.checkpoint.locate import Location, open_checkpoint
 from llamamoe.errors import CheckpointError, LlamaMoeError, UsageError
-from llamamoe.hub import Location, open_checkpoint
 from llamamoe.progress import Progress
 from tests.models import make_dense, make_tokenizer
 

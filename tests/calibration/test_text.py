@@ -15,13 +15,7 @@ from transformers import AutoTokenizer
 from llamamoe.calibration import reading
 from llamamoe.calibration.reading import Piece, Pool, document_cap
 from llamamoe.calibration.soundness import odd_warnings, tokens_per_byte, unknown_share
-from llamamoe.calibration.text import (
-    CalibrationText,
-    calibration_text,
-    document_hash,
-    shared_documents,
-    shares,
-)
+from llamamoe.calibration.text import CalibrationText, calibration_text, document_hash, shared_documents, shares
 from llamamoe.data.text import read_documents
 from llamamoe.errors import CheckpointError, LlamaMoeError, UsageError
 from tests.models import make_tokenizer

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llamamoe.architectures.dense_checkpoint import DenseModel, understand
 from llamamoe.calibration.compute import Compute
 from llamamoe.calibration.text import CalibrationText
 from llamamoe.calibration.walk import Walk, read_ffn
-from llamamoe.converted_ffn import dense_outputs
-from llamamoe.dense import DenseModel, understand
+from llamamoe.checkpoint.locate import locate, open_checkpoint
 from llamamoe.errors import LlamaMoeError
-from llamamoe.hub import locate, open_checkpoint
+from llamamoe.methods.moe_layer import dense_outputs
 from tests.models import VARIANTS, make_dense
 
 CPU = Compute(torch.device("cpu"), torch.float32)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llamamoe
-from llamamoe.assembly import take
 from llamamoe.checkpoint import memory as module
 from llamamoe.checkpoint.memory import empty_bytes, reused_memory
 from llamamoe.checkpoint.writer import CheckpointWriter, tensor_bytes
+from llamamoe.conversion.assembly import take
 from tests.models import make_dense
 
 SIZE = 2**20

@@ -9,7 +9,7 @@ import pytest
 
 from llamamoe import load_recipe, plan_conversion, plan_pretraining, split, tokenize
 from llamamoe.checkpoint.tokenizer_ids import beyond_embedding
-from llamamoe.data.token_recipe import load_tokenize_recipe
+from llamamoe.data.recipe import load_tokenize_recipe
 from llamamoe.training.recipe import load_pretrain_recipe
 from tests.models import make_dense
 

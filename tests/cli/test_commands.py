@@ -12,7 +12,7 @@ from click.testing import Result
 from llamamoe_cli.evaluate import with_error
 
 from llamamoe.catalog import list_methods
-from llamamoe.demonstration import DemoResult, DemoRow
+from llamamoe.studies.demo import DemoResult, DemoRow
 
 from ..models import make_byte_level, make_dense
 from .conftest import Run
@@ -136,7 +136,7 @@ def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeyp
     result = DemoResult(
         tmp_path, (row, split), "What?", "topics", "protocol", ("It is ruined.",), tmp_path / "report.html", 61.0
     )
-    monkeypatch.setattr("llamamoe.demonstration.demo", lambda out, **_: result)
+    monkeypatch.setattr("llamamoe.studies.demo.demo", lambda out, **_: result)
     text = run("demo", tmp_path).stdout
     for expected in (
         "17.25",
@@ -156,7 +156,7 @@ def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeyp
 
 
 def test_demo_without_the_model_names_the_extra(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamamoe.demonstration.MODEL_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr("llamamoe.studies.demo.MODEL_PACKAGE", "no_such_package_here")
     assert "llamamoe[demo]" in run("demo", tmp_path / "out", code=1).stderr
 
 
@@ -255,7 +255,7 @@ def test_ctrl_c_promises_only_what_is_there(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        "llamamoe.tokenization.tokenize" if verb == "tokenize" else "llamamoe.compare", stopped, raising=False
+        "llamamoe.data.tokenize.tokenize" if verb == "tokenize" else "llamamoe.compare", stopped, raising=False
     )
     text = tmp_path / "text.txt"
     text.write_text("the cat " * 100)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from click.testing import Result
 
-from llamamoe.recovery.recipe import HealRecipe, load_heal_recipe
-from tests.healing import write_text
+from llamamoe.healing.recipe import HealRecipe, load_heal_recipe
+from tests.healing.common import write_text
 
 from .conftest import Run
 

@@ -15,8 +15,8 @@ from llamamoe_cli._style import SECTIONS, Command
 from llamamoe_cli.main import root
 
 import llamamoe
-from llamamoe.recipe import SplitRecipe
-from llamamoe.splitters import SPLITTERS
+from llamamoe.conversion.recipe import SplitRecipe
+from llamamoe.methods.splitters import SPLITTERS
 
 from .conftest import Run
 

@@ -26,7 +26,7 @@ class Case:
         target: The architecture.
         variant: A key of `tests.models.VARIANTS`.
         given: The recipe beyond its target; a ``calibration`` of True means text.
-        flags: Those that make it another entry of a client's results, see `llamamoe.targets.clients`.
+        flags: Those that make it another entry of a client's results, see `llamamoe.architectures.targets.clients`.
     """
 
     target: str

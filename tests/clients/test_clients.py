@@ -1,4 +1,4 @@
-"""What other programs make of our checkpoints is what the table says (`llamamoe.targets.clients`).
+"""What other programs make of our checkpoints is what the table says (`llamamoe.architectures.targets.clients`).
 
 Needs an interpreter with these programs, named by ``LLAMAMOE_CLIENTS_PYTHON`` (``make test-clients`` makes it).
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamamoe.targets.clients import CLIENTS
+from llamamoe.architectures.targets.clients import CLIENTS
 
 from .cases import CASES, build
 from .loading import PYTHON, run_client

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from llamamoe.config_values import check_rope, check_special, check_values
+from llamamoe.architectures.config_values import check_rope, check_special, check_values
+from llamamoe.architectures.sources import SOURCES
+from llamamoe.architectures.sources.fields import completed, fits
 from llamamoe.errors import CheckpointError
-from llamamoe.sources import SOURCES
-from llamamoe.sources.fields import completed, fits
 from tests.models import COMMON, VARIANTS
 
 FAMILIES = ("gemma", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llamamoe
-from llamamoe.targets import TARGETS
+from llamamoe.architectures.targets import TARGETS
 from tests.models import make_dense
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llamamoe
-from llamamoe.layer_conversion import convert_layer
+from llamamoe.conversion.layer import convert_layer
 from tests.models import VARIANTS, make_dense
 
 IDS = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))

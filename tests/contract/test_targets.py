@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llamamoe
-from llamamoe.conversion import convert_layer
-from llamamoe.layer import PADDING
-from llamamoe.rescales import RESCALES
-from llamamoe.targets import TARGETS
-from llamamoe.targets.base import Router
-from llamamoe.verification import HARD_TOLERANCE
+from llamamoe.architectures.rescales import RESCALES
+from llamamoe.architectures.targets import TARGETS
+from llamamoe.architectures.targets.base import Router
+from llamamoe.conversion.split import convert_layer
+from llamamoe.conversion.verify import HARD_TOLERANCE
+from llamamoe.methods.layer import PADDING
 from tests.models import VARIANTS, make_dense
 
 EXPERTS = 4

@@ -13,8 +13,8 @@ pytest.importorskip("datatrove")
 from llamamoe_recipes.tokenize import cluster
 
 from llamamoe.data.datatrove_pipeline import MergeIndex, TokenizeFiles, merge
+from llamamoe.data.tokenize import tokenize
 from llamamoe.errors import LlamaMoeError, RefusedError, UsageError
-from llamamoe.tokenization import tokenize
 from tests.hostile.conftest import digests
 from tests.slurm import environment
 from tests.tokens import make_model, make_text, recipe

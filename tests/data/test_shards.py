@@ -13,8 +13,8 @@ import pytest
 
 from llamamoe.data import shards
 from llamamoe.data.shards import TokenCorpus
+from llamamoe.data.tokenize import tokenize
 from llamamoe.errors import CheckpointError, RefusedError, UsageError
-from llamamoe.tokenization import tokenize
 from tests.tokens import configure, make_model, make_model_with_bos, make_text, recipe, stream
 
 

@@ -126,7 +126,7 @@ def _other_metadata(original: Path, path: Path, rng: random.Random) -> str:
     import gguf
     import numpy as np
 
-    from llamamoe.checkpoint.gguf_header import read_header
+    from llamamoe.checkpoint.gguf.header import read_header
 
     header = read_header(original)
     lists = {key for key, value in header.metadata.items() if isinstance(value, list)}

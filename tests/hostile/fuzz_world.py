@@ -71,8 +71,8 @@ class World:
 
     def gguf(self, family: str = "llama") -> Path:
         """A dense model in a GGUF file, with a byte-level vocabulary."""
-        from llamamoe.checkpoint.gguf_vocabulary import read_vocabulary
-        from tests.checkpoint.test_gguf import make_model, write_gguf
+        from llamamoe.checkpoint.gguf.vocabulary import read_vocabulary
+        from tests.checkpoint.gguf.test_gguf import make_model, write_gguf
 
         vocabulary = read_vocabulary(self.byte_level(), 300)
 

@@ -22,10 +22,11 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 
 import llamamoe
-from llamamoe import conversion
-from llamamoe.calibration import session, walk
+from llamamoe.calibration import walk
 from llamamoe.checkpoint import files, ledger, writer
-from llamamoe.verification import verify_conversion  # noqa: F401
+from llamamoe.conversion import session
+from llamamoe.conversion import split as conversion
+from llamamoe.conversion.verify import verify_conversion  # noqa: F401
 
 POINTS: dict[str, tuple[Any, str]] = {
     "pwrite": (os, "pwrite"),

@@ -15,12 +15,13 @@ import transformers.models.mixtral.modeling_mixtral  # noqa: F401  # what healin
 from transformers import AutoTokenizer  # noqa: F401
 
 import llamamoe.calibration.sampled
-import llamamoe.scoring  # noqa: F401
+import llamamoe.models.loading  # noqa: F401
 from llamamoe.checkpoint import files, ledger, writer
-from llamamoe.healing import heal
-from llamamoe.recovery import layers, training
-from llamamoe.recovery.ranks import Handoff
-from llamamoe.recovery.recipe import load_heal_recipe
+from llamamoe.healing import train_layer as training
+from llamamoe.healing import walk as layers
+from llamamoe.healing.heal import heal
+from llamamoe.healing.ranks import Handoff
+from llamamoe.healing.recipe import load_heal_recipe
 
 from .dying import Points, serve
 

@@ -12,7 +12,7 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401  # what training imports, once for all forks
 
-import llamamoe.scoring  # noqa: F401
+import llamamoe.models.loading  # noqa: F401
 from llamamoe import pretrain
 from llamamoe.checkpoint import manifest
 from llamamoe.training import dynamics, export, metrics, objective, trainer

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import llamamoe
-from llamamoe.healing import heal
-from llamamoe.recovery.recipe import HealRecipe
-from tests.healing import convert, heal_recipe, receipt, write_text
+from llamamoe.healing.heal import heal
+from llamamoe.healing.recipe import HealRecipe
+from tests.healing.common import convert, heal_recipe, receipt, write_text
 from tests.models import make_dense
 
 from .dying import ROOT, run_jobs

@@ -13,12 +13,12 @@ import yaml
 from click.testing import CliRunner
 from llamamoe_cli.main import root
 
-from llamamoe.data.token_recipe import load_tokenize_recipe
+from llamamoe.conversion.recipe import load_recipe
+from llamamoe.data.recipe import load_tokenize_recipe
 from llamamoe.errors import LlamaMoeError, UsageError
-from llamamoe.recipe import load_recipe
-from llamamoe.recovery.recipe import load_heal_recipe
+from llamamoe.evaluation.tasks import load_task_recipe
+from llamamoe.healing.recipe import load_heal_recipe
 from llamamoe.studies.recipe import load_compare_recipe
-from llamamoe.task_evaluation import load_task_recipe
 from llamamoe.training.recipe import load_pretrain_recipe
 
 Load = Callable[[Path], Any]

@@ -17,8 +17,8 @@ import pytest
 
 from llamamoe.checkpoint.ledger import LEDGER, Ledger
 from llamamoe.data import token_merge
+from llamamoe.data.tokenize import tokenize
 from llamamoe.errors import LlamaMoeError, RefusedError
-from llamamoe.tokenization import tokenize
 from tests.hostile.conftest import digests
 from tests.tokens import make_model, make_text, recipe
 
@@ -172,8 +172,8 @@ def test_a_damaged_ledger_is_refused(start: Start, place: Path, tmp_path: Path) 
 
 SCRIPT = """
 import multiprocessing, os, signal, sys
-from llamamoe.data.token_recipe import load_tokenize_recipe
-from llamamoe.tokenization import tokenize
+from llamamoe.data.recipe import load_tokenize_recipe
+from llamamoe.data.tokenize import tokenize
 
 def stop(step):
     if step.stage == "tokenize":

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from llamamoe.layer import FfnWeights, LayerContext
-from llamamoe.registry import Registry
-from llamamoe.splitters.base import Splitter
+from llamamoe.methods.layer import FfnWeights, LayerContext
+from llamamoe.methods.splitters.base import Splitter
+from llamamoe.plugins import Registry
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 HIDDEN, INTERMEDIATE, EXPERTS = 6, 14, 4
@@ -30,7 +30,11 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[Splitt
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
-    code = block("python").replace("from .base", "from llamamoe.splitters.base").replace("from ..", "from llamamoe.")
+    code = (
+        block("python")
+        .replace("from .base", "from llamamoe.methods.splitters.base")
+        .replace("from ..", "from llamamoe.")
+    )
     (package / "dealt.py").write_text(code)
     metadata = tmp_path / "my_package-1.0.dist-info"
     metadata.mkdir()
@@ -38,7 +42,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[Splitt
     group, entry = re.fullmatch(r'\[project\.entry-points\."(.+)"\]\n(.+)\n', block("toml")).groups()  # type: ignore[union-attr]
     (metadata / "entry_points.txt").write_text(f"[{group}]\n{entry.replace(chr(34), '')}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    return Registry("splitter", Splitter, "llamamoe.splitters")  # type: ignore[type-abstract]
+    return Registry("splitter", Splitter, "llamamoe.methods.splitters")  # type: ignore[type-abstract]
 
 
 @pytest.mark.parametrize("rank_by", ["gate", "up"])
@@ -64,9 +68,9 @@ def test_example_splitter_is_listed_beside_ours(registry: Registry[Splitter]) ->
 
 
 def test_example_splitter_runs_in_our_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import llamamoe.splitters
+    import llamamoe.methods.splitters
 
     (tmp_path / "dealt.py").write_text(block("python"))
-    monkeypatch.setattr(llamamoe.splitters, "__path__", [*llamamoe.splitters.__path__, str(tmp_path)])
-    found = Registry("splitter", Splitter, "llamamoe.splitters")  # type: ignore[type-abstract]
-    assert found.get("dealt").__module__ == "llamamoe.splitters.dealt"
+    monkeypatch.setattr(llamamoe.methods.splitters, "__path__", [*llamamoe.splitters.__path__, str(tmp_path)])
+    found = Registry("splitter", Splitter, "llamamoe.methods.splitters")  # type: ignore[type-abstract]
+    assert found.get("dealt").__module__ == "llamamoe.methods.splitters.dealt"

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 import llamamoe
+from llamamoe.architectures.targets import TARGETS, clients
 from llamamoe.catalog import Cell, matrix
-from llamamoe.choices import complete
-from llamamoe.recipe import SplitRecipe, load_recipe
-from llamamoe.targets import TARGETS, clients
+from llamamoe.conversion.defaults import complete
+from llamamoe.conversion.recipe import SplitRecipe, load_recipe
 from tests.models import make_byte_level, make_dense
 
 ROOT = Path(__file__).resolve().parents[2]

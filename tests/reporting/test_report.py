@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llamamoe
 from llamamoe import CheckpointError, LlamaMoeError, RefusedError, UsageError, load_recipe, split
 from llamamoe.reporting import text as report_text
+from llamamoe.reporting.report import report
 from llamamoe.reporting.routing import js_divergence, overlap
-from llamamoe.reports import report
 
 from ..models import make_dense
 from ..training.runs import make_text

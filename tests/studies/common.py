@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from llamamoe.dense import DenseModel, understand
-from llamamoe.hub import locate, open_checkpoint
+from llamamoe.architectures.dense_checkpoint import DenseModel, understand
+from llamamoe.checkpoint.locate import locate, open_checkpoint
 from llamamoe.studies.recipe import CompareRecipe, load_compare_recipe
 
 REPAIRED = {"name": "repaired", "method": "kmeans", "rescale": "unit", "shared_by": "power", "router": "ridge",

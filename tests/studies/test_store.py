@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llamamoe.routers import ROUTERS
-from llamamoe.splitters import SPLITTERS
+from llamamoe.methods.routers import ROUTERS
+from llamamoe.methods.splitters import SPLITTERS
 from llamamoe.studies.store import _ALWAYS, _closure
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamamoe import load_recipe, split, tokenize
-from llamamoe.data.token_recipe import load_tokenize_recipe
+from llamamoe.data.recipe import load_tokenize_recipe
 from llamamoe.training.recipe import PretrainRecipe, load_pretrain_recipe
 
 from ..models import make_dense

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llamamoe.data.mixture import MixtureSampler
 from llamamoe.data.shards import TokenCorpus
 from llamamoe.errors import UsageError
 from llamamoe.training.batches import Layout, TokenBatches
+from llamamoe.training.mixtures.sampler import MixtureSampler
 
 from ..models import make_dense
 from .runs import make_tokens

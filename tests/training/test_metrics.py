@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llamamoe import inspect_checkpoint, pretrain
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
-from llamamoe.training.assembly import _flops_per_token
+from llamamoe.training.build import _flops_per_token
 from llamamoe.training.dynamics import CollapsedError
-from llamamoe.training.estimate import estimate
-from llamamoe.training.estimate_shapes import read_shape
+from llamamoe.training.estimate.estimate import estimate
+from llamamoe.training.estimate.shapes import read_shape
 from llamamoe.training.lora import add_adapters
 from llamamoe.training.metrics import active_parameters, looked_up_parameters, peak_flops, training_flops
 from llamamoe.training.moe_layers import find_moe_layers

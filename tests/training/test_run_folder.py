@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from llamamoe import pretrain
+from llamamoe.checkpoint.out_folder import holds
 from llamamoe.errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
-from llamamoe.preflight import holds
 from llamamoe.training.ownership import begin, check_owned, clear, close_staging, open_staging
 from llamamoe.training.run_folder import checkpoints
 

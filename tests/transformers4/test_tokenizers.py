@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from llamamoe import split
+from tests.conversion.test_tokenizers import CASES, TARGETS, code_llama, code_llama_class, parent_of, recipe_for
 from tests.paths import needs_shared_data
-from tests.test_tokenizers import CASES, TARGETS, code_llama, code_llama_class, parent_of, recipe_for
 
 from .loading import PYTHON, expect_logits, run_older
 

@@ -1,6 +1,6 @@
 """Gates: how tokens are routed during training, one file each. In eval mode every gate is the native router."""
 
-from ...registry import Registry
+from ...plugins import Registry
 from .base import Gate
 
 GATES: Registry[Gate] = Registry("gate", Gate, __name__)  # type: ignore[type-abstract]

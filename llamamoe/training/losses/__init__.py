@@ -1,6 +1,6 @@
 """Losses on what routers do, one file each."""
 
-from ...registry import Registry
+from ...plugins import Registry
 from .base import LossContext, RoutingLoss
 
 LOSSES: Registry[RoutingLoss] = Registry("loss", RoutingLoss, __name__)  # type: ignore[type-abstract]

@@ -1,0 +1,180 @@
+"""``llamamoe.fix_config``: mend a folder that transformers 5 wrote, so that 4.57 computes the same.
+
+``save_pretrained`` and the Trainer of transformers 5 write rope and a few names in a new spelling only. Transformers
+4.57 does not know it and falls back to its defaults without a word: the model loads, and its logits are wrong. The
+old spelling is added beside the new one, with the same content, so that nothing changes for transformers 5. Tensors
+under the names that transformers 5 uses in memory (``save_original_format=False``, mergekit) get those of its files. A
+tokenizer saved under a class that 4.57 does not have gets the one that both have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.files import write_text
+from ..checkpoint.json_files import read_json
+from ..checkpoint.locate import check_folder
+from ..checkpoint.paths import inside
+from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint, check_side_files
+from ..checkpoint.renaming import rename_tensors, unusual_files
+from ..checkpoint.tokenizer import older_config
+from ..errors import CheckpointError, RefusedError
+from ..models.loadable import check_counts, check_loads_with, check_model
+from ..plugins import known_names
+from .sources import SOURCES
+from .targets import TARGETS
+
+_RENAMED = {"qwen3_moe": (("num_local_experts", "num_experts"),)}
+"""Per model_type: the key that transformers 5 writes, and the one that 4.57 reads."""
+_LONGROPE_ONLY = ("phi3",)
+"""Families that 4.57 checks for a ``rope_scaling`` of exactly type, short_factor and long_factor."""
+
+
+@dataclass(frozen=True)
+class Fixes:
+    """What was changed, or would be.
+
+    Attributes:
+        added: One line per key that ``config.json`` was lacking (``key: value``).
+        renamed: Files of weights whose tensors had other names, with the number of tensors that they hold now.
+        tokenizer: Whether ``tokenizer_config.json`` named a class, or special tokens, in a way that 4.57 refuses.
+    """
+
+    added: list[str]
+    renamed: dict[str, int]
+    tokenizer: bool = False
+
+
+def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
+    """Write into a folder what transformers 4.57 reads; transformers 5 loads the same model as before.
+
+    Keys are added to ``config.json``; files whose tensors have names that only transformers 5 understands are written
+    anew with the same data, and so is a ``tokenizer_config.json`` that 4.57 refuses. Done again it changes nothing.
+    Every file is replaced whole, ``config.json`` last.
+
+    Args:
+        path: A folder that ``save_pretrained``, the Trainer or mergekit wrote.
+        dry_run: Only say what would be changed.
+
+    Raises:
+        CheckpointError: It is not a readable checkpoint folder.
+        RefusedError: The architecture is not one of ours, 4.57 cannot compute it, or the disk is too small.
+    """
+    folder = Path(path).expanduser()
+    check_folder(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no config.json.", hint="Give the folder that save_pretrained or the Trainer wrote."
+        )
+    config = read_json(inside(folder, "config.json"))
+    check_side_files(folder)
+    _check_known(config)
+    there = (folder / INDEX).exists() or (folder / SINGLE).exists()
+    checkpoint = SafetensorsCheckpoint(folder) if there else None
+    added = _missing_checked(folder, config, checkpoint)
+    tokenizer = older_config(folder)
+    renamed: dict[str, int] = {}
+    if checkpoint is not None:
+        files = unusual_files(checkpoint)
+        renamed = {file.name: len(tensors) for file, tensors in files.items()}
+        if files and not dry_run:
+            rename_tensors(checkpoint, files)
+    if tokenizer is not None and not dry_run:
+        write_text(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n")
+    if added and not dry_run:
+        write_text(folder / "config.json", json.dumps(config | added, indent=2, ensure_ascii=False) + "\n")
+    return Fixes([f"{key}: {json.dumps(value)}" for key, value in added.items()], renamed, tokenizer is not None)
+
+
+def _missing_checked(
+    folder: Path, config: Mapping[str, Any], checkpoint: SafetensorsCheckpoint | None
+) -> dict[str, Any]:
+    """The keys to add, once transformers was found to load the folder without and with them."""
+    tensors = None if checkpoint is None else checkpoint.tensors
+    check_counts(config, tensors)
+    check_loads_with(folder, config)
+    added = missing_keys(config)
+    if added:
+        check_loads_with(folder, {**config, **added})
+    if tensors is not None:
+        check_model({**config, **added}, {name: info.shape for name, info in tensors.items()})
+    return added
+
+
+def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4.57 would miss in a configuration, as the keys to add.
+
+    Raises:
+        RefusedError: 4.57 cannot express it.
+    """
+    name = str(config["model_type"])
+    _check_holdable(name, config)
+    wanted = _rope(name, config)
+    wanted |= {old: config[new] for new, old in _RENAMED.get(name, ()) if new in config}
+    if config.get("dtype") is not None:
+        wanted["torch_dtype"] = config["dtype"]
+    # What is there already is kept: it says the same, or transformers 5 reads it too and must not change.
+    return {key: value for key, value in wanted.items() if config.get(key) is None and value is not None}
+
+
+def _check_known(config: Mapping[str, Any]) -> None:
+    name, known = config.get("model_type"), sorted({*SOURCES.names(), *TARGETS.names()})
+    if name not in known:
+        raise RefusedError(
+            f"config.json: model_type {name!r} is none whose two spellings are known here.",
+            hint=known_names(known),
+        )
+
+
+def _check_holdable(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse what no spelling can help: 4.57's class of that name computes something else."""
+    needs_five = TARGETS.get(name).needs_five if name in TARGETS else frozenset()
+    if "mixed_windows" in needs_five and len(set(config.get("layer_types") or ())) > 1:
+        raise RefusedError(
+            f"config.json: layer_types differ, but {name} has one attention window in transformers 4.57."
+        )
+    head_dim, heads, hidden = (config.get(k) for k in ("head_dim", "num_attention_heads", "hidden_size"))
+    if head_dim and heads and hidden and "head_dim" in needs_five and head_dim * heads != hidden:
+        raise RefusedError(
+            f"config.json: head_dim = {head_dim}, but transformers 4.57 takes {name}'s to be {hidden} / {heads}."
+        )
+
+
+def _rope(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The old spelling of rope; nothing if the configuration does not use the new one."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or not rope:
+        return {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise RefusedError("config.json: rope_parameters differ between layers, which transformers 4.57 cannot hold.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
+    original = rope.get("original_max_position_embeddings") if kind != "default" else None
+    wanted = {
+        "rope_theta": rope.get("rope_theta"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor"),
+        "original_max_position_embeddings": original,
+    }
+    if kind != "default":
+        wanted["rope_scaling"] = _longrope(name, config, scaling) if kind == "longrope" else scaling
+        if name in _LONGROPE_ONLY and kind != "longrope":
+            raise RefusedError(f"config.json: transformers 4.57 has no {kind} rope for {name}.")
+    return wanted
+
+
+def _longrope(name: str, config: Mapping[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+    """Longrope, whose factor 4.57 always takes to be the ratio of the two context lengths."""
+    ratio = (config.get("max_position_embeddings") or 0) / (scaling.get("original_max_position_embeddings") or 1)
+    factor = scaling.get("factor")
+    strange = scaling.get("attention_factor") is None and factor is not None and factor != ratio
+    if strange or (name in _LONGROPE_ONLY and scaling.get("attention_factor") is not None):
+        raise RefusedError(
+            f"config.json: transformers 4.57 cannot scale {name}'s attention by the longrope factor given here."
+        )
+    if name in _LONGROPE_ONLY:
+        return {"type": "longrope", **{key: scaling[key] for key in ("short_factor", "long_factor")}}
+    return scaling

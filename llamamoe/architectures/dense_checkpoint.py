@@ -1,0 +1,161 @@
+"""What a dense checkpoint is, checked against its own configuration before anything else happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.base import FLOAT_DTYPES, Checkpoint
+from ..checkpoint.reader import refuse_tokenizer_code
+from ..errors import CheckpointError
+from ..plugins import known_names
+from .config_values import SIZE_KEYS, check_rope, check_special, check_values
+from .sources import SOURCES, DenseSpec, Read, Source
+from .sources.fields import completed
+
+if TYPE_CHECKING:
+    import torch
+
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+_IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+_QUANTISED = (
+    ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale",
+    ".weight_scale_inv",
+)  # fmt: skip
+"""How the tensors of GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints end."""
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense checkpoint that was understood: its family, its sizes, and where each canonical tensor lies."""
+
+    checkpoint: Checkpoint
+    source: Source
+    spec: DenseSpec
+    reads: Mapping[str, Read]
+
+    def dtype_of(self, name: str) -> str:
+        """The stored dtype (safetensors name) of a canonical tensor."""
+        return self.checkpoint.tensors[self.reads[name].name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A canonical tensor in its stored dtype (float32 if reading changes values)."""
+        read = self.reads[name]
+        tensor = self.checkpoint.read(read.name, read.rows)
+        for op, value in read.ops:
+            tensor = tensor.float() + value if op == "add" else tensor.float() * value
+        return tensor
+
+
+def understand(checkpoint: Checkpoint) -> DenseModel:
+    """Check that the checkpoint is a dense model of a known family whose files agree with its configuration.
+
+    O(number of tensors); no tensor is read.
+
+    Raises:
+        CheckpointError: It is not; the message names the key or tensor and the rule.
+    """
+    config = checkpoint.config
+    refuse_foreign(checkpoint)
+    _refuse_mixture(config)
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in SOURCES:
+        raise CheckpointError(
+            f"config.json: model_type {name!r} is not a dense family that can be converted exactly.",
+            hint=known_names(SOURCES.names()),
+        )
+    source = SOURCES.get(name)()
+    check_values(config, source.fields)
+    config = completed(config, source.fields)
+    layers = config.get("num_hidden_layers") or 0
+    if layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers = {layers}, but the files hold only {len(checkpoint.tensors)} tensors: "
+            "config and weights disagree."
+        )
+    spec = source.spec(config)
+    check_rope(spec)
+    check_special(spec)
+    if spec.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors:
+        spec = replace(spec, tie_word_embeddings=False)  # transformers 5 does not tie tensors that differ
+    try:
+        _check_tensors(checkpoint, source.raw_shapes(spec))
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint=_left_out(checkpoint.config, config) or error.hint) from None
+    return DenseModel(checkpoint, source, spec, source.canonical(spec))
+
+
+def refuse_foreign(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that brings its own code or holds quantised weights.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    config = checkpoint.config
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json has an 'auto_map': the checkpoint brings its own code, which is never run.",
+            hint="Save it as one of transformers' own architectures first.",
+        )
+    refuse_tokenizer_code(checkpoint.path)  # a GGUF file has none; its --tokenizer was checked at opening
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        kind = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise CheckpointError(
+            f"the weights are quantised ({kind}): what is made of them would not be exact.",
+            hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
+        )
+    name = next((n for n in checkpoint.tensors if n.endswith(_QUANTISED)), None)
+    if name:
+        raise CheckpointError(
+            f"the weights are quantised (there is a tensor {name!r}): what is made of them would not be exact.",
+            hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
+        )
+
+
+def _refuse_mixture(config: Mapping[str, Any]) -> None:
+    experts = next((k for k in _EXPERT_KEYS if isinstance(config.get(k), int) and config[k] > 1), None)
+    if experts:
+        raise CheckpointError(
+            f"config.json: {experts} = {config[experts]}, so this is already a mixture of experts.",
+            hint="Give the dense model that it was made from.",
+        )
+
+
+def _left_out(given: Mapping[str, Any], completed: Mapping[str, Any]) -> str | None:
+    """Name the sizes whose defaults were taken, because weights that disagree may disagree with these."""
+    told = [f"{key} ({completed[key]})" for key in SIZE_KEYS if key not in given and completed.get(key) is not None]
+    return (
+        f"config.json leaves out {', '.join(told)}, which {'has' if len(told) == 1 else 'have'} the family's default."
+        if told
+        else None
+    )
+
+
+def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors that config.json implies are missing, the first is {missing[0]!r}: config and weights disagree.",
+            hint="The folder was saved from the model without its head: save it from AutoModelForCausalLM."
+            if missing == ["lm_head.weight"]
+            else None,
+        )
+    for name, shape in expected.items():
+        info = checkpoint.tensors[name]
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{name} is stored as {info.dtype}: only {', '.join(FLOAT_DTYPES)} can be split exactly.",
+                hint="Use the unquantised checkpoint.",
+            )
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{name} has shape {list(info.shape)}, but config.json implies {list(shape)}: config and weights disagree."
+            )
+    unknown = [n for n in checkpoint.tensors if n not in expected and not n.endswith(_IGNORED)]
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} tensors do not belong to the architecture in config.json, the first is {unknown[0]!r}: "
+            "dropping them would not be exact."
+        )

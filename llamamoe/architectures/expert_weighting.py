@@ -1,0 +1,169 @@
+"""How a converted checkpoint weighs the experts that it selects, read from its configuration."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from ..errors import CheckpointError, RefusedError, UsageError
+from ..plugins import near_misses
+from .rescales import RESCALES
+from .sources.base import number, positive
+from .targets import TARGETS
+from .targets.base import Target, Weighting, weight
+
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""How architectures spell N in ``config.json``."""
+TOP_K_KEYS = ("num_experts_per_tok", "moe_k")
+"""The same of k."""
+_ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.weight$|\.block_sparse_moe\.router\.layer\.weight$")
+_ROUTED_DOWN = re.compile(
+    r"\.experts\.\d+\.(down_proj|w2)\.weight$|\.block_sparse_moe\.output_linear\.weight$|\.experts\.down_proj$"
+)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The weights of selected experts at equal logits.
+
+    Attributes:
+        target: The architecture.
+        num_experts: N.
+        top_k: k.
+        weighting: What the router makes of its scores.
+        factor: What the configuration multiplies the weights by (1 where it cannot).
+    """
+
+    target: Target
+    num_experts: int
+    top_k: int
+    weighting: Weighting
+    factor: float
+
+    @property
+    def mean_weight(self) -> float:
+        """What one selected expert's output is multiplied by when all logits are equal."""
+        return self.factor * weight(self.weighting, self.num_experts, self.top_k)
+
+
+def mixing_of(config: Mapping[str, Any]) -> Mixing:
+    """Read it from ``config.json``.
+
+    Raises:
+        RefusedError: It is not a mixture of experts of an architecture that is known here.
+        CheckpointError: A number in it cannot be.
+    """
+    name = str(config.get("model_type"))
+    if name not in TARGETS or not TARGETS.get(name).routed:
+        known = [each for each in TARGETS.names() if TARGETS.get(each).routed]
+        raise RefusedError(
+            f"model_type {name!r} is not a mixture of experts that is known here.",
+            hint=f"Known are {', '.join(known)}.",
+        )
+    target = TARGETS.get(name)()
+    stated = next((key for key in EXPERT_KEYS if config.get(key) is not None), EXPERT_KEYS[0])
+    num_experts, top_k = positive(config, stated), positive(config, target.top_k_key)
+    check_top_k(config)
+    weighting = target.weightings[0]
+    if len(target.weightings) > 1 and not config.get("norm_topk_prob", target.scaling_knob):
+        weighting = target.weightings[1]
+    factor = number(config, "routed_scaling_factor", 1.0) if target.scaling_knob else 1.0
+    if factor <= 0:
+        raise CheckpointError(f"config.json: routed_scaling_factor = {factor!r}, but it must be above 0.")
+    return Mixing(target, num_experts, top_k, weighting, factor)
+
+
+def check_top_k(config: Mapping[str, Any]) -> None:
+    """Refuse more selected experts than there are: transformers fails over them only when the model runs.
+
+    Args:
+        config: ``config.json``; counts that are not numbers are passed over.
+
+    Raises:
+        CheckpointError: Both keys are named.
+    """
+    here = {key: config[key] for key in (*TOP_K_KEYS, *EXPERT_KEYS) if isinstance(config.get(key), int)}
+    for top_k, count in product(TOP_K_KEYS, EXPERT_KEYS):
+        if top_k in here and count in here and here[top_k] > here[count]:
+            raise CheckpointError(
+                f"config.json: {top_k} = {here[top_k]}, but it must be at most {count} = {here[count]}.",
+                hint="Download config.json again, or correct it.",
+            )
+
+
+def rescale_of(config: Mapping[str, Any], asked: str | None) -> str | None:
+    """Name of the rescale that holds: the conversion's, or that which is asked for where nothing names one.
+
+    Raises:
+        UsageError: There is no such rescale, or the conversion's is another.
+    """
+    named = (config.get("llamamoe") or {}).get("rescale")
+    for name in (named, asked):
+        if name is not None and name not in RESCALES:
+            raise UsageError(f"{name!r} is not a rescale.", hint=near_misses(str(name), RESCALES.names()))
+    if named is not None and asked not in (None, named):
+        raise UsageError(
+            f"the model was converted with the rescale {named!r}, so {asked!r} does not hold.",
+            hint="Leave --rescale out.",
+        )
+    return named or asked
+
+
+def may_overlap(config: Mapping[str, Any]) -> bool:
+    """Whether neurons of a conversion may stand in several experts (`gradient` with overlap `inner`)."""
+    block = config.get("llamamoe") or {}
+    return block.get("method") == "gradient" and block.get("parity") != "exact"
+
+
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with every default of its class in transformers; ours is left out.
+
+    Raises:
+        CheckpointError: Transformers has no such class, or cannot read it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    given = copy.deepcopy({key: value for key, value in config.items() if key != "llamamoe"})  # it is written into
+    try:
+        found: dict[str, Any] = CONFIG_MAPPING[given["model_type"]].from_dict(given).to_dict()
+    except Exception as error:  # files of others can fail in any way
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"config.json cannot be read by transformers: {lines[0]}") from error
+    return found
+
+
+def rescaled_block(block: Mapping[str, Any], *, weights: float = 1.0, config: float = 1.0) -> dict[str, Any]:
+    """Our entry in the configuration, after routed outputs were multiplied in addition to what the conversion did.
+
+    Args:
+        block: The entry.
+        weights: What the stored down projections were multiplied by.
+        config: What ``routed_scaling_factor`` was multiplied by.
+    """
+    found = dict(block)
+    for key, ratio in (("factor", weights * config), ("baked_factor", weights)):
+        if isinstance(found.get(key), int | float):
+            found[key] *= ratio
+    return found
+
+
+def renormalising(*, sigmoid: bool, num_experts: int, top_k: int) -> dict[str, float]:
+    """What routed outputs are multiplied by when a router's weights are made to sum to one, for `rescaled_block`.
+
+    Softmax gave each selected expert 1/N and then gives 1/k; sigmoid gave 1/2, which ``routed_scaling_factor`` makes up for.
+    """
+    return {"config": 0.5 * top_k} if sigmoid else {"weights": top_k / num_experts}
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor holds a router's rows."""
+    return _ROUTER.search(name) is not None
+
+
+def is_routed_down(name: str) -> bool:
+    """Whether a tensor is the down projection of one routed expert, or of all."""
+    return _ROUTED_DOWN.search(name) is not None

@@ -1,0 +1,212 @@
+"""A converted checkpoint, read back: what is around its FFNs, and the neurons in them, whatever the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.reader import SafetensorsCheckpoint
+from ..errors import CheckpointError, RefusedError
+from .expert_weighting import Mixing, complete_config, mixing_of, rescale_of
+from .inspect import Experts, inspect_checkpoint
+from .rescales import RESCALES
+from .sources.base import DenseSpec
+from .targets.base import Combine, Copy, MoeLayout, Neurons, OutTensor, Target
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class FfnParts:
+    """The neurons of one FFN, shared ones first, then expert by expert, in the units of a dense FFN.
+
+    Attributes:
+        gate_PH: ``[P, H]``, as stored.
+        up_PH: ``[P, H]``, as stored.
+        down_HP: ``[H, P]``, what the architecture multiplies outputs by taken back out; as stored where that is 1.
+    """
+
+    gate_PH: torch.Tensor
+    up_PH: torch.Tensor
+    down_HP: torch.Tensor
+
+
+class ConvertedModel:
+    """A checkpoint of one of the targets, opened: headers are known, no tensor is in memory.
+
+    Args:
+        checkpoint: The folder.
+        rescale: The rescale that holds (see `llamamoe.architectures.rescales`); None: the one that the conversion names.
+
+    Raises:
+        RefusedError: It is not a mixture of experts that is known here.
+        CheckpointError: Files and configuration disagree.
+    """
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint, rescale: str | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.block: dict[str, Any] = dict(checkpoint.config.get("llamamoe") or {})
+        self.mixing: Mixing = mixing_of(checkpoint.config)
+        self._rescale = rescale_of(checkpoint.config, rescale)
+
+    @property
+    def rescale(self) -> str:
+        """Name of the rescale that holds.
+
+        Raises:
+            RefusedError: Nothing says which one does.
+        """
+        if self._rescale is None:
+            raise RefusedError(
+                f"{self.checkpoint.path} does not say how much a selected expert counts: it was not converted by "
+                "llamamoe.",
+                hint="Name the rescale that holds, if you know it: see llamamoe methods.",
+            )
+        return self._rescale
+
+    @cached_property
+    def experts(self) -> Experts:
+        """Sizes, as the files have them."""
+        found = inspect_checkpoint(self.checkpoint.path).experts
+        if found is None:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: config.json is that of a mixture of experts, but the files hold no experts."
+            )
+        return found
+
+    @property
+    def target(self) -> Target:
+        """The architecture."""
+        return self.mixing.target
+
+    @cached_property
+    def spec(self) -> DenseSpec:
+        """What is around the FFNs; ``intermediate_size`` holds for layers that stayed dense."""
+        spec = self.target.dense_spec(complete_config(self.checkpoint.config))
+        if self.experts.dense_width:
+            spec = replace(spec, intermediate_size=self.experts.dense_width)
+        return replace(spec, tie_word_embeddings="lm_head.weight" not in self.checkpoint.tensors)
+
+    @property
+    def routed_factor(self) -> float:
+        """What a stored down projection of a routed expert must be multiplied by to be a dense FFN's.
+
+        With ``c`` the coefficient of the rescale a selected expert counts c times what it gave in the dense FFN; as
+        stored it counts the router's mean weight times the stored one.
+        """
+        mixing = self.mixing
+        c = RESCALES.get(self.rescale)().coefficient(mixing.num_experts, mixing.top_k)
+        factor = mixing.mean_weight / c
+        return 1.0 if abs(factor - 1.0) < 1e-12 else factor
+
+    @cached_property
+    def layout(self) -> MoeLayout:
+        """The sizes, as the target wants them."""
+        sizes, mixing = self.experts, self.mixing
+        combine = Combine(mixing.weighting, mixing.factor, bake=1.0, any_k=False, parity_factor=1.0)
+        return MoeLayout(
+            num_experts=sizes.num_experts,
+            top_k=mixing.top_k,
+            expert_width=sizes.expert_width,
+            num_shared=sizes.shared_width,
+            shared_width=sizes.shared_width,
+            dense_layers=sizes.dense_layers,
+            combine=combine,
+        )
+
+    # ---- around the FFNs ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _outer(self) -> dict[str, OutTensor]:
+        """Where each canonical tensor outside the FFNs is stored."""
+        found: dict[str, OutTensor] = {}
+        for tensor in self.target.tensors(self.spec, self.layout):
+            if isinstance(tensor.origin, Copy):
+                found.setdefault(tensor.origin.name, tensor)
+        return found
+
+    def has(self, name: str) -> bool:
+        """Whether there is a canonical tensor (see `llamamoe.architectures.sources`) of this name outside the MoE layers' FFNs."""
+        return name in self._outer
+
+    def stored_name(self, name: str) -> str:
+        """What a canonical tensor outside the MoE layers' FFNs is called in the files."""
+        return self._outer[name].name
+
+    def read(self, name: str) -> torch.Tensor:
+        """A canonical tensor (see `llamamoe.architectures.sources`) outside the MoE layers' FFNs, as stored; rotary rows as Llama's."""
+        tensor = self._outer[name]
+        origin = tensor.origin
+        assert isinstance(origin, Copy)
+        value = self.checkpoint.read(tensor.name)
+        if not origin.interleave:
+            return value
+        rest = value.shape[1:]
+        return value.reshape(origin.interleave, -1, 2, *rest).transpose(1, 2).reshape(value.shape).contiguous()
+
+    def dtype_of(self, name: str) -> str:
+        """The stored dtype (safetensors name) of a canonical tensor outside the FFNs."""
+        return self.checkpoint.tensors[self._outer[name].name].dtype
+
+    # ---- the FFNs -------------------------------------------------------------------------------------------------
+
+    def ffn(self, layer: int) -> FfnParts:
+        """The neurons of one layer, padding included. Holds the layer's FFN in memory."""
+        import torch
+
+        if layer in self.experts.dense_layers:
+            parts = [self.read(f"model.layers.{layer}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")]
+            return FfnParts(*parts)
+        pieces: dict[str, list[torch.Tensor]] = {"gate": [], "up": [], "down": []}
+        tensors = list(self.target.moe_tensors(self.spec, self.layout, layer))
+        for shared in (True, False):
+            for tensor in tensors:
+                origin = tensor.origin
+                if isinstance(origin, Neurons) and (origin.expert == "shared") == shared:
+                    for part, value in self._neurons(tensor.name, origin):
+                        pieces[part].append(value)
+        return FfnParts(torch.cat(pieces["gate"]), torch.cat(pieces["up"]), torch.cat(pieces["down"], dim=1))
+
+    def _neurons(self, name: str, origin: Neurons) -> Iterator[tuple[str, torch.Tensor]]:
+        """One stored tensor as rows of gate and up, or columns of down, in dense units."""
+        import torch
+
+        from ..conversion.assembly import cast
+
+        value = self.checkpoint.read(name)
+        if origin.part == "gate_up":
+            gate, up = value.chunk(2, dim=-2)
+            yield "gate", gate.flatten(0, -2)
+            yield "up", up.flatten(0, -2)
+        elif origin.part != "down":
+            yield origin.part, value
+        else:
+            factor = 1.0 / origin.scale if origin.expert == "shared" else self.routed_factor
+            wide = torch.cat(list(value), dim=1) if value.dim() == 3 else value
+            yield "down", cast(wide, wide.dtype, factor)
+
+
+def check_shapes(model: ConvertedModel) -> None:
+    """Whether the files hold what the configuration implies and no more. Reads headers only.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape, or belongs to nothing that is known here.
+    """
+    expected = list(model.target.tensors(model.spec, model.layout))
+    unknown = sorted(model.checkpoint.tensors.keys() - {tensor.name for tensor in expected})
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} tensors of {model.checkpoint.path} are not known here, the first is {unknown[0]!r}: dropping them "
+            "would not be exact."
+        )
+    for tensor in expected:
+        info = model.checkpoint.tensors.get(tensor.name)
+        if info is None:
+            raise CheckpointError(f"{model.checkpoint.path} has no {tensor.name}, which config.json implies.")
+        if info.shape != tensor.shape:
+            raise CheckpointError(
+                f"{tensor.name} has shape {list(info.shape)}, but config.json implies {list(tensor.shape)}."
+            )

@@ -1,0 +1,251 @@
+"""Dense families: what a configuration means, and where the weights lie in the files.
+
+A family turns its ``config.json`` into a `DenseSpec` and its tensors into *canonical* ones, which are named as
+Llama names them (``model.layers.0.mlp.gate_proj.weight``): targets know only those.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ...errors import CheckpointError
+from .fields import Fields
+
+DEFAULT_THETA = 10000.0
+"""The rope base that transformers assumes for all families here when the configuration names none."""
+Op = tuple[str, float]
+"""A change of values on reading: ``("add", 1.0)`` or ``("mul", 45.25)``, done in float32."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """How a canonical tensor is read: the tensor ``name``, rows ``start:stop`` of it, then ``ops``."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+    ops: tuple[Op, ...] = ()
+
+
+@dataclass(frozen=True)
+class DenseSpec:
+    """A dense decoder with SwiGLU-like FFNs, described without regard to its family.
+
+    ``sliding`` holds, per layer, the attention window or None for full attention. ``rope`` is transformers 5's
+    ``rope_parameters``. ``attention_multiplier`` None means ``head_dim ** -0.5``.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict[str, Any]
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    partial_rotary_factor: float = 1.0
+    sliding: tuple[int | None, ...] = ()
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    norm_offset: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plain_head_dim(self) -> bool:
+        """Whether ``head_dim`` is what hidden size and heads imply."""
+        return self.head_dim * self.num_heads == self.hidden_size
+
+    @property
+    def window(self) -> int | None:
+        """The attention window if every layer has the same one, else None."""
+        return self.sliding[0] if self.sliding and len(set(self.sliding)) == 1 else None
+
+    @property
+    def mixed_windows(self) -> bool:
+        """Whether layers differ in their attention window."""
+        return len(set(self.sliding)) > 1
+
+
+class Source(ABC):
+    """A dense family.
+
+    Attributes:
+        name: Its ``model_type``.
+        summary: One line for ``llamamoe methods``.
+        reference: Where the family is described.
+        fields: The keys of its configuration class in transformers with type and default, which hold for keys that
+            ``config.json`` leaves out; without them nothing is completed.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str] = ""
+    fields: ClassVar[Fields] = {}
+
+    @abstractmethod
+    def spec(self, config: Mapping[str, Any]) -> DenseSpec:
+        """Read the configuration.
+
+        Raises:
+            CheckpointError: A key is missing or has an impossible value.
+        """
+
+    def canonical(self, spec: DenseSpec) -> dict[str, Read]:
+        """How each canonical tensor is read from the source's tensors."""
+        return {name: Read(name) for name in canonical_shapes(spec)}
+
+    def raw_shapes(self, spec: DenseSpec) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the files must hold."""
+        return canonical_shapes(spec)
+
+
+def canonical_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
+    """Every canonical tensor with its shape, in the order of a forward pass; a tied head is left out."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
+    for layer in range(spec.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(spec).items()}
+    shapes["model.norm.weight"] = (spec.hidden_size,)
+    if not spec.tie_word_embeddings:
+        shapes["lm_head.weight"] = (spec.vocab_size, spec.hidden_size)
+    return shapes
+
+
+def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
+    """The canonical tensors of one layer, without the prefix ``model.layers.N.``."""
+    hidden, q, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+        shapes[f"self_attn.{name}.weight"] = (rows, hidden)
+        if spec.qkv_bias:
+            shapes[f"self_attn.{name}.bias"] = (rows,)
+    shapes["self_attn.o_proj.weight"] = (hidden, q)
+    if spec.o_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if spec.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (spec.head_dim,), "self_attn.k_norm.weight": (spec.head_dim,)}
+    shapes["post_attention_layernorm.weight"] = (hidden,)
+    shapes["mlp.gate_proj.weight"] = (spec.intermediate_size, hidden)
+    shapes["mlp.up_proj.weight"] = (spec.intermediate_size, hidden)
+    shapes["mlp.down_proj.weight"] = (hidden, spec.intermediate_size)
+    return shapes
+
+
+def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number above zero.
+
+    Raises:
+        CheckpointError: The key is missing without a default, or its value is something else.
+    """
+    value = config.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json: {key} = {value!r}, but it must be a whole number above 0.")
+    return value
+
+
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A finite number.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    value = config.get(key, default)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+        raise CheckpointError(f"config.json: {key} = {value!r}, but it must be a finite number.")
+    return float(value)
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope as transformers 5 spells it, read from either spelling (a non-null ``rope_scaling`` wins, as there).
+
+    Raises:
+        CheckpointError: It is no mapping, or holds one set per layer type.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
+        raise CheckpointError(
+            f"config.json: rope parameters {given!r} are not one flat mapping; they cannot be carried over."
+        )
+    rope = {k: v for k, v in given.items() if k != "type"}
+    rope.setdefault("rope_type", given.get("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    if rope["rope_theta"] is None:
+        raise CheckpointError("config.json: rope_theta = None, but it must be a finite number above 0.")
+    if rope.get("mrope_section"):
+        raise CheckpointError(
+            "config.json: multimodal rope (mrope_section) belongs to a vision model, not to a dense text model."
+        )
+    return rope
+
+
+def common(family: str, config: Mapping[str, Any], **known: Any) -> DenseSpec:
+    """The part of a `DenseSpec` that every Llama-like family spells the same; ``known`` overrides or adds."""
+    heads = positive(config, "num_attention_heads")
+    hidden = positive(config, "hidden_size")
+    values: dict[str, Any] = {
+        "family": family,
+        "vocab_size": positive(config, "vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": positive(config, "intermediate_size"),
+        "num_layers": positive(config, "num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": positive(config, "num_key_value_heads", heads),
+        "head_dim": positive(config, "head_dim", max(hidden // heads, 1)),
+        "max_position_embeddings": positive(config, "max_position_embeddings", 2048),
+        "rms_norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "rope": rope_parameters(config),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "partial_rotary_factor": 1.0,
+        "extra": {
+            "bos_token_id": config.get("bos_token_id"),
+            "eos_token_id": config.get("eos_token_id"),
+            "pad_token_id": config.get("pad_token_id"),
+            "initializer_range": number(config, "initializer_range", 0.02),
+            "attention_dropout": number(config, "attention_dropout", 0.0),
+        },
+    }
+    values |= known
+    values.setdefault("sliding", (None,) * values["num_layers"])
+    if values["num_heads"] % values["num_kv_heads"]:
+        raise CheckpointError(
+            f"config.json: num_attention_heads = {heads} do not divide among num_key_value_heads = "
+            f"{values['num_kv_heads']}: each key/value head serves equally many heads."
+        )
+    return DenseSpec(**values)
+
+
+def windows_by_type(config: Mapping[str, Any], num_layers: int, default_window: int | None) -> tuple[int | None, ...]:
+    """Per-layer windows of the Qwen families: ``layer_types``, else sliding from ``max_window_layers`` on."""
+    window = config.get("sliding_window", default_window) if config.get("use_sliding_window", False) else None
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", 28)
+        types = [
+            "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(num_layers)
+        ]
+    if len(types) != num_layers or set(types) - {"sliding_attention", "full_attention"}:
+        raise CheckpointError(
+            f"config.json: layer_types must name full_attention or sliding_attention for each of {num_layers} layers."
+        )
+    if window is None and "sliding_attention" in types:
+        raise CheckpointError(
+            "config.json: layer_types names sliding_attention, but use_sliding_window is false or sliding_window null: "
+            "transformers cannot run it."
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in types)

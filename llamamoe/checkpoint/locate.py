@@ -1,0 +1,262 @@
+"""Where a source is: a local folder, a GGUF file, or the hub. A local path never touches the network."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+
+from ..errors import CheckpointError, LlamaMoeError, UsageError
+from ..plain_text import printable
+from .base import Checkpoint
+from .reader import (
+    ADAPTER,
+    CHAT_TEMPLATES,
+    INDEX,
+    LICENSE_FILES,
+    PICKLES,
+    SIDE_FILES,
+    SINGLE,
+    pickle_refusal,
+    read_weight_map,
+)
+
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[\w.-]+(@[\w./-]+)?")
+_SMALL = [
+    "config.json",
+    ADAPTER,
+    INDEX,
+    *SIDE_FILES,
+    f"{CHAT_TEMPLATES}/*.jinja",
+    *LICENSE_FILES,
+    "README.md",
+    "llamamoe_*.json",
+]
+_FORMS = "Give a folder, a .gguf file, a hub id (org/name) or hf://org/name@revision."
+
+
+@dataclass(frozen=True)
+class Location:
+    """A source on disk.
+
+    Attributes:
+        path: Folder or GGUF file.
+        name: What to call it: the hub id, or the name of the folder or file (never its place on this machine). It is
+            written into cards, configurations and receipts, so what is not printable in it is escaped.
+        revision: The resolved commit of a hub download, else None.
+    """
+
+    path: Path
+    name: str
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
+
+
+def is_hub_id(text: str) -> bool:
+    """Tell whether that can only be meant for the hub: ``hf://...``, or ``org/name`` that is not spelled as a path."""
+    return text.startswith("hf://") or bool(
+        "/" in text and not text.startswith((".", "/", "~")) and _HUB_ID.fullmatch(text)
+    )
+
+
+def locate(source: str | Path) -> Location:
+    """Find a source: an existing path first, then ``hf://org/name@revision``, then ``org/name``.
+
+    A checkpoint on the hub is downloaded here, weights included, even if only its plan is asked for; what the cache
+    holds already is not downloaded again, and is found without a network.
+
+    Raises:
+        CheckpointError: It is neither, or the hub does not have it, or what the hub has is refused.
+        LlamaMoeError: The hub cannot be reached, or the download failed.
+    """
+    text = str(source)
+    if not text.strip():
+        raise CheckpointError("the source is empty.", hint=_FORMS)
+    if text.startswith("hf://"):
+        text = text.removeprefix("hf://")
+        if not _HUB_ID.fullmatch(text):
+            raise CheckpointError(f"{text!r} is not a hub id.", hint=_FORMS)
+        return _download(text)
+    path = Path(text).expanduser()
+    if path.exists():
+        return Location(path, path.resolve().name)
+    if not is_hub_id(text):
+        raise CheckpointError(f"{text!r} does not exist.", hint=_FORMS)
+    return _download(text)
+
+
+def locate_folder(source: str | Path) -> Location:
+    """Find a converted checkpoint, which is always a folder; see `locate`.
+
+    Raises:
+        CheckpointError: See `locate` and `check_folder`.
+    """
+    location = locate(source)
+    check_folder(location.path)
+    return location
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a path on this machine that is not a folder.
+
+    Raises:
+        CheckpointError: It does not exist or is a file; for a GGUF file the message names what makes a folder of it.
+    """
+    if path.is_dir():
+        return
+    if not path.exists():
+        raise CheckpointError(f"'{path}' does not exist.", hint="Give the folder that holds config.json.")
+    hint = "Give the folder that holds config.json."
+    if path.suffix == ".gguf":
+        made = f"export_dense({str(path)!r}, 'FOLDER', dtype='F32')"
+        hint = (
+            f"A GGUF file is read as a dense model. Convert it first: llamamoe split {path} OUT\n"
+            f'  Or make a plain folder of it: python -c "from llamamoe.checkpoint.gguf.reader import export_dense; {made}"'
+        )
+    raise CheckpointError(f"'{path}' is a file, but a folder with config.json and safetensors is needed.", hint=hint)
+
+
+def _download(text: str) -> Location:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = text.partition("@")
+    try:
+        path = _fetch(name, revision or None)
+    except LlamaMoeError:
+        raise
+    except HFValidationError as error:
+        raise CheckpointError(f"{text!r} is not a hub id: {error}") from None
+    except LocalEntryNotFoundError as error:
+        raise LlamaMoeError(
+            f"{text!r} is not a folder here, and the hub cannot be reached ({type(error).__name__}).",
+            hint="Check the path, or download the checkpoint first and give its folder.",
+        ) from None
+    except HfHubHTTPError as error:
+        raise CheckpointError(
+            f"the hub does not give {text!r}: {error}", hint="Check the name, the revision and your access."
+        ) from None
+    except Exception as error:  # each version of the hub's library lets other errors of its transport through
+        raise LlamaMoeError(
+            f"downloading {text!r} failed: {type(error).__name__}: {error}",
+            hint="Try again: what is there already is not downloaded twice.",
+        ) from error
+    return Location(path, name, path.name)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """The folder of one commit in the hub's cache: the small files first, then the weights that the index names."""
+    from huggingface_hub import snapshot_download
+
+    listed = _listing(name, revision)
+    offline = listed is None
+    if listed is not None:
+        _check_listing(name, listed[1])
+    # Under the name of the revision, not its commit: so the cache learns the name, and answers to it offline.
+    path = Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL, local_files_only=offline))
+    commit = path.name
+    if listed is not None and commit != listed[0]:
+        raise LlamaMoeError(f"{name} changed on the hub while it was read.", hint="Start again.")
+    shards = [SINGLE]
+    single = (path / SINGLE).exists() if listed is None else SINGLE in listed[1]
+    if not single and (path / INDEX).exists():  # the single file before the index, as transformers does
+        shards = sorted({file for file in read_weight_map(path / INDEX).values() if Path(file).name == file})
+    if listed is not None and not listed[1].issuperset(shards):
+        missing = min(set(shards) - listed[1])
+        raise CheckpointError(f"{name}: {printable(missing)}, which {INDEX} names, is not on the hub.")
+    patterns = [escape(file) for file in shards]
+    snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline)
+    return path
+
+
+def _listing(name: str, revision: str | None) -> tuple[str, frozenset[str]] | None:
+    """The commit and its files; None if the hub cannot be reached, so that only the cache can answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        info = HfApi().model_info(name, revision=revision)
+    except HFValidationError:
+        raise
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 500)
+        if status < 500 and status != 429:
+            raise
+        return None
+    except Exception:  # no network, offline mode: each version of the hub's library has its own errors
+        return None
+    return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
+
+
+def _check_listing(name: str, files: frozenset[str]) -> None:
+    """Refuse by the names of the files alone, before anything is downloaded."""
+    held = ", ".join(printable(file) for file in sorted(files)[:6]) or "nothing"
+    hint = f"It holds: {held}."
+    if any(file.endswith(".gguf") for file in files):
+        hint = "To convert a GGUF file, download it and give its path."
+    pickles = sorted(file for file in files if file.endswith(PICKLES))
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        raise pickle_refusal(name, pickles[0])
+    if ADAPTER in files:
+        raise CheckpointError(
+            f"{name} holds a PEFT adapter ({ADAPTER}): transformers would compute with it, but only a model can be read.",
+            hint="Merge it first: AutoPeftModelForCausalLM.from_pretrained(ID).merge_and_unload().save_pretrained(NEW)",
+        )
+    if "config.json" not in files:
+        raise CheckpointError(f"{name} holds no config.json, so it is not a transformers checkpoint.", hint=hint)
+    if not files & {SINGLE, INDEX}:
+        raise CheckpointError(f"{name} holds neither {SINGLE} nor {INDEX}.", hint=hint)
+
+
+def open_parent(path: Path, child: Path) -> Checkpoint:
+    """Open the dense parent of a converted checkpoint; headers only.
+
+    Args:
+        path: The parent's folder or GGUF file.
+        child: The folder of what was made from it.
+
+    Raises:
+        CheckpointError: See `open_checkpoint`.
+    """
+    return open_checkpoint(Location(path, path.name), tokenizer=parent_vocabulary(path, child))
+
+
+def parent_vocabulary(path: Path, child: Path) -> Path | None:
+    """The folder whose tokenizer a GGUF parent gets: ``child``, which has the one that the conversion was given.
+
+    That in the file may be one that cannot be rebuilt. A folder brings its own.
+    """
+    from .tokenizer import holds_vocabulary
+
+    return child if path.is_file() and holds_vocabulary(child) else None
+
+
+def open_checkpoint(
+    location: Location, *, tokenizer: str | Path | None = None, weights_only: bool = False
+) -> Checkpoint:
+    """Open a folder of safetensors or a GGUF file; headers only.
+
+    Args:
+        location: Where it is.
+        tokenizer: For a GGUF file, a folder whose tokenizer files replace the vocabulary in the file.
+        weights_only: Take a GGUF file whose tokenizer cannot be used, too.
+
+    Raises:
+        UsageError: ``tokenizer`` is given for a folder, which brings its own.
+        CheckpointError: See `llamamoe.checkpoint.reader` and `llamamoe.checkpoint.gguf.reader`.
+    """
+    if location.path.is_dir():
+        if tokenizer is not None:
+            raise UsageError("--tokenizer is for GGUF files: a folder brings its own tokenizer, which is copied.")
+        from .reader import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(location.path)
+    if location.path.suffix == ".gguf":
+        from .gguf.reader import GgufCheckpoint
+
+        return GgufCheckpoint(location.path, tokenizer=tokenizer, weights_only=weights_only)
+    raise CheckpointError(
+        f"{location.path} is neither a folder nor a .gguf file.", hint="Give the folder that holds config.json."
+    )

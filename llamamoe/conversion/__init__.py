@@ -1,0 +1,1 @@
+"""From a dense checkpoint to a mixture of experts: plan, split, verify."""

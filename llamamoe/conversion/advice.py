@@ -1,0 +1,88 @@
+"""What is good to know of a conversion and no reason to refuse it: costs, widths, other programs."""
+
+from __future__ import annotations
+
+from ..architectures.sources.base import DenseSpec
+from ..architectures.targets.base import MoeLayout, Target
+from .calibration_cost import CalibrationPlan
+from .recipe import SplitRecipe
+from .sizes import MOST_PADDING, QUANTISED_BLOCK, round_up
+
+HARD_ROUTER = (
+    "the router is hard, so the experts' probabilities nearly tie: programs that choose by float32 probabilities and those "
+    "that choose by logits take other experts on 0.02 % (4 of 8) to 0.2 % (24 of 64) of the tokens of a layer, and programs "
+    "that round probabilities to bfloat16 on almost all (a soft router or training ends that)"
+)
+"""Measured by ``benchmarks/hard_router.py``."""
+UNTRAINED = (
+    "split without calibration or training: with all experts selected the model equals its parent; with top-k "
+    "selection, quality collapses until the model is trained"
+)
+BITSANDBYTES = (
+    "bitsandbytes leaves the experts unquantised, because transformers 5 stacks them in one parameter; torchao and "
+    "llama.cpp quantise them"
+)
+"""Measured with transformers 5.23."""
+
+
+def advice(
+    spec: DenseSpec, recipe: SplitRecipe, calibration: CalibrationPlan | None, target: Target, layout: MoeLayout
+) -> list[str]:
+    """Say what is good to know of a conversion, other programs included; see `llamamoe.architectures.targets.clients` for these."""
+    found = []
+    if not layout.num_experts:
+        found.append(
+            f"no experts: the {layout.num_shared} neurons kept in each layer are the whole FFN of a dense model; numbers of experts, "
+            "router and rescale mean nothing"
+        )
+    if layout.copies > 1:
+        found.append("the experts are copies: larger than the parent and no cheaper per token, a start for training")
+    elif calibration is None and layout.top_k < layout.num_experts:
+        found.append(UNTRAINED)
+    found += _unquantised(spec, layout)
+    width = layout.expert_width
+    padding = layout.padding(spec.intermediate_size)
+    if padding:
+        found.append(
+            f"{padding} zero neurons per layer pad the experts to width {width}: exact, and counted in the costs"
+        )
+    if not layout.combine.any_k:
+        found.append(f"the file is right for top-k = {layout.top_k} only: another k needs another factor")
+    if recipe.router_scale == "hard" and layout.top_k < layout.num_experts:
+        found.append(HARD_ROUTER)
+    if layout.num_experts:
+        found.append(BITSANDBYTES)
+    return found + target.warnings(spec, layout)
+
+
+def _unquantised(spec: DenseSpec, layout: MoeLayout) -> list[str]:
+    """Name the matrices that llama.cpp cannot quantise, or not to the type that is asked for, and the way out."""
+    width, shared = layout.expert_width, layout.shared_width
+    found = []
+    if layout.num_experts and width % QUANTISED_BLOCK:
+        parts = layout.num_experts // layout.copies
+        near = _quantisable_experts(spec.intermediate_size, layout.num_shared, parts - 1)
+        other = f"; {near[0]} experts of {near[1]} quantise" if near else ""
+        found.append(
+            f"llama.cpp keeps ffn_down_exps in F16 at expert width {width}, which is not a multiple of {QUANTISED_BLOCK} "
+            f"(--pad-to {QUANTISED_BLOCK}{other})"
+        )
+    elif layout.num_experts and width % 256:
+        found.append(
+            f"llama.cpp's k-quants fall back to larger types for ffn_down_exps at expert width {width}, which is not a "
+            "multiple of 256 (--pad-to 256)"
+        )
+    if layout.num_experts and shared % QUANTISED_BLOCK:
+        found.append(
+            f"llama.cpp keeps ffn_down_shexp in F16 at {shared} shared neurons, which is not a multiple of {QUANTISED_BLOCK}"
+        )
+    return found
+
+
+def _quantisable_experts(size: int, shared: int, most: int) -> tuple[int, int] | None:
+    """Return the largest number of experts up to ``most`` whose width can be quantised at little padding, and that width."""
+    for count in range(most, 1, -1):
+        width = round_up(-(-(size - shared) // count), QUANTISED_BLOCK)
+        if (count * width + shared) / size - 1 < MOST_PADDING:
+            return count, width
+    return None

@@ -1,0 +1,199 @@
+"""Makes the tensors that a target asks for out of one layer's weights, its partition and its router."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, assert_never
+
+from ..architectures.targets.base import Constant, Copy, MoeLayout, Neurons, OutTensor, Router, is_power_of_two
+from ..checkpoint.memory import empty_bytes
+from ..methods.layer import PADDING, ExpertWeights, FfnWeights, Partition
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ..architectures.dense_checkpoint import DenseModel
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Times ``scale`` and to ``dtype`` with one rounding; the tensor itself if there is nothing to do."""
+    if scale == 1.0:
+        return tensor.to(dtype)
+    if is_power_of_two(scale):
+        return tensor.to(dtype) * scale
+    wide = max(tensor.dtype.itemsize, dtype.itemsize) > 4  # a product in float32 would round before float64 does
+    return (tensor.double() if wide else tensor.float()).mul(scale).to(dtype)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: moving bytes gains nothing from more, and idle OpenMP threads spin."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Re-order the rows of each head from two halves (Llama's rotary pairs) to neighbouring pairs."""
+    rest = tensor.shape[1:]
+    return tensor.reshape(heads, 2, -1, *rest).transpose(1, 2).reshape(tensor.shape)
+
+
+def nonfinite(tensor: torch.Tensor) -> bool:
+    """Whether any value is NaN or infinite. One pass, nothing is allocated."""
+    import torch
+
+    if tensor.numel() == 0:
+        return False
+    low, high = torch.aminmax(tensor)  # both are NaN if any value is
+    return not bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def take(tensor: torch.Tensor, index: np.ndarray, axis: int) -> torch.Tensor:
+    """Rows (axis 0) or columns (axis 1) of a matrix, bit for bit; `PADDING` gives zeros.
+
+    Columns are taken in blocks of rows that fit the cache, which is several times faster than
+    ``index_select`` for 16-bit types.
+    """
+    import numpy as np
+    import torch
+
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    source = tensor.contiguous().view(bits).numpy()
+    shape = (len(index), source.shape[1]) if axis == 0 else (source.shape[0], len(index))
+    out = empty_bytes(prod(shape) * source.itemsize).view(source.dtype).reshape(shape)
+    step = source.shape[0] if axis == 0 else 256
+    for start in range(0, source.shape[0], step):
+        block = slice(None) if axis == 0 else slice(start, start + step)
+        np.take(source[block], index, axis=axis, out=out[block], mode="clip")
+    padding = index == PADDING
+    if padding.any():
+        out[padding if axis == 0 else (slice(None), padding)] = 0
+    return torch.from_numpy(out).view(tensor.dtype)
+
+
+@dataclass
+class LayerParts:
+    """The pieces of one converted layer. Tensors are made on demand, from the matrices that they need and no others.
+
+    Attributes:
+        ffn: The dense layer.
+        partition: Which neuron goes where.
+        router_NH: float32 rows, scaled as they are to be stored.
+        layout: Sizes and scales.
+        weights: Where they are given (repair, re-initialised copies), what is written is these and not the
+            parent's neurons, place by place.
+    """
+
+    ffn: FfnWeights
+    partition: Partition
+    router_NH: torch.Tensor
+    layout: MoeLayout
+    weights: ExpertWeights | None = None
+    _part: str = field(default="", init=False)
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate, up and down that what is written is taken from: the parent's by neuron, or those by place."""
+        return self._matrix("gate"), self._matrix("up"), self._matrix("down")
+
+    def _matrix(self, part: str) -> torch.Tensor:
+        names = {"gate": ("gate_FH", "gate_PH"), "up": ("up_FH", "up_PH"), "down": ("down_HF", "down_HP")}[part]
+        matrix: torch.Tensor = getattr(self.ffn, names[0]) if self.weights is None else getattr(self.weights, names[1])
+        return matrix
+
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 ``[shared_width]`` and ``[N, W]``: rows of `matrices` of the shared expert and of every other."""
+        import numpy as np
+
+        shared, experts = self.partition.shared, self.partition.experts
+        if self.weights is not None:
+            count = len(shared)
+            places = np.arange(count, count + experts.size, dtype=np.int64).reshape(experts.shape)
+            shared, experts = np.arange(count, dtype=np.int64), np.where(experts == PADDING, PADDING, places)
+        padding = np.full(self.layout.shared_width - len(shared), PADDING, np.int64)
+        return np.concatenate([shared, padding]), experts
+
+    def neurons(self, origin: Neurons, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's part, the shared expert's, or all experts' stacked (see `Neurons`)."""
+        import torch
+
+        if origin.expert == "all":
+            parts = (self.neurons(Neurons(origin.part, i, origin.scale), dtype) for i in range(self.layout.num_experts))
+            first = next(parts)
+            out = torch.empty(self.layout.num_experts, *first.shape, dtype=dtype)
+            out[0] = first
+            for i, part in enumerate(parts, start=1):
+                out[i] = part
+            return out
+        shared, experts = self._index
+        index = shared if origin.expert == "shared" else experts[origin.expert]
+        if origin.part != self._part:  # one part after another: what the last one needed is let go of
+            self.ffn.release()
+            self._part = origin.part
+        if origin.part == "gate_up":
+            halves = [take(self._matrix(part), index, 0) for part in ("gate", "up")]
+            return cast(torch.cat(halves), dtype, origin.scale)
+        taken = take(self._matrix(origin.part), index, int(origin.part == "down"))
+        if taken.dtype == dtype and is_power_of_two(origin.scale):
+            return taken.mul_(origin.scale) if origin.scale != 1.0 else taken  # as `cast`, without another copy
+        return cast(taken, dtype, origin.scale)
+
+
+def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default_dtype: str) -> torch.Tensor:
+    """One tensor of the output, contiguous, on the CPU.
+
+    Args:
+        tensor: What to make.
+        model: The dense checkpoint.
+        parts: The pieces of the tensor's layer, if it is a MoE layer.
+        default_dtype: Safetensors name of the dtype of tensors that name none.
+    """
+    import torch
+
+    dtype = torch_dtype(tensor.dtype or default_dtype)
+    origin = tensor.origin
+    if isinstance(origin, Constant):
+        return torch.full(tensor.shape, origin.value, dtype=dtype)
+    if isinstance(origin, Copy):
+        value = cast(model.read(origin.name), dtype, origin.scale)
+        return (interleave(value, origin.interleave) if origin.interleave else value).contiguous()
+    assert parts is not None, tensor.name
+    if isinstance(origin, Router):
+        return parts.router_NH.to(dtype)
+    if isinstance(origin, Neurons):
+        return parts.neurons(origin, dtype).contiguous()
+    assert_never(origin)
+
+
+def made_of(tensor: OutTensor, model: DenseModel, parts: LayerParts | None) -> list[torch.Tensor]:
+    """The tensors that `make` uses for this one, before any cast (a router's rows stand for themselves)."""
+    origin = tensor.origin
+    if isinstance(origin, Copy):
+        return [model.read(origin.name)]
+    if isinstance(origin, Neurons) and parts is not None:
+        return list(parts.matrices)
+    return [parts.router_NH] if isinstance(origin, Router) and parts is not None else []
+
+
+def router_dtype(tensors: Iterable[OutTensor], default: str) -> str:
+    """Safetensors name of the dtype in which a target stores its router."""
+    return next((t.dtype for t in tensors if isinstance(t.origin, Router) and t.dtype), default)

@@ -1,0 +1,162 @@
+"""What calibration will cost, from sizes alone: bytes of hidden states, multiply-adds, and from those an estimate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RefusedError
+from ..methods.inputs import BATCH_TOKENS
+from ..methods.repairs import REPAIRS
+from .recipe import NO_REPAIR
+
+if TYPE_CHECKING:
+    from ..architectures.sources.base import DenseSpec
+    from ..architectures.targets.base import MoeLayout
+    from .defaults import Chosen
+
+MAX_LENGTH = 512
+"""Tokens of a calibration sequence, if the recipe names no number: of equally many tokens, short sequences of many
+documents tell more than long ones of few."""
+MEMORY_BYTES = 4 * 2**30
+"""The FFN's inputs are kept in memory up to this size, and in a memory-mapped file beyond it."""
+REFERENCE_FLOPS = 1e11
+"""Floating-point operations per second for the estimate of ``--dry-run``: about two laptop cores in float32."""
+SWEEPS = 4
+"""How often the methods of a layer are taken to look at all its activations, beside what is counted exactly."""
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """Sizes and costs of the walk over the calibration text.
+
+    Attributes:
+        tokens: Most tokens of text.
+        length: Tokens of a sequence.
+        gradients: Whether a reverse pass through the parent comes first.
+        needing: The methods that need text.
+        state_bytes: Of the two residual streams, in files beside the output; of every layer for gradients (`ffn_gradients`).
+        input_bytes: Of one FFN's inputs, in float32.
+        input_place: ``"memory"`` or ``"memory-mapped"``.
+        peak_bytes: Estimate of the anonymous memory that calibration needs at most.
+        layer_flops: Floating-point operations of one layer that is converted.
+        flops: Of the whole walk.
+    """
+
+    tokens: int
+    length: int
+    gradients: bool
+    needing: tuple[str, ...]
+    state_bytes: int
+    input_bytes: int
+    input_place: str
+    peak_bytes: int
+    layer_flops: int
+    flops: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room that the files beside the output take while the run lasts."""
+        return self.state_bytes + (self.input_bytes if self.input_place == "memory-mapped" else 0)
+
+    def seconds(self, flops_per_second: float = REFERENCE_FLOPS) -> float:
+        """Estimate of the time at a rate of operations."""
+        return self.flops / flops_per_second
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, the same for every run."""
+        return {
+            "tokens": self.tokens,
+            "sequence_length": self.length,
+            "needed_by": list(self.needing),
+            "gradients": self.gradients,
+            "hidden_state_bytes": self.state_bytes,
+            "hidden_states_in": "memory-mapped",
+            "ffn_input_bytes": self.input_bytes,
+            "ffn_inputs_in": self.input_place,
+            "flops_per_layer": self.layer_flops,
+            "flops": self.flops,
+            "reference_flops_per_second": REFERENCE_FLOPS,
+            "seconds_at_reference": round(self.seconds(), 1),
+        }
+
+
+def plan_calibration(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> CalibrationPlan:
+    """Cost of calibrating, for a recipe whose methods need it. O(1).
+
+    Raises:
+        RefusedError: Sequences would be longer than the model has positions.
+    """
+    recipe = chosen.recipe
+    if (recipe.calibration_length or 0) > spec.max_position_embeddings:
+        raise RefusedError(
+            f"--calibration-length {recipe.calibration_length} is more than the model's {spec.max_position_embeddings} "
+            f"positions (--set calibration_length={spec.max_position_embeddings})."
+        )
+    length = recipe.calibration_length or min(MAX_LENGTH, spec.max_position_embeddings)
+    length = min(length, recipe.calibration_tokens)
+    tokens = recipe.calibration_tokens // length * length
+    stream = 4 * tokens * spec.hidden_size
+    converted = spec.num_layers - len(layout.dense_layers)
+    attention = _attention_flops(spec, tokens, length)
+    dense = 6 * tokens * spec.intermediate_size * spec.hidden_size
+    layer = attention + _layer_flops(spec, chosen, layout, tokens)
+    flops = converted * layer + len(layout.dense_layers) * (attention + dense)
+    if chosen.gradients:  # forward, forward again, and backward at twice the cost
+        head = 2 * tokens * spec.vocab_size * spec.hidden_size
+        flops += 4 * spec.num_layers * (attention + dense) + 3 * head
+    in_memory = stream <= MEMORY_BYTES
+    return CalibrationPlan(
+        tokens=tokens,
+        length=length,
+        gradients=chosen.gradients,
+        needing=chosen.needing,
+        state_bytes=(spec.num_layers + 3 if chosen.gradients else 2) * stream,
+        input_bytes=stream,
+        input_place="memory" if in_memory else "memory-mapped",
+        peak_bytes=_peak_bytes(spec, chosen, layout) + (stream if in_memory else 0),
+        layer_flops=layer,
+        flops=flops,
+    )
+
+
+def _places(layout: MoeLayout) -> int:
+    return layout.num_shared + layout.num_experts * layout.expert_width
+
+
+def _attention_flops(spec: DenseSpec, tokens: int, length: int) -> int:
+    heads = spec.head_dim * spec.num_heads
+    projections = 2 * spec.hidden_size * (2 * heads + 2 * spec.head_dim * spec.num_kv_heads)
+    return tokens * (projections + 4 * heads * length)
+
+
+def _layer_flops(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, tokens: int) -> int:
+    """The FFN's part of one converted layer: the methods' own sweeps, repair, its check, and what feeds the next."""
+    places, passes = _places(layout), chosen.recipe.repair_passes
+    sweep = 4 * spec.intermediate_size * spec.hidden_size
+    dense, moe = 6 * spec.intermediate_size * spec.hidden_size, 6 * places * spec.hidden_size
+    per_token = SWEEPS * sweep + dense + 2 * moe
+    solve = 0
+    if _repairs(chosen):
+        per_token += passes * (dense + 2 * moe + places * places)
+        solve = passes * (places**3 // 3 + 4 * places * places * spec.hidden_size)
+    return tokens * per_token + solve
+
+
+def _repairs(chosen: Chosen) -> bool:
+    return chosen.recipe.repair is not None and chosen.recipe.repair.name != NO_REPAIR
+
+
+def _peak_bytes(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> int:
+    """One layer in float32 and its parts, candidates of the converted one, a batch of activations, the repair."""
+    places, hidden = _places(layout), spec.hidden_size
+    weights = 4 * 3 * places * hidden
+    attention = 4 * hidden * 2 * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
+    batch = 4 * BATCH_TOKENS * (4 * max(places, spec.intermediate_size) + 6 * hidden)
+    total = attention + 4 * 3 * spec.intermediate_size * hidden + weights + batch
+    table = 4 * spec.vocab_size * hidden * (1 if spec.tie_word_embeddings else 2)
+    if _repairs(chosen):
+        assert chosen.recipe.repair is not None
+        repair = REPAIRS.get(chosen.recipe.repair.name)
+        total += chosen.recipe.repair_passes * weights + repair.working_bytes(places, hidden)
+    return total + table

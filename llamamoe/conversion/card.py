@@ -1,0 +1,193 @@
+"""The model card of a converted checkpoint: what it is, what it costs, how it was made, under which licence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .._version import __version__
+from ..architectures.targets import TARGETS
+from ..checkpoint.paths import inside
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ..checkpoint.locate import Location
+    from .plan import SplitPlan
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_INHERITED = ("license", "license_name", "license_link", "language")
+"""Keys of a parent's metadata that hold for what is made from it."""
+_HEAD_BYTES, _CARD_BYTES = 2**16, 2**20
+_MOST_NESTED = 16
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```"""
+
+
+def parent_metadata(folder: Path) -> dict[str, Any]:
+    """What the YAML block at the head of the parent's model card says in plain strings; empty if there is none.
+
+    A card is anybody's text: only its first bytes are read, of a regular file inside the folder, without aliases and
+    without deep nesting.
+    """
+    try:
+        text = read_card(folder, _HEAD_BYTES)
+        found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        data = yaml.safe_load(found[1]) if found and _is_plain(found[1]) else {}
+    except (ValueError, yaml.YAMLError):  # ValueError: a date that does not exist
+        return {}
+    if not isinstance(data, dict):
+        return {}
+    return {key: value for key, value in data.items() if isinstance(key, str) and _is_text(value)}
+
+
+def read_card(folder: Path, limit: int = _CARD_BYTES) -> str:
+    """The first bytes of a folder's README.md as text; empty if there is none, or it is not a regular file in it."""
+    try:
+        with inside(folder, "README.md").open("rb") as file:
+            return file.read(limit).decode("utf-8", "ignore").replace("\r\n", "\n")
+    except (OSError, CheckpointError):
+        return ""
+
+
+def _is_plain(text: str) -> bool:
+    """Whether YAML has no aliases and little nesting: looked at event by event, nothing is built."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _MOST_NESTED:
+            return False
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(each, str) and each.isprintable() for each in texts)
+
+
+def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
+    parent = parent_metadata(location.path) if location.path.is_dir() else {}
+    config_name = str(plan.model.checkpoint.config.get("_name_or_path", ""))
+    base = next((n for n in (location.name, config_name) if _HUB_ID.fullmatch(n)), None)
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    data["tags"] = ["moe", "llamamoe", plan.target.name] if plan.target.routed else ["llamamoe"]
+    data |= {key: parent[key] for key in _INHERITED if key in parent}
+    if base:
+        data["base_model"] = base
+    return data
+
+
+def _cost_table(plan: SplitPlan) -> str:
+    parent, cost = plan.parent_cost, plan.cost
+    rows = ["| | parent | this model |", "|---|---|---|"]
+    rows.append(f"| parameters | {parent.total_parameters:,} | {cost.total_parameters:,} |")
+    rows.append(f"| active per token | {parent.active_parameters:,} | {cost.active_parameters:,} |")
+    rows.append(
+        f"| FLOPs per token, attention scores left out | {parent.flops_per_token:,} | {cost.flops_per_token:,} |"
+    )
+    rows.append(f"| bytes | {parent.nbytes:,} | {cost.nbytes:,} |")
+    return "\n".join(rows)
+
+
+def _exactness(plan: SplitPlan) -> str:
+    layout = plan.layout
+    if not plan.splitter.exact:
+        return (
+            "No: the method drops, repeats or renews neurons, and no choice of experts gives the parent's outputs back."
+            if plan.target.routed
+            else f"No: {layout.num_shared} of the parent's {plan.model.spec.intermediate_size} neurons a layer are left."
+        )
+    if layout.copies > 1:
+        return f"Every neuron of the parent is in {layout.copies} experts, and the model is {plan.exactness}."
+    text = f"Every neuron of the parent is in exactly one place, so the model is {plan.exactness}."
+    if layout.top_k < layout.num_experts and not plan.repaired:
+        text += (
+            f" With the {layout.top_k} experts per token that it is configured for it is another function, "
+            "a poor one until it is trained."
+        )
+    return text
+
+
+def _made(plan: SplitPlan) -> str:
+    """What became of each FFN."""
+    layout, size = plan.layout, plan.model.spec.intermediate_size
+    if not plan.target.routed:
+        return f"{layout.num_shared} of the {size} neurons of each FFN were kept; nothing is routed"
+    how = "was copied into" if layout.copies > 1 else "was split into"
+    beside = f", beside {layout.num_shared} shared neurons" if layout.num_shared else ""
+    return (
+        f"each FFN of {size} neurons {how} {layout.num_experts} experts of width {layout.expert_width}, "
+        f"{layout.top_k} of them selected per token{beside}"
+    )
+
+
+def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: tuple[str, ...]) -> str:
+    """README.md of the output; the same bytes for every run of the same conversion."""
+    licence = "license" in _metadata(plan, location) or any(f.startswith("LICENSE") for f in files)
+    parts = [
+        "---\n" + yaml.safe_dump(_metadata(plan, location), sort_keys=False).strip() + "\n---",
+        f"# {location.name} {'as a mixture of experts' if plan.target.routed else 'with fewer neurons'}",
+        f"Made by llamamoe {__version__} from `{location.name}`"
+        + (f" at revision `{location.revision}`" if location.revision else "")
+        + f": {_made(plan)}. Architecture: `{plan.config['architectures'][0]}` of transformers, no remote code.",
+        _USE,
+        "## Is it the same model?\n\n" + _exactness(plan),
+        "## What it costs\n\n" + _cost_table(plan),
+        "## How it was made\n\n`llamamoe split SOURCE OUT --recipe llamamoe_recipe.yaml`, with\n\n```yaml\n"
+        + plan.recipe.to_yaml()
+        + "```",
+    ]
+    remarks = [*warnings, *plan.advice]
+    if remarks:
+        parts.append("## Good to know\n\n" + "\n".join(f"- {r}" for r in remarks))
+    parts.append(
+        "## Licence\n\n"
+        + (
+            "The parent's licence applies."
+            if licence
+            else "The parent's licence applies; its files here name none: look it up before use."
+        )
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def derived_card(
+    folders: Sequence[Path], names: Sequence[str], title: str, story: str, warnings: tuple[str, ...], *, model_type: str
+) -> str:
+    """README.md of a checkpoint that was made from others.
+
+    Args:
+        folders: Of what it was made from; licence and language are those of the first that names them.
+        names: The same as names; those that are hub ids become ``base_model``.
+        title: Its headline.
+        story: How it was made, in sentences.
+        warnings: Good to know.
+        model_type: Its architecture.
+    """
+    heads = [parent_metadata(folder) for folder in folders]
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    data["tags"] = ["moe", "llamamoe", model_type] if model_type in TARGETS else ["llamamoe"]
+    for key in _INHERITED:
+        found = next((head[key] for head in heads if key in head), None)
+        data |= {key: found} if found is not None else {}
+    bases = [name for name in names if _HUB_ID.fullmatch(name)]
+    data |= {"base_model": bases[0] if len(bases) == 1 else bases} if bases else {}
+    parts = [
+        "---\n" + yaml.safe_dump(data, sort_keys=False).strip() + "\n---",
+        f"# {title}",
+        f"Made by llamamoe {__version__}. {story}",
+        _USE,
+    ]
+    if warnings:
+        parts.append("## Good to know\n\n" + "\n".join(f"- {each}" for each in warnings))
+    licences = sorted({str(head["license"]) for head in heads if "license" in head})
+    more = f" They name: {', '.join(licences)}." if len(licences) > 1 else ""
+    parts.append(f"## Licence\n\nThat of the models that it was made from applies.{more}")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,184 @@
+"""The choices that a recipe leaves open, and which of the chosen methods need calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ..architectures.targets import TARGETS
+from ..errors import RefusedError
+from ..methods.repairs import REPAIRS
+from ..methods.routers import ROUTERS
+from ..methods.selectors import SELECTORS
+from ..methods.splitters import SPLITTERS
+from ..methods.splitters.base import Splitter
+from ..plugin import Plugin
+from ..plugins import Registry
+from .recipe import AUTO, NO_REPAIR, Choice, SplitRecipe, build_recipe
+
+CALIBRATED_DEFAULT: dict[str, Any] = {
+    "method": "token_clusters",
+    "num_experts": 64,
+    "top_k": 24,
+    "shared": 0.125,
+    "shared_by": "power",
+    "router": "ridge",
+    "repair": "distill",
+}
+"""What ``method: auto`` means where there is calibration text: keys that the recipe does not name itself.
+
+About half of the FFN is active. Many narrow experts and few shared neurons, a number of experts that is a power of two
+(so that factors baked into bfloat16 weights round nothing), all the repair there is: see BENCHMARKS.md.
+"""
+LEAST_WIDTH = 16
+"""The default number of experts is halved until they are this wide: padding and router would cost more than they bring."""
+UNCALIBRATED_DEFAULT = "cluster_shared"
+"""The method that ``auto`` means where there is none."""
+TEXT_NEEDS = ("activations", "gradients")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A recipe with every method named.
+
+    Attributes:
+        recipe: ``method``, ``shared_by``, ``router``, ``rescale`` and ``repair`` are set; sizes are as asked for.
+        splitter: The class of the method.
+        needing: Plug-ins that need calibration text, such as ``router 'ridge'``.
+        gradients: Whether one of them needs gradients.
+        warnings: What was chosen in the place of something better.
+    """
+
+    recipe: SplitRecipe
+    splitter: type[Splitter]
+    needing: tuple[str, ...]
+    gradients: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is read."""
+        return bool(self.needing)
+
+
+def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chosen:
+    """Name every method that the recipe leaves open.
+
+    Args:
+        recipe: What the user asks for.
+        intermediate_size: F, for the default number of experts; None leaves it as it is.
+
+    Raises:
+        RefusedError: A method needs calibration text and there is none, or a router is a control that no file holds.
+    """
+    warnings: list[str] = []
+    if recipe.method.name == AUTO:
+        recipe, warnings = _auto(recipe, intermediate_size)
+    splitter = SPLITTERS.get(recipe.method.name)
+    given = bool(recipe.calibration)
+    repair: str | Choice = recipe.repair or splitter.default_repair or NO_REPAIR
+    if recipe.repair is None and not (given and repair in REPAIRS):
+        repair = NO_REPAIR
+    recipe = _update(
+        recipe,
+        {
+            "shared_by": recipe.shared_by or splitter.default_shared_by,
+            "router": recipe.router or splitter.default_router,
+            "rescale": recipe.rescale or splitter.default_rescale,
+            "repair": repair,
+        },
+    )
+    plugins = list(_plugins(recipe, splitter))
+    needing = tuple(text for text, plugin in plugins if plugin.needs in TEXT_NEEDS)
+    _refuse(recipe, needing)
+    if given and not needing:
+        warnings.append("calibration text is given, but no chosen method needs it: it is not read")
+    gradients = any(plugin.needs == "gradients" for _, plugin in plugins)
+    return Chosen(recipe, splitter, needing, gradients, tuple(warnings))
+
+
+def _refuse(recipe: SplitRecipe, needing: tuple[str, ...]) -> None:
+    assert recipe.router is not None
+    if not ROUTERS.get(recipe.router.name).exportable:
+        raise RefusedError(
+            f"the router {recipe.router.name!r} is a control that no file can hold: only `llamamoe compare` can "
+            "simulate it.",
+            hint=f"Choose one of {', '.join(r.name for r in ROUTERS if r.exportable)}.",
+        )
+    if needing and not recipe.calibration:
+        raise RefusedError(
+            f"calibration text is needed by {', '.join(needing)}, and none is given.",
+            hint="Give it with --calibration PATH (txt, jsonl or parquet); --calibration auto samples text from the "
+            f"source. Without text: --method {UNCALIBRATED_DEFAULT} --repair none.",
+        )
+
+
+def _plugins(recipe: SplitRecipe, splitter: type[Splitter]) -> Iterator[tuple[str, type[Plugin]]]:
+    """The chosen plug-ins that see the layer, with their names for messages."""
+    assert recipe.router is not None
+    assert recipe.shared_by is not None
+    assert recipe.repair is not None
+    yield f"--method {recipe.method.name}", splitter
+    wanted = splitter.default_shared if recipe.shared is None else recipe.shared
+    chooses = splitter(splitter.Options.model_validate(recipe.method.options)).chooses_shared
+    if wanted not in (0, "0x") and not chooses:
+        yield f"--shared-by {recipe.shared_by.name}", SELECTORS.get(recipe.shared_by.name)
+    yield f"--router {recipe.router.name}", ROUTERS.get(recipe.router.name)
+    if recipe.repair.name != NO_REPAIR:
+        yield f"--repair {recipe.repair.name}", REPAIRS.get(recipe.repair.name)
+
+
+def _auto(recipe: SplitRecipe, size: int | None) -> tuple[SplitRecipe, list[str]]:
+    """The recipe with a method in the place of ``auto``: it decides what the recipe does not name."""
+    wanted: dict[str, Any] = {"method": UNCALIBRATED_DEFAULT}
+    warnings = []
+    if recipe.calibration and CALIBRATED_DEFAULT["method"] in SPLITTERS:
+        wanted = {key: value for key, value in CALIBRATED_DEFAULT.items() if _known(key, value)}
+        routed = (1 - wanted["shared"]) * (size or 2**62)
+        while wanted["num_experts"] >= 16 and routed / wanted["num_experts"] < LEAST_WIDTH:
+            wanted |= {"num_experts": wanted["num_experts"] // 2, "top_k": wanted["top_k"] // 2}
+    elif not recipe.calibration:
+        warnings.append(
+            f"no calibration text: the method is {UNCALIBRATED_DEFAULT}, which loses much more than one that sees "
+            "text (--calibration PATH, or --calibration auto)"
+        )
+    values = _open(recipe, wanted)
+    if recipe.shared is None and recipe.target in TARGETS:
+        values["shared"] = _fitting_shared(recipe, values)
+    return _update(recipe, values), warnings
+
+
+def _known(key: str, value: Any) -> bool:
+    registries: dict[str, Registry[Any]] = {"shared_by": SELECTORS, "router": ROUTERS, "repair": REPAIRS}
+    return key not in registries or value in registries[key]
+
+
+def _open(recipe: SplitRecipe, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The values of ``wanted`` that the recipe leaves open; of N and k given alone, the other keeps its share."""
+    given = recipe.model_fields_set
+    values = {k: v for k, v in wanted.items() if k == "method" or k not in given or getattr(recipe, k) is None}
+    if {"num_experts", "top_k"} <= wanted.keys():
+        share = wanted["top_k"] / wanted["num_experts"]
+        if "num_experts" in given and "top_k" not in given:
+            values["top_k"] = max(1, round(share * recipe.num_experts))
+        elif "top_k" in given and "num_experts" not in given:
+            values["num_experts"] = max(2, round(recipe.top_k / share))
+    return values
+
+
+def _fitting_shared(recipe: SplitRecipe, values: dict[str, Any]) -> float | int | str:
+    """The default share of neurons in the form that the named target can hold."""
+    share = cast(float, values.get("shared", SPLITTERS.get(values["method"]).default_shared))
+    form = TARGETS.get(recipe.target).shared
+    if form == "none" or not share:
+        return 0
+    experts = values.get("num_experts", recipe.num_experts)
+    return f"{max(1, round(experts * share / (1 - share)))}x" if form == "multiple" else share
+
+
+def _update(recipe: SplitRecipe, values: dict[str, Any]) -> SplitRecipe:
+    """The recipe with some values changed, each checked and completed as if it had been written there."""
+    sizes = {"num_experts": recipe.num_experts, "top_k": recipe.top_k}
+    checked = build_recipe(sizes | values)
+    return recipe.model_copy(update={key: getattr(checked, key) for key in values})

@@ -1,0 +1,278 @@
+"""The plan of a conversion: sizes, names, shards, costs, warnings, refusals; from headers and a recipe alone.
+
+The plan is pure: it reads no tensor and writes nothing. ``--dry-run`` prints it, the conversion executes it, the
+model card quotes it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .._version import __version__
+from ..architectures.costs import Cost, count
+from ..architectures.dense_checkpoint import DenseModel
+from ..architectures.sources.base import DenseSpec, canonical_shapes
+from ..architectures.targets.base import MoeLayout, OutTensor, Target, common_config
+from ..checkpoint.base import DTYPE_BYTES
+from ..checkpoint.layout import Shards, deal
+from ..checkpoint.tokenizer import plan_warnings
+from ..errors import RefusedError
+from ..methods.repairs import REPAIRS
+from ..methods.splitters.base import Kept, Splitter
+from .advice import advice
+from .assembly import router_dtype
+from .calibration_cost import CalibrationPlan, plan_calibration
+from .defaults import complete
+from .recipe import DTYPES, NO_REPAIR, Choice, SplitRecipe
+from .sizes import choose_target, make_splitter, padded
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Everything that `llamamoe.split` will do.
+
+    Attributes:
+        model: The dense checkpoint, opened.
+        recipe: The recipe with every choice made.
+        target: The architecture to write.
+        layout: Sizes and scales.
+        dtype: Dtype of the weights, a safetensors name.
+        tensors: Every tensor of the output in the order of a forward pass.
+        shards: Where each of them goes.
+        config: The output's ``config.json`` without provenance.
+        parent_cost: What the dense model costs.
+        cost: What the output costs.
+        peak_bytes: Estimate of the anonymous memory that the conversion needs at most.
+        warnings: What ``strict`` refuses.
+        advice: What is good to know, about other runtimes and widths.
+        parity: Whether all experts together compute what the parent computes.
+        majors: Versions of transformers that load the output.
+        calibration: What calibration will cost; None if no text is read.
+        source_dtype: Dtype of most of the source's weights, a safetensors name.
+    """
+
+    model: DenseModel
+    recipe: SplitRecipe
+    target: Target
+    layout: MoeLayout
+    dtype: str
+    tensors: tuple[OutTensor, ...]
+    shards: Shards
+    config: dict[str, Any]
+    parent_cost: Cost
+    cost: Cost
+    peak_bytes: int
+    warnings: tuple[str, ...]
+    advice: tuple[str, ...]
+    parity: str
+    majors: tuple[str, ...]
+    calibration: CalibrationPlan | None = None
+    source_dtype: str = "F32"
+
+    @property
+    def repaired(self) -> bool:
+        """Whether weights are fitted to calibration text, so that they are not the parent's any more."""
+        return self.recipe.repair is not None and self.recipe.repair.name != NO_REPAIR
+
+    @property
+    def padding_per_layer(self) -> int:
+        """Zero neurons added to the routed experts of one layer."""
+        return self.layout.padding(self.model.spec.intermediate_size)
+
+    @property
+    def splitter(self) -> Splitter:
+        """The method with its options."""
+        return make_splitter(self.recipe)
+
+    @property
+    def kept(self) -> Kept:
+        """What of the parent's neurons the file must hold bit for bit (see `Splitter.kept`, `Repair.keeps`)."""
+        repair = self.recipe.repair
+        left = REPAIRS.get(repair.name).keeps if self.repaired and repair else "neurons"
+        return min(self.splitter.kept, left, key=("nothing", "gate_up", "neurons").index)
+
+    @property
+    def exactness(self) -> str:
+        """In words: whether the output equals its parent with all experts selected, and on which condition."""
+        if not self.target.routed:
+            return "not exact: neurons are left out"
+        if not self.splitter.exact:
+            return "not exact, even with all experts selected"
+        before = "before repair " if self.repaired else ""
+        after = ", not after it: weights are fitted to the top-k output" if self.repaired else ""
+        if self.layout.copies > 1:
+            return f"exact {before}with any number of whole copies selected{after}"
+        conditions = []
+        if self.recipe.router_scale == "soft":
+            conditions.append("the soft router's rows are set to zero")
+        factor = self.layout.combine.parity_factor
+        if factor != 1.0:
+            conditions.append(f"routed outputs are multiplied by {factor:g}")
+        condition = f", if {' and '.join(conditions)}" if conditions else ""
+        return f"exact {before}with all experts selected{condition}{after}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, the same for every run."""
+        layout = self.layout
+        return {
+            "llamamoe": __version__,
+            "source": str(self.model.checkpoint.path),
+            "family": self.model.source.name,
+            "target": self.target.name,
+            "transformers": list(self.majors),
+            "method": self.recipe.method.name,
+            "parity": self.parity,
+            "exactness": self.exactness,
+            "num_experts": layout.num_experts,
+            "top_k": layout.top_k,
+            "expert_width": layout.expert_width,
+            "padding_per_layer": self.padding_per_layer,
+            "shared_neurons": layout.num_shared,
+            "shared_width": layout.shared_width,
+            "dense_layers": list(layout.dense_layers),
+            "weighting": layout.combine.weighting,
+            "factor": layout.combine.factor,
+            "factor_in": "config" if layout.combine.bake == 1.0 and layout.combine.factor != 1.0 else "down_proj",
+            "dtype": self.dtype,
+            "parent": self.parent_cost.to_json(),
+            "converted": self.cost.to_json(),
+            "shards": {file: sum(n for _, _, n in tensors.values()) for file, tensors in self.shards.items()},
+            "num_tensors": len(self.tensors),
+            "peak_memory_bytes": self.peak_bytes,
+            "calibration": self.calibration.to_json() if self.calibration else None,
+            "warnings": list(self.warnings),
+            "advice": list(self.advice),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+
+def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
+    """Decide everything. O(number of tensors), reads headers only.
+
+    Raises:
+        RefusedError: The conversion would be inexact, impossible or unsafe; every reason is named.
+    """
+    spec = model.spec
+    chosen = complete(recipe, spec.intermediate_size)
+    recipe, splitter = chosen.recipe, chosen.splitter
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
+    recipe = padded(spec, recipe, splitter, dtype)
+    target, layout = choose_target(spec, recipe, splitter, dtype)
+    calibration = plan_calibration(spec, chosen, layout) if chosen.calibrated else None
+    recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
+    tensors = tuple(target.tensors(spec, layout))
+    shards = _shards(tensors, dtype, recipe.shard_size)
+    config = common_config(spec, target, next(n for n, d in DTYPES.items() if d == dtype)) | target.config(spec, layout)
+    warnings = [*chosen.warnings, *_warnings(model, recipe, layout, tensors, dtype)]
+    if recipe.strict and warnings:
+        raise RefusedError("--strict refuses: " + "; ".join(warnings) + ".")
+    return SplitPlan(
+        model=model,
+        recipe=recipe,
+        target=target,
+        layout=layout,
+        dtype=dtype,
+        tensors=tensors,
+        shards=shards,
+        config=config,
+        parent_cost=_parent_cost(model),
+        cost=count(
+            ((t.role, t.shape, math.prod(t.shape) * DTYPE_BYTES[t.dtype or dtype]) for t in tensors),
+            active_share=layout.active_share,
+            tied=target.ties(spec),
+        ),
+        peak_bytes=_peak_bytes(spec, make_splitter(recipe), layout, dtype)
+        + (calibration.peak_bytes if calibration else 0),
+        warnings=tuple(warnings),
+        advice=(*model.checkpoint.notes, *advice(spec, recipe, calibration, target, layout)),
+        parity="exact" if make_splitter(recipe).exact and recipe.repair in (None, Choice(name=NO_REPAIR)) else "none",
+        majors=target.majors(spec),
+        calibration=calibration,
+        source_dtype=stored_dtype(model),
+    )
+
+
+# ---- choices ----------------------------------------------------------------------------------------------------
+
+
+def _resolved(target: Target, layout: MoeLayout, dtype: str, calibration: CalibrationPlan | None) -> dict[str, Any]:
+    return {
+        "shared": layout.num_shared,
+        "target": target.name,
+        "dtype": next(name for name, d in DTYPES.items() if d == dtype),
+        "keep_dense": layout.dense_layers,
+    } | ({"calibration_length": calibration.length} if calibration else {})
+
+
+def stored_dtype(model: DenseModel) -> str:
+    """The dtype of most weights; float64 becomes float32, which transformers computes in."""
+    tally: dict[str, int] = {}
+    for name, shape in canonical_shapes(model.spec).items():
+        dtype = model.dtype_of(name)
+        tally[dtype] = tally.get(dtype, 0) + math.prod(shape)
+    most = max(tally, key=lambda d: (tally[d], d))
+    return "F32" if most == "F64" else most
+
+
+def _warnings(
+    model: DenseModel, recipe: SplitRecipe, layout: MoeLayout, tensors: tuple[OutTensor, ...], dtype: str
+) -> list[str]:
+    folder = model.checkpoint.path
+    found = plan_warnings(folder, model.spec.vocab_size, model.checkpoint.config) if folder.is_dir() else []
+    kinds = {model.dtype_of(name) for name in canonical_shapes(model.spec)}
+    lossy = sorted(k for k in kinds if k != dtype and dtype != "F32")
+    if lossy:
+        found.append(f"weights stored as {', '.join(lossy)} are rounded to {dtype}")
+    if recipe.router is not None and recipe.router.name == "zeros":
+        found.append("the zeros router sends every token to the same experts until it is trained")
+    if recipe.rescale is not None and recipe.rescale.name == "llama_moe":
+        found.append(
+            "the llama_moe rescale is for reproduction: as stored, the output is not exact with any number of experts"
+        )
+    if router_dtype(tensors, dtype) == "F16" and recipe.router_scale == "hard":
+        found.append(
+            "float16 cannot hold router rows as small as a hard router wants: weights are equal only to about 1e-2"
+        )
+    if not layout.combine.bake_is_exact and dtype != "F32":
+        found.append(
+            f"the factor {layout.combine.bake:g} is not a power of two: the experts' down projections are rounded once more in {dtype}"
+        )
+    return found
+
+
+# ---- files and costs --------------------------------------------------------------------------------------------
+
+
+def _shards(tensors: tuple[OutTensor, ...], dtype: str, shard_size: str) -> Shards:
+    entries = {t.name: (t.dtype or dtype, t.shape, math.prod(t.shape) * DTYPE_BYTES[t.dtype or dtype]) for t in tensors}
+    return deal(entries, shard_size)
+
+
+def _parent_cost(model: DenseModel) -> Cost:
+    from ..architectures.costs import role_of
+
+    return count(
+        (
+            (role_of(n), s, math.prod(s) * DTYPE_BYTES[model.dtype_of(n)])
+            for n, s in canonical_shapes(model.spec).items()
+        ),
+        tied=model.spec.tie_word_embeddings,
+    )
+
+
+def _peak_bytes(spec: DenseSpec, splitter: Splitter, layout: MoeLayout, dtype: str) -> int:
+    """Two gathered FFN matrices, what waits for the disk, what the splitter works with and the weights it replaces."""
+    from ..checkpoint.memory import MOST_BYTES
+    from ..checkpoint.writer import QUEUE_BYTES
+
+    matrix = spec.intermediate_size * spec.hidden_size
+    table = spec.vocab_size * spec.hidden_size
+    places = layout.num_shared + layout.num_experts * layout.expert_width
+    replaced = 0 if splitter.kept == "neurons" else 4 * places * spec.hidden_size  # bytes of a float32 matrix
+    return (
+        max(MOST_BYTES, QUEUE_BYTES + max(2 * matrix, table) * DTYPE_BYTES[dtype])
+        + 4 * replaced  # three of them, and one while it is made
+        + splitter.working_bytes(spec.intermediate_size, spec.hidden_size)
+    )

@@ -1,0 +1,58 @@
+"""Where a checkpoint comes from: the block in its ``config.json``, and what a resume must agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+
+if TYPE_CHECKING:
+    from ..checkpoint.locate import Location
+    from .plan import SplitPlan
+
+
+def config_block(plan: SplitPlan, location: Location) -> dict[str, Any]:
+    """The value of ``config.json["llamamoe"]``: the same for every run of the same conversion."""
+    layout, recipe, routed = plan.layout, plan.recipe, plan.target.routed
+    return {
+        "version": __version__,
+        "source": location.name,
+        "source_revision": location.revision,
+        "method": recipe.method.name,
+        "router": recipe.router.name if recipe.router and routed else None,
+        "router_scale": recipe.router_scale if routed else None,
+        "rescale": recipe.rescale.name if recipe.rescale and routed else None,
+        "repair": recipe.repair.name if recipe.repair and plan.repaired else None,
+        "recipe_sha256": recipe.sha256(),
+        "num_experts": layout.num_experts,
+        "top_k": layout.top_k,
+        "expert_width": layout.expert_width,
+        "shared_neurons": layout.num_shared,
+        "factor": layout.combine.factor,
+        "baked_factor": layout.combine.bake,
+        "parity": plan.parity,
+        "exactness": plan.exactness,
+    }
+
+
+def plan_fingerprint(plan: SplitPlan, compute: dict[str, Any] | None = None) -> str:
+    """Changes whenever a resumed run would write other bytes: source, recipe, version or number of threads.
+
+    Args:
+        plan: What is written.
+        compute: Where and in which dtype calibration computes, if it does.
+    """
+    import torch
+
+    facts = [
+        __version__,
+        torch.__version__,
+        torch.get_num_threads(),
+        plan.model.checkpoint.fingerprint(),
+        plan.recipe.model_dump(mode="json"),
+        plan.config,
+        compute,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,227 @@
+"""The parent as plain transformers loads it, to compare with what was read for the conversion.
+
+``AutoModelForCausalLM.from_pretrained`` opens the folder: transformers itself reads the configuration, chooses the
+files, renames and ties. Decoder layers stay on disk (accelerate's disk offload reads each matrix from the parent's
+own files just before it is used), so that memory holds the embeddings and one matrix. Whatever it loads is compared
+with what llamamoe reads: a wrong reading shows even where logits are not comparable.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import VerificationError
+from ..models.streaming import computing_keys, quiet_transformers
+from .assembly import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..architectures.dense_checkpoint import DenseModel
+    from ..architectures.sources.base import DenseSpec
+
+_SAID = ("missing_keys", "mismatched_keys", "error_msgs")
+_NOT_COMPUTED = ("extra", "tie_word_embeddings", "family")
+"""Fields of a `DenseSpec` that are not compared: tying shows in the weights, the rest is not part of the forward pass."""
+
+
+BLOCK_ROWS = 1024
+"""Rows compared at a time, so that a cast copy stays small."""
+
+
+class Reference:
+    """A dense parent in a folder, opened by transformers with its layers on disk.
+
+    Args:
+        model: The parent as llamamoe reads it.
+        dtype: Safetensors name of the dtype that the weights are rounded to before they are used.
+
+    Raises:
+        VerificationError: Transformers cannot load the parent, or understands its configuration otherwise.
+    """
+
+    def __init__(self, model: DenseModel, dtype: str) -> None:
+        self._dense = model
+        self._dtype = dtype
+        self.model: Any = _load(model.checkpoint.path)
+        check_config(model, self.model.config.to_dict())
+        for name, module in self.model.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                self._watch(name, module)
+
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        before_layer: Callable[[int, torch.nn.Module], None],
+        after_layer: Callable[[int, torch.nn.Module], None],
+    ) -> torch.Tensor:
+        """Return float32 logits ``[B, T, V]`` of ``input_ids`` ``[B, T]``, checking every weight on the way.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            before_layer: Called with index and layer before it runs (its weights are not loaded yet).
+            after_layer: Called with index and layer after it ran.
+
+        Raises:
+            VerificationError: A weight is not what llamamoe reads.
+        """
+        import torch
+
+        for index, layer in enumerate(self.model.model.layers):
+            layer.register_forward_pre_hook(lambda module, args, index=index: before_layer(index, module))
+            layer.register_forward_hook(lambda module, args, output, index=index: after_layer(index, module))
+        options = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
+        with torch.no_grad(), quiet_transformers():
+            logits: torch.Tensor = self.model(input_ids=input_ids, **options).logits
+        return logits.float()
+
+    def _watch(self, name: str, module: torch.nn.Module) -> None:
+        """Compare and round the module's own weights once accelerate has loaded them."""
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        reference = self
+
+        class Watch(ModelHook):  # type: ignore[misc]
+            def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+                for key, parameter in module.named_parameters(recurse=False):
+                    reference._check(f"{name}.{key}", parameter)
+                return args, kwargs
+
+        add_hook_to_module(module, Watch(), append=True)
+
+    def _check(self, name: str, parameter: torch.nn.Parameter) -> None:
+        import torch
+
+        raw = self._raw_name(name)
+        info = self._dense.checkpoint.tensors.get(raw)
+        rounded = self._dtype != "F32" and (info is None or info.dtype != self._dtype)
+        if info is None or not (
+            same_bits(parameter.data, self._dense.checkpoint.read(raw))
+            or (rounded and same_bits(parameter.data, self._dense.checkpoint.read(raw).to(torch_dtype(self._dtype))))
+        ):
+            raise VerificationError(
+                f"{name}: transformers loads other values from {self._dense.checkpoint.path} than llamamoe read for "
+                "the conversion, so the conversion is not one of the model that transformers runs.",
+                hint="Leave only one set of weights in the folder, or save the model again with transformers.",
+            )
+        if rounded:
+            parameter.data = parameter.data.to(torch_dtype(self._dtype)).to(torch.float32)
+
+    def _raw_name(self, name: str) -> str:
+        """What a parameter of transformers' model is called in the parent's files."""
+        dense = self._dense
+        if name not in dense.checkpoint.tensors and name == "lm_head.weight" and dense.spec.tie_word_embeddings:
+            name = "model.embed_tokens.weight"
+        read = dense.reads.get(name)
+        return name if name in dense.checkpoint.tensors or read is None else read.name
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare two tensors by their bits, after casting ``other`` to the dtype of ``one`` block by block."""
+    import torch
+
+    if one.shape != other.shape:
+        return False
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    blocks = (slice(start, start + BLOCK_ROWS) for start in range(0, len(one), BLOCK_ROWS))
+    return all(
+        torch.equal(one[b].contiguous().view(bits), other[b].to(one.dtype).contiguous().view(bits)) for b in blocks
+    )
+
+
+def check_config(model: DenseModel, effective: dict[str, Any]) -> None:
+    """Compare how llamamoe understands ``config.json`` with transformers' configuration object.
+
+    ``effective`` names every value, so that a default that is assumed for a missing key shows.
+
+    Args:
+        model: The parent as llamamoe reads it.
+        effective: ``AutoConfig.from_pretrained(parent).to_dict()``.
+
+    Raises:
+        VerificationError: A value that the forward pass uses differs.
+    """
+    have, want = model.spec, model.source.spec(effective)
+    for field in fields(have):
+        if field.name in _NOT_COMPUTED:
+            continue
+        ours, theirs = getattr(have, field.name), getattr(want, field.name)
+        if ours != theirs and not (field.name == "rope" and _same_rope(have, want)):
+            raise VerificationError(
+                f"config.json of {model.checkpoint.path}: transformers takes {field.name} = {theirs!r}, but the "
+                f"conversion was made for {ours!r}.",
+                hint="Write the value into the parent's config.json and convert again.",
+            )
+
+
+def _same_rope(have: DenseSpec, want: DenseSpec) -> bool:
+    """Whether all parameters that both name agree (each side may spell out more)."""
+    both = have.rope.keys() & want.rope.keys()
+    return {"rope_type", "rope_theta"} <= both and all(have.rope[key] == want.rope[key] for key in both)
+
+
+def _load(folder: Path) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+    _refuse_others(folder)
+    try:
+        keys, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+        config: Any = AutoConfig.for_model(**computing_keys(keys))
+        places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+        places |= {f"model.layers.{layer}": "disk" for layer in range(config.num_hidden_layers)}
+        with quiet_transformers(), _quiet_accelerate():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                device_map=places,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                generation_config=GenerationConfig(),
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever transformers raises: it cannot load the parent
+        raise VerificationError(
+            f"transformers cannot load the parent {folder}: {type(error).__name__}: {error}".rstrip(".") + ".",
+            hint="Save the model again with transformers' save_pretrained.",
+        ) from error
+    model, info = loaded
+    for kind in _SAID:
+        if info.get(kind):
+            names = sorted(map(str, info[kind]))[:3]
+            raise VerificationError(f"parent {folder}: transformers reports {kind.replace('_', ' ')}: {names}.")
+    return model.eval().requires_grad_(False)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse what ``from_pretrained`` would follow beyond the folder's own model.
+
+    Raises:
+        VerificationError: The folder holds an adapter.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise VerificationError(
+            f"{folder} holds adapter_config.json: transformers would apply that adapter to the model.",
+            hint="Merge the adapter into the model, or move it to a folder of its own.",
+        )
+
+
+@contextmanager
+def _quiet_accelerate() -> Iterator[None]:
+    """Leave out accelerate's remark that weights stay on disk: they are meant to."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,282 @@
+"""Calibration of one run of ``llamamoe split``: its text, its walk, and what a stopped run goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.text import CalibrationText, calibration_text
+from ..calibration.walk import Walk, cast_ffn, read_ffn
+from ..checkpoint.files import make_folder, replacing, write_text
+from ..checkpoint.ledger import STATES
+from ..checkpoint.tokenizer import parent_tokenizer
+from ..checkpoint.writer import CheckpointWriter
+from ..errors import CheckpointError, RefusedError
+from ..methods.moe_layer import ConvertedFfn, dense_outputs
+from ..progress import ProgressCallback
+from .assembly import torch_dtype
+from .recipe import AUTO
+
+if TYPE_CHECKING:
+    from ..calibration.compute import Compute
+    from ..calibration.gradients import GradientStore
+    from ..methods.inputs import LayerInputs
+    from .plan import SplitPlan
+
+UNIT = "calibration"
+"""The unit of the ledger that keeps the facts of the text."""
+_STATE, _TEXT, _IDS = "state.json", "text.json", "ids.npy"
+
+
+class Session:
+    """The text and the walk of a run, kept on disk so that a stopped run goes on with the same bytes.
+
+    After every layer the residual stream lies in a file with its hash beside it. Where that is missing or damaged,
+    the walk begins at the first layer again: what it computes is the same.
+
+    Args:
+        plan: What to do; its ``calibration`` is set.
+        compute: Device and dtype.
+        writer: Its ledger keeps the facts of the text, its folder the states.
+        progress: Told while text is sampled or gradients are computed.
+        text: The text, if it is read already (see `read_ahead`).
+    """
+
+    def __init__(
+        self,
+        plan: SplitPlan,
+        compute: Compute,
+        writer: CheckpointWriter,
+        progress: ProgressCallback,
+        text: CalibrationText | None = None,
+    ) -> None:
+        self.plan, self.compute, self._given = plan, compute, text
+        self._writer, self._progress = writer, progress
+        self.folder = writer.path / STATES
+        self._text: CalibrationText | None = None
+        self._walk: Walk | None = None
+
+    @property
+    def walk(self) -> Walk:
+        """The walk, after `begin`."""
+        assert self._walk is not None, "begin first"
+        return self._walk
+
+    def begin(self, layer: int) -> int:
+        """Prepare to convert ``layer``, the first that is not finished; the layer to begin with: it, or 0."""
+        assert self.plan.calibration is not None
+        make_folder(self.folder)
+        text = self._text = self._prepare_text()
+        gradients = self._gradients(text) if self.plan.calibration.gradients else None
+        self._walk = Walk(
+            self.plan.model,
+            text,
+            self.compute,
+            weights_dtype=torch_dtype(self.plan.dtype),
+            folder=self.folder,
+            map_inputs=self.plan.calibration.input_place != "memory",
+            gradients=gradients,
+        )
+        if layer > 0 and self._holds(layer):
+            return layer
+        self._walk.start()
+        return 0
+
+    def enter(self, layer: int) -> LayerInputs:
+        """What the layer's FFN sees; see `Walk.enter`."""
+        return self.walk.enter(layer)
+
+    def leave(self, layer: int, inputs: LayerInputs, moe: ConvertedFfn | None) -> None:
+        """Go on to the next layer with the outputs of the converted layer (None: it stays dense), and save that."""
+        if layer + 1 == self.plan.model.spec.num_layers:
+            return
+        if moe is None:
+            outputs = dense_outputs(inputs, cast_ffn(read_ffn(self.plan.model, layer), torch_dtype(self.plan.dtype)))
+        else:
+            outputs = moe.outputs(inputs)
+        self.walk.leave(layer, outputs)
+        self._save(layer + 1)
+
+    # ---- states -----------------------------------------------------------------------------------------------
+
+    def _hash(self, layer: int) -> str:
+        return hashlib.sha256(self.walk.buffers[layer % 2].flatten().numpy().view("u1").data).hexdigest()
+
+    def _save(self, layer: int) -> None:
+        state = _read_json(self.folder / _STATE)
+        state[str(layer % 2)] = {"layer": layer, "sha256": self._hash(layer)}
+        write_text(self.folder / _STATE, json.dumps(state) + "\n")
+
+    def _holds(self, layer: int) -> bool:
+        kept = _read_json(self.folder / _STATE).get(str(layer % 2))
+        return isinstance(kept, dict) and kept == {"layer": layer, "sha256": self._hash(layer)}
+
+    def _gradients(self, text: CalibrationText) -> GradientStore:
+        import torch
+
+        from ..calibration.gradients import ffn_gradients
+
+        return ffn_gradients(
+            self.plan.model,
+            torch.from_numpy(text.ids_ST),
+            folder=self.folder / "gradients",
+            device=self.compute.device,
+            compute_dtype=None if self.compute.dtype == torch.float32 else self.compute.dtype,
+            progress=self._progress,
+        )
+
+    # ---- text -------------------------------------------------------------------------------------------------
+
+    def _prepare_text(self) -> CalibrationText:
+        """The text of the run that was stopped, or a new one, which the ledger and the folder then keep.
+
+        Raises:
+            RefusedError: The text had to be read again and is another now.
+        """
+        known = self._writer.info(UNIT)["calibration"] if self._writer.done(UNIT) else None
+        text = _load_text(self.folder)
+        if text is None or (known is not None and text.facts != known):
+            text = self._given or make_text(self.plan, self.compute, self._progress)
+            text = with_clusters(self.plan, text)
+            if known is not None and json.loads(json.dumps(text.facts)) != known:
+                raise RefusedError(
+                    "the calibration text is not the one that the stopped run began with.",
+                    hint="Put the text back as it was, or start again with --force.",
+                )
+            _save_text(self.folder, text)
+        if known is None:
+            info = {
+                "calibration": text.facts,
+                "computed": self.compute.to_json(),
+                "warnings": list(text.warnings),
+            }
+            self._writer.finish(UNIT, [], info)
+            self._writer.flush()
+        return text
+
+
+def remove_states(folder: Path) -> None:
+    """Delete what sessions left in ``OUT.partial/``."""
+    shutil.rmtree(folder / STATES, ignore_errors=True)
+
+
+def read_ahead(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> CalibrationText | None:
+    """The text of a new run, before anything is written; None if it is to be sampled, which takes long and is kept.
+
+    Raises:
+        RefusedError: There is something to warn of, and the recipe is strict.
+        UsageError, LlamaMoeError: The text cannot be had; the message says why.
+    """
+    if plan.recipe.calibration == (AUTO,):
+        return None
+    text = make_text(plan, compute, progress)
+    if plan.recipe.strict and text.warnings:
+        raise RefusedError("--strict refuses: " + "; ".join(text.warnings) + ".")
+    return text
+
+
+def make_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> CalibrationText:
+    """The recipe's calibration text in the source's tokens, read from files or sampled from the source.
+
+    Args:
+        plan: Its recipe says what; its ``calibration`` how much.
+        compute: For sampling.
+        progress: Told while text is sampled.
+
+    Raises:
+        UsageError, LlamaMoeError: The text cannot be had; the message says why.
+        CheckpointError: The source has no tokenizer that works.
+    """
+    recipe, sizes, spec = plan.recipe, plan.calibration, plan.model.spec
+    assert sizes is not None
+    tokenizer = _tokenizer(plan)
+    if recipe.calibration == (AUTO,):
+        from ..calibration.sampled import sample_text
+
+        return sample_text(
+            plan.model,
+            tokenizer,
+            num_tokens=recipe.calibration_tokens,
+            length=sizes.length,
+            seed=recipe.seed,
+            dtype=compute.dtype,
+            device=compute.device,
+            progress=progress,
+        )
+    return calibration_text(
+        recipe.calibration,
+        tokenizer,
+        num_tokens=recipe.calibration_tokens,
+        length=sizes.length,
+        weights=recipe.calibration_weights,
+        seed=recipe.seed,
+        vocab_size=spec.vocab_size,
+    )
+
+
+def _tokenizer(plan: SplitPlan) -> Any:
+    found = parent_tokenizer(plan.model.checkpoint)
+    if found is None:
+        raise CheckpointError(
+            "the source has no tokenizer, so calibration text cannot be read.",
+            hint="Put the tokenizer's files beside the weights, or for a GGUF source give --tokenizer STATES.",
+        )
+    return found
+
+
+def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:
+    """The text with a cluster for each sequence, if the method asks for them."""
+    if not plan.splitter.needs_clusters or text.clusters_S is not None:
+        return text
+    from ..calibration.clusters import text_clusters
+
+    wanted, count = plan.layout.num_experts, len(text.ids_ST)
+    warnings = text.warnings
+    if count < wanted:
+        warnings += (
+            f"{count} sequences of calibration text cannot make {wanted} clusters: {wanted - count} experts have no "
+            "text of their own (more --calibration-tokens, or a smaller --calibration-length)",
+        )
+    clusters = text_clusters(text.ids_ST, plan.model.spec.vocab_size, min(wanted, count), plan.recipe.seed)
+    return replace(text, clusters_S=clusters, warnings=warnings)
+
+
+def _save_text(folder: Path, text: CalibrationText) -> None:
+    import numpy as np
+
+    with replacing(folder / _IDS) as file:
+        np.save(file, text.ids_ST)
+    data = {
+        "facts": text.facts,
+        "domains": text.domains_S,
+        "clusters": None if text.clusters_S is None else text.clusters_S.tolist(),
+        "warnings": text.warnings,
+    }
+    write_text(folder / _TEXT, json.dumps(data) + "\n")
+
+
+def _load_text(folder: Path) -> CalibrationText | None:
+    """What `_save_text` kept, or None if it is not there or not whole."""
+    import numpy as np
+
+    try:
+        data = json.loads((folder / _TEXT).read_text(encoding="utf-8"))
+        ids = np.load(folder / _IDS, allow_pickle=False)
+        clusters = None if data["clusters"] is None else np.array(data["clusters"], dtype=np.int64)
+        text = CalibrationText(ids, tuple(data["domains"]), clusters, data["facts"], tuple(data["warnings"]))
+        digest = hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()
+        return text if digest == data["facts"]["sha256_of_ids"] else None
+    except (OSError, ValueError, LookupError, TypeError, EOFError):
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

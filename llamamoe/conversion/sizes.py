@@ -1,0 +1,229 @@
+"""Sizes of a conversion: widths, shared neurons, dense layers, and the target that can hold them."""
+
+from __future__ import annotations
+
+from ..architectures.rescales import RESCALES
+from ..architectures.sources.base import DenseSpec
+from ..architectures.targets import TARGETS
+from ..architectures.targets.base import Combine, MoeLayout, Target, is_power_of_two
+from ..errors import RefusedError
+from ..methods.splitters import SPLITTERS
+from ..methods.splitters.base import Splitter
+from .recipe import SplitRecipe
+
+_ORDER = {
+    False: ("mixtral", "qwen3_moe", "qwen2_moe", "granitemoeshared", "glm4_moe", "ernie4_5_moe"),
+    True: ("qwen2_moe", "glm4_moe", "granitemoeshared", "ernie4_5_moe"),
+}
+"""Targets that ``auto`` tries, without and with shared neurons; others (plug-ins) come after, by name."""
+
+QUANTISED_BLOCK = 32
+"""Rows of multiples of this can be quantised (llama.cpp's 8-bit and older 4-bit types, mlx); others stay in 16 bits."""
+PAD_TO = 8
+"""Multiple of expert widths where `QUANTISED_BLOCK` would cost too much."""
+MOST_PADDING = 0.03
+"""The share of the FFN from which padding costs too much."""
+
+GATED_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def _pad_to(recipe: SplitRecipe) -> int:
+    return recipe.pad_to or PAD_TO
+
+
+def _expert_width(routed: int, parts: int, recipe: SplitRecipe) -> int:
+    return round_up(-(-routed // parts), _pad_to(recipe))
+
+
+def _widths_shared(multiple: int, size: int, parts: int, recipe: SplitRecipe) -> int:
+    """S for ``m`` expert widths: m W, with W the padded width when the FFN is cut into ``parts`` + m."""
+    return multiple * round_up(-(-size // (parts + multiple)), _pad_to(recipe))
+
+
+def _multiples(size: int, parts: int, recipe: SplitRecipe) -> dict[int, int]:
+    """Every ``m`` for which m expert widths can be shared, and the S that it means."""
+    found = {m: _widths_shared(m, size, parts, recipe) for m in range(1, 4 * parts)}
+    return {m: shared for m, shared in found.items() if parts <= size - shared}
+
+
+def _shared_neurons(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) -> int:
+    wanted = splitter.default_shared if recipe.shared is None else recipe.shared
+    size, parts = spec.intermediate_size, splitter.parts(recipe.num_experts)
+    if isinstance(wanted, str):
+        if not parts:
+            raise RefusedError(
+                f"shared = {wanted!r} counts expert widths, but {splitter.name} has no experts.",
+                hint="Give the neurons to keep as a share (0.5) or a count.",
+            )
+        return _widths_shared(int(wanted[:-1]), size, parts, recipe)
+    return round(wanted * size) if isinstance(wanted, float) else wanted
+
+
+def make_splitter(recipe: SplitRecipe) -> Splitter:
+    """The recipe's method with its options."""
+    method = SPLITTERS.get(recipe.method.name)
+    return method(method.Options.model_validate(recipe.method.options))
+
+
+def padded(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: str) -> SplitRecipe:
+    """Return the recipe with ``pad_to`` set: as asked for, or the widest that costs little and that a target holds."""
+    splitter = method(method.Options.model_validate(recipe.method.options))
+    if recipe.pad_to is not None:
+        return recipe
+    wide = recipe.model_copy(update={"pad_to": QUANTISED_BLOCK})
+    if _padding_share(spec, wide, splitter) < MOST_PADDING:
+        try:
+            choose_target(spec, wide, method, dtype)
+        except (
+            RefusedError
+        ):  # a number of shared neurons that fits narrower experts only, or a reason that 8 has as well
+            pass
+        else:
+            return wide
+    return recipe.model_copy(update={"pad_to": PAD_TO})
+
+
+def _padding_share(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) -> float:
+    """Zero neurons over the neurons of a layer, copies counted once."""
+    size, parts = spec.intermediate_size, splitter.parts(recipe.num_experts)
+    shared = _shared_neurons(spec, recipe, splitter)
+    if not parts or shared >= size:
+        return 1.0
+    return (parts * _expert_width(size - shared, parts, recipe) + round_up(shared, _pad_to(recipe))) / size - 1
+
+
+def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: str) -> tuple[Target, MoeLayout]:
+    """The named target, or for ``auto`` the first that fits (both majors of transformers before one).
+
+    Raises:
+        RefusedError: None fits; every reason is named.
+    """
+    splitter = method(method.Options.model_validate(recipe.method.options))
+    shared = _shared_neurons(spec, recipe, splitter)
+    _check_sizes(spec, recipe, splitter, shared)
+    dense_layers = _dense_layers(spec, recipe)
+    fitting, reasons = [], []
+    for name in candidate_targets(recipe, splitter, shared):
+        target = TARGETS.get(name)()
+        layout = _layout(spec, recipe, splitter, target, shared, dense_layers)
+        found = _refusals(spec, recipe, target, layout, dtype)
+        reasons += found
+        if not found:
+            fitting.append((target, layout))
+    if not fitting:
+        raise RefusedError(
+            "no target can hold this conversion exactly:\n" + "\n".join(f"  - {r}" for r in dict.fromkeys(reasons)),
+            hint="`llamamoe methods --matrix` shows which family goes to which target.",
+        )
+    return next((f for f in fitting if len(f[0].majors(spec)) > 1), fitting[0])
+
+
+def candidate_targets(recipe: SplitRecipe, splitter: Splitter, shared: int) -> list[str]:
+    """Names of the targets to try, the preferred first."""
+    if recipe.target != "auto":
+        return [recipe.target]
+    names = [name for name in TARGETS.names() if TARGETS.get(name).routed == splitter.routed]
+    first = [name for name in _ORDER[shared > 0] if name in names]
+    return first + [name for name in names if name not in _ORDER[True] + _ORDER[False]]
+
+
+def _check_sizes(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter, shared: int) -> None:
+    size, parts = spec.intermediate_size, splitter.parts(recipe.num_experts)
+    if shared >= size:
+        left = "to route" if splitter.routed else "to leave out"
+        raise RefusedError(
+            f"shared = {recipe.shared!r} means {shared} neurons, but the FFN has only {size}: nothing is left {left}."
+        )
+    if not splitter.routed and shared == 0:
+        raise RefusedError(
+            f"{splitter.name} keeps the shared neurons only, and there are none.", hint="For example --shared 0.5."
+        )
+    if parts > size - shared:
+        raise RefusedError(f"num_experts = {parts} is more than the {size - shared} neurons that are to be routed.")
+    refusals = splitter.refusals(recipe.num_experts, recipe.top_k, recipe.router_scale) if splitter.routed else []
+    if refusals:
+        raise RefusedError(f"{splitter.name}: {'; '.join(refusals)}.")
+    if spec.hidden_act not in GATED_ACTIVATIONS:
+        raise RefusedError(
+            f"hidden_act {spec.hidden_act!r} is none that a gated FFN is known to use: {', '.join(GATED_ACTIVATIONS)}."
+        )
+
+
+def _dense_layers(spec: DenseSpec, recipe: SplitRecipe) -> tuple[int, ...]:
+    count_ = spec.num_layers
+    wrong = [layer for layer in recipe.keep_dense if not -count_ <= layer < count_]
+    if wrong:
+        raise RefusedError(f"--keep-dense names layer {wrong[0]}, but the model has layers 0 to {count_ - 1}.")
+    layers = tuple(sorted({layer % count_ for layer in recipe.keep_dense}))
+    if len(layers) == count_:
+        raise RefusedError("--keep-dense names every layer: nothing would be split.")
+    return layers
+
+
+def _layout(
+    spec: DenseSpec,
+    recipe: SplitRecipe,
+    splitter: Splitter,
+    target: Target,
+    shared: int,
+    dense_layers: tuple[int, ...],
+) -> MoeLayout:
+    if not splitter.routed:
+        return MoeLayout(0, 0, 0, shared, shared, dense_layers, Combine("renormalised", 1.0, 1.0, True, 1.0), 0)
+    parts = splitter.parts(recipe.num_experts)
+    width = _expert_width(spec.intermediate_size - shared, parts, recipe)
+    stored = round_up(shared, _pad_to(recipe)) if shared else target.stub_width(width)
+    if shared and target.shared == "multiple":
+        # S as m expert widths: every "mx" fits, whatever rounding left for the routed neurons.
+        sizes = _multiples(spec.intermediate_size, parts, recipe)
+        width = min((s // m for m, s in sizes.items() if s == shared and s // m >= width), default=width)
+        stored = shared
+    rescale = RESCALES.get(recipe.rescale.name if recipe.rescale else splitter.default_rescale)()
+    copies = recipe.num_experts // parts
+    combine = target.combine(rescale, recipe.num_experts, recipe.top_k, copies)
+    return MoeLayout(recipe.num_experts, recipe.top_k, width, shared, stored, dense_layers, combine, copies)
+
+
+def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout, dtype: str) -> list[str]:
+    reasons = target.refusals(spec)
+    if target.routed != bool(layout.num_experts):
+        holds = "experts, of which this method makes none" if target.routed else "no experts"
+        reasons.append(f"{target.name} holds {holds} (--target auto)")
+    elif layout.num_shared and target.shared == "none":
+        reasons.append(
+            f"{target.name} has no shared expert, but {layout.num_shared} neurons are to be shared (--shared 0, or another --target)"
+        )
+    elif layout.num_shared and target.shared == "multiple" and layout.num_shared % layout.expert_width:
+        reasons.append(_nearest_shared(spec, recipe, target, layout))
+    if layout.copies > 1 and layout.combine.parity_factor != 1.0:
+        reasons.append("copies of the FFN are averaged: no other --rescale than mean gives its output back")
+    dense = target.dense_layer_refusal(layout.dense_layers, spec.num_layers)
+    if dense:
+        reasons.append(dense)
+    if recipe.require and recipe.require not in target.majors(spec):
+        reasons.append(
+            f"--require {recipe.require}: {target.name} needs transformers 5 for this source ({', '.join(sorted(target.needs_five))})"
+        )
+    if dtype != "F32":
+        if spec.norm_offset:
+            reasons.append(f"{spec.family}'s norm weights become 1 + w, which {dtype} would round: use --dtype float32")
+        fold = target.fold(spec)
+        if not is_power_of_two(fold):
+            reasons.append(
+                f"{target.name} has no embedding multiplier and {dtype} would round embeddings times {fold:g}: use --dtype float32"
+            )
+    return reasons
+
+
+def _nearest_shared(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout) -> str:
+    wanted = layout.num_shared
+    parts = layout.num_experts // layout.copies
+    sizes = {s: m for m, s in reversed(_multiples(spec.intermediate_size, parts, recipe).items())}
+    near = sorted(sizes, key=lambda s: abs(s - wanted))[:2]
+    ways = " or ".join(f"--shared {sizes[s]}x ({s} neurons)" for s in sorted(near)) or "fewer experts"
+    return f"{target.name}'s shared expert is a multiple of the expert width ({layout.expert_width}), which {wanted} is not: use {ways}"

@@ -1,0 +1,316 @@
+"""``llamamoe.split``: the plan, executed one layer at a time, into a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..architectures.dense_checkpoint import understand
+from ..architectures.targets.base import Neurons, OutTensor
+from ..calibration.compute import Compute, choose_compute
+from ..checkpoint.files import write_text
+from ..checkpoint.layout import index_json
+from ..checkpoint.ledger import partial_path
+from ..checkpoint.locate import Location, locate, open_checkpoint
+from ..checkpoint.memory import reused_memory
+from ..checkpoint.out_folder import (
+    RECEIPT_FILE,
+    RECIPE_FILE,
+    check_out,
+    check_room,
+    check_text,
+    normal_path,
+    recover_replaced,
+    system_errors,
+)
+from ..checkpoint.reader import INDEX
+from ..checkpoint.tokenizer import carry, check_parent
+from ..checkpoint.writer import CheckpointWriter
+from ..errors import RefusedError
+from ..models.loadable import check_loads, check_model
+from ..progress import Progress, ProgressCallback, ignore_progress
+from .assembly import made_of, make, nonfinite, one_thread
+from .card import model_card
+from .layer import ConvertedLayer, convert_layer
+from .plan import SplitPlan, plan_split
+from .provenance import config_block, plan_fingerprint
+from .recipe import SplitRecipe
+from .session import UNIT, Session, read_ahead, remove_states
+from .verify_files import OUTER, Hashes, unit_of
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What a conversion left.
+
+    Attributes:
+        out: The folder.
+        plan: What was done.
+        receipt: The content of ``llamamoe_receipt.json``.
+        warnings: The plan's, and what showed while the weights were read.
+    """
+
+    out: Path
+    plan: SplitPlan
+    receipt: dict[str, Any]
+    warnings: tuple[str, ...] = field(default=())
+
+
+def plan_conversion(
+    source: str | Path, recipe: SplitRecipe | None = None, *, tokenizer: str | Path | None = None
+) -> SplitPlan:
+    """What `split` would do; reads headers only and writes nothing. For the arguments see `split`.
+
+    Raises:
+        RefusedError: The conversion is not possible; every reason is named.
+        UsageError: The recipe names calibration text that is not there.
+    """
+    checkpoint = open_checkpoint(locate(source), tokenizer=tokenizer)
+    decided = plan_split(understand(checkpoint), recipe or SplitRecipe())
+    check_text(decided)
+    return decided
+
+
+def split(
+    source: str | Path,
+    out: str | Path,
+    recipe: SplitRecipe | None = None,
+    *,
+    verify: bool = True,
+    resume: bool = False,
+    force: bool = False,
+    tokenizer: str | Path | None = None,
+    progress: ProgressCallback = ignore_progress,
+) -> SplitResult:
+    """Convert a dense checkpoint into a mixture of experts that plain transformers loads.
+
+    One layer is in memory at a time. ``out`` appears when everything in it is written and verified; until then
+    the work lies in ``OUT.partial/``, where ``resume`` picks it up after a kill.
+
+    Args:
+        source: A folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``.
+        out: The folder to make; it must not exist or be empty.
+        recipe: What to do; the defaults of `SplitRecipe` if None.
+        verify: Compare the result with its parent before it appears (see `llamamoe.verify`).
+        resume: Finish what an earlier call with the same source and recipe began.
+        force: Replace ``out`` if it holds a checkpoint, and drop what an earlier call began.
+        tokenizer: For a GGUF source, a folder whose tokenizer files replace the vocabulary in the file.
+        progress: Told after every layer.
+
+    Raises:
+        RefusedError: Nothing was written; the message says why and the way out.
+        UsageError: The recipe names calibration text or a device that is not there; nothing was written.
+        VerificationError: The result does not compute what its parent computes; it stays in ``OUT.partial/``.
+        LlamaMoeError: Writing failed; ``resume`` goes on.
+    """
+    started = time.monotonic()
+    location, out = locate(source), normal_path(out)
+    checkpoint = open_checkpoint(location, tokenizer=tokenizer)
+    decided = plan_split(understand(checkpoint), recipe or SplitRecipe())
+    recover_replaced(out)
+    check_out(out, location.path, force=force)
+    check_text(decided)
+    check_room(out, decided, resume=resume)
+    if decided.recipe.strict:
+        _refuse_nonfinite(decided, progress)
+    check_model(decided.config, {tensor.name: tensor.shape for tensor in decided.tensors})
+    tokenizer_of_parent = check_parent(checkpoint, decided.config)
+    compute = choose_compute(decided.recipe, decided.source_dtype) if decided.calibration else None
+    fresh = not (resume and partial_path(out).exists())
+    text = read_ahead(decided, compute, progress) if compute and fresh else None
+    fingerprint, restart = plan_fingerprint(decided, compute.to_json() if compute else None), force and not resume
+    with (
+        system_errors(out),
+        CheckpointWriter(out, decided.shards, fingerprint=fingerprint, resume=resume, restart=restart) as writer,
+    ):
+        session = Session(decided, compute, writer, progress, text) if compute else None
+        infos = _write_weights(decided, writer, session, progress)
+        warnings = decided.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
+        _write_side_files(decided, location, writer.path, warnings, tokenizer_of_parent)
+        hashes = Hashes(writer.weights_sha256(), writer.unit_sha256())
+        receipt = _receipt(decided, location, infos, hashes, warnings)
+        if verify:
+            from .verify import verify_conversion
+
+            receipt["verification"] = verify_conversion(decided, writer.path, hashes, progress).to_json()
+        receipt["run"] = run_facts(started) | _speed(decided, compute)
+        write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
+        checkpoint.check_unchanged()
+        writer.publish(replace=force)
+    return SplitResult(out, decided, receipt, warnings)
+
+
+# ---- before anything is written -----------------------------------------------------------------------------------
+
+
+def _refuse_nonfinite(decided: SplitPlan, progress: ProgressCallback) -> None:
+    names = sorted(decided.model.checkpoint.tensors)
+    for i, name in enumerate(names):
+        if nonfinite(decided.model.checkpoint.read(name)):
+            raise RefusedError(
+                f"--strict: the tensor {name} holds NaN or infinite values.", hint="Without --strict this is a warning."
+            )
+        progress(Progress("check", i + 1, len(names), "tensor"))
+
+
+# ---- the weights --------------------------------------------------------------------------------------------------
+
+
+def _write_weights(
+    decided: SplitPlan, writer: CheckpointWriter, session: Session | None, progress: ProgressCallback
+) -> dict[str, dict[str, Any]]:
+    """Write every unit that is not there yet; return what is to be said of each."""
+    layers = decided.model.spec.num_layers
+    units: dict[str, list[int]] = {OUTER: [], **{f"layer.{i}": [] for i in range(layers)}}
+    for index, tensor in enumerate(decided.tensors):
+        units[unit_of(tensor)].append(index)
+    if session is not None:
+        _write_calibrated(decided, writer, units, session, progress)
+    else:
+        with reused_memory():
+            _write_uncalibrated(decided, writer, units, progress)
+    writer.flush()
+    remove_states(writer.path)
+    return {unit: writer.info(unit) for unit in ([UNIT] if session else []) + list(units)}
+
+
+def _write_uncalibrated(
+    decided: SplitPlan, writer: CheckpointWriter, units: dict[str, list[int]], progress: ProgressCallback
+) -> None:
+    for done, (unit, indices) in enumerate(units.items(), start=1):
+        if not writer.done(unit):
+            layer = None if unit == OUTER else int(unit.removeprefix("layer."))
+            dense = layer is None or layer in decided.layout.dense_layers
+            converted = None if layer is None or dense else convert_layer(decided, layer)
+            _write_unit(decided, writer, unit, indices, converted)
+        progress(Progress("convert", done, len(units), "layer", unit))
+
+
+def _write_calibrated(
+    decided: SplitPlan,
+    writer: CheckpointWriter,
+    units: dict[str, list[int]],
+    session: Session,
+    progress: ProgressCallback,
+) -> None:
+    """Walk through the layers with the calibration text and write those that are not there yet.
+
+    A layer that is finished must be walked through again only if the hidden states behind it are lost: converted
+    again, it gives the same bytes.
+    """
+    if not writer.done(OUTER):
+        _write_unit(decided, writer, OUTER, units[OUTER], None)
+    progress(Progress("convert", 1, len(units), "layer", OUTER))
+    layers = decided.model.spec.num_layers
+    finished = [writer.done(f"layer.{layer}") for layer in range(layers)]
+    first = finished.index(False) if False in finished else layers
+    if first == layers and writer.done(UNIT):
+        progress(Progress("convert", len(units), len(units), "layer"))
+        return
+    for layer in range(session.begin(first), layers):
+        unit = f"layer.{layer}"
+        inputs = session.enter(layer)
+        dense = layer in decided.layout.dense_layers
+        converted = None if dense else convert_layer(decided, layer, inputs)
+        session.leave(layer, inputs, converted.moe if converted else None)
+        if not finished[layer]:
+            _write_unit(decided, writer, unit, units[unit], converted)
+            writer.flush()  # the states of the layer before are written over only when this one is safe
+        progress(Progress("convert", layer + 2, len(units), "layer", unit))
+
+
+def _write_unit(
+    decided: SplitPlan, writer: CheckpointWriter, unit: str, indices: list[int], converted: ConvertedLayer | None
+) -> None:
+    info = dict(converted.facts) if converted else {}
+    parts = converted.parts if converted else None
+    broken = []
+    with one_thread():
+        for index in sorted(indices, key=lambda i: _part_of(decided.tensors[i])):
+            tensor = decided.tensors[index]
+            writer.make_room(tensor.name)
+            value = make(tensor, decided.model, parts, decided.dtype)
+            if nonfinite(value):
+                if not any(nonfinite(used) for used in made_of(tensor, decided.model, parts)):
+                    raise RefusedError(
+                        f"{tensor.name} has values that {decided.recipe.dtype} cannot hold (factor "
+                        f"{decided.layout.combine.bake:g} included): they would become infinite.",
+                        hint="Repeat with --dtype bfloat16 or float32, and --force.",
+                    )
+                broken.append(tensor.name)
+            writer.put(tensor.name, value)
+    if broken:
+        info["warnings"] = [f"{len(broken)} tensors of {unit} hold NaN or infinite values, the first is {broken[0]}"]
+    writer.finish(unit, [decided.tensors[i].name for i in indices], info)
+
+
+def _part_of(tensor: OutTensor) -> str:
+    """Tensors that are taken from the same matrix of the parent have the same, so that it is read once."""
+    return tensor.origin.part if isinstance(tensor.origin, Neurons) else ""
+
+
+# ---- beside the weights -------------------------------------------------------------------------------------------
+
+
+def _write_side_files(
+    decided: SplitPlan, location: Location, folder: Path, warnings: tuple[str, ...], tokenizer: Any | None
+) -> None:
+    config = decided.config | {"llamamoe": config_block(decided, location)}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    copied = carry(decided.model.checkpoint, tokenizer, folder)
+    check_loads(folder)
+    write_text(folder / RECIPE_FILE, decided.recipe.to_yaml())
+    if len(decided.shards) > 1:
+        write_text(folder / INDEX, json.dumps(index_json(decided.shards), indent=2, sort_keys=True) + "\n")
+    if decided.recipe.card:
+        write_text(folder / "README.md", model_card(decided, location, copied, warnings))
+
+
+def _receipt(
+    decided: SplitPlan,
+    location: Location,
+    infos: dict[str, dict[str, Any]],
+    hashes: Hashes,
+    warnings: tuple[str, ...],
+) -> dict[str, Any]:
+    calibration = infos[UNIT]["calibration"] | {"computed": infos[UNIT]["computed"]} if UNIT in infos else None
+    packages = ("torch", "transformers", "safetensors", "numpy", "scikit-learn")
+    return {
+        "llamamoe": __version__,
+        "source": {"name": location.name, "revision": location.revision, "notes": decided.model.checkpoint.notes},
+        "plan": {k: v for k, v in decided.to_json().items() if k not in ("source", "llamamoe")},
+        "weights_sha256": hashes.weights,
+        "unit_sha256": dict(hashes.units),
+        "calibration": calibration,
+        "layers": [info for info in infos.values() if "layer" in info],
+        "warnings": list(warnings),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }
+
+
+def _speed(decided: SplitPlan, compute: Compute | None) -> dict[str, Any]:
+    """How fast this machine multiplies, and what the plan's estimate of calibration makes of that."""
+    if compute is None or decided.calibration is None:
+        return {}
+    rate = compute.flops_per_second()
+    seconds = round(decided.calibration.seconds(rate), 1)
+    return {"calibration": {"flops_per_second": round(rate), "estimated_seconds": seconds}}
+
+
+def run_facts(started: float) -> dict[str, Any]:
+    """What differs from run to run: when, how long, how much memory, on what."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_resident_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "platform": platform.platform(),
+    }

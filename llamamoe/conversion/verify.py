@@ -1,0 +1,249 @@
+"""``llamamoe.verify``: does a converted checkpoint compute what its parent computes?
+
+The parent is opened by transformers' own ``from_pretrained`` (`llamamoe.conversion.reference`), and both are run by transformers'
+classes with one layer in memory (`llamamoe.conversion.verify_runs`), in float32, with every expert selected. The converted one runs twice: with its router rows set to zero (all weights equal: the claim of
+exactness), and with the router as it is stored (what a hard router leaves of it).
+
+A conversion that claims nothing (repaired, pruned, partly re-initialised) runs too, and must give finite logits; how
+far they are from the parent's is information. What it does keep of the parent's neurons is checked bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..architectures.dense_checkpoint import refuse_foreign, understand
+from ..checkpoint.locate import check_folder, locate, open_parent
+from ..checkpoint.out_folder import DERIVED_FILE, HEAL_RECIPE_FILE, RECIPE_FILE
+from ..checkpoint.paths import inside
+from ..checkpoint.reader import SafetensorsCheckpoint
+from ..errors import RefusedError, VerificationError
+from ..methods.router_scale import HARD_LOGIT
+from ..progress import Progress, ProgressCallback, ignore_progress
+from .verify_files import Hashes, WeightsChecked, check_files, check_neurons, check_weights
+from .verify_runs import Measured, compare_logits
+
+if TYPE_CHECKING:
+    from .plan import SplitPlan
+
+EQUAL_TOLERANCE = 1e-5
+HARD_TOLERANCE = 2 * HARD_LOGIT
+ROUNDED_TOLERANCE = 2e-2
+HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Differences between a conversion and its parent, all experts selected.
+
+    Attributes:
+        equal_weights: max abs logit difference / max abs logit, router rows zero; None if the conversion makes
+            no claim of exactness.
+        equal_tolerance: What `equal_weights` may be.
+        as_stored: The same with the router as stored; None for a soft router. Where experts are copies, with the
+            configured top-k, for which they are exact too.
+        stored_tolerance: What `as_stored` may be.
+        largest_logit: Largest absolute router logit on the text, router as stored.
+        layer_error: Per MoE layer, max abs difference of the FFN outputs on the parent's own FFN inputs over the
+            largest abs output; the last number of the pair (layer, error). All experts at equal weights; the
+            configured top-k and the router as stored if no exactness is claimed.
+        parity_factor: What routed outputs were multiplied by for the comparison.
+        reference: How the parent was opened and run.
+        num_tokens: Tokens of the text.
+        tokens: Where the text comes from: ``"text"`` or ``"random ids"`` (no tokenizer).
+        neurons_checked: Layers whose neurons were found to be the parent's, by their bits (see `kept`).
+        passed: Whether everything holds.
+        note: Why nothing could be compared; empty if it could.
+        kept: What was looked for: ``"neurons"``, ``"gate_up"`` (repair changed the down projections), ``"nothing"``.
+        all_experts: As `equal_weights`, for a conversion that claims no exactness: information, no test.
+        as_configured: The same with the configured top-k and the router as stored; it must only be finite.
+        copied_checked: Tensors outside the experts found to be the parent's, bit for bit.
+        hashed_checked: Tensors, experts and routers included, whose SHA-256 is that of what was written.
+        unproven: Why no hashes could be compared; empty if they were.
+    """
+
+    equal_weights: float | None
+    equal_tolerance: float
+    as_stored: float | None
+    stored_tolerance: float
+    largest_logit: float
+    layer_error: tuple[tuple[int, float], ...]
+    parity_factor: float
+    reference: str
+    num_tokens: int
+    tokens: str
+    neurons_checked: int
+    passed: bool
+    note: str = ""
+    kept: str = "neurons"
+    all_experts: float | None = None
+    as_configured: float | None = None
+    copied_checked: int = 0
+    hashed_checked: int = 0
+    unproven: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {"layer_error": [list(pair) for pair in self.layer_error]}
+
+
+def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback = ignore_progress) -> Verification:
+    """Check a converted checkpoint against the dense one that it was made from.
+
+    Names, shapes, dtypes and configuration must be those of the recipe in ``out``; what is taken over from the parent
+    must be the parent's, and every neuron must be found exactly once, bit for bit; all weights must have the SHA-256 in
+    the receipt, and be finite; the logits must agree with those of the parent as plain transformers loads it. A
+    receipt that is missing is told in the result. Of a conversion that claims less only what it claims is asked for (see `llamamoe.conversion.verify_files.check_neurons`), and finite logits.
+
+    Args:
+        out: A folder that `llamamoe.split` wrote.
+        against: Its parent: folder, ``.gguf`` file or hub id.
+        progress: Told after every layer.
+
+    Raises:
+        RefusedError: One of the two cannot be read, or ``out`` carries no recipe.
+        VerificationError: Something does not agree; the message says what and by how much.
+    """
+    from .plan import plan_split
+    from .recipe import load_recipe
+
+    folder = Path(out).expanduser()
+    check_folder(folder)
+    _refuse_others(folder)
+    location = locate(against)
+    model = understand(open_parent(location.path, folder))
+    plan = plan_split(model, load_recipe(inside(folder, RECIPE_FILE)))
+    _check_tokenizer(plan, folder)
+    result = verify_conversion(plan, folder, Hashes.of_receipt(folder), progress)
+    if not result.passed:
+        raise VerificationError(f"{folder} cannot be verified: {result.note}.")
+    return result
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse a folder that `split` did not write, naming the command that did."""
+    if (folder / HEAL_RECIPE_FILE).is_file() or (folder / DERIVED_FILE).is_file():
+        made = "heal" if (folder / HEAL_RECIPE_FILE).is_file() else "merge, retop or densify"
+        raise RefusedError(
+            f"{folder} was written by `llamamoe {made}`, which changes weights on purpose: they are not the parent's.",
+            hint="Verify the conversion that it was made from; `llamamoe evaluate` compares two models.",
+        )
+    if not (folder / RECIPE_FILE).is_file():
+        raise RefusedError(
+            f"{folder} holds no {RECIPE_FILE}, so it was not written by `llamamoe split`.",
+            hint="Give the folder that `llamamoe split` made.",
+        )
+
+
+def _check_tokenizer(plan: SplitPlan, folder: Path) -> None:
+    from ..checkpoint.tokenizer import check_same, parent_tokenizer
+    from ..models.loadable import check_counts
+
+    parent = parent_tokenizer(plan.model.checkpoint)
+    if parent is not None:
+        converted = SafetensorsCheckpoint(folder)
+        check_counts(converted.config, converted.tensors)
+        own = parent_tokenizer(converted)
+        if own is None:
+            raise VerificationError(f"{folder} has no tokenizer, but its parent has one.", hint="Convert it again.")
+        check_same(parent, own, str(folder))
+
+
+def verify_conversion(
+    plan: SplitPlan, folder: Path, hashes: Hashes, progress: ProgressCallback = ignore_progress
+) -> Verification:
+    """Like `verify`, for a plan and hashes at hand and a folder that need not be published yet."""
+    with _changes_told(plan):
+        return _verified(plan, folder, hashes, progress)
+
+
+@contextmanager
+def _changes_told(plan: SplitPlan) -> Iterator[None]:
+    """Tell a parent that changed meanwhile as that, whatever error it led to: also transformers reads it here."""
+    try:
+        yield
+    except Exception:
+        plan.model.checkpoint.check_unchanged()
+        raise
+
+
+def _verified(plan: SplitPlan, folder: Path, hashes: Hashes, progress: ProgressCallback) -> Verification:
+    converted = SafetensorsCheckpoint(folder)
+    refuse_foreign(converted)  # transformers would quantise what it loads, or load otherwise
+    check_files(plan, converted)
+    layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]
+    checked = 0
+    if plan.kept != "nothing":
+        for done, layer in enumerate(layers, start=1):
+            check_neurons(plan, converted, layer)
+            checked += 1
+            progress(Progress("check neurons", done, len(layers), "layer"))
+    # before the logits, which cannot tell which tensor changed
+    weights = check_weights(plan, converted, hashes, progress)
+    measured = compare_logits(plan, converted, progress)
+    _check_claims(plan, measured)
+    return _result(plan, measured, checked, weights)
+
+
+def _tolerances(plan: SplitPlan) -> tuple[float, float]:
+    """What differences at equal weights and as stored may be."""
+    exact = plan.dtype == "F32" or plan.layout.combine.bake_is_exact
+    equal = EQUAL_TOLERANCE if exact else ROUNDED_TOLERANCE
+    return equal, max(equal, HALF_TOLERANCE if plan.dtype == "F16" else HARD_TOLERANCE)
+
+
+def _check_claims(plan: SplitPlan, measured: Measured) -> None:
+    equal_tolerance, stored_tolerance = _tolerances(plan)
+    equal, stored = measured.equal, measured.stored
+    if plan.parity == "exact" and ((equal or 0.0) > equal_tolerance or (stored or 0.0) > stored_tolerance):
+        _raise_inexact(measured, equal_tolerance, stored_tolerance)
+    if stored == math.inf:
+        raise VerificationError(
+            "the logits are not finite with the configured top-k, although the parent's are.",
+            hint="Weights that changed since the conversion do this; otherwise please report it.",
+        )
+
+
+def _result(plan: SplitPlan, measured: Measured, neurons: int, weights: WeightsChecked) -> Verification:
+    equal_tolerance, stored_tolerance = _tolerances(plan)
+    claims = plan.parity == "exact"
+    equal, stored = measured.equal, measured.stored
+    compared = equal is not None or stored is not None
+    return Verification(
+        equal_weights=equal if claims else None,
+        equal_tolerance=equal_tolerance,
+        as_stored=stored if claims else None,
+        stored_tolerance=stored_tolerance,
+        largest_logit=measured.largest,
+        layer_error=tuple(measured.errors),
+        parity_factor=plan.layout.combine.parity_factor,
+        reference=measured.reference,
+        num_tokens=measured.tokens,
+        tokens=measured.origin,
+        neurons_checked=neurons,
+        passed=compared,
+        note="" if compared else "the parent's own logits are not finite, so there is nothing to compare with",
+        kept=plan.kept,
+        all_experts=None if claims or equal == math.inf else equal,
+        as_configured=None if claims else stored,
+        copied_checked=weights.copied,
+        hashed_checked=weights.hashed,
+        unproven=weights.unproven,
+    )
+
+
+def _raise_inexact(measured: Measured, equal_tolerance: float, stored_tolerance: float) -> NoReturn:
+    worst = max(measured.errors, key=lambda pair: pair[1], default=(0, 0.0))
+    stored = measured.stored
+    raise VerificationError(
+        f"with all experts selected the logits differ from the parent's by {measured.equal:.2e} of the largest one at "
+        f"equal weights (allowed {equal_tolerance:.0e})"
+        + (f" and by {stored:.2e} as stored (allowed {stored_tolerance:.0e})" if stored is not None else "")
+        + f"; the worst layer is {worst[0]} with {worst[1]:.2e}.",
+        hint="Weights that changed since the conversion do this; otherwise please report it.",
+    )

@@ -1,0 +1,91 @@
+"""Recipes of ``llamamoe tokenize``: which text, by which tokenizer, cut into which files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ..conversion.recipe import form, load_plain
+
+
+def _paths(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
+DomainName = Annotated[
+    str, form(r"[^\x00-\x1f\x7f]{1,80}", "must have 1 to 80 characters, none of them a control character")
+]
+
+
+class Validation(BaseModel):
+    """What is held out of every domain: a share of its documents, or a number of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float | None = Field(None, gt=0, lt=1, description="About this share of each domain's documents.")
+    documents: int | None = Field(None, ge=1, description="This many documents of each domain.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Validation:
+        if (self.share is None) == (self.documents is None):
+            raise PydanticCustomError("validation", "give either share or documents")
+        return self
+
+    @property
+    def hash_limit(self) -> int | None:
+        """With ``share``: texts whose 64-bit hash is below this are held out."""
+        return None if self.share is None else round(self.share * 2**64)
+
+
+class TokenizeRecipe(BaseModel):
+    """Everything that decides what ``llamamoe tokenize`` writes, and with how many processes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokenizer: str = Field(min_length=1, description="A model's folder or .gguf file, which holds the tokenizer.")
+    text: Paths = Field((), description="Files, folders or globs; the domain is the row's, the file's or the folder's.")
+    domains: dict[DomainName, Paths] | None = Field(
+        None, min_length=1, description="Domains by name, with their files, folders or globs, whatever the rows say."
+    )
+    shard_tokens: int = Field(2**28, ge=1, le=2**40, description="Most tokens in one file of the result.")
+    gather_bytes: int = Field(
+        0, ge=0, description="Input files are taken together, in order, up to this many bytes; 0: each is alone."
+    )
+    workers: int | None = Field(None, ge=1, le=4096, description="Processes; null: one a core.")
+    validation: Validation | None = Field(
+        None, description="What is held out of every domain, chosen by the hash of the text; null: nothing."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenizeRecipe:
+        if not self.text and not self.domains:
+            raise PydanticCustomError("text", "no text is named: give text, domains, or both")
+        for name, paths in (self.domains or {}).items():
+            if not paths:
+                raise PydanticCustomError("domains", "domains.{name}: no path is named", {"name": name})
+        return self
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the bytes of the result, as plain data: all but the number of processes."""
+        return self.model_dump(mode="json", exclude={"workers"})
+
+    def to_yaml(self) -> str:
+        """The same as YAML, for the result's folder."""
+        return yaml.safe_dump(self.deciding(), sort_keys=False, allow_unicode=True)
+
+
+def load_tokenize_recipe(
+    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> TokenizeRecipe:
+    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
+
+    Raises:
+        UsageError: The file or a value is not valid; every error is named.
+    """
+    return load_plain(TokenizeRecipe, path, given, overrides)

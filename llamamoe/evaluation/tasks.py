@@ -1,0 +1,337 @@
+"""``llamamoe.evaluate_tasks``: benchmark tasks by lm-evaluation-harness, and a paired test between two models."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ..conversion.recipe import load_plain
+from ..errors import LlamaMoeError, MissingExtraError, UsageError
+from ..plugins import near_misses
+from ..progress import ProgressCallback, counting, ignore_progress
+
+METRICS = ("acc_norm", "acc", "exact_match", "f1", "mc2", "word_perplexity", "perplexity", "bits_per_byte")
+"""Metrics that are shown, of several of one task all; others are left to the harness's own output."""
+PAIRED = frozenset({"acc_norm", "acc", "exact_match", "mc2"})
+"""Metrics that are means over questions: only of those is a difference the mean of the questions' differences."""
+Z_95 = 1.959963984540054
+"""Half a 95 % confidence interval, in standard errors."""
+
+
+class TaskRequest(BaseModel):
+    """One task of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str = Field(min_length=1, description="Its name in lm-evaluation-harness, or in a file of include.")
+    num_fewshot: int | None = Field(
+        None, ge=0, le=1000, description="Examples before each question; null: the task's own."
+    )
+
+
+def _requests(value: Any) -> Any:
+    """Names, or mappings with a number of examples."""
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list | tuple):
+        return value  # what it should be is said by pydantic
+    return [{"task": each} if isinstance(each, str) else each for each in value]
+
+
+class TaskRecipe(BaseModel):
+    """Which tasks, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: Annotated[tuple[TaskRequest, ...], BeforeValidator(_requests)] = Field(
+        min_length=1, description="Names, or mappings {task: NAME, num_fewshot: N}."
+    )
+    include: tuple[str, ...] = Field((), description="Folders with tasks of your own, as YAML of the harness.")
+    limit: int | None = Field(None, ge=1, description="Questions of each task; null: all.")
+
+
+def load_task_recipe(
+    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> TaskRecipe:
+    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
+
+    Raises:
+        UsageError: The file or a value is not valid; every error is named.
+    """
+    return load_plain(TaskRecipe, path, given, overrides)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task.
+
+    Attributes:
+        task: Its name; a group's parts are tasks of their own.
+        metric: As the harness calls it.
+        num_fewshot: Examples before each question.
+        questions: How many were asked.
+        value: The model's.
+        stderr: Its standard error.
+        against: The other model's, or None.
+        difference: Model minus other, question by question; None if there is no other, or the metric is no mean over
+            questions (a group that weighs its parts alike).
+        difference_stderr: Standard error of that mean of pairs.
+        interval: Its 95 % confidence interval (normal approximation).
+    """
+
+    task: str
+    metric: str
+    num_fewshot: int | None
+    questions: int
+    value: float
+    stderr: float | None
+    against: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """What was found.
+
+    Attributes:
+        model: The model.
+        against: The other one, or None.
+        dtype: What the weights were held in.
+        harness: Version of lm-evaluation-harness.
+        limit: Questions of each task, or None for all.
+        scores: By task and metric.
+        failed: Tasks that could not be run, and why.
+    """
+
+    model: str
+    against: str | None
+    dtype: str
+    harness: str
+    limit: int | None
+    scores: tuple[TaskScore, ...]
+    failed: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def evaluate_tasks(
+    model: str | Path,
+    recipe: TaskRecipe,
+    *,
+    against: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: ProgressCallback = ignore_progress,
+) -> TaskEvaluation:
+    """Ask a model, and another one the same, the questions of lm-evaluation-harness; one is in memory at a time.
+
+    Tasks whose data are on the hub are fetched by the harness; tasks of your own can be on disk (``include``). The
+    paired test takes questions as pairs, so that it sees differences that the two standard errors alone would hide.
+
+    Args:
+        model: A folder, a ``.gguf`` file or a hub id.
+        recipe: The tasks.
+        against: Another model.
+        tokenizer: For GGUF files, a folder whose tokenizer is used instead of the one in the file.
+        batch_size: Requests that run together.
+        dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: A torch device, or ``"auto"``.
+        progress: Told after every task.
+
+    Raises:
+        MissingExtraError: The harness is not installed (``pip install 'llamamoe[eval]'``).
+        UsageError: There is no such task, model or device.
+        LlamaMoeError: No task can be run; a task that alone cannot (its data cannot be fetched, for example) is told of in
+            the result.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("lm-eval", "eval", "Tasks of lm-evaluation-harness")
+    from ..models.loading import open_models
+    from .perplexity import pick_device
+
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}, but must be at least 1.")
+    device = pick_device(device)
+    manager = _manager(recipe)
+    places = [each for each in (model, against) if each is not None]
+    opened = open_models(places, tokenizer=tokenizer)
+    tell = counting("evaluate", len(places) * len(recipe.tasks), "task", progress)
+    run = _Run(recipe, manager, batch_size, dtype, device, tell)
+    mine = run.ask(opened[0])
+    theirs = run.ask(opened[1]) if against is not None else None
+    return TaskEvaluation(
+        model=str(model),
+        against=None if against is None else str(against),
+        dtype=mine.dtype,
+        harness=version("lm_eval"),
+        limit=recipe.limit,
+        scores=tuple(_scores(mine, theirs)),
+        failed=run.failed,
+    )
+
+
+def _manager(recipe: TaskRecipe) -> Any:
+    """The harness's tasks, those of the recipe's folders too; every name is looked up before a model is loaded."""
+    from lm_eval.tasks import TaskManager
+
+    for folder in recipe.include:
+        if not Path(folder).expanduser().is_dir():
+            raise UsageError(f"include: {folder} is not a folder.")
+    manager = TaskManager(include_path=[str(Path(each).expanduser()) for each in recipe.include] or None)
+    for request in recipe.tasks:
+        if request.task not in manager.all_tasks:
+            raise UsageError(
+                f"{request.task!r} is not a task of lm-evaluation-harness.",
+                hint=near_misses(request.task, manager.all_tasks),
+            )
+    return manager
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the harness found of one model."""
+
+    dtype: str
+    results: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How the questions are asked; ``failed`` fills."""
+
+    recipe: TaskRecipe
+    manager: Any
+    batch_size: int
+    dtype: str
+    device: str
+    tell: Callable[[str], None]
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def ask(self, side: Any) -> _Answers:
+        """All tasks of one model."""
+        from lm_eval.models.huggingface import HFLM
+
+        from ..models.loading import free_memory, load_weights
+
+        model = load_weights(side, self.dtype, self.device)
+        dtype = str(model.dtype).removeprefix("torch.")
+        wrapped = HFLM(pretrained=model, tokenizer=side.tokenizer, backend="causal", batch_size=self.batch_size)
+        results = {}
+        for request in self.recipe.tasks:
+            if request.task not in self.failed:
+                try:
+                    results[request.task] = self._one(wrapped, request)
+                except LlamaMoeError as error:
+                    self.failed[request.task] = error.message
+                    if len(self.failed) == len(self.recipe.tasks):
+                        raise
+            self.tell(f"{side.name}: {request.task}")
+        del model, wrapped
+        free_memory()
+        return _Answers(dtype, results)
+
+    def _one(self, wrapped: Any, request: TaskRequest) -> dict[str, Any]:
+        from lm_eval import simple_evaluate
+
+        try:
+            found: dict[str, Any] | None = simple_evaluate(
+                model=wrapped,
+                tasks=[request.task],
+                num_fewshot=request.num_fewshot,
+                limit=self.recipe.limit,
+                task_manager=self.manager,
+                log_samples=True,
+                bootstrap_iters=1000,
+            )
+        except Exception as error:  # data sets and tasks of others can fail in any way
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise LlamaMoeError(
+                f"the task {request.task!r} cannot be run: {lines[0]}",
+                hint="Its data may have to be fetched first (no network, or HF_HUB_OFFLINE is set?).",
+            ) from error
+        if found is None:
+            raise LlamaMoeError("only the first process of a distributed run has results: start one process.")
+        return found
+
+
+def _scores(mine: _Answers, theirs: _Answers | None) -> list[TaskScore]:
+    scores = []
+    for name, found in mine.results.items():
+        other = None if theirs is None else theirs.results.get(name)
+        if theirs is not None and other is None:
+            continue  # failed with the other model
+        for task, values in found["results"].items():
+            for key, value in values.items():
+                metric, _, kind = key.partition(",")
+                if metric in METRICS and isinstance(value, int | float):
+                    scores.append(_score(found, other, task, metric, kind, float(value)))
+    return scores
+
+
+def _score(
+    found: Mapping[str, Any], other: Mapping[str, Any] | None, task: str, metric: str, kind: str, value: float
+) -> TaskScore:
+    results = found["results"][task]
+    stderr = results.get(f"{metric}_stderr,{kind}")
+    mine = _samples(found, task, metric, kind)
+    pairs = [] if other is None or metric not in PAIRED else _pairs(mine, _samples(other, task, metric, kind))
+    if pairs and abs(sum(a for a, _ in pairs) / len(pairs) - value) > 1e-6:
+        pairs = []  # no plain mean over these questions
+    mean, error = _paired(pairs)
+    return TaskScore(
+        task=task,
+        metric=metric,
+        num_fewshot=found.get("n-shot", {}).get(task),
+        questions=len(mine) or int(found.get("n-samples", {}).get(task, {}).get("effective", 0)),
+        value=value,
+        stderr=float(stderr) if isinstance(stderr, int | float) else None,
+        against=None if other is None else float(other["results"][task][f"{metric},{kind}"]),
+        difference=mean,
+        difference_stderr=error,
+        interval=None if mean is None or error is None else (mean - Z_95 * error, mean + Z_95 * error),
+    )
+
+
+def _samples(found: Mapping[str, Any], task: str, metric: str, kind: str) -> dict[tuple[str, int], float]:
+    """The metric of every question, by part and number; of a group that of all its parts, groups among them."""
+    values = {}
+    for part in _leaves(found.get("group_subtasks", {}), task):
+        for sample in found.get("samples", {}).get(part, ()):
+            value = sample.get(metric)
+            if sample.get("filter", kind) == kind and isinstance(value, int | float):
+                values[part, int(sample["doc_id"])] = float(value)
+    return values
+
+
+def _leaves(groups: Mapping[str, Sequence[str]], task: str) -> list[str]:
+    """The tasks below a group; a task is its own."""
+    parts = [part for part in groups.get(task) or () if part != task]
+    return [leaf for part in parts for leaf in _leaves(groups, part)] if parts else [task]
+
+
+def _pairs(mine: Mapping[tuple[str, int], float], theirs: Mapping[tuple[str, int], float]) -> list[tuple[float, float]]:
+    return [(value, theirs[key]) for key, value in mine.items() if key in theirs]
+
+
+def _paired(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """Mean of the differences and its standard error; None where there are no (fewer than two) pairs."""
+    if not pairs:
+        return None, None
+    gaps = [a - b for a, b in pairs]
+    mean = sum(gaps) / len(gaps)
+    if len(gaps) < 2:
+        return mean, None
+    variance = sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
+    return mean, math.sqrt(variance / len(gaps))

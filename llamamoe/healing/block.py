@@ -1,0 +1,145 @@
+"""The FFN of one decoder layer of a converted checkpoint, as transformers' own modules run it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..models.streaming import StreamedModel, _load_part, quiet_transformers
+from ..training.moe_layers import MoeLayer, find_moe_layers
+from ..training.router_start import renormalise
+from .plan import FROZEN
+
+if TYPE_CHECKING:
+    import torch
+
+    from .plan import HealPlan
+
+
+@dataclass
+class NativeFfn:
+    """Router, experts and shared neurons of one layer, with a model of one layer around them.
+
+    Attributes:
+        layer: Index of the layer in its checkpoint.
+        model: The model of one layer; float32.
+        moe: Its mixture of experts.
+        modules: Names of the modules whose outputs together are the FFN's.
+    """
+
+    layer: int
+    model: Any
+    moe: MoeLayer
+    modules: tuple[str, ...]
+
+    @property
+    def selects_by_logits(self) -> bool:
+        """Whether scaling the router leaves its choices as they are: no correction bias, no groups of experts."""
+        bias = self.moe.correction_bias
+        return not (bias is not None and bool(bias.any())) and int(getattr(self.moe.router, "num_group", 1)) == 1
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Every parameter of the FFN, by its name in the decoder layer."""
+        return {
+            f"{name}.{key}": parameter
+            for name, module in self._modules()
+            for key, parameter in module.named_parameters()
+        }
+
+    def trained(self, *, router: bool) -> dict[str, torch.nn.Parameter]:
+        """The parameters that recovery moves: of experts and shared neurons, and of the router if it is to be."""
+        rows = self.moe.router_NH
+        return {
+            name: parameter
+            for name, parameter in self.parameters().items()
+            if not any(part in name for part in FROZEN) and (router or parameter is not rows)
+        }
+
+    def outputs(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The FFN's outputs ``[T, H]``, in the dtype of ``x_TH``: weights are rounded to it, gradients reach them."""
+        from torch.func import functional_call
+
+        total: torch.Tensor | None = None
+        for _, module in self._modules():
+            weights = {
+                key: value if FROZEN[0] in key else value.to(x_TH.dtype) for key, value in module.named_parameters()
+            }
+            out = functional_call(module, weights, (x_TH[None],))[0]
+            total = out if total is None else total + out
+        assert total is not None
+        return total
+
+    def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """float32 ``[T, N]``: the router's raw logits."""
+        return x_TH.float() @ self.moe.router_NH.float().T
+
+    def to(self, device: torch.device) -> NativeFfn:
+        """Move the FFN; attention stays behind."""
+        for _, module in self._modules():
+            module.to(device)
+        return self
+
+    def shared_outputs(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """What the FFN puts out beside its routed experts, ``[T, H]``."""
+        _, weights_Tk, indices_Tk = self.moe.router(x_TH)
+        routed: torch.Tensor = self.moe.experts(x_TH, indices_Tk, weights_Tk)
+        return self.outputs(x_TH) - routed
+
+    def renormalise(self) -> None:
+        """See `llamamoe.training.router_start.renormalise`."""
+        self.moe = renormalise(self.model, [self.moe])[0]
+
+    def stored(self, names: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+        """What the files hold: tensors of the layer by name, contiguous, on the CPU.
+
+        Args:
+            names: The names to give, with their dtypes.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        state = {f"model.layers.0.{name}": value.detach() for name, value in self.parameters().items()}
+        reverted = revert_weight_conversion(self.model, state)
+        found = {re.sub(r"^model\.layers\.0\.", f"model.layers.{self.layer}.", k): v for k, v in reverted.items()}
+        return {name: found[name].to("cpu", dtype).contiguous().clone() for name, dtype in names.items()}
+
+    def _modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        decoder = self.model.model.layers[0]
+        for name in self.modules:
+            module = getattr(decoder, name, None)
+            if module is not None:
+                yield name, module
+
+
+def load_ffn(
+    plan: HealPlan, layer: int, read: Callable[[str], torch.Tensor], *, keys: Mapping[str, Any] | None = None
+) -> NativeFfn:
+    """Build one layer's FFN from a checkpoint's tensors.
+
+    Args:
+        plan: What is known of the checkpoint.
+        layer: Index of the layer.
+        read: Gives a tensor by its name in the files.
+        keys: Configuration keys that replace the checkpoint's.
+
+    Raises:
+        VerificationError: Transformers misses a tensor or does not know one.
+    """
+    import torch
+
+    prefix = f"model.layers.{layer}."
+    names = [name for name in plan.checkpoint.tensors if name.startswith(prefix)]
+    streamed = StreamedModel(plan.checkpoint.config, names, read)
+    config = streamed._keys() | dict(keys or {}) | plan.target.one_layer(dense=False)
+    config |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
+    hidden = config["hidden_size"]
+    # copies: what is read may be mapped from the file, and training in place would change it for every later reader
+    tensors = {"model.layers.0." + name.removeprefix(prefix): read(name).to(torch.float32, copy=True) for name in names}
+    tensors |= {name: torch.zeros(8, hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    tensors["model.norm.weight"] = torch.ones(hidden)
+    with quiet_transformers():
+        model = _load_part(config, tensors, f"layer {layer}", torch.float32)
+    model.eval().requires_grad_(False)
+    model.model.layers[0].self_attn.to(device="meta")
+    return NativeFfn(layer, model, find_moe_layers(model)[0], plan.target.ffn_modules)

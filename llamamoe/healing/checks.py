@@ -1,0 +1,59 @@
+"""What `heal` looks for in the weights before it begins. Imported by running code only: it reads tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..errors import RefusedError
+from ..methods.router_scale import is_hard
+from .plan import HealPlan
+
+
+def hard_layers(plan: HealPlan) -> list[int]:
+    """The layers whose routers are so small that selected experts count the same. Reads routers and norms only."""
+    found = []
+    for layer in plan.layers:
+        rows_NH = plan.checkpoint.read(plan.router_name(layer))
+        norm_H = plan.checkpoint.read(f"model.layers.{layer}.post_attention_layernorm.weight")
+        if is_hard(rows_NH, norm_H):
+            found.append(layer)
+    return found
+
+
+def renormalises(plan: HealPlan) -> bool:
+    """Whether the routers must be made to renormalise before they are scaled up.
+
+    Raises:
+        RefusedError: Some are to be scaled up and others are not, so that no one configuration is right for all.
+    """
+    plain = plan.checkpoint.config.get("norm_topk_prob") is False
+    hard = hard_layers(plan) if plain and plan.recipe.router == "trained" else []
+    if not hard:
+        return False
+    if len(hard) < len(plan.layers):
+        raise RefusedError(
+            f"MODEL's routers do not renormalise their weights, and only those of layers {hard} are hard: scaling them up "
+            "would change the others' outputs.",
+            hint="Leave routers as they are: --set router=frozen.",
+        )
+    return True
+
+
+def differences(plan: HealPlan) -> Iterator[str]:
+    """Warn if MODEL's norms and attention are not its parent's: its FFNs then see other inputs than they are trained on."""
+    import torch
+
+    other = []
+    for layer in range(plan.num_layers):
+        for part in ("input_layernorm", "post_attention_layernorm", "self_attn.o_proj"):
+            name = f"model.layers.{layer}.{part}.weight"
+            mine = plan.checkpoint.read(name)
+            theirs = plan.dense.read(name)[: len(mine)].to(mine.dtype)
+            if mine.shape != theirs.shape or not torch.allclose(mine.float(), theirs.float(), rtol=1e-2, atol=1e-6):
+                other.append(layer)
+                break
+    if other:
+        yield (
+            f"norms or attention of {len(other)} layers are not the parent's, the first is layer {other[0]}: MODEL was "
+            "trained, and layers are healed on hidden states that are not its own"
+        )

@@ -1,0 +1,160 @@
+"""What stands beside the healed weights: configuration, recipe, card and receipt; and what OUT may be."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..architectures.config_compat import missing_keys
+from ..architectures.expert_weighting import rescaled_block
+from ..checkpoint.files import copy_file, open_append, write_text
+from ..checkpoint.ledger import LEDGER, partial_path
+from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECIPE_FILE, check_out, free_bytes
+from ..checkpoint.reader import INDEX
+from ..checkpoint.tokenizer import carry
+from ..conversion.advice import UNTRAINED
+from ..conversion.card import read_card
+from ..errors import RefusedError
+from ..models.loadable import check_loads
+from .plan import HealPlan, config_of, factors_of
+
+_ROOM = 64 * 2**20
+
+
+def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
+    """Refuse an OUT that would harm something, or for which there is no room.
+
+    Raises:
+        RefusedError: See `llamamoe.checkpoint.out_folder.check_out`; with ``force`` a checkpoint of ours may be replaced.
+    """
+    for source in (plan.model.path, plan.parent.path):
+        check_out(out, source, force=force)
+    _mark_finished(partial_path(out))
+    have = free_bytes(out, resume=True)
+    need = plan.nbytes + _ROOM + (2 * plan.state_bytes if plan.states_in_files else 0)
+    if have < need:
+        raise RefusedError(
+            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
+            hint="Make room, choose another disk, or fewer --tokens.",
+        )
+
+
+def _mark_finished(partial: Path) -> None:
+    """Own up to a folder that a kill left between the end of its ledger and its new name: it begins again."""
+    if partial.is_dir() and not partial.is_symlink() and (partial / HEAL_RECEIPT_FILE).is_file():
+        open_append(partial / LEDGER).close()
+
+
+def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], tokenizer: Any | None) -> None:
+    """Everything but weights and receipt."""
+    if (plan.checkpoint.path / INDEX).is_file():
+        copy_file(plan.checkpoint.path / INDEX, folder / INDEX)
+    write_text(folder / "config.json", json.dumps(healed_config(plan, receipt), indent=2, ensure_ascii=False) + "\n")
+    carry(plan.checkpoint, tokenizer, folder)
+    check_loads(folder)
+    write_text(folder / HEAL_RECIPE_FILE, plan.recipe.to_yaml())
+    write_text(folder / "README.md", healed_card(plan, receipt))
+
+
+def healed_config(plan: HealPlan, receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """MODEL's configuration with both spellings of rope, the router's change if there is one, and where it comes from."""
+    config = plan.checkpoint.config | config_of(plan, renormalised=receipt["renormalised"])
+    config |= missing_keys(config)
+    block = rescaled_block(config.get("llamamoe") or {}, **factors_of(plan, renormalised=receipt["renormalised"]))
+    if "exactness" in block:
+        block |= {"parity": "none", "exactness": "not exact: layers were distilled from the parent's"}
+    if plan.recipe.router == "trained" and "router_scale" in block:
+        block["router_scale"] = "soft"
+    healed = {
+        "version": __version__,
+        "parent": plan.parent.name,
+        "recipe_sha256": plan.recipe.sha256(),
+        "tokens": receipt["tokens"]["trained"],
+        "layers": sum(layer["kept"] for layer in receipt["layers"]),
+    }
+    block["healed"] = [*block.get("healed", []), healed]
+    return config | {"llamamoe": block}
+
+
+def healed_card(plan: HealPlan, receipt: Mapping[str, Any]) -> str:
+    """MODEL's card, what it said of exactness taken back, and a section about the healing."""
+    card = read_card(plan.checkpoint.path).rstrip() or f"# {plan.model.name}"
+    card = re.sub(
+        r"(?ms)^## Is it the same model\?\n.*?(?=^## |\Z)",
+        "## Is it the same model?\n\nNo: its layers were distilled from the parent's after the conversion, see Healed.\n\n",
+        card,
+    )
+    card = card.replace(f"--recipe {RECIPE_FILE}`, with", "--recipe RECIPE.yaml`, with RECIPE.yaml")
+    if any(layer["kept"] for layer in receipt["layers"]):
+        card = re.sub(r"(?m)^## Good to know\n+(?=## |\Z)", "", card.replace(f"- {UNTRAINED}\n", ""))
+    errors = receipt["error"]
+    rows = [
+        f"| {layer['layer']} | {_number(layer['error_before'])} | {_number(layer['error_after'])} | "
+        f"{'' if layer['kept'] else 'left as it was'} |"
+        for layer in receipt["layers"]
+    ]
+    return "\n".join([
+        card.rstrip(),
+        "",
+        "## Healed",
+        "",
+        f"`llamamoe heal MODEL OUT --parent PARENT --recipe {HEAL_RECIPE_FILE}`",
+        "",
+        f"llamamoe {__version__} trained the FFN of every converted layer on what the dense parent "
+        f"`{plan.parent.name}` makes of the same inputs, {receipt['tokens']['trained']:,} tokens of text, "
+        f"{plan.recipe.epochs} times each; routers were {plan.recipe.router}. "
+        f"Error of the layers on {receipt['tokens']['held_out']:,} held-out tokens, relative to the parent's outputs: "
+        f"{_number(errors['before'])} before, {_number(errors['after'])} after (mean).",
+        "",
+        "| layer | before | after | |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ])  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def make_receipt(
+    plan: HealPlan,
+    *,
+    layers: list[dict[str, Any]],
+    text: Mapping[str, Any],
+    computed: Mapping[str, Any],
+    renormalised: bool,
+    weights_sha256: str,
+    warnings: tuple[str, ...],
+) -> dict[str, Any]:
+    """The content of ``llamamoe_heal.json`` without what differs from run to run."""
+    sequences, length = text["sequences"], text["length"]
+    held_out = plan.held_out_of(sequences) * length
+    pairs = [
+        (layer["error_before"], layer["error_after"] if layer["kept"] else layer["error_before"]) for layer in layers
+    ]
+    known = [(before, after) for before, after in pairs if before is not None and after is not None]
+    means = [sum(pair[i] for pair in known) / len(known) if known else None for i in range(2)]
+    return {
+        "llamamoe": __version__,
+        "model": plan.model.name,
+        "converted": plan.checkpoint.config.get("llamamoe"),
+        "parent": {"name": plan.parent.name, "revision": plan.parent.revision},
+        "plan": {key: value for key, value in plan.to_json().items() if key not in ("model", "parent", "warnings")},
+        "tokens": {"trained": sequences * length - held_out, "held_out": held_out},
+        "text": text,
+        "computed": computed,
+        "renormalised": renormalised,
+        "error": {"before": means[0], "after": means[1]},
+        "layers": layers,
+        "weights_sha256": weights_sha256,
+        "warnings": list(warnings),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")},
+    }

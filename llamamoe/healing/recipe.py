@@ -1,0 +1,123 @@
+"""Recipes of ``llamamoe heal``: which text, how much of it, and how the layers are trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ..conversion.recipe import Device, load_plain
+from ..plugins import near_misses
+
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _paths(value: Any) -> Any:
+    """One path or several, as a list."""
+    return [value] if isinstance(value, str) else value
+
+
+def _losses(value: Any) -> Any:
+    """Names and coefficients; names are looked up among those that a layer alone can be trained with."""
+    from ..training.losses import LOSSES
+
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError("choice", "must be a mapping of names and coefficients ({switch: 0.01})")
+    known = [name for name in LOSSES.names() if not LOSSES.get(name).needs_targets]
+    for name in value:
+        if name not in known:
+            raise PydanticCustomError("choice", f"unknown loss {name!r}. " + near_misses(str(name), known))
+    return dict(value)
+
+
+class HealRecipe(BaseModel):
+    """Everything that decides what ``llamamoe heal`` writes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
+        min_length=1, description="Text to distil on: files, folders or globs."
+    )
+    tokens: int = Field(262144, ge=512, le=2**40, description="Most tokens of text, held-out ones included.")
+    length: int | None = Field(
+        None, ge=2, description="Tokens of one sequence; null: the parent's positions, at most 512."
+    )
+    weights: dict[str, Rate] | None = Field(
+        None, min_length=1, description="Share of each domain in the text; null means equal shares."
+    )
+    held_out: float = Field(
+        0.1, gt=0, le=0.5, description="Share of the sequences that is not trained on: it measures each layer's error."
+    )
+    inputs: Literal["parent", "model"] = Field(
+        "parent",
+        description="Whose hidden states a layer is trained on: parent (layers are independent) or model (each layer "
+        "sees the errors of those before it, one after another).",
+    )
+    epochs: int = Field(8, ge=1, le=1000, description="Sweeps over the tokens.")
+    batch: int = Field(512, ge=1, description="Tokens per step.")
+    lr: float = Field(0.05, gt=0, lt=1, description="Largest step of a weight, as a share of its root mean square.")
+    router: Literal["auto", "trained", "frozen"] = Field(
+        "auto",
+        description="Whether routers are trained, too. auto: frozen if they were fitted on text and are hard, else trained.",
+    )
+    router_lr: float = Field(0.02, gt=0, lt=1, description="The same as lr, for routers.")
+    router_std: float = Field(
+        0.25, gt=0, le=100, description="Standard deviation over experts that a trained router's logits begin with."
+    )
+    competitive_epochs: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Sweeps in which the router alone learns which expert is nearest, before the rest.",
+    )
+    losses: Annotated[dict[str, Rate], BeforeValidator(_losses)] = Field(
+        default_factory=dict, description="Losses on the routing beside the error, by name, with coefficients."
+    )
+    weighting: Literal["none", "residual"] = Field(
+        "residual", description="residual: errors count relative to the token's residual stream."
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Dtype of large products; what is fitted is kept in float32."
+    )
+    device: Device = Field("auto", description="Where it runs: auto (a GPU if there is one), cpu, cuda.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HealRecipe:
+        if self.router == "frozen" and (self.losses or self.competitive_epochs):
+            key = "losses" if self.losses else "competitive_epochs"
+            raise PydanticCustomError("choice", f"{key}: they train routers, but router is frozen")
+        if self.weights is not None and not any(self.weights.values()):
+            raise PydanticCustomError("choice", "weights: all are zero")
+        return self
+
+    def sha256(self) -> str:
+        """Hash of the recipe without the text's place: equal recipes have equal hashes."""
+        data = self.model_dump(mode="json", exclude={"text", "device"})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The complete recipe as YAML that `load_heal_recipe` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_heal_recipe(
+    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> HealRecipe:
+    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
+
+    Args:
+        path: A YAML file, or None for the defaults.
+        given: Values of single keys; those that are None are left out.
+        overrides: ``a.b=c`` texts.
+
+    Raises:
+        UsageError: The file or a value is not valid; every error is named.
+    """
+    return load_plain(HealRecipe, path, given, overrides)

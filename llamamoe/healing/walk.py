@@ -1,0 +1,168 @@
+"""The layers of one run of `heal`: the walk, who heals which, and how they get into the files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..calibration.compute import Compute
+from ..calibration.text import CalibrationText
+from ..calibration.walk import Walk, read_ffn
+from ..checkpoint.files import make_folder
+from ..checkpoint.ledger import STATES, partial_path
+from ..checkpoint.writer import CheckpointWriter
+from ..conversion.assembly import torch_dtype
+from ..progress import Progress, ProgressCallback
+from .layer import HealedLayer, heal_layer, parent_outputs, stored_ffn
+from .plan import HealPlan
+from .ranks import Handoff, Ranks
+from .train_layer import LayerTask
+
+if TYPE_CHECKING:
+    from ..methods.inputs import LayerInputs
+
+OUTER = "outer"
+"""The unit of the ledger that holds embedding, final norm and head."""
+
+
+class LayerRun:
+    """Heals this process's layers, and in the first process writes those of all.
+
+    Args:
+        plan: What to do.
+        out: The folder to make.
+        text: The text, the same in every process.
+        compute: Device and dtype.
+        ranks: This process among all.
+        renormalised: Whether routers are made to give weights that sum to one.
+        progress: Told after every layer.
+    """
+
+    def __init__(
+        self,
+        plan: HealPlan,
+        out: Path,
+        text: CalibrationText,
+        compute: Compute,
+        ranks: Ranks,
+        *,
+        renormalised: bool,
+        progress: ProgressCallback,
+    ) -> None:
+        self.plan, self.text, self.compute, self.ranks = plan, text, compute, ranks
+        self.renormalised, self.progress = renormalised, progress
+        self._states = partial_path(out) / STATES
+        self._folder = self._states / f"rank.{ranks.rank}"
+        self._handoff = Handoff(self._states / "layers")
+
+    def run(self, writer: CheckpointWriter | None) -> list[dict[str, Any]]:
+        """Heal this process's layers; in the first one write all of them, and return what is to be said of each."""
+        finished: list[int] = []
+        if writer is not None:
+            finished = self._write_copies(writer)
+            finished += self._collect(writer, finished)
+        finished = self.ranks.share(finished)
+        for layer, healed in self._healed(finished, writer):
+            if writer is not None:
+                self._write(writer, layer, healed)
+            elif not self._handoff.holds(layer):
+                self._handoff.give(layer, healed.tensors, healed.facts)
+        self.ranks.wait()
+        if writer is None:
+            return []
+        self._collect(writer, self._written(writer))
+        writer.flush()
+        shutil.rmtree(self._states, ignore_errors=True)
+        return [writer.info(f"layer.{layer}") for layer in self.plan.layers]
+
+    def _healed(self, finished: list[int], writer: CheckpointWriter | None) -> Iterator[tuple[int, HealedLayer]]:
+        """Walk through the layers as far as there is something to heal for this process."""
+        plan = self.plan
+        mine = [layer for layer in plan.layers if self.ranks.takes(layer) and layer not in finished]
+        if not mine:
+            return
+        walk = self._walk()
+        held_out = plan.held_out_of(len(self.text.ids_ST)) * self.text.ids_ST.shape[1]
+        for layer in range(mine[-1] + 1):
+            inputs = walk.enter(layer)
+            aims_TH = self._aims(inputs, layer)
+            if layer in mine:
+                task = LayerTask(inputs, aims_TH, inputs.num_tokens - held_out, plan.recipe, layer)
+                yield layer, heal_layer(plan, task, renormalised=self.renormalised)
+                self.progress(Progress("heal", mine.index(layer) + 1, len(mine), "layer", f"layer.{layer}"))
+            if layer < mine[-1]:
+                walk.leave(layer, self._onward(inputs, layer, aims_TH, writer))
+
+    def _walk(self) -> Walk:
+        place = None
+        if self.plan.states_in_files:
+            make_folder(self._folder)
+            place = self._folder
+        norm = f"model.layers.{self.plan.layers[0]}.post_attention_layernorm.weight"
+        stored = torch_dtype(self.plan.checkpoint.tensors[norm].dtype)
+        walk = Walk(
+            self.plan.dense, self.text, self.compute, weights_dtype=stored, folder=place, map_inputs=place is not None
+        )
+        walk.start()
+        return walk
+
+    def _aims(self, inputs: LayerInputs, layer: int) -> torch.Tensor:
+        path = self._folder / "aims" if self.plan.states_in_files else None
+        return parent_outputs(inputs, read_ffn(self.plan.dense, layer), self.compute.dtype, path)
+
+    def _onward(
+        self, inputs: LayerInputs, layer: int, aims_TH: torch.Tensor, writer: CheckpointWriter | None
+    ) -> Iterator[torch.Tensor]:
+        """The outputs of the layer's FFN that the next layers see: the parent's, or those of what was written."""
+        from safetensors import safe_open
+
+        if self.plan.recipe.inputs == "parent" or layer not in self.plan.layers:
+            yield from (aims_TH[part].float() for part in inputs.batches())
+            return
+        assert writer is not None
+        writer.flush()
+        tensors = {}
+        for name in self.plan.layer_names(layer):
+            with safe_open(writer.path / writer.slots[name].file, framework="pt") as file:
+                tensors[name] = file.get_tensor(name)
+        ffn = stored_ffn(self.plan, layer, tensors, renormalised=self.renormalised).to(inputs.device)
+        with torch.no_grad():
+            yield from (ffn.outputs(x_BH).float() for x_BH in inputs.inputs())
+
+    # ---- writing ----------------------------------------------------------------------------------------------
+
+    def _write_copies(self, writer: CheckpointWriter) -> list[int]:
+        """Write what is not healed; the converted layers that an earlier run finished."""
+        plan = self.plan
+        units = {OUTER: plan.outer_names()}
+        units |= {f"layer.{i}": plan.layer_names(i) for i in range(plan.num_layers) if i not in plan.layers}
+        for unit, names in units.items():
+            if not writer.done(unit):
+                for name in names:
+                    writer.make_room(name)
+                    writer.put(name, plan.checkpoint.read(name).contiguous())
+                writer.finish(unit, names, {})
+        return self._written(writer)
+
+    def _written(self, writer: CheckpointWriter) -> list[int]:
+        writer.flush()
+        return [layer for layer in self.plan.layers if writer.done(f"layer.{layer}")]
+
+    def _collect(self, writer: CheckpointWriter, finished: list[int]) -> list[int]:
+        """Write the layers that other processes finished; which those are."""
+        found = [layer for layer in self.plan.layers if layer not in finished and self._handoff.holds(layer)]
+        for layer in found:
+            self._write(writer, layer, HealedLayer(*self._handoff.take(layer)))
+        return found
+
+    def _write(self, writer: CheckpointWriter, layer: int, healed: HealedLayer) -> None:
+        names = self.plan.layer_names(layer)
+        for name in names:
+            tensor = healed.tensors[name] if name in healed.tensors else self.plan.checkpoint.read(name)
+            writer.put(name, tensor.contiguous())
+        writer.finish(f"layer.{layer}", names, healed.facts)
+        writer.flush()

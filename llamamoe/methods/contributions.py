@@ -1,0 +1,114 @@
+"""How well a router finds the experts that matter: contributions of the experts, and a router's quality against them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from .layer import PADDING, ExpertWeights, FfnWeights, Partition
+
+if TYPE_CHECKING:
+    import torch
+
+    from .inputs import LayerInputs
+    from .moe_layer import ConvertedFfn
+
+Contribution = Literal["norm", "power"]
+
+
+def contributions(
+    weights: FfnWeights | ExpertWeights,
+    partition: Partition,
+    inputs: LayerInputs,
+    *,
+    kind: Contribution = "norm",
+    hidden_act: str = "silu",
+) -> Iterator[torch.Tensor]:
+    """What every expert would add to the output, in batches float32 ``[B, N]`` on the inputs' device.
+
+    ``"norm"``: ``||E_i(x)||^2``, computed as ``h_i^T (D_i^T D_i) h_i``: O(T P W) beside the activations.
+    ``"power"``: ``sum_j h_j^2 ||down_j||^2``, which leaves out how the expert's neurons add up or cancel: O(T P).
+
+    Args:
+        weights: The parent's FFN, or the places' own weights (after a repair).
+        partition: Which neurons or places are whose.
+        inputs: The tokens.
+        kind: Which of the two.
+        hidden_act: Name of the activation, for `ExpertWeights` (`FfnWeights` know it).
+    """
+    import torch
+
+    shared, (num_experts, width) = len(partition.shared), partition.experts.shape
+    slots = torch.from_numpy(partition.experts.ravel())
+    real_R = (slots != PADDING).float().to(inputs.device)
+    places = slots.clamp(min=0) if isinstance(weights, FfnWeights) else torch.arange(shared, shared + len(slots))
+    down = weights.down_HF if isinstance(weights, FfnWeights) else weights.down_HP
+    down_HR = down[:, places].to(inputs.device, torch.float32) * real_R
+    places = places.to(inputs.device)
+    if kind == "power":
+        power_R = down_HR.square().sum(0)
+    else:
+        down_NWH = down_HR.T.reshape(num_experts, width, -1)
+        gram_NWW = down_NWH @ down_NWH.transpose(1, 2)
+    for h_BF in inputs.hidden(weights, hidden_act):
+        h_BR = h_BF[:, places] * real_R
+        if kind == "power":
+            yield (h_BR.square() * power_R).reshape(-1, num_experts, width).sum(2)
+        else:
+            h_NBW = h_BR.reshape(-1, num_experts, width).transpose(0, 1)
+            yield (torch.bmm(h_NBW, gram_NWW) * h_NBW).sum(2).clamp_(min=0).T
+
+
+def router_quality(
+    moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs, *, kind: Contribution = "norm"
+) -> dict[str, float]:
+    """How the router's choice compares with an oracle's, which takes the k experts of largest contribution.
+
+    The contributions are those of the layer's own weights, as they run now.
+
+    Returns:
+        ``recall_at_k``: mean share of the oracle's experts that the router chose;
+        ``chance_recall``: what a router that knows nothing reaches, k/N;
+        ``captured``: contribution that the router's choices hold, as a share of what the oracle's hold (sums over
+        tokens); ``captured_by_chance``: the same for random experts;
+        ``captured_per_token``: mean of the tokens' own shares, in which no large token dominates;
+        ``load_max_over_mean``: load of the fullest expert, 1 if balanced, N/k at most;
+        ``entropy``: of the load, as a share of log N; 1 if balanced;
+        ``dead_experts``: how many no token chose.
+
+    Raises:
+        ValueError: There are no tokens.
+    """
+    import torch
+
+    if inputs.num_tokens == 0:
+        raise ValueError("a router's quality needs at least one token")
+    num_experts, top_k = moe.num_experts, moe.top_k
+    sums: dict[str, float] = dict.fromkeys(("hits", "chosen", "best", "all", "share"), 0.0)
+    load_N = torch.zeros(num_experts, dtype=torch.float64)
+    scores = contributions(moe.weights, moe.partition, inputs, kind=kind, hidden_act=moe.hidden_act)
+    for x_BH, score_BN in zip(inputs.inputs(), scores, strict=True):
+        chosen_BN = moe.expert_weights(x_BH) != 0
+        oracle = score_BN.topk(top_k, dim=1)
+        held_B = (score_BN * chosen_BN).double().sum(1)
+        best_B = oracle.values.double().sum(1)
+        sums["hits"] += float(chosen_BN.gather(1, oracle.indices).sum())
+        sums["chosen"] += float(held_B.sum())
+        sums["best"] += float(best_B.sum())
+        sums["all"] += float(score_BN.double().sum())
+        sums["share"] += float(torch.where(best_B > 0, held_B / best_B, 1.0).sum())
+        load_N += chosen_BN.sum(0).double().cpu()
+    chance = top_k / num_experts
+    share_N = load_N / load_N.sum()
+    entropy = -float(torch.special.xlogy(share_N, share_N).sum())
+    best = sums["best"] or 1.0
+    return {
+        "recall_at_k": sums["hits"] / (inputs.num_tokens * top_k),
+        "chance_recall": chance,
+        "captured": sums["chosen"] / best if sums["best"] else 1.0,
+        "captured_by_chance": sums["all"] * chance / best if sums["best"] else 1.0,
+        "captured_per_token": sums["share"] / inputs.num_tokens,
+        "load_max_over_mean": float(share_N.max()) * num_experts,
+        "entropy": entropy / float(torch.tensor(num_experts).log()) if num_experts > 1 else 1.0,
+        "dead_experts": float((load_N == 0).sum()),
+    }

@@ -1,0 +1,141 @@
+"""A converted layer as a function: what transformers will compute from the files, in plain torch.
+
+It serves the calibration walk (a converted layer feeds the next), repair, diagnostics and simulated studies. That
+it computes what the written file computes in transformers' own classes is tested.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
+
+from ..architectures.targets.base import Weighting, weight
+from .inputs import LayerInputs
+from .layer import ExpertWeights, FfnWeights, Partition
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ConvertedFfn:
+    """Shared neurons, routed experts and router of one layer.
+
+    Attributes:
+        weights: Of every place, in the parent's units.
+        partition: Which place is whose.
+        router_NH: float32 rows; for a soft router scaled as they are stored.
+        top_k: Experts per token.
+        scale: ``"hard"``: selected experts weigh the same; ``"soft"``: as the weighting makes of the logits.
+        weighting: What the target's router does with its logits.
+        factor: What the router's weights are multiplied by (the target's bake and knob together).
+        hidden_act: Name of the activation.
+    """
+
+    weights: ExpertWeights
+    partition: Partition
+    router_NH: torch.Tensor
+    top_k: int
+    scale: Literal["hard", "soft"]
+    weighting: Weighting
+    factor: float
+    hidden_act: str = "silu"
+
+    @property
+    def num_experts(self) -> int:
+        """``N``."""
+        return len(self.partition.experts)
+
+    @property
+    def coefficient(self) -> float:
+        """``c``, what each selected expert counts under a hard router; 0 if there are no experts."""
+        if not self.num_experts:
+            return 0.0
+        return self.factor * weight(self.weighting, self.num_experts, self.top_k)
+
+    def expert_weights(self, x_BH: torch.Tensor, logits_BN: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 ``[B, N]``: what every expert's output counts for each token, 0 where it is not selected.
+
+        Args:
+            x_BH: Inputs of the FFN, any dtype.
+            logits_BN: Take these in the place of the router's (an oracle's, for diagnosis).
+        """
+        import torch
+
+        if not self.num_experts:
+            return x_BH.new_zeros(len(x_BH), 0, dtype=torch.float32)
+        logits = x_BH.float() @ self.router_NH.to(x_BH.device).T if logits_BN is None else logits_BN.float()
+        top = logits.topk(self.top_k, dim=-1)
+        if self.scale == "hard":
+            values = torch.full_like(top.values, self.coefficient)
+        elif self.weighting == "renormalised":
+            values = top.values.softmax(-1) * self.factor
+        elif self.weighting == "softmax":
+            values = logits.softmax(-1).gather(-1, top.indices) * self.factor
+        else:
+            values = top.values.sigmoid() * self.factor
+        return torch.zeros_like(logits).scatter_(-1, top.indices, values)
+
+    def place_weights(self, weights_BN: torch.Tensor) -> torch.Tensor:
+        """float32 ``[B, P]``: the expert's weight for each of its places, 1 for shared ones."""
+        import torch
+
+        shared, width = len(self.partition.shared), self.partition.experts.shape[1]
+        ones = weights_BN.new_ones(weights_BN.shape[0], shared)
+        return torch.cat([ones, weights_BN.repeat_interleave(width, dim=1)], dim=1)
+
+    def weighted_hidden(self, inputs: LayerInputs) -> Iterator[torch.Tensor]:
+        """``h~``: what every place does times its weight, in batches float32 ``[B, P]`` on the inputs' device."""
+        hidden = inputs.hidden(self.weights, self.hidden_act)
+        for x_BH, h_BP in zip(inputs.inputs(), hidden, strict=True):
+            yield h_BP * self.place_weights(self.expert_weights(x_BH))
+
+    def outputs(self, inputs: LayerInputs) -> Iterator[torch.Tensor]:
+        """The layer's outputs in batches float32 ``[B, H]`` on the inputs' device. O(T P H)."""
+        down = self.weights.down_HP.to(inputs.device, inputs.compute_dtype)
+        for h_BP in self.weighted_hidden(inputs):
+            yield (h_BP.to(inputs.compute_dtype) @ down.T).float()
+
+
+def dense_outputs(inputs: LayerInputs, ffn: FfnWeights) -> Iterator[torch.Tensor]:
+    """The dense FFN's outputs in batches float32 ``[B, H]`` on the inputs' device."""
+    down = ffn.down_HF.to(inputs.device, inputs.compute_dtype)
+    for h_BF in inputs.hidden(ffn):
+        yield (h_BF.to(inputs.compute_dtype) @ down.T).float()
+
+
+def parity_before_repair(
+    moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs, parity_factor: float = 1.0, *, batches: int = 2
+) -> float:
+    """Is the layer exact with all experts selected, before anything is fitted? Max abs difference over max abs output.
+
+    The layer is run with the parent's own neurons in its places, whatever weights it has, and with equal router
+    weights. The first tokens of the calibration text are enough: a neuron that is missing or counted twice shows on all.
+
+    Args:
+        moe: The layer; its partition, target's factors and activation count.
+        ffn: The dense layer.
+        inputs: Calibration inputs.
+        parity_factor: What the routed sum is multiplied by (see `Combine.parity_factor`).
+        batches: How many batches of the inputs are compared.
+    """
+    import torch
+
+    everyone = replace(
+        moe,
+        weights=ExpertWeights.of_parent(ffn, moe.partition),
+        router_NH=moe.router_NH.new_zeros(moe.router_NH.shape),
+        top_k=moe.num_experts,
+        scale="hard",
+        factor=moe.factor * parity_factor,
+    )
+    inputs = replace(inputs, compute_dtype=torch.float32)
+    pairs = islice(zip(dense_outputs(inputs, ffn), everyone.outputs(inputs), strict=True), batches)
+    values = [(float((want - have).abs().max()), float(want.abs().max())) for want, have in pairs]
+    if any(math.isnan(difference) for difference, _ in values):
+        return math.inf
+    worst, largest = max(difference for difference, _ in values), max(size for _, size in values)
+    return worst / largest if largest else worst

@@ -1,0 +1,141 @@
+"""All down projections of a layer together, by ridge regression on the dense output."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator
+
+from ...numerics import TokenWeighting, solve_ridge
+from ...plugin import Options
+from ..inputs import BATCH_TOKENS
+from ..solvers.normal_equations import NormalEquations, normal_equations
+from .base import Repair
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..layer import ExpertWeights, FfnWeights, LayerContext
+    from ..moe_layer import ConvertedFfn
+
+Penalty = Literal["mean", "median", "balanced"]
+
+LEAST_RIDGE = 1e-6
+"""Below it the Gram's own rounding in float32 counts for more."""
+
+AUTO_START, AUTO_STEP, AUTO_LEAST, AUTO_MOST = 0.3, 10**0.5, 1e-4, 1e3
+"""Where the search for the strength starts, its step, and its ends."""
+
+
+class LeastSquares(Repair):
+    """``min_D sum_t s_t^2 ||y_t - D h~_t||^2 + sum_j lam_j ||d_j - d0_j||^2`` over down projections D ``[H, P]``.
+
+    ``h~_j = w_i(x) h_j`` for neuron j of expert i (``w_i`` its weight, 0 if it is not selected, 1 if shared), y the
+    dense output, D0 the layer's down projections. With G the Gram of h~, ``lam_j`` = ``ridge`` x the mean or the
+    median of G's diagonal, or (``balanced``) x the geometric mean of that median and ``G_jj``, over places that hold
+    a neuron and were ever active; the others keep D0. The mean hangs on the few neurons that are hundreds of times
+    stronger than all others. What is solved for is the correction, ``(G + lam) (D - D0)^T = h~^T (y - h~ D0)``, so
+    that a layer without error stays as it is.
+
+    On its own tokens the error is never larger than without repair: D0 itself is allowed and has no penalty. On other
+    text it can be, if there are few tokens and the ridge is weak. ``ridge: auto`` takes for every layer the strength
+    that is best on a fifth of the tokens, which are held out for that, and then fits on all of them; if none is
+    better than D0, nothing changes.
+    """
+
+    name = "least_squares"
+    summary = "all down projections of a layer by ridge regression on the dense output"
+    reference = "ridge regression towards the parent's weights; ours for experts"
+
+    class Options(Options):
+        """Options of `LeastSquares`."""
+
+        ridge: float | Literal["auto"] = Field(
+            0.002,
+            description="Strength, in units of the penalty, 1e-6 at least; auto: the best on held-out tokens, layer by layer.",
+        )
+        penalty: Penalty = Field(
+            "mean", description="What the strength is a share of: mean or median power of the neurons; balanced: own."
+        )
+        weighting: TokenWeighting = Field(
+            "none", description="residual: errors count relative to the token's residual stream."
+        )
+
+        @field_validator("ridge")
+        @classmethod
+        def _positive(cls, ridge: float | Literal["auto"]) -> float | Literal["auto"]:
+            if ridge != "auto" and not LEAST_RIDGE <= ridge < math.inf:
+                raise ValueError(f"ridge is {ridge:g}, but must be finite and {LEAST_RIDGE:g} at least, or auto")
+            return ridge
+
+    options: Options
+
+    def repair(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> ExpertWeights:
+        """See `Repair.repair`. O(T P (H + P)) for the sums, O(P^3) for each solution in float64."""
+        options = self.options
+        auto = options.ridge == "auto"
+        sums, *others = normal_equations(moe, ffn, context, options.weighting, hold_out=auto)
+        strength = best_strength(sums, others[0], options.penalty) if auto else float(options.ridge)
+        if strength is None:
+            return moe.weights
+        for held_out in others:
+            # The strength is a number of tokens at heart: more tokens, less of it.
+            before = float(sums.gram_PP.trace())
+            sums.gram_PP.add_(held_out.gram_PP)
+            sums.cross_PH.add_(held_out.cross_PH)
+            strength *= before / float(sums.gram_PP.trace())
+        kept = sums.places
+        if not len(kept):
+            return moe.weights
+        gram_QQ = sums.gram(kept)
+        correction_QH = solve_ridge(gram_QQ, sums.cross_PH[kept], strength * penalties(gram_QQ, options.penalty))
+        down_HP = moe.weights.down_HP.clone()
+        down_HP[:, kept.cpu()] += correction_QH.T.to(down_HP.device, down_HP.dtype)
+        return replace(moe.weights, down_HP=down_HP)
+
+    @classmethod
+    def working_bytes(cls, places: int, hidden_size: int) -> int:
+        """See `Repair.working_bytes`: four ``[P, P]`` and five ``[P, H]`` in float64 (auto), a batch of activations."""
+        return 8 * places * (4 * places + 5 * hidden_size) + 4 * BATCH_TOKENS * (4 * places + 2 * hidden_size)
+
+
+def penalties(gram_QQ: torch.Tensor, penalty: Penalty) -> torch.Tensor:
+    """float64 ``[Q]``: what the strength is multiplied by for every place."""
+    power_Q = gram_QQ.diagonal().clone()
+    if penalty == "mean":
+        return power_Q.mean().expand_as(power_Q)
+    median = power_Q.median()
+    return median.expand_as(power_Q) if penalty == "median" else (power_Q * median).sqrt()
+
+
+def best_strength(fit: NormalEquations, held_out: NormalEquations, penalty: Penalty) -> float | None:
+    """The strength whose correction lowers the error on the held-out tokens most; None if none lowers it.
+
+    It climbs from `AUTO_START` in steps of a factor sqrt(10), as the error has one minimum or nearly so: about five
+    solutions.
+    """
+    places = fit.places
+    if not len(places):
+        return None
+    gram_QQ, cross_QH = fit.gram(places), fit.cross_PH[places]
+    base_Q = penalties(gram_QQ, penalty)
+    other_QQ, other_QH = held_out.gram(places), held_out.cross_PH[places]
+    changes: dict[int, float] = {}
+
+    def change(step: int) -> float:
+        """What the correction adds to the sum of squared errors."""
+        if step not in changes:
+            strength = AUTO_START * AUTO_STEP**step
+            if not AUTO_LEAST <= strength <= AUTO_MOST:
+                return float("inf")
+            c_QH = solve_ridge(gram_QQ.clone(), cross_QH, strength * base_Q)
+            changes[step] = float(((other_QQ @ c_QH - 2 * other_QH) * c_QH).sum())
+        return changes[step]
+
+    best = 0
+    way = 1 if change(1) < change(0) else -1
+    while change(best + way) < change(best):
+        best += way
+    return AUTO_START * AUTO_STEP**best if change(best) < 0 else None

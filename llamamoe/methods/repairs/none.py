@@ -1,0 +1,23 @@
+"""No repair, by name: the control of every study of repairs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import Repair
+
+if TYPE_CHECKING:
+    from ..layer import ExpertWeights, FfnWeights, LayerContext
+    from ..moe_layer import ConvertedFfn
+
+
+class NoRepair(Repair):
+    """The weights stay as they are."""
+
+    name = "none"
+    summary = "the weights stay as they are"
+    needs = "nothing"
+
+    def repair(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> ExpertWeights:
+        """See `Repair.repair`."""
+        return moe.weights

@@ -1,0 +1,6 @@
+"""Ways to choose the shared neurons (``shared_by``), one file each."""
+
+from ...plugins import Registry
+from .base import Selector
+
+SELECTORS: Registry[Selector] = Registry("shared_by", Selector, __name__)  # type: ignore[type-abstract]

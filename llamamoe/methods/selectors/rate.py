@@ -1,0 +1,33 @@
+"""Neurons that stand out at most tokens, over the calibration text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..markers import MarkerOptions
+from .base import Selector
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..layer import FfnWeights, LayerContext
+
+
+class Rate(Selector):
+    """``mu_j = mean_t A_tj``: the share of tokens at which neuron j has one of the ``k_act`` largest activations."""
+
+    name = "rate"
+    summary = "share of calibration tokens at which the neuron is among the most active"
+    reference = "CMoE (arXiv:2502.04416), activation rate"
+    needs = "activations"
+
+    class Options(MarkerOptions):
+        """Options of `Rate`."""
+
+    options: Options
+
+    def scores(self, ffn: FfnWeights, context: LayerContext) -> np.ndarray:
+        """See `Selector.scores`. O(T F H)."""
+        from ..markers import activation_markers, activation_rates
+
+        return activation_rates(activation_markers(ffn, context, self.options))

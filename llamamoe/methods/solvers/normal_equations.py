@@ -1,0 +1,204 @@
+"""Sums over the calibration tokens from which every closed-form repair is solved.
+
+With ``h~`` ``[T, P]`` what every place does times its weight, ``D0`` the places' down projections and ``Y`` the dense
+output, an outcome ``Y - h~ D`` of any ``D`` depends on the tokens only through the Gram ``h~^T h~`` and the products
+``h~^T (Y - h~ D0)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...numerics import TokenWeighting, check_finite, double_device, token_scales
+from ..layer import PADDING
+from ..moe_layer import ConvertedFfn, dense_outputs
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..inputs import LayerInputs
+    from ..layer import FfnWeights, LayerContext
+
+BLOCK_PLACES = 512
+"""Experts narrower than this are summed several at a time: products with few rows are slow, and so is picking rows."""
+
+MOST_ROWS = 0.6
+"""Where a block of experts is selected by more than this share of the tokens, its other tokens are not left out."""
+
+HELD_OUT_EVERY = 5
+"""Of so many runs of tokens one is held out."""
+
+RUN_TOKENS = 256
+"""Longest run of tokens that are held out together: neighbours are too alike to judge each other."""
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """Sums over tokens, float64.
+
+    Attributes:
+        gram_PP: ``[P, P]``, ``h~^T h~``.
+        cross_PH: ``[P, H]``, ``h~^T (Y - h~ D0)``.
+        slots_P: int64, the neuron in every place.
+    """
+
+    gram_PP: torch.Tensor
+    cross_PH: torch.Tensor
+    slots_P: torch.Tensor
+
+    @property
+    def places(self) -> torch.Tensor:
+        """int64 ``[Q]``: places that hold a neuron and were ever active; the others have zero rows and columns."""
+        return ((self.slots_P != PADDING) & (self.gram_PP.diagonal() > 0)).nonzero().flatten()
+
+    def gram(self, places: torch.Tensor) -> torch.Tensor:
+        """``[Q, Q]``, the Gram of these places; the Gram itself, not a copy, if they are all."""
+        return self.gram_PP if len(places) == len(self.gram_PP) else self.gram_PP[places][:, places]
+
+
+def normal_equations(
+    moe: ConvertedFfn,
+    ffn: FfnWeights,
+    context: LayerContext,
+    weighting: TokenWeighting = "none",
+    *,
+    hold_out: bool = False,
+) -> list[NormalEquations]:
+    """Sum over all calibration tokens, products in float32, sums over batches in float64.
+
+    An expert's rows are summed over the tokens that selected it only, and each pair of experts once: O(T P H) for
+    the outputs and about ``T (S + k W)^2 / 2`` products for the Gram. Memory: ``P (P + H)`` doubles for each sum.
+
+    Args:
+        moe: The layer to repair.
+        ffn: The parent's FFN.
+        context: With the calibration inputs.
+        weighting: ``"residual"`` divides every token's error by the root mean square of its residual stream.
+        hold_out: Sum the tokens of every fifth run on their own.
+
+    Returns:
+        One for all tokens, or two: for those to fit on, and for those held out.
+
+    Raises:
+        LlamaMoeError: An activation is NaN or infinite.
+    """
+    import torch
+
+    inputs = context.inputs
+    device = double_device(inputs.device)
+    slots = torch.from_numpy(moe.partition.slots).to(device)
+    sums = []
+    for _ in range(1 + hold_out):
+        gram = torch.zeros(len(slots), len(slots), dtype=torch.float64, device=device)
+        cross = torch.zeros(len(slots), ffn.down_HF.shape[0], dtype=torch.float64, device=device)
+        sums.append(NormalEquations(gram, cross, slots))
+    fold_T = held_out_tokens(inputs.num_tokens).long() if hold_out else torch.zeros(inputs.num_tokens).long()
+    scales = token_scales(inputs, weighting)
+    for part, batch in zip(inputs.batches(), residuals(moe, ffn, inputs), strict=True):
+        if scales is not None:
+            scale_B1 = scales[part].to(inputs.device)[:, None]
+            batch = batch[0] * scale_B1, batch[1] * scale_B1, batch[2]
+        for fold, into in enumerate(sums):
+            rows = (fold_T[part] == fold).nonzero().flatten().to(inputs.device)
+            hidden_BP, residual_BH, weights_BN = batch if len(rows) == len(batch[0]) else (t[rows] for t in batch)
+            _add(into, hidden_BP, residual_BH, weights_BN, moe)
+    for into in sums:
+        _mirror(into.gram_PP, moe)
+        check_finite(context.layer, into.gram_PP.diagonal(), into.cross_PH)
+    return sums
+
+
+def held_out_tokens(num_tokens: int) -> torch.Tensor:
+    """Which tokens are held out, bool ``[T]``: the last of every five runs of up to 256 tokens, shorter where there are few tokens."""
+    import torch
+
+    run = max(1, min(RUN_TOKENS, num_tokens // (8 * HELD_OUT_EVERY)))
+    return torch.arange(num_tokens) // run % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def residuals(
+    moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """``h~`` float32 ``[B, P]``, ``Y - h~ D0`` float32 ``[B, H]`` and the experts' weights ``[B, N]``, in batches.
+
+    If the layer's neurons are the parent's own, they are computed once, and what is missing comes from how often
+    each was counted: exactly 0 for a token that counts each neuron once.
+    """
+    import torch
+
+    if not holds_parent(moe, ffn):
+        down_HP = moe.weights.down_HP.to(inputs.device, inputs.compute_dtype)
+        hidden = inputs.hidden(moe.weights, moe.hidden_act)
+        for x_BH, h_BP, y_BH in zip(inputs.inputs(), hidden, dense_outputs(inputs, ffn), strict=True):
+            weights_BN = moe.expert_weights(x_BH)
+            h_BP = h_BP * moe.place_weights(weights_BN)
+            yield h_BP, y_BH - (h_BP.to(inputs.compute_dtype) @ down_HP.T).float(), weights_BN
+        return
+    slots = torch.from_numpy(moe.partition.slots).to(inputs.device)
+    real = (slots != PADDING).float()
+    slots = slots.clamp(min=0)
+    down_HF = ffn.down_HF.to(inputs.device, inputs.compute_dtype)
+    for x_BH, h_BF in zip(inputs.inputs(), inputs.hidden(ffn), strict=True):
+        weights_BN = moe.expert_weights(x_BH)
+        counts_BP = moe.place_weights(weights_BN) * real
+        missing_BF = torch.ones_like(h_BF).index_add_(1, slots, counts_BP, alpha=-1)
+        residual_BH = ((missing_BF * h_BF).to(inputs.compute_dtype) @ down_HF.T).float()
+        yield h_BF[:, slots] * counts_BP, residual_BH, weights_BN
+
+
+def holds_parent(moe: ConvertedFfn, ffn: FfnWeights) -> bool:
+    """Whether every place of the layer holds the parent's neuron as it is."""
+    import torch
+
+    slots = torch.from_numpy(moe.partition.slots)
+    kept = (slots != PADDING).nonzero().flatten()
+    index, weights = slots[kept], moe.weights
+    return (
+        torch.equal(weights.gate_PH[kept], ffn.gate_FH[index].float())
+        and torch.equal(weights.up_PH[kept], ffn.up_FH[index].float())
+        and torch.equal(weights.down_HP[:, kept], ffn.down_HF[:, index].float())
+    )
+
+
+def _add(
+    into: NormalEquations,
+    hidden_BP: torch.Tensor,
+    residual_BH: torch.Tensor,
+    weights_BN: torch.Tensor,
+    moe: ConvertedFfn,
+) -> None:
+    """Add one batch: shared x shared, and each block of experts x (shared, itself, later experts)."""
+    shared, (num_experts, width) = len(moe.partition.shared), moe.partition.experts.shape
+    gram, cross, device = into.gram_PP, into.cross_PH, into.gram_PP.device
+    if shared:
+        left_SB = hidden_BP[:, :shared].T
+        gram[:shared, :shared] += (left_SB @ hidden_BP[:, :shared]).to(device)
+        cross[:shared] += (left_SB @ residual_BH).to(device)
+    for first, last in _blocks(num_experts, width):
+        start, stop = shared + first * width, shared + last * width
+        some = (weights_BN[:, first:last] != 0).any(dim=1)
+        left_BP, left_BH = hidden_BP, residual_BH
+        if int(some.sum()) <= MOST_ROWS * len(some):
+            rows = some.nonzero().flatten()
+            left_BP, left_BH = hidden_BP.index_select(0, rows), residual_BH.index_select(0, rows)
+        left_WB = left_BP[:, start:stop].T
+        gram[start:stop, start:] += (left_WB @ left_BP[:, start:]).to(device)
+        gram[start:stop, :shared] += (left_WB @ left_BP[:, :shared]).to(device)
+        cross[start:stop] += (left_WB @ left_BH).to(device)
+
+
+def _mirror(gram: torch.Tensor, moe: ConvertedFfn) -> None:
+    """Fill the half of the Gram that `_add` leaves out."""
+    shared, (num_experts, width) = len(moe.partition.shared), moe.partition.experts.shape
+    gram[:shared, shared:] = gram[shared:, :shared].T
+    for first, last in _blocks(num_experts, width):
+        start, stop = shared + first * width, shared + last * width
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+
+
+def _blocks(num_experts: int, width: int) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK_PLACES // max(width, 1))
+    for first in range(0, num_experts, step):
+        yield first, min(first + step, num_experts)

@@ -1,0 +1,128 @@
+"""Entropic relaxations of two choices: a balanced assignment of neurons to experts, and the k best experts of a token.
+
+Both are linear programmes whose solutions are corners; an entropy term makes them smooth, and a temperature says how
+much. ``R`` neurons, ``N`` experts, ``B`` tokens. Nothing here is tracked by autograd but `soft_top_k`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ...numerics import double_device
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_CURVATURE = 1e-6
+"""Added to the system of `transport_gradient`, relative to a column sum: it is singular where a plan is all but hard."""
+EXCESS = 100
+"""By how much, in rounding errors of k, a token's probabilities may miss their sum."""
+MOST_STEPS = 60
+"""Steps in search of a token's threshold; rounding may keep the sum from coming nearer."""
+
+
+def balanced_transport(
+    logits_RN: torch.Tensor, temperature: float, iterations: int, prices_N: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plan P >= 0 of largest ``<P, A> + temperature entropy(P)``, rows of sum 1, columns of sum R/N.
+
+    Sinkhorn's algorithm on logarithms: ``P_jc = exp((A_jc - p_c) / temperature) / Z_j``, prices p moved until the
+    columns fit. Rows are exact, columns as exact as the iterations make them. O(R N) each.
+
+    Reference: Cuturi, Sinkhorn distances (NeurIPS 2013); DOT-MoE (arXiv:2606.01666) learns its assignment through it.
+
+    Args:
+        logits_RN: A, what each neuron gains by each expert.
+        temperature: > 0.
+        iterations: At least 1.
+        prices_N: To start from, such as those of similar logits.
+
+    Returns:
+        P ``[R, N]`` and the prices ``[N]``.
+    """
+    import torch
+
+    scaled_RN = logits_RN.detach() / temperature
+    potential_N = scaled_RN.new_zeros(scaled_RN.shape[1]) if prices_N is None else -prices_N / temperature
+    log_size = math.log(max(len(scaled_RN), 1) / scaled_RN.shape[1])
+    for _ in range(iterations):
+        row_R1 = torch.logsumexp(scaled_RN + potential_N, dim=1, keepdim=True)
+        potential_N = log_size - torch.logsumexp(scaled_RN - row_R1, dim=0)
+    return (scaled_RN + potential_N).softmax(dim=1), -potential_N * temperature
+
+
+def transport_gradient(plan_RN: torch.Tensor, gradient_RN: torch.Tensor, temperature: float) -> torch.Tensor:
+    """``dL/dA`` from ``dL/dP`` for a plan that `balanced_transport` led to convergence. O(R N^2).
+
+    With ``P = exp((A + f + g) / temperature)`` and fixed row and column sums, the potentials f and g answer to a
+    change of A by a linear system. With f eliminated it has N unknowns e; s are the column sums, G is dL/dP and
+    ``q_j = sum_c P_jc G_jc``:
+
+        dL/dA = P * (G - q_j + (P e)_j - e_c) / temperature,    (diag(s) - P^T P) e = sum_j P_jc (G_jc - q_j).
+
+    This is the derivative of the converged plan, whatever the number of iterations that found it, and keeps none of
+    them in memory.
+    """
+    import torch
+
+    device = double_device(plan_RN.device)
+    plan, gradient = plan_RN.to(device).double(), gradient_RN.to(device).double()
+    own_RN = plan * (gradient - (plan * gradient).sum(1, keepdim=True))
+    size_N = plan.sum(0)
+    system_NN = torch.diag(size_N * (1 + LEAST_CURVATURE)) - plan.T @ plan
+    # e is known up to a constant, which cancels below; this fixes it.
+    system_NN += size_N.mean() / len(size_N)
+    e_N = torch.linalg.solve(system_NN, own_RN.sum(0))
+    out_RN = (own_RN + plan * ((plan @ e_N)[:, None] - e_N)) / temperature
+    out: torch.Tensor = out_RN.to(plan_RN)
+    return out
+
+
+def top_k_threshold(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
+    """``[B, 1]``: b with ``sum_i sigmoid(l_i - b) = k`` for each token, 0 < k < N.
+
+    Newton's method, by bisection where a step would leave the interval that is known to hold b: most batches take
+    five to ten steps of O(B N).
+    """
+    import torch
+
+    logits_BN = logits_BN.detach()
+    num_experts = logits_BN.shape[1]
+    if not 0 < top_k < num_experts:
+        raise ValueError(f"no threshold selects {top_k} of {num_experts}")
+    reach = abs(math.log(top_k / (num_experts - top_k)))
+    low_B1 = logits_BN.amin(1, keepdim=True) - reach
+    high_B1 = logits_BN.amax(1, keepdim=True) + reach
+    near = EXCESS * top_k * torch.finfo(logits_BN.dtype).eps
+    here_B1 = (low_B1 + high_B1) / 2
+    for _ in range(MOST_STEPS):
+        share_BN = (logits_BN - here_B1).sigmoid()
+        excess_B1 = share_BN.sum(1, keepdim=True) - top_k
+        if bool((excess_B1.abs() <= near).all()):
+            break
+        low_B1 = torch.where(excess_B1 > 0, here_B1, low_B1)
+        high_B1 = torch.where(excess_B1 > 0, high_B1, here_B1)
+        there_B1 = here_B1 + excess_B1 / (share_BN * (1 - share_BN)).sum(1, keepdim=True).clamp(min=1e-30)
+        inside_B1 = (there_B1 > low_B1) & (there_B1 < high_B1)
+        here_B1 = torch.where(inside_B1, there_B1, (low_B1 + high_B1) / 2)
+    return here_B1
+
+
+def soft_top_k(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
+    """``sigmoid(l - b)`` ``[B, N]`` with each token's threshold b such that the sum is k; differentiable, b included.
+
+    It is the z in [0, 1]^N of sum k with the largest ``<z, l> + sum_i entropy(z_i)``; the k largest logits get the
+    largest values. Ones if k is N.
+    """
+    import torch
+
+    if top_k >= logits_BN.shape[1]:
+        return torch.ones_like(logits_BN)
+    threshold_B1 = top_k_threshold(logits_BN, top_k)
+    near_BN = (logits_BN - threshold_B1).sigmoid()
+    slope_BN = (near_BN * (1 - near_BN)).detach()
+    # One Newton step from the solution: it moves nothing, and carries the threshold's derivative.
+    excess_B1 = near_BN.sum(1, keepdim=True) - top_k
+    moving_B1 = threshold_B1 + excess_B1 / slope_BN.sum(1, keepdim=True).clamp(min=1e-30)
+    return (logits_BN - moving_B1).sigmoid()

@@ -1,0 +1,6 @@
+"""Splitters, one file each."""
+
+from ...plugins import Registry
+from .base import Splitter
+
+SPLITTERS: Registry[Splitter] = Registry("splitter", Splitter, __name__)  # type: ignore[type-abstract]

@@ -1,0 +1,143 @@
+"""The contract of an experts implementation: a token's experts, computed and summed with its weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import RefusedError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """What is to be computed for T tokens, everything in one dtype: that of the inputs, or autocast's.
+
+    Attributes:
+        x_TH: The inputs.
+        indices_Tk: int64, the selected experts; what lies outside ``0 .. N - 1`` (another rank's expert, padding) counts
+            as not selected.
+        weights_Tk: What the selected experts' outputs are multiplied by.
+        gate_up: ``[N, 2W, H]``, the gate rows of an expert before its up rows.
+        down: ``[N, H, W]``.
+        activate: Maps the last axis ``[gate, up]`` to ``act(gate) * up``, half as long, whatever its length.
+    """
+
+    x_TH: torch.Tensor
+    indices_Tk: torch.Tensor
+    weights_Tk: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    activate: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.down.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.down.shape[1]
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.down.shape[2]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.x_TH.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.indices_Tk.shape[1]
+
+    def known_indices_Tk(self) -> torch.Tensor:
+        """The selected experts, with N for all that are not selected."""
+        indices, N = self.indices_Tk, self.num_experts
+        return indices.masked_fill((indices < 0) | (indices > N), N)
+
+
+class ExpertsImplementation(ABC):
+    """Computes what transformers' own ``eager`` computes, and its gradients, by another way; holds no state.
+
+    An instance is called as transformers calls an experts function.
+
+    Attributes:
+        name: Registered in transformers with ``llamamoe_`` before it.
+        summary: One line.
+        reference: The paper or source of the idea; empty if it is our own or folklore.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str] = ""
+
+    @abstractmethod
+    def forward(self, call: ExpertsCall) -> torch.Tensor:
+        """The sum over a token's experts of weight times output: ``[T, H]``, any floating dtype, differentiable."""
+
+    def __call__(
+        self,
+        experts: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The outputs of a native experts module, in the dtype of its inputs.
+
+        Args:
+            experts: The module with ``gate_up_proj`` ``[N, 2W, H]`` and ``down_proj`` ``[N, H, W]``.
+            hidden_states: ``[T, H]``.
+            top_k_index: int64 ``[T, k]``.
+            top_k_weights: ``[T, k]``.
+
+        Raises:
+            RefusedError: The module's parameters mean something else than that.
+        """
+        _refuse_other_layouts(experts)
+        module: Any = experts
+        dtype = _compute_dtype(hidden_states)
+        call = ExpertsCall(
+            hidden_states.to(dtype),
+            top_k_index,
+            top_k_weights.to(dtype),
+            module.gate_up_proj.to(dtype),
+            module.down_proj.to(dtype),
+            module._apply_gate,
+        )
+        return self.forward(call).to(hidden_states.dtype)
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What ``linear`` would compute in: autocast leaves float64 alone."""
+    import torch
+
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _refuse_other_layouts(experts: torch.nn.Module) -> None:
+    plain = {
+        "has_gate": True,
+        "is_concatenated": True,
+        "is_transposed": False,
+        "has_bias": False,
+        "has_post_expert_norm": False,
+    }
+    for key, value in plain.items():
+        if getattr(experts, key, value) != value:
+            raise RefusedError(
+                f"{type(experts).__name__} has {key} = {not value}; our experts implementations compute SwiGLU experts with"
+                f" {key} = {value} only.",
+                hint='Use transformers\' own: model.set_experts_implementation("grouped_mm").',
+            )

@@ -1,0 +1,449 @@
+"""What `evaluate` does with one model: open it, load it, score windows of tokens with it.
+
+Shapes: B windows, T tokens of the longest, P scored tokens of a batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import queue
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checkpoint.locate import check_folder, locate, open_checkpoint
+from ..checkpoint.paths import inside, refuse_pointers
+from ..checkpoint.reader import SIDE_FILES, check_side_file
+from ..errors import CheckpointError, LlamaMoeError, UsageError
+from .loadable import check_config_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..architectures.dense_checkpoint import DenseModel
+    from ..checkpoint.base import Checkpoint
+    from ..data.encoding import Encoded, Window
+
+LOGITS_AT_ONCE = 1 << 24  # fp32 logits held at once: 64 MiB, whatever the vocabulary
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model's configuration and tokenizer; its weights are still on disk.
+
+    Attributes:
+        name: As the caller gave it.
+        options: What every ``from_pretrained`` of this model is called with; nothing for a GGUF file.
+        config: The transformers configuration of the text model.
+        tokenizer: The transformers tokenizer.
+        bos: The token that the tokenizer itself puts before a text, or None.
+        dense: A GGUF file as llamamoe reads it; None for what transformers reads itself.
+    """
+
+    name: str
+    options: dict[str, Any]
+    config: Any
+    tokenizer: Any
+    bos: int | None
+    dense: DenseModel | None = None
+
+
+def open_models(names: Sequence[str | Path], *, tokenizer: str | Path | None = None) -> list[Opened]:
+    """Open models without their weights; see `open_model`.
+
+    Args:
+        names: Folders, GGUF files or Hub ids.
+        tokenizer: A folder whose tokenizer replaces that of every GGUF file among them.
+
+    Raises:
+        UsageError: ``tokenizer`` is given and none of them is a GGUF file.
+        CheckpointError: See `open_model`.
+    """
+    files = [is_gguf(name) for name in names]
+    if tokenizer is not None and not any(files):
+        raise UsageError("--tokenizer is for GGUF files: a folder brings its own tokenizer, which is used.")
+    found = [open_model(name, tokenizer=tokenizer if file else None) for name, file in zip(names, files, strict=True)]
+    for folder in (Path(each.options["pretrained_model_name_or_path"]) for each in found if each.dense is None):
+        _check_files(folder, sorted(path.name for path in folder.glob("*.safetensors")))
+    return found
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Tell whether that is a GGUF file on this machine."""
+    path = Path(name).expanduser()
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def open_model(name: str | Path, *, tokenizer: str | Path | None = None) -> Opened:
+    """Open a model without its weights and without remote code. A path never touches the network.
+
+    Args:
+        name: A folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``. A `Path` is never taken for a Hub id.
+        tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
+
+    Raises:
+        CheckpointError: It does not exist, is not a model, or has no tokenizer that transformers can load.
+    """
+    if isinstance(name, Path) and not name.expanduser().exists():
+        check_folder(name)
+    location = locate(name)
+    if location.path.is_file():
+        from ..architectures.dense_checkpoint import understand
+
+        return _open_gguf(str(name), understand(open_checkpoint(location, tokenizer=tokenizer)))
+    return _open_folder(str(name), location.path)
+
+
+def _open_folder(name: str, folder: Path) -> Opened:
+    from transformers import AutoConfig
+
+    from ..checkpoint.infilling import open_tokenizer
+    from ..checkpoint.tokenizer import of_any_length
+
+    if not (folder / "config.json").is_file():
+        files = sorted(folder.glob("*.gguf"))
+        hint = f"To use a GGUF file, name the file itself: {files[0]}" if files else "Name a model's folder."
+        raise CheckpointError(f"'{name}' is not a model: it has no config.json.", hint=hint)
+    _check_files(folder, ("config.json", *SIDE_FILES))
+    try:
+        check_config_file(folder)
+        for path in (folder / file for file in SIDE_FILES if (folder / file).exists()):
+            check_side_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{name}' is not a model: {error.message}", hint=error.hint) from None
+    options: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(folder),
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
+    with _refusing(f"'{name}' has no configuration that transformers can load without remote code"):
+        config = AutoConfig.from_pretrained(**options).get_text_config()
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"'{name}' has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.",
+            hint="Copy the tokenizer's files from the model that it was made of.",
+        )
+    with _refusing(f"The tokenizer of '{name}' cannot be loaded"):
+        tokenizer = of_any_length(open_tokenizer(folder))
+        bos = _leading_bos(tokenizer)
+    return Opened(name, options, config, tokenizer, bos)
+
+
+def _check_files(folder: Path, names: Iterable[str]) -> None:
+    """Refuse links out of the folder and pointers of Git LFS among these files, where they are there."""
+    there = [folder / name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
+    refuse_pointers(inside(folder, path.name) for path in there)
+
+
+def _open_gguf(name: str, dense: DenseModel) -> Opened:
+    from transformers import AutoConfig
+
+    from .streaming import computing_keys
+
+    config = AutoConfig.for_model(**computing_keys(dense.checkpoint.config))
+    tokenizer = needed_tokenizer(dense.checkpoint)
+    return Opened(name, {}, config, tokenizer, _leading_bos(tokenizer), dense)
+
+
+def needed_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the tokenizer of a GGUF file, or of the folder that was given in its place.
+
+    Raises:
+        CheckpointError: There is none, or transformers cannot load it.
+    """
+    from ..checkpoint.tokenizer import parent_tokenizer
+
+    tokenizer = parent_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds no vocabulary, so no text can be turned into its tokens.",
+            hint="Name a folder that holds the model's tokenizer with --tokenizer.",
+        )
+    return tokenizer
+
+
+def _leading_bos(tokenizer: Any) -> int | None:
+    """Return the token that the tokenizer itself puts before a text, or None."""
+    first, bos = tokenizer("a")["input_ids"][:1], tokenizer.bos_token_id
+    return bos if bos is not None and first == [bos] else None
+
+
+def load_weights(opened: Opened, dtype: str, device: str) -> Any:
+    """Load the model for scoring.
+
+    Args:
+        opened: Which.
+        dtype: ``"auto"`` or a dtype's name.
+        device: A torch device; ``"spread"``: its layers over all GPUs and, if they do not fit, the CPU.
+
+    Raises:
+        CheckpointError: Weights are missing, broken, of other shapes, or not safetensors.
+    """
+    if opened.dense is not None:
+        with _refusing(f"The weights of '{opened.name}' cannot be loaded"):
+            return _load_gguf(opened.name, opened.dense, dtype, device)
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM  # its type does not know output_loading_info
+    folder = Path(opened.options["pretrained_model_name_or_path"])
+    with _refusing(f"The weights of '{opened.name}' cannot be loaded", folder), _no_progress_bars():
+        model, info = loader.from_pretrained(
+            **opened.options,
+            dtype=dtype,
+            device_map="auto" if device == "spread" else device,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise CheckpointError(
+            f"'{opened.name}' lacks {len(missing)} tensors that its config.json calls for, such as {missing[0]}.",
+            hint="Download or convert it again.",
+        )
+    return model.eval()
+
+
+def _load_gguf(name: str, dense: DenseModel, dtype: str, device: str) -> Any:
+    """The model of a GGUF file, by transformers' own loading of one layer after the other; it is held once.
+
+    ``"auto"`` is the dtype that `llamamoe.split` would write.
+    """
+    import torch
+
+    from ..conversion.assembly import torch_dtype
+    from ..conversion.plan import stored_dtype
+    from .streaming import StreamedModel
+
+    kind: torch.dtype = torch_dtype(stored_dtype(dense)) if dtype == "auto" else getattr(torch, dtype)
+    streamed = StreamedModel.of_dense(dense, dtype=kind, device="cpu" if device == "spread" else device)
+    model = streamed.whole()
+    model.name_or_path = model.config.name_or_path = name
+    if device == "spread":
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+
+        kept = {"no_split_module_classes": list(model._no_split_modules or ())}
+        model = dispatch_model(model, infer_auto_device_map(model, get_balanced_memory(model, **kept), **kept))
+    return model
+
+
+def free_memory() -> None:
+    """Give back what a model took whose last name was just deleted, so that the next one does not come beside it."""
+    import torch
+
+    gc.collect()  # models hold cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _refusing(message: str, folder: Path | None = None) -> Iterator[None]:
+    """Turn whatever a loader raises into one kind of error: files of others can fail in any way.
+
+    Args:
+        message: What cannot be done.
+        folder: Of weights in which llamamoe's own reader may find what is wrong, in better words.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if folder is not None:
+            from ..checkpoint.reader import SafetensorsCheckpoint
+
+            try:
+                SafetensorsCheckpoint(folder)
+            except CheckpointError as found:
+                raise CheckpointError(f"{message}: {found.message}", hint=found.hint) from error
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{message}: {reason[0]}") from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def score_windows(
+    models: Sequence[Any],
+    documents: Sequence[Encoded],
+    windows: Sequence[Window],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """Sum the negative log-likelihood of each window's scored tokens.
+
+    Windows of like length go into one batch, the longest first, so that a batch that does not fit in memory
+    fails at once. ``advance`` is called after every batch with the number of tokens it scored. Several models are copies
+    of one on several devices: each takes the next batch when it is free; on like devices what comes out is the same.
+
+    Returns:
+        float64 [len(windows)], in nats.
+
+    Raises:
+        CheckpointError: The tokenizer makes ids that the model does not have.
+        LlamaMoeError: A loss is not finite.
+    """
+    check_ids(models[0].name_or_path, models[0].get_input_embeddings().weight.shape[0], documents)
+    order = sorted(range(len(windows)), key=lambda i: windows[i].start - windows[i].stop)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    free: queue.SimpleQueue[_Scorer] = queue.SimpleQueue()
+    for model in models:
+        free.put(_Scorer(model, documents, windows))
+
+    def score(batch: list[int]) -> np.ndarray:
+        scorer = free.get()
+        try:
+            return scorer.score(batch)
+        finally:
+            free.put(scorer)
+
+    out = np.zeros(len(windows))
+    with _running(score, batches, len(models)) as results:
+        for batch, nll_B in zip(batches, results, strict=True):
+            out[batch] = nll_B
+            advance(sum(windows[i].scored for i in batch))
+    return out
+
+
+@contextlib.contextmanager
+def _running(
+    score: Callable[[list[int]], np.ndarray], batches: Sequence[list[int]], workers: int
+) -> Iterator[Iterator[np.ndarray]]:
+    """Results in order; one worker needs no thread, several stop at the first error."""
+    if workers == 1:
+        yield map(score, batches)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool.map(score, batches)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def check_ids(name: str, rows: int, documents: Sequence[Encoded]) -> None:
+    """Whether every id has an embedding.
+
+    Args:
+        name: The model.
+        rows: Its embeddings.
+        documents: At least one with tokens.
+
+    Raises:
+        CheckpointError: One has none.
+    """
+    largest = max(int(document.ids.max()) for document in documents if len(document.ids))
+    if largest >= rows:
+        raise CheckpointError(
+            f"The tokenizer of '{name}' makes the id {largest}, but the model has only {rows} embeddings.",
+            hint="The folder's tokenizer is another model's; copy the right one.",
+        )
+
+
+class _Scorer:
+    """One copy of the model, and how its hidden states become logits."""
+
+    def __init__(self, model: Any, documents: Sequence[Encoded], windows: Sequence[Window]) -> None:
+        self.model, self.documents, self.windows = model, documents, windows
+        self._head: list[Head | None] = []
+
+    def score(self, batch: Sequence[int]) -> np.ndarray:
+        """Negative log-likelihood of each window of the batch, float64 [B]."""
+        import torch
+
+        chosen = [self.windows[i] for i in batch]
+        tokens = [self.documents[w.document].ids[w.start : w.stop] for w in chosen]
+        with torch.inference_mode():
+            if not self._head:
+                ids_1T = torch.from_numpy(tokens[0][None, :16]).to(self.model.device)
+                self._head.append(_find_head(self.model, ids_1T))
+            nll_B = _score_batch(self.model, self._head[0], tokens, [w.begin - w.start for w in chosen])
+        for window, nll in zip(chosen, nll_B, strict=True):
+            if not np.isfinite(nll):
+                raise LlamaMoeError(
+                    f"The loss on {self.documents[window.document].document.origin} is not finite ({nll}).",
+                    hint="Try dtype float32; if that does not help, the weights are broken.",
+                )
+        return nll_B
+
+
+Head = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+def _find_head(model: Any, ids_1T: torch.Tensor) -> Head | None:
+    """Find how hidden states become logits, so that long sequences can be scored piece by piece.
+
+    Most models apply their output embedding and no more, some scale what comes out. The choice is checked
+    against the model's own logits; None means that neither is so, and the whole forward must be used.
+    """
+    import torch
+
+    output = model.get_output_embeddings()
+    if output is None or model.base_model is model:
+        return None
+    config = model.config.get_text_config()
+    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    candidates: list[Head] = [lambda h: output(h).float()]
+    if factor:
+        candidates.append(lambda h: (output(h) * factor).float())
+    if divisor:
+        candidates.append(lambda h: (output(h) / divisor).float())
+    logits = model(ids_1T, use_cache=False).logits.float()
+    hidden = model.base_model(ids_1T, use_cache=False).last_hidden_state
+    # A model that is spread over devices brings its logits back to the first one.
+    agreeing = (
+        head for head in candidates if torch.allclose(head(hidden).to(logits.device), logits, rtol=1e-4, atol=1e-6)
+    )
+    return next(agreeing, None)
+
+
+def _score_batch(model: Any, head: Head | None, tokens: Sequence[np.ndarray], begins: Sequence[int]) -> np.ndarray:
+    """Negative log-likelihood of each window's tokens from ``begins`` on, float64 [B], in nats."""
+    import torch
+
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)  # the padding's id is never read: see `scored`
+    ids[mask] = torch.from_numpy(np.concatenate(tokens))
+    scored = mask[:, 1:] & (torch.arange(1, mask.shape[1]) >= torch.tensor(begins)[:, None])
+    targets = ids[:, 1:][scored]
+    owner = scored.nonzero()[:, 0]
+    # Nothing attends to what comes after it, so padding on the right needs no mask; without one the fast
+    # causal kernels run, and a window is computed alike whatever it is batched with.
+    if head is None:
+        rows = [model(row[None].to(model.device), use_cache=False).logits[0, :-1] for row in ids]
+        pieces: Iterator[torch.Tensor] = (r[s.to(r.device)].float() for r, s in zip(rows, scored, strict=True))
+        nll_P = _nll(pieces, targets)
+    else:
+        hidden = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, :-1]
+        hidden_PH = hidden[scored.to(hidden.device)]
+        step = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
+        nll_P = _nll((head(piece) for piece in hidden_PH.split(step)), targets)
+    return torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, owner, nll_P).numpy()
+
+
+def _nll(pieces: Iterator[torch.Tensor], targets_P: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of fp32 logits that come in pieces along P, float64 [P] on the CPU."""
+    import torch
+
+    out, at = [], 0
+    for logits in pieces:
+        targets = targets_P[at : at + len(logits)].to(logits.device)
+        out.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu().double())
+        at += len(logits)
+    return torch.cat(out)

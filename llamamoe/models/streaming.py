@@ -1,0 +1,302 @@
+"""Runs a checkpoint through transformers' own classes with one decoder layer in memory.
+
+The whole model is built without weights; just before a layer runs, its tensors are loaded by transformers'
+``from_pretrained`` as a model of one layer (so that names, fusing of experts and dtypes are transformers' own
+affair), and just after it they are dropped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import VerificationError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..architectures.dense_checkpoint import DenseModel
+
+_RUNTIME = re.compile(
+    r"^(_?attn_implementation|_?experts_implementation|(use_)?return_dict|torchscript|output_.*|auto_map|use_cache"
+    r"|torch_dtype|dtype|_name_or_path|transformers_version|architectures|llamamoe)$"
+)
+"""Keys that say how to run a model, not what it computes: a checkpoint does not decide that here."""
+_NO_POOL = "HF_DEACTIVATE_ASYNC_LOAD"
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+ReadTensor = Callable[[str], "torch.Tensor"]
+
+
+def computing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a ``config.json`` that say what is computed, without those that say how to run it."""
+    return {k: v for k, v in config.items() if not _RUNTIME.match(k)}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load reports while a part of a model is loaded; restores what was set.
+
+    Transformers also loads on one thread meanwhile: its pool of threads leaves every one of them with freed memory
+    of its own, which adds up over the layers (twice the peak on a 7B model).
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    pool = os.environ.get(_NO_POOL)
+    os.environ[_NO_POOL] = "1"
+    try:
+        yield
+    finally:
+        if pool is None:
+            del os.environ[_NO_POOL]
+        else:
+            os.environ[_NO_POOL] = pool
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@dataclass
+class StreamedModel:
+    """A checkpoint that is run layer by layer.
+
+    Attributes:
+        config: Its ``config.json``.
+        names: All tensor names.
+        read: Gives a tensor by name.
+        one_layer: Configuration keys for the one-layer model of layer i.
+        dtype: What it computes in; None for float32.
+        device: Where it runs.
+    """
+
+    config: Mapping[str, Any]
+    names: Iterable[str]
+    read: ReadTensor
+    one_layer: Callable[[int], dict[str, Any]] = field(default=lambda layer: {})
+    dtype: torch.dtype | None = None
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self._by_layer: dict[int, list[str]] = {}
+        self._outer: list[str] = []
+        for name in self.names:
+            found = _LAYER.match(name)
+            if found:
+                self._by_layer.setdefault(int(found[1]), []).append(name)
+            else:
+                self._outer.append(name)
+
+    @classmethod
+    def of_dense(cls, model: DenseModel, read: ReadTensor | None = None, **kwargs: Any) -> StreamedModel:
+        """A dense checkpoint as it is, or with another way to ``read`` its tensors."""
+        checkpoint = model.checkpoint
+        tied = model.spec.tie_word_embeddings
+        names = {read.name for read in model.reads.values()} - ({"lm_head.weight"} if tied else set())
+        return cls(checkpoint.config, sorted(names), read or checkpoint.read, **kwargs)
+
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        before_layer: Callable[[int, torch.nn.Module], None] | None = None,
+        after_layer: Callable[[int, torch.nn.Module], None] | None = None,
+    ) -> torch.Tensor:
+        """float32 logits ``[B, T, V]`` of ``input_ids`` ``[B, T]``.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            before_layer: Called with index and loaded layer before it runs; it may change the weights.
+            after_layer: Called with index and layer after it ran, while its weights are still there.
+
+        Raises:
+            VerificationError: Transformers misses a tensor or does not know one.
+        """
+        import torch
+
+        model = self._shell()
+        for index, layer in enumerate(model.model.layers):
+
+            def load(module: torch.nn.Module, args: Any, index: int = index) -> None:
+                self._load(module, index)
+                if before_layer is not None:
+                    before_layer(index, module)
+
+            def drop(module: torch.nn.Module, args: Any, output: Any, index: int = index) -> None:
+                if after_layer is not None:
+                    after_layer(index, module)
+                module.to(device="meta")
+
+            layer.register_forward_pre_hook(load)
+            layer.register_forward_hook(drop)
+        with torch.no_grad(), quiet_transformers():
+            logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+        return logits.float()
+
+    def whole(self) -> Any:
+        """The whole model in memory, for what runs it token by token. It is held once, and one layer as it is stored.
+
+        Raises:
+            VerificationError: Transformers misses a tensor or does not know one.
+        """
+        model = self._shell()
+        with quiet_transformers():
+            for index, layer in enumerate(model.model.layers):
+                self._load(layer, index)
+        return model
+
+    def _keys(self) -> dict[str, Any]:
+        return computing_keys(self.config)
+
+    def _shell(self) -> Any:
+        """The whole model without weights, but with embedding, final norm, head and rotary positions for real."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        keys, dtype = self._keys(), self.dtype or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**keys), dtype=dtype, attn_implementation="sdpa"
+            )
+        tensors = {name: self.read(name) for name in self._outer}
+        outer = _load_part(keys | {"num_hidden_layers": 0}, tensors, "outer tensors", dtype).to(self.device)
+        for name, child in outer.model.named_children():
+            if name != "layers":
+                setattr(model.model, name, child)
+        model.lm_head = outer.lm_head
+        return model.eval().requires_grad_(False)
+
+    def _load(self, module: torch.nn.Module, layer: int) -> None:
+        import torch
+
+        hidden = self.config["hidden_size"]
+        keys = self._keys() | self.one_layer(layer)
+        keys |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
+        tensors = {_LAYER.sub("model.layers.0.", name): self.read(name) for name in self._by_layer.get(layer, [])}
+        # in the stored dtype if there is one: experts are then fused from mapped files, without a float32 copy of each,
+        # which would leave the heap in pieces and the process growing with every layer
+        kinds = {tensor.dtype for tensor in tensors.values()}
+        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+        tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = torch.zeros(8, hidden, dtype=dtype)
+        tensors["model.norm.weight"] = torch.ones(hidden, dtype=dtype)
+        one = _load_part(keys, tensors, f"layer {layer}", dtype)
+        loaded = one.model.layers[0].to(self.device, self.dtype or torch.float32)
+        module.load_state_dict(loaded.state_dict(), strict=True, assign=True)
+        module.requires_grad_(False)
+
+
+class LayerRunner:
+    """Takes many sequences of one length through a `StreamedModel`, each layer loaded once for all of them.
+
+    Embedding, final norm and head stay in memory, of the decoder layers one at a time. What the model hands to a
+    layer beside the hidden states (mask, positions) is recorded from its own forward pass: without padding it
+    depends on the length only.
+
+    Args:
+        streamed: The model.
+        sequence_length: Tokens of every sequence.
+    """
+
+    def __init__(self, streamed: StreamedModel, sequence_length: int) -> None:
+        import torch
+
+        self._streamed = streamed
+        self._model = streamed._shell()
+        self._calls = self._pass_by(torch.zeros(1, sequence_length, dtype=torch.long))[1]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self._model.model.layers)
+
+    def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """What the first layer is given, ``[B, S, H]``, for token ids int64 ``[B, S]``."""
+        return self._pass_by(ids_BS)[0]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[torch.nn.Module]:
+        """The decoder layer with its weights, which are dropped at the end; its parameters take no gradient."""
+        module: torch.nn.Module = self._model.model.layers[index]
+        with quiet_transformers():
+            self._streamed._load(module, index)
+        try:
+            yield module
+        finally:
+            module.to(device="meta")
+
+    def run(self, index: int, module: torch.nn.Module, hidden_BSH: torch.Tensor) -> torch.Tensor:
+        """The hidden states after the layer, ``[B, S, H]``; gradients flow if they are on."""
+        output: torch.Tensor = module(hidden_BSH, **self._calls[index])
+        return output
+
+    def logits(self, hidden_PH: torch.Tensor) -> torch.Tensor:
+        """float32 ``[P, V]``: final norm and head on hidden states ``[P, H]``; gradients flow if they are on."""
+        import torch
+
+        ids = torch.zeros(len(hidden_PH), 1, dtype=torch.long)
+        return self._pass_by(ids, hidden_PH[:, None])[2][:, 0].float()
+
+    def _pass_by(
+        self, ids_BS: torch.Tensor, instead: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[dict[str, Any]], torch.Tensor]:
+        """The model's own forward pass around its layers.
+
+        Args:
+            ids_BS: Token ids.
+            instead: ``[B, S, H]``, what to take for the last layer's output; if None no logits are computed.
+
+        Returns:
+            What the first layer is given, what each layer is given beside it, and the logits (else final states).
+        """
+        first: list[torch.Tensor] = []
+        calls: list[dict[str, Any]] = []
+
+        def record(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            first.append(hidden)
+            calls.append(kwargs)
+            return hidden if instead is None else instead
+
+        layers = self._model.model.layers
+        for layer in layers:
+            layer.forward = record
+        try:
+            whole = self._model.model if instead is None else self._model
+            output = whole(input_ids=ids_BS.to(self._streamed.device), use_cache=False)
+        finally:
+            for layer in layers:
+                del layer.forward
+        return first[0], calls, output[0]
+
+
+def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: str, dtype: torch.dtype) -> Any:
+    """A model from tensors at hand, by transformers' own loading.
+
+    Raises:
+        VerificationError: Transformers misses a tensor or does not know one.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    keys = dict(keys)
+    if keys.get("layer_types"):
+        keys["layer_types"] = keys["layer_types"][: keys["num_hidden_layers"]]
+    config = AutoConfig.for_model(**keys)
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with quiet_transformers():
+        model, info = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            names = sorted(map(str, info[kind]))[:3]
+            raise VerificationError(f"{what}: transformers reports {kind.replace('_', ' ')}: {names}.")
+    return model

@@ -1,0 +1,65 @@
+"""What ridge regressions over calibration tokens share: the solution, token weights, where float64 is to be had."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from .errors import LlamaMoeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .methods.inputs import LayerInputs
+
+TokenWeighting = Literal["none", "residual"]
+
+LEAST_RESIDUAL = 1e-3
+"""Tokens whose residual stream is smaller than this share of the median count as if it were that large."""
+
+
+def solve_ridge(gram_QQ: torch.Tensor, right_QH: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
+    """``(G + strength)^-1 right`` in float64, O(Q^3); the Gram is changed in place, ``strength`` may be ``[Q]``.
+
+    Rounding of the sums can leave a Gram with small negative eigenvalues: where Cholesky's method fails for that,
+    the eigenvalues of ``G + strength`` are raised to the least that they can truly have, the
+    least ``strength``.
+    """
+    import torch
+
+    gram_QQ.diagonal().add_(strength)
+    factor, failed = torch.linalg.cholesky_ex(gram_QQ)
+    if not int(failed):
+        return torch.cholesky_solve(right_QH, factor)
+    values, vectors = torch.linalg.eigh(gram_QQ)
+    least = float(strength.min()) if isinstance(strength, torch.Tensor) else strength
+    out: torch.Tensor = vectors @ ((vectors.T @ right_QH) / values.clamp(min=least)[:, None])
+    return out
+
+
+def token_scales(inputs: LayerInputs, weighting: TokenWeighting) -> torch.Tensor | None:
+    """float32 ``[T]``: what each token's error is multiplied by before it is squared; mean square 1. None for ones.
+
+    ``"residual"``: the inverse root mean square of the token's residual stream, by which the next RMSNorm divides.
+    """
+    if weighting == "none" or inputs.num_tokens == 0:
+        return None
+    size = inputs.residual_scale_T.double()
+    scales = 1 / size.clamp(min=max(LEAST_RESIDUAL * float(size.median()), 1e-30))
+    return (scales / scales.square().mean().sqrt()).float()
+
+
+def check_finite(layer: int, *sums: torch.Tensor) -> None:
+    """Refuse sums over the calibration tokens that came out as NaN or infinite.
+
+    Raises:
+        LlamaMoeError: One did; the message names the layer.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in sums):
+        raise LlamaMoeError(f"layer {layer}: NaN or infinite activations on the calibration text.")
+
+
+def double_device(device: torch.device) -> torch.device:
+    """Where to keep float64: on the device itself, but for Apple's GPUs, which have none."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device

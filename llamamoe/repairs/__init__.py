@@ -1,6 +1,0 @@
-"""Repairs of a converted layer from calibration text, one file each."""
-
-from ..registry import Registry
-from .base import Repair
-
-REPAIRS: Registry[Repair] = Registry("repair", Repair, __name__)  # type: ignore[type-abstract]

@@ -1,0 +1,267 @@
+"""``llamamoe.report``: what a conversion lost, how it routes and what it costs, on one page and as JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from ..architectures.inspect import Inspection, inspect_checkpoint
+from ..checkpoint.files import write_text
+from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from ..evaluation.scores import Counts, differences, model_scores
+from ..progress import ProgressCallback, counting, ignore_progress
+from ..training.ownership import FINAL
+from .origin import plain, provenance, training_runs
+
+if TYPE_CHECKING:
+    from ..evaluation.perplexity import ScoringPlan
+    from .walk import Reading
+
+MOST_MODELS = 4
+ORACLE_TOKENS = 1024
+"""Tokens of each domain for which routers are compared with an oracle."""
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A model that is read: what its files say, and the text in its tokens."""
+
+    inspection: Inspection
+    plan: ScoringPlan
+    same_tokens: bool
+
+
+def report(
+    models: Sequence[str | Path],
+    text: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    out: str | Path | None = None,
+    json_out: str | Path | None = None,
+    runs: Sequence[str | Path] = (),
+    max_tokens: int | None = 8192,
+    context_length: int | None = None,
+    oracle_tokens: int = ORACLE_TOKENS,
+    dtype: str = "auto",
+    device: str = "auto",
+    command: str = "",
+    force: bool = False,
+    progress: ProgressCallback = ignore_progress,
+) -> dict[str, Any]:
+    """Let converted models and their dense parent read a text, and make a report of what they do with it.
+
+    Losses are those of `llamamoe.evaluate`. Each model is loaded once, one after the other.
+
+    Args:
+        models: One to four converted models; say, after the conversion and after training.
+        text: Files, folders or globs; its domains are compared.
+        against: The dense parent: a folder, a ``.gguf`` file or a hub id.
+        tokenizer: For a GGUF parent, a folder whose tokenizer is used instead of the one in the file.
+        out: Where to write the page; None: nowhere.
+        json_out: Where to write the same numbers.
+        runs: Folders of `llamamoe.pretrain` whose curves are shown; that of a trained model is found by itself.
+        max_tokens: Take only so many tokens of each domain; None: all.
+        context_length: Tokens of a window; None: as many as the models have positions, at most 2048.
+        oracle_tokens: Tokens of each domain for which routers are compared with an oracle.
+        dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: A torch device, or ``"auto"``.
+        command: What the page says to do it again.
+        force: Replace files that are there.
+        progress: Told of the tokens that were read.
+
+    Returns:
+        The content of the JSON file.
+
+    Raises:
+        RefusedError: A model is not a mixture of experts.
+        UsageError: A file is there already, a model or text does not exist, or a run is of another model.
+        LlamaMoeError: Text or weights cannot be used, see `llamamoe.evaluate`.
+        MissingExtraError: The page needs jinja2 and matplotlib (``pip install 'llamamoe[report]'``).
+    """
+    from ..evaluation.perplexity import check_numbers, pick_device
+
+    started = time.monotonic()
+    if out is not None:
+        check_extra()
+    check_numbers(max_tokens=max_tokens, context_length=context_length, batch_size=1, dtype=dtype)
+    places = [Path(each).expanduser() for each in (out, json_out) if each is not None]
+    _check(models, places, oracle_tokens, force=force)
+    device = pick_device(device)
+    inspections = _named([_inspected(model) for model in models])
+    curves = training_runs(runs, {each.name: Path(each.path) for each in inspections})
+    parent = None if against is None else inspect_checkpoint(against)
+    sides, protocol, length = _sides(inspections, parent, tokenizer, text, max_tokens, context_length)
+    advance = counting("report", sum(int(side.plan.tokens.sum()) for side in sides), "token", progress)
+    readings = [_read(side, dtype, device, oracle_tokens, advance) for side in sides]
+    of_parent = readings[-1] if parent is not None else None
+    described = [_described(side, reading, of_parent) for side, reading in zip(sides, readings, strict=True)]
+    found: dict[str, Any] = plain(
+        {
+            "llamamoe": __version__,
+            "protocol": protocol,
+            "context_length": length,
+            "max_tokens": max_tokens,
+            "domains": list(sides[0].plan.domains),
+            "command": command,
+            "run": {
+                "seconds": round(time.monotonic() - started, 1),
+                "device": device,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+            "parent": described[-1] if parent is not None else None,
+            "models": described[: len(models)],
+            "training": curves,
+            "notes": list(_notes(sides, of_parent)),
+        }
+    )
+    _write(found, out, json_out)
+    return found
+
+
+# ---- what is checked first ----------------------------------------------------------------------------------------
+
+
+def _check(models: Sequence[str | Path], places: Sequence[Path], oracle_tokens: int, *, force: bool) -> None:
+    if not 1 <= len(models) <= MOST_MODELS:
+        raise UsageError(f"{len(models)} models were given, but a report shows from 1 to {MOST_MODELS}.")
+    if oracle_tokens < 0:
+        raise UsageError(f"oracle_tokens is {oracle_tokens}, but must not be negative.")
+    if len({place.absolute() for place in places}) < len(places):
+        raise UsageError(f"the page and the numbers cannot both go to {places[0]}.", hint="Name two files.")
+    for place in places:
+        if place.absolute().parent.is_dir() and not os.access(place.absolute().parent, os.W_OK):
+            raise UsageError(f"{place} cannot be written: the folder does not let us.", hint="Choose another place.")
+        if place.is_dir() or not place.absolute().parent.is_dir():
+            raise UsageError(f"{place} is not a place for a file.", hint="Name a file in a folder that exists.")
+        if place.exists() and not force:
+            raise UsageError(f"{place} exists.", hint="Choose another name, or --force to replace it.")
+
+
+def check_extra() -> None:
+    """Before minutes are spent on a page that cannot be drawn.
+
+    Raises:
+        MissingExtraError: What draws it is not installed.
+    """
+    for package in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "report", "The page")
+
+
+def _inspected(model: str | Path) -> Inspection:
+    found = inspect_checkpoint(model)
+    if found.experts is None:
+        raise RefusedError(
+            f"{found.name} is a dense model, so that there is nothing to say of its experts.",
+            hint="A dense model goes to --against; to measure perplexity alone: llamamoe evaluate.",
+        )
+    return found
+
+
+def _named(models: Sequence[Inspection]) -> list[Inspection]:
+    """Models with names that tell them apart: a trained one lies in RUN/model, so RUN goes before it."""
+    names = [
+        f"{Path(each.path).resolve().parent.name}/{each.name}" if each.name == FINAL else each.name for each in models
+    ]
+    counted = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return [replace(each, name=name) for each, name in zip(models, counted, strict=True)]
+
+
+def _sides(
+    models: Sequence[Inspection],
+    parent: Inspection | None,
+    tokenizer: str | Path | None,
+    text: Sequence[str | Path],
+    max_tokens: int | None,
+    context_length: int | None,
+) -> tuple[list[_Side], str, int]:
+    """Every model with the text in its own tokens; the first one's tokenizer decides how much text is taken."""
+    from ..data.encoding import windows_of
+    from ..evaluation.perplexity import ScoringPlan, encode_again, protocol, scoring_plan, window_length
+    from ..models.loading import check_ids, open_models
+
+    inspections = [*models, *([parent] if parent is not None else [])]
+    opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)
+    length = window_length(context_length, opened)
+    first, _ = scoring_plan(opened[0], text, max_tokens=max_tokens, context_length=length)
+    sides = [_Side(inspections[0], first, same_tokens=True)]
+    for inspection, side in zip(inspections[1:], opened[1:], strict=True):
+        encoded, same = encode_again(first.encoded, side)
+        sides.append(_Side(inspection, ScoringPlan(encoded, windows_of(encoded, length), side), same))
+    for each in sides:
+        check_ids(each.plan.side.name, int(each.plan.side.config.vocab_size), each.plan.encoded)
+    return sides, protocol(length, max_tokens, opened, all(side.same_tokens for side in sides)), length
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def _read(side: _Side, dtype: str, device: str, oracle_tokens: int, advance: Callable[[str, int], None]) -> Reading:
+    from .walk import read
+
+    return read(
+        side.plan,
+        dtype=dtype,
+        device=device,
+        mixture=side.inspection.experts is not None,
+        oracle_tokens=oracle_tokens,
+        advance=lambda tokens: advance(side.inspection.name, tokens),
+    )
+
+
+# ---- plain data ---------------------------------------------------------------------------------------------------
+
+
+def _described(side: _Side, reading: Reading, parent: Reading | None) -> dict[str, Any]:
+    """One model, as it stands in the report."""
+    from ..checkpoint.json_files import read_json
+
+    found, folder = side.inspection, Path(side.inspection.path)
+    scores = asdict(model_scores(found.name, reading.dtype, reading.counts))
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    return {
+        "name": found.name,
+        "dtype": reading.dtype,
+        "comparable": "perplexity" if side.same_tokens else "bits_per_byte",
+        "scores": {key: scores[key] for key in ("domains", "overall", "mean_over_domains")},
+        "difference": _difference(reading.counts, parent, same=side.same_tokens),
+        "cost": found.cost.to_json(),
+        "experts": None if found.experts is None else asdict(found.experts),
+        "routing": reading.routing,
+        "provenance": provenance(folder, config),
+    }
+
+
+def _difference(counts: dict[str, Counts], parent: Reading | None, *, same: bool) -> dict[str, Any] | None:
+    if parent is None or parent.counts is counts:
+        return None
+    return asdict(differences(counts, parent.counts, same))
+
+
+def _notes(sides: Sequence[_Side], parent: Reading | None) -> Sequence[str]:
+    found = []
+    if not all(side.same_tokens for side in sides):
+        found.append("The models cut text into different tokens: only bits per byte may be compared.")
+    if parent is None:
+        found.append("No dense parent was given, so that nothing can be said of what the conversion lost.")
+    return found
+
+
+def _write(found: dict[str, Any], out: str | Path | None, json_out: str | Path | None) -> None:
+    try:
+        if json_out is not None:
+            write_text(Path(json_out).expanduser(), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        if out is not None:
+            from .page import render
+
+            write_text(Path(out).expanduser(), render(found))
+    except OSError as error:
+        raise LlamaMoeError(f"the report cannot be written: {error.strerror or error}.") from error

@@ -1,6 +1,0 @@
-"""Router initialisers, one file each."""
-
-from ..registry import Registry
-from .base import Router
-
-ROUTERS: Registry[Router] = Registry("router", Router, __name__)  # type: ignore[type-abstract]

@@ -1,6 +1,0 @@
-"""Ways to choose the shared neurons (``shared_by``), one file each."""
-
-from ..registry import Registry
-from .base import Selector
-
-SELECTORS: Registry[Selector] = Registry("shared_by", Selector, __name__)  # type: ignore[type-abstract]

@@ -1,6 +1,0 @@
-"""Measures of what each layer loses when it is converted, one file each."""
-
-from ..registry import Registry
-from .base import Sensitivity
-
-SENSITIVITIES: Registry[Sensitivity] = Registry("measure", Sensitivity, __name__)  # type: ignore[type-abstract]

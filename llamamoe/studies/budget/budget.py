@@ -1,0 +1,280 @@
+"""``llamamoe.allocate``: under one global budget, which layers stay dense, and what the others get."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..._version import __version__
+from ...architectures.dense_checkpoint import understand
+from ...architectures.targets.base import Target
+from ...checkpoint.locate import locate, open_checkpoint
+from ...conversion.plan import SplitPlan, plan_split
+from ...conversion.recipe import SplitRecipe
+from ...conversion.sizes import PAD_TO
+from ...errors import RefusedError, UsageError
+from ...progress import ProgressCallback, ignore_progress
+from ..sizes import Sizes
+from .search import DenseSet, dense_sets, least_damage, share_out
+from .sensitivities import SENSITIVITIES
+from .sensitivities.base import Task
+from .sizes import Sizer
+
+if TYPE_CHECKING:
+    from .sensitivities.curves import Curves
+
+SIMULATED = "simulated: no architecture of transformers holds it"
+SMALLER = 0.75
+"""A measure that converts layers does so at the budget, and at this share of it for every further point."""
+_GRID = 64
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """One layer.
+
+    Attributes:
+        layer: Its index.
+        dense: Whether it stays dense.
+        damage_uniform: What it loses when all layers are converted alike.
+        damage: What it loses in the allocation; 0 if it stays dense.
+        simulated_shared: Shared neurons if every layer could have its own number (F: dense); None if nothing fits.
+    """
+
+    layer: int
+    dense: bool
+    damage_uniform: float
+    damage: float
+    simulated_shared: int | None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What `allocate` found.
+
+    Attributes:
+        source: The dense model.
+        budget: Most mean active share of the FFNs.
+        measure: How sensitivity was measured.
+        unit: What damages are counted in.
+        target: The architecture that can hold it.
+        dense_form: Which layers that architecture lets stay dense.
+        keep_dense: Layers that stay dense, ascending.
+        num_experts: N of the other layers.
+        top_k: k.
+        expert_width: W, padding included.
+        shared: S.
+        layer_share: Active multiply-adds of one converted layer, router, padding and stubs included, over a dense one's.
+        active_share: The mean over all layers; at most the budget.
+        damage: Sum over the converted layers.
+        damage_uniform: The same if no layer stays dense.
+        layers: Layer by layer.
+        by_count: For every number of dense layers the best set: layers, layer_share, active_share, damage.
+        simulated: Another number of shared neurons in every layer: what it would lose, and that no file holds it.
+        measured: The curves as they were measured.
+        flops: Estimate of the floating-point operations that the measurement took.
+        recipe: For `llamamoe.split`.
+        warnings: Sentences for the user.
+    """
+
+    source: str
+    budget: float
+    measure: str
+    unit: str
+    target: str
+    dense_form: str
+    keep_dense: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    expert_width: int
+    shared: int
+    layer_share: float
+    active_share: float
+    damage: float
+    damage_uniform: float
+    layers: tuple[LayerBudget, ...]
+    by_count: tuple[dict[str, Any], ...]
+    simulated: dict[str, Any]
+    measured: dict[str, Any]
+    flops: int
+    recipe: SplitRecipe
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        data = {key: value for key, value in vars(self).items() if key not in ("layers", "recipe")}
+        layers = [asdict(layer) for layer in self.layers]
+        return {"llamamoe": __version__, **data, "layers": layers, "recipe": self.recipe.model_dump(mode="json")}
+
+    def to_yaml(self) -> str:
+        """The recipe for ``llamamoe split --recipe``, with what it was chosen for in comments."""
+        layers = ", ".join(map(str, self.keep_dense)) or "none"
+        about = (
+            f"# By llamamoe {__version__}: {100 * self.active_share:.2f} % of the FFNs' multiply-adds are active (budget "
+            f"{100 * self.budget:g} %).\n# Dense layers: {layers}; damage by {self.measure} {self.damage:.4g} {self.unit} "
+            f"(no dense layer: {self.damage_uniform:.4g}).\n"
+        )
+        return about + self.recipe.to_yaml()
+
+
+def allocate(
+    source: str | Path,
+    recipe: SplitRecipe,
+    budget: float,
+    *,
+    measure: str = "proxy",
+    shared_of_active: float = 0.5,
+    points: int = 2,
+    held_out_tokens: int = 4096,
+    tokenizer: str | Path | None = None,
+    progress: ProgressCallback = ignore_progress,
+) -> Allocation:
+    """Choose dense layers and sizes under one budget, from the measured sensitivity of every layer.
+
+    All converted layers have the same sizes, as every architecture of transformers wants it, so that what there is to
+    choose is which layers stay dense: each takes its whole FFN out of the budget, and the others get less. Damages of
+    single layers are added up and follow power laws between and beyond the measured shares (see `Curves`); given
+    those, the choice is the best of all that the target can hold.
+
+    Args:
+        source: A folder, a ``.gguf`` file or a hub id.
+        recipe: What to do with a layer. Its ``calibration`` is the text to measure on; ``num_experts`` and ``shared``
+            are kept if they are given, ``top_k`` and ``keep_dense`` are chosen here.
+        budget: Most active multiply-adds of the FFNs per token, router, padding and stubs included, as a share of the
+            dense FFNs'.
+        measure: A name in `SENSITIVITIES`.
+        shared_of_active: Share of the active neurons that are shared, unless the recipe says how many.
+        points: At how many shares a measure that converts layers does so.
+        held_out_tokens: Most tokens on which outputs are compared.
+        tokenizer: For a GGUF source, a folder whose tokenizer files replace the vocabulary in the file.
+        progress: Told after every layer.
+
+    Raises:
+        RefusedError: The budget is too small (the message names the smallest), or the method has no experts.
+        UsageError: An argument is out of range, or there is no calibration text.
+        LlamaMoeError: The text cannot be read, or values are not finite.
+    """
+    _check(recipe, budget, shared_of_active, points, held_out_tokens)
+    how = SENSITIVITIES.get(measure)()
+    checkpoint = open_checkpoint(locate(source), tokenizer=tokenizer)
+    sizer = Sizer(understand(checkpoint), recipe, shared_of_active)
+    targets = sizer.targets(budget)
+    shares = [budget * SMALLER**i for i in reversed(range(points))] if how.converts else [budget]
+    with tempfile.TemporaryDirectory(prefix="llamamoe-") as folder:
+        task = _task(sizer, targets[0], shares, Path(folder), held_out_tokens, progress)
+        curves, flops = how.measure(task), how.flops(task)
+    sets = {each: dense_sets(curves, budget, each.dense_layers, partial(sizer.fit, each)) for each in targets}
+    target = min(targets, key=lambda each: least_damage(sets[each]).damage)  # the first of equal ones
+    uniform, chosen = sets[target][0].sizes, least_damage(sets[target])
+    plan = plan_split(sizer.model, sizer.recipe_for(target, chosen.sizes, chosen.layers))
+    return Allocation(
+        source=str(source),
+        budget=budget,
+        measure=measure,
+        unit=how.unit,
+        target=target.name,
+        dense_form=target.dense_layers,
+        keep_dense=chosen.layers,
+        num_experts=chosen.sizes.num_experts,
+        top_k=chosen.sizes.top_k,
+        expert_width=chosen.sizes.expert_width,
+        shared=chosen.sizes.shared,
+        layer_share=chosen.sizes.share,
+        active_share=chosen.share,
+        damage=chosen.damage,
+        damage_uniform=sets[target][0].damage,
+        **_by_layer(curves, chosen, uniform, budget, sizer.model.spec.intermediate_size, recipe.pad_to or PAD_TO),
+        by_count=tuple(_alternative(each) for each in sets[target]),
+        measured=curves.to_json(),
+        flops=flops,
+        recipe=sizer.recipe_for(target, chosen.sizes, chosen.layers),
+        warnings=(*plan.warnings, *task.text.warnings, *_notes(target)),
+    )
+
+
+def _check(recipe: SplitRecipe, budget: float, shared_of_active: float, points: int, held_out_tokens: int) -> None:
+    if not 0 < budget < 1:
+        raise UsageError(f"The budget is {budget:g}, but must be a share between 0 and 1, such as 0.5.")
+    if not 0 <= shared_of_active < 1:
+        raise UsageError(f"shared_of_active is {shared_of_active:g}, but must be at least 0 and below 1.")
+    if not 1 <= points <= 4:
+        raise UsageError(f"points is {points}, but must be 1 to 4.")
+    if held_out_tokens < 2:
+        raise UsageError(f"held_out_tokens is {held_out_tokens}, but must be at least 2.")
+    if not recipe.calibration:
+        raise UsageError(
+            "Sensitivity is measured on calibration text, and none is given.",
+            hint="Give it with --calibration PATH; --calibration auto samples text from the source.",
+        )
+
+
+def _notes(target: Target) -> list[str]:
+    if target.dense_layers != "none":
+        return []
+    return [f"{target.name} has no dense layers, so all layers are converted alike"]
+
+
+def _alternative(found: DenseSet) -> dict[str, Any]:
+    return {
+        "layers": list(found.layers),
+        "layer_share": found.sizes.share,
+        "active_share": found.share,
+        "damage": found.damage,
+    }
+
+
+def _by_layer(
+    curves: Curves, chosen: DenseSet, uniform: Sizes, budget: float, size: int, pad_to: int
+) -> dict[str, Any]:
+    """The table of layers, and the simulated numbers of shared neurons."""
+    alike, mixed = curves.at(uniform.share), curves.at(chosen.sizes.share)
+    unit = -(-size // (_GRID * pad_to)) * pad_to
+    fixed = uniform.share * size - uniform.shared
+    found = share_out(curves, budget, size, fixed, unit, uniform.num_experts)
+    layers = tuple(
+        LayerBudget(
+            layer=i,
+            dense=i in chosen.layers,
+            damage_uniform=float(alike[i]),
+            damage=0.0 if i in chosen.layers else float(mixed[i]),
+            simulated_shared=None if found is None else found[0][i],
+        )
+        for i in range(curves.num_layers)
+    )
+    simulated: dict[str, Any] = {"note": SIMULATED, "per_layer_shared": None, "damage": None}
+    if found is not None:
+        simulated |= {"per_layer_shared": list(found[0]), "damage": found[1]}
+    return {"layers": layers, "simulated": simulated}
+
+
+def _task(
+    sizer: Sizer,
+    target: Target,
+    shares: Sequence[float],
+    folder: Path,
+    held_out_tokens: int,
+    progress: ProgressCallback,
+) -> Task:
+    """The plans at the shares (those that are too small left out), and the text."""
+    from ...calibration.compute import choose_compute
+    from ...conversion.session import make_text
+
+    plans: list[SplitPlan] = []
+    costs: list[float] = []
+    for share in shares:
+        try:
+            sizes = sizer.fit(target, share)
+        except RefusedError:
+            if share == shares[-1]:
+                raise
+            continue
+        if not costs or sizes.share > costs[-1]:
+            plans.append(sizer.plan(target, sizes))
+            costs.append(sizes.share)
+    compute = choose_compute(plans[0].recipe, plans[0].source_dtype)
+    text = make_text(plans[0], compute, progress)
+    return Task(tuple(plans), tuple(costs), text, compute, folder, held_out_tokens, progress)

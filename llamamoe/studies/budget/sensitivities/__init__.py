@@ -1,0 +1,6 @@
+"""Measures of what each layer loses when it is converted, one file each."""
+
+from ....plugins import Registry
+from .base import Sensitivity
+
+SENSITIVITIES: Registry[Sensitivity] = Registry("measure", Sensitivity, __name__)  # type: ignore[type-abstract]

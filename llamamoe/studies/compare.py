@@ -1,0 +1,314 @@
+"""``llamamoe.compare``: many conversions of one model under the same conditions, with controls, in one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..architectures.dense_checkpoint import DenseModel, understand
+from ..architectures.rescales import RESCALES
+from ..checkpoint.contents import content_fingerprint
+from ..checkpoint.locate import Location, locate, open_checkpoint
+from ..conversion.recipe import AUTO, NO_REPAIR
+from ..data.files import find_files
+from ..errors import LlamaMoeError, MissingExtraError
+from ..methods.repairs import REPAIRS
+from ..methods.routers import ROUTERS
+from ..methods.selectors import SELECTORS
+from ..methods.splitters import SPLITTERS
+from ..progress import ProgressCallback, ignore_progress
+from .cells import Cell, cells_of, estimated_flops, select
+from .recipe import CompareRecipe
+from .store import CellStore, Dependencies, cell_facts, code_version, write_file
+from .table import Comparison, markdown, rows_of
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+NOMINAL_FLOPS = 5e10
+"""Floating-point operations per second for the estimate of time, until a cell has been measured."""
+JSON_FILE, MARKDOWN_FILE = "comparison.json", "comparison.md"
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """One line of ``--dry-run``.
+
+    Attributes:
+        label: ``method/budget/seed``.
+        kind: ``"dense"``, ``"method"`` or ``"control"``.
+        simulated: Why no file can hold it; None if one can.
+        share: Active share of the FFN's multiply-adds.
+        sizes: ``"7 of 24, 416 shared"`` as numbers: num_experts, top_k, expert_width, shared.
+        flops: Estimate of its floating-point operations.
+        seconds: Estimate of its time.
+        finished: Whether a result of the same recipe, code and source is there (the text is not looked at).
+    """
+
+    label: str
+    kind: str
+    simulated: str | None
+    share: float
+    sizes: dict[str, int]
+    flops: int
+    seconds: float
+    finished: bool
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """What `compare` would do.
+
+    Attributes:
+        source: Name of the dense model.
+        cells: In the order in which they are done.
+        flops_per_second: Rate behind the estimates of time.
+        rate_measured: Whether it comes from cells that are finished.
+    """
+
+    source: str
+    cells: tuple[PlannedCell, ...]
+    flops_per_second: float
+    rate_measured: bool
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the cells that are not finished."""
+        return sum(cell.seconds for cell in self.cells if not cell.finished)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {"seconds_left": self.seconds_left}
+
+
+def plan_comparison(
+    source: str | Path,
+    recipe: CompareRecipe,
+    *,
+    out: str | Path | None = None,
+    only: Sequence[str] = (),
+    tokenizer: str | Path | None = None,
+) -> ComparisonPlan:
+    """List the cells with an estimate of their cost; reads headers only. For the arguments see `compare`.
+
+    Raises:
+        RefusedError: A method cannot be had at a budget; every such case is named.
+        UsageError: A text does not exist, or ``only`` matches nothing.
+    """
+    location, model = _open(source, tokenizer)
+    everything = cells_of(recipe, model)
+    cells = select(everything, only)
+    domains = len({domain for _, domain in find_files(recipe.evaluation)})
+    if recipe.calibration and recipe.calibration != (AUTO,):
+        find_files(recipe.calibration)
+    parent = next(cell.plan for cell in everything if cell.plan is not None).parent_cost
+    flops = [estimated_flops(cell, parent, recipe, domains) for cell in cells]
+    found: list[dict[str, Any] | None] = [None] * len(cells)
+    if out is not None:
+        store, depends = CellStore(Path(out).expanduser()), _Depends(recipe, model)
+        found = [store.finished_but_text(cell, depends.of(cell)) for cell in cells]
+    timed = [(f, cell["seconds"]) for f, cell in zip(flops, found, strict=True) if cell and cell.get("seconds")]
+    rate = sum(f for f, _ in timed) / sum(s for _, s in timed) if timed else NOMINAL_FLOPS
+    rows = [
+        PlannedCell(
+            label=cell.label,
+            kind=cell.kind,
+            simulated=cell.simulated,
+            share=cell.share,
+            sizes=_sizes(cell),
+            flops=work,
+            seconds=work / rate,
+            finished=result is not None,
+        )
+        for cell, work, result in zip(cells, flops, found, strict=True)
+    ]
+    return ComparisonPlan(location.name, tuple(rows), rate, bool(timed))
+
+
+def compare(
+    source: str | Path,
+    out: str | Path,
+    recipe: CompareRecipe,
+    *,
+    only: Sequence[str] = (),
+    tokenizer: str | Path | None = None,
+    progress: ProgressCallback = ignore_progress,
+) -> Comparison:
+    """Measure every method of a study at every budget with every seed, and its controls, on the same text.
+
+    Nothing is written but results: the dense model runs with the FFNs of a conversion in the place of its own, by the
+    same protocol as `llamamoe.evaluate` (``export`` writes checkpoints too, and measures them). The dense model and one
+    conversion are in memory, in ``dtype``.
+
+    Every finished cell is a small file in ``out``, named after what it depends on: recipe, the methods' code, source
+    and text. Called again, `compare` does what is missing; a kill loses the cell that was running.
+
+    Args:
+        source: A folder, a ``.gguf`` file or a hub id.
+        out: The study's folder; made if it is not there.
+        recipe: See `llamamoe.studies.recipe.load_compare_recipe`.
+        only: Do only cells whose method or label (``method/budget/seed``) matches one of these patterns; the table
+            still shows all that are finished.
+        tokenizer: For a GGUF source, a folder whose tokenizer is used instead of the one in the file.
+        progress: Told how far the study is.
+
+    Raises:
+        RefusedError: The source is not one that can be converted, or a method cannot be had at a budget.
+        UsageError: A text does not exist, documents are in both texts, or ``only`` matches nothing.
+        LlamaMoeError: A text cannot be read, or ``out`` cannot be written.
+    """
+    from .engine import Engine, Meter
+
+    location, model = _open(source, tokenizer)
+    cells = cells_of(recipe, model)
+    wanted = {cell.label for cell in select(cells, only)}
+    folder = Path(out).expanduser()
+    engine = Engine(location, recipe, folder, tokenizer=tokenizer)
+    store, depends = CellStore(folder), _Depends(recipe, model)
+    keyed = [(cell, depends.of(cell, engine)) for cell in cells]
+    found = {cell.label: store.load(cell, d.key()) for cell, d in keyed}
+    exported = _to_export(recipe, cells)
+    todo = [
+        (cell, d)
+        for cell, d in keyed
+        if cell.label in wanted and (found[cell.label] is None or _lacks_export(found[cell.label], cell, exported))
+    ]
+    parent = next(cell.plan for cell in cells if cell.plan is not None).parent_cost
+    flops = partial(estimated_flops, parent=parent, recipe=recipe, domains=len(engine.text.domains))
+    meter = Meter([flops(cell) for cell, _ in todo], progress)
+    failed: list[tuple[str, str]] = []
+    try:
+        for cell, d in todo:
+            advance = meter.cell(cell.label, flops(cell))
+            try:
+                result = found[cell.label]
+                if result is None:
+                    result = store.save(cell, d.key(), d, engine.measure(cell, advance) | _parameters(cell, parent))
+                    found[cell.label] = result
+                if _lacks_export(result, cell, exported):
+                    done = {k: v for k, v in result.items() if k not in ("key", "depends")}
+                    done["exported"] = engine.export(cell, ignore_progress)
+                    found[cell.label] = store.save(cell, d.key(), d, done)
+            except LlamaMoeError as error:
+                failed.append((cell.label, str(error)))
+            advance(1.0)
+    finally:
+        engine.close()
+    return _finish(recipe, location, engine, cells, wanted, found, failed, folder)
+
+
+def _open(source: str | Path, tokenizer: str | Path | None) -> tuple[Location, DenseModel]:
+    location = locate(source)
+    return location, understand(open_checkpoint(location, tokenizer=tokenizer))
+
+
+class _Depends:
+    """What the cells of a study depend on."""
+
+    def __init__(self, recipe: CompareRecipe, model: DenseModel) -> None:
+        self._study = {
+            "dtype": recipe.dtype,
+            "evaluation_tokens": recipe.evaluation_tokens,
+            "context_length": recipe.context_length,
+        }
+        self._source = content_fingerprint(model.checkpoint.tensors, model.checkpoint.config)
+
+    def of(self, cell: Cell, engine: Engine | None = None) -> Dependencies:
+        """Of one cell; without an engine the text is left out."""
+        return Dependencies(
+            cell=cell_facts(cell),
+            study=self._study,
+            code=code_version(_plugins(cell)),
+            source=self._source,
+            calibration=engine.calibration_hash(cell.plan) if engine and cell.plan else None,
+            evaluation=engine.evaluation_hash if engine else None,
+        )
+
+
+def _plugins(cell: Cell) -> list[type]:
+    """The classes of all methods in a cell."""
+    if cell.plan is None:
+        return []
+    recipe = cell.plan.recipe
+    chosen = (
+        (SPLITTERS, recipe.method),
+        (SELECTORS, recipe.shared_by),
+        (ROUTERS, recipe.router),
+        (RESCALES, recipe.rescale),
+        (REPAIRS, recipe.repair),
+    )
+    found: list[type] = [r.get(c.name) for r, c in chosen if c is not None and (c.name != NO_REPAIR or c.name in r)]
+    return [*found, ROUTERS.get("oracle")] if cell.oracle else found
+
+
+def _sizes(cell: Cell) -> dict[str, int]:
+    if cell.plan is None:
+        return {}
+    layout = cell.plan.layout
+    names = ("num_experts", "top_k", "expert_width")
+    return {name: getattr(layout, name) for name in names} | {"shared": layout.num_shared}
+
+
+def _parameters(cell: Cell, parent: Any) -> dict[str, int]:
+    cost = cell.plan.cost if cell.plan else parent
+    return {
+        "active_parameters": cost.active_parameters,
+        "total_parameters": cost.total_parameters,
+        "flops_per_token": cost.flops_per_token,
+    }
+
+
+def _to_export(recipe: CompareRecipe, cells: Sequence[Cell]) -> set[str]:
+    """Labels of the cells whose checkpoints are to be written."""
+    possible = [cell for cell in cells if cell.plan is not None and not cell.oracle]
+    first = {cell.method: cell.label for cell in reversed(possible)}
+    everything = {cell.label for cell in possible}
+    return {"none": set(), "first": set(first.values()), "all": everything}[recipe.export]
+
+
+def _lacks_export(result: dict[str, Any] | None, cell: Cell, exported: set[str]) -> bool:
+    return cell.label in exported and not (result or {}).get("exported")
+
+
+def _finish(
+    recipe: CompareRecipe,
+    location: Location,
+    engine: Engine,
+    cells: Sequence[Cell],
+    wanted: set[str],
+    found: dict[str, dict[str, Any] | None],
+    failed: list[tuple[str, str]],
+    folder: Path,
+) -> Comparison:
+    """Gather what is there, and write table and picture."""
+    from ..evaluation.perplexity import protocol
+    from .picture import draw
+
+    there = [result for result in (found[cell.label] for cell in cells) if result is not None]
+    bad = {label for label, _ in failed}
+    pending = [cell.label for cell in cells if found[cell.label] is None and cell.label not in bad]
+    result = Comparison(
+        source=location.name,
+        rows=rows_of(there),
+        cells=tuple({k: v for k, v in each.items() if k != "depends"} for each in there),
+        pending=tuple(pending),
+        failed=tuple(failed),
+        protocol=protocol(engine.window, recipe.evaluation_tokens, [engine.text.side]),
+        text=engine.text_facts(),
+        recipe=recipe.model_dump(mode="json"),
+        warnings=engine.warnings(),
+        files={"json": JSON_FILE, "markdown": MARKDOWN_FILE},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(row.kind != "dense" for row in result.rows):
+        try:
+            result = replace(result, files={**result.files, **draw(result, folder)})
+        except MissingExtraError as error:
+            result = replace(result, warnings=(*result.warnings, str(error)))
+    write_file(folder / JSON_FILE, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+    write_file(folder / MARKDOWN_FILE, markdown(result))
+    return result

@@ -1,6 +1,0 @@
-"""Architectures that can be written, one file each."""
-
-from ..registry import Registry
-from .base import Target
-
-TARGETS: Registry[Target] = Registry("target", Target, __name__)  # type: ignore[type-abstract]

@@ -1,0 +1,226 @@
+"""What the backward pass of a micro-batch keeps, layer by layer, in bytes of one device.
+
+Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1) count a GPT layer as ``s b h (34 + 5 a s / h)`` bytes. The same
+way of counting is used here, but of the operations that transformers' own layers run in torch: RMSNorm written out,
+rotary embeddings, grouped-query attention by a fused kernel (whose ``a s^2`` scores are never stored, so that term is
+gone), no dropout, SwiGLU. Every tensor that autograd keeps is counted once; inputs of frozen products are not kept.
+
+Letters: T tokens of a micro-batch, H hidden size, Q and K widths of queries and keys, k of N experts of width W,
+S shared neurons, F neurons of a dense FFN; s bytes of a weight and of the residual stream, c bytes of a product's
+result, e bytes within the experts. With autocast each product keeps its own bfloat16 copy of its input.
+
+Left out, because small or rare: attention masks (a window shorter than a block makes one of T^2 bytes), gates other
+than top_k, losses on the routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ..recipe import PretrainRecipe
+    from .shapes import LayerShape, ModelShape
+
+Style = Literal["grouped", "eager", "batched", "sorted", "masked"]
+_STYLES: dict[str | None, Style] = {
+    None: "grouped",
+    "grouped_mm": "grouped",
+    "eager": "eager",
+    "batched_mm": "batched",
+    "llamamoe_auto": "sorted",
+    "llamamoe_sorted": "sorted",
+    "llamamoe_masked": "masked",
+    "llamamoe_grouped_mm": "grouped",
+}
+"""Ways to compute the experts that keep different things."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes per number.
+
+    Attributes:
+        stored: Of parameters, gradients and moments at rest.
+        weights: s, of the weights that are computed with, their gradients as they appear, and the residual stream.
+        compute: c, of what products return.
+        experts: e, within the routed experts.
+        casts: Does autocast copy weights and inputs?
+        casts_experts: The experts' weights, too? ``grouped_mm``, transformers' default, is unknown to autocast.
+    """
+
+    stored: int
+    weights: int
+    compute: int
+    experts: int
+    casts: bool
+    casts_experts: bool
+
+    @classmethod
+    def of(cls, recipe: PretrainRecipe, model_type: str) -> Widths:
+        """From a recipe. Parameters in bfloat16 are computed with in bfloat16, whatever ``compute`` says."""
+        stored = 4 if recipe.precision.parameters == "float32" else 2
+        if recipe.gathers_bfloat16(model_type):
+            return cls(stored, 2, 2, 2, False, False)
+        compute = 2 if recipe.autocasts else stored
+        known = recipe.autocasts and (style_of(recipe) != "grouped" or experts_of(recipe) == "llamamoe_grouped_mm")
+        return cls(stored, stored, compute, compute if known else stored, recipe.autocasts, known)
+
+
+def style_of(recipe: PretrainRecipe) -> Style:
+    """How the recipe's experts are computed; an implementation that is not known here counts as ``eager``."""
+    return _STYLES.get(experts_of(recipe), "eager")
+
+
+def experts_of(recipe: PretrainRecipe) -> str | None:
+    """What runs the experts, as far as the recipe tells the device."""
+    return recipe.experts_on(recipe.device)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A micro-batch, as one device runs it.
+
+    Attributes:
+        model: The model.
+        widths: Bytes per number.
+        tokens: T.
+        style: How experts are computed.
+        trained: Groups whose weights get a gradient, through an adapter or not.
+        ep_size: Ranks that experts are spread over.
+    """
+
+    model: ModelShape
+    widths: Widths
+    tokens: int
+    style: Style = "grouped"
+    trained: frozenset[str] = frozenset()
+    ep_size: int = 1
+
+    @property
+    def numbers(self) -> int:
+        """``T H``, of the residual stream."""
+        return self.tokens * self.model.hidden_size
+
+    @property
+    def rows(self) -> int:
+        """Rows of the experts' products: k T, if every expert is equally loaded; N T for ``masked``.
+
+        With expert parallelism the ep different micro-batches of a group are spread over its ep ranks: k T again.
+        """
+        each = self.model.num_experts if self.style == "masked" else self.model.top_k
+        return self.tokens * each
+
+    def norm(self, numbers: int) -> int:
+        """RMSNorm: the input in float32, and for its weight the normalised input in its own dtype."""
+        return numbers * (4 + (self.widths.weights if "norms" in self.trained else 0)) + 4 * self.tokens
+
+    def inputs(self, products: Mapping[str, int]) -> int:
+        """One input of products of these groups: kept once, or with autocast a bfloat16 copy for each."""
+        count = sum(number for group, number in products.items() if group in self.trained)
+        return 2 * self.numbers * count if self.widths.casts else self.numbers * self.widths.weights * (count > 0)
+
+
+def attention_bytes(layer: LayerShape, run: Pass) -> int:
+    """``T [norm + input of q, k, v + (2Q + 2K) c + 4 heads]``, and ``T (Q + K) (4 + c)`` where q and k are normalised."""
+    compute, query, key = run.widths.compute, layer.query_width, layer.key_width
+    kept = run.norm(run.numbers) + run.inputs({"attention": 3})
+    kept += run.tokens * ((2 * query + 2 * key) * compute + 4 * run.model.num_heads)
+    return kept + (run.tokens * (query + key) * (4 + compute) if layer.qk_norm else 0)
+
+
+def experts_bytes(layer: LayerShape, run: Pass) -> int:
+    """Of each row, in numbers of e bytes, ``2H + 4W``: gathered input, gate and up, silu(gate), product, output.
+
+    Frozen experts need neither input nor product: ``H + 3W``. ``eager`` keeps the weighted output, too: ``H s``.
+    ``batched_mm`` keeps a copy of an expert's weights for each row: ``3 H W``. Ours gather no inputs and weigh the product
+    instead of the output: ``5W``, and of each token the input's copy. Expert parallelism that exchanges tokens keeps what
+    it sends and receives: ``2 H``.
+    """
+    if not layer.expert_width:
+        return 0
+    hidden, width, rows, each = run.model.hidden_size, layer.expert_width, run.rows, run.widths.experts
+    if run.style in ("sorted", "masked"):
+        return rows * 5 * width * each + (run.numbers * each if run.widths.casts else 0)
+    kept = rows * (2 * hidden + 4 * width if "experts" in run.trained else hidden + 3 * width) * each
+    if run.style == "eager":
+        kept += rows * hidden * run.widths.weights
+    if run.style == "batched":
+        kept += rows * 3 * hidden * width * each
+    return kept + (2 * rows * hidden * each if run.ep_size > 1 else 0)
+
+
+def ffn_bytes(layer: LayerShape, run: Pass) -> int:
+    """The second norm and what follows it.
+
+    Dense: ``T [norm + input of gate, up + 4 F c]``. Mixture: ``T [norm + input of router (and shared gate, up and its
+    own gate) + 8 N + 40 k + 4 S c (+ H c with a gate)]`` and `experts_bytes`; 8 N are the router's logits, which the
+    losses look at, and its probabilities, 40 k its indices and permutations. Frozen FFNs keep 3 of the 4.
+    """
+    tokens, compute = run.tokens, run.widths.compute
+    kept = run.norm(run.numbers)
+    if layer.dense_width:
+        arrays = 4 if "dense_ffn" in run.trained else 3
+        kept += run.inputs({"dense_ffn": 2}) + arrays * tokens * layer.dense_width * compute
+    if not layer.expert_width:
+        return kept
+    products = 1 if run.model.model_type == "granitemoeshared" else 2  # one for gate and up together, or one for each
+    kept += run.inputs({"router": 2 if layer.shared_gate else 1, "shared": products if layer.shared_width else 0})
+    kept += tokens * (8 * run.model.num_experts + 40 * run.model.top_k)
+    kept += (4 if "shared" in run.trained else 3) * tokens * layer.shared_width * compute
+    kept += run.numbers * compute if layer.shared_gate else 0
+    return kept + experts_bytes(layer, run)
+
+
+def working_bytes(layer: LayerShape, run: Pass) -> int:
+    """What the backward pass of a layer needs at most beside what was kept.
+
+    The gradient of the residual stream, and the largest of: of the experts three gradients ``[k T, H]`` (put back in
+    order, times the outputs, times the weights; two of them are float32), or ``[k T, W]`` where ours computes them; of a
+    dense FFN three ``[T, F]``; of attention three ``[T, Q]`` in float32.
+    """
+    each = run.widths.experts
+    ours = run.style in ("sorted", "masked")
+    experts = run.rows * (3 * layer.expert_width * each if ours else run.model.hidden_size * (8 + each))
+    dense = 3 * run.tokens * layer.dense_width * run.widths.compute
+    attention = 12 * run.tokens * layer.query_width
+    return run.numbers * run.widths.weights + max(experts if layer.expert_width else 0, dense, attention)
+
+
+def adapter_bytes(layer: LayerShape, recipe: PretrainRecipe, run: Pass) -> int:
+    """What LoRA keeps beside: inputs of the adapters on attention, and the experts' weights with their adapters added.
+
+    peft makes the sum ``W + scale B A`` of a layer's experts anew in every forward pass, and the product keeps it.
+    """
+    if recipe.lora is None:
+        return 0
+    inputs = sum(shape[1] for name, shape in layer.projections.items() if name in recipe.lora.attention)
+    kept = run.tokens * inputs * run.widths.compute if run.widths.casts else run.numbers * run.widths.weights
+    if recipe.lora.experts:
+        kept += layer.numel.get("experts", 0) * run.widths.weights
+    return kept
+
+
+def distillation_bytes(recipe: PretrainRecipe, run: Pass) -> int:
+    """What terms from the parent keep until the backward pass.
+
+    ``kl``: the parent's last hidden states. ``hidden``: of each layer the parent's states and a float32 error. ``ffn``: of
+    each layer the FFN's input (if nothing else keeps it), its output, and a float32 error.
+    """
+    if recipe.distill is None:
+        return 0
+    parent, layers = 4 if recipe.precision.parent == "float32" else 2, run.model.layers
+    converted = sum(1 for layer in layers if layer.expert_width)
+    kept = run.numbers * parent if recipe.distill.needs_forward else 0
+    if recipe.distill.hidden is not None:
+        kept += _count(recipe.distill.hidden.layers, len(layers)) * run.numbers * (parent + 4)
+    if recipe.distill.ffn is not None:
+        alone = run.widths.casts or recipe.gradient_checkpointing
+        each = run.widths.weights * (2 if alone else 1) + 4
+        kept += _count(recipe.distill.ffn.layers, converted) * run.numbers * each
+    return kept
+
+
+def _count(layers: str | Sequence[int], known: int) -> int:
+    return known if layers == "all" else len(set(layers))

@@ -1,0 +1,99 @@
+"""Operations, time and disk of a training run, from shapes alone.
+
+Operations per token follow PaLM's count (arXiv:2204.02311, appendix B) of *active* parameters, as
+`llamamoe.training.metrics.training_flops` does: 2 per parameter in the forward pass, 2 for the gradient of the input, 2
+for the gradient of the weight (none of frozen weights), and causal attention's products with half of the matrix. Left
+out: norms, activations, the optimiser, LoRA's sums of weights, communication and reading.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..metrics import training_flops
+
+if TYPE_CHECKING:
+    from ..recipe import PretrainRecipe
+    from .shapes import ModelShape
+
+
+def operations(
+    recipe: PretrainRecipe,
+    shape: ModelShape,
+    parent: ModelShape | None,
+    trained: frozenset[str],
+    adapters: int,
+    tokens: int,
+) -> dict[str, float]:
+    """Floating-point operations per token, by what they are for.
+
+    Args:
+        recipe: What is done.
+        shape: The model.
+        parent: Its parent, if a term needs it.
+        trained: Groups that are trained.
+        adapters: LoRA's parameters.
+        tokens: Of a micro-batch on one rank.
+
+    Returns:
+        ``student``: forward and backward pass. ``parent``: its forward pass (its FFNs' only, if that is enough).
+        ``recomputation``: the layers' forward pass again, with checkpointing. ``head again``: the output head's, where
+        the loss runs in chunks.
+    """
+    length, width, depth = recipe.data.block_length, shape.attention_width, len(shape.layers)
+    attention = training_flops(0, depth, width, length)
+    head = shape.head or shape.embeddings
+    share = shape.top_k / shape.num_experts if shape.num_experts else 1.0
+    frozen = 0.0
+    for group, numel in shape.by_group().items():
+        if group not in trained and (group != "embeddings" or shape.tied):
+            frozen += numel * (share if group == "experts" else 1.0)
+    again = 2.0 * (shape.multiplied - head) + attention / 3
+    chunk = max(1, recipe.logits_at_once // shape.vocab_size)
+    return {
+        "student": training_flops(shape.multiplied + adapters, depth, width, length) - 2.0 * frozen,
+        "parent": _parent(recipe, parent),
+        "recomputation": again if recipe.gradient_checkpointing else 0.0,
+        "head again": 2.0 * head if chunk < tokens else 0.0,
+    }
+
+
+def _parent(recipe: PretrainRecipe, parent: ModelShape | None) -> float:
+    distill = recipe.distill
+    if parent is None or distill is None or not distill.needs_parent:
+        return 0.0
+    ffn = sum(layer.numel.get("dense_ffn", 0) for layer in parent.layers)
+    total = 0.0
+    if distill.needs_forward:
+        head = (parent.head or parent.embeddings) if distill.kl is None else 0
+        total += 2.0 * (parent.multiplied - head)
+        total += training_flops(0, len(parent.layers), parent.attention_width, recipe.data.block_length) / 3
+    if distill.ffn is not None:
+        layers = distill.ffn.layers
+        total += 2.0 * ffn * (1.0 if layers == "all" else len(set(layers)) / len(parent.layers))
+    return total
+
+
+def disk(recipe: PretrainRecipe, shape: ModelShape, trained: int, adapters: int) -> dict[str, int]:
+    """Bytes on disk.
+
+    A checkpoint holds the weights in the dtype of the parameters and AdamW's moments; with LoRA adapters and moments
+    only. ``keep`` of them stay, beside the one with the best held-out loss where that is measured on the way, and one
+    more is there while a new one is written. The final model is stored in ``precision.save``, or as the source is.
+
+    Args:
+        recipe: What is kept.
+        shape: The model.
+        trained: Parameters that are trained, adapters included.
+        adapters: LoRA's parameters.
+    """
+    width = 4 if recipe.precision.parameters == "float32" else 2
+    weights = 4 * adapters if recipe.lora is not None else width * shape.total
+    moments = 2 * width * (trained - adapters) + 8 * adapters
+    each = weights + moments
+    saves = 1 if recipe.save_every is None else -(-recipe.max_steps // recipe.save_every)
+    best = recipe.evaluate_every is not None
+    count = saves if recipe.keep is None else min(saves, recipe.keep + best + 1)
+    stored = {"float32": 4, "bfloat16": 2, None: shape.dtype_bytes}[recipe.precision.save]
+    model = stored * shape.total
+    return {"checkpoint": each, "checkpoints": count * each, "model": model, "total": count * each + model}

@@ -1,0 +1,230 @@
+"""``llamamoe pretrain --dry-run``: memory, time and disk on paper, from a recipe and the headers of two checkpoints.
+
+Formulas and what they leave out stand in `estimate_activations`, `estimate_memory` and `estimate_compute`;
+``benchmarks/training_memory.py`` compares them with measured steps. Nothing is loaded, and no torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..parameters import group_of
+from .activations import Widths, experts_of, style_of
+from .compute import disk, operations
+from .memory import StepMemory
+from .shapes import ModelShape, read_shape
+from .sharding import Sharding, adapters
+
+if TYPE_CHECKING:
+    from ...checkpoint.base import TensorInfo
+    from ..recipe import PretrainRecipe
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs.
+
+    Attributes:
+        state: Bytes of one device for ``weights``, ``gradients`` and ``moments``.
+        parts: What lives on one device at the peak, in bytes.
+        moment: When that is.
+        device_memory: Bytes that the device has; None: not known.
+        parameters: ``total``, ``active`` (of one token, counted as `llamamoe.architectures.costs` does), ``trained`` (adapters included),
+            ``adapters``.
+        tokens_per_step: Of all ranks.
+        steps: Optimiser steps.
+        tokens: Tokens in all.
+        accumulation: Micro-batches of a step on one rank.
+        operations: Per token, by what they are for, see `estimate_compute.operations`.
+        seconds_per_step: At ``utilisation`` of the peak, all operations counted; None: peak not known.
+        disk: Bytes, see `estimate_compute.disk`.
+        utilisation: What was assumed.
+        warnings: What will not work, or not as expected.
+    """
+
+    state: Mapping[str, int]
+    parts: Mapping[str, int]
+    moment: str
+    device_memory: int | None
+    parameters: Mapping[str, int]
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    accumulation: int
+    operations: Mapping[str, float]
+    seconds_per_step: float | None
+    disk: Mapping[str, int]
+    utilisation: float
+    warnings: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one device at the moment that needs most."""
+        return sum(self.parts.values())
+
+    @property
+    def lines(self) -> tuple[tuple[str, int], ...]:
+        """`parts` as a table (name, bytes), with their sum as the last row."""
+        return (*self.parts.items(), (f"peak ({self.moment})", self.peak))
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of all ``operations``."""
+        return sum(self.operations.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of all that stays on ``disk`` at a time."""
+        return self.disk["total"]
+
+    @property
+    def fits(self) -> bool | None:
+        """Does the peak fit the device? None: its memory is not known."""
+        return None if self.device_memory is None else self.peak <= self.device_memory
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run, without validation and saving."""
+        return None if self.seconds_per_step is None else self.seconds_per_step * self.steps
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {
+            "warnings": list(self.warnings),
+            "peak": self.peak,
+            "flops_per_token": self.flops_per_token,
+            "fits": self.fits,
+            "seconds": self.seconds,
+        }
+
+
+def estimate(
+    recipe: PretrainRecipe,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    *,
+    parent_tensors: Mapping[str, TensorInfo] | None = None,
+    parent_config: Mapping[str, Any] | None = None,
+    world_size: int,
+    device_memory: int | None = None,
+    peak_flops: float | None = None,
+    utilisation: float = 0.4,
+) -> Estimate:
+    """What a run will need, on paper. O(number of tensors).
+
+    Args:
+        recipe: The run.
+        config: ``config.json`` of the converted model.
+        tensors: Its headers.
+        parent_tensors: Those of the parent.
+        parent_config: Its ``config.json``.
+        world_size: Processes of the run, one device each.
+        device_memory: Bytes of a device.
+        peak_flops: Operations per second of a device, see `llamamoe.training.metrics.PEAK_FLOPS`.
+        utilisation: The share of them that is reached.
+
+    Raises:
+        CheckpointError: A configuration has no sizes.
+    """
+    shape = read_shape(config, tensors)
+    given = parent_tensors is not None and parent_config is not None
+    parent = read_shape(parent_config, parent_tensors) if parent_config and parent_tensors else None
+    sizes = recipe.distributed
+    sharding = Sharding(sizes.fsdp_size, sizes.ep_size)
+    accumulation = max(1, recipe.batch_size // (recipe.micro_batch_size * world_size))
+    held = _parent_bytes(recipe, tensors, parent_tensors or {}, sharding)
+    memory = StepMemory(recipe, shape, sharding, parent_bytes=held, accumulates=accumulation > 1, replicas=world_size)
+    added = sum(adapters(recipe, shape, layer) for layer in shape.layers)
+    trained = added + sum(numel for group, numel in shape.by_group().items() if group in memory.trained)
+    moment, lives = memory.peak()
+    flops = operations(recipe, shape, parent, memory.trained, added, memory.run.tokens)
+    rate = peak_flops * world_size * utilisation if peak_flops else None
+    return Estimate(
+        state=memory.state(),
+        parts={name: size for name, size in lives.items() if size},
+        moment=moment,
+        device_memory=device_memory,
+        parameters={"total": shape.total, "active": shape.active, "trained": trained, "adapters": added},
+        tokens_per_step=recipe.tokens_per_step,
+        steps=recipe.max_steps,
+        tokens=recipe.max_steps * recipe.tokens_per_step,
+        accumulation=accumulation,
+        operations=flops,
+        seconds_per_step=recipe.tokens_per_step * sum(flops.values()) / rate if rate else None,
+        disk=disk(recipe, shape, trained, added),
+        utilisation=utilisation,
+        warnings=(
+            *_memory_warnings(recipe, memory, sum(lives.values()), device_memory, counted=given),
+            *_layout_warnings(recipe, shape, world_size),
+        ),
+    )
+
+
+def _parent_bytes(
+    recipe: PretrainRecipe, tensors: Mapping[str, TensorInfo], parent: Mapping[str, TensorInfo], sharding: Sharding
+) -> int:
+    """The parent on every rank, but for what it shares: see `llamamoe.training.parent.share_frozen`.
+
+    A tensor counts as shared if the student's of the same name and shape is frozen and both are held in the same
+    dtype; that its values are equal is assumed. Nothing is shared with weights that are cut.
+    """
+    if recipe.distill is None or not recipe.distill.needs_parent:
+        return 0
+    width = 4 if recipe.precision.parent == "float32" else 2
+    alike = recipe.precision.parent == recipe.precision.parameters and not sharding.cut
+    total = 0
+    for name, info in parent.items():
+        group = group_of(name)
+        if not recipe.distill.needs_forward and group != "dense_ffn":
+            continue
+        mine = tensors.get(name)
+        frozen = group in recipe.freeze or recipe.lora is not None
+        if not (alike and frozen and mine is not None and mine.shape == info.shape):
+            total += width * info.numel
+    return total
+
+
+def _memory_warnings(
+    recipe: PretrainRecipe, memory: StepMemory, peak: int, device_memory: int | None, *, counted: bool
+) -> Iterator[str]:
+    if device_memory is not None and peak > device_memory:
+        less = [] if recipe.gradient_checkpointing else ["gradient_checkpointing=true"]
+        less += [] if recipe.micro_batch_size == 1 else ["micro_batch_size=1"]
+        less += ["a larger distributed.fsdp_size", "lora"]
+        yield (
+            f"does not fit: {peak / 2**30:.1f} GiB are needed on a device that has {device_memory / 2**30:.1f} GiB; "
+            f"try {', '.join(less)}"
+        )
+    if not counted and recipe.distill is not None and recipe.distill.needs_parent:
+        yield "the parent is not counted: its headers were not given"
+    if memory.shape.num_experts and memory.run.widths.casts and not memory.run.widths.casts_experts:
+        yield (
+            "experts run in float32 although precision.compute = bfloat16: autocast does not reach grouped_mm, so the time "
+            "is underestimated; experts_implementation=llamamoe_grouped_mm computes them in bfloat16"
+        )
+
+
+def _layout_warnings(recipe: PretrainRecipe, shape: ModelShape, world_size: int) -> Iterator[str]:
+    sizes = recipe.distributed
+    if sizes.sharded and world_size != sizes.world_size:
+        yield f"distributed needs {sizes.world_size} processes (fsdp_size x dp_replicate_size), not {world_size}"
+    if recipe.batch_size % (recipe.micro_batch_size * world_size):
+        yield (
+            f"batch_size = {recipe.batch_size} cannot be dealt to {world_size} ranks in micro-batches of "
+            f"{recipe.micro_batch_size}"
+        )
+    if shape.num_experts and shape.num_experts % sizes.ep_size:
+        yield f"distributed.ep_size = {sizes.ep_size} does not divide the {shape.num_experts} experts"
+    if style_of(recipe) != "grouped":
+        return
+    ours = experts_of(recipe) == "llamamoe_grouped_mm"
+    unit = 16 // Widths.of(recipe, shape.model_type).experts
+    for width in sorted({layer.expert_width for layer in shape.layers if layer.expert_width}):
+        if width % unit:
+            yield (
+                f"expert width {width} is not a multiple of {unit}, which grouped products need: "
+                + ("experts will run one by one; " if ours else "set experts_implementation=eager, or ")
+                + "convert with --pad-to 8"
+            )

@@ -1,0 +1,51 @@
+"""Which weights are cut over which ranks, and which are trained, for `llamamoe.training.estimate.estimate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..recipe import PretrainRecipe
+    from .shapes import LayerShape, ModelShape
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Over how many ranks what is cut.
+
+    Attributes:
+        fsdp_size: Ranks of FSDP2.
+        ep_size: Ranks of expert parallelism, which are among those of fsdp_size.
+    """
+
+    fsdp_size: int = 1
+    ep_size: int = 1
+
+    def computed(self, group: str) -> int:
+        """By what the group's weights are cut while they are multiplied with."""
+        return self.ep_size if group == "experts" else 1
+
+    @property
+    def cut(self) -> bool:
+        """Is anything cut at all?"""
+        return self.fsdp_size > 1
+
+
+def trained_groups(recipe: PretrainRecipe, shape: ModelShape) -> frozenset[str]:
+    """Groups whose weights are trained; with LoRA only routers are, if the recipe says so."""
+    groups = frozenset(shape.by_group()) - frozenset(recipe.freeze)
+    if recipe.lora is None:
+        return groups
+    return groups & frozenset({"router"} if recipe.lora.train_router else ())
+
+
+def adapters(recipe: PretrainRecipe, shape: ModelShape, layer: LayerShape) -> int:
+    """LoRA's parameters in a layer: ``r (in + out)`` of each module of attention; ``N r (3H + 3W)`` of the experts."""
+    if recipe.lora is None:
+        return 0
+    rank = recipe.lora.rank
+    found = sum(rank * sum(size) for name, size in layer.projections.items() if name in recipe.lora.attention)
+    if recipe.lora.experts and layer.expert_width:
+        found += shape.num_experts * rank * 3 * (shape.hidden_size + layer.expert_width)
+    return found

@@ -1,0 +1,1 @@
+"""Which domain the next training sequence comes from."""

@@ -1,0 +1,148 @@
+"""From headers and recipe to what a run would need; everything that is refused before loading is refused here, too."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.locate import locate, locate_folder, open_parent
+from ..checkpoint.out_folder import normal_path
+from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.tokenizer_ids import beyond_embedding
+from ..errors import UsageError
+from .corpora import held_out_corpus, training_corpus
+from .mixtures.weights import mixture_weights
+from .model import check_folder
+from .preflight import check_place, check_run_folder, identities
+from .run_folder import refuse_used
+
+if TYPE_CHECKING:
+    from .estimate.estimate import Estimate
+    from .recipe import PretrainRecipe
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """What a run would need, from headers and recipe alone.
+
+    Attributes:
+        model: The converted model's name.
+        recipe: What was asked for.
+        domains: Tokens of each domain, and its share of the mixture.
+        held_out: Tokens that are held out; 0 if there are none.
+        estimate: Memory, time and disk.
+        notes: What the model's tokenizer and special tokens have no embedding for.
+    """
+
+    model: str
+    recipe: PretrainRecipe
+    domains: dict[str, tuple[int, float]]
+    held_out: int
+    estimate: Estimate
+    notes: tuple[str, ...] = ()
+
+    @property
+    def epochs(self) -> float:
+        """How often the run goes through the domain that it goes through most often."""
+        wanted = self.estimate.tokens
+        return max((wanted * share / tokens for tokens, share in self.domains.values() if tokens), default=0.0)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What should be known before the run is started."""
+        found = [*self.notes, *self.estimate.warnings]
+        if self.epochs > 4:
+            found.append(
+                f"a domain is read {self.epochs:.1f} times: more than about 4 passes over the same text teach little "
+                "(arXiv:2305.16264)"
+            )
+        every, saved = self.recipe.evaluate_every, self.recipe.save_every
+        if self.held_out and every is not None and (saved is None or every % saved):
+            found.append(
+                f"losses are measured every {every} steps, but checkpoints are made every {saved or self.recipe.max_steps}: the best "
+                "one that is kept is the best of those that coincide"
+            )
+        if not self.held_out:
+            found.append("no text is held out: the run will not say how good the model gets")
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "domains": {name: {"tokens": n, "share": share} for name, (n, share) in self.domains.items()},
+            "held_out_tokens": self.held_out,
+            "epochs": self.epochs,
+            "estimate": self.estimate.to_json(),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan_pretraining(
+    recipe: PretrainRecipe,
+    *,
+    out: str | Path | None = None,
+    resume: bool | str | Path = False,
+    force: bool = False,
+    world_size: int | None = None,
+    device_memory: float | None = None,
+    peak_flops: float | None = None,
+    utilisation: float = 0.4,
+) -> PretrainPlan:
+    """Check what `pretrain` checks before it loads anything, but for bytes of tokens; estimate memory, time and disk.
+
+    Args:
+        recipe: Everything that decides the run.
+        out: The run's folder; None: it is not looked at.
+        resume: See `pretrain`.
+        force: See `pretrain`.
+        world_size: Processes, one device each; None: as many as the recipe's sharding needs.
+        device_memory: Bytes of a device.
+        peak_flops: Operations per second of a device.
+        utilisation: The share of them that is reached.
+
+    Raises:
+        RefusedError: The model is none that can be trained, the tokens are another tokenizer's, or `pretrain` would
+            refuse ``out``.
+        UsageError: The recipe does not fit model, tokens or number of processes, or what is said of a device is not a
+            number above 0.
+    """
+    from .batches import check_ranks
+    from .estimate.estimate import estimate
+
+    for what, value in (("device_memory", device_memory), ("peak_flops", peak_flops), ("utilisation", utilisation)):
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{what} is {value:g}, but must be a finite number above 0.")
+    location, parent = locate_folder(recipe.model), locate(recipe.parent).path if recipe.parent else None
+    config = check_folder(location.path, allow_dense=recipe.allow_dense)
+    facts = identities(recipe, location.path, parent)
+    if out is not None:
+        folder = normal_path(out)
+        check_place(folder, recipe, location.path, parent)
+        refuse_used(folder)
+        check_run_folder(folder, recipe, facts, resume=resume, force=force)
+    world_size = world_size or recipe.distributed.world_size
+    check_ranks(recipe, world_size)
+    corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
+    tokens = {name: corpus.tokens(name) for name in corpus.domains}
+    weights = mixture_weights(recipe.data.mixture, tokens)
+    dense = open_parent(parent, location.path) if parent is not None else None
+    found = estimate(
+        recipe,
+        config,
+        SafetensorsCheckpoint(location.path).tensors,
+        parent_tensors=dense.tensors if dense else None,
+        parent_config=dense.config if dense else None,
+        world_size=world_size,
+        device_memory=None if device_memory is None else int(device_memory),
+        peak_flops=peak_flops,
+        utilisation=utilisation,
+    )
+    domains = {name: (tokens[name], weights[name]) for name in corpus.domains}
+    measured = sum(held_out.tokens(name) for name in held_out.domains) if held_out is not None else 0
+    rows = config.get("vocab_size")
+    notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []
+    return PretrainPlan(location.name, recipe, domains, measured, found, tuple(notes))

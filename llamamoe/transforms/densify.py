@@ -1,0 +1,309 @@
+"""``llamamoe.densify``: a converted checkpoint back as a dense one, every neuron active for every token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..architectures.dense_checkpoint import DenseModel, understand
+from ..architectures.expert_weighting import is_router, may_overlap
+from ..architectures.moe_checkpoint import ConvertedModel, FfnParts, check_shapes
+from ..architectures.sources.base import DenseSpec
+from ..architectures.targets.base import (
+    NEARLY_ZERO,
+    Combine,
+    Copy,
+    MoeLayout,
+    Neurons,
+    OutTensor,
+    common_config,
+    is_power_of_two,
+)
+from ..architectures.targets.dense import Dense
+from ..checkpoint.base import DTYPE_BYTES, TORCH_NAMES
+from ..checkpoint.layout import check_size, deal
+from ..checkpoint.locate import Location, locate, open_parent
+from ..checkpoint.out_folder import normal_path
+from ..errors import RefusedError
+from ..models.loadable import check_model
+from ..progress import Progress, ProgressCallback, ignore_progress
+from .rewrite import Rewriting, check_place, opened, rewrite
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class DensifyResult:
+    """What `densify` did.
+
+    Attributes:
+        out: The folder.
+        intermediate_size: Neurons of each FFN.
+        exact: Whether the weights are the parent's, with no rounding, as far as conversion and repair kept them; False of a
+            model that was trained on.
+        receipt: The content of ``llamamoe_derived.json``.
+        warnings: What a user should know.
+    """
+
+    out: Path
+    intermediate_size: int
+    exact: bool
+    receipt: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def densify(
+    model: str | Path,
+    out: str | Path,
+    *,
+    like: str | Path | None = None,
+    rescale: str | None = None,
+    shard_size: str = "5GB",
+    resume: bool = False,
+    force: bool = False,
+    progress: ProgressCallback = ignore_progress,
+) -> DensifyResult:
+    """Put the neurons of shared and routed experts into one FFN again, and drop the router.
+
+    The FFN that comes out is the sum over all experts, each counted as in the dense model that the conversion began
+    with; zero neurons that padded the experts are dropped. For an exact conversion that is the parent. Of a repaired or
+    trained one it is the dense model of its weights, which nobody has fitted: down projections that stood in for
+    experts that were not selected now run beside them.
+
+    Args:
+        model: A converted checkpoint.
+        out: The folder to make: Llama, Mistral, Qwen2, Qwen3 or Granite, the first that holds it exactly.
+        like: A dense checkpoint; neurons get the order that they have there, found by the bits of their gate rows.
+        rescale: Name of the rescale that holds; None: the one that the conversion names.
+        shard_size: Most bytes of one file, such as ``"5GB"``.
+        resume: Finish what an earlier call with the same arguments began.
+        force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
+        progress: Told after every layer.
+
+    Raises:
+        RefusedError: Experts are copies or share neurons that differ, no dense architecture holds the attention, or
+            ``like`` has other neurons; or OUT cannot be written.
+    """
+    location, checkpoint = opened(model)
+    origin = locate(like) if like is not None else None
+    parent = understand(open_parent(origin.path, location.path)) if origin is not None else None
+    check_size(shard_size)
+    check_place(normal_path(out), [location.path, *([origin.path] if origin is not None else [])], force=force)
+    converted = ConvertedModel(checkpoint, rescale)
+    check_shapes(converted)
+    check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
+    job = _Job(converted, parent, progress)
+    exact = job.exact
+    warnings = tuple(job.warnings())
+    facts = {
+        "rescale": converted.rescale,
+        "intermediate_size": job.width,
+        "routed_factor": converted.routed_factor,
+        "exact": exact,
+        "order": "experts" if parent is None else "like",
+        "like": None if origin is None else origin.name,
+    }
+    receipt = rewrite(
+        _rewriting(job, location, shard_size, facts, warnings), out, resume=resume, force=force, progress=progress
+    )
+    return DensifyResult(Path(out).expanduser(), job.width, exact, receipt, warnings)
+
+
+def _rewriting(
+    job: _Job, location: Location, shard_size: str, facts: dict[str, Any], warnings: tuple[str, ...]
+) -> Rewriting:
+    entries = {t.name: (job.dtype, t.shape, math.prod(t.shape) * DTYPE_BYTES[job.dtype]) for t in job.tensors.values()}
+    config = common_config(job.spec, job.target, TORCH_NAMES[job.dtype]) | job.target.config(job.spec, job.layout)
+    converted = job.converted
+    return Rewriting(
+        deed="densify",
+        title=f"{location.name} as a dense model",
+        sources=(location,),
+        checkpoints=(converted.checkpoint,),
+        config={**config, "llamamoe": {"converted": converted.block or None}},
+        make=job.make,
+        facts=facts,
+        story=f"The {converted.experts.num_experts} experts of each FFN of `{location.name}` are one FFN of {job.width} "
+        "neurons again.",
+        warnings=warnings,
+        shards=deal(entries, shard_size),
+        read_too=() if job.parent is None else (job.parent.checkpoint,),
+    )
+
+
+class _Job:
+    """The dense model to write, tensor by tensor; the neurons of one layer are held at a time."""
+
+    def __init__(self, converted: ConvertedModel, parent: DenseModel | None, progress: ProgressCallback) -> None:
+        self.converted, self.parent, self._progress = converted, parent, progress
+        if converted.block.get("method") == "upcycle":
+            raise RefusedError(
+                "the experts are copies of one FFN (method upcycle): together they are several dense FFNs, not one.",
+                hint="The dense model is the one that it was made from.",
+            )
+        self.target = Dense()
+        self._held: tuple[int, FfnParts] | None = None
+        if parent is not None:
+            _check_like(converted, parent)
+        self._kept = self._kept_neurons()
+        self.width = max(len(each) for each in self._kept)
+        self.spec = self._spec()
+        reasons = self.target.refusals(self.spec)
+        if reasons:
+            raise RefusedError("no dense architecture here holds the attention: " + "; ".join(reasons) + ".")
+        self.layout = _layout(self.width)
+        self.tensors: dict[str, OutTensor] = {t.name: t for t in self.target.tensors(self.spec, self.layout)}
+        self.dtype = converted.dtype_of("model.layers.0.self_attn.o_proj.weight")
+        if parent is not None:
+            self._kept = [self._order(layer, parent) for layer in range(self.spec.num_layers)]
+
+    # ---- what is decided first ------------------------------------------------------------------------------------
+
+    def _spec(self) -> DenseSpec:
+        """The dense model; biases that are all zero, and a head that is the embedding, are left out."""
+        import torch
+
+        converted = self.converted
+        spec = replace(converted.spec, intermediate_size=self.width)
+        if spec.qkv_bias and not spec.o_bias:
+            names = [f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(spec.num_layers) for p in "qkv"]
+            spec = replace(spec, qkv_bias=any(bool(converted.read(name).any()) for name in names))
+        if not spec.tie_word_embeddings:
+            head, table = converted.read("lm_head.weight"), converted.read("model.embed_tokens.weight")
+            tied = head.dtype == table.dtype and torch.equal(head, table)
+            spec = replace(spec, tie_word_embeddings=tied)
+        return spec
+
+    @property
+    def exact(self) -> bool:
+        """See `DensifyResult.exact`."""
+        block, converted = self.converted.block, self.converted
+        kinds = {info.dtype for name, info in converted.checkpoint.tensors.items() if not is_router(name)} - {"F32"}
+        one_dtype = self.dtype == "F32" or kinds == {self.dtype}
+        trained = bool(block.get("healed") or block.get("trained") or block.get("merge"))
+        return is_power_of_two(converted.routed_factor) and one_dtype and not trained and not self._gate_was_trained
+
+    @property
+    def _gate_was_trained(self) -> bool:
+        gates = [name for name in self.converted.checkpoint.tensors if name.endswith("shared_expert_gate.weight")]
+        return any(bool((self.converted.checkpoint.read(name).abs() > 2 * NEARLY_ZERO).any()) for name in gates)
+
+    def _kept_neurons(self) -> list[np.ndarray]:
+        """Of each layer the places whose neurons are kept, int64: all but zero neurons. Reads all FFNs."""
+        found, layers = [], self.converted.spec.num_layers
+        for layer in range(layers):
+            found.append(self._kept_of(layer))
+            self._progress(Progress("look", layer + 1, layers, "layer"))
+        return found
+
+    def _kept_of(self, layer: int) -> np.ndarray:
+        import numpy as np
+
+        ffn = self._ffn(layer)
+        used = ffn.gate_PH.ne(0).any(1) | ffn.up_PH.ne(0).any(1) | ffn.down_HP.ne(0).any(0)
+        places: np.ndarray = used.nonzero().flatten().numpy()
+        if may_overlap(self.converted.checkpoint.config) and len(np.unique(_rows(ffn, places))) < len(places):
+            raise RefusedError(
+                f"layer {layer}: neurons stand in several experts (gradient, overlap inner), scaled for how often they are "
+                "expected to run: together they are not a dense FFN.",
+                hint="The dense model is the one that it was made from.",
+            )
+        return places
+
+    def _order(self, layer: int, parent: DenseModel) -> np.ndarray:
+        """The kept places in the parent's order."""
+        import numpy as np
+
+        from ..conversion.assembly import torch_dtype
+
+        ffn, places = self._ffn(layer), self._kept[layer]
+        names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for part in ("gate", "up")]
+        gate, up = (parent.read(name).to(torch_dtype(self.dtype)) for name in names)
+        theirs = _rows(FfnParts(gate, up, up), np.arange(len(gate)))
+        mine = _rows(ffn, places)
+        order = np.argsort(theirs, kind="stable")
+        at = np.searchsorted(theirs[order], mine).clip(max=len(theirs) - 1)
+        found = order[at]
+        if not bool((theirs[found] == mine).all()):
+            raise RefusedError(
+                f"layer {layer}: its neurons are not those of the model whose order was asked for.",
+                hint="Trained neurons cannot be recognised: leave --like out.",
+            )
+        ordered: np.ndarray = places[np.argsort(found, kind="stable")]
+        return ordered
+
+    def warnings(self) -> Iterator[str]:
+        """What a user should know."""
+        block, converted = self.converted.block, self.converted
+        if block.get("repair"):
+            yield (
+                "the conversion was repaired: gate and up projections, and what else the repair left, are the parent's; down "
+                "projections were fitted to stand in for experts that are not selected, and now run beside them"
+            )
+        if block.get("healed") or block.get("trained"):
+            yield "the model was trained with few experts selected: the dense model is not the parent, measure it first"
+        if not is_power_of_two(converted.routed_factor) and self.dtype != "F32":
+            yield f"the experts' factor {1 / converted.routed_factor:.6g} is not a power of two: down projections are rounded once"
+        if self._gate_was_trained:
+            yield "the shared expert's gate was trained and depends on the token: it is taken as one half"
+        short = sum(len(each) < self.width for each in self._kept)
+        if short:
+            yield f"{short} layers have fewer neurons than others: zero neurons fill them up to {self.width}"
+
+    # ---- the weights ----------------------------------------------------------------------------------------------
+
+    def _ffn(self, layer: int) -> FfnParts:
+        if self._held is None or self._held[0] != layer:
+            self._held = None  # let go of one layer before the next is read
+            self._held = (layer, self.converted.ffn(layer))
+        return self._held[1]
+
+    def make(self, name: str) -> torch.Tensor:
+        """One tensor of the dense model."""
+        from ..conversion.assembly import cast, torch_dtype
+
+        tensor, dtype = self.tensors[name], torch_dtype(self.dtype)
+        if isinstance(tensor.origin, Copy):
+            return cast(self.converted.read(tensor.origin.name), dtype, tensor.origin.scale).contiguous()
+        assert isinstance(tensor.origin, Neurons)
+        assert tensor.layer is not None
+        return self._neurons(tensor.layer, tensor.origin.part).to(dtype).contiguous()
+
+    def _neurons(self, layer: int, part: str) -> torch.Tensor:
+        import torch
+
+        ffn, places = self._ffn(layer), torch.from_numpy(self._kept[layer])
+        if part == "down":
+            kept = ffn.down_HP[:, places]
+            return torch.cat([kept, kept.new_zeros(len(kept), self.width - len(places))], dim=1)
+        kept = (ffn.gate_PH if part == "gate" else ffn.up_PH)[places]
+        return torch.cat([kept, kept.new_zeros(self.width - len(places), kept.shape[1])])
+
+
+def _check_like(converted: ConvertedModel, parent: DenseModel) -> None:
+    """Whether a model could have the same neurons at all."""
+    for name in ("num_layers", "hidden_size"):
+        mine, theirs = getattr(converted.spec, name), getattr(parent.spec, name)
+        if mine != theirs:
+            raise RefusedError(f"--like has {name} {theirs}, but the model has {mine}: it is not made from it.")
+
+
+def _rows(ffn: FfnParts, places: np.ndarray) -> np.ndarray:
+    """The bits of gate and up row of each place as one value that can be sorted."""
+    import torch
+
+    index = torch.from_numpy(places)
+    rows = torch.cat([ffn.gate_PH[index], ffn.up_PH[index]], dim=1).contiguous()
+    bits: np.ndarray = rows.view(torch.uint8).numpy()
+    return bits.view(f"S{bits.shape[1]}").ravel()  # of equal length, so that zeros at the end do not matter
+
+
+def _layout(width: int) -> MoeLayout:
+    """No experts: all neurons shared."""
+    combine = Combine("renormalised", 1.0, 1.0, any_k=True, parity_factor=1.0)
+    return MoeLayout(0, 0, 0, width, width, (), combine, copies=0)

@@ -1,0 +1,250 @@
+"""``llamamoe.merge``: the weighted average of checkpoints of equal shape (LM-Cocktail, arXiv:2311.13534)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..architectures.config_compat import missing_keys
+from ..architectures.expert_weighting import complete_config, is_routed_down, is_router, mixing_of, rescaled_block
+from ..architectures.sources import SOURCES
+from ..architectures.sources.base import number
+from ..architectures.targets import TARGETS
+from ..checkpoint.base import FLOAT_DTYPES
+from ..checkpoint.locate import Location
+from ..checkpoint.reader import SafetensorsCheckpoint
+from ..errors import RefusedError, UsageError
+from ..progress import ProgressCallback, ignore_progress
+from .rewrite import Rewriting, opened, rewrite, same_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+_COSMETIC = {
+    "_name_or_path", "architectures", "attention_dropout", "dtype", "initializer_range", "llamamoe", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache", *_TOKENS,
+}  # fmt: skip
+"""Keys of a configuration that do not change what the model computes."""
+_BLOCK = 1 << 24
+"""Elements that are averaged at once: 64 MiB of float32 for each model and as much again."""
+_APART = 10.0
+"""From which factor on two routers' rows count as of different temperature: a hard and a trained one."""
+_WEIGHING = {"norm_topk_prob", "routed_scaling_factor"}
+"""Keys that only say how selected experts are weighed, which merging can bring to one form."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `merge` did.
+
+    Attributes:
+        out: The folder.
+        weights: Of the models, in their order; their sum is 1.
+        receipt: The content of ``llamamoe_derived.json``.
+        warnings: What a user should know.
+    """
+
+    out: Path
+    weights: tuple[float, ...]
+    receipt: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def merge(
+    models: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: ProgressCallback = ignore_progress,
+) -> MergeResult:
+    """Average checkpoints that have the same tensors: a trained model with its state before, or runs of several seeds.
+
+    ``sum_i w_i theta_i`` with weights that are made to sum to 1, computed from the first model on
+    (``theta_1 + sum_i w_i (theta_i - theta_1)``), so that equal weights stay what they are to the bit. Float32 for 16-bit
+    tensors, float64 for others, and one rounding to the dtype of the first. If the models weigh selected experts in
+    different ways (training switches routers to weights that sum to one), all are brought to the renormalised form: the
+    mean weight of an expert moves into its down projection. Training also scales the rows of hard routers up: where a
+    layer's rows are more than ten times smaller than another model's, they are scaled to the same root mean square, which
+    changes no choice of theirs; as they are they would vanish in the average.
+
+    Args:
+        models: Two or more checkpoints of one architecture.
+        out: The folder to make; files, dtypes and tokenizer are those of the first model.
+        weights: One for each, not negative; None: all alike.
+        resume: Finish what an earlier call with the same arguments began.
+        force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
+        progress: Told after every layer.
+
+    Raises:
+        UsageError: There are fewer than two models, or the weights cannot be.
+        RefusedError: The models do not correspond, every reason is named; or OUT cannot be written.
+    """
+    shares = _shares(len(models), weights)
+    pairs = [opened(model) for model in models]
+    locations, checkpoints = tuple(each for each, _ in pairs), tuple(each for _, each in pairs)
+    configs = [_complete(each) for each in checkpoints]
+    _check(locations, checkpoints, configs)
+    config, factors = _one_weighing(checkpoints, configs)
+    config["llamamoe"] = _block(checkpoints, factors[0], _scaling(config) / _scaling(configs[0]))
+    warnings = tuple(_warnings(locations, checkpoints, configs, factors))
+    parts = ", ".join(f"`{each.name}` ({share:.4g})" for share, each in zip(shares, locations, strict=True))
+    job = Rewriting(
+        deed="merge",
+        title=f"A merge of {len(models)} models",
+        sources=locations,
+        checkpoints=checkpoints,
+        config=config,
+        make=lambda name: _average(checkpoints, shares, factors, name),
+        facts={"models": [each.name for each in locations], "weights": list(shares)},
+        story=f"The average of the weights of {parts}.",
+        warnings=warnings,
+    )
+    receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
+    return MergeResult(Path(out).expanduser(), shares, receipt, warnings)
+
+
+def _shares(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:
+    if count < 2:
+        raise UsageError(f"{count} model was given, but merging takes two or more.")
+    weights = [1.0] * count if weights is None else list(weights)
+    if len(weights) != count:
+        raise UsageError(f"{len(weights)} weights were given for {count} models: give one for each.")
+    wrong = next((w for w in weights if not (math.isfinite(w) and w >= 0)), None)
+    if wrong is not None or sum(weights) <= 0:
+        raise UsageError(f"invalid weights {weights}: each must be a number >= 0, and one of them more than 0.")
+    return tuple(w / sum(weights) for w in weights)
+
+
+def _complete(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
+    """The configuration with every default of its class, so that two spellings of one model compare as equal."""
+    name, known = checkpoint.config.get("model_type"), {*TARGETS.names(), *SOURCES.names()} - {"dense"}
+    if name not in known:
+        raise RefusedError(
+            f"{checkpoint.path}: model_type {name!r} is not known here.", hint=f"Known are {', '.join(sorted(known))}."
+        )
+    return complete_config(checkpoint.config)
+
+
+def _scaling(config: Mapping[str, Any]) -> float:
+    return number(config, "routed_scaling_factor", 1.0)
+
+
+def _block(checkpoints: Sequence[SafetensorsCheckpoint], weights: float, scaling: float) -> dict[str, Any] | None:
+    """What is known of the first conversion, its claims taken back, and whatever any of the models went through."""
+    blocks = [dict(each.config.get("llamamoe") or {}) for each in checkpoints]
+    block = rescaled_block(blocks[0], weights=weights, config=scaling)
+    if "parity" in block:
+        block |= {"parity": "none", "exactness": "not exact: the weights are an average"}
+    for key in ("repair", "healed", "trained"):
+        found = next((each[key] for each in blocks if each.get(key)), None)
+        block |= {key: found} if found is not None else {}
+    if "router_scale" in block and any(each.get("trained") for each in blocks):
+        block["router_scale"] = "soft"
+    return block or None
+
+
+def _check(
+    locations: Sequence[Location], checkpoints: Sequence[SafetensorsCheckpoint], configs: Sequence[Mapping[str, Any]]
+) -> None:
+    reasons = same_tensors(checkpoints)
+    for place, config in zip(locations[1:], configs[1:], strict=True):
+        for key in sorted((configs[0].keys() | config.keys()) - _COSMETIC - _WEIGHING):
+            here, there = configs[0].get(key), config.get(key)
+            if here != there:
+                reasons.append(f"{key} is {here!r} in {locations[0].path}, but {there!r} in {place.path}")
+    if reasons:
+        more = f" (and {len(reasons) - 5} more reasons)" if len(reasons) > 5 else ""
+        raise RefusedError(
+            "the models cannot be averaged: " + "; ".join(reasons[:5]) + more + ".",
+            hint="Merge checkpoints of one architecture and size, such as a trained model and what it was trained from.",
+        )
+
+
+def _one_weighing(
+    checkpoints: Sequence[SafetensorsCheckpoint], configs: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """A configuration for all, and what each model's routed down projections are multiplied by for it."""
+    base = {**checkpoints[0].config}
+    if len({tuple(config.get(key) for key in sorted(_WEIGHING)) for config in configs}) == 1:
+        return base | missing_keys(base), (1.0,) * len(configs)
+    mixings = [mixing_of(config) for config in configs]
+    chosen = next((m for m in mixings if m.weighting == "renormalised"), mixings[0])
+    base |= {key: configs[mixings.index(chosen)][key] for key in _WEIGHING & configs[0].keys()}
+    return base | missing_keys(base), tuple(m.mean_weight / chosen.mean_weight for m in mixings)
+
+
+def _average(
+    checkpoints: Sequence[SafetensorsCheckpoint], shares: Sequence[float], factors: Sequence[float], name: str
+) -> torch.Tensor:
+    import torch
+
+    from ..conversion.assembly import torch_dtype
+
+    info = checkpoints[0].tensors[name]
+    if info.dtype not in FLOAT_DTYPES:
+        first = checkpoints[0].read(name)
+        if any(not torch.equal(each.read(name), first) for each in checkpoints[1:]):
+            raise RefusedError(f"{name} is of whole numbers and differs between the models.")
+        return first.contiguous()
+    dtype = torch_dtype(info.dtype)
+    wide = torch.float32 if dtype.itemsize < 4 else torch.float64
+    if is_router(name):
+        factors = _temperatures([each.read(name).to(wide) for each in checkpoints])
+    elif not is_routed_down(name):
+        factors = (1.0,) * len(checkpoints)
+    out = torch.empty(info.shape, dtype=dtype)
+    count = info.shape[0]
+    step = max(1, _BLOCK * count // max(1, info.numel))
+    for at in range(0, count, step):
+        rows = at, min(count, at + step)
+        blocks = (each.read(name, rows).to(wide) for each in checkpoints)
+        start, *others = (_scaled(block, factor) for block, factor in zip(blocks, factors, strict=True))
+        total = start.clone()
+        for value, share in zip(others, shares[1:], strict=True):
+            total += (value - start).mul_(share)
+        out[slice(*rows)] = total.to(dtype)
+    return out
+
+
+def _scaled(values: torch.Tensor, factor: float) -> torch.Tensor:
+    return values if factor == 1.0 else values * factor
+
+
+def _temperatures(rows: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """What each model's router rows of a layer are multiplied by: 1, but for those that are much smaller than others."""
+    sizes = [float(each.double().square().mean().sqrt()) for each in rows]
+    largest = max(sizes)
+    return tuple(largest / size if 0 < size * _APART < largest else 1.0 for size in sizes)
+
+
+def _warnings(
+    locations: Sequence[Location],
+    checkpoints: Sequence[SafetensorsCheckpoint],
+    configs: Sequence[Mapping[str, Any]],
+    factors: Sequence[float],
+) -> list[str]:
+    found = []
+    if any(config.get(key) != configs[0].get(key) for config in configs for key in _TOKENS):
+        found.append("ids of special tokens differ between the configurations: the first model's are taken")
+    files = [_tokenizer_digest(checkpoint.path) for checkpoint in checkpoints]
+    for place, digest in zip(locations[1:], files[1:], strict=True):
+        if None not in (digest, files[0]) and digest != files[0]:
+            found.append(f"{place.name} has another tokenizer.json than {locations[0].name}, whose is taken")
+    if any(factor != 1.0 for factor in factors):
+        found.append(
+            "the models weight selected experts in different ways: all were converted to one of these ways, which changes models "
+            "whose routers are neither hard nor renormalised"
+        )
+    return found
+
+
+def _tokenizer_digest(folder: Path) -> str | None:
+    path = folder / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -1,0 +1,247 @@
+"""A checkpoint made from another: the same tensors with other values, streamed, whole or not at all, with its story."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from ..architectures.dense_checkpoint import refuse_foreign
+from ..checkpoint.files import write_text
+from ..checkpoint.layout import Shards, index_json
+from ..checkpoint.locate import Location, locate_folder
+from ..checkpoint.out_folder import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
+from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
+from ..checkpoint.tokenizer import carry, check_parent
+from ..checkpoint.writer import CheckpointWriter
+from ..conversion.card import derived_card
+from ..errors import LlamaMoeError, RefusedError
+from ..models.loadable import check_counts, check_loads, check_model
+from ..progress import Progress, ProgressCallback, ignore_progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.base import Checkpoint
+
+OUTER = "outer"
+_ROOM = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What is to be written.
+
+    Attributes:
+        deed: The command's name; also the key under which config.json tells of it.
+        title: The headline of the card.
+        sources: What it is made from; the first gives names, shapes, files and tokenizer.
+        checkpoints: The same, opened.
+        config: The configuration, complete but for the entry about this deed.
+        make: The value of a tensor, by its name: contiguous, on the CPU, of the dtype and shape that the first has.
+        facts: What was done, as plain data.
+        story: The same for the card, in sentences.
+        warnings: What a user should know.
+        shards: The files to write; None: those of the first source, tensor for tensor.
+        read_too: Other models that decide the result, opened.
+    """
+
+    deed: str
+    title: str
+    sources: tuple[Location, ...]
+    checkpoints: tuple[SafetensorsCheckpoint, ...]
+    config: Mapping[str, Any]
+    make: Callable[[str], torch.Tensor]
+    facts: Mapping[str, Any]
+    story: str
+    warnings: tuple[str, ...] = ()
+    shards: Shards | None = None
+    read_too: tuple[Checkpoint, ...] = ()
+
+    @property
+    def base(self) -> SafetensorsCheckpoint:
+        """The first of the sources."""
+        return self.checkpoints[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(nbytes for tensors in self.files().values() for _, _, nbytes in tensors.values())
+
+    def files(self) -> Shards:
+        """The files to write."""
+        if self.shards is not None:
+            return self.shards
+        found: Shards = {}
+        for name, info in self.base.tensors.items():
+            found.setdefault(info.file.name, {})[name] = (info.dtype, info.shape, info.nbytes)
+        return found
+
+    def units(self) -> dict[str, list[str]]:
+        """Tensors by the unit that is finished at once: a layer, or all that belong to none."""
+        found: dict[str, list[str]] = {}
+        for name in (name for tensors in self.files().values() for name in tensors):
+            layer = name.removeprefix("model.layers.").split(".")[0] if name.startswith("model.layers.") else ""
+            found.setdefault(f"layer.{layer}" if layer.isdigit() else OUTER, []).append(name)
+        return found
+
+    def fingerprint(self) -> str:
+        """Changes whenever a resumed run would write other bytes."""
+        import torch
+
+        facts = [self.deed, __version__, torch.__version__, dict(self.facts), dict(self.config), self.files()]
+        facts += [checkpoint.fingerprint() for checkpoint in (*self.checkpoints, *self.read_too)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def rewrite(
+    job: Rewriting,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: ProgressCallback = ignore_progress,
+) -> dict[str, Any]:
+    """Write a `Rewriting` into a folder that appears whole or not at all; one tensor is in memory at a time.
+
+    Args:
+        job: What is to be written.
+        out: The folder to make; it must not exist or be empty.
+        resume: Finish what an earlier call with the same arguments began.
+        force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
+        progress: Told after every layer.
+
+    Returns:
+        The receipt, as it stands in ``llamamoe_derived.json``.
+
+    Raises:
+        RefusedError: OUT would harm something, or the disk is too small; nothing was written.
+        LlamaMoeError: A value is not finite, or writing failed; then ``resume`` goes on.
+    """
+    place = normal_path(out)
+    check_place(place, [*(source.path for source in job.sources), *(each.path for each in job.read_too)], force=force)
+    _check_room(job, place, resume=resume, force=force)
+    check_model(job.config, {name: shape for file in job.files().values() for name, (_, shape, _) in file.items()})
+    tokenizer = check_parent(job.base, job.config)
+    with (
+        system_errors(place),
+        CheckpointWriter(
+            place, job.files(), fingerprint=job.fingerprint(), resume=resume, restart=force and not resume
+        ) as writer,
+    ):
+        units = job.units()
+        for done, (unit, names) in enumerate(units.items(), start=1):
+            if not writer.done(unit):
+                for name in names:
+                    writer.make_room(name)
+                    writer.put(name, _finite(name, job))
+                writer.finish(unit, names, {})
+            progress(Progress(job.deed, done, len(units), "layer", unit))
+        writer.flush()
+        receipt = _receipt(job, writer.weights_sha256())
+        _write_side_files(job, writer.path, receipt, tokenizer)
+        SafetensorsCheckpoint(writer.path)  # what appears can be opened
+        for read in (*job.checkpoints, *job.read_too):
+            read.check_unchanged()
+        writer.publish(replace=force)
+    return receipt
+
+
+def check_place(out: Path, read: Sequence[Path], *, force: bool) -> None:
+    """Refuse an OUT that would harm something, a model that is read among it.
+
+    Raises:
+        RefusedError: See `llamamoe.checkpoint.out_folder.check_out`.
+    """
+    recover_replaced(out)
+    for path in read:
+        check_out(out, path, force=force)
+
+
+def _check_room(job: Rewriting, out: Path, *, resume: bool, force: bool) -> None:
+    have, need = free_bytes(out, resume=resume or force), job.nbytes + _ROOM
+    if have < need:
+        raise RefusedError(
+            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
+            hint="Make room, or choose another disk.",
+        )
+
+
+def _finite(name: str, job: Rewriting) -> torch.Tensor:
+    from ..conversion.assembly import nonfinite
+
+    value = job.make(name)
+    if value.is_floating_point() and nonfinite(value):
+        raise LlamaMoeError(
+            f"{name} would hold NaN or infinite values ({value.dtype}).",
+            hint="A source holds them already, or its dtype is too narrow for the result. Another OUT, or --force, begins "
+            "again.",
+        )
+    return value
+
+
+def _write_side_files(job: Rewriting, folder: Path, receipt: Mapping[str, Any], tokenizer: Any | None) -> None:
+    if set(job.files()) != {SINGLE}:
+        write_text(folder / INDEX, json.dumps(index_json(job.files()), indent=2, sort_keys=True) + "\n")
+    block = dict(job.config.get("llamamoe") or {})
+    block[job.deed] = [*block.get(job.deed, []), {"version": __version__, **job.facts}]
+    config = {**job.config, "llamamoe": block}
+    write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    carry(job.base, tokenizer, folder)
+    check_loads(folder)
+    write_text(folder / DERIVED_FILE, json.dumps(receipt, indent=2) + "\n")
+    folders, names = [each.path for each in job.checkpoints], [each.name for each in job.sources]
+    card = derived_card(folders, names, job.title, job.story, job.warnings, model_type=str(config["model_type"]))
+    write_text(folder / "README.md", card)
+
+
+def _receipt(job: Rewriting, weights_sha256: str) -> dict[str, Any]:
+    return {
+        "llamamoe": __version__,
+        "made_by": job.deed,
+        "sources": [_described(source) for source in job.sources],
+        **job.facts,
+        "weights_sha256": weights_sha256,
+        "warnings": list(job.warnings),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "safetensors")},
+    }
+
+
+def _described(source: Location) -> dict[str, Any]:
+    return {"name": source.name, "revision": source.revision}
+
+
+def opened(source: str | Path) -> tuple[Location, SafetensorsCheckpoint]:
+    """A folder of safetensors that can be worked on weight by weight.
+
+    Raises:
+        CheckpointError: It is a file, its files are broken or disagree, it brings its own code, or its weights are
+            quantised.
+    """
+    location = locate_folder(source)
+    checkpoint = SafetensorsCheckpoint(location.path)
+    refuse_foreign(checkpoint)
+    check_counts(checkpoint.config, checkpoint.tensors)
+    return location, checkpoint
+
+
+def same_tensors(checkpoints: Sequence[SafetensorsCheckpoint]) -> list[str]:
+    """Why the tensors of the checkpoints do not correspond one to one; empty if they do."""
+    first, reasons = checkpoints[0], []
+    for other in checkpoints[1:]:
+        for here, there in ((first, other), (other, first)):
+            missing = sorted(here.tensors.keys() - there.tensors.keys())
+            if missing:
+                reasons.append(f"{there.path} has no {missing[0]} ({len(missing)} tensors of {here.path} are missing)")
+        for name in sorted(first.tensors.keys() & other.tensors.keys()):
+            shapes = first.tensors[name].shape, other.tensors[name].shape
+            if shapes[0] != shapes[1]:
+                reasons.append(f"{name} is {list(shapes[0])} in {first.path}, but {list(shapes[1])} in {other.path}")
+                break
+    return reasons

@@ -1,0 +1,93 @@
+"""What a benchmark counts and refuses; its times are the machine's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llamamoe import UsageError, bench, load_recipe, split
+from llamamoe.evaluation.bench import ModelSpeed, Speed, _faster_up_to
+
+from ..models import make_dense
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("pair")
+    dense = make_dense(root / "dense", "llama-tied")
+    recipe = load_recipe(given={"method": "random", "num_experts": 4, "top_k": 2, "target": "mixtral"})
+    split(dense, root / "moe", recipe, verify=False)
+    return root / "moe", dense
+
+
+def test_what_is_measured(pair: tuple[Path, Path]) -> None:
+    told = []
+    found = bench(pair[0], against=pair[1], batch_sizes=[3, 1, 3], prompt_tokens=20, new_tokens=4, repeats=2,
+                  progress=told.append)  # fmt: skip
+    assert [speed.batch_size for speed in found.model.speeds] == [1, 3]
+    assert found.against is not None
+    for side in (found.model, found.against):
+        for speed in side.speeds:
+            assert speed.prefill_seconds > 0
+            assert speed.decode_tokens_per_second == pytest.approx(speed.batch_size / speed.decode_seconds)
+            assert speed.prefill_tokens_per_second == pytest.approx(20 * speed.batch_size / speed.prefill_seconds)
+            assert speed.spread >= 1
+    assert found.model.experts_implementation is not None
+    assert found.against.experts_implementation is None
+    assert found.drift is not None
+    assert found.drift > 0
+    assert (told[-1].done, told[-1].total) == (5, 5)
+    json.dumps(found.to_json())
+
+
+def test_bytes_that_decoding_reads(pair: tuple[Path, Path]) -> None:
+    """Every weight but norms' neighbours by hand: attention, half of the FFN (padded), router, norms, head."""
+    found = bench(*pair[:1], against=pair[1], batch_sizes=[1], prompt_tokens=4, new_tokens=1, repeats=1)
+    attention = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64)
+    norms, head = 5 * 64, 128 * 64
+    ffn = 2 * 3 * 64 * 172
+    experts = 2 * 3 * 64 * 48 * 2  # 172 neurons in 4 experts of 43, padded to 48; 2 are selected
+    assert found.against is not None
+    assert found.against.active_bytes == 4 * (attention + norms + head + ffn)
+    assert found.against.flops_per_token == 2 * (attention + head + ffn)
+    assert found.against.prefill_flops_per_token == pytest.approx(2 * (attention + ffn + head / 4))
+    assert found.model.active_bytes == 4 * (attention + norms + head + experts + 2 * 4 * 64)
+
+
+def test_experts_run_as_asked(pair: tuple[Path, Path]) -> None:
+    keys = {"batch_sizes": [1], "prompt_tokens": 4, "new_tokens": 1, "repeats": 1}
+    for name in ("eager", "llamamoe_auto"):
+        assert bench(pair[0], experts_implementation=name, **keys).model.experts_implementation == name  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="is a dense model"):
+        bench(pair[1], experts_implementation="eager", **keys)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="not a way to run experts"):
+        bench(pair[0], experts_implementation="magic", **keys)  # type: ignore[arg-type]
+
+
+def speeds(*decode: float) -> ModelSpeed:
+    each = tuple(Speed(2**i, 1.0, seconds, 1.0, 1.0, 1.0) for i, seconds in enumerate(decode))
+    return ModelSpeed("m", "float32", None, 1, 1.0, 1, 1, each)
+
+
+@pytest.mark.parametrize(("mine", "best"), [((1, 1, 1), 4), ((1, 3, 1), 1), ((3, 1, 1), 0), ((2, 1, 1), 0)])
+def test_up_to_which_batch_it_is_faster(mine: tuple[float, ...], best: int) -> None:
+    assert _faster_up_to(speeds(*mine), speeds(2, 2, 2)) == best
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"batch_sizes": []}, "batch sizes"),
+        ({"batch_sizes": [0, 1]}, "batch sizes"),
+        ({"prompt_tokens": 1}, "prompt_tokens is 1"),
+        ({"new_tokens": 0}, "new_tokens is 0"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"prompt_tokens": 60, "new_tokens": 5}, "only 64 positions"),
+        ({"device": "moon"}, "cannot be used"),
+    ],
+)
+def test_silly_numbers(pair: tuple[Path, Path], keys: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        bench(pair[0], **keys)  # type: ignore[arg-type]

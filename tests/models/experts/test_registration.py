@@ -1,0 +1,107 @@
+"""How transformers comes to know the implementations, and that saved models do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from llamamoe.models.experts import EXPERTS, register_experts
+from llamamoe.models.experts.auto import one_token_prefers_sorted, prefers_sorted
+
+from .test_implementations import make_model
+
+
+def test_registering_twice_changes_nothing() -> None:
+    names = register_experts()
+    functions = [ALL_EXPERTS_FUNCTIONS[name] for name in names]
+    assert names == ["llamamoe_auto", "llamamoe_grouped_mm", "llamamoe_masked", "llamamoe_sorted"]
+    assert register_experts() == names
+    assert [ALL_EXPERTS_FUNCTIONS[name] for name in names] == functions
+    assert len(EXPERTS.names()) == len(names)
+
+
+@pytest.mark.parametrize("name", ["llamamoe_auto", "llamamoe_grouped_mm", "llamamoe_masked", "llamamoe_sorted"])
+def test_what_is_saved_is_native(name: str, tmp_path: Path) -> None:
+    register_experts()
+    model = make_model(dtype=torch.float32)
+    model.set_experts_implementation("eager")
+    model.save_pretrained(tmp_path / "before")
+    chosen = AutoModelForCausalLM.from_pretrained(tmp_path / "before", experts_implementation=name)
+    assert chosen.config._experts_implementation == name
+    ids = torch.arange(9)[None]
+    chosen(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for weight in chosen.parameters():
+            weight -= 0.1 * weight.grad
+    chosen.save_pretrained(tmp_path / "after")
+    for file in (tmp_path / "after").glob("*.json"):
+        assert "llamamoe" not in file.read_text()
+    before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("before", "after"))
+    assert before == after
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
+    assert again.config._experts_implementation in ("grouped_mm", "eager")
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, chosen(input_ids=ids).logits)
+
+
+def test_generation_is_that_of_eager() -> None:
+    register_experts()
+    model = make_model(dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 7, 11]])
+    texts = []
+    for name in ("eager", "llamamoe_auto", "llamamoe_grouped_mm", "llamamoe_masked", "llamamoe_sorted"):
+        model.set_experts_implementation(name)
+        texts.append(model.generate(ids, max_new_tokens=12, do_sample=False).tolist())
+    assert all(text == texts[0] for text in texts)
+    assert len(texts[0][0]) > 6
+
+
+def test_the_registry_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from llamamoe.models.experts import EXPERTS; names = EXPERTS.names();"
+        "assert names == ['auto', 'grouped_mm', 'masked', 'sorted'], names;"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "half", "sorted_wins"),
+    [
+        (2048, (88, 16, 36, 576), True, False),
+        (2048, (88, 16, 36, 576), False, True),
+        (512, (88, 16, 36, 576), False, False),
+        (2048, (8, 192, 4, 576), True, True),
+        (2048, (8, 192, 4, 576), False, True),
+        (2048, (8, 192, 8, 576), True, False),
+        (16, (88, 16, 36, 576), True, False),
+        (16, (88, 16, 36, 576), False, False),
+        (16, (8, 1024, 2, 2048), True, True),
+        (512, (8, 1024, 4, 2048), False, True),
+    ],
+)
+def test_auto_chooses_what_was_measured_to_be_faster(
+    tokens: int, sizes: tuple[int, int, int, int], half: bool, sorted_wins: bool
+) -> None:
+    """Measured on 2 threads by benchmarks/experts.py."""
+    assert prefers_sorted(tokens, *sizes, half=half, threads=2) == sorted_wins
+
+
+@pytest.mark.parametrize(
+    ("sizes", "half", "sorted_wins"),
+    [
+        ((88, 16, 36, 576), True, False),
+        ((8, 192, 2, 576), True, True),
+        ((8, 1024, 2, 2048), True, True),
+        ((88, 16, 36, 576), False, True),
+    ],
+)
+def test_auto_for_one_token(sizes: tuple[int, int, int, int], half: bool, sorted_wins: bool) -> None:
+    assert one_token_prefers_sorted(*sizes, half=half) == sorted_wins
