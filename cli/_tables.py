@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from llamamoe.plain_text import printable
+from llamamoe.errors import printable
 
 from ._text import Styled, bold, echo
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llamamoe.plain_text import printable
+from llamamoe.errors import printable
 
 
 class Styled(str):

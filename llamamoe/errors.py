@@ -6,8 +6,6 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 refused by the plan, 4 verification fai
 
 from __future__ import annotations
 
-from .plain_text import bounded, printable
-
 
 class LlamaMoeError(Exception):
     """An error for the user: what is wrong (value and rule), and how to go on.
@@ -66,3 +64,45 @@ class MissingExtraError(LlamaMoeError, ImportError):
             f"{purpose} needs the package '{package}', which is not installed.",
             hint=f"Install it with: pip install 'llamamoe[{extra}]'",
         )
+
+
+MOST_LINES = 20
+
+
+MOST_CHARACTERS = 1900
+
+
+_LONGEST_LINE = 800
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Escape what a terminal would obey or does not show, as ``repr`` does: ESC, bidirectional marks, lone surrogates.
+
+    Args:
+        text: Any text.
+        lines: Keep line breaks.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or (lines and each == "\n") else repr(each)[1:-1] for each in text)
+
+
+def bounded(text: str) -> str:
+    """Cut text to what fits a screen: long lines in their middle, many lines at the end, and say so."""
+    lines = [_cut(line, _LONGEST_LINE) for line in text.split("\n")]
+    kept, size = 0, 0
+    for line in lines[:MOST_LINES]:
+        size += len(line) + 1
+        if kept and size > MOST_CHARACTERS:
+            break
+        kept += 1
+    rest = len(lines) - kept
+    return "\n".join(lines[:kept] + [f"  ... and {rest} more line{'s' * (rest > 1)}"] * (rest > 0))
+
+
+def _cut(line: str, most: int) -> str:
+    """Leave out the middle: a message begins with what it is about, and ends with the rule."""
+    if len(line) <= most:
+        return line
+    end = most // 3
+    return f"{line[: most - end]} ... ({len(line) - most:,} characters) ... {line[-end:]}"

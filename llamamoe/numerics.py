@@ -1,10 +1,13 @@
-"""What ridge regressions over calibration tokens share: the solution, token weights, where float64 is to be had."""
+"""Small linear algebra: ridge regression, and float64 on the devices that have it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
 from .errors import LlamaMoeError
+
+if TYPE_CHECKING:
+    import torch
 
 if TYPE_CHECKING:
     import torch
@@ -63,3 +66,8 @@ def double_device(device: torch.device) -> torch.device:
     import torch
 
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """The same in float64; in float32 on Apple's GPUs (mps), which have nothing wider."""
+    return values.float() if values.device.type == "mps" else values.double()

@@ -1,4 +1,4 @@
-"""Plug-ins found by looking into a folder: adding one is adding one file.
+"""Plug-ins: what all have in common, and how they are found, by looking into a folder: adding one is adding one file.
 
 A *kind* (splitter, router, target, ...) is a package whose modules each define concrete subclasses of the kind's
 base class. Third parties add theirs with an entry point in the group ``llamamoe.<package name>``.
@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
 
 from .errors import UsageError
 
@@ -116,3 +118,36 @@ class Registry(Generic[T]):
     def refresh(self) -> None:
         """Forget what was found, so that the next use looks again (for plug-ins added while running)."""
         self.__dict__.pop("_found", None)
+
+
+Needs = Literal["nothing", "weights", "activations", "gradients"]
+
+
+class Options(BaseModel):
+    """Base of every plug-in's options: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Plugin:
+    """A named method with options of its own.
+
+    Attributes:
+        name: What the user types.
+        summary: One line for ``llamamoe methods``.
+        reference: The paper or source of the rule; empty if it is our own or folklore.
+        needs: What the method must be shown beside sizes; ``"activations"`` and ``"gradients"`` mean that
+            calibration text is required.
+        Options: The pydantic model of the method's options, each with a description and a default.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str] = ""
+    needs: ClassVar[Needs] = "nothing"
+
+    class Options(Options):
+        """No options."""
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        self.options = options if options is not None else self.Options()

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
-from ..errors import CheckpointError, LlamaMoeError, UsageError
-from ..plain_text import printable
+from ..errors import CheckpointError, LlamaMoeError, UsageError, printable
 from .base import Checkpoint
 from .reader import (
     ADAPTER,

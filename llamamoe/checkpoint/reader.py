@@ -14,8 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
-from ..plain_text import printable
+from ..errors import CheckpointError, printable
 from .base import DTYPE_BYTES, TORCH_NAMES, TensorInfo
 from .files import copy_file, make_folder
 from .headers import read_header

@@ -13,8 +13,7 @@ from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
-from ..plugin import Plugin
-from ..plugins import Registry
+from ..plugins import Plugin, Registry
 from .recipe import AUTO, NO_REPAIR, Choice, SplitRecipe, build_recipe
 
 CALIBRATED_DEFAULT: dict[str, Any] = {

@@ -26,8 +26,7 @@ from ..methods.repairs import REPAIRS
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..plugin import Plugin
-from ..plugins import Registry, near_misses
+from ..plugins import Plugin, Registry, near_misses
 
 R = TypeVar("R", bound=BaseModel)
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaMoeError
 from ..methods.inputs import LayerInputs
-from ..numerics import token_scales
+from ..numerics import token_scales, wide
 from ..training.losses import LOSSES, LossContext
 from ..training.router_start import logit_std, soften
 from ..training.routing import RouterTap, Routing
-from ..wide import wide
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ..plugin import Options
+from ..plugins import Options
 from .inputs import LayerInputs, activate
 
 if TYPE_CHECKING:

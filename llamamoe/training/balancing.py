@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..errors import RefusedError
-from ..plugin import Options
+from ..plugins import Options
 
 if TYPE_CHECKING:
     import torch

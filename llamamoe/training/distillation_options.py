@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from ..errors import UsageError
-from ..plugin import Options
+from ..plugins import Options
 from .schedules import Schedule, constant
 
 

@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from ..checkpoint.files import write_text
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..conversion.card import derived_card
-from ..errors import LlamaMoeError
+from ..errors import LlamaMoeError, printable
 from ..models.loadable import check_loads
 from ..models.streaming import quiet_transformers
-from ..plain_text import printable
 from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
 from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import open_append, write_text
 from ..errors import CheckpointError, LlamaMoeError
-from ..wide import wide
+from ..numerics import wide
 
 if TYPE_CHECKING:
     import torch

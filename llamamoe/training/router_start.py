@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.expert_weighting import renormalising, rescaled_block
 from ..errors import RefusedError
-from ..wide import wide
+from ..numerics import wide
 from .moe_layers import MoeLayer
 from .routing import RouterTap, at_least_float32
 

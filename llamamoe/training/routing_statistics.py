@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..wide import wide
+from ..numerics import wide
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,7 @@ from click.testing import CliRunner, Result
 from llamamoe_cli.main import root
 
 import llamamoe
-from llamamoe.errors import LlamaMoeError
-from llamamoe.plain_text import bounded, printable
+from llamamoe.errors import LlamaMoeError, bounded, printable
 
 from .conftest import edit_config, edit_weights, recipe
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from ...plugin import Plugin
+from ...plugins import Plugin
 
 
 class Rescale(Plugin, ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from ...plugin import Needs, Plugin
+from ...plugins import Needs, Plugin
 
 if TYPE_CHECKING:
     from ..layer import ExpertWeights, FfnWeights, LayerContext

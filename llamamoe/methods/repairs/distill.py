@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ...errors import LlamaMoeError
 from ...numerics import TokenWeighting, token_scales
-from ...plugin import Options
+from ...plugins import Options
 from ..inputs import BATCH_TOKENS, activate
 from ..moe_layer import dense_outputs
 from .base import Repair

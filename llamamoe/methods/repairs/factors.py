@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ...numerics import TokenWeighting, check_finite, double_device, solve_ridge, token_scales
-from ...plugin import Options
+from ...plugins import Options
 from ..inputs import BATCH_TOKENS
 from ..solvers.normal_equations import residuals
 from .base import Repair

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from ...numerics import TokenWeighting, solve_ridge
-from ...plugin import Options
+from ...plugins import Options
 from ..inputs import BATCH_TOKENS
 from ..solvers.normal_equations import NormalEquations, normal_equations
 from .base import Repair

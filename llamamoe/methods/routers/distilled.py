@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ...numerics import TokenWeighting, check_finite, solve_ridge, token_scales
-from ...plugin import Options
+from ...plugins import Options
 from ..layer import ExpertWeights
 from ..moe_layer import ConvertedFfn, dense_outputs
 from ..solvers.choice_loss import ChoiceLoss, ChoiceProblem, weighted_gram

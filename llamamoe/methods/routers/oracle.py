@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ...errors import RefusedError
-from ...plugin import Options
+from ...plugins import Options
 from ..contributions import Contribution, contributions
 from .base import Router
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...plugin import Options
+from ...plugins import Options
 from .base import Router
 
 if TYPE_CHECKING:

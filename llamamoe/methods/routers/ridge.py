@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ...numerics import TokenWeighting, check_finite, double_device, solve_ridge, token_scales
-from ...plugin import Options
+from ...plugins import Options
 from ..contributions import Contribution, contributions
 from .base import Router
 

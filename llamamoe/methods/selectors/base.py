@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from ...plugin import Plugin
+from ...plugins import Plugin
 
 if TYPE_CHECKING:
     import numpy as np

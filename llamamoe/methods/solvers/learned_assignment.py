@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...plugin import Options
+from ...plugins import Options
 from .balance import assign_with_prices
 from .transport import balanced_transport, soft_top_k, transport_gradient
 

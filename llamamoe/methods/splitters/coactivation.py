@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ...plugin import Options
+from ...plugins import Options
 from ..inputs import BATCH_TOKENS
 from ..layer import FfnWeights, Partition
 from .base import Splitter, routed_neurons

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
-from ...plugin import Options
+from ...plugins import Options
 from ..layer import PADDING, ExpertWeights, Partition
 from .base import Kept, Splitter, routed_neurons
 

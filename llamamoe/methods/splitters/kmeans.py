@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ...plugin import Options
+from ...plugins import Options
 from ..layer import Partition
 from .base import Splitter, routed_neurons
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ...numerics import TokenWeighting, token_scales
-from ...plugin import Options
+from ...plugins import Options
 from ..layer import Partition
 from ..solvers.balance import assign_balanced
 from .base import Splitter, routed_neurons

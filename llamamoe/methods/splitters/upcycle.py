@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...plugin import Options
+from ...plugins import Options
 from ..layer import PADDING, ExpertWeights, Partition
 from .base import Kept, Splitter, routed_neurons
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel
 
 from ...errors import RefusedError
-from ...plugin import Plugin
+from ...plugins import Plugin
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ...plugin import Options
+from ...plugins import Options
 from .base import Gate, Gated
 from .selection import capacity, positions, ranked_TN, weights_Tk
 

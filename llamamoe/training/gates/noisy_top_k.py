@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from ...plugin import Options
+from ...plugins import Options
 from .base import Gate, Gated
 from .selection import ranked_TN, weights_Tk
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ...plugin import Options, Plugin
+from ...plugins import Options, Plugin
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ....methods.inputs import BATCH_TOKENS
-from ....plugin import Plugin
+from ....plugins import Plugin
 from ....progress import ProgressCallback, ignore_progress
 from .curves import Curves
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ....errors import LlamaMoeError, UsageError
-from ....plugin import Plugin
+from ....plugins import Plugin
 
 if TYPE_CHECKING:
     import numpy as np
