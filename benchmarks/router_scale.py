@@ -23,7 +23,7 @@ import torch
 import llamamoe
 from llamamoe.calibration.compute import choose_compute
 from llamamoe.calibration.walk import Walk, cast_ffn, read_ffn
-from llamamoe.conversion.assembly import torch_dtype
+from llamamoe.checkpoint.tensors import torch_dtype
 from llamamoe.conversion.layer import convert_layer
 from llamamoe.conversion.session import make_text
 from llamamoe.evaluation.perplexity import ScoringPlan, scoring_plan

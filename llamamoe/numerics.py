@@ -71,3 +71,10 @@ def double_device(device: torch.device) -> torch.device:
 def wide(values: torch.Tensor) -> torch.Tensor:
     """The same in float64; in float32 on Apple's GPUs (mps), which have nothing wider."""
     return values.float() if values.device.type == "mps" else values.double()
+
+
+def is_power_of_two(value: float) -> bool:
+    """Whether multiplying by ``value`` only moves the exponent of a binary float."""
+    from math import frexp
+
+    return value > 0 and frexp(value)[0] == 0.5

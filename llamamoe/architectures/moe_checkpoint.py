@@ -174,7 +174,7 @@ class ConvertedModel:
         """One stored tensor as rows of gate and up, or columns of down, in dense units."""
         import torch
 
-        from ..conversion.assembly import cast
+        from ..checkpoint.tensors import cast
 
         value = self.checkpoint.read(name)
         if origin.part == "gate_up":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.targets.base import Neurons
 from ..calibration.walk import read_ffn
+from ..checkpoint.tensors import cast, torch_dtype
 from ..methods.contributions import router_quality
 from ..methods.layer import ExpertWeights, FfnWeights, LayerContext, Partition
 from ..methods.moe_layer import ConvertedFfn, dense_outputs, parity_before_repair
@@ -19,7 +20,7 @@ from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
 from ..numerics import TokenWeighting, token_scales
 from ..plugins import Registry
-from .assembly import LayerParts, cast, router_dtype, torch_dtype
+from .assembly import LayerParts, router_dtype
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,9 +15,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.tensors import torch_dtype
 from ..errors import VerificationError
 from ..models.streaming import computing_keys, quiet_transformers
-from .assembly import torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -13,12 +13,12 @@ from ..calibration.text import CalibrationText, calibration_text
 from ..calibration.walk import Walk, cast_ffn, read_ffn
 from ..checkpoint.files import make_folder, replacing, write_text
 from ..checkpoint.ledger import STATES
+from ..checkpoint.tensors import torch_dtype
 from ..checkpoint.tokenizer import parent_tokenizer
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import CheckpointError, RefusedError
 from ..methods.moe_layer import ConvertedFfn, dense_outputs
 from ..progress import ProgressCallback
-from .assembly import torch_dtype
 from .recipe import AUTO
 
 if TYPE_CHECKING:

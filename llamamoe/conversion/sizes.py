@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..architectures.rescales import RESCALES
 from ..architectures.sources.base import DenseSpec
 from ..architectures.targets import TARGETS
-from ..architectures.targets.base import Combine, MoeLayout, Target, is_power_of_two
+from ..architectures.targets.base import Combine, MoeLayout, Target
 from ..errors import RefusedError
 from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
+from ..numerics import is_power_of_two
 from .recipe import SplitRecipe
 
 _ORDER = {

@@ -32,12 +32,13 @@ from ..checkpoint.out_folder import (
     system_errors,
 )
 from ..checkpoint.reader import INDEX
+from ..checkpoint.tensors import nonfinite, one_thread
 from ..checkpoint.tokenizer import carry, check_parent
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import RefusedError
 from ..models.loadable import check_loads, check_model
 from ..progress import Progress, ProgressCallback, ignore_progress
-from .assembly import made_of, make, nonfinite, one_thread
+from .assembly import made_of, make
 from .card import model_card
 from .layer import ConvertedLayer, convert_layer
 from .plan import SplitPlan, plan_split

@@ -14,10 +14,11 @@ from ..checkpoint.json_files import read_json
 from ..checkpoint.out_folder import RECEIPT_FILE
 from ..checkpoint.paths import inside
 from ..checkpoint.reader import INDEX, PICKLES, SafetensorsCheckpoint
+from ..checkpoint.tensors import cast, nonfinite, torch_dtype
 from ..checkpoint.writer import joined_sha256, tensor_bytes
 from ..errors import CheckpointError, VerificationError
 from ..progress import Progress, ProgressCallback
-from .assembly import cast, make, nonfinite, torch_dtype
+from .assembly import make
 
 if TYPE_CHECKING:
     import torch

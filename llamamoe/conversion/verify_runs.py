@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.targets.base import Neurons, Router, Target
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.tensors import torch_dtype
 from ..models.streaming import StreamedModel
 from ..progress import Progress, ProgressCallback
-from .assembly import torch_dtype
 from .verify_files import check_finite
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import set_size
-from ..conversion.assembly import torch_dtype
+from ..checkpoint.tensors import torch_dtype
 from ..methods.moe_layer import dense_outputs
 from .block import NativeFfn, load_ffn
 from .plan import HealPlan, config_of

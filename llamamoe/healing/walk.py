@@ -14,8 +14,8 @@ from ..calibration.text import CalibrationText
 from ..calibration.walk import Walk, read_ffn
 from ..checkpoint.files import make_folder
 from ..checkpoint.ledger import STATES, partial_path
+from ..checkpoint.tensors import torch_dtype
 from ..checkpoint.writer import CheckpointWriter
-from ..conversion.assembly import torch_dtype
 from ..progress import Progress, ProgressCallback
 from .layer import HealedLayer, heal_layer, parent_outputs, stored_ffn
 from .plan import HealPlan

@@ -216,7 +216,7 @@ def _load_gguf(name: str, dense: DenseModel, dtype: str, device: str) -> Any:
     """
     import torch
 
-    from ..conversion.assembly import torch_dtype
+    from ..checkpoint.tensors import torch_dtype
     from ..conversion.plan import stored_dtype
     from .streaming import StreamedModel
 

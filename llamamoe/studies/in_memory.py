@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.walk import Walk, cast_ffn, read_ffn
-from ..conversion.assembly import torch_dtype
+from ..checkpoint.tensors import torch_dtype
 from ..conversion.layer import ConvertedLayer, as_function, as_stored, convert_layer
 from ..methods.layer import ExpertWeights, FfnWeights
 from ..methods.moe_layer import ConvertedFfn, dense_outputs

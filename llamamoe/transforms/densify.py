@@ -12,16 +12,7 @@ from ..architectures.dense_checkpoint import DenseModel, understand
 from ..architectures.expert_weighting import is_router, may_overlap
 from ..architectures.moe_checkpoint import ConvertedModel, FfnParts, check_shapes
 from ..architectures.sources.base import DenseSpec
-from ..architectures.targets.base import (
-    NEARLY_ZERO,
-    Combine,
-    Copy,
-    MoeLayout,
-    Neurons,
-    OutTensor,
-    common_config,
-    is_power_of_two,
-)
+from ..architectures.targets.base import NEARLY_ZERO, Combine, Copy, MoeLayout, Neurons, OutTensor, common_config
 from ..architectures.targets.dense import Dense
 from ..checkpoint.base import DTYPE_BYTES, TORCH_NAMES
 from ..checkpoint.layout import check_size, deal
@@ -29,6 +20,7 @@ from ..checkpoint.locate import Location, locate, open_parent
 from ..checkpoint.out_folder import normal_path
 from ..errors import RefusedError
 from ..models.loadable import check_model
+from ..numerics import is_power_of_two
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .rewrite import Rewriting, check_place, opened, rewrite
 
@@ -219,7 +211,7 @@ class _Job:
         """The kept places in the parent's order."""
         import numpy as np
 
-        from ..conversion.assembly import torch_dtype
+        from ..checkpoint.tensors import torch_dtype
 
         ffn, places = self._ffn(layer), self._kept[layer]
         names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for part in ("gate", "up")]
@@ -265,7 +257,7 @@ class _Job:
 
     def make(self, name: str) -> torch.Tensor:
         """One tensor of the dense model."""
-        from ..conversion.assembly import cast, torch_dtype
+        from ..checkpoint.tensors import cast, torch_dtype
 
         tensor, dtype = self.tensors[name], torch_dtype(self.dtype)
         if isinstance(tensor.origin, Copy):

@@ -274,7 +274,7 @@ def _tensors(
     """The tensors of the file, in order."""
     import torch
 
-    from ..conversion.assembly import interleave
+    from ..checkpoint.tensors import interleave
 
     spec = model.spec
 

@@ -185,7 +185,7 @@ def _average(
 ) -> torch.Tensor:
     import torch
 
-    from ..conversion.assembly import torch_dtype
+    from ..checkpoint.tensors import torch_dtype
 
     info = checkpoints[0].tensors[name]
     if info.dtype not in FLOAT_DTYPES:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.expert_weighting import Mixing, is_routed_down, may_overlap, mixing_of, rescale_of, rescaled_block
 from ..architectures.rescales import RESCALES
-from ..architectures.targets.base import is_power_of_two, weight
+from ..architectures.targets.base import weight
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import UsageError
+from ..numerics import is_power_of_two
 from ..progress import ProgressCallback, ignore_progress
 from .rewrite import Rewriting, opened, rewrite
 
@@ -120,7 +121,7 @@ def _whole_factor(mixing: Mixing, top_k: int, rescale: str) -> float:
 
 
 def _value(checkpoint: SafetensorsCheckpoint, name: str, factor: float) -> torch.Tensor:
-    from ..conversion.assembly import cast
+    from ..checkpoint.tensors import cast
 
     value = checkpoint.read(name)
     if factor == 1.0 or not is_routed_down(name):

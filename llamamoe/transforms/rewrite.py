@@ -174,7 +174,7 @@ def _check_room(job: Rewriting, out: Path, *, resume: bool, force: bool) -> None
 
 
 def _finite(name: str, job: Rewriting) -> torch.Tensor:
-    from ..conversion.assembly import nonfinite
+    from ..checkpoint.tensors import nonfinite
 
     value = job.make(name)
     if value.is_floating_point() and nonfinite(value):

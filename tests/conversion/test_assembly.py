@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamamoe.architectures.targets.base import Combine, MoeLayout, Neurons, OutTensor
-from llamamoe.conversion.assembly import LayerParts, cast, interleave, made_of, nonfinite, take
+from llamamoe.checkpoint.tensors import cast, interleave, nonfinite
+from llamamoe.conversion.assembly import LayerParts, made_of, take
 from llamamoe.methods.layer import PADDING, ExpertWeights, FfnWeights, Partition
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -16,7 +16,7 @@ import llamamoe
 from llamamoe.calibration.compute import Compute, choose_compute
 from llamamoe.calibration.text import CalibrationText
 from llamamoe.calibration.walk import Walk, cast_ffn, read_ffn
-from llamamoe.conversion.assembly import torch_dtype
+from llamamoe.checkpoint.tensors import torch_dtype
 from llamamoe.conversion.layer import convert_layer, output_errors
 from llamamoe.errors import LlamaMoeError, RefusedError
 from llamamoe.methods.layer import ExpertWeights, FfnWeights, LayerContext

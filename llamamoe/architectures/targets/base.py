@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from ...numerics import is_power_of_two
 from ..rescales.base import Rescale
 from ..sources.base import DenseSpec, common, layer_shapes
 
@@ -134,13 +135,6 @@ class MoeLayout:
     def padding(self, intermediate_size: int) -> int:
         """Zero neurons that pad the experts of one layer of F = ``intermediate_size`` neurons."""
         return self.num_experts * self.expert_width - self.copies * (intermediate_size - self.num_shared)
-
-
-def is_power_of_two(value: float) -> bool:
-    """Whether multiplying by ``value`` only moves the exponent of a binary float."""
-    from math import frexp
-
-    return value > 0 and frexp(value)[0] == 0.5
 
 
 def weight(weighting: Weighting, num_experts: int, top_k: int) -> float:

@@ -49,7 +49,7 @@ class Task:
     @property
     def weights_dtype(self) -> torch.dtype:
         """What norms and attention are rounded to, because they will be stored so."""
-        from ....conversion.assembly import torch_dtype
+        from ....checkpoint.tensors import torch_dtype
 
         return torch_dtype(self.plans[0].dtype)
 

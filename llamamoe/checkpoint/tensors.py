@@ -1,0 +1,58 @@
+"""Tensors on their way between files and programs: dtypes, casts with one rounding, order of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..numerics import is_power_of_two
+
+if TYPE_CHECKING:
+    import torch
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Times ``scale`` and to ``dtype`` with one rounding; the tensor itself if there is nothing to do."""
+    if scale == 1.0:
+        return tensor.to(dtype)
+    if is_power_of_two(scale):
+        return tensor.to(dtype) * scale
+    wide = max(tensor.dtype.itemsize, dtype.itemsize) > 4  # a product in float32 would round before float64 does
+    return (tensor.double() if wide else tensor.float()).mul(scale).to(dtype)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: moving bytes gains nothing from more, and idle OpenMP threads spin."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Re-order the rows of each head from two halves (Llama's rotary pairs) to neighbouring pairs."""
+    rest = tensor.shape[1:]
+    return tensor.reshape(heads, 2, -1, *rest).transpose(1, 2).reshape(tensor.shape)
+
+
+def nonfinite(tensor: torch.Tensor) -> bool:
+    """Whether any value is NaN or infinite. One pass, nothing is allocated."""
+    import torch
+
+    if tensor.numel() == 0:
+        return False
+    low, high = torch.aminmax(tensor)  # both are NaN if any value is
+    return not bool(torch.isfinite(low) & torch.isfinite(high))
