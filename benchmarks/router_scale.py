@@ -27,8 +27,7 @@ from llamamoe.checkpoint.tensors import torch_dtype
 from llamamoe.conversion.layer import convert_layer
 from llamamoe.conversion.session import make_text
 from llamamoe.evaluation.perplexity import ScoringPlan, scoring_plan
-from llamamoe.methods.inputs import LayerInputs
-from llamamoe.methods.layer import FfnWeights
+from llamamoe.methods.layer import FfnWeights, LayerInputs
 from llamamoe.methods.moe_layer import ConvertedFfn, dense_outputs
 from llamamoe.models.loading import load_weights, open_model
 from llamamoe.studies.measure import perplexity, replaced_ffns

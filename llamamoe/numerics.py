@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from .errors import LlamaMoeError
 
@@ -11,13 +11,6 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     import torch
-
-    from .methods.inputs import LayerInputs
-
-TokenWeighting = Literal["none", "residual"]
-
-LEAST_RESIDUAL = 1e-3
-"""Tokens whose residual stream is smaller than this share of the median count as if it were that large."""
 
 
 def solve_ridge(gram_QQ: torch.Tensor, right_QH: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
@@ -37,18 +30,6 @@ def solve_ridge(gram_QQ: torch.Tensor, right_QH: torch.Tensor, strength: float |
     least = float(strength.min()) if isinstance(strength, torch.Tensor) else strength
     out: torch.Tensor = vectors @ ((vectors.T @ right_QH) / values.clamp(min=least)[:, None])
     return out
-
-
-def token_scales(inputs: LayerInputs, weighting: TokenWeighting) -> torch.Tensor | None:
-    """float32 ``[T]``: what each token's error is multiplied by before it is squared; mean square 1. None for ones.
-
-    ``"residual"``: the inverse root mean square of the token's residual stream, by which the next RMSNorm divides.
-    """
-    if weighting == "none" or inputs.num_tokens == 0:
-        return None
-    size = inputs.residual_scale_T.double()
-    scales = 1 / size.clamp(min=max(LEAST_RESIDUAL * float(size.median()), 1e-30))
-    return (scales / scales.square().mean().sqrt()).float()
 
 
 def check_finite(layer: int, *sums: torch.Tensor) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llamamoe.methods.inputs import LayerInputs
-from llamamoe.methods.layer import PADDING, ExpertWeights, FfnWeights, LayerContext, Partition
+from llamamoe.methods.layer import PADDING, ExpertWeights, FfnWeights, LayerContext, LayerInputs, Partition
 from llamamoe.methods.moe_layer import ConvertedFfn
 
 HIDDEN, NEURONS, EXPERTS, TOP_K, SHARED, WIDTH = 8, 24, 4, 2, 6, 5

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from ..checkpoint.files import make_folder, remove_temporaries, replacing, write_text
 from ..errors import LlamaMoeError
-from ..methods.inputs import BATCH_TOKENS
+from ..methods.layer import BATCH_TOKENS
 from ..models.streaming import LayerRunner, StreamedModel
 from ..progress import Progress, ProgressCallback, ignore_progress
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import set_size
 from ..errors import LlamaMoeError
-from ..methods.inputs import BATCH_TOKENS, LayerInputs
-from ..methods.layer import FfnWeights
+from ..methods.layer import BATCH_TOKENS, FfnWeights, LayerInputs
 from ..models.streaming import LayerRunner, StreamedModel
 
 if TYPE_CHECKING:

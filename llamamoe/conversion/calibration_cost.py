@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RefusedError
-from ..methods.inputs import BATCH_TOKENS
+from ..methods.layer import BATCH_TOKENS
 from ..methods.repairs import REPAIRS
 from .recipe import NO_REPAIR
 

@@ -11,14 +11,13 @@ from ..architectures.targets.base import Neurons
 from ..calibration.walk import read_ffn
 from ..checkpoint.tensors import cast, torch_dtype
 from ..methods.contributions import router_quality
-from ..methods.layer import ExpertWeights, FfnWeights, LayerContext, Partition
+from ..methods.layer import ExpertWeights, FfnWeights, LayerContext, Partition, TokenWeighting, token_scales
 from ..methods.moe_layer import ConvertedFfn, dense_outputs, parity_before_repair
 from ..methods.repairs import REPAIRS
 from ..methods.router_scale import scale_router
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..numerics import TokenWeighting, token_scales
 from ..plugins import Registry
 from .assembly import LayerParts, router_dtype
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ..methods.inputs import LayerInputs
+    from ..methods.layer import LayerInputs
     from ..methods.splitters.base import Splitter
     from .plan import SplitPlan
     from .recipe import Choice

@@ -24,7 +24,7 @@ from .recipe import AUTO
 if TYPE_CHECKING:
     from ..calibration.compute import Compute
     from ..calibration.gradients import GradientStore
-    from ..methods.inputs import LayerInputs
+    from ..methods.layer import LayerInputs
     from .plan import SplitPlan
 
 UNIT = "calibration"

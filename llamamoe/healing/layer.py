@@ -18,8 +18,7 @@ from .train_layer import LayerTask, layer_error, start_router, train_layer
 if TYPE_CHECKING:
     import torch
 
-    from ..methods.inputs import LayerInputs
-    from ..methods.layer import FfnWeights
+    from ..methods.layer import FfnWeights, LayerInputs
 
 
 @dataclass(frozen=True)

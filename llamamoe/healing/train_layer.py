@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaMoeError
-from ..methods.inputs import LayerInputs
-from ..numerics import token_scales, wide
+from ..methods.layer import LayerInputs, token_scales
+from ..numerics import wide
 from ..training.losses import LOSSES, LossContext
 from ..training.router_start import logit_std, soften
 from ..training.routing import RouterTap, Routing

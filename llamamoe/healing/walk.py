@@ -23,7 +23,7 @@ from .ranks import Handoff, Ranks
 from .train_layer import LayerTask
 
 if TYPE_CHECKING:
-    from ..methods.inputs import LayerInputs
+    from ..methods.layer import LayerInputs
 
 OUTER = "outer"
 """The unit of the ledger that holds embedding, final norm and head."""

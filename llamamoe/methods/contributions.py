@@ -10,7 +10,7 @@ from .layer import PADDING, ExpertWeights, FfnWeights, Partition
 if TYPE_CHECKING:
     import torch
 
-    from .inputs import LayerInputs
+    from .layer import LayerInputs
     from .moe_layer import ConvertedFfn
 
 Contribution = Literal["norm", "power"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..plugins import Options
-from .inputs import LayerInputs, activate
+from .layer import LayerInputs, activate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

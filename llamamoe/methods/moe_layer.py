@@ -13,8 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from ..architectures.targets.base import Weighting, weight
-from .inputs import LayerInputs
-from .layer import ExpertWeights, FfnWeights, Partition
+from .layer import ExpertWeights, FfnWeights, LayerInputs, Partition
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..methods.contributions import Contribution, contributions
-from ..methods.inputs import LayerInputs
-from ..methods.layer import ExpertWeights, Partition
+from ..methods.layer import ExpertWeights, LayerInputs, Partition
 
 if TYPE_CHECKING:
     import torch

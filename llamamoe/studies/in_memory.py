@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..calibration.gradients import GradientStore
     from ..calibration.text import CalibrationText
     from ..conversion.plan import SplitPlan
-    from ..methods.inputs import LayerInputs
+    from ..methods.layer import LayerInputs
 
 
 @dataclass(frozen=True)

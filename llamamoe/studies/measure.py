@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.scores import ModelScores, model_scores
-from ..methods.inputs import BATCH_TOKENS, LayerInputs
+from ..methods.layer import BATCH_TOKENS, LayerInputs
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llamamoe.healing.block import load_ffn
 from llamamoe.healing.planning import plan_heal
 from llamamoe.healing.train_layer import LayerTask, _Competitive, _descend, _Joint, start_router
-from llamamoe.methods.inputs import LayerInputs
+from llamamoe.methods.layer import LayerInputs
 from tests.healing.common import convert, heal_recipe, write_text
 from tests.models import make_dense
 

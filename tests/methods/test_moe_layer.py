@@ -13,8 +13,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from llamamoe.methods.inputs import LayerInputs
-from llamamoe.methods.layer import ExpertWeights
+from llamamoe.methods.layer import ExpertWeights, LayerInputs
 from llamamoe.methods.moe_layer import ConvertedFfn, dense_outputs
 from tests.converted import (
     EXPERTS,

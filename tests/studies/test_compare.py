@@ -15,7 +15,7 @@ import torch
 from llamamoe.errors import LlamaMoeError, MissingExtraError, UsageError
 from llamamoe.evaluation.perplexity import evaluate
 from llamamoe.methods.contributions import contributions
-from llamamoe.methods.inputs import LayerInputs
+from llamamoe.methods.layer import LayerInputs
 from llamamoe.studies import engine, picture, store
 from llamamoe.studies.compare import compare, plan_comparison
 from llamamoe.studies.in_memory import convert_in_memory, oracle_of

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ...errors import LlamaMoeError
-from ...numerics import TokenWeighting, token_scales
 from ...plugins import Options
-from ..inputs import BATCH_TOKENS, activate
+from ..layer import BATCH_TOKENS, TokenWeighting, activate, token_scales
 from ..moe_layer import dense_outputs
 from .base import Repair
 from .least_squares import LeastSquares

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ...numerics import TokenWeighting, check_finite, double_device, solve_ridge, token_scales
+from ...numerics import check_finite, double_device, solve_ridge
 from ...plugins import Options
-from ..inputs import BATCH_TOKENS
+from ..layer import BATCH_TOKENS, TokenWeighting, token_scales
 from ..solvers.normal_equations import residuals
 from .base import Repair
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from ...numerics import TokenWeighting, solve_ridge
+from ...numerics import solve_ridge
 from ...plugins import Options
-from ..inputs import BATCH_TOKENS
+from ..layer import BATCH_TOKENS, TokenWeighting
 from ..solvers.normal_equations import NormalEquations, normal_equations
 from .base import Repair
 

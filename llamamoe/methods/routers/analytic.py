@@ -84,7 +84,7 @@ def cmoe_scores(ffn: FfnWeights, chosen_N: torch.Tensor, context: LayerContext) 
 
     Inputs as they are, rows of length 1; 0 for the neuron -1.
     """
-    from ..inputs import activate
+    from ..layer import activate
 
     inputs = context.inputs
     gate, up = (_unit_rows(w, chosen_N).to(inputs.device, inputs.compute_dtype) for w in (ffn.gate_FH, ffn.up_FH))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ...numerics import TokenWeighting, check_finite, solve_ridge, token_scales
+from ...numerics import check_finite, solve_ridge
 from ...plugins import Options
-from ..layer import ExpertWeights
+from ..layer import ExpertWeights, TokenWeighting, token_scales
 from ..moe_layer import ConvertedFfn, dense_outputs
 from ..solvers.choice_loss import ChoiceLoss, ChoiceProblem, weighted_gram
 from ..solvers.greedy_choices import Choices, best_choices
@@ -19,8 +19,7 @@ from .ridge import centred, log_contribution
 if TYPE_CHECKING:
     import torch
 
-    from ..inputs import LayerInputs
-    from ..layer import FfnWeights, LayerContext, Partition
+    from ..layer import FfnWeights, LayerContext, LayerInputs, Partition
 
 
 class Distilled(Router):

@@ -15,8 +15,7 @@ from .base import Router
 if TYPE_CHECKING:
     import torch
 
-    from ..inputs import LayerInputs
-    from ..layer import ExpertWeights, FfnWeights, LayerContext, Partition
+    from ..layer import ExpertWeights, FfnWeights, LayerContext, LayerInputs, Partition
 
 LEAST_CONTRIBUTION = 1e-30
 """Contributions below this count as this, so that their logarithm is a number."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...numerics import TokenWeighting, check_finite, double_device, solve_ridge, token_scales
+from ...numerics import check_finite, double_device, solve_ridge
 from ...plugins import Options
 from ..contributions import Contribution, contributions
+from ..layer import TokenWeighting, token_scales
 from .base import Router
 
 if TYPE_CHECKING:

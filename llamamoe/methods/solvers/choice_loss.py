@@ -12,7 +12,7 @@ from .transport import top_k_threshold
 if TYPE_CHECKING:
     import torch
 
-    from ..inputs import LayerInputs
+    from ..layer import LayerInputs
 
 ChoiceLoss = Literal["logistic", "softmax"]
 

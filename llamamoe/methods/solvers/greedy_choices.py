@@ -11,8 +11,7 @@ from ..moe_layer import ConvertedFfn, dense_outputs
 if TYPE_CHECKING:
     import torch
 
-    from ..inputs import LayerInputs
-    from ..layer import FfnWeights
+    from ..layer import FfnWeights, LayerInputs
 
 FLOATS_AT_ONCE = 2**24
 """Most numbers that the outputs of all experts and their scalar products may take at a time (64 MB)."""

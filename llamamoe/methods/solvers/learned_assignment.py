@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ..inputs import LayerInputs
-    from ..layer import FfnWeights, LayerContext
+    from ..layer import FfnWeights, LayerContext, LayerInputs
 
 MARGIN = 0.5
 """By how much a neuron's first expert leads at the start, in standard deviations of its logits."""
@@ -84,7 +83,7 @@ class RoutedNeurons:
 
     def tokens(self, index_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs ``[B, H]`` in float32, and what the neurons do times the token's scale, float32 ``[B, R]``."""
-        from ..inputs import activate
+        from ..layer import activate
 
         device = self.inputs.device
         x_BH = self.inputs.x_TH[index_B].to(device, self.inputs.compute_dtype)

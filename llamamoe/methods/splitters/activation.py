@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ..inputs import BATCH_TOKENS
-from ..layer import Partition
+from ..layer import BATCH_TOKENS, Partition
 from ..markers import Distance, MarkerOptions
 from .base import Splitter, routed_neurons
 

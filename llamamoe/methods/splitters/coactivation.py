@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ...plugins import Options
-from ..inputs import BATCH_TOKENS
-from ..layer import FfnWeights, Partition
+from ..layer import BATCH_TOKENS, FfnWeights, Partition
 from .base import Splitter, routed_neurons
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ..inputs import LayerInputs
-    from ..layer import LayerContext
+    from ..layer import LayerContext, LayerInputs
 
 Kernel = Literal["plain", "l1_norm", "l2_norm"]
 

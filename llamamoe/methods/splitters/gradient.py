@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ..inputs import LayerInputs
-    from ..layer import FfnWeights, LayerContext
+    from ..layer import FfnWeights, LayerContext, LayerInputs
 
 SAMPLE = 16384
 """Tokens that are clustered, at most; every token is then assigned to the centroid that its router would choose."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...numerics import TokenWeighting, check_finite, token_scales
-from ..layer import Partition
+from ...numerics import check_finite
+from ..layer import Partition, TokenWeighting, token_scales
 from ..solvers.learned_assignment import LearningOptions
 from .base import Splitter, routed_neurons
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...numerics import TokenWeighting, token_scales
 from ...plugins import Options
-from ..layer import Partition
+from ..layer import Partition, TokenWeighting, token_scales
 from ..solvers.balance import assign_balanced
 from .base import Splitter, routed_neurons
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ..inputs import LayerInputs
-    from ..layer import FfnWeights, LayerContext
+    from ..layer import FfnWeights, LayerContext, LayerInputs
 
 
 class TokenClusters(Splitter):
@@ -98,7 +96,7 @@ class TokenClusters(Splitter):
     @classmethod
     def working_bytes(cls, intermediate_size: int, hidden_size: int) -> int:
         """See `Splitter.working_bytes`: a batch of activations, twice, and a Gram of the inputs in float64."""
-        from ..inputs import BATCH_TOKENS
+        from ..layer import BATCH_TOKENS
 
         return 8 * BATCH_TOKENS * intermediate_size + 16 * hidden_size**2
 

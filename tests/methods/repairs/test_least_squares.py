@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from llamamoe.errors import LlamaMoeError
-from llamamoe.methods.inputs import LayerInputs
-from llamamoe.methods.layer import PADDING, ExpertWeights, FfnWeights
+from llamamoe.methods.layer import PADDING, ExpertWeights, FfnWeights, LayerInputs
 from llamamoe.methods.moe_layer import ConvertedFfn
 from llamamoe.methods.repairs.least_squares import LeastSquares
 from llamamoe.numerics import solve_ridge

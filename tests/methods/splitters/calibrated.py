@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llamamoe.methods.inputs import LayerInputs
-from llamamoe.methods.layer import FfnWeights, LayerContext
+from llamamoe.methods.layer import FfnWeights, LayerContext, LayerInputs
 
 
 def random_ffn(size: int = 24, hidden: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> FfnWeights:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamamoe.methods.layer import PADDING, FfnWeights, Partition
+from llamamoe.methods.layer import PADDING, FfnWeights, Partition, token_scales
 from llamamoe.methods.routers.hidden_centroid import HiddenCentroid
 from llamamoe.methods.solvers.balance import assign_balanced
 from llamamoe.methods.solvers.learned_assignment import (
@@ -25,7 +25,6 @@ from llamamoe.methods.solvers.learned_assignment import (
 from llamamoe.methods.solvers.transport import balanced_transport, soft_top_k
 from llamamoe.methods.splitters import SPLITTERS
 from llamamoe.methods.splitters.learned import Learned, labels_of
-from llamamoe.numerics import token_scales
 
 from .calibrated import layer_context, layer_inputs, plain_hidden, random_ffn, random_inputs
 

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamamoe.methods.inputs import LayerInputs
-from llamamoe.methods.layer import FfnWeights
+from llamamoe.methods.layer import FfnWeights, LayerInputs
 from llamamoe.methods.splitters.base import routed_neurons
 from llamamoe.methods.splitters.token_clusters import TokenClusters, captured_power, spherical_kmeans
 from tests.methods.splitters.calibrated import layer_context, layer_inputs, plain_hidden, random_ffn, random_inputs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ....methods.inputs import BATCH_TOKENS
+from ....methods.layer import BATCH_TOKENS
 from ....plugins import Plugin
 from ....progress import ProgressCallback, ignore_progress
 from .curves import Curves

@@ -12,7 +12,7 @@ from ....conversion.calibration_cost import MEMORY_BYTES
 from ....conversion.layer import convert_layer
 from ....conversion.session import with_clusters
 from ....errors import LlamaMoeError
-from ....methods.inputs import LayerInputs
+from ....methods.layer import LayerInputs
 from ....methods.moe_layer import ConvertedFfn, dense_outputs
 from ....models.loading import LOGITS_AT_ONCE
 from ....models.streaming import LayerRunner, StreamedModel

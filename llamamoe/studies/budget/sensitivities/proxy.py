@@ -15,7 +15,7 @@ from .curves import Curves
 if TYPE_CHECKING:
     import torch
 
-    from ....methods.inputs import LayerInputs
+    from ....methods.layer import LayerInputs
 
 STEPS = 32
 """The curve is taken at the shares 1/32, 2/32, ... 31/32."""
