@@ -94,7 +94,8 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
 def _plan(
     source: str, out: str | None, recipe: SplitRecipe, resume: bool, force: bool, tokenizer: str | None, output: Output
 ) -> None:
-    from llamamoe.checkpoint.out_folder import check_out, check_room, normal_path
+    from llamamoe.checkpoint.out_folder import check_out, normal_path
+    from llamamoe.conversion.preflight import check_room
     from llamamoe.conversion.split import plan_conversion
 
     from ._plan import print_plan

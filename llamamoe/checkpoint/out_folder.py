@@ -10,9 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..conversion.plan import SplitPlan
-from ..conversion.recipe import AUTO
-from ..data.files import find_files
 from ..errors import CheckpointError, LlamaMoeError, RefusedError
 from .ledger import partial_path, replaced_path
 from .reader import INDEX, LICENSE_FILES, SIDE_FILES, read_weight_map
@@ -170,35 +167,9 @@ def _foreign(folder: Path) -> list[str]:
     )
 
 
-def check_text(decided: SplitPlan) -> None:
-    """Find the files of the calibration text, before anything is written. Opens none of them.
-
-    Raises:
-        UsageError: A path or glob matches nothing, a folder holds no text, or a file is of an unknown kind.
-    """
-    if decided.calibration and AUTO not in decided.recipe.calibration:
-        find_files(decided.recipe.calibration)
-
-
 def free_bytes(out: Path, *, resume: bool) -> int:
     """What the disk of OUT has room for; what a stopped run left there, and ``resume`` takes up, counts as free."""
     have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
     if resume and partial_path(out).is_dir():
         have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
     return have
-
-
-def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
-    """Refuse if the disk cannot hold the result.
-
-    Raises:
-        RefusedError: Too few bytes are free.
-    """
-    have = free_bytes(out, resume=resume)
-    states = decided.calibration.disk_bytes if decided.calibration else 0
-    need = decided.cost.nbytes + states + 64 * 2**20
-    if have < need:
-        raise RefusedError(
-            f"the result{' and the hidden states' if states else ''} take{'' if states else 's'} {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint=f"Make room, choose another disk, {'fewer --calibration-tokens ' if states else ''}or a smaller --dtype.",
-        )

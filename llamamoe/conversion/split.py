@@ -21,16 +21,7 @@ from ..checkpoint.layout import index_json
 from ..checkpoint.ledger import partial_path
 from ..checkpoint.locate import Location, locate, open_checkpoint
 from ..checkpoint.memory import reused_memory
-from ..checkpoint.out_folder import (
-    RECEIPT_FILE,
-    RECIPE_FILE,
-    check_out,
-    check_room,
-    check_text,
-    normal_path,
-    recover_replaced,
-    system_errors,
-)
+from ..checkpoint.out_folder import RECEIPT_FILE, RECIPE_FILE, check_out, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX
 from ..checkpoint.tensors import nonfinite, one_thread
 from ..checkpoint.tokenizer import carry, check_parent
@@ -42,6 +33,7 @@ from .assembly import made_of, make
 from .card import model_card
 from .layer import ConvertedLayer, convert_layer
 from .plan import SplitPlan, plan_split
+from .preflight import check_room, check_text
 from .provenance import config_block, plan_fingerprint
 from .recipe import SplitRecipe
 from .session import UNIT, Session, read_ahead, remove_states
