@@ -7,11 +7,12 @@ are followed, and into folders that the reader has listed in ``LLAMAMOE_LINKS_IN
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import CheckpointError, printable
+from ..errors import CheckpointError, UsageError, printable
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
@@ -101,3 +102,27 @@ def check_link(path: Path, folder: Path) -> Path:
             hint="Copy the file into the folder.",
         )
     return real
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is not a regular file or a link to one: a pipe has no size and may have no end.
+
+    Raises:
+        UsageError: It is something else.
+        CheckpointError: Git LFS left a pointer in its place.
+        OSError: It is not there.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "something else")
+        raise UsageError(f"'{path}' is {kind}, not a regular file.", hint="Write the text into a file first.")
+    refuse_pointers([path])

@@ -14,7 +14,8 @@ from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
 from ..plugins import Plugin, Registry
-from .recipe import AUTO, NO_REPAIR, Choice, SplitRecipe, build_recipe
+from ..recipes import Choice
+from .recipe import AUTO, NO_REPAIR, SplitRecipe, build_recipe
 
 CALIBRATED_DEFAULT: dict[str, Any] = {
     "method": "token_clusters",

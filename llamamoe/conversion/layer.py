@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from ..methods.layer import LayerInputs
     from ..methods.splitters.base import Splitter
+    from ..recipes import Choice
     from .plan import SplitPlan
-    from .recipe import Choice
 
 
 @dataclass(frozen=True)

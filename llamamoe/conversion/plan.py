@@ -21,11 +21,12 @@ from ..checkpoint.tokenizer import plan_warnings
 from ..errors import RefusedError
 from ..methods.repairs import REPAIRS
 from ..methods.splitters.base import Kept, Splitter
+from ..recipes import Choice
 from .advice import advice
 from .assembly import router_dtype
 from .calibration_cost import CalibrationPlan, plan_calibration
 from .defaults import complete
-from .recipe import DTYPES, NO_REPAIR, Choice, SplitRecipe
+from .recipe import DTYPES, NO_REPAIR, SplitRecipe
 from .sizes import choose_target, make_splitter, padded
 
 

@@ -8,8 +8,8 @@ import io
 from pathlib import Path
 from typing import IO, Any, cast
 
+from ..checkpoint.paths import check_regular
 from ..errors import LlamaMoeError, MissingExtraError
-from .files import check_regular
 
 _COMPRESSED_BYTES = 1 << 10
 """Handed to zstandard at once: it gives back everything that they unpack to, up to 32,768 times as much."""

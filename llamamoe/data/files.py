@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import glob
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..checkpoint.paths import refuse_pointers
+from ..checkpoint.paths import check_regular
 from ..errors import RefusedError, UsageError
 
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -18,13 +17,6 @@ _GENERIC = re.compile(
     r"(part|shard|chunk|split|file|data|text|docs?|documents?|train|training|valid|validation|val|dev|test|eval|"
     r"holdout|heldout|example)?([-_.]?(train|valid|validation|test|holdout))?([-_.]?\d+)*([-_.]?of[-_.]?\d+)?",
     re.IGNORECASE,
-)
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
 )
 
 
@@ -45,21 +37,6 @@ def find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, str]]:
             domain = _domain(path, by_folder=suffix_of(path).startswith(".txt") and not named)
             found.setdefault(path.resolve(), (path, domain))
     return list(found.values())
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what is not a regular file or a link to one: a pipe has no size and may have no end.
-
-    Raises:
-        UsageError: It is something else.
-        CheckpointError: Git LFS left a pointer in its place.
-        OSError: It is not there.
-    """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        kind = next((name for test, name in _KINDS if test(mode)), "something else")
-        raise UsageError(f"'{path}' is {kind}, not a regular file.", hint="Write the text into a file first.")
-    refuse_pointers([path])
 
 
 def _match(pattern: str | Path) -> Iterator[tuple[Path, bool]]:

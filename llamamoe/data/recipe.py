@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..conversion.recipe import form, load_plain
+from ..conversion.recipe import form
+from ..recipes import load_plain
 
 
 def _paths(value: Any) -> Any:

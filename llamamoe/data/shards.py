@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.manifest import file_sha256
-from ..checkpoint.paths import refuse_pointers
+from ..checkpoint.paths import check_regular, refuse_pointers
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..plugins import near_misses
 from ..progress import Progress, ProgressCallback, ignore_progress
-from .files import check_regular
 from .token_index import INDEX_FILE, TRAIN, VALIDATION, DomainEntry, TokenIndex, read_index
 
 OPEN_FILES = 128

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..conversion.recipe import load_plain
 from ..errors import LlamaMoeError, MissingExtraError, UsageError
 from ..plugins import near_misses
 from ..progress import ProgressCallback, counting, ignore_progress
+from ..recipes import load_plain
 
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "mc2", "word_perplexity", "perplexity", "bits_per_byte")
 """Metrics that are shown, of several of one task all; others are left to the harness's own output."""

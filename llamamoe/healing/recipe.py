@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..conversion.recipe import Device, load_plain
+from ..conversion.recipe import Device
 from ..plugins import near_misses
+from ..recipes import load_plain
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

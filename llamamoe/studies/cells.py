@@ -10,11 +10,12 @@ from typing import Any, Literal
 from ..architectures.costs import Cost
 from ..architectures.dense_checkpoint import DenseModel
 from ..conversion.plan import SplitPlan, plan_split
-from ..conversion.recipe import NO_REPAIR, Choice
+from ..conversion.recipe import NO_REPAIR
 from ..conversion.sizes import PAD_TO
 from ..errors import RefusedError, UsageError
 from ..methods.splitters import SPLITTERS
 from ..plugins import near_misses
+from ..recipes import Choice
 from .recipe import DENSE, ORACLE, RANDOM, STATIC, CompareRecipe, StudyMethod
 from .sizes import SHARED_GATE, sizes_for_budget
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..conversion.recipe import Choice, apply_override, choose, parse_override, read_recipe_file, validated
+from ..recipes import Choice, apply_override, choose, parse_override, read_recipe_file, validated
 from .balancing import BalancingOptions
 from .distillation_options import DistillOptions
 from .gates import GATES

@@ -12,11 +12,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from llamamoe.conversion.recipe import SplitRecipe, build_recipe, load_recipe, parse_override, read_recipe_file
+from llamamoe.conversion.recipe import SplitRecipe, build_recipe, load_recipe
 from llamamoe.data.recipe import TokenizeRecipe
 from llamamoe.errors import UsageError
 from llamamoe.evaluation.tasks import TaskRecipe
 from llamamoe.healing.recipe import HealRecipe
+from llamamoe.recipes import parse_override, read_recipe_file
 from llamamoe.studies.recipe import CompareRecipe
 from llamamoe.training.recipe import PretrainRecipe
 

@@ -1,0 +1,216 @@
+"""What all recipes share: YAML without code, overrides, and every error at once, with near misses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from .checkpoint.paths import check_regular
+from .checkpoint.plain_values import MOST_DIGITS, Huge, oddities
+from .errors import UsageError
+from .plugins import Plugin, Registry, near_misses
+
+R = TypeVar("R", bound=BaseModel)
+
+
+_MOST_BYTES, _MOST_VALUES = 2**20, 100_000
+
+
+class Choice(BaseModel):
+    """A plug-in by name, with its options (defaults filled in)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
+    """Accept ``name``, ``{name: ..., option: value}`` or a `Choice`; check the options with the plug-in's model.
+
+    Args:
+        registry: Where the names are looked up.
+        words: Names that stand for no plug-in and have no options.
+    """
+
+    def check(value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, Choice):
+            value = {"name": value.name, **value.options}
+        given = {"name": value} if isinstance(value, str) else value
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+            raise PydanticCustomError("choice", "must be a name or a mapping with a 'name'")
+        if given["name"] not in registry and given["name"] not in words:
+            known = [*words, *registry.names()]
+            raise PydanticCustomError(
+                "choice", f"unknown {registry.kind} {given['name']!r}. " + near_misses(given["name"], known)
+            )
+        plugin: type[Plugin] = Plugin if given["name"] in words else registry.get(given["name"])
+        options: dict[str, Any] = {str(k): v for k, v in given.items() if k not in ("name", "options")}
+        nested: Any = given.get("options") or {}
+        if not isinstance(nested, Mapping):
+            raise PydanticCustomError("choice", "'options' must be a mapping")
+        options |= dict(nested)
+        try:
+            complete = plugin.Options.model_validate(options)
+        except ValidationError as error:
+            raise PydanticCustomError("options", "; ".join(explain(error, plugin.Options))) from None
+        return Choice(name=given["name"], options=complete.model_dump(mode="json"))
+
+    return BeforeValidator(check)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line per error: path, rule, value, and for an unknown key the nearest known one."""
+    lines = []
+    for item in error.errors():
+        # pydantic puts the alternatives of a union among the keys: function-before[...], tuple[constrained-int, ...]
+        path = ".".join(str(part) for part in item["loc"] if not re.match(r"function-|constrained-|\w+\[", str(part)))
+        if item["type"] == "extra_forbidden":
+            lines.append(
+                f"{path}: unknown key. {near_misses(str(item['loc'][-1]), _known_keys(model, item['loc'][:-1]))}"
+            )
+            continue
+        scalar = isinstance(item.get("input"), str | int | float | bool) and item["type"] not in ("choice", "options")
+        shown = f" (got {item['input']!r})" if scalar else ""
+        lines.append(f"{path + ': ' if path else ''}{item['msg']}{shown}")
+    return list(dict.fromkeys(lines))
+
+
+def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the part of a recipe that ``path`` leads to."""
+    for part in path:
+        if str(part) in model.model_fields:
+            annotation = model.model_fields[str(part)].annotation
+            parts = [annotation, *get_args(annotation)]
+            inner = next((each for each in parts if isinstance(each, type) and issubclass(each, BaseModel)), None)
+            model = inner or model
+    return list(model.model_fields)
+
+
+def validated(model: type[R], data: Mapping[str, Any]) -> R:
+    """A recipe of any kind from a mapping, completed with defaults.
+
+    Raises:
+        UsageError: Something is wrong; every error is named.
+    """
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        lines = explain(error, model)
+        raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key that stands twice is an error, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See PyYAML."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """See PyYAML; a number of thousands of digits, which Python does not print, is left to `oddities`."""
+        text = str(node.value)
+        return super().construct_yaml_int(node) if len(text) <= MOST_DIGITS else Huge(len(text))
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
+
+
+def _parse(text: str) -> Any:
+    """YAML without code.
+
+    Raises:
+        yaml.YAMLError: It is none, or holds values that cannot be passed on; what PyYAML's own parts raise for odd values
+            and nesting included.
+    """
+    try:
+        data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+    odd = next(oddities(data, _MOST_VALUES, nul=False), None)
+    if odd is not None:
+        raise yaml.YAMLError(odd)
+    return data
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """``a.b=c`` to (["a", "b"], value); the value is read as YAML.
+
+    Raises:
+        UsageError: There is no ``=`` or no key.
+    """
+    key, equals, value = text.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise UsageError(f"--set {text!r} is not of the form key=value (for example method.max_iter=50).")
+    try:
+        return path, _parse(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text!r}: the value is not YAML ({error}).") from None
+
+
+def apply_override(data: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a nested key in place; a plug-in given by name only becomes a mapping when an option of it is set."""
+    for part in path[:-1]:
+        inner = data.get(part)
+        if inner is None:
+            raise (
+                UsageError(f"--set {'.'.join(path)}: name the {part} first (--set {part}=NAME).")
+                if part in ("shared_by", "router", "rescale", "repair")
+                else UsageError(f"--set {'.'.join(path)}: there is no {part!r} in the recipe.")
+            )
+        if not isinstance(inner, str | Mapping):
+            raise UsageError(f"--set {'.'.join(path)}: {part} = {inner!r} has no keys; set {part} itself.")
+        data[part] = {"name": inner} if isinstance(inner, str) else dict(inner)
+        data = data[part]
+    data[path[-1]] = value
+
+
+def read_recipe_file(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping, safely.
+
+    Raises:
+        UsageError: The file is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        check_regular(Path(path))
+        with Path(path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UsageError(f"the recipe {str(path)!r} has more than {_MOST_BYTES:,} bytes.")
+        data = _parse(content.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe {str(path)!r} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"the recipe {str(path)!r} must hold a mapping (key: value), not {type(data).__name__}.")
+    return data
+
+
+def load_plain(model: type[R], path: str | Path | None, given: Mapping[str, Any] | None, overrides: Sequence[str]) -> R:
+    """A recipe of ``model`` from a file (None: its defaults), then values that are not None, then ``a.b=c`` texts.
+
+    Raises:
+        UsageError: The file or a value is not valid; every error is named.
+    """
+    data = {} if path is None else read_recipe_file(path)
+    data |= {key: value for key, value in (given or {}).items() if value is not None}
+    for text in overrides:
+        keys, value = parse_override(text)
+        apply_override(data, keys, value)
+    return validated(model, data)
