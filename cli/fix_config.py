@@ -26,7 +26,7 @@ class 4.57 does not have gets one that both versions have. Transformers 5 loads 
 @output_options
 def command(path: str, dry_run: bool, output: Output) -> None:
     """Parse, fix, print."""
-    from llamamoe.architectures.config_compat import fix_config
+    from llamamoe.transforms.fix_config import fix_config
 
     fixes = fix_config(path, dry_run=dry_run)
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .architectures.config_compat import fix_config
     from .architectures.inspect import Inspection, inspect_checkpoint
     from .catalog import Matrix, Method, list_methods, matrix
     from .conversion.recipe import SplitRecipe, load_recipe
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from .training.recipe import PretrainRecipe, load_pretrain_recipe
     from .transforms.densify import DensifyResult, densify
     from .transforms.export_gguf import GgufExport, export_gguf
+    from .transforms.fix_config import fix_config
     from .transforms.merge import MergeResult, merge
     from .transforms.retop import RetopResult, retop
 

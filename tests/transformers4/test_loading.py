@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import llamamoe
-from llamamoe.architectures.config_compat import fix_config
+from llamamoe.transforms.fix_config import fix_config
 from tests.models import make_dense
 
 from .loading import PYTHON, expect_logits, run_older

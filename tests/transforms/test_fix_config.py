@@ -10,13 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
-from llamamoe.architectures.config_compat import Fixes, fix_config, missing_keys
+from llamamoe.architectures.config_compat import missing_keys
 from llamamoe.architectures.sources import SOURCES
 from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.headers import read_header
 from llamamoe.checkpoint.tokenizer import difference
 from llamamoe.conversion.split import split
 from llamamoe.errors import LlamaMoeError, RefusedError
+from llamamoe.transforms.fix_config import Fixes, fix_config
 from tests.models import LLAMA3_ROPE, VARIANTS, make_byte_level, make_dense
 
 OTHER_ROPE = {"rope_type": "default", "rope_theta": 25000.0}
