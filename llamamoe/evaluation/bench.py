@@ -138,8 +138,7 @@ def bench(
     """
     import torch
 
-    from ..models.loading import open_models
-    from .perplexity import pick_device
+    from ..models.loading import open_models, pick_device
 
     sizes = _check(batch_sizes, prompt_tokens, new_tokens, repeats)
     device = pick_device(device)

@@ -12,6 +12,7 @@ import numpy as np
 from ..data.encoding import Encoded, Window, encode, windows_of
 from ..data.text import Document, read_documents
 from ..errors import LlamaMoeError, UsageError
+from ..models.loading import pick_devices
 from ..progress import ProgressCallback, counting, ignore_progress
 from .scores import Counts, Evaluation, differences, model_scores
 
@@ -116,50 +117,6 @@ def _check_stride(stride: int | None, length: int) -> None:
         )
 
 
-def pick_devices(name: str) -> list[str]:
-    """The devices of that name: where copies of a model run side by side.
-
-    Args:
-        name: ``"auto"`` (the GPU if there is one), a torch device, several with commas between them (a copy of the
-            model on each), ``"all"`` (a copy on every GPU), or ``"spread"`` (one copy, its layers over all GPUs).
-
-    Raises:
-        UsageError: There is no such device.
-    """
-    import torch
-
-    if name == "spread":
-        return ["spread"]
-    if name == "all":
-        found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        if not found:
-            raise UsageError("The device 'all' means every GPU, and torch sees none.", hint="Use 'auto' or 'cpu'.")
-        return found
-    return [pick_device(each.strip()) for each in name.split(",")]
-
-
-def pick_device(name: str) -> str:
-    """The device of that name, ``"auto"`` resolved.
-
-    Raises:
-        UsageError: There is none.
-    """
-    import torch
-
-    if name in ("all", "spread") or "," in name:
-        raise UsageError(f"The device '{name}' means several, and this runs on one.", hint="Name one, such as cuda:0.")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise UsageError(
-            f"The device '{name}' cannot be used: {str(error).splitlines()[0]}",
-            hint="Use 'auto', 'cpu', or 'cuda' on a machine that has a GPU and a torch built for it.",
-        ) from error
-    return name
-
-
 def window_length(asked: int | None, sides: Sequence[Opened]) -> int:
     """The window's length; the same for both models, so that a position has the same context in both."""
     stated = {side.name: getattr(side.config, "max_position_embeddings", None) for side in sides}
@@ -255,7 +212,7 @@ class ScoringPlan:
         return self._score([model], batch_size, advance)
 
     def _score(self, models: Sequence[Any], batch_size: int, advance: Callable[[int], None]) -> dict[str, Counts]:
-        from ..models.loading import score_windows
+        from .scoring import score_windows
 
         nll = score_windows(models, self.encoded, self.windows, batch_size, advance)
         sums = (self._sum(nll), self.tokens, self.bytes)

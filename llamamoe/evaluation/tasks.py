@@ -158,8 +158,7 @@ def evaluate_tasks(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm-eval", "eval", "Tasks of lm-evaluation-harness")
-    from ..models.loading import open_models
-    from .perplexity import pick_device
+    from ..models.loading import open_models, pick_device
 
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}, but must be at least 1.")

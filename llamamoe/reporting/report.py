@@ -86,7 +86,8 @@ def report(
         LlamaMoeError: Text or weights cannot be used, see `llamamoe.evaluate`.
         MissingExtraError: The page needs jinja2 and matplotlib (``pip install 'llamamoe[report]'``).
     """
-    from ..evaluation.perplexity import check_numbers, pick_device
+    from ..evaluation.perplexity import check_numbers
+    from ..models.loading import pick_device
 
     started = time.monotonic()
     if out is not None:
@@ -186,7 +187,8 @@ def _sides(
     """Every model with the text in its own tokens; the first one's tokenizer decides how much text is taken."""
     from ..data.encoding import windows_of
     from ..evaluation.perplexity import ScoringPlan, encode_again, protocol, scoring_plan, window_length
-    from ..models.loading import check_ids, open_models
+    from ..evaluation.scoring import check_ids
+    from ..models.loading import open_models
 
     inspections = [*models, *([parent] if parent is not None else [])]
     opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)

@@ -19,9 +19,9 @@ from ..checkpoint.locate import Location
 from ..conversion.recipe import AUTO
 from ..conversion.session import make_text, with_clusters
 from ..errors import UsageError
-from ..evaluation.perplexity import pick_device, scoring_plan
+from ..evaluation.perplexity import scoring_plan
 from ..evaluation.scores import ModelScores
-from ..models.loading import load_weights, open_model
+from ..models.loading import load_weights, open_model, pick_device
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .cells import Cell
 from .in_memory import convert_in_memory
