@@ -129,7 +129,7 @@ def load(folder: Path, what: str | None = None) -> Any:
     Raises:
         CheckpointError: transformers cannot load it, or Git LFS left pointers in the place of its files.
     """
-    from ..models.streaming import quiet_transformers
+    from .quiet import quiet_transformers
 
     refuse_pointers(folder / name for name in ("config.json", *SIDE_FILES))
     with one_error(what or f"the tokenizer of '{folder}'", folder), quiet_transformers():
@@ -188,7 +188,7 @@ def check_parent(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any | Non
     """
     from transformers import GenerationConfig
 
-    from ..models.streaming import quiet_transformers
+    from .quiet import quiet_transformers
 
     with _staged(checkpoint) as folder:
         if (folder / "generation_config.json").is_file():

@@ -15,9 +15,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.tensors import torch_dtype
 from ..errors import VerificationError
-from ..models.streaming import computing_keys, quiet_transformers
+from ..models.streaming import computing_keys
 
 if TYPE_CHECKING:
     import torch

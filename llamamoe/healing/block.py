@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..models.streaming import StreamedModel, _load_part, quiet_transformers
+from ..checkpoint.quiet import quiet_transformers
+from ..models.streaming import StreamedModel, _load_part
 from ..training.moe_layers import MoeLayer, find_moe_layers
 from ..training.router_start import renormalise
 from .plan import FROZEN

@@ -18,10 +18,10 @@ from ..architectures.targets import TARGETS
 from ..checkpoint.base import TensorInfo
 from ..checkpoint.files import copy_file, unsynced, write_text
 from ..checkpoint.json_files import read_json
+from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import SIDE_FILES
 from ..checkpoint.tokenizer import holds_vocabulary, load, one_error
 from ..errors import CheckpointError
-from .streaming import quiet_transformers
 
 _MOST_LAYERS, _MOST_LABELS = 10_000, 1_000_000
 _HINT = "Download config.json again, or correct it."

@@ -7,13 +7,13 @@ affair), and just after it they are dropped.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.quiet import quiet_transformers
 from ..errors import VerificationError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ _RUNTIME = re.compile(
     r"|torch_dtype|dtype|_name_or_path|transformers_version|architectures|llamamoe)$"
 )
 """Keys that say how to run a model, not what it computes: a checkpoint does not decide that here."""
-_NO_POOL = "HF_DEACTIVATE_ASYNC_LOAD"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 ReadTensor = Callable[[str], "torch.Tensor"]
 
@@ -34,32 +33,6 @@ ReadTensor = Callable[[str], "torch.Tensor"]
 def computing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a ``config.json`` that say what is computed, without those that say how to run it."""
     return {k: v for k, v in config.items() if not _RUNTIME.match(k)}
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no load reports while a part of a model is loaded; restores what was set.
-
-    Transformers also loads on one thread meanwhile: its pool of threads leaves every one of them with freed memory
-    of its own, which adds up over the layers (twice the peak on a 7B model).
-    """
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    pool = os.environ.get(_NO_POOL)
-    os.environ[_NO_POOL] = "1"
-    try:
-        yield
-    finally:
-        if pool is None:
-            del os.environ[_NO_POOL]
-        else:
-            os.environ[_NO_POOL] = pool
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @dataclass

@@ -12,9 +12,9 @@ from ..architectures.sources import SOURCES
 from ..architectures.targets import TARGETS
 from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.json_files import read_json
+from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError
-from ..models.streaming import quiet_transformers
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..checkpoint.quiet import quiet_transformers
 from ..errors import LlamaMoeError
-from ..models.streaming import quiet_transformers
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .divergence import diverged, first_bad
 from .lora import load_rest, save_rest

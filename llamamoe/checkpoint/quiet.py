@@ -1,0 +1,40 @@
+"""Transformers without progress bars, reports and threads of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+_NO_POOL = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load reports while a part of a model is loaded; restores what was set.
+
+    Transformers also loads on one thread meanwhile: its pool of threads leaves every one of them with freed memory
+    of its own, which adds up over the layers (twice the peak on a 7B model).
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    pool = os.environ.get(_NO_POOL)
+    os.environ[_NO_POOL] = "1"
+    try:
+        yield
+    finally:
+        if pool is None:
+            del os.environ[_NO_POOL]
+        else:
+            os.environ[_NO_POOL] = pool
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
