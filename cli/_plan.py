@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llamamoe.conversion.calibration_cost import REFERENCE_FLOPS
+from llamamoe.calibration.compute import REFERENCE_FLOPS
 
 from ._format import amount, change, duration, error, plural, size
 from ._tables import bullets, facts, heading, table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from ..errors import CheckpointError
 from ..plugins import known_names
 from .config_values import SIZE_KEYS, check_rope, check_special, check_values
 from .sources import SOURCES, DenseSpec, Read, Source
+from .sources.base import DenseSpec, canonical_shapes
 from .sources.fields import completed
 
 if TYPE_CHECKING:
@@ -159,3 +161,13 @@ def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...
             f"{len(unknown)} tensors do not belong to the architecture in config.json, the first is {unknown[0]!r}: "
             "dropping them would not be exact."
         )
+
+
+def stored_dtype(model: DenseModel) -> str:
+    """The dtype of most weights; float64 becomes float32, which transformers computes in."""
+    tally: dict[str, int] = {}
+    for name, shape in canonical_shapes(model.spec).items():
+        dtype = model.dtype_of(name)
+        tally[dtype] = tally.get(dtype, 0) + math.prod(shape)
+    most = max(tally, key=lambda d: (tally[d], d))
+    return "F32" if most == "F64" else most

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
     import torch
 
     from ..conversion.recipe import SplitRecipe
@@ -86,3 +89,16 @@ def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
     return False
+
+
+MAX_LENGTH = 512
+"""Tokens of a calibration sequence, if the recipe names no number: of equally many tokens, short sequences of many
+documents tell more than long ones of few."""
+
+
+MEMORY_BYTES = 4 * 2**30
+"""The FFN's inputs are kept in memory up to this size, and in a memory-mapped file beyond it."""
+
+
+REFERENCE_FLOPS = 1e11
+"""Floating-point operations per second for the estimate of ``--dry-run``: about two laptop cores in float32."""

@@ -10,7 +10,11 @@ import hashlib
 import io
 import json
 import os
+import platform
+import resource
 import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +177,14 @@ def _is_ours(path: Path) -> bool:
     names = {p.name for p in path.iterdir()}
     finished = ({"llamamoe_recipe.yaml", "llamamoe_receipt.json"}, {"llamamoe_derived.json"})
     return LEDGER in names or not names or any({"config.json", *each} <= names for each in finished)
+
+
+def run_facts(started: float) -> dict[str, Any]:
+    """What differs from run to run: when, how long, how much memory, on what."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_resident_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "platform": platform.platform(),
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.compute import MAX_LENGTH, MEMORY_BYTES, REFERENCE_FLOPS
 from ..errors import RefusedError
 from ..methods.layer import BATCH_TOKENS
 from ..methods.repairs import REPAIRS
@@ -15,13 +16,6 @@ if TYPE_CHECKING:
     from ..architectures.targets.base import MoeLayout
     from .defaults import Chosen
 
-MAX_LENGTH = 512
-"""Tokens of a calibration sequence, if the recipe names no number: of equally many tokens, short sequences of many
-documents tell more than long ones of few."""
-MEMORY_BYTES = 4 * 2**30
-"""The FFN's inputs are kept in memory up to this size, and in a memory-mapped file beyond it."""
-REFERENCE_FLOPS = 1e11
-"""Floating-point operations per second for the estimate of ``--dry-run``: about two laptop cores in float32."""
 SWEEPS = 4
 """How often the methods of a layer are taken to look at all its activations, beside what is counted exactly."""
 

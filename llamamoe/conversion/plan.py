@@ -12,7 +12,7 @@ from typing import Any
 
 from .._version import __version__
 from ..architectures.costs import Cost, count
-from ..architectures.dense_checkpoint import DenseModel
+from ..architectures.dense_checkpoint import DenseModel, stored_dtype
 from ..architectures.sources.base import DenseSpec, canonical_shapes
 from ..architectures.targets.base import MoeLayout, OutTensor, Target, common_config
 from ..checkpoint.base import DTYPE_BYTES
@@ -205,16 +205,6 @@ def _resolved(target: Target, layout: MoeLayout, dtype: str, calibration: Calibr
         "dtype": next(name for name, d in DTYPES.items() if d == dtype),
         "keep_dense": layout.dense_layers,
     } | ({"calibration_length": calibration.length} if calibration else {})
-
-
-def stored_dtype(model: DenseModel) -> str:
-    """The dtype of most weights; float64 becomes float32, which transformers computes in."""
-    tally: dict[str, int] = {}
-    for name, shape in canonical_shapes(model.spec).items():
-        dtype = model.dtype_of(name)
-        tally[dtype] = tally.get(dtype, 0) + math.prod(shape)
-    most = max(tally, key=lambda d: (tally[d], d))
-    return "F32" if most == "F64" else most
 
 
 def _warnings(

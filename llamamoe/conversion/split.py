@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
-import sys
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,7 +16,7 @@ from ..architectures.targets.base import Neurons, OutTensor
 from ..calibration.compute import Compute, choose_compute
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import index_json
-from ..checkpoint.ledger import partial_path
+from ..checkpoint.ledger import partial_path, run_facts
 from ..checkpoint.locate import Location, locate, open_checkpoint
 from ..checkpoint.memory import reused_memory
 from ..checkpoint.out_folder import RECEIPT_FILE, RECIPE_FILE, check_out, normal_path, recover_replaced, system_errors
@@ -296,14 +294,3 @@ def _speed(decided: SplitPlan, compute: Compute | None) -> dict[str, Any]:
     rate = compute.flops_per_second()
     seconds = round(decided.calibration.seconds(rate), 1)
     return {"calibration": {"flops_per_second": round(rate), "estimated_seconds": seconds}}
-
-
-def run_facts(started: float) -> dict[str, Any]:
-    """What differs from run to run: when, how long, how much memory, on what."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_resident_bytes": peak if sys.platform == "darwin" else peak * 1024,
-        "platform": platform.platform(),
-    }

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..checkpoint.files import write_text
+from ..checkpoint.ledger import run_facts
 from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, normal_path, recover_replaced, system_errors
 from ..checkpoint.tokenizer import check_parent
 from ..checkpoint.writer import CheckpointWriter
-from ..conversion.split import run_facts
 from ..errors import UsageError
 from ..models.loadable import check_model
 from ..progress import ProgressCallback, ignore_progress

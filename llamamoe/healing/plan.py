@@ -11,11 +11,11 @@ from ..architectures.dense_checkpoint import DenseModel
 from ..architectures.expert_weighting import renormalising
 from ..architectures.sources.base import layer_shapes, number, positive
 from ..architectures.targets.base import Target
+from ..calibration.compute import MEMORY_BYTES, REFERENCE_FLOPS
 from ..checkpoint.layout import Shards
 from ..checkpoint.locate import Location
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.writer import QUEUE_BYTES
-from ..conversion.calibration_cost import MEMORY_BYTES, REFERENCE_FLOPS
 
 if TYPE_CHECKING:
     from .recipe import HealRecipe

@@ -12,10 +12,10 @@ from ..architectures.dense_checkpoint import DenseModel, refuse_foreign, underst
 from ..architectures.expert_weighting import mixing_of
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
+from ..calibration.compute import MAX_LENGTH
 from ..checkpoint.base import FLOAT_DTYPES
 from ..checkpoint.locate import locate, locate_folder, open_parent
 from ..checkpoint.reader import SafetensorsCheckpoint
-from ..conversion.calibration_cost import MAX_LENGTH
 from ..data.files import find_files
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..methods.routers import ROUTERS

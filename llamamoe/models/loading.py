@@ -211,8 +211,8 @@ def _load_gguf(name: str, dense: DenseModel, dtype: str, device: str) -> Any:
     """
     import torch
 
+    from ..architectures.dense_checkpoint import stored_dtype
     from ..checkpoint.tensors import torch_dtype
-    from ..conversion.plan import stored_dtype
     from .streaming import StreamedModel
 
     kind: torch.dtype = torch_dtype(stored_dtype(dense)) if dtype == "auto" else getattr(torch, dtype)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...architectures.dense_checkpoint import DenseModel
+from ...architectures.dense_checkpoint import DenseModel, stored_dtype
 from ...architectures.targets import TARGETS
 from ...architectures.targets.base import MoeLayout, Target
 from ...conversion.calibration_cost import plan_calibration
 from ...conversion.defaults import complete
-from ...conversion.plan import SplitPlan, plan_split, stored_dtype
+from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.recipe import DTYPES, SplitRecipe
 from ...conversion.sizes import PAD_TO, candidate_targets, choose_target
 from ...errors import RefusedError

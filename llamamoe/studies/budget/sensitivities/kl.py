@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ....calibration.compute import MEMORY_BYTES
 from ....calibration.walk import cast_ffn, read_ffn
-from ....conversion.calibration_cost import MEMORY_BYTES
 from ....conversion.layer import convert_layer
 from ....conversion.session import with_clusters
 from ....errors import LlamaMoeError
