@@ -104,7 +104,7 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
 def _plan(model: str, out: str | None, parent: str, recipe: HealRecipe, force: bool, output: Output) -> None:
     from llamamoe.checkpoint.out_folder import normal_path
     from llamamoe.healing.output import check_place
-    from llamamoe.healing.planning import plan_heal
+    from llamamoe.healing.plan import plan_heal
 
     plan = plan_heal(model, parent, recipe)
     if out is not None:

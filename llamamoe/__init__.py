@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .evaluation.scores import Evaluation
     from .evaluation.tasks import TaskEvaluation, TaskRecipe, evaluate_tasks, load_task_recipe
     from .healing.heal import HealResult, heal
-    from .healing.planning import plan_heal
+    from .healing.plan import plan_heal
     from .healing.recipe import HealRecipe, load_heal_recipe
     from .models.experts import register_experts
     from .reporting.report import report

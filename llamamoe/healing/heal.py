@@ -25,8 +25,7 @@ from ..errors import UsageError
 from ..models.loadable import check_model
 from ..progress import ProgressCallback, ignore_progress
 from .output import check_place, make_receipt, write_side_files
-from .plan import HealPlan
-from .planning import plan_heal
+from .plan import HealPlan, plan_heal
 from .recipe import HealRecipe
 
 if TYPE_CHECKING:

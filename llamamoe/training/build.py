@@ -38,9 +38,9 @@ from .parent import Parent, load_parent, share_frozen
 from .ranks import check_same_checkpoint, several_ranks, sum_over_ranks
 from .recipe import PretrainRecipe
 from .routed_targets import routed_targets
+from .router_start import start_routers
 from .routing import RouterTap
 from .routing_statistics import RoutingStatistics
-from .starting import start_routers
 from .trainer import MoeTrainer, Parts
 from .validation import Validation
 

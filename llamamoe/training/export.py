@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from ..checkpoint.files import write_text
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import SafetensorsCheckpoint
-from ..conversion.card import derived_card
 from ..errors import LlamaMoeError, printable
 from ..models.loadable import check_loads
+from ..transforms.rewrite import derived_card
 from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
 from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id

@@ -22,7 +22,7 @@ from llamamoe.healing import layer as job
 from llamamoe.healing import train_layer as training
 from llamamoe.healing.block import load_ffn
 from llamamoe.healing.heal import heal
-from llamamoe.healing.planning import plan_heal
+from llamamoe.healing.plan import plan_heal
 from llamamoe.healing.recipe import HealRecipe, load_heal_recipe
 from tests.healing.common import convert, heal_recipe, receipt, write_text
 from tests.models import make_dense

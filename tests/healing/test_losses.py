@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamamoe.healing.block import load_ffn
-from llamamoe.healing.planning import plan_heal
+from llamamoe.healing.plan import plan_heal
 from llamamoe.healing.train_layer import LayerTask, _Competitive, _descend, _Joint, start_router
 from llamamoe.methods.layer import LayerInputs
 from tests.healing.common import convert, heal_recipe, write_text
