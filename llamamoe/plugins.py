@@ -123,7 +123,7 @@ class Registry(Generic[T]):
 Needs = Literal["nothing", "weights", "activations", "gradients"]
 
 
-class Options(BaseModel):
+class PluginOptions(BaseModel):
     """Base of every plug-in's options: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -146,7 +146,7 @@ class Plugin:
     reference: ClassVar[str] = ""
     needs: ClassVar[Needs] = "nothing"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """No options."""
 
     def __init__(self, options: BaseModel | None = None) -> None:

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..plugins import known_names
 from .config_values import SIZE_KEYS, check_rope, check_special, check_values
 from .sources import SOURCES, DenseSpec, Read, Source
-from .sources.base import DenseSpec, canonical_shapes
+from .sources.base import canonical_shapes
 from .sources.fields import completed
 
 if TYPE_CHECKING:

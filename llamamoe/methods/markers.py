@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ..plugins import Options
+from ..plugins import PluginOptions
 from .layer import LayerInputs, activate
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Distance = Literal["l1", "l2"]
 
 
-class MarkerOptions(Options):
+class MarkerOptions(PluginOptions):
     """What counts as active."""
 
     k_act: int = Field(10, ge=1, description="Neurons per token that count as active: those of the largest |h|.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..errors import RefusedError
-from ..plugins import Options
+from ..plugins import PluginOptions
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .routing import Routing
 
 
-class BalancingOptions(Options):
+class BalancingOptions(PluginOptions):
     """Options of `BiasBalancing`."""
 
     rate: float = Field(0.001, gt=0, lt=1, description="How far a bias moves in one optimiser step.")

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from ..errors import UsageError
-from ..plugins import Options
+from ..plugins import PluginOptions
 from .schedules import Schedule, constant
 
 
@@ -23,13 +23,13 @@ def _layers(value: Any) -> Any:
 Layers = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_layers)]
 
 
-class LmTerm(Options):
+class LmTerm(PluginOptions):
     """Cross entropy with the text."""
 
     weight: Schedule = Field(constant(1.0), description="What it counts.")
 
 
-class KlTerm(Options):
+class KlTerm(PluginOptions):
     """KL divergence of the student's next-token distribution from the parent's (arXiv:1503.02531)."""
 
     weight: Schedule = Field(constant(1.0), description="What it counts.")
@@ -39,7 +39,7 @@ class KlTerm(Options):
     )
 
 
-class FfnTerm(Options):
+class FfnTerm(PluginOptions):
     """Each converted FFN against the parent's FFN on the same input."""
 
     weight: Schedule = Field(constant(1.0), description="What it counts.")
@@ -51,14 +51,14 @@ class FfnTerm(Options):
     )
 
 
-class HiddenTerm(Options):
+class HiddenTerm(PluginOptions):
     """Hidden states after chosen layers against the parent's."""
 
     weight: Schedule = Field(constant(1.0), description="What it counts.")
     layers: Layers = Field("all", description="all, or a list of the layers after which they are compared.")
 
 
-class DistillOptions(Options):
+class DistillOptions(PluginOptions):
     """The objective: each term is a sum over tokens; terms left at null are not computed."""
 
     lm: LmTerm = Field(LmTerm(), description="Language modelling on the text.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ...errors import LlamaMoeError
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, TokenWeighting, activate, token_scales
 from ..moe_layer import dense_outputs
 from .base import Repair
@@ -43,7 +43,7 @@ class Distill(Repair):
     reference = "layer-wise distillation; Adam (arXiv:1412.6980)"
     keeps: ClassVar[Kept] = "nothing"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `Distill`."""
 
         epochs: int = Field(4, ge=1, le=1000, description="Sweeps over the calibration tokens.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ...numerics import check_finite, double_device, solve_ridge
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, TokenWeighting, token_scales
 from ..solvers.normal_equations import residuals
 from .base import Repair
@@ -33,7 +33,7 @@ class Factors(Repair, ABC):
     the mean of G's diagonal. A group that is never active keeps its weights.
     """
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `Factors`."""
 
         ridge: float = Field(

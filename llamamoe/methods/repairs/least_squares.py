@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from ...numerics import solve_ridge
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, TokenWeighting
 from ..solvers.normal_equations import NormalEquations, normal_equations
 from .base import Repair
@@ -49,7 +49,7 @@ class LeastSquares(Repair):
     summary = "all down projections of a layer by ridge regression on the dense output"
     reference = "ridge regression towards the parent's weights; ours for experts"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `LeastSquares`."""
 
         ridge: float | Literal["auto"] = Field(

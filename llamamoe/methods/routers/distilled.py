@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ...numerics import check_finite, solve_ridge
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..layer import ExpertWeights, TokenWeighting, token_scales
 from ..moe_layer import ConvertedFfn, dense_outputs
 from ..solvers.choice_loss import ChoiceLoss, ChoiceProblem, weighted_gram
@@ -44,7 +44,7 @@ class Distilled(Router):
     )
     needs = "activations"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `Distilled`."""
 
         loss: ChoiceLoss = Field(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ...errors import RefusedError
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..contributions import Contribution, contributions
 from .base import Router
 
@@ -32,7 +32,7 @@ class Oracle(Router):
     needs = "activations"
     exportable = False
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `Oracle`."""
 
         contribution: Contribution = Field(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from .base import Router
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Random(Router):
     summary = "normal random rows, to be trained"
     reference = "LLaMA-MoE (arXiv:2406.16554)"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of the random router."""
 
         std: float = Field(0.02, gt=0, allow_inf_nan=False, description="Standard deviation of the rows.")

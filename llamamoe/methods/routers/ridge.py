@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ...numerics import check_finite, double_device, solve_ridge
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..contributions import Contribution, contributions
 from ..layer import TokenWeighting, token_scales
 from .base import Router
@@ -33,7 +33,7 @@ class Ridge(Router):
     summary = "ridge regression of the experts' (log) contributions on the input"
     needs = "activations"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `Ridge`."""
 
         ridge: float = Field(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from .balance import assign_with_prices
 from .transport import balanced_transport, soft_top_k, transport_gradient
 
@@ -27,7 +27,7 @@ LEAST_SPREAD = 1e-6
 """Logits of the router that differ less than this count as if they differed so much."""
 
 
-class LearningOptions(Options):
+class LearningOptions(PluginOptions):
     """Rates, temperatures and steps of `Learner`."""
 
     steps: int = Field(200, ge=0, description="Steps of Adam.")

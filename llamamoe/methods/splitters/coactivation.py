@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, FfnWeights, Partition
 from .base import Splitter, routed_neurons
 
@@ -46,7 +46,7 @@ class Coactivation(Splitter):
     default_shared = 0.25
     default_shared_by = "power"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `Coactivation`."""
 
         kernel: Kernel = Field("l1_norm", description="What of h is multiplied: h, |h| or its square.")

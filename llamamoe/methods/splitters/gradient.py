@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..layer import PADDING, ExpertWeights, Partition
 from .base import Kept, Splitter, routed_neurons
 
@@ -62,7 +62,7 @@ class Gradient(Splitter):
     default_rescale = "unit"
     default_router = "ridge"  # LLaMA-MoE trains its gate from scratch; v2 takes the centroids (hidden_centroid)
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `Gradient`."""
 
         importance: Literal["feature_change", "feature_grad"] = Field(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..layer import Partition
 from .base import Splitter, routed_neurons
 
@@ -29,7 +29,7 @@ class KMeans(Splitter):
     needs = "weights"
     default_router = "centroid"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `KMeans`."""
 
         weight: Literal["gate", "up"] = Field("gate", description="The matrix whose rows are clustered.")

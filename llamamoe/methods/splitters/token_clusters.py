@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..layer import Partition, TokenWeighting, token_scales
 from ..solvers.balance import assign_balanced
 from .base import Splitter, routed_neurons
@@ -47,7 +47,7 @@ class TokenClusters(Splitter):
     default_shared_by = "power"
     default_repair = "least_squares"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `TokenClusters`."""
 
         iterations: int = Field(15, ge=1, le=1000, description="Iterations of k-means.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from ..layer import PADDING, ExpertWeights, Partition
 from .base import Kept, Splitter, routed_neurons
 
@@ -42,7 +42,7 @@ class Upcycle(Splitter):
     default_rescale = "mean"
     overlap = True
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `Upcycle`."""
 
         reinit: float = Field(0.0, ge=0, le=1, description="Share of each expert's neurons that is re-initialised.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from .base import Gate, Gated
 from .selection import capacity, positions, ranked_TN, weights_Tk
 
@@ -34,7 +34,7 @@ class GShard(Gate):
     reference = "arXiv:2006.16668"
     top_k: ClassVar[int | None] = 2
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `GShard`."""
 
         capacity_factor: float = Field(

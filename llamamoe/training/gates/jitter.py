@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from .base import Gate, Gated
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Jitter(Gate):
     summary = "top_k with uniform multiplicative noise on the router's input"
     reference = "arXiv:2101.03961"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `Jitter`."""
 
         eps: float = Field(0.01, gt=0, lt=1, description="Largest relative change of an input.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from .base import Gate, Gated
 from .selection import ranked_TN, weights_Tk
 
@@ -35,7 +35,7 @@ class NoisyTopK(Gate):
     noisy: ClassVar[bool] = True
     allows_bias: ClassVar[bool] = False
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `NoisyTopK`."""
 
         floor: float = Field(0.01, gt=0, allow_inf_nan=False, description="Least standard deviation of the noise.")

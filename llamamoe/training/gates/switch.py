@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ...plugins import Options
+from ...plugins import PluginOptions
 from .base import Gate, Gated
 from .selection import capacity, positions, scores_TN
 
@@ -31,7 +31,7 @@ class SwitchGate(Gate):
     reference = "arXiv:2101.03961"
     top_k: ClassVar[int | None] = 1
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `SwitchGate`."""
 
         capacity_factor: float = Field(

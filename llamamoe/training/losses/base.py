@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ...plugins import Options, Plugin
+from ...plugins import Plugin, PluginOptions
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,7 @@ class RoutingLoss(Plugin, ABC):
     needs_inputs: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = False
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of every routing loss."""
 
         coefficient: float = Field(0.01, ge=0, allow_inf_nan=False, description="What the loss is multiplied by.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ....plugins import Options
+from ....plugins import PluginOptions
 from .base import MixtureUpdate, softmax
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class ShearedLlama(MixtureUpdate):
     summary = "domains that lag behind their reference loss get more, by exp(eta (loss - reference)), smoothed"
     reference = "Xia et al. 2023, arXiv:2310.06694, llmshearing/callbacks/dynamic_loading_callback.py"
 
-    class Options(Options):
+    class Options(PluginOptions):
         """Options of `ShearedLlama`."""
 
         eta: float = Field(1.0, gt=0, allow_inf_nan=False, description="Step of the exponent.")
