@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from .checkpoint.paths import check_regular
@@ -214,3 +214,14 @@ def load_plain(model: type[R], path: str | Path | None, given: Mapping[str, Any]
         keys, value = parse_override(text)
         apply_override(data, keys, value)
     return validated(model, data)
+
+
+def form(pattern: str, rule: str) -> AfterValidator:
+    """Make pydantic refuse a text that does not match as a whole, and tell the rule instead of the pattern."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise PydanticCustomError("form", rule)
+        return value
+
+    return AfterValidator(check)

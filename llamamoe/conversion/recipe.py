@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..architectures.rescales import RESCALES
@@ -24,24 +24,13 @@ from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
 from ..plugins import near_misses
-from ..recipes import Choice, apply_override, choose, parse_override, read_recipe_file, validated
+from ..recipes import Choice, apply_override, choose, form, parse_override, read_recipe_file, validated
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of dtypes in recipes, and in safetensors headers."""
 AUTO = "auto"
 """The method that the plan chooses; the calibration text that is sampled from the parent."""
 NO_REPAIR = "none"
-
-
-def form(pattern: str, rule: str) -> AfterValidator:
-    """Make pydantic refuse a text that does not match as a whole, and tell the rule instead of the pattern."""
-
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise PydanticCustomError("form", rule)
-        return value
-
-    return AfterValidator(check)
 
 
 Device = Annotated[str, form(r"auto|[a-z]+(:[0-9]+)?", "must be auto or a device such as cpu, cuda or cuda:1")]

@@ -10,8 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..conversion.recipe import form
-from ..recipes import load_plain
+from ..recipes import form, load_plain
 
 
 def _paths(value: Any) -> Any:

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..conversion.recipe import AUTO, Device, SplitRecipe, build_recipe, form
+from ..conversion.recipe import AUTO, Device, SplitRecipe, build_recipe
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
 from ..plugins import near_misses
-from ..recipes import Choice, choose, explain, load_plain
+from ..recipes import Choice, choose, explain, form, load_plain
 
 DENSE, RANDOM, STATIC, ORACLE = "dense", "random", "static", "oracle router"
 """Names of the controls."""
