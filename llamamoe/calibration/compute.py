@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     import torch
 
-    from ..conversion.recipe import SplitRecipe
-
 
 @dataclass(frozen=True)
 class Compute:
@@ -48,15 +46,16 @@ class Compute:
         return best
 
 
-def choose_compute(recipe: SplitRecipe, source_dtype: str) -> Compute:
-    """The recipe's device and dtype, or what suits the machine.
+def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) -> Compute:
+    """Choose the device and the dtype that a recipe names, or what suits the machine.
 
-    ``auto`` takes the first GPU if there is one. Without a dtype in the recipe, products are in bfloat16 if the
+    ``auto`` takes the first GPU if there is one. Without a dtype, products are in bfloat16 if the
     source's weights have 16 bits (its own values are no finer) and the device multiplies bfloat16 several times
     faster than float32: a GPU that has it, or a processor with AMX. Everything is added up in float32.
 
     Args:
-        recipe: Its ``device`` and ``compute_dtype`` count.
+        device: ``"auto"`` or a torch device.
+        compute_dtype: ``"float32"``, ``"bfloat16"`` or None.
         source_dtype: Safetensors name of the dtype of most of the source's weights.
 
     Raises:
@@ -64,21 +63,21 @@ def choose_compute(recipe: SplitRecipe, source_dtype: str) -> Compute:
     """
     import torch
 
-    name = recipe.device
+    name = device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        place = torch.device(name)
+        torch.zeros(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"--device {name}: torch cannot use it ({str(error).splitlines()[0][:120]}).",
             hint="--device cpu works everywhere; --device auto takes a GPU if there is one.",
         ) from None
-    if recipe.compute_dtype is not None:
-        return Compute(device, getattr(torch, recipe.compute_dtype))
-    half = source_dtype in ("BF16", "F16") and _fast_bfloat16(device)
-    return Compute(device, torch.bfloat16 if half else torch.float32)
+    if compute_dtype is not None:
+        return Compute(place, getattr(torch, compute_dtype))
+    half = source_dtype in ("BF16", "F16") and _fast_bfloat16(place)
+    return Compute(place, torch.bfloat16 if half else torch.float32)
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

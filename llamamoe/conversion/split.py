@@ -114,7 +114,9 @@ def split(
         _refuse_nonfinite(decided, progress)
     check_model(decided.config, {tensor.name: tensor.shape for tensor in decided.tensors})
     tokenizer_of_parent = check_parent(checkpoint, decided.config)
-    compute = choose_compute(decided.recipe, decided.source_dtype) if decided.calibration else None
+    compute = None
+    if decided.calibration:
+        compute = choose_compute(decided.recipe.device, decided.recipe.compute_dtype, decided.source_dtype)
     fresh = not (resume and partial_path(out).exists())
     text = read_ahead(decided, compute, progress) if compute and fresh else None
     fingerprint, restart = plan_fingerprint(decided, compute.to_json() if compute else None), force and not resume

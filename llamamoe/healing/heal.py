@@ -95,7 +95,6 @@ class _Healing:
 
     def __init__(self, plan: HealPlan, out: Path, ranks: Ranks, progress: ProgressCallback) -> None:
         from ..calibration.compute import choose_compute
-        from ..conversion.recipe import build_recipe
         from .checks import renormalises
 
         recipe = plan.recipe
@@ -105,8 +104,7 @@ class _Healing:
                 hint="Use inputs=parent, or one process.",
             )
         self.plan, self.out, self.ranks, self.progress = plan, out, ranks, progress
-        where = {"device": ranks.device(recipe.device), "compute_dtype": recipe.compute_dtype}
-        self.compute: Compute = choose_compute(build_recipe(where), plan.dtype)
+        self.compute: Compute = choose_compute(ranks.device(recipe.device), recipe.compute_dtype, plan.dtype)
         self.renormalised = renormalises(plan)
 
     def run(self, *, resume: bool, force: bool) -> HealResult:

@@ -130,7 +130,7 @@ class Engine:
         return load_weights(self.text.side, self.recipe.dtype, self.device)
 
     def _compute(self, plan: SplitPlan) -> Compute:
-        return choose_compute(plan.recipe, plan.source_dtype)
+        return choose_compute(plan.recipe.device, plan.recipe.compute_dtype, plan.source_dtype)
 
     def measure(self, cell: Cell, advance: Callable[[float], None]) -> dict[str, Any]:
         """Convert in memory, and score.

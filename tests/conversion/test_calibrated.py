@@ -298,15 +298,15 @@ def test_a_source_without_tokenizer_cannot_be_calibrated(dense: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("given", "source", "dtype"),
+    ("named", "source", "dtype"),
     [
-        ({}, "F32", torch.float32),
-        ({"compute_dtype": "bfloat16"}, "F32", torch.bfloat16),
-        ({"compute_dtype": "float32"}, "BF16", torch.float32),
+        (None, "F32", torch.float32),
+        ("bfloat16", "F32", torch.bfloat16),
+        ("float32", "BF16", torch.float32),
     ],
 )
-def test_compute_dtype(given: dict[str, Any], source: str, dtype: torch.dtype) -> None:
-    found = choose_compute(llamamoe.load_recipe(given=given | {"device": "cpu"}), source)
+def test_compute_dtype(named: str | None, source: str, dtype: torch.dtype) -> None:
+    found = choose_compute("cpu", named, source)
     assert (found.device.type, found.dtype) == ("cpu", dtype)
 
 
@@ -315,13 +315,13 @@ def test_sixteen_bit_sources_are_multiplied_in_bfloat16_where_that_is_fast(
     amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
-    found = choose_compute(llamamoe.load_recipe(given={"device": "cpu"}), "BF16")
+    found = choose_compute("cpu", None, "BF16")
     assert (found.dtype == torch.bfloat16) == amx
 
 
 def test_a_device_that_is_not_there_is_a_usage_error() -> None:
     with pytest.raises(llamamoe.UsageError, match="--device cuda:77"):
-        choose_compute(llamamoe.load_recipe(given={"device": "cuda:77"}), "F32")
+        choose_compute("cuda:77", None, "F32")
 
 
 def test_conversion_in_bfloat16_products_is_near_that_in_float32(dense: Path, tmp_path: Path) -> None:

@@ -275,6 +275,6 @@ def _task(
         if not costs or sizes.share > costs[-1]:
             plans.append(sizer.plan(target, sizes))
             costs.append(sizes.share)
-    compute = choose_compute(plans[0].recipe, plans[0].source_dtype)
+    compute = choose_compute(plans[0].recipe.device, plans[0].recipe.compute_dtype, plans[0].source_dtype)
     text = make_text(plans[0], compute, progress)
     return Task(tuple(plans), tuple(costs), text, compute, folder, held_out_tokens, progress)
