@@ -1,7 +1,7 @@
 """Plug-ins: what all have in common, and how they are found, by looking into a folder: adding one is adding one file.
 
 A *kind* (splitter, router, target, ...) is a package whose modules each define concrete subclasses of the kind's
-base class. Third parties add theirs with an entry point in the group ``llamamoe.<package name>``.
+base class, or one module that defines all of them. Third parties add theirs with an entry point in the group ``llamamoe.<package name>``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Registry(Generic[T]):
     Args:
         kind: The word for one plug-in in messages, for example ``"splitter"``.
         base: The base class that a plug-in must derive from; it has a class attribute ``name``.
-        package: Dotted name of the package whose modules hold the plug-ins.
+        package: Dotted name of the package whose modules hold the plug-ins, or of the one module that does.
     """
 
     def __init__(self, kind: str, base: type[T], package: str) -> None:
@@ -67,8 +67,8 @@ class Registry(Generic[T]):
     def _found(self) -> dict[str, type[T]]:
         package = importlib.import_module(self.package)
         found: dict[str, type[T]] = {}
-        for info in pkgutil.iter_modules(package.__path__):
-            module = importlib.import_module(f"{self.package}.{info.name}")
+        inside = [each.name for each in pkgutil.iter_modules(getattr(package, "__path__", ()))]
+        for module in (package, *(importlib.import_module(f"{self.package}.{name}") for name in inside)):
             for cls in self._classes(module):
                 self._add(found, cls, module.__name__)
         for entry in entry_points(group=self.package):
@@ -88,7 +88,7 @@ class Registry(Generic[T]):
 
     def _add(self, found: dict[str, type[T]], cls: Any, origin: str) -> None:
         if not (inspect.isclass(cls) and issubclass(cls, self.base)):
-            raise TypeError(f"{origin} is registered as a {self.kind} but is no subclass of {self.base.__name__}")
+            raise TypeError(f"{origin} is registered as a {self.kind} but is not a subclass of {self.base.__name__}")
         name = cls.name  # type: ignore[attr-defined]
         if name in found:
             raise ValueError(f"two plug-ins call themselves {self.kind} {name!r}: {found[name]} and {cls}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...numerics import is_power_of_two
-from ..rescales.base import Rescale
+from ..rescales import Rescale
 from ..sources.base import DenseSpec, common, layer_shapes
 
 Role = Literal["embedding", "attention", "norm", "router", "routed", "shared", "dense_ffn", "stub", "head"]
