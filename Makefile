@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install $(PIP_ARGS)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_QUIET ?= 1
-PACKAGING := setup.cfg pyproject.toml constraints.txt
+PACKAGING := setup.cfg setup.py pyproject.toml constraints.txt
 
 # One process per core with one thread each is the fastest way through many small models; threads that wait by spinning
 # would take the cores from the other processes.

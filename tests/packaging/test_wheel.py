@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 INSTALLED_AS = {"llamamoe": "llamamoe", "cli": "llamamoe_cli", "recipes": "llamamoe_recipes"}
-BUILD_FILES = ["setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
+BUILD_FILES = ["setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
 
 
 def files_below(folder: str, *suffixes: str) -> set[str]:
