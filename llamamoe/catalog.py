@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -24,6 +24,7 @@ from .checkpoint.base import TensorInfo
 from .conversion.plan import plan_split
 from .conversion.recipe import build_recipe
 from .errors import LlamaMoeError, RefusedError
+from .lazy import torch
 from .methods.repairs import REPAIRS
 from .methods.routers import ROUTERS
 from .methods.selectors import SELECTORS
@@ -32,9 +33,6 @@ from .models.experts import EXPERTS, PREFIX
 from .training.gates import GATES
 from .training.losses import LOSSES
 from .training.mixtures.updates import MIXTURES
-
-if TYPE_CHECKING:
-    import torch
 
 Kind = Literal[
     "splitter", "router", "shared_by", "rescale", "repair", "target", "family", "loss", "gate", "update", "experts"

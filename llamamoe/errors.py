@@ -67,11 +67,7 @@ class MissingExtraError(LlamaMoeError, ImportError):
 
 
 MOST_LINES = 20
-
-
 MOST_CHARACTERS = 1900
-
-
 _LONGEST_LINE = 800
 
 

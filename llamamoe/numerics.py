@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .errors import LlamaMoeError
-
-if TYPE_CHECKING:
-    import torch
-
-if TYPE_CHECKING:
-    import torch
+from .lazy import torch
 
 
 def solve_ridge(gram_QQ: torch.Tensor, right_QH: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
@@ -20,8 +13,6 @@ def solve_ridge(gram_QQ: torch.Tensor, right_QH: torch.Tensor, strength: float |
     the eigenvalues of ``G + strength`` are raised to the least that they can truly have, the
     least ``strength``.
     """
-    import torch
-
     gram_QQ.diagonal().add_(strength)
     factor, failed = torch.linalg.cholesky_ex(gram_QQ)
     if not int(failed):
@@ -44,8 +35,6 @@ def check_finite(layer: int, *sums: torch.Tensor) -> None:
 
 def double_device(device: torch.device) -> torch.device:
     """Where to keep float64: on the device itself, but for Apple's GPUs, which have none."""
-    import torch
-
     return torch.device("cpu") if device.type == "mps" else device
 
 

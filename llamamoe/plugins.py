@@ -21,8 +21,6 @@ from pydantic import BaseModel, ConfigDict
 from .errors import UsageError
 
 T = TypeVar("T")
-
-
 _ALIKE = 0.7
 """Lowest `difflib` ratio of a typing error: "stablelm" has 0.53 to "mistral", "rand" has 0.8 to "random"."""
 _ALIKE_OF_TWO = 0.5

@@ -17,8 +17,6 @@ from .errors import UsageError
 from .plugins import Plugin, Registry, near_misses
 
 R = TypeVar("R", bound=BaseModel)
-
-
 _MOST_BYTES, _MOST_VALUES = 2**20, 100_000
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.base import FLOAT_DTYPES, Checkpoint
 from ..checkpoint.reader import refuse_tokenizer_code
 from ..errors import CheckpointError
+from ..lazy import torch
 from ..plugins import known_names
 from .config_values import SIZE_KEYS, check_rope, check_special, check_values
 from .sources import SOURCES, DenseSpec, Read, Source
 from .sources.base import canonical_shapes
 from .sources.fields import completed
-
-if TYPE_CHECKING:
-    import torch
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")

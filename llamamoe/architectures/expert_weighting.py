@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from ..errors import CheckpointError, RefusedError, UsageError
+from ..lazy import transformers
 from ..plugins import near_misses
 from .rescales import RESCALES
 from .sources.base import number, positive
@@ -125,11 +126,9 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: Transformers has no such class, or cannot read it.
     """
-    from transformers import CONFIG_MAPPING
-
     given = copy.deepcopy({key: value for key, value in config.items() if key != "llamamoe"})  # it is written into
     try:
-        found: dict[str, Any] = CONFIG_MAPPING[given["model_type"]].from_dict(given).to_dict()
+        found: dict[str, Any] = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(given).to_dict()
     except Exception as error:  # files of others can fail in any way
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"config.json cannot be read by transformers: {lines[0]}") from error

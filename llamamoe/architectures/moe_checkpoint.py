@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError
+from ..lazy import torch
 from .expert_weighting import Mixing, complete_config, mixing_of, rescale_of
 from .inspect import Experts, inspect_checkpoint
 from .rescales import RESCALES
 from .sources.base import DenseSpec
 from .targets.base import Combine, Copy, MoeLayout, Neurons, OutTensor, Target
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,6 @@ class ConvertedModel:
 
     def ffn(self, layer: int) -> FfnParts:
         """The neurons of one layer, padding included. Holds the layer's FFN in memory."""
-        import torch
-
         if layer in self.experts.dense_layers:
             parts = [self.read(f"model.layers.{layer}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")]
             return FfnParts(*parts)
@@ -172,8 +168,6 @@ class ConvertedModel:
 
     def _neurons(self, name: str, origin: Neurons) -> Iterator[tuple[str, torch.Tensor]]:
         """One stored tensor as rows of gate and up, or columns of down, in dense units."""
-        import torch
-
         from ..checkpoint.tensors import cast
 
         value = self.checkpoint.read(name)

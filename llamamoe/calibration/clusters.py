@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
+from ..lazy import scipy
 
 DIMENSIONS = 64
 """Dimensions that are left of the token counts, at most."""
@@ -56,8 +57,6 @@ def text_clusters(ids_ST: np.ndarray, vocab_size: int, num_clusters: int, seed: 
 
 def _weighted_counts(ids_ST: np.ndarray, vocab_size: int) -> Any:
     """Rows of length 1 (or 0, of a sequence that no token tells from others), scipy csr float64 ``[S, V]``."""
-    from scipy.sparse import csr_array
-
     count = len(ids_ST)
     keys, frequency = np.unique(ids_ST + np.arange(count)[:, None] * vocab_size, return_counts=True)
     rows, tokens = np.divmod(keys, vocab_size)
@@ -65,7 +64,7 @@ def _weighted_counts(ids_ST: np.ndarray, vocab_size: int) -> Any:
     values = (1 + np.log(frequency)) * np.log(count / documents[tokens])
     norms = np.sqrt(np.bincount(rows, values**2, minlength=count))
     values = values / np.where(norms > 0, norms, 1.0)[rows]
-    return csr_array((values, (rows, tokens)), shape=(count, vocab_size))
+    return scipy.sparse.csr_array((values, (rows, tokens)), shape=(count, vocab_size))
 
 
 def _reduced(counts_SV: Any, seed: int) -> np.ndarray:

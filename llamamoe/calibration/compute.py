@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UsageError
-
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    import torch
+from ..lazy import torch
 
 
 @dataclass(frozen=True)
@@ -33,8 +28,6 @@ class Compute:
 
     def flops_per_second(self) -> float:
         """Measured with a few matrix products, well under a second."""
-        import torch
-
         size = 512 if self.device.type == "cpu" else 4096
         a = torch.ones(size, size, device=self.device, dtype=self.dtype)
         best = 0.0
@@ -61,8 +54,6 @@ def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) ->
     Raises:
         UsageError: The device is not there.
     """
-    import torch
-
     name = device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,8 +72,6 @@ def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) ->
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
-    import torch
-
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
@@ -93,11 +82,7 @@ def _fast_bfloat16(device: torch.device) -> bool:
 MAX_LENGTH = 512
 """Tokens of a calibration sequence, if the recipe names no number: of equally many tokens, short sequences of many
 documents tell more than long ones of few."""
-
-
 MEMORY_BYTES = 4 * 2**30
 """The FFN's inputs are kept in memory up to this size, and in a memory-mapped file beyond it."""
-
-
 REFERENCE_FLOPS = 1e11
 """Floating-point operations per second for the estimate of ``--dry-run``: about two laptop cores in float32."""

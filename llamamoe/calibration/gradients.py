@@ -17,13 +17,12 @@ from typing import IO, TYPE_CHECKING
 
 from ..checkpoint.files import make_folder, remove_temporaries, replacing, write_text
 from ..errors import LlamaMoeError
+from ..lazy import torch
 from ..methods.layer import BATCH_TOKENS
 from ..models.streaming import LayerRunner, StreamedModel
 from ..progress import Progress, ProgressCallback, ignore_progress
 
 if TYPE_CHECKING:
-    import torch
-
     from ..architectures.dense_checkpoint import DenseModel
 
 DONE_FILE = "gradients.json"
@@ -79,8 +78,6 @@ class GradientStore:
         remove_gradients(self.folder)
 
     def _map(self, path: Path) -> torch.Tensor:
-        import torch
-
         count = self.num_tokens * self.hidden_size
         flat = torch.from_file(str(path), shared=False, size=count, dtype=self.dtype)
         return flat.view(self.num_tokens, self.hidden_size)
@@ -135,8 +132,6 @@ def ffn_gradients(
         LlamaMoeError: Hidden states, loss or a gradient are not finite; the message names the layer.
         OSError: Writing failed.
     """
-    import torch
-
     spec = model.spec
     if ids_ST.ndim != 2 or len(ids_ST) == 0 or ids_ST.shape[1] < 2:
         raise ValueError(f"need sequences [S, T] of at least two tokens, not {list(ids_ST.shape)}")
@@ -207,8 +202,6 @@ class _Pass:
         return total / (self.ids_ST.numel() - len(self.ids_ST))
 
     def _head_batch(self, ids_ST: torch.Tensor, hidden_STH: torch.Tensor, step: int) -> tuple[float, torch.Tensor]:
-        import torch
-
         gradient_STH = torch.zeros_like(hidden_STH)
         scored_PH = hidden_STH[:, :-1].flatten(0, 1)
         targets_P = ids_ST[:, 1:].flatten().to(self.device)
@@ -243,8 +236,6 @@ class _Pass:
         self, layer: int, module: torch.nn.Module, input_STH: torch.Tensor, flow_STH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients at the FFN's output and at the layer's input, from that at the layer's output."""
-        import torch
-
         outputs: list[torch.Tensor] = []
         handle = module.mlp.register_forward_hook(lambda _, args, output: outputs.append(output))  # type: ignore[union-attr]
         try:
@@ -282,8 +273,6 @@ class _RowFile:
 
     def write(self, values: torch.Tensor) -> None:
         """Append values in row-major order, in their own dtype."""
-        import torch
-
         self._file.write(values.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 

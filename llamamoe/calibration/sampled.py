@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CheckpointError, LlamaMoeError, UsageError
+from ..lazy import torch
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .reading import leading_bos
 from .soundness import shape_facts
 from .text import MIN_TOKENS, CalibrationText
 
 if TYPE_CHECKING:
-    import torch
-
     from ..architectures.dense_checkpoint import DenseModel
     from ..checkpoint.base import Checkpoint
 
@@ -152,8 +151,6 @@ def _continue(
     parent: Any, ids_BT: np.ndarray, uniform_BT: np.ndarray, temperature: float, after_end: dict[int, int]
 ) -> Iterator[int]:
     """Fill ``ids_BT`` from its first column on, yielding the index of each column that is filled."""
-    import torch
-
     cache = None
     with torch.inference_mode():
         for at in range(1, ids_BT.shape[1]):
@@ -168,8 +165,6 @@ def _continue(
 
 def _draw(logits_BV: torch.Tensor, uniform_B: np.ndarray) -> np.ndarray:
     """One token from softmax(logits) per row, where the cumulative distribution passes ``uniform``; int64 ``[B]``."""
-    import torch
-
     if logits_BV.device.type == "mps":  # it has no float64
         logits_BV = logits_BV.cpu()
     total_BV = torch.softmax(logits_BV, -1, dtype=torch.float64).cumsum(-1)

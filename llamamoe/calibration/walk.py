@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import set_size
 from ..errors import LlamaMoeError
+from ..lazy import torch
 from ..methods.layer import BATCH_TOKENS, FfnWeights, LayerInputs
 from ..models.streaming import LayerRunner, StreamedModel
 
 if TYPE_CHECKING:
-    import torch
-
     from ..architectures.dense_checkpoint import DenseModel
     from .compute import Compute
     from .gradients import GradientStore
@@ -108,8 +107,6 @@ class Walk:
         gradients: GradientStore | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
-        import torch
-
         self.model, self.text, self.compute = model, text, compute
         self.batch_tokens = batch_tokens
         self._gradients = gradients
@@ -131,8 +128,6 @@ class Walk:
 
     def start(self) -> None:
         """Fill the residual stream with the embeddings."""
-        import torch
-
         ids = torch.from_numpy(self.text.ids_ST)
         with torch.no_grad():
             for part in self._parts():
@@ -144,8 +139,6 @@ class Walk:
         Raises:
             LlamaMoeError: A hidden state is NaN or infinite; the message names the layer.
         """
-        import torch
-
         before, after = self.buffers[layer % 2], self.buffers[(layer + 1) % 2]
         device = self.compute.device
         seen: list[torch.Tensor] = []
@@ -224,8 +217,6 @@ class Walk:
 
 def _buffer(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> torch.Tensor:
     """Uninitialised memory, or a memory-mapped file with what it holds (zeros if it is new)."""
-    import torch
-
     if path is None:
         return torch.empty(shape, dtype=dtype)
     size = 1

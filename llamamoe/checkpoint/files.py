@@ -18,12 +18,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from ..errors import RefusedError
-
-if TYPE_CHECKING:
-    import torch
+from ..lazy import safetensors, torch
 
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no link, no wait for the other end of a pipe
 _MODE = 0o666  # less the umask, as for every file that `open` makes
@@ -70,10 +68,8 @@ def copy_file(source: Path, target: Path) -> None:
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all; see `replacing`."""
-    from safetensors.torch import save_file
-
     with replacing_path(path) as temporary:
-        save_file(dict(tensors), temporary, metadata)
+        safetensors.torch.save_file(dict(tensors), temporary, metadata)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..lazy import transformers
 from .json_files import read_json
 
 CLASSES = ("CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
@@ -17,12 +18,12 @@ CLASSES = ("CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 
 def open_tokenizer(folder: Path) -> Any:
     """Open the tokenizer of a folder as transformers does, without infilling; no code of the folder is run."""
-    from transformers import AutoTokenizer
-
-    found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    found = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if type(found).__name__ not in CLASSES:
         return found
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, fill_token=None)
+    return transformers.AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, fill_token=None
+    )
 
 
 def infilling_warnings(folder: Path, config: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
+from ..lazy import huggingface_hub
 
 SHARD_SIZE = r"([0-9]{0,8}[1-9][0-9]{0,8}(\.[0-9]+)?|[0-9]{1,9}\.[0-9]*[1-9][0-9]*)\s*[KMGT]B"
 SHARD_SIZE_RULE = "must be a size above 0 with its unit, such as 5GB or 500MB"
@@ -61,9 +62,8 @@ def deal(entries: Mapping[str, tuple[str, tuple[int, ...], int]], shard_size: st
         UsageError: ``shard_size`` is none.
     """
     check_size(shard_size)
-    from huggingface_hub import split_state_dict_into_shards_factory
 
-    split = split_state_dict_into_shards_factory(
+    split = huggingface_hub.split_state_dict_into_shards_factory(
         dict(entries),
         get_storage_size=lambda entry: entry[2],
         filename_pattern="model{suffix}.safetensors",

@@ -8,6 +8,7 @@ from glob import escape
 from pathlib import Path
 
 from ..errors import CheckpointError, LlamaMoeError, UsageError, printable
+from ..lazy import huggingface_hub
 from .base import Checkpoint
 from .reader import (
     ADAPTER,
@@ -119,21 +120,19 @@ def check_folder(path: Path) -> None:
 
 
 def _download(text: str) -> Location:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     name, _, revision = text.partition("@")
     try:
         path = _fetch(name, revision or None)
     except LlamaMoeError:
         raise
-    except HFValidationError as error:
+    except huggingface_hub.errors.HFValidationError as error:
         raise CheckpointError(f"{text!r} is not a hub id: {error}") from None
-    except LocalEntryNotFoundError as error:
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise LlamaMoeError(
             f"{text!r} is not a folder here, and the hub cannot be reached ({type(error).__name__}).",
             hint="Check the path, or download the checkpoint first and give its folder.",
         ) from None
-    except HfHubHTTPError as error:
+    except huggingface_hub.errors.HfHubHTTPError as error:
         raise CheckpointError(
             f"the hub does not give {text!r}: {error}", hint="Check the name, the revision and your access."
         ) from None
@@ -147,14 +146,14 @@ def _download(text: str) -> Location:
 
 def _fetch(name: str, revision: str | None) -> Path:
     """The folder of one commit in the hub's cache: the small files first, then the weights that the index names."""
-    from huggingface_hub import snapshot_download
-
     listed = _listing(name, revision)
     offline = listed is None
     if listed is not None:
         _check_listing(name, listed[1])
     # Under the name of the revision, not its commit: so the cache learns the name, and answers to it offline.
-    path = Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL, local_files_only=offline))
+    path = Path(
+        huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_SMALL, local_files_only=offline)
+    )
     commit = path.name
     if listed is not None and commit != listed[0]:
         raise LlamaMoeError(f"{name} changed on the hub while it was read.", hint="Start again.")
@@ -166,20 +165,17 @@ def _fetch(name: str, revision: str | None) -> Path:
         missing = min(set(shards) - listed[1])
         raise CheckpointError(f"{name}: {printable(missing)}, which {INDEX} names, is not on the hub.")
     patterns = [escape(file) for file in shards]
-    snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline)
+    huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline)
     return path
 
 
 def _listing(name: str, revision: str | None) -> tuple[str, frozenset[str]] | None:
     """The commit and its files; None if the hub cannot be reached, so that only the cache can answer."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
-        info = HfApi().model_info(name, revision=revision)
-    except HFValidationError:
+        info = huggingface_hub.HfApi().model_info(name, revision=revision)
+    except huggingface_hub.errors.HFValidationError:
         raise
-    except HfHubHTTPError as error:
+    except huggingface_hub.errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 500)
         if status < 500 and status != 429:
             raise

@@ -11,10 +11,9 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+from ..lazy import np
 
 MOST_BYTES = 512 * 2**20
 """Bytes, used or waiting to be used again, beyond which memory that waits is given back to the system."""
@@ -31,8 +30,6 @@ class _Memory:
         self._returned: deque[np.ndarray[Any, Any]] = deque()
 
     def empty(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        import numpy as np
-
         block = self._block(nbytes)
         # of a memoryview and not a slice: a view of a view of an array refers to the first array only
         array = np.frombuffer(memoryview(block), np.uint8)  # type: ignore[arg-type]
@@ -40,8 +37,6 @@ class _Memory:
         return array
 
     def _block(self, nbytes: int) -> np.ndarray[Any, Any]:
-        import numpy as np
-
         while self._returned:
             self._free.append(self._returned.popleft())
         # the latest may still lie in the processor's cache
@@ -68,7 +63,5 @@ def reused_memory() -> Iterator[None]:
 
 def empty_bytes(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return an array uint8 ``[nbytes]`` of arbitrary contents; see `reused_memory`."""
-    import numpy as np
-
     memory = _MEMORY.get()
     return np.empty(nbytes, np.uint8) if memory is None or nbytes < _SMALL else memory.empty(nbytes)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
+from ..lazy import transformers
 
 _NO_POOL = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -21,11 +18,9 @@ def quiet_transformers() -> Iterator[None]:
     Transformers also loads on one thread meanwhile: its pool of threads leaves every one of them with freed memory
     of its own, which adds up over the layers (twice the peak on a 7B model).
     """
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     pool = os.environ.get(_NO_POOL)
     os.environ[_NO_POOL] = "1"
     try:
@@ -35,6 +30,6 @@ def quiet_transformers() -> Iterator[None]:
             del os.environ[_NO_POOL]
         else:
             os.environ[_NO_POOL] = pool
-        logging.set_verbosity(verbosity)
+        transformers.utils.logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()

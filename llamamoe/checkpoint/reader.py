@@ -12,9 +12,10 @@ import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError, printable
+from ..lazy import torch
 from .base import DTYPE_BYTES, TORCH_NAMES, TensorInfo
 from .files import copy_file, make_folder
 from .headers import read_header
@@ -23,9 +24,6 @@ from .paths import check_link, inside, refuse_pointer
 from .source_files import SourceFiles
 from .tensor_names import named_as_in_files
 from .tokenizer_ids import check_ids
-
-if TYPE_CHECKING:
-    import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -228,8 +226,6 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """See `Checkpoint.read`."""
-        import torch
-
         info = self.tensors[name]
         shape, offset = info.shape, info.offset
         if rows is not None:

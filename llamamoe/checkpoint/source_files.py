@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from ..errors import LlamaMoeError
+from ..lazy import np
 from .memory import empty_bytes
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Stamp = tuple[int, int, int, int, int]
 """Device, inode, size, time of the last change of the content and of the attributes, the last two in nanoseconds."""

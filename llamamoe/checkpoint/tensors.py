@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+from ..lazy import torch
 from ..numerics import is_power_of_two
-
-if TYPE_CHECKING:
-    import torch
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name."""
-    import torch
-
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
 
 
@@ -32,8 +27,6 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch use one thread: moving bytes gains nothing from more, and idle OpenMP threads spin."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -50,8 +43,6 @@ def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 def nonfinite(tensor: torch.Tensor) -> bool:
     """Whether any value is NaN or infinite. One pass, nothing is allocated."""
-    import torch
-
     if tensor.numel() == 0:
         return False
     low, high = torch.aminmax(tensor)  # both are NaN if any value is

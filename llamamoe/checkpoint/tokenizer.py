@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, VerificationError
+from ..lazy import tokenizers, transformers
 from .files import copy_file, unsynced, write_text
 from .infilling import infilling_warnings, open_tokenizer
 from .json_files import read_json
@@ -186,14 +187,12 @@ def check_parent(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any | Non
         CheckpointError: transformers cannot load the tokenizer or the generation configuration, or makes other ids of
             the tokenizer beside the new configuration.
     """
-    from transformers import GenerationConfig
-
     from .quiet import quiet_transformers
 
     with _staged(checkpoint) as folder:
         if (folder / "generation_config.json").is_file():
             with one_error(f"generation_config.json of '{checkpoint.path}'", folder), quiet_transformers():
-                GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+                transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True)
         found = load(folder, f"the tokenizer of '{checkpoint.path}'") if holds_vocabulary(folder) else None
     if found is not None:
         with tempfile.TemporaryDirectory(prefix="llamamoe-") as name, unsynced():
@@ -252,12 +251,10 @@ def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]
 
 def _tokenizer_json(tokenizer: Any, given: Path) -> str:
     """What the tokenizer does, as JSON: the parent's own text where that says the same."""
-    from tokenizers import Tokenizer
-
     now = json.loads(tokenizer.backend_tokenizer.to_str())
     if given.is_file():
         text = given.read_text(encoding="utf-8")
-        if json.loads(Tokenizer.from_str(text).to_str()) == now:
+        if json.loads(tokenizers.Tokenizer.from_str(text).to_str()) == now:
             return text
     return json.dumps(now, ensure_ascii=False, indent=2) + "\n"
 
@@ -441,10 +438,8 @@ def plan_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> l
         return [f"the source has no tokenizer that transformers can load{other}: the output has none"]
     path, vocabulary = folder / "tokenizer.json", None
     if path.is_file():
-        from tokenizers import Tokenizer
-
         with one_error(f"{path.name} of '{folder}'", folder, "tokenizers"):
-            Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         vocabulary = read_json(path, vocabulary=True)
         _check_unique(path.name, vocabulary)
     return [*beyond_embedding(folder, vocab_size, config, vocabulary), *infilling_warnings(folder, config)]

@@ -15,15 +15,13 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from ..errors import RefusedError
+from ..lazy import torch
 from .files import open_update, remove_temporaries, sync_path
 from .layout import Slot, shard_header
 from .ledger import LEDGER, Ledger, partial_path, replaced_path
-
-if TYPE_CHECKING:
-    import torch
 
 QUEUE_BYTES = 256 * 2**20
 """Bytes that may wait for the disk; bounds the memory of the writer."""
@@ -253,8 +251,6 @@ class CheckpointWriter:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor on the CPU as they stand in a file, without a copy."""
-    import torch
-
     if not tensor.numel():
         return memoryview(b"")
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]

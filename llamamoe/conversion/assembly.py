@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, assert_never
 from ..architectures.targets.base import Constant, Copy, MoeLayout, Neurons, OutTensor, Router
 from ..checkpoint.memory import empty_bytes
 from ..checkpoint.tensors import cast, interleave, torch_dtype
+from ..lazy import np, torch
 from ..methods.layer import PADDING, ExpertWeights, FfnWeights, Partition
 from ..numerics import is_power_of_two
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..architectures.dense_checkpoint import DenseModel
 
 
@@ -27,9 +25,6 @@ def take(tensor: torch.Tensor, index: np.ndarray, axis: int) -> torch.Tensor:
     Columns are taken in blocks of rows that fit the cache, which is several times faster than
     ``index_select`` for 16-bit types.
     """
-    import numpy as np
-    import torch
-
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     source = tensor.contiguous().view(bits).numpy()
     shape = (len(index), source.shape[1]) if axis == 0 else (source.shape[0], len(index))
@@ -77,8 +72,6 @@ class LayerParts:
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
         """int64 ``[shared_width]`` and ``[N, W]``: rows of `matrices` of the shared expert and of every other."""
-        import numpy as np
-
         shared, experts = self.partition.shared, self.partition.experts
         if self.weights is not None:
             count = len(shared)
@@ -89,8 +82,6 @@ class LayerParts:
 
     def neurons(self, origin: Neurons, dtype: torch.dtype) -> torch.Tensor:
         """One expert's part, the shared expert's, or all experts' stacked (see `Neurons`)."""
-        import torch
-
         if origin.expert == "all":
             parts = (self.neurons(Neurons(origin.part, i, origin.scale), dtype) for i in range(self.layout.num_experts))
             first = next(parts)
@@ -122,8 +113,6 @@ def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default
         parts: The pieces of the tensor's layer, if it is a MoE layer.
         default_dtype: Safetensors name of the dtype of tensors that name none.
     """
-    import torch
-
     dtype = torch_dtype(tensor.dtype or default_dtype)
     origin = tensor.origin
     if isinstance(origin, Constant):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.targets.base import Neurons
 from ..calibration.walk import read_ffn
 from ..checkpoint.tensors import cast, torch_dtype
+from ..lazy import np, torch
 from ..methods.contributions import router_quality
 from ..methods.layer import ExpertWeights, FfnWeights, LayerContext, Partition, TokenWeighting, token_scales
 from ..methods.moe_layer import ConvertedFfn, dense_outputs, parity_before_repair
@@ -22,9 +23,6 @@ from ..plugins import Registry
 from .assembly import LayerParts, router_dtype
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..methods.layer import LayerInputs
     from ..methods.splitters.base import Splitter
     from ..recipes import Choice
@@ -98,8 +96,6 @@ def convert_layer(
 
 def _shared(plan: SplitPlan, splitter: Splitter, ffn: FfnWeights, context: LayerContext) -> np.ndarray:
     """int64 ``[S]``: the selector's choice; any S neurons for a splitter that chooses them itself."""
-    import numpy as np
-
     if splitter.chooses_shared:
         return np.arange(plan.layout.num_shared, dtype=np.int64)
     chosen: np.ndarray = plugin(SELECTORS, plan.recipe.shared_by).select(ffn, plan.layout.num_shared, context)
@@ -113,8 +109,6 @@ def _router(
     plan: SplitPlan, splitter: Splitter, ffn: FfnWeights, partition: Partition, context: LayerContext
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The router's rows as they are to be stored, and facts about their size."""
-    import torch
-
     if not splitter.routed:
         return torch.zeros(0, ffn.hidden_size), {}
     rows = plugin(ROUTERS, plan.recipe.router).rows(ffn, partition, context)
@@ -161,8 +155,6 @@ def as_function(plan: SplitPlan, weights: ExpertWeights, partition: Partition, r
 
 def as_stored(plan: SplitPlan, moe: ConvertedFfn) -> ConvertedFfn:
     """The same layer with its weights and rows rounded as the files will hold them, factors included."""
-    import torch
-
     dtype, weights = torch_dtype(plan.dtype), moe.weights
     rows_dtype = torch_dtype(router_dtype(plan.tensors, plan.dtype))
     downs = {

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..lazy import torch
 
 if TYPE_CHECKING:
     from ..checkpoint.locate import Location
@@ -44,8 +45,6 @@ def plan_fingerprint(plan: SplitPlan, compute: dict[str, Any] | None = None) -> 
         plan: What is written.
         compute: Where and in which dtype calibration computes, if it does.
     """
-    import torch
-
     facts = [
         __version__,
         torch.__version__,

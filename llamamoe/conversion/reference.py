@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.tensors import torch_dtype
 from ..errors import VerificationError
+from ..lazy import accelerate, torch, transformers
 from ..models.streaming import computing_keys
 
 if TYPE_CHECKING:
-    import torch
-
     from ..architectures.dense_checkpoint import DenseModel
     from ..architectures.sources.base import DenseSpec
 
@@ -72,8 +71,6 @@ class Reference:
         Raises:
             VerificationError: A weight is not what llamamoe reads.
         """
-        import torch
-
         for index, layer in enumerate(self.model.model.layers):
             layer.register_forward_pre_hook(lambda module, args, index=index: before_layer(index, module))
             layer.register_forward_hook(lambda module, args, output, index=index: after_layer(index, module))
@@ -84,21 +81,17 @@ class Reference:
 
     def _watch(self, name: str, module: torch.nn.Module) -> None:
         """Compare and round the module's own weights once accelerate has loaded them."""
-        from accelerate.hooks import ModelHook, add_hook_to_module
-
         reference = self
 
-        class Watch(ModelHook):  # type: ignore[misc]
+        class Watch(accelerate.hooks.ModelHook):  # type: ignore[misc]
             def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
                 for key, parameter in module.named_parameters(recurse=False):
                     reference._check(f"{name}.{key}", parameter)
                 return args, kwargs
 
-        add_hook_to_module(module, Watch(), append=True)
+        accelerate.hooks.add_hook_to_module(module, Watch(), append=True)
 
     def _check(self, name: str, parameter: torch.nn.Parameter) -> None:
-        import torch
-
         raw = self._raw_name(name)
         info = self._dense.checkpoint.tensors.get(raw)
         rounded = self._dtype != "F32" and (info is None or info.dtype != self._dtype)
@@ -125,8 +118,6 @@ class Reference:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compare two tensors by their bits, after casting ``other`` to the dtype of ``one`` block by block."""
-    import torch
-
     if one.shape != other.shape:
         return False
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
@@ -168,17 +159,14 @@ def _same_rope(have: DenseSpec, want: DenseSpec) -> bool:
 
 
 def _load(folder: Path) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
-
     _refuse_others(folder)
     try:
-        keys, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
-        config: Any = AutoConfig.for_model(**computing_keys(keys))
+        keys, _ = transformers.PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+        config: Any = transformers.AutoConfig.for_model(**computing_keys(keys))
         places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
         places |= {f"model.layers.{layer}": "disk" for layer in range(config.num_hidden_layers)}
         with quiet_transformers(), _quiet_accelerate():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
@@ -187,7 +175,7 @@ def _load(folder: Path) -> Any:
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
-                generation_config=GenerationConfig(),
+                generation_config=transformers.GenerationConfig(),
                 output_loading_info=True,
             )
     except Exception as error:  # whatever transformers raises: it cannot load the parent

@@ -17,6 +17,7 @@ from ..checkpoint.tensors import torch_dtype
 from ..checkpoint.tokenizer import parent_tokenizer
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import CheckpointError, RefusedError
+from ..lazy import np, torch
 from ..methods.moe_layer import ConvertedFfn, dense_outputs
 from ..progress import ProgressCallback
 from .recipe import AUTO
@@ -116,8 +117,6 @@ class Session:
         return isinstance(kept, dict) and kept == {"layer": layer, "sha256": self._hash(layer)}
 
     def _gradients(self, text: CalibrationText) -> GradientStore:
-        import torch
-
         from ..calibration.gradients import ffn_gradients
 
         return ffn_gradients(
@@ -246,8 +245,6 @@ def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:
 
 
 def _save_text(folder: Path, text: CalibrationText) -> None:
-    import numpy as np
-
     with replacing(folder / _IDS) as file:
         np.save(file, text.ids_ST)
     data = {
@@ -261,8 +258,6 @@ def _save_text(folder: Path, text: CalibrationText) -> None:
 
 def _load_text(folder: Path) -> CalibrationText | None:
     """What `_save_text` kept, or None if it is not there or not whole."""
-    import numpy as np
-
     try:
         data = json.loads((folder / _TEXT).read_text(encoding="utf-8"))
         ids = np.load(folder / _IDS, allow_pickle=False)

@@ -17,12 +17,11 @@ from ..checkpoint.reader import INDEX, PICKLES, SafetensorsCheckpoint
 from ..checkpoint.tensors import cast, nonfinite, torch_dtype
 from ..checkpoint.writer import joined_sha256, tensor_bytes
 from ..errors import CheckpointError, VerificationError
+from ..lazy import torch, transformers
 from ..progress import Progress, ProgressCallback
 from .assembly import make
 
 if TYPE_CHECKING:
-    import torch
-
     from .plan import SplitPlan
 
 
@@ -171,16 +170,14 @@ def _check_others(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
 
 def _check_effective(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
     """Compare the configuration objects, so that an added key that changes what is computed shows."""
-    from transformers import AutoConfig
-
     found = {k: v for k, v in converted.config.items() if k not in ("llamamoe", "auto_map")}
     try:
-        have = AutoConfig.for_model(**found).to_dict()
+        have = transformers.AutoConfig.for_model(**found).to_dict()
     except Exception as error:  # the class of every architecture has its own rules
         raise VerificationError(
             f"config.json: transformers refuses it ({error}).", hint=_made_from(plan, converted)
         ) from None
-    want = AutoConfig.for_model(**plan.config).to_dict()
+    want = transformers.AutoConfig.for_model(**plan.config).to_dict()
     wrong = sorted(k for k in want if have.get(k) != want[k] and k not in ("transformers_version", "_name_or_path"))
     if wrong:
         raise VerificationError(
@@ -208,8 +205,6 @@ def neuron_keys(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None)
         up: ``[F, H]``.
         down: ``[F, H]`` (columns as rows), or None to leave the down projection out.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(20160)
     total = torch.zeros(gate.shape[0], dtype=torch.int64)
     for matrix in (gate, up, down):
@@ -234,8 +229,6 @@ def check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
     Raises:
         VerificationError: A neuron is missing, repeated or changed.
     """
-    import torch
-
     if plan.kept == "nothing":
         return
     down = plan.kept == "neurons" and plan.layout.combine.bake_is_exact
@@ -262,8 +255,6 @@ def check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
 
 def _stored_keys(plan: SplitPlan, converted: Checkpoint, layer: int, kind: str, down: bool) -> torch.Tensor:
     """int64, sorted: keys of the neurons of all routed experts, or of the shared one, as they stand in the file."""
-    import torch
-
     gates, ups, downs = [], [], []
     for tensor in plan.tensors:
         origin = tensor.origin

@@ -11,13 +11,12 @@ from ..architectures.targets.base import Neurons, Router, Target
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tensors import torch_dtype
+from ..lazy import torch
 from ..models.streaming import StreamedModel
 from ..progress import Progress, ProgressCallback
 from .verify_files import check_finite
 
 if TYPE_CHECKING:
-    import torch
-
     from .plan import SplitPlan
 
 RECEIPT_TEXT = """\
@@ -70,8 +69,6 @@ def compare_logits(plan: SplitPlan, converted: SafetensorsCheckpoint, progress: 
         VerificationError: Transformers cannot load one of the two, reads the parent otherwise than llamamoe, or
             weights that the conversion made are not finite.
     """
-    import torch
-
     ids, origin = receipt_tokens(converted.path, plan.model.spec.vocab_size)
     layers, claims = plan.model.spec.num_layers, plan.parity == "exact"
     parent_taps = _Taps({}, {})
@@ -111,8 +108,6 @@ def compare_logits(plan: SplitPlan, converted: SafetensorsCheckpoint, progress: 
 
 def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
     """int64 ``[1, T]``: `RECEIPT_TEXT` in the folder's tokens, or seeded random ids if it has no tokenizer."""
-    import torch
-
     from ..checkpoint.tokenizer import load
     from ..errors import CheckpointError
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ..checkpoint.paths import check_regular
-from ..errors import LlamaMoeError, MissingExtraError
+from ..errors import LlamaMoeError
+from ..lazy import require
 
 _COMPRESSED_BYTES = 1 << 10
 """Handed to zstandard at once: it gives back everything that they unpack to, up to 32,768 times as much."""
@@ -41,10 +42,7 @@ def import_for(module: str, path: Path) -> Any:
     Raises:
         MissingExtraError: The package is not installed.
     """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(module.split(".")[0], "data", f"Reading '{path}'") from error
+    return require(module, "data", f"Reading '{path}'")
 
 
 def damaged(path: Path, error: Exception | str) -> LlamaMoeError:

@@ -18,6 +18,7 @@ import numpy as np
 from ..checkpoint.files import make_folder, sync_path
 from ..checkpoint.manifest import file_sha256
 from ..errors import LlamaMoeError
+from ..lazy import tokenizers
 from .shard_writer import DomainWriter
 from .text import Document, read_files
 from .token_index import TRAIN, VALIDATION, DomainEntry, ShardEntry, domain_folder
@@ -132,9 +133,7 @@ def lowest_hashes(unit: Unit, count: int) -> dict[str, list[int]]:
 
 def tokenizer_of(settings: Settings) -> Callable[[Unit], UnitRecord]:
     """Make what tokenises one unit; see `tokenize_unit`. Cheap to call in a fresh process: transformers is not used."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(settings.vocabulary.backend)
+    tokenizer = tokenizers.Tokenizer.from_str(settings.vocabulary.backend)
     tokenizer.encode_special_tokens = settings.vocabulary.split_special
     return lambda unit: tokenize_unit(unit, settings, tokenizer)
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.inspect import Inspection, inspect_checkpoint
 from ..errors import LlamaMoeError, UsageError
+from ..lazy import psutil, torch
 from ..progress import ProgressCallback, counting, ignore_progress
 
 if TYPE_CHECKING:
-    import torch
-
     from ..models.loading import Opened
 
 
@@ -136,8 +135,6 @@ def bench(
         UsageError: A number is out of range, or a model or device does not exist.
         CheckpointError: A folder is not a model.
     """
-    import torch
-
     from ..models.loading import open_models, pick_device
 
     sizes = _check(batch_sizes, prompt_tokens, new_tokens, repeats)
@@ -219,8 +216,6 @@ class _Run:
         tell: Callable[[str], None],
     ) -> ModelSpeed:
         """One model at every batch size."""
-        import torch
-
         from ..models.loading import free_memory, load_weights
 
         before = _memory(self.device)
@@ -278,8 +273,6 @@ class _Run:
         return read - started, (self._now() - read) / self.new_tokens
 
     def _now(self) -> float:
-        import torch
-
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -311,8 +304,6 @@ def _choose_experts(model: Any, implementation: str | None) -> str | None:
 
 def _prompts(tokenizer: Any, size: int, length: int, vocab_size: int) -> torch.Tensor:
     """int64 ``[B, T]``: the text again and again, each sequence begun at another place."""
-    import torch
-
     from ..conversion.verify_runs import RECEIPT_TEXT
 
     ids = torch.tensor(tokenizer(RECEIPT_TEXT, add_special_tokens=False)["input_ids"])
@@ -324,14 +315,11 @@ def _prompts(tokenizer: Any, size: int, length: int, vocab_size: int) -> torch.T
 
 def _memory(device: str, *, peak: bool = False) -> int:
     """Bytes in use: of the device if it is a GPU (``peak``: the most since the last call without), else of the process."""
-    import torch
-
     gc.collect()
     if device.startswith("cuda"):
         if peak:
             return int(torch.cuda.max_memory_allocated(device))
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
-    import psutil  # type: ignore[import-untyped]
 
     return int(psutil.Process().memory_info().rss)

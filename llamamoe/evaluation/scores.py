@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..lazy import scipy
+
 
 @dataclass(frozen=True)
 class Score:
@@ -150,8 +152,6 @@ class _Estimate(NamedTuple):
 
     def interval(self) -> tuple[float, float] | None:
         """95 % confidence interval; variances differ between domains, so degrees of freedom are Satterthwaite's (1946)."""
-        from scipy.stats import t
-
         variances = self._variances()
         if variances is None:
             return None
@@ -160,7 +160,7 @@ class _Estimate(NamedTuple):
             return self.value, self.value
         parts = zip(variances, self.influence, strict=True)
         freedom = total**2 / sum(variance**2 / (len(part) - 1) for variance, part in parts)
-        half = float(t.ppf(0.975, freedom)) * math.sqrt(total)
+        half = float(scipy.stats.t.ppf(0.975, freedom)) * math.sqrt(total)
         return self.value - half, self.value + half
 
     def _variances(self) -> list[float] | None:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CheckpointError, LlamaMoeError
+from ..lazy import torch
 from ..models.loading import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
-    import torch
-
     from ..data.encoding import Encoded, Window
 
 
@@ -107,8 +106,6 @@ class _Scorer:
 
     def score(self, batch: Sequence[int]) -> np.ndarray:
         """Negative log-likelihood of each window of the batch, float64 [B]."""
-        import torch
-
         chosen = [self.windows[i] for i in batch]
         tokens = [self.documents[w.document].ids[w.start : w.stop] for w in chosen]
         with torch.inference_mode():
@@ -134,8 +131,6 @@ def _find_head(model: Any, ids_1T: torch.Tensor) -> Head | None:
     Most models apply their output embedding and no more, some scale what comes out. The choice is checked
     against the model's own logits; None means that neither is so, and the whole forward must be used.
     """
-    import torch
-
     output = model.get_output_embeddings()
     if output is None or model.base_model is model:
         return None
@@ -157,8 +152,6 @@ def _find_head(model: Any, ids_1T: torch.Tensor) -> Head | None:
 
 def _score_batch(model: Any, head: Head | None, tokens: Sequence[np.ndarray], begins: Sequence[int]) -> np.ndarray:
     """Negative log-likelihood of each window's tokens from ``begins`` on, float64 [B], in nats."""
-    import torch
-
     lengths = torch.tensor([len(ids) for ids in tokens])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)  # the padding's id is never read: see `scored`
@@ -182,8 +175,6 @@ def _score_batch(model: Any, head: Head | None, tokens: Sequence[np.ndarray], be
 
 def _nll(pieces: Iterator[torch.Tensor], targets_P: torch.Tensor) -> torch.Tensor:
     """Cross entropy of fp32 logits that come in pieces along P, float64 [P] on the CPU."""
-    import torch
-
     out, at = [], 0
     for logits in pieces:
         targets = targets_P[at : at + len(logits)].to(logits.device)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..errors import LlamaMoeError, MissingExtraError, UsageError
+from ..lazy import lm_eval
 from ..plugins import near_misses
 from ..progress import ProgressCallback, counting, ignore_progress
 from ..recipes import load_plain
@@ -183,12 +184,10 @@ def evaluate_tasks(
 
 def _manager(recipe: TaskRecipe) -> Any:
     """The harness's tasks, those of the recipe's folders too; every name is looked up before a model is loaded."""
-    from lm_eval.tasks import TaskManager
-
     for folder in recipe.include:
         if not Path(folder).expanduser().is_dir():
             raise UsageError(f"include: {folder} is not a folder.")
-    manager = TaskManager(include_path=[str(Path(each).expanduser()) for each in recipe.include] or None)
+    manager = lm_eval.tasks.TaskManager(include_path=[str(Path(each).expanduser()) for each in recipe.include] or None)
     for request in recipe.tasks:
         if request.task not in manager.all_tasks:
             raise UsageError(
@@ -242,10 +241,8 @@ class _Run:
         return _Answers(dtype, results)
 
     def _one(self, wrapped: Any, request: TaskRequest) -> dict[str, Any]:
-        from lm_eval import simple_evaluate
-
         try:
-            found: dict[str, Any] | None = simple_evaluate(
+            found: dict[str, Any] | None = lm_eval.simple_evaluate(
                 model=wrapped,
                 tasks=[request.task],
                 num_fewshot=request.num_fewshot,

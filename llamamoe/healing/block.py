@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.quiet import quiet_transformers
+from ..lazy import torch, transformers
 from ..models.streaming import StreamedModel, _load_part
 from ..training.moe_layers import MoeLayer, find_moe_layers
 from ..training.router_start import renormalise
 from .plan import FROZEN
 
 if TYPE_CHECKING:
-    import torch
-
     from .plan import HealPlan
 
 
@@ -60,14 +59,12 @@ class NativeFfn:
 
     def outputs(self, x_TH: torch.Tensor) -> torch.Tensor:
         """The FFN's outputs ``[T, H]``, in the dtype of ``x_TH``: weights are rounded to it, gradients reach them."""
-        from torch.func import functional_call
-
         total: torch.Tensor | None = None
         for _, module in self._modules():
             weights = {
                 key: value if FROZEN[0] in key else value.to(x_TH.dtype) for key, value in module.named_parameters()
             }
-            out = functional_call(module, weights, (x_TH[None],))[0]
+            out = torch.func.functional_call(module, weights, (x_TH[None],))[0]
             total = out if total is None else total + out
         assert total is not None
         return total
@@ -98,10 +95,8 @@ class NativeFfn:
         Args:
             names: The names to give, with their dtypes.
         """
-        from transformers.core_model_loading import revert_weight_conversion
-
         state = {f"model.layers.0.{name}": value.detach() for name, value in self.parameters().items()}
-        reverted = revert_weight_conversion(self.model, state)
+        reverted = transformers.core_model_loading.revert_weight_conversion(self.model, state)
         found = {re.sub(r"^model\.layers\.0\.", f"model.layers.{self.layer}.", k): v for k, v in reverted.items()}
         return {name: found[name].to("cpu", dtype).contiguous().clone() for name, dtype in names.items()}
 
@@ -127,8 +122,6 @@ def load_ffn(
     Raises:
         VerificationError: Transformers misses a tensor or does not know one.
     """
-    import torch
-
     prefix = f"model.layers.{layer}."
     names = [name for name in plan.checkpoint.tensors if name.startswith(prefix)]
     streamed = StreamedModel(plan.checkpoint.config, names, read)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import RefusedError
+from ..lazy import torch
 from ..methods.router_scale import is_hard
 from .plan import HealPlan
 
@@ -41,8 +42,6 @@ def renormalises(plan: HealPlan) -> bool:
 
 def differences(plan: HealPlan) -> Iterator[str]:
     """Warn if MODEL's norms and attention are not its parent's: its FFNs then see other inputs than they are trained on."""
-    import torch
-
     other = []
     for layer in range(plan.num_layers):
         for part in ("input_layernorm", "post_attention_layernorm", "self_attn.o_proj"):

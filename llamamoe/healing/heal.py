@@ -22,6 +22,7 @@ from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, normal_path, recover_repl
 from ..checkpoint.tokenizer import check_parent
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import UsageError
+from ..lazy import torch
 from ..models.loadable import check_model
 from ..progress import ProgressCallback, ignore_progress
 from .output import check_place, make_receipt, write_side_files
@@ -183,8 +184,6 @@ class _Healing:
 
     def _fingerprint(self, text: CalibrationText) -> str:
         """Changes whenever a resumed run would write other bytes."""
-        import torch
-
         facts = [
             "heal",
             __version__,

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import set_size
 from ..checkpoint.tensors import torch_dtype
+from ..lazy import torch
 from ..methods.moe_layer import dense_outputs
 from .block import NativeFfn, load_ffn
 from .plan import HealPlan, config_of
 from .train_layer import LayerTask, layer_error, start_router, train_layer
 
 if TYPE_CHECKING:
-    import torch
-
     from ..methods.layer import FfnWeights, LayerInputs
 
 
@@ -36,8 +35,6 @@ class HealedLayer:
 
 def parent_outputs(inputs: LayerInputs, ffn: FfnWeights, dtype: torch.dtype, path: Path | None) -> torch.Tensor:
     """``[T, H]`` of a dtype on the CPU: what the parent's FFN makes of the inputs; in a mapped file if there is a path."""
-    import torch
-
     shape = (inputs.num_tokens, inputs.x_TH.shape[1])
     if path is None:
         aims_TH = torch.empty(shape, dtype=dtype)

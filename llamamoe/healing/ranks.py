@@ -13,13 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..checkpoint.files import make_folder, save_tensors
 from ..errors import LlamaMoeError, UsageError
-
-if TYPE_CHECKING:
-    import torch
+from ..lazy import dist, safetensors, torch
 
 T = TypeVar("T")
 TIMEOUT = timedelta(days=7)
@@ -48,7 +46,6 @@ class Ranks:
         """What the first process has, on all of them."""
         if self.world == 1:
             return value
-        import torch.distributed as dist
 
         box = [value]
         dist.broadcast_object_list(box)
@@ -74,18 +71,13 @@ class Ranks:
 
     def device(self, name: str) -> str:
         """The device of the recipe, or this process's own GPU where the recipe names no number."""
-        if self.world > 1 and name in ("auto", "cuda"):
-            import torch
-
-            if torch.cuda.is_available():
-                return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        if self.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
-            import torch.distributed as dist
-
             try:
                 dist.barrier()
             except RuntimeError as error:
@@ -106,7 +98,6 @@ def joined() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks()
         return
-    import torch.distributed as dist
 
     ours = not dist.is_initialized()
     if ours:
@@ -148,7 +139,5 @@ class Handoff:
 
     def take(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Read the layer."""
-        from safetensors import safe_open
-
-        with safe_open(self._path(layer), framework="pt") as file:
+        with safetensors.safe_open(self._path(layer), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaMoeError
+from ..lazy import np, torch
 from ..methods.layer import LayerInputs, token_scales
 from ..numerics import wide
 from ..training.losses import LOSSES, LossContext
@@ -15,9 +16,6 @@ from ..training.router_start import logit_std, soften
 from ..training.routing import RouterTap, Routing
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from .block import NativeFfn
     from .recipe import HealRecipe
 
@@ -56,8 +54,6 @@ class LayerTask:
 
     def scales(self) -> torch.Tensor:
         """float32 ``[T]``: what each token's error is multiplied by."""
-        import torch
-
         found = token_scales(self.inputs, self.recipe.weighting)
         return torch.ones(self.inputs.num_tokens) if found is None else found
 
@@ -67,15 +63,11 @@ class LayerTask:
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator that depends on seed, layer and purpose only."""
-        import numpy as np
-
         return np.random.default_rng([self.recipe.seed, self.layer, *purpose.encode()])
 
 
 def layer_error(ffn: NativeFfn, task: LayerTask, part: slice) -> float:
     """``||y - E(x)|| / ||y||`` over a part of the tokens, each counted by its scale; NaN where something is not finite."""
-    import torch
-
     missed, whole = 0.0, 0.0
     scales_T, step = task.scales(), task.inputs.batch_tokens
     with torch.no_grad():
@@ -95,8 +87,6 @@ def start_router(ffn: NativeFfn, task: LayerTask) -> dict[str, Any]:
     A router that cannot be scaled so (it selects by more than its logits) is left as it is; one of zeros gets random
     rows, for it has no ranking to keep.
     """
-    import torch
-
     facts: dict[str, Any] = {}
     rows_NH = ffn.moe.router_NH
     with torch.no_grad():
@@ -186,8 +176,6 @@ class _Competitive:
     name: str = "competitive"
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        import torch
-
         x_BH = self.task.x(rows)
         with torch.no_grad():
             aim_BH = self.task.aims_TH[rows].to(x_BH.device, x_BH.dtype) - self.ffn.shared_outputs(x_BH)
@@ -205,8 +193,6 @@ def _descend(
     router: torch.nn.Parameter,
 ) -> None:
     """Adam with a step of its own for every parameter: a share of its root mean square, up and then down to zero."""
-    import torch
-
     recipe, steps = task.recipe, epochs * max(1, task.num_trained // task.recipe.batch)
     groups = []
     for parameter in parameters.values():
@@ -236,8 +222,6 @@ def _descend(
 
 def _minibatches(task: LayerTask, epochs: int) -> Iterator[torch.Tensor]:
     """int64 ``[batch]``: token numbers of every step, each epoch in an order of its own; what is left over rests."""
-    import torch
-
     rng, tokens, batch = task.rng("order"), task.num_trained, task.recipe.batch
     for _ in range(epochs):
         order = torch.from_numpy(rng.permutation(tokens))

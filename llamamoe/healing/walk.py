@@ -16,6 +16,7 @@ from ..checkpoint.files import make_folder
 from ..checkpoint.ledger import STATES, partial_path
 from ..checkpoint.tensors import torch_dtype
 from ..checkpoint.writer import CheckpointWriter
+from ..lazy import safetensors
 from ..progress import Progress, ProgressCallback
 from .layer import HealedLayer, heal_layer, parent_outputs, stored_ffn
 from .plan import HealPlan
@@ -118,8 +119,6 @@ class LayerRun:
         self, inputs: LayerInputs, layer: int, aims_TH: torch.Tensor, writer: CheckpointWriter | None
     ) -> Iterator[torch.Tensor]:
         """The outputs of the layer's FFN that the next layers see: the parent's, or those of what was written."""
-        from safetensors import safe_open
-
         if self.plan.recipe.inputs == "parent" or layer not in self.plan.layers:
             yield from (aims_TH[part].float() for part in inputs.batches())
             return
@@ -127,7 +126,7 @@ class LayerRun:
         writer.flush()
         tensors = {}
         for name in self.plan.layer_names(layer):
-            with safe_open(writer.path / writer.slots[name].file, framework="pt") as file:
+            with safetensors.safe_open(writer.path / writer.slots[name].file, framework="pt") as file:
                 tensors[name] = file.get_tensor(name)
         ffn = stored_ffn(self.plan, layer, tensors, renormalised=self.renormalised).to(inputs.device)
         with torch.no_grad():

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+from ..lazy import torch
 from .layer import PADDING, ExpertWeights, FfnWeights, Partition
 
 if TYPE_CHECKING:
-    import torch
-
     from .layer import LayerInputs
     from .moe_layer import ConvertedFfn
 
@@ -36,8 +35,6 @@ def contributions(
         kind: Which of the two.
         hidden_act: Name of the activation, for `ExpertWeights` (`FfnWeights` know it).
     """
-    import torch
-
     shared, (num_experts, width) = len(partition.shared), partition.experts.shape
     slots = torch.from_numpy(partition.experts.ravel())
     real_R = (slots != PADDING).float().to(inputs.device)
@@ -79,8 +76,6 @@ def router_quality(
     Raises:
         ValueError: There are no tokens.
     """
-    import torch
-
     if inputs.num_tokens == 0:
         raise ValueError("a router's quality needs at least one token")
     num_experts, top_k = moe.num_experts, moe.top_k

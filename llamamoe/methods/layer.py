@@ -8,19 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    import torch
-
-if TYPE_CHECKING:
-    import torch
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    pass
+from ..lazy import np, torch, transformers
 
 PADDING = -1
 """The index that marks a zero neuron in ``Partition.experts``."""
@@ -91,8 +81,6 @@ class LayerContext:
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator that depends on seed, layer and purpose only (not on the order of layers or resumes)."""
-        import numpy as np
-
         return np.random.default_rng([self.seed, self.layer, *purpose.encode()])
 
 
@@ -115,8 +103,6 @@ class Partition:
     @property
     def slots(self) -> np.ndarray:
         """int64 ``[P]``, P = S + N W: the neuron in every place, shared ones first, then expert by expert."""
-        import numpy as np
-
         return np.concatenate([self.shared, self.experts.ravel()])
 
     @classmethod
@@ -134,8 +120,6 @@ class Partition:
         Raises:
             ValueError: An expert would get more neurons than its width holds.
         """
-        import numpy as np
-
         sizes = np.bincount(labels, minlength=context.num_experts)
         if sizes.max(initial=0) > context.expert_width or len(sizes) > context.num_experts:
             raise ValueError(f"expert sizes {sizes.tolist()} do not fit {context.num_experts} x {context.expert_width}")
@@ -151,8 +135,6 @@ class Partition:
         Raises:
             ValueError: A neuron is missing, repeated or out of range.
         """
-        import numpy as np
-
         used = np.concatenate([self.experts.ravel(), self.shared, self.omitted])
         used = used[used != PADDING]
         if used.size and (used.min() < 0 or used.max() >= intermediate_size):
@@ -185,8 +167,6 @@ class ExpertWeights:
     @classmethod
     def of_parent(cls, ffn: FfnWeights, partition: Partition) -> ExpertWeights:
         """The parent's own weights, copied to every place of the partition."""
-        import torch
-
         slots = torch.from_numpy(partition.slots)
         index = slots.clamp(min=0)
         kept = (slots != PADDING).to(torch.float32)
@@ -195,8 +175,6 @@ class ExpertWeights:
 
 
 BATCH_TOKENS = 4096
-
-
 CACHE_BYTES = 1 << 30
 """What the parent's neurons do is kept for the methods that ask again, if it takes no more than this."""
 
@@ -253,8 +231,6 @@ class LayerInputs:
         Methods sweep over the tokens a dozen times, so the parent's are kept (in the compute dtype, in which they are
         computed) if they fit `CACHE_BYTES`.
         """
-        import torch
-
         from .layer import FfnWeights
 
         if not isinstance(ffn, FfnWeights):
@@ -278,15 +254,11 @@ class LayerInputs:
 
 def activate(gate_BF: torch.Tensor, hidden_act: str) -> torch.Tensor:
     """``act(gate)`` in float32."""
-    from transformers.activations import ACT2FN
-
-    out: torch.Tensor = ACT2FN[hidden_act](gate_BF.float())
+    out: torch.Tensor = transformers.activations.ACT2FN[hidden_act](gate_BF.float())
     return out
 
 
 TokenWeighting = Literal["none", "residual"]
-
-
 LEAST_RESIDUAL = 1e-3
 """Tokens whose residual stream is smaller than this share of the median count as if it were that large."""
 

@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ..lazy import np, scipy, torch
 from ..plugins import PluginOptions
 from .layer import LayerInputs, activate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import numpy as np
-    import scipy.sparse
-    import torch
 
     from .layer import FfnWeights, LayerContext
 
@@ -64,9 +61,6 @@ def activation_markers(ffn: FfnWeights, context: LayerContext, options: MarkerOp
     Raises:
         LlamaMoeError: An activation is NaN or infinite.
     """
-    import numpy as np
-    import scipy.sparse
-
     from ..numerics import check_finite
 
     inputs = every_nth(context.inputs, options.max_tokens)
@@ -86,29 +80,25 @@ def activation_markers(ffn: FfnWeights, context: LayerContext, options: MarkerOp
 
 def _hidden(ffn: FfnWeights, inputs: LayerInputs, normalised: bool) -> Iterator[torch.Tensor]:
     """``h`` in batches float32 ``[B, F]``; of directions only if ``normalised``."""
-    from torch.nn.functional import normalize
-
     if not normalised:
         yield from inputs.hidden(ffn)
         return
-    gate, up = (normalize(w.float(), dim=1).to(inputs.device, inputs.compute_dtype) for w in (ffn.gate_FH, ffn.up_FH))
+    gate, up = (
+        torch.nn.functional.normalize(w.float(), dim=1).to(inputs.device, inputs.compute_dtype)
+        for w in (ffn.gate_FH, ffn.up_FH)
+    )
     for x_BH in inputs.inputs():
-        x_BH = normalize(x_BH.float(), dim=1).to(inputs.compute_dtype)
+        x_BH = torch.nn.functional.normalize(x_BH.float(), dim=1).to(inputs.compute_dtype)
         yield activate(x_BH @ gate.T, ffn.hidden_act) * (x_BH @ up.T).float()
 
 
 def activation_rates(markers_QF: scipy.sparse.csr_array) -> np.ndarray:
     """float64 ``[F]``: ``mu_j = mean_t A_tj``."""
-    import numpy as np
-
     return np.asarray(np.asarray(markers_QF.sum(0), np.float64) / max(markers_QF.shape[0], 1))
 
 
 def mean_patterns(markers_QF: scipy.sparse.csr_array, members: list[np.ndarray]) -> np.ndarray:
     """float64 ``[Q, K]``: the mean marker column of each of K sets of neurons; zeros for an empty set."""
-    import numpy as np
-    import scipy.sparse
-
     sizes = np.array([len(m) for m in members], np.int64)
     sets = np.repeat(np.arange(len(members)), sizes)
     shape = (markers_QF.shape[1], len(members))
@@ -124,8 +114,6 @@ def pattern_distances(markers_QF: scipy.sparse.csr_array, patterns_QK: np.ndarra
     ``a_t + c_t^2 - 2 a_t c_t``. ``"l1"`` is the sum of the former, ``"l2"`` the square root of the sum of the latter
     (for two binary columns: the square root of the former). O(Q k_act K).
     """
-    import numpy as np
-
     counts_F1 = np.asarray(markers_QF.sum(0), np.float64).reshape(-1, 1)
     scalar_FK = np.asarray(markers_QF.T @ patterns_QK)
     if kind == "l1":

@@ -10,13 +10,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..architectures.targets.base import Weighting, weight
+from ..lazy import torch
 from .layer import ExpertWeights, FfnWeights, LayerInputs, Partition
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,6 @@ class ConvertedFfn:
             x_BH: Inputs of the FFN, any dtype.
             logits_BN: Take these in the place of the router's (an oracle's, for diagnosis).
         """
-        import torch
-
         if not self.num_experts:
             return x_BH.new_zeros(len(x_BH), 0, dtype=torch.float32)
         logits = x_BH.float() @ self.router_NH.to(x_BH.device).T if logits_BN is None else logits_BN.float()
@@ -80,8 +76,6 @@ class ConvertedFfn:
 
     def place_weights(self, weights_BN: torch.Tensor) -> torch.Tensor:
         """float32 ``[B, P]``: the expert's weight for each of its places, 1 for shared ones."""
-        import torch
-
         shared, width = len(self.partition.shared), self.partition.experts.shape[1]
         ones = weights_BN.new_ones(weights_BN.shape[0], shared)
         return torch.cat([ones, weights_BN.repeat_interleave(width, dim=1)], dim=1)
@@ -121,8 +115,6 @@ def parity_before_repair(
         parity_factor: What the routed sum is multiplied by (see `Combine.parity_factor`).
         batches: How many batches of the inputs are compared.
     """
-    import torch
-
     everyone = replace(
         moe,
         weights=ExpertWeights.of_parent(ffn, moe.partition),

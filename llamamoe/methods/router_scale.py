@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from ..lazy import torch
 
 HARD_LOGIT = 2.0**-8
 """The size that the largest logits of a hard router should have: weights are equal to about this share.

@@ -22,6 +22,7 @@ from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import SIDE_FILES
 from ..checkpoint.tokenizer import holds_vocabulary, load, one_error
 from ..errors import CheckpointError
+from ..lazy import torch, transformers
 
 _MOST_LAYERS, _MOST_LABELS = 10_000, 1_000_000
 _HINT = "Download config.json again, or correct it."
@@ -116,14 +117,11 @@ def _no_collection() -> Iterator[None]:
 
 
 def _check_model(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
-    import torch
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
     given = copy.deepcopy({key: value for key, value in config.items() if key != "llamamoe"})  # it is written into
     empty = {name: torch.empty(shape, device="meta") for name, shape in tensors.items()}
     with one_error("the model of config.json"), quiet_transformers():
-        built = CONFIG_MAPPING[given["model_type"]].from_dict(given)
-        cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(built)]
+        built = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(given)
+        cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(built)]
         keys = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
         _, info = cls.from_pretrained(None, config=built, state_dict=empty, attn_implementation="eager", **keys)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -146,14 +144,12 @@ def check_loads(folder: Path, name: Path | None = None) -> None:
     Raises:
         CheckpointError: transformers cannot load one of them.
     """
-    from transformers import AutoConfig, GenerationConfig
-
     called = name or folder
     with one_error(f"config.json of '{called}'"), quiet_transformers():
-        AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if (folder / "generation_config.json").is_file():
         with one_error(f"generation_config.json of '{called}'"), quiet_transformers():
-            GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+            transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     if holds_vocabulary(folder):
         load(folder, f"the tokenizer of '{called}'")
 

@@ -16,11 +16,10 @@ from ..checkpoint.locate import check_folder, locate, open_checkpoint
 from ..checkpoint.paths import inside, refuse_pointers
 from ..checkpoint.reader import SIDE_FILES, check_side_file
 from ..errors import CheckpointError, UsageError
+from ..lazy import accelerate, torch, transformers
 from .loadable import check_config_file
 
 if TYPE_CHECKING:
-    import torch
-
     from ..architectures.dense_checkpoint import DenseModel
     from ..checkpoint.base import Checkpoint
 
@@ -96,8 +95,6 @@ def open_model(name: str | Path, *, tokenizer: str | Path | None = None) -> Open
 
 
 def _open_folder(name: str, folder: Path) -> Opened:
-    from transformers import AutoConfig
-
     from ..checkpoint.infilling import open_tokenizer
     from ..checkpoint.tokenizer import of_any_length
 
@@ -118,7 +115,7 @@ def _open_folder(name: str, folder: Path) -> Opened:
         "trust_remote_code": False,
     }
     with _refusing(f"'{name}' has no configuration that transformers can load without remote code"):
-        config = AutoConfig.from_pretrained(**options).get_text_config()
+        config = transformers.AutoConfig.from_pretrained(**options).get_text_config()
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise CheckpointError(
             f"'{name}' has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.",
@@ -137,11 +134,9 @@ def _check_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def _open_gguf(name: str, dense: DenseModel) -> Opened:
-    from transformers import AutoConfig
-
     from .streaming import computing_keys
 
-    config = AutoConfig.for_model(**computing_keys(dense.checkpoint.config))
+    config = transformers.AutoConfig.for_model(**computing_keys(dense.checkpoint.config))
     tokenizer = needed_tokenizer(dense.checkpoint)
     return Opened(name, {}, config, tokenizer, _leading_bos(tokenizer), dense)
 
@@ -183,9 +178,8 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
     if opened.dense is not None:
         with _refusing(f"The weights of '{opened.name}' cannot be loaded"):
             return _load_gguf(opened.name, opened.dense, dtype, device)
-    from transformers import AutoModelForCausalLM
 
-    loader: Any = AutoModelForCausalLM  # its type does not know output_loading_info
+    loader: Any = transformers.AutoModelForCausalLM  # its type does not know output_loading_info
     folder = Path(opened.options["pretrained_model_name_or_path"])
     with _refusing(f"The weights of '{opened.name}' cannot be loaded", folder), _no_progress_bars():
         model, info = loader.from_pretrained(
@@ -209,8 +203,6 @@ def _load_gguf(name: str, dense: DenseModel, dtype: str, device: str) -> Any:
 
     ``"auto"`` is the dtype that `llamamoe.split` would write.
     """
-    import torch
-
     from ..architectures.dense_checkpoint import stored_dtype
     from ..checkpoint.tensors import torch_dtype
     from .streaming import StreamedModel
@@ -220,18 +212,15 @@ def _load_gguf(name: str, dense: DenseModel, dtype: str, device: str) -> Any:
     model = streamed.whole()
     model.name_or_path = model.config.name_or_path = name
     if device == "spread":
-        from accelerate import dispatch_model, infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
-
         kept = {"no_split_module_classes": list(model._no_split_modules or ())}
-        model = dispatch_model(model, infer_auto_device_map(model, get_balanced_memory(model, **kept), **kept))
+        model = accelerate.dispatch_model(
+            model, accelerate.infer_auto_device_map(model, accelerate.utils.get_balanced_memory(model, **kept), **kept)
+        )
     return model
 
 
 def free_memory() -> None:
     """Give back what a model took whose last name was just deleted, so that the next one does not come beside it."""
-    import torch
-
     gc.collect()  # models hold cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -263,15 +252,13 @@ def _refusing(message: str, folder: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()
 
 
 def pick_devices(name: str) -> list[str]:
@@ -284,8 +271,6 @@ def pick_devices(name: str) -> list[str]:
     Raises:
         UsageError: There is no such device.
     """
-    import torch
-
     if name == "spread":
         return ["spread"]
     if name == "all":
@@ -302,8 +287,6 @@ def pick_device(name: str) -> str:
     Raises:
         UsageError: There is none.
     """
-    import torch
-
     if name in ("all", "spread") or "," in name:
         raise UsageError(f"The device '{name}' means several, and this runs on one.", hint="Name one, such as cuda:0.")
     if name == "auto":

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.quiet import quiet_transformers
 from ..errors import VerificationError
+from ..lazy import torch, transformers
 
 if TYPE_CHECKING:
-    import torch
-
     from ..architectures.dense_checkpoint import DenseModel
 
 _RUNTIME = re.compile(
@@ -90,8 +89,6 @@ class StreamedModel:
         Raises:
             VerificationError: Transformers misses a tensor or does not know one.
         """
-        import torch
-
         model = self._shell()
         for index, layer in enumerate(model.model.layers):
 
@@ -128,13 +125,10 @@ class StreamedModel:
 
     def _shell(self) -> Any:
         """The whole model without weights, but with embedding, final norm, head and rotary positions for real."""
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         keys, dtype = self._keys(), self.dtype or torch.float32
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(**keys), dtype=dtype, attn_implementation="sdpa"
+            model = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.for_model(**keys), dtype=dtype, attn_implementation="sdpa"
             )
         tensors = {name: self.read(name) for name in self._outer}
         outer = _load_part(keys | {"num_hidden_layers": 0}, tensors, "outer tensors", dtype).to(self.device)
@@ -145,8 +139,6 @@ class StreamedModel:
         return model.eval().requires_grad_(False)
 
     def _load(self, module: torch.nn.Module, layer: int) -> None:
-        import torch
-
         hidden = self.config["hidden_size"]
         keys = self._keys() | self.one_layer(layer)
         keys |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
@@ -176,8 +168,6 @@ class LayerRunner:
     """
 
     def __init__(self, streamed: StreamedModel, sequence_length: int) -> None:
-        import torch
-
         self._streamed = streamed
         self._model = streamed._shell()
         self._calls = self._pass_by(torch.zeros(1, sequence_length, dtype=torch.long))[1]
@@ -209,8 +199,6 @@ class LayerRunner:
 
     def logits(self, hidden_PH: torch.Tensor) -> torch.Tensor:
         """float32 ``[P, V]``: final norm and head on hidden states ``[P, H]``; gradients flow if they are on."""
-        import torch
-
         ids = torch.zeros(len(hidden_PH), 1, dtype=torch.long)
         return self._pass_by(ids, hidden_PH[:, None])[2][:, 0].float()
 
@@ -252,13 +240,11 @@ def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: 
     Raises:
         VerificationError: Transformers misses a tensor or does not know one.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
     keys = dict(keys)
     if keys.get("layer_types"):
         keys["layer_types"] = keys["layer_types"][: keys["num_hidden_layers"]]
-    config = AutoConfig.for_model(**keys)
-    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config = transformers.AutoConfig.for_model(**keys)
+    cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with quiet_transformers():
         model, info = cls.from_pretrained(
             None,

@@ -13,13 +13,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import MissingExtraError
+from ..lazy import matplotlib, require
 from .page_values import known, number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 WIDTH = 400  # CSS pixels at full size
 _NAMES = ("ink", "muted", "rule", "paper", "s0", "s1", "s2", "s3", "s4")
@@ -118,20 +115,16 @@ def colour(name: str | int) -> str:
     return _STAND_INS[f"s{name}" if isinstance(name, int) else name]
 
 
-def draw(height: float, paint: Callable[[Axes], None]) -> str:
+def draw(height: float, paint: Callable[[matplotlib.axes.Axes], None]) -> str:
     """What ``paint`` paints on axes, as SVG for inlining.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "report", "The report") from error
+    require("matplotlib", "report", "The report")
     buffer = io.StringIO()
-    with _quiet(), rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
+    with _quiet(), matplotlib.rc_context(_STYLE):
+        figure = matplotlib.figure.Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
@@ -149,7 +142,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _plain_axes(axes: Axes) -> None:
+def _plain_axes(axes: matplotlib.axes.Axes) -> None:
     for spine in axes.spines.values():
         spine.set_color(colour("rule"))
     axes.tick_params(colors=colour("rule"), labelcolor=colour("muted"))
@@ -180,23 +173,21 @@ def panel(what: Panel) -> Chart | None:
     if not lines:
         return None
 
-    def paint(axes: Axes) -> None:
-        from matplotlib.ticker import MaxNLocator
-
+    def paint(axes: matplotlib.axes.Axes) -> None:
         for line in lines:
             _paint_line(axes, line)
         _limits(axes, what, lines)
         axes.grid(axis="y", color=colour("rule"), linewidth=0.8)
         axes.spines["left"].set_visible(False)
         axes.locator_params(axis="y", nbins=5)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel(what.xlabel)
         axes.set_ylabel(what.ylabel)
 
     return Chart(what.title, draw(235, paint), _told(what, lines), what.note, what.keys)
 
 
-def _paint_line(axes: Axes, line: Line) -> None:
+def _paint_line(axes: matplotlib.axes.Axes, line: Line) -> None:
     ys = [float("nan") if y is None else y for y in line.ys]
     marked = not line.faint and not line.dashed and len(ys) <= 40
     axes.plot(
@@ -213,7 +204,7 @@ def _paint_line(axes: Axes, line: Line) -> None:
     )
 
 
-def _limits(axes: Axes, what: Panel, lines: Sequence[Line]) -> None:
+def _limits(axes: matplotlib.axes.Axes, what: Panel, lines: Sequence[Line]) -> None:
     ys = [y for line in lines for y in known(line.ys)]
     xs = [x for line in lines for x in line.xs]
     low = min([*ys, *([] if what.low is None else [what.low])])

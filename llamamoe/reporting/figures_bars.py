@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..lazy import matplotlib
 from .figures import MARKERS, Chart, Key, colour, draw
 from .page_values import Series, error_of, get, known, number, percent, ratio, with_error
 from .page_words import ffn_share, parent_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _LABEL = 20  # characters of a name beside the axis; the table has it whole
 _BAR = 11.0  # CSS pixels of a bar
@@ -55,7 +53,7 @@ def quality(series: Sequence[Series], domains: Sequence[str], measure: str) -> C
         return None
     logarithmic = max(found) > _LOG_FROM * statistics.median(found)
 
-    def paint(axes: Axes) -> None:
+    def paint(axes: matplotlib.axes.Axes) -> None:
         thick = 0.8 / len(series)
         for i, (one, line) in enumerate(zip(series, values, strict=True)):
             at = [row - 0.4 + (i + 0.5) * thick for row in range(len(rows))]
@@ -95,7 +93,7 @@ def difference(series: Sequence[Series], domains: Sequence[str], measure: str) -
         return None
     unit = "nats a token" if what == "loss" else "bits a byte"
 
-    def paint(axes: Axes) -> None:
+    def paint(axes: matplotlib.axes.Axes) -> None:
         axes.axvline(0, color=colour(0), linewidth=1.5)
         for i, one in enumerate(models):
             for row, node in enumerate(nodes[one.place]):
@@ -118,7 +116,7 @@ def difference(series: Sequence[Series], domains: Sequence[str], measure: str) -
     )
 
 
-def _point(axes: Axes, value: float, error: float, at: float, place: int) -> None:
+def _point(axes: matplotlib.axes.Axes, value: float, error: float, at: float, place: int) -> None:
     marker = MARKERS[place]
     axes.errorbar(value, at, xerr=error, color=colour(place), elinewidth=2.0, marker=marker, markersize=6.0, capsize=0)
 
@@ -140,7 +138,7 @@ def cost(series: Sequence[Series]) -> Chart | None:
     if not parts:
         return None
 
-    def paint(axes: Axes) -> None:
+    def paint(axes: matplotlib.axes.Axes) -> None:
         thick = 0.8 / len(series)
         for i, one in enumerate(series):
             at = [row - 0.4 + (i + 0.5) * thick for row in range(len(parts))]
@@ -167,7 +165,7 @@ def shares(series: Sequence[Series]) -> Chart | None:
     if parent is None or not found:
         return None
 
-    def paint(axes: Axes) -> None:
+    def paint(axes: matplotlib.axes.Axes) -> None:
         thick = 0.8 / len(models)
         for i, one in enumerate(models):
             for row, line in enumerate(values.values()):
@@ -194,7 +192,7 @@ def _active(model: Mapping[str, Any]) -> str:
     return percent(active / total if active is not None and total else None)
 
 
-def _rows(axes: Axes, names: Sequence[str]) -> None:
+def _rows(axes: matplotlib.axes.Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", color=colour("rule"), linewidth=0.8)

@@ -6,16 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import MissingExtraError
+from ..lazy import jinja2, require
 from . import figures_bars, figures_lines, page_tables, page_values, page_words
 from .page_grid import legend
 from .page_values import Series, clean, get, percent, series_of
 from .page_view import View, view_of
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -50,13 +47,14 @@ def render(report: Mapping[str, Any]) -> str:
     return page.lstrip()  # the macros before the document leave empty lines
 
 
-def _environment() -> Environment:
-    try:
-        from jinja2 import Environment, FunctionLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("jinja2", "report", "The report") from error
-    environment = Environment(
-        loader=FunctionLoader(_read), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+def _environment() -> jinja2.Environment:
+    require("jinja2", "report", "The report")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_read),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
         "number": page_values.number,

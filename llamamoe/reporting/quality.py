@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..lazy import torch
 from ..methods.contributions import Contribution, contributions
 from ..methods.layer import ExpertWeights, LayerInputs, Partition
 
 if TYPE_CHECKING:
-    import torch
-
     from ..training.moe_layers import MoeLayer
     from ..training.routing import Routing
     from .text import TextBatch
@@ -64,8 +63,6 @@ class OracleCollector:
             self._add(each.moe, each.inputs_TH[real], each.indices_Tk[real])
 
     def _add(self, moe: MoeLayer, x_TH: torch.Tensor, indices_Tk: torch.Tensor) -> None:
-        import torch
-
         inputs = LayerInputs(x_TH.cpu(), torch.ones(len(x_TH)), x_TH.device, x_TH.dtype)
         weights, partition = _weights(moe)
         wide = moe.num_experts * partition.experts.shape[1] ** 2 > MOST_GRAM

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..lazy import torch
 from ..training.routing_statistics import LayerStatistics, RoutingStatistics
 
 if TYPE_CHECKING:
-    import torch
-
     from ..training.moe_layers import MoeLayer
     from ..training.routing import Routing
     from .text import TextBatch
@@ -41,8 +40,6 @@ class RoutingCollector:
 
     def add(self, batch: TextBatch, routings: Sequence[Routing]) -> None:
         """Count a batch in; ``routings`` are those of every layer for all of its places, padding included."""
-        import torch
-
         real = batch.real_BT.flatten().to(routings[0].logits_TN.device)
         half_T = batch.half_B[:, None].expand_as(batch.real_BT).flatten().to(real.device)
         for half in (0, 1):

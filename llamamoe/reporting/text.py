@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..evaluation.scores import Counts
+from ..lazy import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from ..evaluation.perplexity import ScoringPlan
 
 BATCH_TOKENS = 4096
@@ -39,8 +38,6 @@ class TextBatch:
 
 def batches(plan: ScoringPlan, batch_tokens: int = BATCH_TOKENS) -> Iterator[TextBatch]:
     """All windows of a plan, domain by domain, the longest first; a batch has about ``batch_tokens`` tokens."""
-    import torch
-
     lengths = np.array([window.stop - window.start for window in plan.windows])
     for domain, documents in plan.domains.items():
         half = _halves(plan, documents)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import LlamaMoeError
 from ..evaluation.scores import Counts
+from ..lazy import torch
 from .quality import OracleCollector, OutputNorms
 from .routing import RoutingCollector
 from .text import batches, counts
@@ -55,8 +56,6 @@ def read(
     Raises:
         LlamaMoeError: A loss is not finite.
     """
-    import torch
-
     from ..models.loading import free_memory, load_weights
 
     model = load_weights(plan.side, dtype, device)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.json_files import read_json
 from ..errors import MissingExtraError, RefusedError
+from ..lazy import torch
 from ..progress import Progress, ProgressCallback, ignore_progress
 
 if TYPE_CHECKING:
@@ -330,8 +331,6 @@ def _report(out: Path, text: Path, max_tokens: int, progress: ProgressCallback) 
 
 def answer(folder: Path, *, max_new_tokens: int = 24) -> str:
     """The model's greedy answer to `PROMPT`, on one line."""
-    import torch
-
     from ..models.loading import load_weights, open_model
 
     opened = open_model(folder)

@@ -21,6 +21,7 @@ from ..conversion.session import make_text, with_clusters
 from ..errors import UsageError
 from ..evaluation.perplexity import scoring_plan
 from ..evaluation.scores import ModelScores
+from ..lazy import np, torch
 from ..models.loading import load_weights, open_model, pick_device
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .cells import Cell
@@ -70,8 +71,6 @@ class Engine:
     @cached_property
     def evaluation_hash(self) -> str:
         """Hash of the tokens that are scored, and of how they are cut into windows."""
-        import numpy as np
-
         parts = [np.array([[w.document, w.start, w.stop] for w in self.text.windows])]
         names = "\0".join(each.document.domain for each in self.text.encoded)
         parts.append(np.frombuffer(names.encode(), dtype=np.uint8))
@@ -211,7 +210,6 @@ class Engine:
     def _gradients(self, plan: SplitPlan, text: CalibrationText | None) -> GradientStore | None:
         if text is None or plan.calibration is None or not plan.calibration.gradients:
             return None
-        import torch
 
         from ..calibration.gradients import ffn_gradients
 
@@ -280,8 +278,6 @@ def _finite(value: Any) -> Any:
 def reset_peak(device: str) -> None:
     """Begin to measure the peak anew, where the system can."""
     if device.startswith("cuda"):
-        import torch
-
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: forget the peak of resident memory
@@ -291,8 +287,6 @@ def peak_bytes(device: str) -> int:
     """Most resident memory of the process since `reset_peak` (elsewhere than on Linux: since it began), and the GPU's."""
     most = 0
     if device.startswith("cuda"):
-        import torch
-
         most = int(torch.cuda.max_memory_allocated())
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.walk import Walk, cast_ffn, read_ffn
 from ..checkpoint.tensors import torch_dtype
 from ..conversion.layer import ConvertedLayer, as_function, as_stored, convert_layer
+from ..lazy import torch
 from ..methods.layer import ExpertWeights, FfnWeights
 from ..methods.moe_layer import ConvertedFfn, dense_outputs
 from ..methods.routers.oracle import oracle_logits
 from .measure import inputs_of
 
 if TYPE_CHECKING:
-    import torch
-
     from ..calibration.compute import Compute
     from ..calibration.gradients import GradientStore
     from ..calibration.text import CalibrationText

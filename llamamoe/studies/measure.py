@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.scores import ModelScores, model_scores
+from ..lazy import torch
 from ..methods.layer import BATCH_TOKENS, LayerInputs
 
 if TYPE_CHECKING:
-    import torch
-
     from ..evaluation.perplexity import ScoringPlan
     from ..methods.moe_layer import ConvertedFfn
 
@@ -33,8 +32,6 @@ def replaced_ffns(model: Any, ffns: Mapping[int, ConvertedFfn]) -> Iterator[None
         model: A dense model of transformers, whose decoder layers have an ``mlp``.
         ffns: By layer.
     """
-    import torch
-
     device = next(model.parameters()).device
 
     def runs(ffn: ConvertedFfn) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.files import replacing
-from ..errors import LlamaMoeError, MissingExtraError
+from ..errors import LlamaMoeError
+from ..lazy import matplotlib, require
 from .recipe import ORACLE
 from .table import Comparison, Row, number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 """Okabe and Ito's, which the colour-blind tell apart; each comes with a marker of its own."""
@@ -48,19 +46,13 @@ def draw(found: Comparison, folder: Path) -> dict[str, str]:
         MissingExtraError: matplotlib is not installed.
         LlamaMoeError: There is nothing to draw yet.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("matplotlib", "plot", "Drawing the picture") from error
-
+    require("matplotlib", "plot", "Drawing the picture")
     lines = _series(found.rows)
     if not lines:
         raise LlamaMoeError("there is nothing to draw: no conversion is measured yet.")
-    with rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=_SIZE, facecolor="white")
-        FigureCanvasAgg(figure)
+    with matplotlib.rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+        figure = matplotlib.figure.Figure(figsize=_SIZE, facecolor="white")
+        matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
         axes = figure.add_axes((0.085, 0.125, 0.885 - _label_room(lines), 0.745))
         dense = next((row.perplexity for row in found.rows if row.kind == "dense"), None)
         top = _frame(axes, lines, dense)
@@ -97,10 +89,8 @@ def _series(rows: Sequence[Row]) -> list[_Series]:
     return out
 
 
-def _frame(axes: Axes, lines: Sequence[_Series], dense: float | None) -> float:
+def _frame(axes: matplotlib.axes.Axes, lines: Sequence[_Series], dense: float | None) -> float:
     """Scales, ticks and grid; returns the largest perplexity that is on the scale."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
-
     values = [value for line in lines for _, value, _ in line.points]
     low = min([*values, dense or values[0]])
     inside = [value for value in values if value <= low * _OFF_SCALE] or [low]
@@ -113,10 +103,12 @@ def _frame(axes: Axes, lines: Sequence[_Series], dense: float | None) -> float:
     axes.set_xlim(max(0.0, min(shares) - pad), max(shares) + pad)
     subs = (1, 2, 5) if top / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9) if top / low > 1.7 else range(10, 100, 5)
     scaled = [s / 10 if s >= 10 else s for s in subs]
-    axes.yaxis.set_major_locator(LogLocator(subs=scaled, numticks=30))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(float(value))))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(shares) - min(shares) > 0.1 else 1))
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=scaled, numticks=30))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: number(float(value))))
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.xaxis.set_major_formatter(
+        matplotlib.ticker.PercentFormatter(1.0, decimals=0 if max(shares) - min(shares) > 0.1 else 1)
+    )
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="both", which="both", labelsize=9, color="#999999", labelcolor="#222222")
@@ -130,7 +122,7 @@ def _frame(axes: Axes, lines: Sequence[_Series], dense: float | None) -> float:
     return top
 
 
-def _line(axes: Axes, line: _Series, top: float) -> None:
+def _line(axes: matplotlib.axes.Axes, line: _Series, top: float) -> None:
     inside = [point for point in line.points if point[1] <= top]
     style: dict[str, Any] = {"color": line.colour, "zorder": 2.5 if line.control else 3.5}
     if inside:
@@ -155,7 +147,7 @@ def _line(axes: Axes, line: _Series, top: float) -> None:
             axes.plot([share], [top / 1.02], marker="$\\uparrow$", markersize=9, clip_on=False, **style)
 
 
-def _labels(axes: Axes, lines: Sequence[_Series], dense: float | None, top: float) -> None:
+def _labels(axes: matplotlib.axes.Axes, lines: Sequence[_Series], dense: float | None, top: float) -> None:
     """Names at the right edge, moved apart where they would overlap, each tied to its last point."""
     one = max(len(line.points) for line in lines) == 1
     wanted: list[tuple[float, str, str, float]] = []  # height in points, text, colour, share of the point

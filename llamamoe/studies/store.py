@@ -16,6 +16,7 @@ from typing import Any
 from .._version import __version__
 from ..checkpoint.files import make_folder, write_text
 from ..errors import LlamaMoeError
+from ..lazy import np
 from .cells import Cell
 
 FOLDER = "cells"
@@ -199,8 +200,6 @@ def _source(name: str) -> tuple[str, tuple[str, ...]]:
 
 def sha256_of(*arrays: Any) -> str:
     """Hash of numpy arrays: shapes, types and contents."""
-    import numpy as np
-
     digest = hashlib.sha256()
     for array in arrays:
         array = np.ascontiguousarray(array)

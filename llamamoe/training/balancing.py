@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..errors import RefusedError
+from ..lazy import torch
 from ..plugins import PluginOptions
 
 if TYPE_CHECKING:
-    import torch
-
     from .moe_layers import MoeLayer
     from .routing import Routing
 
@@ -73,8 +72,6 @@ class BiasBalancing:
         Raises:
             ValueError: A layer was not observed since then: it was called twice in a step.
         """
-        import torch
-
         from .ranks import cut_like
 
         missing = [moe.layer for moe in self._layers if moe.layer not in self._counts]
@@ -92,8 +89,6 @@ class BiasBalancing:
 
     def _total_counts(self) -> list[torch.Tensor]:
         """The counts of all ranks, in one communication."""
-        import torch
-
         counts = [self._counts[moe.layer] for moe in self._layers]
         if self._all_reduce is None:
             return counts
@@ -102,8 +97,6 @@ class BiasBalancing:
 
 
 def _check(moe: MoeLayer) -> None:
-    import torch
-
     bias = moe.correction_bias
     if bias is None:
         raise RefusedError(

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..lazy import np, torch
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..data.shards import TokenCorpus
     from .mixtures.sampler import MixtureSampler
     from .recipe import PretrainRecipe
@@ -113,8 +112,6 @@ class TokenBatches:
                 yield self._micro_batch(step, index, domains[rows], blocks[rows])
 
     def _micro_batch(self, step: int, index: int, domains: np.ndarray, blocks: np.ndarray) -> dict[str, Any]:
-        import torch
-
         ids_BT = self.corpus.gather(domains, blocks, self.block_length)
         return {
             "input_ids": torch.from_numpy(ids_BT),

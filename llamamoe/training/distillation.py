@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaMoeError, RefusedError, UsageError
+from ..lazy import torch
 from .distillation_options import DistillOptions, FfnTerm, HiddenTerm, resolve_layers
 from .loss_head import KlTarget
 from .model_parts import decoder_layers, ffn_modules, find_causal_lm, first_tensor, residual_multiplier
 from .routing import at_least_float32
 
 if TYPE_CHECKING:
-    import torch
-
     from .parent import Parent, ParentStates
 
 
@@ -170,8 +169,6 @@ class Distillation:
         and by the same small constant as here. So an error counts as much as the next layer sees of it. The gradient
         takes r as constant.
         """
-        import torch
-
         assert self._parent is not None
         assert seen.ffn_input is not None
         assert seen.after is not None
@@ -194,8 +191,6 @@ class Distillation:
 
 def _with_gradient(output: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     """The output, unless reentrant checkpointing has cut it off from the gradient without a word."""
-    import torch
-
     if torch.is_grad_enabled() or output.requires_grad:
         return output
     if module.training and any(p.requires_grad for p in module.parameters()):

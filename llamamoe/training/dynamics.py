@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import save_tensors, write_text
 from ..errors import LlamaMoeError
+from ..lazy import safetensors, torch
 from .resuming import STATE, state_errors
 
 if TYPE_CHECKING:
-    import torch
-
     from .balancing import BiasBalancing
     from .gates.base import Gate
     from .mixtures.sampler import MixtureSampler
@@ -84,8 +83,6 @@ class Dynamics:
         Returns:
             Their norm before; 0 if the gate learns nothing.
         """
-        import torch
-
         self.gate.average_gradients()
         learned = [each for each in self.gate_parameters() if each.grad is not None]
         return float(torch.nn.utils.clip_grad_norm_(learned, max_norm or float("inf"))) if learned else 0.0
@@ -147,9 +144,7 @@ class Dynamics:
 
     def load(self, folder: Path) -> None:
         """Read it back."""
-        from safetensors.torch import load_file
-
         with state_errors(str(folder)):
             self.sampler.load_state_dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["mixture"])
             if (folder / GATE).exists():
-                self.gate.load_state_dict(load_file(folder / GATE))
+                self.gate.load_state_dict(safetensors.torch.load_file(folder / GATE))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import save_tensors
-from ..errors import MissingExtraError
+from ..lazy import peft, require, safetensors, torch
 from .moe_layers import CORRECTION_BIAS
 from .resuming import REST
 
@@ -22,11 +22,8 @@ def add_adapters(model: Any, recipe: LoraRecipe) -> Any:
     Raises:
         MissingExtraError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("peft", "train", "lora") from error
-    make: Any = LoraConfig  # whose types are narrower than what it takes
+    require("peft", "train", "lora")
+    make: Any = peft.LoraConfig  # whose types are narrower than what it takes
     names = [name for name, _ in model.named_parameters()]
     experts = sorted({name.split("layers.")[1].split(".", 1)[1] for name in names if ".experts." in name})
     config = make(
@@ -38,7 +35,7 @@ def add_adapters(model: Any, recipe: LoraRecipe) -> Any:
         target_parameters=[name for name in experts if name.endswith("_proj")] if recipe.experts else None,
     )
     routers = [name for name, p in model.named_parameters() if p.requires_grad and _is_router(name)]
-    wrapped = get_peft_model(model, config)
+    wrapped = peft.get_peft_model(model, config)
     if recipe.train_router:
         for name, parameter in wrapped.get_base_model().named_parameters():
             if name in routers:
@@ -59,10 +56,7 @@ def save_rest(model: Any, folder: Path) -> None:
 
 def load_rest(model: Any, folder: Path) -> None:
     """Read it back."""
-    import torch
-    from safetensors.torch import load_file
-
-    saved = load_file(folder / REST)
+    saved = safetensors.torch.load_file(folder / REST)
     with torch.no_grad():
         for name, value in _rest(model):
             value.copy_(saved[name])

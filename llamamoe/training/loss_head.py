@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..lazy import torch
 from .model_parts import find_causal_lm
 from .routing import at_least_float32
 
 if TYPE_CHECKING:
-    import torch
-
     MakeLogits = Callable[[torch.Tensor], torch.Tensor]
 
 IGNORED = -100
@@ -76,8 +75,6 @@ class TokenLosses:
 
 def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
     """What each position has to predict: labels as transformers takes them, moved left by one; the last is ignored."""
-    import torch
-
     return torch.nn.functional.pad(labels_BT[..., 1:], (0, 1), value=IGNORED)
 
 
@@ -109,23 +106,20 @@ def token_losses(
     Raises:
         ValueError: Target and hidden states have different numbers of tokens.
     """
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
     rows = max(1, logits_at_once // vocab_size)
     hidden, labels = torch.split(hidden_TH, rows), torch.split(labels_T, rows)
     parents = _parent_chunks(target, len(hidden_TH), rows)
     chunks = [(make_logits, target, *chunk) for chunk in zip(hidden, labels, parents, strict=True)]
     if len(chunks) == 1:
         return _chunk_losses(*chunks[0])
-    out: torch.Tensor = torch.cat([checkpoint(_chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
+    out: torch.Tensor = torch.cat(
+        [torch.utils.checkpoint.checkpoint(_chunk_losses, *chunk, use_reentrant=False) for chunk in chunks]
+    )
     return out
 
 
 def _parent_chunks(target: KlTarget | None, tokens: int, rows: int) -> list[torch.Tensor | None]:
     """The parent's hidden states, cut as the student's are; Nones without a parent."""
-    import torch
-
     if target is None:
         return [None] * max(1, -(-tokens // rows))
     parent_TH = target.hidden_TH.detach().flatten(0, -2)
@@ -142,8 +136,6 @@ def _chunk_losses(
     parent_CH: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `token_losses`; ``[C, 1]`` or ``[C, 2]``."""
-    import torch
-
     logits_CV = at_least_float32(make_logits(hidden_CH))
     log_q_CV = logits_CV.log_softmax(-1)
     counted_C = labels_C != IGNORED
@@ -162,8 +154,6 @@ def _chunk_losses(
 
 def _divergence(parent_CV: torch.Tensor, log_q_CV: torch.Tensor, top_m: int | None) -> torch.Tensor:
     """``KL(softmax(parent) || q)`` of each row, over all words or over the m likeliest and the rest as one."""
-    import torch
-
     log_p_CV = parent_CV.log_softmax(-1)
     if top_m is not None and top_m < log_p_CV.shape[-1]:
         index_Cm = log_p_CV.topk(top_m, dim=-1, sorted=False).indices
@@ -177,8 +167,6 @@ def _with_rest(log_p_CV: torch.Tensor, index_Cm: torch.Tensor) -> torch.Tensor:
 
     The rest is summed itself, not taken from 1: where the m words have nearly everything, the difference is rounding.
     """
-    import torch
-
     rest_C1 = log_p_CV.scatter(-1, index_Cm, -math.inf).logsumexp(-1, keepdim=True)
     return torch.cat([log_p_CV.gather(-1, index_Cm), rest_C1], -1)
 
@@ -249,8 +237,6 @@ class LossHead:
     @contextmanager
     def _armed(self, labels_BT: torch.Tensor, target: KlTarget | None) -> Iterator[list[torch.Tensor]]:
         """While active, the head module returns losses and a witness; the losses as computed are kept, too."""
-        import torch
-
         head = self._head
         own = head.__dict__.get("forward")  # accelerate's hooks put one there
         original = head.forward

@@ -6,14 +6,12 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.files import open_append, write_text
 from ..errors import CheckpointError, LlamaMoeError
+from ..lazy import torch
 from ..numerics import wide
-
-if TYPE_CHECKING:
-    import torch
 
 TIMES = "time"
 """The key of a line under which stands what differs from run to run: seconds, tokens per second, memory."""
@@ -38,8 +36,6 @@ class Sums:
 
     def add_domains(self, domains_B: torch.Tensor, nll_B: torch.Tensor, tokens: int) -> None:
         """Add each sequence's summed loss, and its ``tokens``, to its domain."""
-        import torch
-
         if self._per_domain is None:
             self._per_domain = wide(torch.zeros(2, len(self.domains), device=nll_B.device))
         index, sums_B = domains_B.to(nll_B.device), wide(nll_B.detach())
@@ -51,8 +47,6 @@ class Sums:
 
         Every rank must call it, with the same names.
         """
-        import torch
-
         from .ranks import all_reduced
 
         if not self._scalars and self._per_domain is None:

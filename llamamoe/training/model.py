@@ -15,10 +15,9 @@ from ..checkpoint.json_files import read_json
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError
+from ..lazy import torch, transformers
 
 if TYPE_CHECKING:
-    import torch
-
     from .recipe import PretrainRecipe
 
 BLOCK = "llamamoe"
@@ -59,10 +58,7 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
     Raises:
         CheckpointError: Transformers misses a tensor or does not know one.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
     keys: dict[str, Any] = {"dtype": getattr(torch, recipe.precision.parameters)}
     model_type = str(read_json(folder / "config.json").get("model_type"))
     experts = recipe.experts_on(str(device).split(":")[0])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
+from ..lazy import torch, transformers
 
 
 def find_causal_lm(model: torch.nn.Module) -> Any:
@@ -16,10 +14,8 @@ def find_causal_lm(model: torch.nn.Module) -> Any:
     Raises:
         CheckpointError: There is none with an output head.
     """
-    from transformers import PreTrainedModel
-
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+        if isinstance(module, transformers.PreTrainedModel) and module.get_output_embeddings() is not None:
             return module
     raise CheckpointError(
         f"{type(model).__name__} has no output head: it is not a causal language model.",

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
+from ..lazy import torch
 
 RouterWeighting = Literal["softmax", "renormalised", "sigmoid", "sigmoid_renormalised"]
 """What a router makes of its logits: softmax over all experts, the same renormalised over the selected ones, a sigmoid

@@ -7,11 +7,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..lazy import torch
 from .loss_head import LossHead, next_token_labels
 
 if TYPE_CHECKING:
-    import torch
-
     from .distillation import Distillation
     from .dynamics import Dynamics
     from .losses.base import LossContext, RoutingLoss

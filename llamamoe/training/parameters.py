@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.costs import role_of
 from ..errors import CheckpointError, UsageError
+from ..lazy import torch
 from .moe_layers import CORRECTION_BIAS
 from .recipe import GROUPS
 
 if TYPE_CHECKING:
-    import torch
-
     from .recipe import LrScheduleRecipe, PretrainRecipe
 
 _EXPERT_GROUPS = ("experts", "shared")

@@ -9,14 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError, RefusedError
+from ..lazy import torch
 from .loss_head import LossHead
 from .model_parts import decoder_layers, ffn_modules, first_tensor, residual_multiplier
-
-if TYPE_CHECKING:
-    import torch
 
 _RUN_WITH = ("input_ids", "attention_mask", "position_ids")
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "base_layer", "original_module"})
@@ -115,21 +113,18 @@ class Parent:
         If the inputs have a gradient it goes through; the FFN is then run once more in the backward pass, which keeps
         its activations from piling up over the layers.
         """
-        import torch
-        from torch.utils.checkpoint import checkpoint
-
         ffn, multiplier = self._ffns[layer], self._multipliers[layer]
         weight = next(ffn.parameters())
         x_TH = x_TH.to(weight.device, weight.dtype)
         with torch.autocast(weight.device.type, enabled=False):
-            out_TH: torch.Tensor = checkpoint(ffn, x_TH, use_reentrant=False) if x_TH.requires_grad else ffn(x_TH)
+            out_TH: torch.Tensor = (
+                torch.utils.checkpoint.checkpoint(ffn, x_TH, use_reentrant=False) if x_TH.requires_grad else ffn(x_TH)
+            )
         return out_TH * multiplier
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
         """No gradients; and no autocast of the student's, so that the dtype is the parent's own."""
-        import torch
-
         device = next(self._ffns[0].parameters()).device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             yield
@@ -233,8 +228,6 @@ def _plain_name(name: str) -> str:
 
 def _same(mine: torch.Tensor, other: torch.Tensor) -> bool:
     """Two ordinary tensors in different memory whose bits are equal."""
-    import torch
-
     if type(mine) is not torch.Tensor or type(other) is not torch.Tensor or mine.is_meta:
         return False
     alike = (mine.shape, mine.dtype, mine.device) == (other.shape, other.dtype, other.device)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..lazy import torch
 from .model_parts import decoder_layers, ffn_modules, first_tensor, residual_multiplier
 
 if TYPE_CHECKING:
-    import torch
-
     from .parent import Parent
     from .routing import Routing
 
@@ -30,8 +29,6 @@ def routed_targets(model: torch.nn.Module, parent: Parent) -> Callable[[Routing]
     layers = decoder_layers(model)
 
     def targets(routing: Routing) -> torch.Tensor:
-        import torch
-
         moe, x_TH = routing.moe, routing.inputs_TH
         assert x_TH is not None
         layer: Any = layers[moe.layer]

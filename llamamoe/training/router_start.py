@@ -28,9 +28,6 @@ from .sharded_state import reshard
 if TYPE_CHECKING:
     from .recipe import PretrainRecipe
 
-if TYPE_CHECKING:
-    import torch
-
 
 @dataclass(frozen=True)
 class Softened:
@@ -67,8 +64,6 @@ def measure_logit_std(
     Returns:
         One number per layer, in their order; each batch counts by its tokens.
     """
-    import torch
-
     sums = dict.fromkeys((moe.layer for moe in layers), 0.0)
     tokens = 0
     training = model.training
@@ -104,8 +99,6 @@ def soften(layers: Sequence[MoeLayer], stds: Sequence[float], target_std: float)
         RefusedError: A layer's weights are not renormalised, its logits are all equal, or it selects by more than its
             logits (a correction bias that is not zero, groups of experts), so that scaling would change its choices.
     """
-    import torch
-
     for moe, std in zip(layers, stds, strict=True):
         _check(moe, std, target_std)
     found = []
@@ -157,8 +150,6 @@ def renormalise(model: torch.nn.Module, layers: Sequence[MoeLayer]) -> list[MoeL
     Returns:
         The layers as they are now, in the same order. Layers found before are out of date.
     """
-    import torch
-
     changed = [moe for moe in layers if not moe.weighting.endswith("renormalised")]
     factors = {moe.layer: _renormalised_factor(moe) for moe in changed}
     for moe in changed:

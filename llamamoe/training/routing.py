@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+from ..lazy import torch
 
+if TYPE_CHECKING:
     from .moe_layers import MoeLayer
 
 
@@ -63,8 +63,6 @@ class Routing:
         return self._count_N(self.indices_Tk if self.wanted_Tk is None else self.wanted_Tk, None)
 
     def _count_N(self, indices_Tk: torch.Tensor, kept_Tk: torch.Tensor | None) -> torch.Tensor:
-        import torch
-
         flat = indices_Tk.reshape(-1)
         ones = torch.ones_like(flat, dtype=torch.float32) if kept_Tk is None else kept_Tk.reshape(-1).float()
         return torch.zeros(self.moe.num_experts, device=flat.device).scatter_add_(0, flat, ones)
@@ -72,8 +70,6 @@ class Routing:
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:
     """Narrower numbers as float32, float64 as it is: losses must not be computed in bfloat16."""
-    import torch
-
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

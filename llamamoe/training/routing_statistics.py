@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ..lazy import torch
 from ..numerics import wide
 
 if TYPE_CHECKING:
-    import torch
-
     from .moe_layers import MoeLayer
     from .routing import Routing
 
@@ -146,8 +145,6 @@ class RoutingStatistics:
 
     def add(self, routings: Sequence[Routing]) -> None:
         """Count one micro-batch in. O(T N) per layer, on its own device."""
-        import torch
-
         with torch.no_grad():
             for routing in routings:
                 sums = _sums(routing)
@@ -160,8 +157,6 @@ class RoutingStatistics:
 
     def per_layer(self) -> list[LayerStatistics]:
         """Every layer that was seen (on any rank), in order of depth."""
-        import torch
-
         width = max(moe.num_experts for moe in self.layers)
         table = torch.zeros(len(self.layers), 2 * width + _SCALARS, dtype=torch.float64)
         for row, moe in zip(table, self.layers, strict=True):
@@ -215,8 +210,6 @@ def collapsed(
 
 def _sums(routing: Routing) -> torch.Tensor:
     """One vector: tokens, the other scalars, then load and importance per expert."""
-    import torch
-
     probabilities_TN = routing.probabilities_TN
     weights = routing.weights_Tk.reshape(-1).float()
     importance_N = torch.zeros(routing.moe.num_experts, device=weights.device)

@@ -7,11 +7,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-
+from ..lazy import dist, torch
 
 AT_ONCE = 10.0
 """Seconds in which further signals count as the same: a supervisor and torchrun may both send one."""
@@ -26,9 +24,6 @@ class StopRequest:
 
     def agreed(self, device: torch.device | str) -> bool:
         """Whether any rank was told to end; every rank must call it, and all get the same answer."""
-        import torch
-        import torch.distributed as dist
-
         from .ranks import all_reduced, several_ranks
 
         if not several_ranks():  # nothing to ask a device for

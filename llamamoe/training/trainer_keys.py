@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+from ..lazy import transformers
 from ..plugins import near_misses
 
 _OURS = {
@@ -71,9 +72,7 @@ def check_trainer_keys(value: Any) -> Any:
         return {}
     import dataclasses
 
-    from transformers import TrainingArguments
-
-    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    known = [field.name for field in dataclasses.fields(transformers.TrainingArguments) if field.init]
     wrong = []
     for key in map(str, value):
         if key in _OURS:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..lazy import np, torch
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..data.shards import TokenCorpus
     from .batches import Layout
     from .loss_head import LossHead
@@ -30,8 +29,6 @@ class Validation:
     """
 
     def __init__(self, corpus: TokenCorpus, block_length: int, blocks: int | None, layout: Layout) -> None:
-        import numpy as np
-
         self.corpus, self.block_length, self.layout = corpus, block_length, layout
         self.domains = tuple(corpus.domains)
         picked = []
@@ -70,8 +67,6 @@ class Validation:
         Returns:
             ``loss`` (mean over domains), ``perplexity`` (its exponential), ``domain_loss``.
         """
-        import torch
-
         from .loss_head import next_token_labels
         from .ranks import all_reduced
 

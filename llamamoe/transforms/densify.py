@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.dense_checkpoint import DenseModel, understand
 from ..architectures.expert_weighting import is_router, may_overlap
@@ -19,14 +19,11 @@ from ..checkpoint.layout import check_size, deal
 from ..checkpoint.locate import Location, locate, open_parent
 from ..checkpoint.out_folder import normal_path
 from ..errors import RefusedError
+from ..lazy import np, torch
 from ..models.loadable import check_model
 from ..numerics import is_power_of_two
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .rewrite import Rewriting, check_place, opened, rewrite
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,6 @@ class _Job:
 
     def _spec(self) -> DenseSpec:
         """The dense model; biases that are all zero, and a head that is the embedding, are left out."""
-        import torch
-
         converted = self.converted
         spec = replace(converted.spec, intermediate_size=self.width)
         if spec.qkv_bias and not spec.o_bias:
@@ -194,8 +189,6 @@ class _Job:
         return found
 
     def _kept_of(self, layer: int) -> np.ndarray:
-        import numpy as np
-
         ffn = self._ffn(layer)
         used = ffn.gate_PH.ne(0).any(1) | ffn.up_PH.ne(0).any(1) | ffn.down_HP.ne(0).any(0)
         places: np.ndarray = used.nonzero().flatten().numpy()
@@ -209,8 +202,6 @@ class _Job:
 
     def _order(self, layer: int, parent: DenseModel) -> np.ndarray:
         """The kept places in the parent's order."""
-        import numpy as np
-
         from ..checkpoint.tensors import torch_dtype
 
         ffn, places = self._ffn(layer), self._kept[layer]
@@ -267,8 +258,6 @@ class _Job:
         return self._neurons(tensor.layer, tensor.origin.part).to(dtype).contiguous()
 
     def _neurons(self, layer: int, part: str) -> torch.Tensor:
-        import torch
-
         ffn, places = self._ffn(layer), torch.from_numpy(self._kept[layer])
         if part == "down":
             kept = ffn.down_HP[:, places]
@@ -287,8 +276,6 @@ def _check_like(converted: ConvertedModel, parent: DenseModel) -> None:
 
 def _rows(ffn: FfnParts, places: np.ndarray) -> np.ndarray:
     """The bits of gate and up row of each place as one value that can be sorted."""
-    import torch
-
     index = torch.from_numpy(places)
     rows = torch.cat([ffn.gate_PH[index], ffn.up_PH[index]], dim=1).contiguous()
     bits: np.ndarray = rows.view(torch.uint8).numpy()

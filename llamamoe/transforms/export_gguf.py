@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._version import __version__
 from ..architectures.config_values import check_rope
@@ -21,14 +21,11 @@ from ..checkpoint.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from ..checkpoint.gguf.writer import DTYPES, FILE_TYPES, Q8_BLOCK, GgufOut, kind_of, write_tensors
 from ..checkpoint.out_folder import free_bytes, normal_path
 from ..errors import RefusedError, UsageError
+from ..lazy import gguf, torch
 from ..models.loadable import check_model
 from ..plugins import near_misses
 from ..progress import ProgressCallback, ignore_progress
 from .rewrite import opened
-
-if TYPE_CHECKING:
-    import torch
-    from gguf import GGUFWriter
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,6 @@ def export_gguf(
     check_shapes(converted)
     check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     vocabulary = read_vocabulary(checkpoint.path, converted.spec.vocab_size, pre=pre)
-    import gguf
 
     writer = gguf.GGUFWriter(None, architecture.name)
     freqs = _write_metadata(writer, converted, location.name, vocabulary)
@@ -227,7 +223,7 @@ def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[G
 
 
 def _write_metadata(
-    writer: GGUFWriter, model: ConvertedModel, name: str, vocabulary: GgufVocabulary
+    writer: gguf.GGUFWriter, model: ConvertedModel, name: str, vocabulary: GgufVocabulary
 ) -> list[float] | None:
     """All that the file says before its tensors; returns llama3's rope factors, if there are any."""
     spec, layout = model.spec, model.layout
@@ -272,8 +268,6 @@ def _tensors(
     model: ConvertedModel, architecture: Architecture, dtype: str, freqs: list[float] | None
 ) -> Iterator[GgufOut]:
     """The tensors of the file, in order."""
-    import torch
-
     from ..checkpoint.tensors import interleave
 
     spec = model.spec
@@ -333,8 +327,6 @@ def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> I
 
 def _gathered(model: ConvertedModel, tensors: list[OutTensor], part: str) -> torch.Tensor:
     """All experts' rows of one projection."""
-    import torch
-
     found = []
     for tensor in tensors:
         value = model.checkpoint.read(tensor.name)
@@ -346,7 +338,5 @@ def _gathered(model: ConvertedModel, tensors: list[OutTensor], part: str) -> tor
 
 def _shared_gate(model: ConvertedModel, name: str) -> torch.Tensor:
     """The row of the shared expert's gate; a closed one becomes `_CLOSED`, see `llamamoe.architectures.targets.base.NEARLY_ZERO`."""
-    import torch
-
     row_H = model.checkpoint.read(name)[0].to(torch.float32)
     return torch.where(row_H.abs() <= 2 * NEARLY_ZERO, _CLOSED, row_H)

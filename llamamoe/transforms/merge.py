@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.config_compat import missing_keys
 from ..architectures.expert_weighting import complete_config, is_routed_down, is_router, mixing_of, rescaled_block
@@ -18,11 +18,9 @@ from ..checkpoint.base import FLOAT_DTYPES
 from ..checkpoint.locate import Location
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import RefusedError, UsageError
+from ..lazy import torch
 from ..progress import ProgressCallback, ignore_progress
 from .rewrite import Rewriting, opened, rewrite, same_tensors
-
-if TYPE_CHECKING:
-    import torch
 
 _TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _COSMETIC = {
@@ -183,8 +181,6 @@ def _one_weighing(
 def _average(
     checkpoints: Sequence[SafetensorsCheckpoint], shares: Sequence[float], factors: Sequence[float], name: str
 ) -> torch.Tensor:
-    import torch
-
     from ..checkpoint.tensors import torch_dtype
 
     info = checkpoints[0].tensors[name]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.expert_weighting import Mixing, is_routed_down, may_overlap, mixing_of, rescale_of, rescaled_block
 from ..architectures.rescales import RESCALES
 from ..architectures.targets.base import weight
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import UsageError
+from ..lazy import torch
 from ..numerics import is_power_of_two
 from ..progress import ProgressCallback, ignore_progress
 from .rewrite import Rewriting, opened, rewrite
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ..checkpoint.tokenizer import carry, check_parent
 from ..checkpoint.writer import CheckpointWriter
 from ..conversion.card import _HUB_ID, _INHERITED, _USE, parent_metadata
 from ..errors import LlamaMoeError, RefusedError
+from ..lazy import torch
 from ..models.loadable import check_counts, check_loads, check_model
 from ..progress import Progress, ProgressCallback, ignore_progress
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from ..checkpoint.locate import Location
 
 if TYPE_CHECKING:
-    import torch
-
     from ..checkpoint.base import Checkpoint
 
 OUTER = "outer"
@@ -99,8 +98,6 @@ class Rewriting:
 
     def fingerprint(self) -> str:
         """Changes whenever a resumed run would write other bytes."""
-        import torch
-
         facts = [self.deed, __version__, torch.__version__, dict(self.facts), dict(self.config), self.files()]
         facts += [checkpoint.fingerprint() for checkpoint in (*self.checkpoints, *self.read_too)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

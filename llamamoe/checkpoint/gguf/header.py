@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-from ...errors import CheckpointError, MissingExtraError
+from ...errors import CheckpointError
+from ...lazy import require
 from ..paths import refuse_pointer
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -64,11 +65,7 @@ def require_gguf() -> ModuleType:
     Raises:
         MissingExtraError: It is not installed.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError("gguf", "gguf", "Reading a GGUF file") from error
-    module: ModuleType = gguf
+    module: ModuleType = require("gguf", "gguf", "Reading a GGUF file")
     return module
 
 

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import CheckpointError, UsageError
+from ...lazy import np, torch
 from ...progress import Progress, ProgressCallback, ignore_progress
 from ..base import DTYPE_BYTES, TensorInfo
 from ..files import replacing, write_text
@@ -22,10 +23,6 @@ from ..source_files import SourceFiles
 from . import tokenizer as gguf_tokenizer
 from .config import build_config, layout_of, tensor_table
 from .header import GgufTensor, read_header, require_gguf
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 __all__ = ["GgufCheckpoint", "export_dense"]
 
@@ -84,8 +81,6 @@ class GgufCheckpoint:
             CheckpointError: There is no such tensor.
             LlamaMoeError: The file was changed since it was opened, or cannot be read.
         """
-        import torch
-
         tensor = self._table.get(name)
         if tensor is None:
             raise CheckpointError(f"{self.path} has no tensor {name!r}.")
@@ -150,8 +145,6 @@ def _check_readable(path: Path, tensor: GgufTensor) -> None:
 
 def _values(files: SourceFiles, path: Path, tensor: GgufTensor) -> np.ndarray[Any, Any]:
     """The tensor's numbers: as they are where they are stored plainly (BF16 as int16), else float32."""
-    import numpy as np
-
     plain = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}.get(tensor.kind)
     if plain is not None:
         return files.read(path, tensor.offset, tensor.nbytes).view(plain).reshape(tensor.shape)
@@ -245,8 +238,6 @@ def _write_weights(source: GgufCheckpoint, path: Path, dtype: str, progress: Pro
 
 
 def _bytes(values: torch.Tensor, name: str, dtype: str) -> memoryview:
-    import torch
-
     cast = values.to(getattr(torch, _TORCH_NAMES[dtype])).contiguous()
     if dtype == "F16" and not torch.isfinite(cast).all() and torch.isfinite(values).all():
         raise CheckpointError(f"{name} has values beyond the range of F16.", hint="Take BF16 or F32.")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import CheckpointError, RefusedError
+from ...lazy import gguf, np
 from .header import GgufHeader, GgufTensor
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 ORIGINAL = "Split the original Hugging Face checkpoint instead of its GGUF file."
 """The way out where a GGUF file cannot be carried over."""
@@ -93,8 +91,6 @@ def _llama3(header: GgufHeader, freqs: GgufTensor, theta: float, head_dim: int) 
     Raises:
         CheckpointError: No setting reproduces them.
     """
-    import numpy as np
-
     if freqs.kind != "F32" or freqs.shape != (head_dim // 2,):
         raise CheckpointError(
             f"{header.path}: rope_freqs.weight is {freqs.kind} {freqs.shape}, not F32 ({head_dim // 2},)."
@@ -130,14 +126,12 @@ def _llama3_factors(
     return factors
 
 
-def write_rope(writer: GGUFWriter, rope: Mapping[str, Any], head_dim: int) -> list[float] | None:
+def write_rope(writer: gguf.GGUFWriter, rope: Mapping[str, Any], head_dim: int) -> list[float] | None:
     """Put ``rope_parameters`` among the metadata; returns what ``rope_freqs.weight`` must hold, if there is to be one.
 
     Raises:
         RefusedError: llama.cpp has no such scaling.
     """
-    import gguf
-
     kind, theta = rope.get("rope_type", "default"), float32(rope, "rope_theta")
     known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
     known |= {"llama3": {"low_freq_factor", "high_freq_factor"}, "yarn": {"beta_fast", "beta_slow"}}.get(kind, set())

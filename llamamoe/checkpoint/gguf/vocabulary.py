@@ -12,15 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import CheckpointError, LlamaMoeError
+from ...lazy import gguf, tokenizers
 from ..json_files import read_json
 from . import tokenizer as kinds
 from .header import require_gguf
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "▁"
@@ -56,7 +54,7 @@ class GgufVocabulary:
     chat_template: str | Sequence[Mapping[str, str]] | None = None
     notes: tuple[str, ...] = ()
 
-    def write(self, writer: GGUFWriter) -> None:
+    def write(self, writer: gguf.GGUFWriter) -> None:
         """Put it among the file's metadata."""
         writer.add_tokenizer_model(self.model)
         if self.model == "none":
@@ -284,12 +282,11 @@ def _scores(
 def _special(folder: Path, vocab_size: int) -> tuple[dict[str, int], Any]:
     """Ids of special tokens, and the chat template. The files are read as llama.cpp's own package reads them."""
     require_gguf()
-    from gguf import vocab
 
     # It warns of templates that it does not understand; what is put around a text is found by trying, see `_adds`.
-    vocab.logger.setLevel("ERROR")
+    gguf.vocab.logger.setLevel("ERROR")
     _check_links(folder / "additional_chat_templates", folder)
-    found = vocab.SpecialVocab(folder, load_merges=False, n_vocab=vocab_size)
+    found = gguf.vocab.SpecialVocab(folder, load_merges=False, n_vocab=vocab_size)
     ids = {name: int(index) for name, index in found.special_token_ids.items() if name in ("bos", "eos", "pad", "unk")}
     generation = folder / "generation_config.json"
     stops = read_json(generation).get("eos_token_id") if generation.is_file() else None
@@ -313,10 +310,8 @@ def _check_links(templates: Path, folder: Path) -> None:
 
 def _adds(path: Path, special: Mapping[str, int]) -> tuple[bool, bool]:
     """Whether the tokenizer puts bos before a text and eos after it: it is tried."""
-    from tokenizers import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # its errors have no class of their own
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     plain, full = (tokenizer.encode("a", add_special_tokens=flag).ids for flag in (False, True))

@@ -6,16 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import LlamaMoeError
+from ...lazy import gguf, np, torch
 from ...progress import Progress, ProgressCallback
 from ..files import replacing_path
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from gguf import GGUFWriter
 
 DTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -51,18 +47,15 @@ def kind_of(dtype: str, stored: str, shape: tuple[int, ...]) -> str:
 
 
 def write_tensors(
-    writer: GGUFWriter,
+    writer: gguf.GGUFWriter,
     tensors: Sequence[GgufOut],
     out: Path,
     progress: ProgressCallback,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the file, beside OUT under another name until it is whole and ``check`` has raised nothing."""
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
     for each in tensors:
-        kind = GGMLQuantizationType[each.kind]
+        kind = gguf.GGMLQuantizationType[each.kind]
         # The dtype only tells packed from plain shapes: what is stored is `kind`.
         writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=kind)
     try:
@@ -87,9 +80,6 @@ def write_tensors(
 
 def _packed(tensor: GgufOut) -> np.ndarray[Any, Any]:
     """The numbers as the file stores them."""
-    import gguf
-    import torch
-
     value = tensor.make()
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
     cast = value.to(dtypes[tensor.kind]).contiguous()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ...errors import LlamaMoeError
+from ...lazy import torch
 from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, TokenWeighting, activate, token_scales
 from ..moe_layer import dense_outputs
@@ -17,8 +18,6 @@ from .base import Repair
 from .least_squares import LeastSquares
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import ExpertWeights, FfnWeights, LayerContext
     from ..moe_layer import ConvertedFfn
     from ..splitters.base import Kept
@@ -77,8 +76,6 @@ class Distill(Repair):
 
 
 def _descend(moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext, options: Distill.Options) -> ExpertWeights:
-    import torch
-
     inputs = context.inputs
     dtype, device = inputs.compute_dtype, inputs.device
     start = moe.weights
@@ -133,8 +130,6 @@ def _schedule(options: Distill.Options, tokens: int) -> Callable[[int], float]:
 
 def _minibatches(options: Distill.Options, tokens: int, context: LayerContext) -> Iterator[torch.Tensor]:
     """int64 ``[batch]``: token numbers of every step, each epoch in an order of its own; what is left over rests."""
-    import torch
-
     rng = context.rng("distill")
     for _ in range(options.epochs):
         order = torch.from_numpy(rng.permutation(tokens))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ...lazy import torch
 from ...numerics import check_finite, double_device, solve_ridge
 from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, TokenWeighting, token_scales
@@ -15,8 +16,6 @@ from ..solvers.normal_equations import residuals
 from .base import Repair
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import ExpertWeights, FfnWeights, LayerContext
     from ..moe_layer import ConvertedFfn
 
@@ -67,8 +66,6 @@ class Factors(Repair, ABC):
         self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext, groups: list[slice]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 ``[G, G]`` and ``[G]``: products of the groups' outputs with each other, and with the error."""
-        import torch
-
         inputs, hidden_size = context.inputs, ffn.down_HF.shape[0]
         device = double_device(inputs.device)
         gram = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=device)

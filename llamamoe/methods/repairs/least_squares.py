@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
+from ...lazy import torch
 from ...numerics import solve_ridge
 from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, TokenWeighting
@@ -15,8 +16,6 @@ from ..solvers.normal_equations import NormalEquations, normal_equations
 from .base import Repair
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import ExpertWeights, FfnWeights, LayerContext
     from ..moe_layer import ConvertedFfn
 

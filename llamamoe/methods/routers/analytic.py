@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ...lazy import np, torch
 from ..layer import PADDING
 from ..markers import MarkerOptions
 from .base import Router
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..layer import FfnWeights, LayerContext, Partition
 
 
@@ -57,8 +55,6 @@ class Analytic(Router):
 
     def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
         """See `Router.rows`; zeros for an expert without neurons. O(T F H)."""
-        import torch
-
         from .ridge import fit_rows
 
         chosen = torch.from_numpy(self.representatives(ffn, partition, context))
@@ -68,8 +64,6 @@ class Analytic(Router):
 
     def representatives(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> np.ndarray:
         """int64 ``[N]``: the representative neuron of each expert, of equal ones the first; -1 for an empty expert."""
-        import numpy as np
-
         from ..markers import activation_markers, mean_patterns, pattern_distances
 
         markers = activation_markers(ffn, context, self.options)
@@ -94,6 +88,6 @@ def cmoe_scores(ffn: FfnWeights, chosen_N: torch.Tensor, context: LayerContext) 
 
 def _unit_rows(weight_FH: torch.Tensor, chosen_N: torch.Tensor) -> torch.Tensor:
     """float32 ``[N, H]``: the chosen rows at length 1; zeros for the row -1."""
-    from torch.nn.functional import normalize
-
-    return normalize(weight_FH[chosen_N.clamp(min=0)].float(), dim=1) * (chosen_N != PADDING)[:, None]
+    return (
+        torch.nn.functional.normalize(weight_FH[chosen_N.clamp(min=0)].float(), dim=1) * (chosen_N != PADDING)[:, None]
+    )

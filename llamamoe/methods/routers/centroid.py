@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...lazy import torch
 from ..layer import PADDING
 from .base import Router
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import FfnWeights, LayerContext, Partition
 
 
@@ -26,8 +25,6 @@ class Centroid(Router):
 
     def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
         """See `Router.rows`. O(N W H); one expert in float32 at a time."""
-        import torch
-
         rows = torch.zeros(context.num_experts, ffn.hidden_size)
         for i, expert in enumerate(partition.experts):
             members = torch.from_numpy(expert[expert != PADDING])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ...lazy import torch
 from ...numerics import check_finite, solve_ridge
 from ...plugins import PluginOptions
 from ..layer import ExpertWeights, TokenWeighting, token_scales
@@ -17,8 +18,6 @@ from .base import Router
 from .ridge import centred, log_contribution
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import FfnWeights, LayerContext, LayerInputs, Partition
 
 
@@ -79,8 +78,6 @@ class Distilled(Router):
         Raises:
             LlamaMoeError: An activation is NaN or infinite.
         """
-        import torch
-
         num_experts = context.num_experts
         moe = ConvertedFfn(
             weights=ExpertWeights.of_parent(ffn, partition),
@@ -96,8 +93,6 @@ class Distilled(Router):
 
     def refit(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> torch.Tensor:
         """See `Router.refit`: from the outputs of the repaired experts."""
-        import torch
-
         from ..solvers.normal_equations import held_out_tokens
 
         inputs = context.inputs
@@ -129,8 +124,6 @@ class Distilled(Router):
 
     def _ridge(self, inputs: LayerInputs, weight_T: torch.Tensor, aim_TN: torch.Tensor) -> torch.Tensor:
         """float32 ``[N, H]`` on the CPU: ridge regression of the aims, as `Ridge` does it."""
-        import torch
-
         gram_HH, cross_HN = weighted_gram(inputs, weight_T, aim_TN)
         strength = self.options.ridge * float(gram_HH.diagonal().mean())
         if strength == 0:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...lazy import torch
 from .base import Router
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import FfnWeights, LayerContext, Partition
 
 
@@ -32,9 +31,6 @@ class HiddenCentroid(Router):
 
     def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
         """See `Router.rows`. O(T F H), or nothing if the rows came with the partition."""
-        import torch
-        from torch.nn.functional import normalize
-
         from ...numerics import check_finite
         from ..contributions import contributions
 
@@ -45,7 +41,7 @@ class HiddenCentroid(Router):
         total_H, count_N = torch.zeros_like(sums_NH[0]), torch.zeros_like(sums_NH[:, :1])
         scores = contributions(ffn, partition, inputs, kind="power")
         for x_BH, score_BN in zip(inputs.inputs(), scores, strict=True):
-            unit_BH = normalize(x_BH.float(), dim=1)
+            unit_BH = torch.nn.functional.normalize(x_BH.float(), dim=1)
             top = score_BN.topk(context.top_k, dim=1).indices
             among_BN = torch.zeros_like(score_BN).scatter_(1, top, 1.0)
             sums_NH += (among_BN.T @ unit_BH).double().cpu()
@@ -55,4 +51,4 @@ class HiddenCentroid(Router):
         own_NH = sums_NH / count_N.clamp(min=1) - total_H / max(inputs.num_tokens, 1)
         # Always or never chosen: what is left of the difference is rounding, or the mean itself.
         some_N1 = (count_N > 0) & (count_N < inputs.num_tokens)
-        return normalize(own_NH * some_N1, dim=1).float()
+        return torch.nn.functional.normalize(own_NH * some_N1, dim=1).float()

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ...errors import RefusedError
+from ...lazy import torch
 from ...plugins import PluginOptions
 from ..contributions import Contribution, contributions
 from .base import Router
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import ExpertWeights, FfnWeights, LayerContext, LayerInputs, Partition
 
 LEAST_CONTRIBUTION = 1e-30

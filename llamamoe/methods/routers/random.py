@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...lazy import torch
 from ...plugins import PluginOptions
 from .base import Router
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import FfnWeights, LayerContext, Partition
 
 
@@ -31,7 +30,5 @@ class Random(Router):
 
     def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
         """See `Router.rows`."""
-        import torch
-
         shape = (context.num_experts, ffn.hidden_size)
         return torch.from_numpy(context.rng("router").normal(0.0, self.options.std, shape)).float()

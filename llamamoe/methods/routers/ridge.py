@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...lazy import torch
 from ...numerics import check_finite, double_device, solve_ridge
 from ...plugins import PluginOptions
 from ..contributions import Contribution, contributions
@@ -14,8 +15,6 @@ from ..layer import TokenWeighting, token_scales
 from .base import Router
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import FfnWeights, LayerContext, Partition
     from ..moe_layer import ConvertedFfn
 
@@ -95,8 +94,6 @@ def fit_rows(
     Raises:
         LlamaMoeError: An input or aim is NaN or infinite.
     """
-    import torch
-
     inputs, num_experts = context.inputs, context.num_experts
     device = double_device(inputs.device)
     hidden = inputs.x_TH.shape[1]

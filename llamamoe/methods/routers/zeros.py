@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...lazy import torch
 from .base import Router
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import FfnWeights, LayerContext, Partition
 
 
@@ -21,6 +20,4 @@ class Zeros(Router):
 
     def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
         """See `Router.rows`."""
-        import torch
-
         return torch.zeros(context.num_experts, ffn.hidden_size)

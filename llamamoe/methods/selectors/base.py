@@ -5,11 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from ...lazy import np
 from ...plugins import Plugin
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..layer import FfnWeights, LayerContext
 
 
@@ -22,8 +21,6 @@ class Selector(Plugin, ABC):
 
     def select(self, ffn: FfnWeights, num_shared: int, context: LayerContext) -> np.ndarray:
         """int64 ``[S]``, ascending: the neurons of the highest scores; of equal ones the first."""
-        import numpy as np
-
         if num_shared == 0:
             return np.empty(0, np.int64)
         order = np.argsort(-self.scores(ffn, context), kind="stable")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...lazy import np, torch
 from .base import Selector
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..layer import FfnWeights, LayerContext
 
 
@@ -22,8 +21,6 @@ class Power(Selector):
 
     def scores(self, ffn: FfnWeights, context: LayerContext) -> np.ndarray:
         """See `Selector.scores`. O(T F H)."""
-        import torch
-
         total = torch.zeros(ffn.intermediate_size, dtype=torch.float64)
         for h_BF in context.inputs.hidden(ffn):
             total += h_BF.square().sum(0).double().cpu()

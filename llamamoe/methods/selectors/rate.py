@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...lazy import np
 from ..markers import MarkerOptions
 from .base import Selector
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..layer import FfnWeights, LayerContext
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...lazy import np, torch
 from .base import Selector
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..layer import FfnWeights, LayerContext
 
 
@@ -26,8 +25,6 @@ class WeightNorm(Selector):
 
     def scores(self, ffn: FfnWeights, context: LayerContext) -> np.ndarray:
         """See `Selector.scores`. O(F H), in blocks of 1024 neurons so that no float copy of a matrix is made."""
-        import torch
-
         norm = ffn.norm_H.float()
         out = torch.empty(ffn.intermediate_size, dtype=torch.float64)
         for start in range(0, ffn.intermediate_size, 1024):

@@ -18,6 +18,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from ...lazy import threadpoolctl
+
 _TEMPERATURES = (0.25, 0.06, 0.015, 0.004, 0.001)
 """Smoothing of the price guess, in units of the mean cost above each point's cheapest cluster."""
 _NEWTON_STEPS = 3
@@ -142,8 +144,6 @@ def _guess_prices(
     Newton's method with line search on the smoothed dual ``sum_t softmin_eps(cost_t + price) - places.price``
     (concave), at falling temperatures. In float32: it is a guess.
     """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
-
     costs = work + start
     costs -= costs.min(1, keepdims=True)
     unit = float(costs.mean())
@@ -156,7 +156,7 @@ def _guess_prices(
     change = np.zeros(len(places))
     # One thread: the products are so short that several threads mostly wait for one another (tenfold times were seen
     # where other programs used the cores), and the result does not depend on the number of threads.
-    with threadpool_limits(1, user_api="blas"):
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
         for temperature in temperatures:
             if unit * temperature > np.finfo(np.float32).tiny:
                 change = _newton(costs, weight, places, change, unit * temperature)

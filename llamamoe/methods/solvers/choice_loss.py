@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from ...lazy import torch
 from ...numerics import double_device, solve_ridge
 from .transport import top_k_threshold
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import LayerInputs
 
 ChoiceLoss = Literal["logistic", "softmax"]
@@ -67,8 +66,6 @@ class ChoiceProblem:
 
     def losses(self, logits_BN: torch.Tensor, chosen_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens' losses ``[B]`` and their gradients with respect to the logits ``[B, N]``."""
-        import torch
-
         own_B = (logits_BN * chosen_BN).sum(1)
         if self.loss == "softmax":
             value_B = self.top_k * torch.logsumexp(logits_BN, 1) - own_B
@@ -84,8 +81,6 @@ class ChoiceProblem:
         Args:
             rows_NH: float64 ``[N, H]``, on the device for float64.
         """
-        import torch
-
         inputs, device = self.inputs, rows_NH.device
         gradient_NH, fitted, held_out = torch.zeros_like(rows_NH), 0.0, 0.0
         moved = rows_NH.to(inputs.device, torch.float32)
@@ -145,8 +140,6 @@ def weighted_gram(
 
     Products in float32, sums over batches in float64. O(T H (H + N)).
     """
-    import torch
-
     device, hidden = double_device(inputs.device), inputs.x_TH.shape[1]
     aim_TN = weight_T.new_empty(len(weight_T), 0) if aim_TN is None else aim_TN
     gram = torch.zeros(hidden, hidden, dtype=torch.float64, device=device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...lazy import sklearn
 from .balance import assign_with_prices
 
 _SAMPLE = 1024
@@ -92,14 +93,12 @@ def balanced_kmeans(
 
 def _plus_plus(points: np.ndarray, num_clusters: int, rng: np.random.Generator) -> np.ndarray:
     """K-means++ centres among a sample of the points; with fewer points than clusters some serve twice."""
-    from sklearn.cluster import kmeans_plusplus
-
     # On all points of a large FFN this would take longer than the clustering that follows.
     size = min(len(points), max(_SAMPLE, _SAMPLE_PER_CLUSTER * num_clusters))
     sample = points[np.sort(rng.choice(len(points), size, replace=False))]
     count = min(num_clusters, size)
     # sklearn's KMeans would go on from here, but it adds up its threads' sums in the order in which they end.
-    centers, _ = kmeans_plusplus(sample, count, random_state=int(rng.integers(2**32)))
+    centers, _ = sklearn.cluster.kmeans_plusplus(sample, count, random_state=int(rng.integers(2**32)))
     return np.asarray(centers[np.arange(num_clusters) % count])
 
 

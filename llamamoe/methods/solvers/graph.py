@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import MissingExtraError
+from ...lazy import pymetis, require, scipy
 from .balance import assign_balanced
 
 if TYPE_CHECKING:
@@ -121,13 +121,7 @@ def metis_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator
     Raises:
         MissingExtraError: The package pymetis is not installed.
     """
-    import scipy.sparse
-
-    try:
-        import pymetis
-    except ImportError:
-        raise MissingExtraError("pymetis", "graph", "Partitioning with METIS") from None
-
+    require("pymetis", "graph", "Partitioning with METIS")
     edges = scipy.sparse.csr_array(integer_weights(weights_FF))
     graph = pymetis.CSRAdjacency(edges.indptr, edges.indices)
 

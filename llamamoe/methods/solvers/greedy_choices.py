@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...lazy import torch
 from ..moe_layer import ConvertedFfn, dense_outputs
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import FfnWeights, LayerInputs
 
 FLOATS_AT_ONCE = 2**24
@@ -43,8 +42,6 @@ def best_choices(moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs) -> Cho
         ffn: The dense FFN, whose output is the aim.
         inputs: The tokens.
     """
-    import torch
-
     found = []
     for gram_BNN, cross_BN in scalar_products(moe, ffn, inputs):
         chosen_BN, gain_B = greedy_choices(gram_BNN, cross_BN, moe.coefficient, moe.top_k)
@@ -94,8 +91,6 @@ def greedy_choices(
     Returns:
         bool ``[B, N]``, and the sum of what was gained ``[B]``.
     """
-    import torch
-
     gain_BN = 2 * coefficient * cross_BN - coefficient**2 * gram_BNN.diagonal(dim1=1, dim2=2)
     chosen_BN = torch.zeros_like(cross_BN, dtype=torch.bool)
     total_B = torch.zeros_like(cross_BN[:, 0])

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...lazy import np, torch
 from ...plugins import PluginOptions
 from .balance import assign_with_prices
 from .transport import balanced_transport, soft_top_k, transport_gradient
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..layer import FfnWeights, LayerContext, LayerInputs
 
 MARGIN = 0.5
@@ -75,8 +73,6 @@ class RoutedNeurons:
         cls, ffn: FfnWeights, neurons: np.ndarray, inputs: LayerInputs, scales_T: torch.Tensor | None
     ) -> RoutedNeurons:
         """Those ``neurons`` int64 ``[R]`` of the FFN."""
-        import torch
-
         index, to = torch.from_numpy(neurons), (inputs.device, inputs.compute_dtype)
         weights = ffn.gate_FH[index].to(*to), ffn.up_FH[index].to(*to), ffn.down_HF[:, index].to(*to)
         return cls(inputs, *weights, ffn.hidden_act, scales_T)
@@ -105,8 +101,6 @@ class RoutedNeurons:
 
 def hard_top_k(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
     """1 for the k largest logits of each token, 0 for the others, ``[B, N]``."""
-    import torch
-
     chosen = logits_BN.detach().topk(top_k, dim=1).indices
     return torch.zeros_like(logits_BN, requires_grad=False).scatter_(1, chosen, 1.0)
 
@@ -115,8 +109,6 @@ def mean_error(
     part: RoutedNeurons, labels_R: np.ndarray, rows_NH: torch.Tensor, top_k: int, tokens: torch.Tensor
 ) -> float:
     """Mean squared error of the output over ``tokens`` (int64 indices), each weighted by its scale; NaN for none."""
-    import torch
-
     device, total = part.inputs.device, 0.0
     assignment_RN = one_hot(labels_R, len(rows_NH), device)
     rows_NH = rows_NH.to(device)
@@ -130,8 +122,6 @@ def mean_error(
 
 def one_hot(labels_R: np.ndarray, num_experts: int, device: torch.device) -> torch.Tensor:
     """float32 ``[R, N]``."""
-    import torch
-
     return torch.nn.functional.one_hot(torch.from_numpy(labels_R), num_experts).float().to(device)
 
 
@@ -141,8 +131,6 @@ def first_logits(power_RN: np.ndarray, labels_R: np.ndarray, device: torch.devic
     A neuron's logits are the powers that the experts capture of it, at mean 0 and deviation 1: Adam moves all
     neurons at one pace, however strong they are. Its own expert leads by `MARGIN`.
     """
-    import torch
-
     power = torch.from_numpy(power_RN)
     logits = power - power.mean(1, keepdim=True)
     logits /= logits.square().mean(1, keepdim=True).sqrt().clamp(min=1e-300)
@@ -183,8 +171,6 @@ class Learner:
     _queue: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        import torch
-
         self.logits_RN.requires_grad_()
         self.rows_NH.requires_grad_()
         rates = self.settings.lr_assignment, self.settings.lr_router * self._size_of_rows()
@@ -220,8 +206,6 @@ class Learner:
 
         O(B R (H + N)) and O(R N (N + Sinkhorn's iterations)).
         """
-        import torch
-
         with torch.enable_grad():
             x_BH, h_BR = self.part.tokens(index_B)
             assignment_RN = one_hot(self.labels_R, len(self.rows_NH), h_BR.device).requires_grad_()
@@ -248,8 +232,6 @@ class Learner:
 
     def _batch(self, tokens: torch.Tensor) -> torch.Tensor:
         """The next tokens of a shuffled round through all of them, ascending."""
-        import torch
-
         if not self._queue:
             shuffled = tokens[torch.randperm(len(tokens), generator=self.generator)]
             size = min(self.settings.batch, len(tokens))

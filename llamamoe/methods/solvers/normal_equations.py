@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...lazy import torch
 from ...numerics import check_finite, double_device
 from ..layer import PADDING, TokenWeighting, token_scales
 from ..moe_layer import ConvertedFfn, dense_outputs
 
 if TYPE_CHECKING:
-    import torch
-
     from ..layer import FfnWeights, LayerContext, LayerInputs
 
 BLOCK_PLACES = 512
@@ -83,8 +82,6 @@ def normal_equations(
     Raises:
         LlamaMoeError: An activation is NaN or infinite.
     """
-    import torch
-
     inputs = context.inputs
     device = double_device(inputs.device)
     slots = torch.from_numpy(moe.partition.slots).to(device)
@@ -111,8 +108,6 @@ def normal_equations(
 
 def held_out_tokens(num_tokens: int) -> torch.Tensor:
     """Which tokens are held out, bool ``[T]``: the last of every five runs of up to 256 tokens, shorter where there are few tokens."""
-    import torch
-
     run = max(1, min(RUN_TOKENS, num_tokens // (8 * HELD_OUT_EVERY)))
     return torch.arange(num_tokens) // run % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
@@ -125,8 +120,6 @@ def residuals(
     If the layer's neurons are the parent's own, they are computed once, and what is missing comes from how often
     each was counted: exactly 0 for a token that counts each neuron once.
     """
-    import torch
-
     if not holds_parent(moe, ffn):
         down_HP = moe.weights.down_HP.to(inputs.device, inputs.compute_dtype)
         hidden = inputs.hidden(moe.weights, moe.hidden_act)
@@ -149,8 +142,6 @@ def residuals(
 
 def holds_parent(moe: ConvertedFfn, ffn: FfnWeights) -> bool:
     """Whether every place of the layer holds the parent's neuron as it is."""
-    import torch
-
     slots = torch.from_numpy(moe.partition.slots)
     kept = (slots != PADDING).nonzero().flatten()
     index, weights = slots[kept], moe.weights

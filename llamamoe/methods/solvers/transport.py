@@ -7,12 +7,9 @@ much. ``R`` neurons, ``N`` experts, ``B`` tokens. Nothing here is tracked by aut
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from ...lazy import torch
 from ...numerics import double_device
-
-if TYPE_CHECKING:
-    import torch
 
 LEAST_CURVATURE = 1e-6
 """Added to the system of `transport_gradient`, relative to a column sum: it is singular where a plan is all but hard."""
@@ -41,8 +38,6 @@ def balanced_transport(
     Returns:
         P ``[R, N]`` and the prices ``[N]``.
     """
-    import torch
-
     scaled_RN = logits_RN.detach() / temperature
     potential_N = scaled_RN.new_zeros(scaled_RN.shape[1]) if prices_N is None else -prices_N / temperature
     log_size = math.log(max(len(scaled_RN), 1) / scaled_RN.shape[1])
@@ -64,8 +59,6 @@ def transport_gradient(plan_RN: torch.Tensor, gradient_RN: torch.Tensor, tempera
     This is the derivative of the converged plan, whatever the number of iterations that found it, and keeps none of
     them in memory.
     """
-    import torch
-
     device = double_device(plan_RN.device)
     plan, gradient = plan_RN.to(device).double(), gradient_RN.to(device).double()
     own_RN = plan * (gradient - (plan * gradient).sum(1, keepdim=True))
@@ -85,8 +78,6 @@ def top_k_threshold(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
     Newton's method, by bisection where a step would leave the interval that is known to hold b: most batches take
     five to ten steps of O(B N).
     """
-    import torch
-
     logits_BN = logits_BN.detach()
     num_experts = logits_BN.shape[1]
     if not 0 < top_k < num_experts:
@@ -115,8 +106,6 @@ def soft_top_k(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
     It is the z in [0, 1]^N of sum k with the largest ``<z, l> + sum_i entropy(z_i)``; the k largest logits get the
     largest values. Ones if k is N.
     """
-    import torch
-
     if top_k >= logits_BN.shape[1]:
         return torch.ones_like(logits_BN)
     threshold_B1 = top_k_threshold(logits_BN, top_k)

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...lazy import np, scipy
 from ..layer import BATCH_TOKENS, Partition
 from ..markers import Distance, MarkerOptions
 from .base import Splitter, routed_neurons
 
 if TYPE_CHECKING:
-    import numpy as np
-    import scipy.sparse
-
     from ..layer import FfnWeights, LayerContext
 
 
@@ -70,8 +68,6 @@ def cluster_markers(
     markers_QF: scipy.sparse.csr_array, num_clusters: int, capacity: int, distance: Distance, iterations: int
 ) -> np.ndarray:
     """int64 ``[F]``: the cluster of each column, at most ``capacity`` in one; see `Activation` for the rule."""
-    import numpy as np
-
     from ..markers import activation_rates, mean_patterns, pattern_distances
     from ..solvers.balance import assign_balanced
 

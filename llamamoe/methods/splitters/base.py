@@ -5,12 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ...lazy import np, torch
 from ...plugins import Plugin
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..layer import ExpertWeights, FfnWeights, LayerContext, Partition
 
 Kept = Literal["neurons", "gate_up", "nothing"]
@@ -101,6 +99,4 @@ class Splitter(Plugin, ABC):
 
 def routed_neurons(intermediate_size: int, shared: np.ndarray) -> np.ndarray:
     """int64 ``[F - S]``: the neurons that are not shared, ascending."""
-    import numpy as np
-
     return np.setdiff1d(np.arange(intermediate_size, dtype=np.int64), shared, assume_unique=True)

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ...lazy import np, torch
 from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, FfnWeights, Partition
 from .base import Splitter, routed_neurons
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..layer import LayerContext, LayerInputs
 
 Kernel = Literal["plain", "l1_norm", "l2_norm"]
@@ -94,8 +92,6 @@ def coactive_sums(
 
     Runs of tokens are counted from the first token on, whatever the batch size of ``inputs``.
     """
-    import torch
-
     index = torch.from_numpy(neurons)
     routed = FfnWeights(ffn.gate_FH[index], ffn.up_FH[index], ffn.down_HF[:, index], ffn.norm_H, ffn.hidden_act)
     total = torch.zeros(len(neurons), len(neurons), device=inputs.device)
@@ -110,8 +106,6 @@ def coactive_sums(
 
 def graph_weights(sums_RR: np.ndarray, *, cosine: bool, percentile: float) -> np.ndarray:
     """float32 ``[R, R]``: the co-activations as a graph; >= 0, diagonal 0. ``sums_RR`` is changed in place."""
-    import numpy as np
-
     if cosine:
         own = np.sqrt(sums_RR.diagonal().clip(0))
         inverse = np.where(own > 0, 1 / np.where(own > 0, own, 1), 0).astype(np.float32)

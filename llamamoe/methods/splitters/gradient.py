@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
+from ...lazy import np, torch
 from ...plugins import PluginOptions
 from ..layer import PADDING, ExpertWeights, Partition
 from .base import Kept, Splitter, routed_neurons
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..layer import FfnWeights, LayerContext, LayerInputs
 
 SAMPLE = 16384
@@ -138,9 +136,6 @@ class Gradient(Splitter):
 
     def weights(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> ExpertWeights | None:
         """See `Splitter.weights`: the parent's, the down columns of copies scaled."""
-        import numpy as np
-        import torch
-
         from ..solvers.allocation import expected_copies
 
         if not self._scaled:
@@ -180,8 +175,6 @@ class Gradient(Splitter):
 
     def importance(self, ffn: FfnWeights, labels_T: torch.Tensor, context: LayerContext) -> np.ndarray:
         """float64 ``[N, F]``: see the class; 0 in a cluster without tokens."""
-        import torch
-
         from ...numerics import check_finite
 
         inputs = context.inputs
@@ -208,8 +201,6 @@ def input_clusters(context: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         float32 ``[N, H]`` centroids of the inputs scaled to length 1, and int64 ``[T]``, the cluster of each token.
     """
-    import torch
-
     from ..solvers.clustering import balanced_kmeans
 
     inputs = context.inputs
@@ -226,7 +217,5 @@ def input_clusters(context: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _nearest(inputs: LayerInputs, rows_NH: torch.Tensor) -> torch.Tensor:
     """int64 ``[T]``: the row of the largest scalar product with each input."""
-    import torch
-
     rows_NH = rows_NH.to(inputs.device)
     return torch.cat([(x_BH.float() @ rows_NH.T).argmax(1).cpu() for x_BH in inputs.inputs()])

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ...lazy import np, torch
 from ...plugins import PluginOptions
 from ..layer import Partition
 from .base import Splitter, routed_neurons
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..layer import FfnWeights, LayerContext
 
 
@@ -58,8 +57,6 @@ class KMeans(Splitter):
 
 def _unit_rows(ffn: FfnWeights, neurons: np.ndarray, weight: Literal["gate", "up"]) -> np.ndarray:
     """float32 ``[F - S, H]``: the neurons' rows, of length 1 (a zero row stays zero)."""
-    import torch
-
     matrix = ffn.gate_FH if weight == "gate" else ffn.up_FH
     rows = matrix[torch.from_numpy(neurons)].float()
     # Rows that are not finite count as zero: the conversion warns of them, and stays exact.

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...lazy import np, torch
 from ...numerics import check_finite
 from ..layer import Partition, TokenWeighting, token_scales
 from ..solvers.learned_assignment import LearningOptions
 from .base import Splitter, routed_neurons
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..layer import FfnWeights, LayerContext
 
 
@@ -109,8 +107,6 @@ class Learned(Splitter):
         context: LayerContext,
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Labels int64 ``[R]`` and rows ``[N, H]``, the best of the start and what was learned, on held-out tokens."""
-        import torch
-
         from ..solvers.learned_assignment import Learner, RoutedNeurons, first_logits, mean_error
 
         options, inputs, rows = self.options, context.inputs, start.router_NH
@@ -152,8 +148,6 @@ class Learned(Splitter):
 
 def labels_of(partition: Partition, neurons: np.ndarray) -> np.ndarray:
     """int64 ``[R]``: the expert of each of the routed neurons (ascending)."""
-    import numpy as np
-
     from ..layer import PADDING
 
     experts, _ = np.nonzero(partition.experts != PADDING)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...lazy import np
 from ..layer import Partition
 from .base import Splitter, routed_neurons
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..layer import FfnWeights, LayerContext
 
 
@@ -22,8 +21,6 @@ class Random(Splitter):
 
     def split(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
         """See `Splitter.split`. O(F)."""
-        import numpy as np
-
         neurons = routed_neurons(ffn.intermediate_size, shared)
         labels = np.arange(len(neurons)) % context.num_experts
         context.rng(self.name).shuffle(labels)

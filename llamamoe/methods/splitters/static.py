@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...lazy import np
 from ..layer import Partition
 from .base import Splitter, routed_neurons
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..layer import FfnWeights, LayerContext
 
 
@@ -30,7 +29,5 @@ class Static(Splitter):
 
     def split(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
         """See `Splitter.split`."""
-        import numpy as np
-
         experts = np.empty((context.num_experts, context.expert_width), np.int64)
         return Partition(experts, shared, routed_neurons(ffn.intermediate_size, shared))

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...lazy import np, torch
 from ...plugins import PluginOptions
 from ..layer import Partition, TokenWeighting, token_scales
 from ..solvers.balance import assign_balanced
 from .base import Splitter, routed_neurons
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..layer import FfnWeights, LayerContext, LayerInputs
 
 
@@ -117,8 +115,6 @@ def captured_power(
         scales_T: What each token's output is multiplied by; None for ones.
         context: With k, N and the inputs.
     """
-    import torch
-
     inputs = context.inputs
     index = torch.from_numpy(neurons).to(inputs.device)
     total_RN = torch.zeros(len(neurons), context.num_experts, dtype=torch.float64)
@@ -138,15 +134,14 @@ def spherical_kmeans(context: LayerContext, iterations: int) -> tuple[torch.Tens
     The mean is taken away because it is large behind an RMSNorm and tells no token from another; each input then
     counts by its direction alone (Dhillon and Modha, 2001). An empty cluster starts again at a random token.
     """
-    import torch
-    from torch.nn.functional import normalize
-
     inputs, num_experts = context.inputs, context.num_experts
     rng = context.rng("token_clusters")
     mean_H = _mean(inputs)
     tokens = inputs.num_tokens
     seeds = rng.choice(tokens, size=num_experts, replace=tokens < num_experts)
-    centroids_NH = normalize(inputs.x_TH[torch.from_numpy(seeds)].to(inputs.device).float() - mean_H, dim=1)
+    centroids_NH = torch.nn.functional.normalize(
+        inputs.x_TH[torch.from_numpy(seeds)].to(inputs.device).float() - mean_H, dim=1
+    )
     for _ in range(iterations):
         sums_NH = torch.zeros_like(centroids_NH, dtype=torch.float32)
         for x_BH in inputs.inputs():
@@ -160,13 +155,11 @@ def spherical_kmeans(context: LayerContext, iterations: int) -> tuple[torch.Tens
         empty = (sums_NH.square().sum(1) == 0).nonzero().flatten().cpu()
         again = torch.from_numpy(rng.integers(tokens, size=len(empty)))
         sums_NH[empty.to(sums_NH.device)] = inputs.x_TH[again].to(inputs.device).float() - mean_H
-        centroids_NH = normalize(sums_NH, dim=1)
+        centroids_NH = torch.nn.functional.normalize(sums_NH, dim=1)
     return centroids_NH, mean_H
 
 
 def _mean(inputs: LayerInputs) -> torch.Tensor:
-    import torch
-
     total_H = torch.zeros(inputs.x_TH.shape[1], device=inputs.device)
     for x_BH in inputs.inputs():
         total_H += x_BH.float().sum(0)

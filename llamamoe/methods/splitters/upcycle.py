@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...lazy import np, torch
 from ...plugins import PluginOptions
 from ..layer import PADDING, ExpertWeights, Partition
 from .base import Kept, Splitter, routed_neurons
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ..layer import FfnWeights, LayerContext
 
 
@@ -82,8 +80,6 @@ class Upcycle(Splitter):
 
     def split(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
         """See `Splitter.split`."""
-        import numpy as np
-
         neurons = np.array_split(routed_neurons(ffn.intermediate_size, shared), self.options.groups)
         experts = np.full((context.num_experts, context.expert_width), PADDING, np.int64)
         for i, row in enumerate(experts):
@@ -114,9 +110,6 @@ class Upcycle(Splitter):
 
 def _renew(rows_PH: torch.Tensor, places: np.ndarray, rng: np.random.Generator) -> None:
     """Draw these rows anew, in place, from the normal distribution of mean and standard deviation that they have."""
-    import numpy as np
-    import torch
-
     index = torch.from_numpy(places)
     old = rows_PH[index]
     if old.numel():

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ...lazy import torch
 from .base import ExpertsCall, ExpertsImplementation
 from .masked import Masked
 from .sorted_loop import Sorted
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,6 @@ class Auto(ExpertsImplementation):
 
     def forward(self, call: ExpertsCall) -> torch.Tensor:
         """See `ExpertsImplementation.forward`."""
-        import torch
-
         tokens, sizes = call.num_tokens, (call.num_experts, call.width, call.top_k, call.hidden_size)
         half = call.x_TH.element_size() <= 2
         if tokens == 1 and not torch.is_grad_enabled():

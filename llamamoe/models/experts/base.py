@@ -5,12 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ...errors import RefusedError
-
-if TYPE_CHECKING:
-    import torch
+from ...lazy import torch
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,6 @@ class ExpertsImplementation(ABC):
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     """What ``linear`` would compute in: autocast leaves float64 alone."""
-    import torch
-
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)

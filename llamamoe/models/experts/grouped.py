@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from ...lazy import torch
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,6 @@ def group_by_expert(indices_Tk: torch.Tensor, num_experts: int, *, pad: bool) ->
         num_experts: N.
         pad: Bring the sizes of groups to few different ones by repeating their last assignment.
     """
-    import torch
-
     indices = indices_Tk.reshape(-1)
     order_R = torch.argsort(indices, stable=True)
     counts_N = torch.bincount(indices, minlength=num_experts)[:num_experts]
@@ -94,8 +91,6 @@ def scatter_linear(x_RI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups)
 
 
 def _gather(x_TI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> torch.Tensor:
-    import torch
-
     out_RO = x_TI.new_empty(len(groups.tokens_R), weight_NOI.shape[1])
     for expert, start, stop in groups.pieces:
         x = x_TI.index_select(0, groups.tokens_R[start:stop])
@@ -104,8 +99,6 @@ def _gather(x_TI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> tor
 
 
 def _scatter(x_RI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> torch.Tensor:
-    import torch
-
     dtype = torch.promote_types(x_RI.dtype, torch.float32)
     out_TO = x_RI.new_zeros((groups.num_tokens, weight_NOI.shape[1]), dtype=dtype)
     for expert, start, stop in groups.pieces:
@@ -115,8 +108,6 @@ def _scatter(x_RI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> to
 
 
 def _gather_backward(ctx: Any, grad_RO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    import torch
-
     (x_TI, weight_NOI), groups = ctx.saved_tensors, ctx.groups
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
@@ -130,8 +121,6 @@ def _gather_backward(ctx: Any, grad_RO: torch.Tensor) -> tuple[torch.Tensor | No
 
 
 def _scatter_backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    import torch
-
     (x_RI, weight_NOI), groups = ctx.saved_tensors, ctx.groups
     grad_TO = grad_TO.to(x_RI.dtype)
     grad_x = torch.empty_like(x_RI) if ctx.needs_input_grad[0] else None
@@ -148,8 +137,6 @@ def _scatter_backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | N
 @cache
 def _functions() -> tuple[Any, Any]:
     """The two products as autograd functions; made here, because the registry imports this module without torch."""
-    import torch
-    from torch.autograd.function import once_differentiable
 
     class GatherLinear(torch.autograd.Function):
         @staticmethod
@@ -158,7 +145,7 @@ def _functions() -> tuple[Any, Any]:
             ctx.groups = groups
             return _gather(x_TI, weight_NOI, groups)
 
-        backward = staticmethod(once_differentiable(_gather_backward))  # type: ignore[assignment]
+        backward = staticmethod(torch.autograd.function.once_differentiable(_gather_backward))  # type: ignore[assignment]
 
     class ScatterLinear(torch.autograd.Function):
         @staticmethod
@@ -167,6 +154,6 @@ def _functions() -> tuple[Any, Any]:
             ctx.groups = groups
             return _scatter(x_RI, weight_NOI, groups)
 
-        backward = staticmethod(once_differentiable(_scatter_backward))  # type: ignore[assignment]
+        backward = staticmethod(torch.autograd.function.once_differentiable(_scatter_backward))  # type: ignore[assignment]
 
     return GatherLinear, ScatterLinear

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...lazy import torch
 from .base import ExpertsCall, ExpertsImplementation
 from .sorted_loop import Sorted
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ...lazy import torch
 from .base import ExpertsCall, ExpertsImplementation
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Masked(ExpertsImplementation):
@@ -35,16 +31,16 @@ class Masked(ExpertsImplementation):
 
 def _dense(call: ExpertsCall, gate_up: torch.Tensor, down: torch.Tensor, weights_TN: torch.Tensor) -> torch.Tensor:
     """``[T, H]`` of these experts, all of them on every token. Reads the weights, copies ``down``."""
-    from torch.nn.functional import linear
-
     T, (N, H, W) = call.num_tokens, down.shape
     if _regroup(T, H, W):
         gate_up_PH = gate_up.view(N, 2, W, H).transpose(0, 1).reshape(2 * N * W, H)
-        hidden_TNW = call.activate(linear(call.x_TH, gate_up_PH)).view(T, N, W)
+        hidden_TNW = call.activate(torch.nn.functional.linear(call.x_TH, gate_up_PH)).view(T, N, W)
     else:
-        hidden_TNW = call.activate(linear(call.x_TH, gate_up.reshape(2 * N * W, H)).view(T, N, 2 * W))
+        hidden_TNW = call.activate(
+            torch.nn.functional.linear(call.x_TH, gate_up.reshape(2 * N * W, H)).view(T, N, 2 * W)
+        )
     weighted_TP = (hidden_TNW * weights_TN[:, :, None]).view(T, N * W)
-    return linear(weighted_TP, down.transpose(0, 1).reshape(H, N * W))
+    return torch.nn.functional.linear(weighted_TP, down.transpose(0, 1).reshape(H, N * W))
 
 
 def _regroup(tokens: int, hidden_size: int, width: int) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...lazy import torch
 from .base import ExpertsCall, ExpertsImplementation
 from .grouped import gather_linear, group_by_expert, scatter_linear
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Sorted(ExpertsImplementation):
@@ -25,8 +23,6 @@ class Sorted(ExpertsImplementation):
 
     def forward(self, call: ExpertsCall) -> torch.Tensor:
         """See `ExpertsImplementation.forward`. O(T k W H)."""
-        import torch
-
         if call.num_tokens == 1 and not torch.is_grad_enabled():
             return _one_token(call)
         half = call.x_TH.dtype in (torch.bfloat16, torch.float16)
@@ -37,16 +33,13 @@ class Sorted(ExpertsImplementation):
 
 def _one_token(call: ExpertsCall) -> torch.Tensor:
     """``[1, H]``, at least float32, without gradients: sorting and scattering would cost more than the products here."""
-    import torch
-    from torch.nn.functional import linear
-
     dtype = torch.promote_types(call.x_TH.dtype, torch.float32)
     out_1H = call.x_TH.new_zeros((1, call.hidden_size), dtype=dtype)
     with _products_of_a_row(call.x_TH):
         for expert, weight in zip(call.indices_Tk[0].tolist(), call.weights_Tk[0].tolist(), strict=True):
             if 0 <= expert < call.num_experts:
-                hidden_1W = call.activate(linear(call.x_TH, call.gate_up[expert]))
-                out_1H.add_(linear(hidden_1W, call.down[expert]), alpha=weight)
+                hidden_1W = call.activate(torch.nn.functional.linear(call.x_TH, call.gate_up[expert]))
+                out_1H.add_(torch.nn.functional.linear(hidden_1W, call.down[expert]), alpha=weight)
     return out_1H
 
 
@@ -58,8 +51,6 @@ def _products_of_a_row(x_TH: torch.Tensor) -> Iterator[None]:
     switched for the whole process, so only where no other thread computes; those that end with the process do not count
     (progress bars).
     """
-    import torch
-
     backends: Any = torch.backends  # whose types know no setter
     switch = backends.mkldnn
     fits = x_TH.dtype == torch.bfloat16 and x_TH.device.type == "cpu" and switch.enabled

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ...errors import RefusedError
+from ...lazy import np
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..sizes import Sizes
     from .sensitivities.curves import Curves
 
@@ -88,8 +87,6 @@ def least_damage(sets: Sequence[DenseSet]) -> DenseSet:
 
 def dense_layers(damage_L: np.ndarray, count: int, form: DenseForm) -> tuple[int, ...]:
     """The ``count`` layers of largest damage together that the form allows, ascending; of equal ones the first."""
-    import numpy as np
-
     layers = len(damage_L)
     if form == "any":
         order = np.argsort(-damage_L, kind="stable")
@@ -112,8 +109,6 @@ def cheapest_choices(costs_C: Sequence[int], damage_CL: np.ndarray, capacity: in
     Returns:
         The choice of each layer; None if even the cheapest are too expensive. Of equal ones the first choice.
     """
-    import numpy as np
-
     choices, layers = damage_CL.shape
     if capacity < min(costs_C) * layers:
         return None
@@ -154,8 +149,6 @@ def share_out(
     Returns:
         S of every layer (F: it stays dense) and the sum of damages; None if nothing fits.
     """
-    import numpy as np
-
     shared = list(range(0, size - routed + 1, unit))
     costs = [*range(len(shared)), max(0, math.ceil((size - fixed) / unit))]
     rows = [curves.at((s + fixed) / size) for s in shared]

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel
 
 from ...errors import RefusedError
+from ...lazy import dist, torch
 from ...plugins import Plugin
 
 if TYPE_CHECKING:
-    import torch
-
     from ..moe_layers import MoeLayer
 
 Native = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]]
@@ -127,9 +126,6 @@ class Gate(Plugin, ABC):
 
         Call it before each optimiser step; nothing happens in a run of one process.
         """
-        import torch
-        import torch.distributed as dist
-
         from ..ranks import several_ranks
 
         if not several_ranks():
@@ -142,8 +138,6 @@ class Gate(Plugin, ABC):
 
     def generator(self, moe: MoeLayer, device: torch.device) -> torch.Generator:
         """A fresh generator for one layer's forward pass at the place that `set_step` named."""
-        import torch
-
         key = ":".join(str(part) for part in (self._seed, *self._place, moe.layer))
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)

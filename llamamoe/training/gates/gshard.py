@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from ...lazy import torch
 from ...plugins import PluginOptions
 from .base import Gate, Gated
 from .selection import capacity, positions, ranked_TN, weights_Tk
 
 if TYPE_CHECKING:
-    import torch
-
     from ..moe_layers import MoeLayer
     from .base import Native
 
@@ -49,8 +48,6 @@ class GShard(Gate):
 
     def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
         """See `Gate.route`. O(T log T) a round, at most N - 1 rounds, as many as tokens still wait."""
-        import torch
-
         logits_TN, native_weights, _ = native(hidden)
         ranked = ranked_TN(moe, logits_TN)
         order_TN = ranked.argsort(dim=-1, descending=True, stable=True)
@@ -69,8 +66,6 @@ class GShard(Gate):
 
     def _served(self, moe: MoeLayer, weights: torch.Tensor) -> torch.Tensor:
         """Whose second choice is served at all: bool ``[T]``."""
-        import torch
-
         if not self.options.random_second:
             return torch.ones(len(weights), dtype=torch.bool, device=weights.device)
         drawn_T = torch.rand(len(weights), device=weights.device, generator=self.generator(moe, weights.device))
@@ -81,8 +76,6 @@ def _place_second(
     choices_TR: torch.Tensor, waiting_T: torch.Tensor, used_N: torch.Tensor, room: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The expert that each waiting token gets in the end, and whether it got one."""
-    import torch
-
     found_T = torch.zeros_like(choices_TR[:, 0])
     placed_T = torch.zeros_like(waiting_T)
     waiting = waiting_T.nonzero()[:, 0]

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...lazy import torch
 from ...plugins import PluginOptions
 from .base import Gate, Gated
 
 if TYPE_CHECKING:
-    import torch
-
     from ..moe_layers import MoeLayer
     from .base import Native
 
@@ -36,8 +35,6 @@ class Jitter(Gate):
 
     def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
         """See `Gate.route`."""
-        import torch
-
         eps = self.options.eps
         noise = torch.empty(hidden.shape, device=hidden.device, dtype=torch.float32)
         noise.uniform_(1 - eps, 1 + eps, generator=self.generator(moe, hidden.device))

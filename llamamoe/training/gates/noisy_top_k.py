@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from ...lazy import torch
 from ...plugins import PluginOptions
 from .base import Gate, Gated
 from .selection import ranked_TN, weights_Tk
 
 if TYPE_CHECKING:
-    import torch
-
     from ..moe_layers import MoeLayer
     from .base import Native
 
@@ -45,8 +44,6 @@ class NoisyTopK(Gate):
 
     def attach(self, layers: Sequence[MoeLayer], seed: int) -> None:
         """See `Gate.attach`. Makes the noise's rows, float32 ``[N, H]`` per layer."""
-        import torch
-
         super().attach(layers, seed)
         rows = {}  # whole on every rank, also where FSDP cuts the routers' own
         for moe in layers:
@@ -56,8 +53,6 @@ class NoisyTopK(Gate):
 
     def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
         """See `Gate.route`."""
-        import torch
-
         assert self._rows is not None
         logits_TN, native_weights, _ = native(hidden)
         x_TH = hidden.reshape(-1, hidden.shape[-1])

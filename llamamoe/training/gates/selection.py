@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+from ...lazy import torch
 
+if TYPE_CHECKING:
     from ..moe_layers import MoeLayer
 
 
@@ -22,8 +22,6 @@ def ranked_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:
 
     Where nothing is added to the scores it is the logits themselves, which tie less often than their scores.
     """
-    import torch
-
     with torch.no_grad():
         bias, groups = moe.correction_bias, int(getattr(moe.router, "num_group", 1))
         if bias is None:
@@ -36,8 +34,6 @@ def ranked_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:
 
 def _shut_out(router: Any, scores: torch.Tensor, groups: int) -> torch.Tensor:
     """Experts of the groups whose two best scores sum to too little: bool ``[T, N]``."""
-    import torch
-
     grouped_TGE = scores.view(len(scores), groups, -1)
     sums_TG = grouped_TGE.topk(2, dim=-1)[0].sum(-1)
     best = sums_TG.topk(router.topk_group, dim=-1, sorted=False)[1]
@@ -73,8 +69,6 @@ def positions(experts_M: torch.Tensor, order_M: torch.Tensor | None = None) -> t
         experts_M: The expert of each assignment.
         order_M: The assignments in the order in which they are served; None: as they stand.
     """
-    import torch
-
     given = experts_M if order_M is None else experts_M[order_M]
     sorted_M, by_expert = given.sort(stable=True)
     first_M = torch.searchsorted(sorted_M, sorted_M)  # where each expert's run begins

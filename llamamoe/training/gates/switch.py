@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from ...lazy import torch
 from ...plugins import PluginOptions
 from .base import Gate, Gated
 from .selection import capacity, positions, scores_TN
 
 if TYPE_CHECKING:
-    import torch
-
     from ..moe_layers import MoeLayer
     from .base import Native
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ...lazy import torch
 from .base import Gate, Gated
 
 if TYPE_CHECKING:
-    import torch
-
     from ..moe_layers import MoeLayer
     from .base import Native
 

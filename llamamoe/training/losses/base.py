@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from ...lazy import torch
 from ...plugins import Plugin, PluginOptions
 
 if TYPE_CHECKING:
-    import torch
-
     from ..gates.base import Gate
     from ..routing import Routing
 
@@ -79,8 +78,6 @@ class RoutingLoss(Plugin, ABC):
             the number of tokens of the global batch. Others: the value for the window's tokens, which the caller
             averages over windows.
         """
-        import torch
-
         losses = [self.layer_loss(routing, context) for routing in routings]
         return torch.stack([each.to(losses[0].device) for each in losses]).mean()
 

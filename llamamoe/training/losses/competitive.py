@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ...lazy import torch
 from ..routing import at_least_float32
 from .base import LossContext, RoutingLoss
 
 if TYPE_CHECKING:
-    import torch
-
     from ..routing import Routing
 
 Scale = Literal["fitted", "alone"]
@@ -61,8 +60,6 @@ class Competitive(RoutingLoss):
 
     def layer_loss(self, routing: Routing, context: LossContext) -> torch.Tensor:
         """See `RoutingLoss.layer_loss`. O(T F H), as a forward pass through all experts."""
-        import torch
-
         if context.targets is None:
             raise ValueError("the competitive loss needs LossContext.targets")
         with torch.no_grad():
@@ -74,8 +71,6 @@ class Competitive(RoutingLoss):
 
 def _log_probabilities(routing: Routing) -> torch.Tensor:
     """Logarithm of `Routing.probabilities_TN`, safe where one of them is 0."""
-    import torch
-
     logits = at_least_float32(routing.logits_TN)
     if routing.moe.weighting.startswith("sigmoid"):
         logits = torch.nn.functional.logsigmoid(logits)
@@ -95,8 +90,6 @@ def expert_distances(routing: Routing, target_TH: torch.Tensor, scale: Scale = "
     Returns:
         ``[T, N]`` of at least float32.
     """
-    import torch
-
     assert routing.inputs_TH is not None
     with torch.no_grad(), torch.autocast(target_TH.device.type, enabled=False):
         dots, squares = [], []
@@ -111,8 +104,6 @@ def expert_distances(routing: Routing, target_TH: torch.Tensor, scale: Scale = "
 
 def _size(routing: Routing, dots_TN: torch.Tensor, squares_TN: torch.Tensor, scale: Scale) -> torch.Tensor:
     """What the experts' bare outputs are multiplied by; ``[T, 1]`` or ``[T, N]``."""
-    import torch
-
     if scale == "fitted":
         total_T1 = squares_TN.sum(-1, keepdim=True)
         return (dots_TN.sum(-1, keepdim=True) / total_T1).clamp(min=0).where(total_T1 > 0, torch.zeros_like(total_T1))
@@ -125,8 +116,6 @@ def _outputs(
     experts: Any, inputs_TH: torch.Tensor, target_TH: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For chunks of B tokens: what each expert puts out at weight 1 ``[N, B, H]``, and the target ``[B, H]``."""
-    import torch
-
     gate_up, down_NHW = experts.gate_up_proj, at_least_float32(experts.down_proj)
     n, hidden, width = down_NHW.shape
     rows = max(1, _CHUNK_NUMBERS // (n * max(2 * width, hidden)))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ...lazy import torch
 from ..routing import at_least_float32
 from .base import LossContext, RoutingLoss, WindowOptions
 
 if TYPE_CHECKING:
-    import torch
-
     from ..gates.base import Gate
     from ..routing import Routing
 
@@ -39,8 +38,6 @@ class CvSquared(RoutingLoss):
 
     def layer_loss(self, routing: Routing, context: LossContext) -> torch.Tensor:
         """See `RoutingLoss.layer_loss`. O(T N)."""
-        import torch
-
         weights_Tk = at_least_float32(routing.weights_Tk)
         zeros_N = weights_Tk.new_zeros(routing.moe.num_experts)
         sums = [zeros_N.scatter_add(0, routing.indices_Tk.reshape(-1), weights_Tk.reshape(-1))]
@@ -57,8 +54,6 @@ class CvSquared(RoutingLoss):
 
 def smooth_load_TN(routing: Routing) -> torch.Tensor:
     """Probability that an expert is selected, over its own noise, the noise of the others as drawn; ``[T, N]``."""
-    import torch
-
     assert routing.selection_TN is not None
     assert routing.noise_std_TN is not None
     noisy_TN = at_least_float32(routing.selection_TN)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ...lazy import torch
 from .base import LossContext, RoutingLoss, WindowOptions
 
 if TYPE_CHECKING:
-    import torch
-
     from ..routing import Routing
 
 
@@ -37,8 +36,6 @@ class Switch(RoutingLoss):
 
     def layer_loss(self, routing: Routing, context: LossContext) -> torch.Tensor:
         """See `RoutingLoss.layer_loss`. O(T N)."""
-        import torch
-
         probabilities_TN = routing.probabilities_TN
         counts_N = routing.wanted_counts_N().to(probabilities_TN.dtype)
         sums_2N = context.reduce(torch.stack([counts_N, probabilities_TN.sum(0)]), self.options.window)

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from ...lazy import torch
 from ..routing import at_least_float32
 from .base import LossContext, RoutingLoss
 
 if TYPE_CHECKING:
-    import torch
-
     from ..routing import Routing
 
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ....lazy import torch
 from ....methods.layer import BATCH_TOKENS
 from ....plugins import Plugin
 from ....progress import ProgressCallback, ignore_progress
 from .curves import Curves
 
 if TYPE_CHECKING:
-    import torch
-
     from ....calibration.compute import Compute
     from ....calibration.gradients import GradientStore
     from ....calibration.text import CalibrationText

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+from ....lazy import np
 
 DEFAULT_EXPONENT = 1.5
 """``p`` where a layer was measured at one share only: between linear and quadratic in what is left out."""
@@ -45,8 +44,6 @@ class Curves:
 
     def at(self, share: float) -> np.ndarray:
         """float64 ``[L]``: the damage of each layer of which ``share`` stays active; 0 from share 1 on. O(B L)."""
-        import numpy as np
-
         largest = float(self.damage_BL.max(initial=0.0))
         if share >= 1 or largest == 0:
             return np.zeros(self.num_layers)

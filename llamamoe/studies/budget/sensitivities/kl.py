@@ -12,6 +12,7 @@ from ....calibration.walk import cast_ffn, read_ffn
 from ....conversion.layer import convert_layer
 from ....conversion.session import with_clusters
 from ....errors import LlamaMoeError
+from ....lazy import np, torch
 from ....methods.layer import LayerInputs
 from ....methods.moe_layer import ConvertedFfn, dense_outputs
 from ....models.loading import LOGITS_AT_ONCE
@@ -21,9 +22,6 @@ from .base import Sensitivity, Task, pass_flops
 from .curves import Curves
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ....calibration.compute import Compute
     from ....calibration.gradients import GradientStore
     from ....calibration.text import CalibrationText
@@ -50,9 +48,6 @@ class OutputKl(Sensitivity):
 
     def measure(self, task: Task) -> Curves:
         """See `Sensitivity.measure`."""
-        import numpy as np
-        import torch
-
         fit, held_ST = held_out(task.text, task.held_out_tokens)
         spec = task.plans[0].model.spec
         texts = [with_clusters(plan, fit) for plan in task.plans]
@@ -110,8 +105,6 @@ def held_out(text: CalibrationText, tokens: int) -> tuple[CalibrationText, np.nd
 
 def _gradients(task: Task, text: CalibrationText) -> GradientStore | None:
     """The parent's gradients, if a method of the recipe needs them."""
-    import torch
-
     plan = task.plans[0]
     if plan.calibration is None or not plan.calibration.gradients:
         return None
@@ -130,8 +123,6 @@ def _gradients(task: Task, text: CalibrationText) -> GradientStore | None:
 
 def _seen(inputs: LayerInputs, text: CalibrationText) -> LayerInputs:
     """The inputs with the clusters of one plan's text: plans may have different numbers of experts."""
-    import torch
-
     if text.clusters_S is None:
         return inputs
     return replace(inputs, clusters_T=torch.from_numpy(text.clusters_S).repeat_interleave(text.ids_ST.shape[1]))
@@ -165,8 +156,6 @@ class _Streams:
     @classmethod
     def at_start(cls, task: Task, ids_ST: np.ndarray) -> _Streams:
         """With the parent's embeddings."""
-        import torch
-
         model, dtype, device = task.plans[0].model, task.weights_dtype, task.compute.device
         read = model.checkpoint.read
         streamed = StreamedModel.of_dense(model, lambda name: read(name).to(dtype), device=device)
@@ -185,8 +174,6 @@ class _Streams:
 
     def advance(self, layer: int, ffns: Sequence[ConvertedFfn]) -> None:
         """Take every stream through a layer; one more begins with each of ``ffns`` in the place of its FFN."""
-        import torch
-
         states, dtype = self.states_VSTH, self.compute.dtype
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.compute.device.type, dtype, enabled=dtype != torch.float32))
@@ -212,8 +199,6 @@ class _Streams:
 
     def divergences(self, vocab_size: int, task: Task) -> np.ndarray:
         """float64 ``[V - 1]``: KL from the parent's predictions to each changed model's, nats per token."""
-        import torch
-
         variants, tokens = len(self.states_VSTH) - 1, self.states_VSTH.shape[1] * self.states_VSTH.shape[2]
         total_V = torch.zeros(variants, dtype=torch.float64)
         flat_VPH = self.states_VSTH.flatten(1, 2)
@@ -239,8 +224,6 @@ def _forward(ffn: ConvertedFfn, compute: Compute) -> Callable[[torch.Tensor], to
     """The converted layer in the place of an ``mlp``."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        import torch
-
         flat_TH = x.reshape(-1, x.shape[-1])
         inputs = LayerInputs(flat_TH, flat_TH.new_ones(len(flat_TH)), compute.device, compute.dtype)
         with torch.autocast(compute.device.type, enabled=False):

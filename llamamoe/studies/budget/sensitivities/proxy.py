@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from ....calibration.walk import Walk, cast_ffn, read_ffn
 from ....errors import LlamaMoeError
+from ....lazy import np, torch
 from ....progress import Progress
 from .base import Sensitivity, Task, pass_flops
 from .curves import Curves
 
 if TYPE_CHECKING:
-    import torch
-
     from ....methods.layer import LayerInputs
 
 STEPS = 32
@@ -41,8 +40,6 @@ class Proxy(Sensitivity):
 
     def measure(self, task: Task) -> Curves:
         """See `Sensitivity.measure`. O(T F H) a layer, as a forward pass."""
-        import numpy as np
-
         model = task.plans[0].model
         count, size = model.spec.num_layers, model.spec.intermediate_size
         shares = np.arange(1, STEPS) / STEPS
@@ -84,8 +81,6 @@ class _Sweep:
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """The dense FFN's outputs, for `Walk.leave`: it adds a batch only after the batch's sums were taken."""
-        import torch
-
         spec, inputs = self.walk.model.spec, self.inputs
         ffn = cast_ffn(read_ffn(self.walk.model, self.layer), self.dtype)
         residual_TH = self.walk.buffers[(self.layer + 1) % 2].flatten(0, 1)

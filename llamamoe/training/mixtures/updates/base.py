@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ....errors import LlamaMoeError, UsageError
+from ....lazy import np
 from ....plugins import Plugin
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class MixtureUpdate(Plugin, ABC):
@@ -36,8 +34,6 @@ class MixtureUpdate(Plugin, ABC):
             UsageError: A loss is missing.
             LlamaMoeError: A loss is not finite, or the rule leads to no usable weights.
         """
-        import numpy as np
-
         names = [name for name, weight in weights.items() if weight > 0]
         for what, given in (("loss", losses), ("reference loss", reference_losses)) if self.dynamic else ():
             for name in names:
@@ -64,8 +60,6 @@ class MixtureUpdate(Plugin, ABC):
 
 def softmax(logits_D: np.ndarray) -> np.ndarray:
     """float64 of sum 1, without overflow."""
-    import numpy as np
-
     shifted_D = np.exp(logits_D - logits_D.max())
     found: np.ndarray = shifted_D / shifted_D.sum()
     return found

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
+from ....lazy import np
 from ....plugins import PluginOptions
 from .base import MixtureUpdate, softmax
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class ShearedLlama(MixtureUpdate):
@@ -34,8 +30,6 @@ class ShearedLlama(MixtureUpdate):
 
     def rule(self, weights_D: np.ndarray, losses_D: np.ndarray, reference_D: np.ndarray) -> np.ndarray:
         """See `MixtureUpdate.rule`."""
-        import numpy as np
-
         c = self.options.smoothing
         alpha_D = softmax(np.log(weights_D) + self.options.eta * (losses_D - reference_D))
         smoothed_D: np.ndarray = (1 - c) * alpha_D + c / len(alpha_D)  # its sum is 1 already

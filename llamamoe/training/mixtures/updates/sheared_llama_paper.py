@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ....lazy import np
 from .base import MixtureUpdate, softmax
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class ShearedLlamaPaper(MixtureUpdate):
@@ -19,6 +15,4 @@ class ShearedLlamaPaper(MixtureUpdate):
 
     def rule(self, weights_D: np.ndarray, losses_D: np.ndarray, reference_D: np.ndarray) -> np.ndarray:
         """See `MixtureUpdate.rule`."""
-        import numpy as np
-
         return softmax(np.log(weights_D) + np.maximum(0.0, losses_D - reference_D))

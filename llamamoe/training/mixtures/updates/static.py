@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ....lazy import np
 from .base import MixtureUpdate
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class Static(MixtureUpdate):

@@ -1,0 +1,132 @@
+"""Heavy packages, imported when one of their names is first used: neither `--help` nor a plan waits for torch.
+
+    from ..lazy import np, torch
+
+Modules that cannot be used without torch (subclasses of its modules, of transformers' Trainer) import it as usual.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .errors import MissingExtraError
+
+__all__ = [
+    "accelerate",
+    "dist",
+    "gguf",
+    "huggingface_hub",
+    "jinja2",
+    "lm_eval",
+    "matplotlib",
+    "np",
+    "peft",
+    "psutil",
+    "pymetis",
+    "require",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "threadpoolctl",
+    "tokenizers",
+    "torch",
+    "transformers",
+]
+
+if TYPE_CHECKING:
+    import accelerate
+    import accelerate.hooks
+    import accelerate.utils
+    import gguf
+    import huggingface_hub
+    import huggingface_hub.errors
+    import jinja2
+    import lm_eval
+    import matplotlib
+    import matplotlib.axes
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import matplotlib.ticker
+    import numpy as np
+    import peft
+    import psutil
+    import pymetis
+    import safetensors
+    import safetensors.torch
+    import scipy
+    import scipy.sparse
+    import scipy.stats
+    import sklearn
+    import sklearn.cluster
+    import threadpoolctl
+    import tokenizers
+    import torch
+    import torch.distributed as dist
+    import transformers
+    import transformers.activations
+    import transformers.core_model_loading
+    import transformers.utils
+else:
+
+    class _Lazy(ModuleType):
+        """Stands for a package that is imported when an attribute is asked for; submodules are found as attributes."""
+
+        def __getattr__(self, name: str) -> Any:
+            module = importlib.import_module(self.__name__)
+            try:
+                return getattr(module, name)
+            except AttributeError:
+                if name.startswith("__"):
+                    raise
+            try:
+                return importlib.import_module(f"{self.__name__}.{name}")
+            except ModuleNotFoundError:
+                raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+    accelerate, gguf, huggingface_hub, jinja2, lm_eval, matplotlib, np, peft, psutil, pymetis = map(
+        _Lazy,
+        [
+            "accelerate",
+            "gguf",
+            "huggingface_hub",
+            "jinja2",
+            "lm_eval",
+            "matplotlib",
+            "numpy",
+            "peft",
+            "psutil",
+            "pymetis",
+        ],
+    )
+    safetensors, scipy, sklearn, threadpoolctl, tokenizers, torch, dist, transformers = map(
+        _Lazy,
+        [
+            "safetensors",
+            "scipy",
+            "sklearn",
+            "threadpoolctl",
+            "tokenizers",
+            "torch",
+            "torch.distributed",
+            "transformers",
+        ],
+    )
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """Import a module of a package that only an extra installs.
+
+    Args:
+        module: Its dotted name.
+        extra: The extra of llamamoe that installs it.
+        purpose: What it is needed for, at the beginning of a sentence.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(module.split(".")[0], extra, purpose) from error
