@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 import click
 
-from llamamoe.errors import UsageError
-from llamamoe.plugins import near_misses
+from llamamoe.errors import UsageError, near_misses
 
 from ._style import Name, Option
 
@@ -39,11 +38,11 @@ def _literals(field: str) -> Callable[[], list[str]]:
 
 
 def _targets() -> list[str]:
-    return ["auto", *_registry("targets", "TARGETS")()]
+    return ["auto", *_registry("architectures.targets", "TARGETS")()]
 
 
 def _splitters() -> list[str]:
-    return ["auto", *_registry("splitters", "SPLITTERS")()]
+    return ["auto", *_registry("methods.splitters", "SPLITTERS")()]
 
 
 class _Row(NamedTuple):
@@ -129,12 +128,12 @@ _ROWS = (
     _Row("--keep-dense", "keep_dense", SIZES, "LAYERS", _Layers(), unset="none",
          text="Layers left dense, for example 0,1,-1 or 0-2"),
     _Row("--method", "method", METHODS, "NAME", names=_splitters),
-    _Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("selectors", "SELECTORS"), unset="the method's"),
-    _Row("--router", "router", METHODS, "NAME", names=_registry("routers", "ROUTERS"), unset="the method's"),
+    _Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("methods.selectors", "SELECTORS"), unset="the method's"),
+    _Row("--router", "router", METHODS, "NAME", names=_registry("methods.routers", "ROUTERS"), unset="the method's"),
     _Row("--router-scale", "router_scale", METHODS, "NAME", names=_literals("router_scale"),
          text="hard: scaled down so that selected experts get equal weights; soft: as it is"),
-    _Row("--rescale", "rescale", METHODS, "NAME", names=_registry("rescales", "RESCALES"), unset="the method's"),
-    _Row("--repair", "repair", METHODS, "NAME", names=_registry("repairs", "REPAIRS"), unset="the method's"),
+    _Row("--rescale", "rescale", METHODS, "NAME", names=_registry("architectures.rescales", "RESCALES"), unset="the method's"),
+    _Row("--repair", "repair", METHODS, "NAME", names=_registry("methods.repairs", "REPAIRS"), unset="the method's"),
     _Row("--repair-passes", "repair_passes", METHODS, "N", int),
     _Row("--seed", "seed", METHODS, "N", int),
     _Row("--calibration", "calibration", CALIBRATION, "PATH|auto", unset="none", multiple=True,

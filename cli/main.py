@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from llamamoe import __version__
-from llamamoe.errors import LlamaMoeError
-from llamamoe.plugins import near_misses
+from llamamoe.errors import LlamaMoeError, near_misses
 
 from ._failures import told
 from ._output import VERBOSE, Interrupted

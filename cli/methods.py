@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llamamoe.errors import UsageError
-from llamamoe.plugins import near_misses
+from llamamoe.errors import UsageError, near_misses
 
 from ._output import Output, output_options
 from ._style import Command, Option

@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 refused by the plan, 4 verification fai
 
 from __future__ import annotations
 
+import difflib
+
 
 class LlamaMoeError(Exception):
     """An error for the user: what is wrong (value and rule), and how to go on.
@@ -102,3 +104,29 @@ def _cut(line: str, most: int) -> str:
         return line
     end = most // 3
     return f"{line[: most - end]} ... ({len(line) - most:,} characters) ... {line[-end:]}"
+
+
+_ALIKE = 0.7
+"""Lowest `difflib` ratio of a typing error: "stablelm" has 0.53 to "mistral", "rand" has 0.8 to "random"."""
+_ALIKE_OF_TWO = 0.5
+"""The same for names of two characters, of which one is right."""
+_MOST_NAMED = 100
+
+
+def near_misses(value: str, choices: list[str]) -> str:
+    """Name the choices that ``value`` may be a typing error of, and then all of them (unless they are too many).
+
+    For what a person typed; see `known_names` for what stands in a file of somebody else's.
+    """
+    if not choices:
+        return "It has no options of its own."
+    spelled = {choice.lower(): choice for choice in reversed(choices)}
+    cutoff = _ALIKE if len(value) > 2 else _ALIKE_OF_TWO
+    close = [spelled[each] for each in difflib.get_close_matches(value.lower(), spelled, n=3, cutoff=cutoff)]
+    start = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    return start + known_names(choices)
+
+
+def known_names(choices: list[str]) -> str:
+    """Name all choices, or say how many there are, without a guess which of them may be meant."""
+    return f"Known: {', '.join(choices)}." if len(choices) <= _MOST_NAMED else f"{len(choices):,} names are known."

@@ -6,7 +6,6 @@ base class, or one module that defines all of them. Third parties add theirs wit
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -18,33 +17,9 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from .errors import UsageError
+from .errors import UsageError, near_misses
 
 T = TypeVar("T")
-_ALIKE = 0.7
-"""Lowest `difflib` ratio of a typing error: "stablelm" has 0.53 to "mistral", "rand" has 0.8 to "random"."""
-_ALIKE_OF_TWO = 0.5
-"""The same for names of two characters, of which one is right."""
-_MOST_NAMED = 100
-
-
-def near_misses(value: str, choices: list[str]) -> str:
-    """Name the choices that ``value`` may be a typing error of, and then all of them (unless they are too many).
-
-    For what a person typed; see `known_names` for what stands in a file of somebody else's.
-    """
-    if not choices:
-        return "It has no options of its own."
-    spelled = {choice.lower(): choice for choice in reversed(choices)}
-    cutoff = _ALIKE if len(value) > 2 else _ALIKE_OF_TWO
-    close = [spelled[each] for each in difflib.get_close_matches(value.lower(), spelled, n=3, cutoff=cutoff)]
-    start = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return start + known_names(choices)
-
-
-def known_names(choices: list[str]) -> str:
-    """Name all choices, or say how many there are, without a guess which of them may be meant."""
-    return f"Known: {', '.join(choices)}." if len(choices) <= _MOST_NAMED else f"{len(choices):,} names are known."
 
 
 class Registry(Generic[T]):

@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 
 from .checkpoint.paths import check_regular
 from .checkpoint.plain_values import MOST_DIGITS, Huge, oddities
-from .errors import UsageError
-from .plugins import Plugin, Registry, near_misses
+from .errors import UsageError, near_misses
+from .plugins import Plugin, Registry
 
 R = TypeVar("R", bound=BaseModel)
 _MOST_BYTES, _MOST_VALUES = 2**20, 100_000

@@ -10,9 +10,8 @@ import pytest
 from llamamoe.architectures.dense_checkpoint import understand
 from llamamoe.architectures.sources import SOURCES
 from llamamoe.architectures.targets import TARGETS
-from llamamoe.errors import CheckpointError
+from llamamoe.errors import CheckpointError, near_misses
 from llamamoe.methods.splitters import SPLITTERS
-from llamamoe.plugins import near_misses
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from typing import Any
 
 from ..checkpoint.base import FLOAT_DTYPES, Checkpoint
 from ..checkpoint.reader import refuse_tokenizer_code
-from ..errors import CheckpointError
+from ..errors import CheckpointError, known_names
 from ..lazy import torch
-from ..plugins import known_names
 from .config_values import SIZE_KEYS, check_rope, check_special, check_values
 from .sources import SOURCES, DenseSpec, Read, Source
 from .sources.base import canonical_shapes

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ..errors import CheckpointError, RefusedError, UsageError
+from ..errors import CheckpointError, RefusedError, UsageError, near_misses
 from ..lazy import transformers
-from ..plugins import near_misses
 from .rescales import RESCALES
 from .sources.base import number, positive
 from .targets import TARGETS

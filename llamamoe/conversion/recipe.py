@@ -19,11 +19,11 @@ from pydantic_core import PydanticCustomError
 from ..architectures.rescales import RESCALES
 from ..architectures.targets import TARGETS
 from ..checkpoint.layout import SHARD_SIZE, SHARD_SIZE_RULE
+from ..errors import near_misses
 from ..methods.repairs import REPAIRS
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..plugins import near_misses
 from ..recipes import Choice, apply_override, choose, form, parse_override, read_recipe_file, validated
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -9,7 +9,6 @@ a folder of its own in ``OUT.partial/``, with a record beside its shards, so tha
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 from ..checkpoint.files import is_locked, write_text
 from ..checkpoint.ledger import LEDGER, in_use, partial_path
 from ..checkpoint.manifest import file_sha256
-from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from ..errors import LlamaMoeError, RefusedError, UsageError
+from ..lazy import require
 from .recipe import TokenizeRecipe
 from .token_index import TokenIndex
 from .token_merge import WORK, assemble, check_out, publish
@@ -25,11 +25,7 @@ from .token_plan import plan_tokenize
 from .tokenizing import Settings, Unit, UnitRecord, tokenizer_of
 from .vocabulary import open_vocabulary
 
-try:
-    PipelineStep: Any = importlib.import_module("datatrove.pipeline.base").PipelineStep
-except ModuleNotFoundError as missing:
-    raise MissingExtraError("datatrove", "cluster", "Tokenising on many nodes") from missing
-
+PipelineStep: Any = require("datatrove.pipeline.base", "cluster", "Tokenising on many nodes").PipelineStep
 RECORD = "unit.json"
 
 

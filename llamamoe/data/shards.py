@@ -13,8 +13,7 @@ import numpy as np
 
 from ..checkpoint.manifest import file_sha256
 from ..checkpoint.paths import check_regular, refuse_pointers
-from ..errors import CheckpointError, RefusedError, UsageError
-from ..plugins import near_misses
+from ..errors import CheckpointError, RefusedError, UsageError, near_misses
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .token_index import INDEX_FILE, TRAIN, VALIDATION, DomainEntry, TokenIndex, read_index
 

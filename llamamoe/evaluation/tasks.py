@@ -12,9 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..errors import LlamaMoeError, MissingExtraError, UsageError
+from ..errors import LlamaMoeError, MissingExtraError, UsageError, near_misses
 from ..lazy import lm_eval
-from ..plugins import near_misses
 from ..progress import ProgressCallback, counting, ignore_progress
 from ..recipes import load_plain
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from ..conversion.recipe import Device
-from ..plugins import near_misses
+from ..errors import near_misses
 from ..recipes import load_plain
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -12,9 +12,8 @@ from ..architectures.dense_checkpoint import DenseModel
 from ..conversion.plan import SplitPlan, plan_split
 from ..conversion.recipe import NO_REPAIR
 from ..conversion.sizes import PAD_TO
-from ..errors import RefusedError, UsageError
+from ..errors import RefusedError, UsageError, near_misses
 from ..methods.splitters import SPLITTERS
-from ..plugins import near_misses
 from ..recipes import Choice
 from .recipe import DENSE, ORACLE, RANDOM, STATIC, CompareRecipe, StudyMethod
 from .sizes import SHARED_GATE, sizes_for_budget

@@ -10,9 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from ..conversion.recipe import AUTO, Device, SplitRecipe, build_recipe
+from ..errors import near_misses
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..plugins import near_misses
 from ..recipes import Choice, choose, explain, form, load_plain
 
 DENSE, RANDOM, STATIC, ORACLE = "dense", "random", "static", "oracle router"

@@ -21,10 +21,11 @@ from .cells import Cell
 
 FOLDER = "cells"
 _PACKAGE = __name__.split(".")[0]
-_METHODS = ("methods", "calibration", "architectures.rescales", "conversion.assembly", "conversion.layer", "numerics")
+_METHODS = ("methods", "calibration", "architectures.rescales", "checkpoint.tensors", "conversion.assembly",
+            "conversion.layer", "numerics")  # fmt: skip
 """Packages and modules that make a conversion what it is: imports of them are followed."""
-_ALWAYS = ("conversion.layer", "methods.moe_layer", "methods.layer", "evaluation.perplexity", "models.loading",
-           "data.encoding", "models.streaming", "studies.in_memory", "studies.measure")  # fmt: skip
+_ALWAYS = ("conversion.layer", "methods.moe_layer", "methods.layer", "evaluation.perplexity", "evaluation.scoring",
+           "models.loading", "models.streaming", "data.encoding", "studies.in_memory", "studies.measure")  # fmt: skip
 """Modules that decide every cell."""
 _OF_TEXT = frozenset(
     {"calibration_tokens", "calibration_weights", "calibration_length", "compute_dtype", "repair_passes"}

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+from ..errors import near_misses
 from ..lazy import transformers
-from ..plugins import near_misses
 
 _OURS = {
     "output_dir": "--out",

@@ -20,10 +20,9 @@ from ..checkpoint.gguf.rope import float32, uint32, write_rope
 from ..checkpoint.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from ..checkpoint.gguf.writer import DTYPES, FILE_TYPES, Q8_BLOCK, GgufOut, kind_of, write_tensors
 from ..checkpoint.out_folder import free_bytes, normal_path
-from ..errors import RefusedError, UsageError
+from ..errors import RefusedError, UsageError, near_misses
 from ..lazy import gguf, torch
 from ..models.loadable import check_model
-from ..plugins import near_misses
 from ..progress import ProgressCallback, ignore_progress
 from .rewrite import opened
 

@@ -18,9 +18,8 @@ from ..checkpoint.paths import inside
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint, check_side_files
 from ..checkpoint.renaming import rename_tensors, unusual_files
 from ..checkpoint.tokenizer import older_config
-from ..errors import CheckpointError, RefusedError
+from ..errors import CheckpointError, RefusedError, known_names
 from ..models.loadable import check_counts, check_loads_with, check_model
-from ..plugins import known_names
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,17 @@ def test_the_code_of_a_cell_is_what_its_numbers_come_from() -> None:
         return {name.removeprefix("llamamoe.") for name in _closure(frozenset(p.__module__ for p in plugins))}
 
     ridge, learned = modules(ROUTERS.get("ridge")), modules(SPLITTERS.get("learned"))
-    assert {"routers.ridge", "regression", "diagnostics", "calibration.inputs"} <= ridge
-    assert "transport" in learned - ridge
+    assert {"methods.routers.ridge", "numerics", "methods.contributions", "methods.layer"} <= ridge
+    assert "methods.solvers.transport" in learned - ridge
     always = {name.removeprefix("llamamoe.") for name in _closure(frozenset(f"llamamoe.{n}" for n in _ALWAYS))}
-    assert {"layer_conversion", "assembly", "converted_ffn", "calibration.walk", "scoring"} <= always
-    assert not {"conversion", "plan", "recipe", "calibration.session"} & (always | learned)
-    assert not {"splitters.learned", "repairs.distill"} & always, "one method changes the cells of no other"
+    assert {
+        "conversion.layer",
+        "conversion.assembly",
+        "methods.moe_layer",
+        "calibration.walk",
+        "evaluation.scoring",
+    } <= always
+    assert not {"conversion.split", "conversion.plan", "conversion.recipe", "conversion.session"} & (always | learned)
+    assert not {"methods.splitters.learned", "methods.repairs.distill"} & always, (
+        "one method changes the cells of no other"
+    )

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...errors import RefusedError, UsageError
-from ...plugins import near_misses
+from ...errors import RefusedError, UsageError, near_misses
 from .permutation import Permutation, permute
 
 _STEPS_AT_ONCE = 1 << 16

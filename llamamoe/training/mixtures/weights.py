@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ...errors import UsageError
-from ...plugins import near_misses
+from ...errors import UsageError, near_misses
 
 PUBLISHED: dict[str, dict[str, float]] = {
     "llama": {
