@@ -43,10 +43,11 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model  ## Convert a small real model an
 test: venv  ## Run the whole test suite
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-lint: $(VENV)/.stamp-dev  ## Check style, formatting and types
+lint: $(VENV)/.stamp-dev  ## Check style, formatting, types and which module may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --config setup.cfg --no-cache
 
 format: $(VENV)/.stamp-dev  ## Format the code and repair what ruff can
 	$(BIN)/ruff check --fix

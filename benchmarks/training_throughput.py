@@ -122,9 +122,9 @@ def arm(name: str, places: dict[str, str], steps: int, work: Path) -> list[float
 
 def operations(places: dict[str, str]) -> float:
     """Operations a token of the parent over the converted model's, by active parameters, attention scores left out."""
-    from llamamoe import inspect_checkpoint
+    from llamamoe import inspect
 
-    dense, moe = (inspect_checkpoint(places[name]).cost.flops_per_token for name in ("dense", "moe"))
+    dense, moe = (inspect(places[name]).cost.flops_per_token for name in ("dense", "moe"))
     return dense / moe
 
 

@@ -127,11 +127,11 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
 
 
 def _allocate(source: str, recipe: SplitRecipe, budget: float, output: Output, **keys: Any) -> Allocation:
-    from llamamoe import allocate
+    import llamamoe
 
     try:
         with output.progress() as report:
-            return allocate(source, recipe, budget, progress=report, **keys)
+            return llamamoe.budget(source, recipe, budget, progress=report, **keys)
     except KeyboardInterrupt:
         raise Interrupted("nothing was written") from None
 

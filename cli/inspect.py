@@ -30,9 +30,9 @@ hub id. No weights are read.
 @output_options
 def command(path: str, output: Output) -> None:
     """Parse, inspect, print."""
-    from llamamoe.architectures.inspect import inspect_checkpoint
+    from llamamoe.architectures.inspect import inspect
 
-    found = inspect_checkpoint(path)
+    found = inspect(path)
     output.result(found.to_json(), lambda: _print(found, verbose=output.verbose))
 
 

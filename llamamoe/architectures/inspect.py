@@ -1,4 +1,4 @@
-"""``llamamoe.inspect_checkpoint``: what a checkpoint is and what it costs, from its headers and configuration alone.
+"""``llamamoe.inspect``: what a checkpoint is and what it costs, from its headers and configuration alone.
 
 Dense or a mixture of experts, ours or anybody's: a folder of safetensors, a GGUF file, or a hub id. No tensor is read
 and neither torch nor transformers is imported, so a 70B model answers as fast as a small one.
@@ -114,7 +114,7 @@ class Inspection:
         return asdict(self) | {"cost": self.cost.to_json(), "notes": list(self.notes)}
 
 
-def inspect_checkpoint(path: str | Path) -> Inspection:
+def inspect(path: str | Path) -> Inspection:
     """Say what a checkpoint is and what it costs. O(number of tensors); reads headers only.
 
     Args:

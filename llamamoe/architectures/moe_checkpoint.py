@@ -11,7 +11,7 @@ from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError
 from ..lazy import torch
 from .expert_weighting import Mixing, complete_config, mixing_of, rescale_of
-from .inspect import Experts, inspect_checkpoint
+from .inspect import Experts, inspect
 from .rescales import RESCALES
 from .sources.base import DenseSpec
 from .targets.base import Combine, Copy, MoeLayout, Neurons, OutTensor, Target
@@ -68,7 +68,7 @@ class ConvertedModel:
     @cached_property
     def experts(self) -> Experts:
         """Sizes, as the files have them."""
-        found = inspect_checkpoint(self.checkpoint.path).experts
+        found = inspect(self.checkpoint.path).experts
         if found is None:
             raise CheckpointError(
                 f"{self.checkpoint.path}: config.json is that of a mixture of experts, but the files hold no experts."

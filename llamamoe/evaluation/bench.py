@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.inspect import Inspection, inspect_checkpoint
+from ..architectures.inspect import Inspection, inspect
 from ..errors import LlamaMoeError, UsageError
 from ..lazy import psutil, torch
 from ..progress import ProgressCallback, counting, ignore_progress
@@ -140,7 +140,7 @@ def bench(
     sizes = _check(batch_sizes, prompt_tokens, new_tokens, repeats)
     device = pick_device(device)
     places = [each for each in (model, against) if each is not None]
-    inspections = [inspect_checkpoint(each) for each in places]
+    inspections = [inspect(each) for each in places]
     if experts_implementation is not None and inspections[0].experts is None:
         raise UsageError(f"{inspections[0].name} is a dense model: it has no experts that could run in another way.")
     opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)

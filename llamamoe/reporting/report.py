@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..architectures.inspect import Inspection, inspect_checkpoint
+from ..architectures.inspect import Inspection, inspect
 from ..checkpoint.files import write_text
 from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
 from ..evaluation.scores import Counts, differences, model_scores
@@ -98,7 +98,7 @@ def report(
     device = pick_device(device)
     inspections = _named([_inspected(model) for model in models])
     curves = training_runs(runs, {each.name: Path(each.path) for each in inspections})
-    parent = None if against is None else inspect_checkpoint(against)
+    parent = None if against is None else inspect(against)
     sides, protocol, length = _sides(inspections, parent, tokenizer, text, max_tokens, context_length)
     advance = counting("report", sum(int(side.plan.tokens.sum()) for side in sides), "token", progress)
     readings = [_read(side, dtype, device, oracle_tokens, advance) for side in sides]
@@ -158,7 +158,7 @@ def check_extra() -> None:
 
 
 def _inspected(model: str | Path) -> Inspection:
-    found = inspect_checkpoint(model)
+    found = inspect(model)
     if found.experts is None:
         raise RefusedError(
             f"{found.name} is a dense model, so that there is nothing to say of its experts.",

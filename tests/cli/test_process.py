@@ -66,7 +66,7 @@ def test_interrupt_elsewhere_says_nothing_of_resume(run: Run, monkeypatch: pytes
     def stop(path: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llamamoe.architectures.inspect.inspect_checkpoint", stop)
+    monkeypatch.setattr("llamamoe.architectures.inspect.inspect", stop)
     assert run("inspect", "x", code=130).output.strip() == "interrupted"
 
 
@@ -76,7 +76,7 @@ def test_unexpected_error_is_one_line_and_verbose_shows_the_traceback(
     def fail(path: str) -> None:
         raise RuntimeError("the first line\nthe second")
 
-    monkeypatch.setattr("llamamoe.architectures.inspect.inspect_checkpoint", fail)
+    monkeypatch.setattr("llamamoe.architectures.inspect.inspect", fail)
     result = run("inspect", "x", code=1)
     assert result.stdout == ""
     assert result.stderr == "Error: RuntimeError: the first line\n  Use -v for the traceback.\n"
@@ -87,7 +87,7 @@ def test_errors_of_the_system_name_the_file(run: Run, monkeypatch: pytest.Monkey
     def fail(path: str) -> None:
         raise PermissionError(13, "Permission denied", "/a/file")
 
-    monkeypatch.setattr("llamamoe.architectures.inspect.inspect_checkpoint", fail)
+    monkeypatch.setattr("llamamoe.architectures.inspect.inspect", fail)
     assert "Error: /a/file: Permission denied." in run("inspect", "x", code=1).stderr
 
 

@@ -127,7 +127,7 @@ def test_what_the_machine_lacks_is_one_line_and_a_way_out(
     def fail(path: str) -> None:
         raise make()
 
-    monkeypatch.setattr("llamamoe.architectures.inspect.inspect_checkpoint", fail)
+    monkeypatch.setattr("llamamoe.architectures.inspect.inspect", fail)
     result = run("inspect", source, code=1)
     assert result.stderr.startswith("Error: ")
     assert len(result.stderr.splitlines()) <= 2

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from llamamoe import inspect_checkpoint, pretrain
+from llamamoe import inspect, pretrain
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.training.build import _flops_per_token
 from llamamoe.training.dynamics import CollapsedError
@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_active_parameters_are_those_of_the_headers(name: str, tied: bool, tmp_path: Path) -> None:
     model = tiny_moe(name, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "model")
-    cost = inspect_checkpoint(tmp_path / "model").cost
+    cost = inspect(tmp_path / "model").cost
     biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("e_score_correction_bias"))
     found = active_parameters(model, find_moe_layers(model))
     assert found - biases == cost.active_parameters - cost_of_biases(tmp_path / "model")

@@ -130,7 +130,7 @@ def test_what_is_left_beside_the_weights(tmp_path: Path) -> None:
     assert (receipt["from"], receipt["to"], receipt["factor"]) == (2, 1, 0.5)
     assert "1 of 3 selected" in (out / "README.md").read_text()
     assert (out / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
-    found = llamamoe.inspect_checkpoint(out)
+    found = llamamoe.inspect(out)
     assert found.experts is not None
     assert found.experts.top_k == 1
     again = retop(two, out, 3, force=True)

@@ -1,4 +1,4 @@
-"""``llamamoe.allocate``: under one global budget, which layers stay dense, and what the others get."""
+"""``llamamoe.budget``: under one global budget, which layers stay dense, and what the others get."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LayerBudget:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What `allocate` found.
+    """What `budget` found.
 
     Attributes:
         source: The dense model.
@@ -121,7 +121,7 @@ class Allocation:
         return about + self.recipe.to_yaml()
 
 
-def allocate(
+def budget(
     source: str | Path,
     recipe: SplitRecipe,
     budget: float,

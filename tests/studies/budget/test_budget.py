@@ -1,4 +1,4 @@
-"""`llamamoe.allocate`: budgets kept to the last router row, targets' limits, and recipes that `split` takes."""
+"""`llamamoe.budget`: budgets kept to the last router row, targets' limits, and recipes that `split` takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llamamoe import allocate
+from llamamoe import budget
 from llamamoe.architectures.dense_checkpoint import DenseModel, understand
 from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.locate import locate, open_checkpoint
@@ -87,8 +87,8 @@ def test_sizes_cost_what_the_plan_says_and_at_most_the_budget(target: str, budge
 
 def test_what_the_recipe_gives_is_kept(dense: Path) -> None:
     sizer = Sizer(open_model(dense), recipe(num_experts=12, shared=64), 0.5)
-    for budget in (0.4, 0.6):
-        sizes = sizer.fit(TARGETS.get("qwen2_moe")(), budget)
+    for share in (0.4, 0.6):
+        sizes = sizer.fit(TARGETS.get("qwen2_moe")(), share)
         assert sizes.num_experts == 12
         assert abs(sizes.shared - 64) <= 32, "near it, to fill the budget"
 
@@ -97,7 +97,7 @@ def test_a_layer_that_loses_much_stays_dense_within_the_budget(
     dense: Path, text: Path, planted: dict[str, Any]
 ) -> None:
     planted["damage"] = [50.0, 1.0, 1.0, 1.2, 1.0]
-    found = allocate(dense, recipe(text), 0.5, measure="planted")
+    found = budget(dense, recipe(text), 0.5, measure="planted")
     assert found.keep_dense == (0,)
     assert found.dense_form == "any"
     plan = plan_split(open_model(dense), found.recipe)
@@ -118,7 +118,7 @@ def test_a_layer_that_loses_much_stays_dense_within_the_budget(
 
 
 def test_layers_that_are_alike_are_converted_alike(dense: Path, text: Path, planted: dict[str, Any]) -> None:
-    found = allocate(dense, recipe(text), 0.5, measure="planted")
+    found = budget(dense, recipe(text), 0.5, measure="planted")
     assert found.keep_dense == ()
     assert found.damage == pytest.approx(found.damage_uniform)
     task = planted["task"]
@@ -133,7 +133,7 @@ def test_the_target_decides_which_layers_can_stay_dense(
     dense: Path, text: Path, planted: dict[str, Any], target: str, layers: tuple[int, ...]
 ) -> None:
     planted["damage"] = [1.0, 1.0, 1.0, 1.0, 50.0]
-    found = allocate(dense, recipe(text, target=target), 0.5, measure="planted")
+    found = budget(dense, recipe(text, target=target), 0.5, measure="planted")
     assert found.keep_dense == layers
     assert found.target == target
     assert any("no dense layers" in w for w in found.warnings) == (target == "granitemoeshared")
@@ -141,7 +141,7 @@ def test_the_target_decides_which_layers_can_stay_dense(
 
 def test_other_numbers_of_shared_neurons_are_simulated(dense: Path, text: Path, planted: dict[str, Any]) -> None:
     planted["damage"] = [1.0, 8.0, 1.0, 1.0, 1.0]
-    found = allocate(dense, recipe(text), 0.5, measure="planted").to_json()
+    found = budget(dense, recipe(text), 0.5, measure="planted").to_json()
     simulated = found["simulated"]
     assert simulated["note"] == SIMULATED
     assert simulated["per_layer_shared"] == [layer["simulated_shared"] for layer in found["layers"]]
@@ -154,7 +154,7 @@ def test_the_recipe_file_is_read_back_as_it_is(
     dense: Path, text: Path, planted: dict[str, Any], tmp_path: Path
 ) -> None:
     planted["damage"] = [50.0, 1.0, 1.0, 1.0, 1.0]
-    found = allocate(dense, recipe(text), 0.5, measure="planted")
+    found = budget(dense, recipe(text), 0.5, measure="planted")
     (tmp_path / "half.yaml").write_text(found.to_yaml(), encoding="utf-8")
     again = load_recipe(tmp_path / "half.yaml")
     assert again == found.recipe
@@ -163,7 +163,7 @@ def test_the_recipe_file_is_read_back_as_it_is(
 
 
 def test_the_proxy_from_text_to_allocation(dense: Path, text: Path) -> None:
-    found = allocate(dense, recipe(text), 0.5)
+    found = budget(dense, recipe(text), 0.5)
     assert found.active_share <= 0.5 + 1e-9
     assert found.damage <= found.damage_uniform
     assert all(layer.damage_uniform > 0 for layer in found.layers)
@@ -199,9 +199,9 @@ def test_what_cannot_be_is_refused_before_anything_is_read(
 ) -> None:
     arguments = {"budget": 0.5} | arguments
     with pytest.raises((RefusedError, UsageError), match=message):
-        allocate(dense, recipe(Path("/there/is/no/text.txt"), **keys), arguments.pop("budget"), **arguments)
+        budget(dense, recipe(Path("/there/is/no/text.txt"), **keys), arguments.pop("budget"), **arguments)
 
 
 def test_text_is_needed(dense: Path) -> None:
     with pytest.raises(UsageError, match="none is given"):
-        allocate(dense, recipe(), 0.5)
+        budget(dense, recipe(), 0.5)
