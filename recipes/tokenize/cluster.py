@@ -38,9 +38,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Start both jobs, the second after the first."""
-    from llamamoe.data.token_recipe import load_tokenize_recipe
-
     from llamamoe.data.datatrove_pipeline import MergeIndex, TokenizeFiles
+    from llamamoe.data.recipe import load_tokenize_recipe
 
     args = parse(arguments)
     recipe = load_tokenize_recipe(args.recipe, overrides=args.overrides)

@@ -539,8 +539,8 @@ def test_text_too_short_to_score(no_bos, with_bos, tmp_path):
 
 
 def test_nothing_heavy_is_imported_and_nothing_printed(with_bos, corpus, capfd):
-    code = "import sys, llamamoe.evaluation; print({'torch', 'transformers'} & set(sys.modules))"
-    root = Path(__file__).resolve().parents[1]
+    code = "import sys, llamamoe.evaluation.perplexity; print({'torch', 'transformers'} & set(sys.modules))"
+    root = Path(__file__).resolve().parents[2]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True) == "set()\n"
     evaluate(with_bos, [corpus])
     assert capfd.readouterr() == ("", "")

@@ -143,7 +143,7 @@ def test_silly_requests(world: dict[str, Path]) -> None:
 def test_the_paper_names_tasks_that_there_are() -> None:
     from lm_eval.tasks import TaskManager
 
-    path = Path(__file__).parents[1] / "recipes" / "eval" / "llama_moe_paper.yaml"
+    path = Path(__file__).parents[2] / "recipes" / "eval" / "llama_moe_paper.yaml"
     names = [request.task for request in load_task_recipe(path).tasks]
     assert len(names) == 11
     assert set(names) <= set(TaskManager().all_tasks)

@@ -30,11 +30,9 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[Splitt
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
-    code = (
-        block("python")
-        .replace("from .base", "from llamamoe.methods.splitters.base")
-        .replace("from ..", "from llamamoe.")
-    )
+    code = block("python")
+    for dots, place in (("...", "llamamoe."), ("..", "llamamoe.methods."), (".", "llamamoe.methods.splitters.")):
+        code = code.replace(f"from {dots}", f"from {place}")
     (package / "dealt.py").write_text(code)
     metadata = tmp_path / "my_package-1.0.dist-info"
     metadata.mkdir()
@@ -68,9 +66,9 @@ def test_example_splitter_is_listed_beside_ours(registry: Registry[Splitter]) ->
 
 
 def test_example_splitter_runs_in_our_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import llamamoe.methods.splitters
+    from llamamoe.methods import splitters
 
     (tmp_path / "dealt.py").write_text(block("python"))
-    monkeypatch.setattr(llamamoe.methods.splitters, "__path__", [*llamamoe.splitters.__path__, str(tmp_path)])
+    monkeypatch.setattr(splitters, "__path__", [*splitters.__path__, str(tmp_path)])
     found = Registry("splitter", Splitter, "llamamoe.methods.splitters")  # type: ignore[type-abstract]
     assert found.get("dealt").__module__ == "llamamoe.methods.splitters.dealt"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import html.parser
 import itertools
 import json
 import math
 import re
+import sys
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -226,13 +226,6 @@ def test_size_and_repetition() -> None:
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_missing_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def importing(name: str, *arguments: Any, **keywords: Any) -> Any:
-        if name.split(".")[0] == package:
-            raise ImportError(name)
-        return real(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", importing)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(MissingExtraError, match=r"llamamoe\[report\]"):
         render(report())

@@ -324,7 +324,7 @@ def test_the_shipped_study_runs_shrunk(study: SimpleNamespace, tmp_path: Path) -
     given = {"evaluation": [str(study.folder / "evaluation")], "calibration": [str(study.folder / "calibration")]}
     small = ["calibration_tokens=384", "calibration_length=64", "evaluation_tokens=64", "context_length=32",
              "budgets=[0.5]", "seeds=[0]", "controls=false"]  # fmt: skip
-    path = Path(__file__).parents[1] / "recipes" / "compare" / "stories260k.yaml"
+    path = Path(__file__).parents[2] / "recipes" / "compare" / "stories260k.yaml"
     recipe = load_compare_recipe(path, given=given, overrides=small)
     found = compare(study.dense, tmp_path / "out", recipe)
     assert found.failed == ()

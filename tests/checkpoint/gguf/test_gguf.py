@@ -497,7 +497,7 @@ checkpoint = GgufCheckpoint({str(path)!r})
 checkpoint.fingerprint(), checkpoint.tensors, checkpoint.notes
 assert not {{"torch", "transformers", "tokenizers"}} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------

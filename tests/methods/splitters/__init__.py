@@ -1,1 +1,1 @@
-"""Tests of llamamoe.splitters."""
+"""Tests of llamamoe.methods.splitters."""
