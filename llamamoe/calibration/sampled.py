@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import CheckpointError, LlamaMoeError, UsageError
 from ..lazy import torch
+from ..models.streaming import StreamedModel
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .reading import leading_bos
 from .soundness import shape_facts
@@ -69,43 +70,31 @@ def sample_text(
         CheckpointError: Transformers cannot load the parent, or a special token is none of its tokens.
         LlamaMoeError: The parent's logits are not finite.
     """
-    from ..models.streaming import StreamedModel
-
     _check(num_tokens, length, temperature, batch_size, model.spec.max_position_embeddings)
     length = min(length, num_tokens)
-    count = num_tokens // length
     first, after_end = _special(tokenizer, model.spec.vocab_size)
-    rng = np.random.default_rng([seed, *b"sampled text"])
-    uniform_ST = rng.random((count, length))
-    ids_ST = np.empty((count, length), np.int64)
+    uniform_ST = np.random.default_rng([seed, *b"sampled text"]).random((num_tokens // length, length))
+    ids_ST = np.empty(uniform_ST.shape, np.int64)
     ids_ST[:, 0] = (uniform_ST[:, 0] * model.spec.vocab_size).astype(np.int64) if first is None else first
+    parent = _load(model, dtype, device)
+    for start in range(0, len(ids_ST), batch_size):
+        part = slice(start, start + batch_size)
+        for at in _continue(parent, ids_ST[part], uniform_ST[part], temperature, after_end):
+            done = start * length + len(ids_ST[part]) * (at + 1)
+            progress(Progress("sample text", done, ids_ST.size, "token"))
+    facts = {"source": SOURCE, **shape_facts(ids_ST), "seed": seed, "temperature": temperature, "first_token": first}
+    facts["dtype"] = str(parent.dtype).removeprefix("torch.")
+    return CalibrationText(ids_ST, (DOMAIN,) * len(ids_ST), clusters_S=None, facts=facts, warnings=())
+
+
+def _load(model: DenseModel, dtype: torch.dtype | None, device: torch.device | str) -> Any:
+    """The whole parent in ``dtype``, each tensor cast when it is read: one copy, not also the dequantised one."""
 
     def read(name: str) -> torch.Tensor:
         tensor = model.checkpoint.read(name)
-        return tensor if dtype is None else tensor.to(dtype)  # one copy, not also the dequantised one
+        return tensor if dtype is None else tensor.to(dtype)
 
-    parent = StreamedModel.of_dense(model, read, dtype=dtype, device=device).whole()
-    done = 0
-    for start in range(0, count, batch_size):
-        part = slice(start, start + batch_size)
-        for at in _continue(parent, ids_ST[part], uniform_ST[part], temperature, after_end):
-            sequences = len(ids_ST[part])
-            progress(Progress("sample text", done + sequences * (at + 1), ids_ST.size, "token"))
-        done += ids_ST[part].size
-    return CalibrationText(
-        ids_ST=ids_ST,
-        domains_S=(DOMAIN,) * count,
-        clusters_S=None,
-        facts={
-            "source": SOURCE,
-            **shape_facts(ids_ST),
-            "seed": seed,
-            "temperature": temperature,
-            "first_token": first,
-            "dtype": str(parent.dtype).removeprefix("torch."),
-        },
-        warnings=(),
-    )
+    return StreamedModel.of_dense(model, read, dtype=dtype, device=device).whole()
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:

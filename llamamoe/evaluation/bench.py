@@ -8,15 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.inspect import Inspection, inspect
 from ..errors import LlamaMoeError, UsageError
 from ..lazy import psutil, torch
+from ..models.loading import Opened, open_models, pick_device
 from ..progress import ProgressCallback, counting, ignore_progress
-
-if TYPE_CHECKING:
-    from ..models.loading import Opened
 
 
 @dataclass(frozen=True)
@@ -135,37 +133,43 @@ def bench(
         UsageError: A number is out of range, or a model or device does not exist.
         CheckpointError: A folder is not a model.
     """
-    from ..models.loading import open_models, pick_device
-
     sizes = _check(batch_sizes, prompt_tokens, new_tokens, repeats)
     device = pick_device(device)
-    places = [each for each in (model, against) if each is not None]
+    sides = _open([each for each in (model, against) if each is not None], tokenizer, experts_implementation)
+    for side, _ in sides:
+        _fits(side, prompt_tokens + new_tokens)
+    run = _Run(prompt_tokens, new_tokens, repeats, dtype, device)
+    mine, parent, drift = _measure(run, sides, sizes, experts_implementation, progress)
+    threads, faster = torch.get_num_threads(), None if parent is None else _faster_up_to(mine, parent)
+    return Benchmark(device, threads, prompt_tokens, new_tokens, repeats, mine, parent, drift, faster)
+
+
+def _open(
+    places: Sequence[str | Path], tokenizer: str | Path | None, experts_implementation: str | None
+) -> list[tuple[Opened, Inspection]]:
     inspections = [inspect(each) for each in places]
     if experts_implementation is not None and inspections[0].experts is None:
         raise UsageError(f"{inspections[0].name} is a dense model: it has no experts that could run in another way.")
     opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)
-    for side in opened:
-        _fits(side, prompt_tokens + new_tokens)
-    run = _Run(prompt_tokens, new_tokens, repeats, dtype, device)
-    turns = (2 if against is not None else 1) * len(sizes) + (against is not None)
-    tell = counting("bench", turns, "run", progress)
-    parent = run.measure(opened[1], inspections[1], sizes, None, tell) if against is not None else None
-    mine = run.measure(opened[0], inspections[0], sizes, experts_implementation, tell)
-    drift = None
-    if parent is not None:
-        again = run.measure(opened[1], inspections[1], sizes[:1], None, tell)
-        drift = again.speeds[0].decode_seconds / parent.speeds[0].decode_seconds
-    return Benchmark(
-        device=device,
-        threads=torch.get_num_threads(),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        model=mine,
-        against=parent,
-        drift=drift,
-        faster_up_to=None if parent is None else _faster_up_to(mine, parent),
-    )
+    return list(zip(opened, inspections, strict=True))
+
+
+def _measure(
+    run: _Run,
+    sides: Sequence[tuple[Opened, Inspection]],
+    sizes: tuple[int, ...],
+    experts_implementation: str | None,
+    progress: ProgressCallback,
+) -> tuple[ModelSpeed, ModelSpeed | None, float | None]:
+    """The model's speed, the parent's before it, and how much the machine itself changed meanwhile."""
+    several = len(sides) > 1
+    tell = counting("bench", len(sides) * len(sizes) + several, "run", progress)
+    parent = run.measure(*sides[1], sizes, None, tell) if several else None
+    mine = run.measure(*sides[0], sizes, experts_implementation, tell)
+    if parent is None:
+        return mine, None, None
+    again = run.measure(*sides[1], sizes[:1], None, tell)
+    return mine, parent, again.speeds[0].decode_seconds / parent.speeds[0].decode_seconds
 
 
 def _check(batch_sizes: Sequence[int], prompt_tokens: int, new_tokens: int, repeats: int) -> tuple[int, ...]:

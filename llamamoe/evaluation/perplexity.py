@@ -12,7 +12,7 @@ import numpy as np
 from ..data.encoding import Encoded, Window, encode, windows_of
 from ..data.text import Document, read_documents
 from ..errors import LlamaMoeError, UsageError
-from ..models.loading import pick_devices
+from ..models.loading import open_models, pick_devices
 from ..progress import ProgressCallback, counting, ignore_progress
 from .scores import Counts, Evaluation, differences, model_scores
 
@@ -62,37 +62,50 @@ def evaluate(
         CheckpointError: A folder is not a model, lacks weights or its tokenizer, or needs remote code.
         LlamaMoeError: A domain has nothing to score, a document cannot be read, or a loss is not finite.
     """
-    from ..models.loading import open_models
-
     check_numbers(max_tokens=max_tokens, context_length=context_length, batch_size=batch_size, dtype=dtype)
     devices = pick_devices(device)
     documents = read_documents(text)  # complains before models are opened
     sides = open_models([name for name in (model, against) if name is not None], tokenizer=tokenizer)
     length = window_length(context_length, sides)
     _check_stride(stride, length)
-    mine, skipped = _take(documents, sides[0], max_tokens)
-    encoded, same = [mine], True
-    if against is not None:
-        theirs, same = encode_again(mine, sides[1])
-        encoded.append(theirs)
-    plans = [
-        ScoringPlan(part, windows_of(part, length, stride), side) for part, side in zip(encoded, sides, strict=True)
-    ]
+    encoded, skipped = _take(documents, sides[0], max_tokens)
+    plans, same = _plans(encoded, sides, length, stride)
+    results = _results(plans, same, batch_size, dtype, devices, progress)
+    words = protocol(length, max_tokens, sides, same, stride)
+    return Evaluation(words, length, stride, max_tokens, ",".join(devices), skipped, **results)
+
+
+def _plans(
+    encoded: list[Encoded], sides: Sequence[Opened], length: int, stride: int | None
+) -> tuple[list[ScoringPlan], bool]:
+    """What each model is to score, and whether all cut the text into the same tokens."""
+    plans, same = [ScoringPlan(encoded, windows_of(encoded, length, stride), sides[0])], True
+    for side in sides[1:]:
+        again, same = encode_again(encoded, side)
+        plans.append(ScoringPlan(again, windows_of(again, length, stride), side))
+    return plans, same
+
+
+def _results(
+    plans: Sequence[ScoringPlan],
+    same: bool,
+    batch_size: int,
+    dtype: str,
+    devices: Sequence[str],
+    progress: ProgressCallback,
+) -> dict[str, Any]:
+    """Score with one model, then with the other one if there are two; the scores as fields of `Evaluation`."""
     advance = counting("evaluate", sum(int(plan.tokens.sum()) for plan in plans), "token", progress)
     results = [plan.run(batch_size, dtype, devices, advance) for plan in plans]
-    scores = [model_scores(side.name, used, counts) for side, (used, counts) in zip(sides, results, strict=True)]
-    return Evaluation(
-        protocol=protocol(length, max_tokens, sides, same, stride),
-        context_length=length,
-        stride=stride,
-        max_tokens=max_tokens,
-        device=",".join(devices),
-        skipped_documents=skipped,
-        model=scores[0],
-        against=scores[1] if against is not None else None,
-        comparable=None if against is None else "perplexity" if same else "bits_per_byte",
-        difference=None if against is None else differences(results[0][1], results[1][1], same),
-    )
+    scores = [model_scores(plan.side.name, *result) for plan, result in zip(plans, results, strict=True)]
+    if len(plans) == 1:
+        return {"model": scores[0], "against": None, "comparable": None, "difference": None}
+    return {
+        "model": scores[0],
+        "against": scores[1],
+        "comparable": "perplexity" if same else "bits_per_byte",
+        "difference": differences(results[0][1], results[1][1], same),
+    }
 
 
 def check_numbers(*, max_tokens: int | None, context_length: int | None, batch_size: int, dtype: str) -> None:

@@ -6,22 +6,26 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .._version import __version__
 from ..architectures.inspect import Inspection, inspect
 from ..checkpoint.files import write_text
+from ..data.encoding import windows_of
 from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from ..evaluation.perplexity import ScoringPlan, check_numbers, encode_again, protocol, scoring_plan, window_length
 from ..evaluation.scores import Counts, differences, model_scores
+from ..evaluation.scoring import check_ids
+from ..models.loading import open_models, pick_device
 from ..progress import ProgressCallback, counting, ignore_progress
 from ..training.ownership import FINAL
 from .origin import plain, provenance, training_runs
 
 if TYPE_CHECKING:
-    from ..evaluation.perplexity import ScoringPlan
     from .walk import Reading
 
 MOST_MODELS = 4
@@ -86,51 +90,33 @@ def report(
         LlamaMoeError: Text or weights cannot be used, see `llamamoe.evaluate`.
         MissingExtraError: The page needs jinja2 and matplotlib (``pip install 'llamamoe[report]'``).
     """
-    from ..evaluation.perplexity import check_numbers
-    from ..models.loading import pick_device
-
-    started = time.monotonic()
-    if out is not None:
-        check_extra()
+    _check(models, out, json_out, oracle_tokens, force=force)
     check_numbers(max_tokens=max_tokens, context_length=context_length, batch_size=1, dtype=dtype)
-    places = [Path(each).expanduser() for each in (out, json_out) if each is not None]
-    _check(models, places, oracle_tokens, force=force)
-    device = pick_device(device)
+    started, device = time.monotonic(), pick_device(device)
     inspections = _named([_inspected(model) for model in models])
     curves = training_runs(runs, {each.name: Path(each.path) for each in inspections})
-    parent = None if against is None else inspect(against)
-    sides, protocol, length = _sides(inspections, parent, tokenizer, text, max_tokens, context_length)
-    advance = counting("report", sum(int(side.plan.tokens.sum()) for side in sides), "token", progress)
-    readings = [_read(side, dtype, device, oracle_tokens, advance) for side in sides]
-    of_parent = readings[-1] if parent is not None else None
-    described = [_described(side, reading, of_parent) for side, reading in zip(sides, readings, strict=True)]
-    found: dict[str, Any] = plain(
-        {
-            "llamamoe": __version__,
-            "protocol": protocol,
-            "context_length": length,
-            "max_tokens": max_tokens,
-            "domains": list(sides[0].plan.domains),
-            "command": command,
-            "run": {
-                "seconds": round(time.monotonic() - started, 1),
-                "device": device,
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            },
-            "parent": described[-1] if parent is not None else None,
-            "models": described[: len(models)],
-            "training": curves,
-            "notes": list(_notes(sides, of_parent)),
-        }
-    )
-    _write(found, out, json_out)
-    return found
+    sides, facts = _sides(inspections, against, tokenizer, text, max_tokens, context_length)
+    read = _read_all(sides, len(models), dtype, device, oracle_tokens, progress, started)
+    read |= {"training": curves, "notes": _notes(sides, against is not None)}
+    numbers = plain({"llamamoe": __version__} | facts | {"command": command} | read)
+    _write(numbers, out, json_out)
+    return cast("dict[str, Any]", numbers)
 
 
 # ---- what is checked first ----------------------------------------------------------------------------------------
 
 
-def _check(models: Sequence[str | Path], places: Sequence[Path], oracle_tokens: int, *, force: bool) -> None:
+def _check(
+    models: Sequence[str | Path],
+    out: str | Path | None,
+    json_out: str | Path | None,
+    oracle_tokens: int,
+    *,
+    force: bool,
+) -> None:
+    if out is not None:
+        check_extra()
+    places = [Path(each).expanduser() for each in (out, json_out) if each is not None]
     if not 1 <= len(models) <= MOST_MODELS:
         raise UsageError(f"{len(models)} models were given, but a report shows from 1 to {MOST_MODELS}.")
     if oracle_tokens < 0:
@@ -178,19 +164,17 @@ def _named(models: Sequence[Inspection]) -> list[Inspection]:
 
 def _sides(
     models: Sequence[Inspection],
-    parent: Inspection | None,
+    against: str | Path | None,
     tokenizer: str | Path | None,
     text: Sequence[str | Path],
     max_tokens: int | None,
     context_length: int | None,
-) -> tuple[list[_Side], str, int]:
-    """Every model with the text in its own tokens; the first one's tokenizer decides how much text is taken."""
-    from ..data.encoding import windows_of
-    from ..evaluation.perplexity import ScoringPlan, encode_again, protocol, scoring_plan, window_length
-    from ..evaluation.scoring import check_ids
-    from ..models.loading import open_models
+) -> tuple[list[_Side], dict[str, Any]]:
+    """Every model, the parent last, with the text in its own tokens, and how they are measured.
 
-    inspections = [*models, *([parent] if parent is not None else [])]
+    The first model's tokenizer decides how much text is taken.
+    """
+    inspections = [*models, *([] if against is None else [inspect(against)])]
     opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)
     length = window_length(context_length, opened)
     first, _ = scoring_plan(opened[0], text, max_tokens=max_tokens, context_length=length)
@@ -200,23 +184,52 @@ def _sides(
         sides.append(_Side(inspection, ScoringPlan(encoded, windows_of(encoded, length), side), same))
     for each in sides:
         check_ids(each.plan.side.name, int(each.plan.side.config.vocab_size), each.plan.encoded)
-    return sides, protocol(length, max_tokens, opened, all(side.same_tokens for side in sides)), length
+    return sides, {
+        "protocol": protocol(length, max_tokens, opened, all(side.same_tokens for side in sides)),
+        "context_length": length,
+        "max_tokens": max_tokens,
+        "domains": list(first.domains),
+    }
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-def _read(side: _Side, dtype: str, device: str, oracle_tokens: int, advance: Callable[[str, int], None]) -> Reading:
+def _read_all(
+    sides: Sequence[_Side],
+    models: int,
+    dtype: str,
+    device: str,
+    oracle_tokens: int,
+    progress: ProgressCallback,
+    started: float,
+) -> dict[str, Any]:
+    """Read with one model after the other; of ``sides`` the first ``models`` are converted, one more is the parent."""
     from .walk import read
 
-    return read(
-        side.plan,
-        dtype=dtype,
-        device=device,
-        mixture=side.inspection.experts is not None,
-        oracle_tokens=oracle_tokens,
-        advance=lambda tokens: advance(side.inspection.name, tokens),
-    )
+    advance = counting("report", sum(int(side.plan.tokens.sum()) for side in sides), "token", progress)
+    readings = [
+        read(
+            side.plan,
+            dtype=dtype,
+            device=device,
+            mixture=side.inspection.experts is not None,
+            oracle_tokens=oracle_tokens,
+            advance=partial(advance, side.inspection.name),
+        )
+        for side in sides
+    ]
+    parent = readings[-1] if len(sides) > models else None
+    described = [_described(side, reading, parent) for side, reading in zip(sides, readings, strict=True)]
+    return {
+        "run": {
+            "seconds": round(time.monotonic() - started, 1),
+            "device": device,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+        "parent": None if parent is None else described[-1],
+        "models": described[:models],
+    }
 
 
 # ---- plain data ---------------------------------------------------------------------------------------------------
@@ -248,13 +261,13 @@ def _difference(counts: dict[str, Counts], parent: Reading | None, *, same: bool
     return asdict(differences(counts, parent.counts, same))
 
 
-def _notes(sides: Sequence[_Side], parent: Reading | None) -> Sequence[str]:
-    found = []
+def _notes(sides: Sequence[_Side], parent: bool) -> list[str]:
+    notes = []
     if not all(side.same_tokens for side in sides):
-        found.append("The models cut text into different tokens: only bits per byte may be compared.")
-    if parent is None:
-        found.append("No dense parent was given, so that nothing can be said of what the conversion lost.")
-    return found
+        notes.append("The models cut text into different tokens: only bits per byte may be compared.")
+    if not parent:
+        notes.append("No dense parent was given, so that nothing can be said of what the conversion lost.")
+    return notes
 
 
 def _write(found: dict[str, Any], out: str | Path | None, json_out: str | Path | None) -> None:
