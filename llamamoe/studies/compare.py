@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,6 @@ from ..checkpoint.contents import content_fingerprint
 from ..checkpoint.locate import Location, locate, open_checkpoint
 from ..conversion.recipe import AUTO, NO_REPAIR
 from ..data.files import find_files
-from ..errors import LlamaMoeError, MissingExtraError
 from ..methods.repairs import REPAIRS
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
@@ -23,15 +20,14 @@ from ..methods.splitters import SPLITTERS
 from ..progress import ProgressCallback, ignore_progress
 from .cells import Cell, cells_of, estimated_flops, select
 from .recipe import CompareRecipe
-from .store import CellStore, Dependencies, cell_facts, code_version, write_file
-from .table import Comparison, markdown, rows_of
+from .store import CellStore, Dependencies, cell_facts, code_version
+from .table import Comparison
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 NOMINAL_FLOPS = 5e10
 """Floating-point operations per second for the estimate of time, until a cell has been measured."""
-JSON_FILE, MARKDOWN_FILE = "comparison.json", "comparison.md"
 
 
 @dataclass(frozen=True)
@@ -161,44 +157,20 @@ def compare(
         UsageError: A text does not exist, documents are in both texts, or ``only`` matches nothing.
         LlamaMoeError: A text cannot be read, or ``out`` cannot be written.
     """
-    from .engine import Engine, Meter
+    from .engine import Engine
+    from .run import StudyRun
 
     location, model = _open(source, tokenizer)
     cells = cells_of(recipe, model)
     wanted = {cell.label for cell in select(cells, only)}
-    folder = Path(out).expanduser()
+    folder, depends = Path(out).expanduser(), _Depends(recipe, model)
     engine = Engine(location, recipe, folder, tokenizer=tokenizer)
-    store, depends = CellStore(folder), _Depends(recipe, model)
-    keyed = [(cell, depends.of(cell, engine)) for cell in cells]
-    found = {cell.label: store.load(cell, d.key()) for cell, d in keyed}
-    exported = _to_export(recipe, cells)
-    todo = [
-        (cell, d)
-        for cell, d in keyed
-        if cell.label in wanted and (found[cell.label] is None or _lacks_export(found[cell.label], cell, exported))
-    ]
-    parent = next(cell.plan for cell in cells if cell.plan is not None).parent_cost
-    flops = partial(estimated_flops, parent=parent, recipe=recipe, domains=len(engine.text.domains))
-    meter = Meter([flops(cell) for cell, _ in todo], progress)
-    failed: list[tuple[str, str]] = []
     try:
-        for cell, d in todo:
-            advance = meter.cell(cell.label, flops(cell))
-            try:
-                result = found[cell.label]
-                if result is None:
-                    result = store.save(cell, d.key(), d, engine.measure(cell, advance) | _parameters(cell, parent))
-                    found[cell.label] = result
-                if _lacks_export(result, cell, exported):
-                    done = {k: v for k, v in result.items() if k not in ("key", "depends")}
-                    done["exported"] = engine.export(cell, ignore_progress)
-                    found[cell.label] = store.save(cell, d.key(), d, done)
-            except LlamaMoeError as error:
-                failed.append((cell.label, str(error)))
-            advance(1.0)
+        run = StudyRun(recipe, engine, folder, [(cell, depends.of(cell, engine)) for cell in cells])
+        failed = run.do(wanted, progress)
     finally:
         engine.close()
-    return _finish(recipe, location, engine, cells, wanted, found, failed, folder)
+    return run.finish(location, failed)
 
 
 def _open(source: str | Path, tokenizer: str | Path | None) -> tuple[Location, DenseModel]:
@@ -251,64 +223,3 @@ def _sizes(cell: Cell) -> dict[str, int]:
     layout = cell.plan.layout
     names = ("num_experts", "top_k", "expert_width")
     return {name: getattr(layout, name) for name in names} | {"shared": layout.num_shared}
-
-
-def _parameters(cell: Cell, parent: Any) -> dict[str, int]:
-    cost = cell.plan.cost if cell.plan else parent
-    return {
-        "active_parameters": cost.active_parameters,
-        "total_parameters": cost.total_parameters,
-        "flops_per_token": cost.flops_per_token,
-    }
-
-
-def _to_export(recipe: CompareRecipe, cells: Sequence[Cell]) -> set[str]:
-    """Labels of the cells whose checkpoints are to be written."""
-    possible = [cell for cell in cells if cell.plan is not None and not cell.oracle]
-    first = {cell.method: cell.label for cell in reversed(possible)}
-    everything = {cell.label for cell in possible}
-    return {"none": set(), "first": set(first.values()), "all": everything}[recipe.export]
-
-
-def _lacks_export(result: dict[str, Any] | None, cell: Cell, exported: set[str]) -> bool:
-    return cell.label in exported and not (result or {}).get("exported")
-
-
-def _finish(
-    recipe: CompareRecipe,
-    location: Location,
-    engine: Engine,
-    cells: Sequence[Cell],
-    wanted: set[str],
-    found: dict[str, dict[str, Any] | None],
-    failed: list[tuple[str, str]],
-    folder: Path,
-) -> Comparison:
-    """Gather what is there, and write table and picture."""
-    from ..evaluation.perplexity import protocol
-    from .picture import draw
-
-    there = [result for result in (found[cell.label] for cell in cells) if result is not None]
-    bad = {label for label, _ in failed}
-    pending = [cell.label for cell in cells if found[cell.label] is None and cell.label not in bad]
-    result = Comparison(
-        source=location.name,
-        rows=rows_of(there),
-        cells=tuple({k: v for k, v in each.items() if k != "depends"} for each in there),
-        pending=tuple(pending),
-        failed=tuple(failed),
-        protocol=protocol(engine.window, recipe.evaluation_tokens, [engine.text.side]),
-        text=engine.text_facts(),
-        recipe=recipe.model_dump(mode="json"),
-        warnings=engine.warnings(),
-        files={"json": JSON_FILE, "markdown": MARKDOWN_FILE},
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(row.kind != "dense" for row in result.rows):
-        try:
-            result = replace(result, files={**result.files, **draw(result, folder)})
-        except MissingExtraError as error:
-            result = replace(result, warnings=(*result.warnings, str(error)))
-    write_file(folder / JSON_FILE, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
-    write_file(folder / MARKDOWN_FILE, markdown(result))
-    return result

@@ -113,9 +113,7 @@ def plan_pretraining(
     from .batches import check_ranks
     from .estimate.estimate import estimate
 
-    for what, value in (("device_memory", device_memory), ("peak_flops", peak_flops), ("utilisation", utilisation)):
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"{what} is {value:g}, but must be a finite number above 0.")
+    _check_device(device_memory=device_memory, peak_flops=peak_flops, utilisation=utilisation)
     location, parent = locate_folder(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     facts = identities(recipe, location.path, parent)
@@ -126,9 +124,7 @@ def plan_pretraining(
         check_run_folder(folder, recipe, facts, resume=resume, force=force)
     world_size = world_size or recipe.distributed.world_size
     check_ranks(recipe, world_size)
-    corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
-    tokens = {name: corpus.tokens(name) for name in corpus.domains}
-    weights = mixture_weights(recipe.data.mixture, tokens)
+    domains, held_out = _tokens(recipe)
     dense = open_parent(parent, location.path) if parent is not None else None
     found = estimate(
         recipe,
@@ -141,8 +137,21 @@ def plan_pretraining(
         peak_flops=peak_flops,
         utilisation=utilisation,
     )
-    domains = {name: (tokens[name], weights[name]) for name in corpus.domains}
-    measured = sum(held_out.tokens(name) for name in held_out.domains) if held_out is not None else 0
     rows = config.get("vocab_size")
     notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []
-    return PretrainPlan(location.name, recipe, domains, measured, found, tuple(notes))
+    return PretrainPlan(location.name, recipe, domains, held_out, found, tuple(notes))
+
+
+def _check_device(**values: float | None) -> None:
+    for what, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{what} is {value:g}, but must be a finite number above 0.")
+
+
+def _tokens(recipe: PretrainRecipe) -> tuple[dict[str, tuple[int, float]], int]:
+    """Tokens of each domain and its share of the mixture; tokens that are held out."""
+    corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
+    tokens = {name: corpus.tokens(name) for name in corpus.domains}
+    weights = mixture_weights(recipe.data.mixture, tokens)
+    measured = sum(held_out.tokens(name) for name in held_out.domains) if held_out is not None else 0
+    return {name: (tokens[name], weights[name]) for name in corpus.domains}, measured
