@@ -11,10 +11,11 @@ from typing import Any
 
 from ..errors import CheckpointError, RefusedError, UsageError, near_misses
 from ..lazy import transformers
+from .moe_layout import Weighting, weight
 from .rescales import RESCALES
 from .sources.base import number, positive
 from .targets import TARGETS
-from .targets.base import Target, Weighting, weight
+from .targets.base import Target
 
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """How architectures spell N in ``config.json``."""

@@ -12,9 +12,10 @@ from ..errors import CheckpointError, RefusedError
 from ..lazy import torch
 from .expert_weighting import Mixing, complete_config, mixing_of, rescale_of
 from .inspect import Experts, inspect
+from .moe_layout import Combine, Copy, MoeLayout, Neurons, OutTensor
 from .rescales import RESCALES
 from .sources.base import DenseSpec
-from .targets.base import Combine, Copy, MoeLayout, Neurons, OutTensor, Target
+from .targets.base import Target
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..architectures.moe_layout import MoeLayout
 from ..architectures.sources.base import DenseSpec
-from ..architectures.targets.base import MoeLayout, Target
+from ..architectures.targets.base import Target
 from .calibration_cost import CalibrationPlan
 from .recipe import SplitRecipe
 from .sizes import MOST_PADDING, QUANTISED_BLOCK, round_up

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, assert_never
 
-from ..architectures.targets.base import Constant, Copy, MoeLayout, Neurons, OutTensor, Router
+from ..architectures.moe_layout import Constant, Copy, MoeLayout, Neurons, OutTensor, Router
 from ..checkpoint.memory import empty_bytes
 from ..checkpoint.tensors import cast, interleave, torch_dtype
 from ..lazy import np, torch

@@ -12,8 +12,8 @@ from ..methods.repairs import REPAIRS
 from .recipe import NO_REPAIR
 
 if TYPE_CHECKING:
+    from ..architectures.moe_layout import MoeLayout
     from ..architectures.sources.base import DenseSpec
-    from ..architectures.targets.base import MoeLayout
     from .defaults import Chosen
 
 SWEEPS = 4

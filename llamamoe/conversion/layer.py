@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.targets.base import Neurons
+from ..architectures.moe_layout import Neurons
 from ..calibration.walk import read_ffn
 from ..checkpoint.tensors import cast, torch_dtype
 from ..lazy import np, torch

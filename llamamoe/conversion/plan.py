@@ -13,8 +13,9 @@ from typing import Any
 from .._version import __version__
 from ..architectures.costs import Cost, count
 from ..architectures.dense_checkpoint import DenseModel, stored_dtype
+from ..architectures.moe_layout import MoeLayout, OutTensor
 from ..architectures.sources.base import DenseSpec, canonical_shapes
-from ..architectures.targets.base import MoeLayout, OutTensor, Target, common_config
+from ..architectures.targets.base import Target, common_config
 from ..checkpoint.base import DTYPE_BYTES
 from ..checkpoint.layout import Shards, deal
 from ..checkpoint.tokenizer import plan_warnings

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ..architectures.moe_layout import Combine, MoeLayout
 from ..architectures.rescales import RESCALES
 from ..architectures.sources.base import DenseSpec
 from ..architectures.targets import TARGETS
-from ..architectures.targets.base import Combine, MoeLayout, Target
+from ..architectures.targets.base import Target
 from ..errors import RefusedError
 from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter

@@ -12,7 +12,7 @@ from typing import Any
 
 from .._version import __version__
 from ..architectures.dense_checkpoint import understand
-from ..architectures.targets.base import Neurons, OutTensor
+from ..architectures.moe_layout import Neurons, OutTensor
 from ..calibration.compute import Compute, choose_compute
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import index_json

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..architectures.targets.base import Constant, Copy, Neurons, OutTensor, Router
+from ..architectures.moe_layout import Constant, Copy, Neurons, OutTensor, Router
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.json_files import read_json
 from ..checkpoint.out_folder import RECEIPT_FILE

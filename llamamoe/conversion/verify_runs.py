@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.targets.base import Neurons, Router, Target
+from ..architectures.moe_layout import Neurons, Router
+from ..architectures.targets.base import Target
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tensors import torch_dtype

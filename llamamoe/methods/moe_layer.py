@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
-from ..architectures.targets.base import Weighting, weight
+from ..architectures.moe_layout import Weighting, weight
 from ..lazy import torch
 from .layer import ExpertWeights, FfnWeights, LayerInputs, Partition
 

@@ -11,8 +11,9 @@ from typing import Any
 from ..architectures.dense_checkpoint import DenseModel, understand
 from ..architectures.expert_weighting import is_router, may_overlap
 from ..architectures.moe_checkpoint import ConvertedModel, FfnParts, check_shapes
+from ..architectures.moe_layout import NEARLY_ZERO, Combine, Copy, MoeLayout, Neurons, OutTensor
 from ..architectures.sources.base import DenseSpec
-from ..architectures.targets.base import NEARLY_ZERO, Combine, Copy, MoeLayout, Neurons, OutTensor, common_config
+from ..architectures.targets.base import common_config
 from ..architectures.targets.dense import Dense
 from ..checkpoint.base import DTYPE_BYTES, TORCH_NAMES
 from ..checkpoint.layout import check_size, deal

@@ -13,7 +13,7 @@ from typing import Any
 from .._version import __version__
 from ..architectures.config_values import check_rope
 from ..architectures.moe_checkpoint import ConvertedModel, check_shapes
-from ..architectures.targets.base import NEARLY_ZERO, Constant, Neurons, OutTensor, Router, Weighting
+from ..architectures.moe_layout import NEARLY_ZERO, Constant, Neurons, OutTensor, Router, Weighting
 from ..checkpoint.gguf.config import NORMS, PROJECTIONS
 from ..checkpoint.gguf.header import require_gguf
 from ..checkpoint.gguf.rope import float32, uint32, write_rope
@@ -336,6 +336,6 @@ def _gathered(model: ConvertedModel, tensors: list[OutTensor], part: str) -> tor
 
 
 def _shared_gate(model: ConvertedModel, name: str) -> torch.Tensor:
-    """The row of the shared expert's gate; a closed one becomes `_CLOSED`, see `llamamoe.architectures.targets.base.NEARLY_ZERO`."""
+    """The row of the shared expert's gate; a closed one becomes `_CLOSED`, see `llamamoe.architectures.moe_layout.NEARLY_ZERO`."""
     row_H = model.checkpoint.read(name)[0].to(torch.float32)
     return torch.where(row_H.abs() <= 2 * NEARLY_ZERO, _CLOSED, row_H)

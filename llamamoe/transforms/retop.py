@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.expert_weighting import Mixing, is_routed_down, may_overlap, mixing_of, rescale_of, rescaled_block
+from ..architectures.moe_layout import weight
 from ..architectures.rescales import RESCALES
-from ..architectures.targets.base import weight
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import UsageError
 from ..lazy import torch

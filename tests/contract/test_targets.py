@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llamamoe
+from llamamoe.architectures.moe_layout import Router
 from llamamoe.architectures.rescales import RESCALES
 from llamamoe.architectures.targets import TARGETS
-from llamamoe.architectures.targets.base import Router
 from llamamoe.conversion.split import convert_layer
 from llamamoe.conversion.verify import HARD_TOLERANCE
 from llamamoe.methods.layer import PADDING

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamamoe.architectures.targets.base import Combine, MoeLayout, Neurons, OutTensor
+from llamamoe.architectures.moe_layout import Combine, MoeLayout, Neurons, OutTensor
 from llamamoe.checkpoint.tensors import cast, interleave, nonfinite
 from llamamoe.conversion.assembly import LayerParts, made_of, take
 from llamamoe.methods.layer import PADDING, ExpertWeights, FfnWeights, Partition

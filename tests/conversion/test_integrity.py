@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llamamoe
-from llamamoe.architectures.targets.base import Constant, Copy, OutTensor
+from llamamoe.architectures.moe_layout import Constant, Copy, OutTensor
 from llamamoe.conversion.reference import same_bits
 from tests.models import make_dense
 

@@ -249,3 +249,34 @@ def windows_by_type(config: Mapping[str, Any], num_layers: int, default_window: 
             "transformers cannot run it."
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def source_features(dense: DenseSpec) -> dict[str, str]:
+    """What a source has beyond plain Llama: feature name and a phrase for messages."""
+    found = {}
+    if dense.mlp_bias:
+        found["mlp_bias"] = (
+            "biases in the FFN (mlp_bias): no architecture of transformers has SwiGLU experts with biases"
+        )
+    if dense.o_bias:
+        found["o_bias"] = "a bias on the attention's output projection (attention_bias)"
+    if dense.qkv_bias:
+        found["qkv_bias"] = "biases on the query, key and value projections"
+    if dense.qk_norm:
+        found["qk_norm"] = "an RMSNorm on queries and keys"
+    else:
+        found["no_qk_norm"] = "attention without an RMSNorm on queries and keys (it always applies one)"
+    if not dense.plain_head_dim:
+        found["head_dim"] = f"head_dim = {dense.head_dim}, which is not hidden_size / num_attention_heads"
+    if dense.mixed_windows:
+        found["mixed_windows"] = "a sliding window in some layers only"
+    elif dense.window is not None:
+        found["window"] = f"a sliding window ({dense.window})"
+    if dense.partial_rotary_factor != 1.0:
+        found["partial_rotary"] = (
+            f"rotary positions on a part of each head (partial_rotary_factor = {dense.partial_rotary_factor})"
+        )
+    plain_scale = dense.attention_multiplier in (None, dense.head_dim**-0.5)
+    if dense.residual_multiplier != 1.0 or dense.logits_scaling != 1.0 or not plain_scale:
+        found["multipliers"] = "attention, residual or logits multipliers"
+    return found

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..sources.base import DenseSpec
-from .base import MoeLayout, Neurons, OutTensor, Target, source_features
+from ..moe_layout import MoeLayout, Neurons, OutTensor
+from ..sources.base import DenseSpec, source_features
+from .base import Target
 
 
 @dataclass(frozen=True)

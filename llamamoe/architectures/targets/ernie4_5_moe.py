@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from ..moe_layout import Constant, Copy, MoeLayout, OutTensor, Router, expert_tensors, shared_tensors
 from ..sources.base import DenseSpec
-from .base import Constant, Copy, MoeLayout, OutTensor, Router, Target, expert_tensors, leading, shared_tensors
+from .base import Target, leading
 
 
 class Ernie45Moe(Target):

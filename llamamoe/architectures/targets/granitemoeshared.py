@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..moe_layout import MoeLayout, Neurons, OutTensor, Router
 from ..sources.base import DenseSpec, number
-from .base import MoeLayout, Neurons, OutTensor, Router, Target
+from .base import Target
 
 
 class GraniteMoeShared(Target):

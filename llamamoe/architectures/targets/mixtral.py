@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..moe_layout import MoeLayout, OutTensor, Router, expert_tensors
 from ..sources.base import DenseSpec, positive
-from .base import MoeLayout, OutTensor, Router, Target, expert_tensors
+from .base import Target
 
 
 class Mixtral(Target):

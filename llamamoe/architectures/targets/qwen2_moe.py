@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..moe_layout import NEARLY_ZERO, Constant, MoeLayout, OutTensor, Router, expert_tensors, shared_tensors
 from ..sources.base import DenseSpec, layer_shapes, positive, windows_by_type
-from .base import NEARLY_ZERO, Constant, MoeLayout, OutTensor, Router, Target, expert_tensors, shared_tensors
+from .base import Target
 
 
 class Qwen2Moe(Target):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...architectures.dense_checkpoint import DenseModel, stored_dtype
+from ...architectures.moe_layout import MoeLayout
 from ...architectures.targets import TARGETS
-from ...architectures.targets.base import MoeLayout, Target
+from ...architectures.targets.base import Target
 from ...conversion.calibration_cost import plan_calibration
 from ...conversion.defaults import complete
 from ...conversion.plan import SplitPlan, plan_split
