@@ -65,7 +65,7 @@ def command(
     from llamamoe import bench
 
     with output.progress() as report:
-        found = bench(
+        benchmark = bench(
             model,
             against=against,
             tokenizer=tokenizer,
@@ -78,25 +78,27 @@ def command(
             experts_implementation=experts,
             progress=report,
         )
-    output.result(found.to_json(), lambda: _print(found))
+    output.result(benchmark.to_json(), lambda: _print(benchmark))
 
 
-def _print(found: Benchmark) -> None:
-    sides = [found.model, *([found.against] if found.against else [])]
-    where = f"{found.device}, {found.threads} threads" if found.device == "cpu" else found.device
-    echo(bold(f"{found.model.name} on {where}, {found.model.dtype}"))
+def _print(benchmark: Benchmark) -> None:
+    sides = [benchmark.model, *([benchmark.against] if benchmark.against else [])]
+    where = f"{benchmark.device}, {benchmark.threads} threads" if benchmark.device == "cpu" else benchmark.device
+    echo(bold(f"{benchmark.model.name} on {where}, {benchmark.model.dtype}"))
     facts([(side.name, _size(side)) for side in sides])
     heading("Tokens a second")
-    table(("batch", "prefill", "x parent", "decode", "x parent"), _rows(found), right=range(5))
-    if found.against is not None:
+    table(("batch", "prefill", "x parent", "decode", "x parent"), _rows(benchmark), right=range(5))
+    if benchmark.against is not None:
         heading("Expected from sizes")
-        flops = found.against.prefill_flops_per_token / found.model.prefill_flops_per_token
-        read = found.against.active_bytes / found.model.active_bytes
+        flops = benchmark.against.prefill_flops_per_token / benchmark.model.prefill_flops_per_token
+        read = benchmark.against.active_bytes / benchmark.model.active_bytes
         facts([("prefill", f"{flops:.3g} x, by operations"), ("decode, batch 1", f"{read:.3g} x, by bytes read")])
         echo()
-        upto = f"up to batch {found.faster_up_to}" if found.faster_up_to else "at no batch size that was measured"
+        upto = (
+            f"up to batch {benchmark.faster_up_to}" if benchmark.faster_up_to else "at no batch size that was measured"
+        )
         paragraph(
-            f"Decoding is faster than the parent's {upto}. The parent's own speed changed by a factor of {found.drift:.3g} while "
+            f"Decoding is faster than the parent's {upto}. The parent's own speed changed by a factor of {benchmark.drift:.3g} while "
             "this was measured."
         )
 
@@ -109,10 +111,10 @@ def _size(side: ModelSpeed) -> str:
     )
 
 
-def _rows(found: Benchmark) -> list[tuple[str, ...]]:
+def _rows(benchmark: Benchmark) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for at, mine in enumerate(found.model.speeds):
-        theirs = found.against.speeds[at] if found.against else None
+    for at, mine in enumerate(benchmark.model.speeds):
+        theirs = benchmark.against.speeds[at] if benchmark.against else None
         rows.append(
             (
                 str(mine.batch_size),

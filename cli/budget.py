@@ -94,11 +94,12 @@ def command(
         _check_file(file, force)
     complete = _recipe(recipe, given, overrides)
     keys = {"shared_of_active": shared_of_active, "points": points, "held_out_tokens": held_out_tokens}
-    found = _allocate(source, complete, budget, output, measure=measure, tokenizer=tokenizer, **keys)
+    allocation = _allocate(source, complete, budget, output, measure=measure, tokenizer=tokenizer, **keys)
     if file is not None:
-        write_text(file, found.to_yaml())
+        write_text(file, allocation.to_yaml())
     output.result(
-        {**found.to_json(), "written": write_recipe}, lambda: _print(found, write_recipe, verbose=output.verbose)
+        {**allocation.to_json(), "written": write_recipe},
+        lambda: _print(allocation, write_recipe, verbose=output.verbose),
     )
 
 
@@ -136,21 +137,21 @@ def _allocate(source: str, recipe: SplitRecipe, budget: float, output: Output, *
         raise Interrupted("nothing was written") from None
 
 
-def _print(found: Allocation, written: str | None, *, verbose: bool) -> None:
-    dense = ", ".join(map(str, found.keep_dense)) or "none"
-    echo(bold(f"{found.source}: {100 * found.active_share:.2f} % of the FFNs active"))
+def _print(allocation: Allocation, written: str | None, *, verbose: bool) -> None:
+    dense = ", ".join(map(str, allocation.keep_dense)) or "none"
+    echo(bold(f"{allocation.source}: {100 * allocation.active_share:.2f} % of the FFNs active"))
     facts(
         [
-            ("target", f"{found.target} (dense layers: {found.dense_form})"),
+            ("target", f"{allocation.target} (dense layers: {allocation.dense_form})"),
             ("kept dense", dense),
-            ("the others", f"{found.top_k} of {found.num_experts} experts of {found.expert_width} neurons, "
-                           f"{found.shared} shared: {100 * found.layer_share:.1f} %"),
-            ("damage", f"{found.damage:.4g} {found.unit}; {found.damage_uniform:.4g} if no layer stays dense"),
-            ("measured by", f"{found.measure} (about {amount(found.flops)} operations)"),
+            ("the others", f"{allocation.top_k} of {allocation.num_experts} experts of {allocation.expert_width} neurons, "
+                           f"{allocation.shared} shared: {100 * allocation.layer_share:.1f} %"),
+            ("damage", f"{allocation.damage:.4g} {allocation.unit}; {allocation.damage_uniform:.4g} if no layer stays dense"),
+            ("measured by", f"{allocation.measure} (about {amount(allocation.flops)} operations)"),
         ]
     )  # fmt: skip
     heading("Layers")
-    note = found.simulated["per_layer_shared"] is not None
+    note = allocation.simulated["per_layer_shared"] is not None
     rows = [
         (
             str(layer.layer),
@@ -158,7 +159,7 @@ def _print(found: Allocation, written: str | None, *, verbose: bool) -> None:
             "dense" if layer.dense else f"{layer.damage:.4g}",
             str(layer.simulated_shared) if note else "",
         )
-        for layer in found.layers
+        for layer in allocation.layers
     ]
     table(
         ("layer", "damage, all alike", "damage", "shared neurons (simulated)" if note else ""), rows, right=(0, 1, 2, 3)
@@ -166,23 +167,23 @@ def _print(found: Allocation, written: str | None, *, verbose: bool) -> None:
     if note:
         echo()
         paragraph(
-            f"With another number of shared neurons in every layer the damage would be {found.simulated['damage']:.4g}: "
-            f"{found.simulated['note']}."
+            f"With another number of shared neurons in every layer the damage would be {allocation.simulated['damage']:.4g}: "
+            f"{allocation.simulated['note']}."
         )
-    if verbose and len(found.by_count) > 1:
-        _alternatives(found)
-    if found.warnings:
+    if verbose and len(allocation.by_count) > 1:
+        _alternatives(allocation)
+    if allocation.warnings:
         heading("Warnings")
-        bullets(found.warnings, mark="!")
+        bullets(allocation.warnings, mark="!")
     if verbose:
         heading("Recipe")
-        echo("".join(f"  {line}\n" for line in found.recipe.to_yaml().splitlines()), nl=False)
+        echo("".join(f"  {line}\n" for line in allocation.recipe.to_yaml().splitlines()), nl=False)
     if written:
         echo()
-        paragraph(f"llamamoe split {found.source} OUT --recipe {written}")
+        paragraph(f"llamamoe split {allocation.source} OUT --recipe {written}")
 
 
-def _alternatives(found: Allocation) -> None:
+def _alternatives(allocation: Allocation) -> None:
     """What ``-v`` adds: the best set for every number of dense layers."""
     heading("By number of dense layers")
     rows = [
@@ -192,6 +193,6 @@ def _alternatives(found: Allocation) -> None:
             f"{each['damage']:.4g}",
             ", ".join(map(str, each["layers"])),
         )
-        for each in found.by_count
+        for each in allocation.by_count
     ]
     table(("dense", "the others", "damage", "layers"), rows, right=(0, 1, 2))

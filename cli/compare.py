@@ -89,11 +89,11 @@ def command(
         plan = plan_comparison(source, complete, out=out, only=only, tokenizer=tokenizer)
         output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan, out))
         return
-    found = _compare(source, out, complete, output, only=only, tokenizer=tokenizer)
-    output.result(found.to_json(), lambda: _print(found, out, verbose=output.verbose))
-    if found.failed:
+    comparison = _compare(source, out, complete, output, only=only, tokenizer=tokenizer)
+    output.result(comparison.to_json(), lambda: _print(comparison, out, verbose=output.verbose))
+    if comparison.failed:
         raise LlamaMoeError(
-            f"{plural(len(found.failed), 'cell')} could not be done: {found.failed[0][0]}: {found.failed[0][1]}",
+            f"{plural(len(comparison.failed), 'cell')} could not be done: {comparison.failed[0][0]}: {comparison.failed[0][1]}",
             hint="The others are finished; the same command tries again.",
         )
 
@@ -147,22 +147,22 @@ def _experts(cell: PlannedCell) -> str:
     return shape(cell.sizes)
 
 
-def _print(found: Comparison, out: str, *, verbose: bool) -> None:
-    echo(bold(f"{found.source}: perplexity, mean over domains and seeds"))
+def _print(comparison: Comparison, out: str, *, verbose: bool) -> None:
+    echo(bold(f"{comparison.source}: perplexity, mean over domains and seeds"))
     titles = ("method", "active share", "experts", "perplexity", "x dense", "recall@k", "seeds", "time")
-    table(titles, [_row(row) for row in found.rows], right=(1, 3, 4, 5, 6, 7), wrap=(0,))
+    table(titles, [_row(row) for row in comparison.rows], right=(1, 3, 4, 5, 6, 7), wrap=(0,))
     if verbose:
-        _details(found)
-    if found.pending or found.failed:
+        _details(comparison)
+    if comparison.pending or comparison.failed:
         heading("Not done")
-        bullets([*found.pending, *(f"{label}: {reason}" for label, reason in found.failed)])
-    if found.warnings:
+        bullets([*comparison.pending, *(f"{label}: {reason}" for label, reason in comparison.failed)])
+    if comparison.warnings:
         heading("Warnings")
-        bullets(found.warnings, mark="!")
+        bullets(comparison.warnings, mark="!")
     echo()
-    if any(row.simulated for row in found.rows):
+    if any(row.simulated for row in comparison.rows):
         paragraph("An oracle router knows what every expert contributes: simulated, it cannot be exported.")
-    paragraph(f"In {Path(out)}: {', '.join(found.files.values())}.")
+    paragraph(f"In {Path(out)}: {', '.join(comparison.files.values())}.")
 
 
 def _row(row: Row) -> tuple[str, ...]:
@@ -180,16 +180,16 @@ def _row(row: Row) -> tuple[str, ...]:
     )
 
 
-def _details(found: Comparison) -> None:
+def _details(comparison: Comparison) -> None:
     """What ``-v`` adds: domains, parameters, memory, and how it was measured."""
     from llamamoe.studies.table import number
 
-    domains = list(dict.fromkeys(name for row in found.rows for name in row.domains))
+    domains = list(dict.fromkeys(name for row in comparison.rows for name in row.domains))
     if len(domains) > 1:
         heading("Perplexity by domain")
         rows = [
             (f"{row.method}{f' at {row.budget:g}' if row.budget else ''}", *(number(row.domains[d]) for d in domains))
-            for row in found.rows
+            for row in comparison.rows
         ]
         table(("method", *domains), rows, right=range(1, len(domains) + 1), wrap=(0,))
     heading("Parameters, memory and what a layer lost")
@@ -204,8 +204,8 @@ def _details(found: Comparison) -> None:
             "" if row.captured is None else f"{row.captured:.3f}",
             "" if row.exported_ratio is None else f"x {row.exported_ratio:.4f}",
         )
-        for row in found.rows
+        for row in comparison.rows
     ]
     table(titles, details, right=range(1, 7), wrap=(0,))
     heading("How it was measured")
-    paragraph(found.protocol)
+    paragraph(comparison.protocol)

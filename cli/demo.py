@@ -38,16 +38,16 @@ def command(out: str, max_tokens: int, output: Output) -> None:
     from llamamoe.studies.demo import demo
 
     with output.progress() as report:
-        found = demo(out, max_tokens=max_tokens, progress=report)
-    output.result(found.to_json(), lambda: _print(found), summary=True)
+        result = demo(out, max_tokens=max_tokens, progress=report)
+    output.result(result.to_json(), lambda: _print(result), summary=True)
 
 
 def _ratio(value: float) -> str:
     return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
 
 
-def _print(found: DemoResult) -> None:
-    heading(f"Perplexity on {found.text}")
+def _print(result: DemoResult) -> None:
+    heading(f"Perplexity on {result.text}")
     titles = ("model", "experts", "params", "FFN active", "perplexity", "x dense", "parity")
     rows = [
         (
@@ -56,10 +56,10 @@ def _print(found: DemoResult) -> None:
             amount(row.total_parameters),
             f"{row.ffn_share:.1%}",
             _ratio(row.perplexity),
-            _ratio(row.perplexity / found.rows[0].perplexity),
+            _ratio(row.perplexity / result.rows[0].perplexity),
             "-" if row.parity is None else error(row.parity),
         )
-        for row in found.rows
+        for row in result.rows
     ]
     table(titles, rows, right=range(1, len(titles)), wrap=(0,))
     echo()
@@ -67,10 +67,10 @@ def _print(found: DemoResult) -> None:
         "parity: largest difference of a logit from the dense model's, all experts at equal weights; "
         "pruning and repair claim none. FFN active: what a token uses of the FFNs, routers included."
     )
-    heading(found.prompt)
-    bullets(f"{row.model}: {row.text}" for row in found.rows if row.text is not None)
-    for remark in found.remarks:
+    heading(result.prompt)
+    bullets(f"{row.model}: {row.text}" for row in result.rows if row.text is not None)
+    for remark in result.remarks:
         echo()
         paragraph(remark)
-    echo(f"\nThe models are in {found.out}; it took {duration(found.seconds)}.")
-    echo(f"What token_clusters costs and how its experts differ, on one page: {found.report}")
+    echo(f"\nThe models are in {result.out}; it took {duration(result.seconds)}.")
+    echo(f"What token_clusters costs and how its experts differ, on one page: {result.report}")

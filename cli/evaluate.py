@@ -82,7 +82,7 @@ def command(
     if few_shot is not None or limit is not None or include:
         raise click.UsageError("--few-shot, --limit and --include belong to tasks.")
     with output.progress() as report:
-        found = evaluate(
+        evaluation = evaluate(
             model,
             text,
             against=against,
@@ -95,7 +95,7 @@ def command(
             device=device,
             progress=report,
         )
-    output.result(found.to_json(), lambda: _print(found, verbose=output.verbose))
+    output.result(evaluation.to_json(), lambda: _print(evaluation, verbose=output.verbose))
 
 
 def _given(tasks: str | None, few_shot: int | None, limit: int | None, include: tuple[str, ...]) -> dict[str, Any]:
@@ -113,21 +113,23 @@ def _tasks(model: str, recipe: str | None, given: dict[str, Any], output: Output
     with recipe_file(recipe, "eval") as path:
         complete = load_task_recipe(path, given=given)
     with output.progress() as report:
-        found = evaluate_tasks(model, complete, progress=report, **keys)
-    output.result(found.to_json(), lambda: _print_tasks(found))
-    if found.failed:
-        raise LlamaMoeError("; ".join(found.failed.values()), hint="What else was asked for stands above.")
+        evaluation = evaluate_tasks(model, complete, progress=report, **keys)
+    output.result(evaluation.to_json(), lambda: _print_tasks(evaluation))
+    if evaluation.failed:
+        raise LlamaMoeError("; ".join(evaluation.failed.values()), hint="What else was asked for stands above.")
 
 
-def _print_tasks(found: TaskEvaluation) -> None:
-    heading(f"{found.model}, {found.dtype}, by lm-evaluation-harness {found.harness}")
+def _print_tasks(evaluation: TaskEvaluation) -> None:
+    heading(f"{evaluation.model}, {evaluation.dtype}, by lm-evaluation-harness {evaluation.harness}")
     titles = ("task", "metric", "shots", "questions", "value", "against", "difference", "95 % interval")
-    rows = [_task_row(score) for score in found.scores]
-    columns = titles if found.against else titles[:5]
+    rows = [_task_row(score) for score in evaluation.scores]
+    columns = titles if evaluation.against else titles[:5]
     table(columns, [row[: len(columns)] for row in rows], right=range(2, len(columns)))
-    if found.against:
+    if evaluation.against:
         echo()
-        paragraph(f"against: {found.against}. Differences are of questions taken as pairs; +- is one standard error.")
+        paragraph(
+            f"against: {evaluation.against}. Differences are of questions taken as pairs; +- is one standard error."
+        )
 
 
 def _task_row(score: TaskScore) -> tuple[str, ...]:
@@ -144,32 +146,32 @@ def _task_row(score: TaskScore) -> tuple[str, ...]:
     )
 
 
-def _print(found: Evaluation, *, verbose: bool) -> None:
-    for scores in (found.model, found.against):
+def _print(evaluation: Evaluation, *, verbose: bool) -> None:
+    for scores in (evaluation.model, evaluation.against):
         if scores is not None:
-            echo(bold(scores.model), f" ({scores.dtype}, {found.device})")
+            echo(bold(scores.model), f" ({scores.dtype}, {evaluation.device})")
             _scores(scores)
             echo()
-    if found.difference is not None and found.against is not None:
-        echo(bold(f"{found.model.model} minus {found.against.model}"))
-        rows = [*found.difference.domains.items(), ("overall", found.difference.overall)]
-        if len(found.difference.domains) > 1:
-            rows.append(("mean over domains", found.difference.mean_over_domains))
-        same = found.comparable == "perplexity"
+    if evaluation.difference is not None and evaluation.against is not None:
+        echo(bold(f"{evaluation.model.model} minus {evaluation.against.model}"))
+        rows = [*evaluation.difference.domains.items(), ("overall", evaluation.difference.overall)]
+        if len(evaluation.difference.domains) > 1:
+            rows.append(("mean over domains", evaluation.difference.mean_over_domains))
+        same = evaluation.comparable == "perplexity"
         titles = ("domain", *(("loss", "95 % interval", "perplexity") if same else ()), "bits/byte", "95 % interval")
         table(titles, [(n, *_difference(d, same)) for n, d in rows], right=range(1, len(titles)))
         if not same:
             paragraph("The tokenizers differ: only bits per byte may be compared.")
         echo()
-    if found.skipped_documents:
-        paragraph(f"{plural(found.skipped_documents, 'document')} too short to score.")
+    if evaluation.skipped_documents:
+        paragraph(f"{plural(evaluation.skipped_documents, 'document')} too short to score.")
     if verbose:
         heading("How it was measured")
-        paragraph(found.protocol)
+        paragraph(evaluation.protocol)
     else:
-        sliding = f", one every {found.stride}" if found.stride else ""
+        sliding = f", one every {evaluation.stride}" if evaluation.stride else ""
         paragraph(
-            f"Windows of {found.context_length} tokens{sliding}; +- is the standard error over documents; -v says more."
+            f"Windows of {evaluation.context_length} tokens{sliding}; +- is the standard error over documents; -v says more."
         )
 
 
@@ -202,8 +204,8 @@ def _difference(difference: Difference, same: bool) -> tuple[str, ...]:
     return *loss, f"x {difference.perplexity_ratio:.4g}", *bits
 
 
-def _interval(found: tuple[float, float] | None) -> str:
-    return "" if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
+def _interval(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f"{bounds[0]:+.4f} to {bounds[1]:+.4f}"
 
 
 def with_error(value: float, stderr: float | None, *, sign: bool = False) -> str:

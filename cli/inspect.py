@@ -32,51 +32,58 @@ def command(path: str, output: Output) -> None:
     """Parse, inspect, print."""
     from llamamoe.architectures.inspect import inspect
 
-    found = inspect(path)
-    output.result(found.to_json(), lambda: _print(found, verbose=output.verbose))
+    inspection = inspect(path)
+    output.result(inspection.to_json(), lambda: _print(inspection, verbose=output.verbose))
 
 
-def _print(found: Inspection, *, verbose: bool) -> None:
-    kind = "mixture of experts" if found.kind == "moe" else "dense"
-    echo(bold(found.name), f": {kind}, {found.model_type or 'no model_type'}")
-    facts(_facts(found))
-    if found.experts is not None:
+def _print(inspection: Inspection, *, verbose: bool) -> None:
+    kind = "mixture of experts" if inspection.kind == "moe" else "dense"
+    echo(bold(inspection.name), f": {kind}, {inspection.model_type or 'no model_type'}")
+    facts(_facts(inspection))
+    if inspection.experts is not None:
         heading("Experts")
-        facts(_experts(found.experts))
+        facts(_experts(inspection.experts))
     heading("Costs")
-    _costs(found, verbose=verbose)
-    if found.provenance is not None:
+    _costs(inspection, verbose=verbose)
+    if inspection.provenance is not None:
         heading("Made by llamamoe")
-        facts(_provenance(found.provenance, found.receipt))
-    if found.notes:
+        facts(_provenance(inspection.provenance, inspection.receipt))
+    if inspection.notes:
         heading("Notes")
-        bullets(found.notes, mark="!")
-    if found.kind == "dense":
+        bullets(inspection.notes, mark="!")
+    if inspection.kind == "dense":
         echo()
-        if found.refusal is None:
-            echo(f"It can be split: llamamoe split {shlex.quote(str(found.path))} OUT --dry-run")
+        if inspection.refusal is None:
+            echo(f"It can be split: llamamoe split {shlex.quote(str(inspection.path))} OUT --dry-run")
         else:
-            echo(f"It cannot be split: {found.refusal}")
+            echo(f"It cannot be split: {inspection.refusal}")
 
 
-def _facts(found: Inspection) -> list[tuple[str, str]]:
-    sizes = dict(found.sizes)
-    ffn = [("FFN", f"{found.intermediate_size:,} neurons")] if found.experts is None and found.intermediate_size else []
+def _facts(inspection: Inspection) -> list[tuple[str, str]]:
+    sizes = dict(inspection.sizes)
+    ffn = (
+        [("FFN", f"{inspection.intermediate_size:,} neurons")]
+        if inspection.experts is None and inspection.intermediate_size
+        else []
+    )
     heads = f"{sizes.get('num_attention_heads', '?')} of {sizes.get('head_dim', '?')}"
     if "head_dim" not in sizes and sizes.get("num_attention_heads"):
         heads = f"{sizes['num_attention_heads']}"
     keys = sizes.get("num_key_value_heads")
-    total = sum(found.dtypes.values()) or 1
-    kinds = ", ".join(f"{k} {100 * n / total:.0f} %" if n < total else k for k, n in found.dtypes.items())
+    total = sum(inspection.dtypes.values()) or 1
+    kinds = ", ".join(f"{k} {100 * n / total:.0f} %" if n < total else k for k, n in inspection.dtypes.items())
     return [
-        ("class", found.architecture or "not named"),
+        ("class", inspection.architecture or "not named"),
         ("layers", f"{sizes.get('num_hidden_layers', '?')}, hidden size {_number(sizes.get('hidden_size'))}"),
         *ffn,
         ("heads", heads + (f", {keys} for keys and values" if keys else "")),
-        ("vocabulary", _number(sizes.get("vocab_size")) + (", head tied to the embedding" if found.tied else "")),
+        ("vocabulary", _number(sizes.get("vocab_size")) + (", head tied to the embedding" if inspection.tied else "")),
         ("context", _number(sizes.get("max_position_embeddings"))),
-        ("files", f"{found.format}, {plural(found.files, 'file')}, {size(found.bytes_on_disk)}, {kinds}"),
-        *([("revision", found.revision)] if found.revision else []),
+        (
+            "files",
+            f"{inspection.format}, {plural(inspection.files, 'file')}, {size(inspection.bytes_on_disk)}, {kinds}",
+        ),
+        *([("revision", inspection.revision)] if inspection.revision else []),
     ]
 
 
@@ -98,16 +105,16 @@ def _experts(experts: Experts) -> list[tuple[str, str]]:
     return rows
 
 
-def _costs(found: Inspection, *, verbose: bool) -> None:
-    cost = found.cost
-    active = f", {amount(cost.active_parameters)} active per token" if found.experts is not None else ""
+def _costs(inspection: Inspection, *, verbose: bool) -> None:
+    cost = inspection.cost
+    active = f", {amount(cost.active_parameters)} active per token" if inspection.experts is not None else ""
     rows = [
         ("parameters", amount(cost.total_parameters) + active),
         ("FLOPs per token", f"{amount(cost.flops_per_token)}, attention scores left out"),
         ("memory", f"{size(cost.nbytes)} of weights once loaded"),
     ]
-    if found.kv_bytes_per_token:
-        rows.append(("cache", f"{size(found.kv_bytes_per_token)} per token in 16 bits"))
+    if inspection.kv_bytes_per_token:
+        rows.append(("cache", f"{size(inspection.kv_bytes_per_token)} per token in 16 bits"))
     facts(rows)
     if verbose:
         heading("Parameters by part")

@@ -80,10 +80,10 @@ def command(
         plan = plan_tokenize(complete)
         output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan, verbose=output.verbose))
         return
-    found = _tokenize(complete, out, output, resume=resume, force=force, strict=strict)
-    if found.warnings and not output.as_json:
-        bullets(found.warnings, mark="!", err=True)
-    output.result(found.to_json(), lambda: _print(found), summary=True)
+    tokenized = _tokenize(complete, out, output, resume=resume, force=force, strict=strict)
+    if tokenized.warnings and not output.as_json:
+        bullets(tokenized.warnings, mark="!", err=True)
+    output.result(tokenized.to_json(), lambda: _print(tokenized), summary=True)
 
 
 def _recipe(recipe: str, given: dict[str, Any], overrides: tuple[str, ...]) -> TokenizeRecipe:
@@ -128,10 +128,10 @@ def _print_plan(plan: TokenizePlan, *, verbose: bool) -> None:
     paragraph("Estimates from the size of the files and the speed of one laptop core. Nothing was written.")
 
 
-def _print(found: Tokenized) -> None:
-    index = found.index
+def _print(tokenized: Tokenized) -> None:
+    index = tokenized.index
     total = sum(entry.tokens for split in index.splits.values() for entry in split.values())
-    echo(bold(f"{found.out}: {amount(total)} tokens of {index.tokenizer.name}, {index.dtype}"))
+    echo(bold(f"{tokenized.out}: {amount(total)} tokens of {index.tokenizer.name}, {index.dtype}"))
     rows = [
         (
             domain if split == "train" else f"{domain} ({split})",
@@ -144,6 +144,6 @@ def _print(found: Tokenized) -> None:
         for domain, entry in entries.items()
     ]
     table(("domain", "documents", "tokens", "bytes a token", "files"), rows, right=(1, 2, 3, 4), wrap=(0,))
-    kept = f", {found.kept} of {plural(found.units, 'unit')} kept from before" if found.kept else ""
+    kept = f", {tokenized.kept} of {plural(tokenized.units, 'unit')} kept from before" if tokenized.kept else ""
     echo()
-    paragraph(f"{plural(len(index.sources), 'input file')} in {duration(found.seconds)}{kept}.")
+    paragraph(f"{plural(len(index.sources), 'input file')} in {duration(tokenized.seconds)}{kept}.")

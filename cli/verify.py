@@ -39,40 +39,40 @@ def command(out: str, against: str, output: Output) -> None:
     from llamamoe import verify
 
     with output.progress() as report:
-        found = verify(out, against, progress=report)
-    output.result(found.to_json(), lambda: _print(out, found, verbose=output.verbose), summary=True)
+        verification = verify(out, against, progress=report)
+    output.result(verification.to_json(), lambda: _print(out, verification, verbose=output.verbose), summary=True)
 
 
-def _neurons(found: Verification) -> str:
+def _neurons(verification: Verification) -> str:
     """What was found of the parent's neurons."""
-    layers = plural(found.neurons_checked, "layer")
-    if found.kept == "gate_up":
+    layers = plural(verification.neurons_checked, "layer")
+    if verification.kept == "gate_up":
         return f"gate and up rows are the parent's, bit for bit, in {layers}; down projections were repaired"
-    if found.equal_weights is None:
+    if verification.equal_weights is None:
         return f"all are the parent's, bit for bit, in {layers}"
     return f"every one found once (as often as there are copies), bit for bit, in {layers}"
 
 
-def _weights(found: Verification) -> str:
+def _weights(verification: Verification) -> str:
     """Return what was compared of all other tensors, and what could not be."""
-    copied = f"{plural(found.copied_checked, 'tensor')} outside the experts are the parent's, bit for bit"
-    if found.unproven:
-        return f"{copied}; experts and routers could not be compared with what was written: {found.unproven}"
-    return f"{copied}; all {found.hashed_checked} have the SHA-256 in the receipt"
+    copied = f"{plural(verification.copied_checked, 'tensor')} outside the experts are the parent's, bit for bit"
+    if verification.unproven:
+        return f"{copied}; experts and routers could not be compared with what was written: {verification.unproven}"
+    return f"{copied}; all {verification.hashed_checked} have the SHA-256 in the receipt"
 
 
-def _distances(found: Verification) -> list[tuple[str, str]]:
+def _distances(verification: Verification) -> list[tuple[str, str]]:
     """How far the logits are from the parent's where no exactness is claimed: the largest difference, relative."""
-    values = (("as configured", found.as_configured), ("with all experts", found.all_experts))
+    values = (("as configured", verification.as_configured), ("with all experts", verification.all_experts))
     return [(name, f"logits differ by {value:.2g} of the largest") for name, value in values if value is not None]
 
 
-def _print(out: str, found: Verification, *, verbose: bool) -> None:
+def _print(out: str, verification: Verification, *, verbose: bool) -> None:
     echo(bold(out), ": ", styled("verified", fg="green"))
     rows = []
     for name, value, allowed in (
-        ("all experts, equal weights", found.equal_weights, found.equal_tolerance),
-        ("all experts, router as stored", found.as_stored, found.stored_tolerance),
+        ("all experts, equal weights", verification.equal_weights, verification.equal_tolerance),
+        ("all experts, router as stored", verification.as_stored, verification.stored_tolerance),
     ):
         if value is not None:
             rows.append((name, error(value), error(allowed)))
@@ -82,13 +82,13 @@ def _print(out: str, found: Verification, *, verbose: bool) -> None:
         echo("  It claims no exactness; files, names and shapes are as the recipe says, all values finite.")
     facts(
         [
-            *([("neurons", _neurons(found))] if found.neurons_checked else []),
-            ("weights", _weights(found)),
-            *_distances(found),
-            ("text", f"{plural(found.num_tokens, 'token')} of {found.tokens}"),
-            ("reference", found.reference),
+            *([("neurons", _neurons(verification))] if verification.neurons_checked else []),
+            ("weights", _weights(verification)),
+            *_distances(verification),
+            ("text", f"{plural(verification.num_tokens, 'token')} of {verification.tokens}"),
+            ("reference", verification.reference),
         ]
     )
     if verbose:
         heading("FFN outputs by layer")
-        table(("layer", "difference"), [(str(i), error(e)) for i, e in found.layer_error], right=(0, 1))
+        table(("layer", "difference"), [(str(i), error(e)) for i, e in verification.layer_error], right=(0, 1))
