@@ -13,17 +13,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
+from ..architectures.dense_checkpoint import DenseModel
 from ..checkpoint.files import make_folder, remove_temporaries, replacing, write_text
 from ..errors import LlamaMoeError
 from ..lazy import torch
 from ..methods.layer import BATCH_TOKENS
 from ..models.streaming import LayerRunner, StreamedModel
 from ..progress import Progress, ProgressCallback, ignore_progress
-
-if TYPE_CHECKING:
-    from ..architectures.dense_checkpoint import DenseModel
 
 DONE_FILE = "gradients.json"
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..architectures.dense_checkpoint import DenseModel
+from ..checkpoint.base import Checkpoint
 from ..errors import CheckpointError, LlamaMoeError, UsageError
 from ..lazy import torch
 from ..models.streaming import StreamedModel
@@ -15,10 +17,6 @@ from ..progress import Progress, ProgressCallback, ignore_progress
 from .reading import leading_bos
 from .soundness import shape_facts
 from .text import MIN_TOKENS, CalibrationText
-
-if TYPE_CHECKING:
-    from ..architectures.dense_checkpoint import DenseModel
-    from ..checkpoint.base import Checkpoint
 
 SOURCE = "sampled from the parent"
 DOMAIN = "sampled"

@@ -11,16 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.dense_checkpoint import DenseModel
 from ..checkpoint.files import set_size
 from ..errors import LlamaMoeError
 from ..lazy import torch
 from ..methods.layer import BATCH_TOKENS, FfnWeights, LayerInputs
 from ..models.streaming import LayerRunner, StreamedModel
+from .compute import Compute
+from .gradients import GradientStore
 
 if TYPE_CHECKING:
-    from ..architectures.dense_checkpoint import DenseModel
-    from .compute import Compute
-    from .gradients import GradientStore
     from .text import CalibrationText
 
 

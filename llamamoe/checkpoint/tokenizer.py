@@ -16,19 +16,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError, VerificationError
 from ..lazy import tokenizers, transformers
+from .base import Checkpoint
 from .files import copy_file, unsynced, write_text
 from .infilling import infilling_warnings, open_tokenizer
 from .json_files import read_json
 from .paths import refuse_pointers
 from .reader import SIDE_FILES, VOCABULARIES
 from .tokenizer_ids import beyond_embedding
-
-if TYPE_CHECKING:
-    from .base import Checkpoint
 
 LITERAL_CLASS = "PreTrainedTokenizerFast"
 """Takes ``tokenizer.json`` as it is, in transformers 4.57 and 5, whatever the model's type."""

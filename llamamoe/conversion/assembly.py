@@ -6,17 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
+from ..architectures.dense_checkpoint import DenseModel
 from ..architectures.moe_layout import Constant, Copy, MoeLayout, Neurons, OutTensor, Router
 from ..checkpoint.memory import empty_bytes
 from ..checkpoint.tensors import cast, interleave, torch_dtype
 from ..lazy import np, torch
 from ..methods.layer import PADDING, ExpertWeights, FfnWeights, Partition
 from ..numerics import is_power_of_two
-
-if TYPE_CHECKING:
-    from ..architectures.dense_checkpoint import DenseModel
 
 
 def take(tensor: torch.Tensor, index: np.ndarray, axis: int) -> torch.Tensor:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..architectures.moe_layout import MoeLayout
+from ..architectures.sources.base import DenseSpec
 from ..calibration.compute import MAX_LENGTH, MEMORY_BYTES, REFERENCE_FLOPS
 from ..errors import RefusedError
 from ..methods.layer import BATCH_TOKENS
 from ..methods.repairs import REPAIRS
+from .defaults import Chosen
 from .recipe import NO_REPAIR
-
-if TYPE_CHECKING:
-    from ..architectures.moe_layout import MoeLayout
-    from ..architectures.sources.base import DenseSpec
-    from .defaults import Chosen
 
 SWEEPS = 4
 """How often the methods of a layer are taken to look at all its activations, beside what is counted exactly."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from .._version import __version__
+from ..checkpoint.locate import Location
 from ..checkpoint.paths import inside
 from ..errors import CheckpointError
-
-if TYPE_CHECKING:
-    from ..checkpoint.locate import Location
-    from .plan import SplitPlan
+from .plan import SplitPlan
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _INHERITED = ("license", "license_name", "license_link", "language")

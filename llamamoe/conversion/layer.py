@@ -5,28 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.moe_layout import Neurons
 from ..calibration.walk import read_ffn
 from ..checkpoint.tensors import cast, torch_dtype
 from ..lazy import np, torch
 from ..methods.contributions import router_quality
-from ..methods.layer import ExpertWeights, FfnWeights, LayerContext, Partition, TokenWeighting, token_scales
+from ..methods.layer import (
+    ExpertWeights,
+    FfnWeights,
+    LayerContext,
+    LayerInputs,
+    Partition,
+    TokenWeighting,
+    token_scales,
+)
 from ..methods.moe_layer import ConvertedFfn, dense_outputs, parity_before_repair
 from ..methods.repairs import REPAIRS
 from ..methods.router_scale import scale_router
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
+from ..methods.splitters.base import Splitter
 from ..plugins import Registry
+from ..recipes import Choice
 from .assembly import LayerParts, router_dtype
-
-if TYPE_CHECKING:
-    from ..methods.layer import LayerInputs
-    from ..methods.splitters.base import Splitter
-    from ..recipes import Choice
-    from .plan import SplitPlan
+from .plan import SplitPlan
 
 
 @dataclass(frozen=True)

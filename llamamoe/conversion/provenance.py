@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._version import __version__
+from ..checkpoint.locate import Location
 from ..lazy import torch
-
-if TYPE_CHECKING:
-    from ..checkpoint.locate import Location
-    from .plan import SplitPlan
+from .plan import SplitPlan
 
 
 def config_block(plan: SplitPlan, location: Location) -> dict[str, Any]:

@@ -13,17 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..architectures.dense_checkpoint import DenseModel
+from ..architectures.sources.base import DenseSpec
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.tensors import torch_dtype
 from ..errors import VerificationError
 from ..lazy import accelerate, torch, transformers
 from ..models.streaming import computing_keys
-
-if TYPE_CHECKING:
-    from ..architectures.dense_checkpoint import DenseModel
-    from ..architectures.sources.base import DenseSpec
 
 _SAID = ("missing_keys", "mismatched_keys", "error_msgs")
 _NOT_COMPUTED = ("extra", "tie_word_embeddings", "family")

@@ -7,8 +7,10 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..calibration.compute import Compute
+from ..calibration.gradients import GradientStore
 from ..calibration.text import CalibrationText, calibration_text
 from ..calibration.walk import Walk, cast_ffn, read_ffn
 from ..checkpoint.files import make_folder, replacing, write_text
@@ -18,15 +20,11 @@ from ..checkpoint.tokenizer import parent_tokenizer
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import CheckpointError, RefusedError
 from ..lazy import np, torch
+from ..methods.layer import LayerInputs
 from ..methods.moe_layer import ConvertedFfn, dense_outputs
 from ..progress import ProgressCallback
+from .plan import SplitPlan
 from .recipe import AUTO
-
-if TYPE_CHECKING:
-    from ..calibration.compute import Compute
-    from ..calibration.gradients import GradientStore
-    from ..methods.layer import LayerInputs
-    from .plan import SplitPlan
 
 UNIT = "calibration"
 """The unit of the ledger that keeps the facts of the text."""

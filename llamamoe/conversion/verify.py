@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ..architectures.dense_checkpoint import refuse_foreign, understand
 from ..checkpoint.locate import check_folder, locate, open_parent
@@ -25,11 +25,9 @@ from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import RefusedError, VerificationError
 from ..methods.router_scale import HARD_LOGIT
 from ..progress import Progress, ProgressCallback, ignore_progress
+from .plan import SplitPlan
 from .verify_files import Hashes, WeightsChecked, check_files, check_neurons, check_weights
 from .verify_runs import Measured, compare_logits
-
-if TYPE_CHECKING:
-    from .plan import SplitPlan
 
 EQUAL_TOLERANCE = 1e-5
 HARD_TOLERANCE = 2 * HARD_LOGIT

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..architectures.moe_layout import Constant, Copy, Neurons, OutTensor, Router
 from ..checkpoint.base import Checkpoint
@@ -20,10 +19,7 @@ from ..errors import CheckpointError, VerificationError
 from ..lazy import torch, transformers
 from ..progress import Progress, ProgressCallback
 from .assembly import make
-
-if TYPE_CHECKING:
-    from .plan import SplitPlan
-
+from .plan import SplitPlan
 
 OUTER = "outer"
 """The unit of tensors that belong to no layer: embedding, final norm and head."""

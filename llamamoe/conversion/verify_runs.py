@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.moe_layout import Neurons, Router
 from ..architectures.targets.base import Target
@@ -15,10 +15,8 @@ from ..checkpoint.tensors import torch_dtype
 from ..lazy import torch
 from ..models.streaming import StreamedModel
 from ..progress import Progress, ProgressCallback
+from .plan import SplitPlan
 from .verify_files import check_finite
-
-if TYPE_CHECKING:
-    from .plan import SplitPlan
 
 RECEIPT_TEXT = """\
 A mixture of experts keeps many small networks and uses a few of them for each word. In 1991 the idea was tried \

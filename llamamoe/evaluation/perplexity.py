@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..data.encoding import Encoded, Window, encode, windows_of
 from ..data.text import Document, read_documents
 from ..errors import LlamaMoeError, UsageError
-from ..models.loading import open_models, pick_devices
+from ..models.loading import Opened, open_models, pick_devices
 from ..progress import ProgressCallback, counting, ignore_progress
 from .scores import Counts, Evaluation, differences, model_scores
-
-if TYPE_CHECKING:
-    from ..models.loading import Opened
 
 MAX_CONTEXT = 2048
 _DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -9,16 +9,14 @@ import contextlib
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..data.encoding import Encoded, Window
 from ..errors import CheckpointError, LlamaMoeError
 from ..lazy import torch
 from ..models.loading import LOGITS_AT_ONCE
-
-if TYPE_CHECKING:
-    from ..data.encoding import Encoded, Window
 
 
 def score_windows(

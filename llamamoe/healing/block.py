@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.quiet import quiet_transformers
 from ..lazy import torch, transformers
 from ..models.streaming import StreamedModel, _load_part
 from ..training.moe_layers import MoeLayer, find_moe_layers
 from ..training.router_start import renormalise
-from .plan import FROZEN
-
-if TYPE_CHECKING:
-    from .plan import HealPlan
+from .plan import FROZEN, HealPlan
 
 
 @dataclass

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..calibration.compute import Compute
 from ..checkpoint.files import write_text
 from ..checkpoint.ledger import run_facts
 from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, normal_path, recover_replaced, system_errors
@@ -27,12 +28,11 @@ from ..models.loadable import check_model
 from ..progress import ProgressCallback, ignore_progress
 from .output import check_place, make_receipt, write_side_files
 from .plan import HealPlan, plan_heal
+from .ranks import Ranks
 from .recipe import HealRecipe
 
 if TYPE_CHECKING:
-    from ..calibration.compute import Compute
     from ..calibration.text import CalibrationText
-    from .ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.files import set_size
 from ..checkpoint.tensors import torch_dtype
 from ..lazy import torch
+from ..methods.layer import FfnWeights, LayerInputs
 from ..methods.moe_layer import dense_outputs
 from .block import NativeFfn, load_ffn
 from .plan import HealPlan, config_of
 from .train_layer import LayerTask, layer_error, start_router, train_layer
-
-if TYPE_CHECKING:
-    from ..methods.layer import FfnWeights, LayerInputs
 
 
 @dataclass(frozen=True)

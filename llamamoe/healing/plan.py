@@ -24,12 +24,11 @@ from ..data.files import find_files
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..methods.routers import ROUTERS
 from ..models.loadable import check_counts
+from .recipe import HealRecipe
 
 if TYPE_CHECKING:
     from .recipe import HealRecipe
 
-if TYPE_CHECKING:
-    from .recipe import HealRecipe
 
 FROZEN = ("e_score_correction_bias", "shared_expert_gate")
 """Parts of names of parameters that are left alone: a bias of the selection, and a gate that is fixed at one half."""

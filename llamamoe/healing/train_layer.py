@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import LlamaMoeError
 from ..lazy import np, torch
@@ -14,10 +14,8 @@ from ..numerics import wide
 from ..training.losses import LOSSES, LossContext
 from ..training.router_start import logit_std, soften
 from ..training.routing import RouterTap, Routing
-
-if TYPE_CHECKING:
-    from .block import NativeFfn
-    from .recipe import HealRecipe
+from .block import NativeFfn
+from .recipe import HealRecipe
 
 WARM_UP = 20
 """Steps over which the step size rises: Adam's second moments mean nothing before."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,14 +17,12 @@ from ..checkpoint.ledger import STATES, partial_path
 from ..checkpoint.tensors import torch_dtype
 from ..checkpoint.writer import CheckpointWriter
 from ..lazy import safetensors
+from ..methods.layer import LayerInputs
 from ..progress import Progress, ProgressCallback
 from .layer import HealedLayer, heal_layer, parent_outputs, stored_ffn
 from .plan import HealPlan
 from .ranks import Handoff, Ranks
 from .train_layer import LayerTask
-
-if TYPE_CHECKING:
-    from ..methods.layer import LayerInputs
 
 OUTER = "outer"
 """The unit of the ledger that holds embedding, final norm and head."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..lazy import torch
-from .layer import PADDING, ExpertWeights, FfnWeights, Partition
-
-if TYPE_CHECKING:
-    from .layer import LayerInputs
-    from .moe_layer import ConvertedFfn
+from .layer import PADDING, ExpertWeights, FfnWeights, LayerInputs, Partition
+from .moe_layer import ConvertedFfn
 
 Contribution = Literal["norm", "power"]
 

@@ -16,12 +16,11 @@ from pydantic import Field
 
 from ..lazy import np, scipy, torch
 from ..plugins import PluginOptions
-from .layer import LayerInputs, activate
+from .layer import FfnWeights, LayerContext, LayerInputs, activate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .layer import FfnWeights, LayerContext
 
 Distance = Literal["l1", "l2"]
 

@@ -10,18 +10,16 @@ import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..architectures.dense_checkpoint import DenseModel
+from ..checkpoint.base import Checkpoint
 from ..checkpoint.locate import check_folder, locate, open_checkpoint
 from ..checkpoint.paths import inside, refuse_pointers
 from ..checkpoint.reader import SIDE_FILES, check_side_file
 from ..errors import CheckpointError, UsageError
 from ..lazy import accelerate, torch, transformers
 from .loadable import check_config_file
-
-if TYPE_CHECKING:
-    from ..architectures.dense_checkpoint import DenseModel
-    from ..checkpoint.base import Checkpoint
 
 LOGITS_AT_ONCE = 1 << 24  # fp32 logits held at once: 64 MiB, whatever the vocabulary
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")

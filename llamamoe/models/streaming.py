@@ -11,14 +11,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..architectures.dense_checkpoint import DenseModel
 from ..checkpoint.quiet import quiet_transformers
 from ..errors import VerificationError
 from ..lazy import torch, transformers
-
-if TYPE_CHECKING:
-    from ..architectures.dense_checkpoint import DenseModel
 
 _RUNTIME = re.compile(
     r"^(_?attn_implementation|_?experts_implementation|(use_)?return_dict|torchscript|output_.*|auto_map|use_cache"

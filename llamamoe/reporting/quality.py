@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..lazy import torch
 from ..methods.contributions import Contribution, contributions
 from ..methods.layer import ExpertWeights, LayerInputs, Partition
-
-if TYPE_CHECKING:
-    from ..training.moe_layers import MoeLayer
-    from ..training.routing import Routing
-    from .text import TextBatch
+from ..training.moe_layers import MoeLayer
+from ..training.routing import Routing
+from .text import TextBatch
 
 MOST_GRAM = 1 << 28
 """Numbers of a layer's Gram matrices: 1 GiB."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from .._version import __version__
 from ..architectures.inspect import Inspection, inspect
@@ -24,9 +24,7 @@ from ..models.loading import open_models, pick_device
 from ..progress import ProgressCallback, counting, ignore_progress
 from ..training.ownership import FINAL
 from .origin import plain, provenance, training_runs
-
-if TYPE_CHECKING:
-    from .walk import Reading
+from .walk import Reading
 
 MOST_MODELS = 4
 ORACLE_TOKENS = 1024

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..lazy import torch
+from ..training.moe_layers import MoeLayer
+from ..training.routing import Routing
 from ..training.routing_statistics import LayerStatistics, RoutingStatistics
-
-if TYPE_CHECKING:
-    from ..training.moe_layers import MoeLayer
-    from ..training.routing import Routing
-    from .text import TextBatch
+from .text import TextBatch
 
 TOP_TOKENS, LEAST_COUNT = 6, 3
 """How many tokens are shown of an expert, and how often a token must have come to it."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..evaluation.perplexity import ScoringPlan
 from ..evaluation.scores import Counts
 from ..lazy import torch
-
-if TYPE_CHECKING:
-    from ..evaluation.perplexity import ScoringPlan
 
 BATCH_TOKENS = 4096
 

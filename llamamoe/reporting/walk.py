@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import LlamaMoeError
+from ..evaluation.perplexity import ScoringPlan
 from ..evaluation.scores import Counts
 from ..lazy import torch
 from .quality import OracleCollector, OutputNorms
 from .routing import RoutingCollector
 from .text import batches, counts
-
-if TYPE_CHECKING:
-    from ..evaluation.perplexity import ScoringPlan
 
 
 @dataclass(frozen=True)

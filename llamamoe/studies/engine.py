@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..calibration.compute import Compute, choose_compute
+from ..calibration.gradients import GradientStore
 from ..calibration.text import CalibrationText, shared_documents
 from ..checkpoint.files import make_folder
 from ..checkpoint.locate import Location
+from ..conversion.plan import SplitPlan
 from ..conversion.recipe import AUTO
 from ..conversion.session import make_text, with_clusters
 from ..errors import UsageError
@@ -29,10 +31,6 @@ from .in_memory import convert_in_memory
 from .measure import perplexity, replaced_ffns
 from .recipe import CompareRecipe
 from .store import sha256_of
-
-if TYPE_CHECKING:
-    from ..calibration.gradients import GradientStore
-    from ..conversion.plan import SplitPlan
 
 SAMPLED = "sampled"
 _WORK, _CHECKPOINTS = "work", "checkpoints"

@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..calibration.compute import Compute
+from ..calibration.gradients import GradientStore
+from ..calibration.text import CalibrationText
 from ..calibration.walk import Walk, cast_ffn, read_ffn
 from ..checkpoint.tensors import torch_dtype
 from ..conversion.layer import ConvertedLayer, as_function, as_stored, convert_layer
+from ..conversion.plan import SplitPlan
 from ..lazy import torch
-from ..methods.layer import ExpertWeights, FfnWeights
+from ..methods.layer import ExpertWeights, FfnWeights, LayerInputs
 from ..methods.moe_layer import ConvertedFfn, dense_outputs
 from ..methods.routers.oracle import oracle_logits
 from .measure import inputs_of
-
-if TYPE_CHECKING:
-    from ..calibration.compute import Compute
-    from ..calibration.gradients import GradientStore
-    from ..calibration.text import CalibrationText
-    from ..conversion.plan import SplitPlan
-    from ..methods.layer import LayerInputs
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..evaluation.perplexity import ScoringPlan
 from ..evaluation.scores import ModelScores, model_scores
 from ..lazy import torch
 from ..methods.layer import BATCH_TOKENS, LayerInputs
-
-if TYPE_CHECKING:
-    from ..evaluation.perplexity import ScoringPlan
-    from ..methods.moe_layer import ConvertedFfn
+from ..methods.moe_layer import ConvertedFfn
 
 
 def inputs_of(x_TH: torch.Tensor) -> LayerInputs:

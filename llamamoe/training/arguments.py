@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainingArguments
 
-if TYPE_CHECKING:
-    from .recipe import PretrainRecipe
+from .recipe import PretrainRecipe
 
 
 def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, evaluates: bool) -> TrainingArguments:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ..errors import RefusedError
 from ..lazy import torch
 from ..plugins import PluginOptions
-
-if TYPE_CHECKING:
-    from .moe_layers import MoeLayer
-    from .routing import Routing
+from .moe_layers import MoeLayer
+from .routing import Routing
 
 
 class BalancingOptions(PluginOptions):

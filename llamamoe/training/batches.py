@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..lazy import np, torch
+from .recipe import PretrainRecipe
 
 if TYPE_CHECKING:
     from ..data.shards import TokenCorpus
     from .mixtures.sampler import MixtureSampler
-    from .recipe import PretrainRecipe
 
 
 @dataclass(frozen=True)

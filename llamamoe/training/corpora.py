@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..data.shards import TokenCorpus
 from ..data.token_index import VALIDATION, read_index
 from ..errors import UsageError
-
-if TYPE_CHECKING:
-    from .recipe import DataRecipe
+from .recipe import DataRecipe
 
 
 def training_corpus(recipe: DataRecipe) -> TokenCorpus:

@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import LlamaMoeError, RefusedError, UsageError
 from ..lazy import torch
 from .distillation_options import DistillOptions, FfnTerm, HiddenTerm, resolve_layers
 from .loss_head import KlTarget
 from .model_parts import decoder_layers, ffn_modules, find_causal_lm, first_tensor, residual_multiplier
+from .parent import Parent, ParentStates
 from .routing import at_least_float32
-
-if TYPE_CHECKING:
-    from .parent import Parent, ParentStates
 
 
 @dataclass

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from ..errors import LlamaMoeError
 from .ranks import all_reduced
+from .recipe import PretrainRecipe
 from .run_folder import start_anew
-
-if TYPE_CHECKING:
-    from .recipe import PretrainRecipe
 
 Place = tuple[int, int]
 """Step and micro-batch, counted over all ranks."""

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.files import save_tensors, write_text
 from ..errors import LlamaMoeError
 from ..lazy import safetensors, torch
+from .balancing import BiasBalancing
+from .gates.base import Gate
+from .mixtures.updates.base import MixtureUpdate
 from .resuming import STATE, state_errors
+from .routing import Routing
+from .routing_statistics import RoutingStatistics
 
 if TYPE_CHECKING:
-    from .balancing import BiasBalancing
-    from .gates.base import Gate
     from .mixtures.sampler import MixtureSampler
-    from .mixtures.updates.base import MixtureUpdate
-    from .routing import Routing
-    from .routing_statistics import RoutingStatistics
 
 log = logging.getLogger("llamamoe")
 GATE = "llamamoe_gate.safetensors"

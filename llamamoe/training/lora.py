@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.files import save_tensors
 from ..lazy import peft, require, safetensors, torch
 from .moe_layers import CORRECTION_BIAS
+from .recipe import LoraRecipe
 from .resuming import REST
-
-if TYPE_CHECKING:
-    from .recipe import LoraRecipe
 
 
 def add_adapters(model: Any, recipe: LoraRecipe) -> Any:

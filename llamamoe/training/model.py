@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.config_compat import missing_keys
 from ..architectures.dense_checkpoint import refuse_foreign
@@ -16,9 +16,7 @@ from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError
 from ..lazy import torch, transformers
-
-if TYPE_CHECKING:
-    from .recipe import PretrainRecipe
+from .recipe import PretrainRecipe
 
 BLOCK = "llamamoe"
 """The key of ``config.json`` under which our own facts stand."""

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..lazy import torch
+from .distillation import Distillation
+from .dynamics import Dynamics
 from .loss_head import LossHead, next_token_labels
-
-if TYPE_CHECKING:
-    from .distillation import Distillation
-    from .dynamics import Dynamics
-    from .losses.base import LossContext, RoutingLoss
-    from .metrics import Sums
-    from .routing import RouterTap, Routing
+from .losses.base import LossContext, RoutingLoss
+from .metrics import Sums
+from .routing import RouterTap, Routing
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,13 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.costs import role_of
 from ..errors import CheckpointError, UsageError
 from ..lazy import torch
 from .moe_layers import CORRECTION_BIAS
-from .recipe import GROUPS
-
-if TYPE_CHECKING:
-    from .recipe import LrScheduleRecipe, PretrainRecipe
+from .recipe import GROUPS, LrScheduleRecipe, PretrainRecipe
 
 _EXPERT_GROUPS = ("experts", "shared")
 _NO_DECAY = ("router", "norms")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.locate import locate, locate_folder, open_parent
 from ..checkpoint.out_folder import normal_path
@@ -13,14 +13,12 @@ from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tokenizer_ids import beyond_embedding
 from ..errors import UsageError
 from .corpora import held_out_corpus, training_corpus
+from .estimate.estimate import Estimate
 from .mixtures.weights import mixture_weights
 from .model import check_folder
 from .preflight import check_place, check_run_folder, identities
+from .recipe import PretrainRecipe
 from .run_folder import refuse_used
-
-if TYPE_CHECKING:
-    from .estimate.estimate import Estimate
-    from .recipe import PretrainRecipe
 
 
 @dataclass(frozen=True)

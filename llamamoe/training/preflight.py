@@ -14,6 +14,7 @@ from ..checkpoint.locate import open_parent
 from ..checkpoint.out_folder import check_apart, check_kind
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError, UsageError
+from ..progress import ProgressCallback
 from .corpora import held_out_corpus, training_corpus
 from .distillation_options import resolve_layers
 from .estimate.shapes import read_shape
@@ -37,16 +38,13 @@ from .ownership import (
     run_id,
     step_of,
 )
+from .recipe import PretrainRecipe
 from .resuming import check_contents, check_same_run, chosen, warn_of_metrics
 
 if TYPE_CHECKING:
     from ..checkpoint.reader import SafetensorsCheckpoint
     from ..data.shards import TokenCorpus
     from .estimate.shapes import ModelShape
-    from .recipe import PretrainRecipe
-
-if TYPE_CHECKING:
-    from ..progress import ProgressCallback
     from .recipe import PretrainRecipe
 
 

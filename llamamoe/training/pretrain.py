@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._version import __version__
 from ..checkpoint.files import write_text
@@ -20,12 +20,10 @@ from .metrics import read_lines
 from .model import check_folder
 from .ownership import FACTS, METRICS
 from .preflight import check_place, check_run_folder, identities, prepare_run_folder, verify_tokens
+from .recipe import PretrainRecipe
 from .resuming import chosen
 from .run_folder import best_checkpoint, locked, refuse_used
 from .stopping import on_sigterm
-
-if TYPE_CHECKING:
-    from .recipe import PretrainRecipe
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.manifest import Manifest, file_sha256
 from ..checkpoint.reader import INDEX, SINGLE, read_weight_map
 from ..errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
 from .ownership import FACTS, MARKER, METRICS, RECIPE, manifest_of, named_checkpoints, run_id, step_of
+from .recipe import PretrainRecipe
 from .run_folder import checkpoints, complete, start_anew
-
-if TYPE_CHECKING:
-    from .recipe import PretrainRecipe
 
 log = logging.getLogger("llamamoe")
 STATE, REST = "llamamoe_training.json", "llamamoe_trained.safetensors"

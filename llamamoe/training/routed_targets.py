@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..lazy import torch
 from .model_parts import decoder_layers, ffn_modules, first_tensor, residual_multiplier
-
-if TYPE_CHECKING:
-    from .parent import Parent
-    from .routing import Routing
+from .parent import Parent
+from .routing import Routing
 
 
 def routed_targets(model: torch.nn.Module, parent: Parent) -> Callable[[Routing], torch.Tensor]:

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,11 +22,9 @@ from ..numerics import wide
 from .batches import TokenBatches
 from .loss_head import LossHead, next_token_labels
 from .moe_layers import MoeLayer
+from .recipe import PretrainRecipe
 from .routing import RouterTap, at_least_float32
 from .sharded_state import reshard
-
-if TYPE_CHECKING:
-    from .recipe import PretrainRecipe
 
 
 @dataclass(frozen=True)

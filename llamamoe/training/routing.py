@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..lazy import torch
-
-if TYPE_CHECKING:
-    from .moe_layers import MoeLayer
+from .moe_layers import MoeLayer
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ..lazy import torch
 from ..numerics import wide
-
-if TYPE_CHECKING:
-    from .moe_layers import MoeLayer
-    from .routing import Routing
+from .moe_layers import MoeLayer
+from .routing import Routing
 
 _SCALARS = 5
 """Sums kept per layer beside load and importance: tokens, router entropy, top-1, selected probability, dropped."""

@@ -6,16 +6,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.files import InUseError, is_locked, lock, open_append
 from ..checkpoint.manifest import Manifest, write_manifest
 from ..errors import LlamaMoeError, RefusedError, UsageError
 from .metrics import read_lines
 from .ownership import LOCK, MARKER, METRICS, discard, manifest_of, named_checkpoints, run_id, step_of
-
-if TYPE_CHECKING:
-    from .recipe import PretrainRecipe
+from .recipe import PretrainRecipe
 
 log = logging.getLogger("llamamoe")
 RECEIPT = "llamamoe_training_receipt.json"

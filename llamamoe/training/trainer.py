@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,22 +21,20 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..checkpoint.quiet import quiet_transformers
 from ..errors import LlamaMoeError
 from ..progress import Progress, ProgressCallback, ignore_progress
+from .batches import TokenBatches
 from .divergence import diverged, first_bad
+from .dynamics import Dynamics
 from .lora import load_rest, save_rest
 from .metrics import MetricsFile, Sums, finite
+from .objective import Objective
 from .ownership import STAGING, discard, named_checkpoints, publish, step_of
 from .parameters import lr_factors, optimizer_groups
+from .recipe import PretrainRecipe
 from .resuming import note_files, state_errors
 from .run_folder import checkpoints, is_of_the_disk, rotate
 from .sharded_state import load_optimizer, reshard, save_optimizer
 from .stopping import StopRequest
-
-if TYPE_CHECKING:
-    from .batches import TokenBatches
-    from .dynamics import Dynamics
-    from .objective import Objective
-    from .recipe import PretrainRecipe
-    from .validation import Validation
+from .validation import Validation
 
 
 @dataclass

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..lazy import np, torch
+from .batches import Layout
+from .loss_head import LossHead
 
 if TYPE_CHECKING:
     from ..data.shards import TokenCorpus
-    from .batches import Layout
-    from .loss_head import LossHead
 
 
 class Validation:

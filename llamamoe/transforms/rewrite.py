@@ -16,6 +16,7 @@ import yaml
 from .._version import __version__
 from ..architectures.dense_checkpoint import refuse_foreign
 from ..architectures.targets import TARGETS
+from ..checkpoint.base import Checkpoint
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import Shards, index_json
 from ..checkpoint.locate import Location, locate_folder
@@ -32,8 +33,6 @@ from ..progress import Progress, ProgressCallback, ignore_progress
 if TYPE_CHECKING:
     from ..checkpoint.locate import Location
 
-if TYPE_CHECKING:
-    from ..checkpoint.base import Checkpoint
 
 OUTER = "outer"
 _ROOM = 64 * 2**20

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ...plugins import Needs, Plugin
-
-if TYPE_CHECKING:
-    from ..layer import ExpertWeights, FfnWeights, LayerContext
-    from ..moe_layer import ConvertedFfn
-    from ..splitters.base import Kept
+from ..layer import ExpertWeights, FfnWeights, LayerContext
+from ..moe_layer import ConvertedFfn
+from ..splitters.base import Kept
 
 
 class Repair(Plugin, ABC):

@@ -5,22 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from ...errors import LlamaMoeError
 from ...lazy import torch
 from ...plugins import PluginOptions
-from ..layer import BATCH_TOKENS, TokenWeighting, activate, token_scales
-from ..moe_layer import dense_outputs
+from ..layer import BATCH_TOKENS, ExpertWeights, FfnWeights, LayerContext, TokenWeighting, activate, token_scales
+from ..moe_layer import ConvertedFfn, dense_outputs
+from ..splitters.base import Kept
 from .base import Repair
 from .least_squares import LeastSquares
-
-if TYPE_CHECKING:
-    from ..layer import ExpertWeights, FfnWeights, LayerContext
-    from ..moe_layer import ConvertedFfn
-    from ..splitters.base import Kept
 
 WARM_UP = 20
 """Steps over which the step size rises: Adam's second moments mean nothing before."""

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ...lazy import torch
 from ...numerics import check_finite, double_device, solve_ridge
 from ...plugins import PluginOptions
-from ..layer import BATCH_TOKENS, TokenWeighting, token_scales
+from ..layer import BATCH_TOKENS, ExpertWeights, FfnWeights, LayerContext, TokenWeighting, token_scales
+from ..moe_layer import ConvertedFfn
 from ..solvers.normal_equations import residuals
 from .base import Repair
-
-if TYPE_CHECKING:
-    from ..layer import ExpertWeights, FfnWeights, LayerContext
-    from ..moe_layer import ConvertedFfn
-
 
 OUTPUT_FLOATS = 2**25
 """How many numbers of the groups' outputs are held at a time."""

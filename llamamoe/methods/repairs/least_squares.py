@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
 from ...lazy import torch
 from ...numerics import solve_ridge
 from ...plugins import PluginOptions
-from ..layer import BATCH_TOKENS, TokenWeighting
+from ..layer import BATCH_TOKENS, ExpertWeights, FfnWeights, LayerContext, TokenWeighting
+from ..moe_layer import ConvertedFfn
 from ..solvers.normal_equations import NormalEquations, normal_equations
 from .base import Repair
-
-if TYPE_CHECKING:
-    from ..layer import ExpertWeights, FfnWeights, LayerContext
-    from ..moe_layer import ConvertedFfn
 
 Penalty = Literal["mean", "median", "balanced"]
 

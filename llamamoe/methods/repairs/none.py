@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ..layer import ExpertWeights, FfnWeights, LayerContext
+from ..moe_layer import ConvertedFfn
 from .base import Repair
-
-if TYPE_CHECKING:
-    from ..layer import ExpertWeights, FfnWeights, LayerContext
-    from ..moe_layer import ConvertedFfn
 
 
 class NoRepair(Repair):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ...lazy import np, torch
-from ..layer import PADDING
+from ..layer import PADDING, FfnWeights, LayerContext, Partition
 from ..markers import MarkerOptions
 from .base import Router
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, Partition
 
 
 class Analytic(Router):

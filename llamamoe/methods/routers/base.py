@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ...lazy import torch
 from ...plugins import Plugin
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, Partition
-    from ..moe_layer import ConvertedFfn
+from ..layer import FfnWeights, LayerContext, Partition
+from ..moe_layer import ConvertedFfn
 
 
 class Router(Plugin, ABC):

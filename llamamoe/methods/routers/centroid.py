@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...lazy import torch
-from ..layer import PADDING
+from ..layer import PADDING, FfnWeights, LayerContext, Partition
 from .base import Router
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, Partition
 
 
 class Centroid(Router):

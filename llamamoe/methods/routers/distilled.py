@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ...lazy import torch
 from ...numerics import check_finite, solve_ridge
 from ...plugins import PluginOptions
-from ..layer import ExpertWeights, TokenWeighting, token_scales
+from ..layer import ExpertWeights, FfnWeights, LayerContext, LayerInputs, Partition, TokenWeighting, token_scales
 from ..moe_layer import ConvertedFfn, dense_outputs
 from ..solvers.choice_loss import ChoiceLoss, ChoiceProblem, weighted_gram
 from ..solvers.greedy_choices import Choices, best_choices
 from .base import Router
 from .ridge import centred, log_contribution
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, LayerInputs, Partition
 
 
 class Distilled(Router):

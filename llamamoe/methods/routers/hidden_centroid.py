@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...lazy import torch
+from ..layer import FfnWeights, LayerContext, Partition
 from .base import Router
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, Partition
 
 
 class HiddenCentroid(Router):

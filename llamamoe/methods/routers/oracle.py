@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -11,10 +10,8 @@ from ...errors import RefusedError
 from ...lazy import torch
 from ...plugins import PluginOptions
 from ..contributions import Contribution, contributions
+from ..layer import ExpertWeights, FfnWeights, LayerContext, LayerInputs, Partition
 from .base import Router
-
-if TYPE_CHECKING:
-    from ..layer import ExpertWeights, FfnWeights, LayerContext, LayerInputs, Partition
 
 LEAST_CONTRIBUTION = 1e-30
 """Contributions below this count as this, so that their logarithm is a number."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ...lazy import torch
 from ...plugins import PluginOptions
+from ..layer import FfnWeights, LayerContext, Partition
 from .base import Router
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, Partition
 
 
 class Random(Router):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -11,12 +10,9 @@ from ...lazy import torch
 from ...numerics import check_finite, double_device, solve_ridge
 from ...plugins import PluginOptions
 from ..contributions import Contribution, contributions
-from ..layer import TokenWeighting, token_scales
+from ..layer import FfnWeights, LayerContext, Partition, TokenWeighting, token_scales
+from ..moe_layer import ConvertedFfn
 from .base import Router
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, Partition
-    from ..moe_layer import ConvertedFfn
 
 
 class Ridge(Router):

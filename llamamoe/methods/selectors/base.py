@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 from ...lazy import np
 from ...plugins import Plugin
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext
+from ..layer import FfnWeights, LayerContext
 
 
 class Selector(Plugin, ABC):

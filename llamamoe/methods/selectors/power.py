@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...lazy import np, torch
+from ..layer import FfnWeights, LayerContext
 from .base import Selector
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext
 
 
 class Power(Selector):

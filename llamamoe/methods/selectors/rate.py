@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...lazy import np
+from ..layer import FfnWeights, LayerContext
 from ..markers import MarkerOptions
 from .base import Selector
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext
 
 
 class Rate(Selector):

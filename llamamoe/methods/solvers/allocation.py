@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..layer import PADDING, Partition
-
-if TYPE_CHECKING:
-    from ..layer import LayerContext
+from ..layer import PADDING, LayerContext, Partition
 
 
 def assign_greedily(score_NF: np.ndarray, capacity: int) -> np.ndarray:

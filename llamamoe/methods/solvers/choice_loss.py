@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ...lazy import torch
 from ...numerics import double_device, solve_ridge
+from ..layer import LayerInputs
 from .transport import top_k_threshold
-
-if TYPE_CHECKING:
-    from ..layer import LayerInputs
 
 ChoiceLoss = Literal["logistic", "softmax"]
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ...lazy import torch
+from ..layer import FfnWeights, LayerInputs
 from ..moe_layer import ConvertedFfn, dense_outputs
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerInputs
 
 FLOATS_AT_ONCE = 2**24
 """Most numbers that the outputs of all experts and their scalar products may take at a time (64 MB)."""

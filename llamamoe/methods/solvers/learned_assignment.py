@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ...lazy import np, torch
 from ...plugins import PluginOptions
+from ..layer import FfnWeights, LayerContext, LayerInputs
 from .balance import assign_with_prices
 from .transport import balanced_transport, soft_top_k, transport_gradient
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, LayerInputs
 
 MARGIN = 0.5
 """By how much a neuron's first expert leads at the start, in standard deviations of its logits."""

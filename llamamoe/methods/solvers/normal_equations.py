@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ...lazy import torch
 from ...numerics import check_finite, double_device
-from ..layer import PADDING, TokenWeighting, token_scales
+from ..layer import PADDING, FfnWeights, LayerContext, LayerInputs, TokenWeighting, token_scales
 from ..moe_layer import ConvertedFfn, dense_outputs
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, LayerInputs
 
 BLOCK_PLACES = 512
 """Experts narrower than this are summed several at a time: products with few rows are slow, and so is picking rows."""

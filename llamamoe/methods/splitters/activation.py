@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ...lazy import np, scipy
-from ..layer import BATCH_TOKENS, Partition
+from ..layer import BATCH_TOKENS, FfnWeights, LayerContext, Partition
 from ..markers import Distance, MarkerOptions
 from .base import Splitter, routed_neurons
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext
 
 
 class Activation(Splitter):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from ...lazy import np, torch
 from ...plugins import Plugin
-
-if TYPE_CHECKING:
-    from ..layer import ExpertWeights, FfnWeights, LayerContext, Partition
+from ..layer import ExpertWeights, FfnWeights, LayerContext, Partition
 
 Kept = Literal["neurons", "gate_up", "nothing"]
 """What a conversion copies bit for bit: whole neurons, their gate and up rows only, or nothing it could be held to."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ...lazy import np, torch
 from ...plugins import PluginOptions
-from ..layer import BATCH_TOKENS, FfnWeights, Partition
+from ..layer import BATCH_TOKENS, FfnWeights, LayerContext, LayerInputs, Partition
 from .base import Splitter, routed_neurons
-
-if TYPE_CHECKING:
-    from ..layer import LayerContext, LayerInputs
 
 Kernel = Literal["plain", "l1_norm", "l2_norm"]
 

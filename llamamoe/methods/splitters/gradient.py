@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from ...lazy import np, torch
 from ...plugins import PluginOptions
-from ..layer import PADDING, ExpertWeights, Partition
+from ..layer import PADDING, ExpertWeights, FfnWeights, LayerContext, LayerInputs, Partition
 from .base import Kept, Splitter, routed_neurons
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, LayerInputs
 
 SAMPLE = 16384
 """Tokens that are clustered, at most; every token is then assigned to the centroid that its router would choose."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ...lazy import np, torch
 from ...plugins import PluginOptions
-from ..layer import Partition
+from ..layer import FfnWeights, LayerContext, Partition
 from .base import Splitter, routed_neurons
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext
 
 
 class KMeans(Splitter):

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ...lazy import np, torch
 from ...numerics import check_finite
-from ..layer import Partition, TokenWeighting, token_scales
+from ..layer import FfnWeights, LayerContext, Partition, TokenWeighting, token_scales
 from ..solvers.learned_assignment import LearningOptions
 from .base import Splitter, routed_neurons
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext
 
 
 class Learned(Splitter):

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...lazy import np
-from ..layer import Partition
+from ..layer import FfnWeights, LayerContext, Partition
 from .base import Splitter, routed_neurons
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext
 
 
 class Random(Splitter):

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ...lazy import np, torch
 from ...plugins import PluginOptions
-from ..layer import Partition, TokenWeighting, token_scales
+from ..layer import FfnWeights, LayerContext, LayerInputs, Partition, TokenWeighting, token_scales
 from ..solvers.balance import assign_balanced
 from .base import Splitter, routed_neurons
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext, LayerInputs
 
 
 class TokenClusters(Splitter):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ...lazy import np, torch
 from ...plugins import PluginOptions
-from ..layer import PADDING, ExpertWeights, Partition
+from ..layer import PADDING, ExpertWeights, FfnWeights, LayerContext, Partition
 from .base import Kept, Splitter, routed_neurons
-
-if TYPE_CHECKING:
-    from ..layer import FfnWeights, LayerContext
 
 
 class Upcycle(Splitter):

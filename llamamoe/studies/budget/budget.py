@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..._version import __version__
 from ...architectures.dense_checkpoint import understand
@@ -23,10 +23,8 @@ from ..sizes import Sizes
 from .search import DenseSet, dense_sets, least_damage, share_out
 from .sensitivities import SENSITIVITIES
 from .sensitivities.base import Task
+from .sensitivities.curves import Curves
 from .sizes import Sizer
-
-if TYPE_CHECKING:
-    from .sensitivities.curves import Curves
 
 SIMULATED = "simulated: no architecture of transformers holds it"
 SMALLER = 0.75

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ...errors import RefusedError
 from ...lazy import np
-
-if TYPE_CHECKING:
-    from ..sizes import Sizes
-    from .sensitivities.curves import Curves
+from ..sizes import Sizes
+from .sensitivities.curves import Curves
 
 DenseForm = Literal["none", "leading", "ends", "any"]
 """Which layers a target lets stay dense (see `Target.dense_layers`)."""

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from ..recipe import PretrainRecipe
-    from .shapes import LayerShape, ModelShape
+from ..recipe import PretrainRecipe
+from .shapes import LayerShape, ModelShape
 
 Style = Literal["grouped", "eager", "batched", "sorted", "masked"]
 _STYLES: dict[str | None, Style] = {

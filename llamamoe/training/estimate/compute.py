@@ -8,13 +8,9 @@ out: norms, activations, the optimiser, LoRA's sums of weights, communication an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..metrics import training_flops
-
-if TYPE_CHECKING:
-    from ..recipe import PretrainRecipe
-    from .shapes import ModelShape
+from ..recipe import PretrainRecipe
+from .shapes import ModelShape
 
 
 def operations(

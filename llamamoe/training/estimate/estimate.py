@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...checkpoint.base import TensorInfo
 from ..parameters import group_of
+from ..recipe import PretrainRecipe
 from .activations import Widths, experts_of, style_of
 from .compute import disk, operations
 from .memory import StepMemory
 from .shapes import ModelShape, read_shape
 from .sharding import Sharding, adapters
-
-if TYPE_CHECKING:
-    from ...checkpoint.base import TensorInfo
-    from ..recipe import PretrainRecipe
 
 
 @dataclass(frozen=True)

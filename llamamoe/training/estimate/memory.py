@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ..recipe import PretrainRecipe
 from .activations import (
     Pass,
     Widths,
@@ -34,11 +34,8 @@ from .activations import (
     style_of,
     working_bytes,
 )
+from .shapes import LayerShape, ModelShape
 from .sharding import Sharding, adapters, trained_groups
-
-if TYPE_CHECKING:
-    from ..recipe import PretrainRecipe
-    from .shapes import LayerShape, ModelShape
 
 FIXED_OVERHEAD = 2**30
 """A GPU's context, libraries and their work spaces, communication buffers: an allowance, not derived from anything."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...architectures.sources.base import positive
 from ...architectures.targets import TARGETS
+from ...checkpoint.base import TensorInfo
 from ..parameters import group_of
-
-if TYPE_CHECKING:
-    from ...checkpoint.base import TensorInfo
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..recipe import PretrainRecipe
-    from .shapes import LayerShape, ModelShape
+from ..recipe import PretrainRecipe
+from .shapes import LayerShape, ModelShape
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
 from ...errors import RefusedError
 from ...lazy import dist, torch
 from ...plugins import Plugin
-
-if TYPE_CHECKING:
-    from ..moe_layers import MoeLayer
+from ..moe_layers import MoeLayer
 
 Native = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]]
 """The native router's forward: hidden states to logits ``[T, N]``, weights ``[T, k]``, indices ``[T, k]``."""

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ...lazy import torch
 from ...plugins import PluginOptions
-from .base import Gate, Gated
-
-if TYPE_CHECKING:
-    from ..moe_layers import MoeLayer
-    from .base import Native
+from ..moe_layers import MoeLayer
+from .base import Gate, Gated, Native
 
 
 class Jitter(Gate):

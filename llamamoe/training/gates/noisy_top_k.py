@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from ...lazy import torch
 from ...plugins import PluginOptions
-from .base import Gate, Gated
+from ..moe_layers import MoeLayer
+from .base import Gate, Gated, Native
 from .selection import ranked_TN, weights_Tk
-
-if TYPE_CHECKING:
-    from ..moe_layers import MoeLayer
-    from .base import Native
 
 
 class NoisyTopK(Gate):

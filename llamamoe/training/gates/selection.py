@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...lazy import torch
-
-if TYPE_CHECKING:
-    from ..moe_layers import MoeLayer
+from ..moe_layers import MoeLayer
 
 
 def scores_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from ...lazy import torch
 from ...plugins import PluginOptions
-from .base import Gate, Gated
+from ..moe_layers import MoeLayer
+from .base import Gate, Gated, Native
 from .selection import capacity, positions, scores_TN
-
-if TYPE_CHECKING:
-    from ..moe_layers import MoeLayer
-    from .base import Native
 
 
 class SwitchGate(Gate):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ...lazy import torch
-from .base import Gate, Gated
-
-if TYPE_CHECKING:
-    from ..moe_layers import MoeLayer
-    from .base import Native
+from ..moe_layers import MoeLayer
+from .base import Gate, Gated, Native
 
 
 class TopK(Gate):

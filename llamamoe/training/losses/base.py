@@ -5,16 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from ...lazy import torch
 from ...plugins import Plugin, PluginOptions
-
-if TYPE_CHECKING:
-    from ..gates.base import Gate
-    from ..routing import Routing
+from ..gates.base import Gate
+from ..routing import Routing
 
 Window = Literal["micro_batch", "all_ranks"]
 """Whose tokens are balanced together: one rank's micro-batch, or the micro-batches that all ranks have at that moment."""

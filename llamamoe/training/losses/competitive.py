@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ...lazy import torch
-from ..routing import at_least_float32
+from ..routing import Routing, at_least_float32
 from .base import LossContext, RoutingLoss
-
-if TYPE_CHECKING:
-    from ..routing import Routing
 
 Scale = Literal["fitted", "alone"]
 

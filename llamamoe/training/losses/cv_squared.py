@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ...lazy import torch
-from ..routing import at_least_float32
+from ..gates.base import Gate
+from ..routing import Routing, at_least_float32
 from .base import LossContext, RoutingLoss, WindowOptions
-
-if TYPE_CHECKING:
-    from ..gates.base import Gate
-    from ..routing import Routing
 
 
 class CvSquared(RoutingLoss):

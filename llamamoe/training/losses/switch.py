@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ...lazy import torch
+from ..routing import Routing
 from .base import LossContext, RoutingLoss, WindowOptions
-
-if TYPE_CHECKING:
-    from ..routing import Routing
 
 
 class Switch(RoutingLoss):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from ...lazy import torch
-from ..routing import at_least_float32
+from ..routing import Routing, at_least_float32
 from .base import LossContext, RoutingLoss
-
-if TYPE_CHECKING:
-    from ..routing import Routing
 
 
 class Z(RoutingLoss):

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ....calibration.compute import Compute
+from ....calibration.gradients import GradientStore
+from ....calibration.walk import Walk
+from ....conversion.plan import SplitPlan
 from ....lazy import torch
 from ....methods.layer import BATCH_TOKENS
 from ....plugins import Plugin
@@ -14,11 +18,7 @@ from ....progress import ProgressCallback, ignore_progress
 from .curves import Curves
 
 if TYPE_CHECKING:
-    from ....calibration.compute import Compute
-    from ....calibration.gradients import GradientStore
     from ....calibration.text import CalibrationText
-    from ....calibration.walk import Walk
-    from ....conversion.plan import SplitPlan
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ....calibration.compute import MEMORY_BYTES
+from ....calibration.compute import MEMORY_BYTES, Compute
+from ....calibration.gradients import GradientStore
+from ....calibration.text import CalibrationText
 from ....calibration.walk import cast_ffn, read_ffn
 from ....conversion.layer import convert_layer
 from ....conversion.session import with_clusters
@@ -20,11 +22,6 @@ from ....models.streaming import LayerRunner, StreamedModel
 from ....progress import Progress
 from .base import Sensitivity, Task, pass_flops
 from .curves import Curves
-
-if TYPE_CHECKING:
-    from ....calibration.compute import Compute
-    from ....calibration.gradients import GradientStore
-    from ....calibration.text import CalibrationText
 
 HELD_OUT = 5
 """One sequence in so many is kept from the conversion, at least one."""

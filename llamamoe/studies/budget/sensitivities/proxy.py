@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ....calibration.walk import Walk, cast_ffn, read_ffn
 from ....errors import LlamaMoeError
 from ....lazy import np, torch
+from ....methods.layer import LayerInputs
 from ....progress import Progress
 from .base import Sensitivity, Task, pass_flops
 from .curves import Curves
-
-if TYPE_CHECKING:
-    from ....methods.layer import LayerInputs
 
 STEPS = 32
 """The curve is taken at the shares 1/32, 2/32, ... 31/32."""
