@@ -27,9 +27,10 @@ from transformers import (
 from llamamoe.data.encoding import encode
 from llamamoe.data.text import Document, read_documents
 from llamamoe.errors import CheckpointError, LlamaMoeError, UsageError
+from llamamoe.evaluation import scoring
 from llamamoe.evaluation.perplexity import evaluate
 from llamamoe.evaluation.scores import Counts, differences, model_scores
-from llamamoe.models import loading as scoring
+from llamamoe.models import loading
 from tests.paths import SHARED_DATA, needs_shared_data
 
 WORDS = [
@@ -308,13 +309,13 @@ def test_one_model_is_gone_before_the_other_comes(with_bos, corpus, monkeypatch)
     import gc
 
     alive: list[int] = []
-    load = scoring.load_weights
+    load = loading.load_weights
 
     def spy(*args: object) -> object:
         alive.append(sum(type(thing) is LlamaForCausalLM for thing in gc.get_objects()))
         return load(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(scoring, "load_weights", spy)
+    monkeypatch.setattr(loading, "load_weights", spy)
     gc.collect()
     evaluate(with_bos, [corpus], against=with_bos)
     assert alive[1] == alive[0]
