@@ -47,7 +47,7 @@ lint: $(VENV)/.stamp-dev  ## Check style, formatting, types and which module may
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/lint-imports --config setup.cfg --no-cache
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.stamp-dev  ## Format the code and repair what ruff can
 	$(BIN)/ruff check --fix

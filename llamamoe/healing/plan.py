@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.dense_checkpoint import DenseModel, refuse_foreign, understand
 from ..architectures.expert_weighting import mixing_of, renormalising
@@ -25,10 +25,6 @@ from ..errors import CheckpointError, RefusedError, UsageError
 from ..methods.routers import ROUTERS
 from ..models.loadable import check_counts
 from .recipe import HealRecipe
-
-if TYPE_CHECKING:
-    from .recipe import HealRecipe
-
 
 FROZEN = ("e_score_correction_bias", "shared_expert_gate")
 """Parts of names of parameters that are left alone: a bias of the selection, and a gate that is fixed at one half."""

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +20,8 @@ from ..transforms.rewrite import derived_card
 from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
 from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id
+from .recipe import PretrainRecipe
 from .run_folder import RECEIPT, complete
-
-if TYPE_CHECKING:
-    from .recipe import PretrainRecipe
 
 
 def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:

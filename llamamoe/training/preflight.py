@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.targets import TARGETS
 from ..checkpoint.contents import content_fingerprint
@@ -13,11 +13,12 @@ from ..checkpoint.json_files import read_json
 from ..checkpoint.locate import open_parent
 from ..checkpoint.out_folder import check_apart, check_kind
 from ..checkpoint.reader import SafetensorsCheckpoint
+from ..data.shards import TokenCorpus
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..progress import ProgressCallback
 from .corpora import held_out_corpus, training_corpus
 from .distillation_options import resolve_layers
-from .estimate.shapes import read_shape
+from .estimate.shapes import ModelShape, read_shape
 from .gates import GATES
 from .metrics import check_lines
 from .mixtures.updates import MIXTURES
@@ -40,12 +41,6 @@ from .ownership import (
 )
 from .recipe import PretrainRecipe
 from .resuming import check_contents, check_same_run, chosen, warn_of_metrics
-
-if TYPE_CHECKING:
-    from ..checkpoint.reader import SafetensorsCheckpoint
-    from ..data.shards import TokenCorpus
-    from .estimate.shapes import ModelShape
-    from .recipe import PretrainRecipe
 
 
 def check_place(out: Path, recipe: PretrainRecipe, source: Path, parent: Path | None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -29,10 +29,6 @@ from ..errors import LlamaMoeError, RefusedError
 from ..lazy import torch
 from ..models.loadable import check_counts, check_loads, check_model
 from ..progress import Progress, ProgressCallback, ignore_progress
-
-if TYPE_CHECKING:
-    from ..checkpoint.locate import Location
-
 
 OUTER = "outer"
 _ROOM = 64 * 2**20
