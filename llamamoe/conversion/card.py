@@ -2,79 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .._version import __version__
 from ..checkpoint.locate import Location
-from ..checkpoint.paths import inside
-from ..errors import CheckpointError
+from ..checkpoint.readme import HUB_ID, INHERITED, USE, parent_metadata
 from .plan import SplitPlan
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_INHERITED = ("license", "license_name", "license_link", "language")
-"""Keys of a parent's metadata that hold for what is made from it."""
-_HEAD_BYTES, _CARD_BYTES = 2**16, 2**20
-_MOST_NESTED = 16
-_USE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```"""
-
-
-def parent_metadata(folder: Path) -> dict[str, Any]:
-    """What the YAML block at the head of the parent's model card says in plain strings; empty if there is none.
-
-    A card is anybody's text: only its first bytes are read, of a regular file inside the folder, without aliases and
-    without deep nesting.
-    """
-    try:
-        text = read_card(folder, _HEAD_BYTES)
-        found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        data = yaml.safe_load(found[1]) if found and _is_plain(found[1]) else {}
-    except (ValueError, yaml.YAMLError):  # ValueError: a date that does not exist
-        return {}
-    if not isinstance(data, dict):
-        return {}
-    return {key: value for key, value in data.items() if isinstance(key, str) and _is_text(value)}
-
-
-def read_card(folder: Path, limit: int = _CARD_BYTES) -> str:
-    """The first bytes of a folder's README.md as text; empty if there is none, or it is not a regular file in it."""
-    try:
-        with inside(folder, "README.md").open("rb") as file:
-            return file.read(limit).decode("utf-8", "ignore").replace("\r\n", "\n")
-    except (OSError, CheckpointError):
-        return ""
-
-
-def _is_plain(text: str) -> bool:
-    """Whether YAML has no aliases and little nesting: looked at event by event, nothing is built."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > _MOST_NESTED:
-            return False
-    return True
-
-
-def _is_text(value: Any) -> bool:
-    texts = value if isinstance(value, list) else [value]
-    return all(isinstance(each, str) and each.isprintable() for each in texts)
 
 
 def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
     parent = parent_metadata(location.path) if location.path.is_dir() else {}
     config_name = str(plan.model.checkpoint.config.get("_name_or_path", ""))
-    base = next((n for n in (location.name, config_name) if _HUB_ID.fullmatch(n)), None)
+    base = next((n for n in (location.name, config_name) if HUB_ID.fullmatch(n)), None)
     data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     data["tags"] = ["moe", "llamamoe", plan.target.name] if plan.target.routed else ["llamamoe"]
-    data |= {key: parent[key] for key in _INHERITED if key in parent}
+    data |= {key: parent[key] for key in INHERITED if key in parent}
     if base:
         data["base_model"] = base
     return data
@@ -133,7 +77,7 @@ def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: 
         f"Made by llamamoe {__version__} from `{location.name}`"
         + (f" at revision `{location.revision}`" if location.revision else "")
         + f": {_made(plan)}. Architecture: `{plan.config['architectures'][0]}` of transformers, no remote code.",
-        _USE,
+        USE,
         "## Is it the same model?\n\n" + _exactness(plan),
         "## What it costs\n\n" + _cost_table(plan),
         "## How it was made\n\n`llamamoe split SOURCE OUT --recipe llamamoe_recipe.yaml`, with\n\n```yaml\n"

@@ -17,9 +17,9 @@ from ..checkpoint.files import copy_file, open_append, write_text
 from ..checkpoint.ledger import LEDGER, partial_path
 from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECIPE_FILE, check_out, free_bytes
 from ..checkpoint.reader import INDEX
+from ..checkpoint.readme import read_card
 from ..checkpoint.tokenizer import carry
 from ..conversion.advice import UNTRAINED
-from ..conversion.card import read_card
 from ..errors import RefusedError
 from ..models.loadable import check_loads
 from .plan import HealPlan, config_of, factors_of

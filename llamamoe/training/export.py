@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..architectures.targets import TARGETS
 from ..checkpoint.files import write_text
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.readme import derived_card
 from ..errors import LlamaMoeError, printable
 from ..models.loadable import check_loads
-from ..transforms.rewrite import derived_card
 from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
 from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id
@@ -73,7 +74,8 @@ def _card(recipe: PretrainRecipe, source: Path, trained: Mapping[str, Any]) -> s
         f"{RECIPE} is the recipe, {RECEIPT} says what was found at the start and which versions ran."
     )
     model_type = str(SafetensorsCheckpoint(source).config.get("model_type"))
-    return derived_card([source], [name], f"{name} after continued pretraining", story, (), model_type=model_type)
+    moe = model_type if model_type in TARGETS else None
+    return derived_card([source], [name], f"{name} after continued pretraining", story, (), moe=moe)
 
 
 def _called(source: str) -> str:

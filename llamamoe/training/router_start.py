@@ -179,12 +179,8 @@ def _renormalised(moe: MoeLayer, factor: float) -> MoeLayer:
 
 
 log = logging.getLogger("llamamoe")
-
-
 HARD_STD = 0.01
 """A router whose logits spread by less than this is a hard one: its weights are equal to 1 %."""
-
-
 START_BLOCKS = 8
 """Blocks of text on which the spread of the logits is measured."""
 

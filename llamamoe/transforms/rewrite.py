@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .._version import __version__
 from ..architectures.dense_checkpoint import refuse_foreign
 from ..architectures.targets import TARGETS
@@ -22,9 +20,9 @@ from ..checkpoint.layout import Shards, index_json
 from ..checkpoint.locate import Location, locate_folder
 from ..checkpoint.out_folder import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
+from ..checkpoint.readme import derived_card
 from ..checkpoint.tokenizer import carry, check_parent
 from ..checkpoint.writer import CheckpointWriter
-from ..conversion.card import _HUB_ID, _INHERITED, _USE, parent_metadata
 from ..errors import LlamaMoeError, RefusedError
 from ..lazy import torch
 from ..models.loadable import check_counts, check_loads, check_model
@@ -195,7 +193,8 @@ def _write_side_files(job: Rewriting, folder: Path, receipt: Mapping[str, Any], 
     check_loads(folder)
     write_text(folder / DERIVED_FILE, json.dumps(receipt, indent=2) + "\n")
     folders, names = [each.path for each in job.checkpoints], [each.name for each in job.sources]
-    card = derived_card(folders, names, job.title, job.story, job.warnings, model_type=str(config["model_type"]))
+    moe = str(config["model_type"]) if config["model_type"] in TARGETS else None
+    card = derived_card(folders, names, job.title, job.story, job.warnings, moe=moe)
     write_text(folder / "README.md", card)
 
 
@@ -243,38 +242,3 @@ def same_tensors(checkpoints: Sequence[SafetensorsCheckpoint]) -> list[str]:
                 reasons.append(f"{name} is {list(shapes[0])} in {first.path}, but {list(shapes[1])} in {other.path}")
                 break
     return reasons
-
-
-def derived_card(
-    folders: Sequence[Path], names: Sequence[str], title: str, story: str, warnings: tuple[str, ...], *, model_type: str
-) -> str:
-    """README.md of a checkpoint that was made from others.
-
-    Args:
-        folders: Of what it was made from; licence and language are those of the first that names them.
-        names: The same as names; those that are hub ids become ``base_model``.
-        title: Its headline.
-        story: How it was made, in sentences.
-        warnings: Good to know.
-        model_type: Its architecture.
-    """
-    heads = [parent_metadata(folder) for folder in folders]
-    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    data["tags"] = ["moe", "llamamoe", model_type] if model_type in TARGETS else ["llamamoe"]
-    for key in _INHERITED:
-        found = next((head[key] for head in heads if key in head), None)
-        data |= {key: found} if found is not None else {}
-    bases = [name for name in names if _HUB_ID.fullmatch(name)]
-    data |= {"base_model": bases[0] if len(bases) == 1 else bases} if bases else {}
-    parts = [
-        "---\n" + yaml.safe_dump(data, sort_keys=False).strip() + "\n---",
-        f"# {title}",
-        f"Made by llamamoe {__version__}. {story}",
-        _USE,
-    ]
-    if warnings:
-        parts.append("## Good to know\n\n" + "\n".join(f"- {each}" for each in warnings))
-    licences = sorted({str(head["license"]) for head in heads if "license" in head})
-    more = f" They name: {', '.join(licences)}." if len(licences) > 1 else ""
-    parts.append(f"## Licence\n\nThat of the models that it was made from applies.{more}")
-    return "\n\n".join(parts) + "\n"

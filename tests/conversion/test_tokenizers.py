@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from llamamoe import split, verify
 from llamamoe.checkpoint import tokenizer
+from llamamoe.checkpoint.readme import parent_metadata
 from llamamoe.checkpoint.tokenizer import PROBES, difference, ids_sha256
-from llamamoe.conversion.card import parent_metadata
 from llamamoe.conversion.recipe import build_recipe
 from llamamoe.conversion.split import plan_conversion
 from llamamoe.errors import CheckpointError, VerificationError

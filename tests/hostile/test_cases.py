@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from llamamoe_cli.main import root
 
 import llamamoe
-from llamamoe.conversion.card import parent_metadata
+from llamamoe.checkpoint.readme import parent_metadata
 from tests.models import make_dense
 from tests.paths import SHARED_DATA
 
