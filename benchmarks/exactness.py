@@ -27,7 +27,7 @@ from llamamoe.checkpoint.gguf.reader import export_dense
 from llamamoe.methods.router_scale import HARD_LOGIT
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.models import VARIANTS, make_dense
+from tests.dense import VARIANTS, make_dense
 
 
 def smollm2(folder: Path, dtype: str) -> Path:

@@ -41,7 +41,7 @@ from llamamoe.training.recipe import PretrainRecipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.meters import meter_of
-from tests.models import make_dense
+from tests.dense import make_dense
 from tests.training.runs import make_text
 
 SIZES = {

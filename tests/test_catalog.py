@@ -22,7 +22,7 @@ from llamamoe.models.experts import EXPERTS, PREFIX
 from llamamoe.training.gates import GATES
 from llamamoe.training.losses import LOSSES
 from llamamoe.training.mixtures.updates import MIXTURES
-from tests.models import make_dense
+from tests.dense import make_dense
 
 REGISTRIES = {
     "splitter": SPLITTERS,

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llamamoe.data.recipe import TokenizeRecipe, load_tokenize_recipe
-from tests.models import make_tokenizer
+from tests.dense import make_tokenizer
 
 
 def make_model(folder: Path, vocab_size: int = 128) -> Path:

@@ -15,7 +15,7 @@ from llamamoe.checkpoint.base import DTYPE_BYTES
 from llamamoe.checkpoint.layout import shard_header
 from llamamoe.conversion.split import plan_conversion, split
 from llamamoe.errors import CheckpointError
-from tests.models import make_dense
+from tests.dense import make_dense
 
 
 def write_sparse(

@@ -17,7 +17,7 @@ from llamamoe.errors import LlamaMoeError
 from llamamoe.models import loading as scoring
 from llamamoe.models.streaming import LayerRunner
 from llamamoe.progress import Progress
-from tests.models import VARIANTS, make_dense
+from tests.dense import VARIANTS, make_dense
 
 IDS = torch.randint(3, 128, (5, 12), generator=torch.Generator().manual_seed(0))
 

@@ -14,7 +14,7 @@ from llamamoe.calibration.sampled import _draw, open_tokenizer, sample_text
 from llamamoe.checkpoint.locate import Location, open_checkpoint
 from llamamoe.errors import CheckpointError, LlamaMoeError, UsageError
 from llamamoe.progress import Progress
-from tests.models import make_dense, make_tokenizer
+from tests.dense import make_dense, make_tokenizer
 
 FEW = {"num_tokens": 256, "length": 16, "seed": 0}
 

@@ -18,7 +18,7 @@ from llamamoe.calibration.soundness import odd_warnings, tokens_per_byte, unknow
 from llamamoe.calibration.text import CalibrationText, calibration_text, document_hash, shared_documents, shares
 from llamamoe.data.text import read_documents
 from llamamoe.errors import CheckpointError, LlamaMoeError, UsageError
-from tests.models import make_tokenizer
+from tests.dense import make_tokenizer
 
 EOS = 2
 

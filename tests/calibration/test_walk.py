@@ -18,7 +18,7 @@ from llamamoe.calibration.walk import Walk, read_ffn
 from llamamoe.checkpoint.locate import locate, open_checkpoint
 from llamamoe.errors import LlamaMoeError
 from llamamoe.methods.moe_layer import dense_outputs
-from tests.models import VARIANTS, make_dense
+from tests.dense import VARIANTS, make_dense
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 SEQUENCES, LENGTH = 5, 24

@@ -17,7 +17,7 @@ from llamamoe.checkpoint.locate import locate
 from llamamoe.checkpoint.reader import INDEX, SafetensorsCheckpoint
 from llamamoe.errors import CheckpointError, LlamaMoeError
 from llamamoe.models.loading import open_model
-from tests.models import make_dense
+from tests.dense import make_dense
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

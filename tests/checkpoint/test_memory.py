@@ -16,7 +16,7 @@ from llamamoe.checkpoint import memory as module
 from llamamoe.checkpoint.memory import empty_bytes, reused_memory
 from llamamoe.checkpoint.writer import CheckpointWriter, tensor_bytes
 from llamamoe.conversion.assembly import take
-from tests.models import make_dense
+from tests.dense import make_dense
 
 SIZE = 2**20
 

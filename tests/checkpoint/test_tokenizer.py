@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import llamamoe
 from llamamoe.checkpoint.tokenizer import PROBES, difference
-from tests.models import make_dense
+from tests.dense import make_dense
 from tests.paths import SHARED_DATA
 
 STORIES = SHARED_DATA / "models" / "stories260k"

@@ -11,7 +11,7 @@ from llamamoe import load_recipe, plan_conversion, plan_pretraining, split, toke
 from llamamoe.checkpoint.tokenizer_ids import beyond_embedding
 from llamamoe.data.recipe import load_tokenize_recipe
 from llamamoe.training.recipe import load_pretrain_recipe
-from tests.models import make_dense
+from tests.dense import make_dense
 
 RANDOM = {"method": "random", "num_experts": 4, "top_k": 2}
 
@@ -90,7 +90,7 @@ def test_of_the_model_that_is_trained(dense: Path, tmp_path: Path) -> None:
 def test_of_a_folder_in_the_place_of_a_gguf_files_tokenizer(dense: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     from tests.cli.test_parents import make_gguf
-    from tests.models import make_byte_level
+    from tests.dense import make_byte_level
 
     source = make_dense(tmp_path / "source", vocab_size=300, intermediate_size=192)
     make_byte_level(source)

@@ -15,7 +15,7 @@ from llamamoe_cli.main import root
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.models import make_dense
+from tests.dense import make_dense
 
 Run = Callable[..., Result]
 

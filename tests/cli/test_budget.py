@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import make_dense
+from tests.dense import make_dense
 
 from .conftest import Run
 

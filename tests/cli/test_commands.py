@@ -14,7 +14,7 @@ from llamamoe_cli.evaluate import with_error
 from llamamoe.catalog import list_methods
 from llamamoe.studies.demo import DemoResult, DemoRow
 
-from ..models import make_byte_level, make_dense
+from ..dense import make_byte_level, make_dense
 from .conftest import Run
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from llamamoe.checkpoint.gguf.reader import export_dense
 from llamamoe.checkpoint.gguf.vocabulary import read_vocabulary
 from tests.checkpoint.gguf.test_gguf import Kind, write_gguf
-from tests.models import make_byte_level, make_dense
+from tests.dense import make_byte_level, make_dense
 
 from .conftest import Run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import llamamoe
-from tests.models import make_byte_level, make_dense
+from tests.dense import make_byte_level, make_dense
 
 from .loading import expect
 
@@ -24,7 +24,7 @@ class Case:
 
     Attributes:
         target: The architecture.
-        variant: A key of `tests.models.VARIANTS`.
+        variant: A key of `tests.dense.VARIANTS`.
         given: The recipe beyond its target; a ``calibration`` of True means text.
         flags: Those that make it another entry of a client's results, see `llamamoe.architectures.targets.clients`.
     """

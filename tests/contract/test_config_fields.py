@@ -13,7 +13,7 @@ from llamamoe.architectures.config_values import check_rope, check_special, chec
 from llamamoe.architectures.sources import SOURCES
 from llamamoe.architectures.sources.fields import completed, fits
 from llamamoe.errors import CheckpointError
-from tests.models import COMMON, VARIANTS
+from tests.dense import COMMON, VARIANTS
 
 FAMILIES = ("gemma", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3")
 PROBES: tuple[Any, ...] = (

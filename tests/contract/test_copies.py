@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.architectures.targets import TARGETS
-from tests.models import make_dense
+from tests.dense import make_dense
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
 ROUTED = [t.name for t in TARGETS if t.routed]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.conversion.layer import convert_layer
-from tests.models import VARIANTS, make_dense
+from tests.dense import VARIANTS, make_dense
 
 IDS = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
 FAMILIES = {"phi3-window": "mistral", "phi3-longrope": "mistral", "gemma": "llama"}

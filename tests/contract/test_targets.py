@@ -20,7 +20,7 @@ from llamamoe.architectures.targets import TARGETS
 from llamamoe.conversion.split import convert_layer
 from llamamoe.conversion.verify import HARD_TOLERANCE
 from llamamoe.methods.layer import PADDING
-from tests.models import VARIANTS, make_dense
+from tests.dense import VARIANTS, make_dense
 
 EXPERTS = 4
 IDS = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))

@@ -27,7 +27,7 @@ from llamamoe.methods.router_scale import HARD_LOGIT
 from llamamoe.methods.routers import ROUTERS
 from llamamoe.methods.routers.centroid import Centroid
 from llamamoe.progress import Progress
-from tests.models import make_dense
+from tests.dense import make_dense
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "said", "nothing", "while", "it", "rained", "in", "May")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import llamamoe
 from llamamoe.architectures.moe_layout import Constant, Copy, OutTensor
 from llamamoe.conversion.reference import same_bits
-from tests.models import make_dense
+from tests.dense import make_dense
 
 RANDOM: dict[str, Any] = {"method": "random", "num_experts": 4, "top_k": 2}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

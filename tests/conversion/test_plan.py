@@ -10,7 +10,7 @@ import pytest
 
 import llamamoe
 from llamamoe.errors import RefusedError
-from tests.models import make_dense
+from tests.dense import make_dense
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from llamamoe.architectures.dense_checkpoint import understand
 from llamamoe.architectures.sources.llama import Llama
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.conversion.reference import Reference, check_config
-from tests.models import VARIANTS, make_dense
+from tests.dense import VARIANTS, make_dense
 
 IDS = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(0))
 CALIBRATED: dict[str, Any] = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import llamamoe
 from llamamoe.architectures.targets import TARGETS
-from tests.models import make_dense
+from tests.dense import make_dense
 
 
 @pytest.fixture(scope="module")

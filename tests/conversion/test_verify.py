@@ -16,7 +16,7 @@ import llamamoe
 from llamamoe.conversion.verify_files import neuron_keys
 from llamamoe.conversion.verify_runs import RECEIPT_TEXT, receipt_tokens
 from llamamoe.models.streaming import StreamedModel
-from tests.models import VARIANTS, make_dense
+from tests.dense import VARIANTS, make_dense
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import llamamoe
 from llamamoe.conversion.verify import Verification
 from llamamoe.conversion.verify_runs import receipt_tokens
-from tests.models import make_dense
+from tests.dense import make_dense
 
 GIVEN: dict[str, dict[str, Any]] = {
     "pruned": {"method": "static", "shared": 0.5, "shared_by": "weight_norm"},

@@ -10,7 +10,7 @@ import pytest
 from llamamoe import UsageError, bench, load_recipe, split
 from llamamoe.evaluation.bench import ModelSpeed, Speed, _faster_up_to
 
-from ..models import make_dense
+from ..dense import make_dense
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamamoe import LlamaMoeError, UsageError, evaluate_tasks, load_recipe, load_task_recipe, split
 from llamamoe.evaluation.tasks import _Answers, _scores
 
-from ..models import make_dense
+from ..dense import make_dense
 
 pytest.importorskip("lm_eval")
 QUESTIONS = ["a b c", "d e f g", "the sun", "x y", "one two", "red", "q r s t", "m n", "up", "k l"]

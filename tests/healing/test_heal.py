@@ -24,8 +24,8 @@ from llamamoe.healing.block import load_ffn
 from llamamoe.healing.heal import heal
 from llamamoe.healing.plan import plan_heal
 from llamamoe.healing.recipe import HealRecipe, load_heal_recipe
+from tests.dense import make_dense
 from tests.healing.common import convert, heal_recipe, receipt, write_text
-from tests.models import make_dense
 
 ROUTED = [target.name for target in TARGETS if target.routed]
 FFN = (".mlp.", ".block_sparse_moe.", ".shared_mlp.")

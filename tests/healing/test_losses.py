@@ -13,8 +13,8 @@ from llamamoe.healing.block import load_ffn
 from llamamoe.healing.plan import plan_heal
 from llamamoe.healing.train_layer import LayerTask, _Competitive, _descend, _Joint, start_router
 from llamamoe.methods.layer import LayerInputs
+from tests.dense import make_dense
 from tests.healing.common import convert, heal_recipe, write_text
-from tests.models import make_dense
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import llamamoe
 from llamamoe.errors import LlamaMoeError
-from tests.models import make_dense
+from tests.dense import make_dense
 
 Edit = Callable[[dict[str, Any]], object]
 Refused = Callable[..., LlamaMoeError]

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tests.models import make_byte_level, make_dense
+from tests.dense import make_byte_level, make_dense
 
 from .conftest import shard
 

@@ -13,7 +13,7 @@ from llamamoe_cli.main import root
 
 import llamamoe
 from llamamoe.checkpoint.readme import parent_metadata
-from tests.models import make_dense
+from tests.dense import make_dense
 from tests.paths import SHARED_DATA
 
 from .conftest import Edit, Refused, recipe

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llamamoe
-from tests.models import make_dense
+from tests.dense import make_dense
 
 from .conftest import Refused, edit_config, recipe
 

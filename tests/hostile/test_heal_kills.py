@@ -15,8 +15,8 @@ import pytest
 import llamamoe
 from llamamoe.healing.heal import heal
 from llamamoe.healing.recipe import HealRecipe
+from tests.dense import make_dense
 from tests.healing.common import convert, heal_recipe, receipt, write_text
-from tests.models import make_dense
 
 from .dying import ROOT, run_jobs
 

@@ -14,7 +14,7 @@ from llamamoe_cli.main import root
 
 import llamamoe
 from llamamoe.reporting.origin import provenance
-from tests.models import make_byte_level, make_dense
+from tests.dense import make_byte_level, make_dense
 
 from .conftest import digests, edit_config, recipe
 

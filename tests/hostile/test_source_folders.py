@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM
 
 import llamamoe
-from tests.models import make_dense
+from tests.dense import make_dense
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

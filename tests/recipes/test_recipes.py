@@ -17,7 +17,7 @@ from llamamoe.architectures.targets import TARGETS, clients
 from llamamoe.catalog import Cell, matrix
 from llamamoe.conversion.defaults import complete
 from llamamoe.conversion.recipe import SplitRecipe, load_recipe
-from tests.models import make_byte_level, make_dense
+from tests.dense import make_byte_level, make_dense
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes" / "split").glob("*.yaml"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamamoe import fix_config, load_recipe, split
-from tests.models import make_dense
+from tests.dense import make_dense
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes" / "sft").glob("*.yaml"))

@@ -18,7 +18,7 @@ from llamamoe.reporting import text as report_text
 from llamamoe.reporting.report import report
 from llamamoe.reporting.routing import js_divergence, overlap
 
-from ..models import make_dense
+from ..dense import make_dense
 from ..training.runs import make_text
 
 TARGETS = [

@@ -8,7 +8,7 @@ import pytest
 
 from llamamoe.errors import RefusedError, UsageError
 from llamamoe.studies.cells import SIMULATED, Cell, cells_of, ffn_share, select
-from tests.models import make_dense
+from tests.dense import make_dense
 
 from .common import REPAIRED, make_study, open_dense
 

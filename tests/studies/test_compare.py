@@ -21,7 +21,7 @@ from llamamoe.studies.compare import compare, plan_comparison
 from llamamoe.studies.in_memory import convert_in_memory, oracle_of
 from llamamoe.studies.measure import replaced_ffns
 from llamamoe.studies.table import Comparison
-from tests.models import make_dense
+from tests.dense import make_dense
 from tests.studies.common import REPAIRED, make_study, open_dense
 
 LAYERS = 2

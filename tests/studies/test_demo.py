@@ -57,7 +57,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
 
 def test_selecting_all_experts_changes_one_key(tmp_path):
     import llamamoe
-    from tests.models import make_dense
+    from tests.dense import make_dense
 
     make_dense(tmp_path / "dense")
     recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": "ernie4_5_moe"})
@@ -70,7 +70,7 @@ def test_selecting_all_experts_changes_one_key(tmp_path):
 
 def test_rows_count_what_a_token_uses_of_the_ffns(tmp_path):
     import llamamoe
-    from tests.models import COMMON, make_dense
+    from tests.dense import COMMON, make_dense
 
     make_dense(tmp_path / "dense")
     scores = SimpleNamespace(model=SimpleNamespace(overall=SimpleNamespace(perplexity=20.0, bits_per_byte=1.0)))
@@ -97,7 +97,7 @@ def test_rows_count_what_a_token_uses_of_the_ffns(tmp_path):
 def test_the_demonstrations_sizes_are_within_half_of_the_ffn(tmp_path):
     """On a model of its widths (a few layers and letters), from headers alone."""
     import llamamoe
-    from tests.models import make_dense
+    from tests.dense import make_dense
 
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1, "num_attention_heads": 9,
              "num_key_value_heads": 3}  # fmt: skip

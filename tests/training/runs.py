@@ -14,7 +14,7 @@ from llamamoe import load_recipe, split, tokenize
 from llamamoe.data.recipe import load_tokenize_recipe
 from llamamoe.training.recipe import PretrainRecipe, load_pretrain_recipe
 
-from ..models import make_dense
+from ..dense import make_dense
 
 BLOCK = 16
 BASE: dict[str, Any] = {

@@ -10,7 +10,7 @@ from llamamoe.errors import UsageError
 from llamamoe.training.batches import Layout, TokenBatches
 from llamamoe.training.mixtures.sampler import MixtureSampler
 
-from ..models import make_dense
+from ..dense import make_dense
 from .runs import make_tokens
 
 STEPS, BATCH, LENGTH = 3, 16, 16

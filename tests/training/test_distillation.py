@@ -17,7 +17,7 @@ from llamamoe.training.loss_head import LossHead, next_token_labels
 from llamamoe.training.model_parts import ffn_modules
 from llamamoe.training.moe_layers import find_moe_layers
 from llamamoe.training.parent import Parent, load_parent
-from tests.models import make_dense
+from tests.dense import make_dense
 from tests.training.tiny_moe import COMMON, input_ids, tiny_moe
 
 STEPS = 10

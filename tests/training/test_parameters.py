@@ -13,7 +13,7 @@ from llamamoe.errors import CheckpointError, UsageError
 from llamamoe.training.lora import add_adapters
 from llamamoe.training.parameters import LrSchedule, freeze, group_of, lr_factors, optimizer_groups
 
-from ..models import COMMON
+from ..dense import COMMON
 from .runs import make_world, recipe_of
 
 TARGETS = {

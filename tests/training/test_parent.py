@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llamamoe.errors import CheckpointError, RefusedError
 from llamamoe.training.parent import Parent, load_parent, share_frozen
-from tests.models import make_dense, make_tokenizer
+from tests.dense import make_dense, make_tokenizer
 from tests.training.tiny_moe import tiny_moe
 
 IDS = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(1))

@@ -539,7 +539,7 @@ def test_another_model_cannot_go_on(finished: Path, world: dict[str, str], tmp_p
 
 
 def test_text_of_another_tokenizer_is_refused(world: dict[str, str], tmp_path: Path) -> None:
-    from ..models import make_dense
+    from ..dense import make_dense
 
     other = make_dense(tmp_path / "other", vocab_size=100)
     tokens = make_tokens(tmp_path / "tokens", other, 0)

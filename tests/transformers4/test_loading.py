@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.transforms.fix_config import fix_config
-from tests.models import make_dense
+from tests.dense import make_dense
 
 from .loading import PYTHON, expect_logits, run_older
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llamamoe
 from llamamoe import CheckpointError, RefusedError, densify, load_recipe, retop, split
 
-from ..models import make_dense
+from ..dense import make_dense
 
 CASES = [
     ("llama", "mixtral", 0),

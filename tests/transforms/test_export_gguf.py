@@ -21,7 +21,7 @@ from llamamoe.checkpoint.gguf.tokenizer import CUTS, save
 from llamamoe.checkpoint.gguf.vocabulary import read_vocabulary
 from llamamoe.studies.demo import model_file
 
-from ..models import make_byte_level, make_dense
+from ..dense import make_byte_level, make_dense
 
 gguf = pytest.importorskip("gguf")
 YARN = {

@@ -18,7 +18,7 @@ from llamamoe.checkpoint.tokenizer import difference
 from llamamoe.conversion.split import split
 from llamamoe.errors import LlamaMoeError, RefusedError
 from llamamoe.transforms.fix_config import Fixes, fix_config
-from tests.models import LLAMA3_ROPE, VARIANTS, make_byte_level, make_dense
+from tests.dense import LLAMA3_ROPE, VARIANTS, make_byte_level, make_dense
 
 OTHER_ROPE = {"rope_type": "default", "rope_theta": 25000.0}
 CASES = [  # target or None for the dense model itself, variant, recipe; every base differs from 4.57's defaults

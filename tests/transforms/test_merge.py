@@ -21,7 +21,7 @@ from llamamoe.checkpoint.out_folder import DERIVED_FILE
 from llamamoe.methods.router_scale import HARD_LOGIT
 from llamamoe.transforms.merge import _shares
 
-from ..models import make_dense
+from ..dense import make_dense
 
 WEIGHTS = "model.safetensors"
 

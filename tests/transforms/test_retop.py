@@ -16,7 +16,7 @@ import llamamoe
 from llamamoe import CheckpointError, RefusedError, UsageError, load_recipe, retop, split
 from llamamoe.checkpoint.out_folder import DERIVED_FILE
 
-from ..models import make_dense
+from ..dense import make_dense
 
 CASES = [
     ("llama", "mixtral", 0),

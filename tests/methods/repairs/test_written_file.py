@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llamamoe
 from llamamoe.calibration.text import calibration_text
 from tests.converted import plain_hidden
-from tests.models import make_dense
+from tests.dense import make_dense
 
 WORDS = [
     "the",

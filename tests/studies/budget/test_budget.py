@@ -23,7 +23,7 @@ from llamamoe.studies.budget.sensitivities.base import Sensitivity, Task
 from llamamoe.studies.budget.sensitivities.curves import Curves
 from llamamoe.studies.budget.sizes import Sizer
 from llamamoe.studies.cells import ffn_share
-from tests.models import make_dense
+from tests.dense import make_dense
 
 LAYERS = 5
 

@@ -16,8 +16,8 @@ from llamamoe.errors import LlamaMoeError
 from llamamoe.methods.moe_layer import dense_outputs
 from llamamoe.studies.budget.sensitivities.base import Task
 from llamamoe.studies.budget.sensitivities.kl import OutputKl, held_out
+from tests.dense import make_dense
 from tests.methods.splitters.calibrated import layer_inputs
-from tests.models import make_dense
 
 from .tasks import make_task, make_text, open_model
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llamamoe.studies.budget.sensitivities.proxy import STEPS, Proxy
-from tests.models import make_dense
+from tests.dense import make_dense
 
 from .tasks import make_task, make_text, open_model
 
