@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from .checkpoint.paths import check_regular
@@ -18,6 +21,10 @@ from .plugins import Plugin, Registry
 
 R = TypeVar("R", bound=BaseModel)
 _MOST_BYTES, _MOST_VALUES = 2**20, 100_000
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""One path or several, as a list."""
 
 
 class Choice(BaseModel):
@@ -81,14 +88,17 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def _part_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model of a part of a recipe, or None where a field holds plain values."""
+    parts = [field.annotation, *get_args(field.annotation)]
+    return next((each for each in parts if isinstance(each, type) and issubclass(each, BaseModel)), None)
+
+
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """The keys of the part of a recipe that ``path`` leads to."""
     for part in path:
         if str(part) in model.model_fields:
-            annotation = model.model_fields[str(part)].annotation
-            parts = [annotation, *get_args(annotation)]
-            inner = next((each for each in parts if isinstance(each, type) and issubclass(each, BaseModel)), None)
-            model = inner or model
+            model = _part_of(model.model_fields[str(part)]) or model
     return list(model.model_fields)
 
 
@@ -103,6 +113,59 @@ def validated(model: type[R], data: Mapping[str, Any]) -> R:
     except ValidationError as error:
         lines = explain(error, model)
         raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+class Recipe(BaseModel):
+    """What all recipes can: be loaded, hashed and written as YAML. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def load(
+        cls, path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+    ) -> Self:
+        """Read a recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
+
+        Args:
+            path: A YAML file, or None for the defaults.
+            given: Values of single keys; those that are None are left out. The bare name of the plug-in that the file
+                names keeps the file's options.
+            overrides: ``a.b=c`` texts; parts that the file leaves out begin with their defaults.
+
+        Raises:
+            UsageError: The file or a value is not valid; every error is named.
+        """
+        data = {} if path is None else read_recipe_file(path)
+        for key, value in (given or {}).items():
+            before = data.get(key)
+            named = isinstance(before, dict) and before.get("name") == value
+            if value is not None and not named:
+                data[key] = value
+        for text in overrides:
+            keys, value = parse_override(text)
+            _apply_override(cls, data, keys, value)
+        return validated(cls, data)
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the keys that decide the result, as plain data."""
+        return self.model_dump(mode="json")
+
+    def sha256(self) -> str:
+        """Hash what decides the result: equal recipes have equal hashes."""
+        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """Return the complete recipe as YAML that `load` reads back."""
+        return yaml.safe_dump(_as_written(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _as_written(value: Any) -> Any:
+    """Return plug-ins as users write them: options beside the name."""
+    if isinstance(value, dict):
+        if set(value) == {"name", "options"} and isinstance(value["options"], dict):
+            return {"name": value["name"], **value["options"]}
+        return {key: _as_written(each) for key, each in value.items()}
+    return [_as_written(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -161,21 +224,34 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         raise UsageError(f"--set {text!r}: the value is not YAML ({error}).") from None
 
 
-def apply_override(data: dict[str, Any], path: Sequence[str], value: Any) -> None:
+def _apply_override(model: type[BaseModel], data: dict[str, Any], path: Sequence[str], value: Any) -> None:
     """Set a nested key in place; a plug-in given by name only becomes a mapping when an option of it is set."""
+    within: type[BaseModel] | None = model
     for part in path[:-1]:
         inner = data.get(part)
         if inner is None:
-            raise (
-                UsageError(f"--set {'.'.join(path)}: name the {part} first (--set {part}=NAME).")
-                if part in ("shared_by", "router", "rescale", "repair")
-                else UsageError(f"--set {'.'.join(path)}: there is no {part!r} in the recipe.")
-            )
+            inner = _beginning(within, part, path)
         if not isinstance(inner, str | Mapping):
             raise UsageError(f"--set {'.'.join(path)}: {part} = {inner!r} has no keys; set {part} itself.")
         data[part] = {"name": inner} if isinstance(inner, str) else dict(inner)
         data = data[part]
+        within = _part_of(within.model_fields[part]) if within and part in within.model_fields else None
     data[path[-1]] = value
+
+
+def _beginning(model: type[BaseModel] | None, part: str, path: Sequence[str]) -> Any:
+    """Return what a part that the recipe leaves out begins with: its default plug-in's name, or nothing."""
+    if model is None:  # plain values, such as keys that are passed on
+        return {}
+    field = model.model_fields.get(part)
+    if field is None:
+        raise UsageError(f"--set {'.'.join(path)}: there is no {part!r} in the recipe.")
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, Choice):
+        return default.name
+    if _part_of(field) is Choice:
+        raise UsageError(f"--set {'.'.join(path)}: name the {part} first (--set {part}=NAME).")
+    return {}
 
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
@@ -198,20 +274,6 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UsageError(f"the recipe {str(path)!r} must hold a mapping (key: value), not {type(data).__name__}.")
     return data
-
-
-def load_plain(model: type[R], path: str | Path | None, given: Mapping[str, Any] | None, overrides: Sequence[str]) -> R:
-    """A recipe of ``model`` from a file (None: its defaults), then values that are not None, then ``a.b=c`` texts.
-
-    Raises:
-        UsageError: The file or a value is not valid; every error is named.
-    """
-    data = {} if path is None else read_recipe_file(path)
-    data |= {key: value for key, value in (given or {}).items() if value is not None}
-    for text in overrides:
-        keys, value = parse_override(text)
-        apply_override(data, keys, value)
-    return validated(model, data)
 
 
 def form(pattern: str, rule: str) -> AfterValidator:

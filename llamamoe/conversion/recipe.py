@@ -5,15 +5,11 @@ A recipe is YAML or keyword arguments. Everything wrong with it is reported at o
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..architectures.rescales import RESCALES
@@ -24,7 +20,7 @@ from ..methods.repairs import REPAIRS
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..recipes import Choice, apply_override, choose, form, parse_override, read_recipe_file, validated
+from ..recipes import Choice, Paths, Recipe, choose, form, validated
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of dtypes in recipes, and in safetensors headers."""
@@ -34,6 +30,18 @@ NO_REPAIR = "none"
 
 
 Device = Annotated[str, form(r"auto|[a-z]+(:[0-9]+)?", "must be auto or a device such as cpu, cuda or cuda:1")]
+
+
+CalibrationText = Annotated[
+    Paths,
+    Field(description="Text for methods that need it: files, folders or globs; 'auto' samples it from the source."),
+]
+CalibrationTokens = Annotated[int, Field(ge=256, le=2**40, description="Maximum number of calibration tokens.")]
+CalibrationWeights = Annotated[
+    dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None,
+    Field(min_length=1, description="Share of each domain in the calibration text; null means equal shares."),
+]
+CalibrationLength = Annotated[int | None, Field(ge=2, description="Tokens of one calibration sequence.")]
 
 
 def _shared_size(value: Any) -> Any:
@@ -53,15 +61,8 @@ def _shared_size(value: Any) -> Any:
     return int(text)
 
 
-def _paths(value: Any) -> Any:
-    """One path or several, as a list."""
-    return [value] if isinstance(value, str) else value
-
-
-class SplitRecipe(BaseModel):
+class SplitRecipe(Recipe):
     """Everything that decides what ``llamamoe split`` writes. Options left at null are chosen by the plan."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_experts: int = Field(8, ge=2, le=4096, description="Routed experts per layer (N).")
     top_k: int = Field(2, ge=1, description="Experts selected per token (k).")
@@ -87,14 +88,10 @@ class SplitRecipe(BaseModel):
     repair_passes: int = Field(
         1, ge=1, le=4, description="Number of repair passes; the router is refitted between passes."
     )
-    calibration: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
-        (), description="Text for methods that need it: files, folders or globs; 'auto' samples it from the source."
-    )
-    calibration_tokens: int = Field(65536, ge=256, le=2**40, description="Maximum number of calibration tokens.")
-    calibration_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
-        None, min_length=1, description="Share of each domain in the calibration text; null means equal shares."
-    )
-    calibration_length: int | None = Field(None, ge=2, description="Tokens of one calibration sequence.")
+    calibration: CalibrationText = ()
+    calibration_tokens: CalibrationTokens = 65536
+    calibration_weights: CalibrationWeights = None
+    calibration_length: CalibrationLength = None
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype of large products on calibration text; what is fitted and stored is not rounded to it."
     )
@@ -140,18 +137,6 @@ class SplitRecipe(BaseModel):
             )
         return self
 
-    def sha256(self) -> str:
-        """Hash of the resolved recipe: equal recipes have equal hashes."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-    def to_yaml(self) -> str:
-        """The complete recipe as YAML that `load_recipe` reads back."""
-        data = self.model_dump(mode="json")
-        for key in ("method", "shared_by", "router", "rescale", "repair"):
-            if data[key] is not None:
-                data[key] = {"name": data[key]["name"], **data[key]["options"]}
-        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-
 
 def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:
     """Check a mapping and complete it with defaults.
@@ -162,28 +147,4 @@ def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:
     return validated(SplitRecipe, data)
 
 
-def load_recipe(
-    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
-) -> SplitRecipe:
-    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
-
-    Args:
-        path: A YAML file, or None for the defaults.
-        given: Values of single keys; those that are None are left out.
-        overrides: ``a.b=c`` texts.
-
-    Raises:
-        UsageError: The file or a value is not valid.
-    """
-    data: dict[str, Any] = {"method": AUTO}
-    if path is not None:
-        data |= read_recipe_file(path)
-    for key, value in (given or {}).items():
-        before = data.get(key)
-        same = isinstance(before, dict) and before.get("name") == value  # a bare name keeps the file's options
-        if value is not None and not same:
-            data[key] = value
-    for text in overrides:
-        keys, value = parse_override(text)
-        apply_override(data, keys, value)
-    return build_recipe(data)
+load_recipe = SplitRecipe.load

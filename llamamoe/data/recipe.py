@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..recipes import form, load_plain
+from ..recipes import Paths, Recipe, form
 
-
-def _paths(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
 DomainName = Annotated[
     str, form(r"[^\x00-\x1f\x7f]{1,80}", "must have 1 to 80 characters, none of them a control character")
 ]
@@ -43,10 +35,8 @@ class Validation(BaseModel):
         return None if self.share is None else round(self.share * 2**64)
 
 
-class TokenizeRecipe(BaseModel):
+class TokenizeRecipe(Recipe):
     """Everything that decides what ``llamamoe tokenize`` writes, and with how many processes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokenizer: str = Field(min_length=1, description="A model's folder or .gguf file, which holds the tokenizer.")
     text: Paths = Field((), description="Files, folders or globs; the domain is the row's, the file's or the folder's.")
@@ -72,20 +62,12 @@ class TokenizeRecipe(BaseModel):
         return self
 
     def deciding(self) -> dict[str, Any]:
-        """What decides the bytes of the result, as plain data: all but the number of processes."""
+        """Return the keys that decide the result: all but the number of processes."""
         return self.model_dump(mode="json", exclude={"workers"})
 
     def to_yaml(self) -> str:
-        """The same as YAML, for the result's folder."""
+        """Return the same as YAML, for the result's folder."""
         return yaml.safe_dump(self.deciding(), sort_keys=False, allow_unicode=True)
 
 
-def load_tokenize_recipe(
-    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
-) -> TokenizeRecipe:
-    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
-
-    Raises:
-        UsageError: The file or a value is not valid; every error is named.
-    """
-    return load_plain(TokenizeRecipe, path, given, overrides)
+load_tokenize_recipe = TokenizeRecipe.load

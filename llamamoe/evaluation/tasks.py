@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ..errors import LlamaMoeError, MissingExtraError, UsageError, near_misses
 from ..lazy import lm_eval
 from ..progress import ProgressCallback, counting, ignore_progress
-from ..recipes import load_plain
+from ..recipes import Recipe
 
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "mc2", "word_perplexity", "perplexity", "bits_per_byte")
 """Metrics that are shown, of several of one task all; others are left to the harness's own output."""
@@ -44,10 +44,8 @@ def _requests(value: Any) -> Any:
     return [{"task": each} if isinstance(each, str) else each for each in value]
 
 
-class TaskRecipe(BaseModel):
+class TaskRecipe(Recipe):
     """Which tasks, and how."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: Annotated[tuple[TaskRequest, ...], BeforeValidator(_requests)] = Field(
         min_length=1, description="Names, or mappings {task: NAME, num_fewshot: N}."
@@ -56,15 +54,7 @@ class TaskRecipe(BaseModel):
     limit: int | None = Field(None, ge=1, description="Questions of each task; null: all.")
 
 
-def load_task_recipe(
-    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
-) -> TaskRecipe:
-    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
-
-    Raises:
-        UsageError: The file or a value is not valid; every error is named.
-    """
-    return load_plain(TaskRecipe, path, given, overrides)
+load_task_recipe = TaskRecipe.load
 
 
 @dataclass(frozen=True)

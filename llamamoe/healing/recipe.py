@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..conversion.recipe import Device
 from ..errors import near_misses
-from ..recipes import load_plain
+from ..recipes import Paths, Recipe
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-def _paths(value: Any) -> Any:
-    """One path or several, as a list."""
-    return [value] if isinstance(value, str) else value
 
 
 def _losses(value: Any) -> Any:
@@ -37,14 +28,10 @@ def _losses(value: Any) -> Any:
     return dict(value)
 
 
-class HealRecipe(BaseModel):
+class HealRecipe(Recipe):
     """Everything that decides what ``llamamoe heal`` writes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    text: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
-        min_length=1, description="Text to distil on: files, folders or globs."
-    )
+    text: Paths = Field(min_length=1, description="Text to distil on: files, folders or globs.")
     tokens: int = Field(262144, ge=512, le=2**40, description="Most tokens of text, held-out ones included.")
     length: int | None = Field(
         None, ge=2, description="Tokens of one sequence; null: the parent's positions, at most 512."
@@ -98,27 +85,9 @@ class HealRecipe(BaseModel):
             raise PydanticCustomError("choice", "weights: all are zero")
         return self
 
-    def sha256(self) -> str:
-        """Hash of the recipe without the text's place: equal recipes have equal hashes."""
-        data = self.model_dump(mode="json", exclude={"text", "device"})
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-    def to_yaml(self) -> str:
-        """The complete recipe as YAML that `load_heal_recipe` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    def deciding(self) -> dict[str, Any]:
+        """Return the keys that decide the result: all but the place of the text and where it runs."""
+        return self.model_dump(mode="json", exclude={"text", "device"})
 
 
-def load_heal_recipe(
-    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
-) -> HealRecipe:
-    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
-
-    Args:
-        path: A YAML file, or None for the defaults.
-        given: Values of single keys; those that are None are left out.
-        overrides: ``a.b=c`` texts.
-
-    Raises:
-        UsageError: The file or a value is not valid; every error is named.
-    """
-    return load_plain(HealRecipe, path, given, overrides)
+load_heal_recipe = HealRecipe.load

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..conversion.recipe import AUTO, Device, SplitRecipe, build_recipe
+from ..conversion.recipe import (
+    AUTO,
+    CalibrationLength,
+    CalibrationText,
+    CalibrationTokens,
+    CalibrationWeights,
+    Device,
+    SplitRecipe,
+    build_recipe,
+)
 from ..errors import near_misses
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..recipes import Choice, choose, explain, form, load_plain
+from ..recipes import Choice, Paths, Recipe, choose, explain, form
 
 DENSE, RANDOM, STATIC, ORACLE = "dense", "random", "static", "oracle router"
 """Names of the controls."""
@@ -24,10 +32,6 @@ _STUDY = ("calibration", "calibration_tokens", "calibration_weights", "calibrati
 
 Budget = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-
-
-def _paths(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class StudyMethod(BaseModel):
@@ -86,25 +90,17 @@ class StudyMethod(BaseModel):
         return build_recipe(self.recipe | more)
 
 
-class CompareRecipe(BaseModel):
+class CompareRecipe(Recipe):
     """Everything that decides what ``llamamoe compare`` measures."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     methods: tuple[StudyMethod, ...] = Field(description="What is compared.")
-    evaluation: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
-        min_length=1, description="Text to measure perplexity on: files, folders or globs."
-    )
+    evaluation: Paths = Field(min_length=1, description="Text to measure perplexity on: files, folders or globs.")
     evaluation_tokens: int | None = Field(8192, ge=2, description="Tokens of each domain; null takes all.")
     context_length: int | None = Field(None, ge=2, description="Tokens of a window; null: the model's, at most 2048.")
-    calibration: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
-        (), description="Text for methods that need it: files, folders or globs; 'auto' samples it from the source."
-    )
-    calibration_tokens: int = Field(65536, ge=256, le=2**40, description="Maximum number of calibration tokens.")
-    calibration_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
-        None, min_length=1, description="Share of each domain in the calibration text; null means equal shares."
-    )
-    calibration_length: int | None = Field(None, ge=2, description="Tokens of one calibration sequence.")
+    calibration: CalibrationText = ()
+    calibration_tokens: CalibrationTokens = 65536
+    calibration_weights: CalibrationWeights = None
+    calibration_length: CalibrationLength = None
     budgets: tuple[Budget, ...] = Field(
         (0.5,),
         description="Most active multiply-adds of the FFN per token, as shares of the dense FFN's.",
@@ -164,12 +160,4 @@ class CompareRecipe(BaseModel):
         }
 
 
-def load_compare_recipe(
-    path: str | Path, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
-) -> CompareRecipe:
-    """A study's recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
-
-    Raises:
-        UsageError: The file or a value is not valid; every error is named.
-    """
-    return load_plain(CompareRecipe, path, given, overrides)
+load_compare_recipe = CompareRecipe.load

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..recipes import Choice, apply_override, choose, parse_override, read_recipe_file, validated
+from ..recipes import Choice, Recipe, choose
 from .balancing import BalancingOptions
 from .distillation_options import DistillOptions
 from .gates import GATES
@@ -146,7 +141,7 @@ class DistributedRecipe(_Part):
         return self.fsdp_size * self.dp_replicate_size
 
 
-class PretrainRecipe(_Part):
+class PretrainRecipe(Recipe):
     """Everything that decides a run of ``llamamoe pretrain``."""
 
     model: str = Field(min_length=1, description="The converted checkpoint: a folder or hub id.")
@@ -284,54 +279,15 @@ class PretrainRecipe(_Part):
         assert self.tokens is not None
         return max(1, math.ceil(self.tokens / self.tokens_per_step))
 
-    def sha256(self) -> str:
-        """Hash of what decides the weights: keys that only say how often to log, measure and keep are left out.
+    def deciding(self) -> dict[str, Any]:
+        """Return the keys that decide the weights: all but those that say how often to log, measure and keep.
 
-        Where the mixture follows what is measured, when it is measured is no such key.
+        Where the mixture follows what is measured, when it is measured decides, too.
         """
         left_out = {"log_every", "save_every", "keep"}
         if self.data.update.name == "static":
             left_out.add("evaluate_every")
-        data = {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out}
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-    def to_yaml(self) -> str:
-        """The complete recipe as YAML that `load_pretrain_recipe` reads back."""
-        return yaml.safe_dump(_flat(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+        return self.model_dump(mode="json", exclude=left_out)
 
 
-def _flat(value: Any) -> Any:
-    """Plug-ins as users write them: options beside the name."""
-    if isinstance(value, dict):
-        if set(value) == {"name", "options"}:
-            return {"name": value["name"], **value["options"]}
-        return {key: _flat(each) for key, each in value.items()}
-    return [_flat(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def load_pretrain_recipe(
-    path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
-) -> PretrainRecipe:
-    """A recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
-
-    Args:
-        path: A YAML file, or None.
-        given: Values of single keys; those that are None are left out.
-        overrides: ``a.b=c`` texts.
-
-    Raises:
-        UsageError: The file or a value is not valid; every error is named.
-    """
-    data = read_recipe_file(path) if path is not None else {}
-    data |= {key: value for key, value in (given or {}).items() if value is not None}
-    for text in overrides:
-        keys, value = parse_override(text)
-        inner = data
-        for part in keys[:-1]:  # parts that the file leaves out, such as optimizer, begin empty
-            if inner.get(part) is None:
-                inner[part] = {}
-            if not isinstance(inner[part], dict):
-                break
-            inner = inner[part]
-        apply_override(data, keys, value)
-    return validated(PretrainRecipe, data)
+load_pretrain_recipe = PretrainRecipe.load
