@@ -46,7 +46,8 @@ def draw(found: Comparison, folder: Path) -> dict[str, str]:
         MissingExtraError: matplotlib is not installed.
         LlamaMoeError: There is nothing to draw yet.
     """
-    require("matplotlib", "plot", "Drawing the picture")
+    for module in ("matplotlib", "matplotlib.backends.backend_agg"):  # the package does not import the second
+        require(module, "plot", "Drawing the picture")
     lines = _series(found.rows)
     if not lines:
         raise LlamaMoeError("there is nothing to draw: no conversion is measured yet.")

@@ -298,7 +298,7 @@ def test_bad_input(world: dict[str, Path], tmp_path: Path) -> None:
             report([world["moe"]], [world["text"]], **keys)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="cannot both go to"):
         report([world["moe"]], [world["text"]], out=tmp_path / "one", json_out=tmp_path / "one")
-    with pytest.raises(UsageError, match="no training run"):
+    with pytest.raises(UsageError, match="not a training run"):
         report([world["moe"]], [world["text"]], runs=[tmp_path])
     assert (tmp_path / "there.html").read_text() == "mine"
 
