@@ -53,6 +53,64 @@ def contributions(
             yield (torch.bmm(h_NBW, gram_NWW) * h_NBW).sum(2).clamp_(min=0).T
 
 
+class OracleTally:
+    """Sums over tokens of how a router's choices compare with an oracle's: the k experts of largest contribution.
+
+    Args:
+        num_experts: ``N``.
+        top_k: ``k``.
+    """
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        self.tokens, self._top_k = 0, top_k
+        self._hits = self._held = self._best = self._every = self._shares = 0.0
+        self._load_N = torch.zeros(num_experts, dtype=torch.float64)
+
+    def add(self, score_BN: torch.Tensor, chosen_BN: torch.Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            score_BN: Contributions, of `contributions`.
+            chosen_BN: bool; the experts that the router selected.
+        """
+        oracle = score_BN.topk(self._top_k, dim=1)
+        held_B = (score_BN * chosen_BN).double().sum(1)
+        best_B = oracle.values.double().sum(1)
+        self.tokens += len(score_BN)
+        self._hits += float(chosen_BN.gather(1, oracle.indices).sum())
+        self._held += float(held_B.sum())
+        self._best += float(best_B.sum())
+        self._every += float(score_BN.double().sum())
+        self._shares += float(torch.where(best_B > 0, held_B / best_B, 1.0).sum())
+        self._load_N += chosen_BN.sum(0).double().cpu()
+
+    @property
+    def chance(self) -> float:
+        """The recall that a random choice of experts reaches, k/N."""
+        return self._top_k / len(self._load_N)
+
+    @property
+    def contributes(self) -> bool:
+        """Whether any expert contributed anything to any of the tokens."""
+        return self._best > 0
+
+    def quality(self) -> dict[str, float]:
+        """Return what `router_quality` describes, over all tokens so far."""
+        num_experts = len(self._load_N)
+        share_N = self._load_N / self._load_N.sum()
+        entropy = -float(torch.special.xlogy(share_N, share_N).sum())
+        return {
+            "recall_at_k": self._hits / (self.tokens * self._top_k),
+            "chance_recall": self.chance,
+            "captured": self._held / self._best if self.contributes else 1.0,
+            "captured_by_chance": self._every * self.chance / self._best if self.contributes else 1.0,
+            "captured_per_token": self._shares / self.tokens,
+            "load_max_over_mean": float(share_N.max()) * num_experts,
+            "entropy": entropy / float(torch.tensor(num_experts).log()) if num_experts > 1 else 1.0,
+            "dead_experts": float((self._load_N == 0).sum()),
+        }
+
+
 def router_quality(
     moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs, *, kind: Contribution = "norm"
 ) -> dict[str, float]:
@@ -75,32 +133,8 @@ def router_quality(
     """
     if inputs.num_tokens == 0:
         raise ValueError("a router's quality needs at least one token")
-    num_experts, top_k = moe.num_experts, moe.top_k
-    sums: dict[str, float] = dict.fromkeys(("hits", "chosen", "best", "all", "share"), 0.0)
-    load_N = torch.zeros(num_experts, dtype=torch.float64)
+    tally = OracleTally(moe.num_experts, moe.top_k)
     scores = contributions(moe.weights, moe.partition, inputs, kind=kind, hidden_act=moe.hidden_act)
     for x_BH, score_BN in zip(inputs.inputs(), scores, strict=True):
-        chosen_BN = moe.expert_weights(x_BH) != 0
-        oracle = score_BN.topk(top_k, dim=1)
-        held_B = (score_BN * chosen_BN).double().sum(1)
-        best_B = oracle.values.double().sum(1)
-        sums["hits"] += float(chosen_BN.gather(1, oracle.indices).sum())
-        sums["chosen"] += float(held_B.sum())
-        sums["best"] += float(best_B.sum())
-        sums["all"] += float(score_BN.double().sum())
-        sums["share"] += float(torch.where(best_B > 0, held_B / best_B, 1.0).sum())
-        load_N += chosen_BN.sum(0).double().cpu()
-    chance = top_k / num_experts
-    share_N = load_N / load_N.sum()
-    entropy = -float(torch.special.xlogy(share_N, share_N).sum())
-    best = sums["best"] or 1.0
-    return {
-        "recall_at_k": sums["hits"] / (inputs.num_tokens * top_k),
-        "chance_recall": chance,
-        "captured": sums["chosen"] / best if sums["best"] else 1.0,
-        "captured_by_chance": sums["all"] * chance / best if sums["best"] else 1.0,
-        "captured_per_token": sums["share"] / inputs.num_tokens,
-        "load_max_over_mean": float(share_N.max()) * num_experts,
-        "entropy": entropy / float(torch.tensor(num_experts).log()) if num_experts > 1 else 1.0,
-        "dead_experts": float((load_N == 0).sum()),
-    }
+        tally.add(score_BN, moe.expert_weights(x_BH) != 0)
+    return tally.quality()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..lazy import torch
-from ..methods.contributions import Contribution, contributions
+from ..methods.contributions import Contribution, OracleTally, contributions
 from ..methods.layer import ExpertWeights, LayerInputs, Partition
 from ..training.moe_layers import MoeLayer
 from ..training.routing import Routing
@@ -18,15 +17,6 @@ from .text import TextBatch
 
 MOST_GRAM = 1 << 28
 """Numbers of a layer's Gram matrices: 1 GiB."""
-
-
-@dataclass
-class _Sums:
-    tokens: float = 0.0
-    hits: float = 0.0
-    held: float = 0.0
-    best: float = 0.0
-    every: float = 0.0
 
 
 class OracleCollector:
@@ -44,7 +34,7 @@ class OracleCollector:
 
     def __init__(self, layers: Sequence[MoeLayer], hidden_act: str, tokens: int) -> None:
         self._layers, self._act, self._most = list(layers), hidden_act, tokens
-        self._sums = {moe.layer: _Sums() for moe in layers}
+        self._tallies = {moe.layer: OracleTally(moe.num_experts, moe.top_k) for moe in layers}
         self._seen: dict[str, int] = {}
 
     def wants(self, domain: str) -> bool:
@@ -66,26 +56,16 @@ class OracleCollector:
         wide = moe.num_experts * partition.experts.shape[1] ** 2 > MOST_GRAM
         kind: Contribution = "power" if wide else "norm"
         score_TN = torch.cat(list(contributions(weights, partition, inputs, kind=kind, hidden_act=self._act)))
-        chosen_TN = torch.zeros_like(score_TN).scatter_(1, indices_Tk, 1.0)
-        oracle = score_TN.topk(moe.top_k, dim=1)
-        sums = self._sums[moe.layer]
-        sums.tokens += len(x_TH)
-        sums.hits += float(chosen_TN.gather(1, oracle.indices).sum())
-        sums.held += float((score_TN * chosen_TN).double().sum())
-        sums.best += float(oracle.values.double().sum())
-        sums.every += float(score_TN.double().sum())
+        chosen_TN = torch.zeros_like(score_TN, dtype=torch.bool).scatter_(1, indices_Tk, True)
+        self._tallies[moe.layer].add(score_TN, chosen_TN)
 
     def of_layer(self, moe: MoeLayer) -> dict[str, float | None]:
         """What the report says of one layer."""
-        sums, chance = self._sums[moe.layer], moe.top_k / moe.num_experts
-        if not sums.tokens or not sums.best:
-            return {"recall_at_k": None, "chance_recall": chance, "captured": None, "captured_by_chance": None}
-        return {
-            "recall_at_k": sums.hits / (sums.tokens * moe.top_k),
-            "chance_recall": chance,
-            "captured": sums.held / sums.best,
-            "captured_by_chance": sums.every * chance / sums.best,
-        }
+        tally = self._tallies[moe.layer]
+        if not tally.contributes:
+            return {"recall_at_k": None, "chance_recall": tally.chance, "captured": None, "captured_by_chance": None}
+        quality = tally.quality()
+        return {key: quality[key] for key in ("recall_at_k", "chance_recall", "captured", "captured_by_chance")}
 
 
 def _weights(moe: MoeLayer) -> tuple[ExpertWeights, Partition]:

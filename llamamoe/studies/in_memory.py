@@ -15,9 +15,9 @@ from ..checkpoint.tensors import torch_dtype
 from ..conversion.layer import ConvertedLayer, as_function, as_stored, convert_layer
 from ..conversion.plan import SplitPlan
 from ..lazy import torch
+from ..methods.contributions import contributions
 from ..methods.layer import ExpertWeights, FfnWeights, LayerInputs
 from ..methods.moe_layer import ConvertedFfn, dense_outputs
-from ..methods.routers.oracle import oracle_logits
 from .measure import inputs_of
 
 
@@ -38,7 +38,7 @@ class OracleFfn(ConvertedFfn):
         """See `ConvertedFfn.expert_weights`. O(B (F H + P W)) beside it."""
         if logits_BN is not None or self.parent is None:
             return super().expert_weights(x_BH, logits_BN)
-        known_BN = next(oracle_logits(self.parent, self.partition, inputs_of(x_BH), hidden_act=self.hidden_act))
+        known_BN = next(contributions(self.parent, self.partition, inputs_of(x_BH), hidden_act=self.hidden_act))
         if self.scale == "soft":
             logits_BN = x_BH.float() @ self.router_NH.to(x_BH.device).T
             chosen = known_BN.topk(self.top_k, dim=-1).indices

@@ -11,7 +11,6 @@ import torch
 
 from llamamoe.methods.contributions import contributions, router_quality
 from llamamoe.methods.layer import ExpertWeights
-from llamamoe.methods.routers.oracle import oracle_logits
 from tests.converted import (
     EXPERTS,
     HIDDEN,
@@ -82,9 +81,9 @@ def test_quality_against_loops(kind: str) -> None:
 def test_a_router_that_is_the_oracle_is_perfect(monkeypatch: pytest.MonkeyPatch) -> None:
     ffn, inputs = make_ffn(), make_inputs()
     moe = make_moe(ffn)
-    logits = oracle_logits(ffn, moe.partition, inputs)
+    scores = contributions(ffn, moe.partition, inputs)
     plain = type(moe).expert_weights
-    monkeypatch.setattr(type(moe), "expert_weights", lambda self, x: plain(self, x, next(logits)))
+    monkeypatch.setattr(type(moe), "expert_weights", lambda self, x: plain(self, x, next(scores)))
     found = router_quality(moe, ffn, inputs)
     assert found["recall_at_k"] == found["captured_per_token"] == 1.0
     assert found["captured"] == pytest.approx(1.0)
