@@ -16,7 +16,7 @@ from llamamoe.errors import LlamaMoeError, MissingExtraError, UsageError
 from llamamoe.evaluation.perplexity import evaluate
 from llamamoe.methods.contributions import contributions
 from llamamoe.methods.layer import LayerInputs
-from llamamoe.studies import engine, picture, store
+from llamamoe.studies import engine, run, store
 from llamamoe.studies.compare import compare, plan_comparison
 from llamamoe.studies.in_memory import convert_in_memory, oracle_of
 from llamamoe.studies.measure import replaced_ffns
@@ -238,7 +238,7 @@ def test_without_matplotlib_the_table_still_comes(study: SimpleNamespace, tmp_pa
     def missing(*_: Any) -> None:
         raise MissingExtraError("matplotlib", "plot", "Drawing the picture")
 
-    monkeypatch.setattr(picture, "draw", missing)
+    monkeypatch.setattr(run, "draw", missing)
     out = tmp_path / "out"
     shutil.copytree(study.out / "cells", out / "cells")
     found = compare(study.dense, out, study.recipe)
