@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..architectures.targets import TARGETS
+from ..architectures.targets.base import Target
 from ..errors import CheckpointError
 from ..lazy import torch
 
@@ -72,6 +73,7 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
         CheckpointError: There is none, or a router that is not understood.
     """
     router_class = _router_class(model)
+    model_type = getattr(getattr(_base(model), "config", None), "model_type", "")
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():
@@ -80,7 +82,7 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
             index = _LAYER.search(name)
             if index is None:
                 raise CheckpointError(f"the router {name!r} belongs to no decoder layer.")
-            found.append(_moe_layer(int(index[1]), parent, modules[parent], module))
+            found.append(_moe_layer(int(index[1]), parent, modules[parent], module, model_type))
     if not found:
         raise CheckpointError(
             f"{_base(model).__class__.__name__} has no router: it is not a mixture of experts.",
@@ -106,26 +108,19 @@ def _router_class(model: torch.nn.Module) -> type[torch.nn.Module] | None:
     return None
 
 
-def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any) -> MoeLayer:
-    weighting = _WEIGHTINGS.get(type(router).__name__)
-    if weighting is None or not hasattr(block, "experts"):
+def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any, model_type: str) -> MoeLayer:
+    if model_type not in TARGETS or not hasattr(block, "experts"):
         raise CheckpointError(
             f"{type(router).__name__}: how this router weighs its experts is not known here.",
-            hint="Known are the routers of mixtral, qwen2_moe, qwen3_moe, glm4_moe, granitemoeshared and ernie4_5_moe.",
+            hint=f"Known are the routers of {', '.join(each.name for each in TARGETS if each.routed)}.",
         )
+    weighting = _weighting(TARGETS.get(model_type), router)
     factor = float(getattr(router, "routed_scaling_factor", 1.0))
-    return MoeLayer(index, name, block, router, int(router.num_experts), int(router.top_k), weighting(router), factor)
+    return MoeLayer(index, name, block, router, int(router.num_experts), int(router.top_k), weighting, factor)
 
 
-def _by_flag(plain: RouterWeighting, renormalised: RouterWeighting) -> Callable[[Any], RouterWeighting]:
-    return lambda router: renormalised if router.norm_topk_prob else plain
-
-
-_WEIGHTINGS: dict[str, Callable[[Any], RouterWeighting]] = {
-    "MixtralTopKRouter": lambda _: "renormalised",
-    "GraniteMoeSharedTopKRouter": lambda _: "renormalised",
-    "Ernie4_5_MoeTopKRouter": lambda _: "renormalised",
-    "Qwen2MoeTopKRouter": _by_flag("softmax", "renormalised"),
-    "Qwen3MoeTopKRouter": _by_flag("softmax", "renormalised"),
-    "Glm4MoeTopkRouter": _by_flag("sigmoid", "sigmoid_renormalised"),
-}
+def _weighting(target: type[Target], router: Any) -> RouterWeighting:
+    """What this router does: the target's only weighting, or the one that its flag chooses (see `mixing_of`)."""
+    if len(target.weightings) == 1 or router.norm_topk_prob:
+        return "sigmoid_renormalised" if "sigmoid" in target.weightings else "renormalised"
+    return target.weightings[1]

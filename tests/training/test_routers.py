@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from llamamoe.architectures.targets import TARGETS
+from llamamoe.errors import CheckpointError
 from llamamoe.training.gates.selection import ranked_TN, weights_Tk
 from llamamoe.training.moe_layers import find_moe_layers
 from llamamoe.training.routing import RouterTap, Routing
 
-from .tiny_moe import ARCHITECTURES, H, N, fake_layer, input_ids, tiny_moe
+from .tiny_moe import ARCHITECTURES, COMMON, H, N, fake_layer, input_ids, tiny_moe
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -58,3 +61,23 @@ def test_dropped_assignments_count_as_wanted_only() -> None:
     )
     assert routing.counts_N().tolist() == [1, 1, 1]
     assert routing.wanted_counts_N().tolist() == [2, 2, 0]
+
+
+@pytest.mark.parametrize("renormalised", [True, False])
+def test_the_router_of_a_target_from_elsewhere_is_understood(
+    monkeypatch: pytest.MonkeyPatch, renormalised: bool
+) -> None:
+    class Dots1(TARGETS.get("glm4_moe")):  # type: ignore[misc]
+        name = "dots1"
+
+    keys = {"n_routed_experts": N, "moe_intermediate_size": 8, "intermediate_size": 8, "n_shared_experts": 1}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("dots1", **COMMON, **keys, norm_topk_prob=renormalised, routed_scaling_factor=3.0)
+    )
+    with pytest.raises(CheckpointError, match="Dots1TopkRouter: how this router weighs its experts is not known"):
+        find_moe_layers(model)
+    monkeypatch.setitem(TARGETS._found, "dots1", Dots1)
+    moe = find_moe_layers(model)[0]
+    moe.router_NH.data.normal_(generator=torch.Generator().manual_seed(0))
+    logits, weights, indices = moe.router(torch.randn(50, H))
+    torch.testing.assert_close(weights_Tk(moe, logits, indices), weights)
