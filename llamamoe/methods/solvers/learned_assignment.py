@@ -95,6 +95,31 @@ class RoutedNeurons:
         error_BH = (missing_BR.to(self.down_HR.dtype) @ self.down_HR.T).float()
         return error_BH.square().sum(1)
 
+    def switching_errors(self, h_BR: torch.Tensor, selection_BN: torch.Tensor, labels_R: np.ndarray) -> torch.Tensor:
+        """What a token's error has in second order if one expert is switched on or off, float32 ``[B, N]``. O(B R H).
+
+        ``||E_c||^2``, negative where c is selected: with the derivative it is the slope from z_c to 1 - z_c.
+        """
+        sizes = []
+        for expert in range(selection_BN.shape[1]):
+            members = torch.from_numpy(np.flatnonzero(labels_R == expert)).to(h_BR.device)
+            out_BH = h_BR[:, members].to(self.down_HR.dtype) @ self.down_HR[:, members].T
+            sizes.append(out_BH.float().square().sum(1))
+        return torch.stack(sizes, 1) * (1 - 2 * selection_BN)
+
+    def moving_errors(self, h_BR: torch.Tensor, selection_BN: torch.Tensor, labels_R: np.ndarray) -> torch.Tensor:
+        """What the summed errors have in second order if one neuron moves to an expert, float32 ``[R, N]``. O(B R N).
+
+        ``sum_t (z_t,e(j) - z_tc)^2 h_tj^2 ||d_j||^2``, 0 for its own expert e(j): with the differences of the
+        derivative between c and e(j) it is what the move changes.
+        """
+        own_BR = selection_BN[:, torch.from_numpy(labels_R).to(h_BR.device)]
+        square_BR = h_BR.square()
+        # z is 0 or 1: (z_e - z_c)^2 = z_e + z_c - 2 z_e z_c
+        power_RN = square_BR.T @ selection_BN - 2 * ((square_BR * own_BR).T @ selection_BN)
+        power_RN += (square_BR * own_BR).sum(0)[:, None]
+        return power_RN * self.down_HR.float().square().sum(0)[:, None]
+
 
 def hard_top_k(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
     """1 for the k largest logits of each token, 0 for the others, ``[B, N]``."""
@@ -141,8 +166,13 @@ class Learner:
     """Adam on assignment logits and router rows, by straight-through estimates.
 
     Forward, every neuron is in one expert (an exact balanced assignment of the logits A) and every token selects k
-    experts. Backward, ``dL/dP`` at that point goes through the soft plan ``P = Sinkhorn(A / tau)``, and ``dL/dz``
-    through `soft_top_k` of the logits over ``router_temperature`` x their spread.
+    experts. Backward, the slopes of L along P at that point go through the soft plan ``P = Sinkhorn(A / tau)``, and those
+    along z through `soft_top_k` of the logits over ``router_temperature`` x their spread.
+
+    L is quadratic, and hard choices are corners: the derivative there tells every neuron to leave its expert and every
+    token to leave its selected experts, because it leaves out what the neuron or expert itself is missing once it is
+    gone. A slope here is that of the straight line to the next corner: what L changes by if this one neuron
+    (`RoutedNeurons.moving_errors`) or this one expert of a token (`RoutedNeurons.switching_errors`) moves.
 
     Attributes:
         part: The neurons and inputs.
@@ -203,21 +233,27 @@ class Learner:
 
         O(B R (H + N)) and O(R N (N + Sinkhorn's iterations)).
         """
+        settings = self.settings
         with torch.enable_grad():
             x_BH, h_BR = self.part.tokens(index_B)
-            assignment_RN = one_hot(self.labels_R, len(self.rows_NH), h_BR.device).requires_grad_()
             logits_BN = x_BH @ self.rows_NH.T
             soft_BN = soft_top_k(logits_BN / self._temperature(logits_BN), self.context.top_k)
             hard_BN = hard_top_k(logits_BN, self.context.top_k)
-            selection_BN = hard_BN + (soft_BN - soft_BN.detach())
+            assignment_RN = one_hot(self.labels_R, len(self.rows_NH), h_BR.device).requires_grad_()
+            selection_BN = hard_BN.clone().requires_grad_()
             loss = self.part.errors(h_BR, selection_BN, assignment_RN).mean() / self.unit
-            if self.settings.balance:
+            if settings.balance:
                 share_N = hard_BN.mean(0) / self.context.top_k
-                loss = loss + self.settings.balance * len(share_N) * (share_N * selection_BN.mean(0)).sum()
+                loss = loss + settings.balance * len(share_N) * (share_N * selection_BN.mean(0)).sum()
             loss.backward()  # type: ignore[no-untyped-call]
-        assert assignment_RN.grad is not None
+            assert assignment_RN.grad is not None
+            assert selection_BN.grad is not None
+            each = 1 / (len(index_B) * self.unit)
+            selection_BN.grad += each * self.part.switching_errors(h_BR, hard_BN, self.labels_R)
+            assignment_RN.grad += each * self.part.moving_errors(h_BR, hard_BN, self.labels_R)
+            soft_BN.backward(selection_BN.grad)  # type: ignore[no-untyped-call]
         plan_RN, self._soft_prices = balanced_transport(
-            self.logits_RN, tau, self.settings.sinkhorn_iterations, self._soft_prices
+            self.logits_RN, tau, settings.sinkhorn_iterations, self._soft_prices
         )
         self.logits_RN.grad = transport_gradient(plan_RN, assignment_RN.grad, tau)
         return float(loss.detach())

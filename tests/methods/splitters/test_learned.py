@@ -67,7 +67,7 @@ def test_error_is_that_of_the_layer_written_out() -> None:
 
 @pytest.mark.parametrize("balance", [0.0, 0.7])
 def test_straight_through_gradients_by_differences(balance: float) -> None:
-    """Of the loss linearised at the hard choices, as a function of the soft ones."""
+    """Of the loss along straight lines from the hard choices to their neighbours, as a function of the soft ones."""
     part, _ = routed()
     labels = np.arange(12) % 4
     state = learner(part, labels, LearningOptions(sinkhorn_iterations=200, balance=balance))
@@ -82,6 +82,8 @@ def test_straight_through_gradients_by_differences(balance: float) -> None:
         part.errors(h, selection, assignment).mean() / 2 + balance * 4 * (hard.mean(0) / 2 * selection.mean(0)).sum()
     )
     value.backward()
+    selection.grad += part.switching_errors(h, hard, labels) / 60
+    assignment.grad += part.moving_errors(h, hard, labels) / 60
     assert loss == pytest.approx(value.item(), rel=1e-4)
     temperature = 0.5 * (x @ rows.T - (x @ rows.T).mean(1, keepdim=True)).double().square().mean().sqrt()
 
@@ -96,6 +98,32 @@ def test_straight_through_gradients_by_differences(balance: float) -> None:
         ends = [soft(rows.double() + e * toward[0], logits.double() + e * toward[1]) for e in (1e-4, -1e-4)]
         slope = sum(float((p.grad.double() * d).sum()) for p, d in zip((state.rows_NH, state.logits_RN), toward, strict=True))  # fmt: skip
         assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_slopes_are_what_single_moves_change(seed: int) -> None:
+    """One neuron in another expert, or one more or one less expert of a token: the loss computed anew."""
+    part, _ = routed()
+    rng, tokens = np.random.default_rng(seed), torch.arange(30)
+    labels = rng.permutation(np.arange(12) % 4)
+    _, h = part.tokens(tokens)
+    hard = hard_top_k(torch.randn(30, 4, generator=torch.Generator().manual_seed(seed)), 2)
+    assignment, selection = one_hot(labels, 4, CPU).requires_grad_(), hard.clone().requires_grad_()
+    before = part.errors(h, selection, assignment)
+    before.sum().backward()
+    before, near = before.detach(), 1e-5 * float(before.sum().detach())
+    moving = assignment.grad + part.moving_errors(h, hard, labels)
+    switching = selection.grad + part.switching_errors(h, hard, labels)
+    for j, c in np.ndindex(12, 4):
+        moved = labels.copy()
+        moved[j] = c
+        change = float((part.errors(h, hard, one_hot(moved, 4, CPU)) - before).sum())
+        assert float(moving[j, c] - moving[j, labels[j]]) == pytest.approx(change, rel=1e-3, abs=near)
+    for t, c in np.ndindex(30, 4):
+        other = hard.clone()
+        other[t, c] = 1 - other[t, c]
+        change = float((part.errors(h, other, one_hot(labels, 4, CPU)) - before).sum())
+        assert float(switching[t, c] * (1 - 2 * hard[t, c])) == pytest.approx(change, rel=1e-3, abs=near)
 
 
 def test_first_logits_stand_for_the_first_labels() -> None:
