@@ -1,4 +1,18 @@
-"""GGUF files as dense checkpoints: headers at opening, one tensor dequantised at a time on reading."""
+"""GGUF files as dense checkpoints: headers at opening, one tensor dequantised at a time on reading.
+
+transformers reads GGUF files, too (5.23, `modeling_gguf_pytorch_utils`), and the package gguf dequantises for both. What is
+here is what transformers does not do:
+
+- one tensor, or some of its rows, at a time: transformers dequantises every tensor to float32 into one dictionary, then
+  fills the model (SmolLM2-135M as Q4_1: 517 MiB beyond its imports, here 126);
+- shapes and types without data, from a bounded parser (`header`): transformers lets gguf map a file that may lie;
+- F16 and BF16 as they are stored: transformers makes float32 of them;
+- granite and gemma 1, which its table of architectures lacks;
+- refusing what would change the output and cannot be said in a ``config.json``: transformers drops keys that it does not
+  know with a line in its log (`config`, `rope`);
+- the pre-tokenizer that the file names (SmolLM2's single digits, the patterns of Qwen2 and Llama 3), and special tokens as
+  in the file (`tokenizer`, `vocabulary`): transformers gives each architecture one.
+"""
 
 from __future__ import annotations
 
