@@ -223,7 +223,7 @@ def parent_vocabulary(path: Path, child: Path) -> Path | None:
 
     That in the file may be one that cannot be rebuilt. A folder brings its own.
     """
-    from .tokenizer import holds_vocabulary
+    from .tokenizer_loading import holds_vocabulary
 
     return child if path.is_file() and holds_vocabulary(child) else None
 

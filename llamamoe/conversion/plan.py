@@ -18,7 +18,7 @@ from ..architectures.sources.base import DenseSpec, canonical_shapes
 from ..architectures.targets.base import Target, common_config
 from ..checkpoint.base import DTYPE_BYTES
 from ..checkpoint.layout import Shards, deal
-from ..checkpoint.tokenizer import plan_warnings
+from ..checkpoint.tokenizer_plan import plan_warnings
 from ..errors import RefusedError
 from ..methods.repairs import REPAIRS
 from ..methods.splitters.base import Kept, Splitter

@@ -16,7 +16,7 @@ from ..calibration.walk import Walk, cast_ffn, read_ffn
 from ..checkpoint.files import make_folder, replacing, write_text
 from ..checkpoint.ledger import STATES
 from ..checkpoint.tensors import torch_dtype
-from ..checkpoint.tokenizer import parent_tokenizer
+from ..checkpoint.tokenizer_loading import parent_tokenizer
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import CheckpointError, RefusedError
 from ..lazy import np, torch

@@ -139,7 +139,8 @@ def _refuse_others(folder: Path) -> None:
 
 
 def _check_tokenizer(plan: SplitPlan, folder: Path) -> None:
-    from ..checkpoint.tokenizer import check_same, parent_tokenizer
+    from ..checkpoint.tokenizer_difference import check_same
+    from ..checkpoint.tokenizer_loading import parent_tokenizer
     from ..models.loadable import check_counts
 
     parent = parent_tokenizer(plan.model.checkpoint)

@@ -107,7 +107,7 @@ def compare_logits(plan: SplitPlan, converted: SafetensorsCheckpoint, progress: 
 
 def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
     """int64 ``[1, T]``: `RECEIPT_TEXT` in the folder's tokens, or seeded random ids if it has no tokenizer."""
-    from ..checkpoint.tokenizer import load
+    from ..checkpoint.tokenizer_loading import load
     from ..errors import CheckpointError
 
     try:

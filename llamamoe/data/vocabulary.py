@@ -47,7 +47,7 @@ def open_vocabulary(folder: str | Path) -> Vocabulary:
         CheckpointError: It holds no tokenizer that can be used: none at all, no fast one, or one without an end of
             sequence.
     """
-    from ..checkpoint.tokenizer import ids_sha256
+    from ..checkpoint.tokenizer_difference import ids_sha256
     from ..models.loading import open_model
 
     opened = open_model(Path(folder))

@@ -20,7 +20,7 @@ from ..checkpoint.files import copy_file, unsynced, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import SIDE_FILES
-from ..checkpoint.tokenizer import holds_vocabulary, load, one_error
+from ..checkpoint.tokenizer_loading import holds_vocabulary, load, one_error
 from ..errors import CheckpointError
 from ..lazy import torch, transformers
 

@@ -94,7 +94,7 @@ def open_model(name: str | Path, *, tokenizer: str | Path | None = None) -> Open
 
 def _open_folder(name: str, folder: Path) -> Opened:
     from ..checkpoint.infilling import open_tokenizer
-    from ..checkpoint.tokenizer import of_any_length
+    from ..checkpoint.tokenizer_loading import of_any_length
 
     if not (folder / "config.json").is_file():
         files = sorted(folder.glob("*.gguf"))
@@ -145,7 +145,7 @@ def needed_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: There is none, or transformers cannot load it.
     """
-    from ..checkpoint.tokenizer import parent_tokenizer
+    from ..checkpoint.tokenizer_loading import parent_tokenizer
 
     tokenizer = parent_tokenizer(checkpoint)
     if tokenizer is None:

@@ -171,7 +171,7 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
 
 
 def _check_tokenizers(tokenizer: Any, parent: Path, student: Path) -> None:
-    from ..checkpoint.tokenizer import difference
+    from ..checkpoint.tokenizer_difference import difference
     from ..models.loading import open_model
 
     found = difference(tokenizer, open_model(student).tokenizer, templates=False)
@@ -186,7 +186,7 @@ def _check_tokenizers(tokenizer: Any, parent: Path, student: Path) -> None:
 def _check_vocabulary(parent: Path, tokenizer: Any, student: Path) -> None:
     """Refuse a GGUF file whose own tokens have other ids than in the tokenizer that is used in its place."""
     from ..checkpoint.locate import Location, open_checkpoint
-    from ..checkpoint.tokenizer import parent_tokenizer
+    from ..checkpoint.tokenizer_loading import parent_tokenizer
 
     try:
         own = parent_tokenizer(open_checkpoint(Location(parent, parent.name)))

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 import llamamoe
-from llamamoe.checkpoint.tokenizer import PROBES, difference
+from llamamoe.checkpoint.tokenizer_difference import PROBES, difference
 from tests.dense import make_dense
 from tests.paths import SHARED_DATA
 

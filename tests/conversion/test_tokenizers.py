@@ -12,9 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from llamamoe import split, verify
-from llamamoe.checkpoint import tokenizer
+from llamamoe.checkpoint import tokenizer_loading
 from llamamoe.checkpoint.readme import parent_metadata
-from llamamoe.checkpoint.tokenizer import PROBES, difference, ids_sha256
+from llamamoe.checkpoint.tokenizer_difference import PROBES, difference, ids_sha256
 from llamamoe.conversion.recipe import build_recipe
 from llamamoe.conversion.split import plan_conversion
 from llamamoe.errors import CheckpointError, VerificationError
@@ -286,8 +286,8 @@ def test_the_packages_that_a_vocabulary_needs_are_named(
 ) -> None:
     """Transformers asks for tiktoken whichever of them is missing."""
     (tmp_path / "tokenizer.model").write_bytes(content)
-    monkeypatch.setattr(tokenizer, "_installed", there.__contains__)
-    with pytest.raises(CheckpointError) as caught, tokenizer.one_error("it", tmp_path):
+    monkeypatch.setattr(tokenizer_loading, "_installed", there.__contains__)
+    with pytest.raises(CheckpointError) as caught, tokenizer_loading.one_error("it", tmp_path):
         raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
     told = f"pip install {' '.join(lacking)}, or save it" if lacking else "Mend the file"
     assert told in (caught.value.hint or "")

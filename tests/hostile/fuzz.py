@@ -110,7 +110,8 @@ def published(made: Any) -> str:
     """What is wrong with a published checkpoint, or nothing."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from llamamoe.checkpoint.tokenizer import difference, holds_vocabulary
+    from llamamoe.checkpoint.tokenizer_difference import difference
+    from llamamoe.checkpoint.tokenizer_loading import holds_vocabulary
 
     AutoConfig.from_pretrained(made.out)
     if (made.out / "generation_config.json").is_file():

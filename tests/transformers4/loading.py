@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamamoe.checkpoint.tokenizer import PROBES
+from llamamoe.checkpoint.tokenizer_difference import PROBES
 
 PYTHON = os.environ.get("LLAMAMOE_TRANSFORMERS4_PYTHON")
 

@@ -14,7 +14,7 @@ from llamamoe.architectures.config_compat import missing_keys
 from llamamoe.architectures.sources import SOURCES
 from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.headers import read_header
-from llamamoe.checkpoint.tokenizer import difference
+from llamamoe.checkpoint.tokenizer_difference import difference
 from llamamoe.conversion.split import split
 from llamamoe.errors import LlamaMoeError, RefusedError
 from llamamoe.transforms.fix_config import Fixes, fix_config

@@ -1,0 +1,110 @@
+"""Do two tokenizers make the same ids? Their vocabularies, their special tokens, and what becomes of probe text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from ..errors import VerificationError
+
+PROBES = (
+    "",
+    " ",
+    "a",
+    "Once upon a time, there was a little girl named Lily.",
+    "  two  spaces   lead and   trail  ",
+    "1234567890 3.14159 1,000 007 x86_64",
+    "line\nline\r\n\n\n\tend\n",
+    "I'M, don't, we'll, THEY'RE",
+    "def f(x):\n    return {'a': [x ** 2, -1]}  # O(n)",
+    "Ünï­cödé naïve cafe\u0301 ﬁ ½ \u00a0\u200b",
+    "Привет, мир! 専門家が答える。 안녕하세요 مرحبا नमस्ते ไทย",
+    "😀👩‍👩‍👧 🇩🇪 \U0001f600 \x00\x07 \ufffd",
+    "[INST] <s> </s> <unk> <pad> <|endoftext|> <|im_start|>user\nhi<|im_end|>",
+)
+"""What is tokenised to compare two tokenizers; each one's special tokens are added."""
+_MOST_SPECIAL = 64
+_NAMES = (
+    "bos_token_id",
+    "eos_token_id",
+    "unk_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "mask_token_id",
+)
+
+
+def _probes(tokenizer: Any) -> list[str]:
+    added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().__getitem__)[:_MOST_SPECIAL]
+    return [*PROBES, "".join(added), "".join(f" a {token} b" for token in added)]
+
+
+def _behaviour(tokenizer: Any, probes: list[str]) -> dict[str, Any]:
+    """Ids and text of the probes, and ids of special tokens, as plain data."""
+    found: dict[str, Any] = {name.removesuffix("_id"): getattr(tokenizer, name, None) for name in _NAMES}
+    for text in probes:
+        full = list(tokenizer(text).input_ids)
+        plain = list(tokenizer(text, add_special_tokens=False).input_ids)
+        decoded = [tokenizer.decode(full, skip_special_tokens=skip) for skip in (False, True)]
+        found[f"the text {text[:60]!r}"] = [full, plain, decoded]
+    return found
+
+
+def _model(tokenizer: Any) -> list[Any]:
+    """Vocabulary and, of a fast tokenizer, merges or scores: what decides ids of text that is not among the probes."""
+    if not getattr(tokenizer, "is_fast", False):
+        return [sorted(tokenizer.get_vocab().items())]
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [each.split(" ") if isinstance(each, str) else list(each) for each in model.get("merges") or []]
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else None
+    return [sorted(tokenizer.get_vocab().items()), merges, scores]
+
+
+def difference(parent: Any, other: Any, *, templates: bool = True) -> str | None:
+    """What two tokenizers do differently, in words; None if they make the same ids.
+
+    Compared are vocabulary and merges, special tokens, chat templates, and the ids of probe text, with special tokens
+    and without, and what becomes of them when decoded.
+
+    Args:
+        parent: A tokenizer of transformers.
+        other: Another.
+        templates: Whether chat templates count, which change no ids of text.
+    """
+    if _model(parent) != _model(other):
+        return "the vocabulary or its merges differ"
+    if templates and chat_template(parent) != chat_template(other):
+        return "the chat template differs"
+    probes = _probes(parent)
+    ours, theirs = _behaviour(parent, probes), _behaviour(other, probes)
+    for what, value in ours.items():
+        if theirs[what] != value:
+            return f"{what} becomes {str(theirs[what])[:200]} where the parent has {str(value)[:200]}"
+    return None
+
+
+def check_same(parent: Any, other: Any, name: str) -> None:
+    """Refuse a tokenizer that does not do what its parent's does.
+
+    Raises:
+        VerificationError: See `difference`.
+    """
+    found = difference(parent, other)
+    if found:
+        raise VerificationError(
+            f"the tokenizer of {name} is not its parent's: {found}.",
+            hint="Files that changed since the conversion do this; otherwise please report it.",
+        )
+
+
+def ids_sha256(tokenizer: Any) -> str:
+    """A hash that two tokenizers share if they make the same ids: of vocabulary, merges, and the ids of probe text."""
+    facts = [_model(tokenizer), _behaviour(tokenizer, _probes(tokenizer))]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def chat_template(tokenizer: Any | None) -> str | dict[str, str] | None:
+    """Return the tokenizer's template, its templates by name, or None."""
+    return getattr(tokenizer, "chat_template", None)
