@@ -35,12 +35,12 @@ TITLES = {
     "repair": "How weights are fitted to the dense output on calibration text (--repair)",
     "target": "Architectures to write (--target)",
     "family": "Dense families to read",
-    "loss": "Losses on the routing while training (losses: in recipes of pretrain and heal)",
+    "loss": "Losses on the routing while training (losses: in recipes of pretrain; of heal with the coefficient alone)",
     "gate": "How tokens are routed while training (gate:)",
     "update": "How the mixture of domains changes while training (data.update:)",
     "experts": "How experts are computed (experts_implementation:, or from_pretrained)",
 }
-KEYS = {"splitter": "method", "loss": "losses", "update": "data.update"}
+KEYS = {"splitter": "method", "update": "data.update"}
 """Kind to key of the recipe, where they differ."""
 
 
@@ -109,6 +109,8 @@ def _details(method: Method) -> None:
     for option in method.options:
         rules = "".join(f", {rule}" for rule in option.rules)
         key = f"{KEYS.get(method.kind, method.kind)}.{option.name}"
+        if method.kind == "loss":  # recipes hold a list of them, which has no keys
+            key = f"'losses=[{{name: {method.name}, {option.name}: {option.default}}}]'"
         bullets([f"{key} ({option.type}{rules}, default {option.default}): {option.description}"], mark="  --set")
 
 

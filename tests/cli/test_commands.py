@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from llamamoe_cli.evaluate import with_error
 
 from llamamoe.catalog import list_methods
 from llamamoe.studies.demo import DemoResult, DemoRow
+from llamamoe.training.losses import LOSSES
+from llamamoe.training.recipe import PretrainRecipe
 
 from ..dense import make_byte_level, make_dense
 from .conftest import Run
@@ -69,6 +72,16 @@ def test_methods(run: Run) -> None:
     assert {"kind", "name", "summary", "reference", "needs", "parity", "options"} <= set(data[0])
     assert "--set method.max_iter" in run("methods", "kmeans").stdout
     assert "Did you mean 'kmeans'" in run("methods", "kmean", code=2).stderr
+
+
+@pytest.mark.parametrize("name", LOSSES.names())
+def test_what_methods_prints_to_set_of_a_loss_can_be_set(run: Run, name: str) -> None:
+    text = " ".join(run("methods", name).stdout.split())
+    given = {"model": "moe", "parent": "dense", "tokens": 1, "data": {"train": "tokens"}}
+    settings = re.findall(r"--set '(losses=.+?)' ", text)
+    assert len(settings) == len(LOSSES.get(name).Options.model_fields)
+    for each in settings:
+        assert [loss.name for loss in PretrainRecipe.load(given=given, overrides=[each]).losses] == [name]
 
 
 def test_matrix(run: Run) -> None:
