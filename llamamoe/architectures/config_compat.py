@@ -1,10 +1,8 @@
-"""``llamamoe.fix_config``: mend a folder that transformers 5 wrote, so that 4.57 computes the same.
+"""What a configuration that transformers 5 wrote lacks for 4.57 to compute the same.
 
 ``save_pretrained`` and the Trainer of transformers 5 write rope and a few names in a new spelling only. Transformers
-4.57 does not know it and falls back to its defaults without a word: the model loads, and its logits are wrong. The
-old spelling is added beside the new one, with the same content, so that nothing changes for transformers 5. Tensors
-under the names that transformers 5 uses in memory (``save_original_format=False``, mergekit) get those of its files. A
-tokenizer saved under a class that 4.57 does not have gets the one that both have.
+4.57 does not read it and falls back to its defaults without a warning: the model loads, and its logits are wrong. The
+old spelling is added beside the new one, with the same content, so that nothing changes for transformers 5.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class NativeFfn:
         }
 
     def trained(self, *, router: bool) -> dict[str, torch.nn.Parameter]:
-        """The parameters that recovery moves: of experts and shared neurons, and of the router if it is to be."""
+        """The parameters that healing moves: of experts and shared neurons, and of the router if it is to be."""
         rows = self.moe.router_NH
         return {
             name: parameter

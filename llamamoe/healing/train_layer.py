@@ -1,4 +1,4 @@
-"""One layer's recovery: its native FFN trained on what the parent's FFN makes of the same inputs."""
+"""One layer's healing: its native FFN trained on what the parent's FFN makes of the same inputs."""
 
 from __future__ import annotations
 
