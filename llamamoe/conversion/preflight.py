@@ -11,25 +11,25 @@ from .plan import SplitPlan
 from .recipe import AUTO
 
 
-def check_text(decided: SplitPlan) -> None:
+def check_text(plan: SplitPlan) -> None:
     """Find the files of the calibration text, before anything is written. Opens none of them.
 
     Raises:
         UsageError: A path or glob matches nothing, a folder holds no text, or a file is of an unknown kind.
     """
-    if decided.calibration and AUTO not in decided.recipe.calibration:
-        find_files(decided.recipe.calibration)
+    if plan.calibration and AUTO not in plan.recipe.calibration:
+        find_files(plan.recipe.calibration)
 
 
-def check_room(out: Path, decided: SplitPlan, *, resume: bool) -> None:
+def check_room(out: Path, plan: SplitPlan, *, resume: bool) -> None:
     """Refuse if the disk cannot hold the result.
 
     Raises:
         RefusedError: Too few bytes are free.
     """
     have = free_bytes(out, resume=resume)
-    states = decided.calibration.disk_bytes if decided.calibration else 0
-    need = decided.cost.nbytes + states + 64 * 2**20
+    states = plan.calibration.disk_bytes if plan.calibration else 0
+    need = plan.cost.nbytes + states + 64 * 2**20
     if have < need:
         raise RefusedError(
             f"the result{' and the hidden states' if states else ''} take{'' if states else 's'} {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",

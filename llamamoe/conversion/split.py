@@ -35,6 +35,7 @@ from .preflight import check_room, check_text
 from .provenance import config_block, plan_fingerprint
 from .recipe import SplitRecipe
 from .session import UNIT, Session, read_ahead, remove_states
+from .verify import verify_conversion
 from .verify_files import OUTER, Hashes, unit_of
 
 
@@ -65,9 +66,9 @@ def plan_conversion(
         UsageError: The recipe names calibration text that is not there.
     """
     checkpoint = open_checkpoint(locate(source), tokenizer=tokenizer)
-    decided = plan_split(understand(checkpoint), recipe or SplitRecipe())
-    check_text(decided)
-    return decided
+    plan = plan_split(understand(checkpoint), recipe or SplitRecipe())
+    check_text(plan)
+    return plan
 
 
 def split(
@@ -105,49 +106,50 @@ def split(
     started = time.monotonic()
     location, out = locate(source), normal_path(out)
     checkpoint = open_checkpoint(location, tokenizer=tokenizer)
-    decided = plan_split(understand(checkpoint), recipe or SplitRecipe())
+    plan = plan_split(understand(checkpoint), recipe or SplitRecipe())
     recover_replaced(out)
     check_out(out, location.path, force=force)
-    check_text(decided)
-    check_room(out, decided, resume=resume)
-    if decided.recipe.strict:
-        _refuse_nonfinite(decided, progress)
-    check_model(decided.config, {tensor.name: tensor.shape for tensor in decided.tensors})
-    tokenizer_of_parent = check_parent(checkpoint, decided.config)
-    compute = None
-    if decided.calibration:
-        compute = choose_compute(decided.recipe.device, decided.recipe.compute_dtype, decided.source_dtype)
+    tokenizer_of_parent = _check(plan, out, progress, resume=resume)
+    compute = _compute(plan)
     fresh = not (resume and partial_path(out).exists())
-    text = read_ahead(decided, compute, progress) if compute and fresh else None
-    fingerprint, restart = plan_fingerprint(decided, compute.to_json() if compute else None), force and not resume
+    text = read_ahead(plan, compute, progress) if compute and fresh else None
+    fingerprint, restart = plan_fingerprint(plan, compute.to_json() if compute else None), force and not resume
     with (
         system_errors(out),
-        CheckpointWriter(out, decided.shards, fingerprint=fingerprint, resume=resume, restart=restart) as writer,
+        CheckpointWriter(out, plan.shards, fingerprint=fingerprint, resume=resume, restart=restart) as writer,
     ):
-        session = Session(decided, compute, writer, progress, text) if compute else None
-        infos = _write_weights(decided, writer, session, progress)
-        warnings = decided.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
-        _write_side_files(decided, location, writer.path, warnings, tokenizer_of_parent)
+        session = Session(plan, compute, writer, progress, text) if compute else None
+        infos = _write_weights(plan, writer, session, progress)
+        warnings = plan.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
+        _write_side_files(plan, location, writer.path, warnings, tokenizer_of_parent)
         hashes = Hashes(writer.weights_sha256(), writer.unit_sha256())
-        receipt = _receipt(decided, location, infos, hashes, warnings)
+        receipt = _receipt(plan, location, infos, hashes, warnings)
         if verify:
-            from .verify import verify_conversion
-
-            receipt["verification"] = verify_conversion(decided, writer.path, hashes, progress).to_json()
-        receipt["run"] = run_facts(started) | _speed(decided, compute)
+            receipt["verification"] = verify_conversion(plan, writer.path, hashes, progress).to_json()
+        receipt["run"] = run_facts(started) | _speed(plan, compute)
         write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
         checkpoint.check_unchanged()
         writer.publish(replace=force)
-    return SplitResult(out, decided, receipt, warnings)
+    return SplitResult(out, plan, receipt, warnings)
 
 
 # ---- before anything is written -----------------------------------------------------------------------------------
 
 
-def _refuse_nonfinite(decided: SplitPlan, progress: ProgressCallback) -> None:
-    names = sorted(decided.model.checkpoint.tensors)
+def _check(plan: SplitPlan, out: Path, progress: ProgressCallback, *, resume: bool) -> Any | None:
+    """Refuse what only the files and this machine can tell, and return the parent's tokenizer."""
+    check_text(plan)
+    check_room(out, plan, resume=resume)
+    if plan.recipe.strict:
+        _refuse_nonfinite(plan, progress)
+    check_model(plan.config, {tensor.name: tensor.shape for tensor in plan.tensors})
+    return check_parent(plan.model.checkpoint, plan.config)
+
+
+def _refuse_nonfinite(plan: SplitPlan, progress: ProgressCallback) -> None:
+    names = sorted(plan.model.checkpoint.tensors)
     for i, name in enumerate(names):
-        if nonfinite(decided.model.checkpoint.read(name)):
+        if nonfinite(plan.model.checkpoint.read(name)):
             raise RefusedError(
                 f"--strict: the tensor {name} holds NaN or infinite values.", hint="Without --strict this is a warning."
             )
@@ -158,37 +160,37 @@ def _refuse_nonfinite(decided: SplitPlan, progress: ProgressCallback) -> None:
 
 
 def _write_weights(
-    decided: SplitPlan, writer: CheckpointWriter, session: Session | None, progress: ProgressCallback
+    plan: SplitPlan, writer: CheckpointWriter, session: Session | None, progress: ProgressCallback
 ) -> dict[str, dict[str, Any]]:
     """Write every unit that is not there yet; return what is to be said of each."""
-    layers = decided.model.spec.num_layers
+    layers = plan.model.spec.num_layers
     units: dict[str, list[int]] = {OUTER: [], **{f"layer.{i}": [] for i in range(layers)}}
-    for index, tensor in enumerate(decided.tensors):
+    for index, tensor in enumerate(plan.tensors):
         units[unit_of(tensor)].append(index)
     if session is not None:
-        _write_calibrated(decided, writer, units, session, progress)
+        _write_calibrated(plan, writer, units, session, progress)
     else:
         with reused_memory():
-            _write_uncalibrated(decided, writer, units, progress)
+            _write_uncalibrated(plan, writer, units, progress)
     writer.flush()
     remove_states(writer.path)
     return {unit: writer.info(unit) for unit in ([UNIT] if session else []) + list(units)}
 
 
 def _write_uncalibrated(
-    decided: SplitPlan, writer: CheckpointWriter, units: dict[str, list[int]], progress: ProgressCallback
+    plan: SplitPlan, writer: CheckpointWriter, units: dict[str, list[int]], progress: ProgressCallback
 ) -> None:
     for done, (unit, indices) in enumerate(units.items(), start=1):
         if not writer.done(unit):
             layer = None if unit == OUTER else int(unit.removeprefix("layer."))
-            dense = layer is None or layer in decided.layout.dense_layers
-            converted = None if layer is None or dense else convert_layer(decided, layer)
-            _write_unit(decided, writer, unit, indices, converted)
+            dense = layer is None or layer in plan.layout.dense_layers
+            converted = None if layer is None or dense else convert_layer(plan, layer)
+            _write_unit(plan, writer, unit, indices, converted)
         progress(Progress("convert", done, len(units), "layer", unit))
 
 
 def _write_calibrated(
-    decided: SplitPlan,
+    plan: SplitPlan,
     writer: CheckpointWriter,
     units: dict[str, list[int]],
     session: Session,
@@ -200,9 +202,9 @@ def _write_calibrated(
     again, it gives the same bytes.
     """
     if not writer.done(OUTER):
-        _write_unit(decided, writer, OUTER, units[OUTER], None)
+        _write_unit(plan, writer, OUTER, units[OUTER], None)
     progress(Progress("convert", 1, len(units), "layer", OUTER))
-    layers = decided.model.spec.num_layers
+    layers = plan.model.spec.num_layers
     finished = [writer.done(f"layer.{layer}") for layer in range(layers)]
     first = finished.index(False) if False in finished else layers
     if first == layers and writer.done(UNIT):
@@ -211,38 +213,38 @@ def _write_calibrated(
     for layer in range(session.begin(first), layers):
         unit = f"layer.{layer}"
         inputs = session.enter(layer)
-        dense = layer in decided.layout.dense_layers
-        converted = None if dense else convert_layer(decided, layer, inputs)
+        dense = layer in plan.layout.dense_layers
+        converted = None if dense else convert_layer(plan, layer, inputs)
         session.leave(layer, inputs, converted.moe if converted else None)
         if not finished[layer]:
-            _write_unit(decided, writer, unit, units[unit], converted)
+            _write_unit(plan, writer, unit, units[unit], converted)
             writer.flush()  # the states of the layer before are written over only when this one is safe
         progress(Progress("convert", layer + 2, len(units), "layer", unit))
 
 
 def _write_unit(
-    decided: SplitPlan, writer: CheckpointWriter, unit: str, indices: list[int], converted: ConvertedLayer | None
+    plan: SplitPlan, writer: CheckpointWriter, unit: str, indices: list[int], converted: ConvertedLayer | None
 ) -> None:
     info = dict(converted.facts) if converted else {}
     parts = converted.parts if converted else None
     broken = []
     with one_thread():
-        for index in sorted(indices, key=lambda i: _part_of(decided.tensors[i])):
-            tensor = decided.tensors[index]
+        for index in sorted(indices, key=lambda i: _part_of(plan.tensors[i])):
+            tensor = plan.tensors[index]
             writer.make_room(tensor.name)
-            value = make(tensor, decided.model, parts, decided.dtype)
+            value = make(tensor, plan.model, parts, plan.dtype)
             if nonfinite(value):
-                if not any(nonfinite(used) for used in made_of(tensor, decided.model, parts)):
+                if not any(nonfinite(used) for used in made_of(tensor, plan.model, parts)):
                     raise RefusedError(
-                        f"{tensor.name} has values that {decided.recipe.dtype} cannot hold (factor "
-                        f"{decided.layout.combine.bake:g} included): they would become infinite.",
+                        f"{tensor.name} has values that {plan.recipe.dtype} cannot hold (factor "
+                        f"{plan.layout.combine.bake:g} included): they would become infinite.",
                         hint="Repeat with --dtype bfloat16 or float32, and --force.",
                     )
                 broken.append(tensor.name)
             writer.put(tensor.name, value)
     if broken:
         info["warnings"] = [f"{len(broken)} tensors of {unit} hold NaN or infinite values, the first is {broken[0]}"]
-    writer.finish(unit, [decided.tensors[i].name for i in indices], info)
+    writer.finish(unit, [plan.tensors[i].name for i in indices], info)
 
 
 def _part_of(tensor: OutTensor) -> str:
@@ -254,21 +256,21 @@ def _part_of(tensor: OutTensor) -> str:
 
 
 def _write_side_files(
-    decided: SplitPlan, location: Location, folder: Path, warnings: tuple[str, ...], tokenizer: Any | None
+    plan: SplitPlan, location: Location, folder: Path, warnings: tuple[str, ...], tokenizer: Any | None
 ) -> None:
-    config = decided.config | {"llamamoe": config_block(decided, location)}
+    config = plan.config | {"llamamoe": config_block(plan, location)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    copied = carry(decided.model.checkpoint, tokenizer, folder)
+    copied = carry(plan.model.checkpoint, tokenizer, folder)
     check_loads(folder)
-    write_text(folder / RECIPE_FILE, decided.recipe.to_yaml())
-    if len(decided.shards) > 1:
-        write_text(folder / INDEX, json.dumps(index_json(decided.shards), indent=2, sort_keys=True) + "\n")
-    if decided.recipe.card:
-        write_text(folder / "README.md", model_card(decided, location, copied, warnings))
+    write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
+    if len(plan.shards) > 1:
+        write_text(folder / INDEX, json.dumps(index_json(plan.shards), indent=2, sort_keys=True) + "\n")
+    if plan.recipe.card:
+        write_text(folder / "README.md", model_card(plan, location, copied, warnings))
 
 
 def _receipt(
-    decided: SplitPlan,
+    plan: SplitPlan,
     location: Location,
     infos: dict[str, dict[str, Any]],
     hashes: Hashes,
@@ -278,8 +280,8 @@ def _receipt(
     packages = ("torch", "transformers", "safetensors", "numpy", "scikit-learn")
     return {
         "llamamoe": __version__,
-        "source": {"name": location.name, "revision": location.revision, "notes": decided.model.checkpoint.notes},
-        "plan": {k: v for k, v in decided.to_json().items() if k not in ("source", "llamamoe")},
+        "source": {"name": location.name, "revision": location.revision, "notes": plan.model.checkpoint.notes},
+        "plan": {k: v for k, v in plan.to_json().items() if k not in ("source", "llamamoe")},
         "weights_sha256": hashes.weights,
         "unit_sha256": dict(hashes.units),
         "calibration": calibration,
@@ -289,10 +291,17 @@ def _receipt(
     }
 
 
-def _speed(decided: SplitPlan, compute: Compute | None) -> dict[str, Any]:
+def _compute(plan: SplitPlan) -> Compute | None:
+    """Choose where calibration is computed; None without calibration."""
+    if not plan.calibration:
+        return None
+    return choose_compute(plan.recipe.device, plan.recipe.compute_dtype, plan.source_dtype)
+
+
+def _speed(plan: SplitPlan, compute: Compute | None) -> dict[str, Any]:
     """How fast this machine multiplies, and what the plan's estimate of calibration makes of that."""
-    if compute is None or decided.calibration is None:
+    if compute is None or plan.calibration is None:
         return {}
     rate = compute.flops_per_second()
-    seconds = round(decided.calibration.seconds(rate), 1)
+    seconds = round(plan.calibration.seconds(rate), 1)
     return {"calibration": {"flops_per_second": round(rate), "estimated_seconds": seconds}}
