@@ -35,13 +35,14 @@ from .objective import Objective, Scale
 from .ownership import METRICS, step_of
 from .parameters import count_trained, freeze
 from .parent import Parent, load_parent, share_frozen
+from .parts import Parts
 from .ranks import check_same_checkpoint, several_ranks, sum_over_ranks
 from .recipe import PretrainRecipe
 from .routed_targets import routed_targets
 from .router_start import start_routers
 from .routing import RouterTap
 from .routing_statistics import RoutingStatistics
-from .trainer import MoeTrainer, Parts
+from .trainer import MoeTrainer
 from .validation import Validation
 
 log = logging.getLogger("llamamoe")
@@ -104,9 +105,7 @@ def assemble(
     batches = _batches(recipe, corpus, layout)
     facts: dict[str, Any] = {"world_size": args.world_size, "accumulation": layout.accumulation}
     model, layers = _trained_model(recipe, source, checkpoint, device, batches, facts)
-    validation = None
-    if held_out is not None:
-        validation = Validation(held_out, recipe.data.block_length, recipe.data.validation_blocks, layout)
+    validation = _validation(recipe, held_out, layout)
     old = _parent(recipe, parent, source, device)
     facts["reference_losses"] = _references(recipe, old, validation)
     dynamics = _dynamics(recipe, layers, batches.sampler, facts["reference_losses"], args.world_size > 1)
@@ -114,7 +113,6 @@ def assemble(
         dynamics.load(checkpoint)
     sums = Sums(corpus.domains)
     facts["active_parameters"] = active_parameters(model, layers)
-    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     parts = Parts(
         recipe=recipe,
         folder=folder,
@@ -125,16 +123,27 @@ def assemble(
         dynamics=dynamics,
         validation=validation,
         finish_checkpoint=lambda path: finish_folder(path, source),
-        flops_per_token=_flops_per_token(
-            recipe, model.config, facts["active_parameters"] - looked_up_parameters(model)
-        ),
-        peak_flops=peak * args.world_size if peak else None,
+        flops_per_token=_flops_per_token(recipe, model, facts["active_parameters"]),
+        peak_flops=_peak_flops(device, args.world_size),
         progress=progress,
     )
     return MoeTrainer(model, args, parts, resumed=checkpoint is not None), facts
 
 
-def _flops_per_token(recipe: PretrainRecipe, config: Any, multiplied: int) -> float:
+def _validation(recipe: PretrainRecipe, held_out: TokenCorpus | None, layout: Layout) -> Validation | None:
+    if held_out is None:
+        return None
+    return Validation(held_out, recipe.data.block_length, recipe.data.validation_blocks, layout)
+
+
+def _peak_flops(device: str, world_size: int) -> float | None:
+    """Operations per second that all devices together can do; None if it is not known."""
+    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
+    return peak * world_size if peak else None
+
+
+def _flops_per_token(recipe: PretrainRecipe, model: Any, active_parameters: int) -> float:
+    config, multiplied = model.config, active_parameters - looked_up_parameters(model)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head
     return training_flops(multiplied, config.num_hidden_layers, width, recipe.data.block_length)

@@ -8,69 +8,27 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..checkpoint.quiet import quiet_transformers
 from ..errors import LlamaMoeError
-from ..progress import Progress, ProgressCallback, ignore_progress
-from .batches import TokenBatches
 from .divergence import diverged, first_bad
-from .dynamics import Dynamics
+from .flow import Flow
 from .lora import load_rest, save_rest
-from .metrics import MetricsFile, Sums, finite
-from .objective import Objective
+from .metrics import finite
 from .ownership import STAGING, discard, named_checkpoints, publish, step_of
 from .parameters import lr_factors, optimizer_groups
-from .recipe import PretrainRecipe
+from .parts import Parts
 from .resuming import note_files, state_errors
 from .run_folder import checkpoints, is_of_the_disk, rotate
 from .sharded_state import load_optimizer, reshard, save_optimizer
-from .stopping import StopRequest
-from .validation import Validation
-
-
-@dataclass
-class Parts:
-    """What a run is made of, beside the model.
-
-    Attributes:
-        recipe: What was asked for.
-        folder: The run's folder.
-        batches: This rank's micro-batches.
-        objective: The loss of a micro-batch.
-        sums: What is summed up for the next line of metrics.
-        metrics: The file of lines.
-        dynamics: What changes beside the weights: gate, selection biases, mixture.
-        validation: Held-out blocks; None if there are none.
-        finish_checkpoint: Adds to a saved checkpoint what makes it a folder of its own (tokenizer, both spellings of the
-            configuration, ...).
-        flops_per_token: Operations of forward and backward pass by active parameters.
-        peak_flops: What all devices together can do; None if it is not known.
-        progress: Told after every step.
-        stop: Whether the run was told to end.
-    """
-
-    recipe: PretrainRecipe
-    folder: Path
-    batches: TokenBatches
-    objective: Objective
-    sums: Sums
-    metrics: MetricsFile
-    dynamics: Dynamics
-    validation: Validation | None
-    finish_checkpoint: Callable[[Path], None]
-    flops_per_token: float
-    peak_flops: float | None
-    progress: ProgressCallback = ignore_progress
-    stop: StopRequest = field(default_factory=StopRequest)
 
 
 class MoeTrainer(Trainer):
@@ -91,7 +49,7 @@ class MoeTrainer(Trainer):
         held_out: Any = range(1) if parts.validation is not None else None
         self._resumed = resumed
         args.eval_on_start = args.eval_on_start and not resumed
-        super().__init__(model=model, args=args, eval_dataset=held_out, callbacks=[_Flow(self)])
+        super().__init__(model=model, args=args, eval_dataset=held_out, callbacks=[Flow(self)])
         self.loss_is_scaled_for_ga = True  # by the objective, over the whole global batch
         self._logged = (time.monotonic(), 0)
         self._micro_losses: list[tuple[tuple[int, int], torch.Tensor]] = []
@@ -332,35 +290,3 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             flat[prefix + key] = value
     return flat
-
-
-class _Flow(TrainerCallback):
-    """What happens beside the gradient: biases and mixture move, lines are written, progress is told."""
-
-    def __init__(self, trainer: MoeTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """What an earlier start left of later steps goes only now that weights and optimiser have been loaded."""
-        self._trainer.forget_later()
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Selection biases follow the load of the step."""
-        self._trainer.parts.dynamics.after_optimizer_step()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Sums are read whenever a checkpoint is made, so that a resumed run writes the same lines."""
-        parts = self._trainer.parts
-        if parts.stop.agreed(args.device) and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-        if control.should_save or control.should_evaluate:
-            control.should_log = True
-        rate = state.global_step * parts.recipe.tokens_per_step
-        parts.progress(Progress("train", state.global_step, state.max_steps, "step", f"{rate:,} tokens"))
-        return control
