@@ -150,6 +150,22 @@ def _print(allocation: Allocation, written: str | None, *, verbose: bool) -> Non
             ("measured by", f"{allocation.measure} (about {amount(allocation.flops)} operations)"),
         ]
     )  # fmt: skip
+    _layers(allocation)
+    if verbose and len(allocation.by_count) > 1:
+        _alternatives(allocation)
+    if allocation.warnings:
+        heading("Warnings")
+        bullets(allocation.warnings, mark="!")
+    if verbose:
+        heading("Recipe")
+        echo("".join(f"  {line}\n" for line in allocation.recipe.to_yaml().splitlines()), nl=False)
+    if written:
+        echo()
+        paragraph(f"llamamoe split {allocation.source} OUT --recipe {written}")
+
+
+def _layers(allocation: Allocation) -> None:
+    """Print every layer's damage, and the shared neurons that it would have if layers might differ."""
     heading("Layers")
     note = allocation.simulated["per_layer_shared"] is not None
     rows = [
@@ -170,17 +186,6 @@ def _print(allocation: Allocation, written: str | None, *, verbose: bool) -> Non
             f"With another number of shared neurons in every layer the damage would be {allocation.simulated['damage']:.4g}: "
             f"{allocation.simulated['note']}."
         )
-    if verbose and len(allocation.by_count) > 1:
-        _alternatives(allocation)
-    if allocation.warnings:
-        heading("Warnings")
-        bullets(allocation.warnings, mark="!")
-    if verbose:
-        heading("Recipe")
-        echo("".join(f"  {line}\n" for line in allocation.recipe.to_yaml().splitlines()), nl=False)
-    if written:
-        echo()
-        paragraph(f"llamamoe split {allocation.source} OUT --recipe {written}")
 
 
 def _alternatives(allocation: Allocation) -> None:

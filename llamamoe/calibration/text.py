@@ -260,12 +260,10 @@ def _assemble(
             "documents": len(pieces),
             "tokens_per_byte": tokens_per_byte(pieces, reader.bos),
         }
-    ids_ST = np.concatenate(rows)
-    order = np.random.default_rng([seed, *b"calibration text"]).permutation(len(ids_ST))
-    ids_ST = np.ascontiguousarray(ids_ST[order])
+    order = np.random.default_rng([seed, *b"calibration text"]).permutation(len(domains))
+    ids_ST = np.ascontiguousarray(np.concatenate(rows)[order])
     check_ids(ids_ST, vocab_size)
     odd = odd_warnings({domain: facts[domain]["tokens_per_byte"] for domain in facts}, unknown)
-    hashes = frozenset(piece.digest for piece in used)
     files = dict.fromkeys(piece.file for piece in used)
     return CalibrationText(
         ids_ST=ids_ST,
@@ -280,5 +278,5 @@ def _assemble(
             "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
         },
         warnings=(*mixture.warnings, *odd),
-        document_hashes=hashes,
+        document_hashes=frozenset(piece.digest for piece in used),
     )

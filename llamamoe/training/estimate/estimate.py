@@ -127,10 +127,8 @@ def estimate(
         CheckpointError: A configuration has no sizes.
     """
     shape = read_shape(config, tensors)
-    given = parent_tensors is not None and parent_config is not None
     parent = read_shape(parent_config, parent_tensors) if parent_config and parent_tensors else None
-    sizes = recipe.distributed
-    sharding = Sharding(sizes.fsdp_size, sizes.ep_size)
+    sharding = Sharding(recipe.distributed.fsdp_size, recipe.distributed.ep_size)
     accumulation = max(1, recipe.batch_size // (recipe.micro_batch_size * world_size))
     held = _parent_bytes(recipe, tensors, parent_tensors or {}, sharding)
     memory = StepMemory(recipe, shape, sharding, parent_bytes=held, accumulates=accumulation > 1, replicas=world_size)
@@ -139,6 +137,7 @@ def estimate(
     moment, lives = memory.peak()
     flops = operations(recipe, shape, parent, memory.trained, added, memory.run.tokens)
     rate = peak_flops * world_size * utilisation if peak_flops else None
+    counted = parent_tensors is not None and parent_config is not None
     return Estimate(
         state=memory.state(),
         parts={name: size for name, size in lives.items() if size},
@@ -154,7 +153,7 @@ def estimate(
         disk=disk(recipe, shape, trained, added),
         utilisation=utilisation,
         warnings=(
-            *_memory_warnings(recipe, memory, sum(lives.values()), device_memory, counted=given),
+            *_memory_warnings(recipe, memory, sum(lives.values()), device_memory, counted=counted),
             *_layout_warnings(recipe, shape, world_size),
         ),
     )
