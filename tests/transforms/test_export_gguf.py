@@ -19,7 +19,7 @@ from llamamoe.checkpoint.gguf.header import read_header
 from llamamoe.checkpoint.gguf.reader import export_dense
 from llamamoe.checkpoint.gguf.tokenizer import CUTS, save
 from llamamoe.checkpoint.gguf.vocabulary import read_vocabulary
-from llamamoe.studies.demo import model_file
+from llamamoe.studies.demo_material import model_file
 
 from ..dense import make_byte_level, make_dense
 

@@ -1,0 +1,70 @@
+"""Which models llama.cpp computes as transformers does, and what it makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..architectures.moe_checkpoint import ConvertedModel
+from ..architectures.moe_layout import Weighting
+from ..errors import RefusedError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp makes of one target.
+
+    Attributes:
+        name: Its name for it.
+        pairs: Whether it rotates neighbouring rows of queries and keys, so that they must be put into that order.
+        llama3: Whether it reads the factors of llama3's rope scaling.
+        any_head: Whether a head may be wider than hidden size over heads, and the output head be the embedding.
+        weighting: What it makes of the router's scores.
+    """
+
+    name: str
+    pairs: bool = True
+    llama3: bool = True
+    any_head: bool = True
+    weighting: Weighting = "renormalised"
+
+
+ARCHITECTURES = {
+    "mixtral": Architecture("llama"),
+    "granitemoeshared": Architecture("granitemoe"),
+    "qwen2_moe": Architecture("qwen2moe", pairs=False, llama3=False, any_head=False, weighting="softmax"),
+}
+"""Targets that llama.cpp computes as transformers does, if nothing in `llama_cpp_architecture` says otherwise."""
+
+
+def llama_cpp_architecture(model: ConvertedModel) -> Architecture:
+    """llama.cpp's architecture for a model.
+
+    Raises:
+        RefusedError: It has none, or computes something else; all reasons are named.
+    """
+    found, spec = ARCHITECTURES.get(model.target.name), model.spec
+    if found is None:
+        raise RefusedError(
+            f"a GGUF file can be written for {', '.join(ARCHITECTURES)}, but this model is {model.target.name}.",
+            hint="Split the parent again with --target granitemoeshared (shared experts) or --target mixtral (none).",
+        )
+    reasons = []
+    if spec.hidden_act not in ("silu", "swish"):
+        reasons.append(f"it computes experts with SiLU, and theirs is {spec.hidden_act!r}")
+    if model.experts.dense_layers:
+        reasons.append(f"it has no dense layers there, and {', '.join(map(str, model.experts.dense_layers))} are")
+    if model.mixing.weighting != found.weighting:
+        what = "sum to one" if found.weighting == "renormalised" else "do not sum to one (norm_topk_prob is false)"
+        reasons.append(f"its router's weights {what}")
+    if spec.rope.get("rope_type") == "llama3" and not found.llama3:
+        reasons.append("it drops llama3's rope scaling there")
+    if not spec.plain_head_dim and not found.any_head:
+        reasons.append("its heads are as wide as hidden size over heads there")
+    if any(spec.sliding) and not found.pairs:
+        reasons.append("it has no sliding windows there")
+    if reasons:
+        raise RefusedError(
+            f"llama.cpp computes {found.name} otherwise than this model: {'; '.join(reasons)}.",
+            hint="granitemoeshared (shared experts) and mixtral (none) hold most models; no dense layers, and SiLU only.",
+        )
+    return found
