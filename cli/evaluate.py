@@ -17,7 +17,8 @@ from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.evaluation.scores import Difference, Evaluation, ModelScores, Score
-    from llamamoe.evaluation.tasks import TaskEvaluation, TaskScore
+    from llamamoe.evaluation.task_scores import TaskScore
+    from llamamoe.evaluation.tasks import TaskEvaluation
 
 HELP = """Measure how well MODEL predicts a text (perplexity and bits per byte, by domain and over all), or how it answers the
 tasks of lm-evaluation-harness.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +15,7 @@ from ..errors import LlamaMoeError, MissingExtraError, UsageError, near_misses
 from ..lazy import lm_eval
 from ..progress import ProgressCallback, counting, ignore_progress
 from ..recipes import Recipe
-
-METRICS = ("acc_norm", "acc", "exact_match", "f1", "mc2", "word_perplexity", "perplexity", "bits_per_byte")
-"""Metrics that are shown, of several of one task all; others are left to the harness's own output."""
-PAIRED = frozenset({"acc_norm", "acc", "exact_match", "mc2"})
-"""Metrics that are means over questions: only of those is a difference the mean of the questions' differences."""
-Z_95 = 1.959963984540054
-"""Half a 95 % confidence interval, in standard errors."""
+from .task_scores import Answers, TaskScore, task_scores
 
 
 class TaskRequest(BaseModel):
@@ -55,36 +48,6 @@ class TaskRecipe(Recipe):
 
 
 load_task_recipe = TaskRecipe.load
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One metric of one task.
-
-    Attributes:
-        task: Its name; a group's parts are tasks of their own.
-        metric: As the harness calls it.
-        num_fewshot: Examples before each question.
-        questions: How many were asked.
-        value: The model's.
-        stderr: Its standard error.
-        against: The other model's, or None.
-        difference: Model minus other, question by question; None if there is no other, or the metric is no mean over
-            questions (a group that weighs its parts alike).
-        difference_stderr: Standard error of that mean of pairs.
-        interval: Its 95 % confidence interval (normal approximation).
-    """
-
-    task: str
-    metric: str
-    num_fewshot: int | None
-    questions: int
-    value: float
-    stderr: float | None
-    against: float | None = None
-    difference: float | None = None
-    difference_stderr: float | None = None
-    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +129,7 @@ def evaluate_tasks(
         dtype=mine.dtype,
         harness=version("lm_eval"),
         limit=recipe.limit,
-        scores=tuple(_scores(mine, theirs)),
+        scores=tuple(task_scores(mine, theirs)),
         failed=run.failed,
     )
 
@@ -187,14 +150,6 @@ def _manager(recipe: TaskRecipe) -> Any:
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """What the harness found of one model."""
-
-    dtype: str
-    results: dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
 class _Run:
     """How the questions are asked; ``failed`` fills."""
 
@@ -206,7 +161,7 @@ class _Run:
     tell: Callable[[str], None]
     failed: dict[str, str] = field(default_factory=dict)
 
-    def ask(self, side: Any) -> _Answers:
+    def ask(self, side: Any) -> Answers:
         """All tasks of one model."""
         from lm_eval.models.huggingface import HFLM
 
@@ -227,7 +182,7 @@ class _Run:
             self.tell(f"{side.name}: {request.task}")
         del model, wrapped
         free_memory()
-        return _Answers(dtype, results)
+        return Answers(dtype, results)
 
     def _one(self, wrapped: Any, request: TaskRequest) -> dict[str, Any]:
         try:
@@ -249,74 +204,3 @@ class _Run:
         if found is None:
             raise LlamaMoeError("only the first process of a distributed run has results: start one process.")
         return found
-
-
-def _scores(mine: _Answers, theirs: _Answers | None) -> list[TaskScore]:
-    scores = []
-    for name, found in mine.results.items():
-        other = None if theirs is None else theirs.results.get(name)
-        if theirs is not None and other is None:
-            continue  # failed with the other model
-        for task, values in found["results"].items():
-            for key, value in values.items():
-                metric, _, kind = key.partition(",")
-                if metric in METRICS and isinstance(value, int | float):
-                    scores.append(_score(found, other, task, metric, kind, float(value)))
-    return scores
-
-
-def _score(
-    found: Mapping[str, Any], other: Mapping[str, Any] | None, task: str, metric: str, kind: str, value: float
-) -> TaskScore:
-    results = found["results"][task]
-    stderr = results.get(f"{metric}_stderr,{kind}")
-    mine = _samples(found, task, metric, kind)
-    pairs = [] if other is None or metric not in PAIRED else _pairs(mine, _samples(other, task, metric, kind))
-    if pairs and abs(sum(a for a, _ in pairs) / len(pairs) - value) > 1e-6:
-        pairs = []  # no plain mean over these questions
-    mean, error = _paired(pairs)
-    return TaskScore(
-        task=task,
-        metric=metric,
-        num_fewshot=found.get("n-shot", {}).get(task),
-        questions=len(mine) or int(found.get("n-samples", {}).get(task, {}).get("effective", 0)),
-        value=value,
-        stderr=float(stderr) if isinstance(stderr, int | float) else None,
-        against=None if other is None else float(other["results"][task][f"{metric},{kind}"]),
-        difference=mean,
-        difference_stderr=error,
-        interval=None if mean is None or error is None else (mean - Z_95 * error, mean + Z_95 * error),
-    )
-
-
-def _samples(found: Mapping[str, Any], task: str, metric: str, kind: str) -> dict[tuple[str, int], float]:
-    """The metric of every question, by part and number; of a group that of all its parts, groups among them."""
-    values = {}
-    for part in _leaves(found.get("group_subtasks", {}), task):
-        for sample in found.get("samples", {}).get(part, ()):
-            value = sample.get(metric)
-            if sample.get("filter", kind) == kind and isinstance(value, int | float):
-                values[part, int(sample["doc_id"])] = float(value)
-    return values
-
-
-def _leaves(groups: Mapping[str, Sequence[str]], task: str) -> list[str]:
-    """The tasks below a group; a task is its own."""
-    parts = [part for part in groups.get(task) or () if part != task]
-    return [leaf for part in parts for leaf in _leaves(groups, part)] if parts else [task]
-
-
-def _pairs(mine: Mapping[tuple[str, int], float], theirs: Mapping[tuple[str, int], float]) -> list[tuple[float, float]]:
-    return [(value, theirs[key]) for key, value in mine.items() if key in theirs]
-
-
-def _paired(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
-    """Mean of the differences and its standard error; None where there are no (fewer than two) pairs."""
-    if not pairs:
-        return None, None
-    gaps = [a - b for a, b in pairs]
-    mean = sum(gaps) / len(gaps)
-    if len(gaps) < 2:
-        return mean, None
-    variance = sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
-    return mean, math.sqrt(variance / len(gaps))

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamamoe import LlamaMoeError, UsageError, evaluate_tasks, load_recipe, load_task_recipe, split
-from llamamoe.evaluation.tasks import _Answers, _scores
+from llamamoe.evaluation.task_scores import Answers, task_scores
 
 from ..dense import make_dense
 
@@ -107,7 +107,7 @@ def test_groups_and_metrics_that_are_no_means() -> None:
         }
 
     scores = {
-        (s.task, s.metric): s for s in _scores(_Answers("f", {"t": result(1.0)}), _Answers("f", {"t": result(0.0)}))
+        (s.task, s.metric): s for s in task_scores(Answers("f", {"t": result(1.0)}), Answers("f", {"t": result(0.0)}))
     }
     assert scores["all", "acc"].difference == 1.0
     assert scores["all", "acc"].questions == 4
