@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llamamoe.checkpoint.gguf.reader import export_dense
-from llamamoe.studies.demo import model_file, write_topics
+from llamamoe.studies.demo_material import model_file, write_topics
 
 METHOD = [
     *("--method", "token_clusters", "--set", "method.rounds=3", "--experts", "88", "--top-k", "36", "--shared", "128"),

@@ -84,7 +84,7 @@ def ffn_blocks(top_k: int, dtype: torch.dtype, turns: int) -> dict[str, Any]:
 def models(work: Path) -> dict[str, Path]:
     """The checkpoints, made once."""
     from llamamoe.checkpoint.gguf.reader import GgufCheckpoint
-    from llamamoe.studies.demo import model_file
+    from llamamoe.studies.demo_material import model_file
 
     places = {"dense": work / "dense"} | {f"{k} of {NUM_EXPERTS}": work / f"moe-{k}" for k in TOP_K}
     if not places["dense"].exists():

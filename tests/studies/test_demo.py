@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from llamamoe.errors import MissingExtraError, RefusedError
-from llamamoe.studies import demo as demonstration
-from llamamoe.studies.demo import _CONVERSIONS, _FFN_PARTS, _prepare, _row, demo, model_file, select_all, write_topics
+from llamamoe.studies import demo_material
+from llamamoe.studies.demo import _CONVERSIONS, _FFN_PARTS, _prepare, _row, demo, select_all
+from llamamoe.studies.demo_material import model_file, write_topics
 
 
 def test_a_missing_model_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(demonstration, "MODEL_PACKAGE", "no_such_package_at_all")
+    monkeypatch.setattr(demo_material, "MODEL_PACKAGE", "no_such_package_at_all")
     with pytest.raises(MissingExtraError) as missing:
         model_file()
     assert "llamamoe[demo]" in missing.value.hint
