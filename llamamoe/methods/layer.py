@@ -231,8 +231,6 @@ class LayerInputs:
         Methods sweep over the tokens a dozen times, so the parent's are kept (in the compute dtype, in which they are
         computed) if they fit `CACHE_BYTES`.
         """
-        from .layer import FfnWeights
-
         if not isinstance(ffn, FfnWeights):
             yield from self._computed(ffn.gate_PH, ffn.up_PH, hidden_act)
             return

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..lazy import np, scipy, torch
+from ..numerics import check_finite
 from ..plugins import PluginOptions
 from .layer import FfnWeights, LayerContext, LayerInputs, activate
 
@@ -60,8 +61,6 @@ def activation_markers(ffn: FfnWeights, context: LayerContext, options: MarkerOp
     Raises:
         LlamaMoeError: An activation is NaN or infinite.
     """
-    from ..numerics import check_finite
-
     inputs = every_nth(context.inputs, options.max_tokens)
     k_act = min(options.k_act, ffn.intermediate_size)
     parts = []

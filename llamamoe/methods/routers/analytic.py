@@ -8,9 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from ...lazy import np, torch
-from ..layer import PADDING, FfnWeights, LayerContext, Partition
-from ..markers import MarkerOptions
+from ..layer import PADDING, FfnWeights, LayerContext, Partition, activate
+from ..markers import MarkerOptions, activation_markers, mean_patterns, pattern_distances
 from .base import Router
+from .ridge import fit_rows
 
 
 class Analytic(Router):
@@ -52,8 +53,6 @@ class Analytic(Router):
 
     def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
         """See `Router.rows`; zeros for an expert without neurons. O(T F H)."""
-        from .ridge import fit_rows
-
         chosen = torch.from_numpy(self.representatives(ffn, partition, context))
         if self.options.form == "product":
             return fit_rows(context, cmoe_scores(ffn, chosen, context), self.options.ridge, "none")
@@ -61,8 +60,6 @@ class Analytic(Router):
 
     def representatives(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> np.ndarray:
         """int64 ``[N]``: the representative neuron of each expert, of equal ones the first; -1 for an empty expert."""
-        from ..markers import activation_markers, mean_patterns, pattern_distances
-
         markers = activation_markers(ffn, context, self.options)
         members = [expert[expert != PADDING] for expert in partition.experts]
         distances = pattern_distances(markers, mean_patterns(markers, members), "l1")
@@ -75,8 +72,6 @@ def cmoe_scores(ffn: FfnWeights, chosen_N: torch.Tensor, context: LayerContext) 
 
     Inputs as they are, rows of length 1; 0 for the neuron -1.
     """
-    from ..layer import activate
-
     inputs = context.inputs
     gate, up = (_unit_rows(w, chosen_N).to(inputs.device, inputs.compute_dtype) for w in (ffn.gate_FH, ffn.up_FH))
     for x_BH in inputs.inputs():

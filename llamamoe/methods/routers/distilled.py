@@ -14,6 +14,7 @@ from ..layer import ExpertWeights, FfnWeights, LayerContext, LayerInputs, Partit
 from ..moe_layer import ConvertedFfn, dense_outputs
 from ..solvers.choice_loss import ChoiceLoss, ChoiceProblem, weighted_gram
 from ..solvers.greedy_choices import Choices, best_choices
+from ..solvers.normal_equations import held_out_tokens
 from .base import Router
 from .ridge import centred, log_contribution
 
@@ -90,8 +91,6 @@ class Distilled(Router):
 
     def refit(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> torch.Tensor:
         """See `Router.refit`: from the outputs of the repaired experts."""
-        from ..solvers.normal_equations import held_out_tokens
-
         inputs = context.inputs
         choices = best_choices(moe, ffn, inputs)
         check_finite(context.layer, choices.norm_TN.sum(), choices.gain_T.sum())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ...lazy import torch
+from ...numerics import check_finite
+from ..contributions import contributions
 from ..layer import FfnWeights, LayerContext, Partition
 from .base import Router
 
@@ -27,9 +29,6 @@ class HiddenCentroid(Router):
 
     def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
         """See `Router.rows`. O(T F H), or nothing if the rows came with the partition."""
-        from ...numerics import check_finite
-        from ..contributions import contributions
-
         if partition.router_NH is not None:
             return partition.router_NH.float()
         inputs = context.inputs

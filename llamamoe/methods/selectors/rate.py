@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...lazy import np
 from ..layer import FfnWeights, LayerContext
-from ..markers import MarkerOptions
+from ..markers import MarkerOptions, activation_markers, activation_rates
 from .base import Selector
 
 
@@ -23,6 +23,4 @@ class Rate(Selector):
 
     def scores(self, ffn: FfnWeights, context: LayerContext) -> np.ndarray:
         """See `Selector.scores`. O(T F H)."""
-        from ..markers import activation_markers, activation_rates
-
         return activation_rates(activation_markers(ffn, context, self.options))

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ...lazy import np, torch
 from ...plugins import PluginOptions
-from ..layer import FfnWeights, LayerContext, LayerInputs
+from ..layer import FfnWeights, LayerContext, LayerInputs, activate
 from .balance import assign_with_prices
 from .transport import balanced_transport, soft_top_k, transport_gradient
 
@@ -76,8 +76,6 @@ class RoutedNeurons:
 
     def tokens(self, index_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs ``[B, H]`` in float32, and what the neurons do times the token's scale, float32 ``[B, R]``."""
-        from ..layer import activate
-
         device = self.inputs.device
         x_BH = self.inputs.x_TH[index_B].to(device, self.inputs.compute_dtype)
         h_BR = activate(x_BH @ self.gate_RH.T, self.hidden_act) * (x_BH @ self.up_RH.T).float()

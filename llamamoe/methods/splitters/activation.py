@@ -6,7 +6,7 @@ from pydantic import Field
 
 from ...lazy import np, scipy
 from ..layer import BATCH_TOKENS, FfnWeights, LayerContext, Partition
-from ..markers import Distance, MarkerOptions
+from ..markers import Distance, MarkerOptions, activation_markers, activation_rates, mean_patterns, pattern_distances
 from .base import Splitter, routed_neurons
 
 
@@ -44,8 +44,6 @@ class Activation(Splitter):
 
     def split(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
         """See `Splitter.split`. O(T F H) for the markers, O(T k_act N) per iteration; 8 T N bytes for centroids."""
-        from ..markers import activation_markers
-
         neurons = routed_neurons(ffn.intermediate_size, shared)
         markers = activation_markers(ffn, context, self.options)[:, neurons]
         labels = cluster_markers(
@@ -63,7 +61,6 @@ def cluster_markers(
     markers_QF: scipy.sparse.csr_array, num_clusters: int, capacity: int, distance: Distance, iterations: int
 ) -> np.ndarray:
     """int64 ``[F]``: the cluster of each column, at most ``capacity`` in one; see `Activation` for the rule."""
-    from ..markers import activation_rates, mean_patterns, pattern_distances
     from ..solvers.balance import assign_balanced
 
     if markers_QF.shape[1] == 0:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from ...lazy import np, torch
+from ...numerics import check_finite
 from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, FfnWeights, LayerContext, LayerInputs, Partition
 from .base import Splitter, routed_neurons
@@ -59,7 +60,6 @@ class Coactivation(Splitter):
 
     def split(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
         """See `Splitter.split`. O(T F^2) for the graph; the sizes of the experts differ by one at most."""
-        from ...numerics import check_finite
         from ..solvers.graph import partition_graph
 
         options = self.options

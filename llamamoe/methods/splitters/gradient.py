@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from ...lazy import np, torch
+from ...numerics import check_finite
 from ...plugins import PluginOptions
 from ..layer import PADDING, ExpertWeights, FfnWeights, LayerContext, LayerInputs, Partition
 from .base import Kept, Splitter, routed_neurons
@@ -172,8 +173,6 @@ class Gradient(Splitter):
 
     def importance(self, ffn: FfnWeights, labels_T: torch.Tensor, context: LayerContext) -> np.ndarray:
         """float64 ``[N, F]``: see the class; 0 in a cluster without tokens."""
-        from ...numerics import check_finite
-
         inputs = context.inputs
         if inputs.gradients_TH is None:
             raise ValueError("this method needs gradients at the FFN's output")

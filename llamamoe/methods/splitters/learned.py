@@ -9,8 +9,10 @@ from pydantic import Field
 
 from ...lazy import np, torch
 from ...numerics import check_finite
-from ..layer import FfnWeights, LayerContext, Partition, TokenWeighting, token_scales
+from ..layer import PADDING, FfnWeights, LayerContext, Partition, TokenWeighting, token_scales
+from ..routers.ridge import Ridge
 from ..solvers.learned_assignment import LearningOptions
+from ..solvers.normal_equations import held_out_tokens
 from .base import Splitter, routed_neurons
 
 
@@ -66,8 +68,6 @@ class Learned(Splitter):
         Raises:
             LlamaMoeError: An activation is NaN or infinite.
         """
-        from ..solvers.normal_equations import held_out_tokens
-
         start = self._start(ffn, shared, context)
         neurons = routed_neurons(ffn.intermediate_size, shared)
         held_out_T = held_out_tokens(context.inputs.num_tokens)
@@ -87,7 +87,6 @@ class Learned(Splitter):
         return max(own, TokenClusters.working_bytes(intermediate_size, hidden_size))
 
     def _start(self, ffn: FfnWeights, shared: np.ndarray, context: LayerContext) -> Partition:
-        from ..routers.ridge import Ridge
         from .token_clusters import TokenClusters
 
         partition = TokenClusters().split(ffn, shared, context)
@@ -144,8 +143,6 @@ class Learned(Splitter):
 
 def labels_of(partition: Partition, neurons: np.ndarray) -> np.ndarray:
     """int64 ``[R]``: the expert of each of the routed neurons (ascending)."""
-    from ..layer import PADDING
-
     experts, _ = np.nonzero(partition.experts != PADDING)
     members = partition.experts[partition.experts != PADDING]
     labels = np.empty(len(neurons), np.int64)

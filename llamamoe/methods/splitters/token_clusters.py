@@ -9,7 +9,8 @@ from pydantic import Field
 
 from ...lazy import np, torch
 from ...plugins import PluginOptions
-from ..layer import FfnWeights, LayerContext, LayerInputs, Partition, TokenWeighting, token_scales
+from ..layer import BATCH_TOKENS, FfnWeights, LayerContext, LayerInputs, Partition, TokenWeighting, token_scales
+from ..routers.ridge import Ridge
 from ..solvers.balance import assign_balanced
 from .base import Splitter, routed_neurons
 
@@ -82,16 +83,12 @@ class TokenClusters(Splitter):
         return Partition.from_labels(neurons, labels, context, shared)
 
     def _fit(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
-        from ..routers.ridge import Ridge
-
         options = Ridge.Options(contribution="power", ridge=self.options.ridge)
         return Ridge(options).rows(ffn, partition, context)
 
     @classmethod
     def working_bytes(cls, intermediate_size: int, hidden_size: int) -> int:
         """See `Splitter.working_bytes`: a batch of activations, twice, and a Gram of the inputs in float64."""
-        from ..layer import BATCH_TOKENS
-
         return 8 * BATCH_TOKENS * intermediate_size + 16 * hidden_size**2
 
 
