@@ -8,6 +8,15 @@ from __future__ import annotations
 
 import difflib
 
+MOST_LINES = 20
+MOST_CHARACTERS = 1900
+_LONGEST_LINE = 800
+_ALIKE = 0.7
+"""Lowest `difflib` ratio of a typing error: "stablelm" has 0.53 to "mistral", "rand" has 0.8 to "random"."""
+_ALIKE_OF_TWO = 0.5
+"""The same for names of two characters, of which one is right."""
+_MOST_NAMED = 100
+
 
 class LlamaMoeError(Exception):
     """An error for the user: what is wrong (value and rule), and how to go on.
@@ -68,11 +77,6 @@ class MissingExtraError(LlamaMoeError, ImportError):
         )
 
 
-MOST_LINES = 20
-MOST_CHARACTERS = 1900
-_LONGEST_LINE = 800
-
-
 def printable(text: str, *, lines: bool = False) -> str:
     """Escape what a terminal would obey or does not show, as ``repr`` does: ESC, bidirectional marks, lone surrogates.
 
@@ -104,13 +108,6 @@ def _cut(line: str, most: int) -> str:
         return line
     end = most // 3
     return f"{line[: most - end]} ... ({len(line) - most:,} characters) ... {line[-end:]}"
-
-
-_ALIKE = 0.7
-"""Lowest `difflib` ratio of a typing error: "stablelm" has 0.53 to "mistral", "rand" has 0.8 to "random"."""
-_ALIKE_OF_TWO = 0.5
-"""The same for names of two characters, of which one is right."""
-_MOST_NAMED = 100
 
 
 def near_misses(value: str, choices: list[str]) -> str:
