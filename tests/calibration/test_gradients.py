@@ -14,7 +14,7 @@ from llamamoe.architectures.dense_checkpoint import DenseModel, understand
 from llamamoe.calibration.gradients import DONE_FILE, ffn_gradients
 from llamamoe.checkpoint.locate import locate, open_checkpoint
 from llamamoe.errors import LlamaMoeError
-from llamamoe.models import loading as scoring
+from llamamoe.models import loading
 from llamamoe.models.streaming import LayerRunner
 from llamamoe.progress import Progress
 from tests.dense import VARIANTS, make_dense
@@ -68,7 +68,7 @@ def test_nothing_depends_on_batches(dense, tmp_path, monkeypatch):
     asked = []
     logits = LayerRunner.logits
     monkeypatch.setattr(LayerRunner, "logits", lambda self, h: asked.append(len(h)) or logits(self, h))
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 128 * 7)
+    monkeypatch.setattr(loading, "LOGITS_AT_ONCE", 128 * 7)
     many = ffn_gradients(opened(dense), IDS, folder=tmp_path / "many", batch_sequences=4)
     assert max(asked) == 7
     assert sum(asked) == 5 * 11

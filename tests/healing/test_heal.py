@@ -18,12 +18,11 @@ import llamamoe
 from llamamoe.architectures.targets import TARGETS
 from llamamoe.calibration.text import calibration_text
 from llamamoe.conversion.advice import UNTRAINED
-from llamamoe.healing import layer as job
-from llamamoe.healing import train_layer as training
 from llamamoe.healing.block import load_ffn
 from llamamoe.healing.heal import heal
 from llamamoe.healing.plan import plan_heal
 from llamamoe.healing.recipe import HealRecipe, load_heal_recipe
+from llamamoe.healing.train_layer import _Joint
 from tests.dense import make_dense
 from tests.healing.common import convert, heal_recipe, receipt, write_text
 
@@ -157,7 +156,7 @@ def test_hard_softmax_routers_are_renormalised_and_a_layer_that_is_left_computes
     def ruin(ffn: Any, task: Any) -> None:
         ffn.moe.experts.down_proj.data.mul_(-3)
 
-    monkeypatch.setattr(job, "train_layer", ruin)
+    monkeypatch.setattr("llamamoe.healing.layer.train_layer", ruin)
     result = heal(moe, tmp_path / "out", heal_recipe(text), parent=dense)
     assert result.receipt["renormalised"]
     assert any("sum to one" in warning for warning in result.warnings)
@@ -190,7 +189,9 @@ def test_the_card_names_files_that_are_there_and_nothing_that_healing_ended(
 def test_a_layer_that_got_worse_keeps_its_bytes(
     tmp_path: Path, model: Path, dense: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "train_layer", lambda ffn, task: ffn.moe.experts.down_proj.data.mul_(float("nan")))
+    monkeypatch.setattr(
+        "llamamoe.healing.layer.train_layer", lambda ffn, task: ffn.moe.experts.down_proj.data.mul_(float("nan"))
+    )
     result = heal(model, tmp_path / "out", heal_recipe(text), parent=dense)
     assert [layer["kept"] for layer in result.receipt["layers"]] == [False, False]
     assert result.receipt["layers"][0]["error_after"] is None
@@ -311,8 +312,8 @@ def test_another_parent_of_the_same_sizes_is_warned_of(tmp_path: Path, model: Pa
 def test_a_step_that_is_too_large_is_an_error_that_names_the_layer(
     tmp_path: Path, model: Path, dense: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = training._Joint.__call__
-    monkeypatch.setattr(training._Joint, "__call__", lambda self, rows: real(self, rows) * float("nan"))
+    real = _Joint.__call__
+    monkeypatch.setattr(_Joint, "__call__", lambda self, rows: real(self, rows) * float("nan"))
     with pytest.raises(llamamoe.LlamaMoeError, match=r"layer 0: the error is no longer finite at step 0"):
         heal(model, tmp_path / "out", heal_recipe(text), parent=dense)
     assert not (tmp_path / "out").exists()

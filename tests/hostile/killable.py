@@ -24,8 +24,7 @@ import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 import llamamoe
 from llamamoe.calibration import walk
 from llamamoe.checkpoint import files, ledger, writer
-from llamamoe.conversion import session
-from llamamoe.conversion import split as conversion
+from llamamoe.conversion import session, split
 from llamamoe.conversion.verify import verify_conversion  # noqa: F401
 
 POINTS: dict[str, tuple[Any, str]] = {
@@ -34,7 +33,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "fsync": (os, "fsync"),
     "append": (ledger.Ledger, "append"),
     "finish": (writer.CheckpointWriter, "finish"),
-    "layer": (conversion, "convert_layer"),
+    "layer": (split, "convert_layer"),
     "enter": (walk.Walk, "enter"),
     "leave": (walk.Walk, "leave"),
     "save": (session.Session, "_save"),

@@ -17,8 +17,7 @@ from transformers import AutoTokenizer  # noqa: F401
 import llamamoe.calibration.sampled
 import llamamoe.models.loading  # noqa: F401
 from llamamoe.checkpoint import files, ledger, writer
-from llamamoe.healing import train_layer as training
-from llamamoe.healing import walk as layers
+from llamamoe.healing import train_layer, walk
 from llamamoe.healing.heal import heal
 from llamamoe.healing.ranks import Handoff
 from llamamoe.healing.recipe import load_heal_recipe
@@ -28,8 +27,8 @@ from .dying import Points, serve
 POINTS: Points = {
     "pwrite": (os, "pwrite"),
     "append": (ledger.Ledger, "append"),
-    "layer": (layers, "heal_layer"),
-    "loss": (training._Joint, "__call__"),
+    "layer": (walk, "heal_layer"),
+    "loss": (train_layer._Joint, "__call__"),
     "give": (Handoff, "give"),
     "write_text": (files, "write_bytes"),
     "rename": (Path, "rename"),
