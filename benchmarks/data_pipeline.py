@@ -95,9 +95,15 @@ def run_engine(name: str, recipe: Path, out: Path, workers: int, tasks: int) -> 
     if name == "pool":
         tokenize(load_tokenize_recipe(recipe, given={"workers": workers}), out, resume=True)
         return
-    from llamamoe_recipes.tokenize import cluster
+    from datatrove.executor.local import LocalPipelineExecutor
 
-    cluster.main(["--recipe", str(recipe), "--out", str(out), "--workers", str(workers), "--tasks", str(tasks)])
+    from llamamoe.data.datatrove_pipeline import MergeIndex, TokenizeFiles
+
+    loaded, logs = load_tokenize_recipe(recipe), out.with_name(out.name + ".logs")
+    files = LocalPipelineExecutor(
+        [TokenizeFiles(loaded, out)], tasks=tasks, workers=workers, logging_dir=str(logs / "files")
+    )
+    LocalPipelineExecutor([MergeIndex(loaded, out)], depends=files, logging_dir=str(logs / "merge")).run()
 
 
 def start_engine(name: str, work: Path, workers: int, tasks: int) -> tuple[subprocess.Popen[bytes], Path]:

@@ -1,10 +1,14 @@
-"""The work of ``llamamoe tokenize`` on datatrove's executors (local, Slurm, Ray), with the same bytes as its result.
+"""The work of ``llamamoe tokenize`` on many nodes by datatrove's executors (Slurm, Ray), with the same bytes as its result.
 
-    files = LocalPipelineExecutor([TokenizeFiles(recipe, "tokens")], tasks=64, logging_dir="logs/files")
-    LocalPipelineExecutor([MergeIndex(recipe, "tokens")], tasks=1, depends=files, logging_dir="logs/merge").run()
+    files = SlurmPipelineExecutor([TokenizeFiles(recipe, "tokens")], tasks=64, logging_dir="logs/files", ...)
+    SlurmPipelineExecutor([MergeIndex(recipe, "tokens")], tasks=1, depends=files, logging_dir="logs/merge", ...).run()
 
-``recipes/tokenize/cluster.py`` is a script that does this. All nodes must see the same paths. Every finished unit lies in
-a folder of its own in ``OUT.partial/``, with a record beside its shards, so that a task that is run again goes on.
+``recipes/tokenize/cluster.py`` is a script that does this. All nodes must see the same paths. Units are tokenised and put
+together by the functions that ``llamamoe tokenize`` uses; only what is kept of a finished unit differs. There one process
+writes a ledger under a lock; here tasks on several nodes share no lock, so each unit's record lies beside its shards.
+
+On one machine `processes.spread` does the same faster than datatrove's local executor (BENCHMARKS.md), begins the largest
+units first, and leaves no process behind when the first one is killed.
 """
 
 from __future__ import annotations
@@ -15,14 +19,13 @@ from typing import Any
 
 from ..checkpoint.files import is_locked, write_text
 from ..checkpoint.ledger import LEDGER, in_use, partial_path
-from ..checkpoint.manifest import file_sha256
 from ..errors import LlamaMoeError, RefusedError, UsageError
 from ..lazy import require
 from .recipe import TokenizeRecipe
 from .token_index import TokenIndex
 from .token_merge import WORK, assemble, check_out, publish
 from .token_plan import plan_tokenize
-from .tokenizing import Settings, Unit, UnitRecord, tokenizer_of
+from .tokenizing import Settings, Unit, UnitRecord, holds, tokenizer_of
 from .vocabulary import open_vocabulary
 
 PipelineStep: Any = require("datatrove.pipeline.base", "cluster", "Tokenising on many nodes").PipelineStep
@@ -141,8 +144,8 @@ def _finished(work: Path, unit: Unit, fingerprint: str) -> UnitRecord | None:
     record = _record(work, unit, fingerprint)
     if record is None:
         return None
-    whole = all(file_sha256(work / unit.name / shard.file) == shard.sha256 for _, _, shard in record.shards())
-    return record if whole else None
+    shards = [((work / unit.name / shard.file,), shard.sha256) for _, _, shard in record.shards()]
+    return record if holds(shards) else None
 
 
 def _keep(work: Path, unit: Unit, fingerprint: str, record: UnitRecord) -> None:

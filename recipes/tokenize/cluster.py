@@ -3,7 +3,7 @@ r"""``llamamoe tokenize`` on many nodes, through datatrove's executors. Needs th
     python -m llamamoe_recipes.tokenize.cluster --recipe my.yaml --out /shared/tokens --tasks 512 \
         --executor slurm --partition cpu --time 24:00:00
 
-Every task is one core and takes its share of the units; a last task puts the result together. Start it again after a
+On one machine ``llamamoe tokenize`` does the same in as many processes as it has cores. Every task is one core and takes its share of the units; a last task puts the result together. Start it again after a
 failure: finished units are kept. All nodes must see the same paths.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
+EXECUTORS = {"slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--tasks", type=int, default=8, help="at most the number of units of the recipe")
     parser.add_argument("--workers", type=int, default=-1, help="tasks that run at a time; -1: all")
-    parser.add_argument("--executor", choices=sorted(EXECUTORS), default="local")
+    parser.add_argument("--executor", choices=sorted(EXECUTORS), required=True)
     parser.add_argument("--logs", type=Path, help="datatrove's folder  [default: OUT.logs]")
     parser.add_argument("--strict", action="store_true")
     parser.add_argument("--partition", help="of Slurm")

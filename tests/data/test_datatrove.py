@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
+from datatrove.executor.local import LocalPipelineExecutor
 from llamamoe_recipes.tokenize import cluster
 
 from llamamoe.data.datatrove_pipeline import MergeIndex, TokenizeFiles, merge
@@ -36,9 +37,11 @@ def text(tmp_path) -> Path:
 def test_a_local_executor_gives_the_same_bytes(model, text, tmp_path):
     wanted = recipe(model, text, **KEYS)
     tokenize(wanted, tmp_path / "one")
-    (tmp_path / "recipe.yaml").write_text(wanted.to_yaml())
-    arguments = ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "many"), "--tasks", "2"]
-    cluster.main([*arguments, "--workers", "1"])
+    logs = tmp_path / "logs"
+    files = LocalPipelineExecutor(
+        [TokenizeFiles(wanted, tmp_path / "many")], tasks=2, workers=1, logging_dir=str(logs / "files")
+    )
+    LocalPipelineExecutor([MergeIndex(wanted, tmp_path / "many")], depends=files, logging_dir=str(logs / "merge")).run()
     assert digests(tmp_path / "many") == digests(tmp_path / "one")
     assert not (tmp_path / "many.partial").exists()
 
