@@ -472,7 +472,7 @@ def test_places_that_are_refused(tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match="OUT"):
             export_gguf(moe, tmp_path / place, force=True)
     (tmp_path / "folder.gguf").mkdir()
-    with pytest.raises(RefusedError, match="no plain file"):
+    with pytest.raises(RefusedError, match="not a plain file"):
         export_gguf(moe, tmp_path / "folder.gguf", force=True)
 
 
