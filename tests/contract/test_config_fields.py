@@ -15,7 +15,7 @@ from llamamoe.architectures.sources.fields import completed, fits
 from llamamoe.errors import CheckpointError
 from tests.dense import COMMON, VARIANTS
 
-FAMILIES = ("gemma", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3")
+FAMILIES = SOURCES.names()
 PROBES: tuple[Any, ...] = (
     None, True, False, 0, 1, 7, 64, -1, 10**9, 2**31, 0.0, 0.5, 1.0, -1.0, 1e300, "", "x", "float32", "silu", "gelu",
     "1", [], [1], [1, 2, 3], ["x"], [None], [True], [1.5], [[]], {}, {"a": 1}, {"a": "b"}, {"0": "b"}, {"a": None},
