@@ -98,7 +98,7 @@ def rows_of(cells: Sequence[Mapping[str, Any]]) -> tuple[Row, ...]:
     """Gather finished cells by method and budget.
 
     Args:
-        cells: What `llamamoe.studies.engine.measure_cell` made.
+        cells: What `llamamoe.studies.engine.Engine.measure` returned.
     """
     dense = next((cell["perplexity"] for cell in cells if cell["kind"] == "dense"), None)
     groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}

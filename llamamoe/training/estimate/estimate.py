@@ -1,6 +1,6 @@
 """``llamamoe pretrain --dry-run``: memory, time and disk on paper, from a recipe and the headers of two checkpoints.
 
-Formulas and what they leave out stand in `estimate_activations`, `estimate_memory` and `estimate_compute`;
+Formulas and what they leave out stand in `activations.py`, `memory.py` and `compute.py`;
 ``benchmarks/training_memory.py`` compares them with measured steps. Nothing is loaded, and no torch is imported.
 """
 
@@ -35,9 +35,9 @@ class Estimate:
         steps: Optimiser steps.
         tokens: Tokens in all.
         accumulation: Micro-batches of a step on one rank.
-        operations: Per token, by what they are for, see `estimate_compute.operations`.
+        operations: Per token, by what they are for, see `compute.operations`.
         seconds_per_step: At ``utilisation`` of the peak, all operations counted; None: peak not known.
-        disk: Bytes, see `estimate_compute.disk`.
+        disk: Bytes, see `compute.disk`.
         utilisation: What was assumed.
         warnings: What will not work, or not as expected.
     """

@@ -14,18 +14,19 @@ from llamamoe.architectures.moe_layout import Neurons, Router
 from llamamoe.architectures.targets import TARGETS
 from llamamoe.architectures.targets.base import Target
 from llamamoe.checkpoint.tensor_names import IN_MEMORY
+from llamamoe.conversion.plan import SplitPlan
 from tests.dense import make_dense
 
 ROUTED = [target for target in TARGETS if target.routed]
 
 
 @pytest.fixture(scope="module")
-def plan_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[Target]], llamamoe.SplitPlan]:
+def plan_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[Target]], SplitPlan]:
     """The plan of a conversion to a target, from the first family that it can hold."""
     folder = tmp_path_factory.mktemp("dense")
     dense = [make_dense(folder / variant, variant) for variant in ("llama", "qwen3", "granite")]
 
-    def get(target: type[Target]) -> llamamoe.SplitPlan:
+    def get(target: type[Target]) -> SplitPlan:
         shared = 0 if target.shared == "none" else "1x"
         given = {"method": "random", "num_experts": 4, "top_k": 2, "target": target.name, "shared": shared}
         for source in dense:
