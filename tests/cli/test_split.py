@@ -84,7 +84,7 @@ def test_keep_dense(dense: Path, run: Run) -> None:
     for text, layers in (("0", [0]), ("-1", [1]), ("-2--2", [0]), ("1, -1", [1])):
         assert plan(run, dense, "--target", "qwen2_moe", "--keep-dense", text)["dense_layers"] == layers
     assert "names every layer" in run("split", dense, "--dry-run", "--keep-dense", "0-1", code=3).stderr
-    for text, rule in (("a", "'a' is no layer"), ("1-0", "ends before it begins"), ("0-9999999", "too long")):
+    for text, rule in (("a", "'a' is not a layer"), ("1-0", "ends before it begins"), ("0-9999999", "too long")):
         assert rule in run("split", dense, "--dry-run", "--keep-dense", text, code=2).stderr
 
 

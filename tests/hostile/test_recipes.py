@@ -58,12 +58,12 @@ BAD = {
 def test_one_error_whatever_the_recipe_is_for(command: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UsageError) as caught:
         LOADERS[command](path)
     assert BAD[text] in str(caught.value)
     assert len(str(caught.value)) < 2200
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def refused(command: str, path: Path) -> str:

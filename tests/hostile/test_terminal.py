@@ -70,7 +70,8 @@ def test_inspect_prints_no_control_characters(source: Path, flags: tuple[str, ..
     if flags == ("--json",):
         data = json.loads(result.stdout)
         assert data["architecture"] == EVIL.replace("\ud800", "")
-        assert data["name"] == evil.name
+        assert data["name"] == printable(evil.name), "a name is escaped wherever it is told"
+        assert data["path"] == str(evil), "a path is what it is"
     else:
         assert r"a\x1b[2Jb\u202ec" in result.stdout
 
