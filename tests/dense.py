@@ -9,7 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from llamamoe.checkpoint.gguf.tokenizer import CUTS
+from llamamoe.checkpoint.gguf.cuts import CUTS
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from llamamoe import CheckpointError, LlamaMoeError, RefusedError, UsageError, export_gguf, load_recipe, split
+from llamamoe.checkpoint.gguf.cuts import CUTS
 from llamamoe.checkpoint.gguf.header import read_header
 from llamamoe.checkpoint.gguf.reader import export_dense
-from llamamoe.checkpoint.gguf.tokenizer import CUTS, save
+from llamamoe.checkpoint.gguf.tokenizer import save
 from llamamoe.checkpoint.gguf.vocabulary import read_vocabulary
 from llamamoe.studies.demo_material import model_file
 

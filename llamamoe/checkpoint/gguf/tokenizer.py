@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +18,11 @@ from ..paths import inside
 from ..reader import SIDE_FILES, check_side_file, refuse_tokenizer_code
 from ..tokenizer_ids import beyond_embedding
 from .config import token_ids
+from .cuts import CUTS
 from .header import GgufHeader
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's types of tokens."""
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a byte-level tokenizer cuts text: a regular expression of its own, or GPT-2's after single digits."""
-
-    regex: str | None = None
-    digits: bool = False
-    whole_words: bool = False
-    nfc: bool = False
-    add_bos: bool = False
-
-
-_GPT2 = Cut()
-_STARCODER = Cut(digits=True)
-_LLAMA_BPE = Cut(_LLAMA3, whole_words=True, add_bos=True)
-CUTS: dict[str, Cut] = {
-    "gpt-2": _GPT2,
-    "smollm": _STARCODER,
-    "starcoder": _STARCODER,
-    "refact": _STARCODER,
-    "llama-bpe": _LLAMA_BPE,
-    "llama3": _LLAMA_BPE,
-    "llama-v3": _LLAMA_BPE,
-    "qwen2": Cut(_QWEN2, nfc=True),
-    "tekken": Cut(_TEKKEN, whole_words=True, add_bos=True),
-}
-"""The values of ``tokenizer.ggml.pre`` whose original ``tokenizer.json`` is known."""
 
 
 def check(header: GgufHeader, folder: Path | None, vocab_size: int) -> list[str]:

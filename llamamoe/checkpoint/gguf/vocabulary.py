@@ -18,6 +18,7 @@ from ...errors import CheckpointError, LlamaMoeError
 from ...lazy import gguf, tokenizers
 from ..json_files import read_json
 from . import tokenizer as kinds
+from .cuts import CUTS, Cut, cut_of
 from .header import require_gguf
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -114,7 +115,7 @@ def _read(path: Path, vocab_size: int, pre: str | None) -> GgufVocabulary:
     wrong = next((i for i in ids.values() if not isinstance(i, int) or not 0 <= i < vocab_size), None)
     if wrong is not None:
         raise CheckpointError(f"{path} has the token {wrong!r}, but the embedding has {vocab_size} rows.")
-    byte_level = _byte_level_cut(content)
+    byte_level = cut_of(content)
     kind = "llama" if byte_level is None and model.get("byte_fallback") else "gpt2"
     if kind == "gpt2" and pre is None:
         pre = _name_of(path, byte_level)
@@ -154,7 +155,7 @@ def _check_model(path: Path, model: Mapping[str, Any]) -> None:
         raise _refused(path, "it falls back to bytes and ignores merges at once")
 
 
-def _composed(cut: kinds.Cut | None) -> tuple[str, ...]:
+def _composed(cut: Cut | None) -> tuple[str, ...]:
     if cut is None or not cut.nfc:
         return ()
     return (
@@ -183,36 +184,12 @@ def _refused(path: Path, reason: str) -> CheckpointError:
 # ---- how text is cut ---------------------------------------------------------------------------------------------
 
 
-def _byte_level_cut(content: Mapping[str, Any]) -> kinds.Cut | None:
-    """How a byte-level tokenizer cuts text; None: it is none, or it does something that has no name here."""
-    normalizer, first = content.get("normalizer"), content.get("pre_tokenizer") or {}
-    steps = list(first.get("pretokenizers", [first]))
-    last = steps.pop() if steps else {}
-    if (
-        last.get("type") != "ByteLevel"
-        or last.get("add_prefix_space")
-        or (normalizer or {}).get("type") not in (None, "NFC")
-    ):
-        return None
-    cut = kinds.Cut(nfc=normalizer is not None, whole_words=bool(content["model"].get("ignore_merges")))
-    own = last.get("use_regex", True)
-    if not steps and own:
-        return cut
-    if steps == [{"type": "Digits", "individual_digits": True}] and own:
-        return replace(cut, digits=True)
-    if len(steps) == 1 and steps[0].get("type") == "Split" and not own:
-        step = steps[0]
-        if step.get("behavior") == "Isolated" and not step.get("invert") and "Regex" in step.get("pattern", {}):
-            return replace(cut, regex=step["pattern"]["Regex"])
-    return None
-
-
-def _name_of(path: Path, cut: kinds.Cut | None) -> str:
+def _name_of(path: Path, cut: Cut | None) -> str:
     """llama.cpp's name for a cut."""
-    for name, known in kinds.CUTS.items():
+    for name, known in CUTS.items():
         if cut is not None and replace(known, add_bos=False) == cut:
             return name
-    raise _refused(path, f"how it cuts text has no name that is known here ({', '.join(kinds.CUTS)} are)")
+    raise _refused(path, f"how it cuts text has no name that is known here ({', '.join(CUTS)} are)")
 
 
 def _space_prefix(path: Path, content: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:

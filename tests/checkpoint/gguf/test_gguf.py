@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from llamamoe.checkpoint.gguf import tokenizer as gguf_tokenizer
+from llamamoe.checkpoint.gguf.cuts import CUTS
 from llamamoe.checkpoint.gguf.header import read_header, shortest
 from llamamoe.checkpoint.gguf.reader import GgufCheckpoint, export_dense
 from llamamoe.errors import CheckpointError, MissingExtraError, UsageError
@@ -530,7 +531,7 @@ def byte_level_gguf(path: Path, pre: str, **flags: bool) -> None:
     """A small vocabulary, learned with the cut that ``pre`` stands for."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    cut = gguf_tokenizer.CUTS[pre]
+    cut = CUTS[pre]
     first = [pre_tokenizers.Digits(True)] if cut.digits else []
     if cut.regex:
         first = [pre_tokenizers.Split(Regex(cut.regex), "isolated")]
@@ -634,7 +635,7 @@ def test_each_cut_is_that_of_llama_cpp(path: Path, pre: str) -> None:
     # llama.cpp only comes near tekken's regular expression: it knows no combining marks.
     texts = [text for text in TEXTS if pre != "tekken" or "हिन्दी" not in text]
     assert [tokenizer(text).input_ids for text in texts] == llama_cpp_ids(path, texts)
-    assert (tokenizer("x").input_ids[0] == 0) is gguf_tokenizer.CUTS[pre].add_bos
+    assert (tokenizer("x").input_ids[0] == 0) is CUTS[pre].add_bos
     assert all(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text for text in TEXTS)
 
 
