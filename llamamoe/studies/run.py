@@ -15,7 +15,8 @@ from ..errors import LlamaMoeError, MissingExtraError
 from ..evaluation.perplexity import protocol
 from ..progress import ProgressCallback, ignore_progress
 from .cells import Cell, estimated_flops
-from .engine import Engine, Meter
+from .engine import Engine
+from .meter import Meter
 from .picture import draw
 from .recipe import CompareRecipe
 from .store import CellStore, Dependencies, write_file
