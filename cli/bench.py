@@ -13,7 +13,8 @@ from ._tables import facts, heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.evaluation.bench import Benchmark, ModelSpeed
+    from llamamoe.evaluation.bench import Benchmark
+    from llamamoe.evaluation.speeds import ModelSpeed
 
 HELP = """Measure how fast MODEL reads a prompt and writes after it, beside its dense parent, by plain transformers.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llamamoe import UsageError, bench, load_recipe, split
-from llamamoe.evaluation.bench import ModelSpeed, Speed, _faster_up_to
+from llamamoe.evaluation.bench import _faster_up_to
+from llamamoe.evaluation.speeds import ModelSpeed, Speed
 
 from ..dense import make_dense
 
