@@ -10,7 +10,7 @@ from ...lazy import torch
 from ...plugins import PluginOptions
 from ..moe_layers import MoeLayer
 from .base import Gate, Gated, Native
-from .selection import capacity, positions, ranked_TN, weights_Tk
+from .selection import CapacityFactor, capacity, positions, ranked_TN, weights_Tk
 
 
 class GShard(Gate):
@@ -33,9 +33,7 @@ class GShard(Gate):
     class Options(PluginOptions):
         """Options of `GShard`."""
 
-        capacity_factor: float = Field(
-            1.25, gt=0, allow_inf_nan=False, description="Room per expert, relative to a perfectly balanced load."
-        )
+        capacity_factor: CapacityFactor = 1.25
         overflow: Literal["next", "drop"] = Field("next", description="Where a second choice without room goes.")
         random_second: bool = Field(
             False, description="Serve second choices at random, in proportion to their weight, as the paper does."

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ...lazy import torch
 from ..moe_layers import MoeLayer
+
+CapacityFactor = Annotated[
+    float, Field(gt=0, allow_inf_nan=False, description="Room per expert, relative to a perfectly balanced load.")
+]
 
 
 def scores_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from ...lazy import torch
 from ...plugins import PluginOptions
 from ..moe_layers import MoeLayer
 from .base import Gate, Gated, Native
-from .selection import capacity, positions, scores_TN
+from .selection import CapacityFactor, capacity, positions, scores_TN
 
 
 class SwitchGate(Gate):
@@ -30,9 +30,7 @@ class SwitchGate(Gate):
     class Options(PluginOptions):
         """Options of `SwitchGate`."""
 
-        capacity_factor: float = Field(
-            1.25, gt=0, allow_inf_nan=False, description="Room per expert, relative to a perfectly balanced load."
-        )
+        capacity_factor: CapacityFactor = 1.25
         priority: Literal["order", "probability"] = Field(
             "order", description="Who is served first: tokens in their order, or those whose expert is likeliest."
         )
