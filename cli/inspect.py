@@ -15,7 +15,8 @@ from ._tables import bullets, facts, heading, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.architectures.inspect import Experts, Inspection
+    from llamamoe.architectures.inspect import Inspection
+    from llamamoe.architectures.stored_experts import Experts
 
 HELP = """Say what the checkpoint PATH is and what it costs, from headers alone.
 

@@ -6,7 +6,6 @@ and neither torch nor transformers is imported, so a 70B model answers as fast a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,42 +18,14 @@ from ..checkpoint.paths import inside
 from ..errors import CheckpointError
 from .costs import Cost, count, role_of
 from .dense_checkpoint import understand
-from .expert_weighting import EXPERT_KEYS, TOP_K_KEYS
 from .sources import SOURCES
+from .stored_experts import Experts, dense_width, is_size, stored_experts
 from .targets import TARGETS
 
 _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_GATE = re.compile(r"(gate_proj|w1|gate_up_proj|input_linear)(\.weight)?$")
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The mixture of a checkpoint.
-
-    Attributes:
-        num_experts: N, routed experts per layer.
-        top_k: k, experts selected per token; N if the configuration does not say.
-        expert_width: Neurons of one routed expert, padding included.
-        shared_width: Neurons of the shared expert as stored; 0 if there is none.
-        shared_is_stub: Whether that shared expert holds only zeros (known for our own conversions).
-        moe_layers: Layers with routed experts.
-        dense_layers: Layers with a dense FFN.
-        dense_width: Neurons of such a dense FFN; None if there is none.
-    """
-
-    num_experts: int
-    top_k: int
-    expert_width: int
-    shared_width: int
-    shared_is_stub: bool
-    moe_layers: tuple[int, ...]
-    dense_layers: tuple[int, ...]
-    dense_width: int | None
 
 
 @dataclass(frozen=True)
@@ -129,9 +100,9 @@ def inspect(path: str | Path) -> Inspection:
     notes = list(checkpoint.notes)
     tied, tensors = _counted(checkpoint, notes)
     stub = provenance is not None and provenance.get("shared_neurons") == 0
-    experts = _experts(config, tensors, stub, notes)
+    experts = stored_experts(config, tensors, stub, notes)
     name = str(config.get("model_type", ""))
-    sizes = {key: config[key] for key in _SIZES if _is_size(config.get(key))}
+    sizes = {key: config[key] for key in _SIZES if is_size(config.get(key))}
     files = sorted({info.file for info in checkpoint.tensors.values()})
     is_gguf = location.path.is_file()
     return Inspection(
@@ -146,7 +117,7 @@ def inspect(path: str | Path) -> Inspection:
         target=name if name in TARGETS and experts is not None else None,
         refusal=_refusal(checkpoint, notes) if experts is None else None,
         sizes=sizes,
-        intermediate_size=_dense_width(tensors),
+        intermediate_size=dense_width(tensors),
         dtypes=_gguf_dtypes(location) if is_gguf else _dtypes(tensors.values()),
         cost=_cost(tensors, experts, tied),
         tied=tied,
@@ -166,10 +137,6 @@ def _mapping(value: Any) -> dict[str, Any] | None:
 
 def _first_name(value: Any) -> str | None:
     return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _refusal(checkpoint: Checkpoint, notes: list[str]) -> str | None:
@@ -240,59 +207,6 @@ def _kv_bytes(sizes: Mapping[str, int]) -> int | None:
         return None
     width = sizes.get("head_dim") or hidden // heads
     return 2 * layers * (sizes.get("num_key_value_heads") or heads) * width * DTYPE_BYTES["BF16"]
-
-
-def _experts(
-    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], stub: bool, notes: list[str]
-) -> Experts | None:
-    """The mixture as the tensors have it; the configuration gives k, and N where the tensors do not tell."""
-    routed = {name: info for name, info in tensors.items() if role_of(name) == "routed"}
-    if not routed:
-        return None
-    counted = _stored_experts(routed)
-    stated = next((config[key] for key in EXPERT_KEYS if _is_size(config.get(key))), counted)
-    if stated != counted:
-        notes.append(f"config.json says {stated} experts, but the files hold {counted} in one layer")
-    top_k = next((config[key] for key in TOP_K_KEYS if _is_size(config.get(key))), None)
-    if top_k is None or not 1 <= top_k <= counted:
-        notes.append(f"config.json names no usable number of selected experts ({top_k!r}): all {counted} are counted")
-        top_k = counted
-    width = _width(routed)
-    shared = _width({n: i for n, i in tensors.items() if role_of(n) == "shared"})
-    return Experts(
-        num_experts=counted,
-        top_k=top_k,
-        expert_width=width or 0,
-        shared_width=shared or 0,
-        shared_is_stub=bool(shared) and stub,
-        moe_layers=_layers(routed),
-        dense_layers=_layers(n for n in tensors if role_of(n) == "dense_ffn"),
-        dense_width=_dense_width(tensors),
-    )
-
-
-def _stored_experts(routed: Mapping[str, TensorInfo]) -> int:
-    """N: one more than the highest index in the names, or the first size of a tensor that holds all experts."""
-    indices = [int(found[1]) for name in routed if (found := _EXPERT.search(name))]
-    return max(indices) + 1 if indices else max(info.shape[0] for info in routed.values())
-
-
-def _width(tensors: Mapping[str, TensorInfo]) -> int | None:
-    """Neurons of the first FFN among the tensors: rows of its gate, half of them where gate and up are one tensor."""
-    for name, info in tensors.items():
-        found = _GATE.search(name)
-        if found and len(info.shape) >= 2:
-            rows = info.shape[-2]
-            return rows // 2 if found[1] in ("gate_up_proj", "input_linear") else rows
-    return None
-
-
-def _dense_width(tensors: Mapping[str, TensorInfo]) -> int | None:
-    return _width({name: info for name, info in tensors.items() if role_of(name) == "dense_ffn"})
-
-
-def _layers(names: Iterable[str]) -> tuple[int, ...]:
-    return tuple(sorted({int(found[1]) for name in names if (found := _LAYER.search(name))}))
 
 
 def _receipt(folder: Path, notes: list[str]) -> dict[str, Any] | None:

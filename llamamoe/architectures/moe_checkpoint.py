@@ -11,10 +11,11 @@ from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError
 from ..lazy import torch
 from .expert_weighting import Mixing, complete_config, mixing_of, rescale_of
-from .inspect import Experts, inspect
+from .inspect import inspect
 from .moe_layout import Combine, Copy, MoeLayout, Neurons, OutTensor
 from .rescales import RESCALES
 from .sources.base import DenseSpec
+from .stored_experts import Experts
 from .targets.base import Target
 
 
