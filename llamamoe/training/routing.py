@@ -89,9 +89,10 @@ class RouterTap:
 
     def _hook(self, moe: MoeLayer) -> Any:
         def record(router: torch.nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+            # taken away in the second pass of checkpointing too, which is not recorded: it would hold that pass's graph
+            extra = router.__dict__.pop("gate_extra", None) or {}
             if self._armed:
                 logits, weights, indices = output[:3]
-                extra = router.__dict__.pop("gate_extra", None) or {}
                 seen = args[0].reshape(-1, args[0].shape[-1]) if self._inputs else None
                 found = Routing(moe, logits, weights, indices, inputs_TH=seen)
                 self._found[moe.layer] = replace(found, **extra)

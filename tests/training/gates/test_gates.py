@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,25 @@ def test_what_is_saved_under_a_gate_is_native(name: str, tmp_path: Path) -> None
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.equal(outputs(again.eval()), outputs(model.eval()))
+
+
+@pytest.mark.parametrize("name", GATES.names())
+def test_the_second_pass_of_checkpointing_leaves_nothing_behind(name: str) -> None:
+    """What a gate notes for the losses holds the graph of its pass, and so all that checkpointing let go of."""
+    model = model_for(name)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = find_moe_layers(model)
+    gates = gate(name)
+    gates.attach(layers, 7)
+    tap = RouterTap(layers)
+    with tap.armed() as found:
+        loss = outputs(model).square().mean()
+    loss = loss + sum(routing.logits_TN.square().mean() for routing in found)
+    loss.backward()
+    del found, loss
+    gc.collect()
+    graphs = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.grad_fn is not None]
+    assert not graphs, [tuple(tensor.shape) for tensor in graphs]
 
 
 @pytest.mark.parametrize(
