@@ -9,6 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.gguf.cuts import CUTS
 
 LLAMA3_ROPE = {
@@ -68,6 +69,14 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+def variant_for(target: str) -> str:
+    """The plainest variant that a target holds: of Llama, or of Qwen3 if it has norms on queries and keys.
+
+    Without a target, of Llama.
+    """
+    return "llama" if not target or "no_qk_norm" in TARGETS.get(target).holds else "qwen3"
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 128) -> None:

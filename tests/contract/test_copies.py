@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.architectures.targets import TARGETS
-from tests.dense import make_dense
+from tests.dense import make_dense, variant_for
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
 ROUTED = [t.name for t in TARGETS if t.routed]
@@ -22,7 +22,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A one-layer model that the target can hold."""
     folder = tmp_path_factory.mktemp("copies")
     made = {v: make_dense(folder / v, v, num_hidden_layers=1) for v in ("llama", "qwen3")}
-    return lambda target: made["qwen3" if target == "qwen3_moe" else "llama"]
+    return lambda target: made[variant_for(target)]
 
 
 def logits(folder: Path, **keys: Any) -> torch.Tensor:

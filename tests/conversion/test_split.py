@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import llamamoe
 from llamamoe.architectures.targets import TARGETS
-from tests.dense import make_dense
+from tests.dense import make_dense, variant_for
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_plan_card_and_config_say_on_which_condition_it_is_exact(
 
 @pytest.mark.parametrize("target", [t.name for t in TARGETS if t.routed])
 def test_float16_routers_are_shrunk_as_far_as_their_own_dtype_allows(tmp_path: Path, target: str) -> None:
-    variant = "qwen3" if target == "qwen3_moe" else "llama"
+    variant = variant_for(target)
     folder = make_dense(tmp_path / "dense", variant, dtype=torch.float16)
     plan = llamamoe.plan_conversion(folder, recipe(target=target))
     result = llamamoe.split(folder, tmp_path / "out", recipe(target=target), verify=False)

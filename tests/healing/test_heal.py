@@ -23,7 +23,7 @@ from llamamoe.healing.heal import heal
 from llamamoe.healing.plan import plan_heal
 from llamamoe.healing.recipe import HealRecipe, load_heal_recipe
 from llamamoe.healing.train_layer import _Joint
-from tests.dense import make_dense
+from tests.dense import make_dense, variant_for
 from tests.healing.common import convert, heal_recipe, receipt, write_text
 
 ROUTED = [target.name for target in TARGETS if target.routed]
@@ -130,7 +130,7 @@ def test_every_architecture(tmp_path: Path, text: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ROUTED)
 def test_what_is_built_is_written_back_bit_for_bit(tmp_path: Path, text: Path, name: str) -> None:
-    dense = make_dense(tmp_path / "dense", "qwen3" if name == "qwen3_moe" else "llama", dtype=torch.bfloat16)
+    dense = make_dense(tmp_path / "dense", variant_for(name), dtype=torch.bfloat16)
     moe = convert(dense, tmp_path / "moe", target=name)
     plan = plan_heal(moe, dense, heal_recipe(text))
     names = {n: plan.checkpoint.read(n).dtype for n in plan.trained_names(1)}

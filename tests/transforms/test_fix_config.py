@@ -18,7 +18,7 @@ from llamamoe.checkpoint.tokenizer_difference import difference
 from llamamoe.conversion.split import split
 from llamamoe.errors import LlamaMoeError, RefusedError
 from llamamoe.transforms.fix_config import Fixes, fix_config
-from tests.dense import LLAMA3_ROPE, VARIANTS, make_byte_level, make_dense
+from tests.dense import LLAMA3_ROPE, VARIANTS, make_byte_level, make_dense, variant_for
 
 OTHER_ROPE = {"rope_type": "default", "rope_theta": 25000.0}
 CASES = [  # target or None for the dense model itself, variant, recipe; every base differs from 4.57's defaults
@@ -112,7 +112,7 @@ def test_what_each_needs_beyond_the_base(saved):
 
 def test_what_split_writes_needs_nothing(tmp_path):
     for target in TARGETS.names():
-        dense = make_dense(tmp_path / f"{target}-dense", "qwen3" if target == "qwen3_moe" else "llama")
+        dense = make_dense(tmp_path / f"{target}-dense", variant_for(target))
         (tmp_path / "text.txt").write_text("some words to look at. " * 40)
         method = (
             {"method": "static", "shared": 0.5, "calibration": str(tmp_path / "text.txt")}
@@ -125,7 +125,7 @@ def test_what_split_writes_needs_nothing(tmp_path):
 
 def in_memory(target: str, path: Path, **kwargs: str) -> tuple[Path, Path]:
     """A conversion, and the same saved under the names that transformers 5 uses in memory."""
-    dense = make_dense(path / "dense", "qwen3" if target == "qwen3_moe" else "llama")
+    dense = make_dense(path / "dense", variant_for(target))
     recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": target})
     split(dense, path / "moe", recipe, verify=False)
     model = AutoModelForCausalLM.from_pretrained(path / "moe")

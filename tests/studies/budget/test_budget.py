@@ -23,7 +23,7 @@ from llamamoe.studies.budget.sensitivities.base import Sensitivity, Task
 from llamamoe.studies.budget.sensitivities.curves import Curves
 from llamamoe.studies.budget.sizes import Sizer
 from llamamoe.studies.cells import ffn_share
-from tests.dense import make_dense
+from tests.dense import make_dense, variant_for
 
 LAYERS = 5
 
@@ -73,7 +73,7 @@ def recipe(text: Path | None = None, **keys: Any) -> SplitRecipe:
 @pytest.mark.parametrize("target", [t.name for t in TARGETS if t.routed])
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.75])
 def test_sizes_cost_what_the_plan_says_and_at_most_the_budget(target: str, budget: float, tmp_path: Path) -> None:
-    variant = "qwen3" if target == "qwen3_moe" else "llama"
+    variant = variant_for(target)
     folder = make_dense(tmp_path / "dense", variant, intermediate_size=512, num_hidden_layers=1)
     model = open_model(folder)
     sizer = Sizer(model, recipe(target=target), 0.5)
