@@ -78,7 +78,8 @@ class TokenizeFiles(PipelineStep):  # type: ignore[misc]  # datatrove is optiona
             if record is None:
                 with self.track_time("unit"):
                     record = tokenize(unit)
-                _keep(work, unit, fingerprint, record)
+                kept = {"fingerprint": fingerprint, "record": record.to_json()}
+                write_text(work / unit.name / RECORD, json.dumps(kept))
             for split, found in record.splits.items():
                 for domain, entry in found.items():
                     self.stat_update(f"{split}/{domain}", value=entry.tokens, unit="unit")
@@ -146,7 +147,3 @@ def _finished(work: Path, unit: Unit, fingerprint: str) -> UnitRecord | None:
         return None
     shards = [((work / unit.name / shard.file,), shard.sha256) for _, _, shard in record.shards()]
     return record if holds(shards) else None
-
-
-def _keep(work: Path, unit: Unit, fingerprint: str, record: UnitRecord) -> None:
-    write_text(work / unit.name / RECORD, json.dumps({"fingerprint": fingerprint, "record": record.to_json()}))

@@ -74,7 +74,8 @@ def _score(
     results = found["results"][task]
     stderr = results.get(f"{metric}_stderr,{kind}")
     mine = _samples(found, task, metric, kind)
-    pairs = [] if other is None or metric not in PAIRED else _pairs(mine, _samples(other, task, metric, kind))
+    theirs = {} if other is None or metric not in PAIRED else _samples(other, task, metric, kind)
+    pairs = [(value, theirs[key]) for key, value in mine.items() if key in theirs]
     if pairs and abs(sum(a for a, _ in pairs) / len(pairs) - value) > 1e-6:
         pairs = []  # no plain mean over these questions
     mean, error = _paired(pairs)
@@ -107,10 +108,6 @@ def _leaves(groups: Mapping[str, Sequence[str]], task: str) -> list[str]:
     """The tasks below a group; a task is its own."""
     parts = [part for part in groups.get(task) or () if part != task]
     return [leaf for part in parts for leaf in _leaves(groups, part)] if parts else [task]
-
-
-def _pairs(mine: Mapping[tuple[str, int], float], theirs: Mapping[tuple[str, int], float]) -> list[tuple[float, float]]:
-    return [(value, theirs[key]) for key, value in mine.items() if key in theirs]
 
 
 def _paired(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:

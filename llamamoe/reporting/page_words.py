@@ -42,11 +42,8 @@ def times_parent(model: Mapping[str, Any], *path: str) -> float | None:
 def summaries(series: Sequence[Series], domains: Sequence[str]) -> list[tuple[str, str]]:
     """For each converted model its name, and what is to be said of it first."""
     parent = parent_of(series)
-    return [(one.name, _summary(one.model, parent, domains)) for one in series if one.place]
-
-
-def _summary(model: Mapping[str, Any], parent: Mapping[str, Any] | None, domains: Sequence[str]) -> str:
-    return f"{_uses(model, parent)}{_quality(model, parent, domains)}"
+    converted = [one for one in series if one.place]
+    return [(one.name, _uses(one.model, parent) + _quality(one.model, parent, domains)) for one in converted]
 
 
 def _uses(model: Mapping[str, Any], parent: Mapping[str, Any] | None) -> str:

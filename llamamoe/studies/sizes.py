@@ -6,7 +6,7 @@ costs N / 3 neurons for every token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..architectures.sources.base import DenseSpec
@@ -73,7 +73,8 @@ def sizes_for_budget(
     """
     size = spec.intermediate_size
     usual = usual_experts(spec, shared_share, pad_to)
-    tried = [num_experts] if num_experts else sorted(range(usual * 3 // 4, usual * 4 // 3 + 1), key=_distance(usual))
+    near = range(usual * 3 // 4, usual * 4 // 3 + 1)
+    tried = [num_experts] if num_experts else sorted(near, key=lambda experts: abs(experts - usual))
     best: tuple[float, Sizes] | None = None
     least: tuple[float, int] | None = None
     for experts in tried:
@@ -97,10 +98,6 @@ def sizes_for_budget(
     raise RefusedError(
         f"{message}.", hint="Share fewer neurons, or take more (so narrower) or fewer experts (a smaller router)."
     )
-
-
-def _distance(usual: int) -> Callable[[int], int]:
-    return lambda experts: abs(experts - usual)
 
 
 def _candidates(size: int, experts: int, share: float, pad_to: int, multiple: bool) -> Iterator[tuple[int, int]]:

@@ -183,7 +183,8 @@ def _objective(
     facts: dict[str, Any],
 ) -> Objective:
     """The loss of a micro-batch, every term of it normalised by the global batch."""
-    losses = _losses(recipe) if layers else []
+    kinds = [(LOSSES.get(each.name), each.options) for each in recipe.losses] if layers else []
+    losses = [kind(kind.Options(**options)) for kind, options in kinds]
     for note in (note for loss in losses for note in loss.notes(dynamics.gate)):
         log.warning("%s", note)
     facts["windows"] = {loss.name: loss.window for loss in losses if loss.window is not None}
@@ -232,10 +233,6 @@ def _context(losses: Sequence[RoutingLoss], model: Any, parent: Parent | None) -
         all_reduce=sum_over_ranks if several_ranks() else None,
         targets=routed_targets(model, parent) if compares and parent is not None else None,
     )
-
-
-def _losses(recipe: PretrainRecipe) -> list[RoutingLoss]:
-    return [LOSSES.get(each.name)(LOSSES.get(each.name).Options(**each.options)) for each in recipe.losses]
 
 
 def _dynamics(

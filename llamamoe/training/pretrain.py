@@ -140,7 +140,8 @@ def _run(
             hint=f"The same with --resume goes on from there ({folder}).",
         )
     model = export(trainer, folder, source, receipt)
-    validations = [line for line in _lines(folder) if line.get("kind") == "validation"]
+    lines = read_lines(folder / METRICS) if (folder / METRICS).exists() else []
+    validations = [line for line in lines if line.get("kind") == "validation"]
     return PretrainResult(
         out=folder,
         model=model,
@@ -163,10 +164,6 @@ def _train(trainer: Any, start: dict[str, Any], folder: Path, facts: dict[str, A
         start.clear()
         start |= json.loads((folder / FACTS).read_text(encoding="utf-8"))
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return read_lines(folder / METRICS) if (folder / METRICS).exists() else []
 
 
 def _receipt(recipe: PretrainRecipe, start: dict[str, Any], trainer: Any, started: float) -> dict[str, Any]:

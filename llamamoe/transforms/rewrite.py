@@ -202,16 +202,12 @@ def _receipt(job: Rewriting, weights_sha256: str) -> dict[str, Any]:
     return {
         "llamamoe": __version__,
         "made_by": job.deed,
-        "sources": [_described(source) for source in job.sources],
+        "sources": [{"name": source.name, "revision": source.revision} for source in job.sources],
         **job.facts,
         "weights_sha256": weights_sha256,
         "warnings": list(job.warnings),
         "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "safetensors")},
     }
-
-
-def _described(source: Location) -> dict[str, Any]:
-    return {"name": source.name, "revision": source.revision}
 
 
 def opened(source: str | Path) -> tuple[Location, SafetensorsCheckpoint]:
