@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import LlamaMoeError
 from ..lazy import np, torch
 from ..methods.layer import LayerInputs, token_scales
+from ..methods.solvers.descent import BETAS, descend
 from ..numerics import wide
 from ..training.losses import LOSSES, LossContext
 from ..training.router_start import logit_std, soften
 from ..training.routing import RouterTap, Routing
 from .block import NativeFfn
 from .recipe import HealRecipe
-
-WARM_UP = 20
-"""Steps over which the step size rises: Adam's second moments mean nothing before."""
-BETAS = (0.9, 0.98)
 
 
 @dataclass(frozen=True)
@@ -191,37 +188,22 @@ def _descend(
     router: torch.nn.Parameter,
 ) -> None:
     """Adam with a step of its own for every parameter: a share of its root mean square, up and then down to zero."""
-    recipe, steps = task.recipe, epochs * max(1, task.num_trained // task.recipe.batch)
-    groups = []
+    recipe, groups = task.recipe, []
     for parameter in parameters.values():
         size = float(wide(parameter.detach()).square().mean().sqrt())
         share = recipe.router_lr if parameter is router else recipe.lr
-        groups.append({"params": [parameter], "lr": 0.0, "largest": size * share})
+        groups.append({"params": [parameter], "size": 1.0, "share": size * share})
         parameter.requires_grad_()
-    optimiser = torch.optim.Adam(groups, betas=BETAS, fused=task.inputs.device.type in ("cpu", "cuda"))
-    with torch.enable_grad():
-        for step, rows in enumerate(_minibatches(task, epochs)):
-            rise, fall = min(1.0, (step + 1) / WARM_UP), 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in optimiser.param_groups:
-                group["lr"] = group["largest"] * rise * fall
-            loss = loss_of(rows)
-            if not bool(loss.isfinite()):
-                raise LlamaMoeError(
-                    f"layer {task.layer}: the error is no longer finite at step {step}.",
-                    hint="Use smaller steps (--set lr=0.005 --set router_lr=0.005) or --compute-dtype float32.",
-                )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+    descend(
+        torch.optim.Adam(groups, betas=BETAS, fused=task.inputs.device.type in ("cpu", "cuda")),
+        loss_of,
+        task.num_trained,
+        task.rng("order"),
+        batch=recipe.batch,
+        epochs=epochs,
+        what=f"layer {task.layer}: the error",
+        hint="Use smaller steps (--set lr=0.005 --set router_lr=0.005) or --compute-dtype float32.",
+    )
     for parameter in parameters.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-
-
-def _minibatches(task: LayerTask, epochs: int) -> Iterator[torch.Tensor]:
-    """int64 ``[batch]``: token numbers of every step, each epoch in an order of its own; what is left over rests."""
-    rng, tokens, batch = task.rng("order"), task.num_trained, task.recipe.batch
-    for _ in range(epochs):
-        order = torch.from_numpy(rng.permutation(tokens))
-        for start in range(0, max(1, tokens // batch) * batch, batch):
-            yield order[start : start + batch]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
 
-from ...errors import LlamaMoeError
 from ...lazy import torch
 from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, ExpertWeights, FfnWeights, LayerContext, TokenWeighting, activate, token_scales
 from ..moe_layer import ConvertedFfn, dense_outputs
+from ..solvers.descent import BETAS, descend
 from ..splitters.base import Kept
 from .base import Repair
 from .least_squares import LeastSquares
-
-WARM_UP = 20
-"""Steps over which the step size rises: Adam's second moments mean nothing before."""
 
 
 class Distill(Repair):
@@ -82,52 +77,29 @@ def _descend(moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext, options:
     aims_TH = torch.cat([y_BH.to(dtype).cpu() for y_BH in dense_outputs(inputs, ffn)])
     chosen_TN = torch.cat([moe.expert_weights(x_BH).to(dtype).cpu() for x_BH in inputs.inputs()])
     scales_T = token_scales(inputs, options.weighting)
-    with torch.enable_grad():
-        for weight in weights:
-            weight.requires_grad_()
-        optimiser = torch.optim.Adam([{"params": [w]} for w in weights], lr=options.lr, betas=(0.9, 0.98), fused=True)
-        step_size = _schedule(options, inputs.num_tokens)
-        for step, rows in enumerate(_minibatches(options, inputs.num_tokens, context)):
-            for group, size in zip(optimiser.param_groups, sizes, strict=True):
-                group["lr"] = size * step_size(step)
-            x_BH = inputs.x_TH[rows].to(device, dtype)
-            counts_BP = moe.place_weights(chosen_TN[rows].to(device))
-            gate, up, down = (w.to(dtype) for w in weights)
-            h_BP = activate(x_BH @ gate.T, moe.hidden_act).to(dtype) * (x_BH @ up.T) * counts_BP
-            error_BH = (h_BP @ down.T).float() - aims_TH[rows].to(device).float()
-            if scales_T is not None:
-                error_BH = error_BH * scales_T[rows].to(device)[:, None]
-            loss = error_BH.square().sum(1).mean()
-            if not bool(loss.isfinite()):
-                raise LlamaMoeError(
-                    f"layer {context.layer}: the distillation's error is no longer finite at step {step}.",
-                    hint="Use a smaller step (--set repair.lr=0.005) or --compute-dtype float32.",
-                )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+    for weight in weights:
+        weight.requires_grad_()
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        x_BH = inputs.x_TH[rows].to(device, dtype)
+        counts_BP = moe.place_weights(chosen_TN[rows].to(device))
+        gate, up, down = (w.to(dtype) for w in weights)
+        h_BP = activate(x_BH @ gate.T, moe.hidden_act).to(dtype) * (x_BH @ up.T) * counts_BP
+        error_BH = (h_BP @ down.T).float() - aims_TH[rows].to(device).float()
+        if scales_T is not None:
+            error_BH = error_BH * scales_T[rows].to(device)[:, None]
+        return error_BH.square().sum(1).mean()
+
+    groups = [{"params": [w], "size": size, "share": options.lr} for w, size in zip(weights, sizes, strict=True)]
+    descend(
+        torch.optim.Adam(groups, betas=BETAS, fused=True),
+        loss_of,
+        inputs.num_tokens,
+        context.rng("distill"),
+        batch=options.batch,
+        epochs=options.epochs,
+        what=f"layer {context.layer}: the distillation's error",
+        hint="Use a smaller step (--set repair.lr=0.005) or --compute-dtype float32.",
+    )
     gate, up, down = (w.detach().to(start.gate_PH.device) for w in weights)
     return replace(start, gate_PH=gate, up_PH=up, down_HP=down)
-
-
-def _steps(options: Distill.Options, tokens: int) -> int:
-    return options.epochs * max(1, tokens // options.batch)
-
-
-def _schedule(options: Distill.Options, tokens: int) -> Callable[[int], float]:
-    """Step number to step size: a short rise, then a half cosine to zero."""
-    total = _steps(options, tokens)
-
-    def size(step: int) -> float:
-        return options.lr * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / total))
-
-    return size
-
-
-def _minibatches(options: Distill.Options, tokens: int, context: LayerContext) -> Iterator[torch.Tensor]:
-    """int64 ``[batch]``: token numbers of every step, each epoch in an order of its own; what is left over rests."""
-    rng = context.rng("distill")
-    for _ in range(options.epochs):
-        order = torch.from_numpy(rng.permutation(tokens))
-        for start in range(0, max(1, tokens // options.batch) * options.batch, options.batch):
-            yield order[start : start + options.batch]

@@ -11,7 +11,7 @@ import torch
 
 from llamamoe.errors import LlamaMoeError
 from llamamoe.methods.layer import PADDING, FfnWeights, Partition
-from llamamoe.methods.repairs.distill import Distill, _schedule
+from llamamoe.methods.repairs.distill import Distill
 from llamamoe.methods.repairs.least_squares import LeastSquares
 from tests.converted import HIDDEN, NEURONS, make_context, make_ffn, make_inputs, make_moe, make_partition, plain_error
 
@@ -102,14 +102,6 @@ def test_nan_names_layer() -> None:
     moe = make_moe(ffn)
     with pytest.raises(LlamaMoeError, match="layer 3"):
         Distill().repair(moe, ffn, make_context(moe, inputs))
-
-
-def test_the_step_rises_and_falls() -> None:
-    size = _schedule(Distill.Options(epochs=2, batch=10, lr=0.5), 500)
-    steps = [size(i) for i in range(100)]
-    assert steps[0] < steps[10] < steps[19] <= 0.5
-    assert steps[20:] == sorted(steps[20:], reverse=True)
-    assert 0 < steps[-1] < 1e-3
 
 
 def test_a_layer_without_experts_is_distilled_too() -> None:
