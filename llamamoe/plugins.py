@@ -108,7 +108,7 @@ class Plugin:
     Attributes:
         name: What the user types.
         summary: One line for ``llamamoe methods``.
-        reference: The paper or source of the rule; empty if it is our own or folklore.
+        reference: The paper or source of the rule; empty if it is ours, folklore or a control, as the docstring then says.
         needs: What the method must be shown beside sizes; ``"activations"`` and ``"gradients"`` mean that
             calibration text is required.
         Options: The pydantic model of the method's options, each with a description and a default.

@@ -92,7 +92,7 @@ class Factors(Repair, ABC):
 class Scalar(Factors):
     """One factor for all routed experts of a layer: ``<y - shared, routed> / <routed, routed>`` over all tokens.
 
-    With ``part: all`` the shared neurons have the same factor: ``<y, output> / <output, output>``.
+    With ``part: all`` the shared neurons have the same factor: ``<y, output> / <output, output>``. Folklore.
     """
 
     name = "scalar"
@@ -111,7 +111,7 @@ class Scalar(Factors):
 
 
 class PerExpert(Factors):
-    """One factor for every expert and one for the shared neurons."""
+    """One factor for every expert and one for the shared neurons. Ours."""
 
     name = "per_expert"
     summary = "one factor per expert and one for the shared neurons, by least squares"

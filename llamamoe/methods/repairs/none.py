@@ -8,7 +8,7 @@ from .base import Repair
 
 
 class NoRepair(Repair):
-    """The weights stay as they are."""
+    """The weights stay as they are: a control."""
 
     name = "none"
     summary = "the weights stay as they are"

@@ -33,6 +33,8 @@ class Distilled(Router):
 
     For the first router the experts are the parent's neurons with c = 1 (rescale ``unit``); `refit` takes the repaired
     weights and the layer's own c.
+
+    Ours.
     """
 
     name = "distilled"

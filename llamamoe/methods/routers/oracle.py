@@ -9,7 +9,7 @@ from .base import Router
 
 
 class Oracle(Router):
-    """Takes the experts of largest contribution to the token, computed from all experts: the bound of routing by it.
+    """A control. Takes the experts of largest contribution to the token, computed from all: the bound of routing by it.
 
     It has no rows: a study simulates it with `llamamoe.methods.contributions.contributions`.
     """

@@ -21,7 +21,7 @@ class Ridge(Router):
     ``z_i`` = ``log(c_i / mean_j c_j + floor)`` with ``c_i`` the contribution of expert i to the token (see
     `llamamoe.methods.contributions.contributions`), or ``c_i`` itself; minus its mean over the experts, which changes no
     ranking. ``lam`` = ``ridge`` x the mean square of x. There is no intercept because a softmax router has none: the
-    mean of x, which is large behind an RMSNorm, serves as one.
+    mean of x, which is large behind an RMSNorm, serves as one. Ours.
     """
 
     name = "ridge"

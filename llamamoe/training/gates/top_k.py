@@ -10,7 +10,7 @@ from .base import Gate, Gated, Native
 
 
 class TopK(Gate):
-    """Routers route as they do after training: dropless, without noise. Their forward pass is left alone."""
+    """A control. Routers route as they do after training: dropless, without noise. Their forward pass is left alone."""
 
     name = "top_k"
     summary = "the native routing: the k best experts, no noise, nothing dropped"

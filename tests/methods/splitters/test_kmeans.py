@@ -4,10 +4,9 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 import torch
 
-from llamamoe.methods.layer import PADDING, FfnWeights, LayerContext
+from llamamoe.methods.layer import FfnWeights, LayerContext
 from llamamoe.methods.splitters import SPLITTERS
 from llamamoe.methods.splitters.cluster_shared import ClusterShared
 from llamamoe.methods.splitters.kmeans import KMeans
@@ -43,18 +42,6 @@ def test_the_other_matrix_can_be_used():
     swapped = FfnWeights(ffn.up_FH, ffn.gate_FH, ffn.down_HF, ffn.norm_H)
     partition = KMeans(KMeans.Options(weight="up", n_init=4)).split(swapped, NONE, context(12))
     assert all(len(set(truth[expert])) == 1 for expert in partition.experts)
-
-
-@pytest.mark.parametrize("splitter", [KMeans, ClusterShared])
-@pytest.mark.parametrize(("size", "num_experts", "shared", "width"), [(48, 4, 12, 9), (43, 4, 0, 16), (50, 8, 7, 8)])
-def test_partition_with_shared_and_padding(splitter, size, num_experts, shared, width):
-    ffn, _ = ffn_with_groups(size)
-    chosen = np.sort(np.random.default_rng(0).choice(size, shared, replace=False)).astype(np.int64)
-    partition = splitter().split(ffn, chosen, context(width, num_experts))
-    partition.check(size)
-    assert np.array_equal(partition.shared, chosen)
-    assert partition.experts.shape == (num_experts, width)
-    assert (partition.experts != PADDING).sum() == size - shared
 
 
 def test_repeatable_and_per_layer():

@@ -103,18 +103,6 @@ def test_the_gradient_is_probability_minus_posterior(weighting: Any) -> None:
     torch.testing.assert_close(logits.grad, expected)
 
 
-def test_the_gradient_through_a_native_router_against_finite_differences() -> None:
-    moe = find_moe_layers(tiny_moe("qwen2_moe").double())[0]
-    x_TH = torch.randn(7, H, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    target = torch.randn(7, H, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-
-    def value(rows: torch.Tensor) -> torch.Tensor:
-        found = torch.func.functional_call(moe.router, {"weight": rows}, (x_TH,))
-        return Competitive().loss([Routing(moe, *found, inputs_TH=x_TH)], LossContext(targets=lambda _: target))
-
-    assert torch.autograd.gradcheck(value, (moe.router_NH.detach().requires_grad_(),))
-
-
 def test_nothing_of_size_tokens_times_experts_times_hidden_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -9,7 +9,7 @@ from .base import MixtureUpdate
 
 
 class Static(MixtureUpdate):
-    """The weights stay as they are: with Sheared-LLaMA's numbers the best that LLaMA-MoE found."""
+    """A control. The weights stay as they are: with Sheared-LLaMA's numbers the best that LLaMA-MoE found."""
 
     name = "static"
     summary = "the weights stay as they are"
