@@ -224,11 +224,8 @@ def test_it_groups_neurons_as_no_other_does(world: World, results: Any, name: st
     """Not as any other registered splitter, nor as cutting the neurons that are not shared into equal runs does."""
     found = results(name)[0]
     alike = [other for other in SPLITTERS.names() if grouping(results(other)[0]) == grouping(found)]
-    if not world.trained:
-        alike = [other for other in alike if name not in (START.get(other), other) and other != START.get(name)] + [
-            name
-        ]
-    assert alike == [name]
+    kin = {START.get(name), *(each for each, start in START.items() if start == name)}
+    assert [other for other in alike if world.trained or other not in kin] == [name]
     rest = np.setdiff1d(np.arange(172), found.shared)
     context = world.context(8, 2, -(-len(rest) // 8))
     runs = Partition.from_labels(rest, np.arange(len(rest)) // context.expert_width, context, found.shared)
