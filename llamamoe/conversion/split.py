@@ -12,31 +12,28 @@ from typing import Any
 
 from .._version import __version__
 from ..architectures.dense_checkpoint import understand
-from ..architectures.moe_layout import Neurons, OutTensor
 from ..calibration.compute import Compute, choose_compute
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import index_json
 from ..checkpoint.ledger import partial_path, run_facts
 from ..checkpoint.locate import Location, locate, open_checkpoint
-from ..checkpoint.memory import reused_memory
 from ..checkpoint.out_folder import RECEIPT_FILE, RECIPE_FILE, check_out, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX
-from ..checkpoint.tensors import nonfinite, one_thread
+from ..checkpoint.tensors import nonfinite
 from ..checkpoint.tokenizer import carry, check_parent
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import RefusedError
 from ..models.loadable import check_loads, check_model
 from ..progress import Progress, ProgressCallback, ignore_progress
-from .assembly import made_of, make
 from .card import model_card
-from .layer import ConvertedLayer, convert_layer
 from .plan import SplitPlan, plan_split
 from .preflight import check_room, check_text
 from .provenance import config_block, plan_fingerprint
 from .recipe import SplitRecipe
-from .session import UNIT, Session, read_ahead, remove_states
+from .session import UNIT, Session, read_ahead
 from .verify import verify_conversion
-from .verify_files import OUTER, Hashes, unit_of
+from .verify_files import Hashes
+from .weights import write_weights
 
 
 @dataclass(frozen=True)
@@ -111,15 +108,14 @@ def split(
     check_out(out, location.path, force=force)
     tokenizer_of_parent = _check(plan, out, progress, resume=resume)
     compute = _compute(plan)
-    fresh = not (resume and partial_path(out).exists())
-    text = read_ahead(plan, compute, progress) if compute and fresh else None
+    text = read_ahead(plan, compute, progress) if compute and not (resume and partial_path(out).exists()) else None
     fingerprint, restart = plan_fingerprint(plan, compute.to_json() if compute else None), force and not resume
     with (
         system_errors(out),
         CheckpointWriter(out, plan.shards, fingerprint=fingerprint, resume=resume, restart=restart) as writer,
     ):
         session = Session(plan, compute, writer, progress, text) if compute else None
-        infos = _write_weights(plan, writer, session, progress)
+        infos = write_weights(plan, writer, session, progress)
         warnings = plan.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
         _write_side_files(plan, location, writer.path, warnings, tokenizer_of_parent)
         hashes = Hashes(writer.weights_sha256(), writer.unit_sha256())
@@ -154,102 +150,6 @@ def _refuse_nonfinite(plan: SplitPlan, progress: ProgressCallback) -> None:
                 f"--strict: the tensor {name} holds NaN or infinite values.", hint="Without --strict this is a warning."
             )
         progress(Progress("check", i + 1, len(names), "tensor"))
-
-
-# ---- the weights --------------------------------------------------------------------------------------------------
-
-
-def _write_weights(
-    plan: SplitPlan, writer: CheckpointWriter, session: Session | None, progress: ProgressCallback
-) -> dict[str, dict[str, Any]]:
-    """Write every unit that is not there yet; return what is to be said of each."""
-    layers = plan.model.spec.num_layers
-    units: dict[str, list[int]] = {OUTER: [], **{f"layer.{i}": [] for i in range(layers)}}
-    for index, tensor in enumerate(plan.tensors):
-        units[unit_of(tensor)].append(index)
-    if session is not None:
-        _write_calibrated(plan, writer, units, session, progress)
-    else:
-        with reused_memory():
-            _write_uncalibrated(plan, writer, units, progress)
-    writer.flush()
-    remove_states(writer.path)
-    return {unit: writer.info(unit) for unit in ([UNIT] if session else []) + list(units)}
-
-
-def _write_uncalibrated(
-    plan: SplitPlan, writer: CheckpointWriter, units: dict[str, list[int]], progress: ProgressCallback
-) -> None:
-    for done, (unit, indices) in enumerate(units.items(), start=1):
-        if not writer.done(unit):
-            layer = None if unit == OUTER else int(unit.removeprefix("layer."))
-            dense = layer is None or layer in plan.layout.dense_layers
-            converted = None if layer is None or dense else convert_layer(plan, layer)
-            _write_unit(plan, writer, unit, indices, converted)
-        progress(Progress("convert", done, len(units), "layer", unit))
-
-
-def _write_calibrated(
-    plan: SplitPlan,
-    writer: CheckpointWriter,
-    units: dict[str, list[int]],
-    session: Session,
-    progress: ProgressCallback,
-) -> None:
-    """Walk through the layers with the calibration text and write those that are not there yet.
-
-    A layer that is finished must be walked through again only if the hidden states behind it are lost: converted
-    again, it gives the same bytes.
-    """
-    if not writer.done(OUTER):
-        _write_unit(plan, writer, OUTER, units[OUTER], None)
-    progress(Progress("convert", 1, len(units), "layer", OUTER))
-    layers = plan.model.spec.num_layers
-    finished = [writer.done(f"layer.{layer}") for layer in range(layers)]
-    first = finished.index(False) if False in finished else layers
-    if first == layers and writer.done(UNIT):
-        progress(Progress("convert", len(units), len(units), "layer"))
-        return
-    for layer in range(session.begin(first), layers):
-        unit = f"layer.{layer}"
-        inputs = session.enter(layer)
-        dense = layer in plan.layout.dense_layers
-        converted = None if dense else convert_layer(plan, layer, inputs)
-        session.leave(layer, inputs, converted.moe if converted else None)
-        if not finished[layer]:
-            _write_unit(plan, writer, unit, units[unit], converted)
-            writer.flush()  # the states of the layer before are written over only when this one is safe
-        progress(Progress("convert", layer + 2, len(units), "layer", unit))
-
-
-def _write_unit(
-    plan: SplitPlan, writer: CheckpointWriter, unit: str, indices: list[int], converted: ConvertedLayer | None
-) -> None:
-    info = dict(converted.facts) if converted else {}
-    parts = converted.parts if converted else None
-    broken = []
-    with one_thread():
-        for index in sorted(indices, key=lambda i: _part_of(plan.tensors[i])):
-            tensor = plan.tensors[index]
-            writer.make_room(tensor.name)
-            value = make(tensor, plan.model, parts, plan.dtype)
-            if nonfinite(value):
-                if not any(nonfinite(used) for used in made_of(tensor, plan.model, parts)):
-                    raise RefusedError(
-                        f"{tensor.name} has values that {plan.recipe.dtype} cannot hold (factor "
-                        f"{plan.layout.combine.bake:g} included): they would become infinite.",
-                        hint="Repeat with --dtype bfloat16 or float32, and --force.",
-                    )
-                broken.append(tensor.name)
-            writer.put(tensor.name, value)
-    if broken:
-        info["warnings"] = [f"{len(broken)} tensors of {unit} hold NaN or infinite values, the first is {broken[0]}"]
-    writer.finish(unit, [plan.tensors[i].name for i in indices], info)
-
-
-def _part_of(tensor: OutTensor) -> str:
-    """Tensors that are taken from the same matrix of the parent have the same, so that it is read once."""
-    return tensor.origin.part if isinstance(tensor.origin, Neurons) else ""
 
 
 # ---- beside the weights -------------------------------------------------------------------------------------------

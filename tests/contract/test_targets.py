@@ -17,7 +17,7 @@ import llamamoe
 from llamamoe.architectures.moe_layout import Router
 from llamamoe.architectures.rescales import RESCALES
 from llamamoe.architectures.targets import TARGETS
-from llamamoe.conversion.split import convert_layer
+from llamamoe.conversion.layer import convert_layer
 from llamamoe.conversion.verify import HARD_TOLERANCE
 from llamamoe.methods.layer import PADDING
 from tests.dense import VARIANTS, make_dense
