@@ -28,10 +28,10 @@ class LearningOptions(PluginOptions):
     steps: int = Field(200, ge=0, description="Steps of Adam.")
     batch: int = Field(2048, ge=1, description="Tokens per step.")
     lr_assignment: float = Field(
-        0.05, ge=0, allow_inf_nan=False, description="Rate of the assignment logits, which start at deviation 1."
+        0.01, ge=0, allow_inf_nan=False, description="Rate of the assignment logits, which start at deviation 1."
     )
     lr_router: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="Rate of the router's rows, as a share of their own size."
+        0.001, ge=0, allow_inf_nan=False, description="Rate of the router's rows, as a share of their own size."
     )
     tau_start: float = Field(1.0, gt=0, allow_inf_nan=False, description="First temperature of the assignment.")
     tau_end: float = Field(0.1, gt=0, allow_inf_nan=False, description="Last temperature of the assignment.")
