@@ -209,9 +209,11 @@ def results(world: World) -> Any:
     """Partition and down projections by name and options, on all tokens, beside as many shared neurons as by default."""
 
     @cache
-    def get(name: str, given: tuple[tuple[str, Any], ...] = (), least_shared: int = 0) -> tuple[Partition, str]:
+    def get(
+        name: str, given: tuple[tuple[str, Any], ...] = (), least_shared: int = 0, spare: int = 0
+    ) -> tuple[Partition, str]:
         splitter = made(SPLITTERS.get(name), dict(given))
-        size = (8, 2, max(round(splitter.default_shared * 172), least_shared), 0)
+        size = (8, 2, max(round(splitter.default_shared * 172), least_shared), spare)
         partition = split(world, splitter, size)
         weights = splitter.weights(world.ffn, partition, sized(world, splitter, size))
         return partition, digest(None if weights is None else weights.down_HP)
@@ -219,11 +221,12 @@ def results(world: World) -> Any:
     return get
 
 
+@pytest.mark.parametrize("spare", [0, 7])
 @pytest.mark.parametrize("name", SPLITTERS.names())
-def test_it_groups_neurons_as_no_other_does(world: World, results: Any, name: str) -> None:
+def test_it_groups_neurons_as_no_other_does(world: World, results: Any, name: str, spare: int) -> None:
     """Not as any other registered splitter, nor as cutting the neurons that are not shared into equal runs does."""
-    found = results(name)[0]
-    alike = [other for other in SPLITTERS.names() if grouping(results(other)[0]) == grouping(found)]
+    found = results(name, spare=spare)[0]
+    alike = [other for other in SPLITTERS.names() if grouping(results(other, spare=spare)[0]) == grouping(found)]
     kin = {START.get(name), *(each for each, start in START.items() if start == name)}
     assert [other for other in alike if world.trained or other not in kin] == [name]
     rest = np.setdiff1d(np.arange(172), found.shared)
