@@ -83,8 +83,10 @@ def plain_expert_weights(moe: ConvertedFfn, x: torch.Tensor) -> np.ndarray:
                 out[t, i] = np.exp(values[i]) / sum(np.exp(values[j]) for j in chosen)
             elif moe.weighting == "softmax":
                 out[t, i] = np.exp(values[i]) / sum(np.exp(v) for v in values)
-            else:
+            elif moe.weighting == "sigmoid":
                 out[t, i] = 1 / (1 + np.exp(-values[i]))
+            else:
+                out[t, i] = 1 / (1 + np.exp(-values[i])) / sum(1 / (1 + np.exp(-values[j])) for j in chosen)
     return out * moe.factor
 
 

@@ -11,6 +11,9 @@ from ..numerics import is_power_of_two
 Role = Literal["embedding", "attention", "norm", "router", "routed", "shared", "dense_ffn", "stub", "head"]
 Part = Literal["gate", "up", "down", "gate_up"]
 Weighting = Literal["renormalised", "softmax", "sigmoid"]
+RouterWeighting = Literal["softmax", "renormalised", "sigmoid", "sigmoid_renormalised"]
+"""What a router makes of its logits: softmax over all experts, the same renormalised over the selected ones, a sigmoid
+of each, the same renormalised."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,11 @@ class MoeLayout:
         return self.num_experts * self.expert_width - self.copies * (intermediate_size - self.num_shared)
 
 
-def weight(weighting: Weighting, num_experts: int, top_k: int) -> float:
+def weight(weighting: RouterWeighting, num_experts: int, top_k: int) -> float:
     """What one selected expert's weight is when all logits are equal (zero)."""
-    return {"renormalised": 1 / top_k, "softmax": 1 / num_experts, "sigmoid": 0.5}[weighting]
+    if weighting.endswith("renormalised"):
+        return 1 / top_k
+    return 1 / num_experts if weighting == "softmax" else 0.5
 
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

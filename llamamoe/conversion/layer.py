@@ -152,7 +152,7 @@ def as_function(plan: SplitPlan, weights: ExpertWeights, partition: Partition, r
         router_NH=rows_NH,
         top_k=plan.layout.top_k,
         scale=plan.recipe.router_scale,
-        weighting=combine.weighting,
+        weighting=plan.target.router_weighting(combine.weighting),
         factor=combine.factor,
         hidden_act=plan.model.spec.hidden_act,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
-from ..architectures.moe_layout import Weighting, weight
+from ..architectures.moe_layout import RouterWeighting, weight
 from ..lazy import torch
 from .layer import ExpertWeights, FfnWeights, LayerInputs, Partition
 
@@ -37,7 +37,7 @@ class ConvertedFfn:
     router_NH: torch.Tensor
     top_k: int
     scale: Literal["hard", "soft"]
-    weighting: Weighting
+    weighting: RouterWeighting
     factor: float
     hidden_act: str = "silu"
 
@@ -72,6 +72,8 @@ class ConvertedFfn:
             values = logits.softmax(-1).gather(-1, top.indices) * self.factor
         else:
             values = top.values.sigmoid() * self.factor
+            if self.weighting == "sigmoid_renormalised":
+                values = values / top.values.sigmoid().sum(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, top.indices, values)
 
     def place_weights(self, weights_BN: torch.Tensor) -> torch.Tensor:

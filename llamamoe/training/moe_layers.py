@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from ..architectures.moe_layout import RouterWeighting
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
 from ..errors import CheckpointError
 from ..lazy import torch
 
-RouterWeighting = Literal["softmax", "renormalised", "sigmoid", "sigmoid_renormalised"]
-"""What a router makes of its logits: softmax over all experts, the same renormalised over the selected ones, a sigmoid
-of each, the same renormalised."""
 CORRECTION_BIAS = "e_score_correction_bias"
 """What a selection bias is called, as an attribute and at the end of its name in a checkpoint: glm4_moe, ernie4_5_moe."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -122,5 +120,5 @@ def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any, model
 def _weighting(target: type[Target], router: Any) -> RouterWeighting:
     """What this router does: the target's only weighting, or the one that its flag chooses (see `mixing_of`)."""
     if len(target.weightings) == 1 or router.norm_topk_prob:
-        return "sigmoid_renormalised" if "sigmoid" in target.weightings else "renormalised"
-    return target.weightings[1]
+        return target.router_weighting("renormalised")
+    return target.router_weighting(target.weightings[1])

@@ -13,6 +13,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
+from llamamoe.architectures.targets import TARGETS
 from llamamoe.methods.layer import ExpertWeights, LayerInputs
 from llamamoe.methods.moe_layer import ConvertedFfn, dense_outputs
 from tests.converted import (
@@ -39,6 +40,7 @@ WEIGHTINGS = [
     ("soft", "renormalised", 2.0),
     ("soft", "softmax", 4.0),
     ("soft", "sigmoid", 1.5),
+    ("soft", "sigmoid_renormalised", 3.0),
 ]
 
 
@@ -177,15 +179,17 @@ def test_qwen2_moe(norm: bool) -> None:
     torch.testing.assert_close(all_of(moe.outputs(inputs)), run(block, inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_glm4_moe() -> None:
+@pytest.mark.parametrize("norm", [True, False])
+def test_glm4_moe(norm: bool) -> None:
     inputs = make_inputs()
-    moe = make_moe(make_ffn(), scale="soft", weighting="sigmoid", factor=1.5)
+    weighting = TARGETS.get("glm4_moe").router_weighting("renormalised" if norm else "sigmoid")
+    moe = make_moe(make_ffn(), scale="soft", weighting=weighting, factor=1.5)
     config = Glm4MoeConfig(
         **SIZES,
         moe_intermediate_size=SHARED,
         n_routed_experts=EXPERTS,
         n_shared_experts=1,
-        norm_topk_prob=False,
+        norm_topk_prob=norm,
         routed_scaling_factor=1.5,
         n_group=1,
         topk_group=1,

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from ..moe_layout import Combine, Copy, MoeLayout, OutTensor, Role, Weighting, weight
+from ..moe_layout import Combine, Copy, MoeLayout, OutTensor, Role, RouterWeighting, Weighting, weight
 from ..rescales import Rescale
 from ..sources.base import DenseSpec, common, layer_shapes, source_features
 
@@ -166,6 +166,11 @@ class Target(ABC):
     def stub_width(self, layout_width: int) -> int:
         """Width of the zero shared expert written when there are no shared neurons; 0 if none is needed."""
         return 0
+
+    @classmethod
+    def router_weighting(cls, weighting: Weighting) -> RouterWeighting:
+        """What its router computes under a weighting: those that have sigmoids renormalise them, others a softmax."""
+        return "sigmoid_renormalised" if weighting == "renormalised" and "sigmoid" in cls.weightings else weighting
 
     def combine(self, rescale: Rescale, num_experts: int, top_k: int, copies: int = 1) -> Combine:
         """Choose the router's weighting and the factor so that each selected expert counts ``c`` (see `Rescale`).
