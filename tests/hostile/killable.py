@@ -24,7 +24,7 @@ import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 import llamamoe
 from llamamoe.calibration import walk
 from llamamoe.checkpoint import files, ledger, writer
-from llamamoe.conversion import session, split
+from llamamoe.conversion import session, weights
 from llamamoe.conversion.verify import verify_conversion  # noqa: F401
 
 POINTS: dict[str, tuple[Any, str]] = {
@@ -33,7 +33,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "fsync": (os, "fsync"),
     "append": (ledger.Ledger, "append"),
     "finish": (writer.CheckpointWriter, "finish"),
-    "layer": (split, "convert_layer"),
+    "layer": (weights, "convert_layer"),
     "enter": (walk.Walk, "enter"),
     "leave": (walk.Walk, "leave"),
     "save": (session.Session, "_save"),
