@@ -19,14 +19,13 @@ from llamamoe.methods.routers.base import Router
 from llamamoe.methods.selectors import SELECTORS
 from llamamoe.methods.splitters import SPLITTERS
 
-from .world import World, digest, disturb, made, variants
+from .world import World, check_needs, digest, disturb, made, shown, variants
 
 WRITTEN = [name for name in ROUTERS.names() if ROUTERS.get(name).exportable]
 NEEDED: dict[str, dict[str, dict[str, Any]]] = {"distilled": {"weighting": {"importance": "gain"}}}
 """Options that mean something only together with others."""
 CASES = [(name, each) for name in WRITTEN for each in variants(ROUTERS.get(name), NEEDED.get(name))]
 EXPERTS, TOP_K, WIDTH = 8, 2, 18
-ORDER = ("nothing", "weights", "activations", "gradients")
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +75,10 @@ def test_it_looks_at_what_it_needs_and_at_nothing_else(world: World, partition: 
     needs = ROUTERS.get(name).needs
 
     def result(ffn: FfnWeights, inputs: LayerInputs) -> str:
-        context = world.context(EXPERTS, TOP_K, WIDTH, inputs=inputs)
-        if needs in ("nothing", "weights"):
-            context = replace(context, calibration=None)
+        context = shown(world.context(EXPERTS, TOP_K, WIDTH, inputs=inputs), needs)
         return digest(made(ROUTERS.get(name)).rows(ffn, partition, context))
 
-    ffn, inputs = world.ffn, world.inputs
-    zeros = replace(ffn, gate_FH=torch.zeros_like(ffn.gate_FH), up_FH=torch.zeros_like(ffn.up_FH), down_HF=torch.zeros_like(ffn.down_HF))  # fmt: skip
-    changed = {
-        "weights": result(zeros, inputs),
-        "activations": result(ffn, replace(world.other, gradients_TH=inputs.gradients_TH)),
-        "gradients": result(ffn, replace(inputs, gradients_TH=world.other.gradients_TH)),
-    }
-    for what, found in changed.items():
-        assert (found != result(ffn, inputs)) == (ORDER.index(what) <= ORDER.index(needs)), what
+    check_needs(needs, result, world.ffn, world.inputs, world.other)
 
 
 # ---- an effect ----------------------------------------------------------------------------------------------------

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from llamamoe.methods.layer import FfnWeights, LayerInputs
 from llamamoe.methods.selectors import SELECTORS
 
-from .world import World, digest, disturb, made, variants
+from .world import World, check_needs, digest, disturb, made, shown, variants
 
 CASES = [(name, each) for name in SELECTORS.names() for each in variants(SELECTORS.get(name))]
-ORDER = ("nothing", "weights", "activations", "gradients")
 
 
 def scores(world: World, name: str, options: dict[str, Any] | None = None, **keys: Any) -> np.ndarray:
@@ -51,20 +48,10 @@ def test_it_looks_at_what_it_needs_and_at_nothing_else(world: World, name: str) 
     needs = SELECTORS.get(name).needs
 
     def result(ffn: FfnWeights, inputs: LayerInputs) -> str:
-        context = world.context(4, 2, 43, inputs=inputs)
-        if needs in ("nothing", "weights"):
-            context = replace(context, calibration=None)
+        context = shown(world.context(4, 2, 43, inputs=inputs), needs)
         return digest(made(SELECTORS.get(name)).scores(ffn, context))
 
-    ffn, inputs = world.ffn, world.inputs
-    zeros = replace(ffn, gate_FH=torch.zeros_like(ffn.gate_FH), up_FH=torch.zeros_like(ffn.up_FH), down_HF=torch.zeros_like(ffn.down_HF))  # fmt: skip
-    changed = {
-        "weights": result(zeros, inputs),
-        "activations": result(ffn, replace(world.other, gradients_TH=inputs.gradients_TH)),
-        "gradients": result(ffn, replace(inputs, gradients_TH=world.other.gradients_TH)),
-    }
-    for what, found in changed.items():
-        assert (found != result(ffn, inputs)) == (ORDER.index(what) <= ORDER.index(needs)), what
+    check_needs(needs, result, world.ffn, world.inputs, world.other)
 
 
 @pytest.mark.parametrize("name", SELECTORS.names())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,7 +17,7 @@ from llamamoe.methods.splitters import SPLITTERS
 from llamamoe.methods.splitters.base import Splitter
 from tests.converted import plain_hidden
 
-from .world import World, digest, disturb, made, quick, variants
+from .world import World, check_needs, digest, disturb, made, quick, shown, variants
 
 SIZES = [(4, 2, 0, 0), (8, 2, 43, 5), (5, 1, 1, 0), (16, 4, 0, 8)]
 """N, k, S, and by how much experts are wider than they must be; 172 neurons are divisible by 4 alone."""
@@ -170,35 +169,18 @@ def test_same_seed_same_bytes_whatever_ran_before(world: World, name: str, optio
     assert before == digest(few.x_TH, few.gradients_TH, world.ffn.gate_FH, world.ffn.up_FH, world.ffn.down_HF)
 
 
-def others(world: World) -> Iterator[tuple[str, FfnWeights, LayerInputs | None]]:
-    """What a splitter might look at, each replaced by something else in turn."""
-    zeros = FfnWeights(*(torch.zeros_like(m) for m in (world.ffn.gate_FH, world.ffn.up_FH, world.ffn.down_HF)), world.ffn.norm_H)  # fmt: skip
-    few, other = world.part(4), replace(world.other, x_TH=world.other.x_TH[:512], residual_scale_T=world.other.residual_scale_T[:512])  # fmt: skip
-    assert few.gradients_TH is not None
-    assert world.other.gradients_TH is not None
-    yield "weights", zeros, few
-    yield "activations", world.ffn, replace(other, gradients_TH=few.gradients_TH)
-    yield "gradients", world.ffn, replace(few, gradients_TH=world.other.gradients_TH[:512])
-
-
 @pytest.mark.parametrize("name", SPLITTERS.names())
 def test_it_looks_at_what_it_needs_and_at_nothing_else(world: World, name: str) -> None:
     """Another result for other weights, activations and gradients as far as it declares that it needs them."""
     cls = SPLITTERS.get(name)
-    order = ("nothing", "weights", "activations", "gradients")
     kept = np.arange(43, dtype=np.int64)
 
-    def result(ffn: FfnWeights, inputs: LayerInputs | None) -> str:
+    def result(ffn: FfnWeights, inputs: LayerInputs) -> str:
         splitter = made(cls, quick(cls))
-        context = sized(world, splitter, SIZES[1], inputs=inputs)
-        if cls.needs in ("nothing", "weights"):
-            context = replace(context, calibration=None)
+        context = shown(sized(world, splitter, SIZES[1], inputs=inputs), cls.needs)
         return facts(splitter.split(ffn, kept, context))
 
-    few = world.part(4)
-    base = result(world.ffn, few)
-    for what, ffn, inputs in others(world):
-        assert (result(ffn, inputs) != base) == (order.index(what) <= order.index(cls.needs)), what
+    check_needs(cls.needs, result, world.ffn, world.part(4), world.part(4, world.other))
 
 
 # ---- an effect ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -22,7 +22,7 @@ from llamamoe.calibration.walk import Walk, cast_ffn, read_ffn
 from llamamoe.checkpoint.locate import locate, open_checkpoint
 from llamamoe.methods.layer import FfnWeights, LayerContext, LayerInputs
 from llamamoe.methods.moe_layer import dense_outputs
-from llamamoe.plugins import Plugin
+from llamamoe.plugins import Needs, Plugin
 from tests.dense import make_dense
 from tests.paths import SHARED_DATA
 
@@ -61,15 +61,15 @@ class World:
         clusters_T = torch.from_numpy(clusters).repeat_interleave(LENGTH)
         return LayerContext(LAYER, num_experts, top_k, width, seed, replace(given, clusters_T=clusters_T))
 
-    def part(self, sequences: int) -> LayerInputs:
-        """The inputs on the first sequences alone."""
-        tokens = sequences * LENGTH
-        assert self.inputs.gradients_TH is not None
+    def part(self, sequences: int, inputs: LayerInputs | None = None) -> LayerInputs:
+        """The inputs (or others) on the first sequences alone."""
+        tokens, given = sequences * LENGTH, self.inputs if inputs is None else inputs
+        assert given.gradients_TH is not None
         return replace(
-            self.inputs,
-            x_TH=self.inputs.x_TH[:tokens],
-            residual_scale_T=self.inputs.residual_scale_T[:tokens],
-            gradients_TH=self.inputs.gradients_TH[:tokens],
+            given,
+            x_TH=given.x_TH[:tokens],
+            residual_scale_T=given.residual_scale_T[:tokens],
+            gradients_TH=given.gradients_TH[:tokens],
         )
 
 
@@ -173,6 +173,30 @@ def made(cls: type[Plugin], options: dict[str, Any] | None = None) -> Any:
 def quick(cls: type[Plugin]) -> dict[str, Any]:
     """Few steps for a plug-in that counts them: enough where only the form of a result is looked at."""
     return {key: value for key, value in {"steps": 4, "epochs": 1}.items() if key in cls.Options.model_fields}
+
+
+def shown(context: LayerContext, needs: Needs) -> LayerContext:
+    """The context of a method that declares its needs: without activations for one that needs none."""
+    return replace(context, calibration=None) if needs in ("nothing", "weights") else context
+
+
+def check_needs(
+    needs: Needs,
+    result: Callable[[FfnWeights, LayerInputs], str],
+    ffn: FfnWeights,
+    inputs: LayerInputs,
+    other: LayerInputs,
+) -> None:
+    """Another result for other weights, activations and gradients as far as a method declares that it needs them."""
+    zeros = replace(ffn, **{part: torch.zeros_like(getattr(ffn, part)) for part in ("gate_FH", "up_FH", "down_HF")})
+    changed = {
+        "weights": (zeros, inputs),
+        "activations": (ffn, replace(other, gradients_TH=inputs.gradients_TH)),
+        "gradients": (ffn, replace(inputs, gradients_TH=other.gradients_TH)),
+    }
+    base, order = result(ffn, inputs), get_args(Needs)
+    for what, given in changed.items():
+        assert (result(*given) != base) == (order.index(what) <= order.index(needs)), what
 
 
 def digest(*values: Any) -> str:
