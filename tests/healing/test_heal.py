@@ -24,7 +24,7 @@ from llamamoe.healing.plan import plan_heal
 from llamamoe.healing.recipe import HealRecipe, load_heal_recipe
 from llamamoe.healing.train_layer import _Joint
 from tests.dense import make_dense, variant_for
-from tests.healing.common import convert, heal_recipe, receipt, write_text
+from tests.healing.common import convert, heal_recipe, receipt
 
 ROUTED = [target.name for target in TARGETS if target.routed]
 FFN = (".mlp.", ".block_sparse_moe.", ".shared_mlp.")
@@ -36,21 +36,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dense(tmp_path_factory.mktemp("dense") / "dense")
-
-
-@pytest.fixture(scope="module")
-def model(dense: Path) -> Path:
-    return convert(dense, dense.parent / "moe", target="mixtral")
 
 
 @pytest.fixture(scope="module")

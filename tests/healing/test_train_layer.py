@@ -14,22 +14,7 @@ from llamamoe.healing.plan import plan_heal
 from llamamoe.healing.train_layer import LayerTask, _Competitive, _descend, _Joint, start_router
 from llamamoe.methods.layer import LayerInputs
 from tests.dense import make_dense
-from tests.healing.common import convert, heal_recipe, write_text
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dense(tmp_path_factory.mktemp("dense") / "dense")
-
-
-@pytest.fixture(scope="module")
-def model(dense: Path) -> Path:
-    return convert(dense, dense.parent / "moe", target="mixtral")
+from tests.healing.common import convert, heal_recipe
 
 
 @settings(max_examples=10, deadline=None)

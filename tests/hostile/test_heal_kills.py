@@ -15,25 +15,13 @@ import pytest
 import llamamoe
 from llamamoe.healing.heal import heal
 from llamamoe.healing.recipe import HealRecipe
-from tests.dense import make_dense
-from tests.healing.common import convert, heal_recipe, receipt, write_text
+from tests.healing import conftest as healing
+from tests.healing.common import heal_recipe, receipt
 
 from .dying import ROOT, run_jobs
 
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dense(tmp_path_factory.mktemp("dense") / "dense")
-
-
-@pytest.fixture(scope="module")
-def model(dense: Path) -> Path:
-    return convert(dense, dense.parent / "moe", target="mixtral")
+text, dense, model = healing.text, healing.dense, healing.model
+"""Fixtures."""
 
 
 def job_of(model: Path, out: Path, dense: Path, recipe: HealRecipe, at: Any = None, **keys: Any) -> dict[str, Any]:
