@@ -69,6 +69,15 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+ROUTED: list[tuple[str, str, Any]] = [
+    ("llama", "mixtral", 0),
+    ("llama-tied", "qwen2_moe", "1x"),
+    ("qwen3-tied", "qwen3_moe", 0),
+    ("llama", "glm4_moe", "1x"),
+    ("llama-tied", "granitemoeshared", "1x"),
+    ("llama", "ernie4_5_moe", "1x"),
+]
+"""A variant of the parent for every target with experts, and its shared neurons."""
 
 
 def variant_for(target: str) -> str:

@@ -18,17 +18,8 @@ from llamamoe.reporting import text as report_text
 from llamamoe.reporting.report import report
 from llamamoe.reporting.routing import js_divergence, overlap
 
-from ..dense import make_dense
+from ..dense import ROUTED, make_dense
 from ..training.runs import make_text
-
-TARGETS = [
-    ("llama", "mixtral", 0),
-    ("llama-tied", "qwen2_moe", "1x"),
-    ("qwen3-tied", "qwen3_moe", 0),
-    ("llama", "glm4_moe", "1x"),
-    ("llama-tied", "granitemoeshared", "1x"),
-    ("llama", "ernie4_5_moe", "1x"),
-]
 
 
 def convert(dense: Path, out: Path, target: str, shared: Any) -> Path:
@@ -146,7 +137,7 @@ def plain_overlap(pairs: np.ndarray, top_k: int) -> float:
     return sum(abs(pairs[i, j] / tokens - chance[i, j]) for i, j in off) / sum(chance.values())
 
 
-@pytest.mark.parametrize(("variant", "target", "shared"), TARGETS, ids=[t for _, t, _ in TARGETS])
+@pytest.mark.parametrize(("variant", "target", "shared"), ROUTED, ids=[t for _, t, _ in ROUTED])
 def test_the_oracle_runs_every_expert(variant: str, target: str, shared: Any, tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense", variant)
     moe = convert(dense, tmp_path / "moe", target, shared)

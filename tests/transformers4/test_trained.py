@@ -8,21 +8,12 @@ from typing import Any
 import pytest
 
 import llamamoe
+from tests.dense import ROUTED
 from tests.training.runs import make_world, recipe_of
 
 from .loading import PYTHON, expect_logits, run_older
 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="LLAMAMOE_TRANSFORMERS4_PYTHON names no interpreter")
-
-CASES = [
-    ("llama", "mixtral", 0),
-    ("llama-tied", "qwen2_moe", "1x"),
-    ("qwen3-tied", "qwen3_moe", 0),
-    ("llama", "glm4_moe", "1x"),
-    ("llama-tied", "granitemoeshared", "1x"),
-    ("llama", "ernie4_5_moe", "1x"),
-]
-"""Variant, target, shared."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +21,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A checkpoint and the end of a short run of every target."""
     root = tmp_path_factory.mktemp("trained")
     folders: list[Path] = []
-    for variant, target, shared in CASES:
+    for variant, target, shared in ROUTED:
         world = make_world(
             root / target / "world", variant=variant, target=target, shared=shared, num_experts=3 if shared else 4
         )
@@ -43,7 +34,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["model", "checkpoint"])
-@pytest.mark.parametrize("target", [target for _, target, _ in CASES])
+@pytest.mark.parametrize("target", [target for _, target, _ in ROUTED])
 def test_same_logits_and_no_complaint(loaded: dict[str, Any], target: str, name: str) -> None:
     found = loaded[f"{target}-{name}"]
     assert found["keys"] == []

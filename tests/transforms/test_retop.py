@@ -16,17 +16,9 @@ import llamamoe
 from llamamoe import CheckpointError, RefusedError, UsageError, load_recipe, retop, split
 from llamamoe.checkpoint.out_folder import DERIVED_FILE
 
-from ..dense import make_dense
+from ..dense import ROUTED, make_dense
 
-CASES = [
-    ("llama", "mixtral", 0),
-    ("llama-tied", "qwen2_moe", "1x"),
-    ("qwen3-tied", "qwen3_moe", 0),
-    ("llama", "glm4_moe", "1x"),
-    ("llama-tied", "granitemoeshared", "1x"),
-    ("llama", "ernie4_5_moe", "1x"),
-]
-IDS = [target for _, target, _ in CASES]
+IDS = [target for _, target, _ in ROUTED]
 
 
 def convert(dense: Path, out: Path, top_k: int, target: str, shared: Any, rescale: str) -> Path:
@@ -44,7 +36,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rescale", ["dropout", "unit", "llama_moe"])
-@pytest.mark.parametrize(("variant", "target", "shared"), CASES, ids=IDS)
+@pytest.mark.parametrize(("variant", "target", "shared"), ROUTED, ids=IDS)
 def test_it_is_the_conversion_with_that_k(variant: str, target: str, shared: Any, rescale: str, tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense", variant)
     one = convert(dense, tmp_path / "one", 1, target, shared, rescale)
