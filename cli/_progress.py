@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from llamamoe.progress import Progress, ProgressCallback
 
 from ._format import duration, plural
+from ._rich import rich
 from ._text import echo
 
 PLAIN_SECONDS = 5.0
@@ -66,13 +67,10 @@ def plain_lines(*, verbose: bool) -> Iterator[ProgressCallback]:
 @contextmanager
 def live_bar(*, verbose: bool) -> Iterator[ProgressCallback]:
     """One bar for each stage; finished ones stay."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[text]}"))
-    clock = _Clock()
-    with Bars(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
+    text = rich.progress.TextColumn
+    columns = (text("{task.description}"), rich.progress.BarColumn(bar_width=12), text("{task.fields[text]}"))
+    clock, console = _Clock(), rich.console.Console(stderr=True)
+    with rich.progress.Progress(*columns, console=console, refresh_per_second=4) as bars:
         task = waiting = bars.add_task("start", total=None, text="")
 
         def report(step: Progress) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem
 
 SECTIONS = ("Convert", "Train", "Inspect and verify", "Measure", "Other commands")
 """The order of sections in ``llamamoe --help``."""
@@ -108,8 +106,6 @@ class Name(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The names that begin with what was typed."""
-        from click.shell_completion import CompletionItem
-
         return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
 
 

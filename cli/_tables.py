@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from llamamoe.errors import printable
 
+from ._rich import rich
 from ._text import Styled, bold, echo
 
 
@@ -34,14 +35,11 @@ def table(
         wrap: Columns that are wrapped where the terminal is narrow; None: the last.
         indent: Spaces before it.
     """
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
     aligned = set(right)
     wrapped = [len(header) - 1] if wrap is None else list(wrap)
-    grid = Table(box=None, show_header=any(header), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    grid = rich.table.Table(
+        box=None, show_header=any(header), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for index, title in enumerate(header):
         grid.add_column(
             title,
@@ -50,10 +48,10 @@ def table(
             overflow="fold",
         )
     for row in rows:
-        grid.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console(file=sys.stdout, width=width(), highlight=False)
+        grid.add_row(*(rich.text.Text(printable(cell)) for cell in row))
+    console = rich.console.Console(file=sys.stdout, width=width(), highlight=False)
     with console.capture() as captured:
-        console.print(Padding(grid, (0, 0, 0, indent), expand=False))
+        console.print(rich.padding.Padding(grid, (0, 0, 0, indent), expand=False))
     for line in captured.get().splitlines():
         echo(Styled(line.rstrip()))  # cells were escaped
 

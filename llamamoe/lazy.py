@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import MissingExtraError
 
+# the packages; a type checker lets others import from here what stands in this list
 __all__ = [
     "accelerate",
     "dist",
@@ -25,7 +26,6 @@ __all__ = [
     "peft",
     "psutil",
     "pymetis",
-    "require",
     "safetensors",
     "scipy",
     "sklearn",
@@ -68,51 +68,27 @@ if TYPE_CHECKING:
     import transformers.activations
     import transformers.core_model_loading
     import transformers.utils
-else:
 
-    class _Lazy(ModuleType):
-        """Stands for a package that is imported when an attribute is asked for; submodules are found as attributes."""
 
-        def __getattr__(self, name: str) -> Any:
-            module = importlib.import_module(self.__name__)
-            try:
-                return getattr(module, name)
-            except AttributeError:
-                if name.startswith("__"):
-                    raise
-            try:
-                return importlib.import_module(f"{self.__name__}.{name}")
-            except ModuleNotFoundError:
-                raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+class Lazy(ModuleType):
+    """Stands for a package that is imported when an attribute is asked for; submodules are found as attributes."""
 
-    accelerate, gguf, huggingface_hub, jinja2, lm_eval, matplotlib, np, peft, psutil, pymetis = map(
-        _Lazy,
-        [
-            "accelerate",
-            "gguf",
-            "huggingface_hub",
-            "jinja2",
-            "lm_eval",
-            "matplotlib",
-            "numpy",
-            "peft",
-            "psutil",
-            "pymetis",
-        ],
-    )
-    safetensors, scipy, sklearn, threadpoolctl, tokenizers, torch, dist, transformers = map(
-        _Lazy,
-        [
-            "safetensors",
-            "scipy",
-            "sklearn",
-            "threadpoolctl",
-            "tokenizers",
-            "torch",
-            "torch.distributed",
-            "transformers",
-        ],
-    )
+    def __getattr__(self, name: str) -> Any:
+        module = importlib.import_module(self.__name__)
+        try:
+            return getattr(module, name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+        try:
+            return importlib.import_module(f"{self.__name__}.{name}")
+        except ModuleNotFoundError:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+
+if not TYPE_CHECKING:
+    _CALLED = {"np": "numpy", "dist": "torch.distributed"}
+    globals().update({name: Lazy(_CALLED.get(name, name)) for name in __all__})
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
