@@ -77,6 +77,7 @@ _RULES: tuple[Rule, ...] = (
     ("a name", lambda value: isinstance(value, str), ("hidden_act", "hidden_activation")),
 )  # fmt: skip
 """What the values of which keys must be; null means that the key is left out."""
+_RULE_OF = {key: (phrase, holds) for phrase, holds, keys in _RULES for key in keys}
 
 _ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "original_max_position_embeddings",
                  "beta_fast", "beta_slow", "rope_theta", "partial_rotary_factor")  # fmt: skip
@@ -93,10 +94,22 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 
 _DTYPES = ("float32", "float", "float64", "double", "float16", "half", "bfloat16")
 _ATTENTION = ("full_attention", "sliding_attention")
-_MOST_LABELS = 1_000_000
+MOST_LABELS = 1_000_000
+"""transformers makes a name for each."""
 _READ_ONLY = ("use_return_dict", "is_heterogeneous", "per_layer_attributes", "sub_configs",
               "allow_global_per_layer_attribute_access")  # fmt: skip
 """Attributes of transformers' configuration that no key can set."""
+
+
+def check_value(config: Mapping[str, Any], key: str) -> None:
+    """Check the value of one key of the rules above; null and no value are right.
+
+    Raises:
+        CheckpointError: It is impossible; key, value and rule are named.
+    """
+    value, (phrase, holds) = config.get(key), _RULE_OF[key]
+    if value is not None and not holds(value):
+        raise CheckpointError(f"config.json: {key} = {value!r}, but it must be {phrase}.", hint=_HINT)
 
 
 def check_values(config: Mapping[str, Any], fields: Fields | None = None) -> None:
@@ -109,11 +122,8 @@ def check_values(config: Mapping[str, Any], fields: Fields | None = None) -> Non
     Raises:
         CheckpointError: One is impossible, or transformers refuses it; key, value and rule are named.
     """
-    for phrase, holds, keys in _RULES:
-        for key in keys:
-            value = config.get(key)
-            if value is not None and not holds(value):
-                raise CheckpointError(f"config.json: {key} = {value!r}, but it must be {phrase}.", hint=_HINT)
+    for key in _RULE_OF:
+        check_value(config, key)
     if config.get("use_sliding_window") and "max_window_layers" in config and config["max_window_layers"] is None:
         raise CheckpointError("config.json: max_window_layers = None, but use_sliding_window needs it.", hint=_HINT)
     for key in ("rope_scaling", "rope_parameters"):
@@ -149,9 +159,9 @@ def _check_class(config: Mapping[str, Any], fields: Fields) -> None:
                 f"config.json: {key} = {config[key]!r}, but it must be one of {', '.join(_DTYPES)}.", hint=_HINT
             )
     labels = config.get("num_labels", 0)
-    if config.get("id2label") is None and not (_whole(labels) and labels <= _MOST_LABELS):
+    if config.get("id2label") is None and not (_whole(labels) and labels <= MOST_LABELS):
         raise CheckpointError(
-            f"config.json: num_labels = {labels!r}, but it must be a whole number up to {_MOST_LABELS}.", hint=_HINT
+            f"config.json: num_labels = {labels!r}, but it must be a whole number up to {MOST_LABELS}.", hint=_HINT
         )
     if not all(_is_integer(key) for key in config.get("id2label") or {}):
         raise CheckpointError(f"config.json: id2label = {config['id2label']!r}, but its keys must be whole numbers.")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..architectures.config_values import check_values
+from ..architectures.config_values import MOST_LABELS, check_value, check_values
 from ..architectures.expert_weighting import EXPERT_KEYS, TOP_K_KEYS, check_top_k
 from ..architectures.sources import SOURCES
 from ..architectures.targets import TARGETS
@@ -24,7 +24,7 @@ from ..checkpoint.tokenizer_loading import holds_vocabulary, load, one_error
 from ..errors import CheckpointError
 from ..lazy import torch, transformers
 
-_MOST_LAYERS, _MOST_LABELS = 10_000, 1_000_000
+_MOST_LAYERS = 10_000
 _HINT = "Download config.json again, or correct it."
 
 
@@ -41,15 +41,11 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         CheckpointError: It has, or a number is not one.
     """
     labels = config.get("num_labels", 0)
-    if not isinstance(labels, int) or labels > _MOST_LABELS:  # transformers makes a name for each
+    if not isinstance(labels, int) or labels > MOST_LABELS:
         raise CheckpointError(
-            f"config.json: num_labels = {labels!r}, but it must be at most {_MOST_LABELS:,}.", hint=_HINT
+            f"config.json: num_labels = {labels!r}, but it must be at most {MOST_LABELS:,}.", hint=_HINT
         )
-    window = config.get("sliding_window")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
-        raise CheckpointError(
-            f"config.json: sliding_window = {window!r}, but it must be a whole number, not negative.", hint=_HINT
-        )
+    check_value(config, "sliding_window")
     if not isinstance(config.get("is_causal", True), bool):
         raise CheckpointError(
             f"config.json: is_causal = {config['is_causal']!r}, but it must be true or false.", hint=_HINT
