@@ -71,9 +71,10 @@ class ConvertedFfn:
         elif self.weighting == "softmax":
             values = logits.softmax(-1).gather(-1, top.indices) * self.factor
         else:
-            values = top.values.sigmoid() * self.factor
+            values = top.values.sigmoid()
             if self.weighting == "sigmoid_renormalised":
-                values = values / top.values.sigmoid().sum(-1, keepdim=True)
+                values = values / values.sum(-1, keepdim=True)
+            values = values * self.factor
         return torch.zeros_like(logits).scatter_(-1, top.indices, values)
 
     def place_weights(self, weights_BN: torch.Tensor) -> torch.Tensor:

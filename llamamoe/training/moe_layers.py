@@ -119,6 +119,5 @@ def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any, model
 
 def _weighting(target: type[Target], router: Any) -> RouterWeighting:
     """What this router does: the target's only weighting, or the one that its flag chooses (see `mixing_of`)."""
-    if len(target.weightings) == 1 or router.norm_topk_prob:
-        return target.router_weighting("renormalised")
-    return target.router_weighting(target.weightings[1])
+    first = len(target.weightings) == 1 or router.norm_topk_prob
+    return target.router_weighting(target.weightings[0 if first else 1])
