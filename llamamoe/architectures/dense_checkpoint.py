@@ -12,11 +12,11 @@ from ..checkpoint.reader import refuse_tokenizer_code
 from ..errors import CheckpointError, known_names
 from ..lazy import torch
 from .config_values import SIZE_KEYS, check_rope, check_special, check_values
+from .expert_weighting import EXPERT_KEYS
 from .sources import SOURCES, DenseSpec, Read, Source
 from .sources.base import canonical_shapes
 from .sources.fields import completed
 
-_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 _QUANTISED = (
     ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale",
@@ -114,7 +114,9 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_mixture(config: Mapping[str, Any]) -> None:
-    experts = next((k for k in _EXPERT_KEYS if isinstance(config.get(k), int) and config[k] > 1), None)
+    experts = next(
+        (k for k in (*EXPERT_KEYS, "num_experts_per_tok") if isinstance(config.get(k), int) and config[k] > 1), None
+    )
     if experts:
         raise CheckpointError(
             f"config.json: {experts} = {config[experts]}, so this is already a mixture of experts.",
