@@ -181,10 +181,15 @@ def _is_ours(path: Path) -> bool:
 
 def run_facts(started: float) -> dict[str, Any]:
     """What differs from run to run: when, how long, how much memory, on what."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - started, 3),
-        "peak_resident_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "peak_resident_bytes": peak_resident_bytes(),
         "platform": platform.platform(),
     }
+
+
+def peak_resident_bytes() -> int:
+    """Most resident memory of this process since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ..checkpoint.ledger import peak_resident_bytes
 from ..lazy import torch
 from ..progress import Progress, ProgressCallback
 
@@ -32,8 +31,7 @@ def peak_bytes(device: str) -> int:
                 return most + int(line.split()[1]) * 1024
     except OSError:
         pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most + (peak if sys.platform == "darwin" else peak * 1024)
+    return most + peak_resident_bytes()
 
 
 class Meter:
