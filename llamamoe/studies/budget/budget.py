@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..._version import __version__
 from ...architectures.dense_checkpoint import understand
-from ...architectures.targets import TARGETS
 from ...architectures.targets.base import Target
 from ...checkpoint.locate import locate, open_checkpoint
 from ...conversion.plan import SplitPlan, plan_split
@@ -167,22 +166,24 @@ def budget(
         task = _task(sizer, targets[0], shares, Path(folder), held_out_tokens, progress)
         curves, flops = how.measure(task), how.flops(task)
     sets = {each: dense_sets(curves, budget, each.dense_layers, partial(sizer.fit, each)) for each in targets}
-    found = _allocation(sizer, sets, budget, curves)
-    warnings = (*found.warnings, *task.text.warnings, *_notes(TARGETS.get(found.target)()))
-    return replace(found, source=str(source), measure=measure, unit=how.unit, flops=flops, warnings=warnings)
+    told = {"source": str(source), "budget": budget, "measure": measure, "unit": how.unit, "flops": flops}
+    return _allocation(sizer, sets, curves, told, task.text.warnings)
 
 
-def _allocation(sizer: Sizer, sets: Mapping[Target, Sequence[DenseSet]], budget: float, curves: Curves) -> Allocation:
-    """The best target's best set of dense layers; what the caller knows of source and measure is left empty."""
+def _allocation(
+    sizer: Sizer,
+    sets: Mapping[Target, Sequence[DenseSet]],
+    curves: Curves,
+    told: dict[str, Any],
+    warnings: Sequence[str],
+) -> Allocation:
+    """The best target's best set of dense layers; ``told`` are the fields that need no choice."""
     target = min(sets, key=lambda each: least_damage(sets[each]).damage)  # the first of equal ones
     uniform, chosen = sets[target][0].sizes, least_damage(sets[target])
     recipe = sizer.recipe_for(target, chosen.sizes, chosen.layers)
     plan = plan_split(sizer.model, recipe)
     return Allocation(
-        source="",
-        budget=budget,
-        measure="",
-        unit="",
+        **told,
         target=target.name,
         dense_form=target.dense_layers,
         keep_dense=chosen.layers,
@@ -194,12 +195,13 @@ def _allocation(sizer: Sizer, sets: Mapping[Target, Sequence[DenseSet]], budget:
         active_share=chosen.share,
         damage=chosen.damage,
         damage_uniform=sets[target][0].damage,
-        **_by_layer(curves, chosen, uniform, budget, sizer.model.spec.intermediate_size, sizer.recipe.pad_to or PAD_TO),
+        **_by_layer(
+            curves, chosen, uniform, told["budget"], sizer.model.spec.intermediate_size, sizer.recipe.pad_to or PAD_TO
+        ),
         by_count=tuple(_alternative(each) for each in sets[target]),
         measured=curves.to_json(),
-        flops=0,
         recipe=recipe,
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *warnings, *_notes(target)),
     )
 
 
