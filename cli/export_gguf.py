@@ -1,4 +1,4 @@
-"""``llamamoe export-gguf``: a converted checkpoint for llama.cpp."""
+"""``llamamoe export-gguf``: a checkpoint for llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ._text import bold, echo
 if TYPE_CHECKING:
     from llamamoe.transforms.export_gguf import GgufExport
 
-HELP = """Write the converted checkpoint MODEL as the GGUF file OUT, for llama.cpp and everything built on it.
+HELP = """Write the checkpoint MODEL as the GGUF file OUT, for llama.cpp and everything built on it.
 
-MODEL must be a mixtral, a granitemoeshared, or a qwen2_moe as calibrated conversions (rescale unit) make it, not trained on:
-llama.cpp computes those as transformers does, to rounding; anything else is refused with the reason. Matrices keep their
-type unless --dtype says otherwise; llama-quantize makes smaller ones of the file.
+MODEL must be a mixtral, a granitemoeshared, or a qwen2_moe as calibrated conversions (rescale unit) make it, not trained
+on; or a dense llama or mistral, such as a parent or what --method static makes of it. llama.cpp computes those as
+transformers does, to rounding; anything else is refused with the reason. Matrices keep their type unless --dtype says otherwise; llama-quantize makes smaller ones of the file.
 """
 EXAMPLES = """
 llamamoe export-gguf MODEL model.gguf

@@ -34,6 +34,14 @@ class DenseModel:
     spec: DenseSpec
     reads: Mapping[str, Read]
 
+    def has(self, name: str) -> bool:
+        """Whether there is a canonical tensor (see `llamamoe.architectures.sources`) of this name."""
+        return name in self.reads
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a canonical tensor."""
+        return canonical_shapes(self.spec)[name]
+
     def dtype_of(self, name: str) -> str:
         """The stored dtype (safetensors name) of a canonical tensor."""
         return self.checkpoint.tensors[self.reads[name].name].dtype

@@ -132,9 +132,9 @@ class ConvertedModel:
         """Whether there is a canonical tensor (see `llamamoe.architectures.sources`) of this name outside the MoE layers' FFNs."""
         return name in self._outer
 
-    def stored_name(self, name: str) -> str:
-        """What a canonical tensor outside the MoE layers' FFNs is called in the files."""
-        return self._outer[name].name
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a canonical tensor outside the FFNs, as stored."""
+        return self.checkpoint.tensors[self._outer[name].name].shape
 
     def read(self, name: str) -> torch.Tensor:
         """A canonical tensor (see `llamamoe.architectures.sources`) outside the MoE layers' FFNs, as stored; rotary rows as Llama's."""

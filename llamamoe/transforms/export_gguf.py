@@ -1,4 +1,4 @@
-"""``llamamoe.export_gguf``: a converted checkpoint as one GGUF file, for llama.cpp and what is built on it."""
+"""``llamamoe.export_gguf``: a converted checkpoint, or a dense one, as one GGUF file, for llama.cpp and what is built on it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from typing import Any
 
 from .._version import __version__
 from ..architectures.config_values import check_rope
+from ..architectures.dense_checkpoint import DenseModel, understand
 from ..architectures.moe_checkpoint import ConvertedModel, check_shapes
 from ..checkpoint.gguf.header import require_gguf
 from ..checkpoint.gguf.rope import float32, uint32, write_rope
 from ..checkpoint.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from ..checkpoint.gguf.writer import DTYPES, FILE_TYPES, Q8_BLOCK, GgufOut, write_tensors
 from ..checkpoint.out_folder import free_bytes, normal_path
+from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import RefusedError, UsageError, near_misses
 from ..lazy import gguf
 from ..models.loadable import check_model
 from ..progress import ProgressCallback, ignore_progress
 from .gguf_tensors import gguf_tensors
-from .llama_cpp import llama_cpp_architecture
+from .llama_cpp import DENSE, Architecture, dense_architecture, llama_cpp_architecture
 from .rewrite import opened
 
 _ROOM = 16 * 2**20
@@ -62,13 +64,14 @@ def export_gguf(
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> GgufExport:
-    """Write a converted checkpoint as one GGUF file, with one projection of a layer's experts in memory at a time.
+    """Write a checkpoint as one GGUF file, with one projection of a layer's experts in memory at a time.
 
     Rows of queries and keys are put into the order that llama.cpp rotates; experts of a layer are stacked; norms, biases
     and routers are stored in float32, as llama.cpp's own converter does. The file appears whole or not at all.
 
     Args:
-        model: A checkpoint with the target ``mixtral``, ``granitemoeshared``, or ``qwen2_moe`` as the rescale `unit` makes it.
+        model: A checkpoint with the target ``mixtral``, ``granitemoeshared``, or ``qwen2_moe`` as the rescale `unit` makes it;
+            or a dense ``llama`` or ``mistral``, such as a parent, or what ``--method static`` makes of it.
         out: The file to make; its name ends in ``.gguf``.
         dtype: ``"auto"`` (matrices as they are stored), ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"`` (8 bits, a scale
             for every 32 numbers; rows that are no multiple of 32 wide get 16 bits). llama.cpp makes smaller ones of it.
@@ -89,23 +92,32 @@ def export_gguf(
     location, checkpoint = opened(model)
     if place.parent.resolve().is_relative_to(location.path.resolve()):
         raise RefusedError(f"OUT ({out}) lies in the model's own folder.", hint="Choose a place outside of it.")
-    converted = ConvertedModel(checkpoint)
-    architecture = llama_cpp_architecture(converted)
-    check_rope(converted.spec)
-    check_shapes(converted)
+    read, architecture = _understood(checkpoint)
     check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
-    vocabulary = read_vocabulary(checkpoint.path, converted.spec.vocab_size, pre=pre)
+    vocabulary = read_vocabulary(checkpoint.path, read.spec.vocab_size, pre=pre)
 
     writer = gguf.GGUFWriter(None, architecture.name)
-    freqs = _write_metadata(writer, converted, location.name, vocabulary)
-    tensors = list(gguf_tensors(converted, architecture, dtype, freqs))
+    freqs = _write_metadata(writer, read, location.name, vocabulary)
+    tensors = list(gguf_tensors(read, architecture, dtype, freqs))
     kind = max(tensors, key=lambda each: prod(each.shape)).kind
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _check_room(place, sum(each.nbytes for each in tensors))
     write_tensors(writer, tensors, place, progress, checkpoint.check_unchanged)
-    warnings = tuple(_warnings(converted, vocabulary, tensors, dtype))
+    warnings = tuple(_warnings(read, vocabulary, tensors, dtype))
     return GgufExport(place, architecture.name, kind, len(tensors), place.stat().st_size, warnings)
+
+
+def _understood(checkpoint: SafetensorsCheckpoint) -> tuple[ConvertedModel | DenseModel, Architecture]:
+    """The checkpoint, checked against its own configuration, and what llama.cpp calls it."""
+    if checkpoint.config.get("model_type") in DENSE:
+        dense = understand(checkpoint)
+        return dense, dense_architecture(dense)
+    converted = ConvertedModel(checkpoint)
+    architecture = llama_cpp_architecture(converted)
+    check_rope(converted.spec)
+    check_shapes(converted)
+    return converted, architecture
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -136,12 +148,14 @@ def _check_room(out: Path, need: int) -> None:
         )
 
 
-def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[GgufOut], dtype: str) -> Iterator[str]:
+def _warnings(
+    model: ConvertedModel | DenseModel, vocabulary: GgufVocabulary, tensors: list[GgufOut], dtype: str
+) -> Iterator[str]:
     window = model.spec.window
     if window and window < model.spec.max_position_embeddings:
         yield f"llama.cpp has no sliding window for this architecture: the context length is set to the window, {window}"
     yield from vocabulary.notes
-    if model.block.get("router_scale") == "hard":
+    if isinstance(model, ConvertedModel) and model.block.get("router_scale") == "hard":
         yield (
             "the router is hard: its logits nearly tie, so that rounding may select another expert in llama.cpp than in "
             "transformers"
@@ -159,30 +173,41 @@ def _warnings(model: ConvertedModel, vocabulary: GgufVocabulary, tensors: list[G
 
 
 def _write_metadata(
-    writer: gguf.GGUFWriter, model: ConvertedModel, name: str, vocabulary: GgufVocabulary
+    writer: gguf.GGUFWriter, model: ConvertedModel | DenseModel, name: str, vocabulary: GgufVocabulary
 ) -> list[float] | None:
     """All that the file says before its tensors; returns llama3's rope factors, if there are any."""
-    spec, layout = model.spec, model.layout
+    spec, block = model.spec, model.checkpoint.config.get("llamamoe")
     writer.add_type("model")
     writer.add_name(name)
     writer.add_string("llamamoe.version", __version__)
-    if model.block:
-        writer.add_string("llamamoe.conversion", json.dumps(model.block, sort_keys=True))
+    if block:
+        writer.add_string("llamamoe.conversion", json.dumps(block, sort_keys=True))
     writer.add_vocab_size(spec.vocab_size)
     writer.add_block_count(spec.num_layers)
     longest = uint32(vars(spec), "max_position_embeddings")
     writer.add_context_length(min(spec.window or longest, longest))
     writer.add_embedding_length(spec.hidden_size)
-    if model.target.name == "qwen2_moe":
-        writer.add_feed_forward_length(spec.intermediate_size)
-        writer.add_expert_feed_forward_length(layout.expert_width)
-    else:
-        writer.add_feed_forward_length(layout.expert_width)
     writer.add_head_count(spec.num_heads)
     writer.add_head_count_kv(spec.num_kv_heads)
     writer.add_key_length(spec.head_dim)
     writer.add_value_length(spec.head_dim)
     writer.add_layer_norm_rms_eps(float32(vars(spec), "rms_norm_eps"))
+    if isinstance(model, ConvertedModel):
+        _write_experts(writer, model)
+    else:
+        writer.add_feed_forward_length(spec.intermediate_size)
+    vocabulary.write(writer)
+    return write_rope(writer, spec.rope, spec.head_dim)
+
+
+def _write_experts(writer: gguf.GGUFWriter, model: ConvertedModel) -> None:
+    """What the file says of experts, and of granite's multipliers."""
+    spec, layout = model.spec, model.layout
+    if model.target.name == "qwen2_moe":
+        writer.add_feed_forward_length(spec.intermediate_size)
+        writer.add_expert_feed_forward_length(layout.expert_width)
+    else:
+        writer.add_feed_forward_length(layout.expert_width)
     writer.add_expert_count(layout.num_experts)
     writer.add_expert_used_count(layout.top_k)
     if layout.shared_width:
@@ -193,5 +218,3 @@ def _write_metadata(
         writer.add_embedding_scale(float32(vars(spec), "embedding_multiplier"))
         writer.add_residual_scale(float32(vars(spec), "residual_multiplier"))
         writer.add_logit_scale(float32(vars(spec), "logits_scaling"))
-    vocabulary.write(writer)
-    return write_rope(writer, spec.rope, spec.head_dim)

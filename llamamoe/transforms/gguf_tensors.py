@@ -1,10 +1,11 @@
-"""The tensors of a converted checkpoint by llama.cpp's names, in its order and shapes, each made when it is written."""
+"""The tensors of a checkpoint by llama.cpp's names, in its order and shapes, each made when it is written."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
 
+from ..architectures.dense_checkpoint import DenseModel
 from ..architectures.moe_checkpoint import ConvertedModel
 from ..architectures.moe_layout import NEARLY_ZERO, Constant, Neurons, OutTensor, Router
 from ..checkpoint.gguf.config import NORMS, PROJECTIONS
@@ -18,13 +19,13 @@ _CLOSED = 1e-7
 
 
 def gguf_tensors(
-    model: ConvertedModel, architecture: Architecture, dtype: str, freqs: list[float] | None
+    model: ConvertedModel | DenseModel, architecture: Architecture, dtype: str, freqs: list[float] | None
 ) -> Iterator[GgufOut]:
     """The tensors of the file, in order."""
     spec = model.spec
 
     def outer(ours: str, theirs: str, heads: int = 0) -> GgufOut:
-        shape = model.checkpoint.tensors[model.stored_name(ours)].shape
+        shape = model.shape_of(ours)
         kind = kind_of(dtype, model.dtype_of(ours), shape)
         if heads:
             return GgufOut(theirs, shape, kind, lambda: interleave(model.read(ours), heads))
@@ -38,13 +39,14 @@ def gguf_tensors(
         for theirs, ours in NORMS.items():
             yield outer(f"{prefix}{ours}.weight", f"{block}{theirs}.weight")
         for theirs, ours in PROJECTIONS.items():
-            if not theirs.startswith("attn"):
+            if not theirs.startswith("attn") and isinstance(model, ConvertedModel):
                 continue
             heads = {"attn_q": spec.num_heads, "attn_k": spec.num_kv_heads}.get(theirs, 0) if architecture.pairs else 0
             for part in ("weight", "bias"):
                 if model.has(f"{prefix}{ours}.{part}"):
                     yield outer(f"{prefix}{ours}.{part}", f"{block}{theirs}.{part}", heads)
-        yield from _moe_tensors(model, dtype, layer, block)
+        if isinstance(model, ConvertedModel):
+            yield from _moe_tensors(model, dtype, layer, block)
     yield outer("model.norm.weight", "output_norm.weight")
     if not spec.tie_word_embeddings:
         yield outer("lm_head.weight", "output.weight")

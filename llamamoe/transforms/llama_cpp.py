@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..architectures.dense_checkpoint import DenseModel
 from ..architectures.moe_checkpoint import ConvertedModel
 from ..architectures.moe_layout import Weighting
 from ..errors import RefusedError
+
+_SILU = ("silu", "swish")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,21 @@ ARCHITECTURES = {
     "qwen2_moe": Architecture("qwen2moe", pairs=False, llama3=False, any_head=False, weighting="softmax"),
 }
 """Targets that llama.cpp computes as transformers does, if nothing in `llama_cpp_architecture` says otherwise."""
+DENSE = {"llama": Architecture("llama"), "mistral": Architecture("llama")}
+"""The same of dense models, by ``model_type``: parents, and what ``--method static`` makes of them."""
+
+
+def dense_architecture(model: DenseModel) -> Architecture:
+    """llama.cpp's architecture for a dense model of `DENSE`.
+
+    Raises:
+        RefusedError: It computes something else.
+    """
+    if model.spec.hidden_act not in _SILU:
+        raise RefusedError(
+            f"llama.cpp computes a llama's FFN with SiLU, and this model's is {model.spec.hidden_act!r}."
+        )
+    return DENSE[str(model.checkpoint.config["model_type"])]
 
 
 def llama_cpp_architecture(model: ConvertedModel) -> Architecture:
@@ -49,7 +67,7 @@ def llama_cpp_architecture(model: ConvertedModel) -> Architecture:
             hint="Split the parent again with --target granitemoeshared (shared experts) or --target mixtral (none).",
         )
     reasons = []
-    if spec.hidden_act not in ("silu", "swish"):
+    if spec.hidden_act not in _SILU:
         reasons.append(f"it computes experts with SiLU, and theirs is {spec.hidden_act!r}")
     if model.experts.dense_layers:
         reasons.append(f"it has no dense layers there, and {', '.join(map(str, model.experts.dense_layers))} are")

@@ -152,6 +152,10 @@ def llama_cpp_logits(file: Plain, ids: torch.Tensor) -> torch.Tensor:
         weights = scores.masked_fill(causal, -torch.inf).softmax(-1)
         return linear(torch.einsum("hqk,khd->qhd", weights, v).flatten(-2), block + "attn_output")
 
+    def dense(value: torch.Tensor, block: str) -> torch.Tensor:
+        hidden = torch.nn.functional.silu(linear(value, block + "ffn_gate")) * linear(value, block + "ffn_up")
+        return linear(hidden, block + "ffn_down")
+
     def experts(value: torch.Tensor, block: str) -> torch.Tensor:
         chosen = linear(value, block + "ffn_gate_inp").softmax(-1).topk(file["expert_used_count"], -1)
         share = chosen.values if qwen else chosen.values / chosen.values.sum(-1, keepdim=True)
@@ -174,7 +178,8 @@ def llama_cpp_logits(file: Plain, ids: torch.Tensor) -> torch.Tensor:
     for layer in range(file["block_count"]):
         block = f"blk.{layer}."
         x = x + residual * attention(norm(x, block + "attn_norm.weight"), block)
-        x = x + residual * experts(norm(x, block + "ffn_norm.weight"), block)
+        ffn = experts if f"{block}ffn_gate_inp.weight" in w else dense
+        x = x + residual * ffn(norm(x, block + "ffn_norm.weight"), block)
     head = w.get("output.weight", w["token_embd.weight"])
     return norm(x, "output_norm.weight") @ head.T / (file["logit_scale"] if granite else 1.0)
 
@@ -197,6 +202,25 @@ def test_the_logits_are_those_of_transformers(
     assert torch.allclose(ours, wanted, atol=2e-5 * float(wanted.abs().max()))
     read_header(found.out)  # every length is right
     assert [path.name for path in found.out.parent.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "llama-attention-bias", "llama-llama3-rope", "mistral"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_logits_of_dense_models_are_those_of_transformers(variant: str, pruned: bool, tmp_path: Path) -> None:
+    folder = make_dense(tmp_path / "dense", variant, vocab_size=300)
+    make_byte_level(folder, "llama-bpe")
+    if pruned:
+        given = {"method": "static", "shared": 0.5, "shared_by": "weight_norm"}
+        folder = split(folder, tmp_path / "pruned", load_recipe(given=given), verify=False).out
+    found = export_gguf(folder, tmp_path / "model.gguf")
+    file = Plain(found.out)
+    assert (found.architecture, found.warnings) == ("llama", ())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert file["feed_forward_length"] == model.config.intermediate_size
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        ours = torch.stack([llama_cpp_logits(file, each) for each in IDS])
+    assert torch.allclose(ours, wanted, atol=2e-5 * float(wanted.abs().max()))
 
 
 def test_yarn_is_said_in_llama_cpps_words(tmp_path: Path) -> None:
@@ -369,6 +393,10 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(tmp_path: Path) ->
         export_gguf(moe, tmp_path / "m.gguf")
     with pytest.raises(RefusedError, match="not a mixture of experts"):
         export_gguf(tmp_path / "a" / "dense", tmp_path / "m.gguf")
+    path = make_dense(tmp_path / "e") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
+    with pytest.raises(RefusedError, match="SiLU, and this model's is 'gelu'"):
+        export_gguf(path.parent, tmp_path / "m.gguf")
     with pytest.raises(RefusedError, match="SiLU, and theirs is 'gelu_pytorch_tanh'"):
         export_gguf(convert(tmp_path / "c", "gemma", "mixtral", 0), tmp_path / "m.gguf")
     config = json.loads((moe / "config.json").read_text())

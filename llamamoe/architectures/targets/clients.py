@@ -78,7 +78,7 @@ CLIENTS: tuple[Client, ...] = (
         "xllamacpp",
         "2026.10.11549",
         {
-            "dense": Result("refused", "export-gguf writes mixtures only; llama.cpp's own converter takes the folder"),
+            "dense": Result("same", "export-gguf writes llama and mistral; llama.cpp's own converter takes all"),
             "ernie4_5_moe": _NO_GGUF,
             "glm4_moe": _NO_GGUF,
             "glm4_moe --shared 2x": _NO_GGUF,
