@@ -103,7 +103,7 @@ class CellStore:
 
     def load(self, cell: Cell, key: str) -> dict[str, Any] | None:
         """The result of a cell, or None if there is none of this key."""
-        found = _read(self.path(cell, key))
+        found = read_result(self.path(cell, key))
         return found if found is not None and found.get("key") == key else None
 
     def save(self, cell: Cell, key: str, depends: Dependencies, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class CellStore:
     def finished_but_text(self, cell: Cell, depends: Dependencies) -> dict[str, Any] | None:
         """A result whose dependencies agree, whatever text it is of (for a plan, which reads no text)."""
         for path in sorted(self.folder.glob(f"{_file_name(cell)}.*.json")):
-            found = _read(path)
+            found = read_result(path)
             if found is not None and depends.matches_but_text(found.get("depends", {})):
                 return found
         return None
@@ -142,8 +142,8 @@ def _file_name(cell: Cell) -> str:
     return re.sub(r"[^\w+.-]+", "_", cell.label)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A file that is broken counts as missing: the cell is done again."""
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The object in a small file; None for one that is missing or broken, so that it is done again."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,0 +1,84 @@
+"""How fast shapes of conversions run beside their dense parent and static pruning, on a 1B-shaped model.
+
+    python benchmarks/shape_speed.py [--runtimes transformers llama.cpp] [--runs 1] [--work FOLDER]
+
+Resumable: each shape and program is a small file in FOLDER. llama.cpp needs an interpreter with ``xllamacpp``, this one or the
+one that ``LLAMAMOE_CLIENTS_PYTHON`` names. ``results/shape_speed.json`` gets all that is there; ``--publish`` writes the table that
+``split --prefer`` chooses from, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from llamamoe.studies.speed.shapes import MODEL_SHAPES, FfnShape
+from llamamoe.studies.speed.store import SpeedStore, Wanted
+
+EIGHTH, QUARTER = 0.125, 0.25
+SHAPES = {
+    "about half of the FFN": [
+        FfnShape(0, 0, 0.5),
+        FfnShape(8, 3, EIGHTH),
+        FfnShape(16, 6, EIGHTH),
+        FfnShape(32, 12, EIGHTH),
+        FfnShape(56, 21, EIGHTH),
+        FfnShape(64, 24, EIGHTH),
+        FfnShape(16, 5, QUARTER),
+        FfnShape(32, 10, QUARTER),
+        FfnShape(8, 4, 0.0),
+        FfnShape(16, 8, 0.0),
+        FfnShape(32, 16, 0.0),
+    ],
+    "about a quarter of the FFN": [
+        FfnShape(0, 0, 0.25),
+        FfnShape(8, 1, EIGHTH),
+        FfnShape(16, 2, EIGHTH),
+        FfnShape(32, 4, EIGHTH),
+        FfnShape(56, 7, EIGHTH),
+        FfnShape(64, 8, EIGHTH),
+        FfnShape(8, 2, 0.0),
+        FfnShape(16, 4, 0.0),
+        FfnShape(32, 8, 0.0),
+    ],
+}
+RESULTS = Path(__file__).parent / "results" / "shape_speed.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtimes", nargs="*", default=["llama.cpp", "transformers"])
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/shape_speed"))
+    parser.add_argument("--room", type=Path, help="on whose disk models are made (6 GB at most)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=1000, help="stop after so many runs, each of some shapes")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    left = iter(range(options.runs))
+    store = SpeedStore(options.work, MODEL_SHAPES["1B"], room=options.room)
+    wanted = [Wanted(name, shape) for name in options.runtimes for shapes in SHAPES.values() for shape in shapes]
+    failed = store.measure(wanted, lambda text: print(text, flush=True), lambda: next(left, None) is not None)
+    for each, reason in failed:
+        print(f"not measured: {each.label}: {reason}")
+    rows = [found for each in wanted if (found := store.load(each)) is not None]
+    for row in rows:
+        row.pop("depends")
+    options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(rows)} of {len(wanted)} measured")
+    for row in rows:
+        print(describe(row))
+
+
+def describe(row: dict) -> str:
+    """One line: the shape, and its speed over dense by task."""
+    rates = row["rates"]["shape"]
+    shown = "  ".join(f"{task} {r['ratio']:.2f} [{r['lowest']:.2f}-{r['highest']:.2f}]" for task, r in rates.items())
+    return f"{row['program']:12s} {FfnShape(**row['shape']).name:16s} {row['active_share']:.1%}  {shown}"
+
+
+if __name__ == "__main__":
+    main()

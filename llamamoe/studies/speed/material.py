@@ -1,0 +1,156 @@
+"""The models whose speed is measured: a dense one of random weights, and its conversions, made to be thrown away."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ...architectures.dense_checkpoint import understand
+from ...architectures.sources.base import canonical_shapes
+from ...checkpoint.files import make_folder, save_tensors, unsynced, write_text
+from ...checkpoint.gguf.reader import export_dense
+from ...checkpoint.reader import SINGLE, SafetensorsCheckpoint
+from ...conversion.plan import SplitPlan, plan_split
+from ...conversion.recipe import SplitRecipe
+from ...lazy import torch
+from .shapes import ModelShape
+
+_SCALE = 0.02
+_FACTORS = {"embed_tokens": 50.0, "o_proj": 0.125, "down_proj": 0.125}
+"""So that what a token is stays the most of its hidden state: routers then choose for each token anew, all experts alike."""
+_BLOCK = 2**22
+_CONVERSIONS = "conversions"
+
+
+class Material:
+    """A dense model, and conversions of it, each made once, in a folder of its own.
+
+    Attributes:
+        dense: The dense model's folder.
+        work: Where everything else goes.
+    """
+
+    def __init__(self, dense: Path, work: Path) -> None:
+        self.dense, self.work = dense, work
+        self._model = understand(SafetensorsCheckpoint(dense))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self._model.spec.num_layers
+
+    def plan(self, recipe: SplitRecipe) -> SplitPlan:
+        """What a conversion will be."""
+        return plan_split(self._model, recipe)
+
+    def convert(self, recipe: SplitRecipe, name: str) -> Path:
+        """The folder of a conversion."""
+        from ...conversion.split import split
+
+        out = self.work / _CONVERSIONS / name
+        make_folder(out.parent)
+        with unsynced():
+            return split(self.dense, out, recipe, verify=False).out
+
+    def clear(self) -> None:
+        """Delete the conversions and what was made of them; the dense model stays."""
+        shutil.rmtree(self.work / _CONVERSIONS, ignore_errors=True)
+
+
+@contextmanager
+def material(model: ModelShape | Path, folder: Path | None = None) -> Iterator[Material]:
+    """Give the dense model and room for its conversions; all of it is deleted afterwards.
+
+    Args:
+        model: A shape, made of random weights in bfloat16; or a dense model's folder or GGUF file, which stays.
+        folder: On whose disk; None: where temporary files go.
+    """
+    with TemporaryDirectory(prefix="llamamoe-speed-", dir=folder) as name:
+        work = Path(name)
+        if isinstance(model, ModelShape):
+            dense = work / "dense"
+            with unsynced():
+                write_random(dense, model)
+        else:
+            dense = model
+            if model.is_file():
+                dense = work / "dense"
+                export_dense(model, dense)
+        yield Material(dense, work)
+
+
+def write_random(folder: Path, shape: ModelShape) -> None:
+    """Write a dense Llama of random weights and a tokenizer of bytes."""
+    make_folder(folder)
+    config = shape.config()
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", json.dumps(_tokenizer()) + "\n")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_text(
+        folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}) + "\n"
+    )
+    generator = torch.Generator().manual_seed(0)
+    block = (torch.randn(_BLOCK, generator=generator) * _SCALE).to(torch.bfloat16)
+
+    def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        out = torch.empty(shape, dtype=torch.bfloat16)
+        factor = next((f for part, f in _FACTORS.items() if part in name), 1.0)
+        scaled = block if factor == 1.0 else block * factor
+        flat, at = out.view(-1), 0
+        while at < flat.numel():  # pieces of one block, each from another place: rows differ, and it takes no time
+            start = int(torch.randint(_BLOCK // 2, (1,), generator=generator))
+            count = min(flat.numel() - at, _BLOCK // 2)
+            flat[at : at + count] = scaled[start : start + count]
+            at += count
+        return out
+
+    save_tensors(
+        folder / SINGLE, {name: values(name, size) for name, size in _shapes(config).items()}, {"format": "pt"}
+    )
+
+
+def _shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
+    from ...architectures.sources import SOURCES
+
+    return canonical_shapes(SOURCES.get("llama")().spec(config))
+
+
+def _tokenizer() -> dict[str, object]:
+    """A tokenizer of single bytes, of the kind that llama.cpp calls ``llama``: its server runs no model without one."""
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"])}
+    added = [
+        {
+            "id": i,
+            "content": token,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for i, token in enumerate(special)
+    ]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    decode = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": replace,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decode},
+        "model": {
+            "type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": vocabulary, "merges": [],
+        },
+    }  # fmt: skip

@@ -1,0 +1,157 @@
+"""Speeds that were measured, one small file for each shape and program, and those that are missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...architectures.dense_checkpoint import understand
+from ...checkpoint.contents import content_fingerprint
+from ...checkpoint.locate import locate, open_checkpoint
+from ...errors import LlamaMoeError
+from ..store import read_result, write_file
+from .material import material
+from .measure import machine, measure_shapes
+from .runtimes import Load, Runtime, runtime
+from .shapes import FfnShape, ModelShape
+
+FOLDER = "speeds"
+TURNS = 3
+TOGETHER = 3
+"""Shapes that are measured in one run: their models are on disk together."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A shape, and the program that is to run it."""
+
+    program: str
+    shape: FfnShape
+
+    @property
+    def label(self) -> str:
+        """``llama.cpp: 12 of 32 + 1/8``."""
+        return f"{self.program}: {self.shape.name}"
+
+
+class SpeedStore:
+    """Measured speeds of shapes on one model on this machine.
+
+    Args:
+        out: Where the folder of results is.
+        model: The shape of the model that they are measured on; or a dense folder, GGUF file or hub id.
+        load: Tasks and their sizes.
+        turns: How often each model is measured.
+        room: On whose disk models are made; None: where temporary files go.
+
+    Raises:
+        LlamaMoeError: The model cannot be read.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        model: ModelShape | str | Path,
+        *,
+        load: Load | None = None,
+        turns: int = TURNS,
+        room: Path | None = None,
+    ) -> None:
+        self.folder, self._load, self._turns, self._room = out / FOLDER, load or Load(), turns, room
+        self._runtimes: dict[str, Runtime] = {}
+        self._model: ModelShape | Path
+        self._facts: dict[str, Any]
+        if isinstance(model, ModelShape):
+            self._model, self._facts = model, asdict(model)
+        else:
+            location = locate(model)
+            checkpoint = understand(open_checkpoint(location)).checkpoint
+            fingerprint = content_fingerprint(checkpoint.tensors, checkpoint.config)
+            self._model, self._facts = location.path, {"name": location.name, "fingerprint": fingerprint}
+
+    def load(self, wanted: Wanted) -> dict[str, Any] | None:
+        """A result, or None if it is not measured on this machine with these versions."""
+        path, depends = self._place(wanted)
+        found = read_result(path)
+        return found if found is not None and found.get("depends") == json.loads(json.dumps(depends)) else None
+
+    def measure(
+        self,
+        wanted: Iterable[Wanted],
+        tell: Callable[[str], None] = lambda _: None,
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> list[tuple[Wanted, str]]:
+        """Measure what is missing, shapes of about the same size together.
+
+        Args:
+            wanted: Shapes and programs.
+            tell: Told after each reading.
+            go_on: Asked before each run whether there is time for one.
+
+        Returns:
+            What could not be measured, and why.
+        """
+        missing = [each for each in dict.fromkeys(wanted) if self.load(each) is None]
+        failed: list[tuple[Wanted, str]] = []
+        if not missing:
+            return failed
+        with material(self._model, self._room) as made:
+            for group in _groups(missing):
+                if not go_on():
+                    break
+                program = self._runtime(group[0].program)
+                try:
+                    shapes = [each.shape for each in group]
+                    found = measure_shapes(made, program, shapes, load=self._load, turns=self._turns, tell=tell)
+                except LlamaMoeError as error:
+                    failed += [(each, str(error)) for each in group]
+                    continue
+                for each, result in zip(group, found, strict=True):
+                    path, depends = self._place(each)
+                    data = {
+                        "program": each.program,
+                        **result,
+                        "model": self._facts,
+                        "machine": machine(),
+                        "depends": depends,
+                    }
+                    write_file(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        return failed
+
+    def _runtime(self, name: str) -> Runtime:
+        if name not in self._runtimes:
+            self._runtimes[name] = runtime(name)
+        return self._runtimes[name]
+
+    def _place(self, wanted: Wanted) -> tuple[Path, dict[str, Any]]:
+        depends = {
+            "program": wanted.program,
+            "shape": wanted.shape.to_json(),
+            "model": self._facts,
+            "machine": machine(),
+            "load": asdict(self._load),
+            **self._runtime(wanted.program).facts(),
+        }
+        key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+        name = re.sub(r"[^\w+.-]+", "_", wanted.label)
+        return self.folder / f"{name}.{key[:12]}.json", depends
+
+
+def _groups(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
+    """Of one program each, and few, so that their models fit on the disk; neighbours in size come together."""
+
+    def size(each: Wanted) -> tuple[str, float]:
+        shape = each.shape
+        active = shape.shared + (1 - shape.shared) * shape.top_k / max(shape.num_experts, 1)
+        return each.program, -active
+
+    ordered = sorted(wanted, key=size)
+    for program in dict.fromkeys(each.program for each in ordered):
+        own = [each for each in ordered if each.program == program]
+        for start in range(0, len(own), TOGETHER):
+            yield own[start : start + TOGETHER]
