@@ -45,7 +45,7 @@ def test_weights_are_those_of_the_formula():
     assert not want[:, 11].any()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 12), st.integers(0, 99))
 def test_every_cluster_has_a_sequence(sequences, length, clusters, seed):
     ids = np.random.default_rng(seed).integers(0, 3, (sequences, length))  # many are alike

@@ -160,7 +160,7 @@ ODD = (
 """The tests' tokenizer has a token for each character, which the text is rightly said to be odd for."""
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=8), min_size=1, max_size=4),
     num_tokens=st.integers(340, 700),
@@ -193,7 +193,7 @@ def test_no_token_is_lost_or_out_of_order(tmp_path_factory, tokenizer, sizes, nu
         assert any("gives only" in warning for warning in text.warnings)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6),
     count=st.integers(0, 500),
@@ -360,7 +360,6 @@ def test_of_a_huge_document_only_the_beginning_is_tokenised(tmp_path, tokenizer)
     assert text.document_hashes == {document_hash(huge)}
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 40), st.integers(0, 120))
 def test_a_pool_raises_its_cap_no_further_than_needed(sizes, cap, tokens):
     pool = Pool()

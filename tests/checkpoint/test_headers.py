@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llamamoe.checkpoint.headers import read_header
@@ -46,7 +46,6 @@ def test_inconsistent(tmp_path: Path, header: Any) -> None:
         read_header(write(tmp_path / "f.safetensors", header))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused(tmp_path_factory: Any, data: bytes) -> None:
     path = tmp_path_factory.mktemp("h") / "f"

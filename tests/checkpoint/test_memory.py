@@ -64,7 +64,7 @@ def test_only_within_the_block_and_only_the_same_size() -> None:
     assert empty_bytes(3).nbytes == 3
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), min_size=20, max_size=60))
 def test_memory_that_waits_is_bounded(steps: list[tuple[int, int]]) -> None:
     memory, live = module._Memory(), dict[int, Any]()

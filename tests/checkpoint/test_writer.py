@@ -22,7 +22,7 @@ NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I6
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.sampled_from(sorted(NAMES)), shapes), min_size=1, max_size=6), st.randoms())
 def test_safetensors_reads_what_is_written(tmp_path_factory: Any, kinds: list[Any], random: Any) -> None:
     folder = tmp_path_factory.mktemp("w")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llamamoe.architectures.moe_layout import Combine, MoeLayout, Neurons, OutTensor
@@ -18,7 +18,6 @@ from llamamoe.methods.layer import PADDING, ExpertWeights, FfnWeights, Partition
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 600), st.integers(1, 9), st.integers(0, 20), st.sampled_from(DTYPES), st.sampled_from([0, 1]), st.integers(0, 99))  # fmt: skip
 def test_take(rows: int, columns: int, count: int, dtype: torch.dtype, axis: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -30,7 +29,6 @@ def test_take(rows: int, columns: int, count: int, dtype: torch.dtype, axis: int
     assert torch.equal(take(matrix.T, index, 1 - axis), found.T), "also of a view that is not contiguous"
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from([1.0, 4.0, 0.25, 3.0, 16 / 3]), st.integers(0, 9)
 )
@@ -44,7 +42,6 @@ def test_cast_rounds_once(source: torch.dtype, target: torch.dtype, scale: float
         assert found is value
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(DTYPES), st.sampled_from([0.0, -1.0, float("nan"), float("inf"), -float("inf")]), st.integers(0, 29)
 )

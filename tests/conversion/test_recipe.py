@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given as drawn
-from hypothesis import settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -119,7 +118,6 @@ def test_shared_sizes_that_are_none(value: Any) -> None:
         build_recipe({"shared": value})
 
 
-@settings(deadline=None)
 @drawn(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5), lambda c: st.lists(c) | st.dictionaries(st.text(max_size=5), c), max_leaves=5), st.sampled_from(sorted(SplitRecipe.model_fields)))  # fmt: skip
 def test_any_value_is_taken_or_refused(value: Any, key: str) -> None:
     try:

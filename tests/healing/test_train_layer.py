@@ -17,7 +17,7 @@ from tests.dense import make_dense
 from tests.healing.common import convert, heal_recipe
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000), coefficient=st.sampled_from([0.0, 0.3]))
 def test_the_loss_is_the_weighted_error_and_the_balance(
     model: Path, dense: Path, text: Path, seed: int, coefficient: float

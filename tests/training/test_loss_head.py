@@ -97,7 +97,7 @@ def test_finite_differences(top_m: int | None) -> None:
     assert torch.autograd.gradcheck(sums, (p["hidden"].requires_grad_(), p["head"].requires_grad_()))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(1, V + 3), st.floats(0.3, 4))
 def test_likeliest_tokens_and_the_rest_are_a_lower_bound_of_the_full_divergence(
     seed: int, top_m: int, temperature: float

@@ -64,7 +64,7 @@ def test_equal_models_stay_what_they_are_to_the_bit(pair: tuple[Path, Path], tmp
     assert (found.out / WEIGHTS).read_bytes() == (pair[0] / WEIGHTS).read_bytes()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=6).filter(lambda each: sum(each) > 1e-6))
 def test_weights_are_shares(weights: list[float]) -> None:
     shares = _shares(len(weights), weights)

@@ -70,7 +70,7 @@ def problems(draw):
     return cost, draw(st.sampled_from([split, tight, tight + slack]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems(), st.sampled_from([1.0, 1e-200, 1e200]))
 def test_optimal_and_feasible(problem, scale):
     cost, capacity = problem
@@ -92,7 +92,7 @@ def test_optimal_and_feasible(problem, scale):
         assert prices[free].max(initial=0) <= 1e-12 * size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_any_start_prices_give_the_same_total(problem, seed):
     cost, capacity = problem

@@ -22,7 +22,7 @@ def inertia_of(points: np.ndarray, labels: np.ndarray) -> float:
     return sum(((points[labels == k] - points[labels == k].mean(0)) ** 2).sum() for k in np.unique(labels))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(0, 5), st.integers(0, 1000), st.booleans())
 def test_sizes_means_and_inertia(num_points, num_clusters, slack, seed, duplicates):
     rng = np.random.default_rng(seed)

@@ -99,7 +99,7 @@ def test_graphs_that_say_nothing(method: str, weights: np.ndarray) -> None:
     assert sorted(np.bincount(partition(weights, 4, method), minlength=4)) == [2, 2, 2, 3]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 25), st.integers(1, 7), st.integers(0, 99), st.sampled_from(["spectral", "metis"]))
 def test_sizes_are_even(size: int, parts: int, seed: int, method: str) -> None:
     labels = partition(random_graph(size, seed), parts, method, starts=1)
@@ -109,7 +109,7 @@ def test_sizes_are_even(size: int, parts: int, seed: int, method: str) -> None:
     assert counts.max() - counts.min() <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 20), st.integers(2, 5), st.integers(0, 999))
 def test_swaps_end_where_no_swap_gains(size: int, parts: int, seed: int) -> None:
     weights = random_graph(size, seed)
@@ -143,7 +143,7 @@ def test_as_few_as_can_be_are_moved_and_the_best_of_them() -> None:
     assert to_sizes(weights, moved, even_sizes(8, 2)) is moved
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 5), st.integers(0, 999))
 def test_moves_are_no_more_than_the_surplus(size: int, parts: int, seed: int) -> None:
     labels = np.random.default_rng(seed).integers(parts, size=size)

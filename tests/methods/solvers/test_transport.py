@@ -27,7 +27,7 @@ def differences(function, point: torch.Tensor, step: float = 1e-5) -> torch.Tens
     return out
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(1, 20), st.integers(1, 6), st.floats(0.5, 3), st.integers(0, 99))
 def test_marginals(rows: int, columns: int, temperature: float, seed: int) -> None:
     plan, _ = balanced_transport(logits(rows, columns, seed), temperature, 100)

@@ -154,7 +154,7 @@ def test_iterating_never_ends_farther_from_the_means(distance: str) -> None:
     assert totals[-1] < totals[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 30),
     st.integers(1, 6),

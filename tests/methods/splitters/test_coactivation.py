@@ -63,7 +63,7 @@ def test_planted_groups_are_found(partitioner: str, kernel: str) -> None:
     assert all(len(set(truth[expert])) == 1 for expert in partition.experts)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 30),
     st.integers(1, 6),

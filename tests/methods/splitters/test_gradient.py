@@ -131,7 +131,7 @@ def scores(draw):
     return rng.integers(-2, 3, (experts, neurons)).astype(float) if ties else rng.standard_normal((experts, neurons))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(scores(), st.integers(0, 5))
 def test_greedy_takes_pair_after_pair(score, slack):
     capacity = -(-score.shape[1] // len(score)) + slack
@@ -143,7 +143,7 @@ def test_greedy_needs_room():
         assign_greedily(np.ones((2, 5)), 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scores(), st.integers(1, 8), st.data())
 def test_most_wanted_is_the_plain_rule(score, width, data):
     count = data.draw(st.integers(0, score.shape[1]))
@@ -195,7 +195,7 @@ def test_inter_shares_what_most_clusters_want():
     assert sets(partition) == [set(rest[labels == e].tolist()) for e in range(4)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     size=st.integers(4, 40),
     experts=st.integers(1, 6),

@@ -142,7 +142,7 @@ def test_labels_of_a_partition() -> None:
     assert np.array_equal(labels_of(partition, neurons), labels)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(1, 20), st.integers(2, 5), st.integers(0, 2), st.integers(0, 6), st.integers(3, 40))
 def test_each_neuron_once(size: int, experts: int, spare: int, shared: int, tokens: int) -> None:
     shared = min(shared, size)

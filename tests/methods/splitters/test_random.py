@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llamamoe.methods.layer import PADDING, FfnWeights, LayerContext, Partition
@@ -19,7 +19,6 @@ def split(size: int, experts: int, shared: np.ndarray, seed: int = 0, layer: int
     return Random().split(FfnWeights(weights, weights, weights.T, torch.ones(1)), shared, context)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 300), st.integers(0, 2**63 - 1))
 def test_partition(size: int, experts: int, num_shared: int, seed: int) -> None:
     shared = np.sort(np.random.default_rng(seed).permutation(size)[: min(num_shared, size - 1)]).astype(np.int64)

@@ -27,7 +27,7 @@ def planted(groups: int = 4, per_group: int = 3, tokens: int = 60) -> tuple[FfnW
 
 
 @given(st.integers(0, 3), st.integers(2, 5), st.integers(0, 6), st.integers(0, 2))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_every_neuron_once(seed: int, num_experts: int, num_shared: int, rounds: int) -> None:
     ffn, shared = random_ffn(seed=seed), np.arange(0, 2 * num_shared, 2)
     width = -(-(24 - num_shared) // num_experts)

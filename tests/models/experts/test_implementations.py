@@ -167,7 +167,7 @@ def test_bfloat16_is_as_near_to_float64_as_eager_is(target: str, autocast: bool)
         assert errors[name] < 1.3 * errors["eager"], errors
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(NAMES),
     tokens=st.integers(1, 40),

@@ -49,7 +49,7 @@ def allowed(form: DenseForm) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(small=damages, large=damages, budget=st.floats(0.12, 0.95))
 def test_the_dense_set_is_the_best_of_all(
     form: DenseForm, small: list[float], large: list[float], budget: float
@@ -90,7 +90,7 @@ def test_of_equal_layers_the_first_stay_dense() -> None:
     assert dense_layers(np.array([0.0, 3, 2, 1]), 1, "leading") == (0,)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     costs=st.lists(st.integers(0, 5), min_size=3, max_size=3),
     damage=st.lists(st.floats(0, 5), min_size=12, max_size=12),
@@ -109,7 +109,7 @@ def test_choices_are_the_best_of_all(costs: list[int], damage: list[float], capa
     assert sum(table[i, layer] for layer, i in enumerate(found)) == pytest.approx(best)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(size=damages, budget=st.floats(0.3, 0.9))
 def test_shared_neurons_follow_sensitivity_within_the_budget(size: list[float], budget: float) -> None:
     curves = Curves(np.array([0.5]), np.array([size]))

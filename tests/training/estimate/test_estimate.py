@@ -272,7 +272,7 @@ def test_tied_head_is_counted_once() -> None:
 BIG = mixtral(hidden=512, width=344, layers=8, vocab=2048)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     ranks=st.sampled_from([2, 4, 8]),
     micro=st.sampled_from([1, 4]),
@@ -293,7 +293,7 @@ def test_more_ranks_need_less_each(ranks: int, micro: int, checkpointing: bool, 
     assert fewer.peak < needs(1).peak
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(16, 512), micro=st.integers(1, 8), compute=st.sampled_from(["float32", "bfloat16"]))
 def test_checkpointing_needs_less_and_more_tokens_need_more(length: int, micro: int, compute: str) -> None:
     def needs(micro: int, **keys: Any) -> int:

@@ -62,7 +62,7 @@ def test_capacity_is_rounded_up_but_not_for_rounding_s_sake() -> None:
 MOES = {"switch": layer(1), "gshard": layer(2), "gshard-groups": layer(2, "glm4_moe", n_group=3, topk_group=2)}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.integers(1, 40), st.integers(0, 99), st.sampled_from([0.3, 1.0, 1.25]), st.sampled_from(["order", "probability"])
 )
@@ -81,7 +81,7 @@ def test_switch(tokens: int, seed: int, factor: float, priority: Any) -> None:
     assert float(routing.counts_N().max()) <= room
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.integers(1, 40),
     st.integers(0, 99),

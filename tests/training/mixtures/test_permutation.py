@@ -11,13 +11,13 @@ SEEDS = st.integers(0, 2**63 - 1)
 
 
 @given(n=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 2**40))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_bijection_for_any_size(n, seed, epoch):
     assert np.array_equal(np.sort(Permutation(n, seed, epoch)(np.arange(n))), np.arange(n))
 
 
 @given(n=st.integers(2**31, 2**62), seed=SEEDS, data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_large_sizes_stay_inside_and_apart(n, seed, data):
     places = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=2, max_size=50, unique=True)))
     values = Permutation(n, seed)(places)

@@ -75,7 +75,7 @@ def test_every_block_once_an_epoch_and_each_epoch_in_another_order():
     batch_size=st.integers(1, 64),
     seed=st.integers(0, 2**63 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shares_are_the_whole_numbers_beside_the_weights_and_zero_is_never_drawn(weights, batch_size, seed):
     names = [f"d{i}" for i in range(len(weights))]
     one = MixtureSampler(dict.fromkeys(names, 3), dict(zip(names, weights, strict=True)), batch_size, seed)

@@ -48,7 +48,7 @@ def test_sheared_llama_paper():
 
 @pytest.mark.parametrize("name", MIXTURES.names())
 @given(data=st.data(), count=st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_sum_one_and_positive(name, data, count):
     names = [f"d{i}" for i in range(count)]
     positive = st.lists(st.floats(1e-3, 1), min_size=count, max_size=count)
