@@ -107,5 +107,6 @@ def _difference(before: Stamp | None, now: Stamp | None) -> str | None:
 def _changed(path: Path, how: str) -> LlamaMoeError:
     return LlamaMoeError(
         f"{path} changed while it was read ({how}), so the result would be a mixture of two models.",
-        hint="Nothing was published. Wait until nothing writes to the source any more and start again with --force.",
+        hint="Wait until nothing writes to it any more and start again; a conversion of it was not published and needs "
+        "--force.",
     )

@@ -1,9 +1,9 @@
 """The parent as plain transformers loads it, to compare with what was read for the conversion.
 
 ``AutoModelForCausalLM.from_pretrained`` opens the folder: transformers itself reads the configuration, chooses the
-files, renames and ties. Decoder layers stay on disk (accelerate's disk offload reads each matrix from the parent's
-own files just before it is used), so that memory holds the embeddings and one matrix. Whatever it loads is compared
-with what llamamoe reads: a wrong reading shows even where logits are not comparable.
+files, renames and ties. The weights stay on disk (accelerate's disk offload reads each matrix from the parent's
+own files just before it is used), so that memory holds one matrix. Whatever it loads is compared with what llamamoe
+reads: a wrong reading shows even where logits are not comparable.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..architectures.dense_checkpoint import DenseModel
 from ..architectures.sources.base import DenseSpec
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.tensors import torch_dtype
+from ..checkpoint.unmapped import unmapped
 from ..errors import VerificationError
 from ..lazy import accelerate, torch, transformers
 from ..models.streaming import computing_keys
@@ -33,7 +34,7 @@ BLOCK_ROWS = 1024
 
 
 class Reference:
-    """A dense parent in a folder, opened by transformers with its layers on disk.
+    """A dense parent in a folder, opened by transformers with its weights on disk.
 
     Args:
         model: The parent as llamamoe reads it.
@@ -73,7 +74,7 @@ class Reference:
             layer.register_forward_pre_hook(lambda module, args, index=index: before_layer(index, module))
             layer.register_forward_hook(lambda module, args, output, index=index: after_layer(index, module))
         options = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
-        with torch.no_grad(), quiet_transformers():
+        with torch.no_grad(), quiet_transformers(), unmapped():
             logits: torch.Tensor = self.model(input_ids=input_ids, **options).logits
         return logits.float()
 
@@ -161,14 +162,12 @@ def _load(folder: Path) -> Any:
     try:
         keys, _ = transformers.PreTrainedConfig.get_config_dict(folder, local_files_only=True)
         config: Any = transformers.AutoConfig.for_model(**computing_keys(keys))
-        places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-        places |= {f"model.layers.{layer}": "disk" for layer in range(config.num_hidden_layers)}
-        with quiet_transformers(), _quiet_accelerate():
+        with quiet_transformers(), _quiet_accelerate(), unmapped(later=True):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
-                device_map=places,
+                device_map={"model": "disk", "lm_head": "disk", "model.rotary_emb": "cpu"},
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 local_files_only=True,

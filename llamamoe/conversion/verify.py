@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..architectures.dense_checkpoint import refuse_foreign, understand
+from ..checkpoint.base import Checkpoint
 from ..checkpoint.locate import check_folder, locate, open_parent
 from ..checkpoint.out_folder import DERIVED_FILE, HEAL_RECIPE_FILE, RECIPE_FILE
 from ..checkpoint.paths import inside
@@ -157,22 +158,27 @@ def verify_conversion(
     plan: SplitPlan, folder: Path, hashes: Hashes, progress: ProgressCallback = ignore_progress
 ) -> Verification:
     """Like `verify`, for a plan and hashes at hand and a folder that need not be published yet."""
-    with _changes_told(plan):
-        return _verified(plan, folder, hashes, progress)
+    converted = SafetensorsCheckpoint(folder)
+    with _changes_told(plan.model.checkpoint, converted):
+        return _verified(plan, converted, hashes, progress)
 
 
 @contextmanager
-def _changes_told(plan: SplitPlan) -> Iterator[None]:
-    """Tell a parent that changed meanwhile as that, whatever error it led to: also transformers reads it here."""
+def _changes_told(*read: Checkpoint) -> Iterator[None]:
+    """Tell files that changed meanwhile as that, whatever error it led to: also transformers reads them here."""
     try:
         yield
     except Exception:
-        plan.model.checkpoint.check_unchanged()
+        for each in read:
+            each.check_unchanged()
         raise
+    for each in read:
+        each.check_unchanged()
 
 
-def _verified(plan: SplitPlan, folder: Path, hashes: Hashes, progress: ProgressCallback) -> Verification:
-    converted = SafetensorsCheckpoint(folder)
+def _verified(
+    plan: SplitPlan, converted: SafetensorsCheckpoint, hashes: Hashes, progress: ProgressCallback
+) -> Verification:
     refuse_foreign(converted)  # transformers would quantise what it loads, or load otherwise
     check_files(plan, converted)
     layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]

@@ -139,5 +139,5 @@ class Handoff:
 
     def take(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Read the layer."""
-        with safetensors.safe_open(self._path(layer), framework="pt") as file:
+        with safetensors.safe_open(self._path(layer), framework="pt", backend="pread") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118

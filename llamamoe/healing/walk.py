@@ -124,7 +124,8 @@ class LayerRun:
         writer.flush()
         tensors = {}
         for name in self.plan.layer_names(layer):
-            with safetensors.safe_open(writer.path / writer.slots[name].file, framework="pt") as file:
+            path = writer.path / writer.slots[name].file
+            with safetensors.safe_open(path, framework="pt", backend="pread") as file:
                 tensors[name] = file.get_tensor(name)
         ffn = stored_ffn(self.plan, layer, tensors, renormalised=self.renormalised).to(inputs.device)
         with torch.no_grad():

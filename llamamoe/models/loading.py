@@ -17,6 +17,7 @@ from ..checkpoint.base import Checkpoint
 from ..checkpoint.locate import check_folder, locate, open_checkpoint
 from ..checkpoint.paths import inside, refuse_pointers
 from ..checkpoint.reader import SIDE_FILES, check_side_file
+from ..checkpoint.unmapped import unmapped
 from ..errors import CheckpointError, UsageError
 from ..lazy import accelerate, torch, transformers
 from .loadable import check_config_file
@@ -179,7 +180,7 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
 
     loader: Any = transformers.AutoModelForCausalLM  # its type does not know output_loading_info
     folder = Path(opened.options["pretrained_model_name_or_path"])
-    with _refusing(f"The weights of '{opened.name}' cannot be loaded", folder), _no_progress_bars():
+    with _refusing(f"The weights of '{opened.name}' cannot be loaded", folder), _no_progress_bars(), unmapped():
         model, info = loader.from_pretrained(
             **opened.options,
             dtype=dtype,

@@ -141,7 +141,7 @@ class StreamedModel:
         keys = self._keys() | self.one_layer(layer)
         keys |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
         tensors = {_LAYER.sub("model.layers.0.", name): self.read(name) for name in self._by_layer.get(layer, [])}
-        # in the stored dtype if there is one: experts are then fused from mapped files, without a float32 copy of each,
+        # in the stored dtype if there is one: experts are then fused as they were read, without a float32 copy of each,
         # which would leave the heap in pieces and the process growing with every layer
         kinds = {tensor.dtype for tensor in tensors.values()}
         dtype = kinds.pop() if len(kinds) == 1 else torch.float32

@@ -147,4 +147,4 @@ class Dynamics:
         with state_errors(str(folder)):
             self.sampler.load_state_dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["mixture"])
             if (folder / GATE).exists():
-                self.gate.load_state_dict(safetensors.torch.load_file(folder / GATE))
+                self.gate.load_state_dict(safetensors.torch.load_file(folder / GATE, backend="pread"))

@@ -54,7 +54,7 @@ def save_rest(model: Any, folder: Path) -> None:
 
 def load_rest(model: Any, folder: Path) -> None:
     """Read it back."""
-    saved = safetensors.torch.load_file(folder / REST)
+    saved = safetensors.torch.load_file(folder / REST, backend="pread")
     with torch.no_grad():
         for name, value in _rest(model):
             value.copy_(saved[name])

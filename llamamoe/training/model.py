@@ -14,8 +14,9 @@ from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
+from ..checkpoint.unmapped import unmapped
 from ..errors import CheckpointError, RefusedError
-from ..lazy import torch, transformers
+from ..lazy import safetensors, torch, transformers
 from .recipe import PretrainRecipe
 
 BLOCK = "llamamoe"
@@ -54,7 +55,7 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
         device: Where it goes, unless transformers shards it.
 
     Raises:
-        CheckpointError: Transformers misses a tensor or does not know one.
+        CheckpointError: Transformers misses a tensor or does not know one, or a file was cut short since it was checked.
     """
     auto: Any = transformers.AutoModelForCausalLM
     keys: dict[str, Any] = {"dtype": getattr(torch, recipe.precision.parameters)}
@@ -69,15 +70,19 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
         given = {k: v for k, v in sizes.items() if v > 1}
         mixed = recipe.gathers_bfloat16(model_type)
         keys["distributed_config"] = DistributedConfig(**given, fsdp_mixed_precision=mixed)
-    with quiet_transformers():
-        model, info = auto.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **keys,
-        )
+    try:
+        with quiet_transformers(), unmapped():
+            model, info = auto.from_pretrained(
+                folder,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **keys,
+            )
+    except safetensors.SafetensorError as error:
+        SafetensorsCheckpoint(folder)  # has better words for what it finds
+        raise CheckpointError(f"{folder}: its weights cannot be loaded: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             raise CheckpointError(

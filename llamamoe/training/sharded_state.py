@@ -55,7 +55,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path, rank: int) -> N
             "with as many.",
             hint="Start as many processes as before, on a file system that all of them see.",
         )
-    tensors = load_file(path)
+    tensors = load_file(path, backend="pread")
     for index, parameter in enumerate(_parameters(optimizer)):
         prefix = f"{index}."
         mine = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments
 
 from ..checkpoint.quiet import quiet_transformers
+from ..checkpoint.unmapped import unmapped
 from ..errors import LlamaMoeError
 from .divergence import diverged, first_bad
 from .flow import Flow
@@ -215,7 +216,8 @@ class MoeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Weights were loaded from the checkpoint when the model was made; adapters are loaded here."""
         if self.parts.recipe.lora is not None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with unmapped():
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             load_rest(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
