@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from llamamoe.conversion import expected_speed
 from llamamoe.studies.speed.shapes import MODEL_SHAPES, FfnShape
 from llamamoe.studies.speed.store import SpeedStore, Wanted
 
@@ -46,6 +47,7 @@ SHAPES = {
     ],
 }
 RESULTS = Path(__file__).parent / "results" / "shape_speed.json"
+PACKAGED = Path(expected_speed.__file__).with_name(expected_speed.TABLE)
 
 
 def main() -> None:
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=1000, help="stop after so many runs, each of some shapes")
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--publish", action="store_true", help="write the table that comes with the package, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     left = iter(range(options.runs))
@@ -68,9 +71,26 @@ def main() -> None:
     for row in rows:
         row.pop("depends")
     options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if options.publish:
+        publish(rows)
     print(f"{len(rows)} of {len(wanted)} measured")
     for row in rows:
         print(describe(row))
+
+
+def publish(rows: list[dict]) -> None:
+    """Write what `llamamoe.conversion.expected_speed` reads; rates rounded, the dense model's left out, one row a line."""
+    keys = ("program", "shape", "sizes", "active_share", "turns", "measured", "versions", "threads", "model", "machine")
+    lines = []
+    for row in rows:
+        rates = {
+            name: {task: {k: round(v, 3) for k, v in rate.items()} for task, rate in tasks.items()}
+            for name, tasks in row["rates"].items()
+            if name != "dense"
+        }
+        lines.append(json.dumps({key: row[key] for key in keys} | {"rates": rates}))
+    text = '{"made_by": "benchmarks/shape_speed.py --publish", "rows": [\n' + ",\n".join(lines) + "\n]}\n"
+    PACKAGED.write_text(text, encoding="utf-8")
 
 
 def describe(row: dict) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llamamoe.calibration.compute import REFERENCE_FLOPS
 
 from ._format import amount, change, duration, error, plural, size
-from ._tables import bullets, facts, heading, table
+from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
@@ -24,11 +24,43 @@ def print_plan(plan: SplitPlan, source: str, *, verbose: bool) -> None:
     facts(_conversion(plan))
     heading("Costs")
     _costs(plan.parent_cost, plan.cost)
+    _speed(plan)
     if verbose:
         _details(plan)
     print_warnings(plan.warnings)
     _advice(plan.advice)
     echo("\nNothing was written.")
+
+
+def _speed(plan: SplitPlan) -> None:
+    """What speed to expect where, from which measurement, and where there is none to be had."""
+    from llamamoe.conversion.expected_speed import expected_speed
+
+    found = expected_speed(plan.layout, plan.model.spec)
+    heading("Speed to expect, over the parent's")
+    rows, origins = [], []
+    for near in found["measured"]:
+        for key, who in (("over_dense", near["shape"]), ("static_over_dense", "pruned as small")):
+            tasks = near[key]
+            rows += [(near["program"], who, *(_over(values) for values in tasks.values()))] if tasks else []
+        origins.append(f"{near['program']}: {near['origin']}")
+    if rows:
+        table(("", "measured", *found["measured"][0]["over_dense"]), rows, right=range(2, len(rows[0])), wrap=(1,))
+        bullets(origins)
+    else:
+        paragraph("No shape like this one was measured: `llamamoe compare --speed` does it.")
+    if found["batches"]:
+        counts = ", ".join(f"{each['tokens']}: {each['experts_touched']:.1f}" for each in found["batches"])
+        paragraph(
+            f"Experts that a batch touches, of {plan.layout.num_experts}, if all are used alike: {counts}. From "
+            f"{found['no_gain_from_batch']} sequences on, a step of decoding reads the whole FFN, as the parent's does: it cannot "
+            "be faster where reading weights is what takes the time."
+        )
+
+
+def _over(values: Sequence[float]) -> str:
+    ratio, lowest, highest = values
+    return f"{ratio:.2f} x ({lowest:.2f}-{highest:.2f})"
 
 
 def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:

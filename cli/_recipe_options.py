@@ -125,6 +125,8 @@ _ROWS = (
     _Row("--shared", "shared", SIZES, "0.25|384|2x", unset="the method's"),
     _Row("--pad-to", "pad_to", SIZES, "W", int, unset="32 where it costs less than 3 %, else 8",
          text="Expert width is padded to a multiple of this with zero neurons; many quantisers want 32"),
+    _Row("--prefer", "prefer", SIZES, "NAME", names=_literals("prefer"), unset="none",
+         text="Choose what is not given of these for quality, balanced or speed, from measured speeds (--dry-run shows them)"),
     _Row("--keep-dense", "keep_dense", SIZES, "LAYERS", _Layers(), unset="none",
          text="Layers left dense, for example 0,1,-1 or 0-2"),
     _Row("--method", "method", METHODS, "NAME", names=_splitters),

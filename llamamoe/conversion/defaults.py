@@ -15,6 +15,7 @@ from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
 from ..plugins import Plugin, Registry
 from ..recipes import Choice
+from .preference import LEAST_WIDTH, preferred_sizes
 from .recipe import AUTO, NO_REPAIR, SplitRecipe, build_recipe
 
 CALIBRATED_DEFAULT: dict[str, Any] = {
@@ -31,8 +32,6 @@ CALIBRATED_DEFAULT: dict[str, Any] = {
 About half of the FFN is active. Many narrow experts and few shared neurons, a number of experts that is a power of two
 (so that factors baked into bfloat16 weights round nothing), all the repair there is: see BENCHMARKS.md.
 """
-LEAST_WIDTH = 16
-"""The default number of experts is halved until they are this wide: padding and router would cost more than they bring."""
 UNCALIBRATED_DEFAULT = "cluster_shared"
 """The method that ``auto`` means where there is none."""
 TEXT_NEEDS = ("activations", "gradients")
@@ -73,6 +72,8 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
         RefusedError: A method needs calibration text and there is none, or a router is a control that no file holds.
     """
     warnings: list[str] = []
+    if recipe.prefer is not None and intermediate_size is not None:
+        recipe = _preferred(recipe, intermediate_size)
     if recipe.method.name == AUTO:
         recipe, warnings = _auto(recipe, intermediate_size)
     splitter = SPLITTERS.get(recipe.method.name)
@@ -149,6 +150,30 @@ def _auto(recipe: SplitRecipe, size: int | None) -> tuple[SplitRecipe, list[str]
     return _update(recipe, values), warnings
 
 
+def _preferred(recipe: SplitRecipe, size: int) -> SplitRecipe:
+    """The recipe with the sizes that ``prefer`` means in the place of those that it leaves open.
+
+    Raises:
+        RefusedError: The method makes no experts.
+    """
+    assert recipe.prefer is not None
+    if recipe.method.name in SPLITTERS and not SPLITTERS.get(recipe.method.name).routed:
+        raise RefusedError(
+            f"--prefer chooses sizes of experts, and {recipe.method.name} makes none.",
+            hint="Leave it out, or take another --method.",
+        )
+    wanted = preferred_sizes(recipe.prefer, size)
+    values = _open(recipe, wanted)
+    if recipe.model_fields_set & {"num_experts", "top_k", "shared"}:  # other sizes than those that divide well
+        values.pop("pad_to", None)
+    if recipe.shared is None and recipe.target in TARGETS and TARGETS.get(recipe.target).shared != "any":
+        shared = values["shared"]
+        values["shared"] = _fitting_shared(
+            recipe, values | {"shared": shared / size if isinstance(shared, int) else shared}
+        )
+    return _update(recipe, values)
+
+
 def _known(key: str, value: Any) -> bool:
     registries: dict[str, Registry[Any]] = {"shared_by": SELECTORS, "router": ROUTERS, "repair": REPAIRS}
     return key not in registries or value in registries[key]
@@ -169,7 +194,8 @@ def _open(recipe: SplitRecipe, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _fitting_shared(recipe: SplitRecipe, values: dict[str, Any]) -> float | int | str:
     """The default share of neurons in the form that the named target can hold."""
-    share = cast(float, values.get("shared", SPLITTERS.get(values["method"]).default_shared))
+    method = values.get("method", recipe.method.name)
+    share = cast(float, values["shared"] if "shared" in values else SPLITTERS.get(method).default_shared)
     form = TARGETS.get(recipe.target).shared
     if form == "none" or not share:
         return 0

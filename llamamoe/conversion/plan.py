@@ -27,6 +27,7 @@ from .advice import advice
 from .assembly import router_dtype
 from .calibration_cost import CalibrationPlan, plan_calibration
 from .defaults import complete
+from .expected_speed import expected_speed
 from .recipe import DTYPES, NO_REPAIR, SplitRecipe
 from .sizes import choose_target, make_splitter, padded
 
@@ -146,6 +147,7 @@ class SplitPlan:
             "calibration": self.calibration.to_json() if self.calibration else None,
             "warnings": list(self.warnings),
             "advice": list(self.advice),
+            "speed": expected_speed(layout, self.model.spec),
             "recipe": self.recipe.model_dump(mode="json"),
         }
 

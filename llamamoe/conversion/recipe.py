@@ -66,6 +66,11 @@ class SplitRecipe(Recipe):
 
     num_experts: int = Field(8, ge=2, le=4096, description="Routed experts per layer (N).")
     top_k: int = Field(2, ge=1, description="Experts selected per token (k).")
+    prefer: Literal["quality", "balanced", "speed"] | None = Field(
+        None,
+        description="What the sizes that are not given are chosen for, from measured speeds: quality (many narrow experts), "
+        "speed (few wide ones), or balanced.",
+    )
     method: Annotated[Choice, choose(SPLITTERS, AUTO)] = Field(
         Choice(name=AUTO), validate_default=True, description="How neurons are partitioned."
     )

@@ -31,8 +31,8 @@ _OF_TEXT = frozenset(
     {"calibration_tokens", "calibration_weights", "calibration_length", "compute_dtype", "repair_passes"}
 )
 """Keys that count only where calibration text is read."""
-_NOT_NUMBERS = frozenset({"card", "shard_size", "strict", "device", "calibration", "require"})
-"""Keys of a split's recipe that change no number; the text counts by its tokens."""
+_NOT_NUMBERS = frozenset({"card", "shard_size", "strict", "device", "calibration", "require", "prefer"})
+"""Keys of a split's recipe that change no number (sizes are chosen when a cell is planned); the text counts by its tokens."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from ..dense import make_dense
 from .conftest import Run
 
 RECEIPT_KEYS = {
@@ -66,10 +67,10 @@ def test_every_flag_arrives_in_the_recipe(dense: Path, run: Run, tmp_path: Path)
         "--dtype", "bfloat16", "--pad-to", "16", "--seed", "7", "--shard-size", "100KB", "--require", "4.57",
         "--no-card", "--repair", "scalar", "--repair-passes", "2", "--calibration", texts[0], "--calibration", texts[1],
         "--calibration-tokens", "1000", "--calibration-weights", "arxiv=1, book=2.5", "--calibration-length", "50",
-        "--device", "cpu", "--compute-dtype", "bfloat16",
+        "--device", "cpu", "--compute-dtype", "bfloat16", "--prefer", "speed",
     )["recipe"]  # fmt: skip
     assert recipe == {
-        "num_experts": 4, "top_k": 1, "method": recipe["method"], "shared": 64,
+        "num_experts": 4, "top_k": 1, "prefer": "speed", "method": recipe["method"], "shared": 64,
         "shared_by": {"name": "weight_norm", "options": {}}, "router": {"name": "zeros", "options": {}},
         "router_scale": "soft", "rescale": {"name": "unit", "options": {}}, "target": "qwen2_moe", "dtype": "bfloat16",
         "pad_to": 16, "keep_dense": [], "seed": 7, "shard_size": "100KB", "require": "4.57", "strict": False,
@@ -269,3 +270,18 @@ def test_text_that_is_not_there_is_told_before_anything_is_written(
     given = ("--calibration", tmp_path / name, *(["--dry-run"] if dry else []))
     assert expected in run("split", dense, tmp_path / "out", *given, code=2).stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_dry_run_says_what_speed_to_expect(tmp_path: Path, run: Run) -> None:
+    dense = make_dense(tmp_path, intermediate_size=1536)
+    output = run("split", dense, "--dry-run", "--method", "random", "--prefer", "speed").output
+    for words in (
+        "Speed to expect",
+        "llama.cpp",
+        "pruned as small",
+        "Experts that a batch touches",
+        "cannot be faster",
+    ):
+        assert words in " ".join(output.split()), words
+    output = run("split", dense, "--dry-run", "--method", "random", "--experts", "3", "--top-k", "1").output
+    assert "No shape like this one was measured" in output

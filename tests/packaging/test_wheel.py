@@ -75,7 +75,7 @@ def test_top_level_names_cannot_collide(site: Path) -> None:
 
 def test_every_module_and_recipe_is_in_the_wheel(wheel: Path) -> None:
     expected = {"llamamoe/py.typed"}
-    expected |= files_below("llamamoe", ".py", ".pyi", ".j2", ".css", ".js") | files_below("cli", ".py")
+    expected |= files_below("llamamoe", ".py", ".pyi", ".j2", ".css", ".js", ".json") | files_below("cli", ".py")
     expected |= files_below("recipes", ".py", ".yaml", ".md", ".sh", ".sbatch", ".json")
     with ZipFile(wheel) as archive:
         installed = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -112,8 +112,10 @@ def measure_shapes(
     }
     results = []
     for number, (shape, plan) in enumerate(zip(shapes, plans, strict=True)):
-        names = {DENSE: DENSE, STATIC: f"{STATIC}-{_active(plan)}", SHAPE: f"{SHAPE}-{number}"}
-        found = {name: rates[key] for name, key in names.items() if key in rates}
+        names = {DENSE: DENSE, SHAPE: f"{SHAPE}-{number}"}
+        if plan.layout.num_experts:
+            names[STATIC] = f"{STATIC}-{_active(plan)}"
+        found = {name: rates[key] for name, key in names.items()}
         results.append(_sizes(shape, plan) | {"rates": _plain(found)} | facts)
     return results
 

@@ -1,0 +1,145 @@
+"""How fast a conversion can be expected to run beside its parent: from measured shapes, and from the experts that a batch touches.
+
+The speeds are those of ``benchmarks/shape_speed.py``, kept in ``shape_speed.json`` with their machine, versions and date.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..architectures.moe_layout import MoeLayout
+from ..architectures.sources.base import DenseSpec
+
+TABLE = "shape_speed.json"
+BATCHES = (1, 8, 32)
+_NEAR_ACTIVE, _NEAR_EXPERTS, _NEAR_SHARED = 0.05, math.log(1.6), 0.15
+_WHOLE = 0.95
+"""Share of the FFN's weights from which a step reads them all, as good as."""
+
+
+@dataclass(frozen=True)
+class MeasuredShape:
+    """A shape whose speed was measured, by one program.
+
+    Attributes:
+        program: ``"llama.cpp"`` or ``"transformers"``.
+        num_experts: N; 0 for static pruning.
+        top_k: k.
+        shared: S / F.
+        expert_width: W in the model that it was measured on.
+        active: Active neurons as a share of F.
+        ratios: By task (``"decode 1"``, ``"prefill"``): rate over the dense model's, and its smallest and largest over the turns.
+        static: The same of static pruning with as many active neurons, in the same run; empty for pruning itself.
+        origin: On which model and machine, with which versions, when.
+    """
+
+    program: str
+    num_experts: int
+    top_k: int
+    shared: float
+    expert_width: int
+    active: float
+    ratios: dict[str, tuple[float, float, float]]
+    static: dict[str, tuple[float, float, float]]
+    origin: str
+
+    @property
+    def name(self) -> str:
+        """``12 of 32, 12.5 % shared``."""
+        shared = f", {100 * self.shared:.3g} % shared" if self.shared else ""
+        return f"{self.top_k} of {self.num_experts}{shared}" if self.num_experts else f"static, {self.shared:.0%}"
+
+
+@functools.cache
+def measured_shapes() -> tuple[MeasuredShape, ...]:
+    """The table that comes with the package."""
+    data = json.loads(Path(__file__).with_name(TABLE).read_text(encoding="utf-8"))
+    return tuple(_shape(row) for row in data["rows"])
+
+
+def _shape(row: dict[str, Any]) -> MeasuredShape:
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    model, machine = row["model"]["name"], row["machine"]["processor"]
+    return MeasuredShape(
+        program=row["program"],
+        num_experts=row["shape"]["num_experts"],
+        top_k=row["shape"]["top_k"],
+        shared=row["shape"]["shared"],
+        expert_width=row["sizes"]["expert_width"],
+        active=row["active_share"],
+        ratios=_ratios(row["rates"]["shape"]),
+        static=_ratios(row["rates"].get("static", {})),
+        origin=f"{model} shape, {machine}, {row['threads']} threads, {versions}, {row['measured']}",
+    )
+
+
+def _ratios(rates: dict[str, dict[str, float]]) -> dict[str, tuple[float, float, float]]:
+    return {task: (rate["ratio"], rate["lowest"], rate["highest"]) for task, rate in rates.items()}
+
+
+def experts_touched(num_experts: int, top_k: int, tokens: int) -> float:
+    """Expected number of different experts that tokens select, if each takes k of N at random: N (1 - (1 - k/N)^B)."""
+    return num_experts * (1.0 - (1.0 - top_k / num_experts) ** tokens)
+
+
+def weights_read(layout: MoeLayout, spec: DenseSpec, tokens: int) -> float:
+    """Neurons that a step of decoding reads for a batch, in expectation, as a share of the dense FFN's."""
+    routed = layout.expert_width * experts_touched(layout.num_experts, layout.top_k, tokens)
+    return (layout.shared_width + routed) / spec.intermediate_size
+
+
+def no_gain_from(layout: MoeLayout, spec: DenseSpec) -> int:
+    """The batch size from which a step reads as good as the whole FFN, so that decoding is not faster than the parent's."""
+    tokens = 1
+    while weights_read(layout, spec, tokens) < _WHOLE and tokens < 4096:
+        tokens += 1
+    return tokens
+
+
+def nearest(layout: MoeLayout, spec: DenseSpec, program: str) -> MeasuredShape | None:
+    """The measured shape that is like a conversion, or None if none is."""
+    size = spec.intermediate_size
+    active, shared = (layout.num_shared + layout.top_k * layout.expert_width) / size, layout.num_shared / size
+
+    def away(each: MeasuredShape) -> float:
+        if bool(each.num_experts) != bool(layout.num_experts):
+            return math.inf
+        parts = [abs(each.active - active) / _NEAR_ACTIVE]
+        if layout.num_experts:
+            parts.append(abs(math.log(each.num_experts / layout.num_experts)) / _NEAR_EXPERTS)
+            parts.append(abs(each.shared - shared) / _NEAR_SHARED)
+        return max(parts) + 0.01 * sum(parts)
+
+    rows = [each for each in measured_shapes() if each.program == program]
+    best = min(rows, key=away, default=None)
+    return best if best is not None and away(best) <= 1.1 else None
+
+
+def expected_speed(layout: MoeLayout, spec: DenseSpec) -> dict[str, Any]:
+    """What to expect, as plain data: by program the nearest measured shape, and by batch size what a step reads."""
+    found: dict[str, Any] = {"measured": [], "batches": []}
+    for program in dict.fromkeys(each.program for each in measured_shapes()):
+        near = nearest(layout, spec, program)
+        if near is not None:
+            found["measured"].append(
+                {
+                    "program": program,
+                    "shape": near.name,
+                    "over_dense": {task: list(values) for task, values in near.ratios.items()},
+                    "static_over_dense": {task: list(values) for task, values in near.static.items()},
+                    "origin": near.origin,
+                }
+            )
+    if layout.num_experts:
+        for tokens in BATCHES:
+            touched = experts_touched(layout.num_experts, layout.top_k, tokens)
+            found["batches"].append(
+                {"tokens": tokens, "experts_touched": touched, "weights_read": weights_read(layout, spec, tokens)}
+            )
+        found["no_gain_from_batch"] = no_gain_from(layout, spec)
+    return found

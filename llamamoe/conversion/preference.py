@@ -1,0 +1,93 @@
+"""Sizes for a wish, quality, speed or a balance of both: from speeds that were measured, fitted to the model's FFN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from .expected_speed import MeasuredShape, measured_shapes
+from .sizes import QUANTISED_BLOCK
+
+Preference = Literal["quality", "balanced", "speed"]
+
+SLOWER = 0.9
+"""``balanced``: no task of any program may be slower than this share of the fastest shape's rate."""
+_TASKS = ("decode 1", "prefill")
+_HALF = (0.4, 0.55)
+"""Active shares that are chosen from: about half of the FFN, where most of the speed is had for little quality."""
+_REACH = 1 / 16
+_FAR = math.log(1.6)
+LEAST_WIDTH = 16
+"""The number of experts is halved until they are this wide: padding and router would cost more than they bring."""
+
+
+def candidates() -> dict[tuple[int, int, float], list[MeasuredShape]]:
+    """The measured shapes of experts with about half of the FFN active, widths multiples of 32, by N, k and shared share."""
+    found: dict[tuple[int, int, float], list[MeasuredShape]] = {}
+    for each in measured_shapes():
+        wide = each.num_experts and each.expert_width % QUANTISED_BLOCK == 0
+        if wide and _HALF[0] <= each.active <= _HALF[1]:
+            found.setdefault((each.num_experts, each.top_k, each.shared), []).append(each)
+    return found
+
+
+def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
+    """N, k and shared share that the measurements recommend.
+
+    More and narrower experts lose less quality (BENCHMARKS.md, "Conversion quality"). ``quality`` takes the most;
+    ``balanced`` the most that are at most a tenth slower than the fastest shape, in decoding one sequence and in
+    reading a prompt, by every program that was measured; ``speed`` the fastest, by the mean over these.
+    """
+    shapes = candidates()
+    most: dict[tuple[str, str], float] = {}
+    for rows in shapes.values():
+        for row in rows:
+            for task in _TASKS:
+                most[row.program, task] = max(most.get((row.program, task), 0.0), row.ratios[task][0])
+
+    def shares(key: tuple[int, int, float]) -> list[float]:
+        return [row.ratios[task][0] / most[row.program, task] for row in shapes[key] for task in _TASKS]
+
+    def speed(key: tuple[int, int, float]) -> float:
+        return math.prod(shares(key)) ** (1 / len(shares(key)))
+
+    if prefer == "speed":
+        return max(shapes, key=speed)
+    fast = [key for key in shapes if min(shares(key)) >= SLOWER] if prefer == "balanced" else list(shapes)
+    return max(fast or [max(shapes, key=speed)], key=lambda key: (key[0], speed(key)))
+
+
+def preferred_sizes(prefer: Preference, size: int) -> dict[str, Any]:
+    """Keys of a split's recipe for an FFN of ``size`` neurons: N, k, S and what widths are a multiple of.
+
+    Experts are a multiple of 32 neurons wide, without padding where N and S near the wish allow that.
+    """
+    experts, top_k, shared = preferred_shape(prefer)
+    best = min(_exact(size, experts, shared), default=None)
+    if best is not None:
+        _, count, kept = best
+        return _keys(count, top_k / experts, kept) | {"pad_to": QUANTISED_BLOCK}
+    count = experts
+    while count >= 4 and size * (1 - shared) / count < LEAST_WIDTH:
+        count //= 2
+    return _keys(count, top_k / experts, shared)
+
+
+def _keys(count: int, share: float, shared: float | int) -> dict[str, Any]:
+    return {"num_experts": count, "top_k": max(1, round(share * count)), "shared": shared}
+
+
+def _exact(size: int, experts: int, shared: float) -> Iterator[tuple[float, int, int]]:
+    """How far it is from the wish, N and S, for all ways to cut an FFN into experts of a multiple of 32 without padding."""
+    block = QUANTISED_BLOCK
+    reach = int(_REACH * size) // block * block
+    wish = round(shared * size / block) * block
+    kept = [0] if not shared else range(max(block, wish - reach), wish + reach + 1, block)
+    for count_shared in kept:
+        routed = size - count_shared
+        for width in range(block, routed // 2 + 1, block):
+            if routed % width == 0:
+                away = abs(math.log(routed // width / experts))
+                if away <= _FAR:
+                    yield away + 2 * abs(count_shared / size - shared), routed // width, count_shared

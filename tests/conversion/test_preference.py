@@ -1,0 +1,166 @@
+"""Sizes that follow from measured speeds, and what speed a plan lets expect."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamamoe import RefusedError, UsageError, load_recipe, plan_conversion
+from llamamoe.architectures.dense_checkpoint import understand
+from llamamoe.checkpoint.reader import SafetensorsCheckpoint
+from llamamoe.conversion import expected_speed, preference
+from llamamoe.conversion.expected_speed import MeasuredShape, experts_touched, measured_shapes, no_gain_from
+from llamamoe.conversion.plan import plan_split
+from llamamoe.conversion.preference import preferred_shape, preferred_sizes
+
+from ..dense import make_dense
+
+WISHES = ("quality", "balanced", "speed")
+
+
+def shape(experts: int, top_k: int, decode: float, prefill: float, width: int = 64, **keys: Any) -> MeasuredShape:
+    values = {"program": "llama.cpp", "shared": 0.125, "active": 0.45, "static": {}, "origin": "there"} | keys
+    ratios = {"decode 1": (decode, decode, decode), "decode 8": (1.0, 1.0, 1.0), "prefill": (prefill, prefill, prefill)}
+    return MeasuredShape(num_experts=experts, top_k=top_k, expert_width=width, ratios=ratios, **values)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def use(*rows: MeasuredShape) -> None:
+        for module in (expected_speed, preference):
+            monkeypatch.setattr(module, "measured_shapes", lambda: rows)
+
+    return use
+
+
+def test_wishes_follow_from_the_measurements(table: Callable[..., None]) -> None:
+    table(
+        shape(8, 3, 1.70, 1.30), shape(32, 12, 1.60, 1.25), shape(56, 21, 1.55, 1.10),
+        shape(64, 24, 2.0, 2.0, width=112), shape(4, 1, 3.0, 3.0, active=0.25), shape(0, 0, 4.0, 4.0),
+    )  # fmt: skip
+    assert [preferred_shape(wish)[0] for wish in WISHES] == [56, 32, 8]  # type: ignore[arg-type]
+
+
+def test_a_shape_that_one_program_runs_slowly_is_not_balanced(table: Callable[..., None]) -> None:
+    table(
+        shape(8, 3, 1.7, 1.3), shape(32, 12, 1.7, 1.3), shape(56, 21, 1.7, 1.3),
+        shape(8, 3, 1.4, 1.2, program="transformers"), shape(32, 12, 1.3, 1.1, program="transformers"),
+        shape(56, 21, 1.2, 1.1, program="transformers"),
+    )  # fmt: skip
+    assert preferred_shape("balanced")[0] == 32
+
+
+@pytest.mark.parametrize("size", [1536, 4864, 5632, 8192, 8960, 11008, 14336, 18944])
+@pytest.mark.parametrize("wish", WISHES)
+def test_experts_are_a_multiple_of_32_wide_and_nothing_is_padded(
+    wish: Any, size: int, table: Callable[..., None]
+) -> None:
+    table(shape(8, 3, 1.70, 1.30), shape(32, 12, 1.60, 1.25), shape(56, 21, 1.55, 1.10))
+    sizes = preferred_sizes(wish, size)
+    experts, top_k, shared = preferred_shape(wish)
+    width, rest = divmod(size - sizes["shared"], sizes["num_experts"])
+    assert (rest, width % 32, sizes["pad_to"]) == (0, 0, 32)
+    assert abs(sizes["shared"] / size - shared) <= 1 / 16
+    active = (sizes["shared"] + sizes["top_k"] * width) / size
+    assert abs(active - (shared + (1 - shared) * top_k / experts)) < 0.06
+
+
+def test_small_and_odd_ffns_get_sizes_too() -> None:
+    rng = random.Random(0)
+    for size in [8, 16, 31, 172, *(rng.randrange(8, 40000) for _ in range(200))]:
+        for wish in WISHES:
+            sizes = preferred_sizes(wish, size)  # type: ignore[arg-type]
+            assert 1 <= sizes["top_k"] < sizes["num_experts"]
+            kept = sizes["shared"] if isinstance(sizes["shared"], int) else round(size * sizes["shared"])
+            assert sizes["num_experts"] <= size - kept
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("dense"), intermediate_size=1536)
+
+
+@pytest.mark.parametrize(
+    "given", [{"num_experts": 16}, {"top_k": 2}, {"shared": 0}, {"shared": 384}, {"pad_to": 8}, {"target": "glm4_moe"}]
+)
+def test_what_is_given_is_kept(given: dict[str, Any], dense: Path) -> None:
+    plan = plan_conversion(dense, load_recipe(given={"prefer": "balanced", "method": "random", **given}))
+    for key, value in given.items():
+        assert getattr(plan.recipe, key) == value
+    assert plan.layout.top_k < plan.layout.num_experts
+
+
+def test_the_recipe_in_a_plan_plans_the_same(dense: Path) -> None:
+    model = understand(SafetensorsCheckpoint(dense))
+    first = plan_split(model, load_recipe(given={"prefer": "speed", "method": "random"}))
+    again = plan_split(model, load_recipe(given=json.loads(first.recipe.model_dump_json())))
+    assert again.layout == first.layout
+    assert first.layout.num_experts != 8 or first.layout.top_k != 2, "not the plain default"
+
+
+def test_pruning_and_unknown_wishes_are_refused(dense: Path) -> None:
+    with pytest.raises(RefusedError, match="static makes none"):
+        plan_conversion(dense, load_recipe(given={"prefer": "speed", "method": "static", "shared": 0.5}))
+    with pytest.raises(UsageError, match="prefer"):
+        load_recipe(given={"prefer": "cheap"})
+
+
+# ---- what to expect ------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_experts_touched_is_that_of_random_choices() -> None:
+    rng = random.Random(0)
+    for experts, top_k, tokens in [(8, 3, 1), (32, 12, 4), (64, 8, 8)]:
+        counts = [len({each for _ in range(tokens) for each in rng.sample(range(experts), top_k)}) for _ in range(2000)]
+        assert experts_touched(experts, top_k, tokens) == pytest.approx(sum(counts) / len(counts), rel=0.02)
+
+
+def test_a_plan_says_what_speed_to_expect(dense: Path, table: Callable[..., None]) -> None:
+    like = shape(32, 12, 1.6, 1.25, static={"decode 1": (1.5, 1.4, 1.6)})
+    table(shape(8, 3, 1.7, 1.3), like, shape(0, 0, 9.0, 9.0, active=0.45))
+    given = {"method": "random", "num_experts": 42, "top_k": 16, "shared": 0.125}
+    plan = plan_conversion(dense, load_recipe(given=given))
+    (found,) = plan.to_json()["speed"]["measured"]
+    assert (found["shape"], found["origin"]) == ("12 of 32, 12.5 % shared", "there")
+    assert found["over_dense"]["decode 1"] == [1.6, 1.6, 1.6]
+    assert found["static_over_dense"]["decode 1"] == [1.5, 1.4, 1.6]
+    assert plan.to_json()["speed"]["batches"][0] == {
+        "tokens": 1, "experts_touched": pytest.approx(16), "weights_read": pytest.approx((192 + 16 * 32) / 1536),
+    }  # fmt: skip
+    batch = no_gain_from(plan.layout, plan.model.spec)
+    assert 4 <= batch <= 8, "16 of 42 at each token"
+
+
+def test_a_shape_unlike_all_measured_ones_gets_no_number(dense: Path, table: Callable[..., None]) -> None:
+    table(shape(32, 12, 1.6, 1.25))
+    for given in (
+        {"num_experts": 8, "top_k": 3},
+        {"num_experts": 32, "top_k": 4},
+        {"num_experts": 32, "shared": 0.5, "top_k": 1},
+    ):
+        plan = plan_conversion(dense, load_recipe(given={"method": "random", "shared": 0.125} | given))
+        assert plan.to_json()["speed"]["measured"] == []
+
+
+def test_pruning_is_like_pruning_only(dense: Path, table: Callable[..., None]) -> None:
+    table(shape(32, 12, 1.6, 1.25, active=0.5), shape(0, 0, 1.5, 1.6, active=0.5, shared=0.5))
+    plan = plan_conversion(dense, load_recipe(given={"method": "static", "shared": 0.5, "shared_by": "weight_norm"}))
+    speed = plan.to_json()["speed"]
+    assert [each["shape"] for each in speed["measured"]] == ["static, 50%"]
+    assert speed["batches"] == []
+
+
+def test_the_table_says_where_its_numbers_are_from() -> None:
+    rows = measured_shapes()
+    assert {row.program for row in rows} >= {"llama.cpp"}
+    for row in rows:
+        assert set(row.ratios) == {"decode 1", "decode 8", "prefill"}
+        assert all(lowest <= ratio <= highest for ratio, lowest, highest in row.ratios.values())
+        assert "1B shape" in row.origin
+        assert "threads" in row.origin
+        assert bool(row.static) == bool(row.num_experts), "pruning in the same run"
