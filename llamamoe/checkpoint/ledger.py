@@ -15,6 +15,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,27 @@ class Ledger:
         fingerprint: Identifies what is written; a resume with another one is refused.
         resume: Go on with what the folder holds, if it exists.
         restart: Throw away what the folder holds.
+        foreign: Names what in the folder a run did not write, which is not thrown away; None if all of it is ours.
 
     Attributes:
         units: Finished units: name to the line that `append` wrote.
 
     Raises:
-        RefusedError: The folder exists without ``resume`` or ``restart``, belongs to something else, or is in use.
+        RefusedError: The folder exists without ``resume`` or ``restart``, belongs to something else, also holds something
+            else, or is in use.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, *, resume: bool, restart: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        *,
+        resume: bool,
+        restart: bool,
+        foreign: Callable[[Path], list[str]] | None = None,
+    ) -> None:
         self.folder = folder
+        self._foreign = foreign
         if folder.exists() and not (resume or restart):
             if is_locked(folder / LEDGER):
                 raise in_use(folder)
@@ -86,7 +98,7 @@ class Ledger:
     def _begin(self, fingerprint: str, restart: bool) -> None:
         if not restart:
             check_plain(self.folder)
-            remove_temporaries(self.folder)
+        remove_temporaries(self.folder)
         lines = [] if restart else self._read()
         if not lines:  # also where the ledger is gone: what lies there is of unknown origin
             self._clear()
@@ -100,16 +112,15 @@ class Ledger:
         self.units: dict[str, dict[str, Any]] = {line["unit"]: line for line in lines[1:]}
 
     def _clear(self) -> None:
-        folders = [path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink()]
-        foreign = sorted(path.name for path in folders if path.name != STATES)
+        foreign = self._foreign(self.folder) if self._foreign else []
         if foreign:
             raise RefusedError(
-                f"{self.folder} also holds the folder {foreign[0]!r}, which is not llamamoe's: nothing was removed.",
+                f"{self.folder} also holds {foreign[0]!r}, which is not llamamoe's: nothing was removed.",
                 hint="Move it away, or choose another OUT.",
             )
         self._file.truncate(0)
         for path in self.folder.iterdir():
-            if path in folders:
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != LEDGER:
                 path.unlink()

@@ -6,12 +6,12 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CheckpointError, LlamaMoeError, RefusedError
-from .ledger import partial_path, replaced_path
+from .ledger import STATES, partial_path, replaced_path
 from .reader import INDEX, LICENSE_FILES, SIDE_FILES, read_weight_map
 
 RECIPE_FILE, RECEIPT_FILE = "llamamoe_recipe.yaml", "llamamoe_receipt.json"
@@ -53,7 +53,7 @@ def recover_replaced(out: Path) -> None:
     if not os.path.lexists(old):
         return
     # a kill while it was removed may have left any of its files
-    if old.is_symlink() or not old.is_dir() or _foreign(old):
+    if old.is_symlink() or not old.is_dir() or foreign_names(old):
         raise RefusedError(
             f"{old} is where an OUT waits while it is replaced, but it holds something else.",
             hint="Move it away, or choose another OUT.",
@@ -146,7 +146,7 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
             f"OUT ({out}) is not empty and was not written by llamamoe: --force does not remove it.",
             hint="Choose another name.",
         )
-    foreign = _foreign(out)
+    foreign = foreign_names(out)
     if foreign:
         raise RefusedError(
             f"OUT ({out}) also holds {foreign[0]!r}, which is not llamamoe's: --force does not remove it.",
@@ -154,16 +154,20 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
         )
 
 
-def _foreign(folder: Path) -> list[str]:
-    """Names in a folder that no checkpoint of ours has, sorted."""
-    shards: set[str] = set()
+def foreign_names(folder: Path, also: Collection[str] = ()) -> list[str]:
+    """Names in a folder that no checkpoint of ours has, sorted.
+
+    Args:
+        folder: An OUT, or the folder in which it is put together.
+        also: Further names of ours; only that of `STATES` may be a folder's.
+    """
+    known = {*_OURS, *also}
     with suppress(CheckpointError):  # merge and retop keep the names of their source's files
-        shards.update(read_weight_map(folder / INDEX).values())
-    known = _OURS | shards
+        known.update(read_weight_map(folder / INDEX).values())
     return sorted(
         path.name
         for path in folder.iterdir()
-        if not path.is_file() or not (path.name in known or _WEIGHTS.fullmatch(path.name))
+        if not (path.is_file() or path.name == STATES) or not (path.name in known or _WEIGHTS.fullmatch(path.name))
     )
 
 

@@ -14,6 +14,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,8 @@ from ..errors import RefusedError
 from ..lazy import torch
 from .files import open_update, remove_temporaries, sync_path
 from .layout import Slot, shard_header
-from .ledger import LEDGER, Ledger, partial_path, replaced_path
+from .ledger import LEDGER, STATES, Ledger, partial_path, replaced_path
+from .out_folder import foreign_names
 
 QUEUE_BYTES = 256 * 2**20
 """Bytes that may wait for the disk; bounds the memory of the writer."""
@@ -40,7 +42,8 @@ class CheckpointWriter:
         restart: Throw away what ``OUT.partial/`` holds.
 
     Raises:
-        RefusedError: ``OUT.partial/`` exists without ``resume`` or ``restart``, belongs to something else, or is in use.
+        RefusedError: ``OUT.partial/`` exists without ``resume`` or ``restart``, belongs to something else, also holds
+            something else, or is in use.
     """
 
     def __init__(
@@ -60,7 +63,8 @@ class CheckpointWriter:
             head, starts = shard_header(tensors)
             self._headers[file] = (head, len(head) + sum(n for _, _, n in tensors.values()))
             self.slots |= {name: Slot(file, starts[name], tensors[name][2]) for name in tensors}
-        self._ledger = Ledger(self.path, fingerprint, resume=resume, restart=restart)
+        foreign = partial(foreign_names, also={*shards, LEDGER, STATES})
+        self._ledger = Ledger(self.path, fingerprint, resume=resume, restart=restart, foreign=foreign)
         self._files: dict[str, IO[bytes]] = {}
         self._digests: dict[str, str] = {}
         # a chain of threads, so that hashing, writing and the disk do not wait for one another

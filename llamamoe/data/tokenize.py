@@ -148,14 +148,6 @@ class _TokenLedger(Ledger):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _clear(self) -> None:
-        self._file.truncate(0)
-        for path in self.folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LEDGER:
-                path.unlink()
-
 
 @dataclass
 class _Run:

@@ -344,7 +344,7 @@ def test_resume_refuses_a_folder_with_a_link(source: Path, tmp_path: Path, name:
         llamamoe.split(source, tmp_path / "out", recipe(), resume=True, verify=False)
 
 
-@pytest.mark.parametrize("name", [name for name in LINKS if name != LEDGER])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_force_removes_links_and_not_what_they_point_to(source: Path, tmp_path: Path, name: str) -> None:
     partial, precious = stop(source, tmp_path / "out"), tmp_path / "precious"
     precious.write_text("mine")
@@ -355,13 +355,21 @@ def test_force_removes_links_and_not_what_they_point_to(source: Path, tmp_path: 
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
-def test_force_removes_no_folder_that_is_not_ours(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["notes", "notes/thesis.tex", "thesis.tex", "weights.safetensors", "config.json.tmp"],
+)
+def test_force_removes_nothing_that_is_not_ours(source: Path, tmp_path: Path, name: str) -> None:
     partial = stop(source, tmp_path / "out")
-    (partial / "notes").mkdir()
+    path, first = partial / name, name.split("/")[0]
+    path.parent.mkdir(exist_ok=True)
+    _ = path.mkdir() if name == "notes" else path.write_text("mine")
     before = digests(partial)
-    with pytest.raises(RefusedError, match="'notes'"):
+    with pytest.raises(RefusedError, match=f"also holds '{first}'(?s:.*)Move it away"):
         llamamoe.split(source, tmp_path / "out", recipe(), force=True, verify=False)
     assert digests(partial) == before
+    (partial / first).rename(tmp_path / "away")
+    llamamoe.split(source, tmp_path / "out", recipe(), force=True, verify=False)
 
 
 def test_what_a_kill_left_of_a_small_file_is_not_published(source: Path, tmp_path: Path) -> None:
