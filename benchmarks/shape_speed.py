@@ -17,7 +17,8 @@ import torch
 
 from llamamoe.conversion import expected_speed
 from llamamoe.studies.speed.shapes import MODEL_SHAPES, FfnShape
-from llamamoe.studies.speed.store import SpeedStore, Wanted
+from llamamoe.studies.speed.store import SpeedStore
+from llamamoe.studies.speed.wanted import Wanted
 
 EIGHTH, QUARTER = 0.125, 0.25
 SHAPES = {

@@ -27,6 +27,11 @@ The recipe names methods, budgets, seeds and text. Sizes follow from a budget: t
 router and padding included, as a share of the dense FFN's. Controls are the dense model, random experts, static pruning
 without and with the same repair, and every method with an oracle router.
 
+--speed measures, too, how fast each shape (experts, selected, shared neurons) runs in these programs: decoding of 1 and 8
+sequences and reading a prompt, on a model of 1B's size with random weights (6 GB of the disk for temporary files), the dense
+model, static pruning and the shapes by turns. llama.cpp needs the extra llamamoe[clients], here or in the interpreter that
+LLAMAMOE_CLIENTS_PYTHON names. Nothing else should run meanwhile.
+
 Each finished cell is a small file in the folder of --out: the same command goes on after a stop, and does again only
 what a change of recipe, code or text touches. The folder gets comparison.json, comparison.md and a picture.
 """
@@ -35,6 +40,7 @@ llamamoe compare SOURCE --recipe smollm2 --calibration train/ --evaluation valid
 llamamoe compare SOURCE --recipe my.yaml --out study
 llamamoe compare SOURCE --recipe my.yaml --out study --only 'token_clusters/0.5/*'
 llamamoe compare SOURCE --recipe my.yaml --out small --set calibration_tokens=8192
+llamamoe compare SOURCE --recipe my.yaml --out study --speed transformers,llama.cpp
 """
 RECIPE, RUN = "Recipe", "This run"
 
@@ -58,6 +64,14 @@ RECIPE, RUN = "Recipe", "This run"
 )
 @flag("--export", group=RUN, type=click.Choice(["none", "first", "all"]),
        text="Write and measure checkpoints too, of each method's first cell or of all.  [default: the recipe's]")  # fmt: skip
+@flag(
+    "--speed",
+    group=RUN,
+    metavar="A,B",
+    text="Measure speed in transformers, llama.cpp or both.  [default: the recipe's]",
+)
+@flag("--speed-shape", group=RUN, type=click.Choice(["1B", "source"]),
+       text="What it is measured on: random weights of this size, or SOURCE itself.  [default: the recipe's, 1B]")  # fmt: skip
 @tokenizer_option(RUN)
 @flag("--dry-run", group=RUN, is_flag=True, text="List the cells with an estimate of their cost; reads headers only.")
 @output_options
@@ -71,6 +85,8 @@ def command(
     only: tuple[str, ...],
     device: str | None,
     export: str | None,
+    speed: str | None,
+    speed_shape: str | None,
     tokenizer: str | None,
     dry_run: bool,
     output: Output,
@@ -81,6 +97,8 @@ def command(
         "evaluation": list(evaluation) or None,
         "device": device,
         "export": export,
+        "speed": None if speed is None else [name.strip() for name in speed.split(",")],
+        "speed_shape": speed_shape,
     }
     complete = _recipe(recipe, given, overrides)
     if dry_run:
@@ -133,6 +151,9 @@ def _print_plan(plan: ComparisonPlan, out: str) -> None:
         for cell in plan.cells
     ]
     table(titles, rows, right=(2, 4, 5), wrap=(0,))
+    if plan.speeds:
+        heading(f"Speeds, some two minutes for three of them: {len(plan.speeds)}")
+        bullets(plan.speeds)
     done = sum(cell.finished for cell in plan.cells)
     basis = "the finished cells took" if plan.rate_measured else "two laptop cores need"
     echo()
@@ -151,6 +172,7 @@ def _print(comparison: Comparison, out: str, *, verbose: bool) -> None:
     echo(bold(f"{comparison.source}: perplexity, mean over domains and seeds"))
     titles = ("method", "active share", "experts", "perplexity", "x dense", "recall@k", "seeds", "time")
     table(titles, [_row(row) for row in comparison.rows], right=(1, 3, 4, 5, 6, 7), wrap=(0,))
+    _print_speed(comparison)
     if verbose:
         _details(comparison)
     if comparison.pending or comparison.failed:
@@ -163,6 +185,28 @@ def _print(comparison: Comparison, out: str, *, verbose: bool) -> None:
     if any(row.simulated for row in comparison.rows):
         paragraph("An oracle router knows what every expert contributes: simulated, it cannot be exported.")
     paragraph(f"In {Path(out)}: {', '.join(comparison.files.values())}.")
+
+
+def _print_speed(comparison: Comparison) -> None:
+    """Speeds over the dense model's, if they were measured."""
+    from llamamoe.studies.table import number, over_dense, shape, speed_protocol, speed_tasks
+
+    for program in dict.fromkeys(program for program, _ in speed_tasks(comparison.rows)):
+        tasks = [task for each, task in speed_tasks(comparison.rows) if each == program]
+        heading(f"Speed in {program}, over the dense model's")
+        rows = [
+            (
+                row.method,
+                shape(row.sizes),
+                "" if row.ratio is None else number(row.ratio),
+                *(over_dense(row.speed[program].get(task)) for task in tasks),
+            )
+            for row in comparison.rows
+            if program in row.speed
+        ]
+        table(("method", "experts", "perplexity, x dense", *tasks), rows, right=range(2, 3 + len(tasks)), wrap=(0,))
+    for sentence in speed_protocol(comparison.speeds):
+        paragraph(sentence)
 
 
 def _row(row: Row) -> tuple[str, ...]:

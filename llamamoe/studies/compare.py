@@ -20,6 +20,7 @@ from ..methods.splitters import SPLITTERS
 from ..progress import ProgressCallback, ignore_progress
 from .cells import Cell, cells_of, estimated_flops, select
 from .recipe import CompareRecipe
+from .speed.wanted import wanted_speeds
 from .store import CellStore, Dependencies, cell_facts, code_version
 from .table import Comparison
 
@@ -64,12 +65,14 @@ class ComparisonPlan:
         cells: In the order in which they are done.
         flops_per_second: Rate behind the estimates of time.
         rate_measured: Whether it comes from cells that are finished.
+        speeds: Programs and shapes whose speed is measured, some two minutes for three shapes.
     """
 
     source: str
     cells: tuple[PlannedCell, ...]
     flops_per_second: float
     rate_measured: bool
+    speeds: tuple[str, ...] = ()
 
     @property
     def seconds_left(self) -> float:
@@ -122,7 +125,8 @@ def plan_comparison(
         )
         for cell, work, result in zip(cells, flops, found, strict=True)
     ]
-    return ComparisonPlan(location.name, tuple(rows), rate, bool(timed))
+    speeds = tuple(each.label for each in wanted_speeds(recipe, cells))
+    return ComparisonPlan(location.name, tuple(rows), rate, bool(timed), speeds)
 
 
 def compare(
@@ -141,7 +145,8 @@ def compare(
     conversion are in memory, in ``dtype``.
 
     Every finished cell is a small file in ``out``, named after what it depends on: recipe, the methods' code, source
-    and text. Called again, `compare` does what is missing; a kill loses the cell that was running.
+    and text. Called again, `compare` does what is missing; a kill loses the cell that was running. Speeds are cells of their own,
+    by shape, program and machine.
 
     Args:
         source: A folder, a ``.gguf`` file or a hub id.
@@ -156,21 +161,25 @@ def compare(
         RefusedError: The source is not one that can be converted, or a method cannot be had at a budget.
         UsageError: A text does not exist, documents are in both texts, or ``only`` matches nothing.
         LlamaMoeError: A text cannot be read, or ``out`` cannot be written.
+        MissingExtraError: Speed is to be measured in a program that is not installed.
     """
     from .engine import Engine
     from .run import StudyRun
+    from .study_speed import StudySpeed
 
     location, model = _open(source, tokenizer)
     cells = cells_of(recipe, model)
     wanted = {cell.label for cell in select(cells, only)}
     folder, depends = Path(out).expanduser(), _Depends(recipe, model)
+    speed = StudySpeed(recipe, cells, folder, location)
     engine = Engine(location, recipe, folder, tokenizer=tokenizer)
     try:
         run = StudyRun(recipe, engine, folder, [(cell, depends.of(cell, engine)) for cell in cells])
         failed = run.do(wanted, progress)
     finally:
         engine.close()
-    return run.finish(location, failed)
+    warnings = speed.measure(wanted, progress)
+    return run.finish(location, failed, speed, warnings)
 
 
 def _open(source: str | Path, tokenizer: str | Path | None) -> tuple[Location, DenseModel]:

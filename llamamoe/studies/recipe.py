@@ -121,6 +121,12 @@ class CompareRecipe(Recipe):
     )
     device: Device = Field("auto", description="Where everything runs: auto, cpu, cuda, cuda:1, ...")
     batch_size: int = Field(8, ge=1, description="Windows that run together.")
+    speed: tuple[Literal["transformers", "llama.cpp"], ...] = Field(
+        (), description="Programs in which the speed of every shape is measured, beside dense and static pruning."
+    )
+    speed_shape: Literal["1B", "source"] = Field(
+        "1B", description="The model that speeds are measured on: one of random weights of this size, or the source."
+    )
     export: Literal["none", "first", "all"] = Field(
         "none", description="Write checkpoints too and measure them: of the first cell of each method, or of all."
     )

@@ -19,7 +19,9 @@ from .engine import Engine
 from .meter import Meter
 from .picture import draw
 from .recipe import CompareRecipe
+from .speed_picture import draw_speed
 from .store import CellStore, Dependencies, write_file
+from .study_speed import StudySpeed
 from .table import Comparison, markdown, rows_of
 
 JSON_FILE, MARKDOWN_FILE = "comparison.json", "comparison.md"
@@ -79,27 +81,31 @@ class StudyRun:
         numbers = {key: value for key, value in result.items() if key not in ("key", "depends")}
         self._results[cell.label] = self._store.save(cell, depends.key(), depends, numbers)
 
-    def finish(self, location: Location, failed: list[tuple[str, str]]) -> Comparison:
-        """Gather what is there, and write table and picture."""
+    def finish(
+        self, location: Location, failed: list[tuple[str, str]], speed: StudySpeed, warnings: Sequence[str]
+    ) -> Comparison:
+        """Gather what is there, and write table and pictures."""
         there = [result for result in self._results.values() if result is not None]
         bad = {label for label, _ in failed}
         pending = [label for label, result in self._results.items() if result is None and label not in bad]
         result = Comparison(
             source=location.name,
-            rows=rows_of(there),
+            rows=speed.given_to(rows_of(there)),
             cells=tuple({k: v for k, v in each.items() if k != "depends"} for each in there),
             pending=tuple(pending),
             failed=tuple(failed),
             protocol=protocol(self.engine.window, self.recipe.evaluation_tokens, [self.engine.text.side]),
             text=self.engine.text_facts(),
             recipe=self.recipe.model_dump(mode="json"),
-            warnings=self.engine.warnings(),
+            warnings=(*self.engine.warnings(), *warnings),
             files={"json": JSON_FILE, "markdown": MARKDOWN_FILE},
+            speeds=speed.results(),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(row.kind != "dense" for row in result.rows):
             try:
-                result = replace(result, files={**result.files, **draw(result, self.folder)})
+                drawn = draw(result, self.folder) | draw_speed(result, self.folder)
+                result = replace(result, files={**result.files, **drawn})
             except MissingExtraError as error:
                 result = replace(result, warnings=(*result.warnings, str(error)))
         write_file(self.folder / JSON_FILE, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")

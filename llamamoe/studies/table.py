@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -36,6 +36,7 @@ class Row:
         peak_bytes: Most resident memory of the process in a cell.
         exported_ratio: Largest factor between a written checkpoint's perplexity and the one here, either way; None if
             none was written.
+        speed: By program and task a `llamamoe.studies.speed.measure.Rate` as plain data, where it was measured.
     """
 
     method: str
@@ -59,6 +60,7 @@ class Row:
     seconds: float
     peak_bytes: int
     exported_ratio: float | None
+    speed: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Comparison:
         recipe: The study's recipe.
         warnings: For the user.
         files: What was written: ``json``, ``markdown``, and the pictures if they could be drawn.
+        speeds: What each measured shape's file holds, without what it depends on.
     """
 
     source: str
@@ -88,6 +91,7 @@ class Comparison:
     recipe: Mapping[str, Any]
     warnings: tuple[str, ...]
     files: Mapping[str, str]
+    speeds: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -180,6 +184,7 @@ def markdown(found: Comparison) -> str:
     if "svg" in found.files:
         lines += [f"![Perplexity against active share]({found.files['svg']})", ""]
     lines += _markdown_rows(found.rows)
+    lines += _markdown_speed(found)
     domains = list(dict.fromkeys(name for row in found.rows for name in row.domains))
     if len(domains) > 1:
         lines += ["", "## Perplexity by domain", ""]
@@ -198,6 +203,50 @@ def markdown(found: Comparison) -> str:
         if items:
             lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
     return "\n".join(lines) + "\n"
+
+
+def speed_tasks(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Program and task of every speed that some row has."""
+    return list(
+        dict.fromkeys((program, task) for row in rows for program, tasks in row.speed.items() for task in tasks)
+    )
+
+
+def over_dense(rate: Mapping[str, float] | None) -> str:
+    """``1.62 (1.55-1.70)``: the rate over the dense model's, and its smallest and largest over the turns."""
+    return "" if rate is None else f"{rate['ratio']:.2f} ({rate['lowest']:.2f}-{rate['highest']:.2f})"
+
+
+def speed_protocol(speeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How speeds were measured, in a sentence for each program."""
+    said = []
+    for each in speeds:
+        load, model = each["load"], each["model"]
+        versions = ", ".join(f"{name} {version}" for name, version in each["versions"].items())
+        said.append(
+            f"{each['program']} ({versions}): {model['name']}, {each['threads']} threads of {each['machine']['processor']}, "
+            f"{each['measured']}; a prompt of {load['prompt_tokens']} tokens, {load['new_tokens']} steps of decoding, median of "
+            f"{each['turns']} turns of the ratio to the dense model within a turn, (smallest-largest)."
+        )
+    return list(dict.fromkeys(said))
+
+
+def _markdown_speed(found: Comparison) -> list[str]:
+    """The table of speeds, over the dense model's; empty where none was measured."""
+    tasks = speed_tasks(found.rows)
+    if not tasks:
+        return []
+    header = ["method", "budget", "experts", "perplexity, x dense", *(f"{program}, {task}" for program, task in tasks)]
+    body = [
+        [row.method, _percent(row.budget), shape(row.sizes), "" if row.ratio is None else number(row.ratio),
+         *(over_dense(row.speed.get(program, {}).get(task)) for program, task in tasks)]
+        for row in found.rows
+        if row.speed
+    ]  # fmt: skip
+    lines = ["", "## Speed, over the dense model's", ""]
+    if "speed_svg" in found.files:
+        lines += [f"![Perplexity against speed]({found.files['speed_svg']})", ""]
+    return lines + _markdown_table(header, body) + ["", *(f"- {each}" for each in speed_protocol(found.speeds))]
 
 
 def _markdown_rows(rows: Sequence[Row]) -> list[str]:

@@ -16,8 +16,9 @@ from ...checkpoint.gguf.reader import export_dense
 from ...checkpoint.reader import SINGLE, SafetensorsCheckpoint
 from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.recipe import SplitRecipe
+from ...conversion.sizes import QUANTISED_BLOCK
 from ...lazy import torch
-from .shapes import ModelShape
+from .shapes import FfnShape, ModelShape
 
 _SCALE = 0.02
 _FACTORS = {"embed_tokens": 50.0, "o_proj": 0.125, "down_proj": 0.125}
@@ -32,16 +33,16 @@ class Material:
     Attributes:
         dense: The dense model's folder.
         work: Where everything else goes.
+        block: What the number of shared neurons is a multiple of.
     """
 
-    def __init__(self, dense: Path, work: Path) -> None:
-        self.dense, self.work = dense, work
+    def __init__(self, dense: Path, work: Path, block: int = 1) -> None:
+        self.dense, self.work, self.block = dense, work, block
         self._model = understand(SafetensorsCheckpoint(dense))
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return self._model.spec.num_layers
+    def recipe(self, shape: FfnShape) -> SplitRecipe:
+        """How a shape is made of this model."""
+        return shape.recipe(self._model.spec, self.block)
 
     def plan(self, recipe: SplitRecipe) -> SplitPlan:
         """What a conversion will be."""
@@ -80,7 +81,7 @@ def material(model: ModelShape | Path, folder: Path | None = None) -> Iterator[M
             if model.is_file():
                 dense = work / "dense"
                 export_dense(model, dense)
-        yield Material(dense, work)
+        yield Material(dense, work, QUANTISED_BLOCK if isinstance(model, ModelShape) else 1)
 
 
 def write_random(folder: Path, shape: ModelShape) -> None:

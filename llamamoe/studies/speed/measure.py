@@ -92,7 +92,7 @@ def measure_shapes(
         RefusedError: The program cannot run a model, or no target can hold it.
         LlamaMoeError: The program failed.
     """
-    plans = [material.plan(shape.recipe(material.num_layers)) for shape in shapes]
+    plans = [material.plan(material.recipe(shape)) for shape in shapes]
     models: dict[str, Path] = {DENSE: runtime.prepare(material.dense, material.work)}
     try:
         for number, plan in enumerate(plans):
@@ -100,7 +100,7 @@ def measure_shapes(
             if plan.layout.num_experts and kept not in models:
                 models[kept] = _prepared(material, runtime, static_recipe(_active(plan)), kept)
             name = f"{SHAPE}-{number}"
-            models[name] = _prepared(material, runtime, shapes[number].recipe(material.num_layers), name)
+            models[name] = _prepared(material, runtime, material.recipe(shapes[number]), name)
         rates = rates_of(alternate(runtime, models, load, turns, tell))
     finally:
         material.clear()

@@ -71,7 +71,6 @@ class Transformers:
         """See `Runtime.prepare`."""
         return folder
 
-    @torch.inference_mode()
     def rates(self, model: Path, load: Load) -> dict[str, float]:
         """See `Runtime.rates`. Tokens are drawn at random, prompts and continuations alike."""
         loaded = self._load(model)
@@ -82,12 +81,13 @@ class Transformers:
             (max(load.batch_sizes), load.prompt_tokens + load.new_tokens),
             generator=generator,
         )
-        run(loaded, ids_BN[:1, :8], 4)  # warms up
         found = {}
-        for size in load.batch_sizes:
-            _, step = run(loaded, ids_BN[:size, load.prompt_tokens - 8 :], 8)
-            found[f"decode {size}"] = size / step
-        read, _ = run(loaded, ids_BN[:1, : load.prompt_tokens], load.prompt_tokens)
+        with torch.inference_mode():
+            run(loaded, ids_BN[:1, :8], 4)  # warms up
+            for size in load.batch_sizes:
+                _, step = run(loaded, ids_BN[:size, load.prompt_tokens - 8 :], 8)
+                found[f"decode {size}"] = size / step
+            read, _ = run(loaded, ids_BN[:1, : load.prompt_tokens], load.prompt_tokens)
         return found | {"prefill": load.prompt_tokens / read}
 
     def _load(self, model: Path) -> Any:

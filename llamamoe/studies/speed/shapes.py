@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+from ...architectures.sources.base import DenseSpec
 from ...conversion.plan import SplitPlan
 from ...conversion.recipe import SplitRecipe, build_recipe
 
@@ -95,18 +96,24 @@ class FfnShape:
         routed = f"{self.top_k} of {self.num_experts}" + (f" + {share}" if self.shared else "")
         return routed + (f", {self.keep_dense:.0%} of the layers dense" if self.keep_dense else "")
 
-    def recipe(self, num_layers: int) -> SplitRecipe:
-        """A conversion of this shape, at random: what is measured is its speed."""
+    def recipe(self, spec: DenseSpec, block: int = 1) -> SplitRecipe:
+        """A conversion of this shape, at random: what is measured is its speed.
+
+        Args:
+            spec: The dense model that is converted.
+            block: What the number of shared neurons is a multiple of.
+        """
+        shared = round(self.shared * spec.intermediate_size / block) * block
         if not self.num_experts:
-            return static_recipe(self.shared)
-        dense = range(round(self.keep_dense * num_layers))
+            return static_recipe(shared)
+        dense = range(round(self.keep_dense * spec.num_layers))
         return build_recipe(
             {
                 "method": "random",
                 "router": "random",
                 "num_experts": self.num_experts,
                 "top_k": self.top_k,
-                "shared": self.shared or 0,
+                "shared": shared,
                 "shared_by": "weight_norm",
                 "rescale": "unit",  # with which llama.cpp computes qwen2_moe
                 "keep_dense": list(dense),
@@ -119,6 +126,6 @@ class FfnShape:
         return asdict(self)
 
 
-def static_recipe(kept: float | int) -> SplitRecipe:
-    """Static pruning to a share or a number of neurons."""
+def static_recipe(kept: int) -> SplitRecipe:
+    """Static pruning to a number of neurons."""
     return build_recipe({"method": "static", "shared": kept, "shared_by": "weight_norm", "card": False})

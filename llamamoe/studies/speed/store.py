@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,13 @@ from ..store import read_result, write_file
 from .material import material
 from .measure import machine, measure_shapes
 from .runtimes import Load, Runtime, runtime
-from .shapes import FfnShape, ModelShape
+from .shapes import ModelShape
+from .wanted import Wanted
 
 FOLDER = "speeds"
 TURNS = 3
 TOGETHER = 3
 """Shapes that are measured in one run: their models are on disk together."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A shape, and the program that is to run it."""
-
-    program: str
-    shape: FfnShape
-
-    @property
-    def label(self) -> str:
-        """``llama.cpp: 12 of 32 + 1/8``."""
-        return f"{self.program}: {self.shape.name}"
 
 
 class SpeedStore:
@@ -79,6 +67,13 @@ class SpeedStore:
         path, depends = self._place(wanted)
         found = read_result(path)
         return found if found is not None and found.get("depends") == json.loads(json.dumps(depends)) else None
+
+    def readings(self, wanted: Iterable[Wanted]) -> int:
+        """Readings that `measure` will take at most."""
+        missing = [each for each in dict.fromkeys(wanted) if self.load(each) is None]
+        return self._turns * sum(
+            1 + len(group) + sum(each.shape.num_experts > 0 for each in group) for group in _groups(missing)
+        )
 
     def measure(
         self,

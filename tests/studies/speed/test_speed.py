@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,36 +15,13 @@ from llamamoe.studies.speed.material import Material, material, write_random
 from llamamoe.studies.speed.measure import alternate, rates_of
 from llamamoe.studies.speed.runtimes import LlamaCpp, Load, Transformers, runtime
 from llamamoe.studies.speed.shapes import MODEL_SHAPES, FfnShape, ModelShape
-from llamamoe.studies.speed.store import SpeedStore, Wanted
+from llamamoe.studies.speed.store import SpeedStore
+from llamamoe.studies.speed.wanted import Wanted
 
-TINY = ModelShape("tiny", 64, 512, 2, 4, 2, 300)
+from .fake import TINY, Fake
+
 LOAD = Load(prompt_tokens=12, new_tokens=3, batch_sizes=(1, 2))
 STATIC, MOE, NARROW = FfnShape(0, 0, 0.5), FfnShape(8, 3, 0.125), FfnShape(16, 4, 0.0)
-
-
-class Fake:
-    """A program as fast as its models are small; ten times as slow each time it runs, as a machine that others use."""
-
-    name = "fake"
-
-    def __init__(self) -> None:
-        self.runs: list[str] = []
-        self.refuses = ""
-
-    def prepare(self, folder: Path, room: Path) -> Path:
-        return folder
-
-    def rates(self, model: Path, load: Load) -> dict[str, float]:
-        if self.refuses and self.refuses in model.name:
-            raise LlamaMoeError("it fell over.")
-        self.runs.append(model.name)
-        config = json.loads((model / "config.json").read_text())
-        width = config.get("moe_intermediate_size", 0) * config.get("num_experts_per_tok", 0)
-        width += config.get("shared_expert_intermediate_size", 0) if width else config["intermediate_size"]
-        return {task: 1e6 / width / 10 ** len(self.runs) for task in load.measures}
-
-    def facts(self) -> dict[str, Any]:
-        return {"versions": {"fake": "1"}, "threads": 1}
 
 
 @pytest.fixture
@@ -76,8 +52,17 @@ def test_turns_alternate_in_order(fake: Fake, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [STATIC, MOE, NARROW, FfnShape(4, 2, 0.25, 0.5)])
 def test_a_shape_is_that_of_its_own_conversion(shape: FfnShape, tmp_path: Path) -> None:
     write_random(tmp_path / "dense", TINY)
-    plan = Material(tmp_path / "dense", tmp_path).plan(shape.recipe(TINY.num_layers))
+    made = Material(tmp_path / "dense", tmp_path)
+    plan = made.plan(made.recipe(shape))
     assert FfnShape.of(plan) == shape
+
+
+def test_shared_neurons_are_rounded_on_another_model_only(tmp_path: Path) -> None:
+    write_random(tmp_path / "dense", TINY)
+    odd = FfnShape(4, 2, round(72 / 512, 4))
+    for block, shared in ((1, 72), (32, 64)):
+        made = Material(tmp_path / "dense", tmp_path, block)
+        assert made.plan(made.recipe(odd)).layout.num_shared == shared
 
 
 def test_shapes_have_short_names() -> None:
@@ -98,7 +83,7 @@ def test_random_models_load_and_are_deleted(tmp_path: Path) -> None:
         assert float(model.lm_head.weight.detach().float().std()) == pytest.approx(0.02, rel=0.05)
         assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
         assert AutoTokenizer.from_pretrained(made.dense)("a b").input_ids == [3 + ord("a"), 259, 3 + ord("b")]
-        assert made.convert(MOE.recipe(2), "moe").is_dir()
+        assert made.convert(made.recipe(MOE), "moe").is_dir()
     assert not list(tmp_path.iterdir())
 
 
@@ -108,7 +93,7 @@ def test_every_expert_is_used_alike(tmp_path: Path) -> None:
     from llamamoe.training.moe_layers import find_moe_layers
 
     with material(ModelShape("small", 128, 512, 3, 4, 2, 2000), tmp_path) as made:
-        model = load_weights(open_model(made.convert(NARROW.recipe(3), "moe")), "float32", "cpu")
+        model = load_weights(open_model(made.convert(made.recipe(NARROW), "moe")), "float32", "cpu")
         chosen: list[torch.Tensor] = []
         for layer in find_moe_layers(model):
             layer.router.register_forward_hook(lambda module, inputs, output: chosen.append(output[-1]))
@@ -155,7 +140,7 @@ def test_what_fails_is_told_and_the_rest_is_done(fake: Fake, tmp_path: Path, mon
 
 def test_transformers_is_timed(tmp_path: Path) -> None:
     with material(TINY, tmp_path) as made:
-        found = Transformers().rates(made.convert(MOE.recipe(2), "moe"), LOAD)
+        found = Transformers().rates(made.convert(made.recipe(MOE), "moe"), LOAD)
     assert set(found) == set(LOAD.measures)
     assert all(0 < rate < 1e9 for rate in found.values())
 
