@@ -1,5 +1,5 @@
 """``python -m llamamoe_cli``."""
 
-from .main import main
+from . import run
 
-main()
+run()

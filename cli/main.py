@@ -20,6 +20,7 @@ import click
 from llamamoe import __version__
 from llamamoe.errors import LlamaMoeError, near_misses
 
+from . import begin
 from ._failures import told
 from ._output import VERBOSE, Interrupted
 from ._style import Command, Context, write_sections
@@ -92,6 +93,7 @@ class Root(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; every error becomes a message on stderr and an exit code."""
         try:
+            begin()
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
@@ -144,7 +146,7 @@ def root(ctx: click.Context) -> None:
 
 
 def main() -> NoReturn:
-    """The entry point."""
+    """Run the command line of this process."""
     atexit.register(gc.freeze)  # the interpreter's last collections would go through all that torch imported: 0.7 s
     root.main(prog_name="llamamoe")
     raise AssertionError("click exits")

@@ -198,3 +198,34 @@ def test_numbers() -> None:
         "2 h 05 min",
     ]
     assert [change(a, b) for a, b in ((1, 1), (100, 44), (1000, 1012), (0, 5))] == ["same", "-56 %", "+1.2 %", "new"]
+
+
+EARLY = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+class Interrupting(MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == {at!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.{handler})
+import llamamoe_cli
+sys.meta_path.insert(0, Interrupting())
+llamamoe_cli.run()
+"""
+
+
+@pytest.mark.parametrize("at", ["click", "llamamoe_cli.main", "llamamoe_cli.verify"])
+def test_interrupt_before_a_command_began_is_one_line(at: str) -> None:
+    code = EARLY.format(at=at, handler="default_int_handler")
+    found = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
+    """As in a shell's background."""
+    code = EARLY.format(at="click", handler="SIG_IGN")
+    found = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.startswith("llamamoe ")
