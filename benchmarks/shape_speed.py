@@ -20,7 +20,7 @@ from llamamoe.studies.speed.shapes import MODEL_SHAPES, FfnShape
 from llamamoe.studies.speed.store import SpeedStore
 from llamamoe.studies.speed.wanted import Wanted
 
-EIGHTH, QUARTER = 0.125, 0.25
+EIGHTH, QUARTER, MORE = 0.125, 0.25, 0.375
 SHAPES = {
     "about half of the FFN": [
         FfnShape(0, 0, 0.5),
@@ -31,6 +31,7 @@ SHAPES = {
         FfnShape(64, 24, EIGHTH),
         FfnShape(16, 5, QUARTER),
         FfnShape(32, 10, QUARTER),
+        FfnShape(32, 5, MORE),
         FfnShape(8, 4, 0.0),
         FfnShape(16, 8, 0.0),
         FfnShape(32, 16, 0.0),

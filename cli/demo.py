@@ -13,10 +13,10 @@ from ._tables import bullets, heading, paragraph, table
 from ._text import echo
 
 if TYPE_CHECKING:
-    from llamamoe.studies.demo import DemoResult
+    from llamamoe.studies.demo import DemoResult, DemoRow
 
 HELP = """Split SmolLM2-135M at random and with calibration text, prove that a split is exact, and measure what half of
-the FFN loses, beside the dense model and static pruning.
+the FFN loses and how fast it is, beside the dense model and static pruning.
 
 Nothing is downloaded: the model comes with the extra llamamoe[demo], the text with Python. It takes a few minutes on
 two cores and 1.1 GB in the folder OUT (default: demo-output), where the models stay and can be loaded.
@@ -46,9 +46,16 @@ def _ratio(value: float) -> str:
     return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
 
 
+def _speed(row: DemoRow) -> tuple[str, str]:
+    if not row.speed:
+        return "-", "-"
+    rate = row.speed["decode 1"]
+    return f"{rate['tokens_per_second']:.1f}", f"{rate['ratio']:.2f} ({rate['lowest']:.2f}-{rate['highest']:.2f})"
+
+
 def _print(result: DemoResult) -> None:
     heading(f"Perplexity on {result.text}")
-    titles = ("model", "experts", "params", "FFN active", "perplexity", "x dense", "parity")
+    titles = ("model", "experts", "params", "FFN active", "perplexity", "x dense", "tokens/s", "x dense", "parity")
     rows = [
         (
             row.model,
@@ -57,6 +64,7 @@ def _print(result: DemoResult) -> None:
             f"{row.ffn_share:.1%}",
             _ratio(row.perplexity),
             _ratio(row.perplexity / result.rows[0].perplexity),
+            *_speed(row),
             "-" if row.parity is None else error(row.parity),
         )
         for row in result.rows
@@ -65,7 +73,8 @@ def _print(result: DemoResult) -> None:
     echo()
     paragraph(
         "parity: largest difference of a logit from the dense model's, all experts at equal weights; "
-        "pruning and repair claim none. FFN active: what a token uses of the FFNs, routers included."
+        "pruning and repair claim none. FFN active: what a token uses of the FFNs, routers included. tokens/s: decoding, "
+        f"{result.speed} (smallest-largest)."
     )
     heading(result.prompt)
     bullets(f"{row.model}: {row.text}" for row in result.rows if row.text is not None)

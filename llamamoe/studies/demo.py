@@ -11,7 +11,8 @@ import platform
 import re
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.json_files import read_json
 from ..errors import RefusedError
 from ..lazy import torch
-from ..progress import Progress, ProgressCallback, ignore_progress
+from ..progress import Progress, ProgressCallback, counting, ignore_progress
 from .demo_material import CALIBRATION, EVERY, model_file, write_topics
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _REPORT_TOKENS = 2048
 _DENSE, _TEXT = "dense", "text"
 _REPAIR = {"name": "least_squares", "ridge": "auto", "penalty": "balanced", "weighting": "residual"}
 """For little text: the strength is the best on held-out tokens, and does not hang on the few strongest neurons."""
+_SPEED_TURNS, _SPEED_PROMPT, _SPEED_STEPS = 3, 128, 16
 _CONVERSIONS: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "num_experts": 8, "top_k": 4},
     "static": {"method": "static", "shared": 0.5, "repair": _REPAIR},
@@ -49,6 +51,10 @@ _FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
 _EXACT = "random-all-experts"
 _OWN = (_DENSE, _TEXT, *_CONVERSIONS, _EXACT, _REPORT)
 
+SPEED = (
+    f"one sequence, weights as stored (bfloat16), transformers with our kernels for experts; a prompt of {_SPEED_PROMPT} tokens, "
+    f"{_SPEED_STEPS} steps of decoding; median of {_SPEED_TURNS} turns of all models, ratios to the dense model within a turn"
+)
 WHY_RUINED = (
     "random: a split that nobody told which neurons a token needs is ruined with half of its experts, until it is "
     "trained for long."
@@ -81,6 +87,7 @@ class DemoRow:
         parity: Largest logit difference to the parent over the largest logit, all experts selected at equal weights,
             as `llamamoe.verify` measured it; None for the dense model and for those that claim no exactness.
         text: Its greedy answer to `PROMPT`, or None if it was not asked.
+        speed: By task (``decode 1``, ``prefill``) a `llamamoe.studies.speed.measure.Rate` as plain data; empty if not measured.
     """
 
     model: str
@@ -94,6 +101,7 @@ class DemoRow:
     bits_per_byte: float
     parity: float | None
     text: str | None
+    speed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class DemoResult:
         prompt: What the models were asked, in the chat template, greedily.
         text: What perplexity was measured on.
         protocol: How it was measured.
+        speed: How speed was measured.
         remarks: What the numbers mean: `WHY_RUINED`, `WHY_EXACT` and `WHY_CALIBRATED`.
         report: The page about `token_clusters` (see `llamamoe.report`).
         seconds: How long it took.
@@ -116,6 +125,7 @@ class DemoResult:
     prompt: str
     text: str
     protocol: str
+    speed: str
     remarks: tuple[str, ...]
     report: Path
     seconds: float
@@ -158,14 +168,15 @@ def demo(
     scores, asked = {}, {}
     for name in (_DENSE, *converted, exact.name):
         scores[name] = _measure(out / name, text, max_tokens, _staged(name, progress))
+    speeds = measure_speeds({name: out / name for name in (_DENSE, *converted)}, progress)
     for done, name in enumerate((_DENSE, *converted), start=1):
         asked[name] = answer(out / name)
         progress(Progress("generate", done, 1 + len(converted), "model", name))
     page = _report(out, text, max_tokens, progress)
     rows = [
-        _row(_DENSE, out / _DENSE, converted["random"], scores[_DENSE], asked[_DENSE]),
+        _row(_DENSE, out / _DENSE, converted["random"], scores[_DENSE], asked[_DENSE], speeds[_DENSE]),
         _row("split at random, all experts", exact, converted["random"], scores[exact.name], None),
-        *(_row(n, out / n, result, scores[n], asked[n]) for n, result in converted.items()),
+        *(_row(n, out / n, result, scores[n], asked[n], speeds[n]) for n, result in converted.items()),
     ]
     found = DemoResult(
         out=out,
@@ -173,6 +184,7 @@ def demo(
         prompt=PROMPT,
         text=f"every {EVERY}th topic of pydoc_data (Python {platform.python_version()}), at most {max_tokens} tokens",
         protocol=scores[_DENSE].protocol,
+        speed=SPEED,
         remarks=(WHY_RUINED, WHY_EXACT, WHY_CALIBRATED),
         report=page,
         seconds=round(time.monotonic() - started, 1),
@@ -202,7 +214,27 @@ def _staged(name: str, progress: ProgressCallback) -> ProgressCallback:
     return lambda p: progress(Progress(f"{name}: {p.stage}", p.done, p.total, p.unit, p.detail))
 
 
-def _row(name: str, folder: Path, result: SplitResult, scores: Evaluation, text: str | None) -> DemoRow:
+def measure_speeds(
+    folders: Mapping[str, Path], progress: ProgressCallback = ignore_progress
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By model and task a `llamamoe.studies.speed.measure.Rate` as plain data; ``"dense"`` is one of the models."""
+    from .speed.measure import alternate, rates_of
+    from .speed.runtimes import Load, Transformers
+
+    load = Load(_SPEED_PROMPT, _SPEED_STEPS, (1,))
+    tell = counting("speed", _SPEED_TURNS * len(folders), "reading", progress)
+    found = rates_of(alternate(Transformers(), folders, load, _SPEED_TURNS, tell))
+    return {name: {task: asdict(rate) for task, rate in tasks.items()} for name, tasks in found.items()}
+
+
+def _row(
+    name: str,
+    folder: Path,
+    result: SplitResult,
+    scores: Evaluation,
+    text: str | None,
+    speed: Mapping[str, Mapping[str, float]] | None = None,
+) -> DemoRow:
     """A row of the table; ``result`` of the dense model is any conversion, which knows its parent's cost."""
     layout, score = result.plan.layout, scores.model.overall
     dense, everything = folder.name == _DENSE, folder.name == _EXACT
@@ -221,6 +253,7 @@ def _row(name: str, folder: Path, result: SplitResult, scores: Evaluation, text:
         bits_per_byte=score.bits_per_byte,
         parity=None if dense else result.receipt["verification"]["equal_weights"],
         text=text,
+        speed=speed or {},
     )
 
 

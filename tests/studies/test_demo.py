@@ -111,6 +111,36 @@ def test_the_demonstrations_sizes_are_within_half_of_the_ffn(tmp_path):
     assert 0.49 <= (1 + 29 * layer) / 30 <= 0.5  # layer 0 of 30 stays dense
 
 
+def test_speeds_are_measured_by_turns_and_shown(tmp_path, monkeypatch, capsys):
+    from llamamoe_cli.demo import _print
+
+    from llamamoe.studies.demo import SPEED, DemoResult, DemoRow, measure_speeds
+    from llamamoe.studies.speed import runtimes
+    from tests.studies.speed.fake import Fake
+
+    fake = Fake()
+    monkeypatch.setattr(runtimes, "Transformers", lambda: fake)
+    for name, width in (("dense", 100), ("moe", 50)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"intermediate_size": width}))
+    told = []
+    found = measure_speeds({name: tmp_path / name for name in ("dense", "moe")}, told.append)
+    assert fake.runs == ["dense", "moe", "moe", "dense", "dense", "moe"]
+    assert (told[-1].done, told[-1].total) == (6, 6)
+    assert found["dense"]["decode 1"]["ratio"] == 1.0
+    ratios = [2 / 10, 2 * 10, 2 / 10]  # twice as fast, and each run ten times as slow as the one before
+    assert found["moe"]["decode 1"]["ratio"] == pytest.approx(sorted(ratios)[1])
+    assert found["moe"]["decode 1"]["highest"] == pytest.approx(20)
+    sizes = {"folder": "", "experts": "", "shared": 0, "total_parameters": 1, "active_parameters": 1, "ffn_share": 0.5,
+             "perplexity": 2.0, "bits_per_byte": 1.0, "parity": None, "text": None}  # fmt: skip
+    rows = tuple(DemoRow(model=name, **sizes, speed=found[name]) for name in found)
+    _print(DemoResult(tmp_path, (*rows, DemoRow(model="all", **sizes)), "?", "text", "", SPEED, (), tmp_path, 1.0))
+    shown = capsys.readouterr().out
+    assert f"{found['moe']['decode 1']['tokens_per_second']:.1f}" in shown
+    assert "0.20 (0.20-20.00)" in shown
+    assert "3 turns" in " ".join(shown.split())
+
+
 @pytest.mark.slow
 def test_the_demonstration_shows_exactness_ruin_and_what_calibration_keeps(tmp_path):
     pytest.importorskip("gguf")
