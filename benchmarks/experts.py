@@ -1,15 +1,21 @@
-"""Experts implementations of a converted FFN against the dense MLP of its parent, on CPU.
+"""Experts implementations of a converted FFN against the dense MLP of its parent and against each other, on CPU.
 
-    python benchmarks/experts.py [--json PATH] [--threads N] [--seconds N] [--only WORD ...]
+    python benchmarks/experts.py [--json PATH] [--threads N] [--seconds N] [--only WORD ...] [--ours]
 
-One layer without router and shared neurons; the dense MLP has the neurons of all experts and the shared ones. ``train`` is
+Layers without router and shared neurons; the dense MLP has the neurons of all experts and the shared ones. ``train`` is
 forward + backward from float32 weights, ``bf16`` under autocast; ``forward`` is without gradients, in the dtype named (T = 1
-is decoding, more is prefill). Routing is drawn anew in every turn, with loads that spread by some tens of per cent, because
-in bfloat16 every new number of tokens of an expert may cost time of its own. Inputs are the same for all in a turn, who goes
-first changes, and `ratio` is the median over turns of the time over the dense MLP's in that turn (less than 1 is faster).
-`cpu_ratio` is the same of processor time, which other work on the machine disturbs less; `active_share`
-is that of the neurons that the experts compute. What takes more than 1 s and 4
-times the dense MLP in its first turn is measured once more and no longer.
+is decoding, more is prefill or decoding in a batch). Up to 64 tokens three layers run in turn, so that weights are not in
+a cache. Routing is drawn anew in every turn, with loads that spread by some tens of per cent, because in bfloat16 every new
+number of tokens of an expert may cost time of its own. Inputs are the same for all in a turn, and who goes first changes.
+
+`ratio` is the median over turns of the time over the dense MLP's in that turn (less than 1 is faster), `low` and `high` are its
+quartiles; `cpu_ratio` is the same of processor time, which other work on the machine disturbs less. `auto_over_best` is that of
+``llamamoe_auto`` over the fastest of transformers' own implementations. `active_share` is that of the neurons that the
+experts compute. What takes more than 1 s and 4 times the dense MLP in its first turn is measured once more and no longer;
+what transformers refuses (rows that are not whole 16 bytes) is left out.
+
+Results go into the file as they come: cases that stand there already are replaced, so the grid can be measured in parts.
+``--table`` measures nothing and prints the ratios that stand there.
 """
 
 from __future__ import annotations
@@ -21,11 +27,10 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import transformers
@@ -36,6 +41,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from llamamoe.models.experts import register_experts
 
 OURS = register_experts()
+BUILT_IN = ("eager", "grouped_mm", "batched_mm")
 
 
 @dataclass(frozen=True)
@@ -60,26 +66,48 @@ class Case:
 
 SHAPES = (
     ("SmolLM2-135M", 576, 88, 16, 36, 128),
+    ("SmolLM2-135M", 576, 64, 24, 24, 0),
+    ("SmolLM2-135M", 576, 32, 48, 12, 0),
+    ("SmolLM2-135M", 576, 16, 96, 6, 0),
     ("SmolLM2-135M", 576, 8, 192, 4, 0),
-    ("1B", 2048, 8, 1024, 2, 0),
+    ("SmolLM2-135M", 576, 8, 168, 3, 192),
+    ("1B", 2048, 64, 112, 24, 1024),
+    ("1B", 2048, 64, 128, 24, 0),
+    ("1B", 2048, 32, 224, 12, 1024),
+    ("1B", 2048, 16, 448, 6, 1024),
     ("1B", 2048, 8, 1024, 4, 0),
+    ("1B", 2048, 8, 896, 3, 1024),
 )
+DEFAULT = SHAPES[6]
 
 
-TOKENS = {
-    ("SmolLM2-135M", "train"): (2048, 512),
-    ("SmolLM2-135M", "forward"): (1, 16, 512, 2048),
-    ("1B", "train"): (256,),  # more would take half a minute a turn
-    ("1B", "forward"): (1, 16, 512),
-}
+def tokens_of(shape: tuple[Any, ...], task: str) -> tuple[int, ...]:
+    """Numbers of tokens; 2048 of the larger model take seconds a turn, so only the default shape has them."""
+    many = (2048,) if shape[0] != "1B" or shape == DEFAULT else ()
+    return (256, *many) if task == "train" else (1, 2, 4, 8, 16, 64, 256, *many)
 
 
 def cases() -> Iterator[Case]:
-    for task in ("train", "forward"):
+    for task in ("forward", "train"):
         for shape in SHAPES:
             for dtype in ("bf16", "fp32"):
-                for tokens in TOKENS[shape[0], task]:
+                for tokens in tokens_of(shape, task):
                     yield Case(*shape, tokens, task, dtype)
+
+
+@lru_cache(maxsize=1)
+def layers(
+    hidden: int, num_experts: int, width: int, shared: int, dtype: torch.dtype, count: int
+) -> tuple[MixtralConfig, list[MixtralExperts], list[LlamaMLP]]:
+    """The experts, their configuration and their dense parents; kept for the next case."""
+    torch.manual_seed(0)
+    config = MixtralConfig(hidden_size=hidden, intermediate_size=width, num_local_experts=num_experts)
+    dense = LlamaConfig(hidden_size=hidden, intermediate_size=num_experts * width + shared)
+    experts = [MixtralExperts(config).to(dtype) for _ in range(count)]
+    for module in experts:
+        for weight in module.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+    return config, experts, [LlamaMLP(dense).to(dtype) for _ in range(count)]
 
 
 class Bench:
@@ -87,20 +115,17 @@ class Bench:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        torch.manual_seed(0)
         self.dtype = torch.float32 if case.task == "train" or case.dtype == "fp32" else torch.bfloat16
-        sizes = {"hidden_size": case.H, "intermediate_size": case.W}
-        self.config = MixtralConfig(**sizes, num_local_experts=case.N, num_experts_per_tok=case.k)
-        self.experts = MixtralExperts(self.config).to(self.dtype)
-        for weight in self.experts.parameters():
-            torch.nn.init.normal_(weight, std=0.02)
-        neurons = case.N * case.W + case.S
-        self.dense = LlamaMLP(LlamaConfig(hidden_size=case.H, intermediate_size=neurons)).to(self.dtype)
+        count = 3 if case.task == "forward" else 1
+        self.config, self.experts, self.dense = layers(case.H, case.N, case.W, case.S, self.dtype, count)
+        torch.manual_seed(0)
+        used = count if case.T <= 64 else 1
+        self.experts, self.dense = self.experts[:used], self.dense[:used]
 
-    def implementations(self) -> list[str]:
-        """The dense MLP first."""
-        found = ["dense", "eager", "grouped_mm", *OURS]
-        return [*found, "batched_mm"] if self.case.T == 1 else found
+    def implementations(self, *, ours: bool) -> list[str]:
+        """The dense MLP first. ``batched_mm`` copies an expert's weights for every token: few tokens only."""
+        batched = ["batched_mm"] if self.case.T <= 4 and self.case.task == "forward" else []
+        return ["dense", "eager", "grouped_mm", *batched, *(OURS if ours else ["llamamoe_auto"])]
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inputs, selected experts and their weights, drawn anew."""
@@ -111,34 +136,44 @@ class Bench:
         return x, indices, torch.rand(case.T, case.k, dtype=self.dtype)
 
     def run(self, name: str, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[float, float]:
-        """Wall and processor time in ms."""
-        train, repeats = self.case.task == "train", 20 if self.case.T == 1 else 1
+        """Wall and processor time of a layer in ms."""
+        train, repeats = self.case.task == "train", 4 if self.case.T * self.case.H <= 1 << 14 else 1
         x, indices, weights = (t.clone() for t in inputs)
         if train:
             x.requires_grad_()
             weights.requires_grad_()
-        if name != "dense":
-            self.config._experts_implementation = name
+        self.config._experts_implementation = None if name == "dense" else name
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(repeats):
-            with (
-                torch.set_grad_enabled(train),
-                torch.autocast("cpu", torch.bfloat16, enabled=train and self.case.dtype == "bf16"),
-            ):
-                y = self.dense(x) if name == "dense" else self.experts(x, indices, weights)
-            if train:
-                y.float().square().mean().backward()
+            for module in self.dense if name == "dense" else self.experts:
+                with (
+                    torch.set_grad_enabled(train),
+                    torch.autocast("cpu", torch.bfloat16, enabled=train and self.case.dtype == "bf16"),
+                ):
+                    y = module(x) if name == "dense" else module(x, indices, weights)
+                if train:
+                    y.float().square().mean().backward()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        self.experts.zero_grad(set_to_none=True)
-        self.dense.zero_grad(set_to_none=True)
-        return 1e3 * wall / repeats, 1e3 * cpu / repeats
+        for module in (*self.experts, *self.dense):
+            module.zero_grad(set_to_none=True)
+        return 1e3 * wall / repeats / len(self.dense), 1e3 * cpu / repeats / len(self.dense)
+
+    def first(self, names: list[str]) -> dict[str, tuple[float, float]]:
+        """A run of each that can run."""
+        inputs, found = self.inputs(), {}
+        for name in names:
+            try:
+                found[name] = self.run(name, inputs)
+            except RuntimeError:
+                if name not in BUILT_IN:
+                    raise
+        return found
 
 
-def measure(case: Case, seconds: float, max_turns: int = 15) -> dict[str, Any]:
+def measure(case: Case, seconds: float, *, ours: bool, max_turns: int = 15) -> dict[str, Any]:
     """Turns until ``seconds`` are over, at least 3."""
     bench = Bench(case)
-    inputs = bench.inputs()
-    first = {name: bench.run(name, inputs) for name in bench.implementations()}
+    first = bench.first(bench.implementations(ours=ours))
     slow = {name for name, (_, cpu) in first.items() if cpu > 1000 and cpu > 4 * first["dense"][1]}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in first}
     started = time.perf_counter()
@@ -151,45 +186,79 @@ def measure(case: Case, seconds: float, max_turns: int = 15) -> dict[str, Any]:
             times[name].append(bench.run(name, inputs))
     result = {}
     for name, found in times.items():
-        pairs = list(zip(found, times["dense"], strict=False))  # a slow one has the first turn only
+        walls, cpus = ([mine[i] / dense[i] for mine, dense in zip(found, times["dense"], strict=False)] for i in (0, 1))
+        low, _, high = quantiles(walls, n=4, method="inclusive") if len(walls) > 1 else walls * 3
         result[name] = {
             "ms": round(median(wall for wall, _ in found), 3),
-            "ratio": round(median(mine[0] / dense[0] for mine, dense in pairs), 3),
-            "cpu_ratio": round(median(mine[1] / dense[1] for mine, dense in pairs), 3),
+            "ratio": round(median(walls), 3),
+            "low": round(low, 3),
+            "high": round(high, 3),
+            "cpu_ratio": round(median(cpus), 3),
             "turns": len(found),
         }
+    best = min((name for name in BUILT_IN if name in result), key=lambda name: result[name]["ms"])
+    pairs = zip(times["llamamoe_auto"], times[best], strict=False)
     return {
         "case": vars(case),
         "active_share": round(case.k * case.W / (case.N * case.W + case.S), 4),
+        "best": best,
+        "auto_over_best": round(median(mine[0] / theirs[0] for mine, theirs in pairs), 3),
         "results": result,
     }
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Speed-ups over the dense MLP, of the best of transformers' own and of ours, and ours over theirs in time."""
+    lines = ["| task, dtype | experts | T | active | best of transformers | `llamamoe_auto` | auto / best, time |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for each in found:
+        case, results = Case(**each["case"]), each["results"]
+        theirs, mine = results[each["best"]], results["llamamoe_auto"]
+        lines.append(
+            f"| {case.task} {case.dtype} | {case.shape}, {case.k} of {case.N} x {case.W} | {case.T} | {each['active_share']:.2f} |"
+            f" {1 / theirs['ratio']:.2f} x ({each['best']}) | {1 / mine['ratio']:.2f} x | {each['auto_over_best']:.2f} |"
+        )
+    over = sorted(each["auto_over_best"] for each in found)
+    lines.append(f"\n{len(over)} cases, auto / best: median {median(over):.2f}, largest {over[-1]:.2f}, ")
+    lines[-1] += f"more than 1.05 in {sum(each > 1.05 for each in over)}"
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/experts.json"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3, help="How long a case is repeated.")
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="Cases whose label holds all these words; nothing is written."
-    )
+    parser.add_argument("--seconds", type=float, default=2, help="How long a case is repeated.")
+    parser.add_argument("--only", nargs="*", default=[], help="Cases whose label holds all these words.")
+    parser.add_argument("--ours", action="store_true", help="Measure all of ours, not only llamamoe_auto.")
+    parser.add_argument("--table", action="store_true", help="Print what stands in the file.")
     options = parser.parse_args()
+    kept = {}
+    if options.json.exists():
+        kept = {Case(**each["case"]): each for each in json.loads(options.json.read_text())["cases"]}
+    if options.table:
+        print(table(list(kept.values())))
+        return
     torch.set_num_threads(options.threads)
-    found = []
     for case in cases():
         if all(word in case.label.split() for word in options.only):
-            found.append(measure(case, options.seconds))
-            row = {name: f"{each['ms']:g} ms x{each['ratio']:.2f}" for name, each in found[-1]["results"].items()}
-            print(case.label, " ".join(f"{name}: {text};" for name, text in row.items()), flush=True)
-    if not options.only:
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        result = {"threads": options.threads, "cores": os.cpu_count(), **versions, "cases": found}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+            kept[case] = found = measure(case, options.seconds, ours=options.ours)
+            row = {name: f"{each['ms']:g} ms x{each['ratio']:.2f}" for name, each in found["results"].items()}
+            print(case.label, found["auto_over_best"], " ".join(f"{n}: {text};" for n, text in row.items()), flush=True)
+            write(options.json, options.threads, [kept[case] for case in cases() if case in kept])
+
+
+def write(path: Path, threads: int, found: list[dict[str, Any]]) -> None:
+    """The file as it is after a case."""
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    policy = os.environ.get("OMP_WAIT_POLICY", "default")
+    result = {"threads": threads, "cores": os.cpu_count(), "omp_wait_policy": policy, **versions, "cases": found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Groups:
         tokens_R: int64, whose they are.
         padding_R: bool, repetitions of an assignment that must not count; None if there are none.
         pieces: Expert, first and last + 1 assignment; only experts that have one.
+        float32: Convert the factors of a product to float32; what is kept of it is rounded to their dtype again.
     """
 
     num_tokens: int
@@ -31,6 +32,23 @@ class Groups:
     tokens_R: torch.Tensor
     padding_R: torch.Tensor | None
     pieces: tuple[tuple[int, int, int], ...]
+    float32: bool = False
+
+    def factor(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The matrix in the dtype in which products are computed."""
+        return matrix.float() if self.float32 else matrix
+
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``a @ b`` in the dtype of the factors, which autocast does not change: it leaves ``out=`` alone."""
+        a, b = self.factor(a), self.factor(b)
+        return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+
+    def write_product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        """Set ``out`` to ``a @ b``."""
+        if self.float32:
+            out.copy_(self.product(a, b))
+        else:
+            torch.mm(a, b, out=out)
 
     def weights_R(self, weights_Tk: torch.Tensor) -> torch.Tensor:
         """The weight of each assignment, 0 for padding."""
@@ -38,13 +56,14 @@ class Groups:
         return weights_R if self.padding_R is None else weights_R.masked_fill(self.padding_R, 0)
 
 
-def group_by_expert(indices_Tk: torch.Tensor, num_experts: int, *, pad: bool) -> Groups:
+def group_by_expert(indices_Tk: torch.Tensor, num_experts: int, *, pad: bool, float32: bool = False) -> Groups:
     """Sort the assignments by expert; those to expert ``num_experts`` are left out. O(T k log(T k)).
 
     Args:
         indices_Tk: int64 in ``0 .. num_experts``.
         num_experts: N.
         pad: Bring the sizes of groups to few different ones by repeating their last assignment.
+        float32: See `Groups`.
     """
     indices = indices_Tk.reshape(-1)
     order_R = torch.argsort(indices, stable=True)
@@ -58,15 +77,13 @@ def group_by_expert(indices_Tk: torch.Tensor, num_experts: int, *, pad: bool) ->
         order_R = order_R[: ends[-1]]
     else:
         sizes_N = torch.tensor(sizes, device=indices.device)
-        place_R = torch.arange(ends[-1], device=indices.device) - (sizes_N.cumsum(0) - sizes_N).repeat_interleave(
-            sizes_N
-        )
-        last_R = (counts_N - 1).repeat_interleave(sizes_N)
-        start_R = (counts_N.cumsum(0) - counts_N).repeat_interleave(sizes_N)
+        rows = torch.stack((sizes_N.cumsum(0) - sizes_N, counts_N.cumsum(0) - counts_N, counts_N - 1))
+        first_R, start_R, last_R = rows.repeat_interleave(sizes_N, dim=1, output_size=ends[-1])
+        place_R = torch.arange(ends[-1], device=indices.device) - first_R
         order_R = order_R[start_R + place_R.minimum(last_R)]
         padding_R = place_R > last_R
     tokens_R = order_R.div(max(1, indices_Tk.shape[1]), rounding_mode="floor")
-    return Groups(indices_Tk.shape[0], order_R, tokens_R, padding_R, pieces)
+    return Groups(indices_Tk.shape[0], order_R, tokens_R, padding_R, pieces, float32)
 
 
 def _few_sizes(count: int) -> int:
@@ -94,7 +111,7 @@ def _gather(x_TI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> tor
     out_RO = x_TI.new_empty(len(groups.tokens_R), weight_NOI.shape[1])
     for expert, start, stop in groups.pieces:
         x = x_TI.index_select(0, groups.tokens_R[start:stop])
-        torch.mm(x, weight_NOI[expert].T, out=out_RO[start:stop])
+        groups.write_product(x, weight_NOI[expert].T, out_RO[start:stop])
     return out_RO
 
 
@@ -102,7 +119,7 @@ def _scatter(x_RI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> to
     dtype = torch.promote_types(x_RI.dtype, torch.float32)
     out_TO = x_RI.new_zeros((groups.num_tokens, weight_NOI.shape[1]), dtype=dtype)
     for expert, start, stop in groups.pieces:
-        y = x_RI[start:stop] @ weight_NOI[expert].T
+        y = groups.product(x_RI[start:stop], weight_NOI[expert].T)
         out_TO.index_add_(0, groups.tokens_R[start:stop], y.to(dtype))
     return out_TO
 
@@ -116,7 +133,7 @@ def _gather_backward(ctx: Any, grad_RO: torch.Tensor) -> tuple[torch.Tensor | No
         grad_weight = torch.zeros_like(weight_NOI)
         for expert, start, stop in groups.pieces:
             x = x_TI.index_select(0, groups.tokens_R[start:stop])
-            torch.mm(grad_RO[start:stop].T, x, out=grad_weight[expert])
+            groups.write_product(grad_RO[start:stop].T, x, grad_weight[expert])
     return grad_x, grad_weight, None
 
 
@@ -128,9 +145,9 @@ def _scatter_backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | N
     for expert, start, stop in groups.pieces:
         grad = grad_TO.index_select(0, groups.tokens_R[start:stop])
         if grad_x is not None:
-            torch.mm(grad, weight_NOI[expert], out=grad_x[start:stop])
+            groups.write_product(grad, weight_NOI[expert], grad_x[start:stop])
         if grad_weight is not None:
-            torch.mm(grad.T, x_RI[start:stop], out=grad_weight[expert])
+            groups.write_product(grad.T, x_RI[start:stop], grad_weight[expert])
     return grad_x, grad_weight, None
 
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from ...lazy import torch
 from .base import ExpertsCall, ExpertsImplementation
 
+FEW, SOME = 8, 48
+"""Up to so many tokens, adding up the outputs of all experts takes less time than a copy of their down projections, and up
+to SOME the weights are the left factor of a product, which oneDNN and MKL do not pack. On a Xeon, 16 tokens of 24 of 64
+experts, hidden 2048, bfloat16, took 0.75 of the time of the other two ways, and 64 tokens more than both."""
+
 
 class Masked(ExpertsImplementation):
     """Two matrix products over all N W neurons; the work of the dense parent, whatever k is.
@@ -30,17 +35,31 @@ class Masked(ExpertsImplementation):
 
 
 def _dense(call: ExpertsCall, gate_up: torch.Tensor, down: torch.Tensor, weights_TN: torch.Tensor) -> torch.Tensor:
-    """``[T, H]`` of these experts, all of them on every token. Reads the weights, copies ``down``."""
+    """``[T, H]`` of these experts, all of them on every token."""
     T, (N, H, W) = call.num_tokens, down.shape
+    if T <= FEW:
+        hidden_TNW = call.activate(_gate_up(call, gate_up).view(T, N, 2 * W)) * weights_TN[:, :, None]
+        return _sum(torch.bmm(hidden_TNW.transpose(0, 1), down.transpose(1, 2)))
+    if T <= SOME:
+        out_PT = torch.mm(gate_up.reshape(2 * N * W, H), call.x_TH.T).view(N, 2 * W, T)
+        hidden_NTW = call.activate(out_PT.transpose(1, 2)) * weights_TN.T[:, :, None]
+        return _sum(torch.bmm(down, hidden_NTW.transpose(1, 2))).T
     if _regroup(T, H, W):
-        gate_up_PH = gate_up.view(N, 2, W, H).transpose(0, 1).reshape(2 * N * W, H)
-        hidden_TNW = call.activate(torch.nn.functional.linear(call.x_TH, gate_up_PH)).view(T, N, W)
+        gate_up = gate_up.view(N, 2, W, H).transpose(0, 1)
+        hidden_TNW = call.activate(_gate_up(call, gate_up)).view(T, N, W)
     else:
-        hidden_TNW = call.activate(
-            torch.nn.functional.linear(call.x_TH, gate_up.reshape(2 * N * W, H)).view(T, N, 2 * W)
-        )
+        hidden_TNW = call.activate(_gate_up(call, gate_up).view(T, N, 2 * W))
     weighted_TP = (hidden_TNW * weights_TN[:, :, None]).view(T, N * W)
     return torch.nn.functional.linear(weighted_TP, down.transpose(0, 1).reshape(H, N * W))
+
+
+def _gate_up(call: ExpertsCall, gate_up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(call.x_TH, gate_up.reshape(-1, call.hidden_size))
+
+
+def _sum(out_NTH: torch.Tensor) -> torch.Tensor:
+    """Over experts, in float32 at least."""
+    return out_NTH.sum(0, dtype=torch.promote_types(out_NTH.dtype, torch.float32))
 
 
 def _regroup(tokens: int, hidden_size: int, width: int) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 from ...lazy import torch
 from .base import ExpertsCall, ExpertsImplementation
-from .grouped import gather_linear, group_by_expert, scatter_linear
+from .grouped import Groups, gather_linear, group_by_expert, scatter_linear
+from .products import float32_products, products_of_a_row
+
+WHOLE = 16 << 20
+"""The most bytes of float32 inputs that are gathered, and outputs that are scattered, at once."""
 
 
 class Sorted(ExpertsImplementation):
@@ -23,46 +22,73 @@ class Sorted(ExpertsImplementation):
 
     def forward(self, call: ExpertsCall) -> torch.Tensor:
         """See `ExpertsImplementation.forward`. O(T k W H)."""
-        if call.num_tokens == 1 and not torch.is_grad_enabled():
+        train = torch.is_grad_enabled()
+        if call.num_tokens == 1 and not train:
             return _one_token(call)
+        wide = in_float32(call)
         half = call.x_TH.dtype in (torch.bfloat16, torch.float16)
-        groups = group_by_expert(call.known_indices_Tk(), call.num_experts, pad=half and call.x_TH.device.type == "cpu")
+        pad = half and not wide and call.x_TH.device.type == "cpu"
+        groups = group_by_expert(call.known_indices_Tk(), call.num_experts, pad=pad, float32=wide)
+        if not train:
+            whole = 4 * len(groups.tokens_R) * call.hidden_size <= WHOLE
+            return (_all_at_once if whole else _expert_by_expert)(call, groups)
         hidden_RW = call.activate(gather_linear(call.x_TH, call.gate_up, groups))
         return scatter_linear(hidden_RW * groups.weights_R(call.weights_Tk)[:, None], call.down, groups)
 
 
+def in_float32(call: ExpertsCall) -> bool:
+    """Return whether bfloat16 products are computed in float32, as far as routing is even."""
+    rows = call.num_tokens * call.top_k / call.num_experts
+    return float32_products(call.x_TH, rows, 2 * call.width * call.hidden_size)
+
+
 def _one_token(call: ExpertsCall) -> torch.Tensor:
     """``[1, H]``, at least float32, without gradients: sorting and scattering would cost more than the products here."""
+    known = [(place, i) for place, i in enumerate(call.indices_Tk[0].tolist()) if 0 <= i < call.num_experts]
+    gate_up, down = call.gate_up.transpose(1, 2).unbind(0), call.down.transpose(1, 2).unbind(0)
+    hidden_kP = call.x_TH.new_zeros(call.top_k, 2 * call.width)
+    out_kH = call.x_TH.new_zeros(call.top_k, call.hidden_size)
+    with products_of_a_row(call.x_TH):
+        for place, i in known:
+            torch.mm(call.x_TH, gate_up[i], out=hidden_kP[place : place + 1])
+        hidden_kW = call.activate(hidden_kP)
+        for place, i in known:
+            torch.mm(hidden_kW[place : place + 1], down[i], out=out_kH[place : place + 1])
     dtype = torch.promote_types(call.x_TH.dtype, torch.float32)
-    out_1H = call.x_TH.new_zeros((1, call.hidden_size), dtype=dtype)
-    with _products_of_a_row(call.x_TH):
-        for expert, weight in zip(call.indices_Tk[0].tolist(), call.weights_Tk[0].tolist(), strict=True):
-            if 0 <= expert < call.num_experts:
-                hidden_1W = call.activate(torch.nn.functional.linear(call.x_TH, call.gate_up[expert]))
-                out_1H.add_(torch.nn.functional.linear(hidden_1W, call.down[expert]), alpha=weight)
-    return out_1H
+    return torch.mm(call.weights_Tk.to(dtype), out_kH.to(dtype), out=_zeros(call))
 
 
-@contextmanager
-def _products_of_a_row(x_TH: torch.Tensor) -> Iterator[None]:
-    """How a bfloat16 row is multiplied on a CPU: by torch's own kernel, which reads a matrix about 1.5 times as fast.
-
-    oneDNN, torch's first choice, was made for many rows: 22 GB/s against 33 for one row and 4 to 8 MB, two threads. It is
-    switched for the whole process, so only where no other thread computes; those that end with the process do not count
-    (progress bars).
-    """
-    backends: Any = torch.backends  # whose types know no setter
-    switch = backends.mkldnn
-    fits = x_TH.dtype == torch.bfloat16 and x_TH.device.type == "cpu" and switch.enabled
-    if not fits or torch.compiler.is_compiling() or backends.flags_frozen() or not _alone():
-        yield
-        return
-    switch.enabled = False
-    try:
-        yield
-    finally:
-        switch.enabled = True
+def _all_at_once(call: ExpertsCall, groups: Groups) -> torch.Tensor:
+    """``[T, H]``, at least float32, without gradients; all but the products is done for all experts at once."""
+    x_RH = groups.factor(call.x_TH).index_select(0, groups.tokens_R)
+    hidden_RW = call.activate(_products(x_RH, call.gate_up, groups))
+    y_RH = _products(hidden_RW * groups.weights_R(call.weights_Tk)[:, None], call.down, groups)
+    out_TH = _zeros(call)
+    return out_TH.index_add_(0, groups.tokens_R, y_RH.to(out_TH.dtype))
 
 
-def _alone() -> bool:
-    return sum(not thread.daemon for thread in threading.enumerate()) == 1 and not threading.current_thread().daemon
+def _products(x_RI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """``[R, O]``: the rows of each expert times its matrix."""
+    out_RO = x_RI.new_empty(len(x_RI), weight_NOI.shape[1])
+    matrices, sizes = weight_NOI.transpose(1, 2).unbind(0), [stop - start for _, start, stop in groups.pieces]
+    if sizes:
+        for (expert, _, _), x, out in zip(groups.pieces, x_RI.split_with_sizes(sizes), out_RO.split_with_sizes(sizes), strict=True):
+            torch.mm(x, groups.factor(matrices[expert]), out=out)
+    return out_RO
+
+
+def _expert_by_expert(call: ExpertsCall, groups: Groups) -> torch.Tensor:
+    """The same, so that what belongs to an expert stays in the caches until its outputs are added."""
+    out_TH, x_TH, weights_R = _zeros(call), groups.factor(call.x_TH), groups.weights_R(call.weights_Tk)
+    for expert, start, stop in groups.pieces:
+        tokens = groups.tokens_R[start:stop]
+        hidden = call.activate(groups.product(x_TH.index_select(0, tokens), call.gate_up[expert].T))
+        y = groups.product(hidden * weights_R[start:stop, None], call.down[expert].T)
+        out_TH.index_add_(0, tokens, y.to(out_TH.dtype))
+    return out_TH
+
+
+def _zeros(call: ExpertsCall) -> torch.Tensor:
+    """``[T, H]`` to add up in."""
+    dtype = torch.promote_types(call.x_TH.dtype, torch.float32)
+    return call.x_TH.new_zeros((call.num_tokens, call.hidden_size), dtype=dtype)

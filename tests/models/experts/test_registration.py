@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llamamoe.models.experts import EXPERTS, register_experts
-from llamamoe.models.experts.auto import one_token_prefers_sorted, prefers_sorted
+from llamamoe.models.experts.auto import COSTS, one_token_prefers_sorted, prefers_sorted
 
 from .test_implementations import make_model
 
@@ -73,34 +73,37 @@ def test_the_registry_needs_neither_torch_nor_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "sizes", "half", "sorted_wins"),
+    ("tokens", "sizes", "kind", "sorted_wins"),
     [
-        (2048, (88, 16, 36, 576), True, False),
-        (2048, (88, 16, 36, 576), False, True),
-        (512, (88, 16, 36, 576), False, False),
-        (2048, (8, 192, 4, 576), True, True),
-        (2048, (8, 192, 4, 576), False, True),
-        (2048, (8, 192, 8, 576), True, False),
-        (16, (88, 16, 36, 576), True, False),
-        (16, (88, 16, 36, 576), False, False),
-        (16, (8, 1024, 2, 2048), True, True),
-        (512, (8, 1024, 4, 2048), False, True),
+        (8, (64, 112, 24, 2048), "half", False),
+        (32, (64, 112, 24, 2048), "half", True),
+        (2, (8, 896, 3, 2048), "half", True),
+        (256, (64, 112, 24, 2048), "half in float32", True),
+        (32, (16, 96, 6, 576), "half in float32", False),
+        (64, (16, 96, 6, 576), "half in float32", True),
+        (64, (64, 24, 24, 576), "half in float32", False),
+        (4, (64, 112, 24, 2048), "float32", True),
+        (256, (64, 24, 24, 576), "float32", False),
+        (256, (16, 96, 6, 576), "float32", True),
     ],
 )
 def test_auto_chooses_what_was_measured_to_be_faster(
-    tokens: int, sizes: tuple[int, int, int, int], half: bool, sorted_wins: bool
+    tokens: int, sizes: tuple[int, int, int, int], kind: str, sorted_wins: bool
 ) -> None:
-    """Measured on 2 threads by benchmarks/experts.py."""
-    assert prefers_sorted(tokens, *sizes, half=half, threads=2) == sorted_wins
+    """Measured on 2 threads without gradients."""
+    assert prefers_sorted(tokens, *sizes, costs=COSTS[kind], threads=2) == sorted_wins
 
 
 @pytest.mark.parametrize(
     ("sizes", "half", "sorted_wins"),
     [
         ((88, 16, 36, 576), True, False),
+        ((64, 24, 24, 576), True, False),
+        ((64, 24, 24, 576), False, False),
+        ((64, 112, 24, 2048), True, True),
+        ((64, 112, 24, 2048), False, True),
         ((8, 192, 2, 576), True, True),
         ((8, 1024, 2, 2048), True, True),
-        ((88, 16, 36, 576), False, True),
     ],
 )
 def test_auto_for_one_token(sizes: tuple[int, int, int, int], half: bool, sorted_wins: bool) -> None:
