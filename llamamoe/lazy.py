@@ -8,6 +8,7 @@ Modules that cannot be used without torch (subclasses of its modules, of transfo
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,10 @@ class Lazy(ModuleType):
     """Stands for a package that is imported when an attribute is asked for; submodules are found as attributes."""
 
     def __getattr__(self, name: str) -> Any:
-        module = importlib.import_module(self.__name__)
+        try:
+            return getattr(sys.modules[self.__name__], name)  # imported before: import_module takes 2 us
+        except (KeyError, AttributeError):
+            module = importlib.import_module(self.__name__)
         try:
             return getattr(module, name)
         except AttributeError:

@@ -59,8 +59,7 @@ class ExpertsCall:
 
     def known_indices_Tk(self) -> torch.Tensor:
         """The selected experts, with N for all that are not selected."""
-        indices, N = self.indices_Tk, self.num_experts
-        return indices.masked_fill((indices < 0) | (indices > N), N)
+        return self.indices_Tk.clamp(-1, self.num_experts).remainder(self.num_experts + 1)
 
 
 class ExpertsImplementation(ABC):

@@ -44,18 +44,20 @@ def in_float32(call: ExpertsCall) -> bool:
 
 def _one_token(call: ExpertsCall) -> torch.Tensor:
     """``[1, H]``, at least float32, without gradients: sorting and scattering would cost more than the products here."""
+    x_1H, mm = call.x_TH, torch.mm
     known = [(place, i) for place, i in enumerate(call.indices_Tk[0].tolist()) if 0 <= i < call.num_experts]
     gate_up, down = call.gate_up.transpose(1, 2).unbind(0), call.down.transpose(1, 2).unbind(0)
-    hidden_kP = call.x_TH.new_zeros(call.top_k, 2 * call.width)
-    out_kH = call.x_TH.new_zeros(call.top_k, call.hidden_size)
-    with products_of_a_row(call.x_TH):
+    hidden_kP, out_kH = x_1H.new_zeros(call.top_k, 2 * call.width), x_1H.new_zeros(call.top_k, call.hidden_size)
+    with products_of_a_row(x_1H):
+        rows = hidden_kP.split_with_sizes([1] * call.top_k)
         for place, i in known:
-            torch.mm(call.x_TH, gate_up[i], out=hidden_kP[place : place + 1])
-        hidden_kW = call.activate(hidden_kP)
+            mm(x_1H, gate_up[i], out=rows[place])
+        hidden_rows = call.activate(hidden_kP).split_with_sizes([1] * call.top_k)
+        rows = out_kH.split_with_sizes([1] * call.top_k)
         for place, i in known:
-            torch.mm(hidden_kW[place : place + 1], down[i], out=out_kH[place : place + 1])
-    dtype = torch.promote_types(call.x_TH.dtype, torch.float32)
-    return torch.mm(call.weights_Tk.to(dtype), out_kH.to(dtype), out=_zeros(call))
+            mm(hidden_rows[place], down[i], out=rows[place])
+    out_1H = _zeros(call)
+    return torch.mm(call.weights_Tk.to(out_1H.dtype), out_kH.to(out_1H.dtype), out=out_1H)
 
 
 def _all_at_once(call: ExpertsCall, groups: Groups) -> torch.Tensor:
@@ -70,10 +72,11 @@ def _all_at_once(call: ExpertsCall, groups: Groups) -> torch.Tensor:
 def _products(x_RI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> torch.Tensor:
     """``[R, O]``: the rows of each expert times its matrix."""
     out_RO = x_RI.new_empty(len(x_RI), weight_NOI.shape[1])
-    matrices, sizes = weight_NOI.transpose(1, 2).unbind(0), [stop - start for _, start, stop in groups.pieces]
+    matrices, sizes, mm = weight_NOI.transpose(1, 2).unbind(0), [b - a for _, a, b in groups.pieces], torch.mm
     if sizes:
-        for (expert, _, _), x, out in zip(groups.pieces, x_RI.split_with_sizes(sizes), out_RO.split_with_sizes(sizes), strict=True):
-            torch.mm(x, groups.factor(matrices[expert]), out=out)
+        pieces = zip(groups.pieces, x_RI.split_with_sizes(sizes), out_RO.split_with_sizes(sizes), strict=True)
+        for (expert, _, _), x, out in pieces:
+            mm(x, groups.factor(matrices[expert]), out=out)
     return out_RO
 
 
