@@ -24,8 +24,19 @@ _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
 def normal_path(out: str | Path) -> Path:
-    """OUT as an absolute path without ``.`` and ``..``; a link at its end is kept as it is."""
-    return Path(os.path.abspath(Path(out).expanduser()))
+    """OUT as an absolute path without ``.`` and ``..``; a link at its end is kept as it is.
+
+    Raises:
+        RefusedError: It is not UTF-8: libraries that are to load what is written could not open it.
+    """
+    path = Path(os.path.abspath(Path(out).expanduser()))
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RefusedError(
+            f"OUT ({path}) is not UTF-8, and tokenizers opens no file under such a path.", hint="Choose another name."
+        ) from None
+    return path
 
 
 @contextmanager

@@ -202,6 +202,16 @@ def test_out_is_the_current_folder(
     refused(source, "the folder that you are in" if out != ".." else "", out=out)
 
 
+def test_a_name_that_is_not_utf8_is_refused_first(source: Path, tmp_path: Path, refused: Refused) -> None:
+    refused(source, r"out\udcff) is not UTF-8", "Choose another name", out=tmp_path / os.fsdecode(b"out\xff"))
+
+
+def test_a_source_whose_name_is_not_utf8_is_read(source: Path, tmp_path: Path) -> None:
+    renamed = source.rename(tmp_path / os.fsdecode(b"dense\xff"))
+    out = llamamoe.split(renamed, tmp_path / "out", recipe()).out
+    assert llamamoe.verify(out, renamed).passed
+
+
 def test_dots_in_out_are_resolved(source: Path, tmp_path: Path) -> None:
     result = llamamoe.split(source, tmp_path / "new" / "below" / "..", recipe(), verify=False)
     assert result.out == tmp_path / "new"
