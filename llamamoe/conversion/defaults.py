@@ -73,9 +73,10 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
     """
     warnings: list[str] = []
     if recipe.prefer is not None and intermediate_size is not None:
-        recipe = _preferred(recipe, intermediate_size)
+        recipe, warnings = _preferred(recipe, intermediate_size)
     if recipe.method.name == AUTO:
-        recipe, warnings = _auto(recipe, intermediate_size)
+        recipe, more = _auto(recipe, intermediate_size)
+        warnings += more
     splitter = SPLITTERS.get(recipe.method.name)
     given = bool(recipe.calibration)
     repair: str | Choice = recipe.repair or splitter.default_repair or NO_REPAIR
@@ -150,8 +151,10 @@ def _auto(recipe: SplitRecipe, size: int | None) -> tuple[SplitRecipe, list[str]
     return _update(recipe, values), warnings
 
 
-def _preferred(recipe: SplitRecipe, size: int) -> SplitRecipe:
-    """The recipe with the sizes that ``prefer`` means in the place of those that it leaves open.
+def _preferred(recipe: SplitRecipe, size: int) -> tuple[SplitRecipe, list[str]]:
+    """The recipe with the sizes that ``prefer`` means in the place of those that it leaves open, and warnings.
+
+    The wish itself is dropped: the recipe that is written has sizes, and gives the same again.
 
     Raises:
         RefusedError: The method makes no experts.
@@ -162,16 +165,20 @@ def _preferred(recipe: SplitRecipe, size: int) -> SplitRecipe:
             f"--prefer chooses sizes of experts, and {recipe.method.name} makes none.",
             hint="Leave it out, or take another --method.",
         )
+    sizes = {"num_experts", "top_k", "shared"}
+    if sizes <= recipe.model_fields_set and recipe.shared is not None:
+        text = f"--prefer {recipe.prefer} chooses nothing: num_experts, top_k and shared are given (by a flag or the recipe)"
+        return recipe.model_copy(update={"prefer": None}), [text]
     wanted = preferred_sizes(recipe.prefer, size)
     values = _open(recipe, wanted)
-    if recipe.model_fields_set & {"num_experts", "top_k", "shared"}:  # other sizes than those that divide well
+    if recipe.model_fields_set & sizes:  # other sizes than those that divide well
         values.pop("pad_to", None)
     if recipe.shared is None and recipe.target in TARGETS and TARGETS.get(recipe.target).shared != "any":
         shared = values["shared"]
         values["shared"] = _fitting_shared(
             recipe, values | {"shared": shared / size if isinstance(shared, int) else shared}
         )
-    return _update(recipe, values)
+    return _update(recipe, values).model_copy(update={"prefer": None}), []
 
 
 def _known(key: str, value: Any) -> bool:

@@ -13,6 +13,8 @@ Preference = Literal["quality", "balanced", "speed"]
 
 SLOWER = 0.9
 """``balanced``: no task of any program may be slower than this share of the fastest shape's rate."""
+SAME = 0.97
+"""``speed``: rates of which the smaller is at least this share of the larger are the same; readings differ by more."""
 _TASKS = ("decode 1", "prefill")
 _HALF = (0.4, 0.55)
 """Active shares that are chosen from: about half of the FFN, where most of the speed is had for little quality."""
@@ -37,7 +39,8 @@ def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
 
     More and narrower experts lose less quality (BENCHMARKS.md, "Conversion quality"). ``quality`` takes the most;
     ``balanced`` the most that are at most a tenth slower than the fastest shape, in decoding one sequence and in
-    reading a prompt, by every program that was measured; ``speed`` the fastest, by the mean over these.
+    reading a prompt, by every program that was measured; ``speed`` the fastest by the mean over these, and of those that
+    are as fast the one with the widest experts.
     """
     shapes = candidates()
     most: dict[tuple[str, str], float] = {}
@@ -53,7 +56,8 @@ def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
         return math.prod(shares(key)) ** (1 / len(shares(key)))
 
     if prefer == "speed":
-        return max(shapes, key=speed)
+        best = max(map(speed, shapes))
+        return min((key for key in shapes if speed(key) >= SAME * best), key=lambda key: (key[0], -speed(key)))
     fast = [key for key in shapes if min(shares(key)) >= SLOWER] if prefer == "balanced" else list(shapes)
     return max(fast or [max(shapes, key=speed)], key=lambda key: (key[0], speed(key)))
 

@@ -67,10 +67,10 @@ def test_every_flag_arrives_in_the_recipe(dense: Path, run: Run, tmp_path: Path)
         "--dtype", "bfloat16", "--pad-to", "16", "--seed", "7", "--shard-size", "100KB", "--require", "4.57",
         "--no-card", "--repair", "scalar", "--repair-passes", "2", "--calibration", texts[0], "--calibration", texts[1],
         "--calibration-tokens", "1000", "--calibration-weights", "arxiv=1, book=2.5", "--calibration-length", "50",
-        "--device", "cpu", "--compute-dtype", "bfloat16", "--prefer", "speed",
+        "--device", "cpu", "--compute-dtype", "bfloat16",
     )["recipe"]  # fmt: skip
     assert recipe == {
-        "num_experts": 4, "top_k": 1, "prefer": "speed", "method": recipe["method"], "shared": 64,
+        "num_experts": 4, "top_k": 1, "prefer": None, "method": recipe["method"], "shared": 64,
         "shared_by": {"name": "weight_norm", "options": {}}, "router": {"name": "zeros", "options": {}},
         "router_scale": "soft", "rescale": {"name": "unit", "options": {}}, "target": "qwen2_moe", "dtype": "bfloat16",
         "pad_to": 16, "keep_dense": [], "seed": 7, "shard_size": "100KB", "require": "4.57", "strict": False,

@@ -99,8 +99,17 @@ def test_the_recipe_in_a_plan_plans_the_same(dense: Path) -> None:
     model = understand(SafetensorsCheckpoint(dense))
     first = plan_split(model, load_recipe(given={"prefer": "speed", "method": "random"}))
     again = plan_split(model, load_recipe(given=json.loads(first.recipe.model_dump_json())))
-    assert again.layout == first.layout
+    assert (again.layout, again.warnings) == (first.layout, first.warnings)
+    assert first.recipe.prefer is None, "what is written has sizes"
     assert first.layout.num_experts != 8 or first.layout.top_k != 2, "not the plain default"
+
+
+def test_a_wish_that_changes_nothing_is_told(dense: Path) -> None:
+    given = {"prefer": "speed", "method": "random", "num_experts": 8, "top_k": 2, "shared": 0}
+    plan = plan_conversion(dense, load_recipe(given=given))
+    assert any("--prefer speed chooses nothing" in warning for warning in plan.warnings)
+    plan = plan_conversion(dense, load_recipe(given=given | {"prefer": None}))
+    assert not any("prefer" in warning for warning in plan.warnings)
 
 
 def test_pruning_and_unknown_wishes_are_refused(dense: Path) -> None:

@@ -6,17 +6,20 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from ...architectures.dense_checkpoint import understand
 from ...architectures.sources.base import canonical_shapes
 from ...checkpoint.files import make_folder, save_tensors, unsynced, write_text
 from ...checkpoint.gguf.reader import export_dense
+from ...checkpoint.locate import locate, open_checkpoint
 from ...checkpoint.reader import SINGLE, SafetensorsCheckpoint
 from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.recipe import SplitRecipe
 from ...conversion.sizes import QUANTISED_BLOCK
+from ...errors import RefusedError
 from ...lazy import torch
 from .shapes import FfnShape, ModelShape
 
@@ -25,6 +28,8 @@ _FACTORS = {"embed_tokens": 50.0, "o_proj": 0.125, "down_proj": 0.125}
 """So that what a token is stays the most of its hidden state: routers then choose for each token anew, all experts alike."""
 _BLOCK = 2**22
 _CONVERSIONS = "conversions"
+COPIES = 8
+"""Models of the dense one's size that lie on the disk together at most: itself and as GGUF, three shapes, three pruned."""
 
 
 class Material:
@@ -69,7 +74,11 @@ def material(model: ModelShape | Path, folder: Path | None = None) -> Iterator[M
     Args:
         model: A shape, made of random weights in bfloat16; or a dense model's folder or GGUF file, which stays.
         folder: On whose disk; None: where temporary files go.
+
+    Raises:
+        RefusedError: The disk is too small.
     """
+    _check_room(model, Path(gettempdir()) if folder is None else folder)
     with TemporaryDirectory(prefix="llamamoe-speed-", dir=folder) as name:
         work = Path(name)
         if isinstance(model, ModelShape):
@@ -82,6 +91,19 @@ def material(model: ModelShape | Path, folder: Path | None = None) -> Iterator[M
                 dense = work / "dense"
                 export_dense(model, dense)
         yield Material(dense, work, QUANTISED_BLOCK if isinstance(model, ModelShape) else 1)
+
+
+def _check_room(model: ModelShape | Path, folder: Path) -> None:
+    if isinstance(model, ModelShape):
+        nbytes = 2 * sum(prod(shape) for shape in _shapes(model.config()).values())
+    else:
+        nbytes = sum(info.nbytes for info in open_checkpoint(locate(model)).tensors.values())
+    have, need = shutil.disk_usage(folder).free, COPIES * nbytes
+    if have < need:
+        raise RefusedError(
+            f"models to measure speeds on take up to {need / 1e9:.1f} GB, but the disk of {folder} has {have / 1e9:.1f} GB free.",
+            hint="Make room, or let TMPDIR name a folder on another disk.",
+        )
 
 
 def write_random(folder: Path, shape: ModelShape) -> None:

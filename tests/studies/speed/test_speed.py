@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamamoe.errors import LlamaMoeError, MissingExtraError, UsageError
+from llamamoe.errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
 from llamamoe.studies.speed import runtimes
 from llamamoe.studies.speed.material import Material, material, write_random
 from llamamoe.studies.speed.measure import alternate, rates_of
@@ -84,6 +85,14 @@ def test_random_models_load_and_are_deleted(tmp_path: Path) -> None:
         assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
         assert AutoTokenizer.from_pretrained(made.dense)("a b").input_ids == [3 + ord("a"), 259, 3 + ord("b")]
         assert made.convert(made.recipe(MOE), "moe").is_dir()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(RefusedError, match=r"take up to 0\.0 GB") as error, material(TINY, tmp_path):
+        pass
+    assert "TMPDIR" in str(error.value.hint)
     assert not list(tmp_path.iterdir())
 
 
