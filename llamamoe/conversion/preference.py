@@ -25,13 +25,17 @@ LEAST_WIDTH = 16
 
 
 def candidates() -> dict[tuple[int, int, float], list[MeasuredShape]]:
-    """The measured shapes of experts with about half of the FFN active, widths multiples of 32, by N, k and shared share."""
+    """The measured shapes of experts with about half of the FFN active, widths multiples of 32, by N, k and shared share.
+
+    Programs that ran only some of them are left out: a shape must not win for not having been measured.
+    """
     found: dict[tuple[int, int, float], list[MeasuredShape]] = {}
     for each in measured_shapes():
         wide = each.num_experts and each.expert_width % QUANTISED_BLOCK == 0
         if wide and _HALF[0] <= each.active <= _HALF[1]:
             found.setdefault((each.num_experts, each.top_k, each.shared), []).append(each)
-    return found
+    common = set.intersection(*({row.program for row in rows} for rows in found.values()))
+    return {key: [row for row in rows if row.program in common] for key, rows in found.items()}
 
 
 def preferred_shape(prefer: Preference) -> tuple[int, int, float]:

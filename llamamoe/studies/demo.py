@@ -69,6 +69,12 @@ WHY_CALIBRATED = (
     "token, among experts that were built for kinds of tokens. Neither was trained."
 )
 
+WHY_SLOW = (
+    "tokens/s: in a model this small, calling experts in every layer takes longer than reading the weights that they save. "
+    "The same shapes on a model of 1B parameters: `llamamoe split --dry-run`, `llamamoe compare --speed`."
+)
+"""Said where experts decode slower than their parent."""
+
 
 @dataclass(frozen=True)
 class DemoRow:
@@ -115,7 +121,7 @@ class DemoResult:
         text: What perplexity was measured on.
         protocol: How it was measured.
         speed: How speed was measured.
-        remarks: What the numbers mean: `WHY_RUINED`, `WHY_EXACT` and `WHY_CALIBRATED`.
+        remarks: What the numbers mean: `WHY_RUINED`, `WHY_EXACT`, `WHY_CALIBRATED` and, where it is so, `WHY_SLOW`.
         report: The page about `token_clusters` (see `llamamoe.report`).
         seconds: How long it took.
     """
@@ -185,7 +191,7 @@ def demo(
         text=f"every {EVERY}th topic of pydoc_data (Python {platform.python_version()}), at most {max_tokens} tokens",
         protocol=scores[_DENSE].protocol,
         speed=SPEED,
-        remarks=(WHY_RUINED, WHY_EXACT, WHY_CALIBRATED),
+        remarks=(WHY_RUINED, WHY_EXACT, WHY_CALIBRATED, *_slow(speeds)),
         report=page,
         seconds=round(time.monotonic() - started, 1),
     )
@@ -225,6 +231,11 @@ def measure_speeds(
     tell = counting("speed", _SPEED_TURNS * len(folders), "reading", progress)
     found = rates_of(alternate(Transformers(), folders, load, _SPEED_TURNS, tell))
     return {name: {task: asdict(rate) for task, rate in tasks.items()} for name, tasks in found.items()}
+
+
+def _slow(speeds: Mapping[str, Mapping[str, Mapping[str, float]]]) -> tuple[str, ...]:
+    routed = [name for name, given in _CONVERSIONS.items() if "num_experts" in given]
+    return (WHY_SLOW,) if any(speeds[name]["decode 1"]["ratio"] < 1 for name in routed) else ()
 
 
 def _row(

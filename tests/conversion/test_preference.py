@@ -55,6 +55,14 @@ def test_a_shape_that_one_program_runs_slowly_is_not_balanced(table: Callable[..
     assert preferred_shape("balanced")[0] == 32
 
 
+def test_a_program_that_ran_only_some_shapes_does_not_count(table: Callable[..., None]) -> None:
+    rows = [shape(8, 3, 1.7, 1.3), shape(32, 12, 1.7, 1.3)]
+    table(*rows, shape(8, 3, 1.0, 1.0, program="transformers"))
+    assert preferred_shape("balanced")[0] == 32
+    table(*rows, shape(32, 12, 0.5, 0.5, program="transformers"))
+    assert preferred_shape("balanced")[0] == 32
+
+
 @pytest.mark.parametrize("size", [1536, 4864, 5632, 8192, 8960, 11008, 14336, 18944])
 @pytest.mark.parametrize("wish", WISHES)
 def test_experts_are_a_multiple_of_32_wide_and_nothing_is_padded(

@@ -114,7 +114,7 @@ def test_the_demonstrations_sizes_are_within_half_of_the_ffn(tmp_path):
 def test_speeds_are_measured_by_turns_and_shown(tmp_path, monkeypatch, capsys):
     from llamamoe_cli.demo import _print
 
-    from llamamoe.studies.demo import SPEED, DemoResult, DemoRow, measure_speeds
+    from llamamoe.studies.demo import SPEED, WHY_SLOW, DemoResult, DemoRow, _slow, measure_speeds
     from llamamoe.studies.speed import runtimes
     from tests.studies.speed.fake import Fake
 
@@ -131,6 +131,9 @@ def test_speeds_are_measured_by_turns_and_shown(tmp_path, monkeypatch, capsys):
     ratios = [2 / 10, 2 * 10, 2 / 10]  # twice as fast, and each run ten times as slow as the one before
     assert found["moe"]["decode 1"]["ratio"] == pytest.approx(sorted(ratios)[1])
     assert found["moe"]["decode 1"]["highest"] == pytest.approx(20)
+    slow = {"random": found["dense"], "token_clusters": found["moe"]}
+    assert _slow(slow) == (WHY_SLOW,)
+    assert _slow(slow | {"token_clusters": found["dense"]}) == ()
     sizes = {"folder": "", "experts": "", "shared": 0, "total_parameters": 1, "active_parameters": 1, "ffn_share": 0.5,
              "perplexity": 2.0, "bits_per_byte": 1.0, "parity": None, "text": None}  # fmt: skip
     rows = tuple(DemoRow(model=name, **sizes, speed=found[name]) for name in found)
