@@ -130,7 +130,7 @@ def models(work: Path, splits: list[Split]) -> dict[str, Path]:
 def whole_model(dense: Path, moe: Path, dtype: str, implementation: str | None) -> dict[str, Any]:
     """Speed of the model beside its parent's."""
     found = llamamoe.bench(
-        moe, against=dense, batch_sizes=[1, 8], prompt_tokens=256, new_tokens=16, repeats=3, dtype=dtype,
+        moe, against=dense, batch_sizes=[1, 8], prompt_tokens=256, new_tokens=16, repeats=2, dtype=dtype,
         experts_implementation=implementation,
     )  # fmt: skip
     assert found.against is not None

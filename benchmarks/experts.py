@@ -5,8 +5,9 @@
 Layers without router and shared neurons; the dense MLP has the neurons of all experts and the shared ones. ``train`` is
 forward + backward from float32 weights, ``bf16`` under autocast; ``forward`` is without gradients, in the dtype named (T = 1
 is decoding, more is prefill or decoding in a batch). Up to 64 tokens three layers run in turn, so that weights are not in
-a cache. Routing is drawn anew in every turn, with loads that spread by some tens of per cent, because in bfloat16 every new
-number of tokens of an expert may cost time of its own. Inputs are the same for all in a turn, and who goes first changes.
+a cache. Routing is drawn anew for every run, with loads that spread by some tens of per cent: in bfloat16 every new number of
+tokens of an expert costs time of its own, once, so runs on the same routing would be cheaper for all but the first. Who
+goes first changes.
 
 `ratio` is the median over turns of the time over the dense MLP's in that turn (less than 1 is faster), `low` and `high` are its
 quartiles; `cpu_ratio` is the same of processor time, which other work on the machine disturbs less. `auto_over_best` is that of
@@ -180,10 +181,9 @@ def measure(case: Case, seconds: float, *, ours: bool, max_turns: int = 15) -> d
     for turn in range(max_turns):
         if turn >= 3 and time.perf_counter() - started > seconds:
             break
-        inputs = bench.inputs()
         names = [name for name in times if name not in slow or turn == 0]
         for name in names if turn % 2 == 0 else reversed(names):
-            times[name].append(bench.run(name, inputs))
+            times[name].append(bench.run(name, bench.inputs()))
     result = {}
     for name, found in times.items():
         walls, cpus = ([mine[i] / dense[i] for mine, dense in zip(found, times["dense"], strict=False)] for i in (0, 1))
@@ -208,20 +208,22 @@ def measure(case: Case, seconds: float, *, ours: bool, max_turns: int = 15) -> d
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Speed-ups over the dense MLP, of the best of transformers' own and of ours, and ours over theirs in time."""
-    lines = ["| task, dtype | experts | T | active | best of transformers | `llamamoe_auto` | auto / best, time |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """Speed over the dense MLP's, ours and in brackets the best of transformers' own; a line per shape, dtype and task."""
+    tokens = sorted({each["case"]["T"] for each in found})
+    rows: dict[str, dict[int, str]] = {}
     for each in found:
         case, results = Case(**each["case"]), each["results"]
-        theirs, mine = results[each["best"]], results["llamamoe_auto"]
-        lines.append(
-            f"| {case.task} {case.dtype} | {case.shape}, {case.k} of {case.N} x {case.W} | {case.T} | {each['active_share']:.2f} |"
-            f" {1 / theirs['ratio']:.2f} x ({each['best']}) | {1 / mine['ratio']:.2f} x | {each['auto_over_best']:.2f} |"
-        )
+        theirs, mine = results[each["best"]]["ratio"], results["llamamoe_auto"]["ratio"]
+        row = f"{case.task} {case.dtype} | {case.shape}, {case.k} of {case.N} x {case.W}{' + shared' if case.S else ''}"
+        bold = "**" if each["auto_over_best"] > 1.05 else ""
+        rows.setdefault(row, {})[case.T] = f"{bold}{1 / mine:.2f}{bold} ({1 / theirs:.2f})"
+    lines = ["| task, dtype | experts | " + " | ".join(map(str, tokens)) + " |", "|---" * (2 + len(tokens)) + "|"]
+    lines += [f"| {row} | {' | '.join(cells.get(T, '') for T in tokens)} |" for row, cells in rows.items()]
     over = sorted(each["auto_over_best"] for each in found)
-    lines.append(f"\n{len(over)} cases, auto / best: median {median(over):.2f}, largest {over[-1]:.2f}, ")
-    lines[-1] += f"more than 1.05 in {sum(each > 1.05 for each in over)}"
-    return "\n".join(lines)
+    summary = (
+        f"{len(over)} cases, time of llamamoe_auto over the best: median {median(over):.2f}, largest {over[-1]:.2f}, "
+    )
+    return "\n".join([*lines, "", summary + f"more than 1.05 in {sum(each > 1.05 for each in over)}"])
 
 
 def main() -> None:

@@ -18,6 +18,9 @@ ROWS, NUMBERS = 50, 1.6e7
 one of MKL: ``(ROWS - rows) * numbers < NUMBERS``. On a Xeon without AMX, two threads: matrices of 0.46 M numbers from 12
 rows, of 0.9 M to 3.7 M from 30 to 45."""
 
+SMALL = 1 << 20
+"""The most numbers of a matrix that torch's own kernel multiplies by a row."""
+
 
 def float32_products(x_TI: torch.Tensor, rows: float, numbers: int) -> bool:
     """Return whether to multiply these bfloat16 rows by a matrix after converting both to float32.
@@ -60,16 +63,20 @@ def float32_is_faster(cpuinfo: str) -> bool:
 
 
 @contextmanager
-def products_of_a_row(x_TH: torch.Tensor) -> Iterator[None]:
-    """Multiply bfloat16 rows on a CPU by torch's own kernel, which starts sooner than oneDNN, torch's first choice.
+def products_of_a_row(x_TH: torch.Tensor, numbers: int) -> Iterator[None]:
+    """Multiply a bfloat16 row by small matrices by torch's own kernel, which starts sooner than oneDNN, torch's first choice.
 
-    For matrices of 1 MB and one row the loop over 24 of 64 experts took 0.85 of the time; of 4 to 8 MB both were equal. It
-    is switched for the whole process, so only where no other thread computes; those that end with the process do not count
-    (progress bars).
+    For matrices of 0.5 M numbers the loop over 24 of 64 experts took 0.85 of the time, for 0.9 M the same and for 3.7 M 1.1
+    times as much. It is switched for the whole process, so only where no other thread computes; those that end with the
+    process do not count (progress bars).
+
+    Args:
+        x_TH: The row.
+        numbers: Of a matrix.
     """
     backends: Any = torch.backends  # whose types know no setter
     switch = backends.mkldnn
-    fits = x_TH.dtype == torch.bfloat16 and x_TH.device.type == "cpu" and switch.enabled
+    fits = numbers <= SMALL and x_TH.dtype == torch.bfloat16 and x_TH.device.type == "cpu" and switch.enabled
     if not fits or torch.compiler.is_compiling() or backends.flags_frozen() or not _alone():
         yield
         return

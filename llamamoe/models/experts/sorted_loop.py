@@ -48,7 +48,7 @@ def _one_token(call: ExpertsCall) -> torch.Tensor:
     known = [(place, i) for place, i in enumerate(call.indices_Tk[0].tolist()) if 0 <= i < call.num_experts]
     gate_up, down = call.gate_up.transpose(1, 2).unbind(0), call.down.transpose(1, 2).unbind(0)
     hidden_kP, out_kH = x_1H.new_zeros(call.top_k, 2 * call.width), x_1H.new_zeros(call.top_k, call.hidden_size)
-    with products_of_a_row(x_1H):
+    with products_of_a_row(x_1H, 2 * call.width * call.hidden_size):
         rows = hidden_kP.split_with_sizes([1] * call.top_k)
         for place, i in known:
             mm(x_1H, gate_up[i], out=rows[place])

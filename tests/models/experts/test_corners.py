@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from llamamoe.models.experts import EXPERTS, masked, register_experts
+from llamamoe.models.experts import EXPERTS, masked, products, register_experts
 from llamamoe.models.experts.grouped import group_by_expert, scatter_linear
 
 from .test_implementations import call, experts_of, make_model, plain, random_inputs
@@ -98,7 +98,9 @@ def test_one_bfloat16_token_leaves_torchs_switch_as_it_was(monkeypatch: pytest.M
     assert torch.backends.mkldnn.enabled == before
 
 
-def test_the_switch_is_left_alone_beside_other_threads_and_frozen_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_is_left_alone_beside_other_threads_for_large_matrices_and_frozen_flags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     experts, run = experts_of(make_model(num_local_experts=6)), EXPERTS.get("sorted")()
     (x, gate_up, down, weights), indices = random_inputs(1, 6, 2, dtype=torch.bfloat16)
     experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
@@ -118,6 +120,9 @@ def test_the_switch_is_left_alone_beside_other_threads_and_frozen_flags(monkeypa
     finally:
         done.set()
         other.join()
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(products, "SMALL", 0)
+        run(experts, x, indices, weights)
     monkeypatch.setattr("torch.backends.flags_frozen", lambda: True)
     with torch.no_grad():
         run(experts, x, indices, weights)
