@@ -33,7 +33,7 @@ class Costs:
 
 COSTS = {
     "float32": Costs(call=2.1e5, read=0.52, product=0.064, masked=0.0375),
-    "half": Costs(call=1.28e6, read=1.25, product=0.076, masked=0.102),
+    "half": Costs(call=1.28e6, read=1.1, product=0.076, masked=0.102),
     "half in float32": Costs(call=5.5e5, read=8.9, product=0.052, masked=0.2),
 }
 
