@@ -147,7 +147,15 @@ def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeyp
         row, model="random", experts="2 of 8", ffn_share=0.252, perplexity=1.5e6, parity=3e-7, text="the the"
     )
     result = DemoResult(
-        tmp_path, (row, split), "What?", "topics", "protocol", ("It is ruined.",), tmp_path / "report.html", 61.0
+        tmp_path,
+        (row, split),
+        "What?",
+        "topics",
+        "protocol",
+        "how fast",
+        ("It is ruined.",),
+        tmp_path / "report.html",
+        61.0,
     )
     monkeypatch.setattr("llamamoe.studies.demo.demo", lambda out, **_: result)
     text = run("demo", tmp_path).stdout
@@ -160,6 +168,7 @@ def test_demo_prints_table_answers_and_remarks(tmp_path: Path, run: Run, monkeyp
         "3.0e-07",
         "dense: Paris.",
         "It is ruined.",
+        "how fast",
         "report.html",
         "1 min 01 s",
     ):
