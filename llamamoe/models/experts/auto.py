@@ -23,18 +23,20 @@ class Costs:
         read: Reading a number of the weights in one of many small products.
         product: A number and a token in such a product.
         masked: A number and a token in the products of `masked`.
+        assignment: Gathering, or scattering, a number of a token for an expert.
     """
 
     call: float
     read: float
     product: float
     masked: float
+    assignment: float = 1.0
 
 
 COSTS = {
     "float32": Costs(call=2.1e5, read=0.52, product=0.064, masked=0.0375),
     "half": Costs(call=1.28e6, read=1.1, product=0.076, masked=0.102),
-    "half in float32": Costs(call=5.5e5, read=8.9, product=0.052, masked=0.2),
+    "half in float32": Costs(call=1.3e6, read=4.0, product=0.052, masked=0.2),
 }
 
 
@@ -66,7 +68,8 @@ def prefers_sorted(
     """Return whether `sorted` is expected to be faster than `masked`, as far as routing is even."""
     numbers = 3 * width * hidden_size
     hit = num_experts * (1 - (1 - min(1.0, top_k / num_experts)) ** tokens)
-    by_expert = hit * (costs.call * threads / 2 + costs.read * numbers) + tokens * top_k * numbers * costs.product
+    by_expert = hit * (costs.call * threads / 2 + costs.read * numbers)
+    by_expert += tokens * top_k * (numbers * costs.product + hidden_size * costs.assignment)
     return by_expert < num_experts * numbers * (1 + tokens * costs.masked)
 
 
