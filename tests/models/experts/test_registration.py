@@ -76,7 +76,9 @@ def test_the_registry_needs_neither_torch_nor_transformers() -> None:
     ("tokens", "sizes", "kind", "sorted_wins"),
     [
         (8, (64, 112, 24, 2048), "half", False),
-        (32, (64, 112, 24, 2048), "half", True),
+        (64, (64, 112, 24, 2048), "half", True),
+        (8, (16, 448, 6, 2048), "half", True),
+        (16, (32, 224, 12, 2048), "half", False),
         (2, (8, 896, 3, 2048), "half", True),
         (256, (64, 112, 24, 2048), "half in float32", True),
         (32, (16, 96, 6, 576), "half in float32", False),
