@@ -177,9 +177,9 @@ def main() -> None:
             row["ffn"] = ffn_blocks(split, getattr(torch, dtype), options.turns)
             for key, implementation in (("model", "llamamoe_auto"), ("model_as_transformers_chooses", None)):
                 row[key] = whole_model(places["dense"], places[split.name], dtype, implementation)
-            rows[split.name, dtype] = row
+                rows[split.name, dtype] = row
+                write(options.json, options.threads, list(rows.values()))
             print(json.dumps(row), flush=True)
-            write(options.json, options.threads, list(rows.values()))
 
 
 def write(path: Path, threads: int, rows: list[dict[str, Any]]) -> None:
