@@ -171,7 +171,7 @@ def compare(
     cells = cells_of(recipe, model)
     wanted = {cell.label for cell in select(cells, only)}
     folder, depends = Path(out).expanduser(), _Depends(recipe, model)
-    speed = StudySpeed(recipe, cells, folder, location)
+    speed = StudySpeed(recipe, cells, folder, location, tokenizer=tokenizer)
     engine = Engine(location, recipe, folder, tokenizer=tokenizer)
     try:
         run = StudyRun(recipe, engine, folder, [(cell, depends.of(cell, engine)) for cell in cells])

@@ -28,19 +28,28 @@ class StudySpeed:
         cells: Its cells.
         folder: Where results are kept.
         location: The source.
+        tokenizer: For a GGUF source, a folder whose tokenizer is used instead of the one in the file.
 
     Raises:
         MissingExtraError: A program is not installed.
     """
 
-    def __init__(self, recipe: CompareRecipe, cells: Sequence[Cell], folder: Path, location: Location) -> None:
+    def __init__(
+        self,
+        recipe: CompareRecipe,
+        cells: Sequence[Cell],
+        folder: Path,
+        location: Location,
+        *,
+        tokenizer: str | Path | None = None,
+    ) -> None:
         self._recipe, self._cells = recipe, cells
         self._store: SpeedStore | None = None
         if recipe.speed:
             for program in recipe.speed:
                 runtime(program)  # refused before the study begins
             model = location.path if recipe.speed_shape == SOURCE else MODEL_SHAPES[recipe.speed_shape]
-            self._store = SpeedStore(folder, model)
+            self._store = SpeedStore(folder, model, tokenizer=tokenizer)
 
     def measure(self, labels: Set[str], progress: ProgressCallback) -> tuple[str, ...]:
         """Measure what is missing of the cells with these labels; returns what could not be measured, and why."""

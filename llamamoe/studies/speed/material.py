@@ -68,17 +68,20 @@ class Material:
 
 
 @contextmanager
-def material(model: ModelShape | Path, folder: Path | None = None) -> Iterator[Material]:
+def material(
+    model: ModelShape | Path, folder: Path | None = None, *, tokenizer: str | Path | None = None
+) -> Iterator[Material]:
     """Give the dense model and room for its conversions; all of it is deleted afterwards.
 
     Args:
         model: A shape, made of random weights in bfloat16; or a dense model's folder or GGUF file, which stays.
         folder: On whose disk; None: where temporary files go.
+        tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
 
     Raises:
         RefusedError: The disk is too small.
     """
-    _check_room(model, Path(gettempdir()) if folder is None else folder)
+    _check_room(model, Path(gettempdir()) if folder is None else folder, tokenizer)
     with TemporaryDirectory(prefix="llamamoe-speed-", dir=folder) as name:
         work = Path(name)
         if isinstance(model, ModelShape):
@@ -89,15 +92,15 @@ def material(model: ModelShape | Path, folder: Path | None = None) -> Iterator[M
             dense = model
             if model.is_file():
                 dense = work / "dense"
-                export_dense(model, dense)
+                export_dense(model, dense, tokenizer=tokenizer)
         yield Material(dense, work, QUANTISED_BLOCK if isinstance(model, ModelShape) else 1)
 
 
-def _check_room(model: ModelShape | Path, folder: Path) -> None:
+def _check_room(model: ModelShape | Path, folder: Path, tokenizer: str | Path | None) -> None:
     if isinstance(model, ModelShape):
         nbytes = 2 * sum(prod(shape) for shape in _shapes(model.config()).values())
     else:
-        nbytes = sum(info.nbytes for info in open_checkpoint(locate(model)).tensors.values())
+        nbytes = sum(info.nbytes for info in open_checkpoint(locate(model), tokenizer=tokenizer).tensors.values())
     have, need = shutil.disk_usage(folder).free, COPIES * nbytes
     if have < need:
         raise RefusedError(

@@ -36,6 +36,7 @@ class SpeedStore:
         load: Tasks and their sizes.
         turns: How often each model is measured.
         room: On whose disk models are made; None: where temporary files go.
+        tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
 
     Raises:
         LlamaMoeError: The model cannot be read.
@@ -49,8 +50,10 @@ class SpeedStore:
         load: Load | None = None,
         turns: int = TURNS,
         room: Path | None = None,
+        tokenizer: str | Path | None = None,
     ) -> None:
         self.folder, self._load, self._turns, self._room = out / FOLDER, load or Load(), turns, room
+        self._tokenizer = tokenizer
         self._runtimes: dict[str, Runtime] = {}
         self._model: ModelShape | Path
         self._facts: dict[str, Any]
@@ -58,7 +61,7 @@ class SpeedStore:
             self._model, self._facts = model, asdict(model)
         else:
             location = locate(model)
-            checkpoint = understand(open_checkpoint(location)).checkpoint
+            checkpoint = understand(open_checkpoint(location, tokenizer=tokenizer)).checkpoint
             fingerprint = content_fingerprint(checkpoint.tensors, checkpoint.config)
             self._model, self._facts = location.path, {"name": location.name, "fingerprint": fingerprint}
 
@@ -95,7 +98,7 @@ class SpeedStore:
         failed: list[tuple[Wanted, str]] = []
         if not missing:
             return failed
-        with material(self._model, self._room) as made:
+        with material(self._model, self._room, tokenizer=self._tokenizer) as made:
             for group in _groups(missing):
                 if not go_on():
                     break

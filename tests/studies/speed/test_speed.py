@@ -131,6 +131,21 @@ def test_a_store_measures_what_is_missing_and_no_more(fake: Fake, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["study"], "models are deleted"
 
 
+def test_a_gguf_source_is_measured_itself(fake: Fake, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from llamamoe import export_gguf
+
+    write_random(tmp_path / "dense", TINY)
+    source = export_gguf(tmp_path / "dense", tmp_path / "source.gguf").out
+    store = SpeedStore(tmp_path / "study", source, load=LOAD, turns=1, room=tmp_path)
+    assert store.measure([Wanted("fake", MOE)]) == []
+    result = store.load(Wanted("fake", MOE))
+    assert result is not None
+    assert result["model"]["name"].startswith("source")
+    assert source.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "source.gguf", "study"]
+
+
 def test_a_store_stops_between_runs(fake: Fake, tmp_path: Path) -> None:
     store = SpeedStore(tmp_path, TINY, load=LOAD, turns=1, room=tmp_path)
     store.measure([Wanted("fake", MOE)], go_on=lambda: False)
