@@ -12,6 +12,7 @@ from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
+    from llamamoe.alignment.cost import AlignmentPlan
     from llamamoe.architectures.costs import Cost
     from llamamoe.conversion.calibration_cost import CalibrationPlan
     from llamamoe.conversion.plan import SplitPlan
@@ -89,6 +90,8 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         rows.append(("repair", f"{recipe.repair.name}{passes}"))
     if plan.calibration is not None:
         rows += _calibration(plan.calibration)
+    if plan.alignment is not None:
+        rows += _alignment(plan.alignment)
     if layout.dense_layers:
         rows.append(("kept dense", ", ".join(map(str, layout.dense_layers))))
     router, rescale = recipe.router, recipe.rescale
@@ -111,6 +114,16 @@ def _calibration(needed: CalibrationPlan) -> list[tuple[str, str]]:
         ("needed by", ", ".join(needed.needing)),
         ("hidden states", f"{size(needed.disk_bytes)} in memory-mapped files beside OUT while it runs"),
         ("calibration time", f"about {duration(needed.seconds())} at {rate} ({operations})"),
+    ]  # fmt: skip
+
+
+def _alignment(needed: AlignmentPlan) -> list[tuple[str, str]]:
+    options = needed.options
+    what = {"frozen": "", "scales": " and neurons' factors", "ffn": " and FFN weights"}[options.weights]
+    operations, rate = f"{amount(needed.flops)} operations", f"{amount(int(REFERENCE_FLOPS))} a second"
+    return [
+        ("alignment", f"{options.tokens:,} tokens, {options.batch:,} a step: assignment, router{what} of all layers together"),
+        ("alignment time", f"about {duration(needed.seconds())} at {rate} ({operations})"),
     ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ llamamoe split SOURCE OUT --experts 16 --shared 0.25 --dry-run
 llamamoe split meta-llama/Llama-3.2-1B OUT --target mixtral --dtype bfloat16
 llamamoe split SOURCE OUT --calibration texts/ --calibration-tokens 65536
 llamamoe split SOURCE OUT --method token_clusters --experts 24 --top-k 8 --calibration auto
+llamamoe split SOURCE OUT --calibration texts/ --align-tokens 1000000
 llamamoe split SOURCE OUT --recipe my.yaml --set method.max_iter=50
 llamamoe split SOURCE OUT --recipe my.yaml --resume
 """
@@ -43,6 +44,9 @@ Values come from the recipe, then from flags, then from --set; the later wins.
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
 @recipe_options
+@flag("--align-tokens", group="Calibration", metavar="N", type=int,
+       text="Learn assignment, router and FFN weights of all layers together on so many tokens of the calibration text, "
+       "against the parent's own predictions (align.* in a recipe has rates and more).  [default: none]")  # fmt: skip
 @flag("--strict", group=WRITING, is_flag=True,
        text="Refuse what would only be warned about, weights that are not finite included.")  # fmt: skip
 @flag("--no-card", group=WRITING, is_flag=True, text="Write no model card.")
@@ -58,6 +62,7 @@ def command(
     out: str | None,
     recipe: str | None,
     overrides: tuple[str, ...],
+    align_tokens: int | None,
     strict: bool,
     no_card: bool,
     dry_run: bool,
@@ -72,7 +77,8 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT': the folder to make.")
     given |= {"strict": strict or None, "card": False if no_card else None}
-    complete = _recipe(recipe, given, overrides)
+    aligned = () if align_tokens is None else (f"align.tokens={align_tokens}",)
+    complete = _recipe(recipe, given, (*aligned, *overrides))
     if dry_run:
         _plan(source, out, complete, resume, force, tokenizer, output)
     else:

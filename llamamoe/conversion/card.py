@@ -47,7 +47,7 @@ def _exactness(plan: SplitPlan) -> str:
     if layout.copies > 1:
         return f"Every neuron of the parent is in {layout.copies} experts, and the model is {plan.exactness}."
     text = f"Every neuron of the parent is in exactly one place, so the model is {plan.exactness}."
-    if layout.top_k < layout.num_experts and not plan.repaired:
+    if layout.top_k < layout.num_experts and not plan.fitted:
         text += (
             f" With the {layout.top_k} experts per token that it is configured for it is another function, "
             "a poor one until it is trained."

@@ -93,7 +93,9 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
     )
     plugins = list(_plugins(recipe, splitter))
     needing = tuple(text for text, plugin in plugins if plugin.needs in TEXT_NEEDS)
+    needing += ("--align-tokens",) if recipe.align is not None else ()
     _refuse(recipe, needing)
+    _refuse_alignment(recipe, splitter)
     if given and not needing:
         warnings.append("calibration text is given, but no chosen method needs it: it is not read")
     gradients = any(plugin.needs == "gradients" for _, plugin in plugins)
@@ -113,6 +115,24 @@ def _refuse(recipe: SplitRecipe, needing: tuple[str, ...]) -> None:
             f"calibration text is needed by {', '.join(needing)}, and none is given.",
             hint="Give it with --calibration PATH (txt, jsonl or parquet); --calibration auto samples text from the "
             f"source. Without text: --method {UNCALIBRATED_DEFAULT} --repair none.",
+        )
+
+
+def _refuse_alignment(recipe: SplitRecipe, cls: type[Splitter]) -> None:
+    """Refuse to learn what one label for each neuron cannot say."""
+    if recipe.align is None:
+        return
+    splitter = cls(cls.Options.model_validate(recipe.method.options))
+    if splitter.overlap or (splitter.routed and splitter.parts(recipe.num_experts) != recipe.num_experts):
+        raise RefusedError(
+            f"--align-tokens learns one place for every neuron, but with --method {recipe.method.name} a neuron is in "
+            "several experts.",
+            hint="Take --method token_clusters.",
+        )
+    if recipe.router_scale == "soft":
+        raise RefusedError(
+            "--align-tokens learns with experts that weigh the same; --router-scale soft weighs them by their logits.",
+            hint="Leave --router-scale at hard, or leave --align-tokens out.",
         )
 
 

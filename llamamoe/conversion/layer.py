@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..architectures.moe_layout import Neurons
+from ..alignment.layers import AlignedLayer
+from ..architectures.moe_layout import Neurons, weight
 from ..calibration.walk import read_ffn
 from ..checkpoint.tensors import cast, torch_dtype
 from ..lazy import np, torch
@@ -60,6 +61,7 @@ def convert_layer(
     plan: SplitPlan,
     layer: int,
     inputs: LayerInputs | None = None,
+    given: AlignedLayer | None = None,
     adapt: Callable[[ConvertedFfn, FfnWeights], ConvertedFfn] | None = None,
 ) -> ConvertedLayer:
     """Split one layer, give it a router, and repair it if the recipe says so.
@@ -68,24 +70,31 @@ def convert_layer(
         plan: What to do.
         layer: Index of the layer.
         inputs: What its FFN sees on the calibration text; None if no method needs it.
+        given: Partition, router and weights that were learned, in the place of the splitter's and the router's.
         adapt: Makes another function of the layer before it is repaired, for what only a study can run.
     """
     recipe, layout = plan.recipe, plan.layout
     ffn = read_ffn(plan.model, layer)
     context = LayerContext(layer, layout.num_experts, layout.top_k, layout.expert_width, recipe.seed, inputs)
     splitter: Splitter = plugin(SPLITTERS, recipe.method)
-    partition = splitter.split(ffn, _shared(plan, splitter, ffn, context), context)
+    if given is None:
+        partition = splitter.split(ffn, _shared(plan, splitter, ffn, context), context)
+    else:
+        partition = given.partition
     partition.check(ffn.intermediate_size, overlap=splitter.overlap or layout.copies > 1)
     assert len(partition.shared) == layout.num_shared, f"{recipe.method.name} changed the number of shared neurons"
-    weights = splitter.weights(ffn, partition, context)
-    rows, facts = _router(plan, splitter, ffn, partition, context)
+    weights = splitter.weights(ffn, partition, context) if given is None else given.weights(ffn)
+    if given is not None and partition.router_NH is not None:
+        rows, facts = _scaled(plan, splitter, partition.router_NH, ffn, context)
+    else:
+        rows, facts = _router(plan, splitter, ffn, partition, context)
     facts = {"layer": layer} | facts
     if inputs is None:
         return ConvertedLayer(LayerParts(ffn, partition, rows, layout, weights), facts)
     start = ExpertWeights.of_parent(ffn, partition) if weights is None else weights
     moe = as_function(plan, start, partition, rows)
     moe = moe if adapt is None else adapt(moe, ffn)
-    if plan.repaired:
+    if plan.repaired and (given is None or given.matrices is None):
         moe, repair_facts = _repair(plan, splitter, moe, ffn, context)
         if splitter.exact:
             factor = layout.combine.parity_factor
@@ -97,6 +106,27 @@ def convert_layer(
         facts["router_quality"] = router_quality(moe, ffn, inputs)
     kept = weights if moe.weights is start else moe.weights
     return ConvertedLayer(LayerParts(ffn, partition, moe.router_NH, layout, kept), facts, as_stored(plan, moe))
+
+
+def first_partition(plan: SplitPlan, layer: int, inputs: LayerInputs) -> Partition:
+    """What the recipe's splitter makes of one layer, with the router's rows before they are scaled."""
+    recipe, layout = plan.recipe, plan.layout
+    ffn = read_ffn(plan.model, layer)
+    context = LayerContext(layer, layout.num_experts, layout.top_k, layout.expert_width, recipe.seed, inputs)
+    splitter: Splitter = plugin(SPLITTERS, recipe.method)
+    partition = splitter.split(ffn, _shared(plan, splitter, ffn, context), context)
+    if not splitter.routed:
+        return partition
+    return replace(partition, router_NH=plugin(ROUTERS, recipe.router).rows(ffn, partition, context).float().cpu())
+
+
+def selected_coefficient(plan: SplitPlan) -> float:
+    """What a selected expert's output is multiplied by under a hard router; 0 if there are none."""
+    if not plan.layout.num_experts or not plan.target.routed:
+        return 0.0
+    combine = plan.layout.combine
+    weighting = plan.target.router_weighting(combine.weighting)
+    return combine.factor * weight(weighting, plan.layout.num_experts, plan.layout.top_k)
 
 
 def _shared(plan: SplitPlan, splitter: Splitter, ffn: FfnWeights, context: LayerContext) -> np.ndarray:

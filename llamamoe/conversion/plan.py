@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._version import __version__
+from ..alignment.cost import AlignmentPlan, plan_alignment
 from ..architectures.costs import Cost, count
 from ..architectures.dense_checkpoint import DenseModel, stored_dtype
 from ..architectures.moe_layout import MoeLayout, OutTensor
@@ -30,6 +31,9 @@ from .defaults import complete
 from .expected_speed import expected_speed
 from .recipe import DTYPES, NO_REPAIR, SplitRecipe
 from .sizes import choose_target, make_splitter, padded
+
+_LEARNED: dict[str, Kept] = {"frozen": "neurons", "scales": "gate_up", "ffn": "nothing"}
+"""What alignment leaves as it is, by what learns in it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class SplitPlan:
         parity: Whether all experts together compute what the parent computes.
         majors: Versions of transformers that load the output.
         calibration: What calibration will cost; None if no text is read.
+        alignment: What learning through the whole model will cost; None if nothing is.
         source_dtype: Dtype of most of the source's weights, a safetensors name.
     """
 
@@ -72,12 +77,23 @@ class SplitPlan:
     parity: str
     majors: tuple[str, ...]
     calibration: CalibrationPlan | None = None
+    alignment: AlignmentPlan | None = None
     source_dtype: str = "F32"
 
     @property
     def repaired(self) -> bool:
         """Whether weights are fitted to calibration text, so that they are not the parent's any more."""
         return self.recipe.repair is not None and self.recipe.repair.name != NO_REPAIR
+
+    @property
+    def aligns_weights(self) -> bool:
+        """Whether the FFN's matrices are learned through the whole model; what the methods give is then only the start."""
+        return self.recipe.align is not None and self.recipe.align.weights == "ffn"
+
+    @property
+    def fitted(self) -> bool:
+        """Whether weights are other than the parent's: repaired, or learned."""
+        return _fitted(self.recipe)
 
     @property
     def padding_per_layer(self) -> int:
@@ -93,8 +109,9 @@ class SplitPlan:
     def kept(self) -> Kept:
         """What of the parent's neurons the file must hold bit for bit (see `Splitter.kept`, `Repair.keeps`)."""
         repair = self.recipe.repair
-        left = REPAIRS.get(repair.name).keeps if self.repaired and repair else "neurons"
-        return min(self.splitter.kept, left, key=("nothing", "gate_up", "neurons").index)
+        left: Kept = REPAIRS.get(repair.name).keeps if self.repaired and repair else "neurons"
+        learned: Kept = "neurons" if self.recipe.align is None else _LEARNED[self.recipe.align.weights]
+        return min(self.splitter.kept, left, learned, key=("nothing", "gate_up", "neurons").index)
 
     @property
     def exactness(self) -> str:
@@ -103,8 +120,9 @@ class SplitPlan:
             return "not exact: neurons are left out"
         if not self.splitter.exact:
             return "not exact, even with all experts selected"
-        before = "before repair " if self.repaired else ""
-        after = ", not after it: weights are fitted to the top-k output" if self.repaired else ""
+        step = "repair" if self.repaired and not self.aligns_weights else "weights are learned"
+        before = f"before {step} " if self.fitted else ""
+        after = ", not after it: weights are fitted to the top-k output" if self.fitted else ""
         if self.layout.copies > 1:
             return f"exact {before}with any number of whole copies selected{after}"
         conditions = []
@@ -145,6 +163,7 @@ class SplitPlan:
             "num_tensors": len(self.tensors),
             "peak_memory_bytes": self.peak_bytes,
             "calibration": self.calibration.to_json() if self.calibration else None,
+            "alignment": self.alignment.to_json() if self.alignment else None,
             "warnings": list(self.warnings),
             "advice": list(self.advice),
             "speed": expected_speed(layout, self.model.spec),
@@ -165,6 +184,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
     recipe = padded(spec, recipe, splitter, dtype)
     target, layout = choose_target(spec, recipe, splitter, dtype)
     calibration = plan_calibration(spec, chosen, layout) if chosen.calibrated else None
+    alignment = _alignment(spec, recipe, layout, stored_dtype(model))
     recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
     tensors = tuple(target.tensors(spec, layout))
     shards = _shards(tensors, dtype, recipe.shard_size)
@@ -188,12 +208,13 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
             tied=target.ties(spec),
         ),
         peak_bytes=_peak_bytes(spec, make_splitter(recipe), layout, dtype)
-        + (calibration.peak_bytes if calibration else 0),
+        + max(calibration.peak_bytes if calibration else 0, alignment.peak_bytes if alignment else 0),
         warnings=tuple(warnings),
         advice=(*model.checkpoint.notes, *advice(spec, recipe, calibration, target, layout)),
-        parity="exact" if make_splitter(recipe).exact and recipe.repair in (None, Choice(name=NO_REPAIR)) else "none",
+        parity="exact" if make_splitter(recipe).exact and not _fitted(recipe) else "none",
         majors=target.majors(spec),
         calibration=calibration,
+        alignment=alignment,
         source_dtype=stored_dtype(model),
     )
 
@@ -208,6 +229,12 @@ def _resolved(target: Target, layout: MoeLayout, dtype: str, calibration: Calibr
         "dtype": next(name for name, d in DTYPES.items() if d == dtype),
         "keep_dense": layout.dense_layers,
     } | ({"calibration_length": calibration.length} if calibration else {})
+
+
+def _fitted(recipe: SplitRecipe) -> bool:
+    return recipe.repair not in (None, Choice(name=NO_REPAIR)) or (
+        recipe.align is not None and recipe.align.weights != "frozen"
+    )
 
 
 def _warnings(
@@ -234,6 +261,30 @@ def _warnings(
             f"the factor {layout.combine.bake:g} is not a power of two: the experts' down projections are rounded once more in {dtype}"
         )
     return found
+
+
+def _alignment(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout, source_dtype: str) -> AlignmentPlan | None:
+    """What the recipe's alignment costs.
+
+    Raises:
+        RefusedError: Its sequences are longer than the model has positions.
+    """
+    options = recipe.align
+    if options is None:
+        return None
+    if options.length > spec.max_position_embeddings:
+        raise RefusedError(
+            f"align.length {options.length} is more than the model's {spec.max_position_embeddings} positions "
+            f"(--set align.length={spec.max_position_embeddings})."
+        )
+    half = recipe.compute_dtype == "bfloat16" or (recipe.compute_dtype is None and source_dtype in ("BF16", "F16"))
+    return plan_alignment(
+        spec,
+        options,
+        layers=spec.num_layers - len(layout.dense_layers),
+        num_experts=layout.num_experts,
+        compute_bytes=2 if half and recipe.device != "cpu" else 4,
+    )
 
 
 # ---- files and costs --------------------------------------------------------------------------------------------

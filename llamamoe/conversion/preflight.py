@@ -29,6 +29,7 @@ def check_room(out: Path, plan: SplitPlan, *, resume: bool) -> None:
     """
     have = free_bytes(out, resume=resume)
     states = plan.calibration.disk_bytes if plan.calibration else 0
+    states += plan.alignment.state_bytes if plan.alignment else 0
     need = plan.cost.nbytes + states + 64 * 2**20
     if have < need:
         raise RefusedError(

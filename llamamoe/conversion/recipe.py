@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..alignment.recipe import AlignmentOptions
 from ..architectures.rescales import RESCALES
 from ..architectures.targets import TARGETS
 from ..checkpoint.layout import SHARD_SIZE, SHARD_SIZE_RULE
@@ -97,6 +98,9 @@ class SplitRecipe(Recipe):
     calibration_tokens: CalibrationTokens = 65536
     calibration_weights: CalibrationWeights = None
     calibration_length: CalibrationLength = None
+    align: AlignmentOptions | None = Field(
+        None, description="Learn assignment and router of all layers together, against the parent's predictions."
+    )
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype of large products on calibration text; what is fitted and stored is not rounded to it."
     )

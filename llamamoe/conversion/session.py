@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..alignment.layers import AlignedLayer
+from ..alignment.recipe import AlignmentOptions
 from ..calibration.compute import Compute
 from ..calibration.gradients import GradientStore
 from ..calibration.text import CalibrationText, calibration_text
@@ -23,6 +25,7 @@ from ..lazy import np, torch
 from ..methods.layer import LayerInputs
 from ..methods.moe_layer import ConvertedFfn, dense_outputs
 from ..progress import ProgressCallback
+from .aligning import aligned_layers
 from .plan import SplitPlan
 from .recipe import AUTO
 
@@ -56,6 +59,7 @@ class Session:
         self.plan, self.compute, self._given = plan, compute, text
         self._writer, self._progress = writer, progress
         self.folder = writer.path / STATES
+        self.given: dict[int, AlignedLayer] = {}
         self._text: CalibrationText | None = None
         self._walk: Walk | None = None
 
@@ -70,6 +74,8 @@ class Session:
         assert self.plan.calibration is not None
         make_folder(self.folder)
         text = self._text = self._prepare_text()
+        if self.plan.recipe.align is not None:
+            self.given = self._aligned(text, self.plan.recipe.align)
         gradients = self._gradients(text) if self.plan.calibration.gradients else None
         self._walk = Walk(
             self.plan.model,
@@ -99,6 +105,11 @@ class Session:
             outputs = moe.outputs(inputs)
         self.walk.leave(layer, outputs)
         self._save(layer + 1)
+
+    def _aligned(self, text: CalibrationText, options: AlignmentOptions) -> dict[int, AlignedLayer]:
+        more = make_text(self.plan, self.compute, self._progress, num_tokens=options.tokens, length=options.length)
+        folder = self.folder / "alignment"
+        return aligned_layers(self.plan, text, more, self.compute, self._writer, folder, self._progress)
 
     # ---- states -----------------------------------------------------------------------------------------------
 
@@ -176,13 +187,22 @@ def read_ahead(plan: SplitPlan, compute: Compute, progress: ProgressCallback) ->
     return text
 
 
-def make_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> CalibrationText:
+def make_text(
+    plan: SplitPlan,
+    compute: Compute,
+    progress: ProgressCallback,
+    *,
+    num_tokens: int | None = None,
+    length: int | None = None,
+) -> CalibrationText:
     """The recipe's calibration text in the source's tokens, read from files or sampled from the source.
 
     Args:
         plan: Its recipe says what; its ``calibration`` how much.
         compute: For sampling.
         progress: Told while text is sampled.
+        num_tokens: In the place of the recipe's ``calibration_tokens``.
+        length: In the place of the plan's sequence length.
 
     Raises:
         UsageError, LlamaMoeError: The text cannot be had; the message says why.
@@ -190,6 +210,7 @@ def make_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> 
     """
     recipe, sizes, spec = plan.recipe, plan.calibration, plan.model.spec
     assert sizes is not None
+    num_tokens, length = num_tokens or recipe.calibration_tokens, length or sizes.length
     tokenizer = _tokenizer(plan)
     if recipe.calibration == (AUTO,):
         from ..calibration.sampled import sample_text
@@ -197,8 +218,8 @@ def make_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> 
         return sample_text(
             plan.model,
             tokenizer,
-            num_tokens=recipe.calibration_tokens,
-            length=sizes.length,
+            num_tokens=num_tokens,
+            length=length,
             seed=recipe.seed,
             dtype=compute.dtype,
             device=compute.device,
@@ -207,8 +228,8 @@ def make_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> 
     return calibration_text(
         recipe.calibration,
         tokenizer,
-        num_tokens=recipe.calibration_tokens,
-        length=sizes.length,
+        num_tokens=num_tokens,
+        length=length,
         weights=recipe.calibration_weights,
         seed=recipe.seed,
         vocab_size=spec.vocab_size,

@@ -25,6 +25,7 @@ from ..checkpoint.writer import CheckpointWriter
 from ..errors import RefusedError
 from ..models.loadable import check_loads, check_model
 from ..progress import Progress, ProgressCallback, ignore_progress
+from .aligning import UNIT as ALIGNMENT
 from .card import model_card
 from .plan import SplitPlan, plan_split
 from .preflight import check_room, check_text
@@ -185,6 +186,7 @@ def _receipt(
         "weights_sha256": hashes.weights,
         "unit_sha256": dict(hashes.units),
         "calibration": calibration,
+        "alignment": infos[ALIGNMENT]["alignment"] if ALIGNMENT in infos else None,
         "layers": [info for info in infos.values() if "layer" in info],
         "warnings": list(warnings),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

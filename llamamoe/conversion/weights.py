@@ -10,6 +10,7 @@ from ..checkpoint.tensors import nonfinite, one_thread
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import RefusedError
 from ..progress import Progress, ProgressCallback
+from .aligning import UNIT as ALIGNMENT
 from .assembly import made_of, make
 from .layer import ConvertedLayer, convert_layer
 from .plan import SplitPlan
@@ -32,7 +33,8 @@ def write_weights(
             _write_uncalibrated(plan, writer, units, progress)
     writer.flush()
     remove_states(writer.path)
-    return {unit: writer.info(unit) for unit in ([UNIT] if session else []) + list(units)}
+    first = [unit for unit in (UNIT, ALIGNMENT) if session and writer.done(unit)]
+    return {unit: writer.info(unit) for unit in first + list(units)}
 
 
 def _write_uncalibrated(
@@ -72,7 +74,7 @@ def _write_calibrated(
         unit = f"layer.{layer}"
         inputs = session.enter(layer)
         dense = layer in plan.layout.dense_layers
-        converted = None if dense else convert_layer(plan, layer, inputs)
+        converted = None if dense else convert_layer(plan, layer, inputs, session.given.get(layer))
         session.leave(layer, inputs, converted.moe if converted else None)
         if not finished[layer]:
             _write_unit(plan, writer, unit, units[unit], converted)

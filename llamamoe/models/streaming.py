@@ -190,6 +190,15 @@ class LayerRunner:
         finally:
             module.to(device="meta")
 
+    def hold(self, change: Callable[[int, torch.nn.Module], None]) -> list[torch.nn.Module]:
+        """All decoder layers with their weights, for good; ``change`` may replace parts of each as it is loaded."""
+        modules = list(self._model.model.layers)
+        with quiet_transformers():
+            for index, module in enumerate(modules):
+                self._streamed._load(module, index)
+                change(index, module)
+        return modules
+
     def run(self, index: int, module: torch.nn.Module, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """The hidden states after the layer, ``[B, S, H]``; gradients flow if they are on."""
         output: torch.Tensor = module(hidden_BSH, **self._calls[index])

@@ -107,7 +107,7 @@ def convert_in_memory(
         if layer in plan.layout.dense_layers:
             outputs = dense_outputs(inputs, cast_ffn(read_ffn(plan.model, layer), dtype))
         else:
-            converted[layer] = convert_layer(plan, layer, inputs, adapt)
+            converted[layer] = convert_layer(plan, layer, inputs, adapt=adapt)
             moe = converted[layer].moe
             assert moe is not None
             outputs = moe.outputs(inputs)

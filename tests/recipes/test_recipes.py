@@ -109,6 +109,7 @@ def test_a_recipe_runs_on_a_tiny_model(tmp_path, path, variant):
     top_k = max(1, round(4 * asked.top_k / asked.num_experts))
     text = write_words(tmp_path / "text.txt")
     small = ["calibration_tokens=512", "calibration_length=64", f"calibration={text}"] if needs_text(asked) else []
+    small += ["align.tokens=1024", "align.length=32", "align.batch=128"] if asked.align else []
     recipe = load_recipe(path, overrides=["num_experts=4", f"top_k={top_k}", *small])
     result = llamamoe.split(make_dense(tmp_path / "dense", variant), tmp_path / "moe", recipe)
     assert result.receipt["verification"]["passed"]
@@ -174,9 +175,7 @@ def test_commands_of_the_readme_run(beside_the_demo):
     assert [args[0] for args in COMMANDS] == [
         *(
             "inspect",
-            "split",
-            "split",
-            "split",
+            *("split", "split", "split", "split"),
             "verify",
             "evaluate",
             "bench",

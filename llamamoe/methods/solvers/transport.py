@@ -20,9 +20,13 @@ MOST_STEPS = 60
 
 
 def balanced_transport(
-    logits_RN: torch.Tensor, temperature: float, iterations: int, prices_N: torch.Tensor | None = None
+    logits_RN: torch.Tensor,
+    temperature: float,
+    iterations: int,
+    prices_N: torch.Tensor | None = None,
+    sizes_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plan P >= 0 of largest ``<P, A> + temperature entropy(P)``, rows of sum 1, columns of sum R/N.
+    """The plan P >= 0 of largest ``<P, A> + temperature entropy(P)``, rows of sum 1, columns of sum R/N or ``sizes_N``.
 
     Sinkhorn's algorithm on logarithms: ``P_jc = exp((A_jc - p_c) / temperature) / Z_j``, prices p moved until the
     columns fit. Rows are exact, columns as exact as the iterations make them. O(R N) each.
@@ -34,16 +38,18 @@ def balanced_transport(
         temperature: > 0.
         iterations: At least 1.
         prices_N: To start from, such as those of similar logits.
+        sizes_N: Sums of the columns, above 0, R together; None for equal ones.
 
     Returns:
         P ``[R, N]`` and the prices ``[N]``.
     """
     scaled_RN = logits_RN.detach() / temperature
     potential_N = scaled_RN.new_zeros(scaled_RN.shape[1]) if prices_N is None else -prices_N / temperature
-    log_size = math.log(max(len(scaled_RN), 1) / scaled_RN.shape[1])
+    even = scaled_RN.new_full(scaled_RN.shape[1:], max(len(scaled_RN), 1) / scaled_RN.shape[1])
+    log_size_N = (even if sizes_N is None else sizes_N).log()
     for _ in range(iterations):
         row_R1 = torch.logsumexp(scaled_RN + potential_N, dim=1, keepdim=True)
-        potential_N = log_size - torch.logsumexp(scaled_RN - row_R1, dim=0)
+        potential_N = log_size_N - torch.logsumexp(scaled_RN - row_R1, dim=0)
     return (scaled_RN + potential_N).softmax(dim=1), -potential_N * temperature
 
 

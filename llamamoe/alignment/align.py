@@ -1,0 +1,271 @@
+"""Assignment and router of all layers learned together, against the parent's own predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..architectures.dense_checkpoint import DenseModel
+from ..calibration.compute import Compute
+from ..calibration.walk import cast_ffn, read_ffn
+from ..errors import LlamaMoeError
+from ..lazy import np, torch
+from ..models.streaming import LayerRunner, StreamedModel
+from ..progress import Progress, ProgressCallback, ignore_progress
+from .assignment import Assignment
+from .distance import divergence
+from .gated import GatedFfn
+from .layers import AlignedLayer, Learned, Start, moved
+from .recipe import AlignmentOptions
+from .states import States
+
+SECONDS_BETWEEN_STATES = 120.0
+WARM_UP = 1 / 20
+"""Share of the steps in which the rates rise."""
+HELD_OUT = 1 / 16
+"""Share of the sequences that are held out, to compare states of the learning on."""
+MOST_HELD_OUT = 1 << 14
+"""Most held-out tokens."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What was learned.
+
+    Attributes:
+        layers: Each of those that were given.
+        facts: For the receipt: KL on held-out text at the start and at every check, moved neurons, and sizes.
+    """
+
+    layers: dict[int, AlignedLayer]
+    facts: dict[str, Any]
+
+
+def align(
+    model: DenseModel,
+    starts: Mapping[int, Start],
+    ids_ST: np.ndarray,
+    options: AlignmentOptions,
+    compute: Compute,
+    *,
+    weights_dtype: torch.dtype,
+    folder: Path | None = None,
+    progress: ProgressCallback = ignore_progress,
+) -> Aligned:
+    """Minimise ``KL(parent || student)`` of the next token over assignment, router and FFN weights of all layers together.
+
+    The student is the parent with its FFNs' neurons gated: those of the k experts whose router logits are largest, and
+    the shared ones. Forward all choices are hard: partitions are exactly balanced and every token selects k experts, so
+    that what is measured is what is written. Backward they are soft: neurons by the transport plan
+    ``Sinkhorn(A / tau)`` with the same sizes, tokens by the threshold function of `soft_top_k`; both temperatures fall.
+    All else of the model is the parent's and in memory once; of FFN weights that learn there are the parent's, too.
+
+    Of the start and ``checks`` states on the way, the one of least KL on held-out text is kept: the first
+    sequences of the text, which nothing is learned from.
+
+    Reference: after DOT-MoE (arXiv:2606.01666); straight-through estimates as in Bengio et al. (arXiv:1308.3432).
+
+    Time: two forward passes of the dense model and a backward pass that makes no gradient of weights, for each token:
+    about 3 multiply-adds per parameter, 4 if FFN weights learn. Memory: the model in the compute dtype, 16 bytes for each FFN
+    weight that learns, and for a step's tokens two F-wide activations in each layer.
+
+    Args:
+        model: The dense parent.
+        starts: The layers that are split; the others stay dense.
+        ids_ST: int64 ``[S, T]``, the text, in an order that mixes its domains.
+        options: Rates, temperatures, steps.
+        compute: Device and dtype of large products.
+        weights_dtype: What the weights are rounded to, because they will be stored so.
+        folder: Where the state is kept, so that a stopped run goes on with the same bytes; nowhere if None.
+        progress: Told after every step.
+
+    Raises:
+        LlamaMoeError: There is too little text, or the loss is not finite.
+    """
+    return _Alignment(model, starts, ids_ST, options, compute, weights_dtype, folder, progress).run()
+
+
+class _Alignment:
+    def __init__(
+        self,
+        model: DenseModel,
+        starts: Mapping[int, Start],
+        ids_ST: np.ndarray,
+        options: AlignmentOptions,
+        compute: Compute,
+        weights_dtype: torch.dtype,
+        folder: Path | None,
+        progress: ProgressCallback,
+    ) -> None:
+        self.options, self.progress, self.device = options, progress, compute.device
+        self.vocab_size = model.spec.vocab_size
+        sequences, length = ids_ST.shape
+        held_out = max(1, min(round(sequences * HELD_OUT), MOST_HELD_OUT // length))
+        self.held_out_ST, self.ids_ST = (torch.from_numpy(part) for part in (ids_ST[:held_out], ids_ST[held_out:]))
+        if not len(self.ids_ST):
+            raise LlamaMoeError(
+                f"the text gives {sequences} sequence of {length} tokens, which is held out: nothing is left to align on.",
+                hint="Give more text, or a smaller align.length.",
+            )
+        self.batch = max(1, min(options.batch // length, len(self.ids_ST)))
+        self.steps = len(self.ids_ST) // self.batch
+        checkpoint = model.checkpoint
+        streamed = StreamedModel.of_dense(
+            model,
+            lambda name: checkpoint.read(name).to(weights_dtype),
+            device=compute.device,
+            dtype=compute.dtype,
+        )
+        with torch.no_grad():
+            self.runner = LayerRunner(streamed, length)
+        self.layers: dict[int, Learned] = {}
+        self.modules = self.runner.hold(
+            lambda layer, module: self._gate(model, layer, module, starts, weights_dtype, compute)
+        )
+        self.optimizer = torch.optim.Adam(self._groups())
+        self.states = None if folder is None else States(folder, self.layers, self.optimizer)
+
+    def _gate(
+        self,
+        model: DenseModel,
+        layer: int,
+        module: Any,
+        starts: Mapping[int, Start],
+        weights_dtype: torch.dtype,
+        compute: Compute,
+    ) -> None:
+        """Put a gated FFN in the place of the layer's own, which is let go."""
+        if layer not in starts:
+            return
+        start = starts[layer]
+        module.mlp = GatedFfn(cast_ffn(read_ffn(model, layer), weights_dtype), compute.device, compute.dtype)
+        assignment = Assignment.of(start.partition, model.spec.intermediate_size, self.options.margin, compute.device)
+        rows = start.partition.router_NH
+        rows = torch.zeros(0, model.spec.hidden_size) if rows is None else rows
+        rows = rows.to(compute.device, torch.float32, copy=True)
+        scales = weights = None
+        if self.options.weights == "scales":
+            scales = torch.ones(model.spec.intermediate_size, device=compute.device)
+        elif self.options.weights == "ffn":
+            first = start.layer.matrices or module.mlp.parent
+            weights = tuple(w.to(compute.device, torch.float32, copy=True) for w in first)
+        self.layers[layer] = Learned(start, assignment, rows, scales, weights, module.mlp)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        options = self.options
+        whole = sum(self._schedule(step) for step in range(self.steps))
+        rates = {
+            "logits": options.reach * options.margin / whole,
+            "scales": options.lr_scale,
+            "rows": options.lr_router,
+        }
+        groups = []
+        for each in self.layers.values():
+            for name, parameter in each.parameters.items():
+                size = _size(parameter) if name not in ("logits", "scales") else 1.0
+                rate = rates.get(name, options.lr_weights) * size
+                parameter.requires_grad_(rate > 0)
+                groups.append({"params": [parameter], "lr": rate, "rate": rate})
+        return groups
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> Aligned:
+        options, first = self.options, 0
+        checks = [self.steps * i // options.checks for i in range(options.checks + 1)]
+        record: list[tuple[int, float]] = []
+        best: dict[int, AlignedLayer] = {}
+        if self.states is not None and (found := self.states.load()) is not None:
+            first, record, best = found
+        for step in range(first, self.steps + 1):
+            if step in checks and not any(step == done for done, _ in record):
+                value = self.held_out()
+                if not any(value >= before for _, before in record):
+                    best = {layer: each.now for layer, each in self.layers.items()}
+                record.append((step, value))
+            if self.states is not None and (step in checks or self.states.due(SECONDS_BETWEEN_STATES)):
+                self.states.save(step, record, best)
+            if step < self.steps:
+                loss = self.step(step)
+                self.progress(
+                    Progress("align", step + 1, self.steps, "step", f"KL {loss:.3f}, held out {record[-1][1]:.3f}")
+                )
+        return Aligned(best, self._facts(record, best))
+
+    def step(self, step: int) -> float:
+        """One step of Adam; the mean KL of its tokens."""
+        options, done = self.options, step / max(self.steps - 1, 1)
+        tau = options.tau_start * (options.tau_end / options.tau_start) ** done
+        temperature = options.router_start * (options.router_end / options.router_start) ** done
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * self._schedule(step)
+        ids = self.ids_ST[step * self.batch : (step + 1) * self.batch]
+        self.optimizer.zero_grad()
+        loss = self.loss(ids, temperature, learning=True) / ids.numel()
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise LlamaMoeError(
+                f"the distance to the parent's predictions is {value} at step {step} of the alignment.",
+                hint="Try --compute-dtype float32; if that does not help, the parent's weights are broken.",
+            )
+        for each in self.layers.values():
+            if each.assignment.logits_FC.requires_grad:
+                assert each.one_hot_FC.grad is not None
+                each.assignment.pull_back(each.one_hot_FC.grad, tau)
+        self.optimizer.step()
+        if options.reach and ((step + 1) % options.refresh == 0 or step + 1 == self.steps):
+            for each in self.layers.values():
+                each.assignment.assign()
+        return value
+
+    def _schedule(self, step: int) -> float:
+        """Share of the rates at a step: a rise, then half a cosine."""
+        rise = min(1.0, (step + 1) / (WARM_UP * self.steps))
+        return float(rise * (1 + math.cos(math.pi * step / self.steps)) / 2)
+
+    def loss(self, ids_BT: torch.Tensor, temperature: float, *, learning: bool) -> torch.Tensor:
+        """KL to the parent, summed over the tokens."""
+        with torch.no_grad():
+            for each in self.layers.values():
+                each.ffn.choices = None
+            parent = self._hidden(ids_BT)
+        for each in self.layers.values():
+            each.choose(temperature, learning=learning)
+        student = self._hidden(ids_BT)
+        return divergence(student, parent, self.runner.logits, self.vocab_size)
+
+    def held_out(self) -> float:
+        """Mean KL over the held-out tokens."""
+        with torch.no_grad():
+            parts = torch.split(self.held_out_ST, self.batch)
+            return sum(float(self.loss(ids, 1.0, learning=False)) for ids in parts) / self.held_out_ST.numel()
+
+    def _hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = self.runner.embed(ids_BT)
+        for index, module in enumerate(self.modules):
+            hidden = self.runner.run(index, module, hidden)
+        return hidden.flatten(0, 1)
+
+    def _facts(self, record: list[tuple[int, float]], best: Mapping[int, AlignedLayer]) -> dict[str, Any]:
+        kept = min(record, key=lambda each: each[1])
+        return {
+            "tokens": self.steps * self.batch * self.ids_ST.shape[1],
+            "held_out_tokens": self.held_out_ST.numel(),
+            "steps": self.steps,
+            "held_out_kl": [{"step": step, "kl": value} for step, value in record],
+            "kept_step": kept[0],
+            "moved_neurons": {
+                str(layer): moved(self.layers[layer].start.partition, each.partition) for layer, each in best.items()
+            },
+        }
+
+
+def _size(rows: torch.Tensor) -> float:
+    """How large the entries of a matrix are, without what all of its rows share; 1 for zeros."""
+    rows = rows.detach()
+    return (float((rows - rows.mean(0)).square().mean().sqrt()) if len(rows) else 0.0) or 1.0

@@ -1,0 +1,90 @@
+"""What alignment will cost, from sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..architectures.sources.base import DenseSpec
+from ..calibration.compute import REFERENCE_FLOPS
+from .recipe import AlignmentOptions
+
+MOMENTS = 3
+"""float32 numbers kept for each learned one: itself and Adam's two moments; while it learns, its gradient, too."""
+
+
+@dataclass(frozen=True)
+class AlignmentPlan:
+    """Sizes and costs of learning through the whole model.
+
+    Attributes:
+        options: What was asked for.
+        learned: Numbers that learn.
+        peak_bytes: Estimate of the anonymous memory that it needs at most.
+        state_bytes: Of the files beside the output that a stopped run goes on from.
+        flops: Floating-point operations.
+    """
+
+    options: AlignmentOptions
+    learned: int
+    peak_bytes: int
+    state_bytes: int
+    flops: int
+
+    def seconds(self, flops_per_second: float = REFERENCE_FLOPS) -> float:
+        """Estimate of the time at a rate of operations."""
+        return self.flops / flops_per_second
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, the same for every run."""
+        return {
+            "tokens": self.options.tokens,
+            "sequence_length": self.options.length,
+            "tokens_per_step": self.options.batch,
+            "weights": self.options.weights,
+            "learned_numbers": self.learned,
+            "peak_memory_bytes": self.peak_bytes,
+            "state_bytes": self.state_bytes,
+            "flops": self.flops,
+            "seconds_at_reference": round(self.seconds(), 1),
+        }
+
+
+def plan_alignment(
+    spec: DenseSpec, options: AlignmentOptions, *, layers: int, num_experts: int, compute_bytes: int
+) -> AlignmentPlan:
+    """Cost of aligning. O(1).
+
+    Args:
+        spec: The parent.
+        options: Tokens, and what learns.
+        layers: Layers that are converted.
+        num_experts: N.
+        compute_bytes: Of one number of the compute dtype.
+    """
+    hidden, ffn = spec.hidden_size, spec.intermediate_size
+    matrices = 3 * ffn * hidden
+    attention = 2 * hidden * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
+    table = spec.vocab_size * hidden
+    trained = {"frozen": 0, "scales": ffn, "ffn": matrices}[options.weights]
+    learned = layers * (ffn * (num_experts + 2) + num_experts * hidden + trained)
+    body = spec.num_layers * (matrices + attention + spec.head_dim * spec.num_heads * options.length)
+    # parent and student forward, and back to the inputs: 2 operations for each multiply-add
+    per_token = 2 * (3 * body + 3 * table + (layers * matrices if trained == matrices else 0))
+    weights = compute_bytes * (
+        spec.num_layers * (matrices + attention) + (1 if spec.tie_word_embeddings else 2) * table
+    )
+    activations = compute_bytes * options.batch * spec.num_layers * (2 * ffn + 10 * hidden)
+    copies = compute_bytes * matrices * layers if trained == matrices and compute_bytes < 4 else 0
+    return AlignmentPlan(
+        options=options,
+        learned=learned,
+        peak_bytes=weights
+        + activations
+        + copies
+        + 4 * (MOMENTS + 1) * learned
+        + 4 * layers * trained
+        + 4 * 4 * (1 << 24),
+        state_bytes=4 * (MOMENTS + 1) * learned,
+        flops=options.tokens * per_token,
+    )

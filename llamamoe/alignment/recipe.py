@@ -1,0 +1,47 @@
+"""How `align` is asked for: tokens, rates and temperatures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class AlignmentOptions(BaseModel):
+    """What learning through the whole model takes; see `llamamoe.alignment.align`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(262144, ge=1024, le=2**40, description="Tokens of text to learn from, each read once.")
+    length: int = Field(256, ge=2, description="Tokens of one sequence.")
+    batch: int = Field(1024, ge=2, description="Tokens per step, in whole sequences.")
+    reach: float = Field(
+        0.75,
+        ge=0,
+        allow_inf_nan=False,
+        description="How far the assignment's logits can go in all steps together, in units of margin; 0 keeps every neuron "
+        "where it is.",
+    )
+    lr_router: float = Field(
+        0.002, ge=0, allow_inf_nan=False, description="Rate of the router's rows, as a share of their own size."
+    )
+    weights: Literal["frozen", "scales", "ffn"] = Field(
+        "ffn",
+        description="What of the FFN learns, too: frozen: nothing; scales: a factor for each neuron's output; ffn: all three "
+        "matrices, which takes 16 bytes of memory for each of their weights.",
+    )
+    lr_scale: float = Field(0.01, ge=0, allow_inf_nan=False, description="Rate of the neurons' factors.")
+    lr_weights: float = Field(
+        0.01, ge=0, allow_inf_nan=False, description="Rate of the FFN's matrices, as a share of their own size."
+    )
+    tau_start: float = Field(1.0, gt=0, allow_inf_nan=False, description="First temperature of the assignment.")
+    tau_end: float = Field(0.3, gt=0, allow_inf_nan=False, description="Last temperature of the assignment.")
+    router_start: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="First temperature of the router, in units of its logits' spread."
+    )
+    router_end: float = Field(0.3, gt=0, allow_inf_nan=False, description="Last temperature of the router.")
+    margin: float = Field(
+        2.0, gt=0, allow_inf_nan=False, description="By how much a neuron's first place leads at the start."
+    )
+    refresh: int = Field(5, ge=1, description="Steps between two exact assignments.")
+    checks: int = Field(4, ge=1, description="States that are compared on held-out text, beside the start.")

@@ -1,0 +1,144 @@
+"""What a stopped alignment goes on from: one file, whole or not there, with its hash beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.files import make_folder, save_tensors, write_text
+from ..lazy import np, safetensors, torch
+from ..methods.layer import Partition
+from .layers import AlignedLayer, Learned
+
+_STATE, _TENSORS = "alignment.json", "alignment.safetensors"
+_MATRICES = ("gate", "up", "down")
+Record = list[tuple[int, float]]
+
+
+class States:
+    """Learned quantities, Adam's moments, prices and the best state so far, in a folder.
+
+    Args:
+        folder: Made if it is not there.
+        layers: What is learned; read and written in place.
+        optimizer: Of their logits and rows.
+    """
+
+    def __init__(self, folder: Path, layers: Mapping[int, Learned], optimizer: torch.optim.Optimizer) -> None:
+        self.folder, self._layers, self._optimizer = folder, layers, optimizer
+        self._saved = time.monotonic()
+
+    def due(self, seconds: float) -> bool:
+        """Whether the last state is older than that."""
+        return time.monotonic() - self._saved > seconds
+
+    def save(self, step: int, record: Record, best: Mapping[int, AlignedLayer]) -> None:
+        """Keep the state before ``step``."""
+        make_folder(self.folder)
+        tensors: dict[str, torch.Tensor] = {}
+        for layer, each in self._layers.items():
+            tensors |= {f"{layer}.{name}": value for name, value in self._of_layer(each).items()}
+        for layer, kept in best.items():
+            tensors |= {f"best.{layer}.{name}": value for name, value in _of_aligned(kept).items()}
+        # the description goes first: with the tensors of another step its hash does not fit
+        save_tensors(self.folder / _TENSORS, {name: value.contiguous() for name, value in tensors.items()})
+        state = {"step": step, "record": record, "sha256": _hash(self.folder / _TENSORS)}
+        write_text(self.folder / _STATE, json.dumps(state) + "\n")
+        self._saved = time.monotonic()
+
+    def load(self) -> tuple[int, Record, dict[int, AlignedLayer]] | None:
+        """Take over the state that was kept: its step, record and best layers; None if there is none that is whole."""
+        try:
+            state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+            if state["sha256"] != _hash(self.folder / _TENSORS):
+                return None
+            tensors = safetensors.torch.load_file(self.folder / _TENSORS)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        best: dict[int, AlignedLayer] = {}
+        for layer, each in self._layers.items():
+            self._take(each, {n.removeprefix(f"{layer}."): t for n, t in tensors.items() if n.startswith(f"{layer}.")})
+            mine = {n.removeprefix(f"best.{layer}."): t for n, t in tensors.items() if n.startswith(f"best.{layer}.")}
+            best[layer] = _to_aligned(mine)
+        return state["step"], [tuple(each) for each in state["record"]], best
+
+    def _of_layer(self, each: Learned) -> dict[str, torch.Tensor]:
+        assignment = each.assignment
+        out = {
+            **{name: value.detach() for name, value in each.parameters.items()},
+            "labels": torch.from_numpy(assignment.labels_F),
+        }
+        if assignment._prices_C is not None:
+            out["prices"] = torch.from_numpy(np.ascontiguousarray(assignment._prices_C))
+        if assignment._soft_prices_C is not None:
+            out["soft_prices"] = assignment._soft_prices_C
+        for name, parameter in each.parameters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                out[f"adam.{name}.{key}"] = value.detach()
+        return {name: value.cpu() for name, value in out.items()}
+
+    def _take(self, each: Learned, kept: dict[str, torch.Tensor]) -> None:
+        assignment, device = each.assignment, each.assignment.logits_FC.device
+        with torch.no_grad():
+            for name, parameter in each.parameters.items():
+                parameter.copy_(kept[name])
+        assignment.labels_F = kept["labels"].numpy()
+        assignment._prices_C = kept["prices"].numpy() if "prices" in kept else None
+        assignment._soft_prices_C = kept["soft_prices"].to(device) if "soft_prices" in kept else None
+        for name, parameter in each.parameters.items():
+            moments = {n.split(".")[-1]: t for n, t in kept.items() if n.startswith(f"adam.{name}.")}
+            if moments:
+                self._optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(device) for key, value in moments.items()
+                }
+
+
+def save_layers(path: Path, layers: Mapping[int, AlignedLayer]) -> str:
+    """Write what was learned of layers; the SHA-256 of the file."""
+    tensors = {f"{layer}.{name}": value for layer, each in layers.items() for name, value in _of_aligned(each).items()}
+    save_tensors(path, tensors)
+    digest = _hash(path)
+    write_text(path.with_suffix(".sha256"), digest + "\n")
+    return digest
+
+
+def load_layers(path: Path, sha256: str | None = None) -> dict[int, AlignedLayer] | None:
+    """What `save_layers` wrote; None if it is not there, not whole, or not of that hash."""
+    try:
+        digest = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
+        if _hash(path) != digest or sha256 not in (None, digest):
+            return None
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, ValueError):
+        return None
+    layers = sorted({int(name.split(".")[0]) for name in tensors})
+    return {
+        layer: _to_aligned({n.split(".")[1]: t for n, t in tensors.items() if int(n.split(".")[0]) == layer})
+        for layer in layers
+    }
+
+
+def _of_aligned(each: AlignedLayer) -> dict[str, torch.Tensor]:
+    part = each.partition
+    arrays = {name: np.ascontiguousarray(getattr(part, name)) for name in ("experts", "shared", "omitted")}
+    out = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    out |= {} if part.router_NH is None else {"router": part.router_NH}
+    out |= {} if each.scales_F is None else {"scales": each.scales_F}
+    out |= dict(zip(_MATRICES, each.matrices or (), strict=False))
+    return {name: value.contiguous() for name, value in out.items()}
+
+
+def _to_aligned(tensors: dict[str, torch.Tensor]) -> AlignedLayer:
+    arrays: dict[str, Any] = {name: tensors[name].numpy() for name in ("experts", "shared", "omitted")}
+    partition = Partition(**arrays, router_NH=tensors.get("router"))
+    matrices = tuple(tensors[name] for name in _MATRICES) if "gate" in tensors else None
+    return AlignedLayer(partition, tensors.get("scales"), matrices)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

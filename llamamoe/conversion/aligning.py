@@ -1,0 +1,122 @@
+"""The step of ``llamamoe split`` before the layers are written: partitions and routers learned through the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..alignment.align import Aligned, align
+from ..alignment.layers import AlignedLayer, Start
+from ..alignment.states import load_layers, save_layers
+from ..calibration.compute import Compute
+from ..calibration.text import CalibrationText
+from ..calibration.walk import Walk, read_ffn
+from ..checkpoint.files import make_folder
+from ..checkpoint.tensors import torch_dtype
+from ..checkpoint.writer import CheckpointWriter
+from ..methods.layer import LayerContext
+from ..methods.moe_layer import dense_outputs
+from ..progress import Progress, ProgressCallback
+from .layer import convert_layer, first_partition, selected_coefficient
+from .plan import SplitPlan
+
+UNIT = "alignment"
+"""The unit of the ledger that keeps what was learned."""
+_STARTS, _RESULT = "starts.safetensors", "aligned.safetensors"
+
+
+def aligned_layers(
+    plan: SplitPlan,
+    calibration: CalibrationText,
+    text: CalibrationText,
+    compute: Compute,
+    writer: CheckpointWriter,
+    folder: Path,
+    progress: ProgressCallback,
+) -> dict[int, AlignedLayer]:
+    """The partition and router rows of each layer that is converted, learned now or by the run that was stopped.
+
+    Args:
+        plan: Its recipe asks for alignment.
+        calibration: What the methods of the start see.
+        text: What is learned from.
+        compute: Device and dtype.
+        writer: Its ledger keeps the facts.
+        folder: For the states.
+        progress: Told of every layer and step.
+
+    Raises:
+        LlamaMoeError: There is too little text, or something is not finite.
+    """
+    make_folder(folder)
+    if writer.done(UNIT):
+        kept = load_layers(folder / _RESULT, writer.info(UNIT)["sha256"])
+        if kept is not None:
+            return kept
+    options = plan.recipe.align
+    assert options is not None, "the recipe asks for it"
+    found: Aligned = align(
+        plan.model,
+        _starts(plan, calibration, compute, folder, progress),
+        text.ids_ST,
+        options,
+        compute,
+        weights_dtype=torch_dtype(plan.dtype),
+        folder=folder,
+        progress=progress,
+    )
+    digest = save_layers(folder / _RESULT, found.layers)
+    if not writer.done(UNIT):
+        facts: dict[str, Any] = {"alignment": found.facts | {"text": text.facts}, "sha256": digest}
+        writer.finish(UNIT, [], facts | {"warnings": list(text.warnings)})
+        writer.flush()
+    return found.layers
+
+
+def _starts(
+    plan: SplitPlan, text: CalibrationText, compute: Compute, folder: Path, progress: ProgressCallback
+) -> dict[int, Start]:
+    """What the recipe's methods make of each layer: with its repair if FFN weights learn, too, else without."""
+    layout = plan.layout
+    layers = [layer for layer in range(plan.model.spec.num_layers) if layer not in layout.dense_layers]
+    starts = load_layers(folder / _STARTS)
+    if starts is None:
+        starts = _first_layers(plan, text, compute, folder, progress)
+        save_layers(folder / _STARTS, starts)
+    sizes = layout.num_experts, layout.top_k, layout.expert_width, plan.recipe.seed
+    coefficient = selected_coefficient(plan)
+    return {layer: Start(starts[layer], LayerContext(layer, *sizes), coefficient) for layer in layers}
+
+
+def _first_layers(
+    plan: SplitPlan, text: CalibrationText, compute: Compute, folder: Path, progress: ProgressCallback
+) -> dict[int, AlignedLayer]:
+    assert plan.calibration is not None
+    walk = Walk(
+        plan.model,
+        text,
+        compute,
+        weights_dtype=torch_dtype(plan.dtype),
+        folder=folder,
+        map_inputs=plan.calibration.input_place != "memory",
+    )
+    walk.start()
+    found: dict[int, AlignedLayer] = {}
+    layers = plan.model.spec.num_layers
+    for layer in range(layers):
+        inputs, ffn = walk.enter(layer), read_ffn(plan.model, layer)
+        outputs = dense_outputs(inputs, ffn)
+        if layer not in plan.layout.dense_layers:
+            if plan.aligns_weights:
+                converted = convert_layer(plan, layer, inputs)
+                assert converted.moe is not None
+                part = replace(converted.moe.partition, router_NH=converted.moe.router_NH.cpu())
+                found[layer] = AlignedLayer.of(ffn, part, converted.moe.weights)
+                outputs = converted.moe.outputs(inputs)
+            else:
+                found[layer] = AlignedLayer(first_partition(plan, layer, inputs))
+        if layer + 1 < layers:
+            walk.leave(layer, outputs)
+        progress(Progress("first layers", layer + 1, layers, "layer"))
+    return found

@@ -1,0 +1,184 @@
+"""`split` with alignment: the files hold what was learned, a stopped run goes on, and what cannot be learned is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import llamamoe
+from llamamoe.alignment.recipe import AlignmentOptions
+from llamamoe.conversion.session import make_text
+from llamamoe.conversion.split import plan_conversion
+from llamamoe.errors import LlamaMoeError, RefusedError
+from llamamoe.progress import Progress, ignore_progress
+from tests.dense import make_dense
+
+from .test_calibrated import CPU, write_text
+
+LENGTH, TOKENS = 30, 3000
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_dense(tmp_path_factory.mktemp("aligning") / "dense", num_hidden_layers=3)
+    write_text(folder.with_name("text.txt"), words=1000)
+    return folder
+
+
+def recipe(dense: Path, align: dict[str, Any] | None = None, **given: Any) -> llamamoe.SplitRecipe:
+    base = {
+        "num_experts": 4, "top_k": 2, "method": "cluster_shared", "shared": 40, "shared_by": "power", "router": "ridge",
+        "repair": "none", "calibration": [str(dense.with_name("text.txt"))], "calibration_tokens": 600,
+        "calibration_length": LENGTH, "device": "cpu",
+        "align": {"tokens": TOKENS, "length": LENGTH, "batch": 60, "refresh": 2, "lr_router": 0.02} | (align or {}),
+    }  # fmt: skip
+    return llamamoe.load_recipe(given=base | given)
+
+
+def divergence(out: Path, dense: Path, ids: np.ndarray) -> float:
+    """Mean KL of the files to the parent, both as plain transformers loads them."""
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (dense, out)]
+    with torch.no_grad():
+        p, q = (m(torch.from_numpy(ids)).logits.log_softmax(-1).double() for m in models)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("weights", "keys"),
+    [
+        ("frozen", {}),
+        ("frozen", {"target": "mixtral", "shared": 0}),
+        ("scales", {"target": "granitemoeshared"}),
+        ("ffn", {"repair": "least_squares"}),
+        ("ffn", {"target": "glm4_moe", "shared": "1x", "keep_dense": [0]}),
+        ("scales", {"method": "static", "shared": 0.5}),
+    ],
+)
+def test_the_files_compute_what_was_measured(weights: str, keys: dict[str, Any], dense: Path, tmp_path: Path) -> None:
+    """The receipt's KL on held-out text is that of the checkpoint in plain transformers."""
+    chosen = recipe(dense, {"weights": weights}, **keys)
+    result = llamamoe.split(dense, tmp_path / "out", chosen)
+    facts = result.receipt["alignment"]
+    plan = plan_conversion(dense, chosen)
+    ids = make_text(plan, CPU, ignore_progress, num_tokens=TOKENS, length=LENGTH).ids_ST
+    kept = min(each["kl"] for each in facts["held_out_kl"])
+    if keys.get("target") != "mixtral":  # there it may be the start
+        assert kept < facts["held_out_kl"][0]["kl"]
+    held_out = ids[: facts["held_out_tokens"] // LENGTH]
+    assert divergence(result.out, dense, held_out) == pytest.approx(kept, rel=2e-3)
+    assert set(map(int, facts["moved_neurons"])) == set(range(3)) - set(result.plan.layout.dense_layers)
+
+
+def test_frozen_weights_keep_every_promise_of_split(dense: Path, tmp_path: Path) -> None:
+    result = llamamoe.split(dense, tmp_path / "out", recipe(dense, {"weights": "frozen"}))
+    assert result.receipt["plan"]["parity"] == "exact"
+    assert result.receipt["verification"]["kept"] == "neurons"
+    written = load_file(result.out / "model.safetensors")
+    rows = {tuple(row.tolist()) for name, t in written.items() if "experts.0.gate" in name for row in t}
+    parent = load_file(dense / "model.safetensors")
+    assert rows - {tuple([0.0] * 64)} <= {
+        tuple(row.tolist()) for i in range(3) for row in parent[f"model.layers.{i}.mlp.gate_proj.weight"]
+    }
+
+
+def test_repair_comes_after_frozen_weights_and_before_learned_ones(dense: Path, tmp_path: Path) -> None:
+    after = llamamoe.split(dense, tmp_path / "a", recipe(dense, {"weights": "frozen"}, repair="least_squares"))
+    assert all("repair_passes" in layer for layer in after.receipt["layers"])
+    assert all(layer["parity_before_repair"] < 1e-5 for layer in after.receipt["layers"])
+    before = llamamoe.split(dense, tmp_path / "b", recipe(dense, {"weights": "ffn"}, repair="least_squares"))
+    assert not any("repair_passes" in layer for layer in before.receipt["layers"])
+    plain = llamamoe.split(dense, tmp_path / "c", recipe(dense, {"weights": "ffn"}))
+    first = [each.receipt["alignment"]["held_out_kl"][0]["kl"] for each in (before, plain)]
+    assert first[0] != first[1]
+
+
+class _StopError(Exception):
+    pass
+
+
+def stop_in(stage: str, done: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.stage == stage and progress.done == done:
+            raise _StopError
+
+    return report
+
+
+def digest(folder: Path) -> dict[str, str]:
+    kept = (path for path in sorted(folder.iterdir()) if path.name != "llamamoe_receipt.json")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+@pytest.mark.parametrize(("stage", "done"), [("first layers", 2), ("align", 1), ("align", 9), ("convert", 3)])
+def test_a_stopped_run_goes_on_with_the_same_bytes(
+    stage: str, done: int, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamamoe.alignment.align.SECONDS_BETWEEN_STATES", -1.0)
+    chosen = recipe(dense, {"weights": "ffn"}, repair="least_squares")
+    whole = llamamoe.split(dense, tmp_path / "whole", chosen)
+    with pytest.raises(_StopError):
+        llamamoe.split(dense, tmp_path / "out", chosen, progress=stop_in(stage, done))
+    seen: list[Progress] = []
+    again = llamamoe.split(dense, tmp_path / "out", chosen, resume=True, progress=seen.append)
+    assert digest(whole.out) == digest(again.out)
+    assert whole.receipt["alignment"] == again.receipt["alignment"]
+    steps = [each.done for each in seen if each.stage == "align"]
+    assert steps[:1] == ([done] if stage == "align" else [] if stage == "convert" else [1])
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_partition_is_other_than_the_start(dense: Path, tmp_path: Path) -> None:
+    """What alignment does shows in the bytes of the experts, not only in a receipt."""
+    outs = [
+        llamamoe.split(dense, tmp_path / name, chosen).out / "model.safetensors"
+        for name, chosen in (
+            ("start", recipe(dense).model_copy(update={"align": None})),
+            ("aligned", recipe(dense, {"weights": "frozen"})),
+        )
+    ]
+    before, after = map(load_file, outs)
+    experts = [name for name in before if ".experts." in name and "gate_proj" in name]
+    assert experts
+    assert any(not torch.equal(before[name], after[name]) for name in experts)
+    routers = [name for name in before if name.endswith("mlp.gate.weight")]
+    assert all(not torch.equal(before[name], after[name]) for name in routers)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"method": "upcycle"}, "a neuron is in several experts"),
+        ({"router_scale": "soft"}, "--router-scale soft weighs them by their logits"),
+        ({"align": {"length": 65}}, r"align\.length 65 is more than the model's 64 positions"),
+        ({"calibration": []}, "calibration text is needed by .*--align-tokens"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_in_the_plan(keys: dict[str, Any], message: str, dense: Path) -> None:
+    align = keys.pop("align", None)
+    with pytest.raises(RefusedError, match=message):
+        plan_conversion(dense, recipe(dense, align, **keys))
+
+
+def test_the_plan_counts_its_cost(dense: Path) -> None:
+    plans = [plan_conversion(dense, recipe(dense, {"weights": w})).alignment for w in ("frozen", "scales", "ffn")]
+    frozen, scales, ffn = (plan for plan in plans if plan is not None)
+    assert scales.learned - frozen.learned == 3 * 172
+    assert ffn.learned - frozen.learned == 3 * 3 * 172 * 64
+    assert frozen.flops == scales.flops < ffn.flops
+    assert json.loads(json.dumps(ffn.to_json()))["tokens"] == TOKENS
+
+
+def test_options_are_refused_with_their_names() -> None:
+    with pytest.raises(ValueError, match="reach"):
+        AlignmentOptions(reach=-1)
+    with pytest.raises(LlamaMoeError, match=r"align\.wieghts: unknown key. Did you mean"):
+        llamamoe.load_recipe(given={"align": {"wieghts": "ffn"}})
