@@ -11,6 +11,8 @@ from .sizes import QUANTISED_BLOCK
 
 Preference = Literal["quality", "balanced", "speed"]
 
+_Shapes = dict[tuple[int, int, float], list[MeasuredShape]]
+
 SLOWER = 0.9
 """``balanced``: no task of any program may be slower than this share of the fastest shape's rate."""
 SAME = 0.97
@@ -24,29 +26,34 @@ LEAST_WIDTH = 16
 """The number of experts is halved until they are this wide: padding and router would cost more than they bring."""
 
 
-def candidates() -> dict[tuple[int, int, float], list[MeasuredShape]]:
-    """The measured shapes of experts with about half of the FFN active, widths multiples of 32, by N, k and shared share.
-
-    Programs that ran only some of them are left out: a shape must not win for not having been measured.
-    """
-    found: dict[tuple[int, int, float], list[MeasuredShape]] = {}
+def candidates() -> _Shapes:
+    """The measured shapes of experts with about half of the FFN active, widths multiples of 32, by N, k and shared share."""
+    found: _Shapes = {}
     for each in measured_shapes():
         wide = each.num_experts and each.expert_width % QUANTISED_BLOCK == 0
         if wide and _HALF[0] <= each.active <= _HALF[1]:
             found.setdefault((each.num_experts, each.top_k, each.shared), []).append(each)
-    common = set.intersection(*({row.program for row in rows} for rows in found.values()))
-    return {key: [row for row in rows if row.program in common] for key, rows in found.items()}
+    return found
+
+
+def _everywhere(shapes: _Shapes) -> _Shapes:
+    """The shapes that all programs ran: none must win for not having been measured."""
+    programs = {row.program for rows in shapes.values() for row in rows}
+    return {key: rows for key, rows in shapes.items() if {row.program for row in rows} == programs} or shapes
 
 
 def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
     """N, k and shared share that the measurements recommend.
 
-    More and narrower experts lose less quality (BENCHMARKS.md, "Conversion quality"). ``quality`` takes the most;
+    More and narrower experts lose less quality (BENCHMARKS.md, "Conversion quality"). ``quality`` takes the most,
+    and shares the fewest neurons;
     ``balanced`` the most that are at most a tenth slower than the fastest shape, in decoding one sequence and in
     reading a prompt, by every program that was measured; ``speed`` the fastest by the mean over these, and of those that
     are as fast the one with the widest experts.
     """
-    shapes = candidates()
+    if prefer == "quality":
+        return max(candidates(), key=lambda key: (key[0], -key[2]))
+    shapes = _everywhere(candidates())
     most: dict[tuple[str, str], float] = {}
     for rows in shapes.values():
         for row in rows:
@@ -62,7 +69,7 @@ def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
     if prefer == "speed":
         best = max(map(speed, shapes))
         return min((key for key in shapes if speed(key) >= SAME * best), key=lambda key: (key[0], -speed(key)))
-    fast = [key for key in shapes if min(shares(key)) >= SLOWER] if prefer == "balanced" else list(shapes)
+    fast = [key for key in shapes if min(shares(key)) >= SLOWER]
     return max(fast or [max(shapes, key=speed)], key=lambda key: (key[0], speed(key)))
 
 
