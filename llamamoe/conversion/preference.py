@@ -13,8 +13,8 @@ Preference = Literal["quality", "balanced", "speed"]
 
 _Shapes = dict[tuple[int, int, float], list[MeasuredShape]]
 
-SLOWER = 0.9
-"""``balanced``: no task of any program may be slower than this share of the fastest shape's rate."""
+SLOWER = 0.95
+"""``balanced``: no task of any program may be slower than this share of what the fastest shape reached in all of its turns."""
 SAME = 0.97
 """``speed``: rates of which the smaller is at least this share of the larger are the same; readings differ by more."""
 _TASKS = ("decode 1", "prefill")
@@ -47,7 +47,7 @@ def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
 
     More and narrower experts lose less quality (BENCHMARKS.md, "Conversion quality"). ``quality`` takes the most,
     and shares the fewest neurons;
-    ``balanced`` the most that are at most a tenth slower than the fastest shape, in decoding one sequence and in
+    ``balanced`` the most that are at most a twentieth slower than the fastest shape, in decoding one sequence and in
     reading a prompt, by every program that was measured; ``speed`` the fastest by the mean over these, and of those that
     are as fast the one with the widest experts.
     """
@@ -58,7 +58,7 @@ def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
     for rows in shapes.values():
         for row in rows:
             for task in _TASKS:
-                most[row.program, task] = max(most.get((row.program, task), 0.0), row.ratios[task][0])
+                most[row.program, task] = max(most.get((row.program, task), 0.0), row.ratios[task][1])
 
     def shares(key: tuple[int, int, float]) -> list[float]:
         return [row.ratios[task][0] / most[row.program, task] for row in shapes[key] for task in _TASKS]

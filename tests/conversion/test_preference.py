@@ -40,7 +40,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_wishes_follow_from_the_measurements(table: Callable[..., None]) -> None:
     table(
-        shape(8, 3, 1.70, 1.30), shape(32, 12, 1.60, 1.25), shape(56, 21, 1.55, 1.10),
+        shape(8, 3, 1.70, 1.30), shape(32, 12, 1.65, 1.27), shape(56, 21, 1.55, 1.10),
         shape(64, 24, 2.0, 2.0, width=112), shape(4, 1, 3.0, 3.0, active=0.25), shape(0, 0, 4.0, 4.0),
     )  # fmt: skip
     assert [preferred_shape(wish)[0] for wish in WISHES] == [56, 32, 8]  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def test_wishes_follow_from_the_measurements(table: Callable[..., None]) -> None
 def test_a_shape_that_one_program_runs_slowly_is_not_balanced(table: Callable[..., None]) -> None:
     table(
         shape(8, 3, 1.7, 1.3), shape(32, 12, 1.7, 1.3), shape(56, 21, 1.7, 1.3),
-        shape(8, 3, 1.4, 1.2, program="transformers"), shape(32, 12, 1.3, 1.1, program="transformers"),
+        shape(8, 3, 1.4, 1.2, program="transformers"), shape(32, 12, 1.34, 1.16, program="transformers"),
         shape(56, 21, 1.2, 1.1, program="transformers"),
     )  # fmt: skip
     assert preferred_shape("balanced")[0] == 32
