@@ -1,0 +1,127 @@
+"""What learning all layers together buys, beside its controls: perplexity over dense at equal active neurons.
+
+    python benchmarks/alignment.py SOURCE --text PATH --evaluation PATH --json FILE
+        [--experts 8 --top-k 4 --shared 12] [--tokens 147456] [--length 128] [--seeds 1] [--arms NAME ...]
+
+Every arm is a conversion of SOURCE by `llamamoe.split` and is measured by `llamamoe.evaluate`; the static arms keep as many
+neurons as a token of the others uses. All see the same text: the same calibration tokens, and the arms that learn the same
+tokens for alignment. An arm that is in FILE already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import llamamoe
+from llamamoe.checkpoint.files import write_text
+
+ROUTED: dict[str, Any] = {"method": "token_clusters", "router": "ridge"}
+STATIC: dict[str, Any] = {"method": "static"}
+FROZEN: dict[str, Any] = {"weights": "frozen"}
+ARMS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "static, as it is": (STATIC | {"repair": "none"}, None),
+    "static, repaired": (STATIC | {"repair": "least_squares"}, None),
+    "static, mask learned": (STATIC | {"repair": "none"}, FROZEN),
+    "static, all learned": (STATIC | {"repair": "least_squares"}, {}),
+    "experts, as they are": (ROUTED | {"repair": "none"}, None),
+    "experts, repaired": (ROUTED | {"repair": "least_squares"}, None),
+    "router learned": (ROUTED | {"repair": "none"}, FROZEN | {"reach": 0}),
+    "assignment learned": (ROUTED | {"repair": "none"}, FROZEN | {"lr_router": 0}),
+    "router and assignment learned": (ROUTED | {"repair": "none"}, FROZEN),
+    "the same, then repaired": (ROUTED | {"repair": "least_squares"}, FROZEN),
+    "router, assignment, factors learned": (ROUTED | {"repair": "none"}, {"weights": "scales"}),
+    "repaired, then router and weights learned": (ROUTED | {"repair": "least_squares"}, {"reach": 0}),
+    "repaired, then all learned": (ROUTED | {"repair": "least_squares"}, {}),
+    "random experts, repaired, then all learned": (
+        {"method": "random", "shared_by": "power", "router": "ridge", "repair": "least_squares"},
+        {},
+    ),
+}
+"""Recipe of each arm, and its alignment beside the common tokens and length; None for none."""
+
+
+def recipe(options: argparse.Namespace, name: str, seed: int) -> llamamoe.SplitRecipe:
+    """An arm's recipe at the common sizes."""
+    keys, align = ARMS[name]
+    given: dict[str, Any] = {
+        "num_experts": options.experts, "top_k": options.top_k, "shared": options.shared, "seed": seed, "card": False,
+        "calibration": [str(options.text)], "calibration_tokens": options.calibration_tokens, "target": "auto",
+    } | keys  # fmt: skip
+    if keys["method"] == "static":
+        given["shared"] = options.active
+    if align is not None:
+        given["align"] = {"tokens": options.tokens, "length": options.length} | align
+        for key, value in options.set:
+            given["align"][key] = value if key == "weights" else json.loads(value)
+    return llamamoe.load_recipe(given=given)
+
+
+def measure(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    """One arm: its perplexity over the parent's, and how it came about."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        result = llamamoe.split(options.source, Path(folder) / "out", recipe(options, name, seed), verify=False)
+        seconds = time.monotonic() - began
+        found = llamamoe.evaluate(
+            result.out,
+            [options.evaluation],
+            against=options.source,
+            max_tokens=options.evaluation_tokens,
+            context_length=options.context,
+            dtype="float32",
+        )
+    assert found.against is not None
+    ratio = math.exp(found.model.mean_over_domains.loss - found.against.mean_over_domains.loss)
+    alignment = result.receipt["alignment"]
+    kept = {key: alignment[key] for key in ("held_out_kl", "kept_step", "tokens")} if alignment else {}
+    if alignment:
+        moved = alignment["moved_neurons"].values()
+        kept["moved"] = sum(moved) / len(moved)
+    return {"arm": name, "seed": seed, "perplexity_over_dense": ratio, "seconds": seconds} | kept
+
+
+def main() -> None:
+    """Make, measure, write after each arm."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="for conversions while they are measured")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--shared", type=int, default=12, help="neurons")
+    parser.add_argument(
+        "--active", type=int, default=92, help="neurons that a token uses, and that static pruning keeps"
+    )
+    parser.add_argument("--tokens", type=int, default=147456)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--evaluation-tokens", type=int, default=40000)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), metavar="NAME")
+    parser.add_argument("--set", nargs="*", default=[], type=lambda text: text.split("="), metavar="KEY=VALUE")
+    options = parser.parse_args()
+    sizes = {key: str(value) for key, value in vars(options).items() if key not in ("json", "work", "arms", "seeds")}
+    known = json.loads(options.json.read_text()) if options.json.exists() else {"sizes": sizes, "arms": []}
+    if known["sizes"] != sizes:
+        sys.exit(f"{options.json} was measured at other sizes: {known['sizes']}")
+    for seed in range(options.seeds):
+        for name in options.arms:
+            if any(each["arm"] == name and each["seed"] == seed for each in known["arms"]):
+                continue
+            known["arms"].append(measure(options, name, seed))
+            print({key: value for key, value in known["arms"][-1].items() if key != "held_out_kl"}, flush=True)
+            write_text(options.json, json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
