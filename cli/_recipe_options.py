@@ -157,7 +157,11 @@ _ROWS = (
     _Row("--require", "require", WRITING, "4.57", names=_literals("require"), unset="none",
          text="Refuse what this older transformers cannot load"),
 )  # fmt: skip
-FLAGS = {row.field: row.flag for row in _ROWS} | {"strict": "--strict", "card": "--no-card"}
+FLAGS = {row.field: row.flag for row in _ROWS} | {
+    "align": "--align-tokens",
+    "strict": "--strict",
+    "card": "--no-card",
+}
 """Field of the recipe to flag."""
 
 

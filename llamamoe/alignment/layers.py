@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..lazy import np, torch
 from ..methods.layer import PADDING, ExpertWeights, FfnWeights, LayerContext, Partition
 from .assignment import Assignment
-from .gated import Choices, GatedFfn
+from .choices import Choices
+
+if TYPE_CHECKING:
+    from .gated import GatedFfn
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..alignment.align import Aligned, align
 from ..alignment.layers import AlignedLayer, Start
 from ..alignment.states import load_layers, save_layers
 from ..calibration.compute import Compute
@@ -54,9 +53,11 @@ def aligned_layers(
         kept = load_layers(folder / _RESULT, writer.info(UNIT)["sha256"])
         if kept is not None:
             return kept
+    from ..alignment.align import align
+
     options = plan.recipe.align
     assert options is not None, "the recipe asks for it"
-    found: Aligned = align(
+    found = align(
         plan.model,
         _starts(plan, calibration, compute, folder, progress),
         text.ids_ST,

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamamoe.alignment import align as module
 from llamamoe.alignment.align import Aligned, _Alignment, align
-from llamamoe.alignment.gated import Choices
+from llamamoe.alignment.choices import Choices
 from llamamoe.alignment.layers import AlignedLayer, Start
 from llamamoe.alignment.recipe import AlignmentOptions
 from llamamoe.architectures.dense_checkpoint import DenseModel, understand

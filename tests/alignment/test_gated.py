@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llamamoe.alignment.gated import Choices, GatedFfn
+from llamamoe.alignment.choices import Choices
+from llamamoe.alignment.gated import GatedFfn
 from llamamoe.methods.layer import FfnWeights
 
 B, H, F, N = 5, 6, 10, 4

@@ -214,6 +214,11 @@ def _check(recipe: SplitRecipe, budget: float, shared_of_active: float, points: 
         raise UsageError(f"points is {points}, but must be 1 to 4.")
     if held_out_tokens < 2:
         raise UsageError(f"held_out_tokens is {held_out_tokens}, but must be at least 2.")
+    if recipe.align is not None:
+        raise UsageError(
+            "The recipe aligns all layers together, but budget looks at one layer at a time.",
+            hint="Choose layers with --set align=null, then split with the recipe that budget writes and --align-tokens.",
+        )
     if not recipe.calibration:
         raise UsageError(
             "Sensitivity is measured on calibration text, and none is given.",

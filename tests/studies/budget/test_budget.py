@@ -192,6 +192,7 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_is_not(dense: Path) 
         ({}, {"measure": "proxi"}, "unknown measure 'proxi'"),
         ({"target": "mixtral", "shared": 0.25}, {}, "mixtral has no shared expert"),
         ({"target": "qwen3_moe"}, {}, "RMSNorm"),
+        ({"align": {"tokens": 4096}}, {}, "aligns all layers together"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(
