@@ -7,7 +7,7 @@ from typing import Any
 
 from ..architectures.sources.base import DenseSpec
 from ..calibration.compute import REFERENCE_FLOPS
-from .recipe import AlignmentOptions
+from .recipe import MAX_LENGTH, AlignmentOptions
 
 MOMENTS = 3
 """float32 numbers kept for each learned one: itself and Adam's two moments; while it learns, its gradient, too."""
@@ -62,13 +62,13 @@ def plan_alignment(
         num_experts: N.
         compute_bytes: Of one number of the compute dtype.
     """
-    hidden, ffn = spec.hidden_size, spec.intermediate_size
+    hidden, ffn, length = spec.hidden_size, spec.intermediate_size, options.length or MAX_LENGTH
     matrices = 3 * ffn * hidden
     attention = 2 * hidden * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
     table = spec.vocab_size * hidden
     trained = {"frozen": 0, "scales": ffn, "ffn": matrices}[options.weights]
     learned = layers * (ffn * (num_experts + 2) + num_experts * hidden + trained)
-    body = spec.num_layers * (matrices + attention + spec.head_dim * spec.num_heads * options.length)
+    body = spec.num_layers * (matrices + attention + spec.head_dim * spec.num_heads * length)
     # parent and student forward, and back to the inputs: 2 operations for each multiply-add
     per_token = 2 * (3 * body + 3 * table + (layers * matrices if trained == matrices else 0))
     weights = compute_bytes * (

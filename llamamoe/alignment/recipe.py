@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MAX_LENGTH = 256
+"""Tokens of a sequence, if the recipe names no number."""
+
 
 class AlignmentOptions(BaseModel):
     """What learning through the whole model takes; see `llamamoe.alignment.align`."""
@@ -13,7 +16,9 @@ class AlignmentOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens: int = Field(262144, ge=1024, le=2**40, description="Tokens of text to learn from, each read once.")
-    length: int = Field(256, ge=2, description="Tokens of one sequence.")
+    length: int | None = Field(
+        None, ge=2, description="Tokens of one sequence; null: the model's positions, at most 256."
+    )
     batch: int = Field(1024, ge=2, description="Tokens per step, in whole sequences.")
     reach: float = Field(
         0.75,

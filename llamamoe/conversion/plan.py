@@ -12,6 +12,7 @@ from typing import Any
 
 from .._version import __version__
 from ..alignment.cost import AlignmentPlan, plan_alignment
+from ..alignment.recipe import MAX_LENGTH
 from ..architectures.costs import Cost, count
 from ..architectures.dense_checkpoint import DenseModel, stored_dtype
 from ..architectures.moe_layout import MoeLayout, OutTensor
@@ -184,6 +185,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
     recipe = padded(spec, recipe, splitter, dtype)
     target, layout = choose_target(spec, recipe, splitter, dtype)
     calibration = plan_calibration(spec, chosen, layout) if chosen.calibrated else None
+    recipe = _with_length(spec, recipe)
     alignment = _alignment(spec, recipe, layout, stored_dtype(model))
     recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
     tensors = tuple(target.tensors(spec, layout))
@@ -263,20 +265,28 @@ def _warnings(
     return found
 
 
-def _alignment(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout, source_dtype: str) -> AlignmentPlan | None:
-    """What the recipe's alignment costs.
+def _with_length(spec: DenseSpec, recipe: SplitRecipe) -> SplitRecipe:
+    """The recipe with the length of alignment's sequences.
 
     Raises:
-        RefusedError: Its sequences are longer than the model has positions.
+        RefusedError: They are longer than the model has positions.
     """
+    options, most = recipe.align, spec.max_position_embeddings
+    if options is None:
+        return recipe
+    if (options.length or 0) > most:
+        raise RefusedError(
+            f"align.length {options.length} is more than the model's {most} positions (--set align.length={most})."
+        )
+    length = options.length or min(MAX_LENGTH, most)
+    return recipe.model_copy(update={"align": options.model_copy(update={"length": length})})
+
+
+def _alignment(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout, source_dtype: str) -> AlignmentPlan | None:
+    """What the recipe's alignment costs."""
     options = recipe.align
     if options is None:
         return None
-    if options.length > spec.max_position_embeddings:
-        raise RefusedError(
-            f"align.length {options.length} is more than the model's {spec.max_position_embeddings} positions "
-            f"(--set align.length={spec.max_position_embeddings})."
-        )
     half = recipe.compute_dtype == "bfloat16" or (recipe.compute_dtype is None and source_dtype in ("BF16", "F16"))
     return plan_alignment(
         spec,

@@ -16,7 +16,7 @@ from ..dense import make_dense
 from .conftest import Run
 
 RECEIPT_KEYS = {
-    "out", "llamamoe", "source", "plan", "weights_sha256", "unit_sha256", "calibration", "layers", "warnings", "versions", "verification", "run"
+    "out", "llamamoe", "source", "plan", "weights_sha256", "unit_sha256", "calibration", "alignment", "layers", "warnings", "versions", "verification", "run"
 }  # fmt: skip
 
 
@@ -76,9 +76,24 @@ def test_every_flag_arrives_in_the_recipe(dense: Path, run: Run, tmp_path: Path)
         "pad_to": 16, "keep_dense": [], "seed": 7, "shard_size": "100KB", "require": "4.57", "strict": False,
         "card": False, "repair": {"name": "scalar", "options": recipe["repair"]["options"]}, "repair_passes": 2,
         "calibration": [str(text) for text in texts], "calibration_tokens": 1000, "calibration_weights": {"arxiv": 1.0, "book": 2.5},
-        "calibration_length": 50, "device": "cpu", "compute_dtype": "bfloat16",
+        "calibration_length": 50, "align": None, "device": "cpu", "compute_dtype": "bfloat16",
     }  # fmt: skip
     assert recipe["method"]["name"] == "kmeans"
+
+
+def test_align_tokens_keeps_what_else_the_recipe_says_of_alignment(dense: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("align: {tokens: 5000, reach: 0.5}\n")
+    arguments = ("--recipe", file, "--calibration", "auto", "--align-tokens", "6000")
+    found = plan(run, dense, *arguments)
+    assert (found["recipe"]["align"]["tokens"], found["recipe"]["align"]["reach"]) == (6000, 0.5)
+    assert found["alignment"]["tokens"] == 6000
+    text = run("split", dense, "--dry-run", *arguments).stdout
+    assert "6,000 tokens, 1,024 a step: assignment, router and FFN weights of all layers together" in " ".join(
+        text.split()
+    )
+    wrong = run("split", dense, "--dry-run", "--calibration", "auto", "--align-tokens", "5", code=2)
+    assert "align.tokens: Input should be greater than or equal to 1024 (got 5)" in wrong.stderr
 
 
 def test_keep_dense(dense: Path, run: Run) -> None:
