@@ -158,7 +158,7 @@ class _Alignment:
         options = self.options
         whole = sum(self._schedule(step) for step in range(self.steps))
         rates = {
-            "logits": options.reach * options.margin / whole,
+            "logits": min(options.lr_assignment, options.reach * options.margin / whole),
             "scales": options.lr_scale,
             "rows": options.lr_router,
         }
@@ -217,7 +217,7 @@ class _Alignment:
                 assert each.one_hot_FC.grad is not None
                 each.assignment.pull_back(each.one_hot_FC.grad, tau)
         self.optimizer.step()
-        if options.reach and ((step + 1) % options.refresh == 0 or step + 1 == self.steps):
+        if options.lr_assignment and ((step + 1) % options.refresh == 0 or step + 1 == self.steps):
             for each in self.layers.values():
                 each.assignment.assign()
         return value

@@ -20,12 +20,17 @@ class AlignmentOptions(BaseModel):
         None, ge=2, description="Tokens of one sequence; null: the model's positions, at most 256."
     )
     batch: int = Field(1024, ge=2, description="Tokens per step, in whole sequences.")
-    reach: float = Field(
-        0.75,
+    lr_assignment: float = Field(
+        0.01,
         ge=0,
         allow_inf_nan=False,
-        description="How far the assignment's logits can go in all steps together, in units of margin; 0 keeps every neuron "
-        "where it is.",
+        description="Highest rate of the assignment's logits; 0 keeps every neuron where it is.",
+    )
+    reach: float = Field(
+        0.75,
+        gt=0,
+        allow_inf_nan=False,
+        description="How far those logits can go at most in all steps together, in units of margin: long runs get a lower rate.",
     )
     lr_router: float = Field(
         0.002, ge=0, allow_inf_nan=False, description="Rate of the router's rows, as a share of their own size."

@@ -28,7 +28,7 @@ CPU = Compute(torch.device("cpu"), torch.float32)
 N, K, SHARED, F = 4, 2, 12, 172
 STEP = 3e-3
 """Of differences: logits are float32."""
-OPTIONS = AlignmentOptions(tokens=1024, batch=48, checks=3, refresh=2)
+OPTIONS = AlignmentOptions(tokens=1024, batch=48, checks=3, refresh=2, lr_assignment=1.0)
 
 
 def open_model(folder: Path) -> DenseModel:
@@ -188,8 +188,8 @@ def test_the_start_is_kept_if_nothing_is_better(parent: DenseModel) -> None:
     assert torch.equal(kept[0], parent.read("model.layers.0.mlp.gate_proj.weight").float())
 
 
-def test_without_reach_no_neuron_moves_and_without_a_rate_no_row(parent: DenseModel) -> None:
-    still = run(parent, OPTIONS.model_copy(update={"reach": 0.0}))
+def test_without_a_rate_no_neuron_moves_and_no_row(parent: DenseModel) -> None:
+    still = run(parent, OPTIONS.model_copy(update={"lr_assignment": 0.0}))
     assert not any(still.facts["moved_neurons"].values())
     rows = run(parent, OPTIONS.model_copy(update={"lr_router": 0.0})).layers[0].partition.router_NH
     assert rows is not None
@@ -310,7 +310,9 @@ def test_planted_experts_are_found(seed: int, tmp_path: Path) -> None:
     model, owner = planted(tmp_path / "planted")
     ids = np.random.default_rng(1).integers(0, 64, (1100, 16))
     first = {0: start(0, top_k=1, size=GROUPS * WIDTH, shared=0, hidden=HIDDEN, seed=seed)}
-    options = AlignmentOptions(tokens=16384, batch=64, weights="frozen", reach=3.0, lr_router=0.15, refresh=2)
+    options = AlignmentOptions(
+        tokens=16384, batch=64, weights="frozen", lr_assignment=1.0, reach=3.0, lr_router=0.15, refresh=2
+    )
     found = run(model, options, starts=first, ids=ids)
     assert agreement(first[0].partition, owner) < 0.6
     assert agreement(found.layers[0].partition, owner) >= 0.95

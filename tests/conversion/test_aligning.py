@@ -39,7 +39,7 @@ def recipe(dense: Path, align: dict[str, Any] | None = None, **given: Any) -> ll
         "num_experts": 4, "top_k": 2, "method": "cluster_shared", "shared": 40, "shared_by": "power", "router": "ridge",
         "repair": "none", "calibration": [str(dense.with_name("text.txt"))], "calibration_tokens": 600,
         "calibration_length": LENGTH, "device": "cpu",
-        "align": {"tokens": TOKENS, "length": LENGTH, "batch": 60, "refresh": 2, "lr_router": 0.02, "lr_weights": 0.003} | (align or {}),
+        "align": {"tokens": TOKENS, "length": LENGTH, "batch": 60, "refresh": 2, "lr_router": 0.02, "lr_weights": 0.003, "lr_assignment": 1.0} | (align or {}),
     }  # fmt: skip
     return llamamoe.load_recipe(given=base | given)
 
