@@ -57,9 +57,8 @@ def recipe(options: argparse.Namespace, name: str, seed: int) -> llamamoe.SplitR
     if keys["method"] == "static":
         given["shared"] = options.active
     if align is not None:
-        given["align"] = {"tokens": options.tokens, "length": options.length} | align
-        for key, value in options.set:
-            given["align"][key] = value if key == "weights" else json.loads(value)
+        common = {key: json.loads(value) for key, value in options.set}
+        given["align"] = {"tokens": options.tokens, "length": options.length} | common | align
     return llamamoe.load_recipe(given=given)
 
 
@@ -108,7 +107,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), metavar="NAME")
-    parser.add_argument("--set", nargs="*", default=[], type=lambda text: text.split("="), metavar="KEY=VALUE")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        type=lambda text: text.split("="),
+        metavar="KEY=VALUE",
+        help="of alignment, in all arms that do not say otherwise",
+    )
     options = parser.parse_args()
     sizes = {key: str(value) for key, value in vars(options).items() if key not in ("json", "work", "arms", "seeds")}
     known = json.loads(options.json.read_text()) if options.json.exists() else {"sizes": sizes, "arms": []}

@@ -221,6 +221,7 @@ def test_files(study: SimpleNamespace) -> None:
         "recipe",
         "warnings",
         "files",
+        "speeds",
     }
     cell = next(c for c in data["cells"] if c["method"] == "repaired")
     assert {"perplexity", "loss", "domains", "share", "sizes", "layers", "seconds", "peak_bytes", "active_parameters",
