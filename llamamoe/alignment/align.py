@@ -101,7 +101,7 @@ class _Alignment:
         progress: ProgressCallback,
     ) -> None:
         self.options, self.progress, self.device = options, progress, compute.device
-        self.vocab_size = model.spec.vocab_size
+        self.vocab_size, self.hidden_size = model.spec.vocab_size, model.spec.hidden_size
         sequences, length = ids_ST.shape
         held_out = max(1, min(round(sequences * HELD_OUT), MOST_HELD_OUT // length))
         self.held_out_ST, self.ids_ST = (torch.from_numpy(part) for part in (ids_ST[:held_out], ids_ST[held_out:]))
@@ -156,6 +156,8 @@ class _Alignment:
 
     def _groups(self) -> list[dict[str, Any]]:
         options = self.options
+        # Adam's step on a sum over H inputs: what suited hidden sizes 64 and 576 differed by their ratio
+        weights = 1 / self.hidden_size if options.lr_weights is None else options.lr_weights
         whole = sum(self._schedule(step) for step in range(self.steps))
         rates = {
             "logits": min(options.lr_assignment, options.reach * options.margin / whole),
@@ -166,7 +168,7 @@ class _Alignment:
         for each in self.layers.values():
             for name, parameter in each.parameters.items():
                 size = _size(parameter) if name not in ("logits", "scales") else 1.0
-                rate = rates.get(name, options.lr_weights) * size
+                rate = rates.get(name, weights) * size
                 parameter.requires_grad_(rate > 0)
                 groups.append({"params": [parameter], "lr": rate, "rate": rate})
         return groups

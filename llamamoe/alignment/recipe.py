@@ -41,8 +41,11 @@ class AlignmentOptions(BaseModel):
         "matrices, which takes 16 bytes of memory for each of their weights.",
     )
     lr_scale: float = Field(0.01, ge=0, allow_inf_nan=False, description="Rate of the neurons' factors.")
-    lr_weights: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="Rate of the FFN's matrices, as a share of their own size."
+    lr_weights: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Rate of the FFN's matrices, as a share of their own size; null: 1 / hidden_size.",
     )
     tau_start: float = Field(1.0, gt=0, allow_inf_nan=False, description="First temperature of the assignment.")
     tau_end: float = Field(0.3, gt=0, allow_inf_nan=False, description="Last temperature of the assignment.")
