@@ -13,6 +13,7 @@ from ..calibration.compute import Compute
 from ..calibration.walk import cast_ffn, read_ffn
 from ..errors import LlamaMoeError
 from ..lazy import np, torch
+from ..methods.solvers.learned_assignment import size_of
 from ..models.streaming import LayerRunner, StreamedModel
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .assignment import Assignment
@@ -142,7 +143,7 @@ class _Alignment:
             return
         start = starts[layer]
         module.mlp = GatedFfn(cast_ffn(read_ffn(model, layer), weights_dtype), compute.device, compute.dtype)
-        assignment = Assignment.of(start.partition, model.spec.intermediate_size, self.options.margin, compute.device)
+        assignment = Assignment.of(start.partition, self.options.margin, compute.device)
         rows = start.partition.router_NH
         rows = torch.zeros(0, model.spec.hidden_size) if rows is None else rows
         rows = rows.to(compute.device, torch.float32, copy=True)
@@ -167,7 +168,7 @@ class _Alignment:
         groups = []
         for each in self.layers.values():
             for name, parameter in each.parameters.items():
-                size = _size(parameter) if name not in ("logits", "scales") else 1.0
+                size = size_of(parameter) if name not in ("logits", "scales") else 1.0
                 rate = rates.get(name, weights) * size
                 parameter.requires_grad_(rate > 0)
                 groups.append({"params": [parameter], "lr": rate, "rate": rate})
@@ -265,9 +266,3 @@ class _Alignment:
                 str(layer): moved(self.layers[layer].start.partition, each.partition) for layer, each in best.items()
             },
         }
-
-
-def _size(rows: torch.Tensor) -> float:
-    """How large the entries of a matrix are, without what all of its rows share; 1 for zeros."""
-    rows = rows.detach()
-    return (float((rows - rows.mean(0)).square().mean().sqrt()) if len(rows) else 0.0) or 1.0

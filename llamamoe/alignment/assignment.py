@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..lazy import np, torch
-from ..methods.layer import PADDING, LayerContext, Partition
+from ..methods.layer import LayerContext, Partition
 from ..methods.solvers.balance import assign_with_prices
+from ..methods.solvers.learned_assignment import one_hot
 from ..methods.solvers.transport import balanced_transport, transport_gradient
 
 SINKHORN_ITERATIONS = 20
@@ -38,22 +39,17 @@ class Assignment:
     _soft_prices_C: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, partition: Partition, intermediate_size: int, margin: float, device: torch.device) -> Assignment:
+    def of(cls, partition: Partition, margin: float, device: torch.device) -> Assignment:
         """The start: every neuron's own place leads by ``margin``, all others are equal."""
-        experts, width = partition.experts.shape if partition.experts.size else (0, 0)
-        labels = np.full(intermediate_size, -1, np.int64)
-        rows, columns = np.nonzero(partition.experts != PADDING) if experts else (np.empty(0, int), np.empty(0, int))
-        labels[partition.experts[rows, columns]] = rows
-        labels[partition.shared], labels[partition.omitted] = experts, experts + 1
+        (experts, width), labels = partition.experts.shape, partition.places()
         places = np.array([width] * experts + [len(partition.shared), len(partition.omitted)], np.int64)
-        logits = torch.zeros(intermediate_size, len(places))
-        logits[torch.arange(intermediate_size), torch.from_numpy(labels)] = margin
+        logits = torch.zeros(len(labels), len(places))
+        logits[torch.arange(len(labels)), torch.from_numpy(labels)] = margin
         return cls(logits.to(device), places, experts, labels)
 
-    def one_hot(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[F, C]``: 1 at each neuron's place."""
-        labels = torch.from_numpy(self.labels_F).to(self.logits_FC.device)
-        return torch.nn.functional.one_hot(labels, len(self.places_C)).to(dtype)
+    def one_hot(self) -> torch.Tensor:
+        """float32 ``[F, C]``: 1 at each neuron's place."""
+        return one_hot(self.labels_F, len(self.places_C), self.logits_FC.device)
 
     def assign(self) -> None:
         """The partition of largest sum of logits, exactly balanced. O(F C^2).

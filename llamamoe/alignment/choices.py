@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..lazy import torch
+from ..methods.solvers.learned_assignment import hard_top_k, spread_of
 from ..methods.solvers.transport import soft_top_k
-
-LEAST_SPREAD = 1e-6
-"""Logits of the router that differ less than this count as if they differed so much."""
 
 
 @dataclass
@@ -46,14 +44,8 @@ class Choices:
         if not num_experts:
             return fixed_B2
         logits_BN = x_BH.to(self.rows_NH.dtype) @ self.rows_NH.T
-        hard_BN = torch.zeros_like(logits_BN).scatter_(1, logits_BN.detach().topk(self.top_k, dim=1).indices, 1.0)
+        hard_BN = hard_top_k(logits_BN, self.top_k)
         if torch.is_grad_enabled():
-            soft_BN = soft_top_k(logits_BN / (self.temperature * _spread(logits_BN)), self.top_k)
+            soft_BN = soft_top_k(logits_BN / (self.temperature * spread_of(logits_BN)), self.top_k)
             hard_BN = soft_BN if self.relaxed else hard_BN + soft_BN - soft_BN.detach()
         return torch.cat([self.coefficient * hard_BN, fixed_B2], 1)
-
-
-def _spread(logits_BN: torch.Tensor) -> torch.Tensor:
-    logits = logits_BN.detach()
-    deviation = (logits - logits.mean(1, keepdim=True)).square().mean().sqrt()
-    return deviation.clamp(min=LEAST_SPREAD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..lazy import np, torch
+from ..lazy import torch
 from ..methods.layer import PADDING, ExpertWeights, FfnWeights, LayerContext, Partition
 from .assignment import Assignment
 from .choices import Choices
@@ -112,7 +112,7 @@ class Learned:
 
     def choose(self, temperature: float, *, learning: bool) -> None:
         """Gate the FFN by what is learned so far."""
-        self.one_hot_FC = self.assignment.one_hot(torch.float32).requires_grad_(learning)
+        self.one_hot_FC = self.assignment.one_hot().requires_grad_(learning)
         top_k, coefficient = self.start.context.top_k, self.start.coefficient
         self.ffn.choices = Choices(
             self.rows_NH, self.one_hot_FC, top_k, coefficient, temperature, self.scales_F, self.weights
@@ -121,12 +121,4 @@ class Learned:
 
 def moved(before: Partition, after: Partition) -> float:
     """Share of the neurons that are at another place."""
-    size = int(max(before.slots.max(initial=0), before.omitted.max(initial=0))) + 1
-    places = []
-    for each in (before, after):
-        place = np.full(size, len(each.experts))
-        place[each.omitted] = len(each.experts) + 1
-        for expert, neurons in enumerate(each.experts):
-            place[neurons[neurons >= 0]] = expert
-        places.append(place)
-    return float((places[0] != places[1]).mean())
+    return float((before.places() != after.places()).mean())

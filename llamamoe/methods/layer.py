@@ -129,6 +129,17 @@ class Partition:
         experts[labels[order], column] = neurons[order]
         return cls(experts, np.sort(shared).astype(np.int64), np.empty(0, np.int64))
 
+    def places(self) -> np.ndarray:
+        """int64 ``[F]``: the expert of each neuron, N where it is shared and N + 1 where it is omitted.
+
+        Each neuron must be in exactly one place (see `check`).
+        """
+        routed = self.experts != PADDING
+        places = np.empty(int(routed.sum()) + len(self.shared) + len(self.omitted), np.int64)
+        places[self.experts[routed]] = np.nonzero(routed)[0]
+        places[self.shared], places[self.omitted] = len(self.experts), len(self.experts) + 1
+        return places
+
     def check(self, intermediate_size: int, *, overlap: bool = False) -> None:
         """Assert that each of the F neurons appears exactly once (at least once if ``overlap``).
 

@@ -39,7 +39,7 @@ def test_it_begins_with_the_partition_and_stays_one_of_its_sizes(sizes: tuple[in
     padding = min(experts - 1, width - 1)
     start, size = partition(experts, width, shared, omitted, padding, seed)
     context = LayerContext(0, experts, 1, width, 0)
-    state = Assignment.of(start, size, 2.0, CPU)
+    state = Assignment.of(start, 2.0, CPU)
     first = state.partition(context, None)
     assert np.array_equal(first.experts, start.experts)
     state.assign()
@@ -64,8 +64,8 @@ def test_it_begins_with_the_partition_and_stays_one_of_its_sizes(sizes: tuple[in
 
 
 def test_pruning_is_an_assignment_too() -> None:
-    start, size = partition(0, 0, 5, 7, 0, 0)
-    state = Assignment.of(start, size, 2.0, CPU)
+    start, _ = partition(0, 0, 5, 7, 0, 0)
+    state = Assignment.of(start, 2.0, CPU)
     state.logits_FC[start.omitted[0], 0] += 5.0  # it belongs to those that stay
     state.logits_FC[start.shared[0], 1] += 5.0
     state.assign()
@@ -77,7 +77,7 @@ def test_pruning_is_an_assignment_too() -> None:
 def test_gradient_is_that_of_the_plan_by_differences() -> None:
     """``d <P(A), G> / dA`` for the converged plan, in places of unequal sizes."""
     start, size = partition(3, 2, 2, 1, 1, 0)
-    state = Assignment.of(start, size, 2.0, CPU)
+    state = Assignment.of(start, 2.0, CPU)
     g = torch.Generator().manual_seed(1)
     state.logits_FC = (state.logits_FC + 0.3 * torch.randn(state.logits_FC.shape, generator=g)).double()
     gradient = torch.randn(state.logits_FC.shape, generator=g).double()

@@ -159,6 +159,19 @@ def first_logits(power_RN: np.ndarray, labels_R: np.ndarray, device: torch.devic
     return logits.float().to(device)
 
 
+def spread_of(logits_BN: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the router's logits about each token's mean, at least `LEAST_SPREAD`; no gradient."""
+    logits = logits_BN.detach()
+    spread = (logits - logits.mean(1, keepdim=True)).square().mean().sqrt()
+    return spread.clamp(min=LEAST_SPREAD)
+
+
+def size_of(rows: torch.Tensor) -> float:
+    """Root mean square of a matrix's entries, without what all of its rows share; 1 if that is nothing."""
+    rows = rows.detach()
+    return (float((rows - rows.mean(0)).square().mean().sqrt()) if len(rows) else 0.0) or 1.0
+
+
 @dataclass
 class Learner:
     """Adam on assignment logits and router rows, by straight-through estimates.
@@ -198,14 +211,10 @@ class Learner:
     def __post_init__(self) -> None:
         self.logits_RN.requires_grad_()
         self.rows_NH.requires_grad_()
-        rates = self.settings.lr_assignment, self.settings.lr_router * self._size_of_rows()
+        rates = self.settings.lr_assignment, self.settings.lr_router * size_of(self.rows_NH)
         self._rates = rates
         groups = [{"params": [p], "lr": r} for p, r in zip((self.logits_RN, self.rows_NH), rates, strict=True)]
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-
-    def _size_of_rows(self) -> float:
-        rows = self.rows_NH.detach()
-        return float((rows - rows.mean(0)).square().mean().sqrt()) or 1.0
 
     def run(self, tokens: torch.Tensor, first: int, last: int) -> None:
         """Steps ``first`` .. ``last - 1`` of the schedule on mini-batches of ``tokens`` (int64 indices)."""
@@ -257,9 +266,7 @@ class Learner:
         return float(loss.detach())
 
     def _temperature(self, logits_BN: torch.Tensor) -> torch.Tensor:
-        logits = logits_BN.detach()
-        spread = (logits - logits.mean(1, keepdim=True)).square().mean().sqrt()
-        return self.settings.router_temperature * spread.clamp(min=LEAST_SPREAD)
+        return self.settings.router_temperature * spread_of(logits_BN)
 
     def _batch(self, tokens: torch.Tensor) -> torch.Tensor:
         """The next tokens of a shuffled round through all of them, ascending."""

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ...lazy import np, torch
 from ...numerics import check_finite
-from ..layer import PADDING, FfnWeights, LayerContext, Partition, TokenWeighting, token_scales
+from ..layer import FfnWeights, LayerContext, Partition, TokenWeighting, token_scales
 from ..routers.ridge import Ridge
 from ..solvers.learned_assignment import LearningOptions
 from ..solvers.normal_equations import held_out_tokens
@@ -143,8 +143,4 @@ class Learned(Splitter):
 
 def labels_of(partition: Partition, neurons: np.ndarray) -> np.ndarray:
     """int64 ``[R]``: the expert of each of the routed neurons (ascending)."""
-    experts, _ = np.nonzero(partition.experts != PADDING)
-    members = partition.experts[partition.experts != PADDING]
-    labels = np.empty(len(neurons), np.int64)
-    labels[np.searchsorted(neurons, members)] = experts
-    return labels
+    return partition.places()[neurons]
