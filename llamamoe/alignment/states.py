@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import make_folder, save_tensors, write_text
+from ..checkpoint.manifest import file_sha256
 from ..lazy import np, safetensors, torch
 from ..methods.layer import Partition
 from .layers import AlignedLayer, Learned
@@ -44,9 +44,9 @@ class States:
             tensors |= {f"{layer}.{name}": value for name, value in self._of_layer(each).items()}
         for layer, kept in best.items():
             tensors |= {f"best.{layer}.{name}": value for name, value in _of_aligned(kept).items()}
-        # the description goes first: with the tensors of another step its hash does not fit
+        # a stop between the two files leaves tensors whose hash does not fit, and the run begins again
         save_tensors(self.folder / _TENSORS, {name: value.contiguous() for name, value in tensors.items()})
-        state = {"step": step, "record": record, "sha256": _hash(self.folder / _TENSORS)}
+        state = {"step": step, "record": record, "sha256": file_sha256(self.folder / _TENSORS)}
         write_text(self.folder / _STATE, json.dumps(state) + "\n")
         self._saved = time.monotonic()
 
@@ -54,7 +54,7 @@ class States:
         """Take over the state that was kept: its step, record and best layers; None if there is none that is whole."""
         try:
             state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
-            if state["sha256"] != _hash(self.folder / _TENSORS):
+            if state["sha256"] != file_sha256(self.folder / _TENSORS):
                 return None
             tensors = safetensors.torch.load_file(self.folder / _TENSORS)
         except (OSError, ValueError, KeyError, TypeError):
@@ -101,7 +101,7 @@ def save_layers(path: Path, layers: Mapping[int, AlignedLayer]) -> str:
     """Write what was learned of layers; the SHA-256 of the file."""
     tensors = {f"{layer}.{name}": value for layer, each in layers.items() for name, value in _of_aligned(each).items()}
     save_tensors(path, tensors)
-    digest = _hash(path)
+    digest = file_sha256(path) or ""
     write_text(path.with_suffix(".sha256"), digest + "\n")
     return digest
 
@@ -110,7 +110,7 @@ def load_layers(path: Path, sha256: str | None = None) -> dict[int, AlignedLayer
     """What `save_layers` wrote; None if it is not there, not whole, or not of that hash."""
     try:
         digest = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
-        if _hash(path) != digest or sha256 not in (None, digest):
+        if not digest or file_sha256(path) != digest or sha256 not in (None, digest):
             return None
         tensors = safetensors.torch.load_file(path)
     except (OSError, ValueError):
@@ -137,8 +137,3 @@ def _to_aligned(tensors: dict[str, torch.Tensor]) -> AlignedLayer:
     partition = Partition(**arrays, router_NH=tensors.get("router"))
     matrices = tuple(tensors[name] for name in _MATRICES) if "gate" in tensors else None
     return AlignedLayer(partition, tensors.get("scales"), matrices)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

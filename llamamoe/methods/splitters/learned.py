@@ -143,4 +143,5 @@ class Learned(Splitter):
 
 def labels_of(partition: Partition, neurons: np.ndarray) -> np.ndarray:
     """int64 ``[R]``: the expert of each of the routed neurons (ascending)."""
-    return partition.places()[neurons]
+    labels: np.ndarray = partition.places()[neurons]
+    return labels
