@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,8 @@ class Aligned:
     facts: dict[str, Any]
 
 
-def align(
-    model: DenseModel,
-    starts: Mapping[int, Start],
-    ids_ST: np.ndarray,
-    options: AlignmentOptions,
-    compute: Compute,
-    *,
-    weights_dtype: torch.dtype,
-    folder: Path | None = None,
-    progress: ProgressCallback = ignore_progress,
-) -> Aligned:
-    """Minimise ``KL(parent || student)`` of the next token over assignment, router and FFN weights of all layers together.
+class Alignment:
+    """Minimises ``KL(parent || student)`` of the next token over assignment, router and FFN weights of all layers together.
 
     The student is the parent with its FFNs' neurons gated: those of the k experts whose router logits are largest, and
     the shared ones. Forward all choices are hard: partitions are exactly balanced and every token selects k experts, so
@@ -84,12 +74,9 @@ def align(
         progress: Told after every step.
 
     Raises:
-        LlamaMoeError: There is too little text, or the loss is not finite.
+        LlamaMoeError: There is too little text.
     """
-    return _Alignment(model, starts, ids_ST, options, compute, weights_dtype, folder, progress).run()
 
-
-class _Alignment:
     def __init__(
         self,
         model: DenseModel,
@@ -97,11 +84,12 @@ class _Alignment:
         ids_ST: np.ndarray,
         options: AlignmentOptions,
         compute: Compute,
+        *,
         weights_dtype: torch.dtype,
-        folder: Path | None,
-        progress: ProgressCallback,
+        folder: Path | None = None,
+        progress: ProgressCallback = ignore_progress,
     ) -> None:
-        self.options, self.progress, self.device = options, progress, compute.device
+        self.options, self.progress = options, progress
         self.vocab_size, self.hidden_size = model.spec.vocab_size, model.spec.hidden_size
         sequences, length = ids_ST.shape
         held_out = max(1, min(round(sequences * HELD_OUT), MOST_HELD_OUT // length))
@@ -153,6 +141,9 @@ class _Alignment:
         elif self.options.weights == "ffn":
             first = start.layer.matrices or module.mlp.parent
             weights = tuple(w.to(compute.device, torch.float32, copy=True) for w in first)
+        start = replace(
+            start, layer=AlignedLayer(start.partition)
+        )  # what it began with is not kept beside what it learns
         self.layers[layer] = Learned(start, assignment, rows, scales, weights, module.mlp)
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -177,6 +168,11 @@ class _Alignment:
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def run(self) -> Aligned:
+        """Learn; what was learned.
+
+        Raises:
+            LlamaMoeError: The loss is not finite.
+        """
         options, first = self.options, 0
         checks = [self.steps * i // options.checks for i in range(options.checks + 1)]
         record: list[tuple[int, float]] = []

@@ -11,7 +11,7 @@ MAX_LENGTH = 256
 
 
 class AlignmentOptions(BaseModel):
-    """What learning through the whole model takes; see `llamamoe.alignment.align`."""
+    """What learning through the whole model takes; see `llamamoe.alignment.align.Alignment`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

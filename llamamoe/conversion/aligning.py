@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ from ..calibration.walk import Walk, read_ffn
 from ..checkpoint.files import make_folder
 from ..checkpoint.tensors import torch_dtype
 from ..checkpoint.writer import CheckpointWriter
-from ..methods.layer import LayerContext
 from ..methods.moe_layer import dense_outputs
 from ..progress import Progress, ProgressCallback
-from .layer import convert_layer, first_partition, selected_coefficient
+from .layer import convert_layer, first_partition, layer_context, selected_coefficient
 from .plan import SplitPlan
 
 UNIT = "alignment"
@@ -28,7 +28,7 @@ _STARTS, _RESULT = "starts.safetensors", "aligned.safetensors"
 def aligned_layers(
     plan: SplitPlan,
     calibration: CalibrationText,
-    text: CalibrationText,
+    make_text: Callable[[], CalibrationText],
     compute: Compute,
     writer: CheckpointWriter,
     folder: Path,
@@ -39,7 +39,7 @@ def aligned_layers(
     Args:
         plan: Its recipe asks for alignment.
         calibration: What the methods of the start see.
-        text: What is learned from.
+        make_text: Gives what is learned from; asked only if there is something to learn.
         compute: Device and dtype.
         writer: Its ledger keeps the facts.
         folder: For the states.
@@ -53,11 +53,11 @@ def aligned_layers(
         kept = load_layers(folder / _RESULT, writer.info(UNIT)["sha256"])
         if kept is not None:
             return kept
-    from ..alignment.align import align
+    from ..alignment.align import Alignment
 
-    options = plan.recipe.align
+    options, text = plan.recipe.align, make_text()
     assert options is not None, "the recipe asks for it"
-    found = align(
+    found = Alignment(
         plan.model,
         _starts(plan, calibration, compute, folder, progress),
         text.ids_ST,
@@ -66,7 +66,7 @@ def aligned_layers(
         weights_dtype=torch_dtype(plan.dtype),
         folder=folder,
         progress=progress,
-    )
+    ).run()
     digest = save_layers(folder / _RESULT, found.layers)
     if not writer.done(UNIT):
         facts: dict[str, Any] = {"alignment": found.facts | {"text": text.facts}, "sha256": digest}
@@ -79,15 +79,13 @@ def _starts(
     plan: SplitPlan, text: CalibrationText, compute: Compute, folder: Path, progress: ProgressCallback
 ) -> dict[int, Start]:
     """What the recipe's methods make of each layer: with its repair if FFN weights learn, too, else without."""
-    layout = plan.layout
-    layers = [layer for layer in range(plan.model.spec.num_layers) if layer not in layout.dense_layers]
+    layers = [layer for layer in range(plan.model.spec.num_layers) if layer not in plan.layout.dense_layers]
     starts = load_layers(folder / _STARTS)
     if starts is None:
         starts = _first_layers(plan, text, compute, folder, progress)
         save_layers(folder / _STARTS, starts)
-    sizes = layout.num_experts, layout.top_k, layout.expert_width, plan.recipe.seed
     coefficient = selected_coefficient(plan)
-    return {layer: Start(starts[layer], LayerContext(layer, *sizes), coefficient) for layer in layers}
+    return {layer: Start(starts[layer], layer_context(plan, layer), coefficient) for layer in layers}
 
 
 def _first_layers(

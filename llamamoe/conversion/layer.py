@@ -74,13 +74,9 @@ def convert_layer(
         adapt: Makes another function of the layer before it is repaired, for what only a study can run.
     """
     recipe, layout = plan.recipe, plan.layout
-    ffn = read_ffn(plan.model, layer)
-    context = LayerContext(layer, layout.num_experts, layout.top_k, layout.expert_width, recipe.seed, inputs)
+    ffn, context = read_ffn(plan.model, layer), layer_context(plan, layer, inputs)
     splitter: Splitter = plugin(SPLITTERS, recipe.method)
-    if given is None:
-        partition = splitter.split(ffn, _shared(plan, splitter, ffn, context), context)
-    else:
-        partition = given.partition
+    partition = _split(plan, splitter, ffn, context) if given is None else given.partition
     partition.check(ffn.intermediate_size, overlap=splitter.overlap or layout.copies > 1)
     assert len(partition.shared) == layout.num_shared, f"{recipe.method.name} changed the number of shared neurons"
     weights = splitter.weights(ffn, partition, context) if given is None else given.weights(ffn)
@@ -110,14 +106,12 @@ def convert_layer(
 
 def first_partition(plan: SplitPlan, layer: int, inputs: LayerInputs) -> Partition:
     """What the recipe's splitter makes of one layer, with the router's rows before they are scaled."""
-    recipe, layout = plan.recipe, plan.layout
-    ffn = read_ffn(plan.model, layer)
-    context = LayerContext(layer, layout.num_experts, layout.top_k, layout.expert_width, recipe.seed, inputs)
-    splitter: Splitter = plugin(SPLITTERS, recipe.method)
-    partition = splitter.split(ffn, _shared(plan, splitter, ffn, context), context)
+    ffn, context = read_ffn(plan.model, layer), layer_context(plan, layer, inputs)
+    splitter: Splitter = plugin(SPLITTERS, plan.recipe.method)
+    partition = _split(plan, splitter, ffn, context)
     if not splitter.routed:
         return partition
-    return replace(partition, router_NH=plugin(ROUTERS, recipe.router).rows(ffn, partition, context).float().cpu())
+    return replace(partition, router_NH=plugin(ROUTERS, plan.recipe.router).rows(ffn, partition, context).float().cpu())
 
 
 def selected_coefficient(plan: SplitPlan) -> float:
@@ -127,6 +121,16 @@ def selected_coefficient(plan: SplitPlan) -> float:
     combine = plan.layout.combine
     weighting = plan.target.router_weighting(combine.weighting)
     return combine.factor * weight(weighting, plan.layout.num_experts, plan.layout.top_k)
+
+
+def layer_context(plan: SplitPlan, layer: int, inputs: LayerInputs | None = None) -> LayerContext:
+    """What the methods may know about a layer."""
+    layout = plan.layout
+    return LayerContext(layer, layout.num_experts, layout.top_k, layout.expert_width, plan.recipe.seed, inputs)
+
+
+def _split(plan: SplitPlan, splitter: Splitter, ffn: FfnWeights, context: LayerContext) -> Partition:
+    return splitter.split(ffn, _shared(plan, splitter, ffn, context), context)
 
 
 def _shared(plan: SplitPlan, splitter: Splitter, ffn: FfnWeights, context: LayerContext) -> np.ndarray:

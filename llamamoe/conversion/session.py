@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class Session:
         self._save(layer + 1)
 
     def _aligned(self, text: CalibrationText, options: AlignmentOptions) -> dict[int, AlignedLayer]:
-        more = make_text(self.plan, self.compute, self._progress, num_tokens=options.tokens, length=options.length)
+        sizes = {"num_tokens": options.tokens, "length": options.length}
+        more = partial(make_text, self.plan, self.compute, self._progress, **sizes)
         folder = self.folder / "alignment"
         return aligned_layers(self.plan, text, more, self.compute, self._writer, folder, self._progress)
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from scipy.optimize import linear_sum_assignment
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llamamoe.alignment import align as module
-from llamamoe.alignment.align import Aligned, _Alignment, align
+from llamamoe.alignment.align import Aligned, Alignment
 from llamamoe.alignment.choices import Choices
 from llamamoe.alignment.layers import AlignedLayer, Start
 from llamamoe.alignment.recipe import AlignmentOptions
@@ -21,7 +22,7 @@ from llamamoe.calibration.compute import Compute
 from llamamoe.checkpoint.locate import locate, open_checkpoint
 from llamamoe.errors import LlamaMoeError
 from llamamoe.methods.layer import LayerContext, Partition
-from llamamoe.progress import Progress, ignore_progress
+from llamamoe.progress import Progress
 from tests.dense import make_dense
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -65,7 +66,8 @@ def starts(**keys: Any) -> dict[int, Start]:
 def run(model: DenseModel, options: AlignmentOptions = OPTIONS, **keys: Any) -> Aligned:
     first = keys.pop("starts", None) or starts()
     ids = keys.pop("ids", None)
-    return align(model, first, text() if ids is None else ids, options, CPU, weights_dtype=torch.float32, **keys)
+    found = text() if ids is None else ids
+    return Alignment(model, first, found, options, CPU, weights_dtype=torch.float32, **keys).run()
 
 
 def same(one: Aligned, other: Aligned) -> bool:
@@ -99,10 +101,8 @@ def test_it_comes_nearer_to_the_parent_and_keeps_its_promises(weights: Any, pare
 
 def test_what_it_measures_is_what_transformers_computes(parent: DenseModel, tmp_path: Path) -> None:
     """KL at the start, of a model in which transformers' own FFN is replaced by experts written out."""
-    from transformers import AutoModelForCausalLM
-
     ids = text()
-    job = _Alignment(parent, starts(), ids, OPTIONS, CPU, torch.float32, None, ignore_progress)
+    job = Alignment(parent, starts(), ids, OPTIONS, CPU, weights_dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(parent.checkpoint.path)
     student = AutoModelForCausalLM.from_pretrained(parent.checkpoint.path)
     for layer, block in enumerate(student.model.layers):
@@ -138,7 +138,7 @@ def test_gradient_of_the_whole_model_by_differences(parent: DenseModel) -> None:
     """Of the KL with soft choices, at rows, plan and weights of the first layer, through everything above it."""
     compute = Compute(torch.device("cpu"), torch.float64)
     options = OPTIONS.model_copy(update={"batch": 16})
-    job = _Alignment(parent, {0: start(0)}, text(4), options, compute, torch.float64, None, ignore_progress)
+    job = Alignment(parent, {0: start(0)}, text(4), options, compute, weights_dtype=torch.float64)
     ids = job.ids_ST[:2]
     first = job.layers[0]
     first.rows_NH = first.rows_NH.detach().double()
@@ -297,8 +297,6 @@ def planted(folder: Path) -> tuple[DenseModel, np.ndarray]:
 
 def agreement(partition: Partition, owner: np.ndarray) -> float:
     """Largest share of the neurons that is where it belongs, over all ways to name the experts."""
-    from scipy.optimize import linear_sum_assignment
-
     counts = np.array([[np.sum(owner[expert] == group) for group in range(GROUPS)] for expert in partition.experts])
     rows, columns = linear_sum_assignment(-counts)
     return float(counts[rows, columns].sum() / len(owner))
