@@ -12,7 +12,6 @@ from ..errors import RefusedError
 from ..methods.layer import BATCH_TOKENS
 from ..methods.repairs import REPAIRS
 from .defaults import Chosen
-from .recipe import NO_REPAIR
 
 SWEEPS = 4
 """How often the methods of a layer are taken to look at all its activations, beside what is counted exactly."""
@@ -80,12 +79,7 @@ def plan_calibration(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> Cali
         RefusedError: Sequences would be longer than the model has positions.
     """
     recipe = chosen.recipe
-    if (recipe.calibration_length or 0) > spec.max_position_embeddings:
-        raise RefusedError(
-            f"--calibration-length {recipe.calibration_length} is more than the model's {spec.max_position_embeddings} "
-            f"positions (--set calibration_length={spec.max_position_embeddings})."
-        )
-    length = recipe.calibration_length or min(MAX_LENGTH, spec.max_position_embeddings)
+    length = sequence_length(recipe.calibration_length, MAX_LENGTH, spec, "--calibration-length", "calibration_length")
     length = min(length, recipe.calibration_tokens)
     tokens = recipe.calibration_tokens // length * length
     stream = 4 * tokens * spec.hidden_size
@@ -112,6 +106,25 @@ def plan_calibration(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> Cali
     )
 
 
+def sequence_length(asked: int | None, most: int, spec: DenseSpec, name: str, key: str) -> int:
+    """Tokens of a sequence: as asked for, else the model's positions, but no more than ``most``.
+
+    Args:
+        asked: What the recipe says.
+        most: Where it says nothing.
+        spec: The model.
+        name: What the user calls it.
+        key: Of the recipe.
+
+    Raises:
+        RefusedError: Sequences would be longer than the model has positions.
+    """
+    positions = spec.max_position_embeddings
+    if (asked or 0) > positions:
+        raise RefusedError(f"{name} {asked} is more than the model's {positions} positions (--set {key}={positions}).")
+    return asked or min(most, positions)
+
+
 def _places(layout: MoeLayout) -> int:
     return layout.num_shared + layout.num_experts * layout.expert_width
 
@@ -129,14 +142,10 @@ def _layer_flops(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, tokens: int
     dense, moe = 6 * spec.intermediate_size * spec.hidden_size, 6 * places * spec.hidden_size
     per_token = SWEEPS * sweep + dense + 2 * moe
     solve = 0
-    if _repairs(chosen):
+    if chosen.recipe.repairs:
         per_token += passes * (dense + 2 * moe + places * places)
         solve = passes * (places**3 // 3 + 4 * places * places * spec.hidden_size)
     return tokens * per_token + solve
-
-
-def _repairs(chosen: Chosen) -> bool:
-    return chosen.recipe.repair is not None and chosen.recipe.repair.name != NO_REPAIR
 
 
 def _peak_bytes(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> int:
@@ -147,7 +156,7 @@ def _peak_bytes(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> int:
     batch = 4 * BATCH_TOKENS * (4 * max(places, spec.intermediate_size) + 6 * hidden)
     total = attention + 4 * 3 * spec.intermediate_size * hidden + weights + batch
     table = 4 * spec.vocab_size * hidden * (1 if spec.tie_word_embeddings else 2)
-    if _repairs(chosen):
+    if chosen.recipe.repairs:
         assert chosen.recipe.repair is not None
         repair = REPAIRS.get(chosen.recipe.repair.name)
         total += chosen.recipe.repair_passes * weights + repair.working_bytes(places, hidden)

@@ -24,13 +24,12 @@ from ..checkpoint.tokenizer_plan import plan_warnings
 from ..errors import RefusedError
 from ..methods.repairs import REPAIRS
 from ..methods.splitters.base import Kept, Splitter
-from ..recipes import Choice
 from .advice import advice
 from .assembly import router_dtype
-from .calibration_cost import CalibrationPlan, plan_calibration
+from .calibration_cost import CalibrationPlan, plan_calibration, sequence_length
 from .defaults import complete
 from .expected_speed import expected_speed
-from .recipe import DTYPES, NO_REPAIR, SplitRecipe
+from .recipe import DTYPES, SplitRecipe
 from .sizes import choose_target, make_splitter, padded
 
 _LEARNED: dict[str, Kept] = {"frozen": "neurons", "scales": "gate_up", "ffn": "nothing"}
@@ -84,7 +83,7 @@ class SplitPlan:
     @property
     def repaired(self) -> bool:
         """Whether weights are fitted to calibration text, so that they are not the parent's any more."""
-        return self.recipe.repair is not None and self.recipe.repair.name != NO_REPAIR
+        return self.recipe.repairs
 
     @property
     def aligns_weights(self) -> bool:
@@ -94,7 +93,7 @@ class SplitPlan:
     @property
     def fitted(self) -> bool:
         """Whether weights are other than the parent's: repaired, or learned."""
-        return _fitted(self.recipe)
+        return self.recipe.fits
 
     @property
     def padding_per_layer(self) -> int:
@@ -213,7 +212,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
         + max(calibration.peak_bytes if calibration else 0, alignment.peak_bytes if alignment else 0),
         warnings=tuple(warnings),
         advice=(*model.checkpoint.notes, *advice(spec, recipe, calibration, target, layout)),
-        parity="exact" if make_splitter(recipe).exact and not _fitted(recipe) else "none",
+        parity="exact" if make_splitter(recipe).exact and not recipe.fits else "none",
         majors=target.majors(spec),
         calibration=calibration,
         alignment=alignment,
@@ -231,12 +230,6 @@ def _resolved(target: Target, layout: MoeLayout, dtype: str, calibration: Calibr
         "dtype": next(name for name, d in DTYPES.items() if d == dtype),
         "keep_dense": layout.dense_layers,
     } | ({"calibration_length": calibration.length} if calibration else {})
-
-
-def _fitted(recipe: SplitRecipe) -> bool:
-    return recipe.repair not in (None, Choice(name=NO_REPAIR)) or (
-        recipe.align is not None and recipe.align.weights != "frozen"
-    )
 
 
 def _warnings(
@@ -271,14 +264,10 @@ def _with_length(spec: DenseSpec, recipe: SplitRecipe) -> SplitRecipe:
     Raises:
         RefusedError: They are longer than the model has positions.
     """
-    options, most = recipe.align, spec.max_position_embeddings
+    options = recipe.align
     if options is None:
         return recipe
-    if (options.length or 0) > most:
-        raise RefusedError(
-            f"align.length {options.length} is more than the model's {most} positions (--set align.length={most})."
-        )
-    length = options.length or min(MAX_LENGTH, most)
+    length = sequence_length(options.length, MAX_LENGTH, spec, "align.length", "align.length")
     return recipe.model_copy(update={"align": options.model_copy(update={"length": length})})
 
 

@@ -146,6 +146,16 @@ class SplitRecipe(Recipe):
             )
         return self
 
+    @property
+    def repairs(self) -> bool:
+        """Whether a repair is named, so that weights are fitted layer by layer."""
+        return self.repair is not None and self.repair.name != NO_REPAIR
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights become other than the parent's: by repair, or learned in alignment."""
+        return self.repairs or (self.align is not None and self.align.weights != "frozen")
+
 
 def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:
     """Check a mapping and complete it with defaults.
