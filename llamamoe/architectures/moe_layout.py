@@ -128,6 +128,11 @@ class MoeLayout:
         """k/N, the share of the routed experts that one token uses (0 if there are none)."""
         return self.top_k / self.num_experts if self.num_experts else 0.0
 
+    @property
+    def active_neurons(self) -> int:
+        """Neurons of one layer that a token uses, padding included: S + k W."""
+        return self.num_shared + self.top_k * self.expert_width
+
     def padding(self, intermediate_size: int) -> int:
         """Zero neurons that pad the experts of one layer of F = ``intermediate_size`` neurons."""
         return self.num_experts * self.expert_width - self.copies * (intermediate_size - self.num_shared)

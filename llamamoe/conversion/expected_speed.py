@@ -104,7 +104,7 @@ def no_gain_from(layout: MoeLayout, spec: DenseSpec) -> int:
 def nearest(layout: MoeLayout, spec: DenseSpec, program: str) -> MeasuredShape | None:
     """The measured shape that is like a conversion, or None if none is."""
     size = spec.intermediate_size
-    active, shared = (layout.num_shared + layout.top_k * layout.expert_width) / size, layout.num_shared / size
+    active, shared = layout.active_neurons / size, layout.num_shared / size
 
     def away(each: MeasuredShape) -> float:
         if bool(each.num_experts) != bool(layout.num_experts):

@@ -96,9 +96,9 @@ def measure_shapes(
     models: dict[str, Path] = {DENSE: runtime.prepare(material.dense, material.work)}
     try:
         for number, plan in enumerate(plans):
-            kept = f"{STATIC}-{_active(plan)}"
+            kept = f"{STATIC}-{plan.layout.active_neurons}"
             if plan.layout.num_experts and kept not in models:
-                models[kept] = _prepared(material, runtime, static_recipe(_active(plan)), kept)
+                models[kept] = _prepared(material, runtime, static_recipe(plan.layout.active_neurons), kept)
             name = f"{SHAPE}-{number}"
             models[name] = _prepared(material, runtime, material.recipe(shapes[number]), name)
         rates = rates_of(alternate(runtime, models, load, turns, tell))
@@ -114,7 +114,7 @@ def measure_shapes(
     for number, (shape, plan) in enumerate(zip(shapes, plans, strict=True)):
         names = {DENSE: DENSE, SHAPE: f"{SHAPE}-{number}"}
         if plan.layout.num_experts:
-            names[STATIC] = f"{STATIC}-{_active(plan)}"
+            names[STATIC] = f"{STATIC}-{plan.layout.active_neurons}"
         found = {name: rates[key] for name, key in names.items()}
         results.append(_sizes(shape, plan) | {"rates": _plain(found)} | facts)
     return results
@@ -129,15 +129,11 @@ def _prepared(material: Material, runtime: Runtime, recipe: SplitRecipe, name: s
     return found
 
 
-def _active(plan: SplitPlan) -> int:
-    return plan.layout.num_shared + plan.layout.top_k * plan.layout.expert_width
-
-
 def _sizes(shape: FfnShape, plan: SplitPlan) -> dict[str, Any]:
     layout = plan.layout
     names = ("num_experts", "top_k", "expert_width")
     sizes = {name: getattr(layout, name) for name in names} | {"shared": layout.num_shared, "target": plan.target.name}
-    share = _active(plan) / plan.model.spec.intermediate_size
+    share = plan.layout.active_neurons / plan.model.spec.intermediate_size
     return {"shape": shape.to_json(), "sizes": sizes, "active_share": share}
 
 
