@@ -21,7 +21,9 @@ _OFF_SCALE = 30.0  # times dense: what lies above is an arrow at the edge, so th
 _SIZE = (9.0, 5.4)
 _LABEL = 9.0  # points
 _LONGEST = 44  # characters of a name
-_NOTE = "#555555"
+NOTE = "#555555"
+STYLE: Any = {"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
+"""For all pictures of a study: the same on every machine."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def draw(found: Comparison, folder: Path) -> dict[str, str]:
     lines = _series(found.rows)
     if not lines:
         raise LlamaMoeError("there is nothing to draw: no conversion is measured yet.")
-    with matplotlib.rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+    with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=_SIZE, facecolor="white")
         matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
         axes = figure.add_axes((0.085, 0.125, 0.885 - _label_room(lines), 0.745))
@@ -61,12 +63,17 @@ def draw(found: Comparison, folder: Path) -> dict[str, str]:
             _line(axes, line, top)
         _labels(axes, [line for line in lines if not line.oracle], dense, top)
         _titles(figure, found, any(line.oracle for line in lines))
-        files = {}
-        for kind in ("svg", "png"):
-            files[kind] = f"comparison.{kind}"
-            metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-            with replacing(folder / files[kind]) as file:
-                figure.savefig(file, format=kind, dpi=150, facecolor="white", metadata=metadata)
+        return save_figure(figure, folder, "comparison")
+
+
+def save_figure(figure: matplotlib.figure.Figure, folder: Path, name: str) -> dict[str, str]:
+    """Write ``NAME.svg`` and ``NAME.png``, the same bytes for the same figure; returns their names by kind."""
+    files = {}
+    for kind in ("svg", "png"):
+        files[kind] = f"{name}.{kind}"
+        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+        with replacing(folder / files[kind]) as file:
+            figure.savefig(file, format=kind, dpi=150, facecolor="white", metadata=metadata)
     return files
 
 
@@ -235,4 +242,4 @@ def _titles(figure: Any, found: Comparison, oracle: bool) -> None:
     ]
     notes += ["grey: controls", "hollow: the same with an oracle router (simulated)" if oracle else ""]
     figure.text(0.085, 0.945, f"{found.source}: what conversions cost", fontsize=12.5, weight="bold", color="#111111")
-    figure.text(0.085, 0.9, "; ".join(filter(None, notes)), fontsize=9, color=_NOTE)
+    figure.text(0.085, 0.9, "; ".join(filter(None, notes)), fontsize=9, color=NOTE)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..checkpoint.files import replacing
 from ..lazy import matplotlib, require
-from .picture import COLOURS, MARKERS
+from .picture import COLOURS, MARKERS, NOTE, STYLE, save_figure
 from .recipe import STATIC
 from .table import Comparison, Row, number, speed_tasks
 
 _WIDTH, _HEIGHT = 3.7, 3.3  # inches of one panel
 _GREYS = ("#5A5A5A", "#8A8A8A", "#A5A5A5")
 _OFF_SCALE = 10.0  # times the best at the same place: what lies above would press the rest together
-_NOTE = "#555555"
 
 
 def draw_speed(found: Comparison, folder: Path) -> dict[str, str]:
@@ -35,7 +32,7 @@ def draw_speed(found: Comparison, folder: Path) -> dict[str, str]:
         require(module, "plot", "Drawing the picture")
     programs = list(dict.fromkeys(program for program, _ in tasks))
     columns = max(sum(each == program for each, _ in tasks) for program in programs)
-    with matplotlib.rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+    with matplotlib.rc_context(STYLE):
         size = (_WIDTH * columns + 0.4, _HEIGHT * len(programs) + 1.2)
         figure = matplotlib.figure.Figure(figsize=size, facecolor="white", layout="constrained")
         matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
@@ -53,17 +50,7 @@ def draw_speed(found: Comparison, folder: Path) -> dict[str, str]:
         model = found.speeds[0]["model"]["name"] if found.speeds else ""
         title = f"{found.source}: quality against speed of the same shapes, measured on {model}"
         figure.suptitle(title, fontsize=11, weight="bold", color="#111111")
-        return _save(figure, folder)
-
-
-def _save(figure: Any, folder: Path) -> dict[str, str]:
-    files = {}
-    for kind in ("svg", "png"):
-        files[f"speed_{kind}"] = f"speed.{kind}"
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-        with replacing(folder / f"speed.{kind}") as file:
-            figure.savefig(file, format=kind, dpi=150, facecolor="white", metadata=metadata)
-    return files
+        return {f"speed_{kind}": name for kind, name in save_figure(figure, folder, "speed").items()}
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -107,7 +94,7 @@ def _panel(axes: matplotlib.axes.Axes, rows: Sequence[Row], program: str, task: 
     left_out = len(there) - len(shown)
     axes.set_title(f"{program}, {_words(task)}", fontsize=9.5)
     note = f"; {left_out} far above" if left_out else ""
-    axes.set_xlabel(f"tokens per second, x dense{note}", fontsize=8.5, color=_NOTE)
+    axes.set_xlabel(f"tokens per second, x dense{note}", fontsize=8.5, color=NOTE)
 
 
 def _words(task: str) -> str:
