@@ -7,6 +7,7 @@ from typing import Any
 
 from ..architectures.sources.base import DenseSpec
 from ..calibration.compute import REFERENCE_FLOPS
+from ..models.loading import LOGITS_AT_ONCE
 from .recipe import MAX_LENGTH, AlignmentOptions
 
 MOMENTS = 3
@@ -84,7 +85,7 @@ def plan_alignment(
         + copies
         + 4 * (MOMENTS + 1) * learned
         + 4 * layers * trained
-        + 4 * 4 * (1 << 24),
+        + 4 * 4 * LOGITS_AT_ONCE,
         state_bytes=4 * (MOMENTS + 1) * learned,
         flops=options.tokens * per_token,
     )

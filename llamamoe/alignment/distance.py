@@ -6,9 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..lazy import torch
-
-LOGITS_AT_ONCE = 1 << 24
-"""float32 logits held at once: 64 MiB each for parent and student, whatever the vocabulary."""
+from ..models.loading import LOGITS_AT_ONCE
 
 
 def divergence(
