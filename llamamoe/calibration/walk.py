@@ -78,6 +78,9 @@ def cast_ffn(ffn: FfnWeights, dtype: torch.dtype) -> FfnWeights:
     return FfnWeights(gate, up, down, norm, ffn.hidden_act)
 
 
+_FILES = ("residual.0", "residual.1", "inputs")
+
+
 class Walk:
     """Hidden states of the calibration text on their way through the layers.
 
@@ -113,8 +116,8 @@ class Walk:
         sequences, length = text.ids_ST.shape
         self._step = max(1, batch_tokens // length)
         shape = (sequences, length, model.spec.hidden_size)
-        self.buffers = [_buffer(shape, torch.float32, folder and folder / f"residual.{i}") for i in range(2)]
-        self._x = _buffer(shape, compute.dtype, folder / "inputs" if folder and map_inputs else None)
+        self.buffers = [_buffer(shape, torch.float32, folder and folder / _FILES[i]) for i in range(2)]
+        self._x = _buffer(shape, compute.dtype, folder / _FILES[2] if folder and map_inputs else None)
         self._scale = torch.empty(sequences, length)
         self._clusters: torch.Tensor | None = None
         if text.clusters_S is not None:
@@ -213,6 +216,12 @@ class Walk:
                 hint="If the source's own weights do (`llamamoe split --dry-run --strict` looks), mend them; otherwise "
                 "try --compute-dtype float32.",
             )
+
+
+def remove_buffers(folder: Path) -> None:
+    """Delete the files of walks in a folder, when what they were for is done."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _buffer(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> torch.Tensor:

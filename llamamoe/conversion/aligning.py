@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..alignment.layers import AlignedLayer, Start
 from ..alignment.states import load_layers, save_layers
 from ..calibration.compute import Compute
 from ..calibration.text import CalibrationText
-from ..calibration.walk import Walk, read_ffn
+from ..calibration.walk import Walk, read_ffn, remove_buffers
 from ..checkpoint.files import make_folder
 from ..checkpoint.tensors import torch_dtype
 from ..checkpoint.writer import CheckpointWriter
@@ -19,6 +19,9 @@ from ..methods.moe_layer import dense_outputs
 from ..progress import Progress, ProgressCallback
 from .layer import convert_layer, first_partition, layer_context, selected_coefficient
 from .plan import SplitPlan
+
+if TYPE_CHECKING:
+    from ..alignment.align import Aligned
 
 UNIT = "alignment"
 """The unit of the ledger that keeps what was learned."""
@@ -48,31 +51,55 @@ def aligned_layers(
     Raises:
         LlamaMoeError: There is too little text, or something is not finite.
     """
-    make_folder(folder)
     if writer.done(UNIT):
         kept = load_layers(folder / _RESULT, writer.info(UNIT)["sha256"])
         if kept is not None:
             return kept
-    from ..alignment.align import Alignment
-
-    options, text = plan.recipe.align, make_text()
-    assert options is not None, "the recipe asks for it"
-    found = Alignment(
-        plan.model,
-        _starts(plan, calibration, compute, folder, progress),
-        text.ids_ST,
-        options,
-        compute,
-        weights_dtype=torch_dtype(plan.dtype),
-        folder=folder,
-        progress=progress,
-    ).run()
+    text = make_text()
+    found = learn(plan, calibration, text, compute, folder, progress)
     digest = save_layers(folder / _RESULT, found.layers)
     if not writer.done(UNIT):
         facts: dict[str, Any] = {"alignment": found.facts | {"text": text.facts}, "sha256": digest}
         writer.finish(UNIT, [], facts | {"warnings": list(text.warnings)})
         writer.flush()
     return found.layers
+
+
+def learn(
+    plan: SplitPlan,
+    calibration: CalibrationText,
+    text: CalibrationText,
+    compute: Compute,
+    folder: Path,
+    progress: ProgressCallback,
+) -> Aligned:
+    """Make the first layers by the recipe's methods, and align them.
+
+    Args:
+        plan: Its recipe asks for alignment.
+        calibration: What the methods of the start see.
+        text: What is learned from.
+        compute: Device and dtype.
+        folder: For the states that a stopped run goes on from; of this plan and these texts only.
+        progress: Told of every layer and step.
+
+    Raises:
+        LlamaMoeError: There is too little text, or something is not finite.
+    """
+    from ..alignment.align import Alignment
+
+    assert plan.recipe.align is not None, "the recipe asks for it"
+    make_folder(folder)
+    return Alignment(
+        plan.model,
+        _starts(plan, calibration, compute, folder, progress),
+        text.ids_ST,
+        plan.recipe.align,
+        compute,
+        weights_dtype=torch_dtype(plan.dtype),
+        folder=folder,
+        progress=progress,
+    ).run()
 
 
 def _starts(
@@ -84,6 +111,7 @@ def _starts(
     if starts is None:
         starts = _first_layers(plan, text, compute, folder, progress)
         save_layers(folder / _STARTS, starts)
+        remove_buffers(folder)
     coefficient = selected_coefficient(plan)
     return {layer: Start(starts[layer], layer_context(plan, layer), coefficient) for layer in layers}
 

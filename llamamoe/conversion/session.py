@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..alignment.layers import AlignedLayer
-from ..alignment.recipe import AlignmentOptions
 from ..calibration.compute import Compute
 from ..calibration.gradients import GradientStore
 from ..calibration.text import CalibrationText, calibration_text
@@ -76,7 +75,7 @@ class Session:
         make_folder(self.folder)
         text = self._text = self._prepare_text()
         if self.plan.recipe.align is not None:
-            self.given = self._aligned(text, self.plan.recipe.align)
+            self.given = self._aligned(text)
         gradients = self._gradients(text) if self.plan.calibration.gradients else None
         self._walk = Walk(
             self.plan.model,
@@ -107,9 +106,8 @@ class Session:
         self.walk.leave(layer, outputs)
         self._save(layer + 1)
 
-    def _aligned(self, text: CalibrationText, options: AlignmentOptions) -> dict[int, AlignedLayer]:
-        sizes = {"num_tokens": options.tokens, "length": options.length}
-        more = partial(make_text, self.plan, self.compute, self._progress, **sizes)
+    def _aligned(self, text: CalibrationText) -> dict[int, AlignedLayer]:
+        more = partial(alignment_text, self.plan, self.compute, self._progress)
         folder = self.folder / "alignment"
         return aligned_layers(self.plan, text, more, self.compute, self._writer, folder, self._progress)
 
@@ -236,6 +234,13 @@ def make_text(
         seed=recipe.seed,
         vocab_size=spec.vocab_size,
     )
+
+
+def alignment_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> CalibrationText:
+    """The text that an alignment learns from: the recipe's, but more of it. See `make_text`."""
+    options = plan.recipe.align
+    assert options is not None, "the recipe asks for it"
+    return make_text(plan, compute, progress, num_tokens=options.tokens, length=options.length)
 
 
 def _tokenizer(plan: SplitPlan) -> Any:

@@ -21,6 +21,8 @@ from .sizes import SHARED_GATE, sizes_for_budget
 SIMULATED = "simulated: cannot be exported"
 FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
 """Parts of `llamamoe.architectures.costs.Cost` that are the FFN's."""
+ALIGNED = "align"
+"""What the control of an aligned method adds to its title."""
 _ATTEMPTS = 4
 
 
@@ -111,28 +113,40 @@ def _routed(method: StudyMethod) -> bool:
 
 
 def _controls(recipe: CompareRecipe) -> Iterator[StudyMethod]:
-    """Random experts with a random router, and static pruning as it is and with every repair of the study."""
+    """Random experts with a random router, and static pruning as it is, and with every repair and alignment of the study."""
     static_by = {"name": recipe.static_by.name, **recipe.static_by.options}
     taken = {method.name for method in recipe.methods}
-    repairs: dict[str, Choice] = {NO_REPAIR: Choice(name=NO_REPAIR)}
+    pruned: dict[str, dict[str, Any]] = {STATIC: {"repair": {"name": NO_REPAIR}}}
     for method in recipe.methods:
-        split = method.split_recipe()
-        splitter = SPLITTERS.get(split.method.name) if split.method.name in SPLITTERS else None
-        repair = split.repair
-        if repair is None and splitter is not None and splitter.default_repair and recipe.calibration:
-            repair = method.split_recipe(repair=splitter.default_repair).repair
-        if repair is not None and repair.name != NO_REPAIR and repair not in repairs.values():
-            same = sum(name.split(" ")[0] == repair.name for name in repairs)
-            repairs[f"{repair.name} {same + 1}" if same else repair.name] = repair
-    for name, repair in repairs.items():
-        if not recipe.calibration:
-            break
-        title = STATIC if name == NO_REPAIR else f"{STATIC} + {name}"
-        values = {"method": STATIC, "shared_by": static_by, "repair": {"name": repair.name, **repair.options}}
-        if title not in taken:
-            yield StudyMethod(name=title, recipe=values)
+        repair, align = _repair_of(method, recipe), method.split_recipe().align
+        title = STATIC if repair.name == NO_REPAIR else f"{STATIC} + {repair.name}"
+        keys: dict[str, Any] = {"repair": {"name": repair.name, **repair.options}}
+        title = _add(pruned, title, keys)
+        if align is not None:
+            _add(pruned, f"{title} + {ALIGNED}", keys | {"align": align.model_dump(exclude_unset=True)})
+    for title, keys in pruned.items():
+        if recipe.calibration and title not in taken:
+            yield StudyMethod(name=title, recipe={"method": STATIC, "shared_by": static_by} | keys)
     if RANDOM not in taken:
         yield StudyMethod(name=RANDOM, shared_of_active=0.0, recipe={"method": RANDOM, "router": RANDOM})
+
+
+def _repair_of(method: StudyMethod, recipe: CompareRecipe) -> Choice:
+    """The method's repair, or the one that its splitter has by default where there is text."""
+    split = method.split_recipe()
+    splitter = SPLITTERS.get(split.method.name) if split.method.name in SPLITTERS else None
+    repair = split.repair
+    if repair is None and splitter is not None and splitter.default_repair and recipe.calibration:
+        repair = method.split_recipe(repair=splitter.default_repair).repair
+    return repair or Choice(name=NO_REPAIR)
+
+
+def _add(found: dict[str, dict[str, Any]], title: str, keys: dict[str, Any]) -> str:
+    """Keep keys under a title, numbered if it stands for others; the title that they have, maybe from before."""
+    number = 1
+    while found.setdefault(name := title if number == 1 else f"{title} {number}", keys) != keys:
+        number += 1
+    return name
 
 
 def plan_at(recipe: CompareRecipe, method: StudyMethod, model: DenseModel, budget: float, seed: int) -> SplitPlan:
@@ -221,8 +235,8 @@ def estimated_flops(cell: Cell, parent: Cost, recipe: CompareRecipe, domains: in
     A mixture of experts is measured with all its experts computed. ``evaluation_tokens`` null counts as its default.
     """
     tokens = domains * (recipe.evaluation_tokens or 8192)
-    walk = cell.plan.calibration.flops if cell.plan and cell.plan.calibration else 0
-    return tokens * parent.flops_per_token + walk
+    steps = (cell.plan.calibration, cell.plan.alignment) if cell.plan else ()
+    return tokens * parent.flops_per_token + sum(step.flops for step in steps if step is not None)
 
 
 def methods_of(cells: Iterable[Cell]) -> list[str]:

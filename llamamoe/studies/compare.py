@@ -203,7 +203,7 @@ class _Depends:
         return Dependencies(
             cell=cell_facts(cell),
             study=self._study,
-            code=code_version(_plugins(cell)),
+            code=code_version(_plugins(cell), aligned=cell.plan is not None and cell.plan.recipe.align is not None),
             source=self._source,
             calibration=engine.calibration_hash(cell.plan) if engine and cell.plan else None,
             evaluation=engine.evaluation_hash if engine else None,

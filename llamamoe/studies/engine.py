@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..alignment.layers import AlignedLayer
 from ..calibration.compute import Compute, choose_compute
 from ..calibration.gradients import GradientStore
 from ..calibration.text import CalibrationText, shared_documents
@@ -23,12 +25,13 @@ from ..evaluation.scores import ModelScores
 from ..lazy import np, torch
 from ..models.loading import load_weights, open_model, pick_device
 from ..progress import ProgressCallback, ignore_progress
+from .aligned import aligned_layers, folder_of, remove_alignments
 from .cells import Cell
-from .in_memory import convert_in_memory
+from .in_memory import InMemory, convert_in_memory
 from .measure import perplexity, replaced_ffns
 from .meter import peak_bytes, reset_peak
 from .recipe import CompareRecipe
-from .store import sha256_of
+from .store import recipe_facts, sha256_of
 
 SAMPLED = "sampled"
 _WORK, _CHECKPOINTS = "work", "checkpoints"
@@ -60,7 +63,7 @@ class Engine:
             max_tokens=recipe.evaluation_tokens,
             context_length=recipe.context_length,
         )
-        self._texts: dict[tuple[Any, ...], CalibrationText] = {}
+        self._texts: dict[tuple[str, int, int, int], CalibrationText] = {}
 
     # ---- texts ------------------------------------------------------------------------------------------------
 
@@ -79,8 +82,10 @@ class Engine:
         if plan.recipe.calibration == (AUTO,):
             return SAMPLED
         text = self.calibration_text(plan)
-        clusters = () if text.clusters_S is None else (text.clusters_S,)
-        return sha256_of(text.ids_ST, *clusters)
+        more = [] if text.clusters_S is None else [text.clusters_S]
+        if plan.recipe.align is not None:
+            more.append(self._alignment_text(plan).ids_ST)
+        return sha256_of(text.ids_ST, *more)
 
     def calibration_text(self, plan: SplitPlan, progress: ProgressCallback = ignore_progress) -> CalibrationText:
         """The text of a plan, made once for all cells that share it; refused if documents are evaluated on too.
@@ -89,12 +94,25 @@ class Engine:
             UsageError: Documents are in both texts.
         """
         assert plan.calibration is not None
-        key: tuple[Any, ...] = (plan.recipe.seed, plan.calibration.length, plan.recipe.calibration_tokens)
+        text = self._text("calibration", plan, plan.recipe.calibration_tokens, plan.calibration.length, progress)
+        return with_clusters(plan, text)
+
+    def _alignment_text(self, plan: SplitPlan, progress: ProgressCallback = ignore_progress) -> CalibrationText:
+        """What an alignment learns from; refused if documents are evaluated on too."""
+        options = plan.recipe.align
+        assert options is not None
+        assert options.length is not None, "the plan sets it"
+        return self._text("alignment", plan, options.tokens, options.length, progress)
+
+    def _text(
+        self, purpose: str, plan: SplitPlan, tokens: int, length: int, progress: ProgressCallback
+    ) -> CalibrationText:
+        key = (purpose, plan.recipe.seed, length, tokens)
         if key not in self._texts:
-            text = make_text(plan, self._compute(plan), progress)
+            text = make_text(plan, self._compute(plan), progress, num_tokens=tokens, length=length)
             self._refuse_overlap(text)
             self._texts[key] = text
-        return with_clusters(plan, self._texts[key])
+        return self._texts[key]
 
     def _refuse_overlap(self, text: CalibrationText) -> None:
         both = shared_documents(text.document_hashes, (each.document for each in self.text.encoded))
@@ -109,8 +127,9 @@ class Engine:
         """How much text of which domains is evaluated and calibrated on."""
         tokens = {domain: int(self.text.tokens[members].sum()) for domain, members in self.text.domains.items()}
         facts: dict[str, Any] = {"evaluation": {"window": self.window, "scored_tokens": tokens}}
-        for key, text in self._texts.items():
-            facts.setdefault("calibration", {})[f"seed {key[0]}"] = text.facts
+        for (purpose, seed, _, wanted), text in self._texts.items():
+            name = f"seed {seed}" if purpose == "calibration" else f"seed {seed}, {wanted} tokens"
+            facts.setdefault(purpose, {})[name] = text.facts
         return facts
 
     def warnings(self) -> tuple[str, ...]:
@@ -156,16 +175,7 @@ class Engine:
 
         ffns: Mapping[int, Any] = {}
         if cell.plan is not None:
-            layers = cell.plan.model.spec.num_layers
-            converted = convert_in_memory(
-                cell.plan,
-                text,
-                self._compute(cell.plan),
-                oracle=cell.oracle,
-                gradients=self._gradients(cell.plan, text),
-                folder=self._work(),
-                advance=lambda layer: advance(walk * (layer + 1) / layers),
-            )
+            converted = self._convert(cell, text, lambda share: advance(walk * share))
             ffns, facts = converted.ffns, converted.facts
         with replaced_ffns(model, ffns):
             scores = perplexity(model, self.text, self.recipe.batch_size, score)
@@ -176,6 +186,38 @@ class Engine:
             "device": self.device,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+    def _convert(self, cell: Cell, text: CalibrationText | None, advance: Callable[[float], None]) -> InMemory:
+        plan = cell.plan
+        assert plan is not None
+        compute, layers, aligned = self._compute(plan), plan.model.spec.num_layers, 0.0
+        given: Mapping[int, AlignedLayer] = {}
+        if plan.recipe.align is not None:
+            assert text is not None, "it needs calibration text"
+            assert plan.alignment is not None
+            assert plan.calibration is not None
+            aligned = plan.alignment.flops / (plan.alignment.flops + plan.calibration.flops)
+            more = self._alignment_text(plan)
+            folder = self._alignment_folder(plan)
+            given = aligned_layers(folder, plan, text, more, compute, lambda share: advance(aligned * share))
+        return convert_in_memory(
+            plan,
+            text,
+            compute,
+            oracle=cell.oracle,
+            given=given,
+            gradients=self._gradients(plan, text),
+            folder=self._work(),
+            advance=lambda layer: advance(aligned + (1 - aligned) * (layer + 1) / layers),
+        )
+
+    def keep_alignments(self, unfinished: Iterable[Cell]) -> None:
+        """Delete what alignments keep for a study that goes on, if none of these cells needs it."""
+        plans = [cell.plan for cell in unfinished if cell.plan is not None and cell.plan.recipe.align is not None]
+        remove_alignments(self.out / _WORK, map(self._alignment_folder, plans))
+
+    def _alignment_folder(self, plan: SplitPlan) -> Path:
+        return folder_of(self._work(), json.dumps([recipe_facts(plan), self.calibration_hash(plan)], sort_keys=True))
 
     def export(self, cell: Cell, progress: ProgressCallback) -> dict[str, Any]:
         """Write the checkpoint of a cell, and measure it with `llamamoe.evaluate`."""

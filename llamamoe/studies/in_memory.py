@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..alignment.layers import AlignedLayer
 from ..calibration.compute import Compute
 from ..calibration.gradients import GradientStore
 from ..calibration.text import CalibrationText
@@ -73,6 +74,7 @@ def convert_in_memory(
     compute: Compute,
     *,
     oracle: bool = False,
+    given: Mapping[int, AlignedLayer] | None = None,
     gradients: GradientStore | None = None,
     folder: Path | None = None,
     advance: Callable[[int], None] = lambda layer: None,
@@ -84,6 +86,7 @@ def convert_in_memory(
         text: The calibration text; None if the plan needs none.
         compute: Device and dtype of large products.
         oracle: Replace every router by an oracle, before anything is repaired.
+        given: What alignment learned, if the plan asks for it.
         gradients: Of the parent's loss at the FFN outputs, if a method needs them.
         folder: Where hidden states go that are too large for memory.
         advance: Told of every finished layer.
@@ -107,7 +110,7 @@ def convert_in_memory(
         if layer in plan.layout.dense_layers:
             outputs = dense_outputs(inputs, cast_ffn(read_ffn(plan.model, layer), dtype))
         else:
-            converted[layer] = convert_layer(plan, layer, inputs, adapt=adapt)
+            converted[layer] = convert_layer(plan, layer, inputs, (given or {}).get(layer), adapt=adapt)
             moe = converted[layer].moe
             assert moe is not None
             outputs = moe.outputs(inputs)

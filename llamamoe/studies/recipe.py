@@ -67,8 +67,6 @@ class StudyMethod(BaseModel):
     @model_validator(mode="after")
     def _valid(self) -> StudyMethod:
         lines = [f"{key} is decided by the study" for key in self.recipe if key in _STUDY]
-        if self.recipe.get("align") is not None:
-            lines.append("align: compare converts one layer at a time; align with split, and measure it with evaluate")
         known = [*type(self).model_fields, *SplitRecipe.model_fields]
         unknown = [key for key in self.recipe if key not in SplitRecipe.model_fields]
         lines += [f"{key}: unknown key. {near_misses(key, [k for k in known if k not in _STUDY])}" for key in unknown]

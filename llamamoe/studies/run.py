@@ -71,6 +71,7 @@ class StudyRun:
             except LlamaMoeError as error:
                 failed.append((cell.label, str(error)))
             advance(1.0)
+        self.engine.keep_alignments(cell for cell in self._cells if self._results[cell.label] is None)
         return failed
 
     def _lacks_export(self, cell: Cell) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 from .._version import __version__
 from ..checkpoint.files import make_folder, write_text
+from ..conversion.plan import SplitPlan
 from ..errors import LlamaMoeError
 from ..lazy import np
 from .cells import Cell
@@ -24,6 +25,8 @@ _PACKAGE = __name__.split(".")[0]
 _METHODS = ("methods", "calibration", "architectures.rescales", "checkpoint.tensors", "conversion.assembly",
             "conversion.layer", "numerics")  # fmt: skip
 """Packages and modules that make a conversion what it is: imports of them are followed."""
+_ALIGNED = ("alignment.align", "alignment", "conversion.aligning")
+"""The same where all layers are learned together."""
 _ALWAYS = ("conversion.layer", "methods.moe_layer", "methods.layer", "evaluation.perplexity", "evaluation.scoring",
            "models.loading", "models.streaming", "data.encoding", "studies.in_memory", "studies.measure")  # fmt: skip
 """Modules that decide every cell."""
@@ -82,9 +85,13 @@ def cell_facts(cell: Cell) -> dict[str, Any]:
     """What makes a cell different from others, as plain data."""
     if cell.plan is None:
         return {"dense": True}
-    left_out = _NOT_NUMBERS if cell.plan.calibration else _NOT_NUMBERS | _OF_TEXT
-    recipe = {k: v for k, v in cell.plan.recipe.model_dump(mode="json").items() if k not in left_out}
-    return {"oracle": cell.oracle, "recipe": recipe}
+    return {"oracle": cell.oracle, "recipe": recipe_facts(cell.plan)}
+
+
+def recipe_facts(plan: SplitPlan) -> dict[str, Any]:
+    """Return the keys of a plan's recipe that change a number, as plain data."""
+    left_out = _NOT_NUMBERS if plan.calibration else _NOT_NUMBERS | _OF_TEXT
+    return {k: v for k, v in plan.recipe.model_dump(mode="json").items() if k not in left_out}
 
 
 class CellStore:
@@ -151,17 +158,23 @@ def read_result(path: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def code_version(plugins: Iterable[type]) -> str:
+def code_version(plugins: Iterable[type], *, aligned: bool = False) -> str:
     """A hash of the sources of these plug-ins, of the method modules that they import, and of what runs every cell.
 
     Comments, docstrings and formatting do not count. Adding a method changes the hash of no other.
+
+    Args:
+        plugins: Classes.
+        aligned: Alignment counts, too.
     """
-    modules = {f"{_PACKAGE}.{name}" for name in _ALWAYS} | {plugin.__module__ for plugin in plugins}
-    digests = sorted((name, digest) for name, digest in _closure(frozenset(modules)).items())
+    modules = {f"{_PACKAGE}.{name}" for name in _ALWAYS + _ALIGNED * aligned}
+    modules |= {plugin.__module__ for plugin in plugins}
+    within = _METHODS + _ALIGNED * aligned
+    digests = sorted((name, digest) for name, digest in _closure(frozenset(modules), within).items())
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
-def _closure(modules: frozenset[str]) -> dict[str, str]:
+def _closure(modules: frozenset[str], within: tuple[str, ...]) -> dict[str, str]:
     found: dict[str, str] = {}
     waiting = set(modules)
     while waiting:
@@ -169,13 +182,13 @@ def _closure(modules: frozenset[str]) -> dict[str, str]:
         if name not in found:
             digest, imported = _source(name)
             found[name] = digest
-            waiting |= {each for each in imported if _within(each)}
+            waiting |= {each for each in imported if _within(each, within)}
     return found
 
 
-def _within(module: str) -> bool:
+def _within(module: str, within: tuple[str, ...]) -> bool:
     """Return whether a module is one of those that make a conversion what it is, or lies in one."""
-    return any(f"{module}.".startswith(f"{_PACKAGE}.{name}.") for name in _METHODS)
+    return any(f"{module}.".startswith(f"{_PACKAGE}.{name}.") for name in within)
 
 
 @functools.lru_cache(maxsize=256)

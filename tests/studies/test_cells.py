@@ -95,6 +95,22 @@ def test_each_repair_has_its_static_control(dense: Path, tmp_path: Path) -> None
     assert [r.name for r in repairs if r] == ["none", "least_squares", "least_squares", "scalar"]
 
 
+def test_each_alignment_has_its_static_control(dense: Path, tmp_path: Path) -> None:
+    aligned = {**REPAIRED, "name": "aligned", "align": {"tokens": 2048}}
+    longer = {**REPAIRED, "name": "longer", "align": {"tokens": 4096}}
+    found = cells(dense, tmp_path, methods=[aligned, longer, {**aligned, "name": "again"}])
+    static = {c.method: c.plan.recipe for c in found if c.method.startswith("static") and c.plan}
+    aligns = {name: recipe.align and recipe.align.tokens for name, recipe in static.items()}
+    assert aligns == {
+        "static": None,
+        "static + least_squares": None,
+        "static + least_squares + align": 2048,
+        "static + least_squares + align 2": 4096,
+    }
+    repairs = {name: recipe.repair.name for name, recipe in static.items() if recipe.repair}
+    assert repairs == {name: "none" if name == "static" else "least_squares" for name in static}
+
+
 def test_given_sizes_are_taken_or_refused(dense: Path, tmp_path: Path) -> None:
     sizes = {0.5: {"num_experts": 4, "top_k": 1, "shared": 44}}
     method = {"name": "mine", "method": "kmeans", "sizes": sizes}

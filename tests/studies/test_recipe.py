@@ -60,10 +60,7 @@ def test_every_error_at_once_with_near_misses(tmp_path: Path) -> None:
         ({"seeds": {0.5: [1]}, "budgets": [0.25]}, "there are none for the budget 0.25"),
         ({"methods": ["kmeans", "kmeans"]}, "stands twice"),
         ({"methods": [{"name": "a", "method": "kmeans", "seed": 1}]}, "seed is decided by the study"),
-        (
-            {"methods": [{"name": "a", "method": "kmeans", "align": {"tokens": 4096}}]},
-            "a: align: compare converts one layer",
-        ),
+        ({"methods": [{"name": "a", "method": "kmeans", "align": {"tokens": 1}}]}, "align.tokens"),
         ({"methods": [{"name": "a", "method": "kmeans", "sizes": {0.5: {"n": 1}}}]}, "sizes.0.5.n: unknown key"),
         ({"methods": ["kmens"]}, "Did you mean 'kmeans'"),
         ({"methods": [{"name": "a/b", "method": "kmeans"}]}, "must have 1 to 60 characters, none of them /"),

@@ -1,0 +1,79 @@
+"""Alignments of a study: learned once for all cells that share one, and kept while one of them is unfinished."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from ..alignment.layers import AlignedLayer
+from ..alignment.states import load_layers, save_layers
+from ..calibration.compute import Compute
+from ..calibration.text import CalibrationText
+from ..checkpoint.files import remove_temporaries
+from ..conversion.aligning import learn
+from ..conversion.plan import SplitPlan
+from ..progress import Progress
+
+_PREFIX, _RESULT = "alignment-", "aligned.safetensors"
+_STARTS_SHARE = 0.1
+"""Of the time until a cell can be scored, what the first layers take, roughly."""
+
+
+def aligned_layers(
+    folder: Path,
+    plan: SplitPlan,
+    calibration: CalibrationText,
+    text: CalibrationText,
+    compute: Compute,
+    advance: Callable[[float], None],
+) -> dict[int, AlignedLayer]:
+    """Return what the plan's alignment learns; learn it if no earlier cell has.
+
+    Args:
+        folder: Of this plan and these texts, see `folder_of`.
+        plan: Its recipe asks for alignment.
+        calibration: What the methods of the start see.
+        text: What is learned from.
+        compute: Device and dtype.
+        advance: Told of the share that is done.
+
+    Raises:
+        LlamaMoeError: There is too little text, or something is not finite.
+    """
+    known = load_layers(folder / _RESULT)
+    if known is not None:
+        return known
+
+    def report(progress: Progress) -> None:
+        share = progress.done / progress.total
+        first = progress.unit == "layer"
+        advance(_STARTS_SHARE * share if first else _STARTS_SHARE + (1 - _STARTS_SHARE) * share)
+
+    found = learn(plan, calibration, text, compute, folder, report).layers
+    _clear(folder)
+    save_layers(folder / _RESULT, found)
+    return found
+
+
+def folder_of(work: Path, identity: str) -> Path:
+    """Return where the states of an alignment are: a folder for each plan and text, named by a hash of them."""
+    return work / f"{_PREFIX}{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
+def remove_alignments(work: Path, needed: Iterable[Path]) -> None:
+    """Delete the states of all alignments in a folder but those that are still needed."""
+    kept = set(needed)
+    for folder in work.glob(f"{_PREFIX}*"):
+        if folder not in kept and folder.is_dir() and not folder.is_symlink():
+            _clear(folder)
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    for name in ("starts", "alignment", "aligned"):
+        for suffix in ("safetensors", "sha256", "json"):
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+    remove_temporaries(folder)
