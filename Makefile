@@ -26,7 +26,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZER
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo test lint format test-transformers4 test-clients clients-large benchmarks clean distclean
+.PHONY: help venv demo docs test lint format test-transformers4 test-clients clients-large benchmarks clean distclean
 
 help:  ## List the targets (default)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ venv: $(VENV)/.stamp-dev $(VENV)/.stamp-model  ## Make the development environme
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model  ## Convert a small real model and show the proof (first run installs)
 	@$(BIN)/llamamoe demo $(DEMO_ARGS)
+
+docs: venv $(VENV)/.stamp-docs  ## Build the documentation site into site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "Open site/index.html"
 
 test: venv  ## Run the whole test suite
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
@@ -72,8 +76,8 @@ benchmarks: venv $(VENV)/.stamp-bench  ## Run the scripts in benchmarks/ that ne
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## Delete build leftovers, caches and the demo's output
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output
-	find llamamoe cli recipes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output
+	find llamamoe cli recipes tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the environments too
 	rm -rf $(VENV) $(VENV_TF4) $(VENV_CLIENTS) $(VENV_VLLM) $(VENV_OPENVINO)
@@ -100,6 +104,10 @@ $(VENV)/.stamp-demo: $(PACKAGING) $(VENV)/.stamp-venv
 $(VENV)/.stamp-dev: $(PACKAGING) $(VENV)/.stamp-venv
 	@echo "Installing llamamoe and its development tools into $(VENV) (a few minutes, once)"
 	@$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.stamp-docs: $(PACKAGING) $(VENV)/.stamp-venv
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(VENV)/.stamp-bench: $(PACKAGING) $(VENV)/.stamp-venv
