@@ -1,0 +1,81 @@
+"""What the pages say of exit codes, files and links is what the code does."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import llamamoe
+from llamamoe import errors
+from llamamoe.checkpoint.out_folder import DERIVED_FILE, HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECEIPT_FILE, RECIPE_FILE
+from tests.dense import make_dense
+
+from .pages import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+from generator import api, repository
+from generator.markdown import code, table
+
+DOCS = ROOT / "docs"
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*?) ?\|$", (DOCS / "reference/exit-codes.md").read_text(), re.MULTILINE)
+    said = {name: int(number) for number, names in rows for name in re.findall(r"`(\w+)`", names)}
+    public = {name: getattr(errors, name) for name in api.public_names() if name.endswith("Error")}
+    assert said == {name: error.exit_code for name, error in public.items()}
+    assert {"0", "130"} <= {number for number, _ in rows}
+
+
+def test_files_of_a_conversion_are_named(tmp_path: Path) -> None:
+    page = (DOCS / "reference/files.md").read_text(encoding="utf-8")
+    llamamoe.split(make_dense(tmp_path / "dense", "llama"), tmp_path / "moe", verify=False)
+    for file in (tmp_path / "moe").iterdir():
+        assert f"`{file.name}`" in page, file.name
+    for name in (RECIPE_FILE, RECEIPT_FILE, HEAL_RECIPE_FILE, HEAL_RECEIPT_FILE, DERIVED_FILE):
+        assert f"`{name}`" in page
+
+
+def test_links_to_the_repository_lead_to_pages_or_copies() -> None:
+    text = "[a](../../recipes/split/cmoe.yaml) [b](../../BENCHMARKS.md#exactness) [c](../../LICENSE) [d](quality.md)"
+    assert repository.with_links(text, "concepts/x.md") == (
+        "[a](../reference/shipped-recipes.md#split-cmoe) [b](../benchmarks.md#exactness) [c](../files/LICENSE) [d](quality.md)"
+    )
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.rglob("*.md"):
+        assert page.relative_to(DOCS).as_posix() in nav, page
+
+
+def test_public_names_have_pages_and_docstrings() -> None:
+    assert set(api.public_names()) == {name for name in llamamoe.__all__ if name != "__version__"}
+    assert {name.split(".")[1] for name in api.public_names().values()} == {
+        module for *_, modules in api.GROUPS.values() for module in modules
+    } - {"_version"}
+
+
+def test_a_public_name_without_a_docstring_stops_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llamamoe.conversion import split
+
+    assert api.missing("llamamoe.conversion.split", "split") == []
+    monkeypatch.setattr(split.split, "__doc__", None)
+    assert api.missing("llamamoe.conversion.split", "split") == ["llamamoe.conversion.split.split"]
+    with pytest.raises(ValueError, match="without a docstring: llamamoe\\.conversion\\.split\\.split"):
+        api.pages()
+
+
+def test_a_bar_in_code_ends_no_cell() -> None:
+    assert table(("a",), [[code("x|y")]]).splitlines()[-1] == "| <code>x&#124;y</code> |"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_pages_speak_plainly(page: Path) -> None:
+    """Nothing from other hosts is loaded, and headings are sentences of one page."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"!\[[^]]*\]\(https?:", text)
+    assert len(re.findall(r"^# ", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)) == 1
