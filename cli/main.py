@@ -123,10 +123,14 @@ def _fail(ctx: click.Context, error: LlamaMoeError) -> NoReturn:
     if isinstance(error, Interrupted):
         echo(str(error), err=True)
     else:
-        echo(styled("Error:", fg="red", bold=True), f" {error.message}", err=True)
-        if error.hint:
-            echo(f"  {error.hint}", err=True)
+        _tell(error)
     ctx.exit(error.exit_code)
+
+
+def _tell(error: LlamaMoeError) -> None:
+    echo(styled("Error:", fg="red", bold=True), f" {error.message}", err=True)
+    if error.hint:
+        echo(f"  {error.hint}", err=True)
 
 
 @click.group(
@@ -148,5 +152,9 @@ def root(ctx: click.Context) -> None:
 def main() -> NoReturn:
     """Run the command line of this process."""
     atexit.register(gc.freeze)  # the interpreter's last collections would go through all that torch imported: 0.7 s
-    root.main(prog_name="llamamoe")
+    try:
+        root.main(prog_name="llamamoe")
+    except OSError as error:  # click prints --help and --version before there is a command
+        _tell(told(error, verbose=False))
+        sys.exit(LlamaMoeError.exit_code)
     raise AssertionError("click exits")

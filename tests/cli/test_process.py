@@ -100,6 +100,51 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert running.stderr.read() == ""
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error_and_no_file_takes_their_place(closed: str, dense: Path, tmp_path: Path) -> None:
+    """What libraries print must not go into a checkpoint that is opened under a number of theirs."""
+    shell = f'exec "$@" {closed}'
+    args = ["split", str(dense), str(tmp_path / "out"), "--experts", "4", "--method", "random", "--no-verify"]
+    for arguments in (args, ["methods"]):
+        found = subprocess.run(
+            ["sh", "-c", shell, "sh", sys.executable, "-c", NUMBERS, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert found.returncode == 0, found.stderr
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+NUMBERS = """
+import os
+from llamamoe_cli import run
+from llamamoe.checkpoint import files
+
+real = files._opened
+
+def opened(*args, **keys):
+    file = real(*args, **keys)
+    assert file.fileno() > 2
+    return file
+
+files._opened = opened
+run()
+"""
+
+
+@pytest.mark.parametrize("args", [("--version",), ("--help",), ("methods", "--help"), ("methods",)])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_under_stdout_is_one_error(args: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        running = process(*args, stdout=full)
+        assert running.stderr is not None
+        said = running.stderr.read()
+        assert running.wait(timeout=60) == 1
+    assert said.startswith("Error: No space left on device.\n"), said
+    assert said.count("\n") == 2
+
+
 def on_a_terminal(*args: str, columns: int = 80, **env: str) -> str:
     """What a command, or a script after ``-c``, writes to a terminal (stdout and stderr)."""
     parent, child = pty.openpty()
