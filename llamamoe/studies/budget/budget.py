@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from ..._version import __version__
 from ...architectures.dense_checkpoint import understand
 from ...architectures.targets.base import Target
 from ...checkpoint.locate import locate, open_checkpoint
+from ...checkpoint.scratch import scratch_folder
 from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.recipe import SplitRecipe
 from ...conversion.sizes import PAD_TO
@@ -162,8 +162,8 @@ def budget(
     sizer = Sizer(understand(checkpoint), recipe, shared_of_active)
     targets = sizer.targets(budget)
     shares = [budget * SMALLER**i for i in reversed(range(points))] if how.converts else [budget]
-    with tempfile.TemporaryDirectory(prefix="llamamoe-") as folder:
-        task = _task(sizer, targets[0], shares, Path(folder), held_out_tokens, progress)
+    with scratch_folder() as folder:
+        task = _task(sizer, targets[0], shares, folder, held_out_tokens, progress)
         curves, flops = how.measure(task), how.flops(task)
     sets = {each: dense_sets(curves, budget, each.dense_layers, partial(sizer.fit, each)) for each in targets}
     told = {"source": str(source), "budget": budget, "measure": measure, "unit": how.unit, "flops": flops}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import gettempdir
 
 from ...architectures.dense_checkpoint import understand
 from ...architectures.sources.base import canonical_shapes
@@ -16,6 +16,7 @@ from ...checkpoint.files import make_folder, save_tensors, unsynced, write_text
 from ...checkpoint.gguf.reader import export_dense
 from ...checkpoint.locate import locate, open_checkpoint
 from ...checkpoint.reader import SINGLE, SafetensorsCheckpoint
+from ...checkpoint.scratch import scratch_folder
 from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.recipe import SplitRecipe
 from ...conversion.sizes import QUANTISED_BLOCK
@@ -71,7 +72,7 @@ class Material:
 def material(
     model: ModelShape | Path, folder: Path | None = None, *, tokenizer: str | Path | None = None
 ) -> Iterator[Material]:
-    """Give the dense model and room for its conversions; all of it is deleted afterwards.
+    """Give the dense model and room for its conversions; all of it is deleted afterwards, also what a killed run left.
 
     Args:
         model: A shape, made of random weights in bfloat16; or a dense model's folder or GGUF file, which stays.
@@ -82,8 +83,7 @@ def material(
         RefusedError: The disk is too small.
     """
     _check_room(model, Path(gettempdir()) if folder is None else folder, tokenizer)
-    with TemporaryDirectory(prefix="llamamoe-speed-", dir=folder) as name:
-        work = Path(name)
+    with scratch_folder(folder) as work:
         if isinstance(model, ModelShape):
             dense = work / "dense"
             with unsynced():
