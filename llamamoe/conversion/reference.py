@@ -185,7 +185,18 @@ def _load(folder: Path) -> Any:
         if info.get(kind):
             names = sorted(map(str, info[kind]))[:3]
             raise VerificationError(f"parent {folder}: transformers reports {kind.replace('_', ' ')}: {names}.")
+    _name_tied(model)
     return model.eval().requires_grad_(False)
+
+
+def _name_tied(model: Any) -> None:
+    """Let accelerate find a tied weight under both of its names: it is told only those that the file holds.
+
+    Transformers adds the head's where the file has the embedding, and not the other way round (``save_model``).
+    """
+    places = model.lm_head._hf_hook.weights_map.dataset.index
+    if "model.embed_tokens.weight" not in places and "lm_head.weight" in places:
+        places["model.embed_tokens.weight"] = places["lm_head.weight"]
 
 
 def _refuse_others(folder: Path) -> None:
