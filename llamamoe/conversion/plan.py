@@ -276,13 +276,15 @@ def _alignment(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout, source_d
     options = recipe.align
     if options is None:
         return None
-    half = recipe.compute_dtype == "bfloat16" or (recipe.compute_dtype is None and source_dtype in ("BF16", "F16"))
+    dtype, half_source = recipe.compute_dtype, source_dtype in ("BF16", "F16")
+    # without a dtype, whether "auto" finds a processor that is fast in bfloat16 is known only when torch is there
+    half = dtype == "bfloat16" or (dtype is None and half_source and recipe.device.startswith("cuda"))
     return plan_alignment(
         spec,
         options,
         layers=spec.num_layers - len(layout.dense_layers),
         num_experts=layout.num_experts,
-        compute_bytes=2 if half and recipe.device != "cpu" else 4,
+        compute_bytes=2 if half else 4,
     )
 
 

@@ -182,3 +182,17 @@ def test_options_are_refused_with_their_names() -> None:
         AlignmentOptions(reach=-1)
     with pytest.raises(LlamaMoeError, match=r"align\.wieghts: unknown key. Did you mean"):
         llamamoe.load_recipe(given={"align": {"wieghts": "ffn"}})
+
+
+def test_memory_is_planned_for_float32_unless_bfloat16_is_certain(tmp_path: Path) -> None:
+    """On a processor bfloat16 may turn out to be the slower dtype; then nothing must need more than was planned."""
+    source = make_dense(tmp_path / "dense", dtype=torch.bfloat16)
+    (tmp_path / "text.txt").write_text("some text")
+
+    def planned(**given: Any) -> int:
+        plan = plan_conversion(source, recipe(source, None, **given))
+        assert plan.alignment is not None
+        return plan.alignment.peak_bytes
+
+    assert planned(device="auto") == planned(device="cpu") == planned(compute_dtype="float32")
+    assert planned(device="cuda") == planned(device="auto", compute_dtype="bfloat16") < planned(device="auto")
