@@ -114,7 +114,7 @@ class Alignment:
         self.modules = self.runner.hold(
             lambda layer, module: self._gate(model, layer, module, starts, weights_dtype, compute)
         )
-        self.optimizer = torch.optim.Adam(self._groups())
+        self.optimizer = torch.optim.Adam(self._groups(), fused=True)
         self.states = None if folder is None else States(folder, self.layers, self.optimizer)
 
     def _gate(

@@ -112,7 +112,7 @@ class Learned:
 
     def choose(self, temperature: float, *, learning: bool) -> None:
         """Gate the FFN by what is learned so far."""
-        self.one_hot_FC = self.assignment.one_hot().requires_grad_(learning)
+        self.one_hot_FC = self.assignment.one_hot().requires_grad_(learning and self.assignment.logits_FC.requires_grad)
         top_k, coefficient = self.start.context.top_k, self.start.coefficient
         self.ffn.choices = Choices(
             self.rows_NH, self.one_hot_FC, top_k, coefficient, temperature, self.scales_F, self.weights
