@@ -11,8 +11,10 @@ tokens for alignment. An arm that is in FILE already is not made again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -21,17 +23,21 @@ from typing import Any
 
 import llamamoe
 from llamamoe.checkpoint.files import write_text
+from llamamoe.checkpoint.out_folder import RECEIPT_FILE
 
 ROUTED: dict[str, Any] = {"method": "token_clusters", "router": "ridge"}
 STATIC: dict[str, Any] = {"method": "static"}
+DISTILLED: dict[str, Any] = {"repair": {"name": "distill", "epochs": 5}}
 FROZEN: dict[str, Any] = {"weights": "frozen"}
 ARMS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "static, as it is": (STATIC | {"repair": "none"}, None),
     "static, repaired": (STATIC | {"repair": "least_squares"}, None),
+    "static, distilled": (STATIC | DISTILLED, None),
     "static, mask learned": (STATIC | {"repair": "none"}, FROZEN),
     "static, all learned": (STATIC | {"repair": "least_squares"}, {}),
     "experts, as they are": (ROUTED | {"repair": "none"}, None),
     "experts, repaired": (ROUTED | {"repair": "least_squares"}, None),
+    "experts, distilled": (ROUTED | DISTILLED, None),
     "router learned": (ROUTED | {"repair": "none"}, FROZEN | {"lr_assignment": 0}),
     "assignment learned": (ROUTED | {"repair": "none"}, FROZEN | {"lr_router": 0}),
     "router and assignment learned": (ROUTED | {"repair": "none"}, FROZEN),
@@ -65,20 +71,27 @@ def recipe(options: argparse.Namespace, name: str, seed: int) -> llamamoe.SplitR
 def measure(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     """One arm: its perplexity over the parent's, and how it came about."""
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        result = llamamoe.split(options.source, Path(folder) / "out", recipe(options, name, seed), verify=False)
+    with contextlib.ExitStack() as stack:
+        if options.work is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = options.work / f"{re.sub('[^a-z]+', '-', name)}-{seed}"
+        out = folder / "out"
+        if not out.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            llamamoe.split(options.source, out, recipe(options, name, seed), verify=False, resume=True)
         seconds = time.monotonic() - began
         found = llamamoe.evaluate(
-            result.out,
+            out,
             [options.evaluation],
             against=options.source,
             max_tokens=options.evaluation_tokens,
             context_length=options.context,
             dtype="float32",
         )
-    assert found.against is not None
-    ratio = math.exp(found.model.mean_over_domains.loss - found.against.mean_over_domains.loss)
-    alignment = result.receipt["alignment"]
+        assert found.against is not None
+        ratio = math.exp(found.model.mean_over_domains.loss - found.against.mean_over_domains.loss)
+        alignment = json.loads((out / RECEIPT_FILE).read_text())["alignment"]
     kept = {key: alignment[key] for key in ("held_out_kl", "kept_step", "tokens")} if alignment else {}
     if alignment:
         moved = alignment["moved_neurons"].values()
@@ -93,7 +106,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--work", type=Path, help="for conversions while they are measured")
+    parser.add_argument("--work", type=Path, help="keeps conversions, so that a stopped one goes on")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--shared", type=int, default=12, help="neurons")
