@@ -47,6 +47,19 @@ RUNS: dict[str, tuple[str, str]] = {
     "methods": ("methods kmeans", "llamamoe.catalog.Method"),
 }  # fmt: skip
 """What is shown: the command that is run, and the class whose docstring names its keys."""
+PARTS = {
+    "inspect": {
+        "cost": "llamamoe.architectures.costs.Cost",
+        "experts": "llamamoe.architectures.stored_experts.Experts",
+    },
+    "split": {"plan": "llamamoe.conversion.plan.SplitPlan", "verification": "llamamoe.conversion.verify.Verification"},
+    "evaluate": dict.fromkeys(("model", "against"), "llamamoe.evaluation.scores.ModelScores"),
+    "bench": dict.fromkeys(("model", "against"), "llamamoe.evaluation.speeds.ModelSpeed"),
+    "methods": {"options": "llamamoe.catalog.Option"},
+}
+"""The classes of parts of a document, by the keys that lead to them."""
+OF_THE_MACHINE = r"run\.|platform|threads|torch|seconds|tokens_per_second"
+"""Keys whose values depend on the machine and the hour; no example is shown."""
 DEPTH = 2
 
 
@@ -60,7 +73,9 @@ def pages() -> dict[str, str]:
                                 | schema(document), indent=2)  # fmt: skip
         parts.append(f"## {name}\n\n[Schema]({file.removeprefix('reference/')})\n")
         about = _attributes(cls)
-        rows = [(code(path), kind, code(value) if value else "", about.get(path.removesuffix("[]"), ""))
+        for part, inner in PARTS.get(name, {}).items():
+            about |= {f"{part}.{key}": text for key, text in _attributes(inner).items()}
+        rows = [(code(path), kind, code(value) if value and not re.search(OF_THE_MACHINE, path) else "", about.get(path.replace("[]", "").lstrip("."), ""))
                 for path, kind, value in _rows(document, "", DEPTH)]  # fmt: skip
         parts.append(table(("key", "type", "example", "what it is"), rows))
     return made | {"reference/json.md": "\n".join(parts)}

@@ -100,6 +100,13 @@ def test_how_tos_name_every_recipe():
 
 
 @pytest.mark.parametrize("name", HOW_TOS)
+def test_links_lead_somewhere(name):
+    page = ROOT / "recipes" / name
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", HOW_TOS)
 def test_commands_of_the_how_tos_run(beside_the_demo, name):
     lines = re.findall(r"^    llamamoe (.+)$", (ROOT / "recipes" / name).read_text(encoding="utf-8"), re.MULTILINE)
     names = {"SOURCE": "demo-output/dense", "OUT": "out", "texts/": "demo-output/text/calibration"}
