@@ -17,6 +17,7 @@ from ..methods.solvers.learned_assignment import size_of
 from ..models.streaming import LayerRunner, StreamedModel
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .assignment import Assignment
+from .cost import held_out_sequences
 from .distance import divergence
 from .gated import GatedFfn
 from .layers import AlignedLayer, Learned, Start, moved
@@ -26,10 +27,6 @@ from .states import States
 SECONDS_BETWEEN_STATES = 120.0
 WARM_UP = 1 / 20
 """Share of the steps in which the rates rise."""
-HELD_OUT = 1 / 16
-"""Share of the sequences that are held out, to compare states of the learning on."""
-MOST_HELD_OUT = 1 << 14
-"""Most held-out tokens."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +89,8 @@ class Alignment:
         self.options, self.progress = options, progress
         self.vocab_size, self.hidden_size = model.spec.vocab_size, model.spec.hidden_size
         sequences, length = ids_ST.shape
-        held_out = max(1, min(round(sequences * HELD_OUT), MOST_HELD_OUT // length))
+        held_out = held_out_sequences(sequences, length)
         self.held_out_ST, self.ids_ST = (torch.from_numpy(part) for part in (ids_ST[:held_out], ids_ST[held_out:]))
-        if not len(self.ids_ST):
-            raise LlamaMoeError(
-                f"the text gives {sequences} sequence of {length} tokens, which is held out: nothing is left to align on.",
-                hint="Give more text, or a smaller align.length.",
-            )
         self.batch = max(1, min(options.batch // length, len(self.ids_ST)))
         self.steps = len(self.ids_ST) // self.batch
         checkpoint = model.checkpoint
@@ -171,7 +163,7 @@ class Alignment:
         """Learn; what was learned.
 
         Raises:
-            LlamaMoeError: The loss is not finite.
+            LlamaMoeError: Something is not finite.
         """
         options, first = self.options, 0
         checks = [self.steps * i // options.checks for i in range(options.checks + 1)]
@@ -181,7 +173,7 @@ class Alignment:
             first, record, best = found
         for step in range(first, self.steps + 1):
             if step in checks and not any(step == done for done, _ in record):
-                value = self.held_out()
+                value = _finite(self.held_out(), step)
                 if not any(value >= before for _, before in record):
                     best = {layer: each.now for layer, each in self.layers.items()}
                 record.append((step, value))
@@ -205,12 +197,7 @@ class Alignment:
         self.optimizer.zero_grad()
         loss = self.loss(ids, temperature, learning=True) / ids.numel()
         loss.backward()  # type: ignore[no-untyped-call]
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise LlamaMoeError(
-                f"the distance to the parent's predictions is {value} at step {step} of the alignment.",
-                hint="Try --compute-dtype float32; if that does not help, the parent's weights are broken.",
-            )
+        value = _finite(float(loss.detach()), step)
         for each in self.layers.values():
             if each.assignment.logits_FC.requires_grad:
                 assert each.one_hot_FC.grad is not None
@@ -218,6 +205,7 @@ class Alignment:
         self.optimizer.step()
         if options.lr_assignment and ((step + 1) % options.refresh == 0 or step + 1 == self.steps):
             for each in self.layers.values():
+                _finite(float(each.assignment.logits_FC.detach().sum()), step + 1, "a sum of an assignment's logits")
                 each.assignment.assign()
         return value
 
@@ -262,3 +250,18 @@ class Alignment:
                 str(layer): moved(self.layers[layer].start.partition, each.partition) for layer, each in best.items()
             },
         }
+
+
+def _finite(value: float, step: int, what: str = "the distance to the parent's predictions") -> float:
+    """A number that learning must not go on without.
+
+    Raises:
+        LlamaMoeError: It is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise LlamaMoeError(
+            f"{what} is {value} at step {step} of the alignment.",
+            hint="Try --compute-dtype float32, or smaller rates (align.lr_weights); if that does not help, the parent's "
+            "weights are broken.",
+        )
+    return value

@@ -7,9 +7,14 @@ from typing import Any
 
 from ..architectures.sources.base import DenseSpec
 from ..calibration.compute import REFERENCE_FLOPS
+from ..errors import LlamaMoeError
 from ..models.loading import LOGITS_AT_ONCE
 from .recipe import MAX_LENGTH, AlignmentOptions
 
+HELD_OUT = 1 / 16
+"""Share of the sequences that are held out, to compare states of the learning on."""
+MOST_HELD_OUT = 1 << 14
+"""Most held-out tokens."""
 MOMENTS = 3
 """float32 numbers kept for each learned one: itself and Adam's two moments; while it learns, its gradient, too."""
 
@@ -51,6 +56,25 @@ class AlignmentPlan:
         }
 
 
+def held_out_sequences(sequences: int, length: int) -> int:
+    """Return how many sequences of a text are held out.
+
+    Args:
+        sequences: What the text gives.
+        length: Tokens of each.
+
+    Raises:
+        LlamaMoeError: Nothing would be left to learn from.
+    """
+    held_out = max(1, min(round(sequences * HELD_OUT), MOST_HELD_OUT // length))
+    if held_out >= sequences:
+        raise LlamaMoeError(
+            f"the text gives {sequences} sequence of {length} tokens, which is held out: nothing is left to align on.",
+            hint="Give more text, or a smaller align.length.",
+        )
+    return held_out
+
+
 def plan_alignment(
     spec: DenseSpec, options: AlignmentOptions, *, layers: int, num_experts: int, compute_bytes: int
 ) -> AlignmentPlan:
@@ -76,6 +100,7 @@ def plan_alignment(
         spec.num_layers * (matrices + attention) + (1 if spec.tie_word_embeddings else 2) * table
     )
     activations = compute_bytes * options.batch * spec.num_layers * (2 * ffn + 10 * hidden)
+    ids = 8 * options.tokens
     copies = compute_bytes * matrices * layers if trained == matrices and compute_bytes < 4 else 0
     return AlignmentPlan(
         options=options,
@@ -85,7 +110,8 @@ def plan_alignment(
         + copies
         + 4 * (MOMENTS + 1) * learned
         + 4 * layers * trained
-        + 4 * 4 * LOGITS_AT_ONCE,
-        state_bytes=4 * (MOMENTS + 1) * learned,
+        + 4 * 4 * LOGITS_AT_ONCE
+        + ids,
+        state_bytes=4 * (MOMENTS + 1) * learned + ids,
         flops=options.tokens * per_token,
     )

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_LENGTH = 256
 """Tokens of a sequence, if the recipe names no number."""
+_MOST = 2**40
+_LARGE, _SMALL = 1e6, 1e-6
+"""Beyond these float32 holds neither a step nor its square."""
 
 
 class AlignmentOptions(BaseModel):
@@ -15,46 +18,67 @@ class AlignmentOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(262144, ge=1024, le=2**40, description="Tokens of text to learn from, each read once.")
+    tokens: int = Field(262144, ge=1024, le=_MOST, description="Tokens of text to learn from, each read once.")
     length: int | None = Field(
         None, ge=2, description="Tokens of one sequence; null: the model's positions, at most 256."
     )
-    batch: int = Field(1024, ge=2, description="Tokens per step, in whole sequences.")
+    batch: int = Field(1024, ge=2, le=_MOST, description="Tokens per step, in whole sequences.")
     lr_assignment: float = Field(
         0.01,
         ge=0,
+        le=_LARGE,
         allow_inf_nan=False,
         description="Highest rate of the assignment's logits; 0 keeps every neuron where it is.",
     )
     reach: float = Field(
         0.75,
-        gt=0,
+        ge=_SMALL,
+        le=_LARGE,
         allow_inf_nan=False,
         description="How far those logits can go at most in all steps together, in units of margin: long runs get a lower rate.",
     )
     lr_router: float = Field(
-        0.002, ge=0, allow_inf_nan=False, description="Rate of the router's rows, as a share of their own size."
+        0.002,
+        ge=0,
+        le=_LARGE,
+        allow_inf_nan=False,
+        description="Rate of the router's rows, as a share of their own size.",
     )
     weights: Literal["frozen", "scales", "ffn"] = Field(
         "ffn",
         description="What of the FFN learns, too: frozen: nothing; scales: a factor for each neuron's output; ffn: all three "
         "matrices, which takes 16 bytes of memory for each of their weights.",
     )
-    lr_scale: float = Field(0.01, ge=0, allow_inf_nan=False, description="Rate of the neurons' factors.")
+    lr_scale: float = Field(0.01, ge=0, le=_LARGE, allow_inf_nan=False, description="Rate of the neurons' factors.")
     lr_weights: float | None = Field(
         None,
         ge=0,
+        le=_LARGE,
         allow_inf_nan=False,
         description="Rate of the FFN's matrices, as a share of their own size; null: 1 / hidden_size.",
     )
-    tau_start: float = Field(1.0, gt=0, allow_inf_nan=False, description="First temperature of the assignment.")
-    tau_end: float = Field(0.3, gt=0, allow_inf_nan=False, description="Last temperature of the assignment.")
+    tau_start: float = Field(
+        1.0, ge=_SMALL, le=_LARGE, allow_inf_nan=False, description="First temperature of the assignment."
+    )
+    tau_end: float = Field(
+        0.3, ge=_SMALL, le=_LARGE, allow_inf_nan=False, description="Last temperature of the assignment."
+    )
     router_start: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="First temperature of the router, in units of its logits' spread."
+        1.0,
+        ge=_SMALL,
+        le=_LARGE,
+        allow_inf_nan=False,
+        description="First temperature of the router, in units of its logits' spread.",
     )
-    router_end: float = Field(0.3, gt=0, allow_inf_nan=False, description="Last temperature of the router.")
+    router_end: float = Field(
+        0.3, ge=_SMALL, le=_LARGE, allow_inf_nan=False, description="Last temperature of the router."
+    )
     margin: float = Field(
-        2.0, gt=0, allow_inf_nan=False, description="By how much a neuron's first place leads at the start."
+        2.0,
+        ge=_SMALL,
+        le=_LARGE,
+        allow_inf_nan=False,
+        description="By how much a neuron's first place leads at the start.",
     )
-    refresh: int = Field(5, ge=1, description="Steps between two exact assignments.")
-    checks: int = Field(4, ge=1, description="States that are compared on held-out text, beside the start.")
+    refresh: int = Field(5, ge=1, le=_MOST, description="Steps between two exact assignments.")
+    checks: int = Field(4, ge=1, le=1000, description="States that are compared on held-out text, beside the start.")

@@ -1,8 +1,7 @@
-"""What a stopped alignment goes on from: one file, whole or not there, with its hash beside it."""
+"""What a stopped alignment goes on from: files that are whole or not there, each with its hash beside it."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from ..lazy import np, safetensors, torch
 from ..methods.layer import Partition
 from .layers import AlignedLayer, Learned
 
-_STATE, _TENSORS = "alignment.json", "alignment.safetensors"
+_STATE = "state.safetensors"
+_STEP, _RECORD = "step", ("record.steps", "record.values")
 _MATRICES = ("gate", "up", "down")
 Record = list[tuple[int, float]]
 
@@ -37,34 +37,32 @@ class States:
         return time.monotonic() - self._saved > seconds
 
     def save(self, step: int, record: Record, best: Mapping[int, AlignedLayer]) -> None:
-        """Keep the state before ``step``."""
+        """Keep the state before ``step``; of what was measured so far there is something."""
         make_folder(self.folder)
         tensors: dict[str, torch.Tensor] = {}
         for layer, each in self._layers.items():
             tensors |= {f"{layer}.{name}": value for name, value in self._of_layer(each).items()}
         for layer, kept in best.items():
             tensors |= {f"best.{layer}.{name}": value for name, value in _of_aligned(kept).items()}
-        # a stop between the two files leaves tensors whose hash does not fit, and the run begins again
-        save_tensors(self.folder / _TENSORS, {name: value.contiguous() for name, value in tensors.items()})
-        state = {"step": step, "record": record, "sha256": file_sha256(self.folder / _TENSORS)}
-        write_text(self.folder / _STATE, json.dumps(state) + "\n")
+        steps, values = zip(*record, strict=True)
+        of_record = (torch.tensor(steps), torch.tensor(values, dtype=torch.float64))
+        tensors |= {_STEP: torch.tensor(step)} | dict(zip(_RECORD, of_record, strict=True))
+        _write(self.folder / _STATE, tensors)
         self._saved = time.monotonic()
 
     def load(self) -> tuple[int, Record, dict[int, AlignedLayer]] | None:
         """Take over the state that was kept: its step, record and best layers; None if there is none that is whole."""
-        try:
-            state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
-            if state["sha256"] != file_sha256(self.folder / _TENSORS):
-                return None
-            tensors = safetensors.torch.load_file(self.folder / _TENSORS)
-        except (OSError, ValueError, KeyError, TypeError):
+        found = _read(self.folder / _STATE)
+        if found is None:
             return None
+        tensors, _ = found
         best: dict[int, AlignedLayer] = {}
         for layer, each in self._layers.items():
             self._take(each, {n.removeprefix(f"{layer}."): t for n, t in tensors.items() if n.startswith(f"{layer}.")})
             mine = {n.removeprefix(f"best.{layer}."): t for n, t in tensors.items() if n.startswith(f"best.{layer}.")}
             best[layer] = _to_aligned(mine)
-        return state["step"], [tuple(each) for each in state["record"]], best
+        steps, values = (tensors[name].tolist() for name in _RECORD)
+        return int(tensors[_STEP]), list(zip(steps, values, strict=True)), best
 
     def _of_layer(self, each: Learned) -> dict[str, torch.Tensor]:
         assignment = each.assignment
@@ -99,27 +97,42 @@ class States:
 
 def save_layers(path: Path, layers: Mapping[int, AlignedLayer]) -> str:
     """Write what was learned of layers; the SHA-256 of the file."""
-    tensors = {f"{layer}.{name}": value for layer, each in layers.items() for name, value in _of_aligned(each).items()}
-    save_tensors(path, tensors)
-    digest = file_sha256(path) or ""
-    write_text(path.with_suffix(".sha256"), digest + "\n")
-    return digest
+    return _write(
+        path, {f"{layer}.{name}": value for layer, each in layers.items() for name, value in _of_aligned(each).items()}
+    )
 
 
 def load_layers(path: Path, sha256: str | None = None) -> dict[int, AlignedLayer] | None:
     """What `save_layers` wrote; None if it is not there, not whole, or not of that hash."""
-    try:
-        digest = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
-        if not digest or file_sha256(path) != digest or sha256 not in (None, digest):
-            return None
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, ValueError):
+    found = _read(path)
+    if found is None or sha256 not in (None, found[1]):
         return None
+    tensors, _ = found
     layers = sorted({int(name.split(".")[0]) for name in tensors})
     return {
         layer: _to_aligned({n.split(".")[1]: t for n, t in tensors.items() if int(n.split(".")[0]) == layer})
         for layer in layers
     }
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write tensors, and their file's SHA-256 beside them, which is returned."""
+    # a stop between the two files leaves one whose hash does not fit, and what it holds is made again
+    save_tensors(path, {name: value.contiguous() for name, value in tensors.items()})
+    digest = file_sha256(path) or ""
+    write_text(path.with_suffix(".sha256"), digest + "\n")
+    return digest
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], str] | None:
+    """The tensors that `_write` wrote and their file's SHA-256; None if they are not there or not whole."""
+    try:
+        digest = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
+        if not digest or file_sha256(path) != digest:
+            return None
+        return safetensors.torch.load_file(path), digest
+    except (OSError, ValueError):
+        return None
 
 
 def _of_aligned(each: AlignedLayer) -> dict[str, torch.Tensor]:

@@ -262,12 +262,17 @@ def _with_length(spec: DenseSpec, recipe: SplitRecipe) -> SplitRecipe:
     """The recipe with the length of alignment's sequences.
 
     Raises:
-        RefusedError: They are longer than the model has positions.
+        RefusedError: They are longer than the model has positions, or the tokens make no two of them.
     """
     options = recipe.align
     if options is None:
         return recipe
     length = sequence_length(options.length, MAX_LENGTH, spec, "align.length", "align.length")
+    if options.tokens < 2 * length:
+        raise RefusedError(
+            f"--align-tokens {options.tokens} makes one sequence of {length} tokens, but two are needed: one is held out.",
+            hint=f"Ask for at least {2 * length}, or for shorter sequences (--set align.length={options.tokens // 2}).",
+        )
     return recipe.model_copy(update={"align": options.model_copy(update={"length": length})})
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..alignment.cost import held_out_sequences
 from ..alignment.layers import AlignedLayer
 from ..calibration.compute import Compute
 from ..calibration.gradients import GradientStore
@@ -31,7 +33,21 @@ from .recipe import AUTO
 
 UNIT = "calibration"
 """The unit of the ledger that keeps the facts of the text."""
+_ALIGNMENT_TEXT = "alignment text"
 _STATE, _TEXT, _IDS = "state.json", "text.json", "ids.npy"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a new run reads before it writes anything.
+
+    Attributes:
+        calibration: What the methods see.
+        alignment: What alignment learns from; None without it.
+    """
+
+    calibration: CalibrationText
+    alignment: CalibrationText | None
 
 
 class Session:
@@ -45,7 +61,7 @@ class Session:
         compute: Device and dtype.
         writer: Its ledger keeps the facts of the text, its folder the states.
         progress: Told while text is sampled or gradients are computed.
-        text: The text, if it is read already (see `read_ahead`).
+        texts: The texts, if they are read already (see `read_ahead`).
     """
 
     def __init__(
@@ -54,9 +70,9 @@ class Session:
         compute: Compute,
         writer: CheckpointWriter,
         progress: ProgressCallback,
-        text: CalibrationText | None = None,
+        texts: Texts | None = None,
     ) -> None:
-        self.plan, self.compute, self._given = plan, compute, text
+        self.plan, self.compute, self._given = plan, compute, texts
         self._writer, self._progress = writer, progress
         self.folder = writer.path / STATES
         self.given: dict[int, AlignedLayer] = {}
@@ -72,8 +88,8 @@ class Session:
     def begin(self, layer: int) -> int:
         """Prepare to convert ``layer``, the first that is not finished; the layer to begin with: it, or 0."""
         assert self.plan.calibration is not None
-        make_folder(self.folder)
-        text = self._text = self._prepare_text()
+        given = self._given.calibration if self._given else None
+        text = self._text = self._kept_text(UNIT, self.folder, lambda: self._clustered(given))
         if self.plan.recipe.align is not None:
             self.given = self._aligned(text)
         gradients = self._gradients(text) if self.plan.calibration.gradients else None
@@ -107,9 +123,16 @@ class Session:
         self._save(layer + 1)
 
     def _aligned(self, text: CalibrationText) -> dict[int, AlignedLayer]:
-        more = partial(alignment_text, self.plan, self.compute, self._progress)
-        folder = self.folder / "alignment"
-        return aligned_layers(self.plan, text, more, self.compute, self._writer, folder, self._progress)
+        folder, given = self.folder / "alignment", self._given.alignment if self._given else None
+
+        def more() -> CalibrationText:
+            return given or alignment_text(self.plan, self.compute, self._progress)
+
+        kept = partial(self._kept_text, _ALIGNMENT_TEXT, folder, more)
+        return aligned_layers(self.plan, text, kept, self.compute, self._writer, folder, self._progress)
+
+    def _clustered(self, text: CalibrationText | None) -> CalibrationText:
+        return with_clusters(self.plan, text or make_text(self.plan, self.compute, self._progress))
 
     # ---- states -----------------------------------------------------------------------------------------------
 
@@ -139,30 +162,35 @@ class Session:
 
     # ---- text -------------------------------------------------------------------------------------------------
 
-    def _prepare_text(self) -> CalibrationText:
+    def _kept_text(self, unit: str, folder: Path, make: Callable[[], CalibrationText]) -> CalibrationText:
         """The text of the run that was stopped, or a new one, which the ledger and the folder then keep.
+
+        Args:
+            unit: Of the ledger, for the facts of the text.
+            folder: For the text.
+            make: Reads it.
 
         Raises:
             RefusedError: The text had to be read again and is another now.
         """
-        known = self._writer.info(UNIT)["calibration"] if self._writer.done(UNIT) else None
-        text = _load_text(self.folder)
+        make_folder(folder)
+        known = self._writer.info(unit)["calibration"] if self._writer.done(unit) else None
+        text = _load_text(folder)
         if text is None or (known is not None and text.facts != known):
-            text = self._given or make_text(self.plan, self.compute, self._progress)
-            text = with_clusters(self.plan, text)
+            text = make()
             if known is not None and json.loads(json.dumps(text.facts)) != known:
                 raise RefusedError(
-                    "the calibration text is not the one that the stopped run began with.",
+                    f"the {unit.removesuffix(' text')} text is not the one that the stopped run began with.",
                     hint="Put the text back as it was, or start again with --force.",
                 )
-            _save_text(self.folder, text)
+            _save_text(folder, text)
         if known is None:
             info = {
                 "calibration": text.facts,
                 "computed": self.compute.to_json(),
                 "warnings": list(text.warnings),
             }
-            self._writer.finish(UNIT, [], info)
+            self._writer.finish(unit, [], info)
             self._writer.flush()
         return text
 
@@ -172,19 +200,21 @@ def remove_states(folder: Path) -> None:
     shutil.rmtree(folder / STATES, ignore_errors=True)
 
 
-def read_ahead(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> CalibrationText | None:
-    """The text of a new run, before anything is written; None if it is to be sampled, which takes long and is kept.
+def read_ahead(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> Texts | None:
+    """The texts of a new run, before anything is written; None if they are to be sampled, which takes long and is kept.
 
     Raises:
         RefusedError: There is something to warn of, and the recipe is strict.
-        UsageError, LlamaMoeError: The text cannot be had; the message says why.
+        UsageError, LlamaMoeError: The text cannot be had, or is too little; the message says why.
     """
     if plan.recipe.calibration == (AUTO,):
         return None
-    text = make_text(plan, compute, progress)
-    if plan.recipe.strict and text.warnings:
-        raise RefusedError("--strict refuses: " + "; ".join(text.warnings) + ".")
-    return text
+    calibration = make_text(plan, compute, progress)
+    alignment = alignment_text(plan, compute, progress) if plan.recipe.align is not None else None
+    warnings = dict.fromkeys((*calibration.warnings, *(alignment.warnings if alignment else ())))
+    if plan.recipe.strict and warnings:
+        raise RefusedError("--strict refuses: " + "; ".join(warnings) + ".")
+    return Texts(calibration, alignment)
 
 
 def make_text(
@@ -237,10 +267,16 @@ def make_text(
 
 
 def alignment_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> CalibrationText:
-    """The text that an alignment learns from: the recipe's, but more of it. See `make_text`."""
+    """What alignment learns from: the same files as calibration, or more of what the source says.
+
+    Raises:
+        UsageError, LlamaMoeError: The text cannot be had, or is too little; the message says why.
+    """
     options = plan.recipe.align
     assert options is not None, "the recipe asks for it"
-    return make_text(plan, compute, progress, num_tokens=options.tokens, length=options.length)
+    text = make_text(plan, compute, progress, num_tokens=options.tokens, length=options.length)
+    held_out_sequences(*text.ids_ST.shape)
+    return text
 
 
 def _tokenizer(plan: SplitPlan) -> Any:
@@ -248,7 +284,7 @@ def _tokenizer(plan: SplitPlan) -> Any:
     if found is None:
         raise CheckpointError(
             "the source has no tokenizer, so calibration text cannot be read.",
-            hint="Put the tokenizer's files beside the weights, or for a GGUF source give --tokenizer STATES.",
+            hint="Put the tokenizer's files beside the weights, or for a GGUF source give --tokenizer FOLDER.",
         )
     return found
 

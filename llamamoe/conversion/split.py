@@ -109,13 +109,13 @@ def split(
     check_out(out, location.path, force=force)
     tokenizer_of_parent = _check(plan, out, progress, resume=resume)
     compute = _compute(plan)
-    text = read_ahead(plan, compute, progress) if compute and not (resume and partial_path(out).exists()) else None
+    texts = read_ahead(plan, compute, progress) if compute and not (resume and partial_path(out).exists()) else None
     fingerprint, restart = plan_fingerprint(plan, compute.to_json() if compute else None), force and not resume
     with (
         system_errors(out),
         CheckpointWriter(out, plan.shards, fingerprint=fingerprint, resume=resume, restart=restart) as writer,
     ):
-        session = Session(plan, compute, writer, progress, text) if compute else None
+        session = Session(plan, compute, writer, progress, texts) if compute else None
         infos = write_weights(plan, writer, session, progress)
         warnings = plan.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
         _write_side_files(plan, location, writer.path, warnings, tokenizer_of_parent)

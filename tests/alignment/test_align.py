@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llamamoe.alignment import align as module
 from llamamoe.alignment.align import Aligned, Alignment
+from llamamoe.alignment.assignment import Assignment
 from llamamoe.alignment.choices import Choices
 from llamamoe.alignment.layers import AlignedLayer, Start
 from llamamoe.alignment.recipe import AlignmentOptions
@@ -239,19 +241,68 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(
     assert steps[0] == stop  # the step that was under way is done again, and none before it
 
 
-@pytest.mark.parametrize("damage", ["alignment.json", "alignment.safetensors"])
+@pytest.fixture(scope="module")
+def whole(parent: DenseModel) -> Aligned:
+    return run(parent)
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [("state.safetensors", 0.01), ("state.safetensors", 0.5), ("state.safetensors", 0.99), ("state.sha256", 0.5)],
+)
 def test_a_damaged_state_is_not_gone_on_from(
-    damage: str, parent: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, place: float, parent: DenseModel, whole: Aligned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Wherever the damage is: step and record count as much as what is learned."""
     monkeypatch.setattr(module, "SECONDS_BETWEEN_STATES", -1.0)
     with pytest.raises(_StopError):
         run(parent, folder=tmp_path, progress=stop_at(3))
-    data = bytearray((tmp_path / damage).read_bytes())
-    data[len(data) // 2] ^= 1
-    (tmp_path / damage).write_bytes(data)
+    data = bytearray((tmp_path / file).read_bytes())
+    data[int(place * len(data))] ^= 1
+    (tmp_path / file).write_bytes(data)
     steps: list[int] = []
-    assert same(run(parent), run(parent, folder=tmp_path, progress=lambda p: steps.append(p.done)))
+    assert same(whole, run(parent, folder=tmp_path, progress=lambda p: steps.append(p.done)))
     assert steps[0] == 1
+
+
+def test_all_of_a_state_is_under_its_hash(parent: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_STATES", -1.0)
+    with pytest.raises(_StopError):
+        run(parent, folder=tmp_path, progress=stop_at(3))
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found.keys() == {"state.safetensors", "state.sha256"}
+    assert found["state.sha256"].decode().strip() == hashlib.sha256(found["state.safetensors"]).hexdigest()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_cannot_be_measured_is_an_error(
+    value: float, parent: DenseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN is less than nothing, and would have been the best state."""
+    readings = iter([1.0, value, 0.5, 0.5])
+    monkeypatch.setattr(Alignment, "held_out", lambda self: next(readings))
+    with pytest.raises(LlamaMoeError, match=rf"predictions is {value} at step \d+ of the alignment"):
+        run(parent)
+
+
+def test_logits_that_are_not_finite_are_an_error(parent: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pull_back(self: Assignment, gradient_FC: torch.Tensor, temperature: float) -> None:
+        self.logits_FC.grad = torch.full_like(self.logits_FC, float("nan"))
+
+    monkeypatch.setattr(Assignment, "pull_back", pull_back)
+    with pytest.raises(LlamaMoeError, match=r"logits is nan at step 2 of the alignment"):
+        run(parent)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("checks", 10**12), ("batch", 10**30), ("refresh", 10**30), ("margin", 1e308), ("margin", 1e-308), ("reach", 1e308),
+     ("lr_assignment", 1e308), ("lr_router", 1e308), ("lr_weights", 1e308), ("lr_scale", 1e308), ("tau_start", 1e-320),
+     ("tau_end", 1e308), ("router_start", 1e-320), ("router_end", 1e308)],
+)  # fmt: skip
+def test_numbers_that_float32_or_memory_cannot_hold_are_refused(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=key):
+        AlignmentOptions(**{key: value})
 
 
 def test_too_little_text_is_one_error(parent: DenseModel) -> None:

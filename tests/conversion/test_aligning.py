@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,87 @@ def test_the_partition_is_other_than_the_start(dense: Path, tmp_path: Path) -> N
     assert all(not torch.equal(before[name], after[name]) for name in routers)
 
 
+SHORT = {"tokens": 1024, "batch": 120, "checks": 2}
+FILES = ["starts.safetensors", "starts.sha256", "state.safetensors", "state.sha256", "ids.npy", "text.json"]
+
+
+@pytest.mark.parametrize(("file", "damage"), [*((file, "bytes") for file in FILES), ("state.sha256", "gone")])
+def test_lost_states_are_computed_again(
+    file: str, damage: str, dense: Path, whole: llamamoe.SplitResult, stopped: Path
+) -> None:
+    path = stopped.with_name("out.partial") / ".calibration" / "alignment" / file
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        data[len(data) // 3] ^= 1
+        path.write_bytes(data)
+    again = llamamoe.split(dense, stopped, recipe(dense, SHORT), resume=True)
+    assert digest(again.out) == digest(whole.out)
+    assert again.receipt["alignment"] == whole.receipt["alignment"]
+
+
+@pytest.fixture(scope="module")
+def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> llamamoe.SplitResult:
+    return llamamoe.split(dense, tmp_path_factory.mktemp("whole") / "whole", recipe(dense, SHORT))
+
+
+@pytest.fixture
+def stopped(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """OUT of a run that was stopped in the middle of the alignment."""
+    monkeypatch.setattr("llamamoe.alignment.align.SECONDS_BETWEEN_STATES", -1.0)
+    with pytest.raises(_StopError):
+        llamamoe.split(dense, tmp_path / "out", recipe(dense, SHORT), progress=stop_in("align", 5))
+    names = {path.name for path in (tmp_path / "out.partial" / ".calibration" / "alignment").iterdir()}
+    assert set(FILES) <= names
+    return tmp_path / "out"
+
+
+def test_the_text_of_the_stopped_run_is_gone_on_with(
+    dense: Path, whole: llamamoe.SplitResult, stopped: Path, tmp_path: Path
+) -> None:
+    """Also where its files are others now; without what was kept of it, that is refused."""
+    kept = Path(shutil.copytree(stopped.with_name("out.partial"), tmp_path / "kept"))
+    text = dense.with_name("text.txt")
+    was = text.read_text()
+    try:
+        text.write_text(was[: len(was) // 2] + was)
+        assert digest(llamamoe.split(dense, stopped, recipe(dense, SHORT), resume=True).out) == digest(whole.out)
+        shutil.rmtree(stopped)
+        kept.rename(stopped.with_name("out.partial"))
+        (stopped.with_name("out.partial") / ".calibration" / "alignment" / "ids.npy").unlink()
+        with pytest.raises(RefusedError, match="text is not the one that the stopped run began with"):
+            llamamoe.split(dense, stopped, recipe(dense, SHORT), resume=True)
+    finally:
+        text.write_text(was)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parent that takes long sequences, and text for one of them."""
+    folder = make_dense(tmp_path_factory.mktemp("long") / "dense", max_position_embeddings=1024)
+    write_text(folder.with_name("text.txt"), words=80)
+    return folder
+
+
+def test_too_little_text_is_refused_before_anything_is_written(long: Path, tmp_path: Path) -> None:
+    chosen = recipe(long, {"length": 260})
+    assert (
+        make_text(plan_conversion(long, chosen), CPU, ignore_progress, num_tokens=TOKENS, length=260).num_tokens == 260
+    )
+    with pytest.raises(LlamaMoeError, match=r"(?s)1 sequence of 260 tokens, which is held out.*align\.length"):
+        llamamoe.split(long, tmp_path / "out", chosen)
+    assert not list(tmp_path.iterdir())
+
+
+def test_strict_refuses_what_alignment_would_warn_of(long: Path, dense: Path, tmp_path: Path) -> None:
+    """The text is enough to calibrate on, and not to align on."""
+    chosen = recipe(dense, {"tokens": 2**20}, strict=True)
+    with pytest.raises(RefusedError, match=r"--strict refuses: .* of the 1048576 asked for"):
+        llamamoe.split(dense, tmp_path / "out", chosen)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -166,6 +248,11 @@ def test_what_cannot_be_learned_is_refused_in_the_plan(keys: dict[str, Any], mes
     align = keys.pop("align", None)
     with pytest.raises(RefusedError, match=message):
         plan_conversion(dense, recipe(dense, align, **keys))
+
+
+def test_fewer_tokens_than_two_sequences_are_refused_in_the_plan(long: Path) -> None:
+    with pytest.raises(RefusedError, match=r"--align-tokens 1024 makes one sequence of 600 tokens, but two are needed"):
+        plan_conversion(long, recipe(long, {"tokens": 1024, "length": 600}))
 
 
 def test_the_plan_counts_its_cost(dense: Path) -> None:
