@@ -12,6 +12,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "index.md",
+    "SECURITY.md": "security.md",
     "recipes/README.md": "reference/shipped-recipes.md",
     "recipes/split/README.md": "how-to/choose-a-method.md",
     "recipes/launch/README.md": "how-to/many-gpus.md",

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from .places import PAGES, ROOT, anchor
 
-INCLUDED = ("ARCHITECTURE.md", "BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md", "recipes/split/README.md",
+INCLUDED = ("ARCHITECTURE.md", "BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "recipes/split/README.md",
             "benchmarks/results/compare-smollm2/comparison.md")  # fmt: skip
 """Shown as they are; what else stands in `PAGES` has a page that was written for the site."""
 FILES = "files"
