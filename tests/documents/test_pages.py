@@ -39,6 +39,16 @@ def test_files_of_a_conversion_are_named(tmp_path: Path) -> None:
         assert f"`{name}`" in page
 
 
+def test_environment_variables_are_named() -> None:
+    """On a page, or in the help that pages are made of."""
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "llamamoe").rglob("*.py"))
+    shown = [*DOCS.rglob("*.md"), *(ROOT / "cli").rglob("*.py")]
+    said = "".join(path.read_text(encoding="utf-8") for path in shown)
+    names = set(re.findall(r"LLAMAMOE_[A-Z_]+", code))
+    assert "LLAMAMOE_LINKS_INTO" in names
+    assert names <= set(re.findall(r"LLAMAMOE_[A-Z_]+", said))
+
+
 def test_links_to_the_repository_lead_to_pages_or_copies() -> None:
     text = "[a](../../recipes/split/cmoe.yaml) [b](../../BENCHMARKS.md#exactness) [c](../../LICENSE) [d](quality.md)"
     assert repository.with_links(text, "concepts/x.md") == (
