@@ -130,7 +130,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], str] | None:
         digest = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
         if not digest or file_sha256(path) != digest:
             return None
-        return safetensors.torch.load_file(path), digest
+        return safetensors.torch.load_file(path, backend="pread"), digest
     except (OSError, ValueError):
         return None
 
