@@ -11,13 +11,13 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT)]
 
-from generator import api, command_line, json_output, methods, pictures, recipe_pages, repository  # noqa: E402
+from generator import api, command_line, json_output, methods, recipe_pages, repository  # noqa: E402
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add every generated page and picture."""
+    """Add every generated page."""
     made: dict[str, str | bytes] = {}
-    for module in (api, command_line, json_output, methods, pictures, recipe_pages, repository):
+    for module in (api, command_line, json_output, methods, recipe_pages, repository):
         made |= module.pages()
     for path, content in made.items():
         files.append(File.generated(config, path, content=content))

@@ -1,29 +1,32 @@
-"""Pictures of the concepts, drawn from benchmarks/results in a light and in a dark version."""
+"""Pictures of the concepts, drawn from benchmarks/results in a light and in a dark version.
+
+They stand in the repository, so that pages show them there, too: `python docs/generator/pictures.py` draws them anew.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .places import ROOT
-
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 BLUE, ORANGE, GREEN, GREY = "#4361ee", "#e07a1f", "#2a9d6f", "#8a8f98"
 INK = {"light": "#333333", "dark": "#d5d8de"}
 Draw = Callable[[Any], None]
 
 
-def pages() -> dict[str, bytes]:
-    """Return the files: ``pictures/NAME-light.svg`` and ``-dark.svg``."""
-    drawn = {"quality": quality, "speed": speed, "hard-router": hard_router, "repair": repair, "alignment": alignment,
+def drawn() -> dict[str, bytes]:
+    """Return the files of ``docs/pictures/``, ``NAME-light.svg`` and ``NAME-dark.svg``, by name."""
+    pictures = {"quality": quality, "speed": speed, "hard-router": hard_router, "repair": repair, "alignment": alignment,
              "calibration": calibration}  # fmt: skip
-    return {f"pictures/{name}-{mode}.svg": _svg(draw, ink) for name, draw in drawn.items() for mode, ink in INK.items()}
+    return {f"{name}-{mode}.svg": _svg(draw, ink) for name, draw in pictures.items() for mode, ink in INK.items()}
 
 
 def _svg(draw: Draw, ink: str) -> bytes:
@@ -39,7 +42,7 @@ def _svg(draw: Draw, ink: str) -> bytes:
         if legend is not None:
             legend.set_frame_on(False)
         file = io.BytesIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return file.getvalue()
 
 
@@ -141,3 +144,8 @@ def calibration(axes: Any) -> None:
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}".replace(",", " "))
     axes.set(xlabel="calibration tokens", yscale="log")
     axes.legend()
+
+
+if __name__ == "__main__":
+    for file, content in drawn().items():
+        (FOLDER / file).write_bytes(content)

@@ -56,6 +56,31 @@ def test_links_to_the_repository_lead_to_pages_or_copies() -> None:
     )
 
 
+def test_links_of_pages_lead_somewhere_in_the_repository_too() -> None:
+    """But for pages that only the site has."""
+    generated = re.compile(r"docs/reference/(cli|recipes|shipped-recipes|methods|json|api/\w+)\.md")
+    for page in DOCS.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)#]+)", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M)):
+            target = (page.parent / link).resolve()
+            if not link.startswith("https:") and not target.exists():
+                assert generated.fullmatch(target.relative_to(ROOT).as_posix()), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("name", sorted(file.name for file in (DOCS / "pictures").iterdir()))
+def test_pictures_are_drawn_from_the_results(name: str, pictures: dict[str, bytes]) -> None:
+    assert (DOCS / "pictures" / name).read_bytes() == pictures[name], "python docs/generator/pictures.py"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, bytes]:
+    pytest.importorskip("matplotlib", minversion="3.11.2")
+    from generator.pictures import drawn
+
+    found = drawn()
+    assert set(found) == {file.name for file in (DOCS / "pictures").iterdir()}
+    return found
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS.rglob("*.md"):
