@@ -97,6 +97,7 @@ def plan_comparison(
     Raises:
         RefusedError: A method cannot be had at a budget; every such case is named.
         UsageError: A text does not exist, or ``only`` matches nothing.
+        MissingExtraError: A program whose speed is to be measured is not there.
     """
     location, model = _open(source, tokenizer)
     everything = cells_of(recipe, model)
@@ -125,6 +126,11 @@ def plan_comparison(
         )
         for cell, work, result in zip(cells, flops, found, strict=True)
     ]
+    if recipe.speed:
+        from .speed.runtimes import runtime
+
+        for program in recipe.speed:
+            runtime(program)
     speeds = tuple(each.label for each in wanted_speeds(recipe, cells))
     return ComparisonPlan(location.name, tuple(rows), rate, bool(timed), speeds)
 

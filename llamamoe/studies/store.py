@@ -21,6 +21,8 @@ from ..lazy import np
 from .cells import Cell
 
 FOLDER = "cells"
+_SEAL = "sha256"
+"""Key of a file under which the hash of all else in it stands."""
 _PACKAGE = __name__.split(".")[0]
 _METHODS = ("methods", "calibration", "architectures.rescales", "checkpoint.tensors", "conversion.assembly",
             "conversion.layer", "numerics")  # fmt: skip
@@ -115,10 +117,7 @@ class CellStore:
 
     def save(self, cell: Cell, key: str, depends: Dependencies, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write a result, whole or not at all; returns it as it will be read."""
-        data = {"key": key, "depends": depends.to_json(), **result}
-        write_file(self.path(cell, key), json.dumps(data, indent=1, allow_nan=False) + "\n")
-        loaded: dict[str, Any] = json.loads(json.dumps(data))
-        return loaded
+        return write_result(self.path(cell, key), {"key": key, "depends": depends.to_json(), **result})
 
     def finished_but_text(self, cell: Cell, depends: Dependencies) -> dict[str, Any] | None:
         """A result whose dependencies agree, whatever text it is of (for a plan, which reads no text)."""
@@ -149,13 +148,31 @@ def _file_name(cell: Cell) -> str:
     return re.sub(r"[^\w+.-]+", "_", cell.label)
 
 
+def write_result(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Write an object with its hash, whole or not at all; returns it as `read_result` will give it.
+
+    Raises:
+        LlamaMoeError: The system does not let us.
+    """
+    plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
+    write_file(path, json.dumps({**plain, _SEAL: _hash(plain)}, indent=1) + "\n")
+    return plain
+
+
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The object in a small file; None for one that is missing or broken, so that it is done again."""
+    """The object in a small file; None for one that is missing, broken or changed, so that it is done again."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
-    return data if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return None
+    seal = data.pop(_SEAL, None)  # older files have none
+    return data if seal in (None, _hash(data)) else None
+
+
+def _hash(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def code_version(plugins: Iterable[type], *, aligned: bool = False) -> str:

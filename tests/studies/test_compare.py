@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from llamamoe.studies import engine, run, store
 from llamamoe.studies.compare import compare, plan_comparison
 from llamamoe.studies.in_memory import convert_in_memory, oracle_of
 from llamamoe.studies.measure import replaced_ffns
+from llamamoe.studies.store import read_result, write_result
 from llamamoe.studies.table import Comparison
 from tests.dense import make_dense
 from tests.studies.common import REPAIRED, make_study, open_dense
@@ -106,6 +108,24 @@ def test_a_lost_or_broken_cell_is_done_again_alike(study: SimpleNamespace, tmp_p
     assert [(r.method, r.perplexity) for r in again.rows] == [(r.method, r.perplexity) for r in study.found.rows]
     assert lost.is_file()
     assert {path: path.stat().st_mtime_ns for path in others} == others, "the others were left alone"
+
+
+@pytest.mark.parametrize("damage", ["digit", "key", "nested", "pipe"])
+def test_a_changed_result_is_done_again(damage: str, tmp_path: Path) -> None:
+    """By its hash: a changed number would have been believed, a lost one was a traceback."""
+    path = tmp_path / "cells" / "one.json"
+    data = {"key": "k", "perplexity": 12.5, "shares": [0.5, None]}
+    assert write_result(path, data) == read_result(path) == data
+    stored = json.loads(path.read_text())
+    path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "nested":
+        path.write_text("[" * 100_000)
+    else:
+        changed = stored | {"perplexity": 11.5} if damage == "digit" else {k: stored[k] for k in ("key", "sha256")}
+        path.write_text(json.dumps(changed))
+    assert read_result(path) is None
 
 
 def test_what_changes_makes_other_cells(

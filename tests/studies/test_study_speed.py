@@ -96,8 +96,9 @@ def test_a_program_that_is_not_there_is_refused_before_anything_is_done(
     monkeypatch.setenv(runtimes.PYTHON, str(tmp_path / "none"))
     dense = make_dense(tmp_path / "dense")
     recipe = make_study(tmp_path, speed=["llama.cpp"])
-    with pytest.raises(MissingExtraError, match="xllamacpp"):
-        compare(dense, tmp_path / "out", recipe)
+    for study in (compare, plan_comparison):
+        with pytest.raises(MissingExtraError, match="xllamacpp"):
+            study(dense, out=tmp_path / "out", recipe=recipe)  # type: ignore[operator]
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="speed"):
         make_study(tmp_path, speed=["vllm"])

@@ -14,7 +14,7 @@ from ...architectures.dense_checkpoint import understand
 from ...checkpoint.contents import content_fingerprint
 from ...checkpoint.locate import locate, open_checkpoint
 from ...errors import LlamaMoeError
-from ..store import read_result, write_file
+from ..store import read_result, write_result
 from .material import material
 from .measure import machine, measure_shapes
 from .runtimes import Load, Runtime, runtime
@@ -118,7 +118,7 @@ class SpeedStore:
                         "machine": machine(),
                         "depends": depends,
                     }
-                    write_file(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+                    write_result(path, data)
         return failed
 
     def _runtime(self, name: str) -> Runtime:
