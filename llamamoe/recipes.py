@@ -71,6 +71,14 @@ def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+_LIST, _MAPPING = "Input should be a list", "Input should be a mapping (key: value)"
+_WORDS = {
+    **dict.fromkeys(("tuple_type", "list_type", "set_type"), _LIST),
+    **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), _MAPPING),
+}
+"""What pydantic says in words of Python, by the type of the error."""
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per error: path, rule, value, and for an unknown key the nearest known one."""
     lines = []
@@ -84,7 +92,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             continue
         scalar = isinstance(item.get("input"), str | int | float | bool) and item["type"] not in ("choice", "options")
         shown = f" (got {item['input']!r})" if scalar else ""
-        lines.append(f"{path + ': ' if path else ''}{item['msg']}{shown}")
+        lines.append(f"{path + ': ' if path else ''}{_WORDS.get(item['type'], item['msg'])}{shown}")
     return list(dict.fromkeys(lines))
 
 
