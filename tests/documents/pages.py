@@ -21,7 +21,7 @@ SHRUNK = {
     "bench": ["--prompt", "8", "--new-tokens", "2", "--repeats", "1"],
     "report": ["--oracle-tokens", "64", "--max-tokens", "256", "--context-length", "128"],
 }
-LITTLE_TEXT = ["--calibration-tokens", "512", "--calibration-length", "64"]
+LITTLE_TEXT = ["--calibration-tokens", "256", "--calibration-length", "32"]
 """What makes commands short enough for a test."""
 
 

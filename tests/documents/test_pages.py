@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from llamamoe import errors
 from llamamoe.checkpoint.out_folder import DERIVED_FILE, HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECEIPT_FILE, RECIPE_FILE
 from tests.dense import make_dense
 
-from .pages import ROOT
+from .pages import ROOT, blocks
 
 sys.path.insert(0, str(ROOT / "docs"))
 from generator import api, repository
@@ -114,3 +117,26 @@ def test_pages_speak_plainly(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"!\[[^]]*\]\(https?:", text)
     assert len(re.findall(r"^# ", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)) == 1
+
+
+def shown_commands() -> list[str]:
+    """Every command line of llamamoe on a page, also those that no test can run as they stand."""
+    found = set()
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md", *(ROOT / "recipes").rglob("*.md")]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        code = "\n".join(block for _, block in blocks(text, "console", "bash"))
+        code += "\n".join(re.findall(r"^    (.*)$", text, re.MULTILINE))
+        found |= set(re.findall(r"^(?:torchrun .*-m )?llamamoe(?:_cli)? ([a-z-]+ .*)$", code, re.MULTILINE))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_commands_that_are_only_shown_have_options_that_exist(line: str) -> None:
+    name, *arguments = shlex.split(line, comments=True)
+    command = importlib.import_module("llamamoe_cli.main").root.get_command(None, name)
+    assert command is not None, name
+    with command.context_class(command, info_name=name) as context:
+        command.make_parser(context).parse_args(list(arguments))
+        recipe = dict(pairwise(arguments)).get("--recipe", "")
+        shipped = {file.stem for file in (ROOT / "recipes").rglob("*.yaml")}
+        assert not re.fullmatch(r"\w+", recipe) or recipe in shipped, recipe
