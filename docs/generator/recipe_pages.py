@@ -15,6 +15,7 @@ import llamamoe
 
 from .markdown import code, fenced, prose, table
 from .places import ROOT, anchor
+from .repository import shown
 
 KINDS = {
     "split": (llamamoe.SplitRecipe, "llamamoe split"),
@@ -37,10 +38,6 @@ Where a key names a plug-in (a method, a router, a loss), write its name, or its
 `repair: {name: distill, epochs: 5}`. [Methods](methods.md) lists names and options, [Shipped recipes](shipped-recipes.md)
 has commented files to start from.
 """
-SHIPPED = """# Shipped recipes
-
-These files come with the package: `--recipe calibrated` finds `split/calibrated.yaml`. Each names every key and comments it.
-"""
 
 
 def pages() -> dict[str, str]:
@@ -49,7 +46,7 @@ def pages() -> dict[str, str]:
     for model, command in KINDS.values():
         keys.append(f"## {command}\n\n{prose(model.__doc__ or '')}\n")
         keys += _model(model, "")
-    shipped = [SHIPPED]
+    shipped = [shown("recipes/README.md", "reference/shipped-recipes.md").replace("# Recipes", "# Shipped recipes", 1)]
     for kind, (_, command) in KINDS.items():
         shipped.append(f"## {command}\n")
         for file in sorted((ROOT / "recipes" / kind).glob("*.yaml")):

@@ -19,18 +19,18 @@ _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 def pages() -> dict[str, str | bytes]:
     """Return the included files, their links led to pages of the site, and the files that any page links to."""
-    made: dict[str, str | bytes] = {PAGES[source]: _included(source) for source in INCLUDED}
+    made: dict[str, str | bytes] = {PAGES[source]: shown(source, PAGES[source]) for source in INCLUDED}
     written = {file.relative_to(ROOT / "docs").as_posix(): file.read_text(encoding="utf-8")
                for file in (ROOT / "docs").rglob("*.md")}  # fmt: skip
     for at, text in written.items():
         for target, _ in _LINK.findall(_prose_only(text)):
             path = _in_repository(target, f"docs/{at}")
-            if path is not None and not _shown(path):
+            if path is not None and not _place(path):
                 made[f"{FILES}/{path}"] = (ROOT / path).read_bytes()
     for source in INCLUDED:
         for target, _ in _LINK.findall(_prose_only((ROOT / source).read_text(encoding="utf-8"))):
             path = _in_repository(target, source)
-            if path is not None and not _shown(path):
+            if path is not None and not _place(path):
                 made[f"{FILES}/{path}"] = (ROOT / path).read_bytes()
     return made
 
@@ -40,8 +40,9 @@ def with_links(text: str, page: str) -> str:
     return _led(text, f"docs/{page}", page)
 
 
-def _included(source: str) -> str:
-    return _led((ROOT / source).read_text(encoding="utf-8"), source, PAGES[source])
+def shown(source: str, page: str) -> str:
+    """Return a file of the repository as it is shown on a page of the site."""
+    return _led((ROOT / source).read_text(encoding="utf-8"), source, page)
 
 
 def _led(text: str, source: str, page: str) -> str:
@@ -51,7 +52,7 @@ def _led(text: str, source: str, page: str) -> str:
         path = _in_repository(match[1], source)
         if path is None:
             return match[0]
-        place = _shown(path) or f"{FILES}/{path}"
+        place = _place(path) or f"{FILES}/{path}"
         place, _, mark = place.partition("#")
         fragment = f"#{mark}" if mark else match[2] or ""
         return os.path.relpath(place, PurePosixPath(page).parent) + fragment
@@ -72,7 +73,7 @@ def _in_repository(target: str, source: str) -> str | None:
     return None if path.startswith(("docs/", "..")) or not (ROOT / path).is_file() else path
 
 
-def _shown(path: str) -> str | None:
+def _place(path: str) -> str | None:
     """Return the place on the site where a file of the repository is shown."""
     if path.startswith("recipes/") and path.endswith(".yaml") and "/launch/" not in path:
         return f"reference/shipped-recipes.md#{anchor(path.removeprefix('recipes/'))}"
