@@ -31,7 +31,9 @@ SHAPES = {
         FfnShape(64, 24, EIGHTH),
         FfnShape(16, 5, QUARTER),
         FfnShape(32, 10, QUARTER),
+        FfnShape(48, 15, QUARTER),
         FfnShape(32, 5, MORE),
+        FfnShape(40, 7, MORE),
         FfnShape(8, 4, 0.0),
         FfnShape(16, 8, 0.0),
         FfnShape(32, 16, 0.0),
@@ -61,12 +63,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000, help="stop after so many runs, each of some shapes")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--publish", action="store_true", help="write the table that comes with the package, too")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="shapes by name, such as '15 of 48 + 1/4'; all if none is named"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     left = iter(range(options.runs))
     store = SpeedStore(options.work, MODEL_SHAPES["1B"], room=options.room)
     wanted = [Wanted(name, shape) for name in options.runtimes for shapes in SHAPES.values() for shape in shapes]
-    failed = store.measure(wanted, lambda text: print(text, flush=True), lambda: next(left, None) is not None)
+    chosen = [each for each in wanted if not options.only or each.shape.name in options.only]
+    failed = store.measure(chosen, lambda text: print(text, flush=True), lambda: next(left, None) is not None)
     for each, reason in failed:
         print(f"not measured: {each.label}: {reason}")
     rows = [found for each in wanted if (found := store.load(each)) is not None]
