@@ -73,7 +73,7 @@ def remove_alignments(work: Path, needed: Iterable[Path]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in ("starts", "alignment", "aligned"):
-        for suffix in ("safetensors", "sha256", "json"):
+    for name in ("starts", "state", "aligned"):
+        for suffix in ("safetensors", "sha256"):
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     remove_temporaries(folder)

@@ -79,7 +79,7 @@ def test_a_stop_while_learning_goes_on_to_the_same_number(
     monkeypatch.setattr(align.Alignment, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         compare(study.dense, tmp_path / "out", recipe, only=["aligned"])
-    assert list((tmp_path / "out" / "work").glob("alignment-*/alignment.safetensors"))
+    assert list((tmp_path / "out" / "work").glob("alignment-*/state.safetensors"))
     steps.clear()
     monkeypatch.setattr(align.Alignment, "step", lambda self, index: (steps.append(index), step(self, index))[1])
     found = compare(study.dense, tmp_path / "out", recipe, only=["aligned"])
