@@ -327,13 +327,13 @@ def _load_text(folder: Path) -> CalibrationText | None:
         text = CalibrationText(ids, tuple(data["domains"]), clusters, data["facts"], tuple(data["warnings"]))
         digest = hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()
         return text if digest == data["facts"]["sha256_of_ids"] else None
-    except (OSError, ValueError, LookupError, TypeError, EOFError):
+    except (OSError, ValueError, LookupError, TypeError, EOFError, RecursionError):
         return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -94,7 +94,7 @@ def test_finished_layers_are_not_walked_through_again(convert: Convert, whole: W
 
 
 @pytest.mark.parametrize("file", ["residual.1", "state.json"])
-@pytest.mark.parametrize("damage", ["gone", "cut", "bytes"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "bytes", "nested"])
 def test_lost_states_are_computed_again(
     convert: Convert,
     whole: Whole,
@@ -107,6 +107,8 @@ def test_lost_states_are_computed_again(
     path.unlink()
     if damage == "cut":
         path.write_bytes(data[: len(data) // 2])
+    elif damage == "nested":
+        path.write_bytes(b"[" * 100_000)
     elif damage == "bytes":
         data[-9] ^= 1
         path.write_bytes(data)
