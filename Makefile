@@ -41,7 +41,7 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model  ## Convert a small real model an
 	@$(BIN)/llamamoe demo $(DEMO_ARGS)
 
 docs: venv $(VENV)/.stamp-docs  ## Build the documentation site into site/; a broken link is an error
-	@NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build
 	@echo "Open site/index.html"
 
 test: venv  ## Run the whole test suite
