@@ -2,7 +2,7 @@
 
     python benchmarks/quality_speed.py RESULT.json ... [--source-neurons 1536]
 
-RESULT.json are what `benchmarks/alignment.py` wrote; speeds of the same shapes come from ``results/shape_speed.json`` (a 1B-shaped
+RESULT.json are what `benchmarks/alignment.py` wrote; static pruning by layers is that of a study of `llamamoe compare`; speeds of the same shapes come from ``results/shape_speed*.json`` (a 1B-shaped
 model). Writes ``results/quality-speed.svg`` and ``.png``, and prints the table.
 """
 
@@ -23,6 +23,7 @@ from benchmarks.pictures import picture
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {"decode 1": "decode", "prefill": "prefill 256"}
+SPEEDS = ("shape_speed.json", "shape_speed_shared.json")
 PROGRAMS = ("llama.cpp", "transformers")
 STYLES = {
     ("static", "layer"): ("static pruning, each layer refitted", "#8A8A8A", "s", "--"),
@@ -48,7 +49,7 @@ class Point:
 def measured_speeds() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """Rates over dense by shape's name, program and task."""
     found: dict[str, dict[str, Any]] = {}
-    for row in json.loads((RESULTS / "shape_speed.json").read_text())["rows"]:
+    for row in [row for path in SPEEDS for row in json.loads((RESULTS / path).read_text())["rows"]]:
         found.setdefault(FfnShape(**row["shape"]).name, {})[row["program"]] = row["rates"]["shape"]
     return found
 
@@ -73,6 +74,16 @@ def points(paths: list[Path], neurons: int) -> Iterator[Point]:
             mean = sum(each["perplexity_over_dense"] for each in seeds) / len(seeds)
             kind = ("static" if static else "experts", "all" if learned else "layer")
             yield Point(kind, shape.name, tokens, mean, len(seeds), speeds.get(shape.name, {}))
+
+
+def pruned_by_layers(path: Path) -> Iterator[Point]:
+    """Static pruning with `distill`, each layer by itself, from a study of ``llamamoe compare``."""
+    study, speeds = json.loads(path.read_text()), measured_speeds()
+    for row in study["rows"]:
+        name = FfnShape(0, 0, row["budget"]).name if row["method"] == "static + distill" else ""
+        if name in speeds:
+            tokens = int(study["recipe"]["calibration_tokens"])
+            yield Point(("static", "layer"), name, tokens, row["ratio"], len(row["seeds"]), speeds[name])
 
 
 def table(found: list[Point]) -> str:
@@ -128,10 +139,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--source-neurons", type=int, default=1536, help="of one FFN of the model that was converted")
+    parser.add_argument("--study", type=Path, default=RESULTS / "compare-smollm2" / "comparison.json")
     parser.add_argument("--program", default="llama.cpp", choices=PROGRAMS)
     parser.add_argument("--task", default="decode 1", choices=list(TASKS))
     options = parser.parse_args()
-    found = list(points(options.results, options.source_neurons))
+    found = [*pruned_by_layers(options.study), *points(options.results, options.source_neurons)]
     draw(found, options.program, options.task)
     print(table(found))
 
