@@ -191,7 +191,7 @@ def code_version(plugins: Iterable[type], *, aligned: bool = False) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
-def _closure(modules: frozenset[str], within: tuple[str, ...]) -> dict[str, str]:
+def _closure(modules: frozenset[str], within: tuple[str, ...] = _METHODS) -> dict[str, str]:
     found: dict[str, str] = {}
     waiting = set(modules)
     while waiting:
