@@ -13,7 +13,8 @@ from ..lazy import np, safetensors, torch
 from ..methods.layer import Partition
 from .layers import AlignedLayer, Learned
 
-_STATE = "state.safetensors"
+STATE = "state.safetensors"
+"""The file of `States`."""
 _STEP, _RECORD = "step", ("record.steps", "record.values")
 _MATRICES = ("gate", "up", "down")
 Record = list[tuple[int, float]]
@@ -47,12 +48,12 @@ class States:
         steps, values = zip(*record, strict=True)
         of_record = (torch.tensor(steps), torch.tensor(values, dtype=torch.float64))
         tensors |= {_STEP: torch.tensor(step)} | dict(zip(_RECORD, of_record, strict=True))
-        _write(self.folder / _STATE, tensors)
+        _write(self.folder / STATE, tensors)
         self._saved = time.monotonic()
 
     def load(self) -> tuple[int, Record, dict[int, AlignedLayer]] | None:
         """Take over the state that was kept: its step, record and best layers; None if there is none that is whole."""
-        found = _read(self.folder / _STATE)
+        found = _read(self.folder / STATE)
         if found is None:
             return None
         tensors, _ = found
@@ -113,6 +114,12 @@ def load_layers(path: Path, sha256: str | None = None) -> dict[int, AlignedLayer
         layer: _to_aligned({n.split(".")[1]: t for n, t in tensors.items() if int(n.split(".")[0]) == layer})
         for layer in layers
     }
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file of `States` or `save_layers`, and its hash, if they are there."""
+    for each in (path, path.with_suffix(".sha256")):
+        each.unlink(missing_ok=True)
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:

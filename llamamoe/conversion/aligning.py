@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..alignment.layers import AlignedLayer, Start
-from ..alignment.states import load_layers, save_layers
+from ..alignment.states import STATE, load_layers, remove_file, save_layers
 from ..calibration.compute import Compute
 from ..calibration.text import CalibrationText
 from ..calibration.walk import Walk, read_ffn, remove_buffers
-from ..checkpoint.files import make_folder
+from ..checkpoint.files import make_folder, remove_temporaries
 from ..checkpoint.tensors import torch_dtype
 from ..checkpoint.writer import CheckpointWriter
 from ..methods.moe_layer import dense_outputs
@@ -100,6 +100,14 @@ def learn(
         folder=folder,
         progress=progress,
     ).run()
+
+
+def remove_work(folder: Path) -> None:
+    """Delete what `learn` keeps in a folder to go on from."""
+    for name in (_STARTS, STATE):
+        remove_file(folder / name)
+    remove_buffers(folder)
+    remove_temporaries(folder)
 
 
 def _starts(

@@ -8,11 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..alignment.layers import AlignedLayer
-from ..alignment.states import load_layers, save_layers
+from ..alignment.states import load_layers, remove_file, save_layers
 from ..calibration.compute import Compute
 from ..calibration.text import CalibrationText
-from ..checkpoint.files import remove_temporaries
-from ..conversion.aligning import learn
+from ..conversion.aligning import learn, remove_work
 from ..conversion.plan import SplitPlan
 from ..progress import Progress
 
@@ -52,8 +51,8 @@ def aligned_layers(
         advance(_STARTS_SHARE * share if first else _STARTS_SHARE + (1 - _STARTS_SHARE) * share)
 
     found = learn(plan, calibration, text, compute, folder, report).layers
-    _clear(folder)
     save_layers(folder / _RESULT, found)
+    remove_work(folder)
     return found
 
 
@@ -67,13 +66,7 @@ def remove_alignments(work: Path, needed: Iterable[Path]) -> None:
     kept = set(needed)
     for folder in work.glob(f"{_PREFIX}*"):
         if folder not in kept and folder.is_dir() and not folder.is_symlink():
-            _clear(folder)
+            remove_work(folder)
+            remove_file(folder / _RESULT)
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
-
-
-def _clear(folder: Path) -> None:
-    for name in ("starts", "state", "aligned"):
-        for suffix in ("safetensors", "sha256"):
-            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-    remove_temporaries(folder)

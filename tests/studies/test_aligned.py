@@ -87,6 +87,23 @@ def test_a_stop_while_learning_goes_on_to_the_same_number(
     assert rows(found)["aligned"].perplexity == rows(study.found)["aligned"].perplexity
 
 
+def test_a_stop_between_learning_and_keeping_loses_nothing(
+    study: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = study.recipe.model_copy(update={"export": "none"})
+
+    def stop(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llamamoe.studies.aligned.save_layers", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare(study.dense, tmp_path / "out", recipe, only=["aligned"])
+    monkeypatch.setattr(align.Alignment, "step", stop)
+    found = compare(study.dense, tmp_path / "out", recipe, only=["aligned"])
+    assert rows(found)["aligned"].perplexity == rows(study.found)["aligned"].perplexity
+
+
 def test_text_that_only_the_alignment_reads_must_not_be_evaluated_on(study: SimpleNamespace, tmp_path: Path) -> None:
     text = write_text(tmp_path / "calibration", 12, seed=1)
     for path in (study.folder / "evaluation").rglob("*.txt"):
