@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,8 @@ MAX_LENGTH = 256
 _MOST = 2**40
 _LARGE, _SMALL = 1e6, 1e-6
 """Beyond these float32 holds neither a step nor its square."""
+_Rate = Annotated[float, Field(ge=0, le=_LARGE, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(ge=_SMALL, le=_LARGE, allow_inf_nan=False)]
 
 
 class AlignmentOptions(BaseModel):
@@ -23,33 +25,20 @@ class AlignmentOptions(BaseModel):
         None, ge=2, description="Tokens of one sequence; null: the model's positions, at most 256."
     )
     batch: int = Field(1024, ge=2, le=_MOST, description="Tokens per step, in whole sequences.")
-    lr_assignment: float = Field(
-        0.01,
-        ge=0,
-        le=_LARGE,
-        allow_inf_nan=False,
-        description="Highest rate of the assignment's logits; 0 keeps every neuron where it is.",
+    lr_assignment: _Rate = Field(
+        0.01, description="Highest rate of the assignment's logits; 0 keeps every neuron where it is."
     )
-    reach: float = Field(
+    reach: _Positive = Field(
         0.75,
-        ge=_SMALL,
-        le=_LARGE,
-        allow_inf_nan=False,
         description="How far those logits can go at most in all steps together, in units of margin: long runs get a lower rate.",
     )
-    lr_router: float = Field(
-        0.002,
-        ge=0,
-        le=_LARGE,
-        allow_inf_nan=False,
-        description="Rate of the router's rows, as a share of their own size.",
-    )
+    lr_router: _Rate = Field(0.002, description="Rate of the router's rows, as a share of their own size.")
     weights: Literal["frozen", "scales", "ffn"] = Field(
         "ffn",
         description="What of the FFN learns, too: frozen: nothing; scales: a factor for each neuron's output; ffn: all three "
         "matrices, which takes 16 bytes of memory for each of their weights.",
     )
-    lr_scale: float = Field(0.01, ge=0, le=_LARGE, allow_inf_nan=False, description="Rate of the neurons' factors.")
+    lr_scale: _Rate = Field(0.01, description="Rate of the neurons' factors.")
     lr_weights: float | None = Field(
         None,
         ge=0,
@@ -57,28 +46,10 @@ class AlignmentOptions(BaseModel):
         allow_inf_nan=False,
         description="Rate of the FFN's matrices, as a share of their own size; null: 1 / hidden_size.",
     )
-    tau_start: float = Field(
-        1.0, ge=_SMALL, le=_LARGE, allow_inf_nan=False, description="First temperature of the assignment."
-    )
-    tau_end: float = Field(
-        0.3, ge=_SMALL, le=_LARGE, allow_inf_nan=False, description="Last temperature of the assignment."
-    )
-    router_start: float = Field(
-        1.0,
-        ge=_SMALL,
-        le=_LARGE,
-        allow_inf_nan=False,
-        description="First temperature of the router, in units of its logits' spread.",
-    )
-    router_end: float = Field(
-        0.3, ge=_SMALL, le=_LARGE, allow_inf_nan=False, description="Last temperature of the router."
-    )
-    margin: float = Field(
-        2.0,
-        ge=_SMALL,
-        le=_LARGE,
-        allow_inf_nan=False,
-        description="By how much a neuron's first place leads at the start.",
-    )
+    tau_start: _Positive = Field(1.0, description="First temperature of the assignment.")
+    tau_end: _Positive = Field(0.3, description="Last temperature of the assignment.")
+    router_start: _Positive = Field(1.0, description="First temperature of the router, in units of its logits' spread.")
+    router_end: _Positive = Field(0.3, description="Last temperature of the router.")
+    margin: _Positive = Field(2.0, description="By how much a neuron's first place leads at the start.")
     refresh: int = Field(5, ge=1, le=_MOST, description="Steps between two exact assignments.")
     checks: int = Field(4, ge=1, le=1000, description="States that are compared on held-out text, beside the start.")
