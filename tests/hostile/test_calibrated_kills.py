@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from .conftest import Convert, content, digests
+from .stopped import Whole, check_interrupt, check_sampled_once, finish, kill, run_whole
 
 LAYERS = 2
 GIVEN = {
@@ -18,32 +17,14 @@ GIVEN = {
     "repair": "least_squares", "repair_passes": 2, "target": "qwen2_moe", "calibration_tokens": 320,
     "calibration_length": 32, "device": "cpu", "shard_size": "200KB",
 }  # fmt: skip
-Whole = tuple[Path, dict[str, Any], dict[str, Any], dict[str, int]]
 
 
 @pytest.fixture(scope="module")
 def whole(convert: Convert, pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """An uninterrupted conversion: source, recipe, content of the output, and how often each function was called."""
-    folder = tmp_path_factory.mktemp("whole")
-    source = Path(shutil.copytree(pristine, folder / "dense"))
-    (folder / "text.txt").write_text("the cat sat on a mat, and it rained in May. " * 20)
-    given = GIVEN | {"calibration": str(folder / "text.txt")}
-    found = convert(source, folder / "out", given=given)
-    assert found["error"] is None, found
-    assert found["calls"]["enter"] == LAYERS
-    assert found["calls"]["leave"] == found["calls"]["save"] == LAYERS - 1, "nothing follows the last layer"
-    return source, given, content(folder / "out"), found["calls"]
-
-
-def finish(convert: Convert, whole: Whole, out: Path) -> dict[str, int]:
-    """Resume, compare with the uninterrupted run, and return what was called."""
-    source, given, expected, _ = whole
-    found = convert(source, out, resume=True, given=given)
-    assert found["error"] is None, found
-    assert content(out) == expected
-    assert [p.name for p in out.parent.iterdir()] == [out.name]
-    calls: dict[str, int] = found["calls"]
-    return calls
+    found = run_whole(convert, pristine, tmp_path_factory.mktemp("whole"), GIVEN, 20)
+    assert found[3]["enter"] == LAYERS
+    assert found[3]["leave"] == found[3]["save"] == LAYERS - 1, "nothing follows the last layer"
+    return found
 
 
 POINTS = [
@@ -56,20 +37,16 @@ POINTS = [
 
 @pytest.mark.parametrize(("name", "count"), POINTS)
 def test_kill(convert: Convert, whole: Whole, tmp_path: Path, name: str, count: int) -> None:
-    source, given, _, calls = whole
-    at = (name, count if count > 0 else calls[name] + 1 + count, signal.SIGKILL)
+    source, _, _, calls = whole
     before = digests(source)
-    assert convert(source, tmp_path / "out", at, given=given)["signal"] == signal.SIGKILL, f"{at} was never reached"
+    kill(convert, whole, tmp_path / "out", (name, count if count > 0 else calls[name] + 1 + count))
     finish(convert, whole, tmp_path / "out")
     assert digests(source) == before
 
 
 @pytest.mark.parametrize(("name", "count"), [("enter", 2), ("layer", 1), ("text", 1), ("rmtree", 1)])
 def test_interrupt(convert: Convert, whole: Whole, tmp_path: Path, name: str, count: int) -> None:
-    found = convert(whole[0], tmp_path / "out", (name, count, signal.SIGINT), given=whole[1])
-    assert found["error"] is not None
-    assert found["error"][1] == 130
-    finish(convert, whole, tmp_path / "out")
+    check_interrupt(convert, whole, tmp_path / "out", (name, count))
 
 
 # ---- what a kill leaves, made by hand ------------------------------------------------------------------------------
@@ -78,8 +55,7 @@ def test_interrupt(convert: Convert, whole: Whole, tmp_path: Path, name: str, co
 @pytest.fixture
 def stopped(convert: Convert, whole: Whole, tmp_path: Path) -> Path:
     """OUT of a run killed after its first layer was finished."""
-    at = ("layer", LAYERS, signal.SIGKILL)
-    assert convert(whole[0], tmp_path / "out", at, given=whole[1])["signal"] == signal.SIGKILL
+    kill(convert, whole, tmp_path / "out", ("layer", LAYERS))
     return tmp_path / "out"
 
 
@@ -155,9 +131,8 @@ def test_another_text_cannot_take_its_place(
 
 
 def test_a_damaged_layer_is_mended(convert: Convert, whole: Whole, tmp_path: Path) -> None:
-    source, given, _, _ = whole
     out = tmp_path / "out"
-    assert convert(source, out, ("rmtree", 1, signal.SIGKILL), given=given)["signal"] == signal.SIGKILL
+    kill(convert, whole, out, ("rmtree", 1))
     for file in sorted(out.with_name("out.partial").glob("*.safetensors"))[:2]:
         data = bytearray(file.read_bytes())
         data[-100] ^= 1
@@ -173,9 +148,4 @@ def test_force_drops_the_states(convert: Convert, whole: Whole, stopped: Path) -
 
 
 def test_sampled_text_is_not_sampled_again(convert: Convert, whole: Whole, tmp_path: Path) -> None:
-    given = whole[1] | {"calibration": "auto"}
-    assert convert(whole[0], tmp_path / "one", given=given)["error"] is None
-    assert convert(whole[0], tmp_path / "out", ("layer", 2, signal.SIGKILL), given=given)["signal"] == signal.SIGKILL
-    found = convert(whole[0], tmp_path / "out", resume=True, given=given)
-    assert "text" not in found["calls"]
-    assert content(tmp_path / "out") == content(tmp_path / "one")
+    check_sampled_once(convert, whole, tmp_path, ("layer", 2))
