@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 
 @contextmanager
 def picture(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     """Axes to draw on, of ``size`` inches; then ``path`` is written as .svg, the same bytes every time, and as .png."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     with rc_context({"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)

@@ -2,8 +2,8 @@
 
     python benchmarks/quality_speed.py RESULT.json ... [--source-neurons 1536]
 
-RESULT.json are what `benchmarks/alignment.py` wrote; static pruning by layers is that of a study of `llamamoe compare`; speeds of the same shapes come from ``results/shape_speed*.json`` (a 1B-shaped
-model). Writes ``results/quality-speed.svg`` and ``.png``, and prints the table.
+RESULT.json are what `benchmarks/alignment.py` wrote; static pruning by layers is that of a study of `llamamoe compare`; speeds
+of the same shapes come from ``results/shape_speed*.json`` (a 1B-shaped model). Writes ``results/quality-speed.svg`` and ``.png``, and prints the table.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ STYLES = {
     ("experts", "all"): ("experts, all layers learned", "#0072B2", "o", "-"),
 }
 """Label, colour, marker and line of a kind of conversion."""
+Speeds = dict[str, dict[str, Any]]
+"""Rates by the name of a shape and program."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,19 @@ class Point:
     shape: str
     tokens: int
     perplexity: float
-    seeds: int
     speeds: dict[str, dict[str, dict[str, float]]]
 
 
-def measured_speeds() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+def measured_speeds() -> Speeds:
     """Rates over dense by shape's name, program and task."""
-    found: dict[str, dict[str, Any]] = {}
+    found: Speeds = {}
     for row in [row for path in SPEEDS for row in json.loads((RESULTS / path).read_text())["rows"]]:
         found.setdefault(FfnShape(**row["shape"]).name, {})[row["program"]] = row["rates"]["shape"]
     return found
 
 
-def points(paths: list[Path], neurons: int) -> Iterator[Point]:
+def points(paths: list[Path], neurons: int, speeds: Speeds) -> Iterator[Point]:
     """The arms of the files that are refitted or learned, with all of their seeds together."""
-    speeds = measured_speeds()
     for path in paths:
         data = json.loads(path.read_text())
         sizes = {key: int(data["sizes"][key]) for key in ("experts", "top_k", "shared", "active", "calibration_tokens")}
@@ -73,21 +73,21 @@ def points(paths: list[Path], neurons: int) -> Iterator[Point]:
             tokens = sizes["calibration_tokens"] + (int(seeds[0]["tokens"]) if learned else 0)
             mean = sum(each["perplexity_over_dense"] for each in seeds) / len(seeds)
             kind = ("static" if static else "experts", "all" if learned else "layer")
-            yield Point(kind, shape.name, tokens, mean, len(seeds), speeds.get(shape.name, {}))
+            yield Point(kind, shape.name, tokens, mean, speeds.get(shape.name, {}))
 
 
-def pruned_by_layers(path: Path) -> Iterator[Point]:
+def pruned_by_layers(path: Path, speeds: Speeds) -> Iterator[Point]:
     """Static pruning with `distill`, each layer by itself, from a study of ``llamamoe compare``."""
-    study, speeds = json.loads(path.read_text()), measured_speeds()
+    study = json.loads(path.read_text())
     for row in study["rows"]:
         name = FfnShape(0, 0, row["budget"]).name if row["method"] == "static + distill" else ""
         if name in speeds:
             tokens = int(study["recipe"]["calibration_tokens"])
-            yield Point(("static", "layer"), name, tokens, row["ratio"], len(row["seeds"]), speeds[name])
+            yield Point(("static", "layer"), name, tokens, row["ratio"], speeds[name])
 
 
 def table(found: list[Point]) -> str:
-    """Markdown, the best perplexity of each shape last."""
+    """Markdown, a row for each point."""
     head = [f"{program}: {name}" for program in PROGRAMS for name in TASKS.values()]
     lines = ["| conversion | shape | tokens | perplexity, x dense | " + " | ".join(head) + " |"]
     lines.append("|" + "---|" * (4 + len(head)))
@@ -120,18 +120,14 @@ def draw(found: list[Point], program: str, task: str) -> None:
                 axes.annotate(each.shape, (across, up), (5, 5), textcoords="offset points", fontsize=7.5, color=colour)
         axes.axvline(1, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(_ticks())
+        limits = axes.get_ylim()
+        axes.set_yticks([1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5])
+        axes.set_ylim(limits)  # ticks beyond them would widen the picture
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: "")
         axes.set_xlabel(f"tokens per second over the dense parent's ({program}, {TASKS[task]}, one sequence)")
         axes.set_ylabel("perplexity over the dense parent's")
         axes.legend(frameon=False, fontsize=8.5, loc="upper left")
-
-
-def _ticks() -> Any:
-    from matplotlib.ticker import FixedLocator
-
-    return FixedLocator([1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5])
 
 
 def main() -> None:
@@ -143,7 +139,8 @@ def main() -> None:
     parser.add_argument("--program", default="llama.cpp", choices=PROGRAMS)
     parser.add_argument("--task", default="decode 1", choices=list(TASKS))
     options = parser.parse_args()
-    found = [*pruned_by_layers(options.study), *points(options.results, options.source_neurons)]
+    speeds = measured_speeds()
+    found = [*pruned_by_layers(options.study, speeds), *points(options.results, options.source_neurons, speeds)]
     draw(found, options.program, options.task)
     print(table(found))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import transformers
 from click.testing import CliRunner
 
 from llamamoe import lazy
+from tests.dense import make_byte_level, make_dense
 
 from .markdown import code, prose, table
 
@@ -81,26 +83,22 @@ def pages() -> dict[str, str]:
     return made | {"reference/json.md": "\n".join(parts)}
 
 
+@functools.cache
 def _documents() -> dict[str, Any]:
     """Run every command and return what it printed."""
-    if not _CACHE:
-        with tempfile.TemporaryDirectory() as folder, chdir(folder):
-            _make_material(Path(folder))
-            root = importlib.import_module("llamamoe_cli.main").root
-            for name, (command, _) in RUNS.items():
-                result = CliRunner().invoke(root, [*command.split(), "--json"])
-                if result.exit_code:
-                    raise RuntimeError(f"llamamoe {command}: {result.output}")
-                _CACHE[name] = json.loads(result.stdout)
-    return _CACHE
-
-
-_CACHE: dict[str, Any] = {}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        _make_material(Path(folder))
+        root = importlib.import_module("llamamoe_cli.main").root
+        for name, (command, _) in RUNS.items():
+            result = CliRunner().invoke(root, [*command.split(), "--json"])
+            if result.exit_code:
+                raise RuntimeError(f"llamamoe {command}: {result.output}")
+            found[name] = json.loads(result.stdout)
+    return found
 
 
 def _make_material(folder: Path) -> None:
-    from tests.dense import make_byte_level, make_dense
-
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers.utils.logging.disable_progress_bar()
     make_byte_level(make_dense(folder / "dense", "llama-tied", max_position_embeddings=128, vocab_size=300), "smollm")

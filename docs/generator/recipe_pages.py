@@ -47,15 +47,11 @@ def pages() -> dict[str, str]:
         keys.append(f"## {command}\n\n{prose(model.__doc__ or '')}\n")
         keys += _model(model, "")
     shipped = [shown("recipes/README.md", "reference/shipped-recipes.md").replace("# Recipes", "# Shipped recipes", 1)]
-    for kind, (_, command) in KINDS.items():
+    for kind, command in [*((kind, command) for kind, (_, command) in KINDS.items()), ("sft", "trl sft")]:
         shipped.append(f"## {command}\n")
         for file in sorted((ROOT / "recipes" / kind).glob("*.yaml")):
             name = f"{kind}/{file.name}"
             shipped.append(f"### {name} {{ #{anchor(name)} }}\n\n" + fenced(file.read_text(encoding="utf-8"), "yaml"))
-    shipped += ["## trl sft\n"]
-    for file in sorted((ROOT / "recipes" / "sft").glob("*.yaml")):
-        name = f"sft/{file.name}"
-        shipped.append(f"### {name} {{ #{anchor(name)} }}\n\n" + fenced(file.read_text(encoding="utf-8"), "yaml"))
     return {"reference/recipes.md": "\n".join(keys), "reference/shipped-recipes.md": "\n".join(shipped)}
 
 
