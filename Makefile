@@ -47,11 +47,12 @@ docs: venv $(VENV)/.stamp-docs  ## Build the documentation site into site/; a br
 test: venv  ## Run the whole test suite
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-lint: $(VENV)/.stamp-dev  ## Check style, formatting, types and which module may import which
+lint: $(VENV)/.stamp-dev  ## Check style, formatting, types, wording and which module may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tests/documents/wording.py
 
 format: $(VENV)/.stamp-dev  ## Format the code and repair what ruff can
 	$(BIN)/ruff check --fix
