@@ -26,7 +26,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZER
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo docs test lint format test-transformers4 test-clients clients-large benchmarks clean distclean
+.PHONY: help venv demo docs test lint format test-transformers4 test-clients clients-large benchmarks dist clean distclean
 
 help:  ## List the targets (default)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,9 +76,14 @@ benchmarks: venv $(VENV)/.stamp-bench  ## Run the scripts in benchmarks/ that ne
 	@for name in conversion clustering exactness calibration experts training_memory training_throughput recipes_on_paper; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+# The same commit gives the same bytes: what is built bears its date.
+dist: $(VENV)/.stamp-dev  ## Build sdist and wheel into dist/ and use the wheel in an environment of its own
+	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 315532800)} OMP_NUM_THREADS=1 \
+		$(BIN)/python tests/packaging/dist.py
+
 clean:  ## Delete build leftovers, caches and the demo's output
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output
-	find llamamoe cli recipes tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find llamamoe cli recipes tests benchmarks docs examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the environments too
 	rm -rf $(VENV) $(VENV_TF4) $(VENV_CLIENTS) $(VENV_VLLM) $(VENV_OPENVINO)

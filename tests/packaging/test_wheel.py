@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import configparser
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,9 @@ from zipfile import ZipFile
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from .dist import PACKAGES, ROOT, copy_tree
+
 INSTALLED_AS = {"llamamoe": "llamamoe", "cli": "llamamoe_cli", "recipes": "llamamoe_recipes"}
-BUILD_FILES = ["setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
 
 
 def files_below(folder: str, *suffixes: str) -> set[str]:
@@ -35,11 +34,7 @@ def pip(*arguments: str | Path) -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the tree, so that leftovers of earlier builds cannot leak in and none are left behind."""
-    source = tmp_path_factory.mktemp("source")
-    for folder in INSTALLED_AS:
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in BUILD_FILES:
-        shutil.copy(ROOT / name, source / name)
+    source = copy_tree(tmp_path_factory.mktemp("source") / "tree", PACKAGES)
     out = tmp_path_factory.mktemp("wheel")
     pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", out, source)
     (built,) = out.glob("*.whl")
