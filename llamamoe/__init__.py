@@ -5,7 +5,7 @@
     recipe = llamamoe.load_recipe(given={"num_experts": 8, "top_k": 2, "method": "kmeans"})
     llamamoe.split("path/to/dense", "path/to/moe", recipe)
 
-Importing this package imports neither torch nor transformers; its names, which stand in ``__init__.pyi``, are resolved on
+Importing this package imports neither torch nor transformers; its names, listed in ``__init__.pyi``, are resolved on
 first use.
 """
 

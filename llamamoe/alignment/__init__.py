@@ -1,1 +1,1 @@
-"""Assignment and router learned through the whole model: its predictions are held against the parent's."""
+"""Learn assignment and router through the whole model, comparing its predictions with the parent's."""

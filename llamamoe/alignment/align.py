@@ -1,4 +1,4 @@
-"""Assignment and router of all layers learned together, against the parent's own predictions."""
+"""Learn assignment and router of all layers together, against the parent's own predictions."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ WARM_UP = 1 / 20
 
 @dataclass(frozen=True)
 class Aligned:
-    """What was learned.
+    """The result of an alignment.
 
     Attributes:
-        layers: Each of those that were given.
+        layers: One for each layer that was given.
         facts: For the receipt: KL on held-out text at the start and at every check, moved neurons, and sizes.
     """
 
@@ -49,16 +49,17 @@ class Alignment:
     the shared ones. Forward all choices are hard: partitions are exactly balanced and every token selects k experts, so
     that what is measured is what is written. Backward they are soft: neurons by the transport plan
     ``Sinkhorn(A / tau)`` with the same sizes, tokens by the threshold function of `soft_top_k`; both temperatures fall.
-    All else of the model is the parent's and in memory once; of FFN weights that learn there are the parent's, too.
+    The rest of the model is shared with the parent and held once; where FFN weights learn, the parent's are kept as
+    well.
 
-    Of the start and ``checks`` states on the way, the one of least KL on held-out text is kept: the first
-    sequences of the text, which nothing is learned from.
+    Of the start and ``checks`` later states, the one with the lowest KL on held-out text is kept: the first
+    sequences of the text, which are not trained on.
 
     Reference: after DOT-MoE (arXiv:2606.01666); straight-through estimates as in Bengio et al. (arXiv:1308.3432).
 
-    Time: two forward passes of the dense model and a backward pass that makes no gradient of weights, for each token:
-    about 3 multiply-adds per parameter, 4 if FFN weights learn. Memory: the model in the compute dtype, 16 bytes for each FFN
-    weight that learns, and for a step's tokens two F-wide activations in each layer.
+    Time: two forward passes of the dense model and a backward pass that computes no weight gradients, for each token:
+    about 3 multiply-adds per parameter, 4 if FFN weights learn. Memory: the model in the compute dtype, 16 bytes for
+    each FFN weight that learns, and for a step's tokens two F-wide activations in each layer.
 
     Args:
         model: The dense parent.
@@ -66,9 +67,9 @@ class Alignment:
         ids_ST: int64 ``[S, T]``, the text, in an order that mixes its domains.
         options: Rates, temperatures, steps.
         compute: Device and dtype of large products.
-        weights_dtype: What the weights are rounded to, because they will be stored so.
-        folder: Where the state is kept, so that a stopped run goes on with the same bytes; nowhere if None.
-        progress: Told after every step.
+        weights_dtype: The dtype that weights are rounded to, because they will be stored in it.
+        folder: Folder for the state, from which a stopped run resumes with byte-identical results; None keeps no state.
+        progress: Called after every step.
 
     Raises:
         LlamaMoeError: There is too little text.
@@ -118,7 +119,7 @@ class Alignment:
         weights_dtype: torch.dtype,
         compute: Compute,
     ) -> None:
-        """Put a gated FFN in the place of the layer's own, which is let go."""
+        """Put a gated FFN in place of the layer's own, which is released."""
         if layer not in starts:
             return
         start = starts[layer]
@@ -135,12 +136,12 @@ class Alignment:
             weights = tuple(w.to(compute.device, torch.float32, copy=True) for w in first)
         start = replace(
             start, layer=AlignedLayer(start.partition)
-        )  # what it began with is not kept beside what it learns
+        )  # the starting weights are not kept beside the learned ones
         self.layers[layer] = Learned(start, assignment, rows, scales, weights, module.mlp)
 
     def _groups(self) -> list[dict[str, Any]]:
         options = self.options
-        # Adam's step on a sum over H inputs: what suited hidden sizes 64 and 576 differed by their ratio
+        # Adam's step on a sum over H inputs: the best rates at hidden sizes 64 and 576 differed by their ratio
         weights = 1 / self.hidden_size if options.lr_weights is None else options.lr_weights
         whole = sum(self._schedule(step) for step in range(self.steps))
         rates = {
@@ -160,10 +161,10 @@ class Alignment:
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def run(self) -> Aligned:
-        """Learn; what was learned.
+        """Run all steps and return what was learned.
 
         Raises:
-            LlamaMoeError: Something is not finite.
+            LlamaMoeError: A loss or a logit is not finite.
         """
         options, first = self.options, 0
         checks = [self.steps * i // options.checks for i in range(options.checks + 1)]
@@ -187,7 +188,7 @@ class Alignment:
         return Aligned(best, self._facts(record, best))
 
     def step(self, step: int) -> float:
-        """One step of Adam; the mean KL of its tokens."""
+        """Take one step of Adam and return the mean KL of its tokens."""
         options, done = self.options, step / max(self.steps - 1, 1)
         tau = options.tau_start * (options.tau_end / options.tau_start) ** done
         temperature = options.router_start * (options.router_end / options.router_start) ** done
@@ -210,12 +211,12 @@ class Alignment:
         return value
 
     def _schedule(self, step: int) -> float:
-        """Share of the rates at a step: a rise, then half a cosine."""
+        """Return the share of the rates at a step: a linear warm-up, then half a cosine."""
         rise = min(1.0, (step + 1) / (WARM_UP * self.steps))
         return float(rise * (1 + math.cos(math.pi * step / self.steps)) / 2)
 
     def loss(self, ids_BT: torch.Tensor, temperature: float, *, learning: bool) -> torch.Tensor:
-        """KL to the parent, summed over the tokens."""
+        """Return the KL divergence from the parent, summed over the tokens."""
         with torch.no_grad():
             for each in self.layers.values():
                 each.ffn.choices = None
@@ -226,7 +227,7 @@ class Alignment:
         return divergence(student, parent, self.runner.logits, self.vocab_size)
 
     def held_out(self) -> float:
-        """Mean KL over the held-out tokens."""
+        """Return the mean KL over the held-out tokens."""
         with torch.no_grad():
             parts = torch.split(self.held_out_ST, self.batch)
             return sum(float(self.loss(ids, 1.0, learning=False)) for ids in parts) / self.held_out_ST.numel()
@@ -253,7 +254,7 @@ class Alignment:
 
 
 def _finite(value: float, step: int, what: str = "the distance to the parent's predictions") -> float:
-    """A number that learning must not go on without.
+    """Return a number, refusing one with which learning cannot continue.
 
     Raises:
         LlamaMoeError: It is NaN or infinite.

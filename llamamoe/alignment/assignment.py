@@ -1,7 +1,7 @@
-"""Which place every neuron of one FFN has: learned logits, exactly balanced choices, a soft plan for their gradient.
+"""The place of every neuron of one FFN: learned logits, exactly balanced choices, a soft plan for their gradient.
 
-Names of sizes, beside those of `llamamoe.methods.layer`: ``C`` places, which are the N experts and, where a layer has them,
-the shared neurons (every token uses them) and the omitted ones (none does).
+Size names in addition to those of `llamamoe.methods.layer`: ``C`` places, which are the N experts and, where a layer
+has them, the shared neurons (every token uses them) and the omitted ones (none does).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ..methods.solvers.learned_assignment import one_hot
 from ..methods.solvers.transport import balanced_transport, transport_gradient
 
 SINKHORN_ITERATIONS = 20
-"""Per step; each step goes on from the prices of the last one."""
+"""Auction rounds per step; each step starts from the prices of the last one."""
 NEVER = 1e3
-"""How much worse than any neuron's is a place where padding must not be."""
+"""Penalty, beyond any neuron's logit, for padding in a place that must hold none."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Assignment:
 
     @classmethod
     def of(cls, partition: Partition, margin: float, device: torch.device) -> Assignment:
-        """The start: every neuron's own place leads by ``margin``, all others are equal."""
+        """Return the start: every neuron's own place leads by ``margin``, all others are equal."""
         (experts, width), labels = partition.experts.shape, partition.places()
         places = np.array([width] * experts + [len(partition.shared), len(partition.omitted)], np.int64)
         logits = torch.zeros(len(labels), len(places))
@@ -48,11 +48,11 @@ class Assignment:
         return cls(logits.to(device), places, experts, labels)
 
     def one_hot(self) -> torch.Tensor:
-        """float32 ``[F, C]``: 1 at each neuron's place."""
+        """Return float32 ``[F, C]``: 1 at each neuron's place."""
         return one_hot(self.labels_F, len(self.places_C), self.logits_FC.device)
 
     def assign(self) -> None:
-        """The partition of largest sum of logits, exactly balanced. O(F C^2).
+        """Find the exactly balanced partition with the largest sum of logits. O(F C^2).
 
         Zero neurons that pad the experts take part at no cost, so that the other places are filled exactly.
         """
@@ -65,7 +65,7 @@ class Assignment:
         self.labels_F = np.flatnonzero(used)[labels[: len(logits)]]
 
     def plan(self, temperature: float) -> torch.Tensor:
-        """``[F, C]``: the soft plan whose places hold as many neurons as they do now. See `balanced_transport`."""
+        """Return the soft plan ``[F, C]`` that keeps the size of each place. See `balanced_transport`."""
         sizes_C = np.bincount(self.labels_F, minlength=len(self.places_C))
         used = torch.from_numpy(sizes_C > 0).to(self.logits_FC.device)
         sizes = torch.from_numpy(sizes_C).to(self.logits_FC)[used]
@@ -85,7 +85,7 @@ class Assignment:
         self.logits_FC.grad = whole
 
     def partition(self, context: LayerContext, rows_NH: torch.Tensor | None) -> Partition:
-        """The neurons where they are now, with these router rows."""
+        """Return the current partition of the neurons, with these router rows."""
         routed = np.flatnonzero(self.labels_F < self.num_experts)
         shared, omitted = (np.flatnonzero(self.labels_F == self.num_experts + i) for i in (0, 1))
         if not self.num_experts:

@@ -1,4 +1,4 @@
-"""How the tokens of one layer choose its experts: hard forward, soft backward."""
+"""Selection of a layer's experts by its tokens: hard forward, soft backward."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..methods.solvers.transport import soft_top_k
 
 @dataclass
 class Choices:
-    """How the tokens of one layer choose, at one step.
+    """The selection rule of one layer at one step.
 
     Attributes:
         rows_NH: The router's rows, float32.
         assignment_FC: M, float32: one-hot, or any plan.
         top_k: Experts per token.
-        coefficient: What a selected expert's output is multiplied by.
-        temperature: Of the soft choice that gradients pass through, in units of the logits' spread.
-        scales_F: float32, s; None for ones.
+        coefficient: Factor of a selected expert's output.
+        temperature: Temperature of the soft choice that gradients pass through, in units of the logits' spread.
+        scales_F: float32, s; None means all ones.
         weights: gate, up and down in the place of the parent's, float32; None for the parent's.
         relaxed: Use the soft choice forward too: only for checking gradients.
     """
@@ -35,7 +35,7 @@ class Choices:
     relaxed: bool = False
 
     def values(self, x_BH: torch.Tensor) -> torch.Tensor:
-        """V, float32 ``[B, C]``: the selected experts' coefficient, 1 for shared neurons, 0 for omitted ones.
+        """Return V, float32 ``[B, C]``: the selected experts' coefficient, 1 for shared neurons, 0 for omitted ones.
 
         Forward the k largest logits; backward the threshold function of `soft_top_k`.
         """

@@ -1,4 +1,4 @@
-"""What alignment will cost, from sizes alone."""
+"""Estimate the cost of an alignment from sizes alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..models.loading import LOGITS_AT_ONCE
 from .recipe import MAX_LENGTH, AlignmentOptions
 
 HELD_OUT = 1 / 16
-"""Share of the sequences that are held out, to compare states of the learning on."""
+"""Share of the sequences that are held out, on which states of the learning are compared."""
 MOST_HELD_OUT = 1 << 14
-"""Most held-out tokens."""
+"""Maximum number of held-out tokens."""
 MOMENTS = 3
-"""float32 numbers kept for each learned one: itself and Adam's two moments; while it learns, its gradient, too."""
+"""float32 numbers kept for each learned one: its value, Adam's two moments and, while it learns, its gradient."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class AlignmentPlan:
     """Sizes and costs of learning through the whole model.
 
     Attributes:
-        options: What was asked for.
-        learned: Numbers that learn.
-        peak_bytes: Estimate of the anonymous memory that it needs at most.
-        state_bytes: Of the files beside the output that a stopped run goes on from.
+        options: The requested options.
+        learned: Number of learned values.
+        peak_bytes: Estimate of the peak anonymous memory.
+        state_bytes: Size of the files beside the output from which a stopped run resumes.
         flops: Floating-point operations.
     """
 
@@ -38,11 +38,11 @@ class AlignmentPlan:
     flops: int
 
     def seconds(self, flops_per_second: float = REFERENCE_FLOPS) -> float:
-        """Estimate of the time at a rate of operations."""
+        """Return an estimate of the time at a given rate of operations."""
         return self.flops / flops_per_second
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, the same for every run."""
+        """Return the plan as JSON-compatible data, the same for every run."""
         return {
             "tokens": self.options.tokens,
             "sequence_length": self.options.length,
@@ -60,7 +60,7 @@ def held_out_sequences(sequences: int, length: int) -> int:
     """Return how many sequences of a text are held out.
 
     Args:
-        sequences: What the text gives.
+        sequences: Number of sequences in the text.
         length: Tokens of each.
 
     Raises:
@@ -78,14 +78,14 @@ def held_out_sequences(sequences: int, length: int) -> int:
 def plan_alignment(
     spec: DenseSpec, options: AlignmentOptions, *, layers: int, num_experts: int, compute_bytes: int
 ) -> AlignmentPlan:
-    """Cost of aligning. O(1).
+    """Estimate the cost of an alignment. O(1).
 
     Args:
         spec: The parent.
-        options: Tokens, and what learns.
-        layers: Layers that are converted.
+        options: Number of tokens and the weights that are trained.
+        layers: Number of converted layers.
         num_experts: N.
-        compute_bytes: Of one number of the compute dtype.
+        compute_bytes: Bytes per number of the compute dtype.
     """
     hidden, ffn, length = spec.hidden_size, spec.intermediate_size, options.length or MAX_LENGTH
     matrices = 3 * ffn * hidden

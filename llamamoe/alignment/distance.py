@@ -1,4 +1,4 @@
-"""How far the predictions are from the parent's: the loss, whose gradient is made a few tokens at a time."""
+"""The distance of predictions from the parent's: the loss, whose gradient is computed a few tokens at a time."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from ..models.loading import LOGITS_AT_ONCE
 def divergence(
     hidden_BH: torch.Tensor, parent_BH: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
 ) -> torch.Tensor:
-    """``KL(parent || student)`` of the next token, in nats, summed over B tokens; differentiable in ``hidden_BH``.
+    """Return ``KL(parent || student)`` of the next token, in nats, summed over B tokens.
 
-    The logits of a chunk are made once: the gradient at the hidden states is kept in their place.
+    Differentiable in ``hidden_BH``.
+
+    The logits of a chunk are computed once: the gradient at the hidden states is stored in their place.
 
     Reference: Hinton, Vinyals and Dean (arXiv:1503.02531), at temperature 1.
 
     Args:
-        hidden_BH: What the last layer gives, for the student.
-        parent_BH: The same for the parent; no gradient.
+        hidden_BH: Output of the student's last layer.
+        parent_BH: Output of the parent's last layer, without gradient.
         logits: Final norm and head: ``[b, H]`` to float32 ``[b, V]``.
         vocab_size: V.
     """

@@ -1,8 +1,8 @@
-"""A dense FFN whose neurons are switched on and off token by token, as its experts would be: one dense step in time.
+"""A dense FFN whose neurons are gated token by token as its experts would be, in the time of the dense FFN.
 
-``y = down (g * act(gate x) * (up x))`` with ``g = s * V M^T``: V ``[B, C]`` says what each place counts for a token, M
-``[F, C]`` at which place a neuron is, s ``[F]`` scales its output. The weights stay the parent's and get no gradient; V, M
-and s do.
+``y = down (g * act(gate x) * (up x))`` with ``g = s * V M^T``: V ``[B, C]`` weighs each place for a token, M
+``[F, C]`` holds each neuron's place, s ``[F]`` scales its output. The weights stay the parent's and get no gradient; V,
+M and s do.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .choices import Choices
 
 
 class GatedFfn(torch.nn.Module):
-    """The FFN of one layer: the parent's while ``choices`` is None, else gated by them, with weights that may be others.
+    """The FFN of one layer: the parent's while ``choices`` is None, else gated by them, possibly with other weights.
 
     Args:
-        ffn: The parent's weights; they are moved, not copied, where device and dtype are theirs already.
-        device: Where to compute.
-        dtype: Of the large products.
+        ffn: The parent's weights; they are not copied if they already have this device and dtype.
+        device: Device of the computation.
+        dtype: Dtype of the large products.
     """
 
     def __init__(self, ffn: FfnWeights, device: torch.device, dtype: torch.dtype) -> None:
@@ -30,7 +30,7 @@ class GatedFfn(torch.nn.Module):
         self.choices: Choices | None = None
 
     def forward(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """``[B, S, H]`` to the same."""
+        """Apply the FFN to ``[B, S, H]``, keeping the shape."""
         x_BH = x_BSH.flatten(0, -2)
         if self.choices is None:
             gate_FH, up_FH, down_HF = self.parent
@@ -46,7 +46,7 @@ class GatedFfn(torch.nn.Module):
 
 
 class _Gated(torch.autograd.Function):
-    """The gated product, which keeps two ``[B, F]`` tensors for the way back and makes the others again."""
+    """The gated product, which keeps two ``[B, F]`` tensors for the backward pass and recomputes the others."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""One layer in alignment: where it starts, what is learned of it, and what comes out."""
+"""One layer in alignment: its start, its learned quantities and its result."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AlignedLayer:
-    """One layer as it was learned.
+    """One layer as alignment learned it.
 
     Attributes:
-        partition: With the router's rows, if there are experts.
-        scales_F: float32 ``[F]``, what each neuron's output is multiplied by; None for ones.
+        partition: The partition, with the router's rows if there are experts.
+        scales_F: float32 ``[F]``, factor of each neuron's output; None means all ones.
         matrices: gate ``[F, H]``, up ``[F, H]`` and down ``[H, F]``, float32; None for the parent's.
     """
 
@@ -30,7 +30,7 @@ class AlignedLayer:
 
     @classmethod
     def of(cls, ffn: FfnWeights, partition: Partition, weights: ExpertWeights | None) -> AlignedLayer:
-        """A converted layer, each of its neurons in one place; ``weights`` of every place, None for the parent's."""
+        """Return a converted layer with each neuron in one place; ``weights`` None means the parent's."""
         if weights is None:
             return cls(partition)
         gate_FH, up_FH, down_HF = (m.to(torch.float32, copy=True) for m in (ffn.gate_FH, ffn.up_FH, ffn.down_HF))
@@ -42,7 +42,7 @@ class AlignedLayer:
         return cls(partition, matrices=(gate_FH, up_FH, down_HF))
 
     def weights(self, ffn: FfnWeights) -> ExpertWeights | None:
-        """The weights of every place; None if they are the parent's."""
+        """Return the weights of every place; None if they are the parent's."""
         if self.scales_F is None and self.matrices is None:
             return None
         gate_FH, up_FH, down_HF = self.matrices or (ffn.gate_FH, ffn.up_FH, ffn.down_HF)
@@ -56,10 +56,10 @@ class Start:
     """One converted layer before it is aligned.
 
     Attributes:
-        layer: Partition, with the router's rows, float32 ``[N, H]``, if there are experts; and weights, if they are not the
-            parent's.
+        layer: Partition, with the router's rows, float32 ``[N, H]``, if there are experts; and weights, if they are not
+            the parent's.
         context: Sizes of the layer.
-        coefficient: What a selected expert's output is multiplied by.
+        coefficient: Factor of a selected expert's output.
     """
 
     layer: AlignedLayer
@@ -68,7 +68,7 @@ class Start:
 
     @property
     def partition(self) -> Partition:
-        """Its partition, router rows included."""
+        """The partition of the layer, router rows included."""
         return self.layer.partition
 
 
@@ -77,12 +77,12 @@ class Learned:
     """The learned quantities of one layer; an optimiser changes them in place.
 
     Attributes:
-        start: Where it began.
-        assignment: Of its neurons.
+        start: The layer before alignment.
+        assignment: Assignment of its neurons to places.
         rows_NH: The router's rows.
-        scales_F: What each neuron's output is multiplied by; None if nothing learns that.
+        scales_F: Factors of the neurons' outputs; None if they are not learned.
         weights: gate, up and down, float32; None while they are the parent's.
-        ffn: What runs in the model.
+        ffn: The module that runs in the model.
     """
 
     start: Start
@@ -95,7 +95,7 @@ class Learned:
 
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
-        """All of them by name."""
+        """All learned tensors by name."""
         named = {"logits": self.assignment.logits_FC, "rows": self.rows_NH}
         if self.scales_F is not None:
             named["scales"] = self.scales_F
@@ -103,7 +103,7 @@ class Learned:
 
     @property
     def now(self) -> AlignedLayer:
-        """As it is now, on the CPU."""
+        """The layer in its current state, on the CPU."""
         rows = self.rows_NH.detach().cpu().clone() if len(self.rows_NH) else None
         part = self.assignment.partition(self.start.context, rows)
         scales = None if self.scales_F is None else self.scales_F.detach().cpu().clone()
@@ -111,7 +111,7 @@ class Learned:
         return AlignedLayer(part, scales, weights)
 
     def choose(self, temperature: float, *, learning: bool) -> None:
-        """Gate the FFN by what is learned so far."""
+        """Gate the FFN by the current state."""
         self.one_hot_FC = self.assignment.one_hot().requires_grad_(learning and self.assignment.logits_FC.requires_grad)
         top_k, coefficient = self.start.context.top_k, self.start.coefficient
         self.ffn.choices = Choices(
@@ -120,5 +120,5 @@ class Learned:
 
 
 def moved(before: Partition, after: Partition) -> float:
-    """Share of the neurons that are at another place."""
+    """Return the share of the neurons that changed their place."""
     return float((before.places() != after.places()).mean())

@@ -1,4 +1,4 @@
-"""How `align` is asked for: tokens, rates and temperatures."""
+"""Options of alignment: tokens, rates and temperatures."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_LENGTH = 256
-"""Tokens of a sequence, if the recipe names no number."""
+"""Default number of tokens per sequence."""
 _MOST = 2**40
 _LARGE, _SMALL = 1e6, 1e-6
-"""Beyond these float32 holds neither a step nor its square."""
+"""Upper limit of rates; beyond it float32 holds neither a step nor its square."""
 _Rate = Annotated[float, Field(ge=0, le=_LARGE, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(ge=_SMALL, le=_LARGE, allow_inf_nan=False)]
 
 
 class AlignmentOptions(BaseModel):
-    """What learning through the whole model takes; see `llamamoe.alignment.align.Alignment`."""
+    """Options of learning through the whole model; see `llamamoe.alignment.align.Alignment`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,6 +50,6 @@ class AlignmentOptions(BaseModel):
     tau_end: _Positive = Field(0.3, description="Last temperature of the assignment.")
     router_start: _Positive = Field(1.0, description="First temperature of the router, in units of its logits' spread.")
     router_end: _Positive = Field(0.3, description="Last temperature of the router.")
-    margin: _Positive = Field(2.0, description="By how much a neuron's first place leads at the start.")
+    margin: _Positive = Field(2.0, description="Lead of a neuron's initial place over the others at the start.")
     refresh: int = Field(5, ge=1, le=_MOST, description="Steps between two exact assignments.")
     checks: int = Field(4, ge=1, le=1000, description="States that are compared on held-out text, beside the start.")

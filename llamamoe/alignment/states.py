@@ -1,4 +1,4 @@
-"""What a stopped alignment goes on from: files that are whole or not there, each with its hash beside it."""
+"""Saved states from which a stopped alignment resumes: files that appear whole or not at all, each with its hash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..methods.layer import Partition
 from .layers import AlignedLayer, Learned
 
 STATE = "state.safetensors"
-"""The file of `States`."""
+"""File name of `States`."""
 _STEP, _RECORD = "step", ("record.steps", "record.values")
 _MATRICES = ("gate", "up", "down")
 Record = list[tuple[int, float]]
@@ -24,9 +24,9 @@ class States:
     """Learned quantities, Adam's moments, prices and the best state so far, in a folder.
 
     Args:
-        folder: Made if it is not there.
-        layers: What is learned; read and written in place.
-        optimizer: Of their logits and rows.
+        folder: Folder of the state; created if missing.
+        layers: The learned layers; read and written in place.
+        optimizer: Optimiser of their logits and rows.
     """
 
     def __init__(self, folder: Path, layers: Mapping[int, Learned], optimizer: torch.optim.Optimizer) -> None:
@@ -34,11 +34,11 @@ class States:
         self._saved = time.monotonic()
 
     def due(self, seconds: float) -> bool:
-        """Whether the last state is older than that."""
+        """Return whether the last saved state is old enough to save another one."""
         return time.monotonic() - self._saved > seconds
 
     def save(self, step: int, record: Record, best: Mapping[int, AlignedLayer]) -> None:
-        """Keep the state before ``step``; of what was measured so far there is something."""
+        """Save the state before ``step``; the record must not be empty."""
         make_folder(self.folder)
         tensors: dict[str, torch.Tensor] = {}
         for layer, each in self._layers.items():
@@ -52,7 +52,7 @@ class States:
         self._saved = time.monotonic()
 
     def load(self) -> tuple[int, Record, dict[int, AlignedLayer]] | None:
-        """Take over the state that was kept: its step, record and best layers; None if there is none that is whole."""
+        """Load the saved state and return its step, record and best layers; None if there is no complete state."""
         found = _read(self.folder / STATE)
         if found is None:
             return None
@@ -97,14 +97,14 @@ class States:
 
 
 def save_layers(path: Path, layers: Mapping[int, AlignedLayer]) -> str:
-    """Write what was learned of layers; the SHA-256 of the file."""
+    """Write the learned layers and return the SHA-256 of the file."""
     return _write(
         path, {f"{layer}.{name}": value for layer, each in layers.items() for name, value in _of_aligned(each).items()}
     )
 
 
 def load_layers(path: Path, sha256: str | None = None) -> dict[int, AlignedLayer] | None:
-    """What `save_layers` wrote; None if it is not there, not whole, or not of that hash."""
+    """Return the layers that `save_layers` wrote; None if the file is missing, damaged or has another hash."""
     found = _read(path)
     if found is None or sha256 not in (None, found[1]):
         return None
@@ -123,8 +123,8 @@ def remove_file(path: Path) -> None:
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write tensors, and their file's SHA-256 beside them, which is returned."""
-    # a stop between the two files leaves one whose hash does not fit, and what it holds is made again
+    """Write tensors and, beside them, their file's SHA-256, which is returned."""
+    # a stop between the two leaves a file whose hash does not match, and its content is computed again
     save_tensors(path, {name: value.contiguous() for name, value in tensors.items()})
     digest = file_sha256(path) or ""
     write_text(path.with_suffix(".sha256"), digest + "\n")
@@ -132,7 +132,7 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], str] | None:
-    """The tensors that `_write` wrote and their file's SHA-256; None if they are not there or not whole."""
+    """Return the tensors that `_write` wrote and their file's SHA-256; None if missing or incomplete."""
     try:
         digest = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
         if not digest or file_sha256(path) != digest:
