@@ -1,4 +1,4 @@
-"""What a configuration that transformers 5 wrote lacks for 4.57 to compute the same.
+"""Complete configurations that transformers 5 wrote, so that 4.57 computes the same.
 
 ``save_pretrained`` and the Trainer of transformers 5 write rope and a few names in a new spelling only. Transformers
 4.57 does not read it and falls back to its defaults without a warning: the model loads, and its logits are wrong. The
@@ -20,7 +20,7 @@ _LONGROPE_ONLY = ("phi3",)
 
 
 def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 4.57 would miss in a configuration, as the keys to add.
+    """Return the keys to add to a configuration for transformers 4.57.
 
     Raises:
         RefusedError: 4.57 cannot express it.
@@ -31,12 +31,12 @@ def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     wanted |= {old: config[new] for new, old in _RENAMED.get(name, ()) if new in config}
     if config.get("dtype") is not None:
         wanted["torch_dtype"] = config["dtype"]
-    # What is there already is kept: it says the same, or transformers 5 reads it too and must not change.
+    # Existing keys are kept: they hold the same, or transformers 5 reads them too and its result must not change.
     return {key: value for key, value in wanted.items() if config.get(key) is None and value is not None}
 
 
 def _check_holdable(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse what no spelling can help: 4.57's class of that name computes something else."""
+    """Refuse configurations for which 4.57's class of that name computes something else, however spelled."""
     needs_five = TARGETS.get(name).needs_five if name in TARGETS else frozenset()
     if "mixed_windows" in needs_five and len(set(config.get("layer_types") or ())) > 1:
         raise RefusedError(
@@ -50,7 +50,7 @@ def _check_holdable(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _rope(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The old spelling of rope; nothing if the configuration does not use the new one."""
+    """Return the old spelling of rope; empty if the configuration does not use the new one."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or not rope:
         return {}
@@ -72,7 +72,7 @@ def _rope(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _longrope(name: str, config: Mapping[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
-    """Longrope, whose factor 4.57 always takes to be the ratio of the two context lengths."""
+    """Return longrope for 4.57, which always takes the factor to be the ratio of the two context lengths."""
     ratio = (config.get("max_position_embeddings") or 0) / (scaling.get("original_max_position_embeddings") or 1)
     factor = scaling.get("factor")
     strange = scaling.get("attention_factor") is None and factor is not None and factor != ratio

@@ -76,7 +76,7 @@ _RULES: tuple[Rule, ...] = (
     ("a mapping", lambda value: isinstance(value, Mapping), ("id2label",)),
     ("a name", lambda value: isinstance(value, str), ("hidden_act", "hidden_activation")),
 )  # fmt: skip
-"""What the values of which keys must be; null means that the key is left out."""
+"""The rule, its check and the keys that it holds for; null means that the key is left out."""
 _RULE_OF = {key: (phrase, holds) for phrase, holds, keys in _RULES for key in keys}
 
 _ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "original_max_position_embeddings",
@@ -89,23 +89,23 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""The kinds of rope that transformers 4.57 and 5 compute, and what each cannot do without."""
+"""The kinds of rope that transformers 4.57 and 5 compute, with the keys that each requires."""
 
 
 _DTYPES = ("float32", "float", "float64", "double", "float16", "half", "bfloat16")
 _ATTENTION = ("full_attention", "sliding_attention")
 MOST_LABELS = 1_000_000
-"""transformers makes a name for each."""
+"""Upper limit of ``num_labels``, because transformers creates a name for each label."""
 _READ_ONLY = ("use_return_dict", "is_heterogeneous", "per_layer_attributes", "sub_configs",
               "allow_global_per_layer_attribute_access")  # fmt: skip
 """Attributes of transformers' configuration that no key can set."""
 
 
 def check_value(config: Mapping[str, Any], key: str) -> None:
-    """Check the value of one key of the rules above; null and no value are right.
+    """Check the value of one key of the rules above; null and a missing value are valid.
 
     Raises:
-        CheckpointError: It is impossible; key, value and rule are named.
+        CheckpointError: The value is invalid; the message names key, value and rule.
     """
     value, (phrase, holds) = config.get(key), _RULE_OF[key]
     if value is not None and not holds(value):
@@ -120,7 +120,7 @@ def check_values(config: Mapping[str, Any], fields: Fields | None = None) -> Non
         fields: The keys of the class, if it is that of a dense family.
 
     Raises:
-        CheckpointError: One is impossible, or transformers refuses it; key, value and rule are named.
+        CheckpointError: A value is invalid, or transformers refuses it; the message names key, value and rule.
     """
     for key in _RULE_OF:
         check_value(config, key)
@@ -178,7 +178,7 @@ def _check_class(config: Mapping[str, Any], fields: Fields) -> None:
 
 
 def _is_integer(text: str) -> bool:
-    """Return whether ``int()`` reads it."""
+    """Return whether ``int()`` accepts the value."""
     try:
         int(text)
     except ValueError:
@@ -187,10 +187,10 @@ def _is_integer(text: str) -> bool:
 
 
 def check_special(spec: DenseSpec) -> None:
-    """Check what transformers' classes ask of several values together.
+    """Check rules of transformers' classes that involve several values.
 
     Raises:
-        CheckpointError: They do not go together, so that transformers cannot load the checkpoint.
+        CheckpointError: The values contradict each other, so that transformers cannot load the checkpoint.
     """
     pad = spec.extra.get("pad_token_id")
     if pad is not None and not -spec.vocab_size <= pad < spec.vocab_size:
@@ -218,15 +218,15 @@ _HINT = "Download config.json again, or correct it."
 
 
 def check_rope(spec: DenseSpec) -> None:
-    """Check that rope is of a known kind and has all the numbers that it needs (for their values see `check_values`).
+    """Check that rope is of a known kind and complete (values are checked by `check_values`).
 
     Raises:
-        CheckpointError: It is not, or has not.
+        CheckpointError: The kind is unknown, or a number is missing.
     """
     rope, kind = spec.rope, spec.rope.get("rope_type")
     if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
         raise CheckpointError(
-            f"config.json: rope_type = {kind!r} is none that can be carried over exactly.",
+            f"config.json: rope_type = {kind!r} is not one that can be carried over exactly.",
             hint=f"Known: {', '.join(_ROPE_NEEDS)}.",
         )
     missing = [key for key in _ROPE_NEEDS[kind] if rope.get(key) is None]

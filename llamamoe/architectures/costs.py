@@ -1,4 +1,4 @@
-"""What a model costs: parameters in all and per token, multiply-adds, bytes; part by part.
+"""Count what a model costs: parameters in total and per token, multiply-adds, bytes; part by part.
 
 Counted as in Mixtral's 46.7 B / 12.9 B: every stored parameter is *total*; a routed expert's count k/N for the
 *active* ones, everything else counts whole. FLOPs are two per weight that a token is multiplied with; attention
@@ -27,7 +27,7 @@ _ROLES = (
 
 
 def role_of(name: str) -> str:
-    """The part that a tensor of a dense or converted checkpoint belongs to, by its name."""
+    """Return the part that a tensor of a dense or converted checkpoint belongs to, by its name."""
     return next((role for pattern, role in _ROLES if re.search(pattern, name)), "other")
 
 
@@ -49,16 +49,16 @@ class Cost:
 
     @property
     def total_parameters(self) -> int:
-        """Sum over parts."""
+        """Total parameters, summed over the parts."""
         return sum(self.total.values())
 
     @property
     def active_parameters(self) -> int:
-        """Sum over parts."""
+        """Active parameters, summed over the parts."""
         return sum(self.active.values())
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the counts as JSON-compatible data."""
         return {
             "total_parameters": self.total_parameters,
             "active_parameters": self.active_parameters,
@@ -71,7 +71,7 @@ class Cost:
 def count(
     tensors: Iterable[tuple[str, tuple[int, ...], int]], *, active_share: float = 1.0, tied: bool = False
 ) -> Cost:
-    """Count a model.
+    """Return the cost of a model from its tensors.
 
     Args:
         tensors: (role, shape, bytes) of every tensor.

@@ -1,4 +1,4 @@
-"""What a dense checkpoint is, checked against its own configuration before anything else happens."""
+"""Recognise a dense checkpoint and check it against its own configuration before anything else happens."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _QUANTISED = (
     ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale",
     ".weight_scale_inv",
 )  # fmt: skip
-"""How the tensors of GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints end."""
+"""Name endings of tensors in GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints."""
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense checkpoint that was understood: its family, its sizes, and where each canonical tensor lies."""
+    """A recognised dense checkpoint: its family, its sizes, and the location of each canonical tensor."""
 
     checkpoint: Checkpoint
     source: Source
@@ -35,19 +35,19 @@ class DenseModel:
     reads: Mapping[str, Read]
 
     def has(self, name: str) -> bool:
-        """Whether there is a canonical tensor (see `llamamoe.architectures.sources`) of this name."""
+        """Return whether there is a canonical tensor (see `llamamoe.architectures.sources`) of this name."""
         return name in self.reads
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """The shape of a canonical tensor."""
+        """Return the shape of a canonical tensor."""
         return canonical_shapes(self.spec)[name]
 
     def dtype_of(self, name: str) -> str:
-        """The stored dtype (safetensors name) of a canonical tensor."""
+        """Return the stored dtype (safetensors name) of a canonical tensor."""
         return self.checkpoint.tensors[self.reads[name].name].dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """A canonical tensor in its stored dtype (float32 if reading changes values)."""
+        """Return a canonical tensor in its stored dtype (float32 if reading changes values)."""
         read = self.reads[name]
         tensor = self.checkpoint.read(read.name, read.rows)
         for op, value in read.ops:
@@ -61,7 +61,7 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
     O(number of tensors); no tensor is read.
 
     Raises:
-        CheckpointError: It is not; the message names the key or tensor and the rule.
+        CheckpointError: A check fails; the message names the key or tensor and the rule.
     """
     config = checkpoint.config
     refuse_foreign(checkpoint)
@@ -97,7 +97,7 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that brings its own code or holds quantised weights.
 
     Raises:
-        CheckpointError: It does.
+        CheckpointError: It has either.
     """
     config = checkpoint.config
     if config.get("auto_map"):
@@ -110,13 +110,13 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
     if quantization:
         kind = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise CheckpointError(
-            f"the weights are quantised ({kind}): what is made of them would not be exact.",
+            f"the weights are quantised ({kind}): a conversion of them would not be exact.",
             hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
         )
     name = next((n for n in checkpoint.tensors if n.endswith(_QUANTISED)), None)
     if name:
         raise CheckpointError(
-            f"the weights are quantised (there is a tensor {name!r}): what is made of them would not be exact.",
+            f"the weights are quantised (there is a tensor {name!r}): a conversion of them would not be exact.",
             hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
         )
 
@@ -133,7 +133,7 @@ def _refuse_mixture(config: Mapping[str, Any]) -> None:
 
 
 def _left_out(given: Mapping[str, Any], completed: Mapping[str, Any]) -> str | None:
-    """Name the sizes whose defaults were taken, because weights that disagree may disagree with these."""
+    """Name the sizes that took a default, because the weights may disagree with these."""
     told = [f"{key} ({completed[key]})" for key in SIZE_KEYS if key not in given and completed.get(key) is not None]
     return (
         f"config.json leaves out {', '.join(told)}, which {'has' if len(told) == 1 else 'have'} the family's default."
@@ -171,7 +171,7 @@ def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...
 
 
 def stored_dtype(model: DenseModel) -> str:
-    """The dtype of most weights; float64 becomes float32, which transformers computes in."""
+    """Return the dtype of most weights; float64 becomes float32, which transformers computes in."""
     tally: dict[str, int] = {}
     for name, shape in canonical_shapes(model.spec).items():
         dtype = model.dtype_of(name)

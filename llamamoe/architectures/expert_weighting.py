@@ -1,4 +1,4 @@
-"""How a converted checkpoint weighs the experts that it selects, read from its configuration."""
+"""The weights that a converted checkpoint gives to selected experts, read from its configuration."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .targets import TARGETS
 from .targets.base import Target
 
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""How architectures spell N in ``config.json``."""
+"""The keys for N in the ``config.json`` of the architectures."""
 TOP_K_KEYS = ("num_experts_per_tok", "moe_k")
-"""The same of k."""
+"""The keys for k."""
 _ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.weight$|\.block_sparse_moe\.router\.layer\.weight$")
 _ROUTED_DOWN = re.compile(
     r"\.experts\.\d+\.(down_proj|w2)\.weight$|\.block_sparse_moe\.output_linear\.weight$|\.experts\.down_proj$"
@@ -35,8 +35,8 @@ class Mixing:
         target: The architecture.
         num_experts: N.
         top_k: k.
-        weighting: What the router makes of its scores.
-        factor: What the configuration multiplies the weights by (1 where it cannot).
+        weighting: Normalisation of the router's scores.
+        factor: Factor of the weights in the configuration (1 where it cannot hold one).
     """
 
     target: Target
@@ -47,23 +47,23 @@ class Mixing:
 
     @property
     def mean_weight(self) -> float:
-        """What one selected expert's output is multiplied by when all logits are equal."""
+        """Factor of one selected expert's output when all logits are equal."""
         return self.factor * weight(self.weighting, self.num_experts, self.top_k)
 
 
 def mixing_of(config: Mapping[str, Any]) -> Mixing:
-    """Read it from ``config.json``.
+    """Read the weighting from ``config.json``.
 
     Raises:
-        RefusedError: It is not a mixture of experts of an architecture that is known here.
-        CheckpointError: A number in it cannot be.
+        RefusedError: It is not a mixture of experts of a known architecture.
+        CheckpointError: A number in it is invalid.
     """
     name = str(config.get("model_type"))
     if name not in TARGETS or not TARGETS.get(name).routed:
         known = [each for each in TARGETS.names() if TARGETS.get(each).routed]
         raise RefusedError(
-            f"model_type {name!r} is not a mixture of experts that is known here.",
-            hint=f"Known are {', '.join(known)}.",
+            f"model_type {name!r} is not a mixture of experts that llamamoe supports.",
+            hint=f"Supported: {', '.join(known)}.",
         )
     target = TARGETS.get(name)()
     stated = next((key for key in EXPERT_KEYS if config.get(key) is not None), EXPERT_KEYS[0])
@@ -79,13 +79,13 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
 
 
 def check_top_k(config: Mapping[str, Any]) -> None:
-    """Refuse more selected experts than there are: transformers fails over them only when the model runs.
+    """Refuse more selected experts than there are: transformers would fail only when the model runs.
 
     Args:
-        config: ``config.json``; counts that are not numbers are passed over.
+        config: ``config.json``; counts that are not numbers are ignored.
 
     Raises:
-        CheckpointError: Both keys are named.
+        CheckpointError: k is larger than N; the message names both keys.
     """
     here = {key: config[key] for key in (*TOP_K_KEYS, *EXPERT_KEYS) if isinstance(config.get(key), int)}
     for top_k, count in product(TOP_K_KEYS, EXPERT_KEYS):
@@ -97,10 +97,10 @@ def check_top_k(config: Mapping[str, Any]) -> None:
 
 
 def rescale_of(config: Mapping[str, Any], asked: str | None) -> str | None:
-    """Name of the rescale that holds: the conversion's, or that which is asked for where nothing names one.
+    """Return the name of the rescale in effect: the conversion's, or the requested one if none is recorded.
 
     Raises:
-        UsageError: There is no such rescale, or the conversion's is another.
+        UsageError: The name is unknown, or the conversion used another rescale.
     """
     named = (config.get("llamamoe") or {}).get("rescale")
     for name in (named, asked):
@@ -108,40 +108,41 @@ def rescale_of(config: Mapping[str, Any], asked: str | None) -> str | None:
             raise UsageError(f"{name!r} is not a rescale.", hint=near_misses(str(name), RESCALES.names()))
     if named is not None and asked not in (None, named):
         raise UsageError(
-            f"the model was converted with the rescale {named!r}, so {asked!r} does not hold.",
-            hint="Leave --rescale out.",
+            f"the model was converted with the rescale {named!r}, so {asked!r} does not apply.",
+            hint="Omit --rescale.",
         )
     return named or asked
 
 
 def may_overlap(config: Mapping[str, Any]) -> bool:
-    """Whether neurons of a conversion may stand in several experts (`gradient` with overlap `inner`)."""
+    """Return whether neurons of a conversion may be in several experts (`gradient` with overlap `inner`)."""
     block = config.get("llamamoe") or {}
     return block.get("method") == "gradient" and block.get("parity") != "exact"
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with every default of its class in transformers; ours is left out.
+    """Return the configuration with every default of its class in transformers, without the ``llamamoe`` entry.
 
     Raises:
-        CheckpointError: Transformers has no such class, or cannot read it.
+        CheckpointError: Transformers has no such class, or cannot read the configuration.
     """
-    given = copy.deepcopy({key: value for key, value in config.items() if key != "llamamoe"})  # it is written into
+    # transformers modifies its argument
+    given = copy.deepcopy({key: value for key, value in config.items() if key != "llamamoe"})
     try:
         found: dict[str, Any] = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(given).to_dict()
-    except Exception as error:  # files of others can fail in any way
+    except Exception as error:  # a foreign file can fail in any way
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"config.json cannot be read by transformers: {lines[0]}") from error
     return found
 
 
 def rescaled_block(block: Mapping[str, Any], *, weights: float = 1.0, config: float = 1.0) -> dict[str, Any]:
-    """Our entry in the configuration, after routed outputs were multiplied in addition to what the conversion did.
+    """Return the ``llamamoe`` entry of the configuration after routed outputs were multiplied once more.
 
     Args:
         block: The entry.
-        weights: What the stored down projections were multiplied by.
-        config: What ``routed_scaling_factor`` was multiplied by.
+        weights: Factor by which the stored down projections were multiplied.
+        config: Factor by which ``routed_scaling_factor`` was multiplied.
     """
     found = dict(block)
     for key, ratio in (("factor", weights * config), ("baked_factor", weights)):
@@ -151,18 +152,19 @@ def rescaled_block(block: Mapping[str, Any], *, weights: float = 1.0, config: fl
 
 
 def renormalising(*, sigmoid: bool, num_experts: int, top_k: int) -> dict[str, float]:
-    """What routed outputs are multiplied by when a router's weights are made to sum to one, for `rescaled_block`.
+    """Return the factors of routed outputs once a router's weights are made to sum to one, for `rescaled_block`.
 
-    Softmax gave each selected expert 1/N and then gives 1/k; sigmoid gave 1/2, which ``routed_scaling_factor`` makes up for.
+    Softmax gave each selected expert 1/N and then gives 1/k; sigmoid gave 1/2, for which ``routed_scaling_factor``
+    compensates.
     """
     return {"config": 0.5 * top_k} if sigmoid else {"weights": top_k / num_experts}
 
 
 def is_router(name: str) -> bool:
-    """Whether a tensor holds a router's rows."""
+    """Return whether a tensor holds a router's rows."""
     return _ROUTER.search(name) is not None
 
 
 def is_routed_down(name: str) -> bool:
-    """Whether a tensor is the down projection of one routed expert, or of all."""
+    """Return whether a tensor is the down projection of one routed expert, or of all."""
     return _ROUTED_DOWN.search(name) is not None

@@ -1,7 +1,8 @@
-"""``llamamoe.inspect``: what a checkpoint is and what it costs, from its headers and configuration alone.
+"""``llamamoe.inspect``: describe a checkpoint and its costs from its headers and configuration alone.
 
-Dense or a mixture of experts, ours or anybody's: a folder of safetensors, a GGUF file, or a hub id. No tensor is read
-and neither torch nor transformers is imported, so a 70B model answers as fast as a small one.
+The checkpoint may be dense or a mixture of experts, made by llamamoe or not: a folder of safetensors, a GGUF file, or a
+hub id. No tensor is read and neither torch nor transformers is imported, so a 70B model takes no longer than a small
+one.
 """
 
 from __future__ import annotations
@@ -30,31 +31,32 @@ _SIZES = (
 
 @dataclass(frozen=True)
 class Inspection:
-    """What headers and configuration say.
+    """The description of a checkpoint, read from headers and configuration.
 
     Attributes:
         name: Hub id, or name of the folder or file.
-        path: Where it lies.
+        path: Its location.
         revision: The commit of a hub download.
         kind: ``"dense"`` or ``"moe"``.
         format: ``"safetensors"`` or ``"gguf"``.
-        model_type: As in ``config.json``.
+        model_type: The ``model_type`` in ``config.json``.
         architecture: The model class that ``config.json`` names, or None.
-        family: The dense family that llamamoe knows it as, or None.
-        target: The target that llamamoe knows it as, or None.
-        refusal: For a dense model why it cannot be split; None if it can (the plan may still refuse a recipe).
-        sizes: The sizes in ``config.json``, those that it names.
-        intermediate_size: Neurons of a dense FFN as its tensors have it; None if no layer has one.
-        dtypes: Parameters per stored type, the most first.
+        family: The supported dense family it belongs to, or None.
+        target: The supported target it belongs to, or None.
+        refusal: For a dense model, the reason why it cannot be split; None if it can (the plan may still refuse a
+            recipe).
+        sizes: The sizes that ``config.json`` names.
+        intermediate_size: Neurons of a dense FFN according to its tensors; None if no layer has one.
+        dtypes: Parameters per stored type, in descending order.
         cost: Total and active parameters per part, FLOPs per token, and bytes once loaded.
         tied: Whether the output head is the embedding table.
         experts: The mixture; None for a dense model.
         files: Number of weight files.
         bytes_on_disk: Bytes of the weight files.
         kv_bytes_per_token: Key and value cache of one token in 16 bits; None if the sizes are not known.
-        provenance: ``config.json["llamamoe"]``: how llamamoe made it; None for anything else.
-        receipt: The gist of ``llamamoe_receipt.json``; None if there is none.
-        notes: What is odd or worth knowing.
+        provenance: ``config.json["llamamoe"]``: how llamamoe made the checkpoint; None for any other.
+        receipt: A summary of ``llamamoe_receipt.json``; None if there is none.
+        notes: Remarks on anything unusual.
     """
 
     name: str
@@ -81,18 +83,18 @@ class Inspection:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the description as JSON-compatible data."""
         return asdict(self) | {"cost": self.cost.to_json(), "notes": list(self.notes)}
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Say what a checkpoint is and what it costs. O(number of tensors); reads headers only.
+    """Describe a checkpoint and its costs. O(number of tensors); reads headers only.
 
     Args:
         path: A folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``.
 
     Raises:
-        CheckpointError: It is no checkpoint, or its files are broken.
+        CheckpointError: The path is not a checkpoint, or its files are broken.
     """
     location = locate(path)
     checkpoint = open_checkpoint(location, weights_only=True)
@@ -150,13 +152,13 @@ def _refusal(checkpoint: Checkpoint, notes: list[str]) -> str | None:
         assert isinstance(checkpoint, GgufCheckpoint)
         try:
             notes += checkpoint.check_tokenizer()
-        except CheckpointError as error:  # the way out belongs to it: the weights are good
+        except CheckpointError as error:  # the hint concerns the tokenizer only: the weights are good
             return str(error)
     return None
 
 
 def _counted(checkpoint: Checkpoint, notes: list[str]) -> tuple[bool, dict[str, TensorInfo]]:
-    """Whether the head is tied, and the tensors without a stored copy of a tied head."""
+    """Return whether the head is tied, and the tensors without a stored copy of a tied head."""
     quantised = _mapping(checkpoint.config.get("quantization_config"))
     if quantised is not None:
         kind = quantised.get("quant_method", "an unknown method")
@@ -210,7 +212,7 @@ def _kv_bytes(sizes: Mapping[str, int]) -> int | None:
 
 
 def _receipt(folder: Path, notes: list[str]) -> dict[str, Any] | None:
-    """What the receipt proves, in a few keys; the whole of it stays in the file."""
+    """Return the main results of the receipt in a few keys."""
     path = folder / "llamamoe_receipt.json"
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""A converted checkpoint, read back: what is around its FFNs, and the neurons in them, whatever the architecture."""
+"""Read a converted checkpoint of any target: the tensors around its FFNs, and the neurons in them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FfnParts:
     Attributes:
         gate_PH: ``[P, H]``, as stored.
         up_PH: ``[P, H]``, as stored.
-        down_HP: ``[H, P]``, what the architecture multiplies outputs by taken back out; as stored where that is 1.
+        down_HP: ``[H, P]``, with the architecture's factor of outputs divided out; as stored where that is 1.
     """
 
     gate_PH: torch.Tensor
@@ -39,10 +39,11 @@ class ConvertedModel:
 
     Args:
         checkpoint: The folder.
-        rescale: The rescale that holds (see `llamamoe.architectures.rescales`); None: the one that the conversion names.
+        rescale: The rescale in effect (see `llamamoe.architectures.rescales`); None takes the one that the conversion
+            recorded.
 
     Raises:
-        RefusedError: It is not a mixture of experts that is known here.
+        RefusedError: It is not a mixture of experts of a known architecture.
         CheckpointError: Files and configuration disagree.
     """
 
@@ -54,22 +55,22 @@ class ConvertedModel:
 
     @property
     def rescale(self) -> str:
-        """Name of the rescale that holds.
+        """Name of the rescale in effect.
 
         Raises:
-            RefusedError: Nothing says which one does.
+            RefusedError: The rescale is neither recorded nor given.
         """
         if self._rescale is None:
             raise RefusedError(
-                f"{self.checkpoint.path} does not say how much a selected expert counts: it was not converted by "
+                f"{self.checkpoint.path} does not record how selected experts are weighted: it was not converted by "
                 "llamamoe.",
-                hint="Name the rescale that holds, if you know it: see llamamoe methods.",
+                hint="Name the rescale it was made with, if you know it: see llamamoe methods.",
             )
         return self._rescale
 
     @cached_property
     def experts(self) -> Experts:
-        """Sizes, as the files have them."""
+        """Sizes of the experts, read from the files."""
         found = inspect(self.checkpoint.path).experts
         if found is None:
             raise CheckpointError(
@@ -79,12 +80,12 @@ class ConvertedModel:
 
     @property
     def target(self) -> Target:
-        """The architecture."""
+        """The architecture of the checkpoint."""
         return self.mixing.target
 
     @cached_property
     def spec(self) -> DenseSpec:
-        """What is around the FFNs; ``intermediate_size`` holds for layers that stayed dense."""
+        """The model around the FFNs; ``intermediate_size`` holds for layers that stayed dense."""
         spec = self.target.dense_spec(complete_config(self.checkpoint.config))
         if self.experts.dense_width:
             spec = replace(spec, intermediate_size=self.experts.dense_width)
@@ -92,7 +93,7 @@ class ConvertedModel:
 
     @property
     def routed_factor(self) -> float:
-        """What a stored down projection of a routed expert must be multiplied by to be a dense FFN's.
+        """The factor that turns a stored down projection of a routed expert into that of a dense FFN.
 
         With ``c`` the coefficient of the rescale a selected expert counts c times what it gave in the dense FFN; as
         stored it counts the router's mean weight times the stored one.
@@ -104,7 +105,7 @@ class ConvertedModel:
 
     @cached_property
     def layout(self) -> MoeLayout:
-        """The sizes, as the target wants them."""
+        """The sizes in the form that targets take."""
         sizes, mixing = self.experts, self.mixing
         combine = Combine(mixing.weighting, mixing.factor, bake=1.0, any_k=False, parity_factor=1.0)
         return MoeLayout(
@@ -121,7 +122,7 @@ class ConvertedModel:
 
     @cached_property
     def _outer(self) -> dict[str, OutTensor]:
-        """Where each canonical tensor outside the FFNs is stored."""
+        """The stored tensor of each canonical one outside the FFNs."""
         found: dict[str, OutTensor] = {}
         for tensor in self.target.tensors(self.spec, self.layout):
             if isinstance(tensor.origin, Copy):
@@ -129,15 +130,15 @@ class ConvertedModel:
         return found
 
     def has(self, name: str) -> bool:
-        """Whether there is a canonical tensor (see `llamamoe.architectures.sources`) of this name outside the MoE layers' FFNs."""
+        """Return whether there is a canonical tensor of this name outside the MoE layers' FFNs."""
         return name in self._outer
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """The shape of a canonical tensor outside the FFNs, as stored."""
+        """Return the shape of a canonical tensor outside the FFNs, as stored."""
         return self.checkpoint.tensors[self._outer[name].name].shape
 
     def read(self, name: str) -> torch.Tensor:
-        """A canonical tensor (see `llamamoe.architectures.sources`) outside the MoE layers' FFNs, as stored; rotary rows as Llama's."""
+        """Return a canonical tensor outside the MoE layers' FFNs, as stored, with rotary rows in Llama's order."""
         tensor = self._outer[name]
         origin = tensor.origin
         assert isinstance(origin, Copy)
@@ -148,13 +149,13 @@ class ConvertedModel:
         return value.reshape(origin.interleave, -1, 2, *rest).transpose(1, 2).reshape(value.shape).contiguous()
 
     def dtype_of(self, name: str) -> str:
-        """The stored dtype (safetensors name) of a canonical tensor outside the FFNs."""
+        """Return the stored dtype (safetensors name) of a canonical tensor outside the FFNs."""
         return self.checkpoint.tensors[self._outer[name].name].dtype
 
     # ---- the FFNs -------------------------------------------------------------------------------------------------
 
     def ffn(self, layer: int) -> FfnParts:
-        """The neurons of one layer, padding included. Holds the layer's FFN in memory."""
+        """Return the neurons of one layer, padding included. Holds the layer's FFN in memory."""
         if layer in self.experts.dense_layers:
             parts = [self.read(f"model.layers.{layer}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")]
             return FfnParts(*parts)
@@ -169,7 +170,7 @@ class ConvertedModel:
         return FfnParts(torch.cat(pieces["gate"]), torch.cat(pieces["up"]), torch.cat(pieces["down"], dim=1))
 
     def _neurons(self, name: str, origin: Neurons) -> Iterator[tuple[str, torch.Tensor]]:
-        """One stored tensor as rows of gate and up, or columns of down, in dense units."""
+        """Yield a stored tensor as rows of gate and up, or columns of down, in dense units."""
         from ..checkpoint.tensors import cast
 
         value = self.checkpoint.read(name)
@@ -186,22 +187,22 @@ class ConvertedModel:
 
 
 def check_shapes(model: ConvertedModel) -> None:
-    """Whether the files hold what the configuration implies and no more. Reads headers only.
+    """Check that the files hold what the configuration implies and no more. Reads headers only.
 
     Raises:
-        CheckpointError: A tensor is missing, has another shape, or belongs to nothing that is known here.
+        CheckpointError: A tensor is missing, has another shape, or does not belong to the architecture.
     """
     expected = list(model.target.tensors(model.spec, model.layout))
     unknown = sorted(model.checkpoint.tensors.keys() - {tensor.name for tensor in expected})
     if unknown:
         raise CheckpointError(
-            f"{len(unknown)} tensors of {model.checkpoint.path} are not known here, the first is {unknown[0]!r}: dropping them "
+            f"{len(unknown)} tensors of {model.checkpoint.path} are unknown, the first is {unknown[0]!r}: dropping them "
             "would not be exact."
         )
     for tensor in expected:
         info = model.checkpoint.tensors.get(tensor.name)
         if info is None:
-            raise CheckpointError(f"{model.checkpoint.path} has no {tensor.name}, which config.json implies.")
+            raise CheckpointError(f"{model.checkpoint.path} lacks {tensor.name}, which config.json implies.")
         if info.shape != tensor.shape:
             raise CheckpointError(
                 f"{tensor.name} has shape {list(info.shape)}, but config.json implies {list(tensor.shape)}."

@@ -1,4 +1,4 @@
-"""A converted model on paper: its sizes, and what each tensor of the output is made of."""
+"""The layout of a converted model: its sizes, and the origin of each tensor of the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Role = Literal["embedding", "attention", "norm", "router", "routed", "shared", "
 Part = Literal["gate", "up", "down", "gate_up"]
 Weighting = Literal["renormalised", "softmax", "sigmoid"]
 RouterWeighting = Literal["softmax", "renormalised", "sigmoid", "sigmoid_renormalised"]
-"""What a router makes of its logits: softmax over all experts, the same renormalised over the selected ones, a sigmoid
+"""Normalisation of a router's logits: softmax over all experts, the same renormalised over the selected ones, a sigmoid
 of each, the same renormalised."""
 
 
@@ -26,9 +26,9 @@ class Copy:
 
 
 NEARLY_ZERO = 1e-12
-"""For the rows of a gate that must not move: a sigmoid of them is 1/2 to the last bit of float32, and yet they are not 0.
+"""Value for the rows of a gate that must not move: its sigmoid is exactly 1/2 in float32, and yet it is not 0.
 
-llama.cpp computes the gate of qwen2_moe's shared expert as silu(x) / x, which is no number where x is 0.
+llama.cpp computes the gate of qwen2_moe's shared expert as silu(x) / x, which is NaN where x is 0.
 """
 
 
@@ -61,7 +61,7 @@ Origin = Copy | Constant | Router | Neurons
 
 @dataclass(frozen=True)
 class OutTensor:
-    """One tensor to write: what it is called, its shape, what it counts as, and what it is made of.
+    """One tensor to write: its name, its shape, the part that it is counted as, and its origin.
 
     ``dtype`` None means the dtype of the conversion; ``layer`` None means that it belongs to no layer.
     """
@@ -76,14 +76,14 @@ class OutTensor:
 
 @dataclass(frozen=True)
 class Combine:
-    """How equal router weights become the coefficient that the rescale asks for.
+    """The factors that turn equal router weights into the coefficient of the rescale.
 
     Attributes:
-        weighting: What the router does with its scores.
-        factor: What routed outputs are multiplied by, beyond the router's weight.
+        weighting: Normalisation of the router's scores.
+        factor: Factor of routed outputs in addition to the router's weight.
         bake: The part of ``factor`` that is baked into the experts' down projections.
         any_k: Whether the same file is right for every k.
-        parity_factor: What the routed sum must be multiplied by, at k = N and equal weights, to equal the FFN.
+        parity_factor: Factor by which the routed sum equals the FFN at k = N and equal weights.
     """
 
     weighting: Weighting
@@ -94,13 +94,13 @@ class Combine:
 
     @property
     def bake_is_exact(self) -> bool:
-        """Whether baking rounds nothing: the factor is a power of two."""
+        """True if baking does not round, because the factor is a power of two."""
         return is_power_of_two(self.bake)
 
 
 @dataclass(frozen=True)
 class MoeLayout:
-    """The decided sizes of a conversion.
+    """The sizes of a converted model.
 
     Attributes:
         num_experts: N.
@@ -134,12 +134,12 @@ class MoeLayout:
         return self.num_shared + self.top_k * self.expert_width
 
     def padding(self, intermediate_size: int) -> int:
-        """Zero neurons that pad the experts of one layer of F = ``intermediate_size`` neurons."""
+        """Return the number of zero neurons that pad the experts of one layer of F = ``intermediate_size`` neurons."""
         return self.num_experts * self.expert_width - self.copies * (intermediate_size - self.num_shared)
 
 
 def weight(weighting: RouterWeighting, num_experts: int, top_k: int) -> float:
-    """What one selected expert's weight is when all logits are equal (zero)."""
+    """Return the weight of one selected expert when all logits are equal (zero)."""
     if weighting.endswith("renormalised"):
         return 1 / top_k
     return 1 / num_experts if weighting == "softmax" else 0.5
@@ -151,7 +151,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 def expert_tensors(
     block: str, hidden: int, layout: MoeLayout, layer: int, names: tuple[str, str, str] = PROJECTIONS
 ) -> Iterator[OutTensor]:
-    """Gate, up and down of every expert as tensors of their own, below ``block``; ``names`` is what they are called."""
+    """Yield gate, up and down of every expert as separate tensors below ``block``, called ``names``."""
     width = layout.expert_width
     for i in range(layout.num_experts):
         start = f"{block}experts.{i}."
@@ -162,7 +162,7 @@ def expert_tensors(
 
 
 def shared_tensors(prefix: str, hidden: int, layout: MoeLayout, bake: float, layer: int) -> Iterator[OutTensor]:
-    """Gate, up and down of the shared expert, or of its zero stub."""
+    """Yield gate, up and down of the shared expert, or of its zero stub."""
     width = layout.shared_width
     for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
         origin: Origin = Constant()

@@ -1,4 +1,4 @@
-"""Rescales: how much a selected expert's output counts. All are one formula each, so they share this file."""
+"""Rescales: factors of a selected expert's output. Each is one formula, so they share this file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..plugins import Plugin, Registry
 class Rescale(Plugin, ABC):
     """The factor ``c`` that each selected expert ends up with when the router weighs them equally.
 
-    The target turns ``c`` into what its router can do: a factor baked into the experts' down projections or a
+    The target turns ``c`` into what its router supports: a factor baked into the experts' down projections or a
     factor in the configuration (see `llamamoe.architectures.targets.base.Target.combine`).
     """
 
     @abstractmethod
     def coefficient(self, num_experts: int, top_k: int) -> float:
-        """``c`` for N experts of which k are selected.
+        """Return ``c`` for N experts of which k are selected.
 
         Where experts are copies (upcycling), N is the number of experts that together hold the FFN once.
         """
@@ -49,8 +49,8 @@ class LlamaMoe(Rescale):
 class Mean(Rescale):
     """``c = 1/k`` for k copies of the whole FFN; ``c = G/k`` for copies of its G parts, of which k/G full sets count.
 
-    In general N/k with N the experts that hold the FFN once: the number of `Dropout`, but for another reason, and for
-    copies exact at every k (that is a multiple of G).
+    In general N/k with N the experts that hold the FFN once: the number of `Dropout`, but for another reason; for
+    copies it is exact at every k that is a multiple of G.
     """
 
     name = "mean"
@@ -63,7 +63,7 @@ class Mean(Rescale):
 
 
 class Unit(Rescale):
-    """``c = 1``: a selected expert gives just what it gave in the dense FFN."""
+    """``c = 1``: a selected expert contributes exactly what it contributed in the dense FFN."""
 
     name = "unit"
     summary = "c = 1, selected experts count as in the dense FFN"

@@ -1,4 +1,4 @@
-"""The mixture of experts that a checkpoint's headers show, ours or anybody's."""
+"""Find the mixture of experts in a checkpoint's headers, whoever made it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Experts:
 
     Attributes:
         num_experts: N, routed experts per layer.
-        top_k: k, experts selected per token; N if the configuration does not say.
+        top_k: k, experts selected per token; N if the configuration does not name it.
         expert_width: Neurons of one routed expert, padding included.
         shared_width: Neurons of the shared expert as stored; 0 if there is none.
-        shared_is_stub: Whether that shared expert holds only zeros (known for our own conversions).
+        shared_is_stub: Whether that shared expert holds only zeros (recorded for conversions by llamamoe).
         moe_layers: Layers with routed experts.
         dense_layers: Layers with a dense FFN.
         dense_width: Neurons of such a dense FFN; None if there is none.
@@ -44,13 +44,13 @@ class Experts:
 def stored_experts(
     config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], stub: bool, notes: list[str]
 ) -> Experts | None:
-    """Return the mixture as the tensors have it, None if they are dense; the configuration gives k.
+    """Return the mixture found in the tensors, None if they are dense; k is taken from the configuration.
 
     Args:
         config: ``config.json``.
         tensors: The headers.
         stub: Whether a shared expert holds only zeros.
-        notes: Gets a sentence for every contradiction.
+        notes: A sentence is appended for every contradiction.
     """
     routed = {name: info for name, info in tensors.items() if role_of(name) == "routed"}
     if not routed:
@@ -58,7 +58,7 @@ def stored_experts(
     counted = _num_experts(routed)
     stated = next((config[key] for key in EXPERT_KEYS if is_size(config.get(key))), counted)
     if stated != counted:
-        notes.append(f"config.json says {stated} experts, but the files hold {counted} in one layer")
+        notes.append(f"config.json names {stated} experts, but the files hold {counted} in one layer")
     top_k = next((config[key] for key in TOP_K_KEYS if is_size(config.get(key))), None)
     if top_k is None or not 1 <= top_k <= counted:
         notes.append(f"config.json names no usable number of selected experts ({top_k!r}): all {counted} are counted")
@@ -78,13 +78,13 @@ def stored_experts(
 
 
 def _num_experts(routed: Mapping[str, TensorInfo]) -> int:
-    """N: one more than the highest index in the names, or the first size of a tensor that holds all experts."""
+    """Return N: one more than the highest index in the names, or the first size of a tensor that holds all experts."""
     indices = [int(found[1]) for name in routed if (found := _EXPERT.search(name))]
     return max(indices) + 1 if indices else max(info.shape[0] for info in routed.values())
 
 
 def _width(tensors: Mapping[str, TensorInfo]) -> int | None:
-    """Neurons of the first FFN among the tensors: rows of its gate, half of them where gate and up are one tensor."""
+    """Return the neurons of the first FFN: rows of its gate, or half the rows where gate and up are one tensor."""
     for name, info in tensors.items():
         found = _GATE.search(name)
         if found and len(info.shape) >= 2:

@@ -186,7 +186,7 @@ def test_oddities_are_told(tmp_path):
     found = inspect(write_sparse(tmp_path / "odd", config, shapes, shards=2))
     text = " ".join(found.notes)
     assert "gptq" in text
-    assert "says 9 experts, but the files hold 8" in text
+    assert "names 9 experts, but the files hold 8" in text
     assert "all 8 are counted" in text
     assert "not counted" in text
     assert found.cost.total_parameters == 46_702_792_704 - 32000 * 4096

@@ -152,7 +152,7 @@ def test_what_is_no_mixture_is_refused(tmp_path: Path) -> None:
     two = convert(dense, tmp_path / "two", 2, "mixtral", 0, "unit")
     with pytest.raises(UsageError, match="'dropuot' is not a rescale"):
         retop(two, tmp_path / "out", 1, rescale="dropuot")
-    with pytest.raises(UsageError, match="converted with the rescale 'unit', so 'dropout' does not hold"):
+    with pytest.raises(UsageError, match="converted with the rescale 'unit', so 'dropout' does not apply"):
         retop(two, tmp_path / "out", 1, rescale="dropout")
     quantised = json.loads((two / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     shutil.copytree(two, tmp_path / "quantised")

@@ -1,7 +1,7 @@
-"""Dense families: what a configuration means, and where the weights lie in the files.
+"""Dense families: the meaning of a configuration, and the location of the weights in the files.
 
 A family turns its ``config.json`` into a `DenseSpec` and its tensors into *canonical* ones, which are named as
-Llama names them (``model.layers.0.mlp.gate_proj.weight``): targets know only those.
+Llama names them (``model.layers.0.mlp.gate_proj.weight``): targets refer only to those.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Op = tuple[str, float]
 
 @dataclass(frozen=True)
 class Read:
-    """How a canonical tensor is read: the tensor ``name``, rows ``start:stop`` of it, then ``ops``."""
+    """The origin of a canonical tensor: the tensor ``name``, rows ``start:stop`` of it, then ``ops``."""
 
     name: str
     rows: tuple[int, int] | None = None
@@ -65,7 +65,7 @@ class DenseSpec:
 
     @property
     def plain_head_dim(self) -> bool:
-        """Whether ``head_dim`` is what hidden size and heads imply."""
+        """True if ``head_dim`` equals hidden size / heads."""
         return self.head_dim * self.num_heads == self.hidden_size
 
     @property
@@ -75,7 +75,7 @@ class DenseSpec:
 
     @property
     def mixed_windows(self) -> bool:
-        """Whether layers differ in their attention window."""
+        """True if layers differ in their attention window."""
         return len(set(self.sliding)) > 1
 
 
@@ -85,9 +85,9 @@ class Source(ABC):
     Attributes:
         name: Its ``model_type``.
         summary: One line for ``llamamoe methods``.
-        reference: Where the family is described.
+        reference: A publication on the family.
         fields: The keys of its configuration class in transformers with type and default, which hold for keys that
-            ``config.json`` leaves out; without them nothing is completed.
+            ``config.json`` leaves out; without them no key is completed.
     """
 
     name: ClassVar[str]
@@ -104,16 +104,16 @@ class Source(ABC):
         """
 
     def canonical(self, spec: DenseSpec) -> dict[str, Read]:
-        """How each canonical tensor is read from the source's tensors."""
+        """Return how each canonical tensor is read from the source's tensors."""
         return {name: Read(name) for name in canonical_shapes(spec)}
 
     def raw_shapes(self, spec: DenseSpec) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that the files must hold."""
+        """Return name and shape of every tensor that the files must hold."""
         return canonical_shapes(spec)
 
 
 def canonical_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
-    """Every canonical tensor with its shape, in the order of a forward pass; a tied head is left out."""
+    """Return every canonical tensor with its shape, in the order of a forward pass, without a tied head."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(spec).items()}
@@ -124,7 +124,7 @@ def canonical_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
 
 
 def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
-    """The canonical tensors of one layer, without the prefix ``model.layers.N.``."""
+    """Return the canonical tensors of one layer, without the prefix ``model.layers.N.``."""
     hidden, q, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
     for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
@@ -144,10 +144,10 @@ def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
 
 
 def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number above zero.
+    """Return the value of a key, which must be a whole number above zero.
 
     Raises:
-        CheckpointError: The key is missing without a default, or its value is something else.
+        CheckpointError: The key is missing without a default, or its value is anything else.
     """
     value = config.get(key)
     if value is None:
@@ -158,10 +158,10 @@ def positive(config: Mapping[str, Any], key: str, default: int | None = None) ->
 
 
 def number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """A finite number.
+    """Return the value of a key, which must be a finite number.
 
     Raises:
-        CheckpointError: It is something else.
+        CheckpointError: The value is anything else.
     """
     value = config.get(key, default)
     value = default if value is None else value
@@ -171,10 +171,10 @@ def number(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope as transformers 5 spells it, read from either spelling (a non-null ``rope_scaling`` wins, as there).
+    """Return rope as transformers 5 spells it, from either spelling (a non-null ``rope_scaling`` takes precedence).
 
     Raises:
-        CheckpointError: It is no mapping, or holds one set per layer type.
+        CheckpointError: The value is not a mapping, or holds one set per layer type.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
@@ -194,7 +194,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def common(family: str, config: Mapping[str, Any], **known: Any) -> DenseSpec:
-    """The part of a `DenseSpec` that every Llama-like family spells the same; ``known`` overrides or adds."""
+    """Return the `DenseSpec` of a Llama-like family from the common keys; ``known`` overrides or adds."""
     heads = positive(config, "num_attention_heads")
     hidden = positive(config, "hidden_size")
     values: dict[str, Any] = {
@@ -231,7 +231,7 @@ def common(family: str, config: Mapping[str, Any], **known: Any) -> DenseSpec:
 
 
 def windows_by_type(config: Mapping[str, Any], num_layers: int, default_window: int | None) -> tuple[int | None, ...]:
-    """Per-layer windows of the Qwen families: ``layer_types``, else sliding from ``max_window_layers`` on."""
+    """Return the windows of the Qwen families by layer: ``layer_types``, else sliding from ``max_window_layers`` on."""
     window = config.get("sliding_window", default_window) if config.get("use_sliding_window", False) else None
     types = config.get("layer_types")
     if types is None:
@@ -252,7 +252,7 @@ def windows_by_type(config: Mapping[str, Any], num_layers: int, default_window: 
 
 
 def source_features(dense: DenseSpec) -> dict[str, str]:
-    """What a source has beyond plain Llama: feature name and a phrase for messages."""
+    """Return the features of a source beyond plain Llama: name, and a phrase for messages."""
     found = {}
     if dense.mlp_bias:
         found["mlp_bias"] = (

@@ -1,6 +1,6 @@
-"""What transformers' configuration class of a dense family holds: the type and the default of each key.
+"""The keys of transformers' configuration class of a dense family, with type and default of each.
 
-A key that ``config.json`` leaves out has the default of the class, and a value of a type that the class refuses makes a
+A key that ``config.json`` leaves out has the default of the class, and a value of a type that the class refuses gives a
 checkpoint that transformers cannot load. Importing these classes imports torch, so they are mirrored here as tables;
 tests compare the tables with transformers' own.
 """
@@ -20,7 +20,7 @@ class Field(NamedTuple):
 
 
 Fields = Mapping[str, Field]
-"""Key to `Field`."""
+"""Fields by key."""
 
 NUMBER = float | int
 TOKEN = int | None
@@ -38,7 +38,7 @@ BASE: Fields = {
     "label2id": Field(object, None),
     "problem_type": Field(object, None),
 }
-"""The keys of every class of transformers, which checks none of their types (``id2label`` it reads as a mapping)."""
+"""The keys of every class of transformers, which does not check their types (it reads ``id2label`` as a mapping)."""
 
 DECODER: Fields = {
     **BASE,
@@ -83,7 +83,7 @@ QWEN: Fields = {
     "bos_token_id": Field(TOKEN, None),
     "eos_token_id": Field(TOKENS, None),
 }
-"""Qwen2; Qwen3 adds to it."""
+"""The keys of Qwen2; Qwen3 extends them."""
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -36,7 +36,7 @@ class Phi3(Source):
         partial = number(base.rope if "partial_rotary_factor" in base.rope else config, "partial_rotary_factor", 1.0)
         rope = {k: v for k, v in base.rope.items() if k != "partial_rotary_factor"}
         if rope["rope_type"] in ("longrope", "yarn"):
-            # The key beside rope wins over the one in it, and is never missing: the class has a default.
+            # The key beside rope takes precedence over the one in it and is never missing: the class has a default.
             rope["original_max_position_embeddings"] = config.get("original_max_position_embeddings", 4096)
         if rope["rope_type"] in ("su", "yarn"):  # transformers reads both as longrope for this family
             rope["rope_type"] = "longrope"

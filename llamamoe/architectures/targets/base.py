@@ -1,6 +1,6 @@
-"""The contract of a target: how one architecture of transformers spells a converted model.
+"""The interface of a target: one architecture of transformers as the format of a converted model.
 
-Targets only spell: configuration keys, tensor names, and which number goes where. They decide no size and touch
+Targets only define configuration keys, tensor names, and which number goes where. They decide no size and touch
 no tensor; importing them imports neither torch nor transformers.
 """
 
@@ -22,13 +22,14 @@ class Target(ABC):
         name: Its ``model_type``.
         architecture: The name of its causal language model class.
         summary: One line for ``llamamoe methods``.
-        reference: Where the architecture is described.
-        weightings: What its router can be told to do, the preferred first.
-        scaling_knob: Whether the configuration can hold the factor, so that nothing is baked.
+        reference: A publication on the architecture.
+        weightings: Normalisations that its router supports, the preferred first.
+        scaling_knob: Whether the configuration can hold the factor, so that weights are not scaled.
         shared: ``"none"``, ``"any"`` width, or ``"multiple"`` of the expert width.
-        dense_layers: Which layers can stay dense: ``"none"``, ``"leading"``, ``"ends"`` (leading and trailing), ``"any"``.
-        shared_bake: What the shared expert's down projection is multiplied by.
-        unties: Whether a tied head is written out as a tensor of its own.
+        dense_layers: Which layers can stay dense: ``"none"``, ``"leading"``, ``"ends"`` (leading and trailing),
+            ``"any"``.
+        shared_bake: Factor of the shared expert's down projection.
+        unties: Whether a tied head is written as a separate tensor.
         holds: Features of a dense source beyond plain Llama that the architecture computes exactly.
         needs_five: Source features that need transformers 5 in this architecture.
         routed: Whether it has experts; False for the dense architectures.
@@ -55,7 +56,7 @@ class Target(ABC):
     # ---- what it can hold -------------------------------------------------------------------------------------
 
     def refusals(self, dense: DenseSpec) -> list[str]:
-        """Why this architecture cannot compute exactly what the source computes; empty if it can."""
+        """Return the reasons why this architecture cannot compute exactly what the source does; empty if it can."""
         reasons = []
         for feature, sentence in source_features(dense).items():
             if feature not in self.holds:
@@ -63,15 +64,15 @@ class Target(ABC):
         return reasons
 
     def majors(self, dense: DenseSpec) -> tuple[str, ...]:
-        """The versions of transformers that load the result: ``("4.57", "5")`` or ``("5",)``."""
+        """Return the versions of transformers that load the result: ``("4.57", "5")`` or ``("5",)``."""
         return ("5",) if self.needs_five & set(source_features(dense)) else ("4.57", "5")
 
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
-        """What a user of this architecture should know about runtimes other than transformers."""
+        """Return warnings about runtimes other than transformers."""
         return []
 
     def head_notes(self, dense: DenseSpec) -> list[str]:
-        """What it costs that a tied head is written out, if it is (see `unties`)."""
+        """Return the cost of writing out a tied head, if it is written (see `unties`)."""
         if not (self.unties and dense.tie_word_embeddings):
             return []
         size = dense.vocab_size * dense.hidden_size
@@ -80,7 +81,7 @@ class Target(ABC):
         ]
 
     def dense_layer_refusal(self, dense_layers: tuple[int, ...], num_layers: int) -> str | None:
-        """Why these layers cannot stay dense, or None."""
+        """Return the reason why these layers cannot stay dense, or None."""
         if not dense_layers or self.dense_layers == "any":
             return None
         if self.dense_layers == "none":
@@ -95,9 +96,9 @@ class Target(ABC):
     # ---- how it is read back ----------------------------------------------------------------------------------
 
     def dense_spec(self, config: Mapping[str, Any]) -> DenseSpec:
-        """What is around the FFNs of a checkpoint of this architecture, as a dense model of their full size would have it.
+        """Return the model around the FFNs of a checkpoint of this architecture as the spec of a dense model.
 
-        ``intermediate_size`` is what the configuration says and means nothing where all layers are MoE layers.
+        ``intermediate_size`` is taken from the configuration and is meaningless if all layers are MoE layers.
 
         Raises:
             CheckpointError: A key is missing or has an impossible value.
@@ -105,25 +106,25 @@ class Target(ABC):
         return common(self.name, config, **self.attention_spec(config))
 
     def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a `DenseSpec` that this architecture spells in its own way."""
+        """Return the fields of a `DenseSpec` that this architecture spells in its own way."""
         return {}
 
     # ---- how it is spelled ------------------------------------------------------------------------------------
 
     @abstractmethod
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
-        """The keys of ``config.json`` that are this architecture's own (see `common_config` for the others)."""
+        """Return the keys of ``config.json`` that are this architecture's own (see `common_config` for the others)."""
 
     @abstractmethod
     def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
-        """Router, experts and shared expert of one layer."""
+        """Yield router, experts and shared expert of one layer."""
 
     @abstractmethod
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
-        """The configuration keys that make the only layer of a one-layer model dense or MoE."""
+        """Return the configuration keys that make the only layer of a one-layer model dense or MoE."""
 
     def attention_tensors(self, dense: DenseSpec, layer: int) -> Iterator[OutTensor]:
-        """Norms and attention of one layer; by default every canonical tensor under its own name."""
+        """Yield norms and attention of one layer; by default every canonical tensor under its own name."""
         prefix = f"model.layers.{layer}."
         for name, shape in layer_shapes(dense).items():
             if not name.startswith("mlp."):
@@ -131,14 +132,14 @@ class Target(ABC):
                 yield OutTensor(prefix + name, shape, role, Copy(prefix + name), layer)
 
     def dense_ffn_tensors(self, dense: DenseSpec, layer: int) -> Iterator[OutTensor]:
-        """The FFN of a layer that stays dense."""
+        """Yield the FFN of a layer that stays dense."""
         prefix = f"model.layers.{layer}."
         for name, shape in layer_shapes(dense).items():
             if name.startswith("mlp."):
                 yield OutTensor(prefix + name, shape, "dense_ffn", Copy(prefix + name), layer)
 
     def tensors(self, dense: DenseSpec, layout: MoeLayout) -> Iterator[OutTensor]:
-        """Every tensor of the output, in the order of a forward pass."""
+        """Yield every tensor of the output, in the order of a forward pass."""
         fold = self.fold(dense)
         table = (dense.vocab_size, dense.hidden_size)
         embed = "model.embed_tokens.weight"
@@ -156,28 +157,28 @@ class Target(ABC):
             )
 
     def fold(self, dense: DenseSpec) -> float:
-        """What the embedding table is multiplied by because the architecture has no ``embedding_multiplier``."""
+        """Return the factor baked into the embedding table if the architecture has no ``embedding_multiplier``."""
         return 1.0 if "multipliers" in self.holds else dense.embedding_multiplier
 
     def ties(self, dense: DenseSpec) -> bool:
-        """Whether the output's head is tied to its embedding."""
+        """Return whether the output's head is tied to its embedding."""
         return dense.tie_word_embeddings and not self.unties and self.fold(dense) == 1.0
 
     def stub_width(self, layout_width: int) -> int:
-        """Width of the zero shared expert written when there are no shared neurons; 0 if none is needed."""
+        """Return the width of the zero shared expert written when there are no shared neurons; 0 if none is needed."""
         return 0
 
     @classmethod
     def router_weighting(cls, weighting: Weighting) -> RouterWeighting:
-        """What its router computes under a weighting: those that have sigmoids renormalise them, others a softmax."""
+        """Return its router's normalisation under a weighting: renormalised sigmoids if supported, else softmax."""
         return "sigmoid_renormalised" if weighting == "renormalised" and "sigmoid" in cls.weightings else weighting
 
     def combine(self, rescale: Rescale, num_experts: int, top_k: int, copies: int = 1) -> Combine:
         """Choose the router's weighting and the factor so that each selected expert counts ``c`` (see `Rescale`).
 
-        With ``w`` the router's weight of one expert, the factor is ``c / w``. The first weighting for which it does
+        With ``w`` the router's weight of one expert, the factor is ``c / w``. The first weighting for which this does
         not depend on k is taken, so that one file is right at every k; else the first weighting. With ``copies``
-        experts for each neuron, N / copies experts are the whole FFN, and all N of them are ``copies`` times too much.
+        experts for each neuron, N / copies experts are the whole FFN, and all N together count it ``copies`` times.
         """
         best: Combine | None = None
         for weighting in self.weightings:
@@ -199,18 +200,18 @@ class Target(ABC):
 
 
 def leading(layers: tuple[int, ...]) -> int:
-    """How many of the (ascending) layers are 0, 1, 2, ... without a gap."""
+    """Return how many of the (ascending) layers are 0, 1, 2, ... without a gap."""
     return next((i for i, layer in enumerate(layers) if layer != i), len(layers))
 
 
 def trailing(layers: tuple[int, ...], num_layers: int) -> int:
-    """How many of the (ascending) layers are the last ones without a gap, the leading run left out."""
+    """Return how many of the (ascending) layers are the last ones without a gap, without the leading run."""
     rest = layers[leading(layers) :]
     return leading(tuple(num_layers - 1 - layer for layer in reversed(rest)))
 
 
 def common_config(dense: DenseSpec, target: Target, dtype: str) -> dict[str, Any]:
-    """The keys that all targets share, with both spellings of rope (transformers 4 reads one, 5 the other)."""
+    """Return the keys that all targets share, with both spellings of rope (transformers 4 reads one, 5 the other)."""
     scaling = {k: v for k, v in dense.rope.items() if k != "rope_theta"}
     plain = scaling == {"rope_type": "default"}
     config: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""What programs other than transformers compute of each target: measured, by version; see ``tests/clients``.
+"""Measured results of other programs than transformers on each target, by version; see ``tests/clients``.
 
 Plain data, so that ``llamamoe methods --matrix`` and the README can show it. ``make test-clients`` asserts every entry,
-and so fails on the day that a program gains an architecture or mends a difference.
+and so fails once a program supports another architecture or fixes a difference.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ SIGNS: Mapping[Outcome, str] = {"same": "✓", "differs": "≠", "refused": "–
 
 @dataclass(frozen=True)
 class Result:
-    """What a program makes of an output.
+    """The result of a program on a kind of output.
 
     Attributes:
         outcome: ``"same"``: the logits of transformers in float32 and its greedy tokens; ``"differs"``: it computes
             something else without an error; ``"refused"``: it has no such class, or reports an error.
-        note: Why, and the way out, if there is more to say.
+        note: Reason and remedy, if any.
     """
 
     outcome: Outcome
@@ -31,13 +31,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Client:
-    """A program that runs checkpoints, and what it makes of each kind of output.
+    """A program that runs checkpoints, and its result on each kind of output.
 
     Attributes:
-        name: What its users call it.
-        package: The distribution by which it was tested.
+        name: Its usual name.
+        package: The distribution that was tested.
         version: The version tested.
-        results: By target, or by target and flags (``"qwen2_moe --rescale unit"``).
+        results: Results by target, or by target and flags (``"qwen2_moe --rescale unit"``).
     """
 
     name: str

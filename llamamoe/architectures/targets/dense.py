@@ -1,4 +1,4 @@
-"""The parent's own dense architecture with a smaller FFN, for methods that route nothing."""
+"""The parent's own dense architecture with a smaller FFN, for methods without routing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Target
 
 @dataclass(frozen=True)
 class _Form:
-    """A dense architecture: what it holds beyond plain Llama, and which attention projections have biases."""
+    """A dense architecture: its features beyond plain Llama, and which attention projections have biases."""
 
     model_type: str
     architecture: str
@@ -62,7 +62,7 @@ def _refusals(form: _Form, dense: DenseSpec) -> list[str]:
 
 
 def _form(dense: DenseSpec) -> _Form:
-    """The parent's own architecture, or the one that it is spelled as; for other families the first that holds them."""
+    """Return the parent's own architecture or the one it is written as; else the first that holds it."""
     own = [form for form in _FORMS if form.model_type == _SPELLED_AS.get(dense.family, dense.family)]
     fitting = [form for form in _FORMS if not _refusals(form, dense)]
     return (own or fitting or list(_FORMS))[0]

@@ -12,7 +12,7 @@ from .base import Target, leading
 
 
 class Ernie45Moe(Target):
-    """Rotary positions act on neighbouring rows there, so the rows of q and k are re-ordered (exact)."""
+    """Rotary positions act on neighbouring rows in this architecture, so the rows of q and k are re-ordered (exact)."""
 
     name = "ernie4_5_moe"
     architecture = "Ernie4_5_MoeForCausalLM"

@@ -13,7 +13,7 @@ from .base import Target
 class Glm4Moe(Target):
     """Holds norms on queries and keys, any head_dim, partial rotary, shared experts and loss-free balancing.
 
-    The factor of the routed experts stands in the configuration (``routed_scaling_factor``): nothing is baked, so
+    The factor of the routed experts is in the configuration (``routed_scaling_factor``), not baked into weights, so
     every weight keeps its bits. The head is untied: mlx-lm always reads ``lm_head.weight``, and vLLM ignores
     ``tie_word_embeddings`` and runs with a head that was never loaded.
     """
@@ -89,6 +89,6 @@ class Glm4Moe(Target):
         found += self.head_notes(dense)
         if not layout.num_shared:
             found.append(
-                f"glm4_moe cannot do without a shared expert: one of zeros and width {layout.shared_width} is written and costs its multiply-adds"
+                f"glm4_moe requires a shared expert: one of zeros and width {layout.shared_width} is written and costs its multiply-adds"
             )
         return found

@@ -86,8 +86,8 @@ class Qwen2Moe(Target):
         found = []
         if layout.combine.weighting == "renormalised":
             found.append(
-                "llama.cpp and mlx-lm never renormalise qwen2_moe's routing and say nothing: there the experts would be "
-                "scaled by k/N. The same everywhere: --target granitemoeshared (llama.cpp) or glm4_moe (mlx-lm)"
+                "llama.cpp and mlx-lm never renormalise qwen2_moe's routing and do not warn: there the experts would be "
+                "scaled by k/N. For the same result everywhere: --target granitemoeshared (llama.cpp) or glm4_moe (mlx-lm)"
                 + (", or --rescale unit" if layout.copies == 1 else "")
             )
         if layout.num_experts:
@@ -102,6 +102,6 @@ class Qwen2Moe(Target):
             )
         if layout.dense_layers:
             found.append(
-                "SGLang and llama.cpp take every layer of qwen2_moe as MoE: layers kept dense do not load there"
+                "SGLang and llama.cpp treat every layer of qwen2_moe as MoE: layers kept dense do not load there"
             )
         return found
