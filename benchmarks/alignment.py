@@ -45,6 +45,8 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "router, assignment, factors learned": (ROUTED | {"repair": "none"}, {"weights": "scales"}),
     "repaired, then router and weights learned": (ROUTED | {"repair": "least_squares"}, {"lr_assignment": 0}),
     "repaired, then all learned": (ROUTED | {"repair": "least_squares"}, {}),
+    "distilled, then router and weights learned": (ROUTED | DISTILLED, {"lr_assignment": 0}),
+    "static, distilled, then all learned": (STATIC | DISTILLED, {}),
     "random experts, repaired, then all learned": (
         {"method": "random", "shared_by": "power", "router": "ridge", "repair": "least_squares"},
         {},
