@@ -23,6 +23,7 @@ class ExpertsCall:
         gate_up: ``[N, 2W, H]``, the gate rows of an expert before its up rows.
         down: ``[N, H, W]``.
         activate: Maps the last axis ``[gate, up]`` to ``act(gate) * up``, half as long, whatever its length.
+        partial: The module holds a part of the experts only, so that others may be selected.
     """
 
     x_TH: torch.Tensor
@@ -31,6 +32,7 @@ class ExpertsCall:
     gate_up: torch.Tensor
     down: torch.Tensor
     activate: Callable[[torch.Tensor], torch.Tensor]
+    partial: bool = True
 
     @property
     def num_experts(self) -> int:
@@ -56,6 +58,13 @@ class ExpertsCall:
     def top_k(self) -> int:
         """K."""
         return self.indices_Tk.shape[1]
+
+    def all_known(self) -> bool:
+        """Return whether every selected expert is one of the N: looked up on a CPU, elsewhere taken from ``partial``."""
+        if self.indices_Tk.device.type != "cpu":
+            return not self.partial
+        low, high = self.indices_Tk.aminmax() if self.indices_Tk.numel() else (0, 0)
+        return bool(low >= 0 and high < self.num_experts)
 
     def known_indices_Tk(self) -> torch.Tensor:
         """The selected experts, with N for all that are not selected."""
@@ -109,6 +118,7 @@ class ExpertsImplementation(ABC):
             module.gate_up_proj.to(dtype),
             module.down_proj.to(dtype),
             module._apply_gate,
+            getattr(module, "_is_expert_parallel", True),
         )
         return self.forward(call).to(hidden_states.dtype)
 

@@ -12,14 +12,18 @@ from .sorted_loop import Sorted
 
 @dataclass(frozen=True)
 class _Experts:
-    """What transformers' function looks at: plain SwiGLU experts; indices outside of them are not selected."""
+    """The attributes that transformers' function reads: plain SwiGLU experts.
+
+    If none but these experts is selected, it need not mask the outputs of others, which costs three passes over all
+    assignments.
+    """
 
     call: ExpertsCall
+    _is_expert_parallel: bool
     has_gate: bool = True
     has_bias: bool = False
     is_transposed: bool = False
     has_post_expert_norm: bool = False
-    _is_expert_parallel: bool = True
 
     @property
     def num_experts(self) -> int:
@@ -59,5 +63,7 @@ class GroupedMm(ExpertsImplementation):
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         function: Any = grouped_mm_experts_forward
-        out_TH: torch.Tensor = function(_Experts(call), call.x_TH, call.known_indices_Tk(), call.weights_Tk)
+        known = call.all_known()
+        indices_Tk = call.indices_Tk if known else call.known_indices_Tk()
+        out_TH: torch.Tensor = function(_Experts(call, not known), call.x_TH, indices_Tk, call.weights_Tk)
         return out_TH

@@ -30,10 +30,15 @@ class Sorted(ExpertsImplementation):
         pad = half and not wide and call.x_TH.device.type == "cpu"
         groups = group_by_expert(call.known_indices_Tk(), call.num_experts, pad=pad, float32=wide)
         if not train:
-            whole = 4 * len(groups.tokens_R) * call.hidden_size <= WHOLE
+            whole = all_fit_at_once(call)
             return (_all_at_once if whole else _expert_by_expert)(call, groups)
         hidden_RW = call.activate(gather_linear(call.x_TH, call.gate_up, groups))
         return scatter_linear(hidden_RW * groups.weights_R(call.weights_Tk)[:, None], call.down, groups)
+
+
+def all_fit_at_once(call: ExpertsCall) -> bool:
+    """Return whether the inputs of all assignments are few enough to be gathered together."""
+    return 4 * call.num_tokens * call.top_k * call.hidden_size <= WHOLE
 
 
 def in_float32(call: ExpertsCall) -> bool:

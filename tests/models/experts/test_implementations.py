@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -218,6 +219,29 @@ def test_what_lies_outside_the_experts_is_not_selected(name: str, tokens: int) -
     assert (grad_weights[:, 1] == 0).all()
     assert grad_weights[-1, 2] == 0
     assert (grad_weights[:, 0] != 0).all()
+
+
+class _Masks(TorchDispatchMode):
+    """Counts passes that blank out rows."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "masked_fill" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("outside", [None, 4, -1])
+def test_grouped_products_mask_rows_only_if_another_ranks_expert_is_selected(outside: int | None) -> None:
+    (x, gate_up, down, weights), indices = random_inputs(6, 4, 2, dtype=torch.float32)
+    if outside is not None:
+        indices[2, 1] = outside
+    experts = experts_of(make_model(num_local_experts=4, dtype=torch.float32))
+    experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+    with torch.no_grad(), _Masks() as masks:
+        y = EXPERTS.get("grouped_mm")()(experts, x, indices, weights)
+    assert (masks.count > 0) == (outside is not None)
+    torch.testing.assert_close(y, plain(x, gate_up, down, indices, weights))
 
 
 @pytest.mark.parametrize("name", NAMES)

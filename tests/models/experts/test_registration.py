@@ -80,6 +80,7 @@ def test_the_registry_needs_neither_torch_nor_transformers() -> None:
         (8, (16, 448, 6, 2048), "half", True),
         (16, (32, 224, 12, 2048), "half", False),
         (2, (8, 896, 3, 2048), "half", True),
+        (4, (16, 448, 6, 2048), "half", True),
         (256, (64, 112, 24, 2048), "half in float32", True),
         (32, (16, 96, 6, 576), "half in float32", False),
         (64, (16, 96, 6, 576), "half in float32", True),
@@ -90,6 +91,7 @@ def test_the_registry_needs_neither_torch_nor_transformers() -> None:
         (4, (64, 112, 24, 2048), "float32", True),
         (256, (64, 24, 24, 576), "float32", False),
         (256, (16, 96, 6, 576), "float32", True),
+        (64, (16, 96, 6, 576), "float32", True),
     ],
 )
 def test_auto_chooses_what_was_measured_to_be_faster(
