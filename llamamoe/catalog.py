@@ -1,7 +1,7 @@
-"""What there is to choose from: every method, target and family, and which family goes to which target.
+"""List every method, target and family, and which families each target supports.
 
-Nothing here is a list of its own: methods come from the registries, and the matrix is what the plan says of small
-made-up models of every family.
+No list is kept here: methods come from the registries, and the matrix is the result of planning small
+synthetic models of every family.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method; ``type`` and ``default`` as text, ``rules`` are limits such as ``">= 1"``."""
+    """One option of a method; ``type`` and ``default`` are text, ``rules`` are limits such as ``">= 1"``."""
 
     name: str
     type: str
@@ -55,14 +55,14 @@ class Method:
     """A plug-in, as ``llamamoe methods`` shows it.
 
     Attributes:
-        kind: What it is; for methods the key of the recipe.
-        name: What the user types; for targets and families the ``model_type``.
+        kind: Its kind; for methods the key in the recipe.
+        name: Its name in recipes and options; for targets and families the ``model_type``.
         summary: One line.
         reference: Its paper or source; may be empty.
         needs: ``"nothing"``, ``"weights"``, ``"activations"`` or ``"gradients"``; empty for targets and families.
         parity: Splitters: ``"exact"`` or ``"none"``; else empty.
-        options: What can be set.
-        facts: More about splitters (their defaults) and targets (what they can hold).
+        options: Its options.
+        facts: Defaults of splitters, supported features of targets.
     """
 
     kind: Kind
@@ -75,12 +75,12 @@ class Method:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the plug-in as JSON-compatible data."""
         return asdict(self) | {"options": [asdict(option) for option in self.options]}
 
 
 def list_methods() -> list[Method]:
-    """Every registered plug-in, third parties' included: by kind, then by name."""
+    """List every registered plug-in, third parties' included, sorted by kind and name."""
     found = []
     for cls in SPLITTERS:
         facts = {
@@ -134,17 +134,17 @@ def _rules(info: FieldInfo) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """Whether one variant of a family can be written as one target.
+    """Support of one variant of a family by one target.
 
     Attributes:
-        family: The dense family.
-        variant: ``"plain"``, or what is special about the model.
+        family: Its dense family.
+        variant: ``"plain"``, or the special feature of the model.
         target: The architecture to write.
-        shared: Whether neurons are to be shared.
+        shared: Whether neurons are shared.
         supported: Whether the plan accepts it.
         dtype: ``"any"``, or the only dtype that is exact.
         transformers: The versions that load the result; empty if not supported.
-        reasons: Why it is refused.
+        reasons: Reasons for a refusal.
     """
 
     family: str
@@ -166,7 +166,7 @@ class Matrix:
     cells: tuple[Cell, ...]
 
     def cell(self, family: str, target: str, *, variant: str = "plain", shared: bool = False) -> Cell:
-        """The cell of a family, a target and a variant.
+        """Return the cell of a family, a target and a variant.
 
         Raises:
             KeyError: There is no such cell.
@@ -178,7 +178,7 @@ class Matrix:
         raise KeyError(wanted)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the matrix as JSON-compatible data."""
         return {
             "rows": [{"family": family, "variant": variant} for family, variant in self.rows],
             "targets": list(self.targets),
@@ -207,7 +207,7 @@ _VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "gemma": {"own head_dim": {"head_dim": 32}},
 }
-"""Beside the plain model of each family, what real models of it have; Granite's are never without multipliers.
+"""Variants of each family beside the plain model, as found in real models; Granite always has multipliers.
 
 A new family needs no entry.
 """
@@ -226,7 +226,7 @@ _PLAIN: Mapping[str, Any] = {
 
 
 def matrix() -> Matrix:
-    """Ask the plan about every family, variant and target, without and with shared neurons. Takes well under 1 s."""
+    """Plan every family, variant and target, without and with shared neurons. Takes well under 1 s."""
     rows, cells = [], []
     targets = tuple(name for name in TARGETS.names() if TARGETS.get(name).routed)
     for source in SOURCES:
@@ -241,7 +241,7 @@ def matrix() -> Matrix:
 
 
 def _cell(family: str, variant: str, target: str, shared: bool, models: Mapping[str, DenseModel]) -> Cell:
-    # A width of the FFN that divides among experts and shared widths for every target: only the family decides.
+    # This FFN width suits experts and shared widths of every target, so that only the family decides.
     recipe = build_recipe({"num_experts": 4, "top_k": 2, "target": target, "shared": "4x" if shared else 0})
     refusals = []
     for dtype, model in models.items():
@@ -257,7 +257,7 @@ def _cell(family: str, variant: str, target: str, shared: bool, models: Mapping[
 
 
 class _MadeUp:
-    """A checkpoint of headers only (see `llamamoe.checkpoint.base.Checkpoint`)."""
+    """A synthetic checkpoint of headers only (see `llamamoe.checkpoint.base.Checkpoint`)."""
 
     def __init__(self, source: type[Source], config: dict[str, Any], dtype: str) -> None:
         family = source()

@@ -1,1 +1,1 @@
-"""What the methods are shown of real text: the text, and the inputs of every FFN on it."""
+"""Calibration data for the methods: the text, and the inputs of every FFN on it."""

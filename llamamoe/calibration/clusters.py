@@ -1,4 +1,4 @@
-"""Kinds of calibration text, found without labels: for splitters that give each expert a kind of its own."""
+"""Cluster calibration text without labels, for splitters that assign a cluster to each expert."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from ..errors import UsageError
 from ..lazy import scipy
 
 DIMENSIONS = 64
-"""Dimensions that are left of the token counts, at most."""
+"""Maximum number of dimensions after reduction of the token counts."""
 _STARTS = 4
 
 
 def text_clusters(ids_ST: np.ndarray, vocab_size: int, num_clusters: int, seed: int) -> np.ndarray:
-    """Cluster sequences by the tokens that they are made of.
+    """Cluster sequences by their token counts.
 
     Each sequence is a vector of its token counts, ``(1 + ln tf) ln(S / df)`` (tf: how often the token is in the
-    sequence, df: in how many of the S sequences; a token of every sequence says nothing), scaled to length 1,
+    sequence, df: in how many of the S sequences; a token of every sequence carries no information), scaled to length 1,
     reduced to `DIMENSIONS` by a truncated singular value decomposition (latent semantic analysis), scaled to length
     1 again, and clustered by k-means without limits of size; the best of four starts.
 
-    This differs from the papers, for the sake of having no second model: LLaMA-MoE (arXiv:2406.16554) clusters
+    This differs from the papers, so that no second model is needed: LLaMA-MoE (arXiv:2406.16554) clusters
     sentence embeddings of documents (all-mpnet-base-v2, k-means), LLaMA-MoE v2 (arXiv:2411.15708) the inputs of each
     FFN, token by token and layer by layer. Here a sequence is in one cluster, the same in all layers, and "kind"
     means choice of words: it tells code from prose or one language from another, not a sad story from a glad one.
 
     Args:
         ids_ST: int64 ``[S, T]``.
-        vocab_size: Above all ids.
+        vocab_size: Larger than all ids.
         num_clusters: K, at most S.
-        seed: For the decomposition and the starts.
+        seed: Seed of the decomposition and the starts.
 
     Returns:
         int64 ``[S]`` in 0 .. K-1, numbered in the order in which the clusters first appear, none empty. Sizes
-        differ, by a lot if the text does. Repeatable for the same seed, versions and number of BLAS threads.
+        may differ widely. Repeatable for the same seed, versions and number of BLAS threads.
 
     Raises:
         UsageError: There are fewer sequences than clusters, or no cluster.
@@ -45,8 +45,8 @@ def text_clusters(ids_ST: np.ndarray, vocab_size: int, num_clusters: int, seed: 
     count = len(ids_ST)
     if not 1 <= num_clusters <= count:
         raise UsageError(
-            f"{num_clusters} text clusters cannot be made of {count} sequences of calibration text.",
-            hint="Take more calibration tokens, shorter sequences, or fewer clusters (at least 1).",
+            f"{num_clusters} text clusters cannot be formed from {count} sequences of calibration text.",
+            hint="Use more calibration tokens, shorter sequences, or fewer clusters (at least 1).",
         )
     points_SD = _reduced(_weighted_counts(ids_ST, vocab_size), seed)
     labels = balanced_kmeans(points_SD, num_clusters, count, seed=seed, n_init=_STARTS, tol=0.0).labels
@@ -56,7 +56,7 @@ def text_clusters(ids_ST: np.ndarray, vocab_size: int, num_clusters: int, seed: 
 
 
 def _weighted_counts(ids_ST: np.ndarray, vocab_size: int) -> Any:
-    """Rows of length 1 (or 0, of a sequence that no token tells from others), scipy csr float64 ``[S, V]``."""
+    """Return weighted counts, scipy csr float64 ``[S, V]``, in rows of length 1 (0 if no token distinguishes it)."""
     count = len(ids_ST)
     keys, frequency = np.unique(ids_ST + np.arange(count)[:, None] * vocab_size, return_counts=True)
     rows, tokens = np.divmod(keys, vocab_size)
@@ -68,7 +68,7 @@ def _weighted_counts(ids_ST: np.ndarray, vocab_size: int) -> Any:
 
 
 def _reduced(counts_SV: Any, seed: int) -> np.ndarray:
-    """The leading left singular vectors times their values, rows of length 1; float32 ``[S, D]``."""
+    """Return the leading left singular vectors times their values, with rows of length 1; float32 ``[S, D]``."""
     from sklearn.utils.extmath import randomized_svd
 
     dimensions = min(DIMENSIONS, *counts_SV.shape)
@@ -80,7 +80,7 @@ def _reduced(counts_SV: Any, seed: int) -> np.ndarray:
 
 
 def _filled(points_SD: np.ndarray, labels: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Labels in which each empty cluster got the sequence farthest from the mean of the largest cluster."""
+    """Return labels in which each empty cluster receives the sequence farthest from the mean of the largest one."""
     labels = labels.copy()
     for empty in np.flatnonzero(np.bincount(labels, minlength=num_clusters) == 0):
         members = np.flatnonzero(labels == np.bincount(labels).argmax())

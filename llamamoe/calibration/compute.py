@@ -1,4 +1,4 @@
-"""Where calibration computes, in which dtype, and how fast that is."""
+"""Device and dtype of calibration, and their speed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..lazy import torch
 
 @dataclass(frozen=True)
 class Compute:
-    """Where large products run, and in which dtype.
+    """Device and dtype of large products.
 
     Attributes:
         device: A torch device.
@@ -23,11 +23,11 @@ class Compute:
     dtype: torch.dtype
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return device and dtype as JSON-compatible data."""
         return {"device": str(self.device), "compute_dtype": str(self.dtype).removeprefix("torch.")}
 
     def flops_per_second(self) -> float:
-        """Measured with a few matrix products, well under a second."""
+        """Measure the rate with a few matrix products, in well under a second."""
         size = 512 if self.device.type == "cpu" else 4096
         a = torch.ones(size, size, device=self.device, dtype=self.dtype)
         best = 0.0
@@ -40,11 +40,11 @@ class Compute:
 
 
 def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) -> Compute:
-    """Choose the device and the dtype that a recipe names, or what suits the machine.
+    """Choose the device and the dtype that a recipe names, or the best ones for the machine.
 
-    ``auto`` takes the first GPU if there is one. Without a dtype, products are in bfloat16 if the
+    ``auto`` selects the first GPU if there is one. Without a dtype, products are in bfloat16 if the
     source's weights have 16 bits (its own values are no finer) and the device multiplies bfloat16 several times
-    faster than float32: a GPU that has it, or a processor with AMX. Everything is added up in float32.
+    faster than float32: a GPU that has it, or a processor with AMX. Sums are accumulated in float32.
 
     Args:
         device: ``"auto"`` or a torch device.
@@ -52,7 +52,7 @@ def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) ->
         source_dtype: Safetensors name of the dtype of most of the source's weights.
 
     Raises:
-        UsageError: The device is not there.
+        UsageError: The device is not available.
     """
     name = device
     if name == "auto":
@@ -63,7 +63,7 @@ def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) ->
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"--device {name}: torch cannot use it ({str(error).splitlines()[0][:120]}).",
-            hint="--device cpu works everywhere; --device auto takes a GPU if there is one.",
+            hint="--device cpu works everywhere; --device auto uses a GPU if there is one.",
         ) from None
     if compute_dtype is not None:
         return Compute(place, getattr(torch, compute_dtype))
@@ -80,9 +80,9 @@ def _fast_bfloat16(device: torch.device) -> bool:
 
 
 MAX_LENGTH = 512
-"""Tokens of a calibration sequence, if the recipe names no number: of equally many tokens, short sequences of many
-documents tell more than long ones of few."""
+"""Default number of tokens per calibration sequence: for the same total, short sequences from many
+documents are more informative than long ones from few."""
 MEMORY_BYTES = 4 * 2**30
-"""The FFN's inputs are kept in memory up to this size, and in a memory-mapped file beyond it."""
+"""Size up to which the FFN's inputs are kept in memory; larger ones go to a memory-mapped file."""
 REFERENCE_FLOPS = 1e11
 """Floating-point operations per second for the estimate of ``--dry-run``: about two laptop cores in float32."""

@@ -1,8 +1,8 @@
 """Gradients of the dense parent's loss at the output of every FFN, with one decoder layer in memory.
 
-Forward, every layer's input is kept in a file; backward, from the last layer to the first, a layer is loaded
-again, run again on its kept input, and the gradient is taken through it. Files are written in order and read
-through memory maps.
+In the forward pass every layer's input is saved to a file; backward, from the last layer to the first, a layer is
+loaded again, run again on its saved input, and the gradient is propagated through it. Files are written in order and
+read through memory maps.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class GradientStore:
     """Gradients at the FFN outputs, one file per layer.
 
     Attributes:
-        folder: Where the files lie.
+        folder: Folder of the files.
         num_layers: Layers of the model.
-        num_tokens: ``T``, in the order in which they were given, sequence by sequence.
+        num_tokens: ``T``, in the given order, sequence by sequence.
         hidden_size: ``H``.
-        dtype: Of the stored values.
+        dtype: Dtype of the stored values.
         key: Identifies model, tokens and dtype.
     """
 
@@ -47,7 +47,7 @@ class GradientStore:
     key: str
 
     def read(self, layer: int) -> torch.Tensor:
-        """``[T, H]``, memory-mapped: dL/dy of the layer's FFN output y, L the sum of the tokens' losses in nats."""
+        """Return ``[T, H]``, memory-mapped: dL/dy of the layer's FFN output y, where L sums the losses in nats."""
         return self._map(self.path(layer))
 
     @property
@@ -56,11 +56,11 @@ class GradientStore:
         return float(json.loads((self.folder / DONE_FILE).read_text(encoding="utf-8"))["loss"])
 
     def path(self, layer: int) -> Path:
-        """The file of a layer; it is whole or not there."""
+        """Return the path of a layer's file, which is complete if it exists."""
         return self.folder / f"gradients.{layer}.bin"
 
     def whole(self) -> bool:
-        """Whether an earlier call with the same key finished."""
+        """Return whether an earlier call with the same key finished."""
         done = self.folder / DONE_FILE
         size = self.num_tokens * self.hidden_size * self.dtype.itemsize
         paths = [self.path(layer) for layer in range(self.num_layers)]
@@ -103,27 +103,27 @@ def ffn_gradients(
     batch_sequences: int | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> GradientStore:
-    """The gradient of the parent's loss with respect to every FFN's output, in transformers' own classes.
+    """Compute the gradient of the parent's loss with respect to every FFN's output, in transformers' own classes.
 
     The loss is the sum over all predicted tokens of their negative log-likelihood: each token of a sequence but the
     first, given those before it in the same sequence. With ``y = sum_j h_j down_:j`` the gradient at neuron j follows
     as ``dL/dh_j = down_:j . dL/dy``, so that ``[T, H]`` per layer is enough. Nothing depends on ``batch_sequences``
-    but rounding.
+    except for rounding.
 
     Every layer runs forward twice and backward once. Memory: one decoder layer, embedding and head, and the
     activations of one layer on one batch; logits are made a few tokens at a time. On disk: at most ``layers + 3``
-    times ``T H`` values, in the end ``layers`` times. A finished result with the same model, tokens and dtype is used again, an unfinished one is
-    not.
+    times ``T H`` values, in the end ``layers`` times. A finished result with the same model, tokens and dtype is
+    reused, an unfinished one is not.
 
     Args:
         model: The dense parent.
         ids_ST: int64 ``[S, T]``, S sequences of T >= 2 tokens, no padding.
-        folder: For the files; what an earlier call left there is replaced unless it is the same finished result.
-        device: Where to compute.
-        compute_dtype: What layers, hidden states and gradients are held in; None for float32. In float16 small
+        folder: Folder of the files; files of an earlier call are replaced unless they are the same finished result.
+        device: Device of the computation.
+        compute_dtype: Dtype of layers, hidden states and gradients; None for float32. In float16 small
             gradients vanish.
         batch_sequences: Sequences at once; None for about `BATCH_TOKENS` tokens.
-        progress: Told after every layer.
+        progress: Called after every layer.
 
     Raises:
         ValueError: The token ids have the wrong shape or are out of range.
@@ -160,7 +160,7 @@ def _key(model: DenseModel, ids_ST: torch.Tensor, dtype: torch.dtype) -> str:
 
 @dataclass
 class _Pass:
-    """One pass forward and back. ``S`` sequences of a batch, ``T`` their tokens, ``P`` tokens with a loss at once."""
+    """One forward and backward pass: ``S`` sequences of a batch, ``T`` tokens of each, ``P`` tokens per loss chunk."""
 
     runner: LayerRunner
     ids_ST: torch.Tensor
@@ -171,7 +171,7 @@ class _Pass:
     _hidden: list[Path] = field(init=False)
 
     def __post_init__(self) -> None:
-        # the input of every layer, and what the last one gives
+        # the input of every layer, and the output of the last one
         self._hidden = [self.store.folder / f"hidden.{layer}.bin" for layer in range(self.runner.num_layers + 1)]
 
     def forward(self) -> None:
@@ -214,7 +214,7 @@ class _Pass:
         return total, gradient_STH
 
     def backward(self) -> None:
-        """Write the gradients at the FFN outputs, from the last layer to the first; remove the kept inputs."""
+        """Write the gradients at the FFN outputs, from the last layer to the first; remove the saved inputs."""
         for layer in reversed(range(self.runner.num_layers)):
             with ExitStack() as stack:
                 module = stack.enter_context(self.runner.layer(layer))
@@ -233,7 +233,7 @@ class _Pass:
     def _through(
         self, layer: int, module: torch.nn.Module, input_STH: torch.Tensor, flow_STH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients at the FFN's output and at the layer's input, from that at the layer's output."""
+        """Return the gradients at the FFN's output and at the layer's input, from that at the layer's output."""
         outputs: list[torch.Tensor] = []
         handle = module.mlp.register_forward_hook(lambda _, args, output: outputs.append(output))  # type: ignore[union-attr]
         try:
@@ -250,21 +250,21 @@ class _Pass:
             yield slice(start, start + self.batch_sequences)
 
     def _rows(self, path: Path, rows: slice) -> torch.Tensor:
-        """Sequences of a file as ``[S, T, H]`` on the device, a copy."""
+        """Copy sequences of a file to the device as ``[S, T, H]``."""
         mapped = self.store._map(path).view(*self.ids_ST.shape, -1)[rows]
         return mapped.to(self.device, copy=True)
 
     def _finite(self, values: torch.Tensor, what: str) -> torch.Tensor:
         if not values.isfinite().all():
             raise LlamaMoeError(
-                f"{what} of the dense parent hold NaN or infinite values on the calibration text.",
+                f"{what} of the dense parent contain NaN or infinite values on the calibration text.",
                 hint="Try --compute-dtype float32; if that does not help, the parent's weights are broken.",
             )
         return values
 
 
 class _RowFile:
-    """A file that is written in order."""
+    """A file that is written sequentially."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -276,6 +276,6 @@ class _RowFile:
 
 @contextmanager
 def _row_file(path: Path) -> Iterator[_RowFile]:
-    """Open a file that gets its name when it is whole. Not synced: a resumed run computes the gradients again."""
+    """Open a file that gets its name once complete. Not synced: a resumed run computes the gradients again."""
     with replacing(path, sync=False) as file:
         yield _RowFile(file)

@@ -1,4 +1,4 @@
-"""Reading just enough calibration text: each domain's documents as one stream of tokens."""
+"""Read just enough calibration text: each domain's documents as one stream of tokens."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ..data.files import find_files
 from ..data.text import Document, read_documents
 
 LOOK_ROWS = 256
-"""The domains of a file are those of its first rows, this many."""
+"""Number of leading rows from which the domains of a file are determined."""
 CAP_SEQUENCES = 4
 CAP_SHARE = 8
 _CHARACTERS_PER_TOKEN = 16  # text beyond this is not tokenised at once: few tokens stand for more
 
 
 def document_hash(text: str) -> str:
-    """First 16 hex digits of the SHA-256 of a document's exact text (UTF-8)."""
+    """Return the first 16 hex digits of the SHA-256 of a document's exact text (UTF-8)."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def shared_documents(used: Collection[str], documents: Iterable[Document]) -> tuple[str, ...]:
-    """Where the documents stand whose exact text is among those used, for messages.
+    """Name the files of documents whose exact text is among those used, for messages.
 
     Args:
         used: `document_hash` of documents, such as ``CalibrationText.document_hashes``.
-        documents: Others, such as the ones to evaluate on.
+        documents: Other documents, such as those to evaluate on.
     """
     return tuple(document.origin for document in documents if document_hash(document.text) in used)
 
 
 def leading_bos(tokenizer: Any) -> int | None:
-    """The beginning-of-sequence token that the tokenizer itself puts before a text, or None."""
+    """Return the beginning-of-sequence token that the tokenizer itself adds before a text, or None."""
     bos: int | None = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
@@ -49,10 +49,10 @@ class Piece:
     """The beginning of one document.
 
     Attributes:
-        ids: int32 [T], the leading token first if the tokenizer has one; more than will be used, perhaps.
+        ids: int32 [T], the leading token first if the tokenizer adds one; possibly more than will be used.
         byte_ends: int64 [T], bytes of text complete after each token.
         digest: `document_hash` of the whole document.
-        file: The file that it stands in.
+        file: The file that contains it.
     """
 
     ids: np.ndarray
@@ -63,37 +63,37 @@ class Piece:
 
 @dataclass
 class Pool:
-    """One domain's documents, in order, as far as they were read."""
+    """One domain's documents, in order, as far as they have been read."""
 
     pieces: list[Piece] = field(default_factory=list)
     held: int = 0
 
     def add(self, piece: Piece) -> None:
-        """Append a document (one without tokens is left out)."""
+        """Append a document (one without tokens is skipped)."""
         if not len(piece.ids):
             return
         self.pieces.append(piece)
         self.held += len(piece.ids)
 
     def size(self, cap: int | None, eos: int | None) -> int:
-        """Tokens of the stream if no document gives more than ``cap`` (None: all that is held)."""
+        """Return the tokens of the stream if each document contributes at most ``cap`` (None: no limit)."""
         if not self.pieces:
             return 0
         text = self.held if cap is None else sum(min(len(piece.ids), cap) for piece in self.pieces)
         return text + (len(self.pieces) - 1) * (eos is not None)
 
     def level(self, tokens: int, eos: int | None) -> int:
-        """The most that one more document can ever have to give, if ``tokens`` are the most that are wanted of all.
+        """Return the most that one more document may have to contribute if at most ``tokens`` are needed in total.
 
-        That is the lowest cap that would be enough if the next document were endless and the last.
+        This is the lowest cap that would suffice if the next document were endless and the last.
         """
         return bisect_left(range(tokens), tokens, key=lambda cap: self.size(cap, eos) + cap)
 
     def take(self, tokens: int, cap: int, eos: int | None) -> tuple[np.ndarray, list[tuple[Piece, int]]]:
-        """The first ``tokens`` of the stream: documents with ``eos`` between them.
+        """Return the first ``tokens`` of the stream: documents with ``eos`` between them.
 
-        If the documents do not give enough under ``cap``, all of them may give more, up to the same higher cap, the
-        lowest one that is enough.
+        If the documents are too short under ``cap``, all of them may contribute more, up to the same higher cap, the
+        lowest one that suffices.
 
         Returns:
             The ids, int64 [tokens], and each document that they come from with the number of its tokens.
@@ -126,27 +126,27 @@ class _File:
 
     def __post_init__(self) -> None:
         self.is_txt = self.path.name.endswith((".txt", ".txt.gz", ".txt.zst"))
-        # A txt file is one document whose domain is known: it need not be read to be skipped.
+        # A txt file is one document of a known domain: it can be skipped without being read.
         look = () if self.is_txt else islice(self.documents(), LOOK_ROWS)
         self.domains = frozenset(document.domain for document in look) or frozenset([self.domain])
 
     def documents(self) -> Iterator[Document]:
         for document in read_documents([self.path]):
-            # Alone, a txt file has its own name for a domain; among others, that of their folder.
+            # A single txt file names its own domain; among several, the folder does.
             yield replace(document, domain=self.domain) if self.is_txt else document
 
 
 class Reader:
-    """Reads documents into the pools of their domains, and goes on where it stopped.
+    """Reads documents into the pools of their domains, continuing where it stopped.
 
-    A file is left when the domains that it showed (`LOOK_ROWS`) have enough, and taken up again if they later need
-    more. In memory are the tokens taken and, of long documents, some more in case there are too few others: for each
+    Reading of a file pauses when its domains (see `LOOK_ROWS`) have enough and continues if they later need
+    more. Memory holds the tokens taken and, for long documents, a reserve in case there are too few others: for each
     domain at most a few times ``num_tokens``.
 
     Args:
         patterns: See `llamamoe.data.text.read_documents`.
         tokenizer: A transformers tokenizer.
-        num_tokens: Tokens wanted from all domains together.
+        num_tokens: Number of tokens needed from all domains together.
     """
 
     def __init__(self, patterns: Sequence[str | Path], tokenizer: Any, num_tokens: int) -> None:
@@ -190,5 +190,5 @@ class Reader:
 
 
 def document_cap(tokens: int, length: int) -> int:
-    """Most tokens that one document gives to a domain of ``tokens``: 4 sequences, or 1/8 of all if that is more."""
+    """Return the maximum number of tokens from one document: 4 sequences or 1/8 of ``tokens``, whichever is more."""
     return max(CAP_SEQUENCES * length, tokens // CAP_SHARE)

@@ -1,4 +1,4 @@
-"""Calibration text that the parent writes itself, for when there is no other: no file, no network."""
+"""Calibration text sampled from the parent itself, which needs neither files nor a network."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ def sample_text(
     batch_size: int = BATCH_SIZE,
     progress: ProgressCallback = ignore_progress,
 ) -> CalibrationText:
-    """Let the parent write ``num_tokens // length`` sequences, each token drawn from its own next-token distribution.
+    """Sample ``num_tokens // length`` sequences from the parent, each token from its own next-token distribution.
 
     Ancestral sampling from softmax(logits / temperature), neither top-k nor top-p: the text has the parent's own
     distribution, as far as it is given by the first token (LLM-QAT, arXiv:2305.17888, makes its data so, except
     that it takes the first few tokens greedily). A sequence starts with the beginning-of-sequence token; where the
-    tokenizer has none, with the end-of-sequence token, after which such models saw documents begin; where it has
-    neither, with a random token. It goes on after an end of sequence, with the token that the tokenizer would put
-    before the next document, so that all sequences have the same length.
+    tokenizer has none, with the end-of-sequence token, after which documents begin in such models' training data; where
+    it has neither, with a random token. Sampling continues after an end of sequence, with the token that the tokenizer
+    puts before the next document, so that all sequences have the same length.
 
-    Every sequence has random numbers of its own: batch size and device change results by rounding only, and on the
+    Every sequence has its own random numbers: batch size and device change results by rounding only, and on the
     CPU the text is the same for the same seed, batch size, versions and number of threads.
 
-    Cost: the whole parent is in memory, once and for this step only (the rest of a conversion holds one layer), and
+    Cost: the whole parent is in memory for this step only (the rest of a conversion holds one layer), and
     for ``batch_size`` sequences the keys and values of ``length`` tokens; ``length`` steps for each batch.
 
     Args:
         model: The parent.
         tokenizer: Its tokenizer; only the ids of its special tokens are used.
-        num_tokens: Most tokens to sample, at least `MIN_TOKENS`.
-        length: Tokens of a sequence, the first one included; no more than the parent has positions.
-        seed: For the random numbers.
+        num_tokens: Maximum number of tokens to sample, at least `MIN_TOKENS`.
+        length: Tokens per sequence, the first one included; at most the parent's number of positions.
+        seed: Seed of the random numbers.
         temperature: Above 0; 1 is the parent's own distribution.
-        dtype: What to compute in; None for float32.
-        device: Where to compute.
+        dtype: Dtype of the computation; None for float32.
+        device: Device of the computation.
         batch_size: Sequences that are sampled together.
-        progress: Told after every token of a batch how many tokens there are.
+        progress: Called after every token of a batch with the number of tokens.
 
     Raises:
         UsageError: A number is out of range.
-        CheckpointError: Transformers cannot load the parent, or a special token is none of its tokens.
+        CheckpointError: Transformers cannot load the parent, or a special token is not in its vocabulary.
         LlamaMoeError: The parent's logits are not finite.
     """
     _check(num_tokens, length, temperature, batch_size, model.spec.max_position_embeddings)
@@ -86,7 +86,7 @@ def sample_text(
 
 
 def _load(model: DenseModel, dtype: torch.dtype | None, device: torch.device | str) -> Any:
-    """The whole parent in ``dtype``, each tensor cast when it is read: one copy, not also the dequantised one."""
+    """Load the whole parent in ``dtype``, casting each tensor as it is read so that only one copy is held."""
 
     def read(name: str) -> torch.Tensor:
         tensor = model.checkpoint.read(name)
@@ -96,10 +96,10 @@ def _load(model: DenseModel, dtype: torch.dtype | None, device: torch.device | s
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of a folder or GGUF file, without remote code and without the network.
+    """Open the tokenizer of a folder or GGUF file, without remote code and without the network.
 
     Raises:
-        CheckpointError: There is none, or transformers cannot load it.
+        CheckpointError: The tokenizer is missing, or transformers cannot load it.
     """
     from ..models.loading import needed_tokenizer, open_model
 
@@ -120,7 +120,7 @@ def _check(num_tokens: int, length: int, temperature: float, batch_size: int, po
 
 
 def _special(tokenizer: Any, vocab_size: int) -> tuple[int | None, dict[int, int]]:
-    """The token that sequences start with, and which token follows an end of sequence (empty: the model's choice)."""
+    """Return the first token of sequences, and the token after an end of sequence (empty: sampled as usual)."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     first = bos if bos is not None else eos
     leading = leading_bos(tokenizer)
@@ -129,7 +129,7 @@ def _special(tokenizer: Any, vocab_size: int) -> tuple[int | None, dict[int, int
         if token is not None and token >= vocab_size:
             raise CheckpointError(
                 f"The tokenizer's special token {token} is not among the model's {vocab_size} tokens.",
-                hint="The tokenizer is another model's; give the right one.",
+                hint="The tokenizer belongs to another model; pass the model's own.",
             )
     return first, after_end
 
@@ -151,13 +151,13 @@ def _continue(
 
 
 def _draw(logits_BV: torch.Tensor, uniform_B: np.ndarray) -> np.ndarray:
-    """One token from softmax(logits) per row, where the cumulative distribution passes ``uniform``; int64 ``[B]``."""
-    if logits_BV.device.type == "mps":  # it has no float64
+    """Sample one token of softmax(logits) per row, where the cumulative distribution passes ``uniform``: ``[B]``."""
+    if logits_BV.device.type == "mps":  # MPS lacks float64
         logits_BV = logits_BV.cpu()
     total_BV = torch.softmax(logits_BV, -1, dtype=torch.float64).cumsum(-1)
     if not bool(torch.isfinite(total_BV[:, -1]).all()):
         raise LlamaMoeError("The parent's logits are not finite, so no text can be sampled from it.")
-    # Times the last entry, which rounding can leave beside 1: so no draw falls behind the last token.
+    # Scaled by the last entry, which rounding can leave different from 1, so that no draw exceeds the last token.
     target_B1 = torch.from_numpy(uniform_B[:, None]).to(total_BV.device) * total_BV[:, -1:]
     found: np.ndarray = (
         torch.searchsorted(total_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Does text look like what the tokenizer was made for? Numbers, and warnings where they are odd."""
+"""Check that text suits the tokenizer: statistics, and warnings where they are unusual."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from ..errors import CheckpointError
 from .reading import Piece
 
 ODD_TOKENS_PER_BYTE = 0.7
-"""English has 0.2 to 0.3 tokens per byte; a language or format that the tokenizer does not know nearly 1."""
+"""English has 0.2 to 0.3 tokens per byte; a language or format unknown to the tokenizer has nearly 1."""
 ODD_UNKNOWN_SHARE = 0.05
 
 
 def shape_facts(ids_ST: np.ndarray) -> dict[str, Any]:
-    """Size and hash of the tokens, for the receipt."""
+    """Return size and hash of the tokens, for the receipt."""
     digest = hashlib.sha256(np.ascontiguousarray(ids_ST, dtype="<i8").tobytes()).hexdigest()
     sequences, length = ids_ST.shape
     return {"tokens": int(ids_ST.size), "sequences": sequences, "length": length, "sha256_of_ids": digest}
 
 
 def check_ids(ids_ST: np.ndarray, vocab_size: int) -> None:
-    """Refuse ids that the model has no embedding for.
+    """Refuse ids for which the model has no embedding.
 
     Raises:
-        CheckpointError: With the largest id.
+        CheckpointError: An id is too large; the message names the largest.
     """
     largest = int(ids_ST.max())
     if largest >= vocab_size:
         raise CheckpointError(
-            f"The tokenizer makes the id {largest}, but the model has only {vocab_size} embeddings.",
-            hint="The tokenizer is another model's; give the right one.",
+            f"The tokenizer produces the id {largest}, but the model has only {vocab_size} embeddings.",
+            hint="The tokenizer belongs to another model; pass the model's own.",
         )
 
 
 def tokens_per_byte(pieces: Sequence[tuple[Piece, int]], bos: int | None) -> float | None:
-    """Tokens of text per byte of UTF-8, over the first so many tokens of each document; None without text."""
+    """Return tokens per byte of UTF-8 over the first tokens of each document; None without text."""
     tokens = sum(count - (bos is not None) for _, count in pieces)
     size = sum(int(piece.byte_ends[count - 1]) for piece, count in pieces)
     return tokens / size if size else None
 
 
 def unknown_share(tokenizer: Any, ids: np.ndarray) -> float:
-    """Share of ``ids`` that are the unknown token, or one byte of a character that has no token.
+    """Return the share of ``ids`` that are the unknown token, or one byte of a character that has no token.
 
-    Line breaks and tabs, which some tokenizers know as bytes only, do not count; nor do tokens of byte-level BPE.
+    Line breaks and tabs, which some tokenizers encode as bytes only, do not count; nor do tokens of byte-level BPE.
     """
     vocabulary = tokenizer.get_vocab()
     names = (f"<0x{byte:02X}>" for byte in range(256) if byte not in b"\t\n\r")
@@ -58,19 +58,21 @@ def unknown_share(tokenizer: Any, ids: np.ndarray) -> float:
 
 
 def odd_warnings(per_byte: Mapping[str, float | None], unknown: Mapping[str, float]) -> list[str]:
-    """What the numbers of each domain's text say against it.
+    """Return warnings about domains whose text has unusual statistics.
 
     Args:
         per_byte: `tokens_per_byte` of each domain.
         unknown: `unknown_share` of each domain.
     """
-    advice = "Is it text, in a language that the model knows, and is the tokenizer the model's?"
+    advice = (
+        "Check that it is text in a language that the model was trained on, and that the tokenizer is the model's own."
+    )
     warnings = []
     many = {domain: value for domain, value in per_byte.items() if value is not None and value > ODD_TOKENS_PER_BYTE}
     if many:
         listed = ", ".join(f"{domain} {value:.2f}" for domain, value in many.items())
         warnings.append(
-            f"The tokenizer knows hardly any word of this calibration text (tokens per byte: {listed}; "
+            f"The tokenizer has hardly any word of this calibration text in its vocabulary (tokens per byte: {listed}; "
             f"English: 0.2 to 0.3). {advice}"
         )
     strange = {domain: value for domain, value in unknown.items() if value > ODD_UNKNOWN_SHARE}

@@ -17,21 +17,21 @@ from .soundness import check_ids, odd_warnings, shape_facts, tokens_per_byte, un
 __all__ = ["MIN_TOKENS", "CalibrationText", "calibration_text", "document_hash", "shared_documents", "shares"]
 
 MIN_TOKENS = 256
-"""With fewer tokens than this nothing can be calibrated."""
+"""Minimum number of tokens for calibration."""
 SHORTENED = 128
-"""To give every domain a sequence, sequences are not made shorter than this."""
+"""Length below which sequences are not shortened to give every domain one."""
 _KEPT = 0.75
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Text as the model takes it.
+    """Calibration text as sequences of token ids.
 
     Attributes:
         ids_ST: int64 ``[S, T]``, S sequences of T tokens, no padding.
         domains_S: The domain of each sequence.
-        clusters_S: int64 ``[S]``, the text cluster of each sequence; None if nobody asked for clusters.
-        facts: For the receipt, plain data: where the text comes from and how much of it there is.
+        clusters_S: int64 ``[S]``, the text cluster of each sequence; None if clusters were not requested.
+        facts: Origin and amount of the text as JSON-compatible data, for the receipt.
         warnings: Sentences for the user.
         document_hashes: `document_hash` of every document that tokens were taken from; empty for sampled text.
     """
@@ -45,7 +45,7 @@ class CalibrationText:
 
     @property
     def num_tokens(self) -> int:
-        """``S T``."""
+        """Number of tokens, ``S T``."""
         return int(self.ids_ST.size)
 
 
@@ -59,36 +59,36 @@ def calibration_text(
     seed: int,
     vocab_size: int,
 ) -> CalibrationText:
-    """Take ``num_tokens // length`` sequences of text, shared among the domains by their weights.
+    """Take ``num_tokens // length`` sequences of text, distributed among the domains by weight.
 
     The rules:
 
-    - The domains are those of the first `LOOK_ROWS` rows of each file (of every ``txt`` file); each gets its share of
-      the sequences, by largest remainder (a tie goes to the domain that comes first).
-    - A domain's documents stand in the order of patterns, files and rows, each with the beginning-of-sequence token
+    - The domains are those of the first `LOOK_ROWS` rows of each file (of every ``txt`` file); each receives its share
+      of the sequences, by largest remainder (ties go to the earlier domain).
+    - A domain's documents are in the order of patterns, files and rows, each with the beginning-of-sequence token
       that the tokenizer itself adds, and with the end-of-sequence token between two of them (not after the last);
-      sequences are cut from that stream, so they begin anywhere in a document. Reading stops when there is enough.
-    - A document gives at most its first ``max(4 * length, 1/8 of its domain's tokens)`` tokens, the leading one
-      counted, so that no domain is the head of one book. Only if the domain has too few documents may all of them
-      give more, up to the same higher cap.
-    - A domain with too little text gives its whole sequences, and the others share what is missing; if all are used
-      up, what there is must do. Both warn. If not even that makes sense of the text at hand (domains shorter than a
-      sequence), sequences are shortened, and also if there are fewer sequences than domains (not below
+      sequences are cut from that stream, so they may begin anywhere in a document. Reading stops once there is enough.
+    - A document contributes at most its first ``max(4 * length, 1/8 of its domain's tokens)`` tokens, the leading one
+      counted, so that no domain is only the beginning of one book. Only if the domain has too few documents may all of
+      them contribute more, up to the same higher cap.
+    - A domain with too little text contributes its complete sequences, and the others fill the gap; if all are used
+      up, fewer tokens are used. Both cases warn. If even that leaves nothing (domains shorter than a
+      sequence), sequences are shortened, also if there are fewer sequences than domains (not below
       `SHORTENED`).
     - The sequences are put in an order that depends on ``seed`` only, so that the first few are a mixture too.
 
     Args:
         patterns: Files, folders and globs; see `llamamoe.data.text.read_documents`.
         tokenizer: A transformers tokenizer.
-        num_tokens: Most tokens to take, at least `MIN_TOKENS`.
-        length: Tokens of a sequence.
-        weights: Domain to weight, not negative; domains that are not named get nothing. None: all equal.
-        seed: For the order of the sequences.
+        num_tokens: Maximum number of tokens, at least `MIN_TOKENS`.
+        length: Tokens per sequence.
+        weights: Non-negative weight by domain; domains that are not named get no text. None: equal weights.
+        seed: Seed of the order of the sequences.
         vocab_size: Rows of the model's embedding.
 
     Raises:
-        UsageError: Nothing matches ``patterns``, or a number, a weight or the name of a domain is not usable.
-        CheckpointError: The tokenizer makes ids that the model does not have.
+        UsageError: Nothing matches ``patterns``, or a number, a weight or a domain name is invalid.
+        CheckpointError: The tokenizer produces ids that the model lacks.
         LlamaMoeError: A document cannot be read or decoded, or there are fewer than `MIN_TOKENS` tokens.
     """
     if num_tokens < MIN_TOKENS:
@@ -106,17 +106,19 @@ def check_weights(weights: Mapping[str, float] | None) -> None:
     """Refuse weights that are negative, not finite, or all zero.
 
     Raises:
-        UsageError: With the name of the domain.
+        UsageError: A weight is invalid; the message names the domain.
     """
     for domain, weight in (weights or {}).items():
         if not (math.isfinite(weight) and weight >= 0):
             raise UsageError(f"The weight of the domain '{domain}' is {weight}, but must be a number from 0.")
     if weights is not None and not any(weights.values()):
-        raise UsageError("All domain weights are zero.", hint="Give one domain a weight, or no weights at all.")
+        raise UsageError(
+            "All domain weights are zero.", hint="Give at least one domain a positive weight, or omit the weights."
+        )
 
 
 def _by_domain(weights: Mapping[str, float] | None, found: Sequence[str]) -> dict[str, float]:
-    """Positive weights in sum 1, in the order in which the domains were found."""
+    """Return positive weights that sum to 1, in the order in which the domains were found."""
     unknown = sorted(set(weights or {}) - set(found))
     if unknown:
         raise UsageError(
@@ -131,14 +133,14 @@ def _by_domain(weights: Mapping[str, float] | None, found: Sequence[str]) -> dic
 
 
 def shares(weights: Mapping[str, float], count: int, limits: Mapping[str, int]) -> dict[str, int]:
-    """Share ``count`` things by weight, by largest remainder, with upper limits.
+    """Distribute ``count`` items by weight, by largest remainder, with upper limits.
 
-    Domains whose share exceeds their limit get the limit; the others share the rest in the same way.
+    Domains whose share exceeds their limit get the limit; the rest is distributed among the others in the same way.
 
     Args:
         weights: Positive.
-        count: How many things.
-        limits: Most things of a domain, for those that have a limit.
+        count: Number of items.
+        limits: Maximum per domain, for the domains that have one.
 
     Returns:
         A number for each key of ``weights``; their sum is ``count``, or less if the limits allow no more.
@@ -160,7 +162,7 @@ def shares(weights: Mapping[str, float], count: int, limits: Mapping[str, int]) 
 
 @dataclass(frozen=True)
 class _Mixture:
-    """How many sequences of which length each domain gives."""
+    """Number and length of the sequences that each domain contributes."""
 
     length: int
     sequences: dict[str, int]
@@ -168,7 +170,7 @@ class _Mixture:
 
 
 def _mix(reader: Reader, weights: Mapping[str, float], num_tokens: int, length: int) -> _Mixture:
-    """Read until the shares can be had, and share again what a domain lacks."""
+    """Read until the shares are available, redistributing what a domain lacks."""
     asked = min(length, num_tokens)
     length = min(asked, max(SHORTENED, num_tokens // len(weights)))
     fair = shares(weights, num_tokens // length, {})
@@ -179,7 +181,7 @@ def _mix(reader: Reader, weights: Mapping[str, float], num_tokens: int, length: 
         if total < MIN_TOKENS:
             raise LlamaMoeError(
                 f"The calibration text has only {total} tokens; at least {MIN_TOKENS} are needed.",
-                hint="Give more text; 65536 tokens are a good amount.",
+                hint="Provide more text; 65536 tokens are a good amount.",
             )
         if (fitting := _fitting_length(list(available.values()), length)) < length:
             length = fitting
@@ -187,17 +189,17 @@ def _mix(reader: Reader, weights: Mapping[str, float], num_tokens: int, length: 
             sequences, limits = _share(reader, weights, num_tokens, length)
     warnings = _short_warnings(sequences, fair, limits, available)
     if length < asked:
-        warnings.append(f"Calibration sequences have {length} tokens instead of {asked}, to fit the text's domains.")
+        warnings.append(f"Calibration sequences have {length} tokens instead of {asked}, to fit the domains' text.")
     taken = sum(sequences.values()) * length
     if sum(sequences.values()) < num_tokens // length:
-        warnings.append(f"The calibration text gives only {taken} tokens of the {num_tokens} asked for.")
+        warnings.append(f"The calibration text provides only {taken} of the {num_tokens} tokens asked for.")
     return _Mixture(length, sequences, tuple(warnings))
 
 
 def _share(
     reader: Reader, weights: Mapping[str, float], num_tokens: int, length: int
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Sequences of each domain, and those that the domains which ran out of text can give."""
+    """Return the sequences of each domain, and those available from domains that ran out of text."""
     limits: dict[str, int] = {}
     while True:
         sequences = shares(weights, num_tokens // length, limits)
@@ -210,11 +212,11 @@ def _share(
 
 
 def _fitting_length(available: Sequence[int], length: int) -> int:
-    """The longest sequences, at most ``length``, that keep about as many tokens as the best length would.
+    """Return the longest sequence length, at most ``length``, that keeps about as many tokens as the best length would.
 
     Args:
         available: Tokens of each domain.
-        length: Longest length allowed.
+        length: Maximum length.
     """
     kept = {
         each: sum(tokens // each * each for tokens in available)
@@ -227,8 +229,8 @@ def _short_warnings(
     sequences: Mapping[str, int], fair: Mapping[str, int], limits: Mapping[str, int], available: Mapping[str, int]
 ) -> list[str]:
     short = [
-        f"The domain '{domain}' has only {available[domain]} tokens of calibration text: it gives {sequences[domain]} "
-        f"instead of {fair[domain]} sequences, and the other domains give more if they can."
+        f"The domain '{domain}' has only {available[domain]} tokens of calibration text: it contributes {sequences[domain]} "
+        f"instead of {fair[domain]} sequences, and the other domains contribute more if they can."
         for domain in limits
     ]
     none = [domain for domain, count in fair.items() if count == 0 and sequences[domain] == 0]

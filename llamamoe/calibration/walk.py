@@ -1,7 +1,7 @@
-"""The walk: calibration text through the model, one decoder layer in memory, hidden states kept between layers.
+"""Run calibration text through the model with one decoder layer in memory, keeping hidden states between layers.
 
-For each layer: `Walk.enter` runs the parent's attention on the residual stream and gives what the FFN sees;
-`Walk.leave` adds what the (converted) FFN makes of it, so that the next layer sees the errors of this one.
+For each layer: `Walk.enter` runs the parent's attention on the residual stream and returns the FFN's inputs;
+`Walk.leave` adds the outputs of the (converted) FFN, so that the next layer's inputs include the errors of this one.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
 
 
 class StoredFfn(FfnWeights):
-    """The FFN of one layer as the source stores it: a matrix is read when it is first asked for."""
+    """The FFN of one layer as the source stores it: a matrix is read on first access."""
 
     def __init__(self, model: DenseModel, layer: int) -> None:
-        # past the frozen class, as its cached properties do too
+        # bypasses the frozen class, as its cached properties do
         self.__dict__.update(_model=model, _prefix=f"model.layers.{layer}.", hidden_act=model.spec.hidden_act)
 
     @cached_property
     def gate_FH(self) -> torch.Tensor:
-        """``[F, H]``."""
+        """The gate matrix ``[F, H]``."""
         return self._read("mlp.gate_proj.weight")
 
     @cached_property
     def up_FH(self) -> torch.Tensor:
-        """``[F, H]``."""
+        """The up matrix ``[F, H]``."""
         return self._read("mlp.up_proj.weight")
 
     @cached_property
     def down_HF(self) -> torch.Tensor:
-        """``[H, F]``."""
+        """The down matrix ``[H, F]``."""
         return self._read("mlp.down_proj.weight")
 
     @cached_property
     def norm_H(self) -> torch.Tensor:
-        """``[H]``."""
+        """The weights ``[H]`` of the norm before the FFN."""
         return self._read("post_attention_layernorm.weight")
 
     def _read(self, name: str) -> torch.Tensor:
@@ -62,18 +62,18 @@ class StoredFfn(FfnWeights):
         return model.spec.intermediate_size
 
     def release(self) -> None:
-        """Let go of the matrices; each is read again when it is asked for again."""
+        """Release the matrices; each is read again on the next access."""
         for name in ("gate_FH", "up_FH", "down_HF"):
             self.__dict__.pop(name, None)
 
 
 def read_ffn(model: DenseModel, layer: int) -> FfnWeights:
-    """The weights of one layer's FFN and of the norm before it, as the source stores them."""
+    """Return the weights of one layer's FFN and of the norm before it, as the source stores them."""
     return StoredFfn(model, layer)
 
 
 def cast_ffn(ffn: FfnWeights, dtype: torch.dtype) -> FfnWeights:
-    """The same weights rounded to a dtype."""
+    """Return the same weights rounded to a dtype."""
     gate, up, down, norm = (m.to(dtype) for m in (ffn.gate_FH, ffn.up_FH, ffn.down_HF, ffn.norm_H))
     return FfnWeights(gate, up, down, norm, ffn.hidden_act)
 
@@ -84,18 +84,19 @@ _FILES = ("residual.0", "residual.1", "inputs")
 class Walk:
     """Hidden states of the calibration text on their way through the layers.
 
-    Two buffers hold the residual stream before a layer and after its attention, so that what a layer began with is
-    there until it is finished: buffer ``layer % 2`` is what layer ``layer`` begins with.
+    Two buffers hold the residual stream before a layer and after its attention, so that the input of a layer is
+    available until it is finished: buffer ``layer % 2`` is the input of layer ``layer``.
 
     Args:
         model: The dense parent.
         text: The tokens.
         compute: Device and dtype of large products; the residual stream is float32.
-        weights_dtype: What norms and attention are rounded to, because they will be stored so.
-        folder: Where the residual stream lies in memory-mapped files (``residual.0``, ``residual.1``); in memory if None.
+        weights_dtype: Dtype to which norms and attention are rounded, because they will be stored in it.
+        folder: Folder of memory-mapped files for the residual stream (``residual.0``, ``residual.1``); in memory if
+            None.
         map_inputs: Keep the FFN's inputs in a memory-mapped file too (``inputs``); needs ``folder``.
         gradients: Gradients of the parent's loss at the FFN outputs, if a method needs them.
-        batch_tokens: Tokens that run together, in whole sequences, at least one.
+        batch_tokens: Tokens per batch, rounded to whole sequences, at least one.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Walk:
                 self.buffers[0][part] = self._runner.embed(ids[part]).float().cpu()
 
     def enter(self, layer: int) -> LayerInputs:
-        """Run the layer's attention; what its FFN sees. Valid until the next call.
+        """Run the layer's attention and return the inputs of its FFN, valid until the next call.
 
         Raises:
             LlamaMoeError: A hidden state is NaN or infinite; the message names the layer.
@@ -168,7 +169,7 @@ class Walk:
         return inputs
 
     def _measure(self, inputs: LayerInputs, layer: int, after_TH: torch.Tensor) -> None:
-        """Fill in the size of the residual stream that the parent's FFN would leave at every token."""
+        """Set the norm of the residual stream that the parent's FFN would leave at every token."""
         from ..methods.moe_layer import dense_outputs
 
         scale_T, factor = self._scale.flatten(), self.model.spec.residual_multiplier
@@ -212,25 +213,25 @@ class Walk:
     def _check(self, values: torch.Tensor, layer: int, part: str) -> None:
         if not bool(values.isfinite().all()):
             raise LlamaMoeError(
-                f"layer {layer}: the {part}'s output on the calibration text holds NaN or infinite values.",
-                hint="If the source's own weights do (`llamamoe split --dry-run --strict` looks), mend them; otherwise "
+                f"layer {layer}: the {part}'s output on the calibration text contains NaN or infinite values.",
+                hint="If the source's own weights do (`llamamoe split --dry-run --strict` checks), repair them; otherwise "
                 "try --compute-dtype float32.",
             )
 
 
 def remove_buffers(folder: Path) -> None:
-    """Delete the files of walks in a folder, when what they were for is done."""
+    """Delete the files of finished walks in a folder."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
 
 
 def _buffer(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> torch.Tensor:
-    """Uninitialised memory, or a memory-mapped file with what it holds (zeros if it is new)."""
+    """Return uninitialised memory, or a memory-mapped file with its contents (zeros if it is new)."""
     if path is None:
         return torch.empty(shape, dtype=dtype)
     size = 1
     for n in shape:
         size *= n
     nbytes = size * dtype.itemsize
-    set_size(path, nbytes)  # what torch opens by name is a plain file of ours then
+    set_size(path, nbytes)  # torch then opens by name a plain file that llamamoe created
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

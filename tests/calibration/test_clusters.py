@@ -50,7 +50,7 @@ def test_weights_are_those_of_the_formula():
 def test_every_cluster_has_a_sequence(sequences, length, clusters, seed):
     ids = np.random.default_rng(seed).integers(0, 3, (sequences, length))  # many are alike
     if clusters > sequences:
-        with pytest.raises(UsageError, match=f"{clusters} text clusters cannot be made of {sequences} sequences"):
+        with pytest.raises(UsageError, match=f"{clusters} text clusters cannot be formed from {sequences} sequences"):
             text_clusters(ids, 3, clusters, seed)
         return
     labels = text_clusters(ids, 3, clusters, seed)

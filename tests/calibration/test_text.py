@@ -154,8 +154,8 @@ def test_too_few_documents_share_a_higher_cap(tmp_path, tokenizer):
 
 
 ODD = (
-    "The tokenizer knows hardly any word of this calibration text (tokens per byte: a 1.00; English: 0.2 to 0.3). "
-    "Is it text, in a language that the model knows, and is the tokenizer the model's?",
+    "The tokenizer has hardly any word of this calibration text in its vocabulary (tokens per byte: a 1.00; English: 0.2 to 0.3). "
+    "Check that it is text in a language that the model was trained on, and that the tokenizer is the model's own.",
 )
 """The tests' tokenizer has a token for each character, which the text is rightly said to be odd for."""
 
@@ -190,7 +190,7 @@ def test_no_token_is_lost_or_out_of_order(tmp_path_factory, tokenizer, sizes, nu
             text.domains_S.count(d) == len(stream([codes(x) for x in each], 1000, 10**6)) // used
             for d, each in documents.items()
         )
-        assert any("gives only" in warning for warning in text.warnings)
+        assert any("provides only" in warning for warning in text.warnings)
 
 
 @settings(max_examples=40)
@@ -219,15 +219,15 @@ def test_a_small_domain_gives_what_it_has_and_others_fill_up(tmp_path, tokenizer
     text = take(folder, tokenizer, num_tokens=960)
     assert [text.domains_S.count(name) for name in "abc"] == [2, 14, 14]
     assert (
-        "The domain 'a' has only 70 tokens of calibration text: it gives 2 instead of 10 sequences, and the other "
-        "domains give more if they can." in text.warnings
+        "The domain 'a' has only 70 tokens of calibration text: it contributes 2 instead of 10 sequences, and the other "
+        "domains contribute more if they can." in text.warnings
     )
 
 
 def test_little_text_in_all_is_said_with_its_number(tmp_path, tokenizer):
     text = take(write(tmp_path / "t", a=[numbered(0, 500)]), tokenizer)
     assert text.ids_ST.shape == (15, 32)
-    assert "The calibration text gives only 480 tokens of the 1024 asked for." in text.warnings
+    assert "The calibration text provides only 480 of the 1024 tokens asked for." in text.warnings
 
 
 @pytest.mark.parametrize("size", [0, 1, 255])
@@ -281,7 +281,7 @@ def test_unusable_numbers_are_refused(tmp_path, tokenizer):
         take(folder, tokenizer, length=1)
     with pytest.raises(UsageError, match="No file, folder or glob"):
         take(["nowhere/*.txt"], tokenizer)
-    with pytest.raises(CheckpointError, match="makes the id 93, but the model has only 90 embeddings"):
+    with pytest.raises(CheckpointError, match="produces the id 93, but the model has only 90 embeddings"):
         take(folder, tokenizer, vocab_size=90)
 
 
