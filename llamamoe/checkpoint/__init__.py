@@ -1,1 +1,1 @@
-"""Reading and writing checkpoints: headers, tensors, shards, ledger."""
+"""Read and write checkpoints: headers, tensors, shards, ledger."""

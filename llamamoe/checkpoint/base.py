@@ -1,4 +1,4 @@
-"""What every readable checkpoint offers, whatever its file format."""
+"""The interface of readable checkpoints, whatever their file format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TORCH_NAMES = {
     "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
 }  # fmt: skip
-"""What torch calls the same dtypes."""
+"""Torch's names of the same dtypes."""
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that a dense parent's weights may have."""
@@ -45,7 +45,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Number of elements of the tensor."""
         return prod(self.shape)
 
     @property
@@ -55,13 +55,13 @@ class TensorInfo:
 
 
 class Checkpoint(Protocol):
-    """A dense checkpoint, opened: headers are known, no tensor is in memory.
+    """An open dense checkpoint: headers have been read, no tensor is in memory.
 
     Attributes:
         path: The folder (safetensors) or file (GGUF).
         config: The model's ``config.json`` as a dictionary in transformers' spelling.
         tensors: Every tensor by its transformers name.
-        notes: Sentences for receipt and card about what reading changes (dequantised, ...).
+        notes: Sentences for receipt and card about changes on reading (dequantised, ...).
     """
 
     path: Path
@@ -82,13 +82,13 @@ class Checkpoint(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash of names, shapes, dtypes and file sizes (not of the weights): does a resume see the same source?"""
+        """Return a hash of names, shapes, dtypes and file sizes (not of the weights), which a resume compares."""
         ...
 
     def check_unchanged(self) -> None:
-        """Compare all files with what they were when the checkpoint was opened, before what was made is published.
+        """Check that no file changed since the checkpoint was opened; called before a result is published.
 
         Raises:
-            LlamaMoeError: One was written, replaced, removed or added since.
+            LlamaMoeError: A file was written, replaced, removed or added since.
         """
         ...

@@ -1,4 +1,4 @@
-"""What weights are, told from samples: the same on every machine, whenever and wherever the files were written."""
+"""Fingerprint weights by samples, independent of the machine and of when and where the files were written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAMPLE_BYTES = 16 * 1024
 
 
 def content_fingerprint(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str:
-    """SHA-256 over names, shapes, dtypes, the configuration, and 64 samples of 16 KiB spread over each file.
+    """Return a SHA-256 over names, shapes, dtypes, the configuration, and 64 samples of 16 KiB spread over each file.
 
     Unlike `Checkpoint.fingerprint` it does not depend on the files' times, so that results can be carried to another
     machine. At most 1 MiB of each file is read, whatever its size: training, casting or quantising change the samples,

@@ -1,8 +1,8 @@
-"""The one place where files are opened for writing.
+"""Open files for writing; no other module does.
 
-A folder that was handed over may hold links to files elsewhere, under any name. Nothing here writes through one: files
-that are replaced are written under a random name that did not exist and renamed, and files that are opened again must be
-plain files with one name.
+A folder given by the user may hold links to files elsewhere, under any name. They are never written through: files
+that are replaced are written under a random name that did not exist and renamed, and files that are opened again must
+be plain files with one name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import IO
 from ..errors import RefusedError
 from ..lazy import safetensors, torch
 
-_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no link, no wait for the other end of a pipe
-_MODE = 0o666  # less the umask, as for every file that `open` makes
+_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # refuses links, does not block on a pipe
+_MODE = 0o666  # minus the umask, as for files that `open` creates
 _TEMPORARY = re.compile(r"\.llamamoe-[0-9a-f]{16}\.tmp")
 _COPY_BYTES = 2**20
 
@@ -38,7 +38,7 @@ _UNSYNCED = ContextVar("unsynced", default=False)
 
 @contextmanager
 def unsynced() -> Iterator[None]:
-    """Do not wait for the disk while files are written that are removed again at once."""
+    """Skip syncing to disk while temporary files are written."""
     before = _UNSYNCED.set(True)
     try:
         yield
@@ -76,15 +76,15 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
 def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """Open a new file that takes the name ``path`` when the block ends without an error.
 
-    Until then it lies beside ``path`` under a random name; after an error nothing is left. What had the name before is
-    replaced: of a link the link itself, never what it points to.
+    Until then it is beside ``path`` under a random name; after an error nothing is left. An existing entry of that name
+    is replaced; for a link, the link itself, never its target.
 
     Args:
         path: The name that the file gets.
-        sync: Wait until file and name are on disk.
+        sync: Whether to wait until file and name are on disk.
 
     Raises:
-        OSError: The file cannot be made, written or renamed; ``filename`` is ``path``.
+        OSError: The file cannot be created, written or renamed; ``filename`` is ``path``.
     """
     with (
         replacing_path(path, sync=sync) as temporary,
@@ -95,7 +95,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def replacing_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Make an empty file for a library that writes by name; the rest is as with `replacing`."""
+    """Create an empty file for a library that writes by name; otherwise like `replacing`."""
     sync = sync and not _UNSYNCED.get()
     temporary = path.with_name(f".llamamoe-{secrets.token_hex(8)}.tmp")
     try:
@@ -110,12 +110,12 @@ def replacing_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and error.filename is not None and Path(error.filename) == temporary:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # the random name tells nothing
+            raise OSError(error.errno, error.strerror, str(path)) from error  # the random name would not help the user
         raise
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what `replacing` left in a folder when it was killed. Only for a folder that is locked."""
+    """Delete files that a killed `replacing` left in a folder, which must be locked."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink()
@@ -125,31 +125,31 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def open_update(path: Path) -> IO[bytes]:
-    """Open a file for reading and writing in place, unbuffered; an empty one is made if there is none.
+    """Open a file for reading and writing in place, unbuffered; an empty one is created if missing.
 
     Raises:
-        RefusedError: It is a link, has a second name, or is not a plain file.
-        OSError: It cannot be opened.
+        RefusedError: The path is a link, has a second name, or is not a plain file.
+        OSError: The file cannot be opened.
     """
     return _opened(path, 0, buffering=0)
 
 
 def open_append(path: Path) -> IO[bytes]:
-    """Open a file to add to its end; an empty one is made if there is none.
+    """Open a file for appending; an empty one is created if missing.
 
     Raises:
-        RefusedError: It is a link, has a second name, or is not a plain file.
-        OSError: It cannot be opened.
+        RefusedError: The path is a link, has a second name, or is not a plain file.
+        OSError: The file cannot be opened.
     """
     return _opened(path, os.O_APPEND, buffering=-1)
 
 
 def set_size(path: Path, nbytes: int) -> None:
-    """Give a file a size, for a library that maps it by name; one of another size loses its contents.
+    """Set the size of a file for a library that maps it by name; a file of another size loses its contents.
 
     Raises:
-        RefusedError: It is a link, has a second name, or is not a plain file.
-        OSError: It cannot be opened, or the disk is full.
+        RefusedError: The path is a link, has a second name, or is not a plain file.
+        OSError: The file cannot be opened, or the disk is full.
     """
     with open_update(path) as file:
         if os.fstat(file.fileno()).st_size != nbytes:
@@ -173,7 +173,7 @@ def _opened(path: Path, flags: int, *, buffering: int) -> IO[bytes]:
 
 def _not_plain(path: Path) -> RefusedError:
     return RefusedError(
-        f"{path} is {_kind(path)}: llamamoe writes only to plain files of its own.",
+        f"{path} is {_kind(path)}: llamamoe writes only to plain files that it created.",
         hint="Remove it, or choose another folder.",
     )
 
@@ -188,11 +188,11 @@ def _kind(path: Path) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder of ours in one that was handed over, unless it is there.
+    """Create a folder inside one given by the user, unless it exists.
 
     Raises:
-        RefusedError: Its name is a link to a folder elsewhere.
-        OSError: It cannot be made.
+        RefusedError: The name is a link to a folder elsewhere.
+        OSError: The folder cannot be created.
     """
     path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
@@ -200,10 +200,10 @@ def make_folder(path: Path) -> None:
 
 
 def check_plain_file(path: Path) -> None:
-    """Refuse a name that is not free and not that of a plain file with one name.
+    """Refuse a path that exists and is not a plain file with one name.
 
     Raises:
-        RefusedError: It is a link, a folder, a pipe, or has a second name.
+        RefusedError: The path is a link, a folder, a pipe, or has a second name.
     """
     with suppress(FileNotFoundError):
         found = path.lstat()
@@ -212,12 +212,12 @@ def check_plain_file(path: Path) -> None:
 
 
 def check_plain(folder: Path) -> None:
-    """Refuse a folder in which something is a link, or anything but plain files and folders.
+    """Refuse a folder that contains anything but plain files and folders, such as a link.
 
-    For folders in which libraries write by name, before they do.
+    Called before a library writes into a folder by name.
 
     Raises:
-        RefusedError: Names the first such entry.
+        RefusedError: There is such an entry; the message names the first.
     """
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -230,10 +230,10 @@ def check_plain(folder: Path) -> None:
 
 
 def lock(file: IO[bytes] | IO[str]) -> None:
-    """Take the lock of an open file; it falls when the file is closed, and with the process, however it ends.
+    """Take the lock of an open file; it is released when the file is closed or the process ends.
 
     Raises:
-        InUseError: Another process holds it.
+        InUseError: Another process holds the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -242,7 +242,7 @@ def lock(file: IO[bytes] | IO[str]) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether another process holds the lock of a file. Changes nothing."""
+    """Return whether another process holds the lock of a file, without taking it."""
     try:
         with os.fdopen(os.open(path, os.O_RDWR | _SAFE), "rb") as file:
             lock(file)

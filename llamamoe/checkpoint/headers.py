@@ -1,4 +1,4 @@
-"""Safetensors headers, read and checked without trusting them and without torch.
+"""Read untrusted safetensors headers and check them, without torch.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format).
@@ -17,11 +17,11 @@ from .json_files import unique_keys
 from .paths import refuse_pointer
 
 MAX_HEADER_BYTES = 100_000_000
-"""The limit of the reference implementation."""
+"""Maximum header size, that of the reference implementation."""
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, in the order of the header. O(header), no tensor is read.
+    """Return the tensors of one safetensors file, in the order of the header. O(header), no tensor is read.
 
     Raises:
         CheckpointError: The file cannot be read, is truncated, or its header is not consistent with it.
@@ -34,7 +34,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
-                    f"{path.name}: the header claims {length:,} bytes, but the file has {size:,}: it is truncated or no "
+                    f"{path.name}: the header claims {length:,} bytes, but the file has {size:,}: it is truncated or not a "
                     "safetensors file.",
                     hint="Download it again.",
                 )

@@ -1,7 +1,7 @@
-"""``CodeLlamaTokenizer`` rewrites text around ``<FILL_ME>`` in Python, which no ``tokenizer.json`` can hold.
+"""``CodeLlamaTokenizer`` rewrites text around ``<FILL_ME>`` in Python, which ``tokenizer.json`` cannot express.
 
-It makes a prompt for infilling of it, and raises over a text that holds ``<FILL_ME>`` twice, such as a file of code about
-it. So it is opened without: all other text gets the same ids.
+It turns the text into an infilling prompt and raises if the text contains ``<FILL_ME>`` twice, such as code about
+infilling. So infilling is switched off: all other text gets the same ids.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def open_tokenizer(folder: Path) -> Any:
 
 
 def infilling_warnings(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """List what a conversion leaves behind of the tokenizer of a folder, from its files alone.
+    """List what a conversion drops from the tokenizer of a folder, from its files alone.
 
     Args:
-        folder: The parent's.
-        config: Its configuration.
+        folder: The parent's folder.
+        config: The parent's configuration.
     """
     path = folder / "tokenizer_config.json"
     named = read_json(path).get("tokenizer_class") if path.is_file() else None
@@ -39,5 +39,5 @@ def infilling_warnings(folder: Path, config: Mapping[str, Any]) -> list[str]:
         return []
     return [
         "`<FILL_ME>` infilling of CodeLlamaTokenizer is not carried over: to the output's tokenizer it is plain text; ids of "
-        "all other text are the same. For infilling, tokenize with the parent's folder: its ids are the output's, too"
+        "all other text are the same. For infilling, tokenize with the parent's folder: its ids are also the output's"
     ]

@@ -1,4 +1,4 @@
-"""JSON objects out of files of others, checked for what parsers read differently or cannot pass on."""
+"""Read JSON objects from untrusted files, checked for values that parsers read differently or cannot write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .paths import refuse_pointer
 from .plain_values import beyond, oddities, whole
 
 MOST_BYTES = 256 * 2**20
-"""A tokenizer's largest file has about 40 MB, the index of a large model 10."""
+"""Maximum size read: a tokenizer's largest file has about 40 MB, the index of a large model 10."""
 _HINT = "Download the file again, or correct it."
 
 
@@ -20,12 +20,13 @@ def read_json(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
 
     Args:
         path: The file.
-        vocabulary: It is a tokenizer's, which may be large and repeat a key: only its form is checked.
+        vocabulary: Whether it belongs to a tokenizer, so that it may be large and repeat a key: only its form is
+            checked.
 
     Raises:
-        CheckpointError: It cannot be read, is too large, is a Git LFS pointer or not a JSON object, or holds a key twice,
-            half a character (a lone surrogate), a whole number of more than 100 digits (in ``config.json`` of more than
-            64 bits) or more than 64 levels; the key is named.
+        CheckpointError: The file cannot be read, is too large, is a Git LFS pointer or not a JSON object, or holds a
+            key twice, half a character (a lone surrogate), a whole number of more than 100 digits (in ``config.json``
+            of more than 64 bits) or more than 64 levels; the message names the key.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -50,10 +51,10 @@ def read_json(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of JSON; a key that stands twice is an error, because parsers differ in which one they take.
+    """Return a JSON object from pairs; a duplicate key is an error, because parsers differ in which one they take.
 
     Raises:
-        ValueError: Names the key.
+        ValueError: A key is duplicated; the message names it.
     """
     found = dict(pairs)
     if len(found) < len(pairs):

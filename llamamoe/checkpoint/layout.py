@@ -1,4 +1,4 @@
-"""Where tensors lie in the shards that are written: known before the first byte."""
+"""Plan the position of tensors in the shards before the first byte is written."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..lazy import huggingface_hub
 
 SHARD_SIZE = r"([0-9]{0,8}[1-9][0-9]{0,8}(\.[0-9]+)?|[0-9]{1,9}\.[0-9]*[1-9][0-9]*)\s*[KMGT]B"
 SHARD_SIZE_RULE = "must be a size above 0 with its unit, such as 5GB or 500MB"
-"""How the most bytes of a file are given: a number above 0 and a unit."""
+"""The rule for the maximum size of a file."""
 Shards = dict[str, dict[str, tuple[str, tuple[int, ...], int]]]
-"""file name -> tensor name -> (dtype, shape, bytes), in file order."""
+"""Shards: file name -> tensor name -> (dtype, shape, bytes), in file order."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor lies: file name, byte offset in the file, bytes."""
+    """The position of a tensor: file name, byte offset in the file, bytes."""
 
     file: str
     offset: int
@@ -28,10 +28,10 @@ class Slot:
 
 
 def shard_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, int]]:
-    """Header of a shard and the offset of each tensor in the file.
+    """Return the header of a shard and the offset of each tensor in the file.
 
     Args:
-        tensors: name to (dtype, shape, bytes), in the order in which they lie in the file.
+        tensors: Name to (dtype, shape, bytes), in file order.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset, starts = 0, {}
@@ -46,20 +46,20 @@ def shard_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tup
 
 
 def check_size(shard_size: str) -> None:
-    """Whether that is a size of a file.
+    """Check that ``shard_size`` is a valid file size.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The size is invalid.
     """
     if not re.fullmatch(SHARD_SIZE, shard_size):
         raise UsageError(f"shard_size = {shard_size!r} {SHARD_SIZE_RULE}.")
 
 
 def deal(entries: Mapping[str, tuple[str, tuple[int, ...], int]], shard_size: str) -> Shards:
-    """Deal tensors, in their order, to files of at most ``shard_size`` (such as ``"5GB"``), named as transformers does.
+    """Distribute tensors in order among files of at most ``shard_size`` (such as ``"5GB"``), with transformers' names.
 
     Raises:
-        UsageError: ``shard_size`` is none.
+        UsageError: ``shard_size`` is invalid.
     """
     check_size(shard_size)
 
@@ -73,7 +73,7 @@ def deal(entries: Mapping[str, tuple[str, tuple[int, ...], int]], shard_size: st
 
 
 def index_json(shards: Mapping[str, Mapping[str, tuple[str, tuple[int, ...], int]]]) -> dict[str, Any]:
-    """The content of ``model.safetensors.index.json``."""
+    """Return the content of ``model.safetensors.index.json``."""
     return {
         "metadata": {"total_size": sum(n for tensors in shards.values() for _, _, n in tensors.values())},
         "weight_map": {name: file for file, tensors in shards.items() for name in tensors},

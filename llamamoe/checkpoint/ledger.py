@@ -1,7 +1,7 @@
-"""The record of what a stopped run finished, in the folder in which OUT is put together.
+"""The record of finished work from which a stopped run resumes, in the folder in which OUT is assembled.
 
-The first line names what is being written; then one line a unit, with the hashes of its tensors, each appended only
-after the tensors are on disk. The file is locked while a process works in the folder.
+The first line identifies what is being written; then one line per unit, with the hashes of its tensors, each appended
+only after the tensors are on disk. The file is locked while a process works in the folder.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from .files import InUseError, check_plain, is_locked, lock, open_append, remove
 
 LEDGER = ".ledger.jsonl"
 _SEAL = "line_sha256"
-"""The key of a line under which the hash of all else in it stands."""
+"""The key of a line that holds the hash of the rest of it."""
 STATES = ".calibration"
-"""A folder in which a calibrated run keeps what it goes on from; nothing of it is published."""
+"""Name of the folder for a calibrated run's state, from which it resumes; never published."""
 
 
 def partial_path(out: Path) -> Path:
-    """The folder in which ``out`` is put together."""
+    """Return the folder in which ``out`` is assembled."""
     return out.with_name(out.name + ".partial")
 
 
 def replaced_path(out: Path) -> Path:
-    """Where the old ``out`` waits while a new one takes its place."""
+    """Return the path to which the old ``out`` is moved while a new one replaces it."""
     return out.with_name(f".{out.name}.llamamoe-replaced")
 
 
 class Ledger:
-    """The ledger of ``OUT.partial/``, opened and locked; makes the folder.
+    """The open and locked ledger of ``OUT.partial/``; creates the folder.
 
     Args:
         folder: ``OUT.partial/``.
-        fingerprint: Identifies what is written; a resume with another one is refused.
-        resume: Go on with what the folder holds, if it exists.
-        restart: Throw away what the folder holds.
-        foreign: Names what in the folder a run did not write, which is not thrown away; None if all of it is ours.
+        fingerprint: Identifies the output; a resume with a different one is refused.
+        resume: Resume from the content of the folder, if it exists.
+        restart: Discard the content of the folder.
+        foreign: Lists entries of the folder that no run wrote, which are not deleted; None if llamamoe wrote them all.
 
     Attributes:
-        units: Finished units: name to the line that `append` wrote.
+        units: Finished units by name, as `append` wrote them.
 
     Raises:
-        RefusedError: The folder exists without ``resume`` or ``restart``, belongs to something else, also holds something
+        RefusedError: The folder exists without ``resume`` or ``restart``, belongs to another output, contains something
             else, or is in use.
     """
 
@@ -77,7 +77,7 @@ class Ledger:
             )
         if folder.is_symlink() or (folder.exists() and not _is_ours(folder)):
             raise RefusedError(
-                f"{folder} is where OUT is put together, but it holds something else.",
+                f"{folder} is needed to assemble OUT, but it holds something else.",
                 hint="Choose another OUT, or move it away.",
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class Ledger:
             check_plain(self.folder)
         remove_temporaries(self.folder)
         lines = [] if restart else self._read()
-        if not lines:  # also where the ledger is gone: what lies there is of unknown origin
+        if not lines:  # also if the ledger is missing: the content is then of unknown origin
             self._clear()
             self.append({"fingerprint": fingerprint})
         elif lines[0]["fingerprint"] != fingerprint:
@@ -115,7 +115,7 @@ class Ledger:
         foreign = self._foreign(self.folder) if self._foreign else []
         if foreign:
             raise RefusedError(
-                f"{self.folder} also holds {foreign[0]!r}, which is not llamamoe's: nothing was removed.",
+                f"{self.folder} also holds {foreign[0]!r}, which llamamoe did not write: nothing was removed.",
                 hint="Move it away, or choose another OUT.",
             )
         self._file.truncate(0)
@@ -126,7 +126,7 @@ class Ledger:
                 path.unlink()
 
     def _read(self) -> list[dict[str, Any]]:
-        """The complete lines; half a line, left by a kill, is cut off so that the next one starts clean."""
+        """Return the complete lines; a partial line left by a kill is removed so that the next one starts cleanly."""
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind("\n") + 1]
@@ -146,7 +146,7 @@ class Ledger:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file, which also gives up the lock."""
+        """Close the file, which also releases the lock."""
         self._file.close()
 
 
@@ -156,7 +156,7 @@ def in_use(folder: Path) -> RefusedError:
 
 
 def _seal(line: dict[str, Any]) -> str:
-    """Return a hash of a line: what readers make of it relies on every value in it."""
+    """Return a hash of a line, because readers rely on every value in it."""
     return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16]
 
 
@@ -182,7 +182,7 @@ def _check(lines: list[dict[str, Any]]) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder is one that a run left: it has a ledger, or (stopped at its very start or end) needs none."""
+    """Return whether a run left a folder: it has a ledger, or (stopped at its very start or end) needs none."""
     if not path.is_dir():
         return False
     names = {p.name for p in path.iterdir()}
@@ -191,7 +191,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def run_facts(started: float) -> dict[str, Any]:
-    """What differs from run to run: when, how long, how much memory, on what."""
+    """Return facts that differ between runs: time, duration, memory and machine."""
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - started, 3),
@@ -201,6 +201,6 @@ def run_facts(started: float) -> dict[str, Any]:
 
 
 def peak_resident_bytes() -> int:
-    """Most resident memory of this process since it began."""
+    """Return the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

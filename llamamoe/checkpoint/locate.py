@@ -1,4 +1,4 @@
-"""Where a source is: a local folder, a GGUF file, or the hub. A local path never touches the network."""
+"""Locate a source: a local folder, a GGUF file, or the hub. A local path never causes network access."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _FORMS = "Give a folder, a .gguf file, a hub id (org/name) or hf://org/name@revi
 
 @dataclass(frozen=True)
 class Location:
-    """A source on disk.
+    """The location of a source on disk.
 
     Attributes:
         path: Folder or GGUF file.
-        name: What to call it: the hub id, or the name of the folder or file (never its place on this machine). It is
-            written into cards, configurations and receipts, so what is not printable in it is escaped.
+        name: Its name: the hub id, or the name of the folder or file (never its path on this machine). It is
+            written into cards, configurations and receipts, so unprintable characters are escaped.
         revision: The resolved commit of a hub download, else None.
     """
 
@@ -56,7 +56,7 @@ class Location:
 
 
 def is_hub_id(text: str) -> bool:
-    """Tell whether that can only be meant for the hub: ``hf://...``, or ``org/name`` that is not spelled as a path."""
+    """Return whether a text can only be a hub id: ``hf://...``, or ``org/name`` that is not spelled as a path."""
     return text.startswith("hf://") or bool(
         "/" in text and not text.startswith((".", "/", "~")) and _HUB_ID.fullmatch(text)
     )
@@ -65,11 +65,11 @@ def is_hub_id(text: str) -> bool:
 def locate(source: str | Path) -> Location:
     """Find a source: an existing path first, then ``hf://org/name@revision``, then ``org/name``.
 
-    A checkpoint on the hub is downloaded here, weights included, even if only its plan is asked for; what the cache
-    holds already is not downloaded again, and is found without a network.
+    A checkpoint on the hub is downloaded, weights included, even if only its plan is needed; files in the cache
+    are not downloaded again and are found without a network.
 
     Raises:
-        CheckpointError: It is neither, or the hub does not have it, or what the hub has is refused.
+        CheckpointError: The source is neither, the hub does not have it, or its content on the hub is refused.
         LlamaMoeError: The hub cannot be reached, or the download failed.
     """
     text = str(source)
@@ -103,7 +103,8 @@ def check_folder(path: Path) -> None:
     """Refuse a path on this machine that is not a folder.
 
     Raises:
-        CheckpointError: It does not exist or is a file; for a GGUF file the message names what makes a folder of it.
+        CheckpointError: The path does not exist or is a file; for a GGUF file the message names a way to convert it to
+            a folder.
     """
     if path.is_dir():
         return
@@ -114,7 +115,7 @@ def check_folder(path: Path) -> None:
         made = f"export_dense({str(path)!r}, 'FOLDER', dtype='F32')"
         hint = (
             f"A GGUF file is read as a dense model. Convert it first: llamamoe split {path} OUT\n"
-            f'  Or make a plain folder of it: python -c "from llamamoe.checkpoint.gguf.reader import export_dense; {made}"'
+            f'  Or convert it to a plain folder: python -c "from llamamoe.checkpoint.gguf.reader import export_dense; {made}"'
         )
     raise CheckpointError(f"'{path}' is a file, but a folder with config.json and safetensors is needed.", hint=hint)
 
@@ -129,28 +130,28 @@ def _download(text: str) -> Location:
         raise CheckpointError(f"{text!r} is not a hub id: {error}") from None
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise LlamaMoeError(
-            f"{text!r} is not a folder here, and the hub cannot be reached ({type(error).__name__}).",
+            f"{text!r} is not a local folder, and the hub cannot be reached ({type(error).__name__}).",
             hint="Check the path, or download the checkpoint first and give its folder.",
         ) from None
     except huggingface_hub.errors.HfHubHTTPError as error:
         raise CheckpointError(
-            f"the hub does not give {text!r}: {error}", hint="Check the name, the revision and your access."
+            f"the hub does not provide {text!r}: {error}", hint="Check the name, the revision and your access."
         ) from None
-    except Exception as error:  # each version of the hub's library lets other errors of its transport through
+    except Exception as error:  # versions of the hub's library differ in the transport errors that they let through
         raise LlamaMoeError(
             f"downloading {text!r} failed: {type(error).__name__}: {error}",
-            hint="Try again: what is there already is not downloaded twice.",
+            hint="Try again: files that are complete are not downloaded twice.",
         ) from error
     return Location(path, name, path.name)
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """The folder of one commit in the hub's cache: the small files first, then the weights that the index names."""
+    """Download a commit into the hub's cache (small files first, then the weights in the index); return its folder."""
     listed = _listing(name, revision)
     offline = listed is None
     if listed is not None:
         _check_listing(name, listed[1])
-    # Under the name of the revision, not its commit: so the cache learns the name, and answers to it offline.
+    # Requested by revision, not by commit, so that the cache stores the name and can resolve it offline.
     path = Path(
         huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_SMALL, local_files_only=offline)
     )
@@ -170,7 +171,7 @@ def _fetch(name: str, revision: str | None) -> Path:
 
 
 def _listing(name: str, revision: str | None) -> tuple[str, frozenset[str]] | None:
-    """The commit and its files; None if the hub cannot be reached, so that only the cache can answer."""
+    """Return the commit and its files; None if the hub cannot be reached, so that only the cache is left."""
     try:
         info = huggingface_hub.HfApi().model_info(name, revision=revision)
     except huggingface_hub.errors.HFValidationError:
@@ -180,13 +181,13 @@ def _listing(name: str, revision: str | None) -> tuple[str, frozenset[str]] | No
         if status < 500 and status != 429:
             raise
         return None
-    except Exception:  # no network, offline mode: each version of the hub's library has its own errors
+    except Exception:  # no network, offline mode: versions of the hub's library differ in their errors
         return None
     return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
 
 
 def _check_listing(name: str, files: frozenset[str]) -> None:
-    """Refuse by the names of the files alone, before anything is downloaded."""
+    """Refuse a commit by the names of its files, before anything is downloaded."""
     held = ", ".join(printable(file) for file in sorted(files)[:6]) or "nothing"
     hint = f"It holds: {held}."
     if any(file.endswith(".gguf") for file in files):
@@ -196,7 +197,7 @@ def _check_listing(name: str, files: frozenset[str]) -> None:
         raise pickle_refusal(name, pickles[0])
     if ADAPTER in files:
         raise CheckpointError(
-            f"{name} holds a PEFT adapter ({ADAPTER}): transformers would compute with it, but only a model can be read.",
+            f"{name} contains a PEFT adapter ({ADAPTER}): transformers would apply it, but only a model can be read.",
             hint="Merge it first: AutoPeftModelForCausalLM.from_pretrained(ID).merge_and_unload().save_pretrained(NEW)",
         )
     if "config.json" not in files:
@@ -210,7 +211,7 @@ def open_parent(path: Path, child: Path) -> Checkpoint:
 
     Args:
         path: The parent's folder or GGUF file.
-        child: The folder of what was made from it.
+        child: The folder of the converted checkpoint.
 
     Raises:
         CheckpointError: See `open_checkpoint`.
@@ -219,9 +220,9 @@ def open_parent(path: Path, child: Path) -> Checkpoint:
 
 
 def parent_vocabulary(path: Path, child: Path) -> Path | None:
-    """The folder whose tokenizer a GGUF parent gets: ``child``, which has the one that the conversion was given.
+    """Return the tokenizer folder for a GGUF parent: ``child``, which has the tokenizer given to the conversion.
 
-    That in the file may be one that cannot be rebuilt. A folder brings its own.
+    The tokenizer in the file may be one that cannot be rebuilt. A folder has its own.
     """
     from .tokenizer_loading import holds_vocabulary
 
@@ -234,17 +235,17 @@ def open_checkpoint(
     """Open a folder of safetensors or a GGUF file; headers only.
 
     Args:
-        location: Where it is.
+        location: Location of the source.
         tokenizer: For a GGUF file, a folder whose tokenizer files replace the vocabulary in the file.
-        weights_only: Take a GGUF file whose tokenizer cannot be used, too.
+        weights_only: Also accept a GGUF file whose tokenizer cannot be used.
 
     Raises:
-        UsageError: ``tokenizer`` is given for a folder, which brings its own.
+        UsageError: ``tokenizer`` is given for a folder, which has its own.
         CheckpointError: See `llamamoe.checkpoint.reader` and `llamamoe.checkpoint.gguf.reader`.
     """
     if location.path.is_dir():
         if tokenizer is not None:
-            raise UsageError("--tokenizer is for GGUF files: a folder brings its own tokenizer, which is copied.")
+            raise UsageError("--tokenizer is for GGUF files: a folder has its own tokenizer, which is copied.")
         from .reader import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(location.path)

@@ -1,4 +1,4 @@
-"""Which files a folder was written with: names, sizes and SHA-256, so that whatever happens to them later is seen."""
+"""List the files of a written folder with sizes and SHA-256, so that later changes are detected."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .json_files import read_json
 
 _FILES = "files"
 _THREADS = 8
-"""Files that are hashed at a time: hashing lets go of the interpreter's lock."""
+"""Number of files hashed at a time: hashing releases the interpreter's lock."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file as it was written.
+    """The entry of a written file.
 
     Attributes:
-        nbytes: Its size.
-        sha256: The hash of its bytes.
+        nbytes: Size of the file.
+        sha256: Hash of its bytes.
     """
 
     nbytes: int
@@ -39,9 +39,9 @@ class Manifest:
     """The list of a folder's files.
 
     Attributes:
-        name: The file that holds the list; it is not in it.
-        files: Paths below the folder, with ``/``.
-        facts: What else was noted.
+        name: The file that holds the list; it is not listed itself.
+        files: Entries by path below the folder, with ``/``.
+        facts: Further facts in the list.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Manifest:
     facts: Mapping[str, Any]
 
     def strays(self, folder: Path) -> list[str]:
-        """Everything in the folder that is not in the list: files, links, and folders that no listed file needs."""
+        """Return everything in the folder that is not listed: files, links, and folders without a listed file."""
         known = {self.name, *self.files}
         known |= {str(above) for name in self.files for above in PurePosixPath(name).parents}
         return [name for name, _ in _entries(folder) if name not in known]
 
     def misfits(self, folder: Path) -> Iterator[str]:
-        """Files that are missing, not plain or of another size, each as a sentence without its end. Reads no contents."""
+        """Yield a phrase for each file that is missing, not plain or of another size. Reads no contents."""
         for name, entry in self.files.items():
             try:
                 found = (folder / name).lstat()
@@ -65,29 +65,29 @@ class Manifest:
             if not stat.S_ISREG(found.st_mode):
                 yield f"{name} is not a plain file"
             elif found.st_size != entry.nbytes:
-                yield f"{name} has {found.st_size:,} bytes, and was written with {entry.nbytes:,}"
+                yield f"{name} has {found.st_size:,} bytes, but was written with {entry.nbytes:,}"
 
     def changes(self, folder: Path) -> Iterator[str]:
-        """The same for files whose contents are not what was written. Reads every byte."""
+        """Yield a phrase for each file whose contents changed. Reads every byte."""
         with ThreadPoolExecutor(_THREADS) as pool:
             digests = pool.map(lambda name: file_sha256(folder / name), self.files)
             for (name, entry), digest in zip(self.files.items(), digests, strict=True):
                 if digest is None:
                     yield f"{name} cannot be read"
                 elif digest != entry.sha256:
-                    yield f"{name} was changed after it was written: its SHA-256 is another"
+                    yield f"{name} was changed after it was written: its SHA-256 differs"
 
 
 def write_manifest(folder: Path, name: str, facts: Mapping[str, Any]) -> Manifest:
     """Wait until all files of a folder are on disk, hash them, and write the list last, whole or not at all.
 
     Args:
-        folder: The folder; nobody writes to it meanwhile.
+        folder: The folder; it must not change meanwhile.
         name: The name of the list in it.
-        facts: Goes into it, too.
+        facts: Further facts for the list.
 
     Raises:
-        OSError: A file cannot be read, or the list not be written.
+        OSError: A file cannot be read, or the list cannot be written.
     """
     there = {entry: mode for entry, mode in _entries(folder) if entry != name}
     paths = {entry: folder / entry for entry, mode in there.items() if stat.S_ISREG(mode)}
@@ -105,7 +105,7 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     """Read what `write_manifest` wrote.
 
     Raises:
-        CheckpointError: It is missing, a link, or damaged; the message has no name of the folder.
+        CheckpointError: The list is missing, a link, or damaged; the message does not name the folder.
     """
     path = folder / name
     if not path.is_file() or path.is_symlink():
@@ -130,7 +130,7 @@ def _facts(name: str, entry: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, int]]:
-    """Everything below a folder, in order: its name with ``/``, and its mode. No link is followed."""
+    """Yield everything below a folder in order: its path with ``/``, and its mode. No link is followed."""
     for place, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted((*folders, *files)):

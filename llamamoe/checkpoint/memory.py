@@ -1,7 +1,7 @@
-"""Memory for large arrays that is used again, because the system clears every page that it hands out.
+"""Reuse memory for large arrays, because the system clears every page that it hands out.
 
-A conversion reads and makes arrays of few sizes over and over. Clearing fresh memory for each takes more of its time than
-reading and sorting the weights does.
+A conversion repeatedly reads and creates arrays of few sizes. Clearing fresh memory for each would take more time than
+reading and sorting the weights.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 from ..lazy import np
 
 MOST_BYTES = 512 * 2**20
-"""Bytes, used or waiting to be used again, beyond which memory that waits is given back to the system."""
-_SMALL = 2**20  # numpy and the C library keep these themselves
+"""Total size, in use or free, beyond which free blocks are returned to the system."""
+_SMALL = 2**20  # numpy and the C library reuse these themselves
 
 
 class _Memory:
-    """Blocks of memory, each given out again once nothing refers to the array that was made of it."""
+    """Blocks of memory, each reused once nothing refers to the array in it."""
 
     def __init__(self) -> None:
         self._bytes = 0  # of all blocks that exist
         self._free: list[np.ndarray[Any, Any]] = []  # oldest first
-        # arrays end in any thread and at any moment: to append is all that may happen then
+        # arrays are freed in any thread at any moment, so that only an append is safe
         self._returned: deque[np.ndarray[Any, Any]] = deque()
 
     def empty(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         block = self._block(nbytes)
-        # of a memoryview and not a slice: a view of a view of an array refers to the first array only
+        # a memoryview, not a slice: a view of a view of an array refers to the first array only
         array = np.frombuffer(memoryview(block), np.uint8)  # type: ignore[arg-type]
         weakref.finalize(array, self._returned.append, block).atexit = False
         return array
@@ -39,7 +39,7 @@ class _Memory:
     def _block(self, nbytes: int) -> np.ndarray[Any, Any]:
         while self._returned:
             self._free.append(self._returned.popleft())
-        # the latest may still lie in the processor's cache
+        # the latest may still be in the processor's cache
         index = next((i for i in reversed(range(len(self._free))) if self._free[i].nbytes == nbytes), None)
         again = None if index is None else self._free.pop(index)
         self._bytes += nbytes if again is None else 0
@@ -53,7 +53,7 @@ _MEMORY: ContextVar[_Memory | None] = ContextVar("memory", default=None)
 
 @contextmanager
 def reused_memory() -> Iterator[None]:
-    """Let `empty_bytes` give memory again of which no array is left, until the block ends."""
+    """Let `empty_bytes` reuse memory whose arrays are gone, until the block ends."""
     before = _MEMORY.set(_Memory())
     try:
         yield
@@ -62,6 +62,6 @@ def reused_memory() -> Iterator[None]:
 
 
 def empty_bytes(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return an array uint8 ``[nbytes]`` of arbitrary contents; see `reused_memory`."""
+    """Return an array uint8 ``[nbytes]`` with arbitrary contents; see `reused_memory`."""
     memory = _MEMORY.get()
     return np.empty(nbytes, np.uint8) if memory is None or nbytes < _SMALL else memory.empty(nbytes)

@@ -1,4 +1,4 @@
-"""What is checked about OUT before anything is written, so that nothing of the user's is ever harmed."""
+"""Check OUT before anything is written, so that no file of the user is ever harmed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ RECIPE_FILE, RECEIPT_FILE = "llamamoe_recipe.yaml", "llamamoe_receipt.json"
 HEAL_RECIPE_FILE, HEAL_RECEIPT_FILE = "llamamoe_heal.yaml", "llamamoe_heal.json"
 DERIVED_FILE = "llamamoe_derived.json"
 MARKS = (RECIPE_FILE, HEAL_RECIPE_FILE, DERIVED_FILE)
-"""One of these files says that llamamoe wrote a folder."""
+"""Files by which a folder is recognised as written by llamamoe."""
 _OURS = {"config.json", INDEX, "README.md", *MARKS, RECEIPT_FILE, HEAL_RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
 def normal_path(out: str | Path) -> Path:
-    """OUT as an absolute path without ``.`` and ``..``; a link at its end is kept as it is.
+    """OUT as an absolute path without ``.`` and ``..``; a link at its end is not resolved.
 
     Raises:
-        RefusedError: It is not UTF-8: libraries that are to load what is written could not open it.
+        RefusedError: The path is not UTF-8, so that libraries could not load the output.
     """
     path = Path(os.path.abspath(Path(out).expanduser()))
     try:
@@ -41,32 +41,34 @@ def normal_path(out: str | Path) -> Path:
 
 @contextmanager
 def system_errors(out: Path) -> Iterator[None]:
-    """Errors of the system, while something is written, as one for the user."""
+    """Report system errors during writing as one error for the user."""
     try:
         yield
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # only a full disk is mended by making room
-        way = "make room and repeat the command with --resume." if full else "mend the cause, then --resume goes on."
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # making room only helps if the disk is full
+        way = (
+            "make room and repeat the command with --resume." if full else "fix the cause, then continue with --resume."
+        )
         raise LlamaMoeError(
             f"writing {partial_path(out)} failed: {what}{error.strerror or error}.",
-            hint=f"What was finished is kept: {way}",
+            hint=f"Finished work is kept: {way}",
         ) from error
 
 
 def recover_replaced(out: Path) -> None:
-    """Finish what a kill interrupted while ``--force`` replaced OUT: the old one comes back, or goes for good.
+    """Finish a replacement of OUT by ``--force`` that a kill interrupted: restore the old one or delete it.
 
     Raises:
-        RefusedError: Something else has the name under which the old one waits; nothing was changed.
+        RefusedError: The name for the old one is taken by something else; nothing was changed.
     """
     old = replaced_path(out)
     if not os.path.lexists(old):
         return
-    # a kill while it was removed may have left any of its files
+    # a kill during its removal may have left any of its files
     if old.is_symlink() or not old.is_dir() or foreign_names(old):
         raise RefusedError(
-            f"{old} is where an OUT waits while it is replaced, but it holds something else.",
+            f"{old} is the name for OUT while it is replaced, but it holds something else.",
             hint="Move it away, or choose another OUT.",
         )
     if out.exists():
@@ -76,10 +78,10 @@ def recover_replaced(out: Path) -> None:
 
 
 def check_out(out: Path, source: Path, *, force: bool) -> None:
-    """Refuse an OUT that would harm something.
+    """Refuse an OUT whose writing would harm existing files.
 
     Raises:
-        RefusedError: It lies in the source or the other way round, is no folder, or holds something.
+        RefusedError: OUT is inside the source or contains it, is not a folder, or is not empty.
     """
     here = out.resolve()
     check_apart(
@@ -90,38 +92,38 @@ def check_out(out: Path, source: Path, *, force: bool) -> None:
         f"; {out.name}.partial beside it is written too",
     )
     if Path.cwd().is_relative_to(here):
-        raise RefusedError(f"OUT ({out}) is the folder that you are in.", hint="Choose a folder below or beside it.")
+        raise RefusedError(f"OUT ({out}) is the current folder.", hint="Choose a folder below or beside it.")
     check_kind(out)
     if out.exists() and any(out.iterdir()):
         _check_replaceable(out, force=force)
 
 
 def check_apart(out: Path, source: Path, name: str, also: Sequence[Path] = (), note: str = "") -> None:
-    """Refuse an OUT that lies in what is read, holds it, or is it, links and ``..`` followed.
+    """Refuse an OUT that is, contains or is inside a folder that is read, with links and ``..`` resolved.
 
     Args:
-        out: Where something is to be written.
-        source: What is read.
-        name: What that is, for the message.
-        also: Other places that are written.
-        note: What the hint says of them.
+        out: The path to write.
+        source: The path that is read.
+        name: Its name in the message.
+        also: Other paths that are written.
+        note: Remark on them for the hint.
 
     Raises:
-        RefusedError: One lies in the other.
+        RefusedError: One is inside the other.
     """
     there = source.resolve()
     for place in (out.resolve(), *also):
         if holds(there, place) or holds(place, there):
             raise RefusedError(
-                f"OUT ({out}) and {name} ({source}) must not lie in one another: what is read is never touched.",
+                f"OUT ({out}) and {name} ({source}) must not contain each other: files that are read are never changed.",
                 hint=f"Choose an OUT elsewhere{note}.",
             )
 
 
 def holds(folder: Path, path: Path) -> bool:
-    """Return whether a path is a folder or lies in it: by its name, or by what is there.
+    """Return whether a path is a folder or inside it, by its name or by its identity on disk.
 
-    A file system that takes capitals for small letters, or is mounted twice, has several names for one folder.
+    A case-insensitive file system, or one that is mounted twice, has several names for one folder.
     """
     if path.is_relative_to(folder):
         return True
@@ -131,17 +133,17 @@ def holds(folder: Path, path: Path) -> bool:
 
 
 def check_kind(out: Path) -> None:
-    """Refuse an OUT that is there and is not a folder, or that cannot be made.
+    """Refuse an OUT that exists and is not a folder, or that cannot be created.
 
     Raises:
-        RefusedError: It is a file or a symbolic link, or lies below a file.
+        RefusedError: OUT is a file or a symbolic link, or is below a file.
     """
     if not out.exists():
         if out.is_symlink():
             raise RefusedError(f"OUT ({out}) is a broken symbolic link.", hint="Choose another name.")
         parent = next(p for p in out.resolve().parents if p.exists())
         if not parent.is_dir():
-            raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.", hint="Choose another name.")
+            raise RefusedError(f"OUT ({out}) cannot be created: {parent} is not a folder.", hint="Choose another name.")
     elif not out.is_dir() or out.is_symlink():
         kind = "a symbolic link" if out.is_symlink() else "not a folder"
         raise RefusedError(f"OUT ({out}) exists and is {kind}.", hint="Choose another name.")
@@ -160,20 +162,20 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
     foreign = foreign_names(out)
     if foreign:
         raise RefusedError(
-            f"OUT ({out}) also holds {foreign[0]!r}, which is not llamamoe's: --force does not remove it.",
+            f"OUT ({out}) also holds {foreign[0]!r}, which llamamoe did not write: --force does not remove it.",
             hint="Move it away, or choose another name.",
         )
 
 
 def foreign_names(folder: Path, also: Collection[str] = ()) -> list[str]:
-    """Names in a folder that no checkpoint of ours has, sorted.
+    """Return the names in a folder that no checkpoint by llamamoe has, sorted.
 
     Args:
-        folder: An OUT, or the folder in which it is put together.
-        also: Further names of ours; only that of `STATES` may be a folder's.
+        folder: An OUT, or the folder in which it is assembled.
+        also: Further permitted names; only `STATES` may be a folder.
     """
     known = {*_OURS, *also}
-    with suppress(CheckpointError):  # merge and retop keep the names of their source's files
+    with suppress(CheckpointError):  # merge and retop keep their source's file names
         known.update(read_weight_map(folder / INDEX).values())
     return sorted(
         path.name
@@ -183,7 +185,7 @@ def foreign_names(folder: Path, also: Collection[str] = ()) -> list[str]:
 
 
 def free_bytes(out: Path, *, resume: bool) -> int:
-    """What the disk of OUT has room for; what a stopped run left there, and ``resume`` takes up, counts as free."""
+    """Return the free space on the disk of OUT, including files of a stopped run that ``resume`` reuses."""
     have = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
     if resume and partial_path(out).is_dir():
         have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())

@@ -1,7 +1,7 @@
-"""Which files of a folder may be read: plain names, and no link that leads out of the folder.
+"""Decide which files of a folder may be read: plain names, and no link that leads out of the folder.
 
-A folder that somebody handed over could otherwise name any file of its reader's. Links into a hub cache's own blobs
-are followed, and into folders that the reader has listed in ``LLAMAMOE_LINKS_INTO``.
+An untrusted folder could otherwise name any file of its reader. Links into a hub cache's own blobs
+are followed, and into folders that the user has listed in ``LLAMAMOE_LINKS_INTO``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ..errors import CheckpointError, UsageError, printable
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
-"""Every pointer is smaller, by its specification."""
+"""Maximum size of a pointer by its specification."""
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:
-    """Refuse a file that Git LFS left in the place of the real one.
+    """Refuse a file that is a Git LFS pointer to the real one.
 
     Args:
         path: The file, for the message.
         start: Its first bytes.
 
     Raises:
-        CheckpointError: It is such a pointer.
+        CheckpointError: The file is such a pointer.
     """
     if start.startswith(_POINTER):
         raise CheckpointError(
@@ -37,14 +37,14 @@ def refuse_pointer(path: Path, start: bytes) -> None:
 
 
 def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Refuse files that Git LFS left in the place of the real ones; files that are not there are passed over.
+    """Refuse files that are Git LFS pointers to the real ones; missing files are ignored.
 
     Raises:
-        CheckpointError: One is such a pointer; see `refuse_pointer`.
+        CheckpointError: A file is such a pointer; see `refuse_pointer`.
     """
     for path in paths:
         start = b""
-        with suppress(OSError):  # who reads the file says what is wrong with it
+        with suppress(OSError):  # the reader of the file reports the error
             if path.is_file() and path.stat().st_size < _POINTER_BYTES:
                 with path.open("rb") as file:
                     start = file.read(len(_POINTER))
@@ -52,11 +52,11 @@ def refuse_pointers(paths: Iterable[Path]) -> None:
 
 
 LINKS_INTO = "LLAMAMOE_LINKS_INTO"
-"""Environment variable: folders that links in a source may lead into, separated as in ``PATH``."""
+"""Environment variable with the folders that links in a source may lead into, separated as in ``PATH``."""
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file ``name`` of a folder; see the head of this module for where links may lead.
+    """Return the path of file ``name`` in a folder; see the module's docstring for permitted links.
 
     Raises:
         CheckpointError: The name is not a plain file name, the file is missing, or it is a link out of the folder.
@@ -70,14 +70,14 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_link(path: Path, folder: Path) -> Path:
-    """Where a file of a folder really is.
+    """Return the resolved path of a file in a folder.
 
     Args:
         path: The file, or a link to it.
         folder: The folder that it must stay in.
 
     Raises:
-        CheckpointError: It is a link that leads out of the folder and not into a permitted one, or to another user's file.
+        CheckpointError: The path is a link out of the folder and not into a permitted one, or to another user's file.
     """
     try:
         real = path.resolve()
@@ -114,12 +114,12 @@ _KINDS = (
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is not a regular file or a link to one: a pipe has no size and may have no end.
+    """Refuse anything but a regular file or a link to one: a pipe has no size and may never end.
 
     Raises:
-        UsageError: It is something else.
-        CheckpointError: Git LFS left a pointer in its place.
-        OSError: It is not there.
+        UsageError: The path is anything else.
+        CheckpointError: The file is a Git LFS pointer.
+        OSError: The file does not exist.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):

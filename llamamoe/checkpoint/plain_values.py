@@ -1,4 +1,4 @@
-"""Data out of files of others, checked for values that programs read differently or cannot pass on."""
+"""Check data from untrusted files for values that programs read differently or cannot write."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 MOST_DIGITS = 100
-"""Of a whole number; ``float`` holds 308, and Python prints 4,300."""
+"""Maximum digits of a whole number; ``float`` holds 308, and Python prints 4,300."""
 LARGEST = 2**63 - 1
-"""Of the whole numbers that programs compute with: what 64 bits hold."""
+"""Limit of whole numbers that programs compute with: 64 bits."""
 _NO_LIMIT = "model_max_length"
-"""The last part of keys that hold 10**30 where a tokenizer has no limit; nobody computes with them."""
+"""Last part of keys that hold 10**30 if a tokenizer has no limit; no program computes with them."""
 _MOST_NESTED, _MOST_VALUES = 64, 2_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -26,11 +26,11 @@ def whole(digits: str) -> int:
 
 
 def beyond(data: Any, place: str = "") -> str | None:
-    """Return a phrase for the first whole number, at any level, that 64 bits cannot hold: no tensor program computes with it.
+    """Return a phrase for the first whole number, at any level, that 64 bits cannot hold; None if there is none.
 
     Args:
-        data: Plain data without `oddities`.
-        place: The key that it stands under.
+        data: JSON-compatible data without `oddities`.
+        place: The key that holds it.
     """
     if isinstance(data, dict | list):
         parts = data.items() if isinstance(data, dict) else enumerate(data)
@@ -41,17 +41,17 @@ def beyond(data: Any, place: str = "") -> str | None:
 
 
 def oddities(data: Any, most_values: int = _MOST_VALUES, *, nul: bool = True) -> Iterator[str]:
-    """Yield a sentence for each value that cannot be passed on; the first one is the message for the user.
+    """Yield a phrase for each value that cannot be written again; the first one is the message for the user.
 
-    These are lone surrogates, whole numbers of more than 100 digits, more than 64 levels, and (where one part stands in
+    These are lone surrogates, whole numbers of more than 100 digits, more than 64 levels, and (where one part occurs in
     many places, as YAML allows) too many values.
 
     Args:
-        data: Plain data.
-        most_values: How many values may be visited.
+        data: JSON-compatible data.
+        most_values: Maximum number of values to visit.
         nul: Whether text may hold the character NUL, which no path can.
     """
-    waiting: list[tuple[str, Any, int]] = [("", data, 0)]  # not recursive: the depth is what is looked for
+    waiting: list[tuple[str, Any, int]] = [("", data, 0)]  # not recursive, because the depth is checked
     while waiting:
         place, value, depth = waiting.pop()
         most_values -= 1

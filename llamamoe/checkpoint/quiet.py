@@ -1,4 +1,4 @@
-"""Transformers without progress bars, reports and threads of its own."""
+"""Silence transformers' progress bars and reports, and limit its threads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NO_POOL = "HF_DEACTIVATE_ASYNC_LOAD"
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no load reports while a part of a model is loaded; restores what was set.
+    """Hide progress bars and load reports while a part of a model is loaded; restore the settings afterwards.
 
-    Transformers also loads on one thread meanwhile: its pool of threads leaves every one of them with freed memory
-    of its own, which adds up over the layers (twice the peak on a 7B model).
+    Transformers also loads on one thread meanwhile: in its thread pool every thread would retain freed memory
+    which adds up over the layers (twice the peak on a 7B model).
     """
     verbosity, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity_error()

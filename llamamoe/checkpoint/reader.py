@@ -1,7 +1,7 @@
-"""A folder of safetensors, opened safely: headers at once, tensors one at a time.
+"""Open a folder of safetensors safely: all headers at once, tensors one at a time.
 
-Nothing is unpickled, no code of the checkpoint runs, and no path leaves the folder. Which files are read, and under
-which names their tensors are known, is what transformers makes of the folder; what it would read otherwise is refused.
+Nothing is unpickled, no code of the checkpoint runs, and no path leaves the folder. Files and tensor names are
+chosen as transformers chooses them; a folder that it would read differently is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .tokenizer_ids import check_ids
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
-"""PEFT's configuration of an adapter: transformers applies the adapter without a word if it can."""
+"""PEFT's configuration of an adapter: transformers applies the adapter silently if it can."""
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -39,7 +39,7 @@ VOCABULARIES = (
     "sentencepiece.bpe.model",
     "tiktoken.model",
 )
-"""Files in which transformers finds a vocabulary."""
+"""Files from which transformers reads a vocabulary."""
 SIDE_FILES = (
     *VOCABULARIES,
     "tokenizer_config.json",
@@ -55,11 +55,11 @@ CHAT_TEMPLATES = "additional_chat_templates"
 PICKLES = (".bin", ".pt", ".pth")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 _WATCHED = ("config.json", ADAPTER, SINGLE, INDEX, "README.md", CHAT_TEMPLATES, *SIDE_FILES, *LICENSE_FILES)
-"""What changes the result when it changes or appears while a folder is read, beside its weights."""
+"""Files beside the weights that change the result if they change or appear while a folder is read."""
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """Tensor to file, from an index.
+    """Return the file of each tensor, from an index.
 
     Raises:
         CheckpointError: The index is broken.
@@ -74,10 +74,10 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 
 def check_side_file(path: Path) -> None:
-    """Refuse a file beside the weights that cannot be what it is called: no regular file, too large, a pointer, no JSON.
+    """Refuse a file beside the weights that is not regular, too large, a pointer or not JSON.
 
     Raises:
-        CheckpointError: It is one of these.
+        CheckpointError: The file is one of these.
     """
     if not path.is_file():
         raise CheckpointError(f"{path.name} is not a regular file.", hint="Copy the file itself into the folder.")
@@ -92,10 +92,10 @@ def check_side_file(path: Path) -> None:
 
 
 def check_side_files(folder: Path) -> None:
-    """Check all files beside the weights of a folder that are there; see `check_side_file`.
+    """Check all existing files beside the weights of a folder; see `check_side_file`.
 
     Raises:
-        CheckpointError: One of them cannot be what it is called, or is a link out of the folder.
+        CheckpointError: A file is invalid, or a link out of the folder.
     """
     for name in (*SIDE_FILES, *LICENSE_FILES):
         if os.path.lexists(folder / name):
@@ -103,15 +103,15 @@ def check_side_files(folder: Path) -> None:
 
 
 def pickle_refusal(where: str, name: str) -> CheckpointError:
-    """The refusal of weights that only pickle can read."""
+    """Return the refusal of weights that only pickle can read."""
     return CheckpointError(
-        f"{where} holds its weights as pickle ({printable(name)}), which can run code when it is read: refused.",
+        f"{where} stores its weights as pickle ({printable(name)}), which can run code when it is read: refused.",
         hint="Convert it once with: AutoModelForCausalLM.from_pretrained(PATH, weights_only=True).save_pretrained(NEW)",
     )
 
 
 def refuse_tokenizer_code(folder: Path) -> None:
-    """Refuse a folder whose tokenizer brings its own code.
+    """Refuse a folder whose tokenizer has its own code.
 
     Raises:
         CheckpointError: Its tokenizer_config.json has an 'auto_map', or cannot be read.
@@ -131,7 +131,7 @@ class SafetensorsCheckpoint:
         path: The folder.
 
     Raises:
-        CheckpointError: Something is missing, broken or unsafe; see the message.
+        CheckpointError: A file is missing, broken or unsafe; see the message.
     """
 
     def __init__(self, path: Path) -> None:
@@ -166,14 +166,14 @@ class SafetensorsCheckpoint:
         hint = "Merge it first: AutoPeftModelForCausalLM.from_pretrained(PATH).merge_and_unload().save_pretrained(NEW)"
         if (self.path / "config.json").exists():
             raise CheckpointError(
-                f"{self.path} holds a PEFT adapter ({ADAPTER}) beside a model: transformers would compute with both, but "
-                "only the model can be read here.",
-                hint=f"{hint}, or move {ADAPTER} away if the adapter is merged already or not wanted.",
+                f"{self.path} contains a PEFT adapter ({ADAPTER}) beside a model: transformers would apply it, but "
+                "only the model can be read.",
+                hint=f"{hint}, or move {ADAPTER} away if the adapter is already merged or not needed.",
             )
         base = read_json(self._inside(ADAPTER)).get("base_model_name_or_path")
         of = f" of {printable(base)}" if isinstance(base, str) and base else ""
         raise CheckpointError(
-            f"{self.path} holds a PEFT adapter{of}, not a model: its weights are only differences.", hint=f"{hint}."
+            f"{self.path} contains a PEFT adapter{of}, not a model: its weights are only differences.", hint=f"{hint}."
         )
 
     def _refuse_other_file(self) -> None:
@@ -181,7 +181,7 @@ class SafetensorsCheckpoint:
         if other is not None:
             raise CheckpointError(
                 f"config.json: transformers_weights = {other!r}: transformers takes the weights from that file, which "
-                "cannot be read here.",
+                "is not supported.",
                 hint="Load the folder with transformers and save it again.",
             )
 
@@ -214,7 +214,7 @@ class SafetensorsCheckpoint:
         for name, info in header.items():
             if name in stored:
                 raise CheckpointError(
-                    f"the tensor {name!r} stands in {stored[name].file.name} and again in {info.file.name}."
+                    f"the tensor {name!r} is stored in {stored[name].file.name} and again in {info.file.name}."
                 )
             stored[name] = info
 
@@ -222,7 +222,7 @@ class SafetensorsCheckpoint:
         for name, file in self._weight_map.items():
             info = stored.get(name, self.tensors.get(name))  # by the usual name while files are being renamed
             if info is None or info.file.name != file:
-                raise CheckpointError(f"{INDEX} says that {name!r} stands in {file}, but it does not.")
+                raise CheckpointError(f"{INDEX} places {name!r} in {file}, which does not contain it.")
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """See `Checkpoint.read`."""
@@ -250,7 +250,7 @@ class SafetensorsCheckpoint:
         return copied
 
     def _templates(self) -> list[Path]:
-        """Further chat templates, each a regular file inside the folder."""
+        """Return further chat templates, each a regular file inside the folder."""
         folder = self.path / CHAT_TEMPLATES
         if not folder.is_dir():
             return []

@@ -1,4 +1,4 @@
-"""The README.md of a model: what the parent's says, read with care, and that of a model made from others."""
+"""Read the README.md of a parent safely, and write that of a model made from others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .paths import inside
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 INHERITED = ("license", "license_name", "license_link", "language")
-"""Keys of a parent's metadata that hold for what is made from it."""
+"""Keys of a parent's metadata that also apply to models made from it."""
 _HEAD_BYTES, _CARD_BYTES = 2**16, 2**20
 _MOST_NESTED = 16
 USE = """```python
@@ -27,9 +27,9 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 
 def parent_metadata(folder: Path) -> dict[str, Any]:
-    """What the YAML block at the head of the parent's model card says in plain strings; empty if there is none.
+    """Return the plain strings in the YAML block of the parent's model card; empty if there is none.
 
-    A card is anybody's text: only its first bytes are read, of a regular file inside the folder, without aliases and
+    A card is untrusted: only its first bytes are read, from a regular file inside the folder, without aliases and
     without deep nesting.
     """
     try:
@@ -44,7 +44,7 @@ def parent_metadata(folder: Path) -> dict[str, Any]:
 
 
 def read_card(folder: Path, limit: int = _CARD_BYTES) -> str:
-    """The first bytes of a folder's README.md as text; empty if there is none, or it is not a regular file in it."""
+    """Return the first bytes of a folder's README.md as text; empty if it is missing or not a regular file."""
     try:
         with inside(folder, "README.md").open("rb") as file:
             return file.read(limit).decode("utf-8", "ignore").replace("\r\n", "\n")
@@ -53,7 +53,7 @@ def read_card(folder: Path, limit: int = _CARD_BYTES) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether YAML has no aliases and little nesting: looked at event by event, nothing is built."""
+    """Return whether YAML has no aliases and little nesting, from its events alone, without building it."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -70,15 +70,15 @@ def _is_text(value: Any) -> bool:
 def derived_card(
     folders: Sequence[Path], names: Sequence[str], title: str, story: str, warnings: tuple[str, ...], *, moe: str | None
 ) -> str:
-    """README.md of a checkpoint that was made from others.
+    """Return the README.md of a checkpoint that was made from others.
 
     Args:
-        folders: Of what it was made from; licence and language are those of the first that names them.
-        names: The same as names; those that are hub ids become ``base_model``.
-        title: Its headline.
+        folders: Folders of the models it was made from; licence and language are those of the first that names them.
+        names: Names of these models; hub ids become ``base_model``.
+        title: The headline.
         story: How it was made, in sentences.
-        warnings: Good to know.
-        moe: Its ``model_type`` if it is a mixture of experts.
+        warnings: Sentences for the section "Good to know".
+        moe: The ``model_type`` of a mixture of experts, else None.
     """
     heads = [parent_metadata(folder) for folder in folders]
     data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -97,6 +97,6 @@ def derived_card(
     if warnings:
         parts.append("## Good to know\n\n" + "\n".join(f"- {each}" for each in warnings))
     licences = sorted({str(head["license"]) for head in heads if "license" in head})
-    more = f" They name: {', '.join(licences)}." if len(licences) > 1 else ""
-    parts.append(f"## Licence\n\nThat of the models that it was made from applies.{more}")
+    more = f" They state: {', '.join(licences)}." if len(licences) > 1 else ""
+    parts.append(f"## Licence\n\nThe licence of the models that it was made from applies.{more}")
     return "\n\n".join(parts) + "\n"

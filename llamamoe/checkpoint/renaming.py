@@ -1,4 +1,4 @@
-"""Tensors of a folder renamed in place to the names that transformers' own files give them: headers change, data do not."""
+"""Rename tensors of a folder in place to transformers' names: headers change, data do not."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def unusual_files(checkpoint: SafetensorsCheckpoint) -> dict[Path, Entries]:
     """Find the files with tensors under other names than transformers 4.57 and 5 both read.
 
     Args:
-        checkpoint: The folder, opened, which knows the tensors by their usual names.
+        checkpoint: The opened folder, which lists tensors by their usual names.
 
     Returns:
-        Such files with the usual names, in the order in which the data lie.
+        Such files with the usual names, in the order of the data.
     """
     return {
         file: tensors for file, tensors in _by_file(checkpoint).items() if read_header(file).keys() != tensors.keys()
@@ -33,15 +33,15 @@ def unusual_files(checkpoint: SafetensorsCheckpoint) -> dict[Path, Entries]:
 
 
 def rename_tensors(checkpoint: SafetensorsCheckpoint, files: dict[Path, Entries]) -> None:
-    """Give the tensors their usual names. Each file is replaced whole; done again after a kill it finishes the work.
+    """Give the tensors their usual names. Each file is replaced whole; a repeat after a kill finishes the work.
 
     Args:
-        checkpoint: The folder, opened.
-        files: What `unusual_files` found.
+        checkpoint: The opened folder.
+        files: The result of `unusual_files`.
 
     Raises:
-        RefusedError: The disk is too small for a second copy of the largest of the files; nothing was changed.
-        LlamaMoeError: Writing failed, or the folder changed meanwhile.
+        RefusedError: The disk has too little room for a second copy of the largest of the files; nothing was changed.
+        LlamaMoeError: Writing failed, or the folder has changed meanwhile.
     """
     need, have = max(file.stat().st_size for file in files), free_bytes(checkpoint.path, resume=False)
     if have < need:
@@ -52,7 +52,7 @@ def rename_tensors(checkpoint: SafetensorsCheckpoint, files: dict[Path, Entries]
         )
     checkpoint.check_unchanged()
     with system_errors(checkpoint.path):
-        if (checkpoint.path / INDEX).exists():  # first: read together with either names it is right
+        if (checkpoint.path / INDEX).exists():  # written first: it is valid with either names
             shards = {file.name: tensors for file, tensors in _by_file(checkpoint).items()}
             text = json.dumps(index_json(shards), indent=2, sort_keys=True) + "\n"
             write_text(checkpoint.path / INDEX, text)
@@ -65,7 +65,7 @@ def rename_tensors(checkpoint: SafetensorsCheckpoint, files: dict[Path, Entries]
 
 
 def _by_file(checkpoint: SafetensorsCheckpoint) -> dict[Path, Entries]:
-    """All files, sorted, with their tensors in the order in which the data lie."""
+    """Return all files, sorted, with their tensors in the order of the data."""
     found: dict[Path, Entries] = {}
     for name, info in sorted(
         checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].offset, item[1].nbytes)

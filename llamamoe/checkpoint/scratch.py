@@ -1,4 +1,4 @@
-"""A folder for large files that are thrown away, also those of a process that was killed."""
+"""Provide a folder for large temporary files, which are also removed after a process was killed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .files import InUseError, lock, open_update
 
 _PREFIX = "llamamoe-scratch-"
 _LOCK = ".llamamoe-scratch"
-"""Lies in the folder and is locked as long as the folder is used; without it the folder is not ours to delete."""
+"""Lock file in the folder, held while the folder is in use; a folder without it is never deleted."""
 
 
 @contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """Give a new folder that is deleted afterwards; delete those that killed processes of this user left beside it.
+    """Yield a new folder that is deleted afterwards; delete those that killed processes of this user left beside it.
 
     Args:
-        parent: Where; None: where temporary files go.
+        parent: Parent folder; None: the system's folder of temporary files.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The folder cannot be created.
     """
     parent = Path(gettempdir()) if parent is None else parent
     _remove_left(parent)
@@ -35,7 +35,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         unlocked = folder / f"{_LOCK}.new"
         with open_update(unlocked) as file:
             lock(file)
-            unlocked.rename(folder / _LOCK)  # under this name it is never seen unlocked while we live
+            unlocked.rename(folder / _LOCK)  # under this name it is never visible unlocked while this process lives
             yield folder
 
 

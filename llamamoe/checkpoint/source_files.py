@@ -1,6 +1,7 @@
-"""The files of a source: read without mapping them, and noticed when they change while they are read.
+"""Read the files of a source without mapping them, and detect changes meanwhile.
 
-A mapped file that another process truncates kills the reader with SIGBUS; a short read is an error that can be told.
+A mapped file that another process truncates kills the reader with SIGBUS; a short read is an error that can be
+reported.
 """
 
 from __future__ import annotations
@@ -17,31 +18,31 @@ from .memory import empty_bytes
 Stamp = tuple[int, int, int, int, int]
 """Device, inode, size, time of the last change of the content and of the attributes, the last two in nanoseconds."""
 _AT_ONCE = 2**30
-"""Bytes of one read: Linux gives at most 2 GiB."""
+"""Bytes per read: Linux returns at most 2 GiB."""
 
 
 class SourceFiles:
-    """Files as they were when they were first seen, and their bytes."""
+    """Watched files: their state when first seen, and their bytes."""
 
     def __init__(self) -> None:
         self._stamps: dict[Path, Stamp | None] = {}
         self._open: dict[Path, IO[bytes]] = {}
 
     def watch(self, *paths: Path) -> None:
-        """Remember how files are now, or that they are missing; of files seen before, what they were stays."""
+        """Record the state of files, including missing ones; the state of files seen before is kept."""
         for path in paths:
             self._stamps.setdefault(path, _stamp(path))
 
     def facts(self, paths: Iterable[Path]) -> list[list[Any]]:
-        """Name, size and time of change in nanoseconds of watched files, as they were when first seen."""
+        """Return name, size and time of change in nanoseconds of watched files, as they were when first seen."""
         stamps = ((path, self._stamps[path]) for path in sorted(paths))
         return [[path.name, stamp[2], stamp[3]] for path, stamp in stamps if stamp is not None]
 
     def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Bytes of a watched file, uint8 ``[nbytes]``, in memory of the caller's own.
+        """Return bytes of a watched file, uint8 ``[nbytes]``, in memory owned by the caller.
 
         Raises:
-            LlamaMoeError: The file was changed since it was first seen, or cannot be read.
+            LlamaMoeError: The file has changed since it was first seen, or cannot be read.
         """
         out = empty_bytes(nbytes)
         view, done = memoryview(out), 0  # type: ignore[arg-type]
@@ -57,10 +58,10 @@ class SourceFiles:
         return out
 
     def check_unchanged(self) -> None:
-        """Compare every watched file with what it was when it was first seen.
+        """Check that no watched file has changed since it was first seen.
 
         Raises:
-            LlamaMoeError: One was written, replaced, removed or added since.
+            LlamaMoeError: A file was written, replaced, removed or added since.
         """
         for path, before in self._stamps.items():
             how = _difference(before, _stamp(path))
@@ -90,7 +91,7 @@ def _of(status: os.stat_result) -> Stamp:
 
 
 def _difference(before: Stamp | None, now: Stamp | None) -> str | None:
-    """What happened to a file, in words; None if nothing did."""
+    """Describe the change of a file; None if there is none."""
     if before == now:
         return None
     if now is None:
@@ -107,6 +108,5 @@ def _difference(before: Stamp | None, now: Stamp | None) -> str | None:
 def _changed(path: Path, how: str) -> LlamaMoeError:
     return LlamaMoeError(
         f"{path} changed while it was read ({how}), so the result would be a mixture of two models.",
-        hint="Wait until nothing writes to it any more and start again; a conversion of it was not published and needs "
-        "--force.",
+        hint="Wait until no process writes to it and start again; its conversion was not published and needs --force.",
     )

@@ -1,9 +1,9 @@
-"""Tensors under the names that transformers' own files give them, whoever saved the folder.
+"""Map tensors to the names in transformers' own files, whoever saved the folder.
 
-Four other ways of naming are read as transformers reads them: files that the model without its head saved (no
+Four other naming schemes are read as transformers reads them: files that the model without its head saved (no
 ``model.``), a tied table that `safetensors.torch.save_model` stored under the head's name, and experts under the
 names that transformers 5 uses in memory (``save_original_format=False``, mergekit): one tensor for all experts, which
-is taken apart without copying. Names that transformers would not recognise are refused with the way out.
+is taken apart without copying. Names that transformers would not recognise are refused with a hint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .base import TensorInfo
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WITHOUT_HEAD = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.weight$)")
-_MOST_EXPERTS = 1 << 16  # a header that claims more would only keep us busy
+_MOST_EXPERTS = 1 << 16  # a header that claims more would only waste time
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
 COMPILED = "_orig_mod."
 _WRAPPERS = {
@@ -39,13 +39,13 @@ _WRAPPERS = {
 
 @dataclass(frozen=True)
 class InMemory:
-    """What transformers 5 calls the tensors of one architecture in memory, where its files name them otherwise.
+    """Names of transformers 5 for tensors of one architecture in memory that differ from those in files.
 
     Attributes:
-        experts: What a file calls ``experts``, from the name of a layer's module on.
-        parts: Gate, up and down of one expert; None if files hold all experts of a layer in one tensor too.
-        whole: Then the two tensors.
-        renamed: Ends of names in memory, and in files.
+        experts: Name of ``experts`` in files, below the layer's module.
+        parts: Gate, up and down of one expert; None if files also hold all experts of a layer in one tensor.
+        whole: The two tensors in that case.
+        renamed: Endings of names in memory and in files.
     """
 
     experts: tuple[str, str] = (".mlp.experts", ".mlp.experts")
@@ -74,10 +74,10 @@ IN_MEMORY: dict[str, InMemory] = {
 
 
 def named_as_in_files(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """The tensors under their usual names, in the same order. O(tensors); nothing is read.
+    """Return the tensors under their usual names, in the same order. O(tensors); nothing is read.
 
     Args:
-        tensors: As the headers have them.
+        tensors: Tensors by their names in the headers.
         config: The folder's ``config.json``.
 
     Raises:
@@ -89,9 +89,9 @@ def named_as_in_files(tensors: Mapping[str, TensorInfo], config: Mapping[str, An
     for stored, info in tensors.items():
         for name, piece in _renamed(stored, info, model_type):
             if name in found:
-                raise CheckpointError(f"the tensor {name!r} stands twice in the files, under two names ({stored!r}).")
+                raise CheckpointError(f"the tensor {name!r} is stored twice, under two names ({stored!r}).")
             found[name] = piece
-    tied = config.get("tie_word_embeddings", model_type.startswith("gemma"))  # the default of the family's class
+    tied = config.get("tie_word_embeddings", model_type.startswith("gemma"))  # default of the family's class
     if EMBEDDING not in found and HEAD in found and tied is True:
         found = {EMBEDDING if name == HEAD else name: info for name, info in found.items()}
     return found
@@ -102,14 +102,14 @@ def _refuse_wrappers(tensors: Mapping[str, TensorInfo]) -> None:
         name = next((n for n in tensors if n.startswith(prefix) or (prefix == COMPILED and prefix in n)), None)
         if name is not None:
             raise CheckpointError(
-                f"the tensor {name!r} was saved from {what}: transformers would not find it and draw random numbers "
+                f"the tensor {name!r} was saved from {what}: transformers would not find it and use random numbers "
                 "in its place.",
                 hint=hint,
             )
 
 
 def _renamed(name: str, info: TensorInfo, model_type: str) -> Iterator[tuple[str, TensorInfo]]:
-    """One stored tensor under its usual name, or as the experts that it holds."""
+    """Yield a stored tensor under its usual name, or the experts that it holds."""
     if _WITHOUT_HEAD.match(name):
         name = f"model.{name}"
     table = IN_MEMORY.get(model_type)
@@ -124,14 +124,14 @@ def _renamed(name: str, info: TensorInfo, model_type: str) -> Iterator[tuple[str
 
 
 def _experts(start: str, down: bool, info: TensorInfo, table: InMemory) -> Iterator[tuple[str, TensorInfo]]:
-    """The matrices of all experts that lie behind one another in one stored tensor."""
+    """Yield the matrices of all experts that are concatenated in one stored tensor."""
     if table.parts is None:
         yield f"{start}.{table.whole[down]}", info
         return
     count, rows, columns = info.shape
     parts = table.parts[2:] if down else table.parts[:2]
     if rows % len(parts):
-        raise CheckpointError(f"{start}.gate_up_proj has {rows} rows, which are not gate and up of equal size.")
+        raise CheckpointError(f"{start}.gate_up_proj has {rows} rows, which cannot be gate and up of equal size.")
     first = replace(info, shape=(rows // len(parts), columns))
     names = (f"{start}.{expert}.{part}.weight" for expert in range(count) for part in parts)
     for at, name in enumerate(names):

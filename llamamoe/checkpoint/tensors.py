@@ -1,4 +1,4 @@
-"""Tensors on their way between files and programs: dtypes, casts with one rounding, order of rows."""
+"""Convert tensors between files and programs: dtypes, casts with one rounding, order of rows."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from ..numerics import is_power_of_two
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name."""
+    """Return the torch dtype of a safetensors dtype name."""
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """Times ``scale`` and to ``dtype`` with one rounding; the tensor itself if there is nothing to do."""
+    """Scale and cast a tensor with one rounding; return the tensor itself if there is nothing to do."""
     if scale == 1.0:
         return tensor.to(dtype)
     if is_power_of_two(scale):
         return tensor.to(dtype) * scale
-    wide = max(tensor.dtype.itemsize, dtype.itemsize) > 4  # a product in float32 would round before float64 does
+    wide = max(tensor.dtype.itemsize, dtype.itemsize) > 4  # a product in float32 would round before the cast to float64
     return (tensor.double() if wide else tensor.float()).mul(scale).to(dtype)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread: moving bytes gains nothing from more, and idle OpenMP threads spin."""
+    """Let torch use one thread: more do not speed up moving bytes, and idle OpenMP threads spin."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -42,7 +42,7 @@ def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def nonfinite(tensor: torch.Tensor) -> bool:
-    """Whether any value is NaN or infinite. One pass, nothing is allocated."""
+    """Return whether any value is NaN or infinite, in one pass without allocation."""
     if tensor.numel() == 0:
         return False
     low, high = torch.aminmax(tensor)  # both are NaN if any value is

@@ -1,8 +1,8 @@
-"""A parent's tokenizer, carried over so that the same text gives the same ids.
+"""Carry over a parent's tokenizer so that the same text gives the same ids.
 
-transformers picks the class of a tokenizer by the model's type and by what ``tokenizer_config.json`` says, and some
-classes build the tokenizer anew instead of reading ``tokenizer.json``. A conversion changes the type. So the parent's
-tokenizer is opened once as transformers opens it, and what came out is written as a ``tokenizer.json`` with the one class
+transformers picks the class of a tokenizer by the model's type and ``tokenizer_config.json``, and some
+classes rebuild the tokenizer instead of reading ``tokenizer.json``. A conversion changes the type. So the parent's
+tokenizer is opened once as transformers opens it, and the result is written as a ``tokenizer.json`` with the one class
 that transformers 4.57 and 5 both take literally. Then both are compared (see `tokenizer_difference`).
 """
 
@@ -25,27 +25,27 @@ from .tokenizer_difference import chat_template, difference
 from .tokenizer_loading import holds_vocabulary, load, one_error, staged
 
 LITERAL_CLASS = "PreTrainedTokenizerFast"
-"""Takes ``tokenizer.json`` as it is, in transformers 4.57 and 5, whatever the model's type."""
+"""The class that reads ``tokenizer.json`` as it is, in transformers 4.57 and 5, whatever the model's type."""
 _NEW_CLASS = "TokenizersBackend"
-"""What ``save_pretrained`` of transformers 5 calls `LITERAL_CLASS`, a name that 4.57 does not have."""
+"""The name of `LITERAL_CLASS` in transformers 5, which 4.57 does not have."""
 REWRITTEN = frozenset({
     *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"
 }) - {"tokenizer.model"}  # fmt: skip
-"""Files whose content stands in the two that are written; copied, they would change what transformers makes of those."""
+"""Files whose content is in the two that are written; if copied, they would change how transformers reads those."""
 
 
 def check_parent(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any | None:
-    """Load what is carried over beside the weights, and carry it once on trial, before anything is written.
+    """Load the files that are carried over beside the weights, and try to carry them before anything is written.
 
     Args:
         checkpoint: The parent.
-        config: The configuration of what is to be written.
+        config: The configuration of the output.
 
     Returns:
         The tokenizer, or None.
 
     Raises:
-        CheckpointError: transformers cannot load the tokenizer or the generation configuration, or makes other ids of
+        CheckpointError: transformers cannot load the tokenizer or the generation configuration, or gets other ids from
             the tokenizer beside the new configuration.
     """
     with staged(checkpoint) as folder:
@@ -73,7 +73,7 @@ def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]
         The names of the files.
 
     Raises:
-        CheckpointError: transformers makes other ids of what was written, or the tokenizer has no fast form.
+        CheckpointError: transformers gets other ids from the written files, or the tokenizer has no fast form.
     """
     names = []
     with staged(checkpoint) as folder:
@@ -99,14 +99,14 @@ def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]
         raise CheckpointError(
             f"the tokenizer of '{checkpoint.path}' cannot be carried over exactly: beside a model of type {model_type}, "
             f"{found}.",
-            hint=f"{type(tokenizer).__name__} does in Python what no tokenizer.json can hold. Convert a copy of the folder "
+            hint=f"{type(tokenizer).__name__} does in Python what tokenizer.json cannot express. Convert a copy of the folder "
             "without the tokenizer's files: then the output has none.",
         )
     return sorted([*names, "tokenizer.json", "tokenizer_config.json"])
 
 
 def _tokenizer_json(tokenizer: Any, given: Path) -> str:
-    """What the tokenizer does, as JSON: the parent's own text where that says the same."""
+    """Return the tokenizer as JSON: the parent's own text if it is equivalent."""
     now = json.loads(tokenizer.backend_tokenizer.to_str())
     if given.is_file():
         text = given.read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def _tokenizer_json(tokenizer: Any, given: Path) -> str:
 
 
 def _tokenizer_config(tokenizer: Any, *, template_file: bool) -> dict[str, Any]:
-    """What does not stand in ``tokenizer.json``, in words that transformers 4.57 and 5 both know."""
+    """Return the settings that are not in ``tokenizer.json``, in keys that transformers 4.57 and 5 both read."""
     plain, full = (tokenizer("a", add_special_tokens=flag).input_ids for flag in (False, True))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     config: dict[str, Any] = {
@@ -127,12 +127,12 @@ def _tokenizer_config(tokenizer: Any, *, template_file: bool) -> dict[str, Any]:
         "padding_side": tokenizer.padding_side,
         "truncation_side": tokenizer.truncation_side,
         "model_max_length": tokenizer.model_max_length,
-        # for other readers; the post-processor in tokenizer.json is what does it
+        # for other readers; the post-processor in tokenizer.json takes effect
         "add_bos_token": bos is not None and full[:1] == [bos] and plain[:1] != [bos],
         "add_eos_token": eos is not None and full[-1:] == [eos] and plain[-1:] != [eos],
     }
     pre = json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer") or {}
-    if isinstance(pre.get("add_prefix_space"), bool):  # 4.57 sets the pre-tokenizer to what this says
+    if isinstance(pre.get("add_prefix_space"), bool):  # 4.57 sets the pre-tokenizer accordingly
         config["add_prefix_space"] = pre["add_prefix_space"]
     config |= {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", None) or []]
@@ -152,13 +152,13 @@ def older_config(folder: Path) -> dict[str, Any] | None:
     Transformers 5 saves `LITERAL_CLASS` under a new name, and more special tokens as a list; 4.57 raises for both.
 
     Args:
-        folder: It has a ``config.json``.
+        folder: The folder, which has a ``config.json``.
 
     Returns:
-        The whole content; None if 4.57 reads what is there. Chat templates stay where they are.
+        The whole content; None if 4.57 reads the existing file. Chat templates are left in place.
 
     Raises:
-        CheckpointError: The tokenizer cannot be loaded, or transformers 5 would make other ids of what is returned.
+        CheckpointError: The tokenizer cannot be loaded, or transformers 5 would get other ids from the result.
     """
     path = folder / "tokenizer_config.json"
     now = read_json(path) if path.is_file() else {}
@@ -178,6 +178,6 @@ def older_config(folder: Path) -> dict[str, Any] | None:
     if found:
         raise CheckpointError(
             f"the tokenizer of '{folder}' cannot be written for transformers 4.57: {found}.",
-            hint="Take the tokenizer's files out of the folder, or copy those of the parent into it.",
+            hint="Remove the tokenizer's files from the folder, or copy those of the parent into it.",
         )
     return config

@@ -1,4 +1,4 @@
-"""Do two tokenizers make the same ids? Their vocabularies, their special tokens, and what becomes of probe text."""
+"""Compare two tokenizers by vocabulary, special tokens and the ids of probe text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROBES = (
     "😀👩‍👩‍👧 🇩🇪 \U0001f600 \x00\x07 \ufffd",
     "[INST] <s> </s> <unk> <pad> <|endoftext|> <|im_start|>user\nhi<|im_end|>",
 )
-"""What is tokenised to compare two tokenizers; each one's special tokens are added."""
+"""Text that is tokenised to compare two tokenizers; each one's special tokens are added."""
 _MOST_SPECIAL = 64
 _NAMES = (
     "bos_token_id",
@@ -42,7 +42,7 @@ def _probes(tokenizer: Any) -> list[str]:
 
 
 def _behaviour(tokenizer: Any, probes: list[str]) -> dict[str, Any]:
-    """Ids and text of the probes, and ids of special tokens, as plain data."""
+    """Return ids and text of the probes, and ids of special tokens, as JSON-compatible data."""
     found: dict[str, Any] = {name.removesuffix("_id"): getattr(tokenizer, name, None) for name in _NAMES}
     for text in probes:
         full = list(tokenizer(text).input_ids)
@@ -53,7 +53,7 @@ def _behaviour(tokenizer: Any, probes: list[str]) -> dict[str, Any]:
 
 
 def _model(tokenizer: Any) -> list[Any]:
-    """Vocabulary and, of a fast tokenizer, merges or scores: what decides ids of text that is not among the probes."""
+    """Return the vocabulary and a fast tokenizer's merges or scores, which decide the ids of all other text."""
     if not getattr(tokenizer, "is_fast", False):
         return [sorted(tokenizer.get_vocab().items())]
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -63,15 +63,15 @@ def _model(tokenizer: Any) -> list[Any]:
 
 
 def difference(parent: Any, other: Any, *, templates: bool = True) -> str | None:
-    """What two tokenizers do differently, in words; None if they make the same ids.
+    """Describe the first difference between two tokenizers; None if they produce the same ids.
 
-    Compared are vocabulary and merges, special tokens, chat templates, and the ids of probe text, with special tokens
-    and without, and what becomes of them when decoded.
+    Compares vocabulary and merges, special tokens, chat templates, and the ids of probe text, with special tokens
+    and without, and the text that they decode to.
 
     Args:
         parent: A tokenizer of transformers.
-        other: Another.
-        templates: Whether chat templates count, which change no ids of text.
+        other: Another tokenizer.
+        templates: Whether to compare chat templates, which do not change ids of text.
     """
     if _model(parent) != _model(other):
         return "the vocabulary or its merges differ"
@@ -86,21 +86,21 @@ def difference(parent: Any, other: Any, *, templates: bool = True) -> str | None
 
 
 def check_same(parent: Any, other: Any, name: str) -> None:
-    """Refuse a tokenizer that does not do what its parent's does.
+    """Refuse a tokenizer that differs from its parent's.
 
     Raises:
-        VerificationError: See `difference`.
+        VerificationError: The tokenizers differ; see `difference`.
     """
     found = difference(parent, other)
     if found:
         raise VerificationError(
-            f"the tokenizer of {name} is not its parent's: {found}.",
+            f"the tokenizer of {name} differs from its parent's: {found}.",
             hint="Files that changed since the conversion do this; otherwise please report it.",
         )
 
 
 def ids_sha256(tokenizer: Any) -> str:
-    """A hash that two tokenizers share if they make the same ids: of vocabulary, merges, and the ids of probe text."""
+    """Return a hash of vocabulary, merges and the ids of probe text, equal for tokenizers with the same ids."""
     facts = [_model(tokenizer), _behaviour(tokenizer, _probes(tokenizer))]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -1,7 +1,7 @@
-"""Ids that a folder's tokenizer can make and its embedding has no row for, from the files alone.
+"""Find ids of a folder's tokenizer without a row in the embedding, from the files alone.
 
-A token that was added to a tokenizer and not to the embedding (a padding token, most often) is an index out of range on the
-first text that holds it.
+A token that was added to a tokenizer and not to the embedding (a padding token, most often) is an index out of range on
+the first text that holds it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from .json_files import read_json
 
 MOST_IDS = 2**24
-"""The largest known vocabulary has 262,144 tokens; tokenizers takes memory for every id up to the largest."""
+"""The largest known vocabulary has 262,144 tokens; tokenizers allocates memory for every id up to the largest."""
 _SPECIAL = ("bos", "eos", "pad", "unk")
 
 
@@ -24,15 +24,15 @@ def beyond_embedding(
     config: Mapping[str, Any] | None = None,
     vocabulary: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """List what has no row in the embedding: the tokenizer's largest ids, and special tokens by their keys.
+    """List ids without a row in the embedding: the tokenizer's largest ids, and special tokens by their keys.
 
     Neither torch nor transformers is used.
 
     Args:
-        folder: The tokenizer's folder; files that are not there are passed over.
-        rows: Of the embedding.
+        folder: The tokenizer's folder; missing files are ignored.
+        rows: Rows of the embedding.
         config: The model's configuration.
-        vocabulary: What ``tokenizer.json`` holds; None: it is read.
+        vocabulary: Content of ``tokenizer.json``; None: it is read.
 
     Raises:
         CheckpointError: A file is broken.
@@ -58,10 +58,10 @@ def check_ids(path: Path, data: Mapping[str, Any]) -> None:
 
     Args:
         path: A ``tokenizer.json`` or ``vocab.json``.
-        data: What it holds.
+        data: Its content.
 
     Raises:
-        CheckpointError: The token and its id are named.
+        CheckpointError: An id is too large; the message names token and id.
     """
     ids = _vocabulary(data if path.name == "tokenizer.json" else {"model": {"vocab": data}})
     token, largest = max(ids.items(), key=lambda item: item[1], default=("", 0))
@@ -77,7 +77,7 @@ def _optional(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
 
 
 def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
-    """Token to id, by a ``tokenizer.json``; what it does not say plainly is left out."""
+    """Return token to id from a ``tokenizer.json``; malformed parts are skipped."""
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
     ids: dict[str, int] = {}
@@ -93,7 +93,7 @@ def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _of_keys(file: str, data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Special tokens that are named by their ids: where, and the id."""
+    """Yield the place and id of special tokens that are named by id."""
     for key in (f"{name}_token_id" for name in _SPECIAL):
         value = data.get(key)
         yield from (
@@ -104,7 +104,7 @@ def _of_keys(file: str, data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _named(file: str, data: Mapping[str, Any], ids: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Special tokens that are named by their text: where, and the id."""
+    """Yield the place and id of special tokens that are named by text."""
     for key in (f"{name}_token" for name in _SPECIAL):
         token = data.get(key)
         text = token.get("content") if isinstance(token, Mapping) else token

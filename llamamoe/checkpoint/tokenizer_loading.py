@@ -1,4 +1,4 @@
-"""Opening a tokenizer as transformers opens it, from a checked copy of its files."""
+"""Open a tokenizer as transformers does, from a checked copy of its files."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .quiet import quiet_transformers
 from .reader import SIDE_FILES, VOCABULARIES
 
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
-"""How a file of tiktoken begins; else ``tokenizer.model`` is one of SentencePiece."""
+"""Beginning of a tiktoken file; any other ``tokenizer.model`` is a SentencePiece file."""
 
 
 @contextmanager
 def one_error(what: str, folder: Path | None = None, by: str = "transformers") -> Iterator[None]:
-    """Report whatever a library raises over files of others, panics of Rust included, as one error.
+    """Report any exception of a library about untrusted files, panics of Rust included, as one error.
 
     Args:
-        what: The file or model that it cannot load.
-        folder: Where a tokenizer lies, to find out whether only a package is missing.
+        what: The file or model that is loaded.
+        folder: Folder of a tokenizer, to find out whether only a package is missing.
         by: The library.
 
     Raises:
-        CheckpointError: Names all three.
+        CheckpointError: The library raised; the message names library, file and exception.
     """
     try:
         yield
@@ -41,9 +41,9 @@ def one_error(what: str, folder: Path | None = None, by: str = "transformers") -
         raise
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # tokenizers raises bare Exception, and panics are no Exception at all
+    except BaseException as error:  # tokenizers raises bare Exception, and panics are not an Exception
         lacking = _lacking(folder) if folder else []
-        if lacking:  # transformers tries one reader after another, and tells what the last of them lacks
+        if lacking:  # transformers tries one reader after another and reports what the last of them lacks
             raise CheckpointError(
                 f"{what} cannot be loaded by {by}: tokenizer.model needs {' and '.join(lacking)}, not installed here.",
                 hint=f"pip install {' '.join(lacking)}, or save it once with a tokenizer.json beside the others.",
@@ -51,12 +51,12 @@ def one_error(what: str, folder: Path | None = None, by: str = "transformers") -
         text = " ".join(str(error).split())
         raise CheckpointError(
             f"{what} cannot be loaded by {by}: {type(error).__name__}: {text[:300]}",
-            hint="Mend the file, or copy it again from where the model comes from.",
+            hint="Correct the file, or copy it again from the model's origin.",
         ) from None
 
 
 def _lacking(folder: Path) -> list[str]:
-    """The packages without which transformers cannot read a vocabulary that stands in ``tokenizer.model`` alone."""
+    """Return the packages without which transformers cannot read a vocabulary stored in ``tokenizer.model`` alone."""
     path = folder / "tokenizer.model"
     if not path.is_file() or (folder / "tokenizer.json").is_file():
         return []
@@ -73,14 +73,14 @@ def _installed(package: str) -> bool:
 
 
 def load(folder: Path, what: str | None = None) -> Any:
-    """The tokenizer of a folder with a ``config.json``, as transformers opens it; no code of the folder is run.
+    """Open the tokenizer of a folder with a ``config.json`` as transformers does; no code of the folder is run.
 
     Args:
-        folder: Where its files lie.
+        folder: The folder of its files.
         what: Its name in an error.
 
     Raises:
-        CheckpointError: transformers cannot load it, or Git LFS left pointers in the place of its files.
+        CheckpointError: transformers cannot load it, or its files are Git LFS pointers.
     """
     refuse_pointers(folder / name for name in ("config.json", *SIDE_FILES))
     with one_error(what or f"the tokenizer of '{folder}'", folder), quiet_transformers():
@@ -90,14 +90,14 @@ def load(folder: Path, what: str | None = None) -> Any:
 
 
 def of_any_length(tokenizer: Any) -> Any:
-    """Keep transformers from remarking that a text is longer than the model's positions: texts are cut later."""
+    """Keep transformers from warning that a text is longer than the model's positions: texts are cut later."""
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
 @contextmanager
 def staged(checkpoint: Checkpoint) -> Iterator[Path]:
-    """A copy of the checkpoint's small files: only those that were checked can be read, and none is a link or a pipe."""
+    """Copy the checkpoint's small files, so that only checked ones are read and none is a link or a pipe."""
     with tempfile.TemporaryDirectory(prefix="llamamoe-") as name:
         folder = Path(name)
         with unsynced():
@@ -107,10 +107,10 @@ def staged(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def parent_tokenizer(checkpoint: Checkpoint) -> Any | None:
-    """The tokenizer of a folder or a GGUF file as transformers opens it; None if there is none.
+    """Open the tokenizer of a folder or a GGUF file as transformers does; None if there is none.
 
     Raises:
-        CheckpointError: There is one, but transformers cannot load it.
+        CheckpointError: Transformers cannot load the tokenizer.
     """
     with staged(checkpoint) as folder:
         if not holds_vocabulary(folder):
@@ -119,5 +119,5 @@ def parent_tokenizer(checkpoint: Checkpoint) -> Any | None:
 
 
 def holds_vocabulary(folder: Path) -> bool:
-    """Whether transformers finds a vocabulary there."""
+    """Return whether transformers finds a vocabulary in the folder."""
     return any((folder / name).is_file() for name in VOCABULARIES)

@@ -1,4 +1,4 @@
-"""What a plan says of a tokenizer: its files are read, and neither torch nor transformers is used."""
+"""Check a tokenizer for a plan from its files, without torch and transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tokenizer_loading import holds_vocabulary, one_error
 
 
 def _check_unique(name: str, data: Mapping[str, Any]) -> None:
-    """Refuse a vocabulary in which two tokens share an id: which of them is decoded changes from run to run."""
+    """Refuse a vocabulary in which two tokens share an id: which of them an id decodes to varies between runs."""
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
     if not isinstance(vocab, Mapping):
@@ -25,17 +25,17 @@ def _check_unique(name: str, data: Mapping[str, Any]) -> None:
         if first.setdefault(index, token) != token:
             raise CheckpointError(
                 f"{name}: the tokens {first[index]!r} and {token!r} share the id {index}.",
-                hint="Mend the file, or copy it again from where the model comes from.",
+                hint="Correct the file, or copy it again from the model's origin.",
             )
 
 
 def plan_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> list[str]:
-    """What is to be said of the tokenizer of a folder before anything is written; neither torch nor transformers is used.
+    """Return warnings about the tokenizer of a folder before anything is written, without torch and transformers.
 
     Args:
-        folder: The parent's.
+        folder: The parent's folder.
         vocab_size: Rows of its embedding.
-        config: Its configuration.
+        config: The parent's configuration.
 
     Raises:
         CheckpointError: ``tokenizer.json`` or ``generation_config.json`` is broken.

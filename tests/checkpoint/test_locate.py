@@ -106,7 +106,7 @@ def test_a_single_file(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (["config.json", "pytorch_model.bin"], "holds its weights as pickle (pytorch_model.bin)"),
+        (["config.json", "pytorch_model.bin"], "stores its weights as pickle (pytorch_model.bin)"),
         (["config.json", "original/consolidated.00.pth"], "weights_only=True"),
         (["config.json", "model.pt\x1b[2J"], "It holds: config.json, model.pt\\x1b[2J"),
         (["model.Q4_0.gguf", "README.md"], "To convert a GGUF file"),
@@ -169,7 +169,7 @@ class Answer(HfHubHTTPError):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_the_hub_denies_is_refused(hub: Hub, status: int) -> None:
     hub.unreachable = Answer(status)
-    with pytest.raises(CheckpointError, match=f"does not give 'org/name': {status}") as caught:
+    with pytest.raises(CheckpointError, match=f"does not provide 'org/name': {status}") as caught:
         locate("org/name")
     assert "your access" in str(caught.value)
 

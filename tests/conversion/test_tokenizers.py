@@ -195,7 +195,7 @@ def test_verify_finds_another_tokenizer(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     data["normalizer"] = {"type": "Lowercase"}
     path.write_text(json.dumps(data))
-    with pytest.raises(VerificationError, match="is not its parent's"):
+    with pytest.raises(VerificationError, match="differs from its parent's"):
         verify(out, parent)
 
 
@@ -289,7 +289,7 @@ def test_the_packages_that_a_vocabulary_needs_are_named(
     monkeypatch.setattr(tokenizer_loading, "_installed", there.__contains__)
     with pytest.raises(CheckpointError) as caught, tokenizer_loading.one_error("it", tmp_path):
         raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
-    told = f"pip install {' '.join(lacking)}, or save it" if lacking else "Mend the file"
+    told = f"pip install {' '.join(lacking)}, or save it" if lacking else "Correct the file"
     assert told in (caught.value.hint or "")
     assert ("tiktoken" in str(caught.value)) is (lacking in ([], ["tiktoken"]))
 

@@ -102,7 +102,7 @@ def test_index_names_a_missing_file(sharded: Path, refused: Refused) -> None:
 def test_index_names_the_wrong_file(sharded: Path, refused: Refused) -> None:
     index = json.loads((sharded / INDEX).read_text())["weight_map"]
     point(sharded, FIRST if index[GATE] == SECOND else SECOND)
-    refused(sharded, GATE, "but it does not")
+    refused(sharded, GATE, "which does not contain it")
 
 
 @pytest.mark.parametrize(

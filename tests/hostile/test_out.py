@@ -22,16 +22,16 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_out_is_source(source: Path, refused: Refused) -> None:
-    refused(source, "must not lie in one another", "Choose an OUT elsewhere", out=source, force=True)
-    refused(source, "must not lie in one another", out=source / ".." / "dense", force=True)
+    refused(source, "must not contain each other", "Choose an OUT elsewhere", out=source, force=True)
+    refused(source, "must not contain each other", out=source / ".." / "dense", force=True)
 
 
 def test_out_inside_source(source: Path, refused: Refused) -> None:
-    refused(source, "must not lie in one another", out=source / "a" / "b")
+    refused(source, "must not contain each other", out=source / "a" / "b")
 
 
 def test_source_inside_out(source: Path, refused: Refused) -> None:
-    refused(source, "must not lie in one another", out=source.parent, force=True)
+    refused(source, "must not contain each other", out=source.parent, force=True)
 
 
 @pytest.mark.parametrize("keys", [{}, {"force": True}, {"resume": True}])
@@ -39,12 +39,12 @@ def test_source_where_out_is_put_together(
     source: Path, tmp_path: Path, refused: Refused, keys: dict[str, bool]
 ) -> None:
     source = source.rename(tmp_path / "out.partial")
-    refused(source, "must not lie in one another", "out.partial", **keys)
+    refused(source, "must not contain each other", "out.partial", **keys)
 
 
 def test_out_is_a_link_to_the_source(source: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "link").symlink_to(source)
-    refused(source, "must not lie in one another", out=tmp_path / "link", force=True)
+    refused(source, "must not contain each other", out=tmp_path / "link", force=True)
 
 
 def test_out_is_a_link(source: Path, tmp_path: Path, refused: Refused) -> None:
@@ -199,7 +199,7 @@ def test_out_is_the_current_folder(
     """A folder that is replaced under a shell's feet would look empty to it."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    refused(source, "the folder that you are in" if out != ".." else "", out=out)
+    refused(source, "the current folder" if out != ".." else "", out=out)
 
 
 def test_a_name_that_is_not_utf8_is_refused_first(source: Path, tmp_path: Path, refused: Refused) -> None:

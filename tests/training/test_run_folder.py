@@ -53,14 +53,14 @@ READ = [("model", "the model"), ("parent", "its parent"), ("train", "data.train"
 @pytest.mark.parametrize("keys", [{}, {"force": True}, {"resume": True}], ids=["plain", "force", "resume"])
 @pytest.mark.parametrize(("key", "name"), READ)
 def test_out_is_what_is_read(key: str, name: str, keys: dict[str, bool], world: dict[str, str]) -> None:
-    refused(world, Path(world[key]), name, "must not lie in one another", "Choose an OUT elsewhere", **keys)
+    refused(world, Path(world[key]), name, "must not contain each other", "Choose an OUT elsewhere", **keys)
 
 
 @pytest.mark.parametrize(("key", "name"), READ)
 def test_out_lies_in_what_is_read_or_holds_it(key: str, name: str, world: dict[str, str]) -> None:
     place = Path(world[key])
-    refused(world, place / "a" / "run", name, "must not lie in one another")
-    refused(world, place.parent, "must not lie in one another", force=True)
+    refused(world, place / "a" / "run", name, "must not contain each other")
+    refused(world, place.parent, "must not contain each other", force=True)
 
 
 @pytest.mark.parametrize(("key", "name"), READ)
@@ -74,7 +74,7 @@ def test_links_and_dots_do_not_hide_it(key: str, name: str, world: dict[str, str
         tmp_path / "above" / place.name,
         tmp_path / "x" / ".." / "link",
     ):
-        refused(world, out, "must not lie in one another", force=True)
+        refused(world, out, "must not contain each other", force=True)
     refused(world, place / ".." / place.name / "run", name)
     linked = world | {key: str(tmp_path / "link")}
     refused(linked, place / "run", name, force=True)

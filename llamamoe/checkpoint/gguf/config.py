@@ -1,6 +1,6 @@
-"""What a GGUF file's metadata mean: the model's configuration and its tensors, as transformers spells them.
+"""Translate a GGUF file's metadata into the configuration and tensor names of transformers.
 
-Whatever would change the model's output and cannot be said in transformers' terms is refused, never dropped.
+Metadata that change the model's output and cannot be expressed in transformers are refused, never dropped.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .rope import ORIGINAL, Keys, rope_parameters
 
 @dataclass(frozen=True)
 class Layout:
-    """How llama.cpp stores one architecture.
+    """The format in which llama.cpp stores one architecture.
 
     Attributes:
-        model_type: transformers' name for it.
-        architecture: transformers' class.
+        model_type: Its name in transformers.
+        architecture: Its class in transformers.
         permuted: Whether the rows of q and k are interleaved for llama.cpp's rotary embedding.
         biases: The projections that have a bias in transformers: always (``required``) or all or none.
-        biases_required: Whether ``biases`` must be there.
+        biases_required: Whether ``biases`` are required.
         qk_norm: Whether each head's queries and keys are normalised.
-        norm_offset: What llama.cpp adds to the weights of norms.
+        norm_offset: The number that llama.cpp adds to the weights of norms.
         hidden_act: The activation.
     """
 
@@ -49,16 +49,16 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3": Layout("qwen3", "Qwen3ForCausalLM", biases=_QKVO, qk_norm=True),
     "gemma": Layout("gemma", "GemmaForCausalLM", norm_offset=1.0, hidden_act="gelu_pytorch_tanh"),
 }
-"""The architectures that can be carried over exactly. Mistral's files call themselves ``llama``, and are."""
+"""The architectures that can be carried over exactly. Mistral's files name the equivalent ``llama``."""
 
 PROJECTIONS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-"""llama.cpp's names of a layer's matrices, and transformers'."""
+"""Names of a layer's matrices in llama.cpp and transformers."""
 NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-"""The same of a layer's norms."""
+"""Names of a layer's norms in llama.cpp and transformers."""
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _GRANITE = {
     "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
@@ -83,10 +83,10 @@ _CHANGES_OUTPUT = (
 
 
 def layout_of(header: GgufHeader) -> Layout:
-    """The layout of the file's architecture.
+    """Return the layout of the file's architecture.
 
     Raises:
-        CheckpointError: It is no dense language model, or of an architecture that is not carried over.
+        CheckpointError: The file is not a dense language model, or its architecture is not supported.
     """
     metadata, path = header.metadata, header.path
     for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre"):
@@ -112,15 +112,15 @@ def layout_of(header: GgufHeader) -> Layout:
 
 
 def build_config(header: GgufHeader, layout: Layout) -> tuple[dict[str, Any], list[str]]:
-    """The model's ``config.json`` (transformers 5's spelling), and notes about metadata that went unused.
+    """Return the model's ``config.json`` in transformers 5's spelling, and notes about unused metadata.
 
     Raises:
-        CheckpointError: Something is missing, impossible or cannot be carried over exactly.
+        CheckpointError: A value is missing, invalid or cannot be carried over exactly.
     """
     keys = Keys(header)
     notes = _check_keys(header, layout)
     hidden, heads, layers = (keys.whole(k) for k in ("embedding_length", "attention.head_count", "block_count"))
-    if layers > len(header.tensors):  # before anything is built per layer: a broken header may claim billions
+    if layers > len(header.tensors):  # checked before anything is built per layer: a broken header may claim billions
         raise CheckpointError(f"{header.path}: {layers} layers cannot be made of {len(header.tensors)} tensors.")
     head_dim = keys.whole("attention.key_length", hidden // heads)
     if keys.whole("attention.value_length", head_dim) != head_dim:
@@ -147,7 +147,7 @@ def build_config(header: GgufHeader, layout: Layout) -> tuple[dict[str, Any], li
         "max_position_embeddings": keys.whole("context_length"),
         "rms_norm_eps": keys.positive("attention.layer_norm_rms_epsilon"),
         "rope_parameters": rope_parameters(header, keys, head_dim),
-        # llama.cpp writes the head only when it is not the embedding.
+        # llama.cpp writes the head only if it differs from the embedding.
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "bos_token_id": ids["bos"],
         "eos_token_id": ids["eos"],
@@ -158,22 +158,22 @@ def build_config(header: GgufHeader, layout: Layout) -> tuple[dict[str, Any], li
 
 
 def token_ids(metadata: Mapping[str, Any]) -> dict[str, int | None]:
-    """The ids of the special tokens ``bos``, ``eos``, ``pad`` and ``unk``, None where there is none."""
-    # What llama.cpp takes for a SentencePiece vocabulary that says nothing.
+    """Return the ids of the special tokens ``bos``, ``eos``, ``pad`` and ``unk``; None for a missing one."""
+    # llama.cpp's defaults for a SentencePiece vocabulary without these keys.
     given = {"bos": 1, "eos": 2, "unk": 0} if metadata.get("tokenizer.ggml.model") == "llama" else {}
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     return {short: metadata.get(f"tokenizer.ggml.{long}_token_id", given.get(short)) for short, long in names.items()}
 
 
 def tensor_table(header: GgufHeader, layout: Layout, config: Mapping[str, Any]) -> dict[str, GgufTensor]:
-    """The file's tensors by their transformers names.
+    """Return the file's tensors by their transformers names.
 
     Raises:
-        CheckpointError: One is missing, has the wrong shape, or has no place in this architecture.
+        CheckpointError: A tensor is missing, has the wrong shape, or does not belong to this architecture.
     """
     table: dict[str, GgufTensor] = {}
     left = dict(header.tensors)
-    left.pop("rope_freqs.weight", None)  # went into the configuration
+    left.pop("rope_freqs.weight", None)  # part of the configuration
     for name, (stored, shape) in _expected(layout, config).items():
         tensor = left.pop(stored, None)
         if tensor is None:
@@ -182,7 +182,7 @@ def tensor_table(header: GgufHeader, layout: Layout, config: Mapping[str, Any]) 
             )
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{header.path}: tensor {stored!r} has shape {tensor.shape}; its metadata ask for {shape}."
+                f"{header.path}: tensor {stored!r} has shape {tensor.shape}; its metadata require {shape}."
             )
         table[name] = tensor
     if left:
@@ -195,7 +195,7 @@ def tensor_table(header: GgufHeader, layout: Layout, config: Mapping[str, Any]) 
 
 
 def _expected(layout: Layout, config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every transformers name with llama.cpp's name and the shape."""
+    """Return, by transformers name, llama.cpp's name and the shape of each tensor."""
     hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     rows = {"attn_q": q, "attn_k": kv, "attn_v": kv, "attn_output": hidden}
@@ -223,7 +223,7 @@ def _expected(layout: Layout, config: Mapping[str, Any]) -> dict[str, tuple[str,
 
 
 def _check_keys(header: GgufHeader, layout: Layout) -> list[str]:
-    """Refuse metadata that change the output and are not carried over; note those nobody knows."""
+    """Refuse metadata that change the output and are not carried over; return notes about unknown keys."""
     prefix = header.metadata["general.architecture"] + "."
     understood = _UNDERSTOOD | (set(_GRANITE) if layout.model_type == "granite" else set())
     notes: list[str] = []
@@ -238,12 +238,12 @@ def _check_keys(header: GgufHeader, layout: Layout) -> list[str]:
                 f"{header.path}: {key} = {value!r} changes what the model computes and cannot be carried over.",
                 hint=ORIGINAL,
             )
-        notes.append(f"the GGUF metadata key {key} is not known and was not used")
+        notes.append(f"the GGUF metadata key {key} is unknown and was not used")
     return notes
 
 
 def _family_keys(header: GgufHeader, layout: Layout, keys: Keys, head_dim: int) -> dict[str, Any]:
-    """What only some architectures have in their configuration."""
+    """Return the configuration keys that only some architectures have."""
     config: dict[str, Any] = {}
     if layout.biases and not layout.biases_required:
         config["attention_bias"] = _all_or_none(header, layout.biases, keys)
@@ -258,14 +258,14 @@ def _family_keys(header: GgufHeader, layout: Layout, keys: Keys, head_dim: int) 
 
 
 def _all_or_none(header: GgufHeader, projections: Sequence[str], keys: Keys) -> bool:
-    """Whether every layer has biases on all of these projections."""
+    """Return whether every layer has biases on all of these projections."""
     layers = keys.whole("block_count")
     names = [f"blk.{layer}.{name}.bias" for layer in range(layers) for name in projections]
     there = [name for name in names if name in header.tensors]
     if there and len(there) < len(names):
         missing = next(name for name in names if name not in header.tensors)
         raise CheckpointError(
-            f"{header.path}: {there[0]!r} is there but {missing!r} is not; transformers has a bias on all of "
+            f"{header.path}: {there[0]!r} is present but {missing!r} is missing; transformers has a bias on all of "
             f"{', '.join(projections)} or on none.",
             hint=ORIGINAL,
         )
@@ -273,7 +273,7 @@ def _all_or_none(header: GgufHeader, projections: Sequence[str], keys: Keys) -> 
 
 
 def _main_dtype(header: GgufHeader) -> str:
-    """The dtype of the matrices as they are read, in transformers' spelling."""
+    """Return the dtype of the matrices as they are read, in transformers' spelling."""
     sizes: Counter[str] = Counter()
     for tensor in header.tensors.values():
         sizes[tensor.kind if tensor.kind in ("F16", "BF16") else "F32"] += math.prod(tensor.shape)

@@ -1,4 +1,4 @@
-"""The ways in which byte-level tokenizers cut text, and what llama.cpp calls them (``tokenizer.ggml.pre``)."""
+"""The pre-tokenizers of byte-level tokenizers, and llama.cpp's names for them (``tokenizer.ggml.pre``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class Cut:
-    """How a byte-level tokenizer cuts text: a regular expression of its own, or GPT-2's after single digits."""
+    """The pre-tokenizer of a byte-level tokenizer: its own regular expression, or GPT-2's after single digits."""
 
     regex: str | None = None
     digits: bool = False
@@ -47,7 +47,7 @@ CUTS: dict[str, Cut] = {
 
 
 def cut_of(content: Mapping[str, Any]) -> Cut | None:
-    """Return how the ``tokenizer.json`` of a byte-level tokenizer cuts text; None for others, and for what has no name here."""
+    """Return the pre-tokenizer of a byte-level ``tokenizer.json``; None for other kinds and unknown ones."""
     normalizer, first = content.get("normalizer"), content.get("pre_tokenizer") or {}
     steps = list(first.get("pretokenizers", [first]))
     last = steps.pop() if steps else {}

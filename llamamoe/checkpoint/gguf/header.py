@@ -1,7 +1,7 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies.
+"""Read the header of a GGUF file: its metadata and the location of each tensor.
 
-The package ``gguf`` has a reader of its own, but it builds an array per string (seconds for a real vocabulary) and
-answers a broken file with whatever numpy says. This one checks every length against the file before it believes it.
+The package ``gguf`` has its own reader, but that builds an array per string (seconds for a real vocabulary) and
+reports a broken file by numpy's errors. This one checks every length against the file before using it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..paths import refuse_pointer
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MAX_ENTRIES = 1 << 20  # metadata keys or tensors: far above any model, far below what would hang us
+_MAX_ENTRIES = 1 << 20  # metadata keys or tensors: far above any model, far below a denial of service
 _MAX_ITEMS = 1 << 26  # elements of one metadata array
 _MAX_DIMS = 4
 _SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -33,12 +33,12 @@ class GgufTensor:
     """A tensor as the file stores it.
 
     Attributes:
-        name: llama.cpp's name for it.
-        shape: Row-major, as torch would print it.
-        kind: The name of its type, for example ``"Q4_K"``.
+        name: Its name in llama.cpp.
+        shape: Its shape, row-major as in torch.
+        kind: Name of its type, for example ``"Q4_K"``.
         type_id: The number of that type.
-        offset: Where its bytes begin in the file.
-        nbytes: How many there are.
+        offset: Offset of its bytes in the file.
+        nbytes: Number of its bytes.
     """
 
     name: str
@@ -51,7 +51,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """All that a GGUF file says before its tensor data."""
+    """The content of a GGUF file before its tensor data."""
 
     path: Path
     file_size: int
@@ -60,10 +60,10 @@ class GgufHeader:
 
 
 def require_gguf() -> ModuleType:
-    """The package ``gguf``.
+    """Return the package ``gguf``.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: The package is not installed.
     """
     module: ModuleType = require("gguf", "gguf", "Reading a GGUF file")
     return module
@@ -73,7 +73,7 @@ def read_header(path: Path) -> GgufHeader:
     """Read the header of the GGUF file ``path``.
 
     Raises:
-        CheckpointError: It is no GGUF file, cut off, big-endian, split over files, or not laid out as GGUF says.
+        CheckpointError: The file is not GGUF, truncated, big-endian, split over files, or malformed.
         MissingExtraError: The package ``gguf`` is not installed.
     """
     require_gguf()
@@ -130,7 +130,7 @@ def _refuse_split(path: Path, metadata: dict[str, Any]) -> None:
 
 
 class _Cursor:
-    """Walks over the bytes of a header and never past their end."""
+    """A cursor over the bytes of a header that never passes their end."""
 
     def __init__(self, path: Path, file: IO[bytes], size: int) -> None:
         self.path, self._file, self.size, self.at = path, file, size, 8
@@ -139,7 +139,7 @@ class _Cursor:
         data = self._file.read(count) if count <= self.size - self.at else b""
         if len(data) < count:
             raise CheckpointError(
-                f"{self.path} is cut off or broken: its header wants {count} bytes at byte {self.at}, "
+                f"{self.path} is cut off or broken: its header needs {count} bytes at byte {self.at},  "
                 f"but the file has {self.size} bytes.",
                 hint="Download or convert it again.",
             )
@@ -154,7 +154,7 @@ class _Cursor:
         value: int = self.scalar("Q")
         if value > limit:
             raise CheckpointError(
-                f"{self.path} is broken: its header claims {value} {what} (at most {limit} are believed)."
+                f"{self.path} is broken: its header claims {value} {what} (at most {limit} are accepted)."
             )
         return value
 
@@ -174,7 +174,7 @@ class _Cursor:
         kind = self.scalar("I")
         count = self.count(_MAX_ITEMS, "items in one array")
         if kind == _STRING:
-            # A vocabulary may hold broken characters: keep them apart instead of making them all one.
+            # A vocabulary may hold broken characters, which must stay distinct.
             return [self.string("surrogateescape") for _ in range(count)]
         if kind not in _SCALARS:
             raise CheckpointError(f"{self.path} is broken: its header holds an array of the unsupported kind {kind}.")
@@ -183,13 +183,13 @@ class _Cursor:
 
 
 def shortest(value: float) -> float:
-    """The float with the fewest digits that is ``value`` in float32: 1e-05, not 9.999999747378752e-06.
+    """Return the float with the fewest digits that equals ``value`` in float32: 1e-05, not 9.999999747378752e-06.
 
-    GGUF stores settings in float32; their authors wrote them in decimal, and other files of the model do so too.
+    GGUF stores settings in float32; their authors wrote them in decimal, as other files of the model do.
     """
     for digits in range(1, 10):
         short = float(f"{value:.{digits}g}")
-        # Rounding up the largest float32 gives what float32 cannot hold.
+        # Rounding up the largest float32 would exceed float32.
         if abs(short) <= 3.4028234e38 and struct.pack("<f", short) == struct.pack("<f", value):
             return short
     return value
@@ -234,7 +234,7 @@ def _place(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int, off
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{cursor.path}: tensor {name!r} has the unknown type {type_id}.",
-            hint="Upgrade the package gguf, or take a file quantised to a common type (Q4_K, Q8_0, F16, ...).",
+            hint="Upgrade the package gguf, or use a file quantised to a common type (Q4_K, Q8_0, F16, ...).",
         ) from error
     if 0 in shape or shape[-1] % block:
         raise CheckpointError(

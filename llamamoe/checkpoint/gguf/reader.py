@@ -1,17 +1,17 @@
-"""GGUF files as dense checkpoints: headers at opening, one tensor dequantised at a time on reading.
+"""Read GGUF files as dense checkpoints: headers when opened, tensors dequantised one at a time.
 
-transformers reads GGUF files, too (5.23, `modeling_gguf_pytorch_utils`), and the package gguf dequantises for both. What is
-here is what transformers does not do:
+transformers reads GGUF files, too (5.23, `modeling_gguf_pytorch_utils`), and the package gguf dequantises for both.
+This module adds what transformers lacks:
 
 - one tensor, or some of its rows, at a time: transformers dequantises every tensor to float32 into one dictionary, then
   fills the model (SmolLM2-135M as Q4_1: 517 MiB beyond its imports, here 126);
-- shapes and types without data, from a bounded parser (`header`): transformers lets gguf map a file that may lie;
-- F16 and BF16 as they are stored: transformers makes float32 of them;
+- shapes and types without data, from a bounded parser (`header`): transformers lets gguf map an untrusted file;
+- F16 and BF16 as they are stored: transformers converts them to float32;
 - granite and gemma 1, which its table of architectures lacks;
-- refusing what would change the output and cannot be said in a ``config.json``: transformers drops keys that it does not
-  know with a line in its log (`config`, `rope`);
-- the pre-tokenizer that the file names (SmolLM2's single digits, the patterns of Qwen2 and Llama 3), and special tokens as
-  in the file (`tokenizer`, `vocabulary`): transformers gives each architecture one.
+- refusing metadata that change the output and cannot be expressed in ``config.json``: transformers drops unknown keys
+  with a line in its log (`config`, `rope`);
+- the pre-tokenizer that the file names (SmolLM2's single digits, the patterns of Qwen2 and Llama 3), and special tokens
+  as in the file (`tokenizer`, `vocabulary`): transformers uses one per architecture.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GgufCheckpoint:
     Args:
         path: The .gguf file.
         tokenizer: A folder whose tokenizer files are used instead of the vocabulary in the file.
-        weights_only: Leave the tokenizer for `check_tokenizer`, for who only looks at the weights.
+        weights_only: Leave the tokenizer to `check_tokenizer`, for callers that only need the weights.
 
     Attributes:
         general: The file's ``general.*`` metadata without the prefix: name, license, ...
@@ -85,15 +85,15 @@ class GgufCheckpoint:
         self.general = {k.removeprefix("general."): v for k, v in header.metadata.items() if k.startswith("general.")}
         self._tokenizer = None if tokenizer is None else Path(tokenizer)
         self._files.watch(*(gguf_tokenizer.files(self._tokenizer) if self._tokenizer else ()))
-        # Found out now, so that a plan can refuse before anything is written.
+        # Checked now, so that a plan can refuse before anything is written.
         self.notes = self._quantisation_notes() + notes + ([] if weights_only else self.check_tokenizer())
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """See `Checkpoint.read`: F16, BF16 and F32 as they are stored, everything else dequantised to float32.
 
         Raises:
-            CheckpointError: There is no such tensor.
-            LlamaMoeError: The file was changed since it was opened, or cannot be read.
+            CheckpointError: The tensor does not exist.
+            LlamaMoeError: The file has changed since it was opened, or cannot be read.
         """
         tensor = self._table.get(name)
         if tensor is None:
@@ -113,7 +113,7 @@ class GgufCheckpoint:
         """Return notes about the tokenizer.
 
         Raises:
-            CheckpointError: It could not be saved; see `llamamoe.checkpoint.gguf.tokenizer.check`.
+            CheckpointError: The tokenizer could not be saved; see `llamamoe.checkpoint.gguf.tokenizer.check`.
         """
         return gguf_tokenizer.check(self._header, self._tokenizer, self.config["vocab_size"])
 
@@ -126,7 +126,7 @@ class GgufCheckpoint:
         return gguf_tokenizer.save(self._header, self._tokenizer, out)
 
     def fingerprint(self) -> str:
-        """A hash of names, shapes, stored types, the file's size and time, and what the tokenizer's files hold."""
+        """Return a hash of names, shapes, stored types, the file's size and time, and the tokenizer's files."""
         rows = [[name, list(t.shape), t.kind, t.offset] for name, t in sorted(self._table.items())]
         given = gguf_tokenizer.files(self._tokenizer) if self._tokenizer else []
         tokenizer = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in given]
@@ -147,18 +147,18 @@ class GgufCheckpoint:
 
 
 def _check_readable(path: Path, tensor: GgufTensor) -> None:
-    """Refuse types that the installed gguf cannot turn into numbers, and integers, which are no weights."""
+    """Refuse types that the installed gguf cannot turn into numbers, and integers, which are not weights."""
     gguf = require_gguf()
     kind = gguf.constants.GGMLQuantizationType(tensor.type_id)
     if tensor.kind not in _PLAIN and kind not in gguf.quants._type_traits:
         raise CheckpointError(
             f"{path}: tensor {tensor.name!r} is of type {tensor.kind}, which the package gguf cannot dequantise.",
-            hint="Take a file quantised to a common type (Q4_K, Q8_0, F16, ...), or upgrade the package gguf.",
+            hint="Use a file quantised to a common type (Q4_K, Q8_0, F16, ...), or upgrade the package gguf.",
         )
 
 
 def _values(files: SourceFiles, path: Path, tensor: GgufTensor) -> np.ndarray[Any, Any]:
-    """The tensor's numbers: as they are where they are stored plainly (BF16 as int16), else float32."""
+    """Return the tensor's numbers: as stored if not quantised (BF16 as int16), else float32."""
     plain = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}.get(tensor.kind)
     if plain is not None:
         return files.read(path, tensor.offset, tensor.nbytes).view(plain).reshape(tensor.shape)
@@ -214,7 +214,7 @@ def export_dense(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not empty.", hint="Give a folder that does not exist yet.")
     source = GgufCheckpoint(gguf_path, tokenizer=tokenizer)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # ours alone: another run's is left in peace
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # used by this process only
     partial.mkdir(parents=True)
     try:
         _write_weights(source, partial / "model.safetensors", dtype, progress)
@@ -230,7 +230,7 @@ def export_dense(
 
 
 def _write_config(config: dict[str, Any], path: Path, dtype: str) -> None:
-    """Both spellings of rope and dtype, with the same content: each transformers reads the one it knows."""
+    """Write both spellings of rope and dtype with the same content: each version of transformers reads its own."""
     rope = dict(config["rope_parameters"])
     theta = rope.pop("rope_theta")
     both = {k: v for k, v in config.items() if k != "dtype"}
@@ -240,7 +240,7 @@ def _write_config(config: dict[str, Any], path: Path, dtype: str) -> None:
 
 
 def _write_weights(source: GgufCheckpoint, path: Path, dtype: str, progress: ProgressCallback) -> None:
-    """One safetensors file, its header planned ahead, its tensors written as they are read."""
+    """Write one safetensors file: the header first, then each tensor as it is read."""
     width = DTYPE_BYTES[dtype]
     header, _ = shard_header({n: (dtype, info.shape, info.numel * width) for n, info in source.tensors.items()})
     with replacing(path) as file:
@@ -254,6 +254,6 @@ def _write_weights(source: GgufCheckpoint, path: Path, dtype: str, progress: Pro
 def _bytes(values: torch.Tensor, name: str, dtype: str) -> memoryview:
     cast = values.to(getattr(torch, _TORCH_NAMES[dtype])).contiguous()
     if dtype == "F16" and not torch.isfinite(cast).all() and torch.isfinite(values).all():
-        raise CheckpointError(f"{name} has values beyond the range of F16.", hint="Take BF16 or F32.")
+        raise CheckpointError(f"{name} has values beyond the range of F16.", hint="Use BF16 or F32.")
     data: memoryview = cast.reshape(-1).view(torch.uint8).numpy().data
     return data

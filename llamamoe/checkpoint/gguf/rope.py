@@ -1,4 +1,4 @@
-"""Rotary embedding settings of a GGUF file, and checked access to its metadata."""
+"""Read rotary embedding settings of a GGUF file, with checked access to its metadata."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ...lazy import gguf, np
 from .header import GgufHeader, GgufTensor
 
 ORIGINAL = "Split the original Hugging Face checkpoint instead of its GGUF file."
-"""The way out where a GGUF file cannot be carried over."""
+"""Hint for GGUF files that cannot be carried over."""
 _HINT = "Correct it in the model's config.json."
 _LEAST, _MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-"""The size of float32's normal numbers."""
+"""Range of float32's normal numbers."""
 
 
 class Keys:
@@ -25,11 +25,11 @@ class Keys:
         self.arch: str = header.metadata["general.architecture"]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value as the file holds it."""
+        """Return the value as stored in the file."""
         return self.metadata.get(f"{self.arch}.{key}", default)
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number above zero; a list with one number per layer must hold the same one everywhere."""
+        """Return a whole number above zero; a list with one number per layer must hold the same one everywhere."""
         value = self.get(key, default)
         if isinstance(value, list) and value:
             if len(set(value)) > 1:
@@ -42,7 +42,7 @@ class Keys:
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
-        """A finite number above zero."""
+        """Return a finite number above zero."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise CheckpointError(f"{self.path}: {self.arch}.{key} = {value!r}, but it must be a number above 0.")
@@ -50,16 +50,16 @@ class Keys:
 
 
 def rope_parameters(header: GgufHeader, keys: Keys, head_dim: int) -> dict[str, Any]:
-    """Rope as transformers 5 spells it."""
+    """Return rope in the spelling of transformers 5."""
     theta = keys.positive("rope.freq_base", 10000.0)
     kind = keys.get("rope.scaling.type", "none")
     factor = keys.positive("rope.scaling.factor", keys.get("rope.scale_linear") or 1.0)
     if kind == "none" and factor != 1.0:
-        kind = "linear"  # what llama.cpp takes a factor without a type for
+        kind = "linear"  # llama.cpp's reading of a factor without a type
     for key, neutral in (("attn_factor", (1.0,)), ("yarn_attn_factor", ()), ("yarn_ext_factor", (-1.0, 1.0))):
         if (value := keys.get(f"rope.scaling.{key}")) is not None and value not in neutral:
             raise CheckpointError(
-                f"{header.path}: rope.scaling.{key} = {value!r} means different things to different converters.",
+                f"{header.path}: rope.scaling.{key} = {value!r} is ambiguous: converters differ in its meaning.",
                 hint=ORIGINAL,
             )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
@@ -86,10 +86,10 @@ def rope_parameters(header: GgufHeader, keys: Keys, head_dim: int) -> dict[str, 
 
 
 def _llama3(header: GgufHeader, freqs: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The llama3 scaling whose factors the file stores: what reproduces them is what the model computes.
+    """Return the llama3 scaling that reproduces the factors in the file, which are what the model computes with.
 
     Raises:
-        CheckpointError: No setting reproduces them.
+        CheckpointError: No setting reproduces the factors.
     """
     if freqs.kind != "F32" or freqs.shape != (head_dim // 2,):
         raise CheckpointError(
@@ -116,7 +116,7 @@ def _llama3(header: GgufHeader, freqs: GgufTensor, theta: float, head_dim: int) 
 def _llama3_factors(
     theta: float, head_dim: int, factor: float, original: int, low: float = 1.0, high: float = 4.0
 ) -> list[float]:
-    """What llama.cpp's converter stores: the number that divides each frequency."""
+    """Return what llama.cpp's converter stores: the divisor of each frequency."""
     factors = []
     for dim in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (dim / head_dim)
@@ -127,21 +127,21 @@ def _llama3_factors(
 
 
 def write_rope(writer: gguf.GGUFWriter, rope: Mapping[str, Any], head_dim: int) -> list[float] | None:
-    """Put ``rope_parameters`` among the metadata; returns what ``rope_freqs.weight`` must hold, if there is to be one.
+    """Add ``rope_parameters`` to the metadata; return the content of ``rope_freqs.weight``, if it is needed.
 
     Raises:
-        RefusedError: llama.cpp has no such scaling.
+        RefusedError: llama.cpp does not support the scaling.
     """
     kind, theta = rope.get("rope_type", "default"), float32(rope, "rope_theta")
     known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
     known |= {"llama3": {"low_freq_factor", "high_freq_factor"}, "yarn": {"beta_fast", "beta_slow"}}.get(kind, set())
-    # Both compute 0.1 ln(factor) + 1 for yarn's attention; what says otherwise (mscale among it) has no place.
+    # Both compute 0.1 ln(factor) + 1 for yarn's attention; GGUF has no key for anything else (such as mscale).
     usual = 0.1 * math.log(float32(rope, "factor")) + 1 if kind == "yarn" else None
     neutral = {"truncate": True, "attention_factor": usual, "partial_rotary_factor": 1.0}
     other = sorted(k for k, v in rope.items() if k not in known and v is not None and neutral.get(k) != v)
     if kind not in ("default", "linear", "llama3", "yarn") or other:
         what = f"rope scaling of type {kind!r}" + (f" with {', '.join(other)}" if other else "")
-        raise RefusedError(f"{what} cannot be said in a GGUF file's terms here.")
+        raise RefusedError(f"{what} cannot be expressed in a GGUF file.")
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(theta)
     if kind in ("linear", "yarn"):
@@ -163,7 +163,7 @@ def uint32(values: Mapping[str, Any], key: str) -> int:
     """Return a whole number above zero that a GGUF file can hold.
 
     Raises:
-        CheckpointError: It is something else.
+        CheckpointError: The value is anything else.
     """
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**32:
@@ -178,7 +178,7 @@ def float32(values: Mapping[str, Any], key: str) -> float:
     """Return a number that a GGUF file can hold, which rounds it to float32.
 
     Raises:
-        CheckpointError: It is something else, or float32 makes zero or infinity of it.
+        CheckpointError: The value is anything else, or becomes zero or infinite in float32.
     """
     value: Any = values.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

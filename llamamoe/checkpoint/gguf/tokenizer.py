@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, written as the ``tokenizer.json`` that its model came from.
+"""Write the tokenizer inside a GGUF file as the ``tokenizer.json`` that it was made from.
 
-A GGUF file holds the vocabulary, but of the way text is cut before it only a name (``tokenizer.ggml.pre``). A cut
-that differs from the parent's gives other tokens without any error, so a name that is not known here is refused.
+A GGUF file holds the vocabulary, but only the name of its pre-tokenizer (``tokenizer.ggml.pre``). A pre-tokenizer
+that differs from the parent's gives other tokens without any error, so an unknown name is refused.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .cuts import CUTS
 from .header import GgufHeader
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""llama.cpp's types of tokens."""
+"""llama.cpp's token types."""
 
 
 def check(header: GgufHeader, folder: Path | None, vocab_size: int) -> list[str]:
-    """Notes about the tokenizer; refuses one that could not be saved.
+    """Return notes about the tokenizer; refuse one that could not be saved.
 
     Raises:
-        CheckpointError: The vocabulary is broken, or how it cuts text is not known, and no folder is given instead;
+        CheckpointError: The vocabulary is broken, or its pre-tokenizer is unknown, and no folder is given instead;
             or the folder holds no tokenizer, a link out of it, or a tokenizer with its own code.
     """
     if folder is not None:
@@ -52,17 +52,17 @@ def check(header: GgufHeader, folder: Path | None, vocab_size: int) -> list[str]
         _refuse(header, f"a tokenizer of kind {model!r} (architecture {arch!r}) cannot be rebuilt exactly")
     if model == "gpt2" and pre not in CUTS:
         _refuse(
-            header, f"how its tokenizer cuts text (tokenizer.ggml.pre = {pre!r}) is not known ({', '.join(CUTS)} are)"
+            header, f"its pre-tokenizer (tokenizer.ggml.pre = {pre!r}) is unknown ({', '.join(CUTS)} are supported)"
         )
     _check_vocabulary(header, vocab_size)
     return []
 
 
 def files(folder: Path) -> list[Path]:
-    """The tokenizer's files in a folder.
+    """Return the tokenizer's files in a folder.
 
     Raises:
-        CheckpointError: One of them is a link out of the folder.
+        CheckpointError: A file is a link out of the folder.
     """
     return [inside(folder, name) for name in SIDE_FILES if (folder / name).is_file()]
 
@@ -117,11 +117,11 @@ def _check_vocabulary(header: GgufHeader, vocab_size: int) -> None:
         _refuse(header, "its vocabulary has a token twice, or one that is not UTF-8")
     for name, value in token_ids(metadata).items():
         if value is not None and (not isinstance(value, int) or not 0 <= value < vocab_size):
-            _refuse(header, f"its {name} token has the impossible id {value!r}")
+            _refuse(header, f"its {name} token has the invalid id {value!r}")
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> tuple[dict[str, int], list[int]]:
-    """Token to id, and the type of each; what was added at the end only to fill the embedding is left out."""
+    """Return token to id, and the type of each, without tokens at the end that only fill the embedding."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     count = len(tokens)
     while count and types[count - 1] == UNUSED:
@@ -130,7 +130,7 @@ def _vocabulary(metadata: Mapping[str, Any]) -> tuple[dict[str, int], list[int]]
 
 
 def _adds(metadata: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether bos and eos are put around a text, by llama.cpp's defaults where the file does not say."""
+    """Return whether bos and eos are added around a text, with llama.cpp's defaults for missing keys."""
     ids = token_ids(metadata)
     default = metadata["tokenizer.ggml.model"] == "llama" or CUTS[metadata["tokenizer.ggml.pre"]].add_bos
     bos = bool(metadata.get("tokenizer.ggml.add_bos_token", default)) and ids["bos"] is not None
@@ -162,7 +162,7 @@ def _tokenizer_json(header: GgufHeader) -> dict[str, Any]:
 
 
 def _template(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The post-processor that puts bos and eos around a text."""
+    """Return the post-processor that adds bos and eos around a text."""
     tokens, ids = metadata["tokenizer.ggml.tokens"], token_ids(metadata)
     used = [name for name, on in zip(("bos", "eos"), _adds(metadata), strict=True) if on]
     if not used:
@@ -185,7 +185,7 @@ def _template(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
-    """GPT-2's kind: text is cut, its bytes are spelled in printable characters, and merged by rank."""
+    """Return a tokenizer of GPT-2's kind: text is split, its bytes become printable characters, merged by rank."""
     cut = CUTS[metadata["tokenizer.ggml.pre"]]
     level = {
         "type": "ByteLevel",
@@ -206,7 +206,7 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]) -> dict[str,
 
 
 def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> dict[str, Any]:
-    """SentencePiece BPE: spaces are written as a visible sign, unknown characters as their bytes."""
+    """Return a SentencePiece BPE: spaces become a visible character, unknown characters their bytes."""
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     decoders: list[dict[str, Any]] = [
@@ -237,7 +237,7 @@ def _bpe(vocab: dict[str, int], merges: list[str] | list[list[str]], **settings:
 
 
 def merges_of_scores(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[list[str]]:
-    """SentencePiece keeps no merges: it joins the neighbours whose union has the best score. The same as ranks."""
+    """Return merges by rank that are equivalent to SentencePiece's scores, of which the best union is joined first."""
     usable = {token for token, index in vocab.items() if types[index] in (NORMAL, USER_DEFINED, UNUSED)}
     found: list[tuple[float, int, int, str, str]] = []
     for token in usable:
@@ -253,7 +253,7 @@ def _tokenizer_config(header: GgufHeader) -> dict[str, Any]:
     tokens, ids = metadata["tokenizer.ggml.tokens"], token_ids(metadata)
     add_bos, add_eos = _adds(metadata)
     config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # take tokenizer.json as it is: no class rebuilds it
+        "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is instead of rebuilding it
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "add_bos_token": add_bos,

@@ -1,7 +1,7 @@
-"""A ``tokenizer.json`` as the metadata of a GGUF file: the way back from `llamamoe.checkpoint.gguf.tokenizer`.
+"""Write a ``tokenizer.json`` as GGUF metadata: the inverse of `llamamoe.checkpoint.gguf.tokenizer`.
 
-llama.cpp cuts text by rules of its own, which the file calls by a name. Which name stands for a tokenizer's own rules is
-decided by comparing them one by one; a tokenizer that none matches is refused, since it would give other tokens without
+llama.cpp has its own pre-tokenizers, which the file refers to by name. The name for a tokenizer's rules is found
+by comparing them one by one; a tokenizer that none matches is refused, since it would give other tokens without
 any error.
 """
 
@@ -27,20 +27,20 @@ _SPACE = "▁"
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """What ``tokenizer.ggml.*`` says.
+    """The metadata ``tokenizer.ggml.*``.
 
     Attributes:
         model: ``"gpt2"`` (byte-level BPE), ``"llama"`` (SentencePiece BPE) or ``"none"``.
-        pre: llama.cpp's name of the way text is cut.
-        tokens: One for each row of the embedding; rows that no token has are filled up.
-        types: llama.cpp's kind of each token.
-        scores: SentencePiece only: the higher, the earlier a token is made of its halves.
-        merges: Byte-level only, by rank.
+        pre: llama.cpp's name of the pre-tokenizer.
+        tokens: One for each row of the embedding; rows without a token are filled.
+        types: llama.cpp's type of each token.
+        scores: SentencePiece only: tokens with higher scores are merged earlier.
+        merges: Byte-level only: the merges by rank.
         special: Ids by llama.cpp's names (``bos``, ``eos``, ``pad``, ``unk``, ``eot``).
-        adds: Whether bos and eos are put around a text.
+        adds: Whether bos and eos are added around a text.
         space_prefix: SentencePiece only: whether a text begins with a space.
-        chat_template: As the folder has it.
-        notes: Where llama.cpp cuts text in another way.
+        chat_template: The chat template of the folder.
+        notes: Cases in which llama.cpp splits text differently.
     """
 
     model: str
@@ -56,7 +56,7 @@ class GgufVocabulary:
     notes: tuple[str, ...] = ()
 
     def write(self, writer: gguf.GGUFWriter) -> None:
-        """Put it among the file's metadata."""
+        """Add the vocabulary to the file's metadata."""
         writer.add_tokenizer_model(self.model)
         if self.model == "none":
             return
@@ -77,22 +77,23 @@ class GgufVocabulary:
 
 
 def read_vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) -> GgufVocabulary:
-    """The tokenizer of a checkpoint's folder, as llama.cpp wants it.
+    """Read the tokenizer of a checkpoint's folder in llama.cpp's form.
 
     Args:
-        folder: The checkpoint; its files have been checked to lie in it.
+        folder: The checkpoint; its files have been checked to be inside it.
         vocab_size: Rows of the embedding.
-        pre: llama.cpp's name of the way text is cut, for a byte-level tokenizer that is not recognised.
+        pre: llama.cpp's name of the pre-tokenizer, for a byte-level tokenizer that is not recognised.
 
     Raises:
-        CheckpointError: There is a tokenizer, but llama.cpp would cut text in another way, or nothing says how.
+        CheckpointError: There is a tokenizer, but llama.cpp would split text differently, or its pre-tokenizer is
+            unknown.
         MissingExtraError: The package ``gguf`` is not installed.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         if (folder / "tokenizer.model").is_file() or (folder / "vocab.json").is_file():
             raise CheckpointError(
-                f"{folder} has a tokenizer, but no tokenizer.json, which is what is read here.",
+                f"{folder} has a tokenizer, but no tokenizer.json, which is required.",
                 hint=f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...) writes one.",
             )
         return GgufVocabulary("none")
@@ -100,9 +101,9 @@ def read_vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) ->
         return _read(path, vocab_size, pre)
     except LlamaMoeError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:  # files of others
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:  # foreign files
         raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read here ({type(error).__name__}: {str(error)[:200]}).",
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]}).",
             hint="Copy tokenizer.json, tokenizer_config.json and generation_config.json from the original model.",
         ) from error
 
@@ -124,7 +125,7 @@ def _read(path: Path, vocab_size: int, pre: str | None) -> GgufVocabulary:
     special, template = _special(path.parent, vocab_size)
     if kind == "gpt2" and "eos" not in special:
         raise CheckpointError(
-            f"{path.parent} names no end-of-sequence token, and llama.cpp would take token 11 for it.",
+            f"{path.parent} names no end-of-sequence token, and llama.cpp would use token 11.",
             hint="Name one as eos_token in tokenizer_config.json.",
         )
     stripping = _stripping(added)
@@ -145,22 +146,20 @@ def _read(path: Path, vocab_size: int, pre: str | None) -> GgufVocabulary:
 
 
 def _check_model(path: Path, model: Mapping[str, Any]) -> None:
-    """Refuse what llama.cpp has no notion of."""
+    """Refuse features that llama.cpp does not support."""
     if model.get("type", "BPE") != "BPE":
         raise _refused(path, f"its model is {model.get('type')!r}, not BPE")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
             raise _refused(path, f"its model has {name} = {model[name]!r}")
     if model.get("byte_fallback") and model.get("ignore_merges"):
-        raise _refused(path, "it falls back to bytes and ignores merges at once")
+        raise _refused(path, "it both falls back to bytes and ignores merges")
 
 
 def _composed(cut: Cut | None) -> tuple[str, ...]:
     if cut is None or not cut.nfc:
         return ()
-    return (
-        "llama.cpp does not compose characters (NFC) as this tokenizer does: decomposed text is cut in another way",
-    )
+    return ("llama.cpp does not compose characters (NFC) as this tokenizer does: decomposed text is split differently",)
 
 
 def _stripping(added: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -168,16 +167,16 @@ def _stripping(added: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"{len(names)} special tokens take spaces or line ends beside them along, or stand as whole words only ({names[0]}): "
-        "llama.cpp does not know of it, so text beside them may be cut in another way",
+        f"{len(names)} special tokens absorb spaces or line ends beside them, or match whole words only ({names[0]}):  "
+        "llama.cpp does not support this, so text beside them may be split differently",
     )
 
 
 def _refused(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {reason}, so llama.cpp might cut text in another way.",
+        f"{path}: {reason}, so llama.cpp might split text differently.",
         hint="If you know llama.cpp's name of its pre-tokenizer, give it with --pre; convert_hf_to_gguf.py of llama.cpp "
-        "knows more of them.",
+        "supports more of them.",
     )
 
 
@@ -185,15 +184,15 @@ def _refused(path: Path, reason: str) -> CheckpointError:
 
 
 def _name_of(path: Path, cut: Cut | None) -> str:
-    """llama.cpp's name for a cut."""
+    """Return llama.cpp's name for a pre-tokenizer."""
     for name, known in CUTS.items():
         if cut is not None and replace(known, add_bos=False) == cut:
             return name
-    raise _refused(path, f"how it cuts text has no name that is known here ({', '.join(CUTS)} are)")
+    raise _refused(path, f"its pre-tokenizer has no known name ({', '.join(CUTS)} are known)")
 
 
 def _space_prefix(path: Path, content: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a SentencePiece tokenizer puts a space before the text, and where llama.cpp does it otherwise."""
+    """Return whether a SentencePiece tokenizer adds a space before text, and cases where llama.cpp differs."""
     normalizer, pre = content.get("normalizer") or {}, content.get("pre_tokenizer")
     steps = [s for s in normalizer.get("normalizers", [normalizer]) if s]
     plain = pre is not None and pre.get("type") == "Metaspace" and pre.get("replacement", _SPACE) == _SPACE
@@ -201,13 +200,13 @@ def _space_prefix(path: Path, content: Mapping[str, Any]) -> tuple[bool, tuple[s
         if pre.get("prepend_scheme", "always") == "never":
             return False, ()
         return True, (
-            "llama.cpp puts a space before every text and after every special token, this tokenizer only before a text "
-            "that begins with none: such texts are cut in another way",
+            "llama.cpp adds a space before every text and after every special token, this tokenizer only before a text "
+            "that begins with none: such texts are split differently",
         )
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     if pre is None and steps and steps[-1] == spaces and steps[:-1] in ([], [{"type": "Prepend", "prepend": _SPACE}]):
         return len(steps) == 2, ()
-    raise _refused(path, "how it writes spaces is not known here")
+    raise _refused(path, "its treatment of spaces is not supported")
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -216,7 +215,7 @@ def _space_prefix(path: Path, content: Mapping[str, Any]) -> tuple[bool, tuple[s
 def _tokens(
     ids: Mapping[str, int], added: Sequence[Mapping[str, Any]], model: Mapping[str, Any], vocab_size: int, kind: str
 ) -> tuple[list[str], list[int]]:
-    """The text and llama.cpp's type of each row of the embedding."""
+    """Return the text and llama.cpp's type of each row of the embedding."""
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [kinds.UNUSED] * vocab_size
     for token, index in ids.items():
@@ -233,13 +232,13 @@ def _tokens(
 def _scores(
     path: Path, tokens: list[str], types: list[int], merges: Sequence[tuple[str, ...]], vocab: dict[str, int]
 ) -> list[float]:
-    """Scores that make llama.cpp join the same neighbours in the same order as the ranks of merges do.
+    """Return scores that make llama.cpp join the same neighbours in the same order as the merges' ranks do.
 
-    llama.cpp joins any two neighbours whose union is a token, best score first. That is what the ranks say if they are
-    grouped by what comes out, and if every such pair is among them.
+    llama.cpp joins any two neighbours whose union is a token, best score first. This is equivalent to the ranks if they
+    are grouped by their result, and if every such pair is among them.
 
     Raises:
-        CheckpointError: They are not, or it is not.
+        CheckpointError: A condition does not hold.
     """
     order = [token for token, _ in groupby("".join(each) for each in merges)]
     if len(set(order)) != len(order):
@@ -247,20 +246,20 @@ def _scores(
     present = {token for token, kind in zip(tokens, types, strict=True) if kind == kinds.BYTE}
     if len(present) < 256:
         raise _refused(path, f"it falls back to bytes, but has tokens for {len(present)} of 256 only")
-    scores = [-float(len(order) + 1)] * len(tokens)  # what no merge makes is joined last
+    scores = [-float(len(order) + 1)] * len(tokens)  # tokens that no merge produces are joined last
     for rank, token in enumerate(order, start=1):
         scores[vocab[token]] = -float(rank)
     found = kinds.merges_of_scores(vocab, types, scores)
     if {tuple(each) for each in found} != set(merges):
-        raise _refused(path, "two of its tokens may join though no merge says so")
+        raise _refused(path, "two of its tokens could be joined without a merge for them")
     return scores
 
 
 def _special(folder: Path, vocab_size: int) -> tuple[dict[str, int], Any]:
-    """Ids of special tokens, and the chat template. The files are read as llama.cpp's own package reads them."""
+    """Return ids of special tokens, and the chat template, read as llama.cpp's own package reads them."""
     require_gguf()
 
-    # It warns of templates that it does not understand; what is put around a text is found by trying, see `_adds`.
+    # It warns of templates that it does not understand; tokens around a text are found by trying, see `_adds`.
     gguf.vocab.logger.setLevel("ERROR")
     _check_links(folder / "additional_chat_templates", folder)
     found = gguf.vocab.SpecialVocab(folder, load_merges=False, n_vocab=vocab_size)
@@ -278,7 +277,7 @@ def _special(folder: Path, vocab_size: int) -> tuple[dict[str, int], Any]:
 
 
 def _check_links(templates: Path, folder: Path) -> None:
-    """Refuse templates that are links out of the checkpoint: their text would stand in the file."""
+    """Refuse templates that are links out of the checkpoint: their text would become part of the file."""
     root = folder.resolve()
     for path in [templates, *templates.glob("*")]:
         if not path.resolve().is_relative_to(root):
@@ -286,15 +285,15 @@ def _check_links(templates: Path, folder: Path) -> None:
 
 
 def _adds(path: Path, special: Mapping[str, int]) -> tuple[bool, bool]:
-    """Whether the tokenizer puts bos before a text and eos after it: it is tried."""
+    """Return whether the tokenizer adds bos before a text and eos after it, by encoding one."""
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # its errors have no class of their own
+    except Exception as error:  # tokenizers raises bare exceptions
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     plain, full = (tokenizer.encode("a", add_special_tokens=flag).ids for flag in (False, True))
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), None)
     before, after = (full[:start], full[start + len(plain) :]) if start is not None else (full, [])
     adds = (bool(before), bool(after))
     if before != [special.get("bos")] * adds[0] or after != [special.get("eos")] * adds[1]:
-        raise _refused(path, f"it puts the tokens {before + after} around a text, which are not bos and eos")
+        raise _refused(path, f"it adds the tokens {before + after} around a text, which are not bos and eos")
     return adds

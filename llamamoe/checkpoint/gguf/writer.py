@@ -1,4 +1,4 @@
-"""Writes tensors into a GGUF file: their types, and the file whole or not at all."""
+"""Write tensors into a GGUF file, which appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..files import replacing_path
 
 DTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
-"""llama.cpp's number for a file of which most is of this type."""
+"""llama.cpp's file type for each main tensor type."""
 Q8_BLOCK = 32
-"""Numbers of a row that share a scale in Q8_0."""
+"""Number of elements of a row that share a scale in Q8_0."""
 _Q8_BYTES = 34
 _KINDS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
 
 @dataclass(frozen=True)
 class GgufOut:
-    """One tensor of the file: its shape, its type, and how to make it."""
+    """One tensor of the file: its shape, its type, and the function that makes it."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,13 +33,13 @@ class GgufOut:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes of the tensor in the file."""
         count = prod(self.shape)
         return count * 4 if self.kind == "F32" else count * 2 if self.kind != "Q8_0" else count // Q8_BLOCK * _Q8_BYTES
 
 
 def kind_of(dtype: str, stored: str, shape: tuple[int, ...]) -> str:
-    """The GGUF type of a tensor."""
+    """Return the GGUF type of a tensor."""
     if len(shape) == 1:
         return "F32"
     kind = _KINDS.get(stored if dtype == "auto" else dtype, "F32")
@@ -53,10 +53,10 @@ def write_tensors(
     progress: ProgressCallback,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the file, beside OUT under another name until it is whole and ``check`` has raised nothing."""
+    """Write the file, under another name beside OUT until it is complete and ``check`` has passed."""
     for each in tensors:
         kind = gguf.GGMLQuantizationType[each.kind]
-        # The dtype only tells packed from plain shapes: what is stored is `kind`.
+        # The dtype only distinguishes packed from plain shapes: `kind` is stored.
         writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=kind)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,23 +72,23 @@ def write_tensors(
     except OSError as error:
         raise LlamaMoeError(
             f"writing {out} failed: {error.strerror or error}.",
-            hint="Nothing is left of it; mend the cause and repeat.",
+            hint="Nothing is left of it; fix the cause and repeat.",
         ) from error
     finally:
         writer.close()
 
 
 def _packed(tensor: GgufOut) -> np.ndarray[Any, Any]:
-    """The numbers as the file stores them."""
+    """Return the numbers as the file stores them."""
     value = tensor.make()
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
     cast = value.to(dtypes[tensor.kind]).contiguous()
     if not torch.isfinite(cast).all():
         raise LlamaMoeError(
             f"{tensor.name} would hold NaN or infinite values as {tensor.kind}.",
-            hint="With --dtype f16 the values are beyond its range: take bf16 or f32."
+            hint="With --dtype f16 the values are beyond its range: use bf16 or f32."
             if torch.isfinite(value).all()
-            else "The checkpoint holds them already.",
+            else "The checkpoint already contains them.",
         )
     if tensor.kind == "Q8_0":
         packed: np.ndarray[Any, Any] = gguf.quants.quantize(cast.numpy(), gguf.GGMLQuantizationType.Q8_0)

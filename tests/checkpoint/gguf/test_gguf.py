@@ -470,7 +470,7 @@ def test_layers_of_different_width_are_refused(path: Path) -> None:
 
 def test_unknown_metadata_are_noted(path: Path) -> None:
     write_gguf(path, make_model(), metadata=lambda w: w.add_uint32("llama.new_thing", 3))
-    assert any("llama.new_thing is not known" in note for note in GgufCheckpoint(path).notes)
+    assert any("llama.new_thing is unknown" in note for note in GgufCheckpoint(path).notes)
 
 
 def test_a_header_that_claims_billions_of_layers_is_refused_at_once(path: Path) -> None:
