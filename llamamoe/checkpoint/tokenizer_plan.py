@@ -67,5 +67,5 @@ def _check_generation(folder: Path) -> None:
         if value is not None and not all(isinstance(each, int) and not isinstance(each, bool) for each in several):
             raise CheckpointError(
                 f"generation_config.json: {key} is {value!r}, but must be an integer.",
-                hint="Mend it, or remove the file.",
+                hint="Correct it, or remove the file.",
             )

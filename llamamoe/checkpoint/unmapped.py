@@ -1,11 +1,11 @@
-"""Models loaded by transformers without mapping their files into memory.
+"""Load models in transformers without mapping their files into memory.
 
-A mapped file that another process truncates kills the reader with SIGBUS; a short read is an error that can be told.
-Mapped weights also remain the file's as long as they are used: who writes to it changes them.
+A mapped file that another process truncates kills the reader with SIGBUS; a short read is an error that can be
+reported. Mapped weights also stay tied to the file while they are used: writing to it changes them.
 
-Safetensors can read files by ``pread`` instead, but transformers and accelerate ask it for that on few systems only (and
+Safetensors can read files by ``pread`` instead, but transformers and accelerate request that on few systems only (and
 transformers' ``disable_mmap`` reads each file into memory whole, beside the weights). Both ask `safetensors.safe_open`,
-which is replaced here for a while in their modules.
+which is temporarily replaced in their modules.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _later: ContextVar[bool] = ContextVar("later", default=False)
 def unmapped(*, later: bool = False) -> Iterator[None]:
     """Read the safetensors files that transformers, accelerate and peft open meanwhile by ``pread``.
 
-    What other threads load at that time they load by ``pread``, too; they get the same values.
+    Other threads also read by ``pread`` during that time; they get the same values.
 
     Args:
-        later: Read no values in this thread where they are asked for as a slice, but give NaN in their place: for a model
-            whose weights stay on disk. Transformers opens its files, looks at names, shapes and slices, and drops the
-            values; accelerate reads them (whole tensors) when they are used, which must not be under ``later``.
+        later: Whether slices read in this thread give NaN instead of values: for a model
+            whose weights stay on disk. Transformers opens its files, reads names, shapes and slices, and drops the
+            values; accelerate reads whole tensors when they are used, which must not happen under ``later``.
     """
     _count(1)
     token = _later.set(later)
@@ -48,7 +48,7 @@ def unmapped(*, later: bool = False) -> Iterator[None]:
 
 
 def _count(change: int) -> None:
-    """Replace the function for the first who needs it, and put it back after the last."""
+    """Replace the function for the first user, and restore it after the last."""
     global _users
     with _LOCK:
         before, _users = _users, _users + change
@@ -61,7 +61,7 @@ def _count(change: int) -> None:
 
 @functools.cache
 def _mapping() -> Any:
-    """What is replaced; asked for first before it is."""
+    """Return the original function; called before it is replaced."""
     return safetensors.safe_open
 
 
@@ -71,7 +71,7 @@ def _open(filename: Any, framework: str, device: Any = "cpu", **_: Any) -> Any:
 
 
 class _Unread:
-    """An open file whose slices have shapes and no values."""
+    """An open file whose slices have shapes but no values."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -87,7 +87,7 @@ class _Unread:
 
 
 class _Unknown:
-    """A slice in which every number is NaN, and all of them one: it takes no memory."""
+    """A slice that is NaN everywhere and takes no memory, because all elements share one."""
 
     def __init__(self, stored: Any) -> None:
         self._stored = stored

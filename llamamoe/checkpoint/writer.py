@@ -1,8 +1,8 @@
-"""Writes a checkpoint that appears whole or not at all, tensor by tensor, and goes on where it was stopped.
+"""Write a checkpoint that appears whole or not at all, tensor by tensor, and resume a stopped one.
 
 Everything is written into ``OUT.partial/``. The layout of every shard is known before the first byte, so tensors
-may come in any order and none is gathered. After each unit (a layer) the data are synced and a line with the hashes
-of its tensors is added to a ledger; ``resume`` checks those hashes and skips the units that hold. `publish` renames
+may come in any order and are not collected. After each unit (a layer) the data are synced and a line with the hashes
+of its tensors is added to a ledger; ``resume`` checks those hashes and skips the units that match. `publish` renames
 the folder.
 """
 
@@ -26,7 +26,7 @@ from .ledger import LEDGER, STATES, Ledger, partial_path, replaced_path
 from .out_folder import foreign_names
 
 QUEUE_BYTES = 256 * 2**20
-"""Bytes that may wait for the disk; bounds the memory of the writer."""
+"""Maximum number of bytes that wait for the disk; bounds the memory of the writer."""
 BLOCK_BYTES = 2**18
 """Bytes written at a time: the page cache takes them in a third of the system time of 1 MiB (measured on ext4)."""
 
@@ -35,15 +35,15 @@ class CheckpointWriter:
     """Writes the shards of one checkpoint into ``OUT.partial/``. Use as a context manager.
 
     Args:
-        out: The folder to appear; see `check_out` for what may stand there.
+        out: The folder to create; see `check_out` for what may exist there.
         shards: file name to (tensor name to (dtype, shape, bytes)), in file order.
-        fingerprint: Identifies what is written; a resume with another one is refused.
-        resume: Go on with what ``OUT.partial/`` holds, if it exists.
-        restart: Throw away what ``OUT.partial/`` holds.
+        fingerprint: Identifies the output; a resume with a different one is refused.
+        resume: Resume from the content of ``OUT.partial/``, if it exists.
+        restart: Discard the content of ``OUT.partial/``.
 
     Raises:
-        RefusedError: ``OUT.partial/`` exists without ``resume`` or ``restart``, belongs to something else, also holds
-            something else, or is in use.
+        RefusedError: ``OUT.partial/`` exists without ``resume`` or ``restart``, belongs to another output, also
+            contains something else, or is in use.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CheckpointWriter:
     # ---- units ------------------------------------------------------------------------------------------------
 
     def done(self, unit: str) -> bool:
-        """Whether an earlier run finished the unit and its bytes on disk still have the hashes of the ledger."""
+        """Return whether an earlier run finished the unit and its bytes on disk still have the hashes of the ledger."""
         if unit not in self._ledger.units:
             return False
         digests = self._ledger.units[unit]["sha256"]
@@ -118,7 +118,7 @@ class CheckpointWriter:
         self._ledger.close()
 
     def make_room(self, name: str) -> None:
-        """Wait until a tensor's bytes fit beside those that wait for the disk; call it before the tensor is made.
+        """Wait until a tensor's bytes fit beside those that wait for the disk; to be called before the tensor is made.
 
         Raises:
             OSError: An earlier write failed.
@@ -143,11 +143,11 @@ class CheckpointWriter:
         self._queues[0].put(("tensor", (name, view)))
 
     def finish(self, unit: str, names: list[str], info: dict[str, Any]) -> None:
-        """Queue the end of a unit: once its tensors are on disk, the ledger says so and keeps ``info``."""
+        """Queue the end of a unit: once its tensors are on disk, the ledger records it with ``info``."""
         self._queues[0].put(("unit", (unit, names, info)))
 
     def info(self, unit: str) -> dict[str, Any]:
-        """What `finish` was given for the unit, in this run or an earlier one."""
+        """Return the ``info`` passed to `finish` for the unit, in this run or an earlier one."""
         info: dict[str, Any] = self._ledger.units[unit]["info"]
         return info
 
@@ -167,7 +167,7 @@ class CheckpointWriter:
             raise self._error
 
     def _run(self, stage: int) -> None:
-        """One thread: do this stage's part of each item and hand it on. The last stage answers `flush`."""
+        """Run one thread: do this stage's part of each item and pass it on. The last stage answers `flush`."""
         while True:
             kind, item = self._queues[stage].get()
             work = self._stages[stage].get(kind)
@@ -181,7 +181,7 @@ class CheckpointWriter:
                 return
 
     def _guard(self, work: Callable[..., None], *args: Any) -> None:
-        """Do one piece of work unless an earlier one failed; a failure is kept for the caller's thread."""
+        """Do one piece of work unless an earlier one failed; a failure is stored for the caller's thread."""
         if self._error is not None:
             return
         try:
@@ -209,14 +209,14 @@ class CheckpointWriter:
         self._ledger.units[unit] = line
 
     def weights_sha256(self) -> str:
-        """One hash of all tensors, see `joined_sha256`: equal weights have equal hashes, whatever the sharding."""
+        """Return one hash of all tensors (see `joined_sha256`), independent of the sharding."""
         missing = self.slots.keys() - self._digests.keys()
         if missing:
             raise AssertionError(f"not written: {sorted(missing)[:3]}")
         return joined_sha256(self._digests)
 
     def unit_sha256(self) -> dict[str, str]:
-        """One hash for each finished unit, so that a change can be traced to a layer."""
+        """Return one hash for each finished unit, so that a change can be traced to a layer."""
         return {unit: joined_sha256(line["sha256"]) for unit, line in self._ledger.units.items() if line["sha256"]}
 
     # ---- the end ----------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class CheckpointWriter:
         if self.out.exists() and any(self.out.iterdir()):
             if not replace:
                 raise RefusedError(
-                    f"OUT ({self.out}) was filled by somebody else meanwhile.", hint="Choose another name."
+                    f"OUT ({self.out}) was filled by another process meanwhile.", hint="Choose another name."
                 )
             self.out.rename(old)
             moved = True
@@ -254,7 +254,7 @@ class CheckpointWriter:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor on the CPU as they stand in a file, without a copy."""
+    """Return the bytes of a contiguous tensor on the CPU as they are stored in a file, without a copy."""
     if not tensor.numel():
         return memoryview(b"")
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]

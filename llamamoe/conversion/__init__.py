@@ -1,1 +1,1 @@
-"""From a dense checkpoint to a mixture of experts: plan, split, verify."""
+"""Convert a dense checkpoint into a mixture of experts: plan, split, verify."""

@@ -1,4 +1,4 @@
-"""What is good to know of a conversion and no reason to refuse it: costs, widths, other programs."""
+"""Remarks on a conversion that are not reasons to refuse it: costs, widths, other programs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .sizes import MOST_PADDING, QUANTISED_BLOCK, round_up
 
 HARD_ROUTER = (
     "the router is hard, so the experts' probabilities nearly tie: programs that choose by float32 probabilities and those "
-    "that choose by logits take other experts on 0.02 % (4 of 8) to 0.2 % (24 of 64) of the tokens of a layer, and programs "
-    "that round probabilities to bfloat16 on almost all (a soft router or training ends that)"
+    "that choose by logits select different experts on 0.02 % (4 of 8) to 0.2 % (24 of 64) of the tokens of a layer, and programs "
+    "that round probabilities to bfloat16 on almost all (a soft router or training avoids this)"
 )
 """Measured by ``benchmarks/hard_router.py``."""
 UNTRAINED = (
@@ -29,12 +29,12 @@ BITSANDBYTES = (
 def advice(
     spec: DenseSpec, recipe: SplitRecipe, calibration: CalibrationPlan | None, target: Target, layout: MoeLayout
 ) -> list[str]:
-    """Say what is good to know of a conversion, other programs included; see `llamamoe.architectures.targets.clients` for these."""
+    """Return remarks on a conversion, also on other programs (see `llamamoe.architectures.targets.clients`)."""
     found = []
     if not layout.num_experts:
         found.append(
             f"no experts: the {layout.num_shared} neurons kept in each layer are the whole FFN of a dense model; numbers of experts, "
-            "router and rescale mean nothing"
+            "router and rescale have no effect"
         )
     if layout.copies > 1:
         found.append("the experts are copies: larger than the parent and no cheaper per token, a start for training")
@@ -48,7 +48,7 @@ def advice(
             f"{padding} zero neurons per layer pad the experts to width {width}: exact, and counted in the costs"
         )
     if not layout.combine.any_k:
-        found.append(f"the file is right for top-k = {layout.top_k} only: another k needs another factor")
+        found.append(f"the file is correct for top-k = {layout.top_k} only: another k needs another factor")
     if recipe.router_scale == "hard" and layout.top_k < layout.num_experts:
         found.append(HARD_ROUTER)
     if layout.num_experts:
@@ -57,13 +57,13 @@ def advice(
 
 
 def _unquantised(spec: DenseSpec, layout: MoeLayout) -> list[str]:
-    """Name the matrices that llama.cpp cannot quantise, or not to the type that is asked for, and the way out."""
+    """Name the matrices that llama.cpp cannot quantise, or not to the requested type, and the remedy."""
     width, shared = layout.expert_width, layout.shared_width
     found = []
     if layout.num_experts and width % QUANTISED_BLOCK:
         parts = layout.num_experts // layout.copies
         near = _quantisable_experts(spec.intermediate_size, layout.num_shared, parts - 1)
-        other = f"; {near[0]} experts of {near[1]} quantise" if near else ""
+        other = f"; {near[0]} experts of {near[1]} can be quantised" if near else ""
         found.append(
             f"llama.cpp keeps ffn_down_exps in F16 at expert width {width}, which is not a multiple of {QUANTISED_BLOCK} "
             f"(--pad-to {QUANTISED_BLOCK}{other})"
@@ -81,7 +81,7 @@ def _unquantised(spec: DenseSpec, layout: MoeLayout) -> list[str]:
 
 
 def _quantisable_experts(size: int, shared: int, most: int) -> tuple[int, int] | None:
-    """Return the largest number of experts up to ``most`` whose width can be quantised at little padding, and that width."""
+    """Return the largest number of experts up to ``most`` with a quantisable width at little padding, and the width."""
     for count in range(most, 1, -1):
         width = round_up(-(-(size - shared) // count), QUANTISED_BLOCK)
         if (count * width + shared) / size - 1 < MOST_PADDING:

@@ -1,4 +1,4 @@
-"""The step of ``llamamoe split`` before the layers are written: partitions and routers learned through the whole model."""
+"""Run alignment in ``llamamoe split``: partitions and routers learned before the layers are written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..alignment.align import Aligned
 
 UNIT = "alignment"
-"""The unit of the ledger that keeps what was learned."""
+"""The ledger's unit for the result."""
 _STARTS, _RESULT = "starts.safetensors", "aligned.safetensors"
 
 
@@ -37,19 +37,19 @@ def aligned_layers(
     folder: Path,
     progress: ProgressCallback,
 ) -> dict[int, AlignedLayer]:
-    """The partition and router rows of each layer that is converted, learned now or by the run that was stopped.
+    """Return partition and router rows of each converted layer, learned now or by a stopped run.
 
     Args:
-        plan: Its recipe asks for alignment.
-        calibration: What the methods of the start see.
-        make_text: Gives what is learned from; asked only if there is something to learn.
+        plan: The plan, whose recipe requests alignment.
+        calibration: The text for the methods that make the start.
+        make_text: Returns the text for learning; called only if there is something to learn.
         compute: Device and dtype.
-        writer: Its ledger keeps the facts.
-        folder: For the states.
-        progress: Told of every layer and step.
+        writer: The writer, whose ledger stores the facts.
+        folder: Folder of the states.
+        progress: Called after every layer and step.
 
     Raises:
-        LlamaMoeError: There is too little text, or something is not finite.
+        LlamaMoeError: There is too little text, or a value is not finite.
     """
     if writer.done(UNIT):
         kept = load_layers(folder / _RESULT, writer.info(UNIT)["sha256"])
@@ -73,22 +73,22 @@ def learn(
     folder: Path,
     progress: ProgressCallback,
 ) -> Aligned:
-    """Make the first layers by the recipe's methods, and align them.
+    """Convert the layers by the recipe's methods, and align them.
 
     Args:
-        plan: Its recipe asks for alignment.
-        calibration: What the methods of the start see.
-        text: What is learned from.
+        plan: The plan, whose recipe requests alignment.
+        calibration: The text for the methods that make the start.
+        text: The text for learning.
         compute: Device and dtype.
-        folder: For the states that a stopped run goes on from; of this plan and these texts only.
-        progress: Told of every layer and step.
+        folder: Folder of the states from which a stopped run of the same plan and texts resumes.
+        progress: Called after every layer and step.
 
     Raises:
-        LlamaMoeError: There is too little text, or something is not finite.
+        LlamaMoeError: There is too little text, or a value is not finite.
     """
     from ..alignment.align import Alignment
 
-    assert plan.recipe.align is not None, "the recipe asks for it"
+    assert plan.recipe.align is not None, "the recipe requests it"
     make_folder(folder)
     return Alignment(
         plan.model,
@@ -103,7 +103,7 @@ def learn(
 
 
 def remove_work(folder: Path) -> None:
-    """Delete what `learn` keeps in a folder to go on from."""
+    """Delete the states that `learn` keeps in a folder."""
     for name in (_STARTS, STATE):
         remove_file(folder / name)
     remove_buffers(folder)
@@ -113,7 +113,7 @@ def remove_work(folder: Path) -> None:
 def _starts(
     plan: SplitPlan, text: CalibrationText, compute: Compute, folder: Path, progress: ProgressCallback
 ) -> dict[int, Start]:
-    """What the recipe's methods make of each layer: with its repair if FFN weights learn, too, else without."""
+    """Convert each layer by the recipe's methods, with its repair only if FFN weights are learned too."""
     layers = [layer for layer in range(plan.model.spec.num_layers) if layer not in plan.layout.dense_layers]
     starts = load_layers(folder / _STARTS)
     if starts is None:

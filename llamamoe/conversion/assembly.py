@@ -1,4 +1,4 @@
-"""Makes the tensors that a target asks for out of one layer's weights, its partition and its router."""
+"""Make a target's tensors from one layer's weights, partition and router."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..numerics import is_power_of_two
 
 
 def take(tensor: torch.Tensor, index: np.ndarray, axis: int) -> torch.Tensor:
-    """Rows (axis 0) or columns (axis 1) of a matrix, bit for bit; `PADDING` gives zeros.
+    """Return rows (axis 0) or columns (axis 1) of a matrix, bit for bit; `PADDING` gives zeros.
 
     Columns are taken in blocks of rows that fit the cache, which is several times faster than
     ``index_select`` for 16-bit types.
@@ -39,15 +39,15 @@ def take(tensor: torch.Tensor, index: np.ndarray, axis: int) -> torch.Tensor:
 
 @dataclass
 class LayerParts:
-    """The pieces of one converted layer. Tensors are made on demand, from the matrices that they need and no others.
+    """The pieces of one converted layer. Tensors are made on demand, reading only the matrices that they need.
 
     Attributes:
         ffn: The dense layer.
-        partition: Which neuron goes where.
-        router_NH: float32 rows, scaled as they are to be stored.
+        partition: The partition of its neurons.
+        router_NH: float32 rows, scaled as they will be stored.
         layout: Sizes and scales.
-        weights: Where they are given (repair, re-initialised copies), what is written is these and not the
-            parent's neurons, place by place.
+        weights: If given (repair, re-initialised copies), these are written, place by place, instead of the
+            parent's neurons.
     """
 
     ffn: FfnWeights
@@ -59,7 +59,7 @@ class LayerParts:
 
     @property
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gate, up and down that what is written is taken from: the parent's by neuron, or those by place."""
+        """Gate, up and down from which tensors are taken: the parent's by neuron, or given ones by place."""
         return self._matrix("gate"), self._matrix("up"), self._matrix("down")
 
     def _matrix(self, part: str) -> torch.Tensor:
@@ -69,7 +69,7 @@ class LayerParts:
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 ``[shared_width]`` and ``[N, W]``: rows of `matrices` of the shared expert and of every other."""
+        """int64 ``[shared_width]`` and ``[N, W]``: rows of `matrices` for the shared expert and each routed one."""
         shared, experts = self.partition.shared, self.partition.experts
         if self.weights is not None:
             count = len(shared)
@@ -79,7 +79,7 @@ class LayerParts:
         return np.concatenate([shared, padding]), experts
 
     def neurons(self, origin: Neurons, dtype: torch.dtype) -> torch.Tensor:
-        """One expert's part, the shared expert's, or all experts' stacked (see `Neurons`)."""
+        """Return the part of one expert, of the shared expert, or of all experts stacked (see `Neurons`)."""
         if origin.expert == "all":
             parts = (self.neurons(Neurons(origin.part, i, origin.scale), dtype) for i in range(self.layout.num_experts))
             first = next(parts)
@@ -90,7 +90,7 @@ class LayerParts:
             return out
         shared, experts = self._index
         index = shared if origin.expert == "shared" else experts[origin.expert]
-        if origin.part != self._part:  # one part after another: what the last one needed is let go of
+        if origin.part != self._part:  # parts are made one after another: matrices of the last one are released
             self.ffn.release()
             self._part = origin.part
         if origin.part == "gate_up":
@@ -103,10 +103,10 @@ class LayerParts:
 
 
 def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default_dtype: str) -> torch.Tensor:
-    """One tensor of the output, contiguous, on the CPU.
+    """Return one tensor of the output, contiguous, on the CPU.
 
     Args:
-        tensor: What to make.
+        tensor: The tensor to make.
         model: The dense checkpoint.
         parts: The pieces of the tensor's layer, if it is a MoE layer.
         default_dtype: Safetensors name of the dtype of tensors that name none.
@@ -127,7 +127,7 @@ def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default
 
 
 def made_of(tensor: OutTensor, model: DenseModel, parts: LayerParts | None) -> list[torch.Tensor]:
-    """The tensors that `make` uses for this one, before any cast (a router's rows stand for themselves)."""
+    """Return the tensors that `make` uses for this one, before any cast (for a router, its rows)."""
     origin = tensor.origin
     if isinstance(origin, Copy):
         return [model.read(origin.name)]
@@ -137,5 +137,5 @@ def made_of(tensor: OutTensor, model: DenseModel, parts: LayerParts | None) -> l
 
 
 def router_dtype(tensors: Iterable[OutTensor], default: str) -> str:
-    """Safetensors name of the dtype in which a target stores its router."""
+    """Return the safetensors name of the dtype in which a target stores its router."""
     return next((t.dtype for t in tensors if isinstance(t.origin, Router) and t.dtype), default)

@@ -1,4 +1,4 @@
-"""What calibration will cost, from sizes alone: bytes of hidden states, multiply-adds, and from those an estimate."""
+"""Estimate the cost of calibration from sizes alone: bytes of hidden states, multiply-adds and time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..methods.repairs import REPAIRS
 from .defaults import Chosen
 
 SWEEPS = 4
-"""How often the methods of a layer are taken to look at all its activations, beside what is counted exactly."""
+"""Assumed number of passes of a layer's methods over its activations, beside those counted exactly."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,17 @@ class CalibrationPlan:
     """Sizes and costs of the walk over the calibration text.
 
     Attributes:
-        tokens: Most tokens of text.
-        length: Tokens of a sequence.
+        tokens: Maximum number of tokens of text.
+        length: Tokens per sequence.
         gradients: Whether a reverse pass through the parent comes first.
         needing: The methods that need text.
-        state_bytes: Of the two residual streams, in files beside the output; of every layer for gradients (`ffn_gradients`).
-        input_bytes: Of one FFN's inputs, in float32.
+        state_bytes: Size of the two residual streams in files beside the output; for gradients of every layer's
+            (`ffn_gradients`).
+        input_bytes: Size of one FFN's inputs, in float32.
         input_place: ``"memory"`` or ``"memory-mapped"``.
-        peak_bytes: Estimate of the anonymous memory that calibration needs at most.
-        layer_flops: Floating-point operations of one layer that is converted.
-        flops: Of the whole walk.
+        peak_bytes: Estimate of the peak anonymous memory of calibration.
+        layer_flops: Floating-point operations of one converted layer.
+        flops: Floating-point operations of all layers.
     """
 
     tokens: int
@@ -47,15 +48,15 @@ class CalibrationPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room that the files beside the output take while the run lasts."""
+        """Size of the files beside the output during the run."""
         return self.state_bytes + (self.input_bytes if self.input_place == "memory-mapped" else 0)
 
     def seconds(self, flops_per_second: float = REFERENCE_FLOPS) -> float:
-        """Estimate of the time at a rate of operations."""
+        """Return an estimate of the time at a given rate of operations."""
         return self.flops / flops_per_second
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, the same for every run."""
+        """Return the plan as JSON-compatible data, the same for every run."""
         return {
             "tokens": self.tokens,
             "sequence_length": self.length,
@@ -73,7 +74,7 @@ class CalibrationPlan:
 
 
 def plan_calibration(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> CalibrationPlan:
-    """Cost of calibrating, for a recipe whose methods need it. O(1).
+    """Estimate the cost of calibration for a recipe whose methods need it. O(1).
 
     Raises:
         RefusedError: Sequences would be longer than the model has positions.
@@ -107,14 +108,14 @@ def plan_calibration(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> Cali
 
 
 def sequence_length(asked: int | None, most: int, spec: DenseSpec, name: str, key: str) -> int:
-    """Tokens of a sequence: as asked for, else the model's positions, but no more than ``most``.
+    """Return the tokens per sequence: as requested, else the model's positions, but at most ``most``.
 
     Args:
-        asked: What the recipe says.
-        most: Where it says nothing.
+        asked: The value in the recipe.
+        most: Limit if the recipe has no value.
         spec: The model.
-        name: What the user calls it.
-        key: Of the recipe.
+        name: Its name in the message.
+        key: Its key in the recipe.
 
     Raises:
         RefusedError: Sequences would be longer than the model has positions.
@@ -136,7 +137,7 @@ def _attention_flops(spec: DenseSpec, tokens: int, length: int) -> int:
 
 
 def _layer_flops(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, tokens: int) -> int:
-    """The FFN's part of one converted layer: the methods' own sweeps, repair, its check, and what feeds the next."""
+    """Return the FFN's share of one converted layer: the methods' passes, repair, its check, and the output."""
     places, passes = _places(layout), chosen.recipe.repair_passes
     sweep = 4 * spec.intermediate_size * spec.hidden_size
     dense, moe = 6 * spec.intermediate_size * spec.hidden_size, 6 * places * spec.hidden_size
@@ -149,7 +150,7 @@ def _layer_flops(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, tokens: int
 
 
 def _peak_bytes(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> int:
-    """One layer in float32 and its parts, candidates of the converted one, a batch of activations, the repair."""
+    """Estimate the peak: a layer in float32 and its parts, conversion candidates, a batch of activations, repair."""
     places, hidden = _places(layout), spec.hidden_size
     weights = 4 * 3 * places * hidden
     attention = 4 * hidden * 2 * spec.head_dim * (spec.num_heads + spec.num_kv_heads)

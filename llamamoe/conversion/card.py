@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: what it is, what it costs, how it was made, under which licence."""
+"""Write the model card of a converted checkpoint: description, costs, origin and licence."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def _exactness(plan: SplitPlan) -> str:
     layout = plan.layout
     if not plan.splitter.exact:
         return (
-            "No: the method drops, repeats or renews neurons, and no choice of experts gives the parent's outputs back."
+            "No: the method drops, repeats or renews neurons, and no selection of experts reproduces the parent's outputs."
             if plan.target.routed
-            else f"No: {layout.num_shared} of the parent's {plan.model.spec.intermediate_size} neurons a layer are left."
+            else f"No: {layout.num_shared} of the parent's {plan.model.spec.intermediate_size} neurons per layer are left."
         )
     if layout.copies > 1:
         return f"Every neuron of the parent is in {layout.copies} experts, and the model is {plan.exactness}."
     text = f"Every neuron of the parent is in exactly one place, so the model is {plan.exactness}."
     if layout.top_k < layout.num_experts and not plan.fitted:
         text += (
-            f" With the {layout.top_k} experts per token that it is configured for it is another function, "
-            "a poor one until it is trained."
+            f" With the {layout.top_k} experts per token that are configured it computes a different function, "
+            "with poor quality until it is trained."
         )
     return text
 
 
 def _made(plan: SplitPlan) -> str:
-    """What became of each FFN."""
+    """Describe the conversion of each FFN."""
     layout, size = plan.layout, plan.model.spec.intermediate_size
     if not plan.target.routed:
         return f"{layout.num_shared} of the {size} neurons of each FFN were kept; nothing is routed"
@@ -69,7 +69,7 @@ def _made(plan: SplitPlan) -> str:
 
 
 def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: tuple[str, ...]) -> str:
-    """README.md of the output; the same bytes for every run of the same conversion."""
+    """Return the README.md of the output, the same bytes for every run of the same conversion."""
     licence = "license" in _metadata(plan, location) or any(f.startswith("LICENSE") for f in files)
     parts = [
         "---\n" + yaml.safe_dump(_metadata(plan, location), sort_keys=False).strip() + "\n---",
@@ -92,7 +92,7 @@ def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: 
         + (
             "The parent's licence applies."
             if licence
-            else "The parent's licence applies; its files here name none: look it up before use."
+            else "The parent's licence applies; its files do not name one: look it up before use."
         )
     )
     return "\n\n".join(parts) + "\n"

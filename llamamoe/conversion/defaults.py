@@ -1,4 +1,4 @@
-"""The choices that a recipe leaves open, and which of the chosen methods need calibration text."""
+"""Complete the choices that a recipe leaves open, and find which methods need calibration text."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CALIBRATED_DEFAULT: dict[str, Any] = {
     "router": "ridge",
     "repair": "distill",
 }
-"""What ``method: auto`` means where there is calibration text: keys that the recipe does not name itself.
+"""The meaning of ``method: auto`` with calibration text: values for keys that the recipe does not name.
 
 About half of the FFN is active. Many narrow experts and few shared neurons, a number of experts that is a power of two
-(so that factors baked into bfloat16 weights round nothing), all the repair there is: see BENCHMARKS.md.
+(so that factors baked into bfloat16 weights do not round), the most thorough repair: see BENCHMARKS.md.
 """
 UNCALIBRATED_DEFAULT = "cluster_shared"
-"""The method that ``auto`` means where there is none."""
+"""The meaning of ``method: auto`` without calibration text."""
 TEXT_NEEDS = ("activations", "gradients")
 
 
@@ -42,11 +42,11 @@ class Chosen:
     """A recipe with every method named.
 
     Attributes:
-        recipe: ``method``, ``shared_by``, ``router``, ``rescale`` and ``repair`` are set; sizes are as asked for.
+        recipe: ``method``, ``shared_by``, ``router``, ``rescale`` and ``repair`` are set; sizes are as requested.
         splitter: The class of the method.
         needing: Plug-ins that need calibration text, such as ``router 'ridge'``.
         gradients: Whether one of them needs gradients.
-        warnings: What was chosen in the place of something better.
+        warnings: Choices that replace a better one.
     """
 
     recipe: SplitRecipe
@@ -57,19 +57,19 @@ class Chosen:
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration text is read."""
+        """True if calibration text is read."""
         return bool(self.needing)
 
 
 def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chosen:
-    """Name every method that the recipe leaves open.
+    """Choose every method that the recipe leaves open.
 
     Args:
-        recipe: What the user asks for.
-        intermediate_size: F, for the default number of experts; None leaves it as it is.
+        recipe: The user's recipe.
+        intermediate_size: F, for the default number of experts; None leaves it unchanged.
 
     Raises:
-        RefusedError: A method needs calibration text and there is none, or a router is a control that no file holds.
+        RefusedError: A method needs calibration text and there is none, or a router is a control that cannot be stored.
     """
     warnings: list[str] = []
     if recipe.prefer is not None and intermediate_size is not None:
@@ -106,7 +106,7 @@ def _refuse(recipe: SplitRecipe, needing: tuple[str, ...]) -> None:
     assert recipe.router is not None
     if not ROUTERS.get(recipe.router.name).exportable:
         raise RefusedError(
-            f"the router {recipe.router.name!r} is a control that no file can hold: only `llamamoe compare` can "
+            f"the router {recipe.router.name!r} is a control that cannot be stored: only `llamamoe compare` can "
             "simulate it.",
             hint=f"Choose one of {', '.join(r.name for r in ROUTERS if r.exportable)}.",
         )
@@ -119,7 +119,7 @@ def _refuse(recipe: SplitRecipe, needing: tuple[str, ...]) -> None:
 
 
 def _refuse_alignment(recipe: SplitRecipe, cls: type[Splitter]) -> None:
-    """Refuse to learn what one label for each neuron cannot say."""
+    """Refuse to align methods that one label per neuron cannot represent."""
     if recipe.align is None:
         return
     splitter = cls(cls.Options.model_validate(recipe.method.options))
@@ -127,17 +127,17 @@ def _refuse_alignment(recipe: SplitRecipe, cls: type[Splitter]) -> None:
         raise RefusedError(
             f"--align-tokens learns one place for every neuron, but with --method {recipe.method.name} a neuron is in "
             "several experts.",
-            hint="Take --method token_clusters.",
+            hint="Use --method token_clusters.",
         )
     if recipe.router_scale == "soft":
         raise RefusedError(
-            "--align-tokens learns with experts that weigh the same; --router-scale soft weighs them by their logits.",
-            hint="Leave --router-scale at hard, or leave --align-tokens out.",
+            "--align-tokens learns with equal weights of experts; --router-scale soft weights them by their logits.",
+            hint="Leave --router-scale at hard, or omit --align-tokens.",
         )
 
 
 def _plugins(recipe: SplitRecipe, splitter: type[Splitter]) -> Iterator[tuple[str, type[Plugin]]]:
-    """The chosen plug-ins that see the layer, with their names for messages."""
+    """Yield the chosen plug-ins that process the layer, with their names for messages."""
     assert recipe.router is not None
     assert recipe.shared_by is not None
     assert recipe.repair is not None
@@ -152,7 +152,7 @@ def _plugins(recipe: SplitRecipe, splitter: type[Splitter]) -> Iterator[tuple[st
 
 
 def _auto(recipe: SplitRecipe, size: int | None) -> tuple[SplitRecipe, list[str]]:
-    """The recipe with a method in the place of ``auto``: it decides what the recipe does not name."""
+    """Return the recipe with a method in place of ``auto``, which sets the keys that the recipe does not name."""
     wanted: dict[str, Any] = {"method": UNCALIBRATED_DEFAULT}
     warnings = []
     if recipe.calibration and CALIBRATED_DEFAULT["method"] in SPLITTERS:
@@ -162,7 +162,7 @@ def _auto(recipe: SplitRecipe, size: int | None) -> tuple[SplitRecipe, list[str]
             wanted |= {"num_experts": wanted["num_experts"] // 2, "top_k": wanted["top_k"] // 2}
     elif not recipe.calibration:
         warnings.append(
-            f"no calibration text: the method is {UNCALIBRATED_DEFAULT}, which loses much more than one that sees "
+            f"no calibration text: the method is {UNCALIBRATED_DEFAULT}, which loses much more quality than one that uses "
             "text (--calibration PATH, or --calibration auto)"
         )
     values = _open(recipe, wanted)
@@ -172,9 +172,9 @@ def _auto(recipe: SplitRecipe, size: int | None) -> tuple[SplitRecipe, list[str]
 
 
 def _preferred(recipe: SplitRecipe, size: int) -> tuple[SplitRecipe, list[str]]:
-    """The recipe with the sizes that ``prefer`` means in the place of those that it leaves open, and warnings.
+    """Return the recipe with open sizes set according to ``prefer``, and warnings.
 
-    The wish itself is dropped: the recipe that is written has sizes, and gives the same again.
+    The preference itself is dropped: the written recipe has sizes, which reproduce the result.
 
     Raises:
         RefusedError: The method makes no experts.
@@ -183,11 +183,13 @@ def _preferred(recipe: SplitRecipe, size: int) -> tuple[SplitRecipe, list[str]]:
     if recipe.method.name in SPLITTERS and not SPLITTERS.get(recipe.method.name).routed:
         raise RefusedError(
             f"--prefer chooses sizes of experts, and {recipe.method.name} makes none.",
-            hint="Leave it out, or take another --method.",
+            hint="Omit it, or use another --method.",
         )
     sizes = {"num_experts", "top_k", "shared"}
     if sizes <= recipe.model_fields_set and recipe.shared is not None:
-        text = f"--prefer {recipe.prefer} chooses nothing: num_experts, top_k and shared are given (by a flag or the recipe)"
+        text = (
+            f"--prefer {recipe.prefer} has no effect: num_experts, top_k and shared are given (by a flag or the recipe)"
+        )
         return recipe.model_copy(update={"prefer": None}), [text]
     wanted = preferred_sizes(recipe.prefer, size)
     values = _open(recipe, wanted)
@@ -207,7 +209,7 @@ def _known(key: str, value: Any) -> bool:
 
 
 def _open(recipe: SplitRecipe, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The values of ``wanted`` that the recipe leaves open; of N and k given alone, the other keeps its share."""
+    """Return the values of ``wanted`` that the recipe leaves open; if only N or k is given, k / N is kept."""
     given = recipe.model_fields_set
     values = {k: v for k, v in wanted.items() if k == "method" or k not in given or getattr(recipe, k) is None}
     if {"num_experts", "top_k"} <= wanted.keys():
@@ -220,7 +222,7 @@ def _open(recipe: SplitRecipe, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fitting_shared(recipe: SplitRecipe, values: dict[str, Any]) -> float | int | str:
-    """The default share of neurons in the form that the named target can hold."""
+    """Return the default share of neurons in the form that the named target supports."""
     method = values.get("method", recipe.method.name)
     share = cast(float, values["shared"] if "shared" in values else SPLITTERS.get(method).default_shared)
     form = TARGETS.get(recipe.target).shared
@@ -231,7 +233,7 @@ def _fitting_shared(recipe: SplitRecipe, values: dict[str, Any]) -> float | int 
 
 
 def _update(recipe: SplitRecipe, values: dict[str, Any]) -> SplitRecipe:
-    """The recipe with some values changed, each checked and completed as if it had been written there."""
+    """Return the recipe with some values changed, each validated as if it were in the file."""
     sizes = {"num_experts": recipe.num_experts, "top_k": recipe.top_k}
     checked = build_recipe(sizes | values)
     return recipe.model_copy(update={key: getattr(checked, key) for key in values})

@@ -1,6 +1,7 @@
-"""How fast a conversion can be expected to run beside its parent: from measured shapes, and from the experts that a batch touches.
+"""Estimate the speed of a conversion relative to its parent, from measured shapes and the experts per batch.
 
-The speeds are those of ``benchmarks/shape_speed.py``, kept in ``shape_speed.json`` with their machine, versions and date.
+The speeds are those of ``benchmarks/shape_speed.py``, kept in ``shape_speed.json`` with their machine, versions and
+date.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ TABLE = "shape_speed.json"
 BATCHES = (1, 8, 32)
 _NEAR_ACTIVE, _NEAR_EXPERTS, _NEAR_SHARED = 0.05, math.log(1.6), 0.15
 _WHOLE = 0.95
-"""Share of the FFN's weights from which a step reads them all, as good as."""
+"""Share of the FFN's weights from which a step counts as reading all of them."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class MeasuredShape:
         num_experts: N; 0 for static pruning.
         top_k: k.
         shared: S / F.
-        expert_width: W in the model that it was measured on.
+        expert_width: W in the measured model.
         active: Active neurons as a share of F.
-        ratios: By task (``"decode 1"``, ``"prefill"``): rate over the dense model's, and its smallest and largest over the turns.
-        static: The same of static pruning with as many active neurons, in the same run; empty for pruning itself.
-        origin: On which model and machine, with which versions, when.
+        ratios: By task (``"decode 1"``, ``"prefill"``): rate relative to the dense model, and its minimum and maximum
+            over the rounds.
+        static: The same for static pruning with as many active neurons, in the same run; empty for pruning itself.
+        origin: Model, machine, versions and date.
     """
 
     program: str
@@ -50,14 +52,14 @@ class MeasuredShape:
 
     @property
     def name(self) -> str:
-        """``12 of 32, 12.5 % shared``."""
+        """Its short description, such as ``12 of 32, 12.5 % shared``."""
         shared = f", {100 * self.shared:.3g} % shared" if self.shared else ""
         return f"{self.top_k} of {self.num_experts}{shared}" if self.num_experts else f"static, {self.shared:.0%}"
 
 
 @functools.cache
 def measured_shapes() -> tuple[MeasuredShape, ...]:
-    """The table that comes with the package."""
+    """Read the table in the package."""
     data = json.loads(Path(__file__).with_name(TABLE).read_text(encoding="utf-8"))
     return tuple(_shape(row) for row in data["rows"])
 
@@ -83,18 +85,18 @@ def _ratios(rates: dict[str, dict[str, float]]) -> dict[str, tuple[float, float,
 
 
 def experts_touched(num_experts: int, top_k: int, tokens: int) -> float:
-    """Expected number of different experts that tokens select, if each takes k of N at random: N (1 - (1 - k/N)^B)."""
+    """Return the expected number of experts used by B tokens that each select k of N at random: N (1 - (1 - k/N)^B)."""
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** tokens)
 
 
 def weights_read(layout: MoeLayout, spec: DenseSpec, tokens: int) -> float:
-    """Neurons that a step of decoding reads for a batch, in expectation, as a share of the dense FFN's."""
+    """Return the expected share of the dense FFN's neurons that a decoding step reads for a batch."""
     routed = layout.expert_width * experts_touched(layout.num_experts, layout.top_k, tokens)
     return (layout.shared_width + routed) / spec.intermediate_size
 
 
 def no_gain_from(layout: MoeLayout, spec: DenseSpec) -> int:
-    """The batch size from which a step reads as good as the whole FFN, so that decoding is not faster than the parent's."""
+    """Return the batch size from which a step reads nearly the whole FFN, so that decoding gains no speed."""
     tokens = 1
     while weights_read(layout, spec, tokens) < _WHOLE and tokens < 4096:
         tokens += 1
@@ -102,7 +104,7 @@ def no_gain_from(layout: MoeLayout, spec: DenseSpec) -> int:
 
 
 def nearest(layout: MoeLayout, spec: DenseSpec, program: str) -> MeasuredShape | None:
-    """The measured shape that is like a conversion, or None if none is."""
+    """Return the measured shape most similar to a conversion, or None if none is similar."""
     size = spec.intermediate_size
     active, shared = layout.active_neurons / size, layout.num_shared / size
 
@@ -121,7 +123,7 @@ def nearest(layout: MoeLayout, spec: DenseSpec, program: str) -> MeasuredShape |
 
 
 def expected_speed(layout: MoeLayout, spec: DenseSpec) -> dict[str, Any]:
-    """What to expect, as plain data: by program the nearest measured shape, and by batch size what a step reads."""
+    """Return the expectation: by program the nearest measured shape, and by batch size the share that a step reads."""
     found: dict[str, Any] = {"measured": [], "batches": []}
     for program in dict.fromkeys(each.program for each in measured_shapes()):
         near = nearest(layout, spec, program)

@@ -1,4 +1,4 @@
-"""One layer converted: shared neurons, partition, router, repair, and what that does to the layer's output."""
+"""Convert one layer: shared neurons, partition, router, repair, and the error of the layer's output."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from .plan import SplitPlan
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """One layer, ready to be written.
+    """One converted layer, ready to be written.
 
     Attributes:
-        parts: What tensors are made of.
-        facts: For the receipt.
+        parts: The parts from which tensors are made.
+        facts: Facts for the receipt.
         moe: The layer as a function, with the weights as they will be stored; None without calibration inputs.
     """
 
@@ -51,7 +51,7 @@ class ConvertedLayer:
 
 
 def plugin(registry: Registry[Any], choice: Choice | None) -> Any:
-    """The chosen plug-in with its options."""
+    """Return the chosen plug-in with its options."""
     assert choice is not None, "the plan names every method"
     cls = registry.get(choice.name)
     return cls(cls.Options.model_validate(choice.options))
@@ -64,14 +64,14 @@ def convert_layer(
     given: AlignedLayer | None = None,
     adapt: Callable[[ConvertedFfn, FfnWeights], ConvertedFfn] | None = None,
 ) -> ConvertedLayer:
-    """Split one layer, give it a router, and repair it if the recipe says so.
+    """Split one layer, give it a router, and repair it if the recipe requests it.
 
     Args:
-        plan: What to do.
+        plan: The plan of the conversion.
         layer: Index of the layer.
-        inputs: What its FFN sees on the calibration text; None if no method needs it.
-        given: Partition, router and weights that were learned, in the place of the splitter's and the router's.
-        adapt: Makes another function of the layer before it is repaired, for what only a study can run.
+        inputs: Inputs of its FFN on the calibration text; None if no method needs them.
+        given: Learned partition, router and weights that replace those of splitter and router.
+        adapt: Replaces the layer's function before repair, for variants that only a study can run.
     """
     recipe, layout = plan.recipe, plan.layout
     ffn, context = read_ffn(plan.model, layer), layer_context(plan, layer, inputs)
@@ -105,7 +105,7 @@ def convert_layer(
 
 
 def first_partition(plan: SplitPlan, layer: int, inputs: LayerInputs) -> Partition:
-    """What the recipe's splitter makes of one layer, with the router's rows before they are scaled."""
+    """Return the recipe's partition of one layer, with the router's rows before they are scaled."""
     ffn, context = read_ffn(plan.model, layer), layer_context(plan, layer, inputs)
     splitter: Splitter = plugin(SPLITTERS, plan.recipe.method)
     partition = _split(plan, splitter, ffn, context)
@@ -115,7 +115,7 @@ def first_partition(plan: SplitPlan, layer: int, inputs: LayerInputs) -> Partiti
 
 
 def selected_coefficient(plan: SplitPlan) -> float:
-    """What a selected expert's output is multiplied by under a hard router; 0 if there are none."""
+    """Return the factor of a selected expert's output under a hard router; 0 if there are no experts."""
     if not plan.layout.num_experts or not plan.target.routed:
         return 0.0
     combine = plan.layout.combine
@@ -124,7 +124,7 @@ def selected_coefficient(plan: SplitPlan) -> float:
 
 
 def layer_context(plan: SplitPlan, layer: int, inputs: LayerInputs | None = None) -> LayerContext:
-    """What the methods may know about a layer."""
+    """Return the context that methods get about a layer."""
     layout = plan.layout
     return LayerContext(layer, layout.num_experts, layout.top_k, layout.expert_width, plan.recipe.seed, inputs)
 
@@ -134,7 +134,7 @@ def _split(plan: SplitPlan, splitter: Splitter, ffn: FfnWeights, context: LayerC
 
 
 def _shared(plan: SplitPlan, splitter: Splitter, ffn: FfnWeights, context: LayerContext) -> np.ndarray:
-    """int64 ``[S]``: the selector's choice; any S neurons for a splitter that chooses them itself."""
+    """Return int64 ``[S]``: the selector's choice; any S neurons if the splitter chooses them itself."""
     if splitter.chooses_shared:
         return np.arange(plan.layout.num_shared, dtype=np.int64)
     chosen: np.ndarray = plugin(SELECTORS, plan.recipe.shared_by).select(ffn, plan.layout.num_shared, context)
@@ -147,7 +147,7 @@ def _shared(plan: SplitPlan, splitter: Splitter, ffn: FfnWeights, context: Layer
 def _router(
     plan: SplitPlan, splitter: Splitter, ffn: FfnWeights, partition: Partition, context: LayerContext
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The router's rows as they are to be stored, and facts about their size."""
+    """Return the router's rows as they will be stored, and facts about their size."""
     if not splitter.routed:
         return torch.zeros(0, ffn.hidden_size), {}
     rows = plugin(ROUTERS, plan.recipe.router).rows(ffn, partition, context)
@@ -169,7 +169,7 @@ def _scaled(
 
 
 def largest_logit(rows_NH: torch.Tensor, inputs: LayerInputs) -> float:
-    """Largest absolute logit on the calibration text. O(T N H)."""
+    """Return the largest absolute logit on the calibration text. O(T N H)."""
     rows = rows_NH.to(inputs.device).float()
     return max((float((x_BH.float() @ rows.T).abs().max()) for x_BH in inputs.inputs()), default=0.0)
 
@@ -178,7 +178,7 @@ def largest_logit(rows_NH: torch.Tensor, inputs: LayerInputs) -> float:
 
 
 def as_function(plan: SplitPlan, weights: ExpertWeights, partition: Partition, rows_NH: torch.Tensor) -> ConvertedFfn:
-    """The layer as the plan's target runs it."""
+    """Return the layer as the plan's target runs it."""
     combine = plan.layout.combine
     return ConvertedFfn(
         weights=weights,
@@ -193,7 +193,7 @@ def as_function(plan: SplitPlan, weights: ExpertWeights, partition: Partition, r
 
 
 def as_stored(plan: SplitPlan, moe: ConvertedFfn) -> ConvertedFfn:
-    """The same layer with its weights and rows rounded as the files will hold them, factors included."""
+    """Return the same layer with its weights and rows rounded as the files will hold them, factors included."""
     dtype, weights = torch_dtype(plan.dtype), moe.weights
     rows_dtype = torch_dtype(router_dtype(plan.tensors, plan.dtype))
     downs = {
@@ -215,11 +215,11 @@ def as_stored(plan: SplitPlan, moe: ConvertedFfn) -> ConvertedFfn:
 def output_errors(
     candidates: Sequence[ConvertedFfn], ffn: FfnWeights, inputs: LayerInputs, weighting: TokenWeighting = "none"
 ) -> list[float]:
-    """``||y - y~|| / ||y||`` over all calibration tokens, for each candidate; one sweep.
+    """Return ``||y - y~|| / ||y||`` over all calibration tokens for each candidate, in one pass.
 
     Args:
-        candidates: Layers that stand for the FFN.
-        ffn: The dense FFN, which gives y.
+        candidates: Layers that replace the FFN.
+        ffn: The dense FFN, which computes y.
         inputs: The tokens.
         weighting: ``"residual"`` counts each token relative to its residual stream.
     """
@@ -240,12 +240,13 @@ def output_errors(
 def _repair(
     plan: SplitPlan, splitter: Splitter, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext
 ) -> tuple[ConvertedFfn, dict[str, Any]]:
-    """The layer after the best of all repair passes, or as it was if none was better; and what each pass changed."""
+    """Return the layer after its best repair pass, or unchanged if none helped, and the effect of each pass."""
     recipe = plan.recipe
     assert recipe.repair is not None
     candidates = [moe]
     refitted: dict[int, dict[str, Any]] = {}
-    for index in range(recipe.repair_passes if splitter.routed else 1):  # without a router nothing changes between two
+    # without a router, further passes would change nothing
+    for index in range(recipe.repair_passes if splitter.routed else 1):
         now = candidates[-1]
         if index:
             rows = plugin(ROUTERS, recipe.router).refit(now, ffn, context)
@@ -255,7 +256,7 @@ def _repair(
         candidates.append(replace(now, weights=plugin(REPAIRS, recipe.repair).repair(now, ffn, context)))
     weighting: TokenWeighting = "residual" if recipe.repair.options.get("weighting") == "residual" else "none"
     errors = output_errors(candidates, ffn, context.inputs, weighting)
-    # NaN is never the best
+    # NaN is never the best candidate
     best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
     facts: dict[str, Any] = {
         "output_error_before_repair": errors[0],
@@ -267,5 +268,5 @@ def _repair(
         if index < best:
             facts |= found
     if best == 0:
-        facts["repair_note"] = f"{recipe.repair.name} was no better than no repair here, so the layer is not repaired"
+        facts["repair_note"] = f"{recipe.repair.name} did not reduce the error, so the layer is not repaired"
     return candidates[best], facts

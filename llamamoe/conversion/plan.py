@@ -1,4 +1,4 @@
-"""The plan of a conversion: sizes, names, shards, costs, warnings, refusals; from headers and a recipe alone.
+"""Plan a conversion from headers and a recipe alone: sizes, names, shards, costs, warnings, refusals.
 
 The plan is pure: it reads no tensor and writes nothing. ``--dry-run`` prints it, the conversion executes it, the
 model card quotes it.
@@ -33,12 +33,12 @@ from .recipe import DTYPES, SplitRecipe
 from .sizes import choose_target, make_splitter, padded
 
 _LEARNED: dict[str, Kept] = {"frozen": "neurons", "scales": "gate_up", "ffn": "nothing"}
-"""What alignment leaves as it is, by what learns in it."""
+"""The part of the parent's neurons that alignment keeps, by the weights that it trains."""
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Everything that `llamamoe.split` will do.
+    """The plan of a conversion, which `llamamoe.split` executes.
 
     Attributes:
         model: The dense checkpoint, opened.
@@ -47,17 +47,17 @@ class SplitPlan:
         layout: Sizes and scales.
         dtype: Dtype of the weights, a safetensors name.
         tensors: Every tensor of the output in the order of a forward pass.
-        shards: Where each of them goes.
+        shards: The position of each of them in files.
         config: The output's ``config.json`` without provenance.
-        parent_cost: What the dense model costs.
-        cost: What the output costs.
-        peak_bytes: Estimate of the anonymous memory that the conversion needs at most.
-        warnings: What ``strict`` refuses.
-        advice: What is good to know, about other runtimes and widths.
-        parity: Whether all experts together compute what the parent computes.
+        parent_cost: Cost of the dense model.
+        cost: Cost of the output.
+        peak_bytes: Estimate of the peak anonymous memory of the conversion.
+        warnings: Warnings, which ``strict`` turns into refusals.
+        advice: Remarks, such as on other runtimes and widths.
+        parity: Whether all experts together compute the parent's function.
         majors: Versions of transformers that load the output.
-        calibration: What calibration will cost; None if no text is read.
-        alignment: What learning through the whole model will cost; None if nothing is.
+        calibration: Cost of calibration; None if no text is read.
+        alignment: Cost of learning through the whole model; None without alignment.
         source_dtype: Dtype of most of the source's weights, a safetensors name.
     """
 
@@ -82,17 +82,17 @@ class SplitPlan:
 
     @property
     def repaired(self) -> bool:
-        """Whether weights are fitted to calibration text, so that they are not the parent's any more."""
+        """True if weights are fitted to calibration text, so that they differ from the parent's."""
         return self.recipe.repairs
 
     @property
     def aligns_weights(self) -> bool:
-        """Whether the FFN's matrices are learned through the whole model; what the methods give is then only the start."""
+        """True if the FFN's matrices are learned through the whole model, starting from the methods' result."""
         return self.recipe.align is not None and self.recipe.align.weights == "ffn"
 
     @property
     def fitted(self) -> bool:
-        """Whether weights are other than the parent's: repaired, or learned."""
+        """True if weights differ from the parent's: repaired, or learned."""
         return self.recipe.fits
 
     @property
@@ -102,12 +102,12 @@ class SplitPlan:
 
     @property
     def splitter(self) -> Splitter:
-        """The method with its options."""
+        """The splitter with its options."""
         return make_splitter(self.recipe)
 
     @property
     def kept(self) -> Kept:
-        """What of the parent's neurons the file must hold bit for bit (see `Splitter.kept`, `Repair.keeps`)."""
+        """The part of the parent's neurons that the file must hold bit for bit: `Splitter.kept`, `Repair.keeps`."""
         repair = self.recipe.repair
         left: Kept = REPAIRS.get(repair.name).keeps if self.repaired and repair else "neurons"
         learned: Kept = "neurons" if self.recipe.align is None else _LEARNED[self.recipe.align.weights]
@@ -115,7 +115,7 @@ class SplitPlan:
 
     @property
     def exactness(self) -> str:
-        """In words: whether the output equals its parent with all experts selected, and on which condition."""
+        """A sentence on whether the output equals its parent with all experts selected, and under which condition."""
         if not self.target.routed:
             return "not exact: neurons are left out"
         if not self.splitter.exact:
@@ -135,7 +135,7 @@ class SplitPlan:
         return f"exact {before}with all experts selected{condition}{after}"
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data, the same for every run."""
+        """Return the plan as JSON-compatible data, the same for every run."""
         layout = self.layout
         return {
             "llamamoe": __version__,
@@ -172,10 +172,10 @@ class SplitPlan:
 
 
 def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
-    """Decide everything. O(number of tensors), reads headers only.
+    """Plan a conversion. O(number of tensors); reads headers only.
 
     Raises:
-        RefusedError: The conversion would be inexact, impossible or unsafe; every reason is named.
+        RefusedError: The conversion would be inexact, impossible or unsafe; the message names every reason.
     """
     spec = model.spec
     chosen = complete(recipe, spec.intermediate_size)
@@ -249,7 +249,7 @@ def _warnings(
         )
     if router_dtype(tensors, dtype) == "F16" and recipe.router_scale == "hard":
         found.append(
-            "float16 cannot hold router rows as small as a hard router wants: weights are equal only to about 1e-2"
+            "float16 cannot hold router rows as small as a hard router needs: weights are equal only to about 1e-2"
         )
     if not layout.combine.bake_is_exact and dtype != "F32":
         found.append(
@@ -259,10 +259,10 @@ def _warnings(
 
 
 def _with_length(spec: DenseSpec, recipe: SplitRecipe) -> SplitRecipe:
-    """The recipe with the length of alignment's sequences.
+    """Return the recipe with the length of alignment's sequences.
 
     Raises:
-        RefusedError: They are longer than the model has positions, or the tokens make no two of them.
+        RefusedError: They are longer than the model's positions, or the tokens give fewer than two of them.
     """
     options = recipe.align
     if options is None:
@@ -271,18 +271,18 @@ def _with_length(spec: DenseSpec, recipe: SplitRecipe) -> SplitRecipe:
     if options.tokens < 2 * length:
         raise RefusedError(
             f"--align-tokens {options.tokens} makes one sequence of {length} tokens, but two are needed: one is held out.",
-            hint=f"Ask for at least {2 * length}, or for shorter sequences (--set align.length={options.tokens // 2}).",
+            hint=f"Use at least {2 * length}, or shorter sequences (--set align.length={options.tokens // 2}).",
         )
     return recipe.model_copy(update={"align": options.model_copy(update={"length": length})})
 
 
 def _alignment(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout, source_dtype: str) -> AlignmentPlan | None:
-    """What the recipe's alignment costs."""
+    """Return the cost of the recipe's alignment."""
     options = recipe.align
     if options is None:
         return None
     dtype, half_source = recipe.compute_dtype, source_dtype in ("BF16", "F16")
-    # without a dtype, whether "auto" finds a processor that is fast in bfloat16 is known only when torch is there
+    # without a dtype, only torch can tell whether "auto" finds a processor that is fast in bfloat16
     half = dtype == "bfloat16" or (dtype is None and half_source and recipe.device.startswith("cuda"))
     return plan_alignment(
         spec,
@@ -314,7 +314,7 @@ def _parent_cost(model: DenseModel) -> Cost:
 
 
 def _peak_bytes(spec: DenseSpec, splitter: Splitter, layout: MoeLayout, dtype: str) -> int:
-    """Two gathered FFN matrices, what waits for the disk, what the splitter works with and the weights it replaces."""
+    """Estimate the peak: two gathered FFN matrices, bytes waiting for the disk, the splitter and replaced weights."""
     from ..checkpoint.memory import MOST_BYTES
     from ..checkpoint.writer import QUEUE_BYTES
 
@@ -324,6 +324,6 @@ def _peak_bytes(spec: DenseSpec, splitter: Splitter, layout: MoeLayout, dtype: s
     replaced = 0 if splitter.kept == "neurons" else 4 * places * spec.hidden_size  # bytes of a float32 matrix
     return (
         max(MOST_BYTES, QUEUE_BYTES + max(2 * matrix, table) * DTYPE_BYTES[dtype])
-        + 4 * replaced  # three of them, and one while it is made
+        + 4 * replaced  # three matrices, and one while it is made
         + splitter.working_bytes(spec.intermediate_size, spec.hidden_size)
     )

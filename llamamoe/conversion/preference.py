@@ -1,4 +1,4 @@
-"""Sizes for a wish, quality, speed or a balance of both: from speeds that were measured, fitted to the model's FFN."""
+"""Choose sizes for quality, speed or a balance of both, from measured speeds, fitted to the model's FFN."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Preference = Literal["quality", "balanced", "speed"]
 _Shapes = dict[tuple[int, int, float], list[MeasuredShape]]
 
 SLOWER = 0.95
-"""``balanced``: no task of any program may be slower than this share of what the fastest shape reached in all of its turns."""
+"""``balanced``: no task of any program may be slower than this share of the fastest shape's minimum over its rounds."""
 SAME = 0.97
-"""``speed``: rates of which the smaller is at least this share of the larger are the same; readings differ by more."""
+"""``speed``: rates count as equal if the smaller is at least this share of the larger, since readings vary by more."""
 _TASKS = ("decode 1", "prefill")
 _HALF = (0.4, 0.55)
-"""Active shares that are chosen from: about half of the FFN, where most of the speed is had for little quality."""
+"""Range of active shares: about half of the FFN, which gains most of the speed for little quality."""
 _REACH = 1 / 16
 _FAR = math.log(1.6)
 LEAST_WIDTH = 16
-"""The number of experts is halved until they are this wide: padding and router would cost more than they bring."""
+"""Minimum width, up to which the number of experts is halved: padding and router of narrower ones cost too much."""
 
 
 def candidates() -> _Shapes:
-    """The measured shapes of experts with about half of the FFN active, widths multiples of 32, by N, k and shared share."""
+    """Return the measured shapes by N, k and shared share: about half of the FFN active, widths multiples of 32."""
     found: _Shapes = {}
     for each in measured_shapes():
         wide = each.num_experts and each.expert_width % QUANTISED_BLOCK == 0
@@ -37,19 +37,18 @@ def candidates() -> _Shapes:
 
 
 def _everywhere(shapes: _Shapes) -> _Shapes:
-    """The shapes that all programs ran: none must win for not having been measured."""
+    """Return the shapes that all programs ran, so that none benefits from a missing measurement."""
     programs = {row.program for rows in shapes.values() for row in rows}
     return {key: rows for key, rows in shapes.items() if {row.program for row in rows} == programs} or shapes
 
 
 def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
-    """N, k and shared share that the measurements recommend.
+    """Return N, k and shared share that the measurements recommend.
 
-    More and narrower experts lose less quality (BENCHMARKS.md, "Conversion quality"). ``quality`` takes the most,
-    and shares the fewest neurons;
-    ``balanced`` the most that are at most a twentieth slower than the fastest shape, in decoding one sequence and in
-    reading a prompt, by every program that was measured; ``speed`` the fastest by the mean over these, and of those that
-    are as fast the one with the widest experts.
+    More and narrower experts lose less quality (BENCHMARKS.md, "Conversion quality"). ``quality`` takes the most
+    experts, and shares the fewest neurons; ``balanced`` the most that are at most a twentieth slower than the fastest
+    shape, in decoding one sequence and in reading a prompt, by every program that was measured; ``speed`` the fastest
+    by the mean over these, and of those that are as fast the one with the widest experts.
     """
     if prefer == "quality":
         return max(candidates(), key=lambda key: (key[0], -key[2]))
@@ -74,9 +73,9 @@ def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
 
 
 def preferred_sizes(prefer: Preference, size: int) -> dict[str, Any]:
-    """Keys of a split's recipe for an FFN of ``size`` neurons: N, k, S and what widths are a multiple of.
+    """Return keys of a split's recipe for an FFN of ``size`` neurons: N, k, S and the multiple of widths.
 
-    Experts are a multiple of 32 neurons wide, without padding where N and S near the wish allow that.
+    Experts are a multiple of 32 neurons wide, without padding if N and S near the preferred ones allow it.
     """
     experts, top_k, shared = preferred_shape(prefer)
     best = min(_exact(size, experts, shared), default=None)
@@ -94,7 +93,7 @@ def _keys(count: int, share: float, shared: float | int) -> dict[str, Any]:
 
 
 def _exact(size: int, experts: int, shared: float) -> Iterator[tuple[float, int, int]]:
-    """How far it is from the wish, N and S, for all ways to cut an FFN into experts of a multiple of 32 without padding."""
+    """Yield the distance from the preferred sizes, N and S for each FFN split into experts of 32 m neurons."""
     block = QUANTISED_BLOCK
     reach = int(_REACH * size) // block * block
     wish = round(shared * size / block) * block

@@ -1,4 +1,4 @@
-"""What `split` checks before anything is written: the calibration text and the room on the disk."""
+"""Check the calibration text and the free disk space before `split` writes anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .recipe import AUTO
 
 
 def check_text(plan: SplitPlan) -> None:
-    """Find the files of the calibration text, before anything is written. Opens none of them.
+    """Find the files of the calibration text before anything is written, without opening them.
 
     Raises:
         UsageError: A path or glob matches nothing, a folder holds no text, or a file is of an unknown kind.

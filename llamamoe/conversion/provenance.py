@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: the block in its ``config.json``, and what a resume must agree on."""
+"""Record the origin of a checkpoint in its ``config.json``, and the fingerprint that a resume must match."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .plan import SplitPlan
 
 
 def config_block(plan: SplitPlan, location: Location) -> dict[str, Any]:
-    """The value of ``config.json["llamamoe"]``: the same for every run of the same conversion."""
+    """Return the value of ``config.json["llamamoe"]``: the same for every run of the same conversion."""
     layout, recipe, routed = plan.layout, plan.recipe, plan.target.routed
     return {
         "version": __version__,
@@ -37,11 +37,11 @@ def config_block(plan: SplitPlan, location: Location) -> dict[str, Any]:
 
 
 def plan_fingerprint(plan: SplitPlan, compute: dict[str, Any] | None = None) -> str:
-    """Changes whenever a resumed run would write other bytes: source, recipe, version or number of threads.
+    """Return a hash that changes whenever a resumed run would write other bytes: source, recipe, version, threads.
 
     Args:
-        plan: What is written.
-        compute: Where and in which dtype calibration computes, if it does.
+        plan: The plan of the output.
+        compute: Device and dtype of calibration; None without it.
     """
     facts = [
         __version__,

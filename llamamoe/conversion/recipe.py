@@ -1,6 +1,6 @@
-"""Recipes: what the user asks for, checked, complete and written next to the result.
+"""Recipes of conversions: validated, completed and written next to the result.
 
-A recipe is YAML or keyword arguments. Everything wrong with it is reported at once, with near misses.
+A recipe is YAML or keyword arguments. All errors are reported at once, with suggestions for misspelled names.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CalibrationLength = Annotated[int | None, Field(ge=2, description="Tokens of one
 
 
 def _shared_size(value: Any) -> Any:
-    """A share (0 <= x < 1), a count (0, 1, 2, ...) or a number of expert widths (``"2x"``), kept as written."""
+    """Validate a share (0 <= x < 1), a count (0, 1, 2, ...) or a number of expert widths (``"2x"``)."""
     text = str(value).strip() if isinstance(value, str | int | float) else ""
     if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,18}x?|[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+e-[0-9]+", text):
         shown = repr(value) if text else f"a {type(value).__name__}"
@@ -69,7 +69,7 @@ class SplitRecipe(Recipe):
     top_k: int = Field(2, ge=1, description="Experts selected per token (k).")
     prefer: Literal["quality", "balanced", "speed"] | None = Field(
         None,
-        description="What the sizes that are not given are chosen for, from measured speeds: quality (many narrow experts), "
+        description="Goal for choosing sizes that are not given, from measured speeds: quality (many narrow experts), "
         "speed (few wide ones), or balanced.",
     )
     method: Annotated[Choice, choose(SPLITTERS, AUTO)] = Field(
@@ -83,10 +83,11 @@ class SplitRecipe(Recipe):
     )
     router: Annotated[Choice | None, choose(ROUTERS)] = Field(None, description="How the router starts.")
     router_scale: Literal["hard", "soft"] = Field(
-        "hard", description="hard: rows so small that selected experts weigh the same; soft: rows as they are."
+        "hard",
+        description="hard: scale the router down so that selected experts get equal weights; soft: keep its scale.",
     )
     rescale: Annotated[Choice | None, choose(RESCALES)] = Field(
-        None, description="What a selected expert's output is multiplied by."
+        None, description="Factor of a selected expert's output."
     )
     repair: Annotated[Choice | None, choose(REPAIRS)] = Field(
         None, description="How weights are fitted to the dense output on calibration text; none leaves them exact."
@@ -102,7 +103,7 @@ class SplitRecipe(Recipe):
         None, description="Learn assignment and router of all layers together, against the parent's predictions."
     )
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="Dtype of large products on calibration text; what is fitted and stored is not rounded to it."
+        None, description="Dtype of large products on calibration text; stored weights are not rounded to it."
     )
     device: Device = Field(
         "auto", description="Where calibration runs: auto (a GPU if there is one), cpu, cuda or cuda:1"
@@ -116,7 +117,7 @@ class SplitRecipe(Recipe):
         ge=8,
         le=4096,
         multiple_of=8,
-        description="Expert width is padded to a multiple of this with zero neurons; null takes 32, which quantisers want, "
+        description="Expert width is padded to a multiple of this with zero neurons; null takes 32, which quantisers require, "
         "where it costs less than 3 %, else 8.",
     )
     keep_dense: tuple[int, ...] = Field((), description="Layers left dense (negative ones count from the end).")
@@ -124,9 +125,11 @@ class SplitRecipe(Recipe):
     shard_size: Annotated[str, form(SHARD_SIZE, SHARD_SIZE_RULE)] = Field(
         "5GB", description="Largest shard, for example 5GB or 500MB."
     )
-    require: Literal["4.57"] | None = Field(None, description="Refuse what this older transformers cannot load.")
+    require: Literal["4.57"] | None = Field(
+        None, description="Refuse outputs that this older version of transformers cannot load."
+    )
     strict: bool = Field(
-        False, description="Refuse what would only be warned about, weights that are not finite included."
+        False, description="Turn warnings into refusals, including the one about weights that are not finite."
     )
     card: bool = Field(True, description="Write a model card.")
 
@@ -148,20 +151,20 @@ class SplitRecipe(Recipe):
 
     @property
     def repairs(self) -> bool:
-        """Whether a repair is named, so that weights are fitted layer by layer."""
+        """True if a repair is named, so that weights are fitted layer by layer."""
         return self.repair is not None and self.repair.name != NO_REPAIR
 
     @property
     def fits(self) -> bool:
-        """Whether weights become other than the parent's: by repair, or learned in alignment."""
+        """True if weights become different from the parent's: by repair, or learned in alignment."""
         return self.repairs or (self.align is not None and self.align.weights != "frozen")
 
 
 def build_recipe(data: Mapping[str, Any]) -> SplitRecipe:
-    """Check a mapping and complete it with defaults.
+    """Validate a mapping and complete it with defaults.
 
     Raises:
-        UsageError: Something is wrong; every error is named.
+        UsageError: The recipe is invalid; the message names every error.
     """
     return validated(SplitRecipe, data)
 

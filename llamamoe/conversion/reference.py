@@ -1,9 +1,9 @@
-"""The parent as plain transformers loads it, to compare with what was read for the conversion.
+"""Load the parent in plain transformers and compare it with what was read for the conversion.
 
 ``AutoModelForCausalLM.from_pretrained`` opens the folder: transformers itself reads the configuration, chooses the
 files, renames and ties. The weights stay on disk (accelerate's disk offload reads each matrix from the parent's
 own files just before it is used), so that memory holds one matrix. Whatever it loads is compared with what llamamoe
-reads: a wrong reading shows even where logits are not comparable.
+reads: a wrong reading is found even where logits are not comparable.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from ..models.streaming import computing_keys
 
 _SAID = ("missing_keys", "mismatched_keys", "error_msgs")
 _NOT_COMPUTED = ("extra", "tie_word_embeddings", "family")
-"""Fields of a `DenseSpec` that are not compared: tying shows in the weights, the rest is not part of the forward pass."""
+"""Fields of a `DenseSpec` that are not compared: tying shows in the weights, the rest is unused by the forward pass."""
 
 
 BLOCK_ROWS = 1024
-"""Rows compared at a time, so that a cast copy stays small."""
+"""Number of rows compared at a time, so that a cast copy stays small."""
 
 
 class Reference:
-    """A dense parent in a folder, opened by transformers with its weights on disk.
+    """A dense parent folder, opened by transformers with its weights on disk.
 
     Args:
         model: The parent as llamamoe reads it.
         dtype: Safetensors name of the dtype that the weights are rounded to before they are used.
 
     Raises:
-        VerificationError: Transformers cannot load the parent, or understands its configuration otherwise.
+        VerificationError: Transformers cannot load the parent, or interprets its configuration differently.
     """
 
     def __init__(self, model: DenseModel, dtype: str) -> None:
@@ -68,7 +68,7 @@ class Reference:
             after_layer: Called with index and layer after it ran.
 
         Raises:
-            VerificationError: A weight is not what llamamoe reads.
+            VerificationError: A weight differs from what llamamoe reads.
         """
         for index, layer in enumerate(self.model.model.layers):
             layer.register_forward_pre_hook(lambda module, args, index=index: before_layer(index, module))
@@ -99,15 +99,15 @@ class Reference:
             or (rounded and same_bits(parameter.data, self._dense.checkpoint.read(raw).to(torch_dtype(self._dtype))))
         ):
             raise VerificationError(
-                f"{name}: transformers loads other values from {self._dense.checkpoint.path} than llamamoe read for "
-                "the conversion, so the conversion is not one of the model that transformers runs.",
+                f"{name}: transformers loads different values from {self._dense.checkpoint.path} than llamamoe read for "
+                "the conversion, so it was not made from the model that transformers runs.",
                 hint="Leave only one set of weights in the folder, or save the model again with transformers.",
             )
         if rounded:
             parameter.data = parameter.data.to(torch_dtype(self._dtype)).to(torch.float32)
 
     def _raw_name(self, name: str) -> str:
-        """What a parameter of transformers' model is called in the parent's files."""
+        """Return the name of a parameter of transformers' model in the parent's files."""
         dense = self._dense
         if name not in dense.checkpoint.tensors and name == "lm_head.weight" and dense.spec.tie_word_embeddings:
             name = "model.embed_tokens.weight"
@@ -116,7 +116,7 @@ class Reference:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare two tensors by their bits, after casting ``other`` to the dtype of ``one`` block by block."""
+    """Return whether two tensors have equal bits, after casting ``other`` to the dtype of ``one`` block by block."""
     if one.shape != other.shape:
         return False
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
@@ -127,9 +127,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def check_config(model: DenseModel, effective: dict[str, Any]) -> None:
-    """Compare how llamamoe understands ``config.json`` with transformers' configuration object.
+    """Compare llamamoe's reading of ``config.json`` with transformers' configuration object.
 
-    ``effective`` names every value, so that a default that is assumed for a missing key shows.
+    ``effective`` names every value, so that a default assumed for a missing key is compared too.
 
     Args:
         model: The parent as llamamoe reads it.
@@ -152,7 +152,7 @@ def check_config(model: DenseModel, effective: dict[str, Any]) -> None:
 
 
 def _same_rope(have: DenseSpec, want: DenseSpec) -> bool:
-    """Whether all parameters that both name agree (each side may spell out more)."""
+    """Return whether all parameters that both name agree (either side may name more)."""
     both = have.rope.keys() & want.rope.keys()
     return {"rope_type", "rope_theta"} <= both and all(have.rope[key] == want.rope[key] for key in both)
 
@@ -175,7 +175,7 @@ def _load(folder: Path) -> Any:
                 generation_config=transformers.GenerationConfig(),
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever transformers raises: it cannot load the parent
+    except Exception as error:  # any exception means that transformers cannot load the parent
         raise VerificationError(
             f"transformers cannot load the parent {folder}: {type(error).__name__}: {error}".rstrip(".") + ".",
             hint="Save the model again with transformers' save_pretrained.",
@@ -190,9 +190,9 @@ def _load(folder: Path) -> Any:
 
 
 def _name_tied(model: Any) -> None:
-    """Let accelerate find a tied weight under both of its names: it is told only those that the file holds.
+    """Let accelerate find a tied weight under both of its names, since it is only given those in the file.
 
-    Transformers adds the head's where the file has the embedding, and not the other way round (``save_model``).
+    Transformers adds the head's name if the file has the embedding, but not vice versa (``save_model``).
     """
     places = model.lm_head._hf_hook.weights_map.dataset.index
     if "model.embed_tokens.weight" not in places and "lm_head.weight" in places:
@@ -200,7 +200,7 @@ def _name_tied(model: Any) -> None:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Refuse what ``from_pretrained`` would follow beyond the folder's own model.
+    """Refuse files that make ``from_pretrained`` load more than the folder's own model.
 
     Raises:
         VerificationError: The folder holds an adapter.
@@ -208,13 +208,13 @@ def _refuse_others(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise VerificationError(
             f"{folder} holds adapter_config.json: transformers would apply that adapter to the model.",
-            hint="Merge the adapter into the model, or move it to a folder of its own.",
+            hint="Merge the adapter into the model, or move it to a separate folder.",
         )
 
 
 @contextmanager
 def _quiet_accelerate() -> Iterator[None]:
-    """Leave out accelerate's remark that weights stay on disk: they are meant to."""
+    """Suppress accelerate's warning that weights stay on disk, which is intended."""
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(logging.ERROR)

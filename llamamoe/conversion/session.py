@@ -1,4 +1,4 @@
-"""Calibration of one run of ``llamamoe split``: its text, its walk, and what a stopped run goes on from."""
+"""Calibration of one run of ``llamamoe split``: its text, its walk, and the state for a resume."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from .plan import SplitPlan
 from .recipe import AUTO
 
 UNIT = "calibration"
-"""The unit of the ledger that keeps the facts of the text."""
+"""The ledger's unit for the facts of the text."""
 _ALIGNMENT_TEXT = "alignment text"
 _STATE, _TEXT, _IDS = "state.json", "text.json", "ids.npy"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What a new run reads before it writes anything.
+    """The texts that a new run reads before it writes anything.
 
     Attributes:
-        calibration: What the methods see.
-        alignment: What alignment learns from; None without it.
+        calibration: Text for the methods.
+        alignment: Text for alignment; None without it.
     """
 
     calibration: CalibrationText
@@ -51,17 +51,17 @@ class Texts:
 
 
 class Session:
-    """The text and the walk of a run, kept on disk so that a stopped run goes on with the same bytes.
+    """The text and the walk of a run, kept on disk so that a stopped run resumes with byte-identical results.
 
-    After every layer the residual stream lies in a file with its hash beside it. Where that is missing or damaged,
-    the walk begins at the first layer again: what it computes is the same.
+    After every layer the residual stream is in a file with its hash beside it. If that is missing or damaged,
+    the walk starts again at the first layer, with the same results.
 
     Args:
-        plan: What to do; its ``calibration`` is set.
+        plan: The plan, whose ``calibration`` is set.
         compute: Device and dtype.
-        writer: Its ledger keeps the facts of the text, its folder the states.
-        progress: Told while text is sampled or gradients are computed.
-        texts: The texts, if they are read already (see `read_ahead`).
+        writer: The writer, whose ledger stores the facts of the text and whose folder stores the states.
+        progress: Called while text is sampled or gradients are computed.
+        texts: The texts, if they have already been read (see `read_ahead`).
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Session:
 
     @property
     def walk(self) -> Walk:
-        """The walk, after `begin`."""
+        """The walk; available after `begin`."""
         assert self._walk is not None, "begin first"
         return self._walk
 
     def begin(self, layer: int) -> int:
-        """Prepare to convert ``layer``, the first that is not finished; the layer to begin with: it, or 0."""
+        """Prepare to convert ``layer``, the first unfinished one; return the layer to start at: ``layer`` or 0."""
         assert self.plan.calibration is not None
         given = self._given.calibration if self._given else None
         text = self._text = self._kept_text(UNIT, self.folder, lambda: self._clustered(given))
@@ -108,11 +108,11 @@ class Session:
         return 0
 
     def enter(self, layer: int) -> LayerInputs:
-        """What the layer's FFN sees; see `Walk.enter`."""
+        """Return the inputs of the layer's FFN; see `Walk.enter`."""
         return self.walk.enter(layer)
 
     def leave(self, layer: int, inputs: LayerInputs, moe: ConvertedFfn | None) -> None:
-        """Go on to the next layer with the outputs of the converted layer (None: it stays dense), and save that."""
+        """Continue to the next layer with the outputs of the converted layer (None: it stays dense), and save that."""
         if layer + 1 == self.plan.model.spec.num_layers:
             return
         if moe is None:
@@ -163,15 +163,15 @@ class Session:
     # ---- text -------------------------------------------------------------------------------------------------
 
     def _kept_text(self, unit: str, folder: Path, make: Callable[[], CalibrationText]) -> CalibrationText:
-        """The text of the run that was stopped, or a new one, which the ledger and the folder then keep.
+        """Return the text of the stopped run, or a new one, which is then stored in ledger and folder.
 
         Args:
-            unit: Of the ledger, for the facts of the text.
-            folder: For the text.
-            make: Reads it.
+            unit: The ledger's unit for the facts of the text.
+            folder: Folder of the text.
+            make: Reads the text.
 
         Raises:
-            RefusedError: The text had to be read again and is another now.
+            RefusedError: The text had to be read again and has changed.
         """
         make_folder(folder)
         known = self._writer.info(unit)["calibration"] if self._writer.done(unit) else None
@@ -180,8 +180,8 @@ class Session:
             text = make()
             if known is not None and json.loads(json.dumps(text.facts)) != known:
                 raise RefusedError(
-                    f"the {unit.removesuffix(' text')} text is not the one that the stopped run began with.",
-                    hint="Put the text back as it was, or start again with --force.",
+                    f"the {unit.removesuffix(' text')} text differs from the one that the stopped run began with.",
+                    hint="Restore the text, or start again with --force.",
                 )
             _save_text(folder, text)
         if known is None:
@@ -196,16 +196,16 @@ class Session:
 
 
 def remove_states(folder: Path) -> None:
-    """Delete what sessions left in ``OUT.partial/``."""
+    """Delete the states of sessions in ``OUT.partial/``."""
     shutil.rmtree(folder / STATES, ignore_errors=True)
 
 
 def read_ahead(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> Texts | None:
-    """The texts of a new run, before anything is written; None if they are to be sampled, which takes long and is kept.
+    """Read the texts of a new run before anything is written; None if sampled, which takes long and is saved.
 
     Raises:
-        RefusedError: There is something to warn of, and the recipe is strict.
-        UsageError, LlamaMoeError: The text cannot be had, or is too little; the message says why.
+        RefusedError: There is a warning, and the recipe is strict.
+        UsageError, LlamaMoeError: The text is not available or too short; the message gives the reason.
     """
     if plan.recipe.calibration == (AUTO,):
         return None
@@ -225,18 +225,18 @@ def make_text(
     num_tokens: int | None = None,
     length: int | None = None,
 ) -> CalibrationText:
-    """The recipe's calibration text in the source's tokens, read from files or sampled from the source.
+    """Return the recipe's calibration text in the source's tokens, read from files or sampled from the source.
 
     Args:
-        plan: Its recipe says what; its ``calibration`` how much.
-        compute: For sampling.
-        progress: Told while text is sampled.
-        num_tokens: In the place of the recipe's ``calibration_tokens``.
-        length: In the place of the plan's sequence length.
+        plan: The plan, whose recipe names the text and whose ``calibration`` sets the amount.
+        compute: Device and dtype of sampling.
+        progress: Called while text is sampled.
+        num_tokens: Overrides the recipe's ``calibration_tokens``.
+        length: Overrides the plan's sequence length.
 
     Raises:
-        UsageError, LlamaMoeError: The text cannot be had; the message says why.
-        CheckpointError: The source has no tokenizer that works.
+        UsageError, LlamaMoeError: The text is not available; the message gives the reason.
+        CheckpointError: The source has no working tokenizer.
     """
     recipe, sizes, spec = plan.recipe, plan.calibration, plan.model.spec
     assert sizes is not None
@@ -267,13 +267,13 @@ def make_text(
 
 
 def alignment_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> CalibrationText:
-    """What alignment learns from: the same files as calibration, or more of what the source says.
+    """Return the text for alignment: the same files as calibration, or more text sampled from the source.
 
     Raises:
-        UsageError, LlamaMoeError: The text cannot be had, or is too little; the message says why.
+        UsageError, LlamaMoeError: The text is not available or too short; the message gives the reason.
     """
     options = plan.recipe.align
-    assert options is not None, "the recipe asks for it"
+    assert options is not None, "the recipe requests it"
     text = make_text(plan, compute, progress, num_tokens=options.tokens, length=options.length)
     held_out_sequences(*text.ids_ST.shape)
     return text
@@ -290,7 +290,7 @@ def _tokenizer(plan: SplitPlan) -> Any:
 
 
 def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:
-    """The text with a cluster for each sequence, if the method asks for them."""
+    """Return the text with a cluster for each sequence, if the method needs them."""
     if not plan.splitter.needs_clusters or text.clusters_S is not None:
         return text
     from ..calibration.clusters import text_clusters
@@ -299,8 +299,8 @@ def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:
     warnings = text.warnings
     if count < wanted:
         warnings += (
-            f"{count} sequences of calibration text cannot make {wanted} clusters: {wanted - count} experts have no "
-            "text of their own (more --calibration-tokens, or a smaller --calibration-length)",
+            f"{count} sequences of calibration text cannot form {wanted} clusters: {wanted - count} experts have no "
+            "text of their own (use more --calibration-tokens, or a smaller --calibration-length)",
         )
     clusters = text_clusters(text.ids_ST, plan.model.spec.vocab_size, min(wanted, count), plan.recipe.seed)
     return replace(text, clusters_S=clusters, warnings=warnings)
@@ -319,7 +319,7 @@ def _save_text(folder: Path, text: CalibrationText) -> None:
 
 
 def _load_text(folder: Path) -> CalibrationText | None:
-    """What `_save_text` kept, or None if it is not there or not whole."""
+    """Return the text that `_save_text` wrote, or None if it is missing or incomplete."""
     try:
         data = json.loads((folder / _TEXT).read_text(encoding="utf-8"))
         ids = np.load(folder / _IDS, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Sizes of a conversion: widths, shared neurons, dense layers, and the target that can hold them."""
+"""Choose the sizes of a conversion: widths, shared neurons, dense layers, and a target that supports them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _ORDER = {
     False: ("mixtral", "qwen3_moe", "qwen2_moe", "granitemoeshared", "glm4_moe", "ernie4_5_moe"),
     True: ("qwen2_moe", "glm4_moe", "granitemoeshared", "ernie4_5_moe"),
 }
-"""Targets that ``auto`` tries, without and with shared neurons; others (plug-ins) come after, by name."""
+"""Targets that ``auto`` tries, without and with shared neurons; others (plug-ins) follow, by name."""
 
 QUANTISED_BLOCK = 32
-"""Rows of multiples of this can be quantised (llama.cpp's 8-bit and older 4-bit types, mlx); others stay in 16 bits."""
+"""Rows of a multiple of this length can be quantised (llama.cpp's 8-bit and older 4-bit types, mlx)."""
 PAD_TO = 8
-"""Multiple of expert widths where `QUANTISED_BLOCK` would cost too much."""
+"""Multiple of expert widths if `QUANTISED_BLOCK` would cost too much."""
 MOST_PADDING = 0.03
-"""The share of the FFN from which padding costs too much."""
+"""Share of the FFN from which padding costs too much."""
 
 GATED_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple that is not below ``value``."""
+    """Return the smallest multiple that is not below ``value``."""
     return -(-value // multiple) * multiple
 
 
@@ -43,12 +43,12 @@ def _expert_width(routed: int, parts: int, recipe: SplitRecipe) -> int:
 
 
 def _widths_shared(multiple: int, size: int, parts: int, recipe: SplitRecipe) -> int:
-    """S for ``m`` expert widths: m W, with W the padded width when the FFN is cut into ``parts`` + m."""
+    """Return S for ``m`` expert widths: m W, with W the padded width when the FFN is split into ``parts`` + m."""
     return multiple * round_up(-(-size // (parts + multiple)), _pad_to(recipe))
 
 
 def _multiples(size: int, parts: int, recipe: SplitRecipe) -> dict[int, int]:
-    """Every ``m`` for which m expert widths can be shared, and the S that it means."""
+    """Return every ``m`` for which m expert widths can be shared, and its S."""
     found = {m: _widths_shared(m, size, parts, recipe) for m in range(1, 4 * parts)}
     return {m: shared for m, shared in found.items() if parts <= size - shared}
 
@@ -67,13 +67,13 @@ def _shared_neurons(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) ->
 
 
 def make_splitter(recipe: SplitRecipe) -> Splitter:
-    """The recipe's method with its options."""
+    """Return the recipe's method with its options."""
     method = SPLITTERS.get(recipe.method.name)
     return method(method.Options.model_validate(recipe.method.options))
 
 
 def padded(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: str) -> SplitRecipe:
-    """Return the recipe with ``pad_to`` set: as asked for, or the widest that costs little and that a target holds."""
+    """Return the recipe with ``pad_to`` set: as requested, or the largest supported one that costs little."""
     splitter = method(method.Options.model_validate(recipe.method.options))
     if recipe.pad_to is not None:
         return recipe
@@ -81,9 +81,7 @@ def padded(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: 
     if _padding_share(spec, wide, splitter) < MOST_PADDING:
         try:
             choose_target(spec, wide, method, dtype)
-        except (
-            RefusedError
-        ):  # a number of shared neurons that fits narrower experts only, or a reason that 8 has as well
+        except RefusedError:  # the shared neurons fit narrower experts only, or 8 is refused for the same reason
             pass
         else:
             return wide
@@ -91,7 +89,7 @@ def padded(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: 
 
 
 def _padding_share(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) -> float:
-    """Zero neurons over the neurons of a layer, copies counted once."""
+    """Return zero neurons divided by the neurons of a layer, with copies counted once."""
     size, parts = spec.intermediate_size, splitter.parts(recipe.num_experts)
     shared = _shared_neurons(spec, recipe, splitter)
     if not parts or shared >= size:
@@ -100,10 +98,10 @@ def _padding_share(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) -> 
 
 
 def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], dtype: str) -> tuple[Target, MoeLayout]:
-    """The named target, or for ``auto`` the first that fits (both majors of transformers before one).
+    """Return the named target, or for ``auto`` the first that fits (preferring both majors of transformers).
 
     Raises:
-        RefusedError: None fits; every reason is named.
+        RefusedError: No target fits; the message names every reason.
     """
     splitter = method(method.Options.model_validate(recipe.method.options))
     shared = _shared_neurons(spec, recipe, splitter)
@@ -120,13 +118,13 @@ def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], 
     if not fitting:
         raise RefusedError(
             "no target can hold this conversion exactly:\n" + "\n".join(f"  - {r}" for r in dict.fromkeys(reasons)),
-            hint="`llamamoe methods --matrix` shows which family goes to which target.",
+            hint="`llamamoe methods --matrix` shows which targets support which family.",
         )
     return next((f for f in fitting if len(f[0].majors(spec)) > 1), fitting[0])
 
 
 def candidate_targets(recipe: SplitRecipe, splitter: Splitter, shared: int) -> list[str]:
-    """Names of the targets to try, the preferred first."""
+    """Return the names of the targets to try, the preferred first."""
     if recipe.target != "auto":
         return [recipe.target]
     names = [name for name in TARGETS.names() if TARGETS.get(name).routed == splitter.routed]
@@ -152,7 +150,7 @@ def _check_sizes(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter, share
         raise RefusedError(f"{splitter.name}: {'; '.join(refusals)}.")
     if spec.hidden_act not in GATED_ACTIVATIONS:
         raise RefusedError(
-            f"hidden_act {spec.hidden_act!r} is none that a gated FFN is known to use: {', '.join(GATED_ACTIVATIONS)}."
+            f"hidden_act {spec.hidden_act!r} is not a supported activation of a gated FFN: {', '.join(GATED_ACTIVATIONS)}."
         )
 
 
@@ -181,7 +179,7 @@ def _layout(
     width = _expert_width(spec.intermediate_size - shared, parts, recipe)
     stored = round_up(shared, _pad_to(recipe)) if shared else target.stub_width(width)
     if shared and target.shared == "multiple":
-        # S as m expert widths: every "mx" fits, whatever rounding left for the routed neurons.
+        # S as m expert widths: every "mx" fits, however rounding leaves the routed neurons.
         sizes = _multiples(spec.intermediate_size, parts, recipe)
         width = min((s // m for m, s in sizes.items() if s == shared and s // m >= width), default=width)
         stored = shared
@@ -194,7 +192,7 @@ def _layout(
 def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout, dtype: str) -> list[str]:
     reasons = target.refusals(spec)
     if target.routed != bool(layout.num_experts):
-        holds = "experts, of which this method makes none" if target.routed else "no experts"
+        holds = "experts, which this method does not make" if target.routed else "no experts"
         reasons.append(f"{target.name} holds {holds} (--target auto)")
     elif layout.num_shared and target.shared == "none":
         reasons.append(
@@ -203,7 +201,7 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
     elif layout.num_shared and target.shared == "multiple" and layout.num_shared % layout.expert_width:
         reasons.append(_nearest_shared(spec, recipe, target, layout))
     if layout.copies > 1 and layout.combine.parity_factor != 1.0:
-        reasons.append("copies of the FFN are averaged: no other --rescale than mean gives its output back")
+        reasons.append("copies of the FFN are averaged: only --rescale mean reproduces its output")
     dense = target.dense_layer_refusal(layout.dense_layers, spec.num_layers)
     if dense:
         reasons.append(dense)

@@ -1,4 +1,4 @@
-"""``llamamoe.split``: the plan, executed one layer at a time, into a folder that appears whole or not at all."""
+"""``llamamoe.split``: execute the plan one layer at a time, into a folder that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from .weights import write_weights
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What a conversion left.
+    """The result of a conversion.
 
     Attributes:
-        out: The folder.
-        plan: What was done.
+        out: The output folder.
+        plan: The executed plan.
         receipt: The content of ``llamamoe_receipt.json``.
-        warnings: The plan's, and what showed while the weights were read.
+        warnings: Warnings of the plan, and those found while reading weights.
     """
 
     out: Path
@@ -57,11 +57,11 @@ class SplitResult:
 def plan_conversion(
     source: str | Path, recipe: SplitRecipe | None = None, *, tokenizer: str | Path | None = None
 ) -> SplitPlan:
-    """What `split` would do; reads headers only and writes nothing. For the arguments see `split`.
+    """Return the plan of `split`, reading headers only and writing nothing. For the arguments see `split`.
 
     Raises:
-        RefusedError: The conversion is not possible; every reason is named.
-        UsageError: The recipe names calibration text that is not there.
+        RefusedError: The conversion is not possible; the message names every reason.
+        UsageError: The recipe names calibration text that does not exist.
     """
     checkpoint = open_checkpoint(locate(source), tokenizer=tokenizer)
     plan = plan_split(understand(checkpoint), recipe or SplitRecipe())
@@ -83,23 +83,23 @@ def split(
     """Convert a dense checkpoint into a mixture of experts that plain transformers loads.
 
     One layer is in memory at a time. ``out`` appears when everything in it is written and verified; until then
-    the work lies in ``OUT.partial/``, where ``resume`` picks it up after a kill.
+    files are written to ``OUT.partial/``, from which ``resume`` continues after a kill.
 
     Args:
         source: A folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``.
-        out: The folder to make; it must not exist or be empty.
-        recipe: What to do; the defaults of `SplitRecipe` if None.
+        out: The folder to create; it must not exist, or be empty.
+        recipe: The recipe; the defaults of `SplitRecipe` if None.
         verify: Compare the result with its parent before it appears (see `llamamoe.verify`).
-        resume: Finish what an earlier call with the same source and recipe began.
-        force: Replace ``out`` if it holds a checkpoint, and drop what an earlier call began.
+        resume: Finish a stopped call with the same source and recipe.
+        force: Replace ``out`` if it holds a checkpoint, and discard the work of a stopped call.
         tokenizer: For a GGUF source, a folder whose tokenizer files replace the vocabulary in the file.
-        progress: Told after every layer.
+        progress: Called after every layer.
 
     Raises:
-        RefusedError: Nothing was written; the message says why and the way out.
-        UsageError: The recipe names calibration text or a device that is not there; nothing was written.
-        VerificationError: The result does not compute what its parent computes; it stays in ``OUT.partial/``.
-        LlamaMoeError: Writing failed; ``resume`` goes on.
+        RefusedError: The conversion is refused and nothing was written; the message has reason and remedy.
+        UsageError: The recipe names calibration text or a device that does not exist; nothing was written.
+        VerificationError: The result does not match its parent; it stays in ``OUT.partial/``.
+        LlamaMoeError: Writing failed; ``resume`` continues.
     """
     started = time.monotonic()
     location, out = locate(source), normal_path(out)
@@ -134,7 +134,7 @@ def split(
 
 
 def _check(plan: SplitPlan, out: Path, progress: ProgressCallback, *, resume: bool) -> Any | None:
-    """Refuse what only the files and this machine can tell, and return the parent's tokenizer."""
+    """Refuse what only files and machine reveal, and return the parent's tokenizer."""
     check_text(plan)
     check_room(out, plan, resume=resume)
     if plan.recipe.strict:
@@ -194,14 +194,14 @@ def _receipt(
 
 
 def _compute(plan: SplitPlan) -> Compute | None:
-    """Choose where calibration is computed; None without calibration."""
+    """Choose device and dtype of calibration; None without calibration."""
     if not plan.calibration:
         return None
     return choose_compute(plan.recipe.device, plan.recipe.compute_dtype, plan.source_dtype)
 
 
 def _speed(plan: SplitPlan, compute: Compute | None) -> dict[str, Any]:
-    """How fast this machine multiplies, and what the plan's estimate of calibration makes of that."""
+    """Return the rate of this machine's products, and the resulting estimate of calibration time."""
     if compute is None or plan.calibration is None:
         return {}
     rate = compute.flops_per_second()

@@ -1,11 +1,12 @@
-"""``llamamoe.verify``: does a converted checkpoint compute what its parent computes?
+"""``llamamoe.verify``: check that a converted checkpoint computes the same as its parent.
 
-The parent is opened by transformers' own ``from_pretrained`` (`llamamoe.conversion.reference`), and both are run by transformers'
-classes with one layer in memory (`llamamoe.conversion.verify_runs`), in float32, with every expert selected. The converted one runs twice: with its router rows set to zero (all weights equal: the claim of
-exactness), and with the router as it is stored (what a hard router leaves of it).
+The parent is opened by transformers' own ``from_pretrained`` (`llamamoe.conversion.reference`), and both are run by
+transformers' classes with one layer in memory (`llamamoe.conversion.verify_runs`), in float32, with every expert
+selected. The converted one runs twice: with its router rows set to zero (all weights equal: the claim of exactness),
+and with the router as it is stored (the effect of a hard router).
 
-A conversion that claims nothing (repaired, pruned, partly re-initialised) runs too, and must give finite logits; how
-far they are from the parent's is information. What it does keep of the parent's neurons is checked bit for bit.
+A conversion that claims nothing (repaired, pruned, partly re-initialised) also runs, and must give finite logits; their
+distance from the parent's is reported. The parent's neurons that it keeps are checked bit for bit.
 """
 
 from __future__ import annotations
@@ -43,27 +44,28 @@ class Verification:
     Attributes:
         equal_weights: max abs logit difference / max abs logit, router rows zero; None if the conversion makes
             no claim of exactness.
-        equal_tolerance: What `equal_weights` may be.
+        equal_tolerance: Limit of `equal_weights`.
         as_stored: The same with the router as stored; None for a soft router. Where experts are copies, with the
             configured top-k, for which they are exact too.
-        stored_tolerance: What `as_stored` may be.
+        stored_tolerance: Limit of `as_stored`.
         largest_logit: Largest absolute router logit on the text, router as stored.
         layer_error: Per MoE layer, max abs difference of the FFN outputs on the parent's own FFN inputs over the
             largest abs output; the last number of the pair (layer, error). All experts at equal weights; the
             configured top-k and the router as stored if no exactness is claimed.
-        parity_factor: What routed outputs were multiplied by for the comparison.
-        reference: How the parent was opened and run.
+        parity_factor: Factor of routed outputs in the comparison.
+        reference: Description of how the parent was opened and run.
         num_tokens: Tokens of the text.
-        tokens: Where the text comes from: ``"text"`` or ``"random ids"`` (no tokenizer).
-        neurons_checked: Layers whose neurons were found to be the parent's, by their bits (see `kept`).
-        passed: Whether everything holds.
-        note: Why nothing could be compared; empty if it could.
-        kept: What was looked for: ``"neurons"``, ``"gate_up"`` (repair changed the down projections), ``"nothing"``.
-        all_experts: As `equal_weights`, for a conversion that claims no exactness: information, no test.
+        tokens: Origin of the text: ``"text"`` or ``"random ids"`` (no tokenizer).
+        neurons_checked: Number of layers whose neurons equal the parent's bit for bit (see `kept`).
+        passed: Whether all checks passed.
+        note: Reason why nothing could be compared; empty otherwise.
+        kept: The part of neurons that was compared: ``"neurons"``, ``"gate_up"`` (repair changed the down projections),
+            ``"nothing"``.
+        all_experts: As `equal_weights`, for a conversion that does not claim exactness: for information only.
         as_configured: The same with the configured top-k and the router as stored; it must only be finite.
-        copied_checked: Tensors outside the experts found to be the parent's, bit for bit.
-        hashed_checked: Tensors, experts and routers included, whose SHA-256 is that of what was written.
-        unproven: Why no hashes could be compared; empty if they were.
+        copied_checked: Number of tensors outside the experts that equal the parent's bit for bit.
+        hashed_checked: Number of tensors, experts and routers included, whose SHA-256 matches the receipt.
+        unproven: Reason why hashes could not be compared; empty otherwise.
     """
 
     equal_weights: float | None
@@ -87,26 +89,27 @@ class Verification:
     unproven: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the outcome as JSON-compatible data."""
         return asdict(self) | {"layer_error": [list(pair) for pair in self.layer_error]}
 
 
 def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback = ignore_progress) -> Verification:
     """Check a converted checkpoint against the dense one that it was made from.
 
-    Names, shapes, dtypes and configuration must be those of the recipe in ``out``; what is taken over from the parent
-    must be the parent's, and every neuron must be found exactly once, bit for bit; all weights must have the SHA-256 in
+    Names, shapes, dtypes and configuration must match the recipe in ``out``; weights copied from the parent
+    must equal the parent's, and every neuron must occur exactly once, bit for bit; all weights must have the SHA-256 in
     the receipt, and be finite; the logits must agree with those of the parent as plain transformers loads it. A
-    receipt that is missing is told in the result. Of a conversion that claims less only what it claims is asked for (see `llamamoe.conversion.verify_files.check_neurons`), and finite logits.
+    missing receipt is noted in the result. A conversion that claims less is only checked for its claims (see
+    `llamamoe.conversion.verify_files.check_neurons`) and for finite logits.
 
     Args:
         out: A folder that `llamamoe.split` wrote.
         against: Its parent: folder, ``.gguf`` file or hub id.
-        progress: Told after every layer.
+        progress: Called after every layer.
 
     Raises:
-        RefusedError: One of the two cannot be read, or ``out`` carries no recipe.
-        VerificationError: Something does not agree; the message says what and by how much.
+        RefusedError: One of the two cannot be read, or ``out`` has no recipe.
+        VerificationError: A check failed; the message names the difference.
     """
     from .plan import plan_split
     from .recipe import load_recipe
@@ -125,11 +128,11 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
 
 
 def _refuse_others(folder: Path) -> None:
-    """Refuse a folder that `split` did not write, naming the command that did."""
+    """Refuse a folder that `split` did not write, naming the command that wrote it."""
     if (folder / HEAL_RECIPE_FILE).is_file() or (folder / DERIVED_FILE).is_file():
         made = "heal" if (folder / HEAL_RECIPE_FILE).is_file() else "merge, retop or densify"
         raise RefusedError(
-            f"{folder} was written by `llamamoe {made}`, which changes weights on purpose: they are not the parent's.",
+            f"{folder} was written by `llamamoe {made}`, which changes weights on purpose: they differ from the parent's.",
             hint="Verify the conversion that it was made from; `llamamoe evaluate` compares two models.",
         )
     if not (folder / RECIPE_FILE).is_file():
@@ -157,7 +160,7 @@ def _check_tokenizer(plan: SplitPlan, folder: Path) -> None:
 def verify_conversion(
     plan: SplitPlan, folder: Path, hashes: Hashes, progress: ProgressCallback = ignore_progress
 ) -> Verification:
-    """Like `verify`, for a plan and hashes at hand and a folder that need not be published yet."""
+    """Verify like `verify`, given plan and hashes, a folder that need not be published yet."""
     converted = SafetensorsCheckpoint(folder)
     with _changes_told(plan.model.checkpoint, converted):
         return _verified(plan, converted, hashes, progress)
@@ -165,7 +168,7 @@ def verify_conversion(
 
 @contextmanager
 def _changes_told(*read: Checkpoint) -> Iterator[None]:
-    """Tell files that changed meanwhile as that, whatever error it led to: also transformers reads them here."""
+    """Report files that changed meanwhile as such, whatever error they caused, since transformers reads them too."""
     try:
         yield
     except Exception:
@@ -179,7 +182,7 @@ def _changes_told(*read: Checkpoint) -> Iterator[None]:
 def _verified(
     plan: SplitPlan, converted: SafetensorsCheckpoint, hashes: Hashes, progress: ProgressCallback
 ) -> Verification:
-    refuse_foreign(converted)  # transformers would quantise what it loads, or load otherwise
+    refuse_foreign(converted)  # transformers would quantise the weights, or run other code
     check_files(plan, converted)
     layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]
     checked = 0
@@ -188,7 +191,7 @@ def _verified(
             check_neurons(plan, converted, layer)
             checked += 1
             progress(Progress("check neurons", done, len(layers), "layer"))
-    # before the logits, which cannot tell which tensor changed
+    # before the logits, which cannot locate a changed tensor
     weights = check_weights(plan, converted, hashes, progress)
     measured = compare_logits(plan, converted, progress)
     _check_claims(plan, measured)
@@ -196,7 +199,7 @@ def _verified(
 
 
 def _tolerances(plan: SplitPlan) -> tuple[float, float]:
-    """What differences at equal weights and as stored may be."""
+    """Return the limits of differences at equal weights and as stored."""
     exact = plan.dtype == "F32" or plan.layout.combine.bake_is_exact
     equal = EQUAL_TOLERANCE if exact else ROUNDED_TOLERANCE
     return equal, max(equal, HALF_TOLERANCE if plan.dtype == "F16" else HARD_TOLERANCE)
@@ -210,7 +213,7 @@ def _check_claims(plan: SplitPlan, measured: Measured) -> None:
     if stored == math.inf:
         raise VerificationError(
             "the logits are not finite with the configured top-k, although the parent's are.",
-            hint="Weights that changed since the conversion do this; otherwise please report it.",
+            hint="Weights that changed since the conversion cause this; otherwise please report it.",
         )
 
 
@@ -250,5 +253,5 @@ def _raise_inexact(measured: Measured, equal_tolerance: float, stored_tolerance:
         f"equal weights (allowed {equal_tolerance:.0e})"
         + (f" and by {stored:.2e} as stored (allowed {stored_tolerance:.0e})" if stored is not None else "")
         + f"; the worst layer is {worst[0]} with {worst[1]:.2e}.",
-        hint="Weights that changed since the conversion do this; otherwise please report it.",
+        hint="Weights that changed since the conversion cause this; otherwise please report it.",
     )

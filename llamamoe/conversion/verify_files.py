@@ -1,4 +1,4 @@
-"""Checks that a folder holds what was planned: every tensor, every key, and the parent's weights, bit for bit."""
+"""Check that a folder holds what was planned: every tensor, every key, and the parent's weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Hashes:
     """SHA-256 of the weights as they were written (see `llamamoe.checkpoint.writer.joined_sha256`).
 
     Attributes:
-        weights: Over all tensors; None if it is not known.
-        units: Over each unit; empty if they are not known.
-        missing: Why the hashes are not known; empty if they are.
+        weights: Hash over all tensors; None if unknown.
+        units: Hash over each unit; empty if unknown.
+        missing: Reason why the hashes are unknown; empty otherwise.
     """
 
     weights: str | None = None
@@ -71,9 +71,9 @@ class WeightsChecked:
     """The outcome of `check_weights`.
 
     Attributes:
-        copied: Tensors found equal to what the parent gives, bit for bit.
-        hashed: Tensors found equal to what was written, by the hash in the receipt.
-        unproven: Why the others were compared with nothing; empty if all were.
+        copied: Number of tensors that equal the parent's, bit for bit.
+        hashed: Number of tensors that equal those written, by the hash in the receipt.
+        unproven: Reason why the others could not be compared; empty if all were.
     """
 
     copied: int
@@ -82,14 +82,14 @@ class WeightsChecked:
 
 
 def check_weights(plan: SplitPlan, converted: Checkpoint, hashes: Hashes, progress: ProgressCallback) -> WeightsChecked:
-    """Compare every tensor of a folder with what it must be. Reads each tensor once.
+    """Compare every tensor of a folder with its expected content. Reads each tensor once.
 
-    What a conversion takes over from the parent unchanged or scaled (attention, norms, embedding, head, layers left
-    dense) and what is constant is made again from the parent and compared bit for bit. Everything, experts and
-    routers included, is compared with the hashes of what was written.
+    Tensors that a conversion copies from the parent unchanged or scaled (attention, norms, embedding, head, layers left
+    dense) and constant ones are made again from the parent and compared bit for bit. All tensors, experts and
+    routers included, are compared with the hashes of the written ones.
 
     Raises:
-        VerificationError: A tensor differs; the message names it, or its layer where only the hash tells.
+        VerificationError: A tensor differs; the message names it, or its layer if only the hash differs.
     """
     digests: dict[str, dict[str, str]] = {}
     copied = 0
@@ -131,7 +131,7 @@ def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
     Keys beyond the planned ones are allowed as long as transformers' configuration is the planned one.
 
     Raises:
-        VerificationError: One of them is not as planned.
+        VerificationError: One of them differs from the plan.
     """
     _check_others(plan, converted)
     planned = {name: entry[:2] for tensors in plan.shards.values() for name, entry in tensors.items()}
@@ -139,7 +139,7 @@ def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
     for name in sorted(planned.keys() | found.keys()):
         if planned.get(name) != found.get(name):
             raise VerificationError(
-                f"{name}: the recipe says {planned.get(name, 'no such tensor')}, the file holds {found.get(name, 'none')}.",
+                f"{name}: the recipe implies {planned.get(name, 'no such tensor')}, the file holds {found.get(name, 'none')}.",
                 hint=_made_from(plan, converted),
             )
     config = {k: v for k, v in read_json(converted.path / "config.json").items() if k in plan.config}
@@ -153,7 +153,7 @@ def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
 
 
 def _check_others(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
-    """No file beside the planned ones that transformers might load in their place."""
+    """Refuse files beside the planned ones that transformers might load instead."""
     known = {*plan.shards, *([INDEX] if len(plan.shards) > 1 else [])}
     for path in sorted(converted.path.iterdir()):
         weights = path.name.endswith((".safetensors", ".safetensors.index.json", *PICKLES))
@@ -165,7 +165,7 @@ def _check_others(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
 
 
 def _check_effective(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
-    """Compare the configuration objects, so that an added key that changes what is computed shows."""
+    """Compare the configuration objects, so that an added key that changes the computation is found."""
     found = {k: v for k, v in converted.config.items() if k not in ("llamamoe", "auto_map")}
     try:
         have = transformers.AutoConfig.for_model(**found).to_dict()
@@ -184,7 +184,7 @@ def _check_effective(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
 
 
 def _made_from(plan: SplitPlan, converted: Checkpoint) -> str:
-    """The way out: is it the right parent?"""
+    """Return a hint to check that the parent is the right one."""
     block = converted.config.get("llamamoe")
     parent = block.get("source") if isinstance(block, dict) else None
     return (
@@ -194,7 +194,7 @@ def _made_from(plan: SplitPlan, converted: Checkpoint) -> str:
 
 
 def neuron_keys(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None) -> torch.Tensor:
-    """int64 ``[F]``, sorted: a hash of each neuron's bits; neurons of zeros are left out.
+    """Return int64 ``[F]``, sorted: a hash of each neuron's bits, without neurons of zeros.
 
     Args:
         gate: ``[F, H]``.
@@ -215,11 +215,11 @@ def neuron_keys(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None)
 
 
 def check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
-    """The neurons of experts and shared expert must be the parent's, by their bits.
+    """Check that the neurons of experts and shared expert equal the parent's, bit for bit.
 
-    Each exactly once (exactly as often as there are copies, upcycled; shared ones once) where the method is exact;
-    else everything stored must be some neuron of the parent, and none twice unless the method lets experts overlap.
-    The down projections are left out where repair changed them or where the target's factor rounds them (see
+    If the method is exact, each must occur exactly once (upcycled: once per copy; shared ones once);
+    else every stored neuron must be one of the parent's, and none may occur twice unless experts may overlap.
+    The down projections are left out if repair changed them or the target's factor rounds them (see
     `Combine.bake_is_exact`). Nothing is compared if nothing is kept (`SplitPlan.kept`).
 
     Raises:
@@ -250,7 +250,7 @@ def check_neurons(plan: SplitPlan, converted: Checkpoint, layer: int) -> None:
 
 
 def _stored_keys(plan: SplitPlan, converted: Checkpoint, layer: int, kind: str, down: bool) -> torch.Tensor:
-    """int64, sorted: keys of the neurons of all routed experts, or of the shared one, as they stand in the file."""
+    """Return int64, sorted: keys of the stored neurons of all routed experts, or of the shared one."""
     gates, ups, downs = [], [], []
     for tensor in plan.tensors:
         origin = tensor.origin
@@ -276,7 +276,7 @@ def _stored_keys(plan: SplitPlan, converted: Checkpoint, layer: int, kind: str, 
 
 
 def check_finite(plan: SplitPlan, converted: Checkpoint) -> None:
-    """Everything that the method made (neurons and routers) must be finite.
+    """Check that neurons and routers are finite.
 
     Raises:
         VerificationError: A tensor holds NaN or infinite values.

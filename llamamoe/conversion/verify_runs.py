@@ -1,4 +1,4 @@
-"""Runs a conversion and its parent on one text and compares their logits, with one layer of each in memory."""
+"""Run a conversion and its parent on one text and compare their logits, with one layer of each in memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def compare_logits(plan: SplitPlan, converted: SafetensorsCheckpoint, progress: 
     """Run both models; an exact conversion twice, see `llamamoe.conversion.verify`.
 
     Raises:
-        VerificationError: Transformers cannot load one of the two, reads the parent otherwise than llamamoe, or
+        VerificationError: Transformers cannot load one of the two, reads the parent differently than llamamoe, or
             weights that the conversion made are not finite.
     """
     ids, origin = receipt_tokens(converted.path, plan.model.spec.vocab_size)
@@ -106,7 +106,7 @@ def compare_logits(plan: SplitPlan, converted: SafetensorsCheckpoint, progress: 
 
 
 def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
-    """int64 ``[1, T]``: `RECEIPT_TEXT` in the folder's tokens, or seeded random ids if it has no tokenizer."""
+    """Return int64 ``[1, T]``: `RECEIPT_TEXT` in the folder's tokens, or seeded random ids if it has no tokenizer."""
     from ..checkpoint.tokenizer_loading import load
     from ..errors import CheckpointError
 
@@ -115,7 +115,7 @@ def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
         if len(ids) > 1 and max(ids) < vocab_size:
             return torch.tensor([ids]), "text"
     except CheckpointError:
-        pass  # no tokenizer, or one that needs a package or code that is not here
+        pass  # no tokenizer, or one that needs a missing package or code
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocab_size, (1, MAX_TOKENS), generator=generator), "random ids"
 
@@ -146,7 +146,7 @@ def _run_parent(plan: SplitPlan, ids: torch.Tensor, before_layer: Any, after_lay
 def _converted(
     plan: SplitPlan, converted: Checkpoint, *, everyone: bool = True, zero_router: bool = False
 ) -> StreamedModel:
-    """The output as it is configured, or with ``everyone`` selected and the routed sum times the parity factor."""
+    """Open the output as configured, or with ``everyone`` selected and the routed sum times the parity factor."""
     origins = {tensor.name: tensor.origin for tensor in plan.tensors}
     factor = plan.layout.combine.parity_factor if everyone else 1.0
 
@@ -165,7 +165,7 @@ def _converted(
 
 
 def _difference(parent: torch.Tensor, converted: torch.Tensor) -> float:
-    """Max abs difference over max abs value; infinite if anything is not finite."""
+    """Return max abs difference / max abs value; infinite if any value is not finite."""
     value = float((parent - converted).abs().max() / parent.abs().max())
     return value if value == value else float("inf")
 

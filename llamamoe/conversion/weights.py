@@ -1,4 +1,4 @@
-"""The weights of a conversion, written one layer at a time."""
+"""Write the weights of a conversion one layer at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .verify_files import OUTER, unit_of
 def write_weights(
     plan: SplitPlan, writer: CheckpointWriter, session: Session | None, progress: ProgressCallback
 ) -> dict[str, dict[str, Any]]:
-    """Write every unit that is not there yet; return what is to be said of each."""
+    """Write every missing unit; return the facts of each."""
     layers = plan.model.spec.num_layers
     units: dict[str, list[int]] = {OUTER: [], **{f"layer.{i}": [] for i in range(layers)}}
     for index, tensor in enumerate(plan.tensors):
@@ -56,9 +56,9 @@ def _write_calibrated(
     session: Session,
     progress: ProgressCallback,
 ) -> None:
-    """Walk through the layers with the calibration text and write those that are not there yet.
+    """Walk through the layers with the calibration text and write the missing ones.
 
-    A layer that is finished must be walked through again only if the hidden states behind it are lost: converted
+    A finished layer must be walked through again only if the hidden states after it are lost: converted
     again, it gives the same bytes.
     """
     if not writer.done(OUTER):
@@ -78,7 +78,7 @@ def _write_calibrated(
         session.leave(layer, inputs, converted.moe if converted else None)
         if not finished[layer]:
             _write_unit(plan, writer, unit, units[unit], converted)
-            writer.flush()  # the states of the layer before are written over only when this one is safe
+            writer.flush()  # the previous layer's states are overwritten only once this layer is safe
         progress(Progress("convert", layer + 2, len(units), "layer", unit))
 
 
@@ -108,5 +108,5 @@ def _write_unit(
 
 
 def _part_of(tensor: OutTensor) -> str:
-    """Tensors that are taken from the same matrix of the parent have the same, so that it is read once."""
+    """Return a key that is equal for tensors from the same matrix of the parent, so that it is read once."""
     return tensor.origin.part if isinstance(tensor.origin, Neurons) else ""

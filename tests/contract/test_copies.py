@@ -80,7 +80,7 @@ def test_renewed_neurons_end_exactness(sources: Any, tmp_path: Path) -> None:
         ({"num_experts": 5, "top_k": 2, "router_scale": "soft"}, "multiples of groups = 2"),
         ({"num_experts": 4, "top_k": 3, "router_scale": "soft"}, "multiples of groups = 2"),
         ({"num_experts": 4, "top_k": 2}, "--router-scale soft"),
-        ({"num_experts": 4, "top_k": 4, "router_scale": "soft", "rescale": "unit"}, "--rescale than mean"),
+        ({"num_experts": 4, "top_k": 4, "router_scale": "soft", "rescale": "unit"}, "--rescale mean"),
     ],
 )
 def test_what_would_not_average_whole_copies_is_refused(

@@ -203,7 +203,7 @@ def test_the_text_of_the_stopped_run_is_gone_on_with(
         shutil.rmtree(stopped)
         kept.rename(stopped.with_name("out.partial"))
         (stopped.with_name("out.partial") / ".calibration" / "alignment" / "ids.npy").unlink()
-        with pytest.raises(RefusedError, match="text is not the one that the stopped run began with"):
+        with pytest.raises(RefusedError, match="text differs from the one that the stopped run began with"):
             llamamoe.split(dense, stopped, recipe(dense, SHORT), resume=True)
     finally:
         text.write_text(was)
@@ -239,7 +239,7 @@ def test_strict_refuses_what_alignment_would_warn_of(long: Path, dense: Path, tm
     ("keys", "message"),
     [
         ({"method": "upcycle"}, "a neuron is in several experts"),
-        ({"router_scale": "soft"}, "--router-scale soft weighs them by their logits"),
+        ({"router_scale": "soft"}, "--router-scale soft weights them by their logits"),
         ({"align": {"length": 65}}, r"align\.length 65 is more than the model's 64 positions"),
         ({"calibration": []}, "calibration text is needed by .*--align-tokens"),
     ],

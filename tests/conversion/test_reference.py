@@ -85,7 +85,7 @@ def test_a_reader_that_takes_other_weights_is_caught(
         return value * 1.001 if self.path == dense and tensor == name else value
 
     monkeypatch.setattr(SafetensorsCheckpoint, "read", wrong)
-    with pytest.raises(llamamoe.VerificationError, match=f"{name}: transformers loads other values") as caught:
+    with pytest.raises(llamamoe.VerificationError, match=f"{name}: transformers loads different values") as caught:
         llamamoe.split(dense, tmp_path / "out", llamamoe.load_recipe(given=given))
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
@@ -99,7 +99,7 @@ def test_a_single_file_beside_shards_is_what_transformers_takes(
     other = make_dense(tmp_path / "other", seed=1)
     model = understand(SafetensorsCheckpoint(dense))
     save_file(load_file(other / "model.safetensors"), dense / "model.safetensors", {"format": "pt"})
-    with pytest.raises(llamamoe.VerificationError, match="transformers loads other values"):
+    with pytest.raises(llamamoe.VerificationError, match="transformers loads different values"):
         Reference(model, "F32").logits(IDS, before_layer=ignore, after_layer=ignore)
 
 

@@ -126,7 +126,7 @@ def test_another_text_cannot_take_its_place(
     finally:
         text.write_text(was)
     assert (name, code) == ("RefusedError", 3)
-    assert "not the one that the stopped run began with" in message
+    assert "differs from the one that the stopped run began with" in message
     finish(convert, whole, stopped)
 
 
