@@ -1,4 +1,4 @@
-"""Errors that nobody raised on purpose, as one line: what the system lacks, and the way out."""
+"""Turn unexpected errors of the operating system into one line with a hint."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import re
 
 from llamamoe.errors import LlamaMoeError
 
-_FULL = "Make room, or choose another disk; where OUT.partial was kept, --resume goes on."
+_FULL = "Free some space, or choose another disk; if OUT.partial was kept, --resume continues."
 _MEMORY = "Close other programs, or choose a smaller model, batch or dtype."
-_FILES = "Allow this process more, for example: ulimit -n 65536"
+_FILES = "Raise the limit of open files, for example: ulimit -n 65536"
 _HINTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Change the permissions of that place, or choose another."),
-    errno.EROFS: "It cannot be written there: choose another place.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Change the permissions, or choose another folder."),
+    errno.EROFS: "The file system is read-only: choose another folder.",
     errno.ENOMEM: _MEMORY,
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), _FILES),
-    errno.EAGAIN: "Allow this user more processes (ulimit -u), or start fewer.",
-    errno.EFBIG: "The file system or ulimit -f allows no larger file: choose another place.",
+    errno.EAGAIN: "Raise the limit of processes (ulimit -u), or start fewer.",
+    errno.EFBIG: "The file system or ulimit -f does not allow a file this large: choose another folder or raise the limit.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
 _NUMBERED = re.compile(r"\(os error (\d+)\)")
@@ -43,7 +43,9 @@ def _of_the_system(error: Exception) -> LlamaMoeError | None:
         first = text.strip().splitlines()
         return LlamaMoeError(f"there is not enough memory{': ' + first[0] if first else ''}.", hint=_MEMORY)
     if isinstance(error, RecursionError):
-        return LlamaMoeError("something that was read is nested too deeply.", hint="Look at the files that were given.")
+        return LlamaMoeError(
+            "an input file is nested too deeply.", hint="Check the JSON and YAML files that were given."
+        )
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return LlamaMoeError("no further thread can be started.", hint=_HINTS[errno.EAGAIN])
     if isinstance(error, OSError) and error.strerror:

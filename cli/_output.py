@@ -48,12 +48,12 @@ def kept_when_interrupted(out: str | Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         left = partial_path(Path(os.path.abspath(Path(out).expanduser())))
-        raise Interrupted.leaving(left, f"{left} is kept, --resume finishes it") from None
+        raise Interrupted.leaving(left, f"{left} is kept, --resume continues") from None
 
 
 @dataclass(frozen=True)
 class Output:
-    """How the user wants to be told.
+    """Output settings from the command line.
 
     Attributes:
         as_json: One JSON document on stdout and nothing else there.
@@ -116,13 +116,13 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, as_json: bool, quiet: bool, verbose: bool, **keys: Any) -> None:
         click.get_current_context().meta[VERBOSE] = verbose
         if quiet and verbose:
-            raise click.UsageError("-q and -v exclude each other.")
+            raise click.UsageError("-q and -v are mutually exclusive.")
         function(*args, output=Output(as_json, quiet, verbose), **keys)
 
     flags = {
-        "as_json": (("--json",), "Print one JSON document on stdout, and nothing else there."),
-        "quiet": (("-q", "--quiet"), "No progress and no summary; errors and warnings only."),
-        "verbose": (("-v", "--verbose"), "More detail, and the traceback of an unexpected error."),
+        "as_json": (("--json",), "Print one JSON document on stdout and nothing else."),
+        "quiet": (("-q", "--quiet"), "Suppress progress and summaries."),
+        "verbose": (("-v", "--verbose"), "Print more detail, and the traceback of an unexpected error."),
     }
     for name, (spellings, text) in reversed(flags.items()):
         click.option(*spellings, name, cls=Option, is_flag=True, help=text)(wrapped)

@@ -38,10 +38,10 @@ def _speed(plan: SplitPlan) -> None:
     from llamamoe.conversion.expected_speed import expected_speed
 
     found = expected_speed(plan.layout, plan.model.spec)
-    heading("Speed to expect, over the parent's")
+    heading("Expected speed, relative to the parent")
     rows, origins = [], []
     for near in found["measured"]:
-        for key, who in (("over_dense", near["shape"]), ("static_over_dense", "pruned as small")):
+        for key, who in (("over_dense", near["shape"]), ("static_over_dense", "static pruning")):
             tasks = near[key]
             rows += [(near["program"], who, *(_over(values) for values in tasks.values()))] if tasks else []
         origins.append(f"{near['program']}: {near['origin']}")
@@ -49,13 +49,13 @@ def _speed(plan: SplitPlan) -> None:
         table(("", "measured", *found["measured"][0]["over_dense"]), rows, right=range(2, len(rows[0])), wrap=(1,))
         bullets(origins)
     else:
-        paragraph("No shape like this one was measured: `llamamoe compare --speed` does it.")
+        paragraph("There is no measurement of a similar shape; `llamamoe compare --speed` makes one.")
     if found["batches"]:
         counts = ", ".join(f"{each['tokens']}: {each['experts_touched']:.1f}" for each in found["batches"])
         paragraph(
-            f"Experts that a batch touches, of {plan.layout.num_experts}, if all are used alike: {counts}. From "
-            f"{found['no_gain_from_batch']} sequences on, a step of decoding reads the whole FFN, as the parent's does: it cannot "
-            "be faster where reading weights is what takes the time."
+            f"Experts used by a batch, of {plan.layout.num_experts}, if all are selected equally often: {counts}. From "
+            f"{found['no_gain_from_batch']} sequences on, a decoding step reads the whole FFN, as in the parent, so it cannot be "
+            "faster where reading weights is the bottleneck."
         )
 
 
@@ -67,7 +67,7 @@ def _over(values: Sequence[float]) -> str:
 def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     spec, layout, recipe = plan.model.spec, plan.layout, plan.recipe
     padding = plan.padding_per_layer
-    widened = f", {plural(padding, 'zero neuron')} a layer among them" if padding else ""
+    widened = f", including {plural(padding, 'zero neuron')} per layer" if padding else ""
     factor = layout.combine.factor
     times = "" if factor == 1.0 else f", routed outputs x {factor:g}"
     rows = [
@@ -75,7 +75,7 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     ]
     if plan.target.routed:
         rows += [
-            ("experts", f"{layout.num_experts} in each layer, {layout.top_k} selected per token"),
+            ("experts", f"{layout.num_experts} per layer, {layout.top_k} selected per token"),
             ("expert width", f"{layout.expert_width:,} neurons{widened}"),
         ]
     if layout.num_shared:
@@ -103,7 +103,7 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         *([("router", f"{router.name}, {recipe.router_scale}; rescale {rescale.name}{times}")] if layout.top_k else []),
         ("loads in", f"transformers {' and '.join(plan.majors)}"),
         ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
-        ("peak memory", f"about {size(plan.peak_bytes)}, beside Python and torch themselves"),
+        ("peak memory", f"about {size(plan.peak_bytes)}, in addition to Python and torch"),
     ]
 
 
@@ -162,7 +162,7 @@ def print_warnings(warnings: Sequence[str], *, err: bool = False) -> None:
 
 def _advice(advice: Sequence[str]) -> None:
     if advice:
-        heading("Good to know")
+        heading("Notes")
         bullets(advice)
 
 

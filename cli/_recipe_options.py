@@ -118,44 +118,44 @@ class _Weights(click.ParamType):  # type: ignore[type-arg]  # not generic in cli
         return weights
 
 
-SIZES, METHODS, CALIBRATION, WRITING = "Experts", "Methods", "Calibration", "What is written"
+SIZES, METHODS, CALIBRATION, WRITING = "Experts", "Methods", "Calibration", "Output"
 _ROWS = (
-    _Row("--experts", "num_experts", SIZES, "N", int, unset="8; with text 64, fewer in a small FFN"),
-    _Row("--top-k", "top_k", SIZES, "K", int, unset="2; with text 24 of 64"),
+    _Row("--experts", "num_experts", SIZES, "N", int, unset="8; with calibration text 64, fewer in a small FFN"),
+    _Row("--top-k", "top_k", SIZES, "K", int, unset="2; with calibration text 24 of 64"),
     _Row("--shared", "shared", SIZES, "0.25|384|2x", unset="the method's"),
     _Row("--pad-to", "pad_to", SIZES, "W", int, unset="32 where it costs less than 3 %, else 8",
-         text="Expert width is padded to a multiple of this with zero neurons; many quantisers want 32"),
+         text="Pad experts with zero neurons to a multiple of this width; many quantisation formats need 32"),
     _Row("--prefer", "prefer", SIZES, "NAME", names=_literals("prefer"), unset="none",
-         text="Choose what is not given of these for quality, balanced or speed, from measured speeds (--dry-run shows them)"),
+         text="Choose the sizes that are not given for quality, balanced or speed, from measured speeds (shown by --dry-run)"),
     _Row("--keep-dense", "keep_dense", SIZES, "LAYERS", _Layers(), unset="none",
-         text="Layers left dense, for example 0,1,-1 or 0-2"),
+         text="Layers to leave dense, for example 0,1,-1 or 0-2"),
     _Row("--method", "method", METHODS, "NAME", names=_splitters),
     _Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("methods.selectors", "SELECTORS"), unset="the method's"),
     _Row("--router", "router", METHODS, "NAME", names=_registry("methods.routers", "ROUTERS"), unset="the method's"),
     _Row("--router-scale", "router_scale", METHODS, "NAME", names=_literals("router_scale"),
-         text="hard: scaled down so that selected experts get equal weights; soft: as it is"),
+         text="hard: scale the router down so that selected experts get equal weights; soft: leave it as it is"),
     _Row("--rescale", "rescale", METHODS, "NAME", names=_registry("architectures.rescales", "RESCALES"), unset="the method's"),
     _Row("--repair", "repair", METHODS, "NAME", names=_registry("methods.repairs", "REPAIRS"), unset="the method's"),
     _Row("--repair-passes", "repair_passes", METHODS, "N", int),
     _Row("--seed", "seed", METHODS, "N", int),
     _Row("--calibration", "calibration", CALIBRATION, "PATH|auto", unset="none", multiple=True,
-         text="Text for methods that need it: a file (txt, jsonl, parquet), folder or glob, may be repeated; auto: sampled "
-         "from SOURCE itself"),
+         text="Calibration text: a file (txt, jsonl, parquet), folder or glob; may be repeated. auto: text sampled from "
+         "SOURCE itself"),
     _Row("--calibration-tokens", "calibration_tokens", CALIBRATION, "N", int),
     _Row("--calibration-weights", "calibration_weights", CALIBRATION, "A=1,B=2", _Weights(), unset="equal",
-         text="Share of each domain in the text, for example arxiv=1,book=2"),
+         text="Weight of each domain in the calibration text, for example arxiv=1,book=2"),
     _Row("--calibration-length", "calibration_length", CALIBRATION, "N", int,
-         unset="the model's positions, at most 512"),
+         unset="the model's context length, at most 512"),
     _Row("--device", "device", CALIBRATION, "auto|cpu|cuda"),
     _Row("--compute-dtype", "compute_dtype", CALIBRATION, "NAME", names=_literals("compute_dtype"),
          unset="bfloat16 for a 16-bit source where it is much faster, else float32",
-         text="Dtype of large products on the text: float32 or bfloat16"),
+         text="Dtype of large matrix products during calibration: float32 or bfloat16"),
     _Row("--target", "target", WRITING, "NAME", names=_targets),
     _Row("--dtype", "dtype", WRITING, "NAME", names=_literals("dtype"), unset="the source's",
-         text="Dtype to store: float32, bfloat16 or float16"),
+         text="Dtype of the stored weights: float32, bfloat16 or float16"),
     _Row("--shard-size", "shard_size", WRITING, "SIZE"),
     _Row("--require", "require", WRITING, "4.57", names=_literals("require"), unset="none",
-         text="Refuse what this older transformers cannot load"),
+         text="Refuse conversions that this older transformers version cannot load"),
 )  # fmt: skip
 FLAGS = {row.field: row.flag for row in _ROWS} | {
     "align": "--align-tokens",

@@ -123,21 +123,19 @@ def flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Calla
 
 def tokenizer_option(group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """``--tokenizer``: in the place of the vocabulary of a GGUF file."""
-    text = "For a GGUF file: take the tokenizer files from this folder.  [default: the tokenizer in the file]"
+    text = "For a GGUF file: folder with the tokenizer files to use.  [default: the tokenizer in the file]"
     return flag("--tokenizer", group=group, metavar="FOLDER", text=text)
 
 
 def model_options(group: str, *, several: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """``--dtype`` and ``--device``: how models are held that are only run; ``several``: on more than one device, too."""
-    devices = (
-        "A torch device; several with commas, or all GPUs (all): a copy on each; or one copy over all GPUs (spread)."
-    )
+    devices = "A torch device. Several devices (cuda:0,cuda:1) or all: one copy of the model on each GPU. spread: one copy across all GPUs."
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        text = f"{devices if several else 'A torch device.'}  [default: auto, the GPU if there is one]"
+        text = f"{devices if several else 'A torch device, such as cpu or cuda:0.'}  [default: auto, the GPU if there is one]"
         device = flag("--device", group=group, metavar="NAME", default="auto", text=text)
         dtype = flag("--dtype", group=group, metavar="NAME", default="auto",
-                     text="auto, float32, bfloat16 or float16.  [default: auto, as stored]")  # fmt: skip
+                     text="Dtype to run in: float32, bfloat16 or float16.  [default: auto, as stored]")  # fmt: skip
         return dtype(device(function))
 
     return decorate

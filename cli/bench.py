@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from llamamoe.evaluation.bench import Benchmark
     from llamamoe.evaluation.speeds import ModelSpeed
 
-HELP = """Measure how fast MODEL reads a prompt and writes after it, beside its dense parent, by plain transformers.
+HELP = """Measure the speed of prefill and decoding of MODEL in plain transformers, and of its dense parent with --against.
 
-Prefill and decoding with a cache, at several batch sizes, each the median of some repeats; the parent is measured before
-and after the model, so that a machine that is not at rest shows. Speeds expected from sizes are given, too.
+Both are measured with a KV cache at several batch sizes; each number is the median of the repeats. The parent is measured
+before and after the model, which shows whether other load changed the speed meanwhile. The speedups expected from model
+sizes are printed too.
 """
 EXAMPLES = """
 llamamoe bench OUT --against SOURCE
 llamamoe bench OUT --against SOURCE --batch-sizes 1,8,64 --dtype bfloat16 --experts llamamoe_auto
 """
-WHAT, HOW = "What is measured", "How it runs"
+WHAT, HOW = "Measurement", "Execution"
 
 
 def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
@@ -35,17 +36,29 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> li
         raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 1,8,64.") from None
 
 
-@click.command(cls=Command, section="Measure", rank=2, short_help="Tokens a second, beside the parent.",
+@click.command(cls=Command, section="Measure", rank=2, short_help="Measure prefill and decoding speed against the parent.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
-@flag("--against", group=WHAT, metavar="PARENT", text="The dense parent, measured in the same way.")
+@flag("--against", group=WHAT, metavar="PARENT", text="The dense parent, measured the same way.")
 @flag("--batch-sizes", group=WHAT, metavar="B,B", default="1,4,16", show_default=True, callback=_sizes,
-       text="Sequences that run together.")  # fmt: skip
-@flag("--prompt", group=WHAT, type=int, metavar="N", default=128, show_default=True, text="Tokens of each prompt.")
-@flag("--new-tokens", group=WHAT, type=int, metavar="N", default=16, show_default=True, text="Steps of decoding.")
-@flag("--repeats", group=WHAT, type=int, metavar="N", default=3, show_default=True, text="How often each is measured.")
+       text="Batch sizes to measure.")  # fmt: skip
+@flag(
+    "--prompt", group=WHAT, type=int, metavar="N", default=128, show_default=True, text="Number of tokens per prompt."
+)
+@flag(
+    "--new-tokens", group=WHAT, type=int, metavar="N", default=16, show_default=True, text="Number of tokens to decode."
+)
+@flag(
+    "--repeats",
+    group=WHAT,
+    type=int,
+    metavar="N",
+    default=3,
+    show_default=True,
+    text="Number of repeats of each measurement.",
+)
 @flag("--experts", group=HOW, metavar="NAME",
-       text="How experts run: grouped_mm, batched_mm, eager, llamamoe_auto, ...  [default: as transformers chooses]")  # fmt: skip
+       text="Experts implementation: grouped_mm, batched_mm, eager, llamamoe_auto, ...  [default: chosen by transformers]")  # fmt: skip
 @tokenizer_option(HOW)
 @model_options(HOW)
 @output_options
@@ -87,27 +100,27 @@ def _print(benchmark: Benchmark) -> None:
     where = f"{benchmark.device}, {benchmark.threads} threads" if benchmark.device == "cpu" else benchmark.device
     echo(bold(f"{benchmark.model.name} on {where}, {benchmark.model.dtype}"))
     facts([(side.name, _size(side)) for side in sides])
-    heading("Tokens a second")
+    heading("Tokens per second")
     table(("batch", "prefill", "x parent", "decode", "x parent"), _rows(benchmark), right=range(5))
     if benchmark.against is not None:
-        heading("Expected from sizes")
+        heading("Expected from model sizes")
         flops = benchmark.against.prefill_flops_per_token / benchmark.model.prefill_flops_per_token
         read = benchmark.against.active_bytes / benchmark.model.active_bytes
         facts([("prefill", f"{flops:.3g} x, by operations"), ("decode, batch 1", f"{read:.3g} x, by bytes read")])
         echo()
         upto = (
-            f"up to batch {benchmark.faster_up_to}" if benchmark.faster_up_to else "at no batch size that was measured"
+            f"up to batch {benchmark.faster_up_to}" if benchmark.faster_up_to else "at none of the measured batch sizes"
         )
         paragraph(
-            f"Decoding is faster than the parent's {upto}. The parent's own speed changed by a factor of {benchmark.drift:.3g} while "
-            "this was measured."
+            f"Decoding is faster than the parent's {upto}. The parent's own speed changed by a factor of {benchmark.drift:.3g} during "
+            "the measurement."
         )
 
 
 def _size(side: ModelSpeed) -> str:
     experts = f", experts by {side.experts_implementation}" if side.experts_implementation else ""
     return (
-        f"{amount(side.flops_per_token)} operations a token, {size(side.active_bytes)} read to decode one, "
+        f"{amount(side.flops_per_token)} operations per token, {size(side.active_bytes)} read to decode one, "
         f"{size(side.memory_bytes)} of memory{experts}"
     )
 

@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     from llamamoe.conversion.recipe import SplitRecipe
     from llamamoe.studies.budget.budget import Allocation
 
-HELP = """Choose which layers of SOURCE stay dense under one budget of active parameters, from measured sensitivity.
+HELP = """Choose which layers of SOURCE stay dense under a budget of active parameters, from their measured sensitivity.
 
-Every converted layer gets the same sizes, as transformers' architectures want it; each layer that stays dense takes its whole
-FFN out of the budget, and the others get less. How much every layer loses is measured on calibration text: by a proxy (one
-dense pass, no conversion), or by converting each layer alone with the recipe's method and taking the divergence of the
-model's output (kl: about as long as a conversion for each of --points, and the passes from each layer to the output).
+All converted layers have the same sizes, because the architectures in transformers require it. A layer that stays dense
+spends its whole FFN of the budget, which leaves less for the others. The sensitivity of each layer is measured on
+calibration text: by a proxy (one dense pass, no conversion), or by converting that layer alone and taking the KL
+divergence of the model's output (kl; each of --points takes about as long as one conversion, plus the passes from each
+layer to the output).
 
-The result is a recipe for `llamamoe split`. Experts and shared neurons are kept if they are given; k and the dense layers
-follow from the budget, whatever the recipe says.
+The result is a recipe for `llamamoe split`. Given values of --experts and --shared are kept; k and the dense layers are
+always chosen from the budget.
 """
 EXAMPLES = """
 llamamoe budget SOURCE --budget 0.5 --calibration texts/ --write-recipe half.yaml
 llamamoe budget SOURCE --budget 0.5 --calibration texts/ --measure kl --points 1
 llamamoe split SOURCE OUT --recipe half.yaml
 """
-BUDGET, RUN = "Budget", "This run"
+BUDGET, RUN = "Budget", "Run"
 _CHOSEN = ("top_k", "keep_dense")
 """Keys of the recipe that follow from the budget, so that they are no flags here."""
 _UNSET = {
-    "num_experts": "Routed experts per layer (N).  [default: about 24, as it fills the budget]",
+    "num_experts": "Routed experts per layer (N).  [default: about 24, whatever fills the budget]",
     "shared": "Neurons that every token uses: a share or a count.  [default: from --shared-of-active]",
 }
 """What decides here if neither flag nor recipe does."""
@@ -52,25 +53,30 @@ def _measures() -> list[str]:
     return SENSITIVITIES.names()
 
 
-@click.command(cls=Command, section="Convert", rank=1, short_help="Choose dense layers and sizes under one budget.",
+@click.command(cls=Command, section="Convert", rank=1, short_help="Choose expert sizes and dense layers for a budget.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("source")
 @flag("--budget", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,
-       text="Maximum active multiply-adds of the FFNs per token, router and padding included, as a share of the dense ones'.")  # fmt: skip
+       text="Active multiply-adds of the FFNs per token, router and padding included, as a share of the dense FFNs'.")  # fmt: skip
 @flag("--measure", group=BUDGET, metavar="proxy|kl", type=Name(_measures), default="proxy", show_default=True,
-       text="How sensitivity is measured.")  # fmt: skip
+       text="How to measure sensitivity.")  # fmt: skip
 @flag("--shared-of-active", group=BUDGET, metavar="SHARE", type=float, default=0.5, show_default=True,
-       text="Share of the active neurons that are shared, unless --shared says how many.")  # fmt: skip
+       text="Share of the active neurons that are shared, if --shared is not given.")  # fmt: skip
 @flag("--points", group=BUDGET, metavar="N", type=int, default=2, show_default=True,
-       text="kl: convert at so many shares (the budget, 3/4 of it, ...).")  # fmt: skip
+       text="With kl: number of shares at which each layer is converted (the budget, 3/4 of it, ...).")  # fmt: skip
 @flag("--held-out-tokens", group=BUDGET, metavar="N", type=int, default=4096, show_default=True,
-       text="kl: most tokens on which outputs are compared; they come from the last fifth of the text.")  # fmt: skip
-@flag("--recipe", group="Recipe", metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
+       text="With kl: maximum number of tokens on which outputs are compared, from the last fifth of the text.")  # fmt: skip
+@flag(
+    "--recipe",
+    group="Recipe",
+    metavar="FILE|NAME",
+    text="A YAML file, or the name of a recipe that ships with llamamoe.",
+)
 @flag("--set", "overrides", group="Recipe", metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
 @recipe_options
-@flag("--write-recipe", group=RUN, metavar="FILE", text="Write the recipe for `llamamoe split --recipe`.")
-@flag("--force", group=RUN, is_flag=True, text="Replace FILE if it is there.")
+@flag("--write-recipe", group=RUN, metavar="FILE", text="Write the result as a recipe for `llamamoe split --recipe`.")
+@flag("--force", group=RUN, is_flag=True, text="Replace FILE if it exists.")
 @tokenizer_option(RUN)
 @output_options
 def command(
@@ -112,9 +118,9 @@ for _param in command.params:
 def _check_file(file: Path, force: bool) -> None:
     """Before anything is measured: can the recipe be written?"""
     if file.is_dir() or not file.absolute().parent.is_dir():
-        raise UsageError(f"--write-recipe {str(file)!r}: there is no such place for a file.")
+        raise UsageError(f"--write-recipe {str(file)!r}: not a file name in an existing folder.")
     if file.exists() and not force:
-        raise UsageError(f"--write-recipe {str(file)!r} is there already.", hint="--force replaces it.")
+        raise UsageError(f"--write-recipe {str(file)!r} already exists.", hint="--force replaces it.")
 
 
 def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> SplitRecipe:

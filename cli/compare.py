@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 
 HELP = """Measure many conversions of SOURCE under the same conditions, with controls.
 
-The recipe names methods, budgets, seeds and text. Sizes follow from a budget: the FFN's active multiply-adds per token,
-router and padding included, as a share of the dense FFN's. Controls are the dense model, random experts, static pruning
-without and with the same repair, and every method with an oracle router.
+The recipe names methods, budgets, seeds and text. Sizes follow from a budget: the active multiply-adds of the FFN per
+token, router and padding included, as a share of the dense FFN's. The controls are the dense model, random experts,
+static pruning with and without the same repair, and each method with an oracle router.
 
---speed measures, too, how fast each shape (experts, selected, shared neurons) runs in these programs: decoding of 1 and 8
-sequences and reading a prompt, on a model of 1B's size with random weights (6 GB of the disk for temporary files), the dense
-model, static pruning and the shapes by turns. llama.cpp needs the extra llamamoe[clients], here or in the interpreter that
-LLAMAMOE_CLIENTS_PYTHON names. Nothing else should run meanwhile.
+--speed also measures how fast each shape (experts, selected experts, shared neurons) runs in the named programs:
+decoding of 1 and 8 sequences and prefill, on a 1B model with random weights (6 GB of temporary files). The dense model,
+static pruning and the shapes are measured in turn. llama.cpp needs the extra llamamoe[clients], in this environment or
+in that of the Python interpreter named by LLAMAMOE_CLIENTS_PYTHON. Nothing else should run at the same time.
 
-Each finished cell is a small file in the folder of --out: the same command goes on after a stop, and does again only
-what a change of recipe, code or text touches. The folder gets comparison.json, comparison.md and a picture.
+Each cell (method, budget and seed) is saved in the folder --out when it is finished. After an interruption the same
+command continues, and repeats only the cells affected by a change of recipe, code or text. The folder also receives
+comparison.json, comparison.md and a plot.
 """
 EXAMPLES = """
 llamamoe compare SOURCE --recipe smollm2 --calibration train/ --evaluation valid/ --dry-run
@@ -42,28 +43,31 @@ llamamoe compare SOURCE --recipe my.yaml --out study --only 'token_clusters/0.5/
 llamamoe compare SOURCE --recipe my.yaml --out small --set calibration_tokens=8192
 llamamoe compare SOURCE --recipe my.yaml --out study --speed transformers,llama.cpp
 """
-RECIPE, RUN = "Recipe", "This run"
+RECIPE, RUN = "Recipe", "Run"
 
 
-@click.command(cls=Command, section="Measure", rank=1, short_help="Many conversions side by side, with controls.",
+@click.command(cls=Command, section="Measure", rank=1, short_help="Compare many conversions, with controls.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("source")
 @flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
-       text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
+       text="A YAML file, or the name of a recipe that ships with llamamoe.")  # fmt: skip
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as budgets=[0.5]; may be repeated.")  # fmt: skip
 @flag("--calibration", group=RECIPE, metavar="PATH", multiple=True,
-       text="Text to calibrate on, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
+       text="Calibration text, instead of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
 @flag("--evaluation", group=RECIPE, metavar="PATH", multiple=True,
-       text="Text to measure on, in the place of the recipe's; may be repeated.")  # fmt: skip
-@flag("--out", group=RUN, metavar="DIR", default="comparison", show_default=True, text="The study's folder.")
+       text="Text to measure on, instead of the recipe's; may be repeated.")  # fmt: skip
+@flag("--out", group=RUN, metavar="DIR", default="comparison", show_default=True, text="The folder of the study.")
 @flag("--only", group=RUN, metavar="PATTERN", multiple=True,
-       text="Do only these methods or cells (method/budget/seed, * allowed); may be repeated.")  # fmt: skip
+       text="Run only these methods or cells (method/budget/seed, * allowed); may be repeated.")  # fmt: skip
 @flag(
-    "--device", group=RUN, metavar="NAME", text="A torch device.  [default: the recipe's, else the GPU if there is one]"
+    "--device",
+    group=RUN,
+    metavar="NAME",
+    text="A torch device, such as cpu or cuda:0.  [default: the recipe's, else the GPU if there is one]",
 )
 @flag("--export", group=RUN, type=click.Choice(["none", "first", "all"]),
-       text="Write and measure checkpoints too, of each method's first cell or of all.  [default: the recipe's]")  # fmt: skip
+       text="Also write and measure checkpoints, of the first cell of each method or of all cells.  [default: the recipe's]")  # fmt: skip
 @flag(
     "--speed",
     group=RUN,
@@ -71,9 +75,14 @@ RECIPE, RUN = "Recipe", "This run"
     text="Measure speed in transformers, llama.cpp or both.  [default: the recipe's]",
 )
 @flag("--speed-shape", group=RUN, type=click.Choice(["1B", "source"]),
-       text="What it is measured on: random weights of this size, or SOURCE itself.  [default: the recipe's, 1B]")  # fmt: skip
+       text="Model for --speed: random weights of this size, or SOURCE itself.  [default: the recipe's, else 1B]")  # fmt: skip
 @tokenizer_option(RUN)
-@flag("--dry-run", group=RUN, is_flag=True, text="List the cells with an estimate of their cost; reads headers only.")
+@flag(
+    "--dry-run",
+    group=RUN,
+    is_flag=True,
+    text="List the cells with an estimate of their cost; only file headers are read.",
+)
 @output_options
 def command(
     source: str,
@@ -132,7 +141,7 @@ def _compare(source: str, out: str, recipe: CompareRecipe, output: Output, **key
             return compare(source, out, recipe, progress=report, **keys)
     except KeyboardInterrupt:
         left = Path(out).expanduser()
-        raise Interrupted.leaving(left, f"finished cells are kept in {left}, the same command goes on") from None
+        raise Interrupted.leaving(left, f"finished cells are kept in {left}, the same command continues") from None
 
 
 def _print_plan(plan: ComparisonPlan, out: str) -> None:
@@ -152,13 +161,13 @@ def _print_plan(plan: ComparisonPlan, out: str) -> None:
     ]
     table(titles, rows, right=(2, 4, 5), wrap=(0,))
     if plan.speeds:
-        heading(f"Speeds, some two minutes for three of them: {len(plan.speeds)}")
+        heading(f"Speeds to measure, about 40 seconds each: {len(plan.speeds)}")
         bullets(plan.speeds)
     done = sum(cell.finished for cell in plan.cells)
-    basis = "the finished cells took" if plan.rate_measured else "two laptop cores need"
+    basis = "speed of the finished cells" if plan.rate_measured else "speed of two laptop cores"
     echo()
     paragraph(
-        f"{done} finished in {out}, about {duration(plan.seconds_left)} left, at the rate that {basis}. Nothing was written."
+        f"{done} finished in {out}, about {duration(plan.seconds_left)} left (estimated from the {basis}). Nothing was written."
     )
 
 
@@ -183,7 +192,9 @@ def _print(comparison: Comparison, out: str, *, verbose: bool) -> None:
         bullets(comparison.warnings, mark="!")
     echo()
     if any(row.simulated for row in comparison.rows):
-        paragraph("An oracle router knows what every expert contributes: simulated, it cannot be exported.")
+        paragraph(
+            "An oracle router selects by the true contribution of each expert; it is simulated and cannot be exported."
+        )
     paragraph(f"In {Path(out)}: {', '.join(comparison.files.values())}.")
 
 

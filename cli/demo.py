@@ -15,11 +15,11 @@ from ._text import echo
 if TYPE_CHECKING:
     from llamamoe.studies.demo import DemoResult, DemoRow
 
-HELP = """Split SmolLM2-135M at random and with calibration text, prove that a split is exact, and measure what half of
-the FFN loses and how fast it is, beside the dense model and static pruning.
+HELP = """Convert SmolLM2-135M, once at random and once with calibration text, check that the partition is exact, and measure
+perplexity and speed with half of the FFN active, next to the dense model and static pruning.
 
 Nothing is downloaded: the model comes with the extra llamamoe[demo], the text with Python. It takes a few minutes on
-two cores and 1.1 GB in the folder OUT (default: demo-output), where the models stay and can be loaded.
+two cores, and 1.1 GB in the folder OUT (default: demo-output), where the models are kept and can be loaded.
 """
 EXAMPLES = """
 llamamoe demo
@@ -27,11 +27,11 @@ llamamoe demo /tmp/demo --max-tokens 2048
 """
 
 
-@click.command(cls=Command, section="Convert", rank=2, short_help="A small real model, start to end.", help=HELP,
+@click.command(cls=Command, section="Convert", rank=2, short_help="Convert and measure a small model, start to finish.", help=HELP,
                examples=EXAMPLES)  # fmt: skip
 @click.argument("out", default="demo-output")
-@click.option("--max-tokens", cls=Option, group="This run", type=click.IntRange(min=2), default=6144, metavar="N",
-              show_default=True, help="Tokens to measure perplexity on.")  # fmt: skip
+@click.option("--max-tokens", cls=Option, group="Run", type=click.IntRange(min=2), default=6144, metavar="N",
+              show_default=True, help="Number of tokens to measure perplexity on.")  # fmt: skip
 @output_options
 def command(out: str, max_tokens: int, output: Output) -> None:
     """Run, print."""
@@ -72,8 +72,8 @@ def _print(result: DemoResult) -> None:
     table(titles, rows, right=range(1, len(titles)), wrap=(0,))
     echo()
     paragraph(
-        "parity: largest difference of a logit from the dense model's, all experts at equal weights; "
-        "pruning and repair claim none. FFN active: what a token uses of the FFNs, routers included. tokens/s: decoding, "
+        "parity: largest difference of a logit from the dense model's with all experts at equal weights (not given after "
+        "pruning and repair, which change the outputs). FFN active: share of the FFNs that a token uses, routers included. tokens/s: decoding, "
         f"{result.speed} (smallest-largest)."
     )
     heading(result.prompt)
@@ -81,5 +81,5 @@ def _print(result: DemoResult) -> None:
     for remark in result.remarks:
         echo()
         paragraph(remark)
-    echo(f"\nThe models are in {result.out}; it took {duration(result.seconds)}.")
-    echo(f"What token_clusters costs and how its experts differ, on one page: {result.report}")
+    echo(f"\nThe models are in {result.out}. The demo took {duration(result.seconds)}.")
+    echo(f"Report on token_clusters (cost, routing, quality): {result.report}")

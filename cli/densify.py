@@ -14,29 +14,32 @@ from ._text import bold, echo
 if TYPE_CHECKING:
     from llamamoe.transforms.densify import DensifyResult
 
-HELP = """Put the experts of the converted checkpoint MODEL into one dense FFN again, into the folder OUT.
+HELP = """Join the experts of the converted checkpoint MODEL into one dense FFN per layer again, and write it to the folder OUT.
 
-All neurons run for every token; the router goes. Of an exact conversion that is the parent, bit for bit where its factor
-was a power of two. A repaired or trained one becomes the dense model of its weights: measure it before you use it.
+All neurons run for every token and the router is removed. For an exact conversion the result is the parent, bit for bit
+if its rescale factor was a power of two. For a repaired or trained model the result is a dense model with those weights:
+measure it before you use it.
 """
 EXAMPLES = """
 llamamoe densify MODEL OUT
 llamamoe densify MODEL OUT --like PARENT              # neurons in the parent's order
 """
-RUN = "This run"
+RUN = "Run"
 
 
-@click.command(cls=Command, section="Convert", rank=5, short_help="Back to a dense checkpoint.",
+@click.command(cls=Command, section="Convert", rank=5, short_help="Convert back to a dense checkpoint.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
 @click.argument("out")
-@click.option("--like", cls=Option, group="Result", metavar="PARENT", help="Order the neurons as in this dense model.")
+@click.option(
+    "--like", cls=Option, group="Result", metavar="PARENT", help="Order the neurons as in this dense checkpoint."
+)
 @click.option("--rescale", cls=Option, group="Result", metavar="NAME",
-              help="Rescale rule used at conversion.  [default: as its config.json says]")  # fmt: skip
+              help="Rescale rule used at conversion.  [default: the one named in config.json]")  # fmt: skip
 @click.option("--shard-size", cls=Option, group="Result", metavar="SIZE", default="5GB", show_default=True,
-              help="Largest shard, for example 5GB or 500MB.")  # fmt: skip
-@click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Finish what an interrupted run left.")
-@click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace the checkpoint in OUT.")
+              help="Maximum size of one weights file, for example 5GB or 500MB.")  # fmt: skip
+@click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Resume an interrupted run.")
+@click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace an existing checkpoint in OUT.")
 @output_options
 def command(
     model: str,
@@ -50,7 +53,7 @@ def command(
 ) -> None:
     """Parse, write, print."""
     if resume and force:
-        raise click.UsageError("--resume and --force exclude each other.")
+        raise click.UsageError("--resume and --force are mutually exclusive.")
     from llamamoe import densify
 
     keys = {"like": like, "rescale": rescale, "shard_size": shard_size}
@@ -62,6 +65,6 @@ def command(
 
 
 def _print(found: DensifyResult) -> None:
-    echo(bold(f"{found.out}: a dense model with {found.intermediate_size:,} neurons a layer"))
-    facts([("exact", "every weight as the conversion kept it" if found.exact else "no")])
+    echo(bold(f"{found.out}: a dense model with {found.intermediate_size:,} neurons per layer"))
+    facts([("exact", "yes, all weights are unchanged" if found.exact else "no")])
     bullets(found.warnings, mark="!")

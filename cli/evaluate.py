@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from llamamoe.evaluation.task_scores import TaskScore
     from llamamoe.evaluation.tasks import TaskEvaluation
 
-HELP = """Measure how well MODEL predicts a text (perplexity and bits per byte, by domain and over all), or how it answers the
-tasks of lm-evaluation-harness.
+HELP = """Measure how well MODEL predicts text (perplexity and bits per byte, by domain and overall), or its accuracy on tasks of
+lm-evaluation-harness.
 
-MODEL is any causal language model that transformers loads, a folder or a hub id, or a .gguf file that `llamamoe split`
-takes. With --against a second model is measured on the same text or questions, and the paired difference is given with
-its standard error and 95 % interval.
+MODEL is any causal language model that transformers loads (a folder or a Hub id), or a .gguf file that `llamamoe split`
+supports. With --against, a second model is measured on the same text or questions, and the paired difference is given
+with its standard error and 95 % confidence interval.
 """
 EXAMPLES = """
 llamamoe evaluate OUT --text wiki.txt --text code/ --max-tokens 100000
@@ -33,32 +33,51 @@ llamamoe evaluate OUT --text corpus.jsonl --against SOURCE --json
 llamamoe evaluate OUT --tasks arc_easy,piqa --limit 200 --against SOURCE
 llamamoe evaluate OUT --recipe llama_moe_paper
 """
-TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "How it runs"
+TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "Execution"
 
 
-@click.command(cls=Command, section="Measure", rank=0, short_help="Perplexity by domain, or tasks.", help=HELP,
+@click.command(cls=Command, section="Measure", rank=0, short_help="Measure perplexity by domain, or accuracy on tasks.", help=HELP,
                examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
 @click.option("--text", cls=Option, group=TEXT, metavar="PATH", multiple=True,
-              help="A file, folder or glob (text, JSON lines, Parquet); may be repeated.")  # fmt: skip
+              help="Text to measure on: a file, folder or glob (txt, jsonl, parquet); may be repeated.")  # fmt: skip
 @click.option("--max-tokens", cls=Option, group=TEXT, type=int, metavar="N",
-              help="Take only so many tokens of each domain.  [default: all]")  # fmt: skip
+              help="Maximum number of tokens per domain.  [default: all]")  # fmt: skip
 @click.option("--context-length", cls=Option, group=TEXT, type=int, metavar="N",
-              help="Tokens of a window.  [default: the model's positions, at most 2048]")  # fmt: skip
+              help="Number of tokens per window.  [default: the model's context length, at most 2048]")  # fmt: skip
 @click.option("--stride", cls=Option, group=TEXT, type=int, metavar="N",
-              help="Sliding windows: begin one every N tokens, score what is new.  [default: no overlap]")  # fmt: skip
-@click.option("--tasks", cls=Option, group=TASKS, metavar="NAME,NAME", help="Tasks, in the place of a recipe's.")
+              help="Use sliding windows that start every N tokens; each scores only its new tokens.  [default: no overlap]")  # fmt: skip
 @click.option(
-    "--recipe", cls=Option, group=TASKS, metavar="FILE|NAME", help="A YAML file with tasks, or a shipped one."
+    "--tasks",
+    cls=Option,
+    group=TASKS,
+    metavar="NAME,NAME",
+    help="Tasks of lm-evaluation-harness, instead of a recipe's.",
+)
+@click.option(
+    "--recipe",
+    cls=Option,
+    group=TASKS,
+    metavar="FILE|NAME",
+    help="A YAML file with tasks, or the name of a recipe that ships with llamamoe.",
 )
 @click.option("--few-shot", cls=Option, group=TASKS, type=int, metavar="N",
-              help="Examples before each question of --tasks.  [default: the task's own]")  # fmt: skip
-@click.option("--limit", cls=Option, group=TASKS, type=int, metavar="N", help="Questions of each task.  [default: all]")
+              help="Few-shot examples before each question of --tasks.  [default: the task's own number]")  # fmt: skip
+@click.option(
+    "--limit",
+    cls=Option,
+    group=TASKS,
+    type=int,
+    metavar="N",
+    help="Maximum number of questions per task.  [default: all]",
+)
 @click.option("--include", cls=Option, group=TASKS, multiple=True, metavar="DIR",
-              help="A folder with tasks of your own, as YAML of the harness; may be repeated.")  # fmt: skip
-@click.option("--against", cls=Option, group=RUN, metavar="OTHER", help="Measure this model too, and the difference.")
+              help="A folder with your own tasks, as YAML files of the harness; may be repeated.")  # fmt: skip
+@click.option(
+    "--against", cls=Option, group=RUN, metavar="OTHER", help="Measure this model too, and report the difference."
+)
 @click.option("--batch-size", cls=Option, group=RUN, type=int, default=8, show_default=True, metavar="N",
-              help="Windows that run together.")  # fmt: skip
+              help="Number of windows per batch.")  # fmt: skip
 @tokenizer_option(RUN)
 @model_options(RUN, several=True)
 @output_options
@@ -117,7 +136,7 @@ def _tasks(model: str, recipe: str | None, given: dict[str, Any], output: Output
         evaluation = evaluate_tasks(model, complete, progress=report, **keys)
     output.result(evaluation.to_json(), lambda: _print_tasks(evaluation))
     if evaluation.failed:
-        raise LlamaMoeError("; ".join(evaluation.failed.values()), hint="What else was asked for stands above.")
+        raise LlamaMoeError("; ".join(evaluation.failed.values()), hint="The other results are above.")
 
 
 def _print_tasks(evaluation: TaskEvaluation) -> None:
@@ -128,9 +147,7 @@ def _print_tasks(evaluation: TaskEvaluation) -> None:
     table(columns, [row[: len(columns)] for row in rows], right=range(2, len(columns)))
     if evaluation.against:
         echo()
-        paragraph(
-            f"against: {evaluation.against}. Differences are of questions taken as pairs; +- is one standard error."
-        )
+        paragraph(f"against: {evaluation.against}. Differences are paired by question; +- is one standard error.")
 
 
 def _task_row(score: TaskScore) -> tuple[str, ...]:
@@ -162,17 +179,17 @@ def _print(evaluation: Evaluation, *, verbose: bool) -> None:
         titles = ("domain", *(("loss", "95 % interval", "perplexity") if same else ()), "bits/byte", "95 % interval")
         table(titles, [(n, *_difference(d, same)) for n, d in rows], right=range(1, len(titles)))
         if not same:
-            paragraph("The tokenizers differ: only bits per byte may be compared.")
+            paragraph("The tokenizers differ, so only bits per byte can be compared.")
         echo()
     if evaluation.skipped_documents:
-        paragraph(f"{plural(evaluation.skipped_documents, 'document')} too short to score.")
+        paragraph(f"{plural(evaluation.skipped_documents, 'document')} skipped: too short to score.")
     if verbose:
         heading("How it was measured")
         paragraph(evaluation.protocol)
     else:
         sliding = f", one every {evaluation.stride}" if evaluation.stride else ""
         paragraph(
-            f"Windows of {evaluation.context_length} tokens{sliding}; +- is the standard error over documents; -v says more."
+            f"Windows of {evaluation.context_length} tokens{sliding}; +- is the standard error over documents; -v shows details."
         )
 
 

@@ -15,11 +15,12 @@ from ._text import bold, echo
 if TYPE_CHECKING:
     from llamamoe.transforms.export_gguf import GgufExport
 
-HELP = """Write the checkpoint MODEL as the GGUF file OUT, for llama.cpp and everything built on it.
+HELP = """Write the checkpoint MODEL as the GGUF file OUT, for llama.cpp and programs built on it.
 
-MODEL must be a mixtral, a granitemoeshared, or a qwen2_moe as calibrated conversions (rescale unit) make it, not trained
-on; or a dense llama or mistral, such as a parent or what --method static makes of it. llama.cpp computes those as
-transformers does, to rounding; anything else is refused with the reason. Matrices keep their type unless --dtype says otherwise; llama-quantize makes smaller ones of the file.
+MODEL must be a mixtral, a granitemoeshared, or a qwen2_moe from a calibrated conversion (rescale unit) without further
+training; or a dense llama or mistral, such as a parent or the output of --method static. For these llama.cpp computes
+what transformers computes, up to rounding; any other model is refused with the reason. Matrices keep their type unless
+--dtype is given; quantize the file with llama-quantize.
 """
 EXAMPLES = """
 llamamoe export-gguf MODEL model.gguf
@@ -32,10 +33,10 @@ llamamoe export-gguf MODEL model.gguf --dtype q8_0
 @click.argument("model")
 @click.argument("out")
 @click.option("--dtype", cls=Option, group="Result", metavar="NAME", default="auto", show_default=True,
-              help="auto (as stored), f32, f16, bf16 or q8_0.")  # fmt: skip
+              help="Type of the matrices: auto (as stored), f32, f16, bf16 or q8_0.")  # fmt: skip
 @click.option("--pre", cls=Option, group="Result", metavar="NAME",
-              help="llama.cpp's name of the pre-tokenizer, if it is not recognised.")  # fmt: skip
-@click.option("--force", cls=Option, group="This run", is_flag=True, help="Replace OUT.")
+              help="llama.cpp's name for the pre-tokenizer, if it is not recognised.")  # fmt: skip
+@click.option("--force", cls=Option, group="Run", is_flag=True, help="Replace OUT if it exists.")
 @output_options
 def command(model: str, out: str, dtype: str, pre: str | None, force: bool, output: Output) -> None:
     """Parse, write, print."""

@@ -10,19 +10,20 @@ from ._style import Command, Option
 from ._tables import bullets
 from ._text import echo
 
-HELP = """Write into the folder PATH what transformers 4.57 reads.
+HELP = """Make the checkpoint in the folder PATH, saved by transformers 5, load in transformers 4.57 too.
 
-save_pretrained and the Trainer of transformers 5 write rope and some names in a new spelling only; 4.57 falls back to
-its defaults without a word, and computes something else. The old spelling is added to config.json beside the new one.
-Experts under the names of memory (save_original_format=False, mergekit) get the names of files, and a tokenizer whose
-class 4.57 does not have gets one that both versions have. Transformers 5 loads the same model as before.
+transformers 5 (save_pretrained, Trainer) writes the RoPE settings and some other keys under new names only. 4.57 ignores
+these silently, uses its defaults and computes something else. This command adds the old names to config.json next to the
+new ones. Expert tensors that were saved under their in-memory names (save_original_format=False, mergekit) are renamed to
+the names used in files, and a tokenizer class that 4.57 does not have is replaced by one that both versions have.
+transformers 5 loads the same model as before.
 """
 
 
-@click.command(cls=Command, section="Convert", rank=1, short_help="Make a saved checkpoint readable by 4.57.",
+@click.command(cls=Command, section="Convert", rank=1, short_help="Make a checkpoint load in transformers 4.57.",
                help=HELP, examples="llamamoe fix-config trained/checkpoint-1000 --dry-run")  # fmt: skip
 @click.argument("path")
-@click.option("--dry-run", cls=Option, group="This run", is_flag=True, help="Only say what would be changed.")
+@click.option("--dry-run", cls=Option, group="Run", is_flag=True, help="Print the changes without making them.")
 @output_options
 def command(path: str, dry_run: bool, output: Output) -> None:
     """Parse, fix, print."""
@@ -32,13 +33,13 @@ def command(path: str, dry_run: bool, output: Output) -> None:
 
     def human() -> None:
         if not (fixes.added or fixes.renamed or fixes.tokenizer):
-            echo(f"{path}: nothing is missing.")
+            echo(f"{path}: nothing to change.")
             return
         would = "would be " if dry_run else ""
         for file, count in fixes.renamed.items():
-            echo(f"{path}/{file}: {plural(count, 'tensor')} {would}written under the names of transformers' files")
+            echo(f"{path}/{file}: {plural(count, 'tensor')} {would}renamed to the names used in transformers files")
         if fixes.tokenizer:
-            echo(f"{path}/tokenizer_config.json: {would}written with the class that transformers 4.57 has, too")
+            echo(f"{path}/tokenizer_config.json: {would}written with a class that transformers 4.57 has too")
         if fixes.added:
             echo(f"{path}/config.json: {plural(len(fixes.added), 'key')} {would}added")
             bullets(fixes.added, mark="+")

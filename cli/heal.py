@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from llamamoe.healing.plan import HealPlan
     from llamamoe.healing.recipe import HealRecipe
 
-HELP = """Distil the layers of the converted checkpoint MODEL from those of its dense parent, into the folder OUT.
+HELP = """Distil the layers of the converted checkpoint MODEL from those of its dense parent, and write the result to the folder OUT.
 
-Each converted FFN and its router learn to put out what the parent's FFN does on the same inputs. No gradient runs through
-the model: layers are independent, so under torchrun every process takes its share of them. A layer that did not get
-better on held-out tokens is left as it was.
+Each converted FFN and its router are trained to reproduce the output of the parent's FFN on the same inputs. There is no
+backward pass through the model: layers are independent, so under torchrun each process trains some of them. A layer that
+does not improve on held-out tokens is left unchanged.
 
-OUT appears when everything in it is written, or not at all.
+Files are written to OUT.partial, which is renamed to OUT when it is complete.
 """
 EXAMPLES = """
 llamamoe heal MODEL OUT --parent DENSE --text texts/ --dry-run
@@ -34,17 +34,19 @@ llamamoe heal MODEL OUT --parent DENSE --text texts/ --set router=trained --set 
 llamamoe heal MODEL OUT --parent DENSE --text texts/ --resume
 torchrun --nproc-per-node 8 -m llamamoe_cli heal MODEL OUT --parent DENSE --text texts/
 """
-RECIPE, RUN = "Recipe", "This run"
+RECIPE, RUN = "Recipe", "Run"
 
 
-@click.command(cls=Command, section="Train", rank=1, short_help="Distil layers from the dense parent.",
+@click.command(cls=Command, section="Train", rank=1, short_help="Distil each layer from the dense parent.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
 @click.argument("out", required=False)
 @flag("--parent", group=RUN, metavar="DENSE", required=True, text="The dense checkpoint that MODEL was made from.")
 @flag("--text", group=RECIPE, metavar="PATH", multiple=True,
-       text="Text to distil on, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
-@flag("--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
+       text="Text to distil on, instead of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
+@flag(
+    "--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with llamamoe."
+)
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as epochs=16; may be repeated.")  # fmt: skip
 @flag(
@@ -52,14 +54,24 @@ RECIPE, RUN = "Recipe", "This run"
     group=RECIPE,
     metavar="N",
     type=int,
-    text="Maximum number of tokens of text.  [default: the recipe's, else 262144]",
+    text="Maximum number of training tokens.  [default: the recipe's, else 262144]",
 )
-@flag("--device", group=RECIPE, metavar="NAME", text="A torch device.  [default: the GPU if there is one]")
+@flag(
+    "--device",
+    group=RECIPE,
+    metavar="NAME",
+    text="A torch device, such as cpu or cuda:0.  [default: the GPU if there is one]",
+)
 @flag("--compute-dtype", group=RECIPE, type=click.Choice(["float32", "bfloat16"]),
-       text="Dtype of large products.  [default: bfloat16 for 16-bit weights where it is much faster]")  # fmt: skip
-@flag("--dry-run", group=RUN, is_flag=True, text="Check and print the plan; reads headers only.")
-@flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
-@flag("--force", group=RUN, is_flag=True, text="Replace the healed checkpoint in OUT; drop what a stopped run left.")
+       text="Dtype of large matrix products.  [default: bfloat16 for 16-bit weights where it is much faster, else float32]")  # fmt: skip
+@flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; only file headers are read.")
+@flag("--resume", group=RUN, is_flag=True, text="Resume an interrupted run of the same command.")
+@flag(
+    "--force",
+    group=RUN,
+    is_flag=True,
+    text="Replace an existing healed checkpoint in OUT and discard the files of an interrupted run.",
+)
 @output_options
 def command(
     model: str,
@@ -78,7 +90,7 @@ def command(
 ) -> None:
     """Parse, then plan or heal, then print."""
     if out is None and not dry_run:
-        raise click.UsageError("Missing argument 'OUT': the folder to make.")
+        raise click.UsageError("Missing argument 'OUT': the folder to write.")
     given = {"text": list(text) or None, "tokens": tokens, "device": device, "compute_dtype": compute_dtype}
     complete = _recipe(recipe, given, overrides)
     if dry_run:
@@ -146,14 +158,14 @@ def _print(result: HealResult) -> None:
             str(layer["layer"]),
             _error(layer["error_before"]),
             _error(layer["error_after"]),
-            "" if layer["kept"] else "no better: left as it was",
+            "" if layer["kept"] else "not improved, left unchanged",
         )
         for layer in receipt["layers"]
     ]
     table(("layer", "error before", "after", ""), rows, right=(0, 1, 2))
     echo()
     paragraph(
-        f"Errors relative to the parent's outputs, on {receipt['tokens']['held_out']:,} tokens that were not trained on. "
+        f"Errors are relative to the parent's outputs, on {receipt['tokens']['held_out']:,} held-out tokens. Took "
         f"{duration(receipt['run']['seconds'])}."
     )
     if result.warnings:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from llamamoe.architectures.inspect import Inspection
     from llamamoe.architectures.stored_experts import Experts
 
-HELP = """Say what the checkpoint PATH is and what it costs, from headers alone.
+HELP = """Show the architecture, size and cost of the checkpoint PATH, from file headers only.
 
-PATH is dense or a mixture of experts, ours or anybody's: a folder with config.json and safetensors, a .gguf file or a
-hub id. No weights are read.
+PATH is a dense model or a mixture of experts, converted by llamamoe or not: a folder with config.json and safetensors
+files, a .gguf file or a Hub id. No weights are read.
 """
 
 
-@click.command(cls=Command, section="Inspect and verify", rank=0, short_help="What a checkpoint is and what it costs.",
+@click.command(cls=Command, section="Inspect and verify", rank=0, short_help="Show the architecture, size and cost of a checkpoint.",
                help=HELP, examples="llamamoe inspect OUT\nllamamoe inspect model.gguf --json")  # fmt: skip
 @click.argument("path")
 @output_options
@@ -47,7 +47,7 @@ def _print(inspection: Inspection, *, verbose: bool) -> None:
     heading("Costs")
     _costs(inspection, verbose=verbose)
     if inspection.provenance is not None:
-        heading("Made by llamamoe")
+        heading("Converted by llamamoe")
         facts(_provenance(inspection.provenance, inspection.receipt))
     if inspection.notes:
         heading("Notes")
@@ -111,7 +111,7 @@ def _costs(inspection: Inspection, *, verbose: bool) -> None:
     active = f", {amount(cost.active_parameters)} active per token" if inspection.experts is not None else ""
     rows = [
         ("parameters", amount(cost.total_parameters) + active),
-        ("FLOPs per token", f"{amount(cost.flops_per_token)}, attention scores left out"),
+        ("FLOPs per token", f"{amount(cost.flops_per_token)}, without attention scores"),
         ("memory", f"{size(cost.nbytes)} of weights once loaded"),
     ]
     if inspection.kv_bytes_per_token:

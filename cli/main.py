@@ -27,10 +27,10 @@ from ._style import Command, Context, write_sections
 from ._text import echo, styled
 
 EXAMPLES = """\
-llamamoe demo                                         # a small real model, start to end
-llamamoe inspect SOURCE                               # what is it, and what can it become?
+llamamoe demo                                         # convert and measure a small model
+llamamoe inspect SOURCE                               # architecture, size, and whether it can be split
 llamamoe split SOURCE OUT --experts 8 --top-k 2       # convert and verify
-llamamoe evaluate OUT --text FILE --against SOURCE    # what did it lose?
+llamamoe evaluate OUT --text FILE --against SOURCE    # perplexity of both
 """
 COMPLETION = 'eval "$(_LLAMAMOE_COMPLETE=bash_source llamamoe)"'
 

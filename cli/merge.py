@@ -14,17 +14,17 @@ from ._text import bold, echo
 if TYPE_CHECKING:
     from llamamoe.transforms.merge import MergeResult
 
-HELP = """Average the weights of checkpoints of one architecture and size, into the folder of --out.
+HELP = """Average the weights of checkpoints of the same architecture and size, and write the result to the folder --out.
 
-A model that was trained on, averaged with what it was trained from, often keeps more of both (LM-Cocktail,
-arXiv:2311.13534); so do runs of several seeds. Tensors are read and written one at a time. Files, dtype and tokenizer are
-those of the first model.
+Averaging a trained model with the checkpoint that it was trained from often keeps more of both (LM-Cocktail,
+arXiv:2311.13534), and so does averaging runs with different seeds. Tensors are read and written one at a time. Other
+files, dtype and tokenizer are taken from the first model.
 """
 EXAMPLES = """
 llamamoe merge run/model MODEL --weights 0.7,0.3 --out merged
 llamamoe merge seed0/model seed1/model seed2/model --out soup
 """
-RUN = "This run"
+RUN = "Run"
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
@@ -38,17 +38,17 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("models", metavar="MODEL MODEL...", nargs=-1, required=True)
 @click.option("--weights", cls=Option, group="Average", metavar="W,W", callback=_numbers,
-              help="One for each model; they are made to sum to 1.  [default: all alike]")  # fmt: skip
-@click.option("--out", cls=Option, group=RUN, metavar="DIR", required=True, help="The folder to make.")
-@click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Finish what an interrupted run left.")
-@click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace the checkpoint in OUT.")
+              help="One weight per model; they are normalised to sum to 1.  [default: equal]")  # fmt: skip
+@click.option("--out", cls=Option, group=RUN, metavar="DIR", required=True, help="The folder to write.")
+@click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Resume an interrupted run.")
+@click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace an existing checkpoint in OUT.")
 @output_options
 def command(
     models: tuple[str, ...], weights: list[float] | None, out: str, resume: bool, force: bool, output: Output
 ) -> None:
     """Parse, average, print."""
     if resume and force:
-        raise click.UsageError("--resume and --force exclude each other.")
+        raise click.UsageError("--resume and --force are mutually exclusive.")
     from llamamoe import merge
 
     with kept_when_interrupted(out), output.progress() as report:

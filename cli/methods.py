@@ -1,4 +1,4 @@
-"""``llamamoe methods``: what there is to choose from."""
+"""``llamamoe methods``: list methods, targets and model families."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ._text import bold, echo
 if TYPE_CHECKING:
     from llamamoe.catalog import Cell, Matrix, Method
 
-HELP = """List the methods to split, route, rescale, repair and train, the architectures to write and the families to read.
+HELP = """List the methods for each step of a conversion and for training, the target architectures and the model families.
 
-With NAME: everything about the method of that name, its options included.
+With NAME, show the details of that method, including its options.
 """
 EXAMPLES = """
 llamamoe methods
@@ -31,24 +31,24 @@ TITLES = {
     "splitter": "How neurons are partitioned (--method)",
     "router": "How the router starts (--router)",
     "shared_by": "How shared neurons are chosen (--shared-by)",
-    "rescale": "What selected experts are multiplied by (--rescale)",
+    "rescale": "Factor on the output of selected experts (--rescale)",
     "repair": "How weights are fitted to the dense output on calibration text (--repair)",
-    "target": "Architectures to write (--target)",
-    "family": "Dense families to read",
-    "loss": "Losses on the routing while training (losses: in recipes of pretrain; of heal with the coefficient alone)",
-    "gate": "How tokens are routed while training (gate:)",
-    "update": "How the mixture of domains changes while training (data.update:)",
+    "target": "Target architectures (--target)",
+    "family": "Dense model families that can be converted",
+    "loss": "Auxiliary losses on the routing during training (losses: in recipes of pretrain; in those of heal a coefficient only)",
+    "gate": "How tokens are routed during training (gate:)",
+    "update": "How the mixture of domains changes during training (data.update:)",
     "experts": "How experts are computed (experts_implementation:, or from_pretrained)",
 }
 KEYS = {"splitter": "method", "update": "data.update"}
 """Kind to key of the recipe, where they differ."""
 
 
-@click.command(cls=Command, section="Inspect and verify", rank=2, short_help="List methods, targets and families.", help=HELP,
+@click.command(cls=Command, section="Inspect and verify", rank=2, short_help="List methods, targets and model families.", help=HELP,
                examples=EXAMPLES)  # fmt: skip
 @click.argument("name", required=False)
-@click.option("--matrix", "as_matrix", cls=Option, group="What to list", is_flag=True,
-              help="Which family can become which architecture.")  # fmt: skip
+@click.option("--matrix", "as_matrix", cls=Option, group="List", is_flag=True,
+              help="Show which family can be converted to which architecture.")  # fmt: skip
 @output_options
 def command(name: str | None, as_matrix: bool, output: Output) -> None:
     """Parse, list, print."""
@@ -56,7 +56,7 @@ def command(name: str | None, as_matrix: bool, output: Output) -> None:
 
     if as_matrix:
         if name is not None:
-            raise click.UsageError("NAME and --matrix exclude each other.")
+            raise click.UsageError("NAME and --matrix are mutually exclusive.")
         found = matrix()
         output.result(found.to_json(), lambda: _print_matrix(found, verbose=output.verbose))
         return

@@ -1,4 +1,4 @@
-"""``llamamoe pretrain``: train a converted model on."""
+"""``llamamoe pretrain``: continue pretraining a converted model."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ if TYPE_CHECKING:
 
 HELP = """Continue pretraining a converted model, to recover what the conversion lost.
 
-The recipe names the model, the tokens (made by llamamoe tokenize), the objective and the optimiser. The folder of --out
-gets the recipe, metrics.jsonl, checkpoints, and at the end the trained model in model/, which plain transformers loads.
+The recipe names the model, the tokens (written by `llamamoe tokenize`), the objective and the optimiser. The recipe,
+metrics.jsonl and checkpoints are written to the folder --out, and at the end the trained model to its folder model/,
+which plain transformers loads.
 
-After a stop of any kind the same command with --resume goes on from the newest checkpoint, and ends with the same
-weights and metrics as without the stop. Every byte of the checkpoint is compared with the SHA-256 noted when it was
-written; if it is damaged, --resume CHECKPOINT goes on from an older one. Only files that the run wrote are replaced or
-deleted: anything else with such a name is refused. SIGTERM (what schedulers send before a time limit) ends the step, writes a
-checkpoint and exits with 143. For several processes start it with torchrun or accelerate launch.
+After an interruption, the same command with --resume continues from the newest checkpoint; weights and metrics are the
+same as without the interruption. All files of the checkpoint are verified against the SHA-256 recorded when they were
+written; if one is damaged, --resume CHECKPOINT continues from an older checkpoint. Only files that the run wrote are
+replaced or deleted; others with the same name are refused. On SIGTERM (sent by schedulers before a time limit) the
+current step is finished, a checkpoint is written and the exit code is 143. To use several processes, start the command
+with torchrun or accelerate launch.
 """
 EXAMPLES = """
-llamamoe pretrain --recipe smollm2_cpu --dry-run          # memory, time and disk on paper
+llamamoe pretrain --recipe smollm2_cpu --dry-run          # estimate memory, time and disk
 llamamoe pretrain --recipe smollm2_cpu --out run
 llamamoe pretrain --recipe my.yaml --set optimizer.lr=1e-4 --out run --resume
 torchrun --nproc_per_node 8 -m llamamoe_cli pretrain --recipe recover_distill
 """
-RECIPE, RUN, PAPER = "Recipe", "This run", "Hardware assumed by --dry-run"
+RECIPE, RUN, PAPER = "Recipe", "Run", "Hardware assumed by --dry-run"
 _COUNTED = {"active": "active per token"}
 """Numbers of parameters by the words that `split` and `inspect` have for them."""
 NEWEST = ""
@@ -50,26 +52,38 @@ NEWEST = ""
 @click.command(cls=Command, section="Train", rank=2, short_help="Continue pretraining a converted model.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
-       text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
+       text="A YAML file, or the name of a recipe that ships with llamamoe.")  # fmt: skip
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as optimizer.lr=1e-4; may be repeated.")  # fmt: skip
-@flag("--model", group=RECIPE, metavar="PATH", text="The converted model, in the place of the recipe's.")
-@flag("--parent", group=RECIPE, metavar="PATH", text="The dense model that it was made from, likewise.")
-@flag("--out", group=RUN, metavar="DIR", default="pretrain-run", show_default=True, text="The run's folder.")
+@flag("--model", group=RECIPE, metavar="PATH", text="The converted model, instead of the recipe's.")
+@flag(
+    "--parent",
+    group=RECIPE,
+    metavar="PATH",
+    text="The dense model that it was converted from, instead of the recipe's.",
+)
+@flag("--out", group=RUN, metavar="DIR", default="pretrain-run", show_default=True, text="The folder of the run.")
 @flag("--resume", group=RUN, is_flag=False, flag_value=NEWEST, default=None, metavar="[CHECKPOINT]",
-       text="Go on from the newest checkpoint in the run's folder, or from the one named; later ones are deleted and made "
-            "again.")  # fmt: skip
-@flag("--force", group=RUN, is_flag=True, text="Delete the run that the folder holds; nothing else in it is touched.")
-@flag("--dry-run", group=RUN, is_flag=True, text="Check everything and estimate memory, time and disk; loads nothing.")
+       text="Continue from the newest checkpoint in the folder of the run, or from the named one; later ones are deleted "
+            "and written again.")  # fmt: skip
+@flag(
+    "--force", group=RUN, is_flag=True, text="Delete an existing run in the folder; other files in it are left alone."
+)
+@flag(
+    "--dry-run",
+    group=RUN,
+    is_flag=True,
+    text="Check everything and estimate memory, time and disk without loading the model.",
+)
 @flag(
     "--world-size",
     group=PAPER,
     type=click.IntRange(1),
     metavar="N",
-    text="Processes.  [default: as many as the recipe's sharding needs]",
+    text="Number of processes.  [default: as many as the recipe's sharding needs]",
 )
-@flag("--device-memory", group=PAPER, type=float, metavar="GB", text="Memory of one device.")
-@flag("--peak-tflops", group=PAPER, type=float, metavar="X", text="What one device can do at most, in bfloat16.")
+@flag("--device-memory", group=PAPER, type=float, metavar="GB", text="Memory of one device in GB.")
+@flag("--peak-tflops", group=PAPER, type=float, metavar="X", text="Peak bfloat16 throughput of one device in TFLOPS.")
 @output_options
 def command(
     recipe: str,
@@ -87,7 +101,7 @@ def command(
 ) -> None:
     """Parse, then plan or train, then print."""
     if resume is not None and force:
-        raise click.UsageError("--resume and --force exclude each other.")
+        raise click.UsageError("--resume and --force are mutually exclusive.")
     where: dict[str, Any] = {"resume": resume is not None if resume in (None, NEWEST) else resume, "force": force}
     complete = _recipe(recipe, {"model": model, "parent": parent}, overrides)
     if dry_run:
@@ -134,7 +148,7 @@ def _left(out: Path) -> str:
 
     there = named_checkpoints(out)
     where = (
-        f"goes on from its newest checkpoint, {there[-1].name}" if there else "begins again: it has no checkpoint yet"
+        f"continues from its newest checkpoint, {there[-1].name}" if there else "starts over: it has no checkpoint yet"
     )
     return f"{out} is kept, --resume {where}"
 

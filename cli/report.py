@@ -13,35 +13,37 @@ from ._style import Command, flag, model_options, tokenizer_option
 from ._tables import bullets, table
 from ._text import echo
 
-HELP = """Make one page that shows what converted models lost, how they route and what they cost.
+HELP = """Write an HTML report on the quality, routing and cost of converted models.
 
-Every MODEL, and the dense parent of --against, reads the text; its domains are compared. The page needs no network and opens
-from disk. The same numbers are available as JSON.
+Each MODEL, and the dense parent given by --against, is measured on the text, domain by domain. The report is one file
+that needs no network. The same numbers are available as JSON.
 """
 EXAMPLES = """
 llamamoe report OUT --against SOURCE --text texts/ --out page.html
 llamamoe report moe run/model --against SOURCE --text valid/ --json-out report.json
 """
-TEXT, HOW, RUN = "Text", "How it runs", "This run"
+TEXT, HOW, RUN = "Text", "Execution", "Run"
 
 
-@click.command(cls=Command, section="Measure", rank=3, short_help="One page: quality, routing, cost.",
+@click.command(cls=Command, section="Measure", rank=3, short_help="Write an HTML report on quality, routing and cost.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@flag("--against", group=RUN, metavar="PARENT", text="The dense parent, measured beside them.")
+@flag("--against", group=RUN, metavar="PARENT", text="The dense parent, measured as well.")
 @flag("--text", group=TEXT, metavar="PATH", multiple=True, required=True,
-       text="A file, folder or glob (text, JSON lines, Parquet); may be repeated.")  # fmt: skip
+       text="Text to measure on: a file, folder or glob (txt, jsonl, parquet); may be repeated.")  # fmt: skip
 @flag("--max-tokens", group=TEXT, type=int, metavar="N", default=8192, show_default=True,
-       text="Take only so many tokens of each domain; 0 takes all.")  # fmt: skip
+       text="Maximum number of tokens per domain; 0 for all.")  # fmt: skip
 @flag("--context-length", group=TEXT, type=int, metavar="N",
-       text="Tokens of a window.  [default: the model's positions, at most 2048]")  # fmt: skip
+       text="Number of tokens per window.  [default: the model's context length, at most 2048]")  # fmt: skip
 @flag("--oracle-tokens", group=TEXT, type=int, metavar="N", default=1024, show_default=True,
-       text="Tokens of each domain on which routers are compared with an oracle.")  # fmt: skip
+       text="Number of tokens per domain on which routers are compared with an oracle.")  # fmt: skip
 @flag("--run", "runs", group=RUN, metavar="DIR", multiple=True,
-       text="A folder of llamamoe pretrain whose curves are shown; the run that a MODEL lies in is found automatically.")  # fmt: skip
-@flag("--out", group=RUN, metavar="FILE", text="The page.  [default: report.html, unless --json-out is given]")
-@flag("--json-out", group=RUN, metavar="FILE", text="The same numbers as JSON.")
-@flag("--force", group=RUN, is_flag=True, text="Replace files that are there.")
+       text="Folder of a `llamamoe pretrain` run whose curves are shown; the run that contains MODEL is found automatically.")  # fmt: skip
+@flag(
+    "--out", group=RUN, metavar="FILE", text="The report to write.  [default: report.html, unless --json-out is given]"
+)
+@flag("--json-out", group=RUN, metavar="FILE", text="Write the same numbers as JSON to this file.")
+@flag("--force", group=RUN, is_flag=True, text="Replace existing files.")
 @tokenizer_option(HOW)
 @model_options(HOW)
 @output_options
@@ -97,6 +99,6 @@ def _print(found: dict[str, Any], out: str | None, json_out: str | None) -> None
         )
         for each in sides
     ]
-    table(("model", key.replace("_", " "), "parameters of a token"), rows, right=(1,))
+    table(("model", key.replace("_", " "), "active parameters"), rows, right=(1,))
     bullets(found["notes"], mark="!")
     echo(f"\n{' and '.join(name for name in (out, json_out) if name)} written.")

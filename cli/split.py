@@ -16,7 +16,7 @@ from ._style import Command, flag, tokenizer_option
 if TYPE_CHECKING:
     from llamamoe.conversion.recipe import SplitRecipe
 
-RECIPE, RUN = "Recipe", "This run"
+RECIPE, RUN = "Recipe", "Run"
 EXAMPLES = """
 llamamoe split SOURCE OUT --experts 8 --top-k 2 --method kmeans
 llamamoe split SOURCE OUT --experts 16 --shared 0.25 --dry-run
@@ -29,33 +29,40 @@ llamamoe split SOURCE OUT --recipe my.yaml --resume
 """
 HELP = """Convert the dense checkpoint SOURCE into a mixture of experts in the folder OUT.
 
-SOURCE is a folder with config.json and safetensors, a .gguf file, a hub id (org/name) or hf://org/name@revision.
-OUT appears when everything in it is written and verified, or not at all.
+SOURCE is a folder with config.json and safetensors files, a .gguf file, a Hub id (org/name) or hf://org/name@revision.
+Files are written to OUT.partial, which is renamed to OUT once everything in it has been verified.
 
-Values come from the recipe, then from flags, then from --set; the later wins.
+Flags override the values of the recipe, and --set overrides both.
 """
 
 
-@click.command(cls=Command, section="Convert", rank=0, short_help="Convert a dense checkpoint.", help=HELP,
+@click.command(cls=Command, section="Convert", rank=0, short_help="Convert a dense checkpoint into a mixture of experts.", help=HELP,
                examples=EXAMPLES)  # fmt: skip
 @click.argument("source")
 @click.argument("out", required=False)
-@flag("--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with it.")
+@flag(
+    "--recipe", group=RECIPE, metavar="FILE|NAME", text="A YAML file, or the name of a recipe that ships with llamamoe."
+)
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
 @recipe_options
 @flag("--align-tokens", group="Calibration", metavar="N", type=int,
-       text="Learn assignment, router and FFN weights of all layers together on so many tokens of the calibration text, "
-       "against the parent's own predictions (align.* in a recipe has rates and more).  [default: none]")  # fmt: skip
+       text="Learn the partition, router and FFN weights of all layers jointly on this many calibration tokens, by "
+       "distillation from the dense model (align.* in a recipe sets learning rates and more).  [default: none]")  # fmt: skip
 @flag("--strict", group=WRITING, is_flag=True,
-       text="Refuse what would only be warned about, weights that are not finite included.")  # fmt: skip
-@flag("--no-card", group=WRITING, is_flag=True, text="Write no model card.")
-@flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; reads headers only.")
-@flag("--resume", group=RUN, is_flag=True, text="Finish what an interrupted run of the same command left.")
-@flag("--force", group=RUN, is_flag=True, text="Replace the checkpoint in OUT; drop what an interrupted run left.")
+       text="Turn warnings into errors, for example about weights that are not finite.")  # fmt: skip
+@flag("--no-card", group=WRITING, is_flag=True, text="Do not write a model card.")
+@flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; only file headers are read.")
+@flag("--resume", group=RUN, is_flag=True, text="Resume an interrupted run of the same command.")
+@flag(
+    "--force",
+    group=RUN,
+    is_flag=True,
+    text="Replace an existing checkpoint in OUT and discard the files of an interrupted run.",
+)
 @tokenizer_option(RUN)
 @flag("--no-verify", group=RUN, is_flag=True,
-       text="Do not compare the result with its parent before it appears.")  # fmt: skip
+       text="Skip the comparison of the result with SOURCE.")  # fmt: skip
 @output_options
 def command(
     source: str,
@@ -75,7 +82,7 @@ def command(
 ) -> None:
     """Parse, then plan or convert, then print."""
     if out is None and not dry_run:
-        raise click.UsageError("Missing argument 'OUT': the folder to make.")
+        raise click.UsageError("Missing argument 'OUT': the folder to write.")
     given |= {"strict": strict or None, "card": False if no_card else None}
     aligned = () if align_tokens is None else (f"align.tokens={align_tokens}",)
     complete = _recipe(recipe, given, (*aligned, *overrides))

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from llamamoe.data.token_plan import TokenizePlan
     from llamamoe.data.tokenize import Tokenized
 
-HELP = """Turn text into token shards, domain by domain, once for all trainings.
+HELP = """Tokenize text into shards of token ids per domain, which `llamamoe pretrain` reads.
 
-Reads JSON lines (also .gz, .zst), Parquet and plain text. A row's domain is its meta.redpajama_set_name, else the name
-of its file or folder, or what the recipe says. Documents are separated by the end-of-sequence token and concatenated;
-nothing is dropped. Rows without usable text are left out, counted and reported, or with --strict an error.
+Reads JSON lines (also .gz, .zst), Parquet and plain text. The domain of a row is its meta.redpajama_set_name, otherwise
+the name of its file or folder; a recipe can set it. Documents are separated by the end-of-sequence token and
+concatenated; nothing is dropped. Rows without usable text are skipped, counted and reported; with --strict they are an
+error.
 
-OUT appears whole or not at all; after a stop of any kind the same command with --resume goes on. The result does not
-depend on the number of processes.
+Files are written to OUT.partial, which is renamed to OUT when it is complete. After an interruption, the same command
+with --resume continues. The result does not depend on the number of processes.
 """
 EXAMPLES = """
 llamamoe tokenize --recipe small --tokenizer MODEL --text texts/ --dry-run
@@ -34,27 +35,30 @@ llamamoe tokenize --recipe small --tokenizer MODEL --text texts/ --out tokens
 llamamoe tokenize --recipe slimpajama --text SlimPajama-627B/train --workers 64
 llamamoe tokenize --recipe my.yaml --set validation.share=0.01 --out tokens --resume
 """
-RECIPE, RUN = "Recipe", "This run"
+RECIPE, RUN = "Recipe", "Run"
 
 
-@click.command(cls=Command, section="Train", rank=1, short_help="Turn text into token shards.",
+@click.command(cls=Command, section="Train", rank=1, short_help="Tokenize text into shards for pretrain.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
-       text="A YAML file, or the name of a recipe that ships with it.")  # fmt: skip
+       text="A YAML file, or the name of a recipe that ships with llamamoe.")  # fmt: skip
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as shard_tokens=1000000; may be repeated.")  # fmt: skip
 @flag(
-    "--tokenizer", group=RECIPE, metavar="PATH", text="The model's folder or .gguf file, in the place of the recipe's."
+    "--tokenizer",
+    group=RECIPE,
+    metavar="PATH",
+    text="Model folder or .gguf file with the tokenizer, instead of the recipe's.",
 )
 @flag("--text", group=RECIPE, metavar="PATH", multiple=True,
-       text="Text, in the place of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
-@flag("--out", group=RUN, metavar="DIR", default="tokens", show_default=True, text="The folder to appear.")
+       text="Text to tokenize, instead of the recipe's: a file, folder or glob; may be repeated.")  # fmt: skip
+@flag("--out", group=RUN, metavar="DIR", default="tokens", show_default=True, text="The folder to write.")
 @flag("--workers", group=RUN, type=click.IntRange(1), metavar="N",
-       text="Processes.  [default: the recipe's, else one a core]")  # fmt: skip
-@flag("--resume", group=RUN, is_flag=True, text="Go on with what a stopped run left in OUT.partial.")
-@flag("--force", group=RUN, is_flag=True, text="Throw away what a stopped run left there.")
+       text="Number of processes.  [default: the recipe's, else one per core]")  # fmt: skip
+@flag("--resume", group=RUN, is_flag=True, text="Resume an interrupted run from OUT.partial.")
+@flag("--force", group=RUN, is_flag=True, text="Discard the files of an interrupted run in OUT.partial.")
 @flag("--strict", group=RUN, is_flag=True, text="Stop at the first row without usable text.")
-@flag("--dry-run", group=RUN, is_flag=True, text="List what would be read, with an estimate; opens no text.")
+@flag("--dry-run", group=RUN, is_flag=True, text="List the input files with an estimate, without reading them.")
 @output_options
 def command(
     recipe: str,
@@ -71,7 +75,7 @@ def command(
 ) -> None:
     """Parse, then list or tokenise, then print."""
     if resume and force:
-        raise click.UsageError("--resume and --force exclude each other.")
+        raise click.UsageError("--resume and --force are mutually exclusive.")
     given = {"tokenizer": tokenizer, "text": list(text) or None, "workers": workers}
     complete = _recipe(recipe, given, overrides)
     if dry_run:
@@ -101,7 +105,7 @@ def _tokenize(recipe: TokenizeRecipe, out: str, output: Output, **keys: bool) ->
             return tokenize(recipe, out, progress=report, **keys)
     except KeyboardInterrupt:
         left = Path(f"{Path(out).expanduser()}.partial")
-        raise Interrupted.leaving(left, f"finished files are kept in {left}, --resume goes on") from None
+        raise Interrupted.leaving(left, f"finished files are kept in {left}, --resume continues") from None
 
 
 def _print_plan(plan: TokenizePlan, *, verbose: bool) -> None:
@@ -111,11 +115,11 @@ def _print_plan(plan: TokenizePlan, *, verbose: bool) -> None:
         files, nbytes = by_domain.get(domain, (0, 0))
         by_domain[domain] = (files + 1, nbytes + path.stat().st_size)
     rows = [(domain, f"{files:,}", size(nbytes)) for domain, (files, nbytes) in by_domain.items()]
-    table(("domain of rows that name none", "files", "size"), rows, right=(1, 2), wrap=(0,))
+    table(("domain of rows without one", "files", "size"), rows, right=(1, 2), wrap=(0,))
     if verbose:
         heading("Files")
         bullets(str(path) for path, _ in plan.files)
-    heading("About")
+    heading("Estimate")
     facts(
         [
             ("text", size(plan.text_bytes)),
@@ -125,7 +129,7 @@ def _print_plan(plan: TokenizePlan, *, verbose: bool) -> None:
         ]
     )
     echo()
-    paragraph("Estimates from the size of the files and the speed of one laptop core. Nothing was written.")
+    paragraph("Estimated from file sizes and the speed of one laptop core. Nothing was written.")
 
 
 def _print(tokenized: Tokenized) -> None:
@@ -143,7 +147,7 @@ def _print(tokenized: Tokenized) -> None:
         for split, entries in index.splits.items()
         for domain, entry in entries.items()
     ]
-    table(("domain", "documents", "tokens", "bytes a token", "files"), rows, right=(1, 2, 3, 4), wrap=(0,))
-    kept = f", {tokenized.kept} of {plural(tokenized.units, 'unit')} kept from before" if tokenized.kept else ""
+    table(("domain", "documents", "tokens", "bytes per token", "files"), rows, right=(1, 2, 3, 4), wrap=(0,))
+    kept = f", {tokenized.kept} of {plural(tokenized.units, 'unit')} reused" if tokenized.kept else ""
     echo()
     paragraph(f"{plural(len(index.sources), 'input file')} in {duration(tokenized.seconds)}{kept}.")

@@ -15,12 +15,12 @@ from ._text import bold, echo, styled
 if TYPE_CHECKING:
     from llamamoe.conversion.verify import Verification
 
-HELP = """Check the folder OUT, which `llamamoe split` wrote, against the dense checkpoint that it was made from.
+HELP = """Check the folder OUT, written by `llamamoe split`, against the dense checkpoint that it was converted from.
 
-Names, shapes and configuration must be those of the recipe in OUT; attention, norms and embedding must be the parent's
-and every neuron must be found exactly once, bit for bit; all weights must have the SHA-256 in the receipt; and with all
-experts selected the logits must agree with those of the parent as transformers loads it. One layer is in memory at a time.
-Exit code 4 means that something does not agree.
+Tensor names, shapes and configuration must match the recipe in OUT. Attention, norms and embeddings must be the parent's,
+and each of its neurons must be found exactly once, bit for bit. All weights must have the SHA-256 in the receipt, and with
+all experts selected the logits must agree with those of the parent in transformers. One layer is in memory at a time.
+The exit code is 4 if anything does not match.
 """
 EXAMPLES = """
 llamamoe verify OUT --against SOURCE
@@ -28,11 +28,11 @@ llamamoe verify OUT --against org/name --json
 """
 
 
-@click.command(cls=Command, section="Inspect and verify", rank=1, short_help="Compare a conversion with its parent.",
+@click.command(cls=Command, section="Inspect and verify", rank=1, short_help="Check a conversion against its dense parent.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("out")
 @click.option("--against", cls=Option, group="Comparison", metavar="SOURCE", required=True,
-              help="The dense parent: a folder, a .gguf file or a hub id.")  # fmt: skip
+              help="The dense parent: a folder, a .gguf file or a Hub id.")  # fmt: skip
 @output_options
 def command(out: str, against: str, output: Output) -> None:
     """Parse, verify, print."""

@@ -40,7 +40,7 @@ def test_a_recipe_for_split(run: Run, source: Path, text: Path, tmp_path: Path) 
         assert plan[key] == found[key]
     assert plan["dense_layers"] == found["keep_dense"]
     assert plan["shared_neurons"] == found["shared"]
-    assert "is there already" in run("budget", source, *flags(text), "--write-recipe", file, code=2).stderr
+    assert "already exists" in run("budget", source, *flags(text), "--write-recipe", file, code=2).stderr
 
 
 def test_the_divergence_for_people(run: Run, source: Path, text: Path) -> None:
@@ -65,7 +65,7 @@ def test_the_divergence_for_people(run: Run, source: Path, text: Path) -> None:
         (("--keep-dense", "0"), "No such option"),
         (("--budget", "2"), "between 0 and 1"),
         (("--measure", "klx"), "unknown measure 'klx'"),
-        (("--write-recipe", "no/such/place.yaml"), "no such place"),
+        (("--write-recipe", "no/such/place.yaml"), "not a file name in an existing folder"),
         (("--target", "qwen9"), "unknown target"),
     ],
 )

@@ -55,7 +55,13 @@ def test_inspect(dense: Path, converted: tuple[Path, Result], tmp_path: Path, ru
     assert "dense, llama" in text
     assert "It can be split" in text
     text = run("inspect", converted[0], "-v").stdout
-    for expected in ("mixture of experts, mixtral", "4 in each of 2 layers", "Made by llamamoe", "verified", "routed"):
+    for expected in (
+        "mixture of experts, mixtral",
+        "4 in each of 2 layers",
+        "Converted by llamamoe",
+        "verified",
+        "routed",
+    ):
         assert expected in text
     data = json.loads(run("inspect", converted[0], "--json").stdout)
     assert data["experts"]["num_experts"] == 4
@@ -94,7 +100,7 @@ def test_matrix(run: Run) -> None:
     assert data["clients"][0]["results"]["mixtral"] == {"outcome": "same", "note": ""}
     assert "norm_topk_prob" not in text
     assert "ignores norm_topk_prob" in " ".join(run("methods", "--matrix", "-v").stdout.split())
-    assert "exclude" in run("methods", "kmeans", "--matrix", code=2).stderr
+    assert "mutually exclusive" in run("methods", "kmeans", "--matrix", code=2).stderr
 
 
 @pytest.fixture
@@ -137,7 +143,7 @@ def test_fix_config(dense: Path, tmp_path: Path, run: Run) -> None:
     assert dry["added"]
     assert (folder / "config.json").read_text() == before
     assert "rope_theta" in run("fix-config", folder).stdout
-    assert "nothing is missing" in run("fix-config", folder).stdout
+    assert "nothing to change" in run("fix-config", folder).stdout
     assert "config.json" in run("fix-config", tmp_path, code=3).stderr
 
 
@@ -184,8 +190,8 @@ def test_demo_without_the_model_names_the_extra(tmp_path: Path, run: Run, monkey
 
 def test_densify(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
     text = run("densify", converted[0], tmp_path / "back", "--like", dense).stdout
-    assert "172 neurons a layer" in text
-    assert "every weight as the conversion kept it" in text
+    assert "172 neurons per layer" in text
+    assert "yes, all weights are unchanged" in text
     assert "dense, llama" in run("inspect", tmp_path / "back").stdout
     data = json.loads(run("densify", converted[0], tmp_path / "two", "--json").stdout)
     assert (data["intermediate_size"], data["order"]) == (172, "experts")
@@ -195,7 +201,7 @@ def test_densify(dense: Path, converted: tuple[Path, Result], tmp_path: Path, ru
 
 def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
     text = run("retop", converted[0], tmp_path / "three", "--top-k", "3").stdout
-    assert "3 experts per token in the place of 2" in text
+    assert "3 experts per token instead of 2" in text
     data = json.loads(run("retop", converted[0], tmp_path / "one", "--top-k", "1", "--json").stdout)
     assert (data["from"], data["to"], data["where"]) == (2, 1, "nowhere")
     assert "from 1 to 4" in run("retop", converted[0], tmp_path / "five", "--top-k", "5", code=2).stderr
@@ -211,7 +217,7 @@ def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Ru
 def test_bench(dense: Path, converted: tuple[Path, Result], run: Run) -> None:
     flags = ("--batch-sizes", "1,2", "--prompt", "8", "--new-tokens", "2", "--repeats", "1")
     text = run("bench", converted[0], "--against", dense, *flags).stdout
-    for expected in ("Tokens a second", "Expected from sizes", "by bytes read", "experts by"):
+    for expected in ("Tokens per second", "Expected from model sizes", "by bytes read", "experts by"):
         assert expected in text
     data = json.loads(run("bench", converted[0], *flags, "--json").stdout)
     assert data["against"] is None

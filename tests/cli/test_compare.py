@@ -28,7 +28,7 @@ def study(dense: Path, tmp_path_factory: pytest.TempPathFactory, run: Run) -> tu
 def test_table_and_files(study: tuple[list[str | Path], Path, Result]) -> None:
     _, out, result = study
     for expected in ("method", "active share", "x dense", "kmeans", "random", "kmeans, oracle router (simulated)",
-                     "simulated, it cannot be exported", "comparison.svg"):  # fmt: skip
+                     "it is simulated and cannot be exported", "comparison.svg"):  # fmt: skip
         assert expected in result.stdout
     assert " +-" in result.stdout, "two seeds"
     assert "compare:" in result.stderr

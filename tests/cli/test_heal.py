@@ -31,7 +31,7 @@ def test_result_for_people_and_as_json(
 ) -> None:
     args = ("heal", converted[0], tmp_path / "out", "--parent", dense, "--text", text, *FEW)
     shown = run(*args).stdout
-    for part in ("2 layers healed", "error before", "tokens that were not trained on"):
+    for part in ("2 layers healed", "error before", "held-out tokens"):
         assert part in shown
     data = json.loads(run(*args, "--force", "--json").stdout)
     told = json.loads((tmp_path / "out" / "llamamoe_heal.json").read_text())

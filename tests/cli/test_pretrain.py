@@ -68,7 +68,7 @@ def test_bad_input(recipe: Path, tmp_path: Path, run: Run) -> None:
     shown = run(*args, "--set", "optimizer.lrr=1", "--set", "steps=-1", code=2).output
     assert "Did you mean 'lr'" in shown
     assert "steps" in shown
-    assert "exclude each other" in run(*args, "--resume", "--force", code=2).output
+    assert "are mutually exclusive" in run(*args, "--resume", "--force", code=2).output
     assert "ships with" in run("pretrain", "--recipe", "smollm2_cpy", "--out", out, code=2).output
     assert "cannot be dealt to 3 ranks" in run(*args, "--dry-run", "--world-size", 3, code=2).output
     assert "does not exist" in run(*args, "--model", tmp_path / "nowhere", code=3).output
@@ -89,15 +89,15 @@ def test_a_damaged_checkpoint_is_told_and_an_older_one_can_be_named(recipe: Path
     run(*args, "--resume", "checkpoint-1", "-q")
     assert (out / "model" / "model.safetensors").read_bytes() == weights
     assert "is not a checkpoint of the run" in run(*args, "--resume", "checkpoint-7", code=2).output
-    assert "exclude each other" in run(*args, "--resume", "checkpoint-1", "--force", code=2).output
+    assert "are mutually exclusive" in run(*args, "--resume", "checkpoint-1", "--force", code=2).output
 
 
 @pytest.mark.parametrize(
     ("stage", "told"),
     [
         (None, "nothing was written"),
-        (1, "{out} is kept, --resume begins again: it has no checkpoint yet"),
-        (2, "{out} is kept, --resume goes on from its newest checkpoint, checkpoint-1"),
+        (1, "{out} is kept, --resume starts over: it has no checkpoint yet"),
+        (2, "{out} is kept, --resume continues from its newest checkpoint, checkpoint-1"),
     ],
 )
 def test_ctrl_c_tells_what_is_there(

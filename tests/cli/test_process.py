@@ -52,7 +52,7 @@ def test_interrupted_split_leaves_what_resume_finishes(dense: Path, tmp_path: Pa
     stdout, stderr = running.communicate(timeout=30)
     assert running.returncode == 130
     assert stdout == ""
-    assert stderr.strip() == f"interrupted; {partial} is kept, --resume finishes it"
+    assert stderr.strip() == f"interrupted; {partial} is kept, --resume continues"
     assert not out.exists()
 
     error = run(*args, code=3).stderr

@@ -25,7 +25,7 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
 
 def test_table_warnings_and_json(args: list[str | Path], tmp_path: Path, run: Run) -> None:
     result = run(*args, "--out", tmp_path / "out", "--set", "validation.share=0.2")
-    for expected in ("uint16", "documents", "bytes a token", "a (validation)", "4 input files in"):
+    for expected in ("uint16", "documents", "bytes per token", "a (validation)", "4 input files in"):
         assert expected in result.stdout
     assert "odd.jsonl:2: the line is not JSON" in result.stderr
     assert "tokenize:" in result.stderr
@@ -65,7 +65,7 @@ def test_strict_then_resume(args: list[str | Path], tmp_path: Path, run: Run) ->
     assert "odd.jsonl:2: the line is not JSON" in stderr
     assert "--resume finishes it; --force starts again" in run(*args, "--out", out, code=3).stderr
     text = run(*args, "--out", out, "--resume").stdout
-    assert "of 4 units kept from before" in text
+    assert "of 4 units reused" in text
     assert "is not empty" in run(*args, "--out", out, "--resume", code=3).stderr
 
 
@@ -74,5 +74,5 @@ def test_errors(args: list[str | Path], tmp_path: Path, run: Run) -> None:
     assert "Did you mean 'small'" in run("tokenize", "--recipe", "smal", code=2).stderr
     assert "matches" in run(*args, "--text", tmp_path / "none.jsonl", code=2).stderr
     assert "does not exist" in run(*args, "--tokenizer", tmp_path / "none", code=3).stderr
-    assert "exclude each other" in run(*args, "--resume", "--force", code=2).stderr
+    assert "are mutually exclusive" in run(*args, "--resume", "--force", code=2).stderr
     assert "Missing option '--recipe'" in run("tokenize", code=2).stderr
