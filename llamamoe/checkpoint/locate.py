@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from glob import escape
@@ -10,6 +11,7 @@ from pathlib import Path
 from ..errors import CheckpointError, LlamaMoeError, UsageError, printable
 from ..lazy import huggingface_hub
 from .base import Checkpoint
+from .paths import BACKSLASHES
 from .reader import (
     ADAPTER,
     CHAT_TEMPLATES,
@@ -33,7 +35,8 @@ _SMALL = [
     "README.md",
     "llamamoe_*.json",
 ]
-_FORMS = "Give a folder, a .gguf file, a hub id (org/name) or hf://org/name@revision."
+_FORMS = "Give a folder, a .gguf file, a Hub id (org/name) or hf://org/name@revision."
+_LOGIN = "log in with: hf auth login (or set HF_TOKEN)"
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,14 @@ def locate(source: str | Path) -> Location:
     if text.startswith("hf://"):
         text = text.removeprefix("hf://")
         if not _HUB_ID.fullmatch(text):
-            raise CheckpointError(f"{text!r} is not a hub id.", hint=_FORMS)
+            raise CheckpointError(f"{text!r} is not a Hub id.", hint=_FORMS)
         return _download(text)
     path = Path(text).expanduser()
     if path.exists():
         return Location(path, path.resolve().name)
     if not is_hub_id(text):
-        raise CheckpointError(f"{text!r} does not exist.", hint=_FORMS)
+        hint = f"{BACKSLASHES} {_FORMS}" if "\\" in text else _FORMS
+        raise CheckpointError(f"{text!r} does not exist.", hint=hint)
     return _download(text)
 
 
@@ -127,22 +131,56 @@ def _download(text: str) -> Location:
     except LlamaMoeError:
         raise
     except huggingface_hub.errors.HFValidationError as error:
-        raise CheckpointError(f"{text!r} is not a hub id: {error}") from None
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise LlamaMoeError(
-            f"{text!r} is not a local folder, and the hub cannot be reached ({type(error).__name__}).",
-            hint="Check the path, or download the checkpoint first and give its folder.",
-        ) from None
+        raise CheckpointError(f"{text!r} is not a Hub id: {error}") from None
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        raise _unreachable(text, name) from None
     except huggingface_hub.errors.HfHubHTTPError as error:
-        raise CheckpointError(
-            f"the hub does not provide {text!r}: {error}", hint="Check the name, the revision and your access."
-        ) from None
+        raise _denied(text, name, error) from None
     except Exception as error:  # versions of the hub's library differ in the transport errors that they let through
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise LlamaMoeError(
             f"downloading {text!r} failed: {type(error).__name__}: {error}",
-            hint="Try again: files that are complete are not downloaded twice.",
+            hint="Free some space, or set HF_HOME to a folder on another disk."
+            if full
+            else "Try again: files that are complete are not downloaded twice.",
         ) from error
     return Location(path, name, path.name)
+
+
+def _unreachable(text: str, name: str) -> LlamaMoeError:
+    """Return the error for a checkpoint that is neither here nor in the cache, while nothing can be downloaded."""
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    why = "HF_HUB_OFFLINE=1 forbids downloads" if offline else "the Hub cannot be reached"
+    way = "Unset HF_HUB_OFFLINE" if offline else "Check the network connection"
+    return LlamaMoeError(
+        f"{text!r} is neither a local folder nor in the local Hub cache, and {why}.",
+        hint=f"{way}, or download it on another machine (hf download {name} --local-dir FOLDER) and give its folder.",
+    )
+
+
+def _denied(text: str, name: str, error: huggingface_hub.errors.HfHubHTTPError) -> CheckpointError:
+    """Return the error for an answer of the Hub that is a refusal, with what the user can do about it."""
+    kinds = huggingface_hub.errors
+    if isinstance(error, kinds.GatedRepoError):
+        page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
+        return CheckpointError(
+            f"{text!r} is gated: only accounts that accepted its terms may download it.",
+            hint=f"Accept the terms on {page}, then {_LOGIN}.",
+        )
+    if isinstance(error, kinds.RevisionNotFoundError):
+        return CheckpointError(
+            f"{text!r}: the repository on the Hub has no such revision.",
+            hint="Give a branch, tag or commit, or leave @revision out for the main branch.",
+        )
+    if isinstance(error, kinds.RepositoryNotFoundError):
+        return CheckpointError(
+            f"{text!r} is neither a local folder nor a repository on the Hub that you can access.",
+            hint=f"Check the spelling; for a private repository, {_LOGIN}.",
+        )
+    return CheckpointError(
+        f"the Hub refuses {text!r}: {error}",
+        hint=f"Check the name and the revision; for a private repository, {_LOGIN}.",
+    )
 
 
 def _fetch(name: str, revision: str | None) -> Path:
@@ -157,14 +195,14 @@ def _fetch(name: str, revision: str | None) -> Path:
     )
     commit = path.name
     if listed is not None and commit != listed[0]:
-        raise LlamaMoeError(f"{name} changed on the hub while it was read.", hint="Start again.")
+        raise LlamaMoeError(f"{name} changed on the Hub while it was read.", hint="Run the command again.")
     shards = [SINGLE]
     single = (path / SINGLE).exists() if listed is None else SINGLE in listed[1]
     if not single and (path / INDEX).exists():  # the single file before the index, as transformers does
         shards = sorted({file for file in read_weight_map(path / INDEX).values() if Path(file).name == file})
     if listed is not None and not listed[1].issuperset(shards):
         missing = min(set(shards) - listed[1])
-        raise CheckpointError(f"{name}: {printable(missing)}, which {INDEX} names, is not on the hub.")
+        raise CheckpointError(f"{name}: {printable(missing)}, which {INDEX} names, is not on the Hub.")
     patterns = [escape(file) for file in shards]
     huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline)
     return path

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, LlamaMoeError, RefusedError
 from .ledger import STATES, partial_path, replaced_path
+from .paths import BACKSLASHES
 from .reader import INDEX, LICENSE_FILES, SIDE_FILES, read_weight_map
 
 RECIPE_FILE, RECEIPT_FILE = "llamamoe_recipe.yaml", "llamamoe_receipt.json"
@@ -20,6 +21,7 @@ DERIVED_FILE = "llamamoe_derived.json"
 MARKS = (RECIPE_FILE, HEAL_RECIPE_FILE, DERIVED_FILE)
 """Files by which a folder is recognised as written by llamamoe."""
 _OURS = {"config.json", INDEX, "README.md", *MARKS, RECEIPT_FILE, HEAL_RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
+_DRIVE = re.compile(r"[A-Za-z]:\\")
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
@@ -27,8 +29,10 @@ def normal_path(out: str | Path) -> Path:
     """OUT as an absolute path without ``.`` and ``..``; a link at its end is not resolved.
 
     Raises:
-        RefusedError: The path is not UTF-8, so that libraries could not load the output.
+        RefusedError: The path is a Windows path, or not UTF-8, so that libraries could not load the output.
     """
+    if os.sep == "/" and _DRIVE.match(str(out)):
+        raise RefusedError(f"OUT ({out}) is a Windows path.", hint=BACKSLASHES)
     path = Path(os.path.abspath(Path(out).expanduser()))
     try:
         str(path).encode()

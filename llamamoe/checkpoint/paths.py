@@ -14,6 +14,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError, UsageError, printable
 
+BACKSLASHES = "On this system folders are separated by /, not by \\; in WSL, C:\\models\\x is /mnt/c/models/x."
+"""Hint for a Windows path, which would be a single name on other systems."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
 """Maximum size of a pointer by its specification."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,7 +13,15 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from llamamoe.checkpoint.locate import locate
 from llamamoe.checkpoint.reader import INDEX, SafetensorsCheckpoint
@@ -111,7 +121,7 @@ def test_a_single_file(hub: Hub) -> None:
         (["config.json", "model.pt\x1b[2J"], "It holds: config.json, model.pt\\x1b[2J"),
         (["model.Q4_0.gguf", "README.md"], "To convert a GGUF file"),
         (["config.json", "consolidated.safetensors", "training_args.bin"], "holds neither model.safetensors nor"),
-        (["config.json", INDEX, SHARDS[0]], f"{SHARDS[1]}, which {INDEX} names, is not on the hub"),
+        (["config.json", INDEX, SHARDS[0]], f"{SHARDS[1]}, which {INDEX} names, is not on the Hub"),
         ([], "It holds: nothing"),
     ],
 )
@@ -126,14 +136,14 @@ def test_refused_before_any_weights_come(hub: Hub, files: list[str], says: str) 
 def test_an_index_cannot_ask_for_other_files(hub: Hub) -> None:
     hub.files = SHARDED
     hub.weight_map = {"a": "original/model.safetensors", "b": SHARDS[0], "c": "*"}
-    with pytest.raises(CheckpointError, match="is not on the hub"):
+    with pytest.raises(CheckpointError, match="is not on the Hub"):
         locate("org/name")
     assert not [file for file in hub.held() if file.endswith(".safetensors")]
 
 
 def test_a_revision_that_moves_is_an_error(hub: Hub) -> None:
     hub.files, hub.sha = SHARDED, "0" * 40
-    with pytest.raises(LlamaMoeError, match="changed on the hub"):
+    with pytest.raises(LlamaMoeError, match="changed on the Hub"):
         locate("org/name")
     assert SHARDS[0] not in hub.held()
 
@@ -147,16 +157,25 @@ def test_offline_takes_the_cache(hub: Hub, error: Exception) -> None:
     assert hub.calls[1:] == [("cache", "org/name", "main"), ("cache", "org/name", COMMIT)]
 
 
-def test_offline_without_a_cache(hub: Hub) -> None:
-    hub.unreachable = OfflineModeIsEnabled("offline")
-    with pytest.raises(LlamaMoeError, match="the hub cannot be reached") as caught:
+@pytest.mark.parametrize(
+    ("offline", "says", "way"),
+    [
+        (True, "HF_HUB_OFFLINE=1 forbids downloads", "Unset HF_HUB_OFFLINE"),
+        (False, "the Hub cannot be reached", "Check the network connection"),
+    ],
+)
+def test_offline_without_a_cache(hub: Hub, offline: bool, says: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    hub.unreachable = OfflineModeIsEnabled("offline") if offline else ConnectionError("no route")
+    with pytest.raises(LlamaMoeError, match=says) as caught:
         locate("org/name")
     assert not isinstance(caught.value, CheckpointError)
-    assert "give its folder" in str(caught.value)
+    assert way in str(caught.value)
+    assert "hf download org/name" in str(caught.value)
 
 
 class Answer(HfHubHTTPError):
-    """An answer of the hub, without the response class that differs between its library's versions."""
+    """An answer of the Hub, without the response class that differs between its library's versions."""
 
     def __init__(self, status: int) -> None:
         Exception.__init__(self, f"{status} from the hub")
@@ -169,9 +188,40 @@ class Answer(HfHubHTTPError):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_the_hub_denies_is_refused(hub: Hub, status: int) -> None:
     hub.unreachable = Answer(status)
-    with pytest.raises(CheckpointError, match=f"does not provide 'org/name': {status}") as caught:
+    with pytest.raises(CheckpointError, match=f"the Hub refuses 'org/name': {status}") as caught:
         locate("org/name")
-    assert "your access" in str(caught.value)
+    assert "hf auth login" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "says"),
+    [
+        (GatedRepoError, 401, ("is gated", "Accept the terms on https://huggingface.co/org/name", "hf auth login")),
+        (GatedRepoError, 403, ("is gated", "Accept the terms on https://huggingface.co/org/name", "hf auth login")),
+        (RepositoryNotFoundError, 401, ("repository on the Hub that you can access", "spelling", "hf auth login")),
+        (RepositoryNotFoundError, 404, ("repository on the Hub that you can access", "spelling", "hf auth login")),
+        (RevisionNotFoundError, 404, ("no such revision", "leave @revision out")),
+    ],
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_refusal_of_the_hub_names_the_next_step(
+    hub: Hub, kind: type, status: int, says: tuple[str, ...], listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gated repository is listed for everyone, and only its files are refused."""
+    answer = type("Answer", (Answer, kind), {})(status)
+
+    def denied(*_: Any, **__: Any) -> str:
+        raise answer
+
+    hub.files = SHARDED
+    if listed:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", denied)
+    else:
+        hub.unreachable = answer
+    with pytest.raises(CheckpointError) as caught:
+        locate("org/name@v1")
+    for part in says:
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -182,19 +232,23 @@ def test_a_hub_in_trouble_is_as_good_as_none(hub: Hub, status: int) -> None:
     assert locate("org/name") == online
 
 
-def test_a_download_that_breaks_is_an_error_of_ours(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("code", "hint"), [(errno.ENOSPC, "set HF_HOME"), (errno.ECONNRESET, "Try again")])
+def test_a_download_that_breaks_is_an_error_of_ours(
+    hub: Hub, code: int, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> str:
-        raise OSError("no space left on device")
+        raise OSError(code, os.strerror(code))
 
     hub.files = SHARDED
     monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
-    with pytest.raises(LlamaMoeError, match="no space left"):
+    with pytest.raises(LlamaMoeError, match=os.strerror(code)) as caught:
         locate("org/name")
+    assert hint in str(caught.value)
 
 
 def test_an_id_that_the_hub_finds_invalid(hub: Hub) -> None:
     hub.unreachable = HFValidationError("-- and .. are forbidden")
-    with pytest.raises(CheckpointError, match="is not a hub id: -- and"):
+    with pytest.raises(CheckpointError, match="is not a Hub id: -- and"):
         locate("org/na--me")
 
 
@@ -203,10 +257,10 @@ def test_an_id_that_the_hub_finds_invalid(hub: Hub) -> None:
     [
         ("", "the source is empty"),
         (" \n", "the source is empty"),
-        ("hf://", "is not a hub id"),
-        ("hf://a/b/c", "is not a hub id"),
-        ("hf://org/name@", "is not a hub id"),
-        ("hf://../name", "is not a hub id"),
+        ("hf://", "is not a Hub id"),
+        ("hf://a/b/c", "is not a Hub id"),
+        ("hf://org/name@", "is not a Hub id"),
+        ("hf://../name", "is not a Hub id"),
         ("nowhere", "does not exist"),
         ("a/b/c", "does not exist"),
         ("./org/name", "does not exist"),
@@ -218,8 +272,21 @@ def test_bad_sources_never_reach_the_hub(hub: Hub, source: str, says: str) -> No
     with pytest.raises(CheckpointError) as caught:
         locate(source)
     assert says in str(caught.value)
-    assert "hub id (org/name)" in str(caught.value)
+    assert "Hub id (org/name)" in str(caught.value)
     assert hub.calls == []
+
+
+@pytest.mark.parametrize("source", ["C:\\models\\x", "models\\x", ".\\x"])
+def test_a_source_with_backslashes_is_told_what_separates_folders(hub: Hub, source: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        locate(source)
+    assert "folders are separated by /" in str(caught.value)
+    assert hub.calls == []
+
+
+def test_a_folder_with_a_backslash_in_its_name_is_found(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "a\\b").mkdir()
+    assert locate("a\\b").name == "a\\b"
 
 
 def test_a_path_never_reaches_the_hub(hub: Hub, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_source_that_is_no_checkpoint(tmp_path: Path, source: Path, refused: Ref
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no config.json", "It holds: nothing")
     refused(source / "model.safetensors", "neither a folder nor a .gguf file", "the folder that holds config.json")
-    refused(tmp_path / "nowhere", "does not exist", "hub id")
+    refused(tmp_path / "nowhere", "does not exist", "Hub id")
     (source / "config.json").unlink()
     (source / "config.json").mkdir()
     refused(source, "config.json")

@@ -202,6 +202,10 @@ def test_out_is_the_current_folder(
     refused(source, "the current folder" if out != ".." else "", out=out)
 
 
+def test_a_windows_path_is_refused(source: Path, refused: Refused) -> None:
+    refused(source, r"OUT (C:\models\x) is a Windows path", "folders are separated by /", out=Path(r"C:\models\x"))
+
+
 def test_a_name_that_is_not_utf8_is_refused_first(source: Path, tmp_path: Path, refused: Refused) -> None:
     refused(source, r"out\udcff) is not UTF-8", "Choose another name", out=tmp_path / os.fsdecode(b"out\xff"))
 
