@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError
 from ..lazy import torch
+from ..models.loading import pick_device
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,7 @@ def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) ->
     Raises:
         UsageError: The device is not available.
     """
-    name = device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(name)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(
-            f"--device {name}: torch cannot use it ({str(error).splitlines()[0][:120]}).",
-            hint="--device cpu works everywhere; --device auto uses a GPU if there is one.",
-        ) from None
+    place = torch.device(pick_device(device))
     if compute_dtype is not None:
         return Compute(place, getattr(torch, compute_dtype))
     half = source_dtype in ("BF16", "F16") and _fast_bfloat16(place)

@@ -289,12 +289,13 @@ def pick_device(name: str) -> str:
     if name in ("all", "spread") or "," in name:
         raise UsageError(f"The device '{name}' means several, and this runs on one.", hint="Name one, such as cuda:0.")
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise UsageError(
-            f"The device '{name}' cannot be used: {str(error).splitlines()[0]}",
-            hint="Use 'auto', 'cpu', or 'cuda' on a machine that has a GPU and a torch built for it.",
+            f"the device '{name}' is not available: {str(error).splitlines()[0]}",
+            hint="Use --device cpu, or auto for the GPU if there is one. CUDA devices need an NVIDIA driver and a torch "
+            "built with CUDA.",
         ) from error
     return name

@@ -329,8 +329,9 @@ def test_sixteen_bit_sources_are_multiplied_in_bfloat16_where_that_is_fast(
 
 
 def test_a_device_that_is_not_there_is_a_usage_error() -> None:
-    with pytest.raises(llamamoe.UsageError, match="--device cuda:77"):
+    with pytest.raises(llamamoe.UsageError, match="the device 'cuda:77' is not available") as caught:
         choose_compute("cuda:77", None, "F32")
+    assert "Use --device cpu" in str(caught.value)
 
 
 def test_conversion_in_bfloat16_products_is_near_that_in_float32(dense: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_up_to_which_batch_it_is_faster(mine: tuple[float, ...], best: int) -> N
         ({"new_tokens": 0}, "new_tokens is 0"),
         ({"repeats": 0}, "repeats is 0"),
         ({"prompt_tokens": 60, "new_tokens": 5}, "only 64 positions"),
-        ({"device": "moon"}, "cannot be used"),
+        ({"device": "moon"}, "is not available"),
     ],
 )
 def test_silly_numbers(pair: tuple[Path, Path], keys: dict[str, object], message: str) -> None:

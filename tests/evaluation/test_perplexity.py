@@ -506,7 +506,7 @@ def test_calls_that_cannot_be(with_bos, corpus, tmp_path):
         with pytest.raises(UsageError, match=f"{name} is"):
             evaluate(with_bos, [corpus], **{name: value})
     for device in ("gpu", "cuda:99"):
-        with pytest.raises(UsageError, match=f"device '{device}' cannot be used"):
+        with pytest.raises(UsageError, match=f"device '{device}' is not available"):
             evaluate(with_bos, [corpus], device=device)
     with pytest.raises(UsageError, match="No file, folder or glob"):
         evaluate(with_bos, [tmp_path / "none.txt"])
@@ -516,7 +516,7 @@ def test_strides_and_devices_that_cannot_be(with_bos, corpus):
     for stride in (0, CONTEXT):
         with pytest.raises(UsageError, match=f"stride is {stride}"):
             evaluate(with_bos, [corpus], context_length=CONTEXT, stride=stride)
-    with pytest.raises(UsageError, match="'abc' cannot be used"):
+    with pytest.raises(UsageError, match="'abc' is not available"):
         evaluate(with_bos, [corpus], device="cpu,abc")
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="sees none"):
