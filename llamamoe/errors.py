@@ -1,7 +1,7 @@
-"""What can go wrong, as exceptions that carry the way out and the exit code of the command line.
+"""Exceptions with a hint for the user and the exit code of the command line.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 refused by the plan, 4 verification failed, 130 interrupted (Ctrl-C),
-143 told to end (SIGTERM).
+143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ MOST_LINES = 20
 MOST_CHARACTERS = 1900
 _LONGEST_LINE = 800
 _ALIKE = 0.7
-"""Lowest `difflib` ratio of a typing error: "stablelm" has 0.53 to "mistral", "rand" has 0.8 to "random"."""
+"""Minimum `difflib` ratio of a typing error: "stablelm" has 0.53 to "mistral", "rand" has 0.8 to "random"."""
 _ALIKE_OF_TWO = 0.5
-"""The same for names of two characters, of which one is right."""
+"""The same for names of two characters, one of which is right."""
 _MOST_NAMED = 100
 
 
 class LlamaMoeError(Exception):
-    """An error for the user: what is wrong (value and rule), and how to go on.
+    """An error for the user: what is wrong (value and rule), and how to continue.
 
-    Both may quote files of others: control characters are escaped, and what does not fit a screen is left out.
+    Both may quote untrusted files: control characters are escaped, and text is cut to fit a screen.
 
     Args:
         message: Names the value and the rule that it breaks.
-        hint: The way out; printed on a line of its own.
+        hint: How to continue; printed on a separate line.
     """
 
     exit_code = 1
@@ -40,7 +40,7 @@ class LlamaMoeError(Exception):
 
 
 class UsageError(LlamaMoeError, ValueError):
-    """The call itself is off: an unknown method, a recipe that does not validate, a bad option."""
+    """The call itself is wrong: an unknown method, a recipe that does not validate, a bad option."""
 
     exit_code = 2
 
@@ -56,13 +56,13 @@ class CheckpointError(RefusedError):
 
 
 class VerificationError(LlamaMoeError):
-    """The written checkpoint does not compute what its parent computes."""
+    """The written checkpoint does not match its parent."""
 
     exit_code = 4
 
 
 class StoppedError(LlamaMoeError):
-    """A training run was told to end by SIGTERM, and wrote a checkpoint first."""
+    """A training run was terminated by SIGTERM, after writing a checkpoint."""
 
     exit_code = 143
 
@@ -78,7 +78,7 @@ class MissingExtraError(LlamaMoeError, ImportError):
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Escape what a terminal would obey or does not show, as ``repr`` does: ESC, bidirectional marks, lone surrogates.
+    """Escape characters that control a terminal or are invisible, as ``repr`` does: ESC, bidirectional marks.
 
     Args:
         text: Any text.
@@ -90,7 +90,7 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 def bounded(text: str) -> str:
-    """Cut text to what fits a screen: long lines in their middle, many lines at the end, and say so."""
+    """Cut text to fit a screen: long lines in their middle, many lines at the end, with a note."""
     lines = [_cut(line, _LONGEST_LINE) for line in text.split("\n")]
     kept, size = 0, 0
     for line in lines[:MOST_LINES]:
@@ -103,7 +103,7 @@ def bounded(text: str) -> str:
 
 
 def _cut(line: str, most: int) -> str:
-    """Leave out the middle: a message begins with what it is about, and ends with the rule."""
+    """Leave out the middle: a message begins with its subject and ends with the rule."""
     if len(line) <= most:
         return line
     end = most // 3
@@ -111,9 +111,9 @@ def _cut(line: str, most: int) -> str:
 
 
 def near_misses(value: str, choices: list[str]) -> str:
-    """Name the choices that ``value`` may be a typing error of, and then all of them (unless they are too many).
+    """Name the choices similar to ``value``, and then all of them (unless they are too many).
 
-    For what a person typed; see `known_names` for what stands in a file of somebody else's.
+    For user input; see `known_names` for values from untrusted files.
     """
     if not choices:
         return "It has no options of its own."
@@ -125,5 +125,5 @@ def near_misses(value: str, choices: list[str]) -> str:
 
 
 def known_names(choices: list[str]) -> str:
-    """Name all choices, or say how many there are, without a guess which of them may be meant."""
+    """Name all choices, or their number, without guessing which one is meant."""
     return f"Known: {', '.join(choices)}." if len(choices) <= _MOST_NAMED else f"{len(choices):,} names are known."

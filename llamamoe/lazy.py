@@ -1,4 +1,4 @@
-"""Heavy packages, imported when one of their names is first used: neither `--help` nor a plan waits for torch.
+"""Import heavy packages when one of their names is first used, so that `--help` and plans do not wait for torch.
 
     from ..lazy import np, torch
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import MissingExtraError
 
-# the packages; a type checker lets others import from here what stands in this list
+# the packages; type checkers only allow importing names in this list
 __all__ = [
     "accelerate",
     "dist",
@@ -72,11 +72,11 @@ if TYPE_CHECKING:
 
 
 class Lazy(ModuleType):
-    """Stands for a package that is imported when an attribute is asked for; submodules are found as attributes."""
+    """A placeholder for a package that is imported on first access of an attribute; submodules are attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return getattr(sys.modules[self.__name__], name)  # imported before: import_module takes 2 us
+            return getattr(sys.modules[self.__name__], name)  # already imported: import_module would take 2 us
         except (KeyError, AttributeError):
             module = importlib.import_module(self.__name__)
         try:
@@ -101,7 +101,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
     Args:
         module: Its dotted name.
         extra: The extra of llamamoe that installs it.
-        purpose: What it is needed for, at the beginning of a sentence.
+        purpose: The purpose, as the beginning of a sentence.
 
     Raises:
         MissingExtraError: The package is not installed.

@@ -1,1 +1,1 @@
-"""Reading text and token data."""
+"""Read text and token data."""

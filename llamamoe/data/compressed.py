@@ -1,8 +1,8 @@
-"""Opening a file as bytes, decompressing by its suffix, and noticing when it was cut short.
+"""Open a file as bytes, decompressing by its suffix, and detect truncation.
 
-fsspec does not do this (2026.9, tried): it reads a zstandard file through the reader of the package zstandard, and a file
-that was cut off ends there without an error, with the documents behind the cut missing. `compression.zstd` of Python 3.14
-notices, reads frame after frame and bounds its memory; it can take the place of `_ZstdStream` once 3.14 is the oldest
+fsspec (2026.9) does not do this: it reads a zstandard file through the reader of the package zstandard, and a file
+that was truncated ends there without an error, with the following documents missing. `compression.zstd` of Python 3.14
+detects it, reads frame after frame and bounds its memory; it can replace `_ZstdStream` once 3.14 is the oldest
 Python supported.
 """
 
@@ -19,20 +19,20 @@ from ..errors import LlamaMoeError
 from ..lazy import require
 
 _COMPRESSED_BYTES = 1 << 10
-"""Handed to zstandard at once: it gives back everything that they unpack to, up to 32,768 times as much."""
+"""Bytes passed to zstandard at once: it returns everything that they unpack to, up to 32,768 times as much."""
 _WINDOW_BYTES = 1 << 27
-"""Memory that a zstandard file may ask for: what the command line tool allows too, enough for its --long."""
-_BUFFER_BYTES = 1 << 20  # handed to the line splitter at once
+"""Maximum memory that a zstandard file may require, as in the command line tool; enough for its --long."""
+_BUFFER_BYTES = 1 << 20  # passed to the line splitter at once
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Open ``path`` for reading; ``.gz`` and ``.zst`` are decompressed on the way, in pieces.
+    """Open ``path`` for reading; ``.gz`` and ``.zst`` are decompressed in pieces.
 
     Raises:
-        UsageError: It is not a regular file.
+        UsageError: The path is not a regular file.
         OSError: The file cannot be opened or, while reading, is not gzip.
-        EOFError, zlib.error: While reading: the gzip file is cut short or damaged.
-        LlamaMoeError: While reading: the zstandard file is cut short or damaged, or needs too much memory.
+        EOFError, zlib.error: While reading: the gzip file is truncated or damaged.
+        LlamaMoeError: While reading: the zstandard file is truncated or damaged, or needs too much memory.
     """
     check_regular(path)
     if path.name.endswith(".gz"):
@@ -52,7 +52,7 @@ def import_for(module: str, path: Path) -> Any:
 
 
 def damaged(path: Path, error: Exception | str) -> LlamaMoeError:
-    """The error of a compressed file that does not decompress."""
+    """Return the error for a compressed file that cannot be decompressed."""
     return LlamaMoeError(
         f"'{path}' is cut short or damaged: {str(error).rstrip('.')}.", hint="Download or compress it again."
     )
@@ -61,7 +61,7 @@ def damaged(path: Path, error: Exception | str) -> LlamaMoeError:
 class _ZstdStream(io.RawIOBase):
     """The decompressed bytes of a zstandard file, frame after frame.
 
-    zstandard's own reader ends quietly where a file was cut off; this one raises.
+    zstandard's own reader ends silently at a truncation; this one raises.
     """
 
     def __init__(self, path: Path) -> None:

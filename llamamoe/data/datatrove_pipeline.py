@@ -1,14 +1,14 @@
-"""The work of ``llamamoe tokenize`` on many nodes by datatrove's executors (Slurm, Ray), with the same bytes as its result.
+"""Run ``llamamoe tokenize`` on many nodes by datatrove's executors (Slurm, Ray), with byte-identical results.
 
     files = SlurmPipelineExecutor([TokenizeFiles(recipe, "tokens")], tasks=64, logging_dir="logs/files", ...)
     SlurmPipelineExecutor([MergeIndex(recipe, "tokens")], tasks=1, depends=files, logging_dir="logs/merge", ...).run()
 
-``recipes/tokenize/cluster.py`` is a script that does this. All nodes must see the same paths. Units are tokenised and put
-together by the functions that ``llamamoe tokenize`` uses; only what is kept of a finished unit differs. There one process
-writes a ledger under a lock; here tasks on several nodes share no lock, so each unit's record lies beside its shards.
+``recipes/tokenize/cluster.py`` is such a script. All nodes must have the same paths. Units are tokenised and put
+together by the functions that ``llamamoe tokenize`` uses; only the record of a finished unit differs. There one process
+writes a ledger under a lock; here tasks on several nodes share no lock, so each unit's record is beside its shards.
 
-On one machine `processes.spread` does the same faster than datatrove's local executor (BENCHMARKS.md), begins the largest
-units first, and leaves no process behind when the first one is killed.
+On one machine `processes.spread` is faster than datatrove's local executor (BENCHMARKS.md), starts with the largest
+units, and leaves no process behind when the main one is killed.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ RECORD = "unit.json"
 
 
 class TokenizeFiles(PipelineStep):  # type: ignore[misc]  # datatrove is optional, and has no types
-    """Tokenises every unit whose number is the task's rank, modulo the number of tasks.
+    """The step that tokenises every unit whose number equals the task's rank modulo the number of tasks.
 
     Args:
-        recipe: As for `llamamoe.tokenize`, with the same result; ``workers`` is not looked at.
-        out: The folder to appear.
-        strict: A row without usable text is an error.
+        recipe: As for `llamamoe.tokenize`, with the same result; ``workers`` is ignored.
+        out: The folder to create.
+        strict: Whether a row without usable text is an error.
 
     Raises:
-        UsageError: The recipe holds out a number of documents, for which all text must be seen first.
-        RefusedError: ``out`` holds something.
+        UsageError: The recipe holds out a number of documents, which requires reading all text first.
+        RefusedError: ``out`` is not empty.
     """
 
     type = "llamamoe"
@@ -52,7 +52,7 @@ class TokenizeFiles(PipelineStep):  # type: ignore[misc]  # datatrove is optiona
         super().__init__()
         if recipe.validation is not None and recipe.validation.documents is not None:
             raise UsageError(
-                "validation.documents needs all text to be read before anything is written, which no task can do.",
+                "validation.documents needs all text to be read before anything is written, which a single task cannot do.",
                 hint="Hold out a share (validation.share).",
             )
         self.recipe, self.out, self.strict = recipe, Path(out).absolute(), strict
@@ -66,7 +66,7 @@ class TokenizeFiles(PipelineStep):  # type: ignore[misc]  # datatrove is optiona
             )
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
-        """What datatrove calls."""
+        """Tokenise the task's units; called by datatrove."""
         plan, vocabulary = plan_tokenize(self.recipe), open_vocabulary(self.recipe.tokenizer)
         fingerprint, work = plan.fingerprint(vocabulary), partial_path(self.out) / WORK
         rule = self.recipe.validation
@@ -87,11 +87,11 @@ class TokenizeFiles(PipelineStep):  # type: ignore[misc]  # datatrove is optiona
 
 
 class MergeIndex(PipelineStep):  # type: ignore[misc]
-    """Puts the shards of all units in order, writes the index and makes OUT appear. For one task, after the others.
+    """The step that orders the shards of all units, writes the index and publishes OUT; one task, after the others.
 
     Args:
         recipe: The same as for `TokenizeFiles`.
-        out: The same.
+        out: The same as for `TokenizeFiles`.
     """
 
     type = "llamamoe"
@@ -102,7 +102,7 @@ class MergeIndex(PipelineStep):  # type: ignore[misc]
         self.recipe, self.out = recipe, Path(out).absolute()
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
-        """What datatrove calls."""
+        """Merge the units; called by datatrove."""
         if rank == 0:
             merge(self.recipe, self.out)
         return data
@@ -113,7 +113,7 @@ def merge(recipe: TokenizeRecipe, out: Path) -> TokenIndex:
 
     Raises:
         LlamaMoeError: Units are not finished, or were finished with another recipe, tokenizer or text.
-        RefusedError: ``out`` holds something.
+        RefusedError: ``out`` is not empty.
     """
     check_out(out)
     plan, vocabulary = plan_tokenize(recipe), open_vocabulary(recipe.tokenizer)
@@ -123,9 +123,9 @@ def merge(recipe: TokenizeRecipe, out: Path) -> TokenIndex:
     missing = [name for name in records if name not in whole]
     if missing:
         raise LlamaMoeError(
-            f"{len(missing)} of {len(records)} units in {partial} are not finished, or are of another recipe, tokenizer "
+            f"{len(missing)} of {len(records)} units in {partial} are not finished, or belong to another recipe, tokenizer "
             f"or text; the first is {missing[0]}.",
-            hint="Run the tasks of TokenizeFiles again: they do only what is missing.",
+            hint="Run the tasks of TokenizeFiles again: they only process missing units.",
         )
     index = assemble(partial, plan, vocabulary, whole)
     publish(partial, out)
@@ -141,7 +141,7 @@ def _record(work: Path, unit: Unit, fingerprint: str) -> UnitRecord | None:
 
 
 def _finished(work: Path, unit: Unit, fingerprint: str) -> UnitRecord | None:
-    """What an earlier run of the task made of the unit, if its shards are still so."""
+    """Return the record of a unit that an earlier run finished, if its shards are unchanged."""
     record = _record(work, unit, fingerprint)
     if record is None:
         return None

@@ -1,4 +1,4 @@
-"""Documents as tokens that know how many bytes of text they stand for."""
+"""Encode documents as tokens with the number of bytes of text that each covers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Encoded:
         document: The document they are of, whole.
         ids: int64 [T], the beginning-of-sequence token first if there is one.
         byte_ends: int64 [T], the bytes of UTF-8 text that are complete after each token.
-        characters: How many characters of the text the tokens cover: all, unless ``limit`` cut them.
+        characters: Characters of the text that the tokens cover: all, unless ``limit`` cut them.
         limit: The number of text tokens that the document was cut to, or None.
     """
 
@@ -46,12 +46,12 @@ class Window:
 
     @property
     def scored(self) -> int:
-        """How many tokens are scored."""
+        """The number of scored tokens."""
         return self.stop - self.begin
 
 
 def encode(tokenizer: Any, document: Document, *, bos: int | None, limit: int | None = None) -> Encoded:
-    """Tokenise ``document``, no special tokens but the leading one, and count its bytes token by token.
+    """Tokenise ``document`` without special tokens except the leading one, and count bytes token by token.
 
     Every byte of the text belongs to exactly one token. A character that several tokens make up belongs to
     the last of them, characters that the tokenizer drops to the token that follows (at the end: to the last
@@ -60,7 +60,7 @@ def encode(tokenizer: Any, document: Document, *, bos: int | None, limit: int | 
 
     Args:
         tokenizer: A transformers tokenizer.
-        document: What to tokenise.
+        document: The document to tokenise.
         bos: The token to put first, or None.
         limit: Keep only the first ``limit`` tokens of the text.
     """
@@ -77,7 +77,7 @@ def encode(tokenizer: Any, document: Document, *, bos: int | None, limit: int | 
 
 
 def _character_ends(offsets: Sequence[tuple[int, int]], characters: int) -> np.ndarray:
-    """Where the text that is complete after each token ends, in characters; int64 [T], non-decreasing."""
+    """Return the number of characters that are complete after each token; int64 [T], non-decreasing."""
     starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T.copy()
     if len(ends):
         later_starts = np.minimum.accumulate(starts[::-1])[::-1]
@@ -91,7 +91,7 @@ def _even_ends(tokens: int, characters: int) -> np.ndarray:
 
 
 def _bytes_before(text: str) -> np.ndarray:
-    """UTF-8 bytes before each character and after the last, int64 [characters + 1]."""
+    """Return the UTF-8 bytes before each character and after the last, int64 [characters + 1]."""
     if text.isascii():
         return np.arange(len(text) + 1, dtype=np.int64)
     code = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -100,13 +100,13 @@ def _bytes_before(text: str) -> np.ndarray:
 
 
 def windows_of(documents: Sequence[Encoded], context_length: int, stride: int | None = None) -> list[Window]:
-    """Cut every document into windows; one of a single token has nothing to score.
+    """Cut every document into windows; a document of a single token gives none.
 
     Args:
-        documents: What to cut.
-        context_length: Tokens of a window.
-        stride: None: windows do not overlap, and the first token of each is not scored. A number: each begins so many
-            tokens after the one before and scores what that one did not reach, so that every token but a document's
+        documents: The documents to cut.
+        context_length: Tokens per window.
+        stride: None: windows do not overlap, and the first token of each is not scored. A number: each begins this many
+            tokens after the previous one and scores the tokens beyond its end, so that every token but a document's
             first is scored once, with at least ``context_length - stride`` before it if the document has them.
     """
     found: list[Window] = []

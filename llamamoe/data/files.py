@@ -1,4 +1,4 @@
-"""Finding files of text: by name, in folders, by globs; regular files only, and no link out of a folder."""
+"""Find files of text by name, in folders and by globs; regular files only, and no link out of a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import RefusedError, UsageError
 
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
-# Names that tell which part of a corpus a file is, not what is in it: part-0001, train-00000-of-00007, 0003.
+# Names that number the parts of a corpus without describing them: part-0001, train-00000-of-00007, 0003.
 _GENERIC = re.compile(
     r"(part|shard|chunk|split|file|data|text|docs?|documents?|train|training|valid|validation|val|dev|test|eval|"
     r"holdout|heldout|example)?([-_.]?(train|valid|validation|test|holdout))?([-_.]?\d+)*([-_.]?of[-_.]?\d+)?",
@@ -21,13 +21,14 @@ _GENERIC = re.compile(
 
 
 def find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, str]]:
-    """List the files that ``patterns`` name, each once and with the domain of its rows that state none.
+    """List the files that ``patterns`` name, each once and with the domain for rows without one.
 
     Raises:
-        UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind or that is not a regular file.
-        RefusedError: A folder or glob holds a link out of the folder.
+        UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind or that is not a regular
+            file.
+        RefusedError: A folder or glob contains a link out of the folder.
     """
-    if isinstance(patterns, (str, Path)):  # a single str is a sequence of str too: its characters
+    if isinstance(patterns, (str, Path)):  # a single str is also a sequence of str, its characters
         patterns = [patterns]
     if not patterns:
         raise UsageError("No text was given.", hint="Name at least one file, folder or glob.")
@@ -45,7 +46,7 @@ def _match(pattern: str | Path) -> Iterator[tuple[Path, bool]]:
     if path.is_dir():
         yield from ((file, False) for file in _walk(path))
         return
-    if path.exists():  # a file that is named may be a link to anywhere: that is what was asked for
+    if path.exists():  # a file named by the user may be a link to anywhere
         check_regular(_known(path))
         yield path, True
         return
@@ -58,7 +59,7 @@ def _match(pattern: str | Path) -> Iterator[tuple[Path, bool]]:
     root = _glob_root(path)
     folders = [match for match in matches if match.is_dir()]
     files = [_known(match) for match in matches if not match.is_dir()]
-    if not files:  # 'corpus/*' that holds only folders means these folders
+    if not files:  # 'corpus/*' with only folders means these folders
         files = [file for folder in folders for file in _walk(_inside(folder, root))]
     for file in files:
         _readable(_inside(file, root))
@@ -66,7 +67,7 @@ def _match(pattern: str | Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _glob_root(pattern: Path) -> Path:
-    """The folder below which a glob searches."""
+    """Return the folder below which a glob searches."""
     while glob.has_magic(str(pattern)):
         pattern = pattern.parent
     return pattern
@@ -94,23 +95,23 @@ def _walk(folder: Path) -> list[Path]:
 def _readable(path: Path) -> None:
     try:
         check_regular(path)
-    except OSError as error:  # a link to nothing, or in a circle
+    except OSError as error:  # a broken or circular link
         raise UsageError(
             f"'{path}' cannot be read: {error.strerror or error}.", hint="Remove it, or name the files one by one."
         ) from None
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """``path``, unless it leads out of ``folder``; the blobs of a hub cache belong to its snapshots.
+    """Return ``path`` unless it leads out of ``folder``; the blobs of a hub cache count as inside its snapshots.
 
     Raises:
-        RefusedError: It does.
+        RefusedError: The path leads out of the folder.
     """
     root = folder.resolve()
     blobs = [above.parent.parent / "blobs" for above in (root, *root.parents) if above.parent.name == "snapshots"]
     try:
         real = path.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
+    except (OSError, RuntimeError) as error:  # circular links
         raise RefusedError(f"'{path}' cannot be found ({error}).", hint="Remove the link.") from None
     if not any(real.is_relative_to(allowed) for allowed in (root, *blobs)):
         raise RefusedError(
@@ -137,5 +138,5 @@ def _domain(path: Path, *, by_folder: bool) -> str:
 
 
 def suffix_of(path: Path) -> str:
-    """The one of `SUFFIXES` that the file has, the longest."""
+    """Return the longest of `SUFFIXES` that the file has."""
     return max((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), key=len)

@@ -1,4 +1,4 @@
-"""Rows of a Parquet file, a few at a time: what is in memory is bounded, whatever the file packs into a row group."""
+"""Read rows of a Parquet file, a few at a time, with bounded memory whatever the size of its row groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .compressed import import_for
 COLUMNS = ("text", "meta")
 _ROWS = 256  # decoded at once
 _MOST_UNPACKED = 200
-"""Text shrinks 2 to 20 times; what unpacks more often than this, and to more than a document, is not text."""
+"""Maximum compression ratio of data larger than a document: text compresses 2 to 20 times."""
 _SHOWN = 10
 
 
@@ -20,8 +20,8 @@ def read_rows(path: Path, most_bytes: int) -> Iterator[dict[str, Any] | None]:
     """Yield the columns `COLUMNS` of every row, None for a row of more than ``most_bytes``.
 
     Raises:
-        LlamaMoeError: The file is damaged, has no column ``text``, or unpacks to far more than text does.
-        OSError: It cannot be read.
+        LlamaMoeError: The file is damaged, has no column ``text``, or unpacks to far more data than text would.
+        OSError: The file cannot be read.
     """
     parquet, arrow = import_for("pyarrow.parquet", path), import_for("pyarrow", path)
     try:
@@ -39,15 +39,15 @@ def read_rows(path: Path, most_bytes: int) -> Iterator[dict[str, Any] | None]:
                 for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
                     yield from _rows_of(batch, most_bytes)
     except (arrow.ArrowException, UnicodeDecodeError) as error:
-        message = f"'{path}' is not a sound Parquet file: {error}."
+        message = f"'{path}' is not a valid Parquet file: {error}."
         raise LlamaMoeError(message, hint="Write or download it again.") from error
 
 
 def _rows_at_once(path: Path, group: Any, columns: list[str], most_bytes: int) -> int:
-    """How many rows of a row group may be decoded together, by what its header says of their size.
+    """Return how many rows of a row group may be decoded together, from the sizes in its header.
 
     Raises:
-        LlamaMoeError: They unpack to far more than text does.
+        LlamaMoeError: They unpack to far more data than text would.
     """
     rows = _ROWS
     for index in range(group.num_columns):
@@ -61,7 +61,7 @@ def _rows_at_once(path: Path, group: Any, columns: list[str], most_bytes: int) -
                 f"{_MOST_UNPACKED} times as many: this is not text.",
                 hint="Write the file again, with documents of usual sizes.",
             )
-        # one entry of a dictionary may stand in every row
+        # one entry of a dictionary may occur in every row
         row_bytes = unpacked if column.has_dictionary_page else unpacked // max(1, group.num_rows)
         rows = min(rows, max(1, most_bytes // max(1, row_bytes)))
     return rows

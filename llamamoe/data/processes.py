@@ -1,4 +1,4 @@
-"""Work spread over processes that end when the one that started them ends, however it ends."""
+"""Spread work over processes that end with the one that started them, however it ends."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ R = TypeVar("R")
 def spread(
     setup: Callable[[S], Callable[[T], R]], shared: S, jobs: Sequence[T], workers: int
 ) -> Iterator[tuple[int, R]]:
-    """Do ``jobs``, each in one process, and yield (its number, its result) as they are done, in any order.
+    """Run ``jobs``, each in one process, and yield (number, result) of each when done, in any order.
 
-    With one worker everything is done here. With more, processes are spawned, so a script that calls this must guard
-    its main part with ``if __name__ == "__main__":``. They ignore Ctrl-C, are stopped as soon as the iterator is
+    With one worker everything runs in this process. With more, processes are spawned, so a script that calls this must
+    guard its main part with ``if __name__ == "__main__":``. They ignore Ctrl-C, are stopped as soon as the iterator is
     closed or fails, and end by themselves if this process is killed.
 
     Args:
         setup: Called once in every process; returns what does one job. A function of a module.
-        shared: What it is given. It, the jobs and the results are pickled.
-        jobs: The jobs, the first ones first.
-        workers: Most processes.
+        shared: Argument of ``setup``. It, the jobs and the results are pickled.
+        jobs: The jobs, started in this order.
+        workers: Maximum number of processes.
 
     Raises:
-        LlamaMoeError: A process ended by itself.
-        Exception: What a job raised.
+        LlamaMoeError: A process ended unexpectedly.
+        Exception: The exception that a job raised.
     """
     workers = min(workers, len(jobs))
     if workers <= 1:
@@ -66,7 +66,7 @@ def spread(
 def _give(pipe: Connection, waiting: list[int], jobs: Sequence[Any]) -> None:
     if waiting:
         number = waiting.pop()
-        with contextlib.suppress(BrokenPipeError):  # what became of the process is noticed when it is listened to
+        with contextlib.suppress(BrokenPipeError):  # the end of the process is noticed when it is read from
             pipe.send((number, jobs[number]))
 
 
@@ -81,7 +81,7 @@ def _collect(pipes: dict[Connection, Any], waiting: list[int], jobs: Sequence[An
                 pipes[pipe].join()
                 raise LlamaMoeError(
                     f"a worker process ended unexpectedly (exit code {pipes[pipe].exitcode}).",
-                    hint="Often memory ran out: use fewer --workers. What was finished is kept: --resume goes on.",
+                    hint="Often memory ran out: use fewer --workers. Finished work is kept: continue with --resume.",
                 ) from None
             if error is not None:
                 raise error
@@ -91,8 +91,8 @@ def _collect(pipes: dict[Connection, Any], waiting: list[int], jobs: Sequence[An
 
 
 def _serve(pipe: Connection, setup: Callable[[Any], Callable[[Any], Any]], shared: Any) -> None:
-    """What a worker process runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them: the first process decides
+    """Run the loop of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them: the main process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     number = -1
@@ -118,7 +118,7 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _serial_tokenizers() -> Iterator[None]:
-    """One worker is one core here too: the tokenizer starts no threads of its own."""
+    """Keep the tokenizer from starting threads, so that one worker uses one core."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -1,4 +1,4 @@
-"""Recipes of ``llamamoe tokenize``: which text, by which tokenizer, cut into which files."""
+"""Recipes of ``llamamoe tokenize``: text, tokenizer and output files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DomainName = Annotated[
 
 
 class Validation(BaseModel):
-    """What is held out of every domain: a share of its documents, or a number of them."""
+    """The held-out part of every domain: a share of its documents, or a number of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,7 +31,7 @@ class Validation(BaseModel):
 
     @property
     def hash_limit(self) -> int | None:
-        """With ``share``: texts whose 64-bit hash is below this are held out."""
+        """With ``share``: limit below which texts are held out by their 64-bit hash."""
         return None if self.share is None else round(self.share * 2**64)
 
 
@@ -43,13 +43,13 @@ class TokenizeRecipe(Recipe):
     domains: dict[DomainName, Paths] | None = Field(
         None, min_length=1, description="Domains by name, with their files, folders or globs, whatever the rows say."
     )
-    shard_tokens: int = Field(2**28, ge=1, le=2**40, description="Most tokens in one file of the result.")
+    shard_tokens: int = Field(2**28, ge=1, le=2**40, description="Maximum number of tokens in one output file.")
     gather_bytes: int = Field(
-        0, ge=0, description="Input files are taken together, in order, up to this many bytes; 0: each is alone."
+        0, ge=0, description="Input files are grouped, in order, up to this many bytes; 0: each is its own group."
     )
-    workers: int | None = Field(None, ge=1, le=4096, description="Processes; null: one a core.")
+    workers: int | None = Field(None, ge=1, le=4096, description="Number of processes; null: one per core.")
     validation: Validation | None = Field(
-        None, description="What is held out of every domain, chosen by the hash of the text; null: nothing."
+        None, description="Held-out part of every domain, chosen by the hash of the text; null: none."
     )
 
     @model_validator(mode="after")
@@ -66,7 +66,7 @@ class TokenizeRecipe(Recipe):
         return self.model_dump(mode="json", exclude={"workers"})
 
     def to_yaml(self) -> str:
-        """Return the same as YAML, for the result's folder."""
+        """Return the recipe as YAML, for the result's folder."""
         return yaml.safe_dump(self.deciding(), sort_keys=False, allow_unicode=True)
 
 

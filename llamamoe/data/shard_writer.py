@@ -1,4 +1,4 @@
-"""Shards of token ids on disk: raw, little endian, hashed while they are written."""
+"""Write shards of token ids: raw, little endian, hashed while they are written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..checkpoint.files import open_append, sync_path
 from .token_index import DomainEntry, ShardEntry
 
 BUFFER_TOKENS = 1 << 20
-"""Tokens of one domain that wait in memory before they are written."""
+"""Number of tokens of one domain that are buffered in memory."""
 
 
 class DomainWriter:
-    """The shards of one domain of one split of one unit, cut to length."""
+    """The shards of one domain of one split of one unit, split at the maximum length."""
 
     def __init__(self, folder: Path, place: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.dtype = dtype.newbyteorder("<")
@@ -38,7 +38,7 @@ class DomainWriter:
             self._flush()
 
     def close(self) -> DomainEntry:
-        """Write what waits, and tell what was written."""
+        """Write the buffered tokens, and return the entry of the domain."""
         self._flush()
         if self._length:
             self._end_shard()

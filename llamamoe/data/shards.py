@@ -1,4 +1,4 @@
-"""Reading a folder of tokens: blocks of a domain's stream, memory-mapped, as if its shards were one array."""
+"""Read a folder of tokens: blocks of a domain's stream, memory-mapped, as if its shards were one array."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from ..progress import Progress, ProgressCallback, ignore_progress
 from .token_index import INDEX_FILE, TRAIN, VALIDATION, DomainEntry, TokenIndex, read_index
 
 OPEN_FILES = 128
-"""Shards that are mapped at a time: each holds a file open, and systems allow a process few."""
+"""Number of shards mapped at a time: each keeps a file open, and their number per process is limited."""
 
 
 class TokenCorpus:
     """One split of a folder that `llamamoe.tokenize` wrote.
 
-    A domain's tokens are cut into consecutive blocks of a length that the caller chooses; only the last incomplete block
-    is never read. Opening looks at the size of every file and reads none.
+    A domain's tokens are cut into consecutive blocks of a length that the caller chooses; only the last incomplete
+    block is never read. Opening checks the size of every file and reads none.
 
     Args:
         folder: The folder, or ``FOLDER/SPLIT``, such as ``tokens/validation``, for a split by its path.
-        split: ``"train"`` or ``"validation"``; None: what the path says, else ``"train"``.
+        split: ``"train"`` or ``"validation"``; None: the path's split, else ``"train"``.
 
     Attributes:
         folder: The folder.
         split: The split.
-        index: What is in the folder.
+        index: The index of the folder.
         domains: Names, in order.
 
     Raises:
-        CheckpointError: There is no index, it is damaged or empty, or a shard is missing or of another size than the
-            index says.
+        CheckpointError: The index is missing, damaged or empty, or a shard is missing or differs in size from the
+            index.
         UsageError: The folder has no such split.
     """
 
@@ -95,22 +95,22 @@ class TokenCorpus:
         return path
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": OrderedDict()}  # every process maps for itself
+        return self.__dict__ | {"_maps": OrderedDict()}  # every process has its own maps
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides what blocks hold: equal fingerprints mean equal tokens."""
+        """A hash of everything that decides the content of blocks: equal fingerprints mean equal tokens."""
         shards = {domain: [shard.sha256 for shard in entry.shards] for domain, entry in self._entries.items()}
         return hashlib.sha256(json.dumps([self.index.dtype, shards]).encode()).hexdigest()
 
     def tokens(self, domain: str) -> int:
-        """Tokens of a domain."""
+        """Return the number of tokens of a domain."""
         return self._entry(domain).tokens
 
     def num_blocks(self, domain: str, length: int) -> int:
-        """Whole blocks of ``length`` tokens of a domain."""
+        """Return the number of complete blocks of ``length`` tokens of a domain."""
         if length < 1:
             raise UsageError(f"The length of a block is {length}, but must be at least 1.")
         return self._entry(domain).tokens // length
@@ -121,37 +121,37 @@ class TokenCorpus:
         return self._entries[domain]
 
     def verify(self, progress: ProgressCallback = ignore_progress) -> None:
-        """Read everything and compare with the hashes of the index.
+        """Read all shards and compare them with the hashes of the index.
 
         Raises:
-            CheckpointError: A shard was changed since it was written.
+            CheckpointError: A shard has changed since it was written.
         """
         shards = [shard for entry in self._entries.values() for shard in entry.shards]
         for done, shard in enumerate(shards, start=1):
             if file_sha256(self.folder / shard.file) != shard.sha256:
                 raise CheckpointError(
-                    f"'{self.folder / shard.file}' was changed since the text was tokenised: its hash is another.",
+                    f"'{self.folder / shard.file}' was changed since the text was tokenised: its hash differs.",
                     hint="Copy the folder again, or tokenise again.",
                 )
             progress(Progress("check tokens", done, len(shards), "file"))
 
     def check_tokenizer(self, model: str | Path) -> None:
-        """Refuse a model that does not read these ids as they were meant.
+        """Refuse a model for which these ids have another meaning.
 
         Args:
-            model: Its folder.
+            model: The model's folder.
 
         Raises:
-            RefusedError: Its tokenizer makes other ids, begins or ends documents with other tokens, or the model has no
-                embedding for an id that is used.
-            CheckpointError: It holds no tokenizer that can be loaded.
+            RefusedError: Its tokenizer produces other ids, begins or ends documents with other tokens, or the model has
+                no embedding for an id that is used.
+            CheckpointError: The folder has no tokenizer that can be loaded.
         """
         from ..models.loading import open_model
         from .vocabulary import open_vocabulary
 
         other, ours = open_vocabulary(model), self.index
         hint = f"Tokenise the text again with the tokenizer of '{model}'."
-        # A folder written before ids_sha256 was kept has hashes of the tokenizer's form only.
+        # A folder written before ids_sha256 existed only has hashes of the tokenizer's files.
         alike = other.entry.sha256 == ours.tokenizer.sha256 or (
             other.entry.ids_sha256 == ours.tokenizer.ids_sha256
             if ours.tokenizer.ids_sha256
@@ -159,7 +159,7 @@ class TokenCorpus:
         )
         if not alike:
             raise RefusedError(
-                f"'{self.folder}' was written by the tokenizer of {ours.tokenizer.name}, and '{model}' has another.",
+                f"'{self.folder}' was written by the tokenizer of {ours.tokenizer.name}, and '{model}' has a different one.",
                 hint=hint,
             )
         for what, there, here in (
@@ -180,16 +180,16 @@ class TokenCorpus:
     # ---- blocks ----------------------------------------------------------------------------------------------------
 
     def block(self, domain: str, index: int, length: int) -> np.ndarray:
-        """One block, int64 ``[length]``. See `blocks`."""
+        """Return one block, int64 ``[length]``. See `blocks`."""
         found: np.ndarray = self.blocks(domain, np.array([index]), length)[0]
         return found
 
     def blocks(self, domain: str, indices_B: np.ndarray, length: int) -> np.ndarray:
-        """Blocks of a domain, int64 ``[B, length]``: tokens ``i * length`` to ``(i + 1) * length`` of its stream.
+        """Return blocks of a domain, int64 ``[B, length]``: tokens ``i * length`` to ``(i + 1) * length`` each.
 
         Raises:
-            UsageError: There is no such domain.
-            IndexError: There is no such block.
+            UsageError: The domain does not exist.
+            IndexError: The block does not exist.
             CheckpointError: A shard holds an id that the index excludes.
         """
         count = self.num_blocks(domain, length)
@@ -205,13 +205,13 @@ class TokenCorpus:
             begin = ends[shard - 1] if shard else 0
             windows = np.lib.stride_tricks.sliding_window_view(self._map(domain, shard), length)
             out_BL[rows] = windows[starts_B[rows] - begin]
-        for row in np.flatnonzero(~inside_B):  # few: those that go on in the next shard
+        for row in np.flatnonzero(~inside_B):  # few: those that continue in the next shard
             out_BL[row] = np.concatenate(list(self._pieces(domain, int(starts_B[row]), length)))
         self._check_ids(domain, starts_B, out_BL)
         return out_BL
 
     def _check_ids(self, domain: str, starts_B: np.ndarray, ids_BL: np.ndarray) -> None:
-        """Refuse an id above the largest that the index names: for that one the model's vocabulary was checked."""
+        """Refuse an id above the largest in the index, for which the model's vocabulary was checked."""
         largest = self._entry(domain).largest_id
         if not ids_BL.size or int(ids_BL.max()) <= largest:
             return
@@ -226,12 +226,12 @@ class TokenCorpus:
         )
 
     def gather(self, domain_B: np.ndarray, block_B: np.ndarray, length: int) -> np.ndarray:
-        """Blocks of several domains, int64 ``[B, length]``, in the order given.
+        """Return blocks of several domains, int64 ``[B, length]``, in the order given.
 
         Args:
-            domain_B: The domain of each as its place in `domains`.
-            block_B: The block of that domain; see `blocks`.
-            length: Tokens of a block.
+            domain_B: Index of each block's domain in `domains`.
+            block_B: Index of the block in that domain; see `blocks`.
+            length: Tokens per block.
         """
         out_BL = np.empty((len(domain_B), length), dtype=np.int64)
         for number in np.unique(domain_B):

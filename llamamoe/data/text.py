@@ -1,4 +1,4 @@
-"""Reading documents, one at a time: plain text, JSON lines (both also as gzip or zstandard), Parquet."""
+"""Read documents, one at a time: plain text, JSON lines (both also as gzip or zstandard), Parquet."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ REDPAJAMA_DOMAINS = {
     "RedPajamaStackExchange": "stackexchange",
     "RedPajamaWikipedia": "wikipedia",
 }
-"""Short names of the domains that SlimPajama and RedPajama write into ``meta.redpajama_set_name``."""
+"""Short names of the domains in ``meta.redpajama_set_name`` of SlimPajama and RedPajama."""
 
 MAX_DOCUMENT_BYTES = 1 << 26
-"""Most bytes of one document (of JSON lines: of one line), unpacked. Tokenising one takes some 25 times its size."""
+"""Maximum bytes of one unpacked document (in JSON lines: of a line). Tokenising takes about 25 times its size."""
 OnBadRow = Callable[[LlamaMoeError], None]  # the message begins with the row's origin
 
 
@@ -38,7 +38,7 @@ class Document:
     Attributes:
         text: Its text, neither empty nor only white space, encodable as UTF-8.
         domain: The kind of text it is, for example ``"arxiv"``.
-        origin: Where it stands, for messages: ``FILE``, ``FILE:LINE`` or ``FILE: row N`` (Parquet); from 1.
+        origin: Its place, for messages: ``FILE``, ``FILE:LINE`` or ``FILE: row N`` (Parquet); from 1.
     """
 
     text: str
@@ -47,38 +47,39 @@ class Document:
 
 
 def read_documents(patterns: Sequence[str | Path], *, on_bad_row: OnBadRow | None = None) -> Iterator[Document]:
-    """Read documents in a fixed order: patterns as given, files sorted by path, rows as they stand.
+    """Read documents in a fixed order: patterns as given, files sorted by path, rows in order.
 
     Each pattern is a file, a folder (read recursively; hidden files and files of other kinds are left out)
-    or a glob (``**`` allowed). Files end in one of `llamamoe.data.files.SUFFIXES`: a ``txt`` file is one document, rows of the
-    others have a ``text`` column. A file that two patterns name is read once. Only one line, or a few hundred
-    Parquet rows, are in memory at a time (a ``txt`` file is read whole), and none of more than `MAX_DOCUMENT_BYTES`.
-    Only regular files are read. A file or folder that a pattern names may be a link; links that are found in a folder,
-    or by a glob, must stay inside it.
+    or a glob (``**`` allowed). File names end in one of `llamamoe.data.files.SUFFIXES`: a ``txt`` file is one document,
+    rows of the others have a ``text`` column. A file that two patterns name is read once. Only one line, or a few
+    hundred Parquet rows, are in memory at a time (a ``txt`` file is read whole), and none of more than
+    `MAX_DOCUMENT_BYTES`. Only regular files are read. A file or folder that a pattern names may be a link; links that
+    are found in a folder, or by a glob, must not lead out of it.
 
-    The domain is ``meta.redpajama_set_name`` where a row has it (in the short form of `REDPAJAMA_DOMAINS`).
-    Else it is the file's name without its suffix, or where that says nothing (``part-0001``, ``train``) the
-    name of the nearest folder that does. For ``txt`` files found in a folder or by a glob it is the folder's.
+    The domain is ``meta.redpajama_set_name`` if a row has it (in the short form of `REDPAJAMA_DOMAINS`).
+    Else it is the file's name without its suffix, or if that is not descriptive (``part-0001``, ``train``) the
+    name of the nearest folder that is. For ``txt`` files found in a folder or by a glob it is the folder's.
 
     Args:
         patterns: Files, folders and globs.
-        on_bad_row: Told about each row without usable text, which is then left out; None: such a row is an error.
+        on_bad_row: Called for each row without usable text, which is then skipped; None: such a row is an error.
 
     Returns:
         An iterator over the documents; patterns, suffixes and needed packages are checked before.
 
     Raises:
-        UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind or that is not a regular file.
-        RefusedError: A link out of a folder.
+        UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind or that is not a regular
+            file.
+        RefusedError: A link leads out of a folder.
         MissingExtraError: zstandard or pyarrow is needed and not installed.
-        LlamaMoeError: While iterating: a file that cannot be read or decoded, a broken or truncated one, a
+        LlamaMoeError: While iterating: a file cannot be read or decoded, is broken or truncated, or has a
             row without usable text or with too much. The message names file and line.
     """
     return read_files(find_files(patterns), on_bad_row=on_bad_row)
 
 
 def read_files(files: Sequence[tuple[Path, str]], *, on_bad_row: OnBadRow | None = None) -> Iterator[Document]:
-    """Like `read_documents`, of files as `find_files` lists them."""
+    """Read documents like `read_documents`, from files as listed by `find_files`."""
     for path, _ in files:
         if path.name.endswith(".zst"):
             import_for("zstandard", path)
@@ -100,7 +101,7 @@ def _read_all(files: Iterable[tuple[Path, str]], on_bad_row: OnBadRow | None) ->
             raise LlamaMoeError(f"Cannot read '{path}': {error.strerror or error}.") from error
 
 
-_Row = Callable[[], Document | None]  # makes a document of a row that was read; None for an empty line
+_Row = Callable[[], Document | None]  # makes a document from a row; None for an empty line
 
 
 def _attempt(row: _Row, on_bad_row: OnBadRow | None) -> Document | None:
@@ -139,7 +140,7 @@ def _read_jsonl(path: Path, domain: str) -> Iterator[_Row]:
                 yield partial(_line, line, domain, f"{path}:{number}")
                 continue
             yield partial(_too_large, f"{path}:{number}")
-            while line and not line.endswith(b"\n"):  # the rest of the line, where such rows are left out
+            while line and not line.endswith(b"\n"):  # skip the rest of the line, if such rows are left out
                 line = stream.readline(1 << 20)
 
 
@@ -164,10 +165,10 @@ _READERS: dict[str, Callable[[Path, str], Iterator[_Row]]] = {
 def _parse(line: str, origin: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
+    except (ValueError, RecursionError) as error:  # ValueError also for an integer of too many digits
         raise LlamaMoeError(
             f"{origin}: the line is not JSON: {error}.",
-            hint="JSON lines hold one whole object a line, line breaks inside strings written as \\n.",
+            hint="JSON lines hold one complete object per line, line breaks inside strings written as \\n.",
         ) from error
     if not isinstance(row, dict):
         raise LlamaMoeError(
@@ -196,10 +197,10 @@ def _usable(text: str, origin: str) -> str:
     if not text.strip():
         raise LlamaMoeError(f"{origin}: the text is empty.", hint="Remove the row or the file.")
     try:
-        text.encode()  # JSON can spell half a surrogate pair, which no tokenizer takes
+        text.encode()  # JSON can spell half a surrogate pair, which tokenizers reject
     except UnicodeEncodeError as error:
         raise LlamaMoeError(
-            f"{origin}: the text holds half a surrogate pair ({text[error.start]!a}): no valid Unicode.",
+            f"{origin}: the text holds half a surrogate pair ({text[error.start]!a}): not valid Unicode.",
             hint="Write the file again from its source, with errors='replace' where it was decoded.",
         ) from error
     return text
@@ -207,7 +208,7 @@ def _usable(text: str, origin: str) -> str:
 
 def _decode(raw: bytes, origin: str) -> str:
     try:
-        return raw.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        return raw.decode("utf-8-sig")  # some editors start a file with a byte order mark
     except UnicodeDecodeError as error:
         raise LlamaMoeError(
             f"{origin}: byte {error.start + 1} is not UTF-8 (0x{raw[error.start]:02x}: {error.reason}).",

@@ -1,4 +1,4 @@
-"""``index.json`` of a folder of tokens: what lies in it, of which text, by which tokenizer."""
+"""Read and write ``index.json`` of a folder of tokens: its content, text and tokenizer."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class ShardEntry(_Part):
     """One file of token ids: raw, little endian.
 
     Attributes:
-        file: Its place, relative to the folder, with ``/``.
-        tokens: How many ids it holds.
-        sha256: Of its bytes.
+        file: Its path relative to the folder, with ``/``.
+        tokens: Number of ids.
+        sha256: SHA-256 of its bytes.
     """
 
     file: str
@@ -43,11 +43,11 @@ class DomainEntry(_Part):
     """One domain of one split.
 
     Attributes:
-        documents: How many; each is followed by one end-of-sequence token.
-        tokens: Of all shards, separators included.
+        documents: Number of documents; each is followed by one end-of-sequence token.
+        tokens: Tokens of all shards, separators included.
         text_bytes: UTF-8 bytes of the documents.
         largest_id: The largest token id among them.
-        shards: In the order in which they are read; documents may go on from one to the next.
+        shards: Files in reading order; a document may continue in the next one.
     """
 
     documents: int = Field(ge=0)
@@ -61,10 +61,10 @@ class TokenizerEntry(_Part):
     """The tokenizer that made the ids.
 
     Attributes:
-        name: Its folder's name, for people.
-        sha256: Of all that decides ids, in a form that saving the tokenizer again does not change.
-        file_sha256: Of the bytes of ``tokenizer.json``, or of the files of the vocabulary.
-        ids_sha256: Of vocabulary, merges and the ids of probe text; empty in folders written before it was kept.
+        name: Its folder's name, for display.
+        sha256: Hash of all that decides ids, in a form that saving the tokenizer again does not change.
+        file_sha256: Hash of the bytes of ``tokenizer.json``, or of the files of the vocabulary.
+        ids_sha256: Hash of vocabulary, merges and the ids of probe text; empty in older folders.
     """
 
     name: str
@@ -74,11 +74,11 @@ class TokenizerEntry(_Part):
 
 
 class BadRows(_Part):
-    """Rows that held no usable document and were left out.
+    """Rows without a usable document, which were skipped.
 
     Attributes:
-        total: How many.
-        by_domain: How many by the domain of their file (what they say themselves cannot be read).
+        total: Their number.
+        by_domain: Their number by the domain of their file (their own cannot be read).
         first: The first few, each with its origin.
     """
 
@@ -95,18 +95,18 @@ class SourceFile(_Part):
 
 
 class TokenIndex(_Part):
-    """The whole index.
+    """The index of a folder of tokens.
 
     Attributes:
-        tokenizer: What made the ids.
+        tokenizer: The tokenizer that made the ids.
         vocab_size: One more than the tokenizer's largest id.
         eos_token_id: The token after every document.
-        bos_token_id: The token before every document; None where the tokenizer itself puts none.
-        dtype: Of the shards.
-        splits: Split to domain to what it holds; domains in the order of their names.
+        bos_token_id: The token before every document; None if the tokenizer itself adds none.
+        dtype: Dtype of the shards.
+        splits: Entries by split and domain; domains are sorted by name.
         validation: The rule by which documents were held out, or None.
-        bad_rows: What was left out.
-        sources: Every file that was read, in order.
+        bad_rows: Skipped rows.
+        sources: Every input file, in order.
     """
 
     format: Literal["llamamoe tokens"] = "llamamoe tokens"
@@ -134,16 +134,16 @@ class TokenIndex(_Part):
         return self
 
     def tokens(self, split: str = TRAIN) -> dict[str, int]:
-        """Tokens of each domain of a split."""
+        """Return the tokens of each domain of a split."""
         return {name: entry.tokens for name, entry in self.splits.get(split, {}).items()}
 
     def to_json(self) -> str:
-        """As it is written."""
+        """Return the index as JSON text, as it is written."""
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
 
 def domain_folder(domain: str) -> str:
-    """The folder of a domain: its name with all but letters, digits, ``_`` and ``-`` escaped, so never a path.
+    """Return the folder of a domain: its name with all but letters, digits, ``_`` and ``-`` escaped.
 
     Raises:
         CheckpointError: The name is too long for a file system.
@@ -158,7 +158,7 @@ def domain_folder(domain: str) -> str:
 
 
 def shard_file(domain: str, split: str, number: int) -> str:
-    """Where a shard lies in the finished folder."""
+    """Return the path of a shard in the finished folder."""
     prefix = "" if split == TRAIN else f"{split}-"
     return f"{domain_folder(domain)}/{prefix}{number:05d}.bin"
 
@@ -167,14 +167,14 @@ def read_index(folder: Path) -> TokenIndex:
     """Read ``index.json``.
 
     Raises:
-        CheckpointError: It is missing, is none, or was written by a newer version.
+        CheckpointError: The index is missing, invalid, or was written by a newer version.
     """
     path = folder / INDEX_FILE
     refuse_pointers([path])
     if not path.is_file():
         raise CheckpointError(
             f"'{folder}' is not a folder of tokens: it has no {INDEX_FILE}.",
-            hint="Write one with llamamoe tokenize; a run that was stopped is finished with --resume.",
+            hint="Write one with llamamoe tokenize; a stopped run is finished with --resume.",
         )
     try:
         data = read_json(path)

@@ -1,4 +1,4 @@
-"""The shards of all units put in order, named, and published with their index: whole or not at all."""
+"""Order and name the shards of all units, and publish them with their index, whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .tokenizing import UnitRecord
 from .vocabulary import Vocabulary
 
 WORK = "work"
-"""The folder of the units' folders, in ``OUT.partial/``."""
+"""Name of the folder for the units' folders, in ``OUT.partial/``."""
 RECIPE_FILE = "llamamoe_recipe.yaml"
 _FIRST_BAD = 10
 
 
 def check_out(out: Path) -> None:
-    """Refuse an OUT that holds something.
+    """Refuse an OUT that is not empty.
 
     Raises:
-        RefusedError: It is a file, a link, or a folder that is not empty.
+        RefusedError: OUT is a file, a link, or a folder that is not empty.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         kind = "a symbolic link" if out.is_symlink() else "not a folder"
@@ -44,10 +44,10 @@ def check_out(out: Path) -> None:
 
 
 def final_places(records: Mapping[str, UnitRecord]) -> dict[tuple[str, str], str]:
-    """Where each unit's shards go.
+    """Return the destination of each unit's shards.
 
     Args:
-        records: Unit to its record, in the order of the units.
+        records: Records by unit, in the order of the units.
 
     Returns:
         (unit, file in its folder) to the file in the finished folder.
@@ -68,11 +68,11 @@ def assemble(
     """Move every shard to its place and write the index last. A second call finishes what a kill interrupted.
 
     Args:
-        partial: The folder in which OUT is put together.
-        plan: What was asked for.
+        partial: The folder in which OUT is assembled.
+        plan: The plan.
         vocabulary: The tokenizer.
-        records: Unit to its record, in the order of the units; the shards lie in the units' folders or, moved
-            already, in their final place.
+        records: Records by unit, in the order of the units; the shards are in the units' folders or, if already
+            moved, in their final place.
 
     Raises:
         LlamaMoeError: There is no document at all, or a domain of the recipe has none (or none left for training).
@@ -95,20 +95,20 @@ def assemble(
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Make ``OUT`` appear.
+    """Rename the finished folder to ``OUT``.
 
     Raises:
-        RefusedError: Somebody filled it meanwhile.
+        RefusedError: Another process filled it meanwhile.
     """
     shutil.rmtree(partial / WORK, ignore_errors=True)
     remove_temporaries(partial)
     if out.exists():
         if any(out.iterdir()):
-            raise RefusedError(f"OUT ({out}) was filled by somebody else meanwhile.", hint="Choose another name.")
+            raise RefusedError(f"OUT ({out}) was filled by another process meanwhile.", hint="Choose another name.")
         out.rmdir()
     partial.rename(out)
     sync_path(out.parent)
-    (out / LEDGER).unlink(missing_ok=True)  # after the rename: without it a stopped run could not be told from others
+    (out / LEDGER).unlink(missing_ok=True)  # after the rename: without it a stopped run could not be recognised
 
 
 def _index(
@@ -173,12 +173,12 @@ def _check(index: TokenIndex, plan: TokenizePlan) -> None:
         f" {index.bad_rows.total} rows held none, the first: {index.bad_rows.first[0]}" if index.bad_rows.total else ""
     )
     if not train and not held_out:
-        raise LlamaMoeError(f"The text holds no document.{bad}", hint="Each row needs its text under 'text'.")
+        raise LlamaMoeError(f"The text contains no document.{bad}", hint="Each row needs its text under 'text'.")
     for domain in plan.recipe.domains or {}:
         if domain not in train and domain not in held_out:
             raise LlamaMoeError(
-                f"The domain {domain!r} is named in the recipe, but its files hold no document.{bad}",
-                hint="Give it other files, or take it out of the recipe.",
+                f"The domain {domain!r} is named in the recipe, but its files contain no document.{bad}",
+                hint="Give it other files, or remove it from the recipe.",
             )
     emptied = sorted(held_out.keys() - train.keys())
     if emptied:

@@ -1,4 +1,4 @@
-"""What ``llamamoe tokenize`` will read, in which units, and roughly at what cost; opens no file of text."""
+"""Plan ``llamamoe tokenize``: its input, units and approximate cost, without opening files of text."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .tokenizing import Unit
 from .vocabulary import Vocabulary
 
 UNPACKED = {".zst": 3.5, ".gz": 3.0, ".parquet": 2.0}
-"""How much larger text is than its file, about."""
+"""Approximate size of text relative to its file."""
 BYTES_PER_TOKEN = 4.2
-"""Of English text and code, for vocabularies of 32 000 to 128 000, about."""
+"""Approximate bytes per token of English text and code, for vocabularies of 32 000 to 128 000."""
 TEXT_BYTES_PER_SECOND = 1.7e6
-"""Text that one core tokenises, about: see BENCHMARKS.md."""
+"""Approximate speed of one core: see BENCHMARKS.md."""
 
 
 @dataclass(frozen=True)
 class TokenizePlan:
-    """The work.
+    """The plan of a tokenisation.
 
     Attributes:
-        recipe: What is asked for.
-        units: In order.
-        workers: Processes that will run.
+        recipe: The recipe.
+        units: Units of input files, in order.
+        workers: Number of processes.
     """
 
     recipe: TokenizeRecipe
@@ -68,7 +68,7 @@ class TokenizePlan:
         return max(1 / self.workers, largest) * self.text_bytes / TEXT_BYTES_PER_SECOND
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the plan as JSON-compatible data."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "files": [
@@ -85,7 +85,7 @@ class TokenizePlan:
         }
 
     def fingerprint(self, vocabulary: Vocabulary) -> str:
-        """Of all that decides the result; sources by place, size and time of change."""
+        """Return a hash of all that decides the result; sources by path, size and time of change."""
         files = []
         for unit in self.units:
             for (path, domain), fixed in zip(unit.files, unit.fixed, strict=True):
@@ -97,14 +97,14 @@ class TokenizePlan:
 
 
 def plan_tokenize(recipe: TokenizeRecipe) -> TokenizePlan:
-    """Find the text and cut it into units.
+    """Find the text and divide it into units.
 
     Raises:
         UsageError: Paths that match nothing, files of an unknown kind, or a file that two domains claim.
         MissingExtraError: zstandard or pyarrow is needed and not installed.
     """
     found = list(_named(recipe))
-    read_files([(path, domain) for path, domain, _ in found])  # only looks whether the packages are there
+    read_files([(path, domain) for path, domain, _ in found])  # only checks that the packages are installed
     units: list[Unit] = []
     group: list[tuple[Path, str, bool]] = []
     size = 0
@@ -120,7 +120,7 @@ def plan_tokenize(recipe: TokenizeRecipe) -> TokenizePlan:
 
 
 def _named(recipe: TokenizeRecipe) -> Iterator[tuple[Path, str, bool]]:
-    """Every file once, its domain, and whether the recipe names that domain."""
+    """Yield every file once, with its domain and whether the recipe names that domain."""
     owner: dict[Path, str] = {}
     for domain, patterns in (recipe.domains or {}).items():
         try:
@@ -153,5 +153,5 @@ def _size(path: Path) -> int:
 def _cores() -> int:
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
+    except AttributeError:  # not available on every system
         return os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""``llamamoe.tokenize``: text to shards of token ids, in many processes, into a folder that appears whole or not at all.
+"""``llamamoe.tokenize``: turn text into shards of token ids, in many processes, whole or not at all.
 
-Work lies in ``OUT.partial/``. Every unit of input files that is finished is a line of the ledger there, with the hashes
-of its shards; ``resume`` checks them and does the others.
+Files are written to ``OUT.partial/``. Its ledger has a line for every finished unit of input files, with the hashes
+of its shards; ``resume`` checks them and processes the others.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .tokenizing import Settings, Unit, UnitRecord, holds, lowest_hashes, tokeni
 from .vocabulary import Vocabulary, open_vocabulary
 
 HELD_OUT = "held out"
-"""The ledger's line with the limits of `Settings.held_out`."""
+"""Name of the ledger's line with the limits of `Settings.held_out`."""
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What tokenising left.
+    """The result of a tokenisation.
 
     Attributes:
-        out: The folder.
+        out: The output folder.
         index: The content of its ``index.json``.
-        units: How many units of input files there are.
-        kept: How many of them an earlier run had finished.
-        seconds: How long this run took.
+        units: Number of units of input files.
+        kept: Number of units that an earlier run had finished.
+        seconds: Duration of this run.
         warnings: Sentences for the user.
     """
 
@@ -52,7 +52,7 @@ class Tokenized:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, without the list of shards."""
+        """Return the result as JSON-compatible data, without the list of shards."""
         splits = {
             split: {
                 domain: entry.model_dump(mode="json", exclude={"shards"}) | {"shards": len(entry.shards)}
@@ -83,25 +83,25 @@ def tokenize(
 ) -> Tokenized:
     """Turn text into a folder of tokens, which `llamamoe.data.shards.TokenCorpus` reads.
 
-    Documents of a domain stand one after another in the order of files and rows, each followed by one
+    Documents of a domain are concatenated in the order of files and rows, each followed by one
     end-of-sequence token; nothing is dropped. The bytes depend on text, tokenizer and recipe only, not on the number of
     processes or on stops. Cost: one core tokenises a few megabytes of text a second; ``validation.documents`` reads
     the text twice.
 
-    More than one worker are spawned processes: a script needs ``if __name__ == "__main__":``.
+    Several workers are spawned processes, so a script needs ``if __name__ == "__main__":``.
 
     Args:
-        recipe: What is read, and how it is written.
-        out: The folder to appear; it must not exist, or be empty.
-        resume: Go on with what a stopped run left in ``OUT.partial/``.
-        force: Throw away what a stopped run left there.
-        strict: A row without usable text is an error; else it is left out, counted and reported.
-        progress: Told about every finished unit.
+        recipe: The recipe.
+        out: The folder to create; it must not exist, or be empty.
+        resume: Continue a stopped run from ``OUT.partial/``.
+        force: Discard the work of a stopped run.
+        strict: Whether a row without usable text is an error; else it is skipped, counted and reported.
+        progress: Called after every finished unit.
 
     Raises:
-        UsageError: Text that is not there.
-        RefusedError: ``out`` holds something, another process works in it, or ``resume`` of something else.
-        CheckpointError: The tokenizer's folder holds none that can be used.
+        UsageError: The text does not exist.
+        RefusedError: ``out`` is not empty, is in use by another process, or ``resume`` is for another output.
+        CheckpointError: The tokenizer's folder has no usable tokenizer.
         LlamaMoeError: A file is damaged, a domain has no document, with ``strict`` a bad row, or writing failed.
     """
     started = time.monotonic()
@@ -121,7 +121,7 @@ def tokenize(
 
 
 def _published(out: Path, fingerprint: str) -> bool:
-    """Whether an earlier run was stopped after OUT appeared, before its last step, which is made up for here."""
+    """Return whether a run was stopped between the rename to OUT and its last step, and do that step."""
     ledger = out / LEDGER
     if out.is_symlink() or not (ledger.is_file() and (out / INDEX_FILE).is_file()):
         return False
@@ -136,7 +136,7 @@ def _published(out: Path, fingerprint: str) -> bool:
 
 
 class _TokenLedger(Ledger):
-    """The ledger of a folder in which all is ours, subfolders too."""
+    """The ledger of a folder whose whole content llamamoe wrote, subfolders included."""
 
     @classmethod
     def opened(cls, folder: Path, fingerprint: str, *, resume: bool, restart: bool) -> _TokenLedger:
@@ -159,20 +159,20 @@ class _Run:
     kept: int = 0
 
     def records(self, ledger: Ledger) -> dict[str, UnitRecord]:
-        """Bring every unit about; unit to record, in order."""
+        """Process every unit and return its record, in order."""
         records = self._finished(ledger)
         self.kept = len(records)
         if self.strict:
             self._refuse_bad(list(records.values()))
         work = self.partial / WORK
-        for path in work.iterdir() if work.exists() else ():  # of a run that was killed
+        for path in work.iterdir() if work.exists() else ():  # left by a killed run
             if path.name not in records:
                 shutil.rmtree(path)
         settings = Settings(work, self.vocabulary, self.plan.recipe.shard_tokens, self.strict)
         settings = replace(settings, held_out=self._held_out(ledger))
         todo = [unit for unit in self.plan.units if unit.name not in records]
         done = self.plan.nbytes - sum(unit.nbytes for unit in todo)
-        # the largest first, so that none is begun when all others are done
+        # the largest first, so that none starts after all others are done
         todo.sort(key=lambda unit: (-unit.nbytes, unit.number))
         for number, record in spread(tokenizer_of, settings, todo, self.plan.workers):
             unit = todo[number]
@@ -184,7 +184,7 @@ class _Run:
         return {unit.name: records[unit.name] for unit in self.plan.units}
 
     def _finished(self, ledger: Ledger) -> dict[str, UnitRecord]:
-        """The units that an earlier run finished and whose shards still have the hashes of the ledger."""
+        """Return the units that an earlier run finished and whose shards still match the ledger."""
         units = [unit.name for unit in self.plan.units if unit.name in ledger.units]
         records = {name: UnitRecord.from_json(ledger.units[name]["info"]) for name in units}
         moved = final_places(records) if len(units) == len(self.plan.units) else {}
@@ -207,7 +207,9 @@ class _Run:
     def _refuse_bad(self, records: Sequence[UnitRecord]) -> None:
         for record in records:
             if record.bad_first:
-                raise LlamaMoeError(record.bad_first[0], hint="Mend the file, or leave such rows out: no --strict.")
+                raise LlamaMoeError(
+                    record.bad_first[0], hint="Correct the file, or skip such rows by omitting --strict."
+                )
 
     def _held_out(self, ledger: Ledger) -> int | dict[str, int] | None:
         """See `Settings.held_out`."""
@@ -256,7 +258,7 @@ def _detail(unit: Unit, record: UnitRecord) -> str:
 def _warnings(index: TokenIndex, plan: TokenizePlan) -> Iterator[str]:
     bad = index.bad_rows
     if bad.total:
-        yield f"{bad.total:,} rows held no usable text and were left out, the first: {'; '.join(bad.first[:3])}"
+        yield f"{bad.total:,} rows had no usable text and were left out, the first: {'; '.join(bad.first[:3])}"
     if plan.recipe.validation is not None:
         without = [domain for domain in index.splits["train"] if domain not in index.splits.get(VALIDATION, {})]
         if without:

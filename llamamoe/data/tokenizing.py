@@ -1,6 +1,6 @@
-"""From text to shards of token ids, one unit of input files at a time, with the same bytes wherever it runs.
+"""Turn text into shards of token ids, one unit of input files at a time, with the same bytes on every machine.
 
-A unit is written into a folder of its own, ``WORK/000012/SPLIT/DOMAIN/00000.bin``, which appears whole or not at all.
+A unit is written into its own folder, ``WORK/000012/SPLIT/DOMAIN/00000.bin``, which appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Unit:
     """Input files that one process turns into shards.
 
     Attributes:
-        number: Its place in the order of all units.
-        files: Path, and the domain of rows that state none.
-        fixed: For each file whether the domain holds for all its rows.
+        number: Its index in the order of all units.
+        files: Path, and the domain for rows without one.
+        fixed: For each file, whether the domain applies to all its rows.
         nbytes: Size of the files.
     """
 
@@ -46,20 +46,20 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.number:06d}"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all units.
+    """The settings that all units share.
 
     Attributes:
         work: The folder of the units' folders.
         vocabulary: The tokenizer.
-        shard_tokens: Most tokens of a shard.
-        strict: A row without usable text is an error.
-        held_out: Documents whose `text_hash` is below this (of all domains, or domain by domain) are for validation.
+        shard_tokens: Maximum number of tokens per shard.
+        strict: Whether a row without usable text is an error.
+        held_out: Limit of `text_hash` (of all domains, or by domain) below which documents are for validation.
     """
 
     work: Path
@@ -71,39 +71,39 @@ class Settings:
 
 @dataclass
 class UnitRecord:
-    """What became of a unit; the shards' files are relative to its folder."""
+    """The result of a unit; the shards' files are relative to its folder."""
 
     splits: dict[str, dict[str, DomainEntry]] = field(default_factory=dict)
     bad_rows: dict[str, int] = field(default_factory=dict)
     bad_first: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the record as JSON-compatible data."""
         splits = {s: {d: e.model_dump(mode="json") for d, e in found.items()} for s, found in self.splits.items()}
         return {"splits": splits, "bad_rows": self.bad_rows, "bad_first": self.bad_first}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> UnitRecord:
-        """The other way."""
+        """Return the record from the data of `to_json`."""
         splits = {
             s: {d: DomainEntry.model_validate(e) for d, e in found.items()} for s, found in data["splits"].items()
         }
         return cls(splits, dict(data["bad_rows"]), list(data["bad_first"]))
 
     def shards(self) -> Iterator[tuple[str, str, ShardEntry]]:
-        """Split, domain and entry of every shard, in order."""
+        """Yield split, domain and entry of every shard, in order."""
         for split, found in self.splits.items():
             for domain, entry in found.items():
                 yield from ((split, domain, shard) for shard in entry.shards)
 
 
 def text_hash(text: str) -> int:
-    """The first 64 bits of the SHA-256 of a document's exact text: equal texts are on the same side of any limit."""
+    """Return the first 64 bits of the SHA-256 of a document's exact text, equal for equal texts."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def read_unit(unit: Unit, record: UnitRecord, *, strict: bool) -> Iterator[Document]:
-    """The documents of a unit; rows without usable text are counted in ``record``, or with ``strict`` an error."""
+    """Yield the documents of a unit; rows without usable text are counted in ``record``, or refused by ``strict``."""
     for (path, domain), fixed in zip(unit.files, unit.fixed, strict=True):
 
         def count(error: LlamaMoeError, domain: str = domain) -> None:
@@ -116,12 +116,12 @@ def read_unit(unit: Unit, record: UnitRecord, *, strict: bool) -> Iterator[Docum
 
 
 def holds(job: Sequence[tuple[tuple[Path, ...], str]]) -> bool:
-    """Whether each file lies at one of its places with its hash."""
+    """Return whether each file is at one of its places with its hash."""
     return all(any(file_sha256(path) == digest for path in places) for places, digest in job)
 
 
 def lowest_hashes(unit: Unit, count: int) -> dict[str, list[int]]:
-    """The ``count`` smallest `text_hash` of each domain's different texts, ascending. Reads the unit once."""
+    """Return the ``count`` smallest `text_hash` of each domain's distinct texts, ascending. Reads the unit once."""
     found: dict[str, list[int]] = {}
     for document in read_unit(unit, UnitRecord(), strict=False):
         hashes = found.setdefault(document.domain, [])
@@ -132,7 +132,7 @@ def lowest_hashes(unit: Unit, count: int) -> dict[str, list[int]]:
 
 
 def tokenizer_of(settings: Settings) -> Callable[[Unit], UnitRecord]:
-    """Make what tokenises one unit; see `tokenize_unit`. Cheap to call in a fresh process: transformers is not used."""
+    """Return a function that tokenises one unit; see `tokenize_unit`. Cheap, because transformers is not used."""
     tokenizer = tokenizers.Tokenizer.from_str(settings.vocabulary.backend)
     tokenizer.encode_special_tokens = settings.vocabulary.split_special
     return lambda unit: tokenize_unit(unit, settings, tokenizer)

@@ -1,4 +1,4 @@
-"""A tokenizer as tokenising needs it: what decides ids, and a hash of it."""
+"""Read a tokenizer for tokenising: everything that decides ids, and a hash of it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "me
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer without transformers, as worker processes need it.
+    """A tokenizer that needs no transformers, for worker processes.
 
     Attributes:
         backend: The fast tokenizer as JSON.
-        entry: For the index.
+        entry: Entry for the index.
         size: One more than the largest id.
-        bos: The id that the tokenizer itself puts before a text, or None.
+        bos: The id that the tokenizer itself adds before a text, or None.
         eos: The id that ends a document.
-        split_special: Whether special tokens that stand in a text are taken as text (transformers' default: no).
+        split_special: Whether special tokens in a text are treated as text (transformers' default: no).
     """
 
     backend: str
@@ -35,7 +35,7 @@ class Vocabulary:
 
     @property
     def dtype(self) -> str:
-        """The narrowest that holds every id."""
+        """The narrowest dtype that holds every id."""
         return "uint16" if self.size <= 2**16 else "uint32"
 
 
@@ -43,8 +43,8 @@ def open_vocabulary(folder: str | Path) -> Vocabulary:
     """Read the tokenizer of a model's folder or GGUF file, without the network and without remote code.
 
     Raises:
-        UsageError: There is no such folder or file.
-        CheckpointError: It holds no tokenizer that can be used: none at all, no fast one, or one without an end of
+        UsageError: The folder or file does not exist.
+        CheckpointError: There is no usable tokenizer: none at all, no fast one, or one without an end of
             sequence.
     """
     from ..checkpoint.tokenizer_difference import ids_sha256
@@ -77,11 +77,11 @@ def open_vocabulary(folder: str | Path) -> Vocabulary:
 
 
 def _files_sha256(folder: Path) -> str:
-    """Hash what decides ids in a folder; nothing for a GGUF file, whose tokenizer is known by `TokenizerEntry.ids_sha256`."""
+    """Hash the files that decide ids; empty for a GGUF file, whose tokenizer is identified by ``ids_sha256``."""
     digest = hashlib.sha256()
     for name in _FILES:
         if (folder / name).is_file():
             digest.update((folder / name).read_bytes())
-            if name == "tokenizer.json":  # it holds everything
+            if name == "tokenizer.json":  # it contains everything
                 break
     return digest.hexdigest()

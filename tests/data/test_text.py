@@ -83,7 +83,7 @@ def test_parquet(tmp_path):
     with pytest.raises(LlamaMoeError, match=r"row 2: the field 'text' is a NoneType"):
         texts(path)
     write(path, path.read_bytes()[:-20])
-    with pytest.raises(LlamaMoeError, match="not a sound Parquet file"):
+    with pytest.raises(LlamaMoeError, match="not a valid Parquet file"):
         texts(path)
 
 

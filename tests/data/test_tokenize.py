@@ -163,7 +163,7 @@ def test_bad_rows_are_left_out_counted_and_reported(model, with_bad_rows, tmp_pa
     bad = found.index.bad_rows
     assert (bad.total, bad.by_domain) == (4, {"odd": 4})
     assert [f"odd.jsonl:{n}: " in line for n, line in zip((2, 3, 4), bad.first, strict=True)] == [True] * 3
-    assert "4 rows held no usable text" in found.warnings[0]
+    assert "4 rows had no usable text" in found.warnings[0]
     assert "odd.jsonl:2: the line is not JSON" in found.warnings[0]
 
 
@@ -193,11 +193,11 @@ def test_text_that_is_not_there(model, tmp_path):
         tokenize(recipe(model, domains=domains), tmp_path / "out")
     (tmp_path / "blank.jsonl").write_text("\n{}\n")
     with pytest.raises(
-        LlamaMoeError, match=r"The text holds no document. 1 rows held none, the first: .*blank\.jsonl:2"
+        LlamaMoeError, match=r"The text contains no document. 1 rows held none, the first: .*blank\.jsonl:2"
     ):
         tokenize(recipe(model, tmp_path / "blank.jsonl"), tmp_path / "out")
     domains = {"law": str(tmp_path / "blank.jsonl")}
-    with pytest.raises(LlamaMoeError, match="The domain 'law' is named in the recipe, but its files hold no document"):
+    with pytest.raises(LlamaMoeError, match="The domain 'law' is named in the recipe, but its files contain no document"):
         tokenize(recipe(model, tmp_path / "text", domains=domains), tmp_path / "out", force=True)
     assert not (tmp_path / "out").exists()
 
