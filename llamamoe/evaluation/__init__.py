@@ -1,1 +1,1 @@
-"""Perplexity, tasks and speed of models."""
+"""Measure perplexity, task scores and speed of models."""

@@ -1,4 +1,4 @@
-"""``llamamoe.bench``: how fast models read and write on this machine, beside the speed expected from their sizes."""
+"""``llamamoe.bench``: measure the speed of models on this machine, beside the speed expected from their sizes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from .speeds import ModelSpeed, SpeedRun
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured.
+    """The result of a benchmark.
 
     Attributes:
-        device: Where.
-        threads: Of torch, on a CPU.
-        prompt_tokens: Of every sequence.
-        new_tokens: Steps of decoding after it.
-        repeats: How often each was measured.
+        device: Device of the runs.
+        threads: Threads of torch, on a CPU.
+        prompt_tokens: Prompt tokens of every sequence.
+        new_tokens: Decoding steps after the prompt.
+        repeats: Number of measurements of each.
         model: The model.
         against: Its parent, or None.
-        drift: Time of the parent's decoding after the model over that before it, at the smallest batch size: 1 if the
-            machine was the same.
-        faster_up_to: Largest batch size up to which every measured one decodes faster than the parent's; 0: none.
+        drift: Ratio of the parent's decoding times after and before the model, at the smallest batch size: 1 if the
+            machine did not change.
+        faster_up_to: Largest batch size up to which decoding was faster than the parent's at every measured one; 0:
+            none.
     """
 
     device: str
@@ -43,7 +44,7 @@ class Benchmark:
     faster_up_to: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the result as JSON-compatible data."""
         return asdict(self)
 
 
@@ -61,10 +62,11 @@ def bench(
     experts_implementation: str | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> Benchmark:
-    """Measure prefill and decoding with a cache, greedy, by plain transformers; one model is in memory at a time.
+    """Measure prefill and greedy decoding with a cache in plain transformers; one model is in memory at a time.
 
-    The parent is measured before the model and, at the smallest batch size, once more after it: what differs between the two is the
-    machine's doing. The prompts are a text of prose, code and several languages, begun at another place for each sequence.
+    The parent is measured before the model and, at the smallest batch size, once more after it: the difference between
+    the two is due to the machine. The prompts are a text of prose, code and several languages, starting at another
+    place for each sequence.
 
     Args:
         model: A folder, a ``.gguf`` file or a hub id.
@@ -73,12 +75,12 @@ def bench(
         batch_sizes: Sequences that run together, each 1 or more.
         prompt_tokens: Tokens of each prompt, at least 2.
         new_tokens: Steps of decoding, at least 1.
-        repeats: How often each is measured, after one run that warms up.
+        repeats: Number of measurements of each, after a warm-up run.
         dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: A torch device, or ``"auto"``.
-        experts_implementation: How the experts run: one of transformers' or of `llamamoe.register_experts`; None: as
-            transformers chooses.
-        progress: Told after every batch size.
+        experts_implementation: How the experts run: one of transformers' or of `llamamoe.register_experts`; None:
+            transformers' choice.
+        progress: Called after every batch size.
 
     Raises:
         UsageError: A number is out of range, or a model or device does not exist.
@@ -100,7 +102,7 @@ def _open(
 ) -> list[tuple[Opened, Inspection]]:
     inspections = [inspect(each) for each in places]
     if experts_implementation is not None and inspections[0].experts is None:
-        raise UsageError(f"{inspections[0].name} is a dense model: it has no experts that could run in another way.")
+        raise UsageError(f"{inspections[0].name} is a dense model: it has no experts to choose an implementation for.")
     opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)
     return list(zip(opened, inspections, strict=True))
 
@@ -112,7 +114,7 @@ def _measure(
     experts_implementation: str | None,
     progress: ProgressCallback,
 ) -> tuple[ModelSpeed, ModelSpeed | None, float | None]:
-    """The model's speed, the parent's before it, and how much the machine itself changed meanwhile."""
+    """Return the model's speed, the parent's before it, and the drift of the machine."""
     several = len(sides) > 1
     tell = counting("bench", len(sides) * len(sizes) + several, "run", progress)
     parent = run.measure(*sides[1], sizes, None, tell) if several else None

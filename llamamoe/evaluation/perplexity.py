@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of a model, for each domain of a text and over all of them."""
+"""Measure perplexity and bits per byte of a model, for each domain of a text and over all of them."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ def evaluate(
     device: str = "auto",
     progress: ProgressCallback = ignore_progress,
 ) -> Evaluation:
-    """Measure perplexity and bits per byte, by domain and over all; `Evaluation.protocol` says how.
+    """Measure perplexity and bits per byte, by domain and over all; `Evaluation.protocol` describes how.
 
-    The text and its tokens are held in memory (about 20 bytes a token); the logits are not, whatever the size of
-    the vocabulary. Of two models one is loaded after the other.
+    The text and its tokens are held in memory (about 20 bytes per token); the logits are not, whatever the size of
+    the vocabulary. Two models are loaded one after the other.
 
     Args:
-        model: A folder or ``.gguf`` file (then nothing is fetched), or a Hub id; see `llamamoe.models.loading.open_model`.
+        model: A folder or ``.gguf`` file (nothing is downloaded), or a Hub id; see
+            `llamamoe.models.loading.open_model`.
         text: Files, folders or globs; see `llamamoe.data.text.read_documents`.
         against: Another model to measure on the same text.
         tokenizer: For GGUF files, a folder whose tokenizer is used instead of the one in the file.
-        max_tokens: Take only so many tokens of each domain (of ``model``'s tokenizer); None: all.
-        context_length: Tokens of a window; None: as many as the models have positions, at most 2048.
-        stride: Tokens from one window's beginning to the next's, which then scores only what is new to it (a sliding
+        max_tokens: Maximum number of tokens per domain (of ``model``'s tokenizer); None: all.
+        context_length: Tokens per window; None: the models' positions, at most 2048.
+        stride: Tokens from the start of one window to the next, which then scores only its new tokens (a sliding
             window: more context for each token, ``context_length / stride`` times the work); None: windows that do not
             overlap.
         batch_size: Windows that run together; changes speed and memory, results only by rounding.
@@ -61,7 +62,7 @@ def evaluate(
     """
     check_numbers(max_tokens=max_tokens, context_length=context_length, batch_size=batch_size, dtype=dtype)
     devices = pick_devices(device)
-    documents = read_documents(text)  # complains before models are opened
+    documents = read_documents(text)  # checked before models are opened
     sides = open_models([name for name in (model, against) if name is not None], tokenizer=tokenizer)
     length = window_length(context_length, sides)
     _check_stride(stride, length)
@@ -75,7 +76,7 @@ def evaluate(
 def _plans(
     encoded: list[Encoded], sides: Sequence[Opened], length: int, stride: int | None
 ) -> tuple[list[ScoringPlan], bool]:
-    """What each model is to score, and whether all cut the text into the same tokens."""
+    """Return the scoring plan of each model, and whether all tokenise the text alike."""
     plans, same = [ScoringPlan(encoded, windows_of(encoded, length, stride), sides[0])], True
     for side in sides[1:]:
         again, same = encode_again(encoded, side)
@@ -91,7 +92,7 @@ def _results(
     devices: Sequence[str],
     progress: ProgressCallback,
 ) -> dict[str, Any]:
-    """Score with one model, then with the other one if there are two; the scores as fields of `Evaluation`."""
+    """Score with one model, then with the other one if there are two; return the scores as fields of `Evaluation`."""
     advance = counting("evaluate", sum(int(plan.tokens.sum()) for plan in plans), "token", progress)
     results = [plan.run(batch_size, dtype, devices, advance) for plan in plans]
     scores = [model_scores(plan.side.name, *result) for plan, result in zip(plans, results, strict=True)]
@@ -106,10 +107,10 @@ def _results(
 
 
 def check_numbers(*, max_tokens: int | None, context_length: int | None, batch_size: int, dtype: str) -> None:
-    """Refuse what no evaluation can be asked for.
+    """Refuse invalid arguments of an evaluation.
 
     Raises:
-        UsageError: A number is too small, or there is no such dtype.
+        UsageError: A number is too small, or the dtype is unknown.
     """
     limits = (("max_tokens", max_tokens, 2), ("context_length", context_length, 2), ("batch_size", batch_size, 1))
     for name, value, least in limits:
@@ -123,12 +124,12 @@ def _check_stride(stride: int | None, length: int) -> None:
     if stride is not None and not 1 <= stride < length:
         raise UsageError(
             f"stride is {stride}, but must be at least 1 and less than {length}, the tokens of a window.",
-            hint="Leave it out for windows that do not overlap.",
+            hint="Omit it for windows that do not overlap.",
         )
 
 
 def window_length(asked: int | None, sides: Sequence[Opened]) -> int:
-    """The window's length; the same for both models, so that a position has the same context in both."""
+    """Return the window's length, the same for both models so that a position has the same context in both."""
     stated = {side.name: getattr(side.config, "max_position_embeddings", None) for side in sides}
     positions = {name: count for name, count in stated.items() if count}
     name = min(positions, key=positions.__getitem__, default="")
@@ -141,7 +142,7 @@ def window_length(asked: int | None, sides: Sequence[Opened]) -> int:
 
 
 def _take(documents: Iterable[Document], side: Opened, max_tokens: int | None) -> tuple[list[Encoded], int]:
-    """Tokenise ``max_tokens`` tokens of each domain; the second value counts documents too short to score."""
+    """Tokenise ``max_tokens`` tokens of each domain; also return the number of documents too short to score."""
     taken: dict[str, int] = {}
     kept: list[Encoded] = []
     skipped = 0
@@ -157,7 +158,7 @@ def _take(documents: Iterable[Document], side: Opened, max_tokens: int | None) -
         else:
             kept.append(encoded)
     if not taken:
-        raise LlamaMoeError("The text holds no document.", hint="All of its files are empty.")
+        raise LlamaMoeError("The text contains no document.", hint="All of its files are empty.")
     for domain in set(taken) - {encoded.document.domain for encoded in kept}:
         raise _nothing_to_score(domain, side)
     return kept, skipped
@@ -166,12 +167,12 @@ def _take(documents: Iterable[Document], side: Opened, max_tokens: int | None) -
 def _nothing_to_score(domain: str, side: Opened) -> LlamaMoeError:
     return LlamaMoeError(
         f"The domain '{domain}' has nothing to score: no document of it has two tokens of '{side.name}'.",
-        hint="The first token of a document is never scored; give longer text or leave the domain out.",
+        hint="The first token of a document is never scored; give longer text or omit the domain.",
     )
 
 
 def encode_again(encoded: Sequence[Encoded], side: Opened) -> tuple[list[Encoded], bool]:
-    """Tokenise the same text for another model, and tell whether the tokens are the same."""
+    """Tokenise the same text for another model; also return whether the tokens are the same."""
     again = [encode(side.tokenizer, each.document, bos=side.bos, limit=each.limit) for each in encoded]
     pairs = list(zip(encoded, again, strict=True))
     if all(np.array_equal(a.ids, b.ids) and np.array_equal(a.byte_ends, b.byte_ends) for a, b in pairs):
@@ -181,7 +182,7 @@ def encode_again(encoded: Sequence[Encoded], side: Opened) -> tuple[list[Encoded
 
 
 class ScoringPlan:
-    """What one model is to score, checked before its weights are read.
+    """The text that one model scores, checked before its weights are read.
 
     Attributes:
         tokens: Scored tokens of each document, int64.
@@ -207,7 +208,7 @@ class ScoringPlan:
     def run(
         self, batch_size: int, dtype: str, devices: Sequence[str], advance: Callable[[str, int], None]
     ) -> tuple[str, dict[str, Counts]]:
-        """Load the model onto every device, score, let it go; returns the weights' dtype and the sums by domain."""
+        """Load the model onto every device, score and release it; return the weights' dtype and the sums by domain."""
         from ..models.loading import free_memory, load_weights
 
         models = [load_weights(self.side, dtype, device) for device in devices]
@@ -218,7 +219,7 @@ class ScoringPlan:
         return used, counts
 
     def score(self, model: Any, batch_size: int, advance: Callable[[int], None]) -> dict[str, Counts]:
-        """The sums by domain for a loaded model; ``advance`` is told of the tokens of every batch."""
+        """Return the sums by domain for a loaded model; ``advance`` is called with the tokens of every batch."""
         return self._score([model], batch_size, advance)
 
     def _score(self, models: Sequence[Any], batch_size: int, advance: Callable[[int], None]) -> dict[str, Counts]:
@@ -232,7 +233,7 @@ class ScoringPlan:
 def scoring_plan(
     side: Opened, text: Sequence[str | Path], *, max_tokens: int | None, context_length: int | None
 ) -> tuple[ScoringPlan, int]:
-    """What `evaluate` would score with one model, and the length of its windows, for models that are no checkpoint.
+    """Return the plan of `evaluate` for one model, and its window length, for models without a checkpoint.
 
     Raises:
         UsageError: ``context_length`` exceeds the model's positions, or the text does not exist.
@@ -247,7 +248,7 @@ def scoring_plan(
 def protocol(
     length: int, max_tokens: int | None, sides: Sequence[Opened], same: bool = True, stride: int | None = None
 ) -> str:
-    """State in words what was measured."""
+    """Describe in words what was measured."""
     windows = (
         f"non-overlapping windows of {length} tokens, and in each window every token but the first is scored given those "
         "before it in the window."

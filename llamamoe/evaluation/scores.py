@@ -1,4 +1,4 @@
-"""The results of an evaluation, and how sums over documents become means with standard errors."""
+"""The results of an evaluation: sums over documents turned into means with standard errors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..lazy import scipy
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text.
+    """The scores of a model on a text.
 
     Attributes:
         documents: Documents with at least one scored token.
         tokens: Scored tokens.
         bytes: UTF-8 bytes of the text of these tokens.
         loss: Mean negative log-likelihood of a token, in nats: the log of the perplexity.
-        loss_stderr: Its standard error over documents; None where a domain has fewer than two.
+        loss_stderr: Its standard error over documents; None if a domain has fewer than two.
         perplexity: ``exp(loss)``.
         bits_per_byte: Negative log-likelihood in bits, by bytes: comparable between tokenizers.
-        bits_per_byte_stderr: Its standard error over documents; None where a domain has fewer than two.
+        bits_per_byte_stderr: Its standard error over documents; None if a domain has fewer than two.
     """
 
     documents: int
@@ -41,8 +41,8 @@ class Score:
 class Difference:
     """Model minus ``against`` on the same documents, which are taken as pairs.
 
-    An interval that does not hold 0 tells the two models apart at 5 %. What is about loss is None where the tokenizers
-    differ; standard errors and intervals are None where a domain has fewer than two documents.
+    An interval without 0 is a significant difference at 5 %. Values of the loss are None if the tokenizers
+    differ; standard errors and intervals are None if a domain has fewer than two documents.
 
     Attributes:
         loss: Nats per token.
@@ -69,7 +69,7 @@ class ModelScores:
 
     Attributes:
         model: The folder or Hub id.
-        dtype: What the weights were held in.
+        dtype: Dtype of the weights.
         domains: Scores by domain, in the order of the text.
         overall: Every token (for bits per byte: every byte) counts the same.
         mean_over_domains: Every domain counts the same: the means of its domains' losses and bits per byte.
@@ -93,19 +93,19 @@ class Differences:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
-        protocol: How it was measured, in words.
-        context_length: Tokens of a window.
-        stride: Tokens from one window's beginning to the next's; None: windows do not overlap.
+        protocol: Description of the measurement.
+        context_length: Tokens per window.
+        stride: Tokens from the start of one window to the next; None: windows do not overlap.
         max_tokens: Tokens taken of each domain, or None for all.
-        device: Where the models ran.
+        device: Device of the models.
         skipped_documents: Documents too short to have a scored token.
         model: The model's scores.
         against: The other model's, or None.
-        comparable: What may be compared between the two: ``"perplexity"`` (and bits per byte) if they cut the
-            text into the same tokens, else ``"bits_per_byte"`` only; None without ``against``.
+        comparable: The measure that may be compared between the two: ``"perplexity"`` (and bits per byte) if they cut
+            the text into the same tokens, else ``"bits_per_byte"`` only; None without ``against``.
         difference: Model minus ``against``, or None.
     """
 
@@ -121,7 +121,7 @@ class Evaluation:
     difference: Differences | None
 
     def to_json(self) -> dict[str, Any]:
-        """The same as nested dicts of plain values."""
+        """Return the result as JSON-compatible data."""
         return asdict(self)
 
 
@@ -135,23 +135,23 @@ class Counts:
 
 
 class _Estimate(NamedTuple):
-    """A mean and, by domain, how far each document moves it: float64 [documents]."""
+    """A mean and, by domain, the influence of each document on it: float64 [documents]."""
 
     value: float
     influence: list[np.ndarray]
 
     def minus(self, other: _Estimate) -> _Estimate:
-        """The difference of two estimates on the same documents."""
+        """Return the difference of two estimates on the same documents."""
         paired = zip(self.influence, other.influence, strict=True)
         return _Estimate(self.value - other.value, [mine - theirs for mine, theirs in paired])
 
     def stderr(self) -> float | None:
-        """The documents of each domain are taken as a sample of it, the domains as given (not as a sample)."""
+        """Return the standard error, with documents as a sample of their domain and the domains as given."""
         variances = self._variances()
         return None if variances is None else math.sqrt(sum(variances))
 
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval; variances differ between domains, so degrees of freedom are Satterthwaite's (1946)."""
+        """Return the 95 % confidence interval, with Satterthwaite's (1946) degrees of freedom for unequal variances."""
         variances = self._variances()
         if variances is None:
             return None
@@ -164,7 +164,7 @@ class _Estimate(NamedTuple):
         return self.value - half, self.value + half
 
     def _variances(self) -> list[float] | None:
-        """What each domain adds to the variance of the value; None where one has fewer than two documents."""
+        """Return the contribution of each domain to the variance; None if a domain has fewer than two documents."""
         if any(len(part) < 2 for part in self.influence):
             return None
         return [len(part) * float(np.var(part, ddof=1)) for part in self.influence]
@@ -195,21 +195,21 @@ def differences(counts: Mapping[str, Counts], against: Mapping[str, Counts], sam
 
 
 def _ratio(numerators: Sequence[np.ndarray], units: Sequence[np.ndarray]) -> _Estimate:
-    """A sum over a sum, and the first-order influence of each document on it (the ratio estimator)."""
+    """Return a ratio of sums, and the first-order influence of each document on it (the ratio estimator)."""
     total = sum(float(unit.sum()) for unit in units)
     value = sum(float(numerator.sum()) for numerator in numerators) / total
     return _Estimate(value, [(n - value * u) / total for n, u in zip(numerators, units, strict=True)])
 
 
 def _estimates(domains: Sequence[Counts]) -> tuple[_Estimate, _Estimate]:
-    """Nats per token and bits per byte over all documents of ``domains``."""
+    """Return nats per token and bits per byte over all documents of ``domains``."""
     nats = _ratio([domain.nll for domain in domains], [domain.tokens for domain in domains])
     bits = _ratio([domain.nll / math.log(2) for domain in domains], [domain.bytes for domain in domains])
     return nats, bits
 
 
 def _domain_means(domains: Sequence[Counts]) -> tuple[_Estimate, _Estimate]:
-    """The same two as means over domains."""
+    """Return nats per token and bits per byte as means over domains."""
     each = [_estimates([domain]) for domain in domains]
     nats, bits = (
         _Estimate(
@@ -251,4 +251,4 @@ def _difference(
 
 
 def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # beyond it floats and JSON end; such a model predicts nothing anyway
+    return math.exp(min(nats, 700.0))  # larger values overflow; such a model is useless anyway

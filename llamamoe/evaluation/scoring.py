@@ -28,15 +28,16 @@ def score_windows(
 ) -> np.ndarray:
     """Sum the negative log-likelihood of each window's scored tokens.
 
-    Windows of like length go into one batch, the longest first, so that a batch that does not fit in memory
-    fails at once. ``advance`` is called after every batch with the number of tokens it scored. Several models are copies
-    of one on several devices: each takes the next batch when it is free; on like devices what comes out is the same.
+    Windows of similar length share a batch, the longest first, so that a batch that does not fit in memory
+    fails at once. ``advance`` is called after every batch with the number of tokens it scored. Several models are
+    copies of one on several devices: each takes the next batch when it is free; on equal devices the result is the
+    same.
 
     Returns:
         float64 [len(windows)], in nats.
 
     Raises:
-        CheckpointError: The tokenizer makes ids that the model does not have.
+        CheckpointError: The tokenizer produces ids that the model lacks.
         LlamaMoeError: A loss is not finite.
     """
     check_ids(models[0].name_or_path, models[0].get_input_embeddings().weight.shape[0], documents)
@@ -65,7 +66,7 @@ def score_windows(
 def _running(
     score: Callable[[list[int]], np.ndarray], batches: Sequence[list[int]], workers: int
 ) -> Iterator[Iterator[np.ndarray]]:
-    """Results in order; one worker needs no thread, several stop at the first error."""
+    """Yield results in order; one worker needs no thread, several stop at the first error."""
     if workers == 1:
         yield map(score, batches)
         return
@@ -77,33 +78,33 @@ def _running(
 
 
 def check_ids(name: str, rows: int, documents: Sequence[Encoded]) -> None:
-    """Whether every id has an embedding.
+    """Check that every id has an embedding.
 
     Args:
-        name: The model.
-        rows: Its embeddings.
-        documents: At least one with tokens.
+        name: Name of the model.
+        rows: Number of its embeddings.
+        documents: Documents, at least one with tokens.
 
     Raises:
-        CheckpointError: One has none.
+        CheckpointError: An id has none.
     """
     largest = max(int(document.ids.max()) for document in documents if len(document.ids))
     if largest >= rows:
         raise CheckpointError(
-            f"The tokenizer of '{name}' makes the id {largest}, but the model has only {rows} embeddings.",
-            hint="The folder's tokenizer is another model's; copy the right one.",
+            f"The tokenizer of '{name}' produces the id {largest}, but the model has only {rows} embeddings.",
+            hint="The folder's tokenizer belongs to another model; copy the model's own.",
         )
 
 
 class _Scorer:
-    """One copy of the model, and how its hidden states become logits."""
+    """One copy of the model, with its head."""
 
     def __init__(self, model: Any, documents: Sequence[Encoded], windows: Sequence[Window]) -> None:
         self.model, self.documents, self.windows = model, documents, windows
         self._head: list[Head | None] = []
 
     def score(self, batch: Sequence[int]) -> np.ndarray:
-        """Negative log-likelihood of each window of the batch, float64 [B]."""
+        """Return the negative log-likelihood of each window of the batch, float64 [B]."""
         chosen = [self.windows[i] for i in batch]
         tokens = [self.documents[w.document].ids[w.start : w.stop] for w in chosen]
         with torch.inference_mode():
@@ -124,10 +125,10 @@ Head = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 def _find_head(model: Any, ids_1T: torch.Tensor) -> Head | None:
-    """Find how hidden states become logits, so that long sequences can be scored piece by piece.
+    """Find the function from hidden states to logits, so that long sequences can be scored piece by piece.
 
-    Most models apply their output embedding and no more, some scale what comes out. The choice is checked
-    against the model's own logits; None means that neither is so, and the whole forward must be used.
+    Most models only apply their output embedding, some scale its result. The choice is checked
+    against the model's own logits; None means that neither matches, and the whole forward pass must be used.
     """
     output = model.get_output_embeddings()
     if output is None or model.base_model is model:
@@ -141,7 +142,7 @@ def _find_head(model: Any, ids_1T: torch.Tensor) -> Head | None:
         candidates.append(lambda h: (output(h) / divisor).float())
     logits = model(ids_1T, use_cache=False).logits.float()
     hidden = model.base_model(ids_1T, use_cache=False).last_hidden_state
-    # A model that is spread over devices brings its logits back to the first one.
+    # A model spread over devices returns its logits to the first one.
     agreeing = (
         head for head in candidates if torch.allclose(head(hidden).to(logits.device), logits, rtol=1e-4, atol=1e-6)
     )
@@ -149,7 +150,7 @@ def _find_head(model: Any, ids_1T: torch.Tensor) -> Head | None:
 
 
 def _score_batch(model: Any, head: Head | None, tokens: Sequence[np.ndarray], begins: Sequence[int]) -> np.ndarray:
-    """Negative log-likelihood of each window's tokens from ``begins`` on, float64 [B], in nats."""
+    """Return the negative log-likelihood of each window's tokens from ``begins`` on, float64 [B], in nats."""
     lengths = torch.tensor([len(ids) for ids in tokens])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)  # the padding's id is never read: see `scored`
@@ -157,8 +158,8 @@ def _score_batch(model: Any, head: Head | None, tokens: Sequence[np.ndarray], be
     scored = mask[:, 1:] & (torch.arange(1, mask.shape[1]) >= torch.tensor(begins)[:, None])
     targets = ids[:, 1:][scored]
     owner = scored.nonzero()[:, 0]
-    # Nothing attends to what comes after it, so padding on the right needs no mask; without one the fast
-    # causal kernels run, and a window is computed alike whatever it is batched with.
+    # Tokens do not attend to later ones, so padding on the right needs no mask; without one the fast
+    # causal kernels run, and a window gives the same result in any batch.
     if head is None:
         rows = [model(row[None].to(model.device), use_cache=False).logits[0, :-1] for row in ids]
         pieces: Iterator[torch.Tensor] = (r[s.to(r.device)].float() for r, s in zip(rows, scored, strict=True))
@@ -172,7 +173,7 @@ def _score_batch(model: Any, head: Head | None, tokens: Sequence[np.ndarray], be
 
 
 def _nll(pieces: Iterator[torch.Tensor], targets_P: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of fp32 logits that come in pieces along P, float64 [P] on the CPU."""
+    """Return the cross entropy of fp32 logits given in pieces along P, float64 [P] on the CPU."""
     out, at = [], 0
     for logits in pieces:
         targets = targets_P[at : at + len(logits)].to(logits.device)

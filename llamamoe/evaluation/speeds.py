@@ -1,4 +1,4 @@
-"""One model's speed: prompts are read and tokens decoded again and again, and the medians kept."""
+"""Measure one model's speed: medians of repeated prefills and decoding steps."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Speed:
 
     Attributes:
         batch_size: Sequences that run together.
-        prefill_seconds: Of reading the prompts.
-        decode_seconds: Of one further token of every sequence.
-        prefill_tokens_per_second: Prompt tokens of all sequences by that time.
-        decode_tokens_per_second: Sequences by the time of a step.
-        spread: Largest over smallest decode time of the repeats: how far the machine was at rest.
+        prefill_seconds: Time of reading the prompts.
+        decode_seconds: Time of one further token of every sequence.
+        prefill_tokens_per_second: Prompt tokens of all sequences divided by that time.
+        decode_tokens_per_second: Sequences divided by the time of a step.
+        spread: Largest over smallest decode time of the repeats, which shows how idle the machine was.
     """
 
     batch_size: int
@@ -38,18 +38,18 @@ class Speed:
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """One model.
+    """The speed of one model.
 
     Attributes:
         name: The model.
-        dtype: What its weights were held in.
-        experts_implementation: How transformers ran its experts; None for a dense model.
-        flops_per_token: Of a forward pass, by active parameters, attention scores left out.
-        prefill_flops_per_token: The same of a prompt, for which the head runs once at its end.
-        active_bytes: Weights that one token's decoding reads: active parameters without the embedding table.
-        memory_bytes: What the model takes: of the process, after all runs, above that before it was loaded; of a GPU the
-            peak, caches and activations included.
-        speeds: By batch size.
+        dtype: Dtype of its weights.
+        experts_implementation: Implementation of its experts in transformers; None for a dense model.
+        flops_per_token: Operations of a forward pass, by active parameters, without attention scores.
+        prefill_flops_per_token: The same for a prompt, where the head runs once at its end.
+        active_bytes: Bytes of weights that decoding one token reads: active parameters without the embedding table.
+        memory_bytes: Memory of the model: on a CPU the growth of the process from before loading to after all runs; on
+            a GPU the peak, caches and activations included.
+        speeds: Speeds by batch size.
     """
 
     name: str
@@ -64,7 +64,7 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class SpeedRun:
-    """How everything is measured."""
+    """The settings of a measurement."""
 
     prompt_tokens: int
     new_tokens: int
@@ -80,7 +80,7 @@ class SpeedRun:
         implementation: str | None,
         tell: Callable[[str], None],
     ) -> ModelSpeed:
-        """One model at every batch size."""
+        """Measure one model at every batch size."""
         before = _memory(self.device)
         model = load_weights(side, self.dtype, self.device)
         mixture = inspection.experts is not None
@@ -88,7 +88,7 @@ class SpeedRun:
         width = model.dtype.itemsize
         active = sum(n for part, n in inspection.cost.active.items() if part != "embedding")
         if inspection.tied:
-            active += inspection.cost.active["embedding"]  # the table is the head, too
+            active += inspection.cost.active["embedding"]  # the table is also the head
         speeds = []
         with torch.inference_mode():
             for size in sizes:
@@ -125,7 +125,7 @@ class SpeedRun:
         )
 
     def _once(self, model: Any, ids_BT: torch.Tensor) -> tuple[float, float]:
-        """Seconds of the prefill, and of one step of decoding."""
+        """Return the seconds of the prefill, and of one decoding step."""
         started = self._now()
         out = model(ids_BT, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
@@ -142,14 +142,14 @@ class SpeedRun:
 
 
 def _prefill_flops(inspection: Inspection, prompt_tokens: int) -> float:
-    """Operations of a prompt's token: of the head, which is the embedding table if it is tied, only its share of one."""
+    """Return the operations per prompt token, with the head (or tied embedding) counted once per prompt."""
     active = inspection.cost.active
     head = 2 * active["embedding" if inspection.tied else "head"]
     return inspection.cost.flops_per_token - head * (1 - 1 / prompt_tokens)
 
 
 def _choose_experts(model: Any, implementation: str | None) -> str | None:
-    """Let the experts run so; the name of how they do."""
+    """Set the implementation of the experts; return its name."""
     if implementation is not None:
         from ..models.experts import register_experts
 
@@ -158,7 +158,7 @@ def _choose_experts(model: Any, implementation: str | None) -> str | None:
             model.set_experts_implementation(implementation)
         except (ValueError, KeyError) as error:
             raise UsageError(
-                f"'{implementation}' is not a way to run experts: {str(error).splitlines()[0]}",
+                f"'{implementation}' is not an implementation of experts: {str(error).splitlines()[0]}",
                 hint="Try grouped_mm, batched_mm, eager, llamamoe_auto, llamamoe_masked or llamamoe_sorted.",
             ) from error
     found: str | None = getattr(model.config, "_experts_implementation", None)
@@ -166,18 +166,18 @@ def _choose_experts(model: Any, implementation: str | None) -> str | None:
 
 
 def _prompts(tokenizer: Any, size: int, length: int, vocab_size: int) -> torch.Tensor:
-    """int64 ``[B, T]``: the text again and again, each sequence begun at another place."""
+    """Return int64 ``[B, T]``: the repeated text, each sequence starting at another place."""
     from ..conversion.verify_runs import RECEIPT_TEXT
 
     ids = torch.tensor(tokenizer(RECEIPT_TEXT, add_special_tokens=False)["input_ids"])
     if len(ids) == 0 or int(ids.max()) >= vocab_size:
-        raise LlamaMoeError("the tokenizer does not suit the model: it makes ids that the model does not have.")
+        raise LlamaMoeError("the tokenizer does not suit the model: it produces ids that the model lacks.")
     rows = [(torch.arange(length) + row * 17) % len(ids) for row in range(size)]
     return ids[torch.stack(rows)]
 
 
 def _memory(device: str, *, peak: bool = False) -> int:
-    """Bytes in use: of the device if it is a GPU (``peak``: the most since the last call without), else of the process."""
+    """Return the bytes in use on a GPU (``peak``: the maximum since the last call without it), else by the process."""
     gc.collect()
     if device.startswith("cuda"):
         if peak:

@@ -1,4 +1,4 @@
-"""Scores of benchmark tasks from the harness's answers, and a paired test between two models' answers."""
+"""Compute scores of benchmark tasks from the harness's answers, with a paired test between two models."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "mc2", "word_perplexity", "perplexity", "bits_per_byte")
-"""Metrics that are shown, of several of one task all; others are left to the harness's own output."""
+"""Metrics that are shown, all of them if a task has several; others are only in the harness's own output."""
 PAIRED = frozenset({"acc_norm", "acc", "exact_match", "mc2"})
-"""Metrics that are means over questions: only of those is a difference the mean of the questions' differences."""
+"""Metrics that are means over questions, for which a difference is the mean of the questions' differences."""
 Z_95 = 1.959963984540054
-"""Half a 95 % confidence interval, in standard errors."""
+"""Half-width of a 95 % confidence interval, in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class TaskScore:
     """One metric of one task.
 
     Attributes:
-        task: Its name; a group's parts are tasks of their own.
-        metric: As the harness calls it.
+        task: Its name; a group's parts are separate tasks.
+        metric: Its name in the harness.
         num_fewshot: Examples before each question.
-        questions: How many were asked.
-        value: The model's.
+        questions: Number of questions.
+        value: The model's value.
         stderr: Its standard error.
         against: The other model's, or None.
-        difference: Model minus other, question by question; None if there is no other, or the metric is no mean over
-            questions (a group that weighs its parts alike).
+        difference: Model minus other, question by question; None if there is no other, or the metric is not a mean over
+            questions (a group that weights its parts equally).
         difference_stderr: Standard error of that mean of pairs.
         interval: Its 95 % confidence interval (normal approximation).
     """
@@ -47,7 +47,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the harness found of one model."""
+    """The harness's results for one model."""
 
     dtype: str
     results: dict[str, dict[str, Any]]
@@ -77,7 +77,7 @@ def _score(
     theirs = {} if other is None or metric not in PAIRED else _samples(other, task, metric, kind)
     pairs = [(value, theirs[key]) for key, value in mine.items() if key in theirs]
     if pairs and abs(sum(a for a, _ in pairs) / len(pairs) - value) > 1e-6:
-        pairs = []  # no plain mean over these questions
+        pairs = []  # not a plain mean over these questions
     mean, error = _paired(pairs)
     return TaskScore(
         task=task,
@@ -94,7 +94,7 @@ def _score(
 
 
 def _samples(found: Mapping[str, Any], task: str, metric: str, kind: str) -> dict[tuple[str, int], float]:
-    """The metric of every question, by part and number; of a group that of all its parts, groups among them."""
+    """Return the metric of every question, by part and number; for a group, those of all its parts, recursively."""
     values = {}
     for part in _leaves(found.get("group_subtasks", {}), task):
         for sample in found.get("samples", {}).get(part, ()):
@@ -105,13 +105,13 @@ def _samples(found: Mapping[str, Any], task: str, metric: str, kind: str) -> dic
 
 
 def _leaves(groups: Mapping[str, Sequence[str]], task: str) -> list[str]:
-    """The tasks below a group; a task is its own."""
+    """Return the tasks below a group; a task is its own only one."""
     parts = [part for part in groups.get(task) or () if part != task]
     return [leaf for part in parts for leaf in _leaves(groups, part)] if parts else [task]
 
 
 def _paired(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
-    """Mean of the differences and its standard error; None where there are no (fewer than two) pairs."""
+    """Return the mean of the differences and its standard error; None where there are no (fewer than two) pairs."""
     if not pairs:
         return None, None
     gaps = [a - b for a, b in pairs]

@@ -1,4 +1,4 @@
-"""``llamamoe.evaluate_tasks``: benchmark tasks by lm-evaluation-harness, and a paired test between two models."""
+"""``llamamoe.evaluate_tasks``: run tasks of lm-evaluation-harness, with a paired test between two models."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class TaskRequest(BaseModel):
 
 
 def _requests(value: Any) -> Any:
-    """Names, or mappings with a number of examples."""
+    """Return requests from names, or from mappings with a number of examples."""
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list | tuple):
-        return value  # what it should be is said by pydantic
+        return value  # pydantic reports the error
     return [{"task": each} if isinstance(each, str) else each for each in value]
 
 
 class TaskRecipe(Recipe):
-    """Which tasks, and how."""
+    """The tasks to run, and their settings."""
 
     tasks: Annotated[tuple[TaskRequest, ...], BeforeValidator(_requests)] = Field(
         min_length=1, description="Names, or mappings {task: NAME, num_fewshot: N}."
     )
     include: tuple[str, ...] = Field((), description="Folders with tasks of your own, as YAML of the harness.")
-    limit: int | None = Field(None, ge=1, description="Questions of each task; null: all.")
+    limit: int | None = Field(None, ge=1, description="Maximum number of questions per task; null: all.")
 
 
 load_task_recipe = TaskRecipe.load
@@ -52,16 +52,16 @@ load_task_recipe = TaskRecipe.load
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """What was found.
+    """The result of an evaluation by tasks.
 
     Attributes:
         model: The model.
         against: The other one, or None.
-        dtype: What the weights were held in.
+        dtype: Dtype of the weights.
         harness: Version of lm-evaluation-harness.
-        limit: Questions of each task, or None for all.
-        scores: By task and metric.
-        failed: Tasks that could not be run, and why.
+        limit: Maximum number of questions per task, or None for all.
+        scores: Scores by task and metric.
+        failed: Tasks that could not be run, with the reason.
     """
 
     model: str
@@ -73,7 +73,7 @@ class TaskEvaluation:
     failed: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the result as JSON-compatible data."""
         return asdict(self)
 
 
@@ -88,10 +88,10 @@ def evaluate_tasks(
     device: str = "auto",
     progress: ProgressCallback = ignore_progress,
 ) -> TaskEvaluation:
-    """Ask a model, and another one the same, the questions of lm-evaluation-harness; one is in memory at a time.
+    """Run tasks of lm-evaluation-harness on one or two models, with one in memory at a time.
 
-    Tasks whose data are on the hub are fetched by the harness; tasks of your own can be on disk (``include``). The
-    paired test takes questions as pairs, so that it sees differences that the two standard errors alone would hide.
+    Data on the hub are downloaded by the harness; your own tasks can be on disk (``include``). The
+    paired test compares question by question, so that it detects differences that two separate standard errors hide.
 
     Args:
         model: A folder, a ``.gguf`` file or a hub id.
@@ -101,13 +101,13 @@ def evaluate_tasks(
         batch_size: Requests that run together.
         dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: A torch device, or ``"auto"``.
-        progress: Told after every task.
+        progress: Called after every task.
 
     Raises:
         MissingExtraError: The harness is not installed (``pip install 'llamamoe[eval]'``).
-        UsageError: There is no such task, model or device.
-        LlamaMoeError: No task can be run; a task that alone cannot (its data cannot be fetched, for example) is told of in
-            the result.
+        UsageError: A task, model or device does not exist.
+        LlamaMoeError: No task can be run; a single failing task (for example, because its data cannot be downloaded) is
+            reported in the result.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm-eval", "eval", "Tasks of lm-evaluation-harness")
@@ -135,7 +135,7 @@ def evaluate_tasks(
 
 
 def _manager(recipe: TaskRecipe) -> Any:
-    """The harness's tasks, those of the recipe's folders too; every name is looked up before a model is loaded."""
+    """Return the harness's tasks and those of the recipe's folders, after checking every name."""
     for folder in recipe.include:
         if not Path(folder).expanduser().is_dir():
             raise UsageError(f"include: {folder} is not a folder.")
@@ -151,7 +151,7 @@ def _manager(recipe: TaskRecipe) -> Any:
 
 @dataclass(frozen=True)
 class _Run:
-    """How the questions are asked; ``failed`` fills."""
+    """The settings of a run; ``failed`` collects failures."""
 
     recipe: TaskRecipe
     manager: Any
@@ -162,7 +162,7 @@ class _Run:
     failed: dict[str, str] = field(default_factory=dict)
 
     def ask(self, side: Any) -> Answers:
-        """All tasks of one model."""
+        """Run all tasks on one model."""
         from lm_eval.models.huggingface import HFLM
 
         from ..models.loading import free_memory, load_weights
@@ -195,11 +195,11 @@ class _Run:
                 log_samples=True,
                 bootstrap_iters=1000,
             )
-        except Exception as error:  # data sets and tasks of others can fail in any way
+        except Exception as error:  # foreign data sets and tasks can fail in any way
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise LlamaMoeError(
                 f"the task {request.task!r} cannot be run: {lines[0]}",
-                hint="Its data may have to be fetched first (no network, or HF_HUB_OFFLINE is set?).",
+                hint="Its data may have to be downloaded first (is there a network, and is HF_HUB_OFFLINE unset?).",
             ) from error
         if found is None:
             raise LlamaMoeError("only the first process of a distributed run has results: start one process.")

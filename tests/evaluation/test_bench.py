@@ -63,7 +63,7 @@ def test_experts_run_as_asked(pair: tuple[Path, Path]) -> None:
         assert bench(pair[0], experts_implementation=name, **keys).model.experts_implementation == name  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="is a dense model"):
         bench(pair[1], experts_implementation="eager", **keys)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="not a way to run experts"):
+    with pytest.raises(UsageError, match="not an implementation of experts"):
         bench(pair[0], experts_implementation="magic", **keys)  # type: ignore[arg-type]
 
 

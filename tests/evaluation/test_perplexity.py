@@ -535,7 +535,7 @@ def test_text_too_short_to_score(no_bos, with_bos, tmp_path):
     got = evaluate(no_bos, [short])
     assert (got.skipped_documents, got.model.overall.documents) == (1, 1)
     short.write_text("\n")
-    with pytest.raises(LlamaMoeError, match="holds no document"):
+    with pytest.raises(LlamaMoeError, match="contains no document"):
         evaluate(no_bos, [short])
 
 
