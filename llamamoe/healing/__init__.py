@@ -1,1 +1,1 @@
-"""Layer-wise healing: each converted FFN and its router distilled from the parent's, one layer at a time."""
+"""Layer-wise healing: distil each converted FFN and its router from the parent's, one layer at a time."""

@@ -33,12 +33,12 @@ class NativeFfn:
 
     @property
     def selects_by_logits(self) -> bool:
-        """Whether scaling the router leaves its choices as they are: no correction bias, no groups of experts."""
+        """True if scaling the router keeps its choices: no correction bias, no groups of experts."""
         bias = self.moe.correction_bias
         return not (bias is not None and bool(bias.any())) and int(getattr(self.moe.router, "num_group", 1)) == 1
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Every parameter of the FFN, by its name in the decoder layer."""
+        """Return every parameter of the FFN by its name in the decoder layer."""
         return {
             f"{name}.{key}": parameter
             for name, module in self._modules()
@@ -46,7 +46,7 @@ class NativeFfn:
         }
 
     def trained(self, *, router: bool) -> dict[str, torch.nn.Parameter]:
-        """The parameters that healing moves: of experts and shared neurons, and of the router if it is to be."""
+        """Return the parameters to train: of experts and shared neurons, and of the router if requested."""
         rows = self.moe.router_NH
         return {
             name: parameter
@@ -55,7 +55,7 @@ class NativeFfn:
         }
 
     def outputs(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """The FFN's outputs ``[T, H]``, in the dtype of ``x_TH``: weights are rounded to it, gradients reach them."""
+        """Return the FFN's outputs ``[T, H]`` in the dtype of ``x_TH``, to which weights are rounded with gradients."""
         total: torch.Tensor | None = None
         for _, module in self._modules():
             weights = {
@@ -67,17 +67,17 @@ class NativeFfn:
         return total
 
     def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """float32 ``[T, N]``: the router's raw logits."""
+        """Return the router's raw logits, float32 ``[T, N]``."""
         return x_TH.float() @ self.moe.router_NH.float().T
 
     def to(self, device: torch.device) -> NativeFfn:
-        """Move the FFN; attention stays behind."""
+        """Move the FFN; attention is not moved."""
         for _, module in self._modules():
             module.to(device)
         return self
 
     def shared_outputs(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """What the FFN puts out beside its routed experts, ``[T, H]``."""
+        """Return the FFN's outputs without its routed experts, ``[T, H]``."""
         _, weights_Tk, indices_Tk = self.moe.router(x_TH)
         routed: torch.Tensor = self.moe.experts(x_TH, indices_Tk, weights_Tk)
         return self.outputs(x_TH) - routed
@@ -87,10 +87,10 @@ class NativeFfn:
         self.moe = renormalise(self.model, [self.moe])[0]
 
     def stored(self, names: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-        """What the files hold: tensors of the layer by name, contiguous, on the CPU.
+        """Return the layer's tensors as the files hold them: by name, contiguous, on the CPU.
 
         Args:
-            names: The names to give, with their dtypes.
+            names: Names of the tensors, with their dtypes.
         """
         state = {f"model.layers.0.{name}": value.detach() for name, value in self.parameters().items()}
         reverted = transformers.core_model_loading.revert_weight_conversion(self.model, state)
@@ -111,13 +111,13 @@ def load_ffn(
     """Build one layer's FFN from a checkpoint's tensors.
 
     Args:
-        plan: What is known of the checkpoint.
+        plan: The plan of the checkpoint.
         layer: Index of the layer.
-        read: Gives a tensor by its name in the files.
+        read: Returns a tensor by its name in the files.
         keys: Configuration keys that replace the checkpoint's.
 
     Raises:
-        VerificationError: Transformers misses a tensor or does not know one.
+        VerificationError: Transformers reports a missing or unexpected tensor.
     """
     prefix = f"model.layers.{layer}."
     names = [name for name in plan.checkpoint.tensors if name.startswith(prefix)]
@@ -125,7 +125,7 @@ def load_ffn(
     config = streamed._keys() | dict(keys or {}) | plan.target.one_layer(dense=False)
     config |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
     hidden = config["hidden_size"]
-    # copies: what is read may be mapped from the file, and training in place would change it for every later reader
+    # copies, because a tensor may be mapped from the file and training in place would change it for later readers
     tensors = {"model.layers.0." + name.removeprefix(prefix): read(name).to(torch.float32, copy=True) for name in names}
     tensors |= {name: torch.zeros(8, hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     tensors["model.norm.weight"] = torch.ones(hidden)

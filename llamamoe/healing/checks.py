@@ -1,4 +1,4 @@
-"""What `heal` looks for in the weights before it begins. Imported by running code only: it reads tensors."""
+"""Check weights before `heal` starts. Reads tensors, so it is not imported by plans."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .plan import HealPlan
 
 
 def hard_layers(plan: HealPlan) -> list[int]:
-    """The layers whose routers are so small that selected experts count the same. Reads routers and norms only."""
+    """Return the layers with hard routers, whose experts get equal weights. Reads routers and norms only."""
     found = []
     for layer in plan.layers:
         rows_NH = plan.checkpoint.read(plan.router_name(layer))
@@ -22,10 +22,10 @@ def hard_layers(plan: HealPlan) -> list[int]:
 
 
 def renormalises(plan: HealPlan) -> bool:
-    """Whether the routers must be made to renormalise before they are scaled up.
+    """Return whether routers must be made to renormalise before they are scaled up.
 
     Raises:
-        RefusedError: Some are to be scaled up and others are not, so that no one configuration is right for all.
+        RefusedError: Only some must be scaled up, so that no single configuration is right for all.
     """
     plain = plan.checkpoint.config.get("norm_topk_prob") is False
     hard = hard_layers(plan) if plain and plan.recipe.router == "trained" else []
@@ -41,7 +41,7 @@ def renormalises(plan: HealPlan) -> bool:
 
 
 def differences(plan: HealPlan) -> Iterator[str]:
-    """Warn if MODEL's norms and attention are not its parent's: its FFNs then see other inputs than they are trained on."""
+    """Warn if MODEL's norms and attention differ from its parent's, so that its FFNs get other inputs."""
     other = []
     for layer in range(plan.num_layers):
         for part in ("input_layernorm", "post_attention_layernorm", "self_attn.o_proj"):
@@ -53,6 +53,6 @@ def differences(plan: HealPlan) -> Iterator[str]:
                 break
     if other:
         yield (
-            f"norms or attention of {len(other)} layers are not the parent's, the first is layer {other[0]}: MODEL was "
-            "trained, and layers are healed on hidden states that are not its own"
+            f"norms or attention of {len(other)} layers differ from the parent's, the first is layer {other[0]}: MODEL was "
+            "trained, and layers are healed on hidden states that differ from its own"
         )

@@ -1,7 +1,7 @@
-"""``llamamoe.heal``: the layers of a converted checkpoint, each distilled from its dense parent's, into a new checkpoint.
+"""``llamamoe.heal``: distil each layer of a converted checkpoint from its dense parent's, into a new checkpoint.
 
-The dense parent walks over the text once; what each of its FFNs sees and puts out is what the converted FFN of the same
-layer is trained on. So layers do not depend on one another: several processes share them, and a stopped run goes on
+The dense parent runs over the text once; inputs and outputs of each of its FFNs are the data on which the converted
+FFN of the same layer is trained. So layers are independent: several processes share them, and a stopped run continues
 with those that are missing.
 """
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HealResult:
-    """What healing left.
+    """The result of healing.
 
     Attributes:
-        out: The folder.
-        plan: What was done.
+        out: The output folder.
+        plan: The executed plan.
         receipt: The content of ``llamamoe_heal.json``.
-        warnings: The plan's, the text's, and what showed while the weights were read.
+        warnings: Warnings of the plan, the text, and those found while reading weights.
     """
 
     out: Path
@@ -64,25 +64,25 @@ def heal(
 ) -> HealResult:
     """Distil every converted FFN and its router from the parent's on text, layer by layer, before any other training.
 
-    In memory are one decoder layer, its optimiser's states, and its inputs and outputs on the text (in mapped files if
+    Memory holds one decoder layer, its optimiser's states, and its inputs and outputs on the text (in mapped files if
     they are large). Under ``torchrun`` rank r heals the layers l with ``l % world == r``; the first one writes.
 
     Args:
         model: A converted checkpoint: a folder, or a hub id.
-        out: The folder to make, a checkpoint like ``model``; it must not exist or be empty.
-        recipe: How to train, and on which text.
+        out: The folder to create, a checkpoint like ``model``; it must not exist or be empty.
+        recipe: Training settings and text.
         parent: The dense checkpoint that ``model`` was made from: folder, ``.gguf`` file or hub id.
-        resume: Finish what an earlier call with the same arguments began; the result has the same bytes.
-        force: Replace ``out`` if it holds a healed checkpoint, and drop what an earlier call began.
-        progress: Told after every layer.
+        resume: Finish a stopped call with the same arguments; the result is byte-identical.
+        force: Replace ``out`` if it holds a healed checkpoint, and discard the work of a stopped call.
+        progress: Called after every layer.
 
     Returns:
-        What was done; of several processes each returns the same.
+        The result; each of several processes returns the same.
 
     Raises:
-        RefusedError: Nothing was written; the message says why and the way out.
-        UsageError: The text or a device is not there; nothing was written.
-        LlamaMoeError: A layer's error is no longer finite, or writing failed; ``resume`` goes on.
+        RefusedError: Healing is refused and nothing was written; the message has reason and remedy.
+        UsageError: The text or a device does not exist; nothing was written.
+        LlamaMoeError: A layer's error is no longer finite, or writing failed; ``resume`` continues.
     """
     from .ranks import joined
 
@@ -157,7 +157,7 @@ class _Healing:
             vocab_size=self.plan.dense.spec.vocab_size,
         )
         if len(text.ids_ST) < 2:
-            raise UsageError("the text is one sequence, but some must be held out.", hint="Give more text.")
+            raise UsageError("the text is one sequence, but at least one must be held out.", hint="Give more text.")
         return text
 
     def _writer(self, text: CalibrationText, *, resume: bool, restart: bool) -> CheckpointWriter:
@@ -179,11 +179,11 @@ class _Healing:
         )
 
     def _computed(self) -> dict[str, Any]:
-        """Where and in which dtype, whatever the number of the device."""
+        """Return kind of device and dtype, without the number of the device."""
         return self.compute.to_json() | {"device": self.compute.device.type}
 
     def _fingerprint(self, text: CalibrationText) -> str:
-        """Changes whenever a resumed run would write other bytes."""
+        """Return a hash that changes whenever a resumed run would write other bytes."""
         facts = [
             "heal",
             __version__,
@@ -200,6 +200,6 @@ class _Healing:
     def _remarks(self) -> Iterator[str]:
         if self.renormalised:
             yield (
-                "routers are switched to weights that sum to one, because trained ones must not change the size of the "
-                "routed sum: a runtime that ignores norm_topk_prob (llama.cpp for qwen2_moe) computes something else"
+                "routers are switched to weights that sum to one, because trained ones must not change the scale of the "
+                "routed sum: a runtime that ignores norm_topk_prob (llama.cpp for qwen2_moe) computes a different function"
             )

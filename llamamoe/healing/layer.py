@@ -1,4 +1,4 @@
-"""One layer from beginning to end: built, measured, trained, measured again as it is stored, kept or left."""
+"""Heal one layer: build, measure and train it, measure it again as stored, and keep or discard the result."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .train_layer import LayerTask, layer_error, start_router, train_layer
 
 @dataclass(frozen=True)
 class HealedLayer:
-    """What is to be written of one layer.
+    """The result of healing one layer.
 
     Attributes:
-        tensors: By their names in the files; those that are not named stay as they are.
-        facts: For the receipt.
+        tensors: Changed tensors by their names in the files.
+        facts: Facts for the receipt.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -32,7 +32,7 @@ class HealedLayer:
 
 
 def parent_outputs(inputs: LayerInputs, ffn: FfnWeights, dtype: torch.dtype, path: Path | None) -> torch.Tensor:
-    """``[T, H]`` of a dtype on the CPU: what the parent's FFN makes of the inputs; in a mapped file if there is a path."""
+    """Return the outputs of the parent's FFN, ``[T, H]`` of a dtype on the CPU; in a mapped file if given a path."""
     shape = (inputs.num_tokens, inputs.x_TH.shape[1])
     if path is None:
         aims_TH = torch.empty(shape, dtype=dtype)
@@ -45,13 +45,13 @@ def parent_outputs(inputs: LayerInputs, ffn: FfnWeights, dtype: torch.dtype, pat
 
 
 def stored_ffn(plan: HealPlan, layer: int, tensors: Mapping[str, torch.Tensor], *, renormalised: bool) -> NativeFfn:
-    """The layer's FFN as the files will hold it.
+    """Return the layer's FFN as the files will hold it.
 
     Args:
-        plan: What is healed.
+        plan: The plan.
         layer: Index of the layer.
-        tensors: What takes the place of the checkpoint's own tensors.
-        renormalised: Whether the configuration is changed so.
+        tensors: Tensors that replace the checkpoint's own.
+        renormalised: Whether the configuration changes to renormalising.
     """
 
     def read(name: str) -> torch.Tensor:
@@ -61,12 +61,12 @@ def stored_ffn(plan: HealPlan, layer: int, tensors: Mapping[str, torch.Tensor], 
 
 
 def heal_layer(plan: HealPlan, task: LayerTask, *, renormalised: bool) -> HealedLayer:
-    """Train one layer; leave it as it was if that did not lower the error on the held-out tokens.
+    """Train one layer; leave it unchanged if that did not lower the error on the held-out tokens.
 
     Args:
-        plan: What is healed.
-        task: The layer's inputs and aims.
-        renormalised: Make the router's weights sum to one.
+        plan: The plan.
+        task: The layer's inputs and targets.
+        renormalised: Whether to make the router's weights sum to one.
 
     Raises:
         LlamaMoeError: The error is no longer finite.
@@ -93,7 +93,7 @@ def heal_layer(plan: HealPlan, task: LayerTask, *, renormalised: bool) -> Healed
     better = math.isfinite(after) and (after < before or not math.isfinite(before))
     facts["kept"] = better
     if not better:
-        facts["note"] = "healing did not lower the error on held-out tokens, so the layer is left as it was"
+        facts["note"] = "healing did not lower the error on held-out tokens, so the layer is left unchanged"
     facts = {
         key: value if not isinstance(value, float) or math.isfinite(value) else None for key, value in facts.items()
     }

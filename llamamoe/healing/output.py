@@ -1,4 +1,4 @@
-"""What stands beside the healed weights: configuration, recipe, card and receipt; and what OUT may be."""
+"""Write the files beside healed weights: configuration, recipe, card and receipt; and check OUT."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ _ROOM = 64 * 2**20
 
 
 def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
-    """Refuse an OUT that would harm something, or for which there is no room.
+    """Refuse an OUT that would harm existing files, or for which there is no room.
 
     Raises:
-        RefusedError: See `llamamoe.checkpoint.out_folder.check_out`; with ``force`` a checkpoint of ours may be replaced.
+        RefusedError: See `llamamoe.checkpoint.out_folder.check_out`; with ``force`` a checkpoint by llamamoe may be
+            replaced.
     """
     for source in (plan.model.path, plan.parent.path):
         check_out(out, source, force=force)
@@ -46,13 +47,13 @@ def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
 
 
 def _mark_finished(partial: Path) -> None:
-    """Own up to a folder that a kill left between the end of its ledger and its new name: it begins again."""
+    """Mark a folder that a kill left after the end of its ledger and before the rename as ours: it starts again."""
     if partial.is_dir() and not partial.is_symlink() and (partial / HEAL_RECEIPT_FILE).is_file():
         open_append(partial / LEDGER).close()
 
 
 def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], tokenizer: Any | None) -> None:
-    """Everything but weights and receipt."""
+    """Write everything but weights and receipt."""
     if (plan.checkpoint.path / INDEX).is_file():
         copy_file(plan.checkpoint.path / INDEX, folder / INDEX)
     write_text(folder / "config.json", json.dumps(healed_config(plan, receipt), indent=2, ensure_ascii=False) + "\n")
@@ -63,7 +64,7 @@ def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], t
 
 
 def healed_config(plan: HealPlan, receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """MODEL's configuration with both spellings of rope, the router's change if there is one, and where it comes from."""
+    """Return MODEL's configuration with both spellings of rope, the router's change if any, and its origin."""
     config = plan.checkpoint.config | config_of(plan, renormalised=receipt["renormalised"])
     config |= missing_keys(config)
     block = rescaled_block(config.get("llamamoe") or {}, **factors_of(plan, renormalised=receipt["renormalised"]))
@@ -83,7 +84,7 @@ def healed_config(plan: HealPlan, receipt: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def healed_card(plan: HealPlan, receipt: Mapping[str, Any]) -> str:
-    """MODEL's card, what it said of exactness taken back, and a section about the healing."""
+    """Return MODEL's card without its claim of exactness, and with a section about the healing."""
     card = read_card(plan.checkpoint.path).rstrip() or f"# {plan.model.name}"
     card = re.sub(
         r"(?ms)^## Is it the same model\?\n.*?(?=^## |\Z)",
@@ -96,7 +97,7 @@ def healed_card(plan: HealPlan, receipt: Mapping[str, Any]) -> str:
     errors = receipt["error"]
     rows = [
         f"| {layer['layer']} | {_number(layer['error_before'])} | {_number(layer['error_after'])} | "
-        f"{'' if layer['kept'] else 'left as it was'} |"
+        f"{'' if layer['kept'] else 'unchanged'} |"
         for layer in receipt["layers"]
     ]
     return "\n".join([
@@ -106,8 +107,8 @@ def healed_card(plan: HealPlan, receipt: Mapping[str, Any]) -> str:
         "",
         f"`llamamoe heal MODEL OUT --parent PARENT --recipe {HEAL_RECIPE_FILE}`",
         "",
-        f"llamamoe {__version__} trained the FFN of every converted layer on what the dense parent "
-        f"`{plan.parent.name}` makes of the same inputs, {receipt['tokens']['trained']:,} tokens of text, "
+        f"llamamoe {__version__} trained the FFN of every converted layer on the outputs of the dense parent "
+        f"`{plan.parent.name}` for the same inputs,  {receipt['tokens']['trained']:,} tokens of text, "
         f"{plan.recipe.epochs} times each; routers were {plan.recipe.router}. "
         f"Error of the layers on {receipt['tokens']['held_out']:,} held-out tokens, relative to the parent's outputs: "
         f"{_number(errors['before'])} before, {_number(errors['after'])} after (mean).",
@@ -133,7 +134,7 @@ def make_receipt(
     weights_sha256: str,
     warnings: tuple[str, ...],
 ) -> dict[str, Any]:
-    """The content of ``llamamoe_heal.json`` without what differs from run to run."""
+    """Return the content of ``llamamoe_heal.json`` without facts that differ between runs."""
     sequences, length = text["sequences"], text["length"]
     held_out = plan.held_out_of(sequences) * length
     pairs = [

@@ -1,4 +1,4 @@
-"""What `heal` is to do: two checkpoints, a recipe, and what follows from them in names, sizes and costs."""
+"""Plan `heal` from two checkpoints and a recipe: names, sizes and costs."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from ..models.loadable import check_counts
 from .recipe import HealRecipe
 
 FROZEN = ("e_score_correction_bias", "shared_expert_gate")
-"""Parts of names of parameters that are left alone: a bias of the selection, and a gate that is fixed at one half."""
+"""Parts of names of parameters that are not trained: a bias of the selection, and a gate fixed at one half."""
 ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router\.layer)\.weight$")
 _FFN = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|shared_mlp)\.")
 
 
 @dataclass(frozen=True)
 class HealPlan:
-    """A converted checkpoint, the dense one that it was made from, and how the one is brought near the other.
+    """The plan of healing a converted checkpoint with the dense one that it was made from.
 
     Attributes:
-        model: Where the converted checkpoint is.
-        checkpoint: It, opened.
-        parent: Where the dense one is.
-        dense: It, understood.
+        model: Location of the converted checkpoint.
+        checkpoint: The opened converted checkpoint.
+        parent: Location of the dense checkpoint.
+        dense: The dense model.
         target: The converted one's architecture.
-        recipe: How to train.
+        recipe: Training settings.
         layers: The layers that have experts, ascending.
-        length: Tokens of a sequence.
+        length: Tokens per sequence.
         warnings: Sentences for the user.
     """
 
@@ -82,24 +82,24 @@ class HealPlan:
         return max(sizes, key=sizes.__getitem__)
 
     def router_name(self, layer: int) -> str:
-        """The router's tensor in the files."""
+        """Return the name of the router's tensor in the files."""
         return next(n for n in self.checkpoint.tensors if (found := ROUTER.match(n)) and int(found[1]) == layer)
 
     def trained_names(self, layer: int) -> list[str]:
-        """The tensors of a converted layer that are written anew."""
+        """Return the names of a converted layer's tensors that are rewritten."""
         kept = (*FROZEN, self.router_name(layer)) if self.recipe.router == "frozen" else FROZEN
         return [name for name in self.layer_names(layer) if _FFN.match(name) and not any(part in name for part in kept)]
 
     def layer_names(self, layer: int) -> list[str]:
-        """All tensors of a layer, in the order of the files."""
+        """Return the names of all tensors of a layer, in the order of the files."""
         return [name for name in self.checkpoint.tensors if name.startswith(f"model.layers.{layer}.")]
 
     def outer_names(self) -> list[str]:
-        """The tensors that belong to no layer."""
+        """Return the names of the tensors that belong to no layer."""
         return [name for name in self.checkpoint.tensors if not name.startswith("model.layers.")]
 
     def shards(self) -> Shards:
-        """The files to write: those of the converted checkpoint, tensor for tensor."""
+        """Return the files to write, with the same tensors as the converted checkpoint's."""
         found: Shards = {}
         for name, info in self.checkpoint.tensors.items():
             found.setdefault(info.file.name, {})[name] = (info.dtype, info.shape, info.nbytes)
@@ -114,12 +114,12 @@ class HealPlan:
 
     @property
     def trained_parameters(self) -> int:
-        """Of one converted layer."""
+        """Trained parameters of one converted layer."""
         return sum(self.checkpoint.tensors[name].numel for name in self.trained_names(self.layers[0]))
 
     @property
     def active_parameters(self) -> int:
-        """Of these, those that one token uses."""
+        """Trained parameters of one converted layer that one token uses."""
         routed = sum(
             self.checkpoint.tensors[name].numel
             for name in self.trained_names(self.layers[0])
@@ -129,32 +129,32 @@ class HealPlan:
 
     @property
     def held_out_tokens(self) -> int:
-        """Of the most tokens of text: whole sequences, at least one."""
+        """Held-out tokens of the maximum amount of text: whole sequences, at least one."""
         return self.held_out_of(self.recipe.tokens // self.length) * self.length
 
     def held_out_of(self, sequences: int) -> int:
-        """How many of so many sequences are held out."""
+        """Return how many of a number of sequences are held out."""
         return min(max(1, round(sequences * self.recipe.held_out)), sequences - 1)
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of one layer, at most."""
+        """Maximum number of optimiser steps of one layer."""
         tokens = self.recipe.tokens // self.length * self.length - self.held_out_tokens
         return (self.recipe.epochs + self.recipe.competitive_epochs) * max(1, tokens // self.recipe.batch)
 
     @property
     def state_bytes(self) -> int:
-        """Of the hidden states: two residual streams in float32."""
+        """Size of the hidden states: two residual streams in float32."""
         return 2 * 4 * self.recipe.tokens * self.dense.spec.hidden_size
 
     @property
     def states_in_files(self) -> bool:
-        """Whether hidden states, inputs and aims lie in memory-mapped files."""
+        """True if hidden states, inputs and targets are in memory-mapped files."""
         return self.state_bytes > MEMORY_BYTES
 
     @property
     def peak_bytes(self) -> int:
-        """Estimate of the memory that one process needs at most, beyond torch itself."""
+        """Estimate of the peak memory of one process, beyond torch itself."""
         spec, cached = self.dense.spec, 2 * self.state_bytes
         weights = (
             4 * 6 * self.trained_parameters
@@ -163,7 +163,7 @@ class HealPlan:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of everything: the parent's walk, and training all layers."""
+        """Floating-point operations of the parent's walk and the training of all layers."""
         shapes = layer_shapes(self.dense.spec)
         walk = 2 * sum(math.prod(shape) for shape in shapes.values()) * 2  # the FFN runs again for its outputs
         train = 6 * self.active_parameters * (self.recipe.epochs + self.recipe.competitive_epochs)
@@ -175,7 +175,7 @@ class HealPlan:
         return self.flops / REFERENCE_FLOPS
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the plan as JSON-compatible data."""
         return {
             "model": self.model.name,
             "parent": self.parent.name,
@@ -200,7 +200,7 @@ class HealPlan:
 
 
 def config_of(plan: HealPlan, *, renormalised: bool) -> dict[str, Any]:
-    """Configuration keys that change: a router whose weights are made to sum to one."""
+    """Return the configuration keys that change if a router's weights are made to sum to one."""
     config = plan.checkpoint.config
     if not renormalised:
         return {}
@@ -211,22 +211,22 @@ def config_of(plan: HealPlan, *, renormalised: bool) -> dict[str, Any]:
 
 
 def factors_of(plan: HealPlan, *, renormalised: bool) -> dict[str, float]:
-    """What that change multiplies, for `llamamoe.architectures.expert_weighting.rescaled_block`."""
+    """Return the factors of that change, for `llamamoe.architectures.expert_weighting.rescaled_block`."""
     if not renormalised:
         return {}
     return renormalising(sigmoid=plan.target.scaling_knob, num_experts=plan.num_experts, top_k=plan.top_k)
 
 
 _IN_MEMORY = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
-"""How transformers 5 names experts in memory; no architecture here names them so in files."""
+"""Names of experts in the memory of transformers 5, which no supported architecture uses in files."""
 
 
 def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> HealPlan:
-    """What `heal` would do; reads headers only and writes nothing. For the arguments see `llamamoe.heal`.
+    """Return the plan of `heal`, reading headers only and writing nothing. For the arguments see `llamamoe.heal`.
 
     Raises:
-        RefusedError: One of the two is not what it must be, or they do not belong together; every reason is named.
-        UsageError: The text is not there, or the recipe does not suit the models.
+        RefusedError: A checkpoint is unsuitable, or they do not belong together; the message names every reason.
+        UsageError: The text does not exist, or the recipe does not suit the models.
     """
     place, origin = locate_folder(model), locate(parent)
     checkpoint = SafetensorsCheckpoint(place.path)
@@ -251,7 +251,7 @@ def _target(checkpoint: SafetensorsCheckpoint) -> Target:
     if name not in known:
         raise CheckpointError(
             f"MODEL: model_type {name!r} is not a mixture of experts that can be healed.",
-            hint=f"Convert the dense model first (llamamoe split). Known: {', '.join(known)}.",
+            hint=f"Convert the dense model first (llamamoe split). Supported: {', '.join(known)}.",
         )
     fused = next((n for n in checkpoint.tensors if _IN_MEMORY.search(n)), None)
     if fused is not None:
@@ -263,7 +263,7 @@ def _target(checkpoint: SafetensorsCheckpoint) -> Target:
 
 
 def _check_fit(checkpoint: SafetensorsCheckpoint, dense: DenseModel, layers: tuple[int, ...]) -> None:
-    """Refuse two checkpoints of different sizes, with every difference."""
+    """Refuse two checkpoints of different sizes, naming every difference."""
     config, spec = checkpoint.config, dense.spec
     wanted = {
         "hidden_size": spec.hidden_size,
@@ -277,7 +277,7 @@ def _check_fit(checkpoint: SafetensorsCheckpoint, dense: DenseModel, layers: tup
             f"MODEL was not made from this parent: {'; '.join(wrong)}.", hint="Give its own parent with --parent."
         )
     if not layers or layers[-1] >= spec.num_layers:
-        raise CheckpointError("MODEL's files hold no routers where its architecture has them.")
+        raise CheckpointError("MODEL's files lack the routers of its architecture.")
 
 
 def _check_dtypes(plan: HealPlan) -> None:
@@ -290,9 +290,9 @@ def _check_dtypes(plan: HealPlan) -> None:
 
 
 def _router(recipe: HealRecipe, checkpoint: SafetensorsCheckpoint) -> str:
-    """What ``auto`` means: a router that was fitted on text chooses well, and training it by gradient only spoils that.
+    """Resolve ``auto``: a router fitted on text already selects well, and training it by gradient makes it worse.
 
-    Random and unknown routers have all to learn, and soft ones were trained already.
+    Random and unknown routers must learn everything, and soft ones were already trained.
     """
     if recipe.router != "auto":
         return recipe.router
@@ -312,4 +312,4 @@ def _length(recipe: HealRecipe, dense: DenseModel) -> int:
 
 def _warnings(plan: HealPlan) -> Iterator[str]:
     if plan.recipe.tokens < 16 * plan.recipe.batch:
-        yield f"{plan.recipe.tokens} tokens are {plan.steps} steps a layer: more --tokens, more epochs or a smaller batch"
+        yield f"{plan.recipe.tokens} tokens give {plan.steps} steps per layer: use more --tokens, more epochs or a smaller batch"

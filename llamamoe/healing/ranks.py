@@ -1,7 +1,7 @@
-"""Several processes that heal one checkpoint: who they are, and how the first one gets what the others made.
+"""Coordinate several processes that heal one checkpoint and pass finished layers to the first one.
 
-Imported by running code only. Processes are those of ``torchrun``; they speak over gloo, and hand layers over in files
-of the folder in which OUT is put together, so that a layer that one of them finished survives a kill.
+Not imported by plans. Processes are those of ``torchrun``; they communicate over gloo, and pass layers in files
+of the folder in which OUT is assembled, so that a finished layer survives a kill.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..lazy import dist, safetensors, torch
 
 T = TypeVar("T")
 TIMEOUT = timedelta(days=7)
-"""How long one process may train while the others wait; those that die are noticed at once."""
+"""Maximum time that processes wait for one that trains; processes that die are noticed at once."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all.
+    """The position of this process among all.
 
     Attributes:
         rank: Its number.
-        world: How many there are.
+        world: Number of processes.
         local_rank: Its number on this machine.
     """
 
@@ -39,11 +39,11 @@ class Ranks:
     local_rank: int = 0
 
     def takes(self, layer: int) -> bool:
-        """Whether this process heals the layer."""
+        """Return whether this process heals the layer."""
         return layer % self.world == self.rank
 
     def share(self, value: T) -> T:
-        """What the first process has, on all of them."""
+        """Return the first process's value in all of them."""
         if self.world == 1:
             return value
 
@@ -52,7 +52,7 @@ class Ranks:
         return box[0]
 
     def on_first(self, work: Callable[[], T]) -> T | None:
-        """Do something in the first process; an error of the user's there is raised in all of them.
+        """Call a function in the first process; its `LlamaMoeError` is raised in all of them.
 
         Returns:
             The result in the first process, None in the others.
@@ -70,29 +70,29 @@ class Ranks:
         return result
 
     def device(self, name: str) -> str:
-        """The device of the recipe, or this process's own GPU where the recipe names no number."""
+        """Return the device of the recipe, or this process's own GPU if the recipe names no number."""
         if self.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.world > 1:
             try:
                 dist.barrier()
             except RuntimeError as error:
                 raise LlamaMoeError(
                     f"another process stopped before its layers were healed ({str(error).splitlines()[0][:200]}).",
-                    hint="Its own message says why; --resume goes on with the layers that are missing.",
+                    hint="Its own message gives the reason; --resume continues with the missing layers.",
                 ) from None
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes that ``torchrun`` started, or this one alone.
+    """Join the processes that ``torchrun`` started, or use this one alone.
 
     Raises:
-        UsageError: The environment speaks of several processes, but they do not find one another.
+        UsageError: The environment names several processes, but they cannot connect.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -105,7 +105,7 @@ def joined() -> Iterator[Ranks]:
             dist.init_process_group("gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UsageError(
-                f"WORLD_SIZE is {world}, but the processes do not find one another ({str(error)[:200]}).",
+                f"WORLD_SIZE is {world}, but the processes cannot connect ({str(error)[:200]}).",
                 hint="Start them with: torchrun --nproc-per-node N -m llamamoe_cli heal ...",
             ) from None
     try:
@@ -119,7 +119,7 @@ class Handoff:
     """Finished layers of other processes, one file each.
 
     Args:
-        folder: Where they lie.
+        folder: Folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -129,7 +129,7 @@ class Handoff:
         return self.folder / f"layer.{layer}.safetensors"
 
     def holds(self, layer: int) -> bool:
-        """Whether the layer is there. A file that has its name is whole."""
+        """Return whether the layer is there. A file with its final name is complete."""
         return self._path(layer).is_file()
 
     def give(self, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Recipes of ``llamamoe heal``: which text, how much of it, and how the layers are trained."""
+"""Recipes of ``llamamoe heal``: text, its amount, and training settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _losses(value: Any) -> Any:
-    """Names and coefficients; names are looked up among those that a layer alone can be trained with."""
+    """Validate names and coefficients; only losses that suit a single layer are allowed."""
     from ..training.losses import LOSSES
 
     if not isinstance(value, Mapping):
@@ -32,7 +32,9 @@ class HealRecipe(Recipe):
     """Everything that decides what ``llamamoe heal`` writes."""
 
     text: Paths = Field(min_length=1, description="Text to distil on: files, folders or globs.")
-    tokens: int = Field(262144, ge=512, le=2**40, description="Most tokens of text, held-out ones included.")
+    tokens: int = Field(
+        262144, ge=512, le=2**40, description="Maximum number of tokens of text, held-out ones included."
+    )
     length: int | None = Field(
         None, ge=2, description="Tokens of one sequence; null: the parent's positions, at most 512."
     )
@@ -40,41 +42,41 @@ class HealRecipe(Recipe):
         None, min_length=1, description="Share of each domain in the text; null means equal shares."
     )
     held_out: float = Field(
-        0.1, gt=0, le=0.5, description="Share of the sequences that is not trained on: it measures each layer's error."
+        0.1, gt=0, le=0.5, description="Held-out share of the sequences, on which each layer's error is measured."
     )
     inputs: Literal["parent", "model"] = Field(
         "parent",
         description="Whose hidden states a layer is trained on: parent (layers are independent) or model (each layer "
-        "sees the errors of those before it, one after another).",
+        "gets the errors of those before it, one after another).",
     )
     epochs: int = Field(8, ge=1, le=1000, description="Sweeps over the tokens.")
     batch: int = Field(512, ge=1, description="Tokens per step.")
     lr: float = Field(0.05, gt=0, lt=1, description="Largest step of a weight, as a share of its root mean square.")
     router: Literal["auto", "trained", "frozen"] = Field(
         "auto",
-        description="Whether routers are trained, too. auto: frozen if they were fitted on text and are hard, else trained.",
+        description="Whether routers are also trained. auto: frozen if they were fitted on text and are hard, else trained.",
     )
     router_lr: float = Field(0.02, gt=0, lt=1, description="The same as lr, for routers.")
     router_std: float = Field(
-        0.25, gt=0, le=100, description="Standard deviation over experts that a trained router's logits begin with."
+        0.25, gt=0, le=100, description="Initial standard deviation over experts of a trained router's logits."
     )
     competitive_epochs: int = Field(
         0,
         ge=0,
         le=1000,
-        description="Sweeps in which the router alone learns which expert is nearest, before the rest.",
+        description="Initial sweeps in which only the router learns, namely which expert is nearest.",
     )
     losses: Annotated[dict[str, Rate], BeforeValidator(_losses)] = Field(
-        default_factory=dict, description="Losses on the routing beside the error, by name, with coefficients."
+        default_factory=dict, description="Additional losses on the routing by name, with coefficients."
     )
     weighting: Literal["none", "residual"] = Field(
         "residual", description="residual: errors count relative to the token's residual stream."
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="Dtype of large products; what is fitted is kept in float32."
+        None, description="Dtype of large products; trained weights are kept in float32."
     )
-    device: Device = Field("auto", description="Where it runs: auto (a GPU if there is one), cpu, cuda.")
+    device: Device = Field("auto", description="Device: auto (a GPU if there is one), cpu, cuda.")
 
     @model_validator(mode="after")
     def _consistent(self) -> HealRecipe:
@@ -86,7 +88,7 @@ class HealRecipe(Recipe):
         return self
 
     def deciding(self) -> dict[str, Any]:
-        """Return the keys that decide the result: all but the place of the text and where it runs."""
+        """Return the keys that decide the result: all but the path of the text and the device."""
         return self.model_dump(mode="json", exclude={"text", "device"})
 
 

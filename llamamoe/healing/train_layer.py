@@ -1,4 +1,4 @@
-"""One layer's healing: its native FFN trained on what the parent's FFN makes of the same inputs."""
+"""Train one layer: its native FFN on the outputs of the parent's FFN for the same inputs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .recipe import HealRecipe
 
 @dataclass(frozen=True)
 class LayerTask:
-    """What one layer is trained on.
+    """The training data and settings of one layer.
 
     Attributes:
-        inputs: What the FFN sees, sequence by sequence.
-        aims_TH: What the parent's FFN puts out there, on the CPU.
-        num_trained: The first so many tokens are trained on, the rest is held out.
-        recipe: How to train.
+        inputs: Inputs of the FFN, sequence by sequence.
+        aims_TH: Outputs of the parent's FFN for them, on the CPU.
+        num_trained: Number of leading tokens to train on; the rest is held out.
+        recipe: Training settings.
         layer: Index of the layer.
     """
 
@@ -44,25 +44,25 @@ class LayerTask:
 
     @property
     def held_out(self) -> slice:
-        """The tokens that are not."""
+        """The held-out tokens."""
         return slice(self.num_trained, self.inputs.num_tokens)
 
     def scales(self) -> torch.Tensor:
-        """float32 ``[T]``: what each token's error is multiplied by."""
+        """Return the factor of each token's error, float32 ``[T]``."""
         found = token_scales(self.inputs, self.recipe.weighting)
         return torch.ones(self.inputs.num_tokens) if found is None else found
 
     def x(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Inputs ``[B, H]`` on the device, in the compute dtype."""
+        """Return inputs ``[B, H]`` on the device, in the compute dtype."""
         return self.inputs.x_TH[rows].to(self.inputs.device, self.inputs.compute_dtype)
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """A generator that depends on seed, layer and purpose only."""
+        """Return a generator that depends on seed, layer and purpose only."""
         return np.random.default_rng([self.recipe.seed, self.layer, *purpose.encode()])
 
 
 def layer_error(ffn: NativeFfn, task: LayerTask, part: slice) -> float:
-    """``||y - E(x)|| / ||y||`` over a part of the tokens, each counted by its scale; NaN where something is not finite."""
+    """Return ``||y - E(x)|| / ||y||`` over a part of the tokens, weighted by scale; NaN if a value is not finite."""
     missed, whole = 0.0, 0.0
     scales_T, step = task.scales(), task.inputs.batch_tokens
     with torch.no_grad():
@@ -77,10 +77,10 @@ def layer_error(ffn: NativeFfn, task: LayerTask, part: slice) -> float:
 
 
 def start_router(ffn: NativeFfn, task: LayerTask) -> dict[str, Any]:
-    """Give the router weights that differ: its logits get the recipe's standard deviation, its ranking stays.
+    """Scale the router so that its logits get the recipe's standard deviation; its ranking is kept.
 
-    A router that cannot be scaled so (it selects by more than its logits) is left as it is; one of zeros gets random
-    rows, for it has no ranking to keep.
+    A router that cannot be scaled (it selects by more than its logits) is left unchanged; one of zeros gets random
+    rows, because it has no ranking to keep.
     """
     facts: dict[str, Any] = {}
     rows_NH = ffn.moe.router_NH
@@ -164,7 +164,7 @@ class _Joint:
 
 @dataclass
 class _Competitive:
-    """The likelihood of Jacobs et al. 1991, in which experts compete for tokens; for the router alone."""
+    """The likelihood of Jacobs et al. (1991), in which experts compete for tokens; for the router alone."""
 
     ffn: NativeFfn
     task: LayerTask
@@ -187,7 +187,7 @@ def _descend(
     epochs: int,
     router: torch.nn.Parameter,
 ) -> None:
-    """Adam with a step of its own for every parameter: a share of its root mean square, up and then down to zero."""
+    """Run Adam with steps that are a share of each parameter's root mean square, rising, then falling to zero."""
     recipe, groups = task.recipe, []
     for parameter in parameters.values():
         size = float(wide(parameter.detach()).square().mean().sqrt())

@@ -1,4 +1,4 @@
-"""The layers of one run of `heal`: the walk, who heals which, and how they get into the files."""
+"""Run `heal` over the layers: the walk, their distribution among processes, and writing."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from .ranks import Handoff, Ranks
 from .train_layer import LayerTask
 
 OUTER = "outer"
-"""The unit of the ledger that holds embedding, final norm and head."""
+"""The ledger's unit for embedding, final norm and head."""
 
 
 class LayerRun:
-    """Heals this process's layers, and in the first process writes those of all.
+    """The healing of this process's layers; the first process also writes those of all.
 
     Args:
-        plan: What to do.
-        out: The folder to make.
+        plan: The plan.
+        out: The folder to create.
         text: The text, the same in every process.
         compute: Device and dtype.
-        ranks: This process among all.
-        renormalised: Whether routers are made to give weights that sum to one.
-        progress: Told after every layer.
+        ranks: The position of this process among all.
+        renormalised: Whether routers are changed to weights that sum to one.
+        progress: Called after every layer.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LayerRun:
         self._handoff = Handoff(self._states / "layers")
 
     def run(self, writer: CheckpointWriter | None) -> list[dict[str, Any]]:
-        """Heal this process's layers; in the first one write all of them, and return what is to be said of each."""
+        """Heal this process's layers; the first process writes all of them; return the facts of each."""
         finished: list[int] = []
         if writer is not None:
             finished = self._write_copies(writer)
@@ -79,7 +79,7 @@ class LayerRun:
         return [writer.info(f"layer.{layer}") for layer in self.plan.layers]
 
     def _healed(self, finished: list[int], writer: CheckpointWriter | None) -> Iterator[tuple[int, HealedLayer]]:
-        """Walk through the layers as far as there is something to heal for this process."""
+        """Walk through the layers up to the last one that this process must heal."""
         plan = self.plan
         mine = [layer for layer in plan.layers if self.ranks.takes(layer) and layer not in finished]
         if not mine:
@@ -116,7 +116,7 @@ class LayerRun:
     def _onward(
         self, inputs: LayerInputs, layer: int, aims_TH: torch.Tensor, writer: CheckpointWriter | None
     ) -> Iterator[torch.Tensor]:
-        """The outputs of the layer's FFN that the next layers see: the parent's, or those of what was written."""
+        """Yield the outputs of the layer's FFN for the next layers: the parent's, or those of the written one."""
         if self.plan.recipe.inputs == "parent" or layer not in self.plan.layers:
             yield from (aims_TH[part].float() for part in inputs.batches())
             return
@@ -134,7 +134,7 @@ class LayerRun:
     # ---- writing ----------------------------------------------------------------------------------------------
 
     def _write_copies(self, writer: CheckpointWriter) -> list[int]:
-        """Write what is not healed; the converted layers that an earlier run finished."""
+        """Write what is not healed; return the converted layers that an earlier run finished."""
         plan = self.plan
         units = {OUTER: plan.outer_names()}
         units |= {f"layer.{i}": plan.layer_names(i) for i in range(plan.num_layers) if i not in plan.layers}
@@ -151,7 +151,7 @@ class LayerRun:
         return [layer for layer in self.plan.layers if writer.done(f"layer.{layer}")]
 
     def _collect(self, writer: CheckpointWriter, finished: list[int]) -> list[int]:
-        """Write the layers that other processes finished; which those are."""
+        """Write the layers that other processes finished; return their indices."""
         found = [layer for layer in self.plan.layers if layer not in finished and self._handoff.holds(layer)]
         for layer in found:
             self._write(writer, layer, HealedLayer(*self._handoff.take(layer)))
