@@ -1,1 +1,1 @@
-"""One layer's mathematics: ways to split an FFN, to route, to select, to repair."""
+"""The mathematics of one layer: methods to partition an FFN, route, select and repair."""

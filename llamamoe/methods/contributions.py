@@ -1,4 +1,4 @@
-"""How well a router finds the experts that matter: contributions of the experts, and a router's quality against them."""
+"""Measure a router against the contributions of the experts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def contributions(
     kind: Contribution = "norm",
     hidden_act: str = "silu",
 ) -> Iterator[torch.Tensor]:
-    """What every expert would add to the output, in batches float32 ``[B, N]`` on the inputs' device.
+    """Yield every expert's contribution to the output, in batches float32 ``[B, N]`` on the inputs' device.
 
     ``"norm"``: ``||E_i(x)||^2``, computed as ``h_i^T (D_i^T D_i) h_i``: O(T P W) beside the activations.
-    ``"power"``: ``sum_j h_j^2 ||down_j||^2``, which leaves out how the expert's neurons add up or cancel: O(T P).
+    ``"power"``: ``sum_j h_j^2 ||down_j||^2``, which ignores how the expert's neurons add up or cancel: O(T P).
 
     Args:
         weights: The parent's FFN, or the places' own weights (after a repair).
-        partition: Which neurons or places are whose.
+        partition: The partition of neurons or places into experts.
         inputs: The tokens.
-        kind: Which of the two.
-        hidden_act: Name of the activation, for `ExpertWeights` (`FfnWeights` know it).
+        kind: One of the two.
+        hidden_act: Name of the activation, for `ExpertWeights` (`FfnWeights` have it).
     """
     shared, (num_experts, width) = len(partition.shared), partition.experts.shape
     slots = torch.from_numpy(partition.experts.ravel())
@@ -54,7 +54,7 @@ def contributions(
 
 
 class OracleTally:
-    """Sums over tokens of how a router's choices compare with an oracle's: the k experts of largest contribution.
+    """Sums over tokens that compare a router's choices with an oracle's: the k experts with the largest contribution.
 
     Args:
         num_experts: ``N``.
@@ -70,7 +70,7 @@ class OracleTally:
         """Add tokens.
 
         Args:
-            score_BN: Contributions, of `contributions`.
+            score_BN: Contributions, from `contributions`.
             chosen_BN: bool; the experts that the router selected.
         """
         oracle = score_BN.topk(self._top_k, dim=1)
@@ -86,16 +86,16 @@ class OracleTally:
 
     @property
     def chance(self) -> float:
-        """The recall that a random choice of experts reaches, k/N."""
+        """The recall of a random choice of experts, k/N."""
         return self._top_k / len(self._load_N)
 
     @property
     def contributes(self) -> bool:
-        """Whether any expert contributed anything to any of the tokens."""
+        """True if any expert contributed to any token."""
         return self._best > 0
 
     def quality(self) -> dict[str, float]:
-        """Return what `router_quality` describes, over all tokens so far."""
+        """Return the measures of `router_quality` over all tokens so far."""
         num_experts = len(self._load_N)
         share_N = self._load_N / self._load_N.sum()
         entropy = -float(torch.special.xlogy(share_N, share_N).sum())
@@ -114,19 +114,19 @@ class OracleTally:
 def router_quality(
     moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs, *, kind: Contribution = "norm"
 ) -> dict[str, float]:
-    """How the router's choice compares with an oracle's, which takes the k experts of largest contribution.
+    """Compare the router's choice with an oracle's, which takes the k experts with the largest contribution.
 
-    The contributions are those of the layer's own weights, as they run now.
+    The contributions are those of the layer's current weights.
 
     Returns:
         ``recall_at_k``: mean share of the oracle's experts that the router chose;
-        ``chance_recall``: what a router that knows nothing reaches, k/N;
-        ``captured``: contribution that the router's choices hold, as a share of what the oracle's hold (sums over
+        ``chance_recall``: the recall of a random router, k/N;
+        ``captured``: contribution of the router's choices as a share of the oracle's (sums over
         tokens); ``captured_by_chance``: the same for random experts;
         ``captured_per_token``: mean of the tokens' own shares, in which no large token dominates;
-        ``load_max_over_mean``: load of the fullest expert, 1 if balanced, N/k at most;
-        ``entropy``: of the load, as a share of log N; 1 if balanced;
-        ``dead_experts``: how many no token chose.
+        ``load_max_over_mean``: load of the most loaded expert, 1 if balanced, N/k at most;
+        ``entropy``: entropy of the load, as a share of log N; 1 if balanced;
+        ``dead_experts``: number of experts that no token chose.
 
     Raises:
         ValueError: There are no tokens.

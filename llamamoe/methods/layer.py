@@ -1,4 +1,4 @@
-"""One FFN layer as the methods see it: tensors in, tensors out, no file and no model class.
+"""One FFN layer as input and output of the methods: tensors only, no files and no model classes.
 
 Names of sizes (suffixes of tensor names): ``H`` hidden_size, ``F`` intermediate_size, ``N`` num_experts (routed),
 ``W`` width of one expert with padding, ``S`` shared neurons, ``P`` = S + N W places for neurons, ``T`` tokens.
@@ -45,20 +45,20 @@ class FfnWeights:
         return self.norm_H.shape[0]
 
     def release(self) -> None:
-        """Give back the memory of matrices that can be read again; here there are none."""
+        """Release matrices that can be read again; does nothing in this class."""
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What a method may know about the layer it works on.
+    """The information on a layer that methods get.
 
     Attributes:
         layer: Index of the layer.
         num_experts: ``N``, routed experts.
         top_k: Experts selected per token.
-        expert_width: ``W``, the most neurons that one expert can hold.
+        expert_width: ``W``, the maximum number of neurons of one expert.
         seed: The recipe's seed; use `rng` rather than this.
-        calibration: What the FFN sees on the calibration text; None if there is none.
+        calibration: Inputs of the FFN on the calibration text; None without text.
     """
 
     layer: int
@@ -70,29 +70,29 @@ class LayerContext:
 
     @property
     def inputs(self) -> LayerInputs:
-        """The calibration inputs, for methods whose ``needs`` say so (the plan refuses them without text).
+        """The calibration inputs, for methods that ``need`` them (the plan refuses these without text).
 
         Raises:
-            ValueError: There are none.
+            ValueError: There are no calibration inputs.
         """
         if self.calibration is None:
             raise ValueError("this method needs calibration inputs")
         return self.calibration
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """A generator that depends on seed, layer and purpose only (not on the order of layers or resumes)."""
+        """Return a generator that depends on seed, layer and purpose only (not on the order of layers or resumes)."""
         return np.random.default_rng([self.seed, self.layer, *purpose.encode()])
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Which neuron goes where.
+    """A partition of neurons into experts, shared and omitted ones.
 
     Attributes:
         experts: int64 ``[N, W]``; neuron indices in ascending order, then `PADDING` (-1) for zero neurons.
         shared: int64 ``[S]``, ascending; neurons that every token uses.
         omitted: int64, ascending; neurons that are dropped (empty for every exact splitter).
-        router_NH: float32 ``[N, H]`` router rows that came with the partition (centroids, learned rows), or None.
+        router_NH: float32 ``[N, H]`` router rows that belong to the partition (centroids, learned rows), or None.
     """
 
     experts: np.ndarray
@@ -109,12 +109,12 @@ class Partition:
     def from_labels(
         cls, neurons: np.ndarray, labels: np.ndarray, context: LayerContext, shared: np.ndarray
     ) -> Partition:
-        """Build from a label per neuron.
+        """Build a partition from a label per neuron.
 
         Args:
             neurons: int64 ``[F - S]``, the neurons that are routed.
             labels: int ``[F - S]``, the expert of each of them, 0 .. N-1.
-            context: Gives N and W.
+            context: The context with N and W.
             shared: int64 ``[S]``.
 
         Raises:
@@ -130,7 +130,7 @@ class Partition:
         return cls(experts, np.sort(shared).astype(np.int64), np.empty(0, np.int64))
 
     def places(self) -> np.ndarray:
-        """int64 ``[F]``: the expert of each neuron, N where it is shared and N + 1 where it is omitted.
+        """Return int64 ``[F]``: the expert of each neuron, N for shared and N + 1 for omitted ones.
 
         Each neuron must be in exactly one place (see `check`).
         """
@@ -141,7 +141,7 @@ class Partition:
         return places
 
     def check(self, intermediate_size: int, *, overlap: bool = False) -> None:
-        """Assert that each of the F neurons appears exactly once (at least once if ``overlap``).
+        """Check that each of the F neurons appears exactly once (at least once if ``overlap``).
 
         Raises:
             ValueError: A neuron is missing, repeated or out of range.
@@ -162,7 +162,7 @@ class Partition:
 class ExpertWeights:
     """Weights that replace the parent's, one row (gate, up) or column (down) for every place of `Partition.slots`.
 
-    They are in the parent's units: the rescale's coefficient and the target's factors come on top. All zero where
+    They are in the parent's units, without the rescale's coefficient and the target's factors. All zero where
     the slot is `PADDING`.
 
     Attributes:
@@ -177,7 +177,7 @@ class ExpertWeights:
 
     @classmethod
     def of_parent(cls, ffn: FfnWeights, partition: Partition) -> ExpertWeights:
-        """The parent's own weights, copied to every place of the partition."""
+        """Return the parent's own weights, copied to every place of the partition."""
         slots = torch.from_numpy(partition.slots)
         index = slots.clamp(min=0)
         kept = (slots != PADDING).to(torch.float32)
@@ -187,25 +187,25 @@ class ExpertWeights:
 
 BATCH_TOKENS = 4096
 CACHE_BYTES = 1 << 30
-"""What the parent's neurons do is kept for the methods that ask again, if it takes no more than this."""
+"""Maximum size of the parent's activations up to which they are cached for repeated use."""
 
 
 @dataclass(frozen=True)
 class LayerInputs:
     """The inputs of one FFN (after its RMSNorm) on the calibration text.
 
-    The tensors may be memory-mapped; take them batch by batch. No result may depend on the batch size beyond
+    The tensors may be memory-mapped; read them batch by batch. No result may depend on the batch size beyond
     rounding.
 
     Attributes:
         x_TH: ``[T, H]`` on the CPU, float32 or the compute dtype.
         residual_scale_T: float32 ``[T]``, root mean square of the residual stream at each token after the parent's
-            FFN: an error of the FFN counts relative to it, for the next RMSNorm divides by it. (Before the FFN it
-            says nothing of the few tokens whose residual the FFN makes, or takes back, a hundred times larger.)
+            FFN: errors of the FFN count relative to it, because the next RMSNorm divides by it. (Before the FFN it
+            is not meaningful for the few tokens whose residual the FFN makes a hundred times larger or smaller.)
         gradients_TH: ``[T, H]``, gradient of the parent's loss with respect to the FFN's output, summed over
             tokens; None unless a method needs gradients.
         clusters_T: int64 ``[T]``, the text cluster of each token's document; None unless a method needs them.
-        device: Where to compute.
+        device: Device of the computation.
         compute_dtype: Dtype of large matrix products.
         batch_tokens: Tokens per batch.
     """
@@ -223,23 +223,23 @@ class LayerInputs:
 
     @property
     def num_tokens(self) -> int:
-        """``T``."""
+        """``T``, the number of tokens."""
         return self.x_TH.shape[0]
 
     def batches(self) -> Iterator[slice]:
-        """Slices of the tokens, in order."""
+        """Yield slices of the tokens, in order."""
         for start in range(0, self.num_tokens, self.batch_tokens):
             yield slice(start, min(start + self.batch_tokens, self.num_tokens))
 
     def inputs(self) -> Iterator[torch.Tensor]:
-        """The inputs in batches ``[B, H]``, on the device, in the compute dtype."""
+        """Yield the inputs in batches ``[B, H]``, on the device, in the compute dtype."""
         for part in self.batches():
             yield self.x_TH[part].to(self.device, self.compute_dtype)
 
     def hidden(self, ffn: FfnWeights | ExpertWeights, hidden_act: str = "silu") -> Iterator[torch.Tensor]:
-        """What every neuron does, ``h = act(gate x) * (up x)``, in batches float32 ``[B, F]`` on the device.
+        """Yield every neuron's activation ``h = act(gate x) * (up x)`` in batches float32 ``[B, F]`` on the device.
 
-        Methods sweep over the tokens a dozen times, so the parent's are kept (in the compute dtype, in which they are
+        Methods pass over the tokens a dozen times, so the parent's are cached (in the compute dtype, in which they are
         computed) if they fit `CACHE_BYTES`.
         """
         if not isinstance(ffn, FfnWeights):
@@ -249,11 +249,11 @@ class LayerInputs:
         if self.num_tokens * ffn.intermediate_size * self.compute_dtype.itemsize > CACHE_BYTES:
             yield from computed
             return
-        if id(ffn) not in self._kept:  # the weights are kept too, so that their id stays theirs
+        if id(ffn) not in self._kept:  # the weights are kept too, so that their id is not reused
             self._kept.clear()
             self._kept[id(ffn)] = ffn, [h_BF.to(self.compute_dtype) for h_BF in computed]
         for h_BF in self._kept[id(ffn)][1]:
-            yield h_BF.to(torch.float32, copy=True)  # a copy, because methods may change what they get
+            yield h_BF.to(torch.float32, copy=True)  # a copy, because methods may modify it
 
     def _computed(self, gate_FH: torch.Tensor, up_FH: torch.Tensor, hidden_act: str) -> Iterator[torch.Tensor]:
         gate_FH, up_FH = (w.to(self.device, self.compute_dtype) for w in (gate_FH, up_FH))
@@ -262,18 +262,18 @@ class LayerInputs:
 
 
 def activate(gate_BF: torch.Tensor, hidden_act: str) -> torch.Tensor:
-    """``act(gate)`` in float32."""
+    """Return ``act(gate)`` in float32."""
     out: torch.Tensor = transformers.activations.ACT2FN[hidden_act](gate_BF.float())
     return out
 
 
 TokenWeighting = Literal["none", "residual"]
 LEAST_RESIDUAL = 1e-3
-"""Tokens whose residual stream is smaller than this share of the median count as if it were that large."""
+"""Lower bound of a token's residual stream, as a share of the median."""
 
 
 def token_scales(inputs: LayerInputs, weighting: TokenWeighting) -> torch.Tensor | None:
-    """float32 ``[T]``: what each token's error is multiplied by before it is squared; mean square 1. None for ones.
+    """Return the factor of each token's error before squaring, float32 ``[T]`` of mean square 1; None for all ones.
 
     ``"residual"``: the inverse root mean square of the token's residual stream, by which the next RMSNorm divides.
     """

@@ -1,8 +1,8 @@
-"""CMoE's activation markers: which neurons stand out at which token, and distances between their patterns.
+"""Compute CMoE's activation markers, the most active neurons of each token, and distances between patterns.
 
-Names of sizes: ``Q`` tokens that were looked at, ``F`` neurons, ``K`` patterns they are compared with. The markers
-are a sparse binary matrix ``A`` [Q, F]: neuron j's pattern is its column. Everything that CMoE asks of patterns
-follows from the scalar products ``A^T C``, so that neither ``A`` nor its Gram is ever held as a dense matrix.
+Names of sizes: ``Q`` evaluated tokens, ``F`` neurons, ``K`` patterns for comparison. The markers
+are a sparse binary matrix ``A`` [Q, F]: neuron j's pattern is its column. Everything that CMoE needs of patterns
+follows from the scalar products ``A^T C``, so neither ``A`` nor its Gram matrix is ever dense in memory.
 
 Reference: CMoE (arXiv:2502.04416), section on analytical expert construction.
 """
@@ -27,19 +27,18 @@ Distance = Literal["l1", "l2"]
 
 
 class MarkerOptions(PluginOptions):
-    """What counts as active."""
+    """Options that define active neurons."""
 
-    k_act: int = Field(10, ge=1, description="Neurons per token that count as active: those of the largest |h|.")
+    k_act: int = Field(10, ge=1, description="Neurons per token that count as active: those with the largest |h|.")
     normalised: bool = Field(
-        True, description="Whether inputs, gate and up rows are brought to length 1 before h is computed, as in CMoE."
+        True,
+        description="Whether inputs, gate and up rows are normalised to length 1 before h is computed, as in CMoE.",
     )
-    max_tokens: int = Field(
-        65536, ge=1, description="Of more calibration tokens every n-th is taken, n as small as this limit allows."
-    )
+    max_tokens: int = Field(65536, ge=1, description="Maximum number of tokens; of more, every n-th is used.")
 
 
 def every_nth(inputs: LayerInputs, max_tokens: int) -> LayerInputs:
-    """Tokens 0, n, 2n, ... for the least n that leaves at most ``max_tokens``; the same ones for any batch size."""
+    """Return tokens 0, n, 2n, ... for the least n that leaves at most ``max_tokens``, whatever the batch size."""
     step = max(1, -(-inputs.num_tokens // max_tokens))
     if step == 1:
         return inputs
@@ -53,7 +52,7 @@ def every_nth(inputs: LayerInputs, max_tokens: int) -> LayerInputs:
 
 
 def activation_markers(ffn: FfnWeights, context: LayerContext, options: MarkerOptions) -> scipy.sparse.csr_array:
-    """float64 CSR ``[Q, F]`` of zeros and ones: ``A_tj = 1`` if ``|h_tj|`` is among the token's ``k_act`` largest.
+    """Return float64 CSR ``[Q, F]``: ``A_tj = 1`` if ``|h_tj|`` is among the token's ``k_act`` largest, else 0.
 
     ATopK of CMoE. O(Q F H); 12 Q k_act bytes, beside one batch of activations and the two matrices in the compute
     dtype.
@@ -77,7 +76,7 @@ def activation_markers(ffn: FfnWeights, context: LayerContext, options: MarkerOp
 
 
 def _hidden(ffn: FfnWeights, inputs: LayerInputs, normalised: bool) -> Iterator[torch.Tensor]:
-    """``h`` in batches float32 ``[B, F]``; of directions only if ``normalised``."""
+    """Yield ``h`` in batches float32 ``[B, F]``; of normalised inputs and rows if ``normalised``."""
     if not normalised:
         yield from inputs.hidden(ffn)
         return
@@ -91,12 +90,12 @@ def _hidden(ffn: FfnWeights, inputs: LayerInputs, normalised: bool) -> Iterator[
 
 
 def activation_rates(markers_QF: scipy.sparse.csr_array) -> np.ndarray:
-    """float64 ``[F]``: ``mu_j = mean_t A_tj``."""
+    """Return float64 ``[F]``: ``mu_j = mean_t A_tj``."""
     return np.asarray(np.asarray(markers_QF.sum(0), np.float64) / max(markers_QF.shape[0], 1))
 
 
 def mean_patterns(markers_QF: scipy.sparse.csr_array, members: list[np.ndarray]) -> np.ndarray:
-    """float64 ``[Q, K]``: the mean marker column of each of K sets of neurons; zeros for an empty set."""
+    """Return float64 ``[Q, K]``: the mean marker column of each of K sets of neurons; zeros for an empty set."""
     sizes = np.array([len(m) for m in members], np.int64)
     sets = np.repeat(np.arange(len(members)), sizes)
     shape = (markers_QF.shape[1], len(members))
@@ -106,7 +105,7 @@ def mean_patterns(markers_QF: scipy.sparse.csr_array, members: list[np.ndarray])
 
 
 def pattern_distances(markers_QF: scipy.sparse.csr_array, patterns_QK: np.ndarray, kind: Distance) -> np.ndarray:
-    """float64 ``[F, K]``: distance of every neuron's marker column to every pattern with values in 0..1.
+    """Return float64 ``[F, K]``: distance of every neuron's marker column to every pattern with values in 0..1.
 
     For a binary column a and a pattern c in 0..1, each ``|a_t - c_t|`` is ``a_t + c_t - 2 a_t c_t``, and its square is
     ``a_t + c_t^2 - 2 a_t c_t``. ``"l1"`` is the sum of the former, ``"l2"`` the square root of the sum of the latter

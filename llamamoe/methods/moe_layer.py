@@ -1,7 +1,7 @@
-"""A converted layer as a function: what transformers will compute from the files, in plain torch.
+"""A converted layer as a function in plain torch, equal to what transformers will compute from the files.
 
-It serves the calibration walk (a converted layer feeds the next), repair, diagnostics and simulated studies. That
-it computes what the written file computes in transformers' own classes is tested.
+It is used by the calibration walk (a converted layer feeds the next), repair, diagnostics and simulated studies.
+Tests compare it with the written file in transformers' own classes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class ConvertedFfn:
     """Shared neurons, routed experts and router of one layer.
 
     Attributes:
-        weights: Of every place, in the parent's units.
-        partition: Which place is whose.
-        router_NH: float32 rows; for a soft router scaled as they are stored.
+        weights: Weights of every place, in the parent's units.
+        partition: The partition of the places.
+        router_NH: float32 rows; for a soft router scaled as stored.
         top_k: Experts per token.
-        scale: ``"hard"``: selected experts weigh the same; ``"soft"``: as the weighting makes of the logits.
-        weighting: What the target's router does with its logits.
-        factor: What the router's weights are multiplied by (the target's bake and knob together).
+        scale: ``"hard"``: selected experts get equal weights; ``"soft"``: weights from the logits.
+        weighting: Normalisation of the target's router.
+        factor: Factor of the router's weights (baked and configured ones together).
         hidden_act: Name of the activation.
     """
 
@@ -43,22 +43,22 @@ class ConvertedFfn:
 
     @property
     def num_experts(self) -> int:
-        """``N``."""
+        """``N``, the number of routed experts."""
         return len(self.partition.experts)
 
     @property
     def coefficient(self) -> float:
-        """``c``, what each selected expert counts under a hard router; 0 if there are no experts."""
+        """``c``, the factor of each selected expert under a hard router; 0 if there are no experts."""
         if not self.num_experts:
             return 0.0
         return self.factor * weight(self.weighting, self.num_experts, self.top_k)
 
     def expert_weights(self, x_BH: torch.Tensor, logits_BN: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 ``[B, N]``: what every expert's output counts for each token, 0 where it is not selected.
+        """Return the weight of every expert for each token, float32 ``[B, N]``, 0 if it is not selected.
 
         Args:
             x_BH: Inputs of the FFN, any dtype.
-            logits_BN: Take these in the place of the router's (an oracle's, for diagnosis).
+            logits_BN: Logits that replace the router's (an oracle's, for diagnosis).
         """
         if not self.num_experts:
             return x_BH.new_zeros(len(x_BH), 0, dtype=torch.float32)
@@ -78,26 +78,26 @@ class ConvertedFfn:
         return torch.zeros_like(logits).scatter_(-1, top.indices, values)
 
     def place_weights(self, weights_BN: torch.Tensor) -> torch.Tensor:
-        """float32 ``[B, P]``: the expert's weight for each of its places, 1 for shared ones."""
+        """Return float32 ``[B, P]``: the expert's weight for each of its places, 1 for shared ones."""
         shared, width = len(self.partition.shared), self.partition.experts.shape[1]
         ones = weights_BN.new_ones(weights_BN.shape[0], shared)
         return torch.cat([ones, weights_BN.repeat_interleave(width, dim=1)], dim=1)
 
     def weighted_hidden(self, inputs: LayerInputs) -> Iterator[torch.Tensor]:
-        """``h~``: what every place does times its weight, in batches float32 ``[B, P]`` on the inputs' device."""
+        """Yield ``h~``, each place's activation times its weight, in batches float32 ``[B, P]`` on the inputs' device."""
         hidden = inputs.hidden(self.weights, self.hidden_act)
         for x_BH, h_BP in zip(inputs.inputs(), hidden, strict=True):
             yield h_BP * self.place_weights(self.expert_weights(x_BH))
 
     def outputs(self, inputs: LayerInputs) -> Iterator[torch.Tensor]:
-        """The layer's outputs in batches float32 ``[B, H]`` on the inputs' device. O(T P H)."""
+        """Yield the layer's outputs in batches float32 ``[B, H]`` on the inputs' device. O(T P H)."""
         down = self.weights.down_HP.to(inputs.device, inputs.compute_dtype)
         for h_BP in self.weighted_hidden(inputs):
             yield (h_BP.to(inputs.compute_dtype) @ down.T).float()
 
 
 def dense_outputs(inputs: LayerInputs, ffn: FfnWeights) -> Iterator[torch.Tensor]:
-    """The dense FFN's outputs in batches float32 ``[B, H]`` on the inputs' device."""
+    """Yield the dense FFN's outputs in batches float32 ``[B, H]`` on the inputs' device."""
     down = ffn.down_HF.to(inputs.device, inputs.compute_dtype)
     for h_BF in inputs.hidden(ffn):
         yield (h_BF.to(inputs.compute_dtype) @ down.T).float()
@@ -106,17 +106,17 @@ def dense_outputs(inputs: LayerInputs, ffn: FfnWeights) -> Iterator[torch.Tensor
 def parity_before_repair(
     moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs, parity_factor: float = 1.0, *, batches: int = 2
 ) -> float:
-    """Is the layer exact with all experts selected, before anything is fitted? Max abs difference over max abs output.
+    """Return the layer's error with all experts selected, before repair: max abs difference / max abs output.
 
     The layer is run with the parent's own neurons in its places, whatever weights it has, and with equal router
-    weights. The first tokens of the calibration text are enough: a neuron that is missing or counted twice shows on all.
+    weights. The first tokens of the calibration text suffice: a missing or repeated neuron affects all of them.
 
     Args:
-        moe: The layer; its partition, target's factors and activation count.
+        moe: The layer, of which partition, target's factors and activation matter.
         ffn: The dense layer.
         inputs: Calibration inputs.
-        parity_factor: What the routed sum is multiplied by (see `Combine.parity_factor`).
-        batches: How many batches of the inputs are compared.
+        parity_factor: Factor of the routed sum (see `Combine.parity_factor`).
+        batches: Number of batches that are compared.
     """
     everyone = replace(
         moe,

@@ -1,4 +1,4 @@
-"""The size of a router's rows: hard routers weigh all selected experts the same and keep the ranking."""
+"""Scale a router's rows: hard routers give all selected experts equal weights and keep the ranking."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from dataclasses import dataclass
 from ..lazy import torch
 
 HARD_LOGIT = 2.0**-8
-"""The size that the largest logits of a hard router should have: weights are equal to about this share.
+"""Target for the largest logits of a hard router: weights are equal to about this share.
 
 It trades two things, both linear in it:
 
-- *How alike the weights are.* A weight is off by its logit. 2^-8 is the resolution of bfloat16, so equal weights hold to
-  what a bfloat16 file rounds anyway. All experts of the file as stored then give the parent's logits to about half of it.
-- *Whether programs choose the same experts.* Transformers and others choose by softmax probabilities in float32, some by
-  logits. Probabilities near 1/N are spaced by 2^-24 to 2^-23 of their size, so logits closer than d = 1e-7 tie, and ties
-  are broken by whatever comes first. Between ranks k and k + 1 of N logits of standard deviation s the gap is about
+- *Equality of the weights.* A weight deviates by its logit. 2^-8 is the resolution of bfloat16, so the deviation is
+  within the rounding of a bfloat16 file. All experts of the file as stored then give the parent's logits to about half
+  of it.
+- *Agreement of programs on the experts.* Transformers and others choose by softmax probabilities in float32, some by
+  logits. Probabilities near 1/N are spaced by 2^-24 to 2^-23 of their size, so logits closer than d = 1e-7 tie, and
+  ties are broken arbitrarily. Between ranks k and k + 1 of N logits of standard deviation s the gap is about
   exponential with a mean of sqrt(2 pi) s / N, and the largest logit is about 5 s: a share of 2 d N / HARD_LOGIT of the
   tokens ties. That is 0.04 % for 8 experts and 0.3 % for 64 in each layer.
 
-Measured on SmolLM2-135M (`benchmarks/hard_router.py`), experts chosen by float32 probabilities are not those chosen by
-logits on 1.2 % of the tokens for 4 of 8 experts and on 11.6 % for 24 of 64 where the largest logit is 5e-5, on 0.02 % and
-0.2 % where it is 3e-3 to 4e-3; the file as stored is 3e-5 and 1.9e-3 of the largest logit from its parent.
+Measured on SmolLM2-135M (`benchmarks/hard_router.py`), experts chosen by float32 probabilities differ from those chosen
+by logits on 1.2 % of the tokens for 4 of 8 experts and on 11.6 % for 24 of 64 where the largest logit is 5e-5, on 0.02
+% and 0.2 % where it is 3e-3 to 4e-3; the file as stored is 3e-5 and 1.9e-3 of the largest logit from its parent.
 
-No hard router serves a program that stores the probabilities in bfloat16 (mlx-lm runs qwen2_moe so): with 64 experts they
-choose otherwise on 37 % of the tokens even where the largest logit is 0.8. Such programs need float32 weights, another
-target or a soft router.
+Hard routers do not suit programs that store the probabilities in bfloat16 (as mlx-lm for qwen2_moe): with 64 experts
+they choose different experts on 37 % of the tokens even where the largest logit is 0.8. Such programs need float32
+weights, another target or a soft router.
 """
 
 TYPICAL_MAXIMUM = 8.0
-"""How many standard deviations the largest logit is taken to be at; `llamamoe verify` measures it."""
+"""Assumed size of the largest logit in standard deviations; `llamamoe verify` measures it."""
 
 _HARD_BELOW = 32 * HARD_LOGIT
-"""Above every hard router's largest logit by this estimate, below that of a router whose weights differ."""
+"""Threshold, by this estimate, between the largest logits of hard and other routers."""
 
 FLOAT16_ROW_RMS = 2.0**-13
-"""Float16 rows are not shrunk below this: subnormal numbers would destroy the ranking."""
+"""Lower limit of float16 rows, because subnormal numbers would destroy the ranking."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ScaledRouter:
     Attributes:
         rows_NH: float32 ``[N, H]``.
         exponent: The rows were multiplied by ``2**exponent`` (0 for a soft router).
-        logit_bound: No logit can be larger: ``sqrt(H) max_i ||norm * row_i||``, because RMSNorm's output has norm
+        logit_bound: Upper bound of logits: ``sqrt(H) max_i ||norm * row_i||``, because RMSNorm's output has norm
             ``sqrt(H)`` before its weight.
     """
 
@@ -58,10 +59,10 @@ class ScaledRouter:
 def scale_router(
     rows_NH: torch.Tensor, norm_H: torch.Tensor, mode: str, dtype: str, *, largest: float | None = None
 ) -> ScaledRouter:
-    """Shrink the rows of a ``hard`` router by a power of two; leave a ``soft`` one as it is.
+    """Shrink the rows of a ``hard`` router by a power of two; leave a ``soft`` one unchanged.
 
     The power of two is the largest for which the largest logit on calibration text stays below `HARD_LOGIT`. Without
-    text: for inputs that point anywhere, a logit has the standard deviation ``||norm * row||``, and
+    text: for inputs of random direction, a logit has the standard deviation ``||norm * row||``, and
     `TYPICAL_MAXIMUM` of them must stay below it.
 
     Args:
@@ -84,7 +85,7 @@ def scale_router(
 
 
 def is_hard(rows_NH: torch.Tensor, norm_H: torch.Tensor) -> bool:
-    """Tell from rows as stored whether a router is hard: whether it weighs all selected experts about the same.
+    """Return whether stored rows are a hard router's, which gives all selected experts about equal weights.
 
     Args:
         rows_NH: ``[N, H]``.

@@ -197,7 +197,9 @@ def test_text_that_is_not_there(model, tmp_path):
     ):
         tokenize(recipe(model, tmp_path / "blank.jsonl"), tmp_path / "out")
     domains = {"law": str(tmp_path / "blank.jsonl")}
-    with pytest.raises(LlamaMoeError, match="The domain 'law' is named in the recipe, but its files contain no document"):
+    with pytest.raises(
+        LlamaMoeError, match="The domain 'law' is named in the recipe, but its files contain no document"
+    ):
         tokenize(recipe(model, tmp_path / "text", domains=domains), tmp_path / "out", force=True)
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""The contract of a repair: how a converted layer's weights change so that its output comes near the dense one's."""
+"""The interface of a repair: new weights for a converted layer whose output is closer to the dense one's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..splitters.base import Kept
 class Repair(Plugin, ABC):
     """Fits weights of a converted layer, given its partition and router, to the dense FFN on calibration inputs.
 
-    Repair ends exactness on purpose: what it returns is no copy of the parent's neurons.
+    Repair gives up exactness on purpose: its weights are not copies of the parent's neurons.
 
     Attributes:
-        keeps: What of the parent's neurons it leaves as it is, bit for bit: verification holds the file to that.
+        keeps: The part of the parent's neurons that it keeps bit for bit, which verification checks.
     """
 
     needs: ClassVar[Needs] = "activations"
@@ -25,15 +25,15 @@ class Repair(Plugin, ABC):
 
     @abstractmethod
     def repair(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> ExpertWeights:
-        """New weights for the layer.
+        """Return new weights for the layer.
 
         Args:
-            moe: The layer as it would run without repair (or after the pass before).
-            ffn: The parent's FFN, whose output on ``context.inputs`` is the aim.
+            moe: The layer without repair (or after the previous pass).
+            ffn: The parent's FFN, whose output on ``context.inputs`` is the target.
             context: Sizes, seed and calibration inputs.
         """
 
     @classmethod
     def working_bytes(cls, places: int, hidden_size: int) -> int:
-        """Estimate of the memory that `repair` takes for P = ``places``, for the plan."""
+        """Return an estimate of the memory that `repair` takes for P = ``places``, for the plan."""
         return 0

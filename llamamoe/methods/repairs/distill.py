@@ -1,4 +1,4 @@
-"""All weights of a layer's neurons, by gradient descent on the dense output."""
+"""Fit all weights of a layer's neurons by gradient descent on the dense output."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .least_squares import LeastSquares
 
 
 class Distill(Repair):
-    """``min sum_t s_t^2 ||y_t - E(x_t)||^2`` over the gate, up and down weights of all places, the choices held fixed.
+    """``min sum_t s_t^2 ||y_t - E(x_t)||^2`` over the gate, up and down weights of all places, with fixed choices.
 
-    It begins with `LeastSquares`, which finds the best down projections for the neurons there are; then the neurons
-    themselves move, because those left out in a token can be stood in for only by others that become more like them.
+    It starts with `LeastSquares`, which finds the best down projections for the existing neurons; then the neurons
+    themselves change, because unselected neurons can only be replaced by others that become more similar to them.
     Adam, cosine schedule, step size ``lr`` x the root mean square of each matrix. The layer alone is distilled from
-    its parent: nothing is propagated through the model, and the router stays as it is.
+    its parent: nothing is propagated through the model, and the router is unchanged.
 
     The places of a token's unselected experts get no gradient from it, padding stays zero.
     """

@@ -1,4 +1,4 @@
-"""Repairs by few numbers: one factor for a layer's routed experts, or one for each of them."""
+"""Repair a layer by few numbers: one factor for its routed experts, or one for each of them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..solvers.normal_equations import residuals
 from .base import Repair
 
 OUTPUT_FLOATS = 2**25
-"""How many numbers of the groups' outputs are held at a time."""
+"""Maximum number of values of the groups' outputs in memory."""
 
 
 class Factors(Repair, ABC):
     """``min_a sum_t s_t^2 ||y_t - sum_g a_g O_g(x_t)||^2 + lam ||a - 1||^2`` for the outputs O_g of groups of places.
 
-    Each group's down projections are multiplied by its factor. What is solved for is ``a - 1``, from the error without
+    Each group's down projections are multiplied by its factor. Solved for ``a - 1`` from the error without
     repair: ``(G + lam) (a - 1) = sum_t <O_g, y - sum O>`` with ``G_gh = sum_t <O_g, O_h>``, and ``lam`` = ``ridge`` x
     the mean of G's diagonal. A group that is never active keeps its weights.
     """
@@ -42,7 +42,7 @@ class Factors(Repair, ABC):
 
     @abstractmethod
     def groups(self, shared: int, num_experts: int, width: int) -> list[slice]:
-        """The places of each group."""
+        """Return the places of each group."""
 
     def repair(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> ExpertWeights:
         """See `Repair.repair`. O(T (P H + G^2 H)) for G groups."""
@@ -61,7 +61,7 @@ class Factors(Repair, ABC):
     def _sums(
         self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext, groups: list[slice]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """float64 ``[G, G]`` and ``[G]``: products of the groups' outputs with each other, and with the error."""
+        """Return float64 ``[G, G]`` and ``[G]``: products of the groups' outputs with each other and the error."""
         inputs, hidden_size = context.inputs, ffn.down_HF.shape[0]
         device = double_device(inputs.device)
         gram = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=device)
@@ -101,7 +101,7 @@ class Scalar(Factors):
     class Options(Factors.Options):
         """Options of `Scalar`."""
 
-        part: Literal["routed", "all"] = Field("routed", description="What is multiplied by the factor.")
+        part: Literal["routed", "all"] = Field("routed", description="The neurons that get the factor.")
 
     options: Options
 
@@ -111,7 +111,7 @@ class Scalar(Factors):
 
 
 class PerExpert(Factors):
-    """One factor for every expert and one for the shared neurons. Ours."""
+    """One factor for every expert and one for the shared neurons. Original to this project."""
 
     name = "per_expert"
     summary = "one factor per expert and one for the shared neurons, by least squares"

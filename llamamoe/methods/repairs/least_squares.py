@@ -1,4 +1,4 @@
-"""All down projections of a layer together, by ridge regression on the dense output."""
+"""Fit all down projections of a layer together by ridge regression on the dense output."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .base import Repair
 Penalty = Literal["mean", "median", "balanced"]
 
 LEAST_RIDGE = 1e-6
-"""Below it the Gram's own rounding in float32 counts for more."""
+"""Minimum strength, below which the Gram matrix's rounding in float32 dominates."""
 
 AUTO_START, AUTO_STEP, AUTO_LEAST, AUTO_MOST = 0.3, 10**0.5, 1e-4, 1e3
-"""Where the search for the strength starts, its step, and its ends."""
+"""Start, step and ends of the search for the strength."""
 
 
 class LeastSquares(Repair):
@@ -31,19 +31,19 @@ class LeastSquares(Repair):
     ``h~_j = w_i(x) h_j`` for neuron j of expert i (``w_i`` its weight, 0 if it is not selected, 1 if shared), y the
     dense output, D0 the layer's down projections. With G the Gram of h~, ``lam_j`` = ``ridge`` x the mean or the
     median of G's diagonal, or (``balanced``) x the geometric mean of that median and ``G_jj``, over places that hold
-    a neuron and were ever active; the others keep D0. The mean hangs on the few neurons that are hundreds of times
-    stronger than all others. What is solved for is the correction, ``(G + lam) (D - D0)^T = h~^T (y - h~ D0)``, so
-    that a layer without error stays as it is.
+    a neuron and were ever active; the others keep D0. The mean is dominated by the few neurons that are hundreds of
+    times stronger than all others. The unknown is the correction, ``(G + lam) (D - D0)^T = h~^T (y - h~ D0)``, so that
+    a layer without error does not change.
 
     On its own tokens the error is never larger than without repair: D0 itself is allowed and has no penalty. On other
-    text it can be, if there are few tokens and the ridge is weak. ``ridge: auto`` takes for every layer the strength
+    text it can be, if there are few tokens and the ridge is weak. ``ridge: auto`` uses for every layer the strength
     that is best on a fifth of the tokens, which are held out for that, and then fits on all of them; if none is
     better than D0, nothing changes.
     """
 
     name = "least_squares"
     summary = "all down projections of a layer by ridge regression on the dense output"
-    reference = "ridge regression towards the parent's weights; ours for experts"
+    reference = "ridge regression towards the parent's weights; original for experts"
 
     class Options(PluginOptions):
         """Options of `LeastSquares`."""
@@ -53,7 +53,8 @@ class LeastSquares(Repair):
             description="Strength, in units of the penalty, 1e-6 at least; auto: the best on held-out tokens, layer by layer.",
         )
         penalty: Penalty = Field(
-            "mean", description="What the strength is a share of: mean or median power of the neurons; balanced: own."
+            "mean",
+            description="Unit of the strength: mean or median power of the neurons; balanced: mixed with each one's own.",
         )
         weighting: TokenWeighting = Field(
             "none", description="residual: errors count relative to the token's residual stream."
@@ -77,7 +78,7 @@ class LeastSquares(Repair):
         if strength is None:
             return moe.weights
         for held_out in others:
-            # The strength is a number of tokens at heart: more tokens, less of it.
+            # The strength acts like a number of tokens: with more tokens, less is needed.
             before = float(sums.gram_PP.trace())
             sums.gram_PP.add_(held_out.gram_PP)
             sums.cross_PH.add_(held_out.cross_PH)
@@ -98,7 +99,7 @@ class LeastSquares(Repair):
 
 
 def penalties(gram_QQ: torch.Tensor, penalty: Penalty) -> torch.Tensor:
-    """float64 ``[Q]``: what the strength is multiplied by for every place."""
+    """Return the factor of the strength for every place, float64 ``[Q]``."""
     power_Q = gram_QQ.diagonal().clone()
     if penalty == "mean":
         return power_Q.mean().expand_as(power_Q)
@@ -107,10 +108,10 @@ def penalties(gram_QQ: torch.Tensor, penalty: Penalty) -> torch.Tensor:
 
 
 def best_strength(fit: NormalEquations, held_out: NormalEquations, penalty: Penalty) -> float | None:
-    """The strength whose correction lowers the error on the held-out tokens most; None if none lowers it.
+    """Return the strength whose correction lowers the held-out error most; None if none lowers it.
 
-    It climbs from `AUTO_START` in steps of a factor sqrt(10), as the error has one minimum or nearly so: about five
-    solutions.
+    Hill climbing from `AUTO_START` in steps of a factor sqrt(10), as the error has nearly always one minimum: about
+    five solutions.
     """
     places = fit.places
     if not len(places):
@@ -121,7 +122,7 @@ def best_strength(fit: NormalEquations, held_out: NormalEquations, penalty: Pena
     changes: dict[int, float] = {}
 
     def change(step: int) -> float:
-        """What the correction adds to the sum of squared errors."""
+        """Return the change of the sum of squared errors by the correction."""
         if step not in changes:
             strength = AUTO_START * AUTO_STEP**step
             if not AUTO_LEAST <= strength <= AUTO_MOST:

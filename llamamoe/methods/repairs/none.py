@@ -8,10 +8,10 @@ from .base import Repair
 
 
 class NoRepair(Repair):
-    """The weights stay as they are: a control."""
+    """The identity: weights are unchanged; a control."""
 
     name = "none"
-    summary = "the weights stay as they are"
+    summary = "the weights are unchanged"
     needs = "nothing"
 
     def repair(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> ExpertWeights:

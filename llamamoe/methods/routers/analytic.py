@@ -1,4 +1,4 @@
-"""CMoE's router: one representative neuron of each expert, folded to what a linear router can hold."""
+"""CMoE's router: one representative neuron of each expert, approximated by a linear router."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ class Analytic(Router):
 
     The representative of expert i is the member whose activation markers (see `Activation`) are nearest, in L1, to
     the mean of the members' markers. CMoE scores an expert with the activation of that neuron alone,
-    ``s_i(x) = |act(g^ x) (u^ x)|`` with its gate and up rows at length 1. That is no linear function, and no
-    architecture of transformers runs it: the rows given here only approximate it.
+    ``s_i(x) = |act(g^ x) (u^ x)|`` with its gate and up rows at length 1. That is not a linear function, and no
+    architecture of transformers runs it: these rows only approximate it.
 
     * ``product`` (default): the rows R that minimise ``sum_t ||s(x_t) - R x_t||^2 + lam ||R||^2`` on the calibration
       text, ``lam`` = ``ridge`` x the mean square of x, no intercept.
     * ``gate``: ``g^``; ``up``: ``u^``.
 
     ``product`` is the default because it follows CMoE best: on held-out text of three layers of SmolLM2-135M (25 %
-    shared, 8 of 24 experts) it finds 51 to 57 % of the experts that CMoE's score chooses, ``up`` 46 to 47 %, ``gate`` 23
-    to 39 %; chance is 33 %. The score is nearly even in both of its scalar products, which no linear form can follow.
+    shared, 8 of 24 experts) it finds 51 to 57 % of the experts that CMoE's score chooses, ``up`` 46 to 47 %, ``gate``
+    23 to 39 %; chance is 33 %. The score is nearly even in both of its scalar products, which no linear form can
+    follow.
 
     CMoE's score itself finds 35 to 36 % of an oracle's experts there. One reason: rates are low, so that nearly every
     mean marker is below 1/2, and the member nearest to it is then the one that is marked least.
@@ -59,7 +60,7 @@ class Analytic(Router):
         return _unit_rows(ffn.gate_FH if self.options.form == "gate" else ffn.up_FH, chosen)
 
     def representatives(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> np.ndarray:
-        """int64 ``[N]``: the representative neuron of each expert, of equal ones the first; -1 for an empty expert."""
+        """Return int64 ``[N]``: each expert's representative neuron, the first of equal ones; -1 if empty."""
         markers = activation_markers(ffn, context, self.options)
         members = [expert[expert != PADDING] for expert in partition.experts]
         distances = pattern_distances(markers, mean_patterns(markers, members), "l1")
@@ -68,9 +69,9 @@ class Analytic(Router):
 
 
 def cmoe_scores(ffn: FfnWeights, chosen_N: torch.Tensor, context: LayerContext) -> Iterator[torch.Tensor]:
-    """CMoE's own scores ``|act(g^ x) (u^ x)|`` of the neurons ``chosen_N``, in batches float32 ``[B, N]``.
+    """Yield CMoE's own scores ``|act(g^ x) (u^ x)|`` of the neurons ``chosen_N``, in batches float32 ``[B, N]``.
 
-    Inputs as they are, rows of length 1; 0 for the neuron -1.
+    Inputs are not normalised, rows have length 1; 0 for the neuron -1.
     """
     inputs = context.inputs
     gate, up = (_unit_rows(w, chosen_N).to(inputs.device, inputs.compute_dtype) for w in (ffn.gate_FH, ffn.up_FH))
@@ -79,7 +80,7 @@ def cmoe_scores(ffn: FfnWeights, chosen_N: torch.Tensor, context: LayerContext) 
 
 
 def _unit_rows(weight_FH: torch.Tensor, chosen_N: torch.Tensor) -> torch.Tensor:
-    """float32 ``[N, H]``: the chosen rows at length 1; zeros for the row -1."""
+    """Return float32 ``[N, H]``: the chosen rows at length 1; zeros for the row -1."""
     return (
         torch.nn.functional.normalize(weight_FH[chosen_N.clamp(min=0)].float(), dim=1) * (chosen_N != PADDING)[:, None]
     )

@@ -1,4 +1,4 @@
-"""The contract of a router initialiser."""
+"""The interface of a router initialiser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ..moe_layer import ConvertedFfn
 
 
 class Router(Plugin, ABC):
-    """Gives the rows of a linear router; logits are ``router_NH @ x`` with ``x`` the FFN's (normalised) input.
+    """A method that initialises the rows of a linear router.
+
+    Logits are ``router_NH @ x`` with ``x`` the FFN's (normalised) input.
 
     Attributes:
         exportable: Whether the rows can be written; False for controls that only a study may simulate.
@@ -22,8 +24,8 @@ class Router(Plugin, ABC):
 
     @abstractmethod
     def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:
-        """float32 ``[N, H]``, before the recipe's router scale is applied."""
+        """Return the rows, float32 ``[N, H]``, before the recipe's router scale is applied."""
 
     def refit(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> torch.Tensor:
-        """float32 ``[N, H]``: rows for the repaired layer ``moe``; by default the rows it has."""
+        """Return float32 ``[N, H]``: rows for the repaired layer ``moe``; by default its current ones."""
         return moe.router_NH

@@ -1,4 +1,4 @@
-"""The mean gate row of each expert as its router row."""
+"""Use the mean gate row of each expert as its router row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import Router
 
 
 class Centroid(Router):
-    """Row of expert i = mean over its neurons of ``gate_j / ||gate_j||`` (padding left out).
+    """Row of expert i = mean over its neurons of ``gate_j / ||gate_j||`` (without padding).
 
     A token whose direction is that of an expert's gate rows opens many of that expert's gates.
     """

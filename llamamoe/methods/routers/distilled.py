@@ -1,4 +1,4 @@
-"""A linear router trained on the choices of experts that lower the output error most."""
+"""Train a linear router on the choices of experts that lower the output error most."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .ridge import centred, log_contribution
 
 
 class Distilled(Router):
-    """Learns from a teacher that knows all experts' outputs which k of them each token should have.
+    """A router that learns from a teacher with all experts' outputs which k of them each token should use.
 
     The teacher starts with ``r = y - shared neurons`` and k times takes the expert i that lowers ``||r||^2`` most when
-    ``c E_i`` is subtracted from r: `greedy_choices`. An expert's size alone does not count (as it does for
-    `Ridge` and the control `Oracle`), but what it adds to what the others leave.
+    ``c E_i`` is subtracted from r: `greedy_choices`. It is not an expert's size that counts (as for
+    `Ridge` and the control `Oracle`), but its contribution to the remaining error.
 
-    The rows minimise a convex loss of those choices (`ChoiceProblem`), from the ridge regression of the experts' log
-    contributions on; a fifth of the tokens is held out to stop early. In the end the output error on
-    these tokens decides between the distilled rows and those of the ridge regression (fitted without them); if the
-    latter win, they are fitted once more to all tokens.
+    The rows minimise a convex loss of those choices (`ChoiceProblem`), starting from the ridge regression of the
+    experts' log contributions; a fifth of the tokens is held out to stop early. In the end the output error on these
+    tokens decides between the distilled rows and those of the ridge regression (fitted without them); if the latter
+    win, they are fitted once more to all tokens.
 
     For the first router the experts are the parent's neurons with c = 1 (rescale ``unit``); `refit` takes the repaired
     weights and the layer's own c.
 
-    Ours.
+    Original to this project.
     """
 
     name = "distilled"
@@ -51,12 +51,12 @@ class Distilled(Router):
             description="logistic: each expert, threshold by token such that k are chosen; softmax: listwise.",
         )
         importance: Literal["equal", "gain"] = Field(
-            "equal", description="Of tokens in the loss; gain: by how much their best experts lower the error."
+            "equal", description="Weights of tokens in the loss; gain: by how much their best experts lower the error."
         )
         decay: float = Field(
             1e-4, ge=1e-9, allow_inf_nan=False, description="Weight decay, as a share of the mean square of the inputs."
         )
-        iterations: int = Field(60, ge=1, description="Most sweeps over the tokens' inputs.")
+        iterations: int = Field(60, ge=1, description="Maximum number of sweeps over the tokens' inputs.")
         patience: int = Field(5, ge=0, description="Sweeps without a lower held-out loss after which it stops.")
         ridge: float = Field(
             1e-3, ge=1e-9, allow_inf_nan=False, description="Strength of the regression it starts from."
@@ -113,7 +113,7 @@ class Distilled(Router):
         if self.options.importance == "gain":
             scales_T = token_scales(inputs, self.options.weighting)
             weight_T = choices.gain_T.clamp(min=0) * (1.0 if scales_T is None else scales_T.square())
-            # where nothing is gained anywhere, choices are as good as any
+            # without any gain, all choices are equally good
             weight_T = weight_T if float((weight_T * (1 - held_out_T)).sum()) > 0 else 0 * weight_T + 1
         options = self.options
         return ChoiceProblem(
@@ -121,7 +121,7 @@ class Distilled(Router):
         )
 
     def _ridge(self, inputs: LayerInputs, weight_T: torch.Tensor, aim_TN: torch.Tensor) -> torch.Tensor:
-        """float32 ``[N, H]`` on the CPU: ridge regression of the aims, as `Ridge` does it."""
+        """Return float32 ``[N, H]`` on the CPU: ridge regression of the targets, as in `Ridge`."""
         gram_HH, cross_HN = weighted_gram(inputs, weight_T, aim_TN)
         strength = self.options.ridge * float(gram_HH.diagonal().mean())
         if strength == 0:
@@ -136,7 +136,7 @@ def held_out_errors(
     held_out_T: torch.Tensor,
     weighting: TokenWeighting,
 ) -> list[float]:
-    """``sum_t s_t^2 ||y_t - y~_t||^2`` over the held-out tokens (bool ``[T]``), for each candidate."""
+    """Return ``sum_t s_t^2 ||y_t - y~_t||^2`` over the held-out tokens (bool ``[T]``), for each candidate."""
     errors = [0.0] * len(candidates)
     scales_T = token_scales(inputs, weighting)
     for part in inputs.batches():

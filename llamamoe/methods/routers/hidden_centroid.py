@@ -1,4 +1,4 @@
-"""The mean input of the tokens that an expert is for."""
+"""Use the mean input of the tokens on which an expert matters."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .base import Router
 
 
 class HiddenCentroid(Router):
-    """Rows that came with the partition; otherwise the mean direction of the tokens on which an expert matters.
+    """Rows that belong to the partition; otherwise the mean direction of the tokens on which an expert matters.
 
-    Splitters that cluster tokens hand their centroids on, and those are the rows. For any other partition expert i is
+    Splitters that cluster tokens provide their centroids, which become the rows. For any other partition expert i is
     among the k largest contributors on the tokens ``T_i`` (contribution = sum of the powers ``h_j^2 ||down_j||^2`` of
     its neurons), and its row is the direction of
 
         mean over T_i of x/||x||  -  mean over all tokens of x/||x||.
 
-    The difference is taken because all inputs share a large common direction, which tells no expert from another. An
+    The difference is taken because all inputs share a large common direction, which does not distinguish experts. An
     expert that is never among the largest contributors, or always, gets a row of zeros.
     """
 
@@ -44,6 +44,6 @@ class HiddenCentroid(Router):
             count_N += among_BN.sum(0)[:, None].double().cpu()
         check_finite(context.layer, sums_NH)
         own_NH = sums_NH / count_N.clamp(min=1) - total_H / max(inputs.num_tokens, 1)
-        # Always or never chosen: what is left of the difference is rounding, or the mean itself.
+        # Always or never chosen: the difference is only rounding, or the mean itself.
         some_N1 = (count_N > 0) & (count_N < inputs.num_tokens)
         return torch.nn.functional.normalize(own_NH * some_N1, dim=1).float()

@@ -1,4 +1,4 @@
-"""The router that is told what every expert contributes: a control, which no checkpoint can hold."""
+"""A router that uses every expert's contribution: a control, which cannot be stored in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .base import Router
 
 
 class Oracle(Router):
-    """A control. Takes the experts of largest contribution to the token, computed from all: the bound of routing by it.
+    """A control that selects the experts with the largest contribution: the upper bound of routing by contribution.
 
     It has no rows: a study simulates it with `llamamoe.methods.contributions.contributions`.
     """
@@ -26,6 +26,6 @@ class Oracle(Router):
             RefusedError: Always.
         """
         raise RefusedError(
-            "the oracle router computes every expert before it chooses: it is a control that no model can hold.",
-            hint="`llamamoe compare` simulates it; to convert, take another router, for example ridge.",
+            "the oracle router computes every expert before it chooses: it is a control that cannot be stored in a model.",
+            hint="`llamamoe compare` simulates it; to convert, use another router, for example ridge.",
         )

@@ -11,7 +11,7 @@ from .base import Router
 
 
 class Random(Router):
-    """Rows drawn from a normal distribution, the usual start of a router that is to be trained."""
+    """Rows drawn from a normal distribution, the usual start of a router that will be trained."""
 
     name = "random"
     summary = "normal random rows, to be trained"

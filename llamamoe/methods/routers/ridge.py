@@ -1,4 +1,4 @@
-"""A linear regression of the experts' contributions on the FFN's input."""
+"""Fit a linear regression of the experts' contributions on the FFN's input."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Ridge(Router):
     """``min_R sum_t s_t^2 ||z_t - R x_t||^2 + lam ||R||^2`` for the rows R ``[N, H]``.
 
     ``z_i`` = ``log(c_i / mean_j c_j + floor)`` with ``c_i`` the contribution of expert i to the token (see
-    `llamamoe.methods.contributions.contributions`), or ``c_i`` itself; minus its mean over the experts, which changes no
-    ranking. ``lam`` = ``ridge`` x the mean square of x. There is no intercept because a softmax router has none: the
-    mean of x, which is large behind an RMSNorm, serves as one. Ours.
+    `llamamoe.methods.contributions.contributions`), or ``c_i`` itself; minus its mean over the experts, which changes
+    no ranking. ``lam`` = ``ridge`` x the mean square of x. There is no intercept because a softmax router has none: the
+    mean of x, which is large behind an RMSNorm, serves as one. Original to this project.
     """
 
     name = "ridge"
@@ -66,29 +66,31 @@ class Ridge(Router):
 
 
 def log_contribution(score_BN: torch.Tensor, floor: float) -> torch.Tensor:
-    """``log(c_i / mean_j c_j + floor)``; equal values for a token to which no expert contributes."""
+    """Return ``log(c_i / mean_j c_j + floor)``; equal values for a token to which no expert contributes."""
     mean_B1 = score_BN.mean(1, keepdim=True)
     return (score_BN / mean_B1.clamp(min=1e-30) + floor).log()
 
 
 def centred(score_BN: torch.Tensor) -> torch.Tensor:
-    """Minus each token's mean over the experts."""
+    """Subtract each token's mean over the experts."""
     return score_BN - score_BN.mean(1, keepdim=True)
 
 
 def fit_rows(
     context: LayerContext, aims: Iterator[torch.Tensor], ridge: float, weighting: TokenWeighting
 ) -> torch.Tensor:
-    """float32 ``[N, H]`` on the CPU: rows R for which ``R x`` is nearest to the aims, by normal equations, summed over batches in float64.
+    """Return rows R, float32 ``[N, H]`` on the CPU, for which ``R x`` is nearest to the targets.
+
+    Solved by normal equations, summed over batches in float64.
 
     Args:
-        context: With the calibration inputs.
-        aims: ``[B, N]`` for every batch of them.
+        context: The context with the calibration inputs.
+        aims: Targets ``[B, N]`` for every batch of the inputs.
         ridge: Strength, as a share of the mean diagonal of ``sum_t x x^T``.
-        weighting: Of the tokens.
+        weighting: Weighting of the tokens.
 
     Raises:
-        LlamaMoeError: An input or aim is NaN or infinite.
+        LlamaMoeError: An input or target is NaN or infinite.
     """
     inputs, num_experts = context.inputs, context.num_experts
     device = double_device(inputs.device)

@@ -11,7 +11,7 @@ class Zeros(Router):
     """All logits equal: every token goes to the same experts until the router is trained."""
 
     name = "zeros"
-    summary = "zero rows: all experts weigh the same, ties decide who is selected"
+    summary = "zero rows: all experts get equal weights, ties decide which are selected"
     reference = "LLaMA-MoE (arXiv:2406.16554), linear gate"
 
     def rows(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Ways to choose the shared neurons (``shared_by``), one file each."""
+"""Methods to choose the shared neurons (``shared_by``), one file each."""
 
 from ...plugins import Registry
 from .base import Selector

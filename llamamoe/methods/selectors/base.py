@@ -1,4 +1,4 @@
-"""The contract of a selector: which neurons every token uses."""
+"""The interface of a selector, which chooses the neurons that every token uses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..layer import FfnWeights, LayerContext
 
 
 class Selector(Plugin, ABC):
-    """Ranks the neurons of a layer; the best S become shared."""
+    """A ranking of the neurons of a layer, of which the best S become shared."""
 
     @abstractmethod
     def scores(self, ffn: FfnWeights, context: LayerContext) -> np.ndarray:
-        """float64 ``[F]``; higher means more deserving to be shared."""
+        """Return float64 ``[F]``; neurons with higher scores are shared first."""
 
     def select(self, ffn: FfnWeights, num_shared: int, context: LayerContext) -> np.ndarray:
-        """int64 ``[S]``, ascending: the neurons of the highest scores; of equal ones the first."""
+        """Return int64 ``[S]``, ascending: the neurons with the highest scores; the first of equal ones."""
         if num_shared == 0:
             return np.empty(0, np.int64)
         order = np.argsort(-self.scores(ffn, context), kind="stable")

@@ -1,4 +1,4 @@
-"""Neurons that add most to the output, over the calibration text."""
+"""Select neurons with the largest contribution to the output on the calibration text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import Selector
 
 
 class Power(Selector):
-    """``mean_t h_tj^2 * ||down_:j||^2``: the mean square of what neuron j adds to the output."""
+    """``mean_t h_tj^2 * ||down_:j||^2``: the mean square of neuron j's contribution to the output."""
 
     name = "power"
     summary = "mean power of the neuron's contribution on calibration text"

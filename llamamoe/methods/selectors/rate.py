@@ -1,4 +1,4 @@
-"""Neurons that stand out at most tokens, over the calibration text."""
+"""Select neurons that are among the most active on most tokens of the calibration text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .base import Selector
 
 
 class Rate(Selector):
-    """``mu_j = mean_t A_tj``: the share of tokens at which neuron j has one of the ``k_act`` largest activations."""
+    """``mu_j = mean_t A_tj``: the share of tokens on which neuron j has one of the ``k_act`` largest activations."""
 
     name = "rate"
     summary = "share of calibration tokens at which the neuron is among the most active"

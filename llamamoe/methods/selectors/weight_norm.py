@@ -1,4 +1,4 @@
-"""Shared neurons by the size of their weights."""
+"""Select shared neurons by the size of their weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class WeightNorm(Selector):
 
     A neuron's output is ``silu(gate_j·x) (up_j·x) down_:j``: for inputs of any fixed size it grows with each of the
     three norms, and the product does not change when a factor is moved from one matrix to another. ``x`` is the
-    RMSNorm's output, so the norm's weight is counted into the rows that read it. Folklore: pruning by magnitude.
+    RMSNorm's output, so the norm's weight is included in the rows that read it. Folklore: pruning by magnitude.
     """
 
     name = "weight_norm"

@@ -1,1 +1,1 @@
-"""Optimisation that several methods share."""
+"""Optimisation algorithms that several methods share."""

@@ -1,4 +1,4 @@
-"""Which expert gets which neuron, from the importance of every neuron for every expert."""
+"""Allocate neurons to experts by the importance of every neuron for every expert."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..layer import PADDING, LayerContext, Partition
 
 
 def assign_greedily(score_NF: np.ndarray, capacity: int) -> np.ndarray:
-    """Take the pair (expert, neuron) of the largest score among free neurons and experts with room, again and again.
+    """Repeatedly take the pair (expert, neuron) with the largest score among free neurons and experts with room.
 
-    While no expert fills up, every neuron goes to its best expert: neurons are taken in the order of that score up to
-    the first that finds its expert full, and the others choose anew. At most N rounds of O(N F + F log F). Of equal
+    As long as no expert is full, every neuron goes to its best expert: neurons are taken in the order of that score up
+    to the first whose expert is full, and the others choose again. At most N rounds of O(N F + F log F). Of equal
     scores the first neuron is taken, and its first expert.
 
     Args:
@@ -44,7 +44,7 @@ def assign_greedily(score_NF: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _rank_among_equals(values: np.ndarray) -> np.ndarray:
-    """For each entry, how many before it have the same value (whole numbers from 0)."""
+    """Return for each entry how many before it have the same value (whole numbers from 0)."""
     order = np.argsort(values, kind="stable")
     sizes = np.bincount(values)
     ranks = np.empty(len(values), np.int64)
@@ -53,7 +53,7 @@ def _rank_among_equals(values: np.ndarray) -> np.ndarray:
 
 
 def best_of_each(score_NF: np.ndarray, neurons: np.ndarray, shared: np.ndarray, context: LayerContext) -> Partition:
-    """Every expert's W best neurons, whatever the others have; neurons that nobody has are omitted."""
+    """Give every expert its W best neurons, whatever the others have; neurons in no expert are omitted."""
     experts = np.full((context.num_experts, context.expert_width), PADDING, np.int64)
     best = np.argsort(-score_NF, axis=1, kind="stable")[:, : context.expert_width]
     experts[:, : best.shape[1]] = np.sort(neurons[best], axis=1)
@@ -61,14 +61,14 @@ def best_of_each(score_NF: np.ndarray, neurons: np.ndarray, shared: np.ndarray, 
 
 
 def most_wanted(score_NF: np.ndarray, width: int, count: int) -> np.ndarray:
-    """int64 ``[count]``, ascending: the neurons that most experts want (see `Gradient`, ``inter``).
+    """Return int64 ``[count]``, ascending: the neurons in the preferred sets of most experts (`Gradient`, ``inter``).
 
     At most ``count`` rounds of O(N F).
 
     Args:
         score_NF: ``[N, F]``.
-        width: Neurons that each expert wants, at least 1.
-        count: How many neurons to find, at most F.
+        width: Size of each expert's preferred set, at least 1.
+        count: Number of neurons to find, at most F.
     """
     order_NF = np.argsort(-score_NF, axis=1, kind="stable")
     total_F = score_NF.sum(0)
@@ -83,6 +83,6 @@ def most_wanted(score_NF: np.ndarray, width: int, count: int) -> np.ndarray:
 
 
 def expected_copies(num_experts: int, top_k: int) -> np.ndarray:
-    """float64 ``[N + 1]``: of a neuron in n experts, the mean number of copies among k random ones if there is any."""
+    """Return float64 ``[N + 1]``: for a neuron in n experts, the mean copies among k random ones that have any."""
     none = [math.comb(num_experts - n, top_k) / math.comb(num_experts, top_k) for n in range(num_experts + 1)]
     return np.array([0.0] + [n * top_k / num_experts / (1 - none[n]) for n in range(1, num_experts + 1)])

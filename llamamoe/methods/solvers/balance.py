@@ -1,11 +1,11 @@
-"""Exact assignment of points to clusters of limited size: the transportation problem, for few clusters.
+"""Assign points to clusters of limited size exactly: the transportation problem, for few clusters.
 
 Names of sizes: ``T`` points, ``K`` clusters. Everything here is numpy.
 
-How it works:
+Algorithm:
 
-1. Prices, one per cluster, are guessed so that the sizes come out nearly right (`_guess_prices`). A bad guess
-   costs time and never quality.
+1. Prices, one per cluster, are guessed so that the sizes are nearly right (`_guess_prices`). A bad guess
+   costs time, never quality.
 2. Every point goes to the cluster where ``cost + price`` is least: the cheapest assignment *for those sizes*.
 3. While a cluster is too full, points are passed on along the cheapest chain of clusters that ends at a free
    place (`_Chains`). This is what successive shortest paths do in a flow network, and it keeps the assignment
@@ -21,18 +21,18 @@ import numpy as np
 from ...lazy import threadpoolctl
 
 _TEMPERATURES = (0.25, 0.06, 0.015, 0.004, 0.001)
-"""Smoothing of the price guess, in units of the mean cost above each point's cheapest cluster."""
+"""Smoothing temperatures of the price guess, in units of the mean cost above each point's cheapest cluster."""
 _NEWTON_STEPS = 3
 _CLOSE_ENOUGH = 0.02
-"""The guess at one temperature ends when fewer than this share of all places is misplaced."""
+"""Share of misplaced points below which the guess at one temperature ends."""
 
 
 def assign_balanced(cost: np.ndarray, capacity: int | np.ndarray) -> np.ndarray:
     """Assign every point to one cluster, at most ``capacity`` points to each, at the least total cost.
 
     The result is an optimum of the transportation problem (one of its optima is integral), up to the rounding of
-    float64. Why: an assignment is the cheapest for its sizes if and only if no cycle of moves between clusters
-    lowers the cost. At the start there is none, since each point is where ``cost + price`` is least, and sending
+    float64. Proof: an assignment is the cheapest for its sizes if and only if no cycle of moves between clusters
+    lowers the cost. Initially there is none, since each point is where ``cost + price`` is least, and sending
     a point along a *shortest* chain creates none. Reference: Ahuja, Magnanti and Orlin, Network Flows (1993),
     section 9.7, successive shortest path algorithm; here on the graph of the K clusters, in which the arc a -> b
     costs as much as the cheapest move of a point of a to b.
@@ -41,7 +41,7 @@ def assign_balanced(cost: np.ndarray, capacity: int | np.ndarray) -> np.ndarray:
     each cluster in it. There are usually fewer chains than clusters, at worst T. Memory: about three copies of
     ``cost``.
 
-    Deterministic, with equal costs too, whatever the number of threads.
+    Deterministic for equal costs too, and for any number of threads.
 
     Args:
         cost: ``[T, K]``, finite; negative values are fine.
@@ -59,12 +59,12 @@ def assign_balanced(cost: np.ndarray, capacity: int | np.ndarray) -> np.ndarray:
 def assign_with_prices(
     cost: np.ndarray, capacity: int | np.ndarray, prices: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`assign_balanced` that also takes and returns the prices of the clusters.
+    """Assign points as `assign_balanced` does, also taking and returning the prices of the clusters.
 
     Args:
-        cost: As there.
-        capacity: As there.
-        prices: float ``[K]`` to start from, such as those of a similar problem; they change the time only (and
+        cost: As in `assign_balanced`.
+        capacity: As in `assign_balanced`.
+        prices: float ``[K]`` to start from, such as those of a similar problem; they only change the time (and
             which of several optima is found).
 
     Returns:
@@ -77,7 +77,7 @@ def assign_with_prices(
         return np.zeros(num_points, np.int64), np.zeros(num_clusters)
     work, exponent = _normalised(cost)
     start = _first_prices(work, places) if prices is None else _in_range(np.ldexp(prices, -exponent))
-    # A chain costs as much as a few columns of one Newton step: a small surplus needs no better prices.
+    # A chain costs as much as a few columns of one Newton step, so a small surplus does not need better prices.
     if _surplus(work, places, start) > 2 * num_clusters:
         start = _guess_prices(work, places, start, _TEMPERATURES if prices is None else _TEMPERATURES[2:])
     chains = _Chains(work, places, start)
@@ -86,7 +86,7 @@ def assign_with_prices(
 
 
 def _checked(cost: np.ndarray, capacity: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs as float64 ``[T, K]`` and int64 ``[K]``, or a ValueError."""
+    """Return the inputs as float64 ``[T, K]`` and int64 ``[K]``, or raise ValueError."""
     cost = np.asarray(cost)
     if cost.ndim != 2 or cost.shape[1] == 0:
         raise ValueError(f"cost must have shape [points, clusters] with at least one cluster, not {cost.shape}")
@@ -108,7 +108,7 @@ def _checked(cost: np.ndarray, capacity: int | np.ndarray) -> tuple[np.ndarray, 
 
 
 def _normalised(cost: np.ndarray) -> tuple[np.ndarray, int]:
-    """Costs above each point's least one, scaled into 0..1 by a power of two, and its exponent."""
+    """Return costs above each point's least one, scaled into 0..1 by a power of two, and its exponent."""
     # Scaled before the subtraction so that it cannot overflow, and after it so that float32 can hold it.
     first = int(np.frexp(np.abs(cost).max())[1])
     work = np.ldexp(cost, -first)
@@ -119,18 +119,18 @@ def _normalised(cost: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _in_range(prices: np.ndarray) -> np.ndarray:
-    """Prices >= 0 for costs of 0..1, cut at 2: larger ones would cost precision when added to the costs."""
+    """Return prices >= 0 for costs of 0..1, cut at 2: larger ones would cost precision when added to the costs."""
     return np.asarray(np.minimum(prices - prices.min(), 2.0))
 
 
 def _surplus(work: np.ndarray, places: np.ndarray, prices: np.ndarray) -> int:
-    """How many points find no place if each goes where ``cost + price`` is least."""
+    """Return how many points find no place if each goes where ``cost + price`` is least."""
     sizes = np.bincount((work + prices).argmin(1), minlength=len(places))
     return int((sizes - places).clip(0).sum())
 
 
 def _first_prices(work: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """No prices, or those that make the clusters equally dear on average, whichever fits the places better."""
+    """Return no prices, or those that make clusters equally expensive on average, whichever fits better."""
     level = _in_range(-work.mean(0))
     none = np.zeros(len(places))
     return level if _surplus(work, places, level) < _surplus(work, places, none) else none
@@ -139,7 +139,7 @@ def _first_prices(work: np.ndarray, places: np.ndarray) -> np.ndarray:
 def _guess_prices(
     work: np.ndarray, places: np.ndarray, start: np.ndarray, temperatures: tuple[float, ...]
 ) -> np.ndarray:
-    """Prices at which the clusters attract about as many points as they have places.
+    """Return prices at which the clusters attract about as many points as they have places.
 
     Newton's method with line search on the smoothed dual ``sum_t softmin_eps(cost_t + price) - places.price``
     (concave), at falling temperatures. In float32: it is a guess.
@@ -154,8 +154,8 @@ def _guess_prices(
         weight = np.append(weight, np.float32(free))
     costs = costs.astype(np.float32)
     change = np.zeros(len(places))
-    # One thread: the products are so short that several threads mostly wait for one another (tenfold times were seen
-    # where other programs used the cores), and the result does not depend on the number of threads.
+    # One thread: the products are so short that several threads mostly wait for one another (up to tenfold times
+    # if other programs use the cores), and the result does not depend on the number of threads.
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
         for temperature in temperatures:
             if unit * temperature > np.finfo(np.float32).tiny:
@@ -164,7 +164,7 @@ def _guess_prices(
 
 
 def _newton(costs: np.ndarray, weight: np.ndarray, places: np.ndarray, prices: np.ndarray, eps: float) -> np.ndarray:
-    """A few damped Newton steps upwards on the dual smoothed by ``eps``."""
+    """Take a few damped Newton steps upwards on the dual smoothed by ``eps``."""
     mean = places.mean()
     value, shares = _smoothed_dual(costs, weight, places, prices, eps)
     for _ in range(_NEWTON_STEPS):
@@ -191,7 +191,7 @@ def _newton(costs: np.ndarray, weight: np.ndarray, places: np.ndarray, prices: n
 def _smoothed_dual(
     costs: np.ndarray, weight: np.ndarray, places: np.ndarray, prices: np.ndarray, eps: float
 ) -> tuple[float, np.ndarray]:
-    """The smoothed dual and the share ``[T, K]`` of each point that each cluster attracts."""
+    """Return the smoothed dual and the share ``[T, K]`` of each point that each cluster attracts."""
     shares = costs + prices.astype(np.float32)
     shares *= np.float32(-1 / eps)
     top = shares.max(1, keepdims=True)
@@ -204,12 +204,12 @@ def _smoothed_dual(
 
 
 class _Chains:
-    """An assignment that is optimal for its own sizes, led to the wanted sizes along shortest chains.
+    """An assignment that is optimal for its own sizes, moved to the required sizes along shortest chains.
 
     Attributes:
         labels: int64 ``[T]``.
         prices: float64 ``[K]``; ``moves[a, b] + prices[b] - prices[a] >= 0`` for all a, b.
-        idle: int64 ``[K]``, how many of the places that stay free lie in each cluster. They act like points
+        idle: int64 ``[K]``, number of places in each cluster that stay free. They act like points
             whose every move costs nothing.
         excess: int64 ``[K]``, points plus idle places minus places.
         moves: float64 ``[K, K]``, the least cost of moving a point (or an idle place) of a to b.
@@ -236,7 +236,7 @@ class _Chains:
         return np.asarray(idle)
 
     def _refresh(self, cluster: int) -> None:
-        """Compute row ``cluster`` of `moves` anew."""
+        """Recompute row ``cluster`` of `moves`."""
         members = self.cost[self.labels == cluster]
         own = members[:, cluster : cluster + 1].copy()
         members -= own
@@ -251,7 +251,7 @@ class _Chains:
                 self._refresh(cluster)
 
     def _shortest_chain(self) -> list[int]:
-        """Clusters from one that is too full to the nearest with a free place (Dijkstra on reduced costs)."""
+        """Return the clusters from an overfull one to the nearest with a free place (Dijkstra on reduced costs)."""
         distance = np.where(self.excess > 0, 0.0, np.inf)
         open_distance = distance.copy()
         parent = np.full(len(distance), -1)
@@ -275,7 +275,7 @@ class _Chains:
         return chain[::-1]
 
     def _send(self, chain: list[int]) -> None:
-        """Send as many units along the chain as can go at its price (several if costs are equal)."""
+        """Send as many units along the chain as possible at its price (several if costs are equal)."""
         movers = [self._movers(a, b) for a, b in pairwise(chain)]
         room = min(int(self.excess[chain[0]]), int(-self.excess[chain[-1]]))
         amount = min(room, *(idle if points is None else len(points) for idle, points in movers))
@@ -289,7 +289,7 @@ class _Chains:
         self.excess[chain[-1]] += amount
 
     def _movers(self, a: int, b: int) -> tuple[int, np.ndarray | None]:
-        """What moves from a to b at the least cost: idle places (their number, None) or points (0, which)."""
+        """Return the cheapest moves from a to b: idle places (their number, None) or points (0, indices)."""
         if self.idle[a] and self.moves[a, b] == 0:
             return int(self.idle[a]), None
         members = np.flatnonzero(self.labels == a)

@@ -1,4 +1,4 @@
-"""A linear router trained on given choices: a convex problem, solved by whole passes over the tokens."""
+"""Train a linear router on given choices: a convex problem, solved by full passes over the tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ChoiceProblem:
     With l = R x and A the k chosen experts of a token, the loss is
 
     * ``logistic``: ``sum_i log(1 + exp(l_i - b)) + k b - sum_(i in A) l_i``, with the token's own threshold b where the
-      probabilities ``p = sigmoid(l - b)`` sum to k; it is 0 for a sure and right choice, and its gradient is ``p - A``;
+      probabilities ``p = sigmoid(l - b)`` sum to k; it is 0 for a certain and correct choice; gradient ``p - A``;
     * ``softmax``: ``-sum_(i in A) log softmax(l)_i``; gradient ``k softmax(l) - A``.
 
     Both are convex in R, and their curvature in l is at most ``curvature`` (Böhning, 1992, for the second).
@@ -29,9 +29,9 @@ class ChoiceProblem:
     Attributes:
         inputs: The tokens.
         chosen_TN: bool ``[T, N]``, the choices to learn.
-        weight_T: float32 ``[T]``, of the tokens to fit; 0 for those held out.
+        weight_T: float32 ``[T]``, weights of the tokens to fit; 0 for those held out.
         held_out_T: float32 ``[T]``, weights of those held out.
-        loss: Which one.
+        loss: One of the two.
         decay: Weight decay, as a share of m.
     """
 
@@ -49,7 +49,7 @@ class ChoiceProblem:
 
     @property
     def strength(self) -> float:
-        """``decay m``."""
+        """Strength of the decay, ``decay m``."""
         return self.decay * float(self.gram_HH.diagonal().mean())
 
     @property
@@ -59,11 +59,11 @@ class ChoiceProblem:
 
     @property
     def curvature(self) -> float:
-        """Bound of the second derivative of a token's loss."""
+        """Upper bound of the second derivative of a token's loss."""
         return 0.25 if self.loss == "logistic" else self.top_k / 2
 
     def losses(self, logits_BN: torch.Tensor, chosen_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens' losses ``[B]`` and their gradients with respect to the logits ``[B, N]``."""
+        """Return the tokens' losses ``[B]`` and their gradients with respect to the logits ``[B, N]``."""
         own_B = (logits_BN * chosen_BN).sum(1)
         if self.loss == "softmax":
             value_B = self.top_k * torch.logsumexp(logits_BN, 1) - own_B
@@ -74,7 +74,7 @@ class ChoiceProblem:
         return value_B, above_BN.sigmoid() - chosen_BN.float()
 
     def sweep(self, rows_NH: torch.Tensor) -> tuple[float, float, torch.Tensor]:
-        """Loss on the tokens to fit with decay, loss on those held out, and the first one's gradient. O(T N H).
+        """Return the fitted loss with decay, the held-out loss, and the first one's gradient. O(T N H).
 
         Args:
             rows_NH: float64 ``[N, H]``, on the device for float64.
@@ -95,15 +95,15 @@ class ChoiceProblem:
         return fitted, held_out / other if other else fitted, gradient_NH / total + penalty
 
     def solve(self, rows_NH: torch.Tensor, iterations: int, patience: int) -> tuple[torch.Tensor, list[float]]:
-        """The rows of least loss on the held-out tokens among those met on the way from ``rows_NH`` to the optimum.
+        """Return the rows with the least held-out loss among the iterates from ``rows_NH`` to the optimum.
 
         Each step minimises the quadratic bound that ``curvature`` gives, whose Hessian is the same for all steps and
-        all experts: without momentum the loss cannot rise. Nesterov's momentum is taken back where it points
-        uphill (O'Donoghue and Candes, 2015). Nothing is drawn at random.
+        all experts: without momentum the loss cannot rise. Nesterov's momentum is reset where it points
+        uphill (O'Donoghue and Candes, 2015). Deterministic.
 
         Args:
             rows_NH: float32 ``[N, H]`` to start from.
-            iterations: Most steps, each a sweep over the tokens.
+            iterations: Maximum number of steps, each a sweep over the tokens.
             patience: Steps without a better held-out loss after which it stops.
 
         Returns:
@@ -134,7 +134,7 @@ class ChoiceProblem:
 def weighted_gram(
     inputs: LayerInputs, weight_T: torch.Tensor, aim_TN: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``sum w x x^T`` and ``sum w x aim^T`` over ``sum w``, float64 ``[H, H]`` and ``[H, N]`` (N = 0 without aims).
+    """Return ``sum w x x^T`` and ``sum w x aim^T`` over ``sum w``, float64 ``[H, H]`` and ``[H, N]``.
 
     Products in float32, sums over batches in float64. O(T H (H + N)).
     """

@@ -14,7 +14,7 @@ from .balance import assign_with_prices
 
 _SAMPLE = 1024
 _SAMPLE_PER_CLUSTER = 16
-"""K-means++ looks at this many points in all, or at this many per cluster if that is more."""
+"""K-means++ samples this many points in total, or this many per cluster if that is more."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class BalancedClusters:
 
     Attributes:
         labels: int64 ``[T]``.
-        centers: float32 ``[K, D]``, the mean of each cluster (of an empty one, where it was left).
+        centers: float32 ``[K, D]``, the mean of each cluster (of an empty one, its last position).
         inertia: Sum of the squared distances of the points to the means of their clusters.
         iterations: Assignment steps of the start that was kept.
     """
@@ -62,9 +62,9 @@ def balanced_kmeans(
         seed: For the start.
         initial_centers: ``[K, D]`` to start from instead of k-means++ (then there is one start).
         n_init: Number of starts; the one of the least inertia is kept.
-        max_iter: Most assignment steps per start, at least 1.
-        tol: Stop when a step gains less than this share of the inertia that the clusters explain so far (that of
-            one single cluster minus theirs); 0 goes on until nothing changes.
+        max_iter: Maximum number of assignment steps per start, at least 1.
+        tol: Stop when a step gains less than this share of the inertia explained so far (that of
+            one single cluster minus theirs); 0 continues until nothing changes.
 
     Raises:
         ValueError: Wrong shapes, values that are not finite, fewer places than points, or no iteration allowed.
@@ -76,7 +76,7 @@ def balanced_kmeans(
     mean = points.mean(0, dtype=np.float64).astype(np.float32)
     if not np.isfinite(mean).all():
         raise ValueError("points must be finite")
-    # Around the mean, distances computed from scalar products lose no digits to a common offset.
+    # Centred, so that distances computed from scalar products lose no digits to a common offset.
     centred = np.subtract(points, mean, dtype=np.float32)
     if initial_centers is not None:
         if initial_centers.shape != (num_clusters, points.shape[1]):
@@ -92,12 +92,12 @@ def balanced_kmeans(
 
 
 def _plus_plus(points: np.ndarray, num_clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """K-means++ centres among a sample of the points; with fewer points than clusters some serve twice."""
+    """Choose k-means++ centres among a sample of the points; with fewer points than clusters some serve twice."""
     # On all points of a large FFN this would take longer than the clustering that follows.
     size = min(len(points), max(_SAMPLE, _SAMPLE_PER_CLUSTER * num_clusters))
     sample = points[np.sort(rng.choice(len(points), size, replace=False))]
     count = min(num_clusters, size)
-    # sklearn's KMeans would go on from here, but it adds up its threads' sums in the order in which they end.
+    # sklearn's KMeans could continue from here, but it adds up its threads' sums in the order in which they end.
     centers, _ = sklearn.cluster.kmeans_plusplus(sample, count, random_state=int(rng.integers(2**32)))
     return np.asarray(centers[np.arange(num_clusters) % count])
 
@@ -133,13 +133,13 @@ def _run(
 
 
 def _distances(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """float64 ``[T, K]``: squared distances, less the point's own square, which no choice of cluster changes."""
+    """Return float64 ``[T, K]``: squared distances without the point's own square, equal for all clusters."""
     squares = np.einsum("kd,kd->k", centers, centers, dtype=np.float64)
     return np.asarray(squares - 2 * (points @ centers.T).astype(np.float64))
 
 
 def _means(points: np.ndarray, labels: np.ndarray, sizes: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """float32 ``[K, D]``: the mean of each cluster; of an empty one the old centre."""
+    """Return float32 ``[K, D]``: the mean of each cluster; the old centre of an empty one."""
     means = centers.copy()
     order = np.argsort(labels, kind="stable")
     ends = np.cumsum(sizes)
@@ -150,7 +150,7 @@ def _means(points: np.ndarray, labels: np.ndarray, sizes: np.ndarray, centers: n
 
 
 def _reseed(points: np.ndarray, labels: np.ndarray, sizes: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Centres in which each empty cluster sits on another one of the points farthest from their own centres."""
+    """Return centres with each empty cluster moved to another of the points farthest from their centres."""
     own = np.einsum("td,td->t", points, points) + _distances(points, centers)[np.arange(len(points)), labels]
     farthest = np.argsort(-own, kind="stable")
     # A point of a cluster of one is its centre: moving there would only exchange the two clusters.

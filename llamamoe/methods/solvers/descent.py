@@ -1,4 +1,4 @@
-"""Adam on the weights of one layer, by mini-batches of its tokens."""
+"""Run Adam on the weights of one layer, by mini-batches of its tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...errors import LlamaMoeError
 from ...lazy import np, torch
 
 WARM_UP = 20
-"""Steps over which the step size rises: Adam's second moments mean nothing before."""
+"""Warm-up steps, before which Adam's second moments are not meaningful."""
 BETAS = (0.9, 0.98)
 
 
@@ -24,18 +24,18 @@ def descend(
     what: str,
     hint: str,
 ) -> None:
-    """Take all steps of an optimiser.
+    """Run all steps of an optimiser.
 
     Args:
         optimiser: Its groups of parameters have ``size`` (what a step is relative to) and ``share`` (the largest step,
             as a share of it).
-        loss_of: The loss of some tokens, from int64 ``[batch]`` token numbers.
-        num_tokens: How many there are; what is left over in an epoch rests.
+        loss_of: Returns the loss of some tokens, given their indices int64 ``[batch]``.
+        num_tokens: Number of tokens; an incomplete last batch of an epoch is skipped.
         rng: Draws the order of the tokens, epoch by epoch.
         batch: Tokens per step.
         epochs: Sweeps over the tokens.
-        what: What descends, in an error.
-        hint: What helps if it does not.
+        what: Name of the loss in an error.
+        hint: Hint of that error.
 
     Raises:
         LlamaMoeError: The loss is NaN or infinite.

@@ -1,4 +1,4 @@
-"""Partition of a weighted graph into parts of given sizes, with as much weight inside the parts as can be had.
+"""Partition a weighted graph into parts of given sizes, with as much weight inside the parts as possible.
 
 Names of sizes: ``F`` vertices, ``K`` parts. The graph is a dense symmetric matrix of weights >= 0 with a zero diagonal.
 Since the total weight is fixed, most weight inside means least weight cut. Everything here is numpy.
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SUBSPACE_STEPS = 20
-"""More give no better start: the swaps that follow depend little on it."""
+"""Number of iterations; more do not improve the start, on which the following swaps depend little."""
 _LEAST_GAIN = 1e-9
-"""A swap must gain this share of the largest connection, so that rounding cannot make it run in circles."""
+"""Minimum gain of a swap as a share of the largest connection, so that rounding cannot cause cycles."""
 
 
 def even_sizes(count: int, parts: int) -> np.ndarray:
-    """int64 ``[K]``: sizes that sum to ``count`` and differ by one at most."""
+    """Return int64 ``[K]``: sizes that sum to ``count`` and differ by one at most."""
     return np.bincount(np.arange(count) % parts, minlength=parts)
 
 
 def inside_weight(weights_FF: np.ndarray, labels: np.ndarray) -> float:
-    """Sum of the weights between vertices of the same part, each edge once."""
+    """Return the sum of the weights between vertices of the same part, each edge once."""
     return sum(
         float(weights_FF[np.ix_(part, part)].sum(dtype=np.float64)) / 2
         for part in (np.flatnonzero(labels == p) for p in np.unique(labels))
@@ -39,20 +39,20 @@ def inside_weight(weights_FF: np.ndarray, labels: np.ndarray) -> float:
 def partition_graph(
     weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator, *, method: str, starts: int, sweeps: int
 ) -> np.ndarray:
-    """int64 ``[F]``: the part of every vertex; the sizes of the parts differ by one at most.
+    """Return int64 ``[F]``: the part of every vertex; the sizes of the parts differ by at most one.
 
     The best of several starts, each refined by `improve_by_swaps`.
 
     Args:
         weights_FF: float ``[F, F]``, symmetric, >= 0, zero diagonal.
         num_parts: ``K``.
-        rng: Decides the starts.
+        rng: Generator of the starts.
         method: ``"spectral"`` (`spectral_parts`) or ``"metis"`` (`metis_parts`).
         starts: Number of starts.
-        sweeps: Most sweeps of the refinement; 0 for none.
+        sweeps: Maximum number of sweeps of the refinement; 0 for none.
 
     Raises:
-        MissingExtraError: METIS is asked for and not installed.
+        MissingExtraError: METIS is requested and not installed.
     """
     sizes = even_sizes(len(weights_FF), num_parts)
     if len(weights_FF) == 0 or num_parts == 1:
@@ -66,9 +66,9 @@ def partition_graph(
 
 
 def spectral_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator) -> Callable[[int], np.ndarray]:
-    """Balanced k-means of the rows of the K leading eigenvectors of ``D^-1/2 W D^-1/2``, as a function of a seed.
+    """Return a function of a seed: balanced k-means of the rows of ``D^-1/2 W D^-1/2``'s K leading eigenvectors.
 
-    Rows are brought to length 1. Reference: Ng, Jordan and Weiss, On spectral clustering (2001). O(F^2 K) per step.
+    Rows are normalised to length 1. Reference: Ng, Jordan and Weiss, On spectral clustering (2001). O(F^2 K) per step.
     """
     from .clustering import balanced_kmeans
 
@@ -76,7 +76,7 @@ def spectral_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Genera
     inverse_F1 = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1.0)), 0.0)[:, None]
 
     def multiply(vectors: np.ndarray) -> np.ndarray:
-        # In the graph's own dtype, or numpy would copy it.
+        # In the graph's own dtype, because numpy would copy it otherwise.
         return np.asarray(inverse_F1 * (weights_FF @ (inverse_F1 * vectors).astype(weights_FF.dtype)))
 
     vectors = leading_vectors(multiply, len(degree), num_parts, rng)
@@ -93,17 +93,17 @@ def spectral_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Genera
 def leading_vectors(
     multiply: Callable[[np.ndarray], np.ndarray], size: int, count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """float64 ``[F, count]``: eigenvectors of the largest eigenvalues of a symmetric matrix, as start for a clustering.
+    """Return float64 ``[F, count]``: eigenvectors of the largest eigenvalues of a symmetric matrix, for clustering.
 
     Subspace iteration with twice as many vectors, and a Rayleigh-Ritz step at the end: it never fails, whatever the
     graph (Lanczos' method stops on graphs with many equal eigenvalues, such as unconnected parts), and nearly equal
-    eigenvectors that it has not told apart do no harm here.
+    eigenvectors that it has not separated do no harm here.
 
     Args:
-        multiply: Of ``[F, any]``.
+        multiply: Multiplies the matrix by ``[F, any]``.
         size: ``F``.
-        count: Fewer are returned where F is smaller.
-        rng: For the start.
+        count: Number of vectors; fewer are returned if F is smaller.
+        rng: Generator of the start.
     """
     basis = np.linalg.qr(rng.standard_normal((size, min(2 * count + 8, size))))[0]
     for _ in range(_SUBSPACE_STEPS):
@@ -114,7 +114,7 @@ def leading_vectors(
 
 
 def metis_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator) -> Callable[[int], np.ndarray]:
-    """METIS' multilevel k-way partition, as a function of a seed; the sizes are only nearly even.
+    """Return METIS' multilevel k-way partition, as a function of a seed; the sizes are only nearly even.
 
     Reference: Karypis and Kumar, A fast and high quality multilevel scheme for partitioning irregular graphs (1998).
 
@@ -136,7 +136,7 @@ def metis_parts(weights_FF: np.ndarray, num_parts: int, rng: np.random.Generator
 
 
 def integer_weights(weights_FF: np.ndarray) -> np.ndarray:
-    """int32 ``[F, F]``: the weights as METIS takes them; those that round to 0 are no edges.
+    """Return int32 ``[F, F]``: the weights for METIS; those that round to 0 are not edges.
 
     The largest becomes 10^4, or less so that the sum stays below 2^30: METIS adds weights up in int32.
     """
@@ -146,28 +146,28 @@ def integer_weights(weights_FF: np.ndarray) -> np.ndarray:
 
 
 def connections(weights_FF: np.ndarray, labels: np.ndarray, num_parts: int) -> np.ndarray:
-    """float64 ``[F, K]``: the weight between each vertex and each part."""
+    """Return float64 ``[F, K]``: the weight between each vertex and each part."""
     member = np.zeros((len(labels), num_parts), weights_FF.dtype)
     member[np.arange(len(labels)), labels] = 1
     return np.asarray(weights_FF @ member, np.float64)
 
 
 def to_sizes(weights_FF: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """int64 ``[F]``: labels with exactly the given sizes (in sum F), changed for as few vertices as can be.
+    """Return int64 ``[F]``: labels with exactly the given sizes (in sum F), changed for as few vertices as possible.
 
-    Of the ways to move that few, the one that keeps most weight between the vertices and the parts as they were
+    Among these, the labels keep most weight between the vertices and the original parts
     (moves count as if made one at a time).
     """
     if np.array_equal(np.bincount(labels, minlength=len(sizes)), sizes):
         return labels
     cost = -connections(weights_FF, labels, len(sizes))
-    # Worth more than what any chain of moves could gain.
+    # More than any chain of moves could gain.
     cost[np.arange(len(labels)), labels] -= 1 + 2 * len(sizes) * np.abs(cost).max()
     return assign_balanced(cost, sizes)
 
 
 def improve_by_swaps(weights_FF: np.ndarray, labels: np.ndarray, sweeps: int) -> np.ndarray:
-    """int64 ``[F]``: labels of the same sizes after swaps of two vertices that each brought weight inside.
+    """Return int64 ``[F]``: labels of the same sizes after swaps of two vertices that each increased the inside weight.
 
     For every pair of parts p, q the best swap is made while it gains, where swapping i of p with j of q gains
     ``(c_iq - c_ip) + (c_jp - c_jq) - 2 w_ij`` with ``c`` the `connections` (Kernighan and Lin, An efficient heuristic

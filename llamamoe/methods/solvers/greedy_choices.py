@@ -1,4 +1,4 @@
-"""Which experts each token should have: those that together bring the layer's output nearest to the dense one."""
+"""Choose the experts of each token that together bring the layer's output nearest to the dense one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..layer import FfnWeights, LayerInputs
 from ..moe_layer import ConvertedFfn, dense_outputs
 
 FLOATS_AT_ONCE = 2**24
-"""Most numbers that the outputs of all experts and their scalar products may take at a time (64 MB)."""
+"""Maximum number of values of all experts' outputs and scalar products in memory (64 MB)."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What is best for every token, on the CPU.
+    """The best choices for every token, on the CPU.
 
     Attributes:
         chosen_TN: bool ``[T, N]``, k experts per token.
@@ -29,14 +29,14 @@ class Choices:
 
 
 def best_choices(moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs) -> Choices:
-    """Greedy choices of k experts for all tokens, by what the experts compute.
+    """Return greedy choices of k experts for all tokens, from the experts' outputs.
 
-    Beside one sweep of the dense FFN and of all experts, O(T N^2 H) for the experts' scalar products and O(T N k)
-    for the choices; ``T N`` x 5 bytes are kept.
+    In addition to one sweep of the dense FFN and of all experts, O(T N^2 H) for the experts' scalar products and O(T N
+    k) for the choices; ``T N`` x 5 bytes are kept.
 
     Args:
-        moe: The layer; its router does not count.
-        ffn: The dense FFN, whose output is the aim.
+        moe: The layer; its router is ignored.
+        ffn: The dense FFN, whose output is the target.
         inputs: The tokens.
     """
     found = []
@@ -52,7 +52,7 @@ def best_choices(moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs) -> Cho
 def scalar_products(
     moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """``<E_i, E_e>`` float32 ``[B, N, N]`` and ``<r, E_i>`` ``[B, N]`` for a few tokens at a time, in order.
+    """Yield ``<E_i, E_e>`` float32 ``[B, N, N]`` and ``<r, E_i>`` ``[B, N]`` for a few tokens at a time, in order.
 
     ``E_i`` are the experts' outputs without the router's weight, r is the dense output minus the shared neurons'.
     """
@@ -73,20 +73,20 @@ def scalar_products(
 def greedy_choices(
     gram_BNN: torch.Tensor, cross_BN: torch.Tensor, coefficient: float, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy forward selection, as in orthogonal matching pursuit with given coefficients.
+    """Run greedy forward selection, as in orthogonal matching pursuit with given coefficients.
 
     k times the expert with the largest ``||r||^2 - ||r - c E_i||^2 = 2 c <r, E_i> - c^2 ||E_i||^2`` is taken, even
-    if that is negative, and ``c E_i`` subtracted from r. It is the best choice of all where the experts' outputs are
+    if that is negative, and ``c E_i`` subtracted from r. It is optimal if the experts' outputs are
     orthogonal.
 
     Args:
         gram_BNN: ``<E_i, E_e>``.
         cross_BN: ``<r, E_i>``.
-        coefficient: c, what a selected expert's output is multiplied by.
+        coefficient: c, the factor of a selected expert's output.
         top_k: k, at most N.
 
     Returns:
-        bool ``[B, N]``, and the sum of what was gained ``[B]``.
+        bool ``[B, N]``, and the total gain ``[B]``.
     """
     gain_BN = 2 * coefficient * cross_BN - coefficient**2 * gram_BNN.diagonal(dim1=1, dim2=2)
     chosen_BN = torch.zeros_like(cross_BN, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Assignment of neurons and rows of a router learned together, so that a layer's output stays near the dense one.
+"""Learn the assignment of neurons and a router's rows together, keeping a layer's output near the dense one.
 
 Names of sizes, beside those of `llamamoe.methods.layer`: ``R`` = F - S routed neurons, ``B`` tokens of a mini-batch.
 """
@@ -17,9 +17,9 @@ from .balance import assign_with_prices
 from .transport import balanced_transport, soft_top_k, transport_gradient
 
 MARGIN = 0.5
-"""By how much a neuron's first expert leads at the start, in standard deviations of its logits."""
+"""Lead of a neuron's initial expert, in standard deviations of its logits."""
 LEAST_SPREAD = 1e-6
-"""Logits of the router that differ less than this count as if they differed so much."""
+"""Lower bound of the spread of a router's logits."""
 
 
 class LearningOptions(PluginOptions):
@@ -36,9 +36,14 @@ class LearningOptions(PluginOptions):
     tau_start: float = Field(1.0, gt=0, allow_inf_nan=False, description="First temperature of the assignment.")
     tau_end: float = Field(0.1, gt=0, allow_inf_nan=False, description="Last temperature of the assignment.")
     router_temperature: float = Field(
-        0.5, gt=0, allow_inf_nan=False, description="Of the soft choice of experts, in units of the logits' spread."
+        0.5,
+        gt=0,
+        allow_inf_nan=False,
+        description="Temperature of the soft choice of experts, in units of the logits' spread.",
     )
-    sinkhorn_iterations: int = Field(20, ge=1, description="Per step; each step goes on where the last one ended.")
+    sinkhorn_iterations: int = Field(
+        20, ge=1, description="Iterations per step; each step continues from the last one."
+    )
     refresh: int = Field(10, ge=1, description="Steps between two exact assignments.")
     balance: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="Strength of a load-balancing loss; 1 is as large as the error."
@@ -55,7 +60,7 @@ class RoutedNeurons:
         up_RH: ``[R, H]``.
         down_HR: ``[H, R]``.
         hidden_act: Name of the activation.
-        scales_T: float32 ``[T]``, what each token's error is multiplied by; None for ones.
+        scales_T: float32 ``[T]``, factor of each token's error; None for all ones.
     """
 
     inputs: LayerInputs
@@ -69,13 +74,13 @@ class RoutedNeurons:
     def of(
         cls, ffn: FfnWeights, neurons: np.ndarray, inputs: LayerInputs, scales_T: torch.Tensor | None
     ) -> RoutedNeurons:
-        """Those ``neurons`` int64 ``[R]`` of the FFN."""
+        """Return the part of the FFN with ``neurons``, int64 ``[R]``."""
         index, to = torch.from_numpy(neurons), (inputs.device, inputs.compute_dtype)
         weights = ffn.gate_FH[index].to(*to), ffn.up_FH[index].to(*to), ffn.down_HF[:, index].to(*to)
         return cls(inputs, *weights, ffn.hidden_act, scales_T)
 
     def tokens(self, index_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs ``[B, H]`` in float32, and what the neurons do times the token's scale, float32 ``[B, R]``."""
+        """Return inputs ``[B, H]`` in float32, and the activations times the token's scale, float32 ``[B, R]``."""
         device = self.inputs.device
         x_BH = self.inputs.x_TH[index_B].to(device, self.inputs.compute_dtype)
         h_BR = activate(x_BH @ self.gate_RH.T, self.hidden_act) * (x_BH @ self.up_RH.T).float()
@@ -84,17 +89,17 @@ class RoutedNeurons:
         return x_BH.float(), h_BR
 
     def errors(self, h_BR: torch.Tensor, selection_BN: torch.Tensor, assignment_RN: torch.Tensor) -> torch.Tensor:
-        """``||sum_j (1 - sum_c z_tc P_jc) h_tj d_j||^2`` for each token, float32 ``[B]``. O(B R (N + H)).
+        """Return ``||sum_j (1 - sum_c z_tc P_jc) h_tj d_j||^2`` for each token, float32 ``[B]``. O(B R (N + H)).
 
-        It is the squared error of the output: shared neurons add the same to the dense output, and each routed one
-        is missing as far as its expert is not selected.
+        This is the squared error of the output: shared neurons contribute equally to the dense output, and each routed
+        one is missing to the extent that its expert is not selected.
         """
         missing_BR = h_BR * (1 - selection_BN @ assignment_RN.T)
         error_BH = (missing_BR.to(self.down_HR.dtype) @ self.down_HR.T).float()
         return error_BH.square().sum(1)
 
     def switching_errors(self, h_BR: torch.Tensor, selection_BN: torch.Tensor, labels_R: np.ndarray) -> torch.Tensor:
-        """What a token's error has in second order if one expert is switched on or off, float32 ``[B, N]``. O(B R H).
+        """Return the second-order error of a token if one expert is switched on or off, float32 ``[B, N]``. O(B R H).
 
         ``||E_c||^2``, negative where c is selected: with the derivative it is the slope from z_c to 1 - z_c.
         """
@@ -106,10 +111,10 @@ class RoutedNeurons:
         return torch.stack(sizes, 1) * (1 - 2 * selection_BN)
 
     def moving_errors(self, h_BR: torch.Tensor, selection_BN: torch.Tensor, labels_R: np.ndarray) -> torch.Tensor:
-        """What the summed errors have in second order if one neuron moves to an expert, float32 ``[R, N]``. O(B R N).
+        """Return the second-order sum of errors if one neuron moves to an expert, float32 ``[R, N]``. O(B R N).
 
         ``sum_t (z_t,e(j) - z_tc)^2 h_tj^2 ||d_j||^2``, 0 for its own expert e(j): with the differences of the
-        derivative between c and e(j) it is what the move changes.
+        derivative between c and e(j) it is the effect of the move.
         """
         own_BR = selection_BN[:, torch.from_numpy(labels_R).to(h_BR.device)]
         square_BR = h_BR.square()
@@ -120,7 +125,7 @@ class RoutedNeurons:
 
 
 def hard_top_k(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
-    """1 for the k largest logits of each token, 0 for the others, ``[B, N]``."""
+    """Return 1 for the k largest logits of each token, 0 for the others, ``[B, N]``."""
     chosen = logits_BN.detach().topk(top_k, dim=1).indices
     return torch.zeros_like(logits_BN, requires_grad=False).scatter_(1, chosen, 1.0)
 
@@ -128,7 +133,7 @@ def hard_top_k(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
 def mean_error(
     part: RoutedNeurons, labels_R: np.ndarray, rows_NH: torch.Tensor, top_k: int, tokens: torch.Tensor
 ) -> float:
-    """Mean squared error of the output over ``tokens`` (int64 indices), each weighted by its scale; NaN for none."""
+    """Return the mean squared error over ``tokens`` (int64 indices), weighted by scale; NaN without tokens."""
     device, total = part.inputs.device, 0.0
     assignment_RN = one_hot(labels_R, len(rows_NH), device)
     rows_NH = rows_NH.to(device)
@@ -141,14 +146,14 @@ def mean_error(
 
 
 def one_hot(labels_R: np.ndarray, num_experts: int, device: torch.device) -> torch.Tensor:
-    """float32 ``[R, N]``."""
+    """Return the one-hot matrix of labels, float32 ``[R, N]``."""
     return torch.nn.functional.one_hot(torch.from_numpy(labels_R), num_experts).float().to(device)
 
 
 def first_logits(power_RN: np.ndarray, labels_R: np.ndarray, device: torch.device) -> torch.Tensor:
-    """float32 ``[R, N]``: assignment logits whose best balanced assignment is ``labels_R``.
+    """Return float32 ``[R, N]``: assignment logits whose best balanced assignment is ``labels_R``.
 
-    A neuron's logits are the powers that the experts capture of it, at mean 0 and deviation 1: Adam moves all
+    A neuron's logits are its powers captured by the experts, normalised to mean 0 and deviation 1: Adam moves all
     neurons at one pace, however strong they are. Its own expert leads by `MARGIN`.
     """
     power = torch.from_numpy(power_RN)
@@ -160,39 +165,39 @@ def first_logits(power_RN: np.ndarray, labels_R: np.ndarray, device: torch.devic
 
 
 def spread_of(logits_BN: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the router's logits about each token's mean, at least `LEAST_SPREAD`; no gradient."""
+    """Return the router logits' RMS deviation from each token's mean, at least `LEAST_SPREAD`; no gradient."""
     logits = logits_BN.detach()
     spread = (logits - logits.mean(1, keepdim=True)).square().mean().sqrt()
     return spread.clamp(min=LEAST_SPREAD)
 
 
 def size_of(rows: torch.Tensor) -> float:
-    """Root mean square of a matrix's entries, without what all of its rows share; 1 if that is nothing."""
+    """Return the root mean square of a matrix's entries without the mean row; 1 if it is zero."""
     rows = rows.detach()
     return (float((rows - rows.mean(0)).square().mean().sqrt()) if len(rows) else 0.0) or 1.0
 
 
 @dataclass
 class Learner:
-    """Adam on assignment logits and router rows, by straight-through estimates.
+    """Trains assignment logits and router rows with Adam, by straight-through estimates.
 
     Forward, every neuron is in one expert (an exact balanced assignment of the logits A) and every token selects k
-    experts. Backward, the slopes of L along P at that point go through the soft plan ``P = Sinkhorn(A / tau)``, and those
-    along z through `soft_top_k` of the logits over ``router_temperature`` x their spread.
+    experts. Backward, the slopes of L along P at that point go through the soft plan ``P = Sinkhorn(A / tau)``, and
+    those along z through `soft_top_k` of the logits over ``router_temperature`` x their spread.
 
-    L is quadratic, and hard choices are corners: the derivative there tells every neuron to leave its expert and every
-    token to leave its selected experts, because it leaves out what the neuron or expert itself is missing once it is
-    gone. A slope here is that of the straight line to the next corner: what L changes by if this one neuron
+    L is quadratic, and hard choices are corners: the derivative there pushes every neuron out of its expert and every
+    token away from its selected experts, because it ignores the error that the neuron or expert causes once it is
+    gone. A slope here is that of the straight line to the next corner: the change of L if this one neuron
     (`RoutedNeurons.moving_errors`) or this one expert of a token (`RoutedNeurons.switching_errors`) moves.
 
     Attributes:
         part: The neurons and inputs.
-        context: With k and the experts' width.
+        context: The context with k and the experts' width.
         settings: Rates, temperatures, steps.
         logits_RN: A, changed in place.
         rows_NH: The router's rows, changed in place.
-        unit: Error that the loss is measured in.
-        generator: Of mini-batches, on the CPU.
+        unit: Error that is the unit of the loss.
+        generator: Generator of mini-batches, on the CPU.
         labels_R: int64, each neuron's expert.
     """
 
@@ -217,7 +222,7 @@ class Learner:
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
 
     def run(self, tokens: torch.Tensor, first: int, last: int) -> None:
-        """Steps ``first`` .. ``last - 1`` of the schedule on mini-batches of ``tokens`` (int64 indices)."""
+        """Run steps ``first`` .. ``last - 1`` of the schedule on mini-batches of ``tokens`` (int64 indices)."""
         settings = self.settings
         for step in range(first, last):
             done = step / max(settings.steps - 1, 1)
@@ -231,12 +236,12 @@ class Learner:
                 self.assign()
 
     def assign(self) -> None:
-        """The best balanced assignment of the logits as they are now."""
+        """Set the labels to the best balanced assignment of the current logits."""
         cost = -self.logits_RN.detach().cpu().double().numpy()
         self.labels_R, self._prices = assign_with_prices(cost, self.context.expert_width, self._prices)
 
     def gradients(self, index_B: torch.Tensor, tau: float) -> float:
-        """Put the gradients of the loss on these tokens into ``logits_RN.grad`` and ``rows_NH.grad``; returns the loss.
+        """Put the gradients of the loss on these tokens into ``logits_RN.grad`` and ``rows_NH.grad``; return the loss.
 
         O(B R (H + N)) and O(R N (N + Sinkhorn's iterations)).
         """
@@ -269,7 +274,7 @@ class Learner:
         return self.settings.router_temperature * spread_of(logits_BN)
 
     def _batch(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The next tokens of a shuffled round through all of them, ascending."""
+        """Return the next tokens of a shuffled pass through all of them, ascending."""
         if not self._queue:
             shuffled = tokens[torch.randperm(len(tokens), generator=self.generator)]
             size = min(self.settings.batch, len(tokens))

@@ -1,8 +1,8 @@
-"""Sums over the calibration tokens from which every closed-form repair is solved.
+"""Sum the normal equations of closed-form repairs over the calibration tokens.
 
-With ``h~`` ``[T, P]`` what every place does times its weight, ``D0`` the places' down projections and ``Y`` the dense
-output, an outcome ``Y - h~ D`` of any ``D`` depends on the tokens only through the Gram ``h~^T h~`` and the products
-``h~^T (Y - h~ D0)``.
+With ``h~`` ``[T, P]`` the activation of every place times its weight, ``D0`` the places' down projections and ``Y`` the
+dense output, the error ``Y - h~ D`` of any ``D`` depends on the tokens only through the Gram ``h~^T h~`` and the
+products ``h~^T (Y - h~ D0)``.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ..layer import PADDING, FfnWeights, LayerContext, LayerInputs, TokenWeighti
 from ..moe_layer import ConvertedFfn, dense_outputs
 
 BLOCK_PLACES = 512
-"""Experts narrower than this are summed several at a time: products with few rows are slow, and so is picking rows."""
+"""Width up to which several experts are summed at a time: products with few rows are slow, and so is gathering rows."""
 
 MOST_ROWS = 0.6
-"""Where a block of experts is selected by more than this share of the tokens, its other tokens are not left out."""
+"""Share of tokens selecting a block of experts from which all tokens are summed for it."""
 
 HELD_OUT_EVERY = 5
-"""Of so many runs of tokens one is held out."""
+"""Number of runs of tokens of which one is held out."""
 
 RUN_TOKENS = 256
-"""Longest run of tokens that are held out together: neighbours are too alike to judge each other."""
+"""Maximum run of tokens that are held out together, because neighbouring tokens are correlated."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class NormalEquations:
         return ((self.slots_P != PADDING) & (self.gram_PP.diagonal() > 0)).nonzero().flatten()
 
     def gram(self, places: torch.Tensor) -> torch.Tensor:
-        """``[Q, Q]``, the Gram of these places; the Gram itself, not a copy, if they are all."""
+        """Return ``[Q, Q]``, the Gram of these places; the Gram itself, not a copy, if they are all."""
         return self.gram_PP if len(places) == len(self.gram_PP) else self.gram_PP[places][:, places]
 
 
@@ -68,12 +68,12 @@ def normal_equations(
     Args:
         moe: The layer to repair.
         ffn: The parent's FFN.
-        context: With the calibration inputs.
+        context: The context with the calibration inputs.
         weighting: ``"residual"`` divides every token's error by the root mean square of its residual stream.
-        hold_out: Sum the tokens of every fifth run on their own.
+        hold_out: Whether to sum the tokens of every fifth run separately.
 
     Returns:
-        One for all tokens, or two: for those to fit on, and for those held out.
+        One sum for all tokens, or two: for those to fit on, and for those held out.
 
     Raises:
         LlamaMoeError: An activation is NaN or infinite.
@@ -103,7 +103,7 @@ def normal_equations(
 
 
 def held_out_tokens(num_tokens: int) -> torch.Tensor:
-    """Which tokens are held out, bool ``[T]``: the last of every five runs of up to 256 tokens, shorter where there are few tokens."""
+    """Return the held-out tokens, bool ``[T]``: the last of every five runs of up to 256 tokens."""
     run = max(1, min(RUN_TOKENS, num_tokens // (8 * HELD_OUT_EVERY)))
     return torch.arange(num_tokens) // run % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
@@ -111,9 +111,9 @@ def held_out_tokens(num_tokens: int) -> torch.Tensor:
 def residuals(
     moe: ConvertedFfn, ffn: FfnWeights, inputs: LayerInputs
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """``h~`` float32 ``[B, P]``, ``Y - h~ D0`` float32 ``[B, H]`` and the experts' weights ``[B, N]``, in batches.
+    """Yield batches: ``h~`` float32 ``[B, P]``, ``Y - h~ D0`` float32 ``[B, H]``, and experts' weights ``[B, N]``.
 
-    If the layer's neurons are the parent's own, they are computed once, and what is missing comes from how often
+    If the layer's neurons are the parent's own, they are computed once, and the error follows from how often
     each was counted: exactly 0 for a token that counts each neuron once.
     """
     if not holds_parent(moe, ffn):
@@ -137,7 +137,7 @@ def residuals(
 
 
 def holds_parent(moe: ConvertedFfn, ffn: FfnWeights) -> bool:
-    """Whether every place of the layer holds the parent's neuron as it is."""
+    """Return whether every place of the layer holds the parent's neuron unchanged."""
     slots = torch.from_numpy(moe.partition.slots)
     kept = (slots != PADDING).nonzero().flatten()
     index, weights = slots[kept], moe.weights
@@ -176,7 +176,7 @@ def _add(
 
 
 def _mirror(gram: torch.Tensor, moe: ConvertedFfn) -> None:
-    """Fill the half of the Gram that `_add` leaves out."""
+    """Fill in the half of the Gram that `_add` leaves out."""
     shared, (num_experts, width) = len(moe.partition.shared), moe.partition.experts.shape
     gram[:shared, shared:] = gram[shared:, :shared].T
     for first, last in _blocks(num_experts, width):

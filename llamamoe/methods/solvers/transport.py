@@ -1,7 +1,7 @@
-"""Entropic relaxations of two choices: a balanced assignment of neurons to experts, and the k best experts of a token.
+"""Entropic relaxations of a balanced assignment of neurons to experts, and of a token's k best experts.
 
-Both are linear programmes whose solutions are corners; an entropy term makes them smooth, and a temperature says how
-much. ``R`` neurons, ``N`` experts, ``B`` tokens. Nothing here is tracked by autograd but `soft_top_k`.
+Both are linear programmes whose solutions are corners; an entropy term makes them smooth, by an amount that a
+temperature sets. ``R`` neurons, ``N`` experts, ``B`` tokens. Only `soft_top_k` is tracked by autograd.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from ...lazy import torch
 from ...numerics import double_device
 
 LEAST_CURVATURE = 1e-6
-"""Added to the system of `transport_gradient`, relative to a column sum: it is singular where a plan is all but hard."""
+"""Regularisation of `transport_gradient`, relative to a column sum: the system is singular for nearly hard plans."""
 EXCESS = 100
-"""By how much, in rounding errors of k, a token's probabilities may miss their sum."""
+"""Tolerance of the sum of a token's probabilities, in rounding errors of k."""
 MOST_STEPS = 60
-"""Steps in search of a token's threshold; rounding may keep the sum from coming nearer."""
+"""Maximum steps in search of a token's threshold; rounding may keep the sum from converging further."""
 
 
 def balanced_transport(
@@ -26,18 +26,20 @@ def balanced_transport(
     prices_N: torch.Tensor | None = None,
     sizes_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plan P >= 0 of largest ``<P, A> + temperature entropy(P)``, rows of sum 1, columns of sum R/N or ``sizes_N``.
+    """Return the plan P >= 0 with the largest ``<P, A> + temperature entropy(P)``.
 
-    Sinkhorn's algorithm on logarithms: ``P_jc = exp((A_jc - p_c) / temperature) / Z_j``, prices p moved until the
-    columns fit. Rows are exact, columns as exact as the iterations make them. O(R N) each.
+    Its rows sum to 1, its columns to R/N or ``sizes_N``.
 
-    Reference: Cuturi, Sinkhorn distances (NeurIPS 2013); DOT-MoE (arXiv:2606.01666) learns its assignment through it.
+    Sinkhorn's algorithm on logarithms: ``P_jc = exp((A_jc - p_c) / temperature) / Z_j``, with prices p adjusted until
+    the columns fit. Rows are exact, columns as exact as the iterations make them. O(R N) each.
+
+    Reference: Cuturi, Sinkhorn distances (NeurIPS 2013); DOT-MoE (arXiv:2606.01666) learns its assignment this way.
 
     Args:
-        logits_RN: A, what each neuron gains by each expert.
+        logits_RN: A, the gain of each neuron in each expert.
         temperature: > 0.
         iterations: At least 1.
-        prices_N: To start from, such as those of similar logits.
+        prices_N: Initial prices, such as those of similar logits.
         sizes_N: Sums of the columns, above 0, R together; None for equal ones.
 
     Returns:
@@ -54,9 +56,9 @@ def balanced_transport(
 
 
 def transport_gradient(plan_RN: torch.Tensor, gradient_RN: torch.Tensor, temperature: float) -> torch.Tensor:
-    """``dL/dA`` from ``dL/dP`` for a plan that `balanced_transport` led to convergence. O(R N^2).
+    """Return ``dL/dA`` from ``dL/dP`` for a converged plan of `balanced_transport`. O(R N^2).
 
-    With ``P = exp((A + f + g) / temperature)`` and fixed row and column sums, the potentials f and g answer to a
+    With ``P = exp((A + f + g) / temperature)`` and fixed row and column sums, the potentials f and g depend on a
     change of A by a linear system. With f eliminated it has N unknowns e; s are the column sums, G is dL/dP and
     ``q_j = sum_c P_jc G_jc``:
 
@@ -79,9 +81,9 @@ def transport_gradient(plan_RN: torch.Tensor, gradient_RN: torch.Tensor, tempera
 
 
 def top_k_threshold(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
-    """``[B, 1]``: b with ``sum_i sigmoid(l_i - b) = k`` for each token, 0 < k < N.
+    """Return ``[B, 1]``: b with ``sum_i sigmoid(l_i - b) = k`` for each token, 0 < k < N.
 
-    Newton's method, by bisection where a step would leave the interval that is known to hold b: most batches take
+    Newton's method, with bisection where a step would leave the interval that contains b: most batches take
     five to ten steps of O(B N).
     """
     logits_BN = logits_BN.detach()
@@ -107,7 +109,7 @@ def top_k_threshold(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def soft_top_k(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
-    """``sigmoid(l - b)`` ``[B, N]`` with each token's threshold b such that the sum is k; differentiable, b included.
+    """Return ``sigmoid(l - b)`` ``[B, N]``, with b such that each token's sum is k; differentiable, b included.
 
     It is the z in [0, 1]^N of sum k with the largest ``<z, l> + sum_i entropy(z_i)``; the k largest logits get the
     largest values. Ones if k is N.
@@ -117,7 +119,7 @@ def soft_top_k(logits_BN: torch.Tensor, top_k: int) -> torch.Tensor:
     threshold_B1 = top_k_threshold(logits_BN, top_k)
     near_BN = (logits_BN - threshold_B1).sigmoid()
     slope_BN = (near_BN * (1 - near_BN)).detach()
-    # One Newton step from the solution: it moves nothing, and carries the threshold's derivative.
+    # One Newton step from the solution changes nothing and carries the threshold's derivative.
     excess_B1 = near_BN.sum(1, keepdim=True) - top_k
     moving_B1 = threshold_B1 + excess_B1 / slope_BN.sum(1, keepdim=True).clamp(min=1e-30)
     return (logits_BN - moving_B1).sigmoid()

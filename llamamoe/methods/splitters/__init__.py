@@ -1,4 +1,4 @@
-"""Splitters, one file each."""
+"""Splitters, which partition neurons into experts, one file each."""
 
 from ...plugins import Registry
 from .base import Splitter

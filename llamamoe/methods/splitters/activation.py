@@ -1,4 +1,4 @@
-"""Neurons that stand out at the same tokens go to the same expert."""
+"""Group neurons that are among the most active on the same tokens."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Activation(Splitter):
     """CMoE: balanced clusters of the neurons' activation markers, around the most active neurons.
 
     ``A_tj`` is 1 if ``|h_tj|`` is among the ``k_act`` largest of token t, ``mu_j = mean_t A_tj`` (with
-    ``h = act(x^ g^) * (x^ u^)``, inputs and rows of length 1). With the shared neurons taken out (CMoE: those of
-    highest rate, the selector ``rate``), the first centroids are the columns ``A_:j`` of the N neurons of highest
-    rate. Every neuron then goes to a centroid so that the sum of ``||A_:j - c_i||`` is least with at most W neurons
-    per expert, solved exactly. CMoE stops here (``iterations`` 1); further iterations take the mean column of each
-    expert as its centroid and assign again, until nothing changes, and the assignment of the least total distance to
-    its own centroids is kept.
+    ``h = act(x^ g^) * (x^ u^)``, inputs and rows of length 1). Without the shared neurons (CMoE: those with
+    the highest rate, the selector ``rate``), the first centroids are the columns ``A_:j`` of the N neurons with the
+    highest rate. Every neuron then goes to a centroid so that the sum of ``||A_:j - c_i||`` is least with at most W
+    neurons per expert, solved exactly. CMoE stops here (``iterations`` 1); further iterations take the mean column of
+    each expert as its centroid and assign again, until nothing changes, and the assignment of the least total distance
+    to its own centroids is kept.
 
-    CMoE's code takes the L1 distance and its paper L2: both are offered. Where fewer than N neurons are left, some
+    CMoE's code uses the L1 distance and its paper L2: both are available. If fewer than N neurons are left, some
     centroids are the same.
     """
 
@@ -37,8 +37,10 @@ class Activation(Splitter):
     class Options(MarkerOptions):
         """Options of `Activation`."""
 
-        distance: Distance = Field("l1", description="Between marker columns: l1 as CMoE's code, l2 as its paper.")
-        iterations: int = Field(1, ge=1, description="Most assignments; 1 is CMoE's single pass.")
+        distance: Distance = Field(
+            "l1", description="Distance between marker columns: l1 as in CMoE's code, l2 as in its paper."
+        )
+        iterations: int = Field(1, ge=1, description="Maximum number of assignments; 1 is CMoE's single pass.")
 
     options: Options
 
@@ -60,7 +62,7 @@ class Activation(Splitter):
 def cluster_markers(
     markers_QF: scipy.sparse.csr_array, num_clusters: int, capacity: int, distance: Distance, iterations: int
 ) -> np.ndarray:
-    """int64 ``[F]``: the cluster of each column, at most ``capacity`` in one; see `Activation` for the rule."""
+    """Return int64 ``[F]``: the cluster of each column, at most ``capacity`` in one; see `Activation` for the rule."""
     from ..solvers.balance import assign_balanced
 
     if markers_QF.shape[1] == 0:

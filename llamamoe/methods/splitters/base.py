@@ -1,4 +1,4 @@
-"""The contract of a splitter: which neuron goes to which expert."""
+"""The interface of a splitter, which partitions neurons into experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...plugins import Plugin
 from ..layer import ExpertWeights, FfnWeights, LayerContext, Partition
 
 Kept = Literal["neurons", "gate_up", "nothing"]
-"""What a conversion copies bit for bit: whole neurons, their gate and up rows only, or nothing it could be held to."""
+"""The part of neurons that a conversion copies bit for bit: all, gate and up rows only, or nothing."""
 
 
 class Splitter(Plugin, ABC):
@@ -18,15 +18,15 @@ class Splitter(Plugin, ABC):
 
     Attributes:
         parity: ``"exact"`` if every neuron is kept exactly once (or in equally many copies), so that all experts
-            together equal the FFN; what an option changes about that says `exact`.
-        default_rescale: Name of the rescale that suits this way to split.
+            together equal the FFN; `exact` accounts for options.
+        default_rescale: Name of the rescale that suits this method.
         default_router: Name of the router used when the recipe names none.
-        default_shared: Share of the neurons that are shared when the recipe says nothing.
+        default_shared: Share of the neurons that are shared if the recipe does not set it.
         default_shared_by: Name of the selector used when the recipe names none.
         default_repair: Name of the repair used when the recipe names none; None for no repair.
-        overlap: Whether a neuron may be in several experts; options may decide it, so ask an instance.
-        chooses_shared: Whether `split` chooses the shared neurons itself (S of them; the selector is not asked);
-            options may decide it, so ask an instance.
+        overlap: Whether a neuron may be in several experts; may depend on options, so read it from an instance.
+        chooses_shared: Whether `split` chooses the shared neurons itself (S of them; the selector is not used);
+            may depend on options, so read it from an instance.
         routed: False if there are no experts at all: shared neurons are kept, the others omitted, no router is made
             and the result is a dense model.
     """
@@ -43,28 +43,28 @@ class Splitter(Plugin, ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether all experts together equal the FFN, with these options."""
+        """True if all experts together equal the FFN, with these options."""
         return self.parity == "exact"
 
     @property
     def kept(self) -> Kept:
-        """What of the parent stands in the experts bit for bit, with these options."""
+        """The part of the parent that the experts hold bit for bit, with these options."""
         return "neurons"
 
     @property
     def needs_clusters(self) -> bool:
-        """Whether `split` must know the text cluster of each token (N of them), with these options."""
+        """True if `split` needs the text cluster of each token (N of them), with these options."""
         return False
 
     def parts(self, num_experts: int) -> int:
-        """How many of the N experts together hold every routed neuron once: N, less if experts are copies.
+        """Return how many of the N experts together hold every routed neuron once: N, less if experts are copies.
 
         An expert is wide enough for its share, ``ceil((F - S) / parts)`` neurons.
         """
         return num_experts if self.routed else 0
 
     def refusals(self, num_experts: int, top_k: int, router_scale: str) -> list[str]:
-        """Why these sizes cannot be, as clauses; empty if they can."""
+        """Return the reasons why these sizes are invalid, as clauses; empty if they are valid."""
         return []
 
     @abstractmethod
@@ -74,27 +74,27 @@ class Splitter(Plugin, ABC):
         Args:
             ffn: The layer's weights.
             shared: int64 ``[S]``, ascending, the shared neurons chosen by the recipe's selector (may be empty; if
-                ``chooses_shared`` only their number counts).
+                ``chooses_shared``, only their number matters).
             context: Sizes, seed and layer.
 
         Returns:
-            The partition; ``shared`` is in it unchanged, unless the splitter chooses the shared ones itself.
+            The partition; it contains ``shared`` unchanged, unless the splitter chooses the shared ones itself.
         """
 
     def weights(self, ffn: FfnWeights, partition: Partition, context: LayerContext) -> ExpertWeights | None:
-        """Weights to start from in the place of the parent's, for every place of the partition; None for the parent's."""
+        """Return initial weights that replace the parent's, for every place of the partition; None for the parent's."""
         return None
 
     def tie(self, rows_NH: torch.Tensor) -> torch.Tensor:
-        """float32 ``[N, H]``: router rows as this way to split can use them (some may have to be the same)."""
+        """Return float32 ``[N, H]``: router rows in the form that this method needs (some may have to be equal)."""
         return rows_NH
 
     @classmethod
     def working_bytes(cls, intermediate_size: int, hidden_size: int) -> int:
-        """Estimate of the memory that `split` takes beyond its input, for the plan."""
+        """Return an estimate of the memory that `split` takes beyond its input, for the plan."""
         return 0
 
 
 def routed_neurons(intermediate_size: int, shared: np.ndarray) -> np.ndarray:
-    """int64 ``[F - S]``: the neurons that are not shared, ascending."""
+    """Return int64 ``[F - S]``: the neurons that are not shared, ascending."""
     return np.setdiff1d(np.arange(intermediate_size, dtype=np.int64), shared, assume_unique=True)

@@ -1,4 +1,4 @@
-"""Shared neurons and clusters, from the weights alone."""
+"""Combine shared neurons and clusters, from the weights alone."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from .kmeans import KMeans
 
 
 class ClusterShared(KMeans):
-    """A quarter of the neurons is shared (by the recipe's selector), the rest is split as by `KMeans`.
+    """A quarter of the neurons is shared (chosen by the recipe's selector), the rest is partitioned as by `KMeans`.
 
-    Shared neurons carry what every token needs, whatever the router does; a conversion without calibration text
-    loses least this way. Ours.
+    Shared neurons are used by every token, whatever the router does; a conversion without calibration text
+    loses least this way. Original to this project.
     """
 
     name = "cluster_shared"

@@ -1,4 +1,4 @@
-"""Neurons that are active together go to the same expert."""
+"""Group neurons that are active together."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Coactivation(Splitter):
 
         w_ij = sum over runs of min(sum over tokens t of the run of f(h_ti) f(h_tj), clamp),   i != j,
 
-    where f is h itself (``plain``), |h| (``l1_norm``) or h^2 (``l2_norm``), as LLaMA-MoE has it; with ReLU and no
+    where f is h itself (``plain``), |h| (``l1_norm``) or h^2 (``l2_norm``), as in LLaMA-MoE; with ReLU and no
     clamp this is MoEfication's ``sum_t h_ti h_tj 1[h_ti > 0, h_tj > 0]``. Weights below 0.99 x the ``percentile`` are
-    cut off to 0, so are negative ones (LLaMA-MoE: percentile 10 and clamp 1; with SwiGLU's activations that clamp
+    set to 0, as are negative ones (LLaMA-MoE: percentile 10 and clamp 1; with SwiGLU's activations that clamp
     leaves nearly all weights equal). ``cosine`` divides by ``sqrt(w_ii w_jj)``, before the percentile: otherwise the
-    graph mostly says which neurons are large.
+    graph mostly reflects which neurons are large.
 
-    ``spectral`` finds the parts itself, ``metis`` asks the METIS library, which the papers used; parts are then made
-    equal by moving as few neurons as can be, and improved by swaps (see `llamamoe.methods.solvers.graph`).
+    ``spectral`` finds the parts itself, ``metis`` uses the METIS library, as the papers do; parts are then made
+    equal by moving as few neurons as possible, and improved by swaps (see `llamamoe.methods.solvers.graph`).
     """
 
     name = "coactivation"
@@ -45,16 +45,18 @@ class Coactivation(Splitter):
     class Options(PluginOptions):
         """Options of `Coactivation`."""
 
-        kernel: Kernel = Field("l1_norm", description="What of h is multiplied: h, |h| or its square.")
-        cosine: bool = Field(True, description="Divide each weight by what its two neurons' own activity gives.")
-        clamp: float | None = Field(None, gt=0, description="Most weight that one run of tokens can add to a pair.")
-        sample_tokens: int = Field(2048, ge=1, description="Tokens in a run (it matters only with a clamp).")
+        kernel: Kernel = Field("l1_norm", description="Function of h that is multiplied: h, |h| or its square.")
+        cosine: bool = Field(
+            True, description="Divide each weight by the geometric mean of its two neurons' own activity."
+        )
+        clamp: float | None = Field(None, gt=0, description="Maximum weight that one run of tokens can add to a pair.")
+        sample_tokens: int = Field(2048, ge=1, description="Tokens in a run (only relevant with a clamp).")
         percentile: float = Field(0.0, ge=0, lt=100, description="Share of the weakest edges that are left out, in %.")
         partitioner: Literal["spectral", "metis"] = Field(
             "spectral", description="spectral: built in; metis: needs the extra 'graph'."
         )
         starts: int = Field(1, ge=1, description="Number of starts; the best is kept.")
-        sweeps: int = Field(20, ge=0, description="Most sweeps of improving swaps; 0 for none.")
+        sweeps: int = Field(20, ge=0, description="Maximum number of sweeps of improving swaps; 0 for none.")
 
     options: Options
 
@@ -85,7 +87,7 @@ class Coactivation(Splitter):
 def coactive_sums(
     ffn: FfnWeights, neurons: np.ndarray, inputs: LayerInputs, kernel: Kernel, clamp: float | None, sample_tokens: int
 ) -> torch.Tensor:
-    """float32 ``[R, R]`` on the CPU, R = len(neurons): the sums ``w_ij`` of `Coactivation`, with i = j too.
+    """Return float32 ``[R, R]`` on the CPU, R = len(neurons): the sums ``w_ij`` of `Coactivation`, with i = j too.
 
     Runs of tokens are counted from the first token on, whatever the batch size of ``inputs``.
     """
@@ -102,7 +104,7 @@ def coactive_sums(
 
 
 def graph_weights(sums_RR: np.ndarray, *, cosine: bool, percentile: float) -> np.ndarray:
-    """float32 ``[R, R]``: the co-activations as a graph; >= 0, diagonal 0. ``sums_RR`` is changed in place."""
+    """Return float32 ``[R, R]``: the co-activations as a graph; >= 0, diagonal 0. ``sums_RR`` is changed in place."""
     if cosine:
         own = np.sqrt(sums_RR.diagonal().clip(0))
         inverse = np.where(own > 0, 1 / np.where(own > 0, own, 1), 0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Neurons go to the kind of text for whose loss they matter most."""
+"""Assign neurons to the kind of text for whose loss they matter most."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ from ..layer import PADDING, ExpertWeights, FfnWeights, LayerContext, LayerInput
 from .base import Kept, Splitter, routed_neurons
 
 SAMPLE = 16384
-"""Tokens that are clustered, at most; every token is then assigned to the centroid that its router would choose."""
+"""Maximum number of clustered tokens; every token is then assigned to the centroid that its router would choose."""
 LARGEST = 1.4
-"""Most tokens of one cluster of inputs, in units of the mean (LLaMA-MoE-v2; its lower limit of 0.6 is not kept)."""
+"""Maximum tokens in one cluster of inputs, in units of the mean (LLaMA-MoE-v2, without its minimum of 0.6)."""
 
 
 class Gradient(Splitter):
-    """One expert per cluster of text, made of the neurons that matter most for the loss there.
+    """One expert per cluster of text, with the neurons that matter most for the loss on it.
 
     With the gradient of the parent's loss at neuron j, ``g_tj = dL/dh_tj = down_:j . dL/dy_t``, the importance of
     neuron j in cluster c is ``mean over t in c of kernel(v_tj)``, where ``v`` is ``g h`` (``feature_change``: to first
     order, what the loss gains if the neuron is dropped) or ``g`` (``feature_grad``), and the kernel is ``|v|``
-    (``l1_norm``), ``v^2`` (``l2_norm``) or ``v`` (``plain``). The mean makes clusters of different size count alike
-    (LLaMA-MoE sums over clusters of like size, v2 takes the mean). dL/dy comes from the dense parent, h from the
-    inputs that this layer sees behind the layers that are converted already.
+    (``l1_norm``), ``v^2`` (``l2_norm``) or ``v`` (``plain``). The mean gives clusters of different size equal weight
+    (LLaMA-MoE sums over clusters of similar size, v2 takes the mean). dL/dy comes from the dense parent, h from the
+    inputs of this layer after the layers that are already converted.
 
-    ``clusters``: ``text`` takes the calibration text's clusters, N of them (LLaMA-MoE). ``hidden`` clusters this FFN's
+    ``clusters``: ``text`` uses the calibration text's clusters, N of them (LLaMA-MoE). ``hidden`` clusters this FFN's
     inputs (v2's "gradient split plus"): balanced k-means of the inputs scaled to length 1, every token belongs to
-    ``argmax_c x . centroid_c``, and the centroids come with the partition as router rows.
+    ``argmax_c x . centroid_c``, and the centroids become the partition's router rows.
 
     ``overlap``:
 
     - ``none``: every neuron in one expert. ``assignment`` ``greedy`` takes the most important pair (expert, neuron)
-      that is still possible, again and again, as LLaMA-MoE does; ``optimal`` is the assignment of the largest total
+      that is still possible, repeatedly, as in LLaMA-MoE; ``optimal`` is the assignment of the largest total
       importance. Exact.
     - ``inner`` (Sharing-Inner): expert c has the W most important neurons of cluster c. Neurons may be in several
-      experts or in none, so that it is not exact. As the paper has it (``duplicates: plain``), a neuron counts as
+      experts or in none, so that it is not exact. As in the paper (``duplicates: plain``), a neuron counts as
       often as it is selected; ``scaled`` divides the down column of a neuron with n copies by the number of
       copies that k of N experts chosen at random hold if they hold one, ``(n k / N) / (1 - C(N-n, k) / C(N, k))``.
-    - ``inter`` (Sharing-Inter): the S shared neurons are those that most experts want, whatever ``shared_by`` says.
-      Each expert wants its most important neurons, as many as it will hold; those wanted most often become shared, all
-      of the same count at once, the experts fill up, and so on until there are S (of equal ones, those of
-      the largest importance in sum; the paper's code takes the first). The rest is split as with ``none``. Exact.
+    - ``inter`` (Sharing-Inter): the S shared neurons are those in the preferred sets of most experts; ``shared_by`` is
+      ignored. Each expert prefers its most important neurons, as many as it will hold; those preferred most often
+      become shared, all of the same count at once, the experts refill, and so on until there are S (of equal ones,
+      those with the largest importance in sum; the paper's code takes the first). The rest is split as with ``none``.
+      Exact.
 
-    Experts are chosen because they matter, not at random, and so a selected one counts as in the parent: the rescale
+    Experts are selected because they matter, not at random, so a selected one counts as in the parent: the rescale
     ``unit`` suits every variant.
     """
 
@@ -56,7 +57,7 @@ class Gradient(Splitter):
     reference = "LLaMA-MoE (arXiv:2406.16554), Sharing-Inner and -Inter; LLaMA-MoE-v2 (arXiv:2411.15708)"
     needs = "gradients"
     default_rescale = "unit"
-    default_router = "ridge"  # LLaMA-MoE trains its gate from scratch; v2 takes the centroids (hidden_centroid)
+    default_router = "ridge"  # LLaMA-MoE trains its gate from scratch; v2 uses the centroids (hidden_centroid)
 
     class Options(PluginOptions):
         """Options of `Gradient`."""
@@ -65,7 +66,7 @@ class Gradient(Splitter):
             "feature_change", description="Gradient times activation, or the gradient alone."
         )
         kernel: Literal["l1_norm", "l2_norm", "plain"] = Field(
-            "l1_norm", description="What is averaged over the tokens: absolute value, square, or the value itself."
+            "l1_norm", description="Function averaged over the tokens: absolute value, square, or the value itself."
         )
         clusters: Literal["text", "hidden"] = Field(
             "text", description="Clusters of calibration sequences, or of this FFN's inputs (then also router rows)."
@@ -74,7 +75,7 @@ class Gradient(Splitter):
             "none", description="Exclusive; neurons in several experts (not exact); or a shared block chosen here."
         )
         assignment: Literal["greedy", "optimal"] = Field(
-            "greedy", description="How exclusive neurons are dealt out: the paper's rule, or the best possible."
+            "greedy", description="How exclusive neurons are assigned: the paper's rule, or the optimum."
         )
         duplicates: Literal["scaled", "plain"] = Field(
             "scaled", description="With overlap inner: whether copies of a neuron are scaled down."
@@ -110,7 +111,7 @@ class Gradient(Splitter):
         """See `Splitter.split`. O(T F H) for the importance; ``N F`` float64 of it are kept.
 
         Raises:
-            ValueError: There are no gradients, or no text clusters if they are asked for.
+            ValueError: There are no gradients, or no text clusters although required.
             LlamaMoeError: An importance is not finite.
         """
         from dataclasses import replace
@@ -120,7 +121,7 @@ class Gradient(Splitter):
         router_NH, labels_T = self._clusters(context)
         score_NF = self.importance(ffn, labels_T, context)
         if self.chooses_shared:
-            # what an expert will hold, not the zero neurons that pad it
+            # the neurons of an expert, without the zero neurons that pad it
             width = -(-(ffn.intermediate_size - len(shared)) // context.num_experts)
             shared = most_wanted(score_NF, width, len(shared))
         neurons = routed_neurons(ffn.intermediate_size, shared)
@@ -161,7 +162,7 @@ class Gradient(Splitter):
     # ---- importance -----------------------------------------------------------------------------------------------
 
     def _clusters(self, context: LayerContext) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Router rows if the clusters have centroids, and int64 ``[T]``, the cluster of each token, 0 .. N-1."""
+        """Return router rows if the clusters have centroids, and int64 ``[T]``, the cluster of each token, 0 .. N-1."""
         if self.options.clusters == "hidden":
             return input_clusters(context)
         labels_T = context.inputs.clusters_T
@@ -172,7 +173,7 @@ class Gradient(Splitter):
         return None, labels_T
 
     def importance(self, ffn: FfnWeights, labels_T: torch.Tensor, context: LayerContext) -> np.ndarray:
-        """float64 ``[N, F]``: see the class; 0 in a cluster without tokens."""
+        """Return float64 ``[N, F]``: see the class; 0 in a cluster without tokens."""
         inputs = context.inputs
         if inputs.gradients_TH is None:
             raise ValueError("this method needs gradients at the FFN's output")
@@ -192,7 +193,7 @@ class Gradient(Splitter):
 
 
 def input_clusters(context: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
-    """Balanced clusters of the FFN's inputs.
+    """Compute balanced clusters of the FFN's inputs.
 
     Returns:
         float32 ``[N, H]`` centroids of the inputs scaled to length 1, and int64 ``[T]``, the cluster of each token.
@@ -212,6 +213,6 @@ def input_clusters(context: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _nearest(inputs: LayerInputs, rows_NH: torch.Tensor) -> torch.Tensor:
-    """int64 ``[T]``: the row of the largest scalar product with each input."""
+    """Return int64 ``[T]``: the row of the largest scalar product with each input."""
     rows_NH = rows_NH.to(inputs.device)
     return torch.cat([(x_BH.float() @ rows_NH.T).argmax(1).cpu() for x_BH in inputs.inputs()])

@@ -1,4 +1,4 @@
-"""Neurons whose input weights point the same way go to the same expert."""
+"""Group neurons whose input weights have similar directions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .base import Splitter, routed_neurons
 class KMeans(Splitter):
     """Independent-Clustering: balanced k-means of the L2-normalised gate (or up) rows.
 
-    Neurons of similar rows fire together, so that a token needs few experts. Each assignment step is solved exactly
-    with at most W neurons per expert.
+    Neurons with similar rows are active together, so that a token needs few experts. Each assignment step is solved
+    exactly with at most W neurons per expert.
     """
 
     name = "kmeans"
@@ -29,9 +29,11 @@ class KMeans(Splitter):
         """Options of `KMeans`."""
 
         weight: Literal["gate", "up"] = Field("gate", description="The matrix whose rows are clustered.")
-        max_iter: int = Field(50, ge=1, description="Most iterations per start.")
+        max_iter: int = Field(50, ge=1, description="Maximum number of iterations per start.")
         n_init: int = Field(1, ge=1, description="Number of starts; the best is kept.")
-        tol: float = Field(1e-3, ge=0, description="Least gain of an iteration, as a share of the explained variance.")
+        tol: float = Field(
+            1e-3, ge=0, description="Minimum gain of an iteration, as a share of the explained variance."
+        )
 
     options: Options
 
@@ -53,8 +55,8 @@ class KMeans(Splitter):
 
 
 def _unit_rows(ffn: FfnWeights, neurons: np.ndarray, weight: Literal["gate", "up"]) -> np.ndarray:
-    """float32 ``[F - S, H]``: the neurons' rows, of length 1 (a zero row stays zero)."""
+    """Return float32 ``[F - S, H]``: the neurons' rows at length 1 (a zero row stays zero)."""
     matrix = ffn.gate_FH if weight == "gate" else ffn.up_FH
     rows = matrix[torch.from_numpy(neurons)].float()
-    # Rows that are not finite count as zero: the conversion warns of them, and stays exact.
+    # Rows that are not finite count as zero: the conversion warns about them and stays exact.
     return torch.nn.functional.normalize(rows, dim=1).nan_to_num_(nan=0.0).numpy()

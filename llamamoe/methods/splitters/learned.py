@@ -1,4 +1,4 @@
-"""Assignment and router learned together, layer by layer, by distilling the dense FFN."""
+"""Learn assignment and router together, layer by layer, by distilling the dense FFN."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Learned(Splitter):
     """Minimises ``mean_t s_t^2 ||y_t - y~_t||^2`` over assignment logits A ``[F - S, N]`` and router rows R ``[N, H]``.
 
     ``y~ = shared neurons + sum_i z_i(x) E_i(x)``, with z 1 for the k largest of ``R x`` and 0 else, and E_i the sum of
-    the parent's neurons in expert i. The layer runs with hard choices; gradients pass them straight through:
+    the parent's neurons in expert i. The layer runs with hard choices and straight-through gradients:
 
-    * neurons: the exact balanced assignment of A forward (found anew every ``refresh`` steps), the balanced transport
+    * neurons: the exact balanced assignment of A forward (recomputed every ``refresh`` steps), the balanced transport
       plan ``Sinkhorn(A / tau)`` backward, tau falling from ``tau_start`` to ``tau_end``;
     * tokens: the k largest logits forward, ``sigmoid((R x - b) / temperature)`` with the threshold b that makes the
       sum k backward.
 
-    The start is what `TokenClusters` and `Ridge` give with their default options. A fifth of the tokens is held out;
-    of the start and ``checks`` states on the way, the one of least error on them is kept. On these it is thus
+    The start is the result of `TokenClusters` and `Ridge` with their default options. A fifth of the tokens is held
+    out; of the start and ``checks`` later states, the one with the least error on them is kept. On these it is thus
     never worse than its start.
 
     DOT-MoE trains through the whole model (KL to the teacher, cross-entropy, z-loss); here every layer is its own
-    problem with one decoder layer in memory, the weights stay the parent's and there is no backward pass but the
-    FFN's own. ToMoE learns masks by a hypernetwork with Gumbel noise; here nothing is sampled but mini-batches.
+    problem with one decoder layer in memory, the weights stay the parent's and the only backward pass is the
+    FFN's own. ToMoE learns masks by a hypernetwork with Gumbel noise; here only mini-batches are sampled.
     """
 
     name = "learned"
@@ -51,7 +51,9 @@ class Learned(Splitter):
     class Options(LearningOptions):
         """Options of `Learned`."""
 
-        checks: int = Field(4, ge=1, description="States that are compared on held-out tokens, beside the start.")
+        checks: int = Field(
+            4, ge=1, description="Number of states compared on held-out tokens, in addition to the start."
+        )
         weighting: TokenWeighting = Field(
             "residual", description="residual: errors count relative to the token's residual stream."
         )
@@ -101,7 +103,7 @@ class Learned(Splitter):
         held_out: torch.Tensor,
         context: LayerContext,
     ) -> tuple[np.ndarray, torch.Tensor]:
-        """Labels int64 ``[R]`` and rows ``[N, H]``, the best of the start and what was learned, on held-out tokens."""
+        """Return labels int64 ``[R]`` and rows ``[N, H]`` of the state with the least held-out error."""
         from ..solvers.learned_assignment import Learner, RoutedNeurons, first_logits, mean_error
 
         options, inputs, rows = self.options, context.inputs, start.router_NH
@@ -142,6 +144,6 @@ class Learned(Splitter):
 
 
 def labels_of(partition: Partition, neurons: np.ndarray) -> np.ndarray:
-    """int64 ``[R]``: the expert of each of the routed neurons (ascending)."""
+    """Return int64 ``[R]``: the expert of each of the routed neurons (ascending)."""
     labels: np.ndarray = partition.places()[neurons]
     return labels

@@ -1,4 +1,4 @@
-"""A seeded random partition."""
+"""Partition neurons at random, with a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import Splitter, routed_neurons
 
 
 class Random(Splitter):
-    """Independent-Random: neurons are dealt to the experts like cards, sizes differ by one at most."""
+    """Independent-Random: neurons are partitioned at random; sizes differ by at most one."""
 
     name = "random"
     summary = "seeded random partition, the one of the released LLaMA-MoE models"

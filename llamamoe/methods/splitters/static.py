@@ -1,4 +1,4 @@
-"""The control: keep the best neurons, drop the others, route nothing."""
+"""A control without routing: keep the best neurons, drop the others."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .base import Splitter, routed_neurons
 class Static(Splitter):
     """Static pruning: the S shared neurons are the whole FFN, as in a dense model of a smaller intermediate_size.
 
-    What a conversion must beat: the same active neurons for every token, and no router. ``shared`` says how many stay,
-    ``shared_by`` by which score; repair applies as elsewhere. Numbers of experts, router and rescale mean nothing.
+    The baseline of a conversion: the same active neurons for every token, and no router. ``shared`` sets how many are
+    kept, ``shared_by`` by which score; repair applies as elsewhere. Numbers of experts, router and rescale are ignored.
     """
 
     name = "static"

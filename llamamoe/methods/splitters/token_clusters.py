@@ -1,4 +1,4 @@
-"""Experts built around what a linear router can see: clusters of tokens first, then neurons, then both in turn."""
+"""Build experts that a linear router can find: clusters of tokens, then neurons, then both in turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import Splitter, routed_neurons
 
 
 class TokenClusters(Splitter):
-    """Spherical k-means of the FFN's inputs gives N centroids; neurons go where they are needed most.
+    """Spherical k-means of the FFN's inputs gives N centroids; neurons are assigned where they are needed most.
 
     With ``A_tc`` = 1 if expert c is among the k that token t selects, the power that the selected experts hold is
 
@@ -24,13 +24,13 @@ class TokenClusters(Splitter):
         M[j, c] = ||down_j||^2 sum_t s_t^2 h_tj^2 A_tc
 
     so that for a given selection the best experts ``e(j)`` of equal size are an assignment problem, solved exactly
-    (`llamamoe.methods.solvers.balance`). At first a token selects its k nearest centroids. Then, ``rounds`` times, a router
-    is fitted to the experts (ridge regression of their log contributions, as in `llamamoe.methods.routers.ridge`) and neurons
-    are assigned anew to what it selects. Experts and router thus come to suit each other; the last router's rows
-    come with the partition.
+    (`llamamoe.methods.solvers.balance`). At first a token selects its k nearest centroids. Then, ``rounds`` times, a
+    router is fitted to the experts (ridge regression of their log contributions, as in
+    `llamamoe.methods.routers.ridge`) and neurons are reassigned by its selection. Experts and router thus adapt to each
+    other; the last router's rows belong to the partition.
 
-    Ours. LLaMA-MoE-v2 (arXiv:2411.15708) clusters inputs too, but asks for the nearest centroid alone where k experts
-    will be selected, assigns greedily, and does not come back.
+    Original to this project. LLaMA-MoE-v2 (arXiv:2411.15708) clusters inputs too, but uses the nearest centroid only
+    where k experts will be selected, assigns greedily, and does not iterate.
     """
 
     name = "token_clusters"
@@ -46,7 +46,9 @@ class TokenClusters(Splitter):
         """Options of `TokenClusters`."""
 
         iterations: int = Field(15, ge=1, le=1000, description="Iterations of k-means.")
-        rounds: int = Field(2, ge=0, le=100, description="How often a router is fitted and neurons assigned to it.")
+        rounds: int = Field(
+            2, ge=0, le=100, description="Number of rounds of fitting a router and reassigning neurons."
+        )
         ridge: float = Field(1e-3, ge=1e-9, allow_inf_nan=False, description="Strength of those routers' fit.")
         weighting: TokenWeighting = Field(
             "residual", description="residual: a token's power counts relative to its residual stream."
@@ -99,14 +101,14 @@ def captured_power(
     scales_T: torch.Tensor | None,
     context: LayerContext,
 ) -> np.ndarray:
-    """float64 ``[R, N]``: power of each routed neuron over the tokens that select each expert, M of `TokenClusters`.
+    """Return float64 ``[R, N]``: each routed neuron's power on the tokens of each expert, M of `TokenClusters`.
 
     Args:
         ffn: The layer.
         neurons: int64 ``[R]``, the routed ones.
         logits: ``[B, N]`` for every batch of inputs; the k largest are selected.
-        scales_T: What each token's output is multiplied by; None for ones.
-        context: With k, N and the inputs.
+        scales_T: Factor of each token's output; None for all ones.
+        context: The context with k, N and the inputs.
     """
     inputs = context.inputs
     index = torch.from_numpy(neurons).to(inputs.device)
@@ -122,10 +124,10 @@ def captured_power(
 
 
 def spherical_kmeans(context: LayerContext, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centroids float32 ``[N, H]`` of unit length, of the inputs minus their mean, and that mean ``[H]``.
+    """Return unit centroids float32 ``[N, H]`` of the inputs minus their mean, and that mean ``[H]``.
 
-    The mean is taken away because it is large behind an RMSNorm and tells no token from another; each input then
-    counts by its direction alone (Dhillon and Modha, 2001). An empty cluster starts again at a random token.
+    The mean is subtracted because it is large behind an RMSNorm and does not distinguish tokens; each input then
+    counts only by its direction (Dhillon and Modha, 2001). An empty cluster starts again at a random token.
     """
     inputs, num_experts = context.inputs, context.num_experts
     rng = context.rng("token_clusters")
@@ -141,7 +143,7 @@ def spherical_kmeans(context: LayerContext, iterations: int) -> tuple[torch.Tens
             centred_BH = (x_BH.float() - mean_H).to(x_BH.dtype)
             nearest_B = (centred_BH @ centroids_NH.to(x_BH.dtype).T).argmax(1)  # whatever the input's length
             length_B = centred_BH.norm(dim=1, dtype=torch.float32).clamp(min=1e-12)
-            # A product in place of index_add_, whose sums have no fixed order on GPUs.
+            # A product instead of index_add_, whose sums have no fixed order on GPUs.
             member_NB = torch.zeros(num_experts, len(x_BH), device=x_BH.device)
             member_NB.scatter_(0, nearest_B[None], 1 / length_B[None])
             sums_NH += (member_NB.to(x_BH.dtype) @ centred_BH).float()

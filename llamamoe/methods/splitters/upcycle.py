@@ -1,4 +1,4 @@
-"""Sparse upcycling: every expert is a copy of the FFN, or of one of its parts."""
+"""Sparse upcycling: make every expert a copy of the FFN, or of one of its parts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .base import Kept, Splitter, routed_neurons
 class Upcycle(Splitter):
     """A larger model to train further: N copies of the FFN, of which k are averaged (rescale ``mean``, c = 1/k).
 
-    ``groups = G`` cuts the FFN into G parts of consecutive neurons (Megatron's granularity): expert i holds part
+    ``groups = G`` divides the FFN into G parts of consecutive neurons (Megatron's granularity): expert i holds part
     ``i mod G``, and the G experts ``jG .. jG + G - 1`` have the same router row, so that one top-k, a multiple of G,
-    picks whole sets of parts. With c = G/k the output is the FFN's at every such k. Soft router weights that sum to 1
-    keep that too; hard ones are refused, for then two sets of near-equal logits become a tie that may be cut anywhere.
+    selects complete sets of parts. With c = G/k the output is the FFN's at every such k. Soft router weights that sum
+    to 1 keep that too; hard ones are refused, because two sets of near-equal logits become a tie that may be split
+    anywhere.
 
     ``reinit = r`` re-initialises a share r of every expert's neurons, gate, up and down, from a normal distribution
     with the mean and standard deviation of the same rows (columns) of that matrix (Drop-Upcycling): copies that start
-    apart specialise. The paper's code draws other indices for each of the three matrices, so that of r = 1/2 only one
-    neuron in eight stays whole, one in eight is new, and the rest mix an old part with noise. Here, as in the paper's
-    formula, one set of neurons is new in all three: what is kept still computes what it computed in the parent.
+    differently specialise. The paper's code draws different indices for each of the three matrices, so that for r = 1/2
+    only one neuron in eight is kept, one in eight is new, and the rest mix an old part with noise. Here, as in the
+    paper's formula, one set of neurons is new in all three: kept neurons compute the same as in the parent.
 
-    Shared neurons, if asked for, stand once beside the copies of the rest.
+    Shared neurons, if requested, are stored once beside the copies of the rest.
     """
 
     name = "upcycle"
@@ -39,7 +40,9 @@ class Upcycle(Splitter):
         """Options of `Upcycle`."""
 
         reinit: float = Field(0.0, ge=0, le=1, description="Share of each expert's neurons that is re-initialised.")
-        groups: int = Field(1, ge=1, description="Parts that the FFN is cut into (granularity); N and k are multiples.")
+        groups: int = Field(
+            1, ge=1, description="Number of parts of the FFN (granularity); N and k are multiples of it."
+        )
 
     options: Options
 
@@ -68,7 +71,7 @@ class Upcycle(Splitter):
             )
         if groups > 1 and router_scale == "hard":
             found.append(
-                "a hard router makes near-ties of different sets, which would mix their parts: use --router-scale soft, "
+                "a hard router creates near-ties of different sets, which would mix their parts: use --router-scale soft, "
                 "which is as exact for copies"
             )
         return found
@@ -104,7 +107,7 @@ class Upcycle(Splitter):
 
 
 def _renew(rows_PH: torch.Tensor, places: np.ndarray, rng: np.random.Generator) -> None:
-    """Draw these rows anew, in place, from the normal distribution of mean and standard deviation that they have."""
+    """Redraw these rows in place from a normal distribution with their mean and standard deviation."""
     index = torch.from_numpy(places)
     old = rows_PH[index]
     if old.numel():
