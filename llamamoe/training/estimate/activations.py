@@ -1,4 +1,4 @@
-"""What the backward pass of a micro-batch keeps, layer by layer, in bytes of one device.
+"""Bytes that the backward pass of a micro-batch keeps, layer by layer, of one device.
 
 Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1) count a GPT layer as ``s b h (34 + 5 a s / h)`` bytes. The same
 way of counting is used here, but of the operations that transformers' own layers run in torch: RMSNorm written out,
@@ -9,16 +9,19 @@ Letters: T tokens of a micro-batch, H hidden size, Q and K widths of queries and
 S shared neurons, F neurons of a dense FFN; s bytes of a weight and of the residual stream, c bytes of a product's
 result, e bytes within the experts. With autocast each product keeps its own bfloat16 copy of its input.
 
-Left out, because small or rare: attention masks (a window shorter than a block makes one of T^2 bytes), gates other
-than top_k, losses on the routing.
+Left out, because small or rare: attention masks (a window shorter than a block makes one of T^2 bytes).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ...models.experts.auto import COSTS, prefers_sorted
+from ..gates import GATES
+from ..losses import LOSSES
 from ..recipe import PretrainRecipe
 from .shapes import LayerShape, ModelShape
 
@@ -72,8 +75,19 @@ def style_of(recipe: PretrainRecipe) -> Style:
     return _STYLES.get(experts_of(recipe), "eager")
 
 
+def style_for(recipe: PretrainRecipe, model: ModelShape, tokens: int) -> Style:
+    """Return how the recipe's experts are computed for so many tokens, where ``llamamoe_auto`` chooses by their sizes."""
+    width = max((layer.expert_width for layer in model.layers), default=0)
+    if experts_of(recipe) != "llamamoe_auto" or not width:
+        return style_of(recipe)
+    costs = COSTS["half" if Widths.of(recipe, model.model_type).experts == 2 else "float32"]
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    sizes = (model.num_experts, width, model.top_k, model.hidden_size)
+    return "sorted" if prefers_sorted(tokens, *sizes, costs=costs, threads=threads) else "masked"
+
+
 def experts_of(recipe: PretrainRecipe) -> str | None:
-    """What runs the experts, as far as the recipe tells the device."""
+    """Return what runs the experts, as far as the recipe tells the device."""
     return recipe.experts_on(recipe.device)
 
 
@@ -88,6 +102,8 @@ class Pass:
         style: How experts are computed.
         trained: Groups whose weights get a gradient, through an adapter or not.
         ep_size: Ranks that experts are spread over.
+        gate_TN: Float32 arrays ``[T, N]`` that the gate keeps beside the native router's.
+        gate_TH: The same of arrays ``[T, H]``.
     """
 
     model: ModelShape
@@ -96,6 +112,8 @@ class Pass:
     style: Style = "grouped"
     trained: frozenset[str] = frozenset()
     ep_size: int = 1
+    gate_TN: int = 0
+    gate_TH: int = 0
 
     @property
     def numbers(self) -> int:
@@ -155,7 +173,8 @@ def ffn_bytes(layer: LayerShape, run: Pass) -> int:
 
     Dense: ``T [norm + input of gate, up + 4 F c]``. Mixture: ``T [norm + input of router (and shared gate, up and its
     own gate) + 8 N + 40 k + 4 S c (+ H c with a gate)]`` and `experts_bytes`; 8 N are the router's logits, which the
-    losses look at, and its probabilities, 40 k its indices and permutations. Frozen FFNs keep 3 of the 4.
+    losses look at, and its probabilities, 40 k its indices and permutations; gates add what they state. Frozen FFNs keep
+    3 of the 4.
     """
     tokens, compute = run.tokens, run.widths.compute
     kept = run.norm(run.numbers)
@@ -166,14 +185,15 @@ def ffn_bytes(layer: LayerShape, run: Pass) -> int:
         return kept
     products = 1 if run.model.model_type == "granitemoeshared" else 2  # one for gate and up together, or one for each
     kept += run.inputs({"router": 2 if layer.shared_gate else 1, "shared": products if layer.shared_width else 0})
-    kept += tokens * (8 * run.model.num_experts + 40 * run.model.top_k)
+    kept += tokens * ((8 + 4 * run.gate_TN) * run.model.num_experts + 40 * run.model.top_k)
+    kept += 4 * run.gate_TH * run.numbers
     kept += (4 if "shared" in run.trained else 3) * tokens * layer.shared_width * compute
     kept += run.numbers * compute if layer.shared_gate else 0
     return kept + experts_bytes(layer, run)
 
 
 def working_bytes(layer: LayerShape, run: Pass) -> int:
-    """What the backward pass of a layer needs at most beside what was kept.
+    """Return what the backward pass of a layer needs at most beside what was kept.
 
     The gradient of the residual stream, and the largest of: of the experts three gradients ``[k T, H]`` (put back in
     order, times the outputs, times the weights; two of them are float32), or ``[k T, W]`` where ours computes them; of a
@@ -188,7 +208,7 @@ def working_bytes(layer: LayerShape, run: Pass) -> int:
 
 
 def adapter_bytes(layer: LayerShape, recipe: PretrainRecipe, run: Pass) -> int:
-    """What LoRA keeps beside: inputs of the adapters on attention, and the experts' weights with their adapters added.
+    """Return what LoRA keeps beside: inputs of the adapters on attention, and the experts' weights with their adapters added.
 
     peft makes the sum ``W + scale B A`` of a layer's experts anew in every forward pass, and the product keeps it.
     """
@@ -201,24 +221,70 @@ def adapter_bytes(layer: LayerShape, recipe: PretrainRecipe, run: Pass) -> int:
     return kept
 
 
-def distillation_bytes(recipe: PretrainRecipe, run: Pass) -> int:
-    """What terms from the parent keep until the backward pass.
+@dataclass(frozen=True)
+class Terms:
+    """Bytes of the terms beside language modelling, over all layers.
 
-    ``kl``: the parent's last hidden states. ``hidden``: of each layer the parent's states and a float32 error. ``ffn``: of
-    each layer the FFN's input (if nothing else keeps it), its output, and a float32 error.
+    Attributes:
+        forward: What lives when they have been computed, beside what the model keeps.
+        backward: What is left of it, or has taken its place, while the backward pass goes through the layers.
+        working: Beside ``forward``, in the forward or backward pass of one layer's term.
+    """
+
+    forward: int
+    backward: int
+    working: int
+
+
+def distillation_bytes(recipe: PretrainRecipe, run: Pass, parent_width: int) -> Terms:
+    """Return what terms from the parent keep.
+
+    ``kl``: the parent's last hidden states. ``hidden``: of each layer the parent's states and a float32 error, whose
+    gradient then waits for the layer. ``ffn``: of each layer the FFN's input (if nothing else keeps it), its output and a
+    float32 error, then the gradients of input and output; the parent's FFN runs once more in the backward pass.
+
+    Args:
+        recipe: The terms.
+        run: The micro-batch.
+        parent_width: Neurons of the parent's FFN; 0: not known.
     """
     if recipe.distill is None:
-        return 0
+        return Terms(0, 0, 0)
     parent, layers = 4 if recipe.precision.parent == "float32" else 2, run.model.layers
-    converted = sum(1 for layer in layers if layer.expert_width)
-    kept = run.numbers * parent if recipe.distill.needs_forward else 0
+    converted = sum(1 for layer in layers if layer.expert_width) or len(layers)
+    forward = backward = run.numbers * parent if recipe.distill.needs_forward else 0
+    working = 0
     if recipe.distill.hidden is not None:
-        kept += _count(recipe.distill.hidden.layers, len(layers)) * run.numbers * (parent + 4)
+        states = _count(recipe.distill.hidden.layers, len(layers)) * run.numbers
+        forward, backward = forward + states * (parent + 4), backward + states * 4
     if recipe.distill.ffn is not None:
+        states = _count(recipe.distill.ffn.layers, converted) * run.numbers
         alone = run.widths.casts or recipe.gradient_checkpointing
-        each = run.widths.weights * (2 if alone else 1) + 4
-        kept += _count(recipe.distill.ffn.layers, converted) * run.numbers * each
-    return kept
+        forward += states * (4 + run.widths.compute + (run.widths.weights if alone else 0))
+        backward += states * 2 * run.widths.weights
+        arrays = 5 if recipe.distill.ffn.through_parent else 3
+        working = arrays * run.tokens * parent_width * parent + 8 * run.numbers
+    return Terms(forward, backward, working)
+
+
+def routing_bytes(recipe: PretrainRecipe, run: Pass) -> Terms:
+    """Return what routers tell the losses and these keep of it, then the gradients of the logits."""
+    converted = [layer for layer in run.model.layers if layer.expert_width]
+    experts, losses = run.model.num_experts, [LOSSES.get(each.name) for each in recipe.losses]
+    gate, each = GATES.get(recipe.gate.name), 4 * run.tokens * run.model.num_experts
+    if not converted or not losses:
+        return Terms(0, 0, 0)
+    told = each * sum(loss.kept_TN(noisy=gate.noisy) for loss in losses)
+    if recipe.gradient_checkpointing:  # else the graph keeps it
+        told += each * (1 + gate.kept_TN) + 12 * run.tokens * run.model.top_k
+    if any(loss.needs_inputs for loss in losses) and (recipe.gradient_checkpointing or run.widths.casts):
+        told += run.numbers * run.widths.weights
+    working = max(
+        loss.working_numbers(run.tokens, experts, run.model.hidden_size, layer.expert_width)
+        for loss in losses
+        for layer in converted
+    )
+    return Terms(len(converted) * told, len(converted) * each, 4 * working)
 
 
 def _count(layers: str | Sequence[int], known: int) -> int:

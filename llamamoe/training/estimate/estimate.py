@@ -22,7 +22,7 @@ from .sharding import Sharding, adapters
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs.
+    """The needs of a run.
 
     Attributes:
         state: Bytes of one device for ``weights``, ``gradients`` and ``moments``.
@@ -79,7 +79,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Does the peak fit the device? None: its memory is not known."""
+        """True if the peak fits the device; None: its memory is not known."""
         return None if self.device_memory is None else self.peak <= self.device_memory
 
     @property
@@ -110,7 +110,7 @@ def estimate(
     peak_flops: float | None = None,
     utilisation: float = 0.4,
 ) -> Estimate:
-    """What a run will need, on paper. O(number of tensors).
+    """Estimate what a run will need, on paper. O(number of tensors).
 
     Args:
         recipe: The run.
@@ -131,7 +131,15 @@ def estimate(
     sharding = Sharding(recipe.distributed.fsdp_size, recipe.distributed.ep_size)
     accumulation = max(1, recipe.batch_size // (recipe.micro_batch_size * world_size))
     held = _parent_bytes(recipe, tensors, parent_tensors or {}, sharding)
-    memory = StepMemory(recipe, shape, sharding, parent_bytes=held, accumulates=accumulation > 1, replicas=world_size)
+    memory = StepMemory(
+        recipe,
+        shape,
+        sharding,
+        parent_bytes=held,
+        parent_width=max((layer.dense_width for layer in parent.layers), default=0) if parent else 0,
+        accumulates=accumulation > 1,
+        replicas=world_size,
+    )
     added = sum(adapters(recipe, shape, layer) for layer in shape.layers)
     trained = added + sum(numel for group, numel in shape.by_group().items() if group in memory.trained)
     moment, lives = memory.peak()

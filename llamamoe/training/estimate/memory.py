@@ -12,7 +12,8 @@ parameters themselves are float32 and autocast copies them), each cut over the r
 * With checkpointing a layer keeps its input only, and its own activations come back during its backward pass.
 * The loss head holds 2 float32 arrays of ``logits_at_once`` numbers in the forward and 3 in the backward pass; with ``kl``
   7, the parent's included.
-* Terms from the parent go layer by layer, as activations do.
+* Losses on the routing and terms from the parent are computed when the model has run, before its backward pass begins.
+  The backward pass begins with them: what is left is gradients that wait for their layer, and go as activations do.
 * DDP copies gradients into buckets: as much again. FSDP2 holds gathered weights of two layers (one is fetched ahead)
   and of the output head, and of one layer the whole gradient and its copy that is sent.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..gates import GATES
 from ..recipe import PretrainRecipe
 from .activations import (
     Pass,
@@ -31,7 +33,8 @@ from .activations import (
     distillation_bytes,
     experts_bytes,
     ffn_bytes,
-    style_of,
+    routing_bytes,
+    style_for,
     working_bytes,
 )
 from .shapes import LayerShape, ModelShape
@@ -78,6 +81,7 @@ class StepMemory:
         shape: The model.
         sharding: Over which ranks.
         parent_bytes: What the parent holds.
+        parent_width: Neurons of its FFNs; 0: not known.
         accumulates: Does a rank run several micro-batches in a step?
         replicas: Ranks that gradients are averaged over by DDP; 1: none.
     """
@@ -89,22 +93,27 @@ class StepMemory:
         sharding: Sharding,
         *,
         parent_bytes: int = 0,
+        parent_width: int = 0,
         accumulates: bool = False,
         replicas: int = 1,
     ) -> None:
         self.recipe, self.shape, self.sharding, self.accumulates = recipe, shape, sharding, accumulates
         self.trained = trained_groups(recipe, shape)
+        gate, tokens = GATES.get(recipe.gate.name), recipe.micro_batch_size * recipe.data.block_length
         self.run = Pass(
             model=shape,
             widths=Widths.of(recipe, shape.model_type),
-            tokens=recipe.micro_batch_size * recipe.data.block_length,
-            style=style_of(recipe),
+            tokens=tokens,
+            style=style_for(recipe, shape, tokens),
             trained=self.trained | ({"experts"} if recipe.lora is not None and recipe.lora.experts else set()),
             ep_size=sharding.ep_size,
+            gate_TN=gate.kept_TN,
+            gate_TH=gate.kept_TH,
         )
         self._ddp = replicas > 1 and not sharding.cut
         self._parent = parent_bytes
-        self._distillation = distillation_bytes(recipe, self.run)
+        self._distillation = distillation_bytes(recipe, self.run, parent_width)
+        self._routing = routing_bytes(recipe, self.run)
         self._layers = [self._layer(layer, first=index == 0) for index, layer in enumerate(shape.layers)]
         self._ends = {"embeddings": shape.embeddings, "head": shape.head, "norms": shape.norms}
         self._head = "embeddings" if shape.tied else "head"
@@ -153,7 +162,7 @@ class StepMemory:
     # When it is there
 
     def moments(self) -> dict[str, dict[str, int]]:
-        """What lives at each moment of a step, by kind."""
+        """Return what lives at each moment of a step, by kind."""
         found = self._head_moments()
         for index in reversed(range(len(self._layers))):
             found[f"backward pass of layer {index}"] = self._backward(index)
@@ -179,8 +188,8 @@ class StepMemory:
         }
 
     def _kept(self, layers: int) -> int:
-        """What the first layers keep: their inputs if they are checkpointed, and their part of the parent's terms."""
-        terms = self._distillation * layers // len(self._layers)
+        """Return what the first layers keep: their inputs if they are checkpointed, and their part of the parent's terms."""
+        terms = (self._distillation.backward + self._routing.backward) * layers // len(self._layers)
         if self.recipe.gradient_checkpointing:
             return terms + layers * self.run.numbers * self.run.widths.weights
         return terms + sum(layer.kept for layer in self._layers[:layers])
@@ -212,7 +221,22 @@ class StepMemory:
         kl = self.recipe.distill is not None and self.recipe.distill.kl is not None
         arrays = HEAD_COPIES_KL if kl else HEAD_COPIES
         last = logits + (logits // 2 if widths.casts else 0)
-        return {
+        terms = (self._distillation, self._routing)
+        more = sum(each.forward - each.backward for each in terms)
+        found = (
+            {}
+            if not any(each.forward for each in terms)
+            else {
+                "terms beside language modelling": base
+                | {
+                    "activations": kept + more,
+                    "weight copies": copies + cached,
+                    "gathered weights": 0,
+                    "working space": max(each.working for each in terms),
+                }
+            }
+        )
+        return found | {
             "loss, forward": base | {"weight copies": copies + cached, "logits": (arrays - 1) * logits},
             "loss, backward": base | {"weight copies": copies, "logits": arrays * logits},
             "gradient of the head": base | {"weight copies": copies, "logits": last, "working space": new},

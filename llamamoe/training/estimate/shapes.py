@@ -90,7 +90,7 @@ class ModelShape:
 
     @property
     def tied(self) -> bool:
-        """Is the head the embedding?"""
+        """True if the head is the embedding."""
         return self.head == 0
 
     @property

@@ -26,7 +26,7 @@ class Sharding:
 
     @property
     def cut(self) -> bool:
-        """Is anything cut at all?"""
+        """True if anything is cut at all."""
         return self.fsdp_size > 1
 
 

@@ -21,7 +21,7 @@ Native = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch
 
 @dataclass(frozen=True)
 class Gated:
-    """What a gate did: the router's output, and the keyword arguments of `Routing` that tell more about it."""
+    """The result of a gate: the router's output, and the keyword arguments of `Routing` that tell more about it."""
 
     logits_TN: torch.Tensor
     weights_Tk: torch.Tensor
@@ -43,12 +43,17 @@ class Gate(Plugin, ABC):
         noisy: Whether it selects by noisy logits, and tells them (``selection_TN``) and the noise (``noise_std_TN``).
         allows_bias: Whether selection by a correction bias keeps its meaning.
         replaces: Whether it replaces anything; False for the native routing itself.
+        kept_TN: For the estimate of a run: float32 arrays ``[T, N]`` of a layer that the backward pass keeps beside the
+            native router's.
+        kept_TH: The same of arrays ``[T, H]``.
     """
 
     top_k: ClassVar[int | None] = None
     noisy: ClassVar[bool] = False
     allows_bias: ClassVar[bool] = True
     replaces: ClassVar[bool] = True
+    kept_TN: ClassVar[int] = 0
+    kept_TH: ClassVar[int] = 0
 
     def __init__(self, options: BaseModel | None = None) -> None:
         super().__init__(options)
@@ -107,7 +112,7 @@ class Gate(Plugin, ABC):
         self._place = (step, micro_batch, rank)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """What the gate itself learns; empty before `attach`. Optimise it along with the model."""
+        """Return what the gate itself learns; empty before `attach`. Optimise it along with the model."""
         return iter(())
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from ...lazy import torch
@@ -20,6 +22,7 @@ class Jitter(Gate):
     name = "jitter"
     summary = "top_k with uniform multiplicative noise on the router's input"
     reference = "arXiv:2101.03961"
+    kept_TH: ClassVar[int] = 1  # the noise; the noisy input is kept in the place of the input
 
     class Options(PluginOptions):
         """Options of `Jitter`."""

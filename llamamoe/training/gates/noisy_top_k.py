@@ -30,6 +30,7 @@ class NoisyTopK(Gate):
     reference = "arXiv:1701.06538"
     noisy: ClassVar[bool] = True
     allows_bias: ClassVar[bool] = False
+    kept_TN: ClassVar[int] = 3  # the noise, what its size is made of, and scores of the noisy logits
 
     class Options(PluginOptions):
         """Options of `NoisyTopK`."""

@@ -25,7 +25,7 @@ WINDOWS: dict[Window, str] = {
 
 @dataclass(frozen=True)
 class LossContext:
-    """What a loss is told beside the routing.
+    """The context of a loss beside the routing.
 
     Attributes:
         all_reduce: Sums a tensor over ranks, with a gradient (`ranks.sum_over_ranks`); used by losses whose window is
@@ -88,8 +88,31 @@ class RoutingLoss(Plugin, ABC):
         """Whose tokens are looked at together; None if it does not matter, because the loss is linear."""
         return self.options.window if isinstance(self.options, WindowOptions) else None
 
+    @classmethod
+    def kept_TN(cls, *, noisy: bool) -> int:
+        """Return how many float32 arrays ``[T, N]`` of a layer its gradient keeps; for the estimate of a run.
+
+        Args:
+            noisy: The gate tells the noise that it selected by.
+        """
+        return 1
+
+    @classmethod
+    def working_numbers(cls, tokens: int, num_experts: int, hidden_size: int, width: int) -> int:
+        """Return how many float32 numbers live at most while the loss of one layer is computed; for the estimate.
+
+        Arrays ``[T, N]`` are too small to count.
+
+        Args:
+            tokens: T.
+            num_experts: N.
+            hidden_size: H.
+            width: W.
+        """
+        return 0
+
     def notes(self, gate: Gate) -> list[str]:
-        """What a user should know about this loss together with this gate; for the log and the plan."""
+        """Return what a user should know about this loss together with this gate, for the log and the plan."""
         return []
 
 

@@ -65,6 +65,22 @@ class Competitive(RoutingLoss):
             explained_TN = -distances_TN / (2 * variance_T1.clamp(min=torch.finfo(variance_T1.dtype).tiny))
         return -torch.logsumexp(_log_probabilities(routing) + explained_TN, -1).sum()
 
+    @classmethod
+    def kept_TN(cls, *, noisy: bool) -> int:
+        """See `RoutingLoss.kept_TN`: probabilities and posterior."""
+        return 2
+
+    @classmethod
+    def working_numbers(cls, tokens: int, num_experts: int, hidden_size: int, width: int) -> int:
+        """See `RoutingLoss.working_numbers`: of a chunk gate, up and their product, outputs, and outputs times targets."""
+        rows = min(tokens, _rows(num_experts, hidden_size, width))
+        return rows * num_experts * (3 * width + 2 * hidden_size)
+
+
+def _rows(num_experts: int, hidden_size: int, width: int) -> int:
+    """Return how many tokens make a chunk."""
+    return max(1, _CHUNK_NUMBERS // (num_experts * max(2 * width, hidden_size)))
+
 
 def _log_probabilities(routing: Routing) -> torch.Tensor:
     """Logarithm of `Routing.probabilities_TN`, safe where one of them is 0."""
@@ -100,7 +116,7 @@ def expert_distances(routing: Routing, target_TH: torch.Tensor, scale: Scale = "
 
 
 def _size(routing: Routing, dots_TN: torch.Tensor, squares_TN: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """What the experts' bare outputs are multiplied by; ``[T, 1]`` or ``[T, N]``."""
+    """Return the factor of the experts' bare outputs: ``[T, 1]`` or ``[T, N]``."""
     if scale == "fitted":
         total_T1 = squares_TN.sum(-1, keepdim=True)
         return (dots_TN.sum(-1, keepdim=True) / total_T1).clamp(min=0).where(total_T1 > 0, torch.zeros_like(total_T1))
@@ -115,7 +131,7 @@ def _outputs(
     """For chunks of B tokens: what each expert puts out at weight 1 ``[N, B, H]``, and the target ``[B, H]``."""
     gate_up, down_NHW = experts.gate_up_proj, at_least_float32(experts.down_proj)
     n, hidden, width = down_NHW.shape
-    rows = max(1, _CHUNK_NUMBERS // (n * max(2 * width, hidden)))
+    rows = _rows(n, hidden, width)
     for x_BH, target_BH in zip(torch.split(inputs_TH, rows), torch.split(target_TH, rows), strict=True):
         both = at_least_float32(x_BH.to(gate_up.dtype) @ gate_up.flatten(0, 1).T).view(-1, n, 2 * width)
         h_BNW = experts.act_fn(both[..., :width]) * both[..., width:]

@@ -42,6 +42,11 @@ class CvSquared(RoutingLoss):
             sums.append(smooth_load_TN(routing).sum(0).to(weights_Tk.dtype))
         return squared_variation(context.reduce(torch.stack(sums), self.options.window)).sum()
 
+    @classmethod
+    def kept_TN(cls, *, noisy: bool) -> int:
+        """See `RoutingLoss.kept_TN`: all are those of the smooth load."""
+        return 5 if noisy else 0
+
     def notes(self, gate: Gate) -> list[str]:
         """See `RoutingLoss.notes`."""
         if gate.noisy:
