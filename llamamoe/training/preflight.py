@@ -1,4 +1,4 @@
-"""What is checked before a run loads anything: model, parent and tokens belong together, and the folder is free."""
+"""Checks before a run loads anything: model, parent and tokens belong together, and the folder is free."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_place(out: Path, recipe: PretrainRecipe, source: Path, parent: Path | 
 
 
 def identities(recipe: PretrainRecipe, source: Path, parent: Path | None) -> dict[str, Any]:
-    """What the run is made from: fingerprints of model, parent and tokens, checked against each other and the recipe."""
+    """Return what the run is made from: fingerprints of model, parent and tokens, checked against each other and the recipe."""
     checkpoint = SafetensorsCheckpoint(source)
     found: dict[str, Any] = {"model": content_fingerprint(checkpoint.tensors, checkpoint.config)}
     if parent is not None:
@@ -78,7 +78,7 @@ def identities(recipe: PretrainRecipe, source: Path, parent: Path | None) -> dic
 
 
 def verify_tokens(recipe: PretrainRecipe, progress: ProgressCallback) -> None:
-    """Are the tokens still those that were made?"""
+    """Refuse tokens that are not those that were made."""
     for corpus in (training_corpus(recipe.data), held_out_corpus(recipe.data)):
         if corpus is not None:
             corpus.verify(progress)
@@ -182,7 +182,7 @@ def check_fit(
     Raises:
         UsageError: Something does not fit; every such thing is named.
     """
-    wrong = list(_text(recipe, train, held_out))
+    wrong = [*_text(recipe, train, held_out), *_precision(recipe)]
     shape = read_shape(model.config, model.tensors)
     if model.config.get("model_type") in TARGETS:
         biased = any(name.endswith(CORRECTION_BIAS) for name in model.tensors)
@@ -219,6 +219,25 @@ def _text(recipe: PretrainRecipe, train: TokenCorpus, held_out: TokenCorpus | No
     given = data.reference_losses
     if isinstance(given, dict) and (missing := [name for name in trained if name not in given]):
         yield f"data.reference_losses has no {', '.join(missing)}, which data.update = {data.update.name} needs"
+
+
+def _precision(recipe: PretrainRecipe) -> Iterator[str]:
+    """Refuse to round trained weights to bfloat16 after every step: to nearest, which drops most of what Adam adds.
+
+    A number w has 8 bits: what is added to it is lost below w / 512, wherever w lies between two powers of two.
+    """
+    if recipe.precision.parameters == "float32" or (recipe.lora is not None and not recipe.lora.train_router):
+        return
+    rate = recipe.optimizer.lr
+    if recipe.lora is not None and recipe.optimizer.router_lr is not None:
+        rate = recipe.optimizer.router_lr
+    ways = "set precision.parameters=float32; precision.compute=bfloat16 keeps products as fast, and distributed.fsdp_size cuts the memory"
+    if recipe.lora is not None:
+        ways += "; or lora.train_router=false, since adapters are float32"
+    yield (
+        f"precision.parameters = bfloat16 rounds weights after every step, and Adam's steps of about {rate:g} leave every "
+        f"weight above {512 * rate:.3g} as it is, most of a model ({ways})"
+    )
 
 
 def _routing(recipe: PretrainRecipe, shape: ModelShape, *, has_bias: bool) -> Iterator[str]:

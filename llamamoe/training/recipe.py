@@ -107,9 +107,13 @@ class LoraRecipe(_Part):
 
 
 class PrecisionRecipe(_Part):
-    """What is stored and computed in."""
+    """The dtypes of storage and products."""
 
-    parameters: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of weights and optimiser states.")
+    parameters: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Dtype of weights and optimiser states; bfloat16 only for weights that stay as they are (lora without "
+        "lora.train_router).",
+    )
     compute: Literal["float32", "bfloat16"] = Field("bfloat16", description="Dtype of large products (autocast).")
     parent: Literal["float32", "bfloat16"] = Field("bfloat16", description="Dtype of the parent's weights.")
     save: Literal["float32", "bfloat16"] | None = Field(
