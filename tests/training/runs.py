@@ -15,6 +15,7 @@ from llamamoe.data.recipe import load_tokenize_recipe
 from llamamoe.training.recipe import PretrainRecipe, load_pretrain_recipe
 
 from ..dense import make_dense
+from ..forked import Forks
 
 BLOCK = 16
 BASE: dict[str, Any] = {
@@ -85,19 +86,27 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def start(recipe: Path, out: Path, *flags: str, processes: int = 0) -> subprocess.Popen[str]:
-    """The command line in a process of its own, or in several under torchrun."""
-    runner = [sys.executable, "-m"]
-    if processes:
-        runner = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-            "-m",
-        ]
-    command = [*runner, "llamamoe_cli", "pretrain", "--recipe", str(recipe), "--out", str(out), "-q", *flags]
+def start(recipe: Path, out: Path, *flags: str, processes: int = 0) -> Forks:
+    """The command line in a process of its own, or in several as the ranks of a distributed run."""
+    command = ["pretrain", "--recipe", str(recipe), "--out", str(out), "-q", *flags]
+    return Forks(command, out.with_name(f"{out.name}.log"), processes)
+
+
+def start_torchrun(recipe: Path, out: Path, *flags: str, processes: int) -> subprocess.Popen[str]:
+    """The same ranks under torchrun, which starts each as a new Python."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [
+        sys.executable,
+        *ranks,
+        "-m",
+        "llamamoe_cli",
+        "pretrain",
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(out),
+        "-q",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *flags], env=environment, **pipes)

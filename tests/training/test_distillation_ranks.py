@@ -11,6 +11,7 @@ from llamamoe.training.distillation import Distillation
 from llamamoe.training.distillation_options import DistillOptions
 from llamamoe.training.loss_head import LossHead, next_token_labels
 from llamamoe.training.parent import Parent
+from tests import forked  # noqa: F401  # what ranks have imported
 from tests.training.tiny_moe import COMMON, input_ids, tiny_moe
 
 TERMS = {"kl": {"top_m": 9}, "ffn": {}, "hidden": {"layers": [-1]}}
@@ -63,4 +64,4 @@ def _rank(rank: int, store: str) -> None:
 
 
 def test_two_ranks_have_the_losses_and_gradients_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
+    torch.multiprocessing.start_processes(_rank, (str(tmp_path / "store"),), nprocs=2, start_method="forkserver")

@@ -17,6 +17,7 @@ from llamamoe.training.losses import LossContext
 from llamamoe.training.losses.cv_squared import smooth_load_TN
 from llamamoe.training.moe_layers import find_moe_layers
 from llamamoe.training.routing import RouterTap, Routing
+from tests import forked  # noqa: F401  # what ranks have imported
 
 from ..tiny_moe import H, N, input_ids, routed, tiny_moe
 from . import ranks
@@ -214,7 +215,7 @@ def test_the_balance_losses_balance_a_router(name: str) -> None:
 def test_two_ranks_are_one_process_with_all_tokens(tmp_path: Path) -> None:
     import torch.multiprocessing as mp
 
-    mp.start_processes(ranks.run, (str(tmp_path),), nprocs=2, start_method="spawn")
+    mp.start_processes(ranks.run, (str(tmp_path),), nprocs=2, start_method="forkserver")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert [each["gate"].tolist() for each in found] == [[1.5, 2.5]] * 2
     assert [each["bad"] for each in found] == [[None, (7, 3), (7, 0)]] * 2
