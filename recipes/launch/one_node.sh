@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All GPUs of one machine: bash one_node.sh RECIPE OUT [OPTIONS]; GPUS=4 takes fewer.
+# All GPUs of one machine: bash one_node.sh RECIPE OUT [OPTIONS]; GPUS=4 uses only four.
 set -euo pipefail
 recipe=$1 out=$2
 shift 2
