@@ -1,4 +1,4 @@
-"""What learning all layers together buys, beside its controls: perplexity over dense at equal active neurons.
+"""Measure the gain of aligning all layers jointly, with controls: perplexity over dense at equal active neurons.
 
     python benchmarks/alignment.py SOURCE --text PATH --evaluation PATH --json FILE
         [--experts 8 --top-k 4 --shared 12] [--tokens 147456] [--length 128] [--seeds 1] [--arms NAME ...]

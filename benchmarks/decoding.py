@@ -44,7 +44,7 @@ LIMIT = 0.7
 
 @dataclass(frozen=True)
 class Split:
-    """How the FFN is divided."""
+    """A division of the FFN into experts and shared neurons."""
 
     num_experts: int
     top_k: int

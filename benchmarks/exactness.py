@@ -1,4 +1,4 @@
-"""How exact conversions are: logits with every expert selected against the parent's, in plain transformers.
+"""Measure how exact conversions are: logits with all experts selected against the parent's, in plain transformers.
 
     python benchmarks/exactness.py [--json FILE]
 

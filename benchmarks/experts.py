@@ -61,7 +61,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What is printed, and what ``--only`` looks into."""
+        """The name in the output, which ``--only`` matches."""
         return f"{self.task} {self.dtype} {self.shape} {self.N}x{self.W} k={self.k} T={self.T}"
 
 

@@ -1,4 +1,4 @@
-"""What the size of a hard router's rows costs and buys: programs that choose alike, and how equal the weights are.
+"""Measure the trade-off in the scale of a hard router: programs that agree on experts, and how equal the weights are.
 
     python benchmarks/hard_router.py [--stories FOLDER] [--json FILE]
 

@@ -28,7 +28,7 @@ class CpuMeter:
         self._begin = time.time_ns()
 
     def mark(self) -> None:
-        """What lives now is the state, and the peak counts to here."""
+        """Take the memory in use now as the state, and end the peak here."""
         self._marks.append(time.time_ns())
 
     def __exit__(self, *error: object) -> None:
@@ -57,7 +57,7 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats()
 
     def mark(self) -> None:
-        """What lives now is the state, and the peak counts to here."""
+        """Take the memory in use now as the state, and end the peak here."""
         self.state, self.peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
 
     def __exit__(self, *error: object) -> None:

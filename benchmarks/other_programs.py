@@ -1,4 +1,4 @@
-"""What other programs compute of default outputs of every target: differences of logits, and greedy tokens.
+"""Compare the default outputs of every target in other programs: differences of logits, and greedy tokens.
 
     python benchmarks/other_programs.py mlx-lm=PYTHON llama.cpp=PYTHON mistral.rs=PYTHON vLLM=PYTHON OpenVINO=PYTHON
 
@@ -34,7 +34,7 @@ def cell(result: dict[str, Any]) -> str:
 
 
 def ask(program: str, python: str, folders: list[Path]) -> dict[str, Any]:
-    """What a program says of some folders; that it did not come to an end costs only its own figures."""
+    """Return the results of a program for some folders; a crash of the program loses only these."""
     print(f"{program}: {', '.join(each.name for each in folders)}", file=sys.stderr, flush=True)
     try:
         return run_client(SCRIPTS[program], folders, python=python)
@@ -44,7 +44,7 @@ def ask(program: str, python: str, folders: list[Path]) -> dict[str, Any]:
 
 
 def measure(pythons: dict[str, str], folders: list[Path]) -> dict[str, Any]:
-    """What each program says of every case."""
+    """Return the results of every program for every case."""
     found = {}
     for program, python in pythons.items():
         there = [each for each in folders if program != "llama.cpp" or (each / "model.gguf").is_file()]
@@ -58,7 +58,7 @@ def measure(pythons: dict[str, str], folders: list[Path]) -> dict[str, Any]:
 
 
 def reasons(found: dict[str, Any]) -> dict[str, list[str]]:
-    """Why a program gives no figures, in its own words, and of which outputs it says so."""
+    """Return the errors of a program without results, in its own words, and the outputs that they concern."""
     told: dict[str, list[str]] = {}
     for program, answer in found.items():
         for name in CASES:

@@ -61,7 +61,7 @@ CASES = (
 
 
 def on_paper(case: Case, folder: Path) -> Estimate:
-    """What the dry run says."""
+    """Return the output of the dry run."""
     parent = folder / case.recipe
     make(parent, case.parent, num_shards=4, sparse=True)
     plan = llamamoe.plan_conversion(parent, llamamoe.load_recipe(given={**case.split, "method": "random"}))

@@ -1,4 +1,4 @@
-"""How many tokens win back what a conversion lost: curves of held-out loss for two starts and three objectives.
+"""Measure how many tokens recover the loss of a conversion: held-out loss for two starts and three objectives.
 
     python benchmarks/recovery.py stories260k --source DENSE --train train.jsonl --validation valid.jsonl --work FOLDER
     python benchmarks/recovery.py smollm2 --source DENSE --train slimpajama/train --validation slimpajama/valid --work FOLDER
@@ -201,7 +201,7 @@ class Runner:
         return out, tokens if calibrated else 0
 
     def start(self, start: str, objective: str, seed: int) -> tuple[Path, int]:
-        """What an arm begins with, and the tokens that it took."""
+        """Return the start of an arm and the number of tokens that it took."""
         if start == "dense":
             return Path(self.source), 0
         model, tokens = self.converted(start, seed)

@@ -1,4 +1,4 @@
-"""What the size of a calibrated router's logits costs, and whether 16-bit softmax programs then choose the same experts.
+"""Measure the cost of the size of a calibrated router's logits, and whether 16-bit softmax selects the same experts.
 
     python benchmarks/router_scale.py SOURCE --calibration PATH --evaluation PATH [--std hard 0.05 0.25 1] [--repair least_squares]
 

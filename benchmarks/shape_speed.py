@@ -1,4 +1,4 @@
-"""How fast shapes of conversions run beside their dense parent and static pruning, on a 1B-shaped model.
+"""Measure the speed of shapes of conversions, the dense parent and static pruning, on a 1B-shaped model.
 
     python benchmarks/shape_speed.py [--runtimes transformers llama.cpp] [--runs 1] [--work FOLDER]
 

@@ -22,7 +22,7 @@ _HINTS = {
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
 _NUMBERED = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust report an error of the system."""
+"""The form in which libraries written in Rust report an error of the system."""
 _ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "bad allocation", "bad_alloc")
 
 

@@ -1,4 +1,4 @@
-"""What a command prints: a result for people or as JSON on stdout, progress and warnings on stderr."""
+"""Output of commands: a result for people or as JSON on stdout, progress and warnings on stderr."""
 
 from __future__ import annotations
 

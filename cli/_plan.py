@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(plan: SplitPlan, source: str, *, verbose: bool) -> None:
-    """What ``--dry-run`` shows."""
+    """Print the plan for ``--dry-run``."""
     echo(bold(f"{source}: {plan.model.source.name} -> {plan.target.name}"))
     facts(_conversion(plan))
     heading("Costs")
@@ -34,7 +34,7 @@ def print_plan(plan: SplitPlan, source: str, *, verbose: bool) -> None:
 
 
 def _speed(plan: SplitPlan) -> None:
-    """What speed to expect where, from which measurement, and where there is none to be had."""
+    """Print expected speeds with the measurement that they come from, or that there is none."""
     from llamamoe.conversion.expected_speed import expected_speed
 
     found = expected_speed(plan.layout, plan.model.spec)
@@ -138,7 +138,7 @@ def _costs(before: Cost, after: Cost) -> None:
 
 
 def _details(plan: SplitPlan) -> None:
-    """What ``-v`` adds: parts, files, recipe."""
+    """Print the details of ``-v``: parts, files, recipe."""
     heading("Parameters by part")
     before, after = plan.parent_cost.total, plan.cost
     parts = dict.fromkeys([*before, *after.total])
@@ -167,7 +167,7 @@ def _advice(advice: Sequence[str]) -> None:
 
 
 def print_result(result: SplitResult) -> None:
-    """How a conversion went."""
+    """Print the result of a conversion."""
     plan, run = result.plan, result.receipt["run"]
     echo("\n", bold(str(result.out)), f": {plan.target.name}, ready for transformers.")
     before, after = plan.parent_cost, plan.cost
@@ -186,7 +186,7 @@ def print_result(result: SplitResult) -> None:
 
 
 def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """How far the layers' outputs are from the dense ones' on the calibration text, if there was some."""
+    """Return the errors of layer outputs relative to the dense ones on the calibration text, if there was any."""
     after = sorted(layer["output_error"] for layer in layers if "output_error" in layer)
     before = sorted(layer["output_error_before_repair"] for layer in layers if "output_error_before_repair" in layer)
     if not after:

@@ -34,7 +34,7 @@ class _Clock:
         return True
 
     def text(self, *, detail: bool) -> str:
-        """How far the stage is, how fast, and how long it will take, or how long it took."""
+        """Return progress, rate and remaining time of the stage, or its duration."""
         step = self.step
         assert step is not None
         parts = [f"{step.done:,} of {plural(step.total, step.unit)}"]

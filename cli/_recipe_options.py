@@ -183,7 +183,7 @@ def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[str] | None:
-    """What was typed, or None as for every other option that was not."""
+    """Return the values as a list, or None if the option was not given."""
     return list(value) or None
 
 

@@ -1,4 +1,4 @@
-"""How help looks: options by group, defaults shown with their origin, examples at the end."""
+"""Layout of the help: options by group, defaults with their origin, examples at the end."""
 
 from __future__ import annotations
 

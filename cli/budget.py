@@ -44,7 +44,7 @@ _UNSET = {
     "num_experts": "Routed experts per layer (N).  [default: about 24, whatever fills the budget]",
     "shared": "Neurons that every token uses: a share or a count.  [default: from --shared-of-active]",
 }
-"""What decides here if neither flag nor recipe does."""
+"""Help of options whose default here differs from that of ``split``."""
 
 
 def _measures() -> list[str]:
@@ -195,7 +195,7 @@ def _layers(allocation: Allocation) -> None:
 
 
 def _alternatives(allocation: Allocation) -> None:
-    """What ``-v`` adds: the best set for every number of dense layers."""
+    """Print the details of ``-v``: the best set for every number of dense layers."""
     heading("By number of dense layers")
     rows = [
         (

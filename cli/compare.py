@@ -236,7 +236,7 @@ def _row(row: Row) -> tuple[str, ...]:
 
 
 def _details(comparison: Comparison) -> None:
-    """What ``-v`` adds: domains, parameters, memory, and how it was measured."""
+    """Print the details of ``-v``: domains, parameters, memory, and the protocol."""
     from llamamoe.studies.table import number
 
     domains = list(dict.fromkeys(name for row in comparison.rows for name in row.domains))

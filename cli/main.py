@@ -104,7 +104,7 @@ class Root(click.Group):
         except LlamaMoeError as error:
             _fail(ctx, error)
         except BrokenPipeError:
-            # Whoever read stdout has gone: what is still buffered goes nowhere, so that closing it is no second error.
+            # Whoever read stdout has gone: what is still buffered goes nowhere, so that closing it does not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
         except Exception as error:
@@ -112,7 +112,7 @@ class Root(click.Group):
 
 
 def _unexpected(ctx: click.Context, error: Exception) -> LlamaMoeError:
-    """What nobody foresaw, as one line; the traceback with ``-v``."""
+    """Return an unforeseen error as one line; print the traceback with ``-v``."""
     verbose = bool(ctx.meta.get(VERBOSE))
     if verbose:
         echo("".join(traceback.format_exception(error)), err=True, nl=False)
@@ -144,7 +144,7 @@ def _tell(error: LlamaMoeError) -> None:
 @click.version_option(__version__, "-V", "--version", prog_name="llamamoe", message="%(prog)s %(version)s")
 @click.pass_context
 def root(ctx: click.Context) -> None:
-    """What ``llamamoe`` alone does: show the help."""
+    """Show the help if no command is given."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

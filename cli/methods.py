@@ -71,7 +71,7 @@ def command(name: str | None, as_matrix: bool, output: Output) -> None:
 
 
 def _advice() -> str:
-    """Which methods to take, from what ``split`` takes by itself."""
+    """Return a sentence on which methods to use, from the defaults of ``split``."""
     from llamamoe.conversion.defaults import CALIBRATED_DEFAULT as BEST
     from llamamoe.conversion.defaults import UNCALIBRATED_DEFAULT
 
@@ -138,7 +138,7 @@ def _print_matrix(found: Matrix, *, verbose: bool) -> None:
 
 
 def _print_clients(*, verbose: bool) -> None:
-    """What other programs compute of each target."""
+    """Print the table of other programs that run each target."""
     from llamamoe.architectures.targets import clients
 
     heading("In other programs")

@@ -46,7 +46,7 @@ RECIPE, RUN, PAPER = "Recipe", "Run", "Hardware assumed by --dry-run"
 _COUNTED = {"active": "active per token"}
 """Numbers of parameters by the words that `split` and `inspect` have for them."""
 NEWEST = ""
-"""What ``--resume`` without a name stands for."""
+"""The value of ``--resume`` without a checkpoint name."""
 
 
 @click.command(cls=Command, section="Train", rank=2, short_help="Continue pretraining a converted model.",
@@ -143,7 +143,7 @@ def _train(recipe: PretrainRecipe, out: str, where: dict[str, Any], output: Outp
 
 
 def _left(out: Path) -> str:
-    """What a run that was interrupted can go on from."""
+    """Return how an interrupted run can be resumed."""
     from llamamoe.training.ownership import named_checkpoints
 
     there = named_checkpoints(out)
@@ -155,7 +155,7 @@ def _left(out: Path) -> str:
 
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    """What the library logs while it runs is told at once."""
+    """Print warnings that the library logs as soon as they occur."""
 
     class Echo(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

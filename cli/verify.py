@@ -44,7 +44,7 @@ def command(out: str, against: str, output: Output) -> None:
 
 
 def _neurons(verification: Verification) -> str:
-    """What was found of the parent's neurons."""
+    """Return the outcome of the comparison of neurons."""
     layers = plural(verification.neurons_checked, "layer")
     if verification.kept == "gate_up":
         return f"gate and up rows are the parent's, bit for bit, in {layers}; down projections were repaired"
@@ -62,7 +62,7 @@ def _weights(verification: Verification) -> str:
 
 
 def _distances(verification: Verification) -> list[tuple[str, str]]:
-    """How far the logits are from the parent's where no exactness is claimed: the largest difference, relative."""
+    """Return the relative differences of logits where no exactness is claimed."""
     values = (("as configured", verification.as_configured), ("with all experts", verification.all_experts))
     return [(name, f"logits differ by {value:.2g} of the largest") for name, value in values if value is not None]
 

@@ -1,4 +1,4 @@
-"""Where the tests find real data, which is no part of the project."""
+"""Paths of real data for the tests, which is not part of the project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is proposed for a name that does not exist: typing errors only, and never a list that fills the screen."""
+"""Proposals for a name that does not exist: typing errors only, and never a list that fills the screen."""
 
 from __future__ import annotations
 

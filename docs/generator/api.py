@@ -34,7 +34,7 @@ EXTENSION = {
     "Budgets": ("llamamoe.studies.budget.sensitivities.base.Sensitivity",),
     "Progress": ("llamamoe.progress.Progress",),
 }  # fmt: skip
-"""What a package with plug-ins of its own derives from."""
+"""Base classes for plug-ins in other packages."""
 
 
 def pages() -> dict[str, str]:

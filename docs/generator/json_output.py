@@ -1,4 +1,4 @@
-"""What commands print with ``--json``: run on a tiny model that is made on the spot, so that the page cannot be wrong."""
+"""The page of ``--json`` output: commands run on a tiny model that is made on the spot, so the page is correct."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "fix-config --dry-run": ("fix-config moe --dry-run", ""),
     "methods": ("methods kmeans", "llamamoe.catalog.Method"),
 }  # fmt: skip
-"""What is shown: the command that is run, and the class whose docstring names its keys."""
+"""The command that is run, and the class whose docstring describes its keys."""
 PARTS = {
     "inspect": {
         "cost": "llamamoe.architectures.costs.Cost",

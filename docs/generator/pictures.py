@@ -72,7 +72,7 @@ def quality(axes: Any) -> None:
 
 
 def repair(axes: Any) -> None:
-    """What each repair is worth at half of the FFN."""
+    """Draw the perplexity of each repair at half of the FFN."""
     found = {r["method"]: r["ratio"] for r in _study() if r["budget"] == 0.5}
     bars = {"experts": ("token_clusters, no repair", "token_clusters + least_squares", "token_clusters"),
             "static pruning": ("static", "static + least_squares", "static + distill")}  # fmt: skip
@@ -110,7 +110,7 @@ def speed(axes: Any) -> None:
 
 
 def hard_router(axes: Any) -> None:
-    """What the scale of a hard router trades: wrong choices against unequal weights."""
+    """Draw the trade-off in the scale of a hard router: wrong selections against unequal weights."""
     scales = _read("hard-router.json")["SmolLM2-135M: qwen2_moe, 24 of 64"]
     points = [(float(key), value["float32 set differs"], value["as_stored"]) for key, value in scales.items()
               if isinstance(value, dict) and value["float32 set differs"]]  # fmt: skip

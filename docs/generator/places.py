@@ -1,4 +1,4 @@
-"""Where things are in the repository, and where they are shown on the site."""
+"""Places of files in the repository and of their pages on the site."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def dense_walk(walking: Walk) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 def reference(
     folder: Path, ids: np.ndarray, dtype: torch.dtype = torch.float32
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """What the whole model shows to forward hooks: FFN inputs, every layer's output, and the last hidden state."""
+    """FFN inputs, the output of every layer and the last hidden state, as forward hooks see them in the whole model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     seen: list[torch.Tensor] = []
     residuals: list[torch.Tensor] = []

@@ -25,7 +25,7 @@ with scratch_folder(Path(sys.argv[1])) as folder:
 
 @pytest.fixture
 def left(tmp_path: Path) -> Path:
-    """What a killed process left."""
+    """Make the folder that a killed process leaves."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert done.returncode == -signal.SIGKILL
     (found,) = tmp_path.iterdir()

@@ -1,4 +1,4 @@
-"""What is written tokenises as the parent does, in the program that reads it."""
+"""Written tokenizers tokenise as the parent's does, in the program that reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a clone without Git LFS leaves in the place of a file is called by its name, by every command that reads the file."""
+"""Git LFS pointers in the place of files are named as such by every command that reads the file."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_error_and_no_file_takes_their_place(closed: str, dense: Path, tmp_path: Path) -> None:
-    """What libraries print must not go into a checkpoint that is opened under a number of theirs."""
+    """Output of libraries does not go into a checkpoint that is opened under the number of a closed stream."""
     shell = f'exec "$@" {closed}'
     args = ["split", str(dense), str(tmp_path / "out"), "--experts", "4", "--method", "random", "--no-verify"]
     for arguments in (args, ["methods"]):
@@ -146,7 +146,7 @@ def test_a_full_disk_under_stdout_is_one_error(args: tuple[str, ...]) -> None:
 
 
 def on_a_terminal(*args: str, columns: int = 80, **env: str) -> str:
-    """What a command, or a script after ``-c``, writes to a terminal (stdout and stderr)."""
+    """Return the output of a command, or of a script after ``-c``, to a terminal (stdout and stderr)."""
     parent, child = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns)} | env
     command = [sys.executable, *(args if args[0] == "-c" else ("-m", "llamamoe_cli", *args))]

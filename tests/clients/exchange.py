@@ -1,4 +1,4 @@
-"""What the tests and the interpreters of other programs tell each other; needs numpy only.
+"""Data exchanged by the tests and the interpreters of other programs; needs numpy only.
 
 A folder to check holds, beside the checkpoint, ``expected.json`` (texts, prompts and greedy ids) and ``expected.npy``
 (logits ``[T, V]`` of prompts followed by greedy ids, all one
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Expected:
-    """What transformers computed of a checkpoint in float32.
+    """Results of transformers for a checkpoint in float32.
 
     Attributes:
         texts: The prompts as text.

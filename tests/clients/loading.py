@@ -25,7 +25,7 @@ CANDIDATES = (
 
 
 def run_client(script: str, folders: list[Path], *, python: str | None = PYTHON) -> dict[str, Any]:
-    """What a runner says of every folder, by its name, and the version of its program."""
+    """Return the results of a runner for every folder, by its name, and the version of its program."""
     path = Path(__file__).with_name(script)
     done = subprocess.run([python or "", path, *folders], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

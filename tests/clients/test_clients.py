@@ -1,4 +1,4 @@
-"""What other programs make of our checkpoints is what the table says (`llamamoe.architectures.targets.clients`).
+"""Other programs treat our checkpoints as the table says (`llamamoe.architectures.targets.clients`).
 
 Needs an interpreter with these programs, named by ``LLAMAMOE_CLIENTS_PYTHON`` (``make test-clients`` makes it).
 """
@@ -27,7 +27,7 @@ REFUSALS = {
     "llama.cpp": ("a GGUF file can be written for", "norm_topk_prob is false"),
     "mistral.rs": ("Unsupported Hugging Face Transformers -CausalLM model class", "shape mismatch"),
 }
-"""How each refuses what it does not have; anything else is a fault of the test's own, such as a broken install."""
+"""The refusal of each program; any other error is a fault of the test itself, such as a broken install."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def found(folders: list[Path]) -> dict[str, Any]:
-    """What each program says of every case; those that have no GGUF file are refused by `export_gguf`."""
+    """Return the results of each program for every case; those without a GGUF file are refused by `export_gguf`."""
     files = [folder for folder in folders if (folder / "model.gguf").is_file()]
     said = {name: run_client(script, files if name == "llama.cpp" else folders) for name, script in RUNNERS.items()}
     for folder in folders:

@@ -1,4 +1,4 @@
-"""What the contract tests of every kind share."""
+"""Fixtures of the contract tests of every kind."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ NARROWER = {
 
 
 def ours(family: str, config: dict[str, Any]) -> str | None:
-    """What the plan refuses, by configuration alone."""
+    """Return why the plan refuses a configuration, or None."""
     source = SOURCES.get(family)()
     try:
         check_values(config, source.fields)

@@ -46,7 +46,7 @@ def run(model: Any, world: World) -> list[Routing]:
 
 
 def seen(routings: list[Routing]) -> str:
-    """What the experts were given: choices and weights."""
+    """Return a digest of the choices and weights that the experts were given."""
     return digest(*(each for r in routings for each in (r.indices_Tk, r.weights_Tk)))
 
 

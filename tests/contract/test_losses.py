@@ -22,7 +22,7 @@ CASES = [(name, each) for name in NAMES for each in variants(LOSSES.get(name))]
 
 @pytest.fixture(scope="module")
 def routing(world: World, tmp_path_factory: pytest.TempPathFactory) -> Routing:
-    """What a router of the model does with 48 tokens of text under a gate that adds noise, in float64."""
+    """Return the routing of 48 tokens of text under a gate that adds noise, in float64."""
     model = live.load(live.convert(world, tmp_path_factory.mktemp("losses") / "moe"))
     moe = find_moe_layers(model)[LAYER]
     gate, tap = made(GATES.get("noisy_top_k")), RouterTap(find_moe_layers(model))

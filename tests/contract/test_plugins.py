@@ -40,7 +40,7 @@ ALL = [(key, name) for key, registry in KINDS.items() for name in registry.names
 CASES = [(key, name, options) for key, name in ALL for options in variants(KINDS[key].get(name))]
 IN_RECIPES = [case for case in CASES if case[0] != "measure"]
 OWN = re.compile(r"\b([Oo]urs|[Ff]olklore|[Cc]ontrol)\b")
-"""What a docstring says of a rule that no paper or source is named for."""
+"""The words in a docstring for a rule without a paper or source."""
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 

@@ -55,7 +55,7 @@ def test_it_differs_from_every_other_unless_it_names_it(name: str) -> None:
 def test_every_target_gives_a_selected_expert_that_coefficient(
     sources: dict[str, Path], name: str, target: str
 ) -> None:
-    """What the target's router does at equal logits, times its factors."""
+    """Return the weights of the target's router at equal logits, times its factors."""
     given = {"method": "random", "num_experts": 8, "top_k": 3, "rescale": name, "target": target}
     source = sources["qwen3" if target == "qwen3_moe" else "llama"]
     combine = llamamoe.plan_conversion(source, llamamoe.load_recipe(given=given)).layout.combine

@@ -29,7 +29,7 @@ NUMBERS: dict[str, list[dict[str, Any]]] = {
 }
 """Values of options that are numbers, of which no rule could choose one that matters."""
 START = {"learned": "token_clusters"}
-"""What a splitter that keeps its start unless it finds better begins with; on an untrained model it may find nothing."""
+"""The start of splitters that keep it unless they find better; on an untrained model they may find nothing."""
 CASES = [(name, each) for name in SPLITTERS.names() for each in (*variants(SPLITTERS.get(name), NEEDED.get(name)), *NUMBERS.get(name, []))]  # fmt: skip
 SIZED = [(*case, size) for size in SIZES for case in CASES if not made(SPLITTERS.get(case[0]), case[1]).refusals(*size[:2], "soft")]  # fmt: skip
 NONE = np.empty(0, np.int64)
@@ -64,7 +64,7 @@ def facts(partition: Partition) -> str:
 
 
 def grouping(partition: Partition) -> str:
-    """Which neurons are together in an expert, whatever the number of the expert; and which are shared."""
+    """Return the sets of neurons that share an expert, whatever its number, and the shared neurons."""
     groups = sorted(sorted(row[row != PADDING].tolist()) for row in partition.experts)
     return digest(groups, partition.shared.tolist())
 
@@ -120,7 +120,7 @@ def check_places(splitter: Splitter, partition: Partition, context: LayerContext
 
 
 def check_kept(splitter: Splitter, partition: Partition, weights: ExpertWeights | None, parent: ExpertWeights) -> None:
-    """What is declared to be the parent's is, bit for bit; padding is zero."""
+    """Neurons that are declared to be the parent's are, bit for bit; padding is zero."""
     if weights is None:
         assert splitter.kept == "neurons"
         return

@@ -34,7 +34,7 @@ FITS = {
     "granitemoeshared": f"{PLAIN} llama-attention-bias granite",
     "ernie4_5_moe": PLAIN,
 }
-"""Which variant goes to which target; everything else must be refused."""
+"""The targets of each variant; everything else must be refused."""
 
 PAIRS = [(v, t) for t, variants in FITS.items() for v in variants.split()]
 ROUTED = [t.name for t in TARGETS if t.routed]

@@ -138,7 +138,7 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(
 
 
 def test_the_partition_is_other_than_the_start(dense: Path, tmp_path: Path) -> None:
-    """What alignment does shows in the bytes of the experts, not only in a receipt."""
+    """Alignment changes the bytes of the experts, not only the receipt."""
     outs = [
         llamamoe.split(dense, tmp_path / name, chosen).out / "model.safetensors"
         for name, chosen in (

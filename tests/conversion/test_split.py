@@ -1,4 +1,4 @@
-"""What a conversion says and refuses beyond its plan: overflow, soft routers, callbacks, receipts."""
+"""Warnings and refusals of a conversion beyond its plan: overflow, soft routers, callbacks, receipts."""
 
 from __future__ import annotations
 

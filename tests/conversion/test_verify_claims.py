@@ -1,4 +1,4 @@
-"""What verification asks of conversions that claim less than exactness, or that hold copies."""
+"""Verification of conversions that claim less than exactness, or that hold copies."""
 
 from __future__ import annotations
 

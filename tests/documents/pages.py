@@ -22,7 +22,7 @@ SHRUNK = {
     "report": ["--oracle-tokens", "64", "--max-tokens", "256", "--context-length", "128"],
 }
 LITTLE_TEXT = ["--calibration-tokens", "256", "--calibration-length", "32"]
-"""What makes commands short enough for a test."""
+"""Options that make commands short enough for a test."""
 
 
 def blocks(text: str, *languages: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What the pages say of exit codes, files and links is what the code does."""
+"""Statements of the pages on exit codes, files and links agree with the code."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_the_text_of_the_tutorials_is_made(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_splitter_of_the_guide_is_that_of_contributing() -> None:
-    """Which another test runs; imports are those of another package."""
+    """Another test runs that of CONTRIBUTING.md; imports differ, as the guide's is in another package."""
     guide = next(block for _, block in blocks(text_of("how-to/splitter.md"), "python"))
     whole = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     original = next(block for _, block in blocks(whole, "python"))

@@ -1,4 +1,4 @@
-"""What a benchmark counts and refuses; its times are the machine's."""
+"""Counts and refusals of a benchmark; its times depend on the machine."""
 
 from __future__ import annotations
 

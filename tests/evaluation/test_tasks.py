@@ -51,7 +51,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def by_hand(model: Path) -> list[float]:
-    """Whether each question's likelier choice is the right one."""
+    """Return for each question whether its likelier choice is the right one."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
     right = []

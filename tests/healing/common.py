@@ -32,6 +32,6 @@ def heal_recipe(text: Path, **given: Any) -> HealRecipe:
 
 
 def receipt(folder: Path) -> dict[str, Any]:
-    """What healing told of itself."""
+    """Return the progress that healing reported."""
     found: dict[str, Any] = json.loads((folder / "llamamoe_heal.json").read_text())
     return found

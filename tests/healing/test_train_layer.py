@@ -1,4 +1,4 @@
-"""What a layer is trained on: the weighted error and the balance, written out, and competition for the router alone."""
+"""The objective of a layer: the weighted error and the balance, written out, and competition for the router alone."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def judged(made: Any) -> tuple[str, int, str]:
 
 
 def wrong_with(made: Any, result: Any, said: list[str]) -> str:
-    """What is wrong with the outcome, or nothing."""
+    """Return a fault of the outcome, or nothing."""
     from llamamoe.checkpoint.ledger import partial_path
 
     code, error = result.exit_code, result.stderr
@@ -107,7 +107,7 @@ def wrong_with(made: Any, result: Any, said: list[str]) -> str:
 
 
 def published(made: Any) -> str:
-    """What is wrong with a published checkpoint, or nothing."""
+    """Return a fault of a published checkpoint, or nothing."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from llamamoe.checkpoint.tokenizer_difference import difference
@@ -130,7 +130,7 @@ def published(made: Any) -> str:
 
 
 def differs(made: Any) -> str:
-    """How the published model computes something else than its parent, or nothing."""
+    """Return a difference between the published model and its parent, or nothing."""
     import torch
 
     from tests.hostile.test_config_defaults import logits

@@ -1,4 +1,4 @@
-"""What the fuzzer damages, and the command that has to cope with it."""
+"""Subjects that the fuzzer damages, with the command that has to handle them."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def tokens(world: World, rng: random.Random, place: Path) -> Attempt:
 
 
 def stopped(world: World, rng: random.Random, place: Path) -> Attempt:
-    """What a stopped split, tokenize or pretrain left, which it goes on with."""
+    """Damage the files of an interrupted split, tokenize or pretrain, from which it resumes."""
     verb = rng.choice(("split", "split", "tokenize", "pretrain"))
     shutil.copytree(world.stopped(verb), place, dirs_exist_ok=True)
     path = rng.choice(sorted(each for each in place.rglob("*") if each.is_file()))
@@ -329,4 +329,4 @@ SUBJECTS: dict[str, tuple[int, Callable[[World, random.Random, Path], Attempt]]]
     "tokens": (4, tokens),
     "stopped": (8, stopped),
 }
-"""How often of 126 times, and what."""
+"""Frequency of each subject out of 126 runs."""

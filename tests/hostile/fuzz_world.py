@@ -1,4 +1,4 @@
-"""What the fuzzer damages, whole: checkpoints of every kind, text, tokens."""
+"""Undamaged subjects of the fuzzer: checkpoints of every kind, text, tokens."""
 
 from __future__ import annotations
 

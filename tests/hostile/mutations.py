@@ -29,7 +29,7 @@ TEXTS = (
     "\n" * 9,
 )
 Damage = tuple[Any, str]
-"""What came out, and what was done."""
+"""The mutated content, and a description of the mutation."""
 
 
 def places(data: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""What tests of conversions that are killed and interrupted share: an uninterrupted one, and what must follow a stop."""
+"""Shared parts of tests that kill and interrupt conversions: an uninterrupted one, and checks after a stop."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def stopped(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def judge(world: dict[str, str], run: Path, whole: Path) -> str:
-    """How going on ended: refused, or with the same bytes; raises if otherwise."""
+    """Return how resuming ended: refused, or with the same bytes; raise if otherwise."""
     try:
         pretrain(recipe_of(world, *OVERRIDES), run, resume=True)
     except LlamaMoeError as error:

@@ -1,4 +1,4 @@
-"""What files of others say reaches the terminal as text: no control characters, no more than a screen, no traceback."""
+"""Content of foreign files reaches the terminal as text: no control characters, at most a screen, no traceback."""
 
 from __future__ import annotations
 

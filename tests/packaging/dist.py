@@ -38,7 +38,7 @@ where = Path(sys.prefix).resolve()
 for module in (llamamoe, llamamoe_cli, llamamoe_recipes):
     assert Path(module.__file__).resolve().is_relative_to(where), module.__file__
 """
-"""What is imported is what the wheel installed."""
+"""Imported modules are those that the wheel installed."""
 MAKE_DENSE = """
 import sys
 from pathlib import Path

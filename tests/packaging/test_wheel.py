@@ -1,4 +1,4 @@
-"""What a wheel built from this tree installs."""
+"""A wheel built from this tree installs the right files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_installed(site: Path, *command: str | Path) -> str:
-    """What the command prints, run outside the tree with ``site`` before everything else on the path."""
+    """Return the output of the command, run outside the tree with ``site`` before everything else on the path."""
     run = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=site.parent,

@@ -56,7 +56,7 @@ def write_words(path: Path, words: int = 300) -> Path:
 
 
 def needs_text(recipe: SplitRecipe) -> bool:
-    """Whether a method of the recipe reads calibration text."""
+    """Return whether a method of the recipe reads calibration text."""
     return complete(recipe.model_copy(update={"calibration": ("given.txt",)})).calibrated
 
 

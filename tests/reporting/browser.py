@@ -18,7 +18,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def missing() -> str | None:
-    """Why there is no browser to test with, or None."""
+    """Return the reason why there is no browser to test with, or None."""
     if not any(map(shutil.which, NAMES)):
         return "needs chromium (Debian: apt install chromium)"
     return None if shutil.which("chromedriver") else "needs chromedriver (Debian: apt install chromium-driver)"
@@ -66,7 +66,7 @@ class Browser:
         path.write_bytes(base64.b64decode(found["data"]))
 
     def complaints(self) -> list[str]:
-        """What the console said since the last call."""
+        """Return the messages of the console since the last call."""
         return [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
 
     def requests(self) -> list[str]:

@@ -23,7 +23,7 @@ PARTS = {  # share of the dense model's parameters
 
 @dataclass(frozen=True)
 class Size:
-    """How large the made-up models are."""
+    """Sizes of the made-up models."""
 
     layers: int = 6
     experts: int = 8

@@ -62,7 +62,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where screenshots go: LLAMAMOE_SHOTS, if somebody wants to look at them."""
+    """Return the folder for screenshots: LLAMAMOE_SHOTS, if it is set."""
     named = os.environ.get("LLAMAMOE_SHOTS")
     folder = Path(named) if named else tmp_path_factory.mktemp("shots")
     folder.mkdir(parents=True, exist_ok=True)

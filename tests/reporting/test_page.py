@@ -27,7 +27,7 @@ VOID = {"meta", "br", "input", "link", "img", "hr", "path", "use"}
 
 
 class Outline(html.parser.HTMLParser):
-    """What a page is made of."""
+    """Tags, attributes and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)

@@ -1,4 +1,4 @@
-"""What the page is put together from: numbers as text, sentences, maps and the token view."""
+"""Parts of the page: numbers as text, sentences, maps and the token view."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which cells a study has, and what they cost."""
+"""Cells of a study, and their cost."""
 
 from __future__ import annotations
 

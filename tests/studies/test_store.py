@@ -1,4 +1,4 @@
-"""What finished cells depend on."""
+"""Finished cells are reused only if everything they depend on is unchanged."""
 
 from __future__ import annotations
 

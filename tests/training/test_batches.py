@@ -1,4 +1,4 @@
-"""What ranks see of a step: together always the same micro-batches, and so the same sequences."""
+"""Ranks together always see the same micro-batches of a step, and so the same sequences."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ def test_the_head_is_itself_again_whatever_happens() -> None:
 
 
 class LowRank(torch.nn.Module):
-    """What peft puts in the place of a linear layer."""
+    """Return the module by which peft replaces a linear layer."""
 
     def __init__(self, base: torch.nn.Linear) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ def run(recipe: PretrainRecipe, out: Path, processes: int, *flags: str) -> None:
 
 
 def go_on(whole: Path, out: Path, recipe: PretrainRecipe, processes: int) -> None:
-    """What a finished run would do had it been stopped after its second step."""
+    """Resume a copy of a finished run as if it had been stopped after its second step."""
     shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoint-3")
     shutil.rmtree(out / "model")

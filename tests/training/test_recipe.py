@@ -1,4 +1,4 @@
-"""What a recipe of pretraining accepts, and how it says what is wrong."""
+"""Recipes of pretraining that are accepted, and the errors of others."""
 
 from __future__ import annotations
 

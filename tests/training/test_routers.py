@@ -1,4 +1,4 @@
-"""What gates and losses take for granted about the native routers of transformers."""
+"""Assumptions of gates and losses about the native routers of transformers hold."""
 
 from __future__ import annotations
 

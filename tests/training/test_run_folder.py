@@ -477,7 +477,7 @@ def test_an_empty_folder_of_a_run_begins(world: dict[str, str], finished: Path, 
 
 
 class Evil:
-    """What a pickle does to whoever reads it."""
+    """An object whose pickle runs code when it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

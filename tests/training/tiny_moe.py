@@ -57,7 +57,7 @@ def input_ids(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
 
 
 def routed(moe: MoeLayer, x_TH: torch.Tensor, **extra: Any) -> Routing:
-    """What the layer's router does with these inputs."""
+    """Return the output of the layer's router for these inputs."""
     return Routing(moe, *moe.router(x_TH)[:3], inputs_TH=x_TH, **extra)
 
 

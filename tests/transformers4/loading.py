@@ -17,7 +17,7 @@ PYTHON = os.environ.get("LLAMAMOE_TRANSFORMERS4_PYTHON")
 
 
 def run_older(folders: list[Path]) -> dict[str, Any]:
-    """What `check.py` says of every folder, by its name."""
+    """Return the output of `check.py` for every folder, by its name."""
     script = Path(__file__).with_name("check.py")
     done = subprocess.run([PYTHON or "", script, *folders], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What we write loads in transformers 4.57 with the same logits.
+"""Written checkpoints load in transformers 4.57 with the same logits.
 
 Needs a second interpreter, named by ``LLAMAMOE_TRANSFORMERS4_PYTHON`` (``make test-transformers4`` makes it).
 """

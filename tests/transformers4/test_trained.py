@@ -1,4 +1,4 @@
-"""What training writes loads in transformers 4.57 with the same logits, as every checkpoint on the way does."""
+"""Trained checkpoints load in transformers 4.57 with the same logits, and so does every checkpoint on the way."""
 
 from __future__ import annotations
 

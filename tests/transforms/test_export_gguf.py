@@ -304,7 +304,7 @@ def test_a_sentencepiece_tokenizer_comes_back(spaces: str, tmp_path: Path) -> No
 
 
 def same_tokens(folder: Path, tmp_path: Path, vocab_size: int, texts: list[str]) -> bool:
-    """Whether what the GGUF reader makes of the vocabulary cuts all texts as the folder's tokenizer does."""
+    """Return whether the GGUF reader's vocabulary tokenises all texts as the folder's tokenizer does."""
     writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
     read_vocabulary(folder, vocab_size).write(writer)
     writer.write_header_to_file()

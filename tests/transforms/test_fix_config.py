@@ -47,7 +47,7 @@ IDS = [f"{variant}-{target or 'dense'}" for target, variant, _ in CASES]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[str, Path]:
-    """What transformers 5 writes after it loaded our conversions (and dense models), before anything is mended."""
+    """Save our conversions and dense models with transformers 5, before anything is fixed."""
     root = tmp_path_factory.mktemp("saved")
     found = {}
     for name, (target, variant, given) in zip(IDS, CASES, strict=True):

@@ -12,7 +12,7 @@ SIZES = [(8, 2), (4, 4), (6, 1), (16, 5)]
 
 
 def router_weight(weighting: str, num_experts: int, top_k: int) -> float:
-    """What a router gives one selected expert when all logits are zero, written out."""
+    """Return the weight of one selected expert when all logits are zero, written out."""
     logits = torch.zeros(num_experts, dtype=torch.float64)
     if weighting == "renormalised":
         chosen = logits.softmax(0)[:top_k]

@@ -1,4 +1,4 @@
-"""What every target writes is recognised by name and key when a checkpoint is read back."""
+"""Checkpoints of every target are recognised by tensor names and keys when they are read back."""
 
 from __future__ import annotations
 

@@ -603,7 +603,7 @@ def saved_tokenizer(path: Path) -> Any:
 
 
 def llama_cpp_ids(path: Path, texts: list[str]) -> list[list[int]]:
-    """What llama.cpp makes of the texts, with bos and eos where the file asks for them."""
+    """Return llama.cpp's tokens of the texts, with bos and eos where the file asks for them."""
     import llama_cpp
 
     model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)

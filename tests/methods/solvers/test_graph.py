@@ -79,7 +79,7 @@ def test_blocks_without_any_edge_between(size: int, blocks: int) -> None:
 
 
 def test_leading_vectors_are_eigenvectors() -> None:
-    """Where they stand apart from the rest, as planted parts do."""
+    """The leading values are far from the rest, as those of planted parts are."""
     truth = np.arange(80) % 4
     weights = random_graph(80, 0) + 2 * (truth[:, None] == truth)
     values, vectors = np.linalg.eigh(weights)

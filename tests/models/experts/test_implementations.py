@@ -196,7 +196,7 @@ def test_equals_the_sum_over_experts_written_out(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_token_at_all(name: str) -> None:
-    """What a rank of expert parallelism may get."""
+    """A rank of expert parallelism may get no token."""
     inputs, indices = random_inputs(0, 4, 2)
     y, grad_x, grad_gate_up, grad_down, grad_weights = call(name, inputs, indices)
     assert y.shape == grad_x.shape == (0, HIDDEN)

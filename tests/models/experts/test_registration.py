@@ -1,4 +1,4 @@
-"""How transformers comes to know the implementations, and that saved models do not."""
+"""Implementations are registered with transformers, and saved models do not name them."""
 
 from __future__ import annotations
 

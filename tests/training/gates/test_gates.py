@@ -65,7 +65,7 @@ def test_what_is_saved_under_a_gate_is_native(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", GATES.names())
 def test_the_second_pass_of_checkpointing_leaves_nothing_behind(name: str) -> None:
-    """What a gate notes for the losses holds the graph of its pass, and so all that checkpointing let go of."""
+    """Notes of a gate for the losses would hold the graph of its pass, and all that checkpointing released."""
     before = {id(thing) for thing in gc.get_objects()}  # other tests' tensors may be alive
     model = model_for(name)
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -34,14 +34,14 @@ def rows() -> torch.nn.Parameter:
 
 
 def rank_routing(rows_NH: torch.Tensor, *ranks: int) -> Routing:
-    """What the router does with the tokens of these ranks; each rank has another number of them."""
+    """Return the router's output for the tokens of these ranks; each rank has another number of them."""
     x_TH = torch.cat([torch.randn(10 + 5 * r, H, generator=torch.Generator().manual_seed(r)) for r in ranks])
     noise = torch.cat([torch.rand(10 + 5 * r, N, generator=torch.Generator().manual_seed(r)) for r in ranks])
     return from_logits(x_TH @ rows_NH.T, 2, noise, noise_std_TN=torch.ones_like(noise))
 
 
 def averaged_gradient(gradient: torch.Tensor | None) -> torch.Tensor:
-    """What a gate's parameter is left with, of which this rank had ``gradient``."""
+    """Return the gradient of a gate's parameter after the reduction, where this rank had ``gradient``."""
     from llamamoe.training.gates.noisy_top_k import NoisyTopK
 
     parameter = torch.nn.Parameter(torch.zeros(2))
@@ -61,7 +61,7 @@ def micro_losses(rank: int) -> list[list[tuple[tuple[int, int], torch.Tensor]]]:
 
 
 def told_of_checkpoints(step: int) -> str:
-    """What a rank is told that found this checkpoint."""
+    """Return the error of a rank that found this checkpoint."""
     from llamamoe.errors import UsageError
     from llamamoe.training.ranks import check_same_checkpoint
 
