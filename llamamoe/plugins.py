@@ -1,7 +1,8 @@
-"""Plug-ins: what all have in common, and how they are found, by looking into a folder: adding one is adding one file.
+"""Plug-ins: their common base, and their discovery in a folder, so that adding one is adding one file.
 
 A *kind* (splitter, router, target, ...) is a package whose modules each define concrete subclasses of the kind's
-base class, or one module that defines all of them. Third parties add theirs with an entry point in the group ``llamamoe.<package name>``.
+base class, or one module that defines all of them. Third parties register theirs with an entry point in the group
+``llamamoe.<package name>``.
 """
 
 from __future__ import annotations
@@ -64,18 +65,18 @@ class Registry(Generic[T]):
             raise TypeError(f"{origin} is registered as a {self.kind} but is not a subclass of {self.base.__name__}")
         name = cls.name  # type: ignore[attr-defined]
         if name in found:
-            raise ValueError(f"two plug-ins call themselves {self.kind} {name!r}: {found[name]} and {cls}")
+            raise ValueError(f"two plug-ins have the name {self.kind} {name!r}: {found[name]} and {cls}")
         found[name] = cls
 
     def names(self) -> list[str]:
-        """The names of all plug-ins, sorted."""
+        """Return the names of all plug-ins, sorted."""
         return list(self._found)
 
     def get(self, name: str) -> type[T]:
-        """The plug-in called ``name``.
+        """Return the plug-in called ``name``.
 
         Raises:
-            UsageError: There is none; the message names the nearest ones.
+            UsageError: The name is unknown; the message lists similar ones.
         """
         try:
             return self._found[name]
@@ -86,10 +87,10 @@ class Registry(Generic[T]):
         return iter(self._found.values())
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._found  # of others it may be a list
+        return isinstance(name, str) and name in self._found  # in a foreign file it may be a list
 
     def refresh(self) -> None:
-        """Forget what was found, so that the next use looks again (for plug-ins added while running)."""
+        """Forget the plug-ins found, so that the next use searches again (for plug-ins added while running)."""
         self.__dict__.pop("_found", None)
 
 
@@ -103,13 +104,14 @@ class PluginOptions(BaseModel):
 
 
 class Plugin:
-    """A named method with options of its own.
+    """A named method with its own options.
 
     Attributes:
-        name: What the user types.
+        name: Its name in recipes and options.
         summary: One line for ``llamamoe methods``.
-        reference: The paper or source of the rule; empty if it is ours, folklore or a control, as the docstring then says.
-        needs: What the method must be shown beside sizes; ``"activations"`` and ``"gradients"`` mean that
+        reference: The paper or source of the rule; empty if it is original, folklore or a control, as its docstring
+            states.
+        needs: The input of the method besides sizes; ``"activations"`` and ``"gradients"`` mean that
             calibration text is required.
         Options: The pydantic model of the method's options, each with a description and a default.
     """

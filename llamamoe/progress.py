@@ -1,4 +1,4 @@
-"""How long work tells its caller how far it is, without printing anything itself."""
+"""Report the progress of long operations to their caller, without printing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Progress:
     """One step of a long operation.
 
     Attributes:
-        stage: What is being done, for example ``"convert"`` or ``"verify"``.
+        stage: The current operation, for example ``"convert"`` or ``"verify"``.
         done: Units finished so far.
-        total: Units in all.
-        unit: What is counted, for example ``"layer"`` or ``"token"``.
-        detail: A short free text, may be empty.
+        total: Total number of units.
+        unit: The counted unit, for example ``"layer"`` or ``"token"``.
+        detail: A short text; may be empty.
     """
 
     stage: str
@@ -29,7 +29,7 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def counting(stage: str, total: int, unit: str, progress: ProgressCallback) -> Callable[..., None]:
-    """What tells ``progress`` of work that comes piece by piece: ``advance(detail, pieces=1)``."""
+    """Return ``advance(detail, pieces=1)``, which reports piecewise work to ``progress``."""
     done = 0
 
     def advance(detail: str, pieces: int = 1) -> None:
@@ -41,4 +41,4 @@ def counting(stage: str, total: int, unit: str, progress: ProgressCallback) -> C
 
 
 def ignore_progress(_: Progress) -> None:
-    """The callback that is used when the caller gives none."""
+    """Do nothing; the callback that is used if the caller gives none."""

@@ -1,4 +1,4 @@
-"""What all recipes share: YAML without code, overrides, and every error at once, with near misses."""
+"""The basis of all recipes: YAML without code, overrides, and all errors at once, with suggestions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_BYTES, _MOST_VALUES = 2**20, 100_000
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-"""One path or several, as a list."""
+"""One or several paths, as a tuple."""
 
 
 class Choice(BaseModel):
@@ -39,8 +39,8 @@ def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
     """Accept ``name``, ``{name: ..., option: value}`` or a `Choice`; check the options with the plug-in's model.
 
     Args:
-        registry: Where the names are looked up.
-        words: Names that stand for no plug-in and have no options.
+        registry: Registry of the names.
+        words: Names that are not plug-ins and have no options.
     """
 
     def check(value: Any) -> Any:
@@ -76,11 +76,11 @@ _WORDS = {
     **dict.fromkeys(("tuple_type", "list_type", "set_type"), _LIST),
     **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), _MAPPING),
 }
-"""What pydantic says in words of Python, by the type of the error."""
+"""Messages that replace pydantic's, by the type of the error."""
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line per error: path, rule, value, and for an unknown key the nearest known one."""
+    """Return one line per error: path, rule, value, and for an unknown key the nearest known one."""
     lines = []
     for item in error.errors():
         # pydantic puts the alternatives of a union among the keys: function-before[...], tuple[constrained-int, ...]
@@ -97,13 +97,13 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def _part_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the model of a part of a recipe, or None where a field holds plain values."""
+    """Return the model of a part of a recipe, or None if a field holds plain values."""
     parts = [field.annotation, *get_args(field.annotation)]
     return next((each for each in parts if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The keys of the part of a recipe that ``path`` leads to."""
+    """Return the keys of the part of a recipe at ``path``."""
     for part in path:
         if str(part) in model.model_fields:
             model = _part_of(model.model_fields[str(part)]) or model
@@ -111,10 +111,10 @@ def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str
 
 
 def validated(model: type[R], data: Mapping[str, Any]) -> R:
-    """A recipe of any kind from a mapping, completed with defaults.
+    """Return a recipe of any kind from a mapping, completed with defaults.
 
     Raises:
-        UsageError: Something is wrong; every error is named.
+        UsageError: The recipe is invalid; the message names every error.
     """
     try:
         return model.model_validate(dict(data))
@@ -124,7 +124,7 @@ def validated(model: type[R], data: Mapping[str, Any]) -> R:
 
 
 class Recipe(BaseModel):
-    """What all recipes can: be loaded, hashed and written as YAML. Unknown keys are errors."""
+    """The base of all recipes, which can be loaded, hashed and written as YAML. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -132,16 +132,16 @@ class Recipe(BaseModel):
     def load(
         cls, path: str | Path | None = None, *, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
     ) -> Self:
-        """Read a recipe from a file, then keyword arguments, then ``key=value`` overrides; the later wins.
+        """Read a recipe from a file, then keyword arguments, then ``key=value`` overrides; later ones take precedence.
 
         Args:
             path: A YAML file, or None for the defaults.
-            given: Values of single keys; those that are None are left out. The bare name of the plug-in that the file
-                names keeps the file's options.
-            overrides: ``a.b=c`` texts; parts that the file leaves out begin with their defaults.
+            given: Values of single keys; those that are None are left out. If a plug-in is given by the name that the
+                file has, the file's options are kept.
+            overrides: Texts ``a.b=c``; parts that the file omits start from their defaults.
 
         Raises:
-            UsageError: The file or a value is not valid; every error is named.
+            UsageError: The file or a value is invalid; the message names every error.
         """
         data = {} if path is None else read_recipe_file(path)
         for key, value in (given or {}).items():
@@ -155,7 +155,7 @@ class Recipe(BaseModel):
         return validated(cls, data)
 
     def deciding(self) -> dict[str, Any]:
-        """Return the keys that decide the result, as plain data."""
+        """Return the keys that decide the result, as JSON-compatible data."""
         return self.model_dump(mode="json")
 
     def sha256(self) -> str:
@@ -177,7 +177,7 @@ def _as_written(value: Any) -> Any:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key that stands twice is an error, not a silent choice of the last."""
+    """A safe YAML loader that refuses duplicate keys instead of silently using the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See PyYAML."""
@@ -191,7 +191,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """See PyYAML; a number of thousands of digits, which Python does not print, is left to `oddities`."""
+        """See PyYAML; a number with thousands of digits, which Python does not print, is left to `oddities`."""
         text = str(node.value)
         return super().construct_yaml_int(node) if len(text) <= MOST_DIGITS else Huge(len(text))
 
@@ -200,11 +200,12 @@ _UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_
 
 
 def _parse(text: str) -> Any:
-    """YAML without code.
+    """Parse YAML without running code.
 
     Raises:
-        yaml.YAMLError: It is none, or holds values that cannot be passed on; what PyYAML's own parts raise for odd values
-            and nesting included.
+        yaml.YAMLError: The text is invalid, or holds values that cannot be written again, including errors of PyYAML
+        for odd values
+            and nesting.
     """
     try:
         data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
@@ -217,10 +218,10 @@ def _parse(text: str) -> Any:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """``a.b=c`` to (["a", "b"], value); the value is read as YAML.
+    """Return ``(["a", "b"], value)`` for ``a.b=c``, with the value read as YAML.
 
     Raises:
-        UsageError: There is no ``=`` or no key.
+        UsageError: The text has no ``=`` or no key.
     """
     key, equals, value = text.partition("=")
     path = [part.strip() for part in key.split(".")]
@@ -248,8 +249,8 @@ def _apply_override(model: type[BaseModel], data: dict[str, Any], path: Sequence
 
 
 def _beginning(model: type[BaseModel] | None, part: str, path: Sequence[str]) -> Any:
-    """Return what a part that the recipe leaves out begins with: its default plug-in's name, or nothing."""
-    if model is None:  # plain values, such as keys that are passed on
+    """Return the start of a part that the recipe omits: its default plug-in's name, or an empty mapping."""
+    if model is None:  # plain values, such as keys that are passed through
         return {}
     field = model.model_fields.get(part)
     if field is None:
@@ -266,7 +267,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping, safely.
 
     Raises:
-        UsageError: The file is missing, is not YAML, or holds no mapping.
+        UsageError: The file is missing, is not YAML, or does not hold a mapping.
     """
     try:
         check_regular(Path(path))
@@ -285,7 +286,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
 
 
 def form(pattern: str, rule: str) -> AfterValidator:
-    """Make pydantic refuse a text that does not match as a whole, and tell the rule instead of the pattern."""
+    """Make pydantic refuse a text that does not match completely, and report the rule instead of the pattern."""
 
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):

@@ -1,1 +1,1 @@
-"""Models of transformers: load them, stream them layer by layer, run their experts."""
+"""Load models of transformers, stream them layer by layer, and run their experts."""

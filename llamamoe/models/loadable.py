@@ -1,4 +1,4 @@
-"""What is about to be published, opened as transformers will open it: configuration, model, generation, tokenizer."""
+"""Open a result as transformers will before it is published: configuration, model, generation, tokenizer."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _HINT = "Download config.json again, or correct it."
 
 
 def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None) -> None:
-    """Refuse a configuration with more layers or experts than the files can hold, before anything is made for each.
+    """Refuse a configuration with more layers or experts than the files can hold, before anything is built for each.
 
-    Other values that transformers fails over only when it runs the model are refused, too.
+    Other values over which transformers would fail only when running the model are refused too.
 
     Args:
         config: ``config.json``.
-        tensors: What the files hold; None if there are no weights.
+        tensors: The tensors in the files; None if there are no weights.
 
     Raises:
-        CheckpointError: It has, or a number is not one.
+        CheckpointError: A count is too large, or a value is not a number.
     """
     labels = config.get("num_labels", 0)
     if not isinstance(labels, int) or labels > MOST_LABELS:
@@ -57,7 +57,7 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
     experts = max(layers, max((size for info in (tensors or {}).values() for size in info.shape), default=0))
     for key, most in (("num_hidden_layers", layers), *((key, experts) for key in (*EXPERT_KEYS, *TOP_K_KEYS))):
         value = config.get(key)
-        if value is None or (value == 0 and not known):  # a mixture's class without experts, in some other family
+        if value is None or (value == 0 and not known):  # class of a mixture without experts, in another family
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {key} = {value!r}, but it must be a whole number above 0.", hint=_HINT)
@@ -73,7 +73,7 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
 
 
 def check_config_file(folder: Path) -> None:
-    """Check what of a folder's ``config.json`` transformers would need endless memory for, before it is given to it.
+    """Check ``config.json`` for values with which transformers would need unbounded memory, before it is loaded.
 
     Raises:
         CheckpointError: See `check_counts` and `llamamoe.checkpoint.json_files.read_json`.
@@ -85,16 +85,16 @@ def check_config_file(folder: Path) -> None:
 
 
 def check_model(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """Load a model as transformers would, with its configuration and tensors of the right shapes but without contents.
+    """Load a model as transformers would, with its configuration and tensors of the right shapes without data.
 
-    Takes no memory for weights and reads no file: a few milliseconds a layer.
+    Needs no memory for weights and reads no file: a few milliseconds per layer.
 
     Args:
-        config: ``config.json``; its layers and experts were checked (see `check_counts`).
+        config: ``config.json``; its layers and experts have been checked (see `check_counts`).
         tensors: Name to shape of all tensors in the files.
 
     Raises:
-        CheckpointError: transformers cannot build it, or misses a tensor, does not know one or wants another shape.
+        CheckpointError: transformers cannot build it, or reports a missing, unexpected or misshapen tensor.
     """
     with _no_collection():
         _check_model(config, tensors)
@@ -102,7 +102,7 @@ def check_model(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Pause the garbage collector: a fifth of the seconds of a large import goes into looking for garbage in it."""
+    """Pause the garbage collector, which takes a fifth of the time of a large import."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -113,7 +113,9 @@ def _no_collection() -> Iterator[None]:
 
 
 def _check_model(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
-    given = copy.deepcopy({key: value for key, value in config.items() if key != "llamamoe"})  # it is written into
+    given = copy.deepcopy(
+        {key: value for key, value in config.items() if key != "llamamoe"}
+    )  # transformers modifies it
     empty = {name: torch.empty(shape, device="meta") for name, shape in tensors.items()}
     with one_error("the model of config.json"), quiet_transformers():
         built = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(given)
@@ -134,8 +136,8 @@ def check_loads(folder: Path, name: Path | None = None) -> None:
     """Load configuration, generation configuration and tokenizer of a folder that is about to be published.
 
     Args:
-        folder: Where the files lie.
-        name: What to call it in an error, if it is a copy.
+        folder: The folder.
+        name: Its name in an error, if it is a copy.
 
     Raises:
         CheckpointError: transformers cannot load one of them.
@@ -151,7 +153,7 @@ def check_loads(folder: Path, name: Path | None = None) -> None:
 
 
 def check_loads_with(folder: Path, config: Mapping[str, Any]) -> None:
-    """Check that a folder would load if its ``config.json`` were another one; nothing in it is changed.
+    """Check that a folder would load with another ``config.json``, without changing it.
 
     Raises:
         CheckpointError: transformers cannot load it.

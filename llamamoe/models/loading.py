@@ -1,4 +1,4 @@
-"""What `evaluate` does with one model: open it, load it, score windows of tokens with it.
+"""Open and load models for `evaluate`.
 
 Shapes: B windows, T tokens of the longest, P scored tokens of a batch, H hidden size, V vocabulary.
 """
@@ -31,12 +31,12 @@ class Opened:
     """A model's configuration and tokenizer; its weights are still on disk.
 
     Attributes:
-        name: As the caller gave it.
-        options: What every ``from_pretrained`` of this model is called with; nothing for a GGUF file.
+        name: Its name as given by the caller.
+        options: Arguments of every ``from_pretrained`` of this model; empty for a GGUF file.
         config: The transformers configuration of the text model.
         tokenizer: The transformers tokenizer.
-        bos: The token that the tokenizer itself puts before a text, or None.
-        dense: A GGUF file as llamamoe reads it; None for what transformers reads itself.
+        bos: The token that the tokenizer itself adds before a text, or None.
+        dense: The dense model of a GGUF file; None for models that transformers reads itself.
     """
 
     name: str
@@ -60,7 +60,7 @@ def open_models(names: Sequence[str | Path], *, tokenizer: str | Path | None = N
     """
     files = [is_gguf(name) for name in names]
     if tokenizer is not None and not any(files):
-        raise UsageError("--tokenizer is for GGUF files: a folder brings its own tokenizer, which is used.")
+        raise UsageError("--tokenizer is for GGUF files: a folder has its own tokenizer, which is used.")
     found = [open_model(name, tokenizer=tokenizer if file else None) for name, file in zip(names, files, strict=True)]
     for folder in (Path(each.options["pretrained_model_name_or_path"]) for each in found if each.dense is None):
         _check_files(folder, sorted(path.name for path in folder.glob("*.safetensors")))
@@ -68,20 +68,21 @@ def open_models(names: Sequence[str | Path], *, tokenizer: str | Path | None = N
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Tell whether that is a GGUF file on this machine."""
+    """Return whether a path is a GGUF file on this machine."""
     path = Path(name).expanduser()
     return path.suffix == ".gguf" and path.is_file()
 
 
 def open_model(name: str | Path, *, tokenizer: str | Path | None = None) -> Opened:
-    """Open a model without its weights and without remote code. A path never touches the network.
+    """Open a model without its weights and without remote code. A path never causes network access.
 
     Args:
-        name: A folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``. A `Path` is never taken for a Hub id.
+        name: A folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``. A `Path` is never treated as a Hub
+            id.
         tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
 
     Raises:
-        CheckpointError: It does not exist, is not a model, or has no tokenizer that transformers can load.
+        CheckpointError: The model does not exist, is not a model, or has no tokenizer that transformers can load.
     """
     if isinstance(name, Path) and not name.expanduser().exists():
         check_folder(name)
@@ -118,7 +119,7 @@ def _open_folder(name: str, folder: Path) -> Opened:
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise CheckpointError(
             f"'{name}' has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.",
-            hint="Copy the tokenizer's files from the model that it was made of.",
+            hint="Copy the tokenizer's files from the model that it was made from.",
         )
     with _refusing(f"The tokenizer of '{name}' cannot be loaded"):
         tokenizer = of_any_length(open_tokenizer(folder))
@@ -127,7 +128,7 @@ def _open_folder(name: str, folder: Path) -> Opened:
 
 
 def _check_files(folder: Path, names: Iterable[str]) -> None:
-    """Refuse links out of the folder and pointers of Git LFS among these files, where they are there."""
+    """Refuse links out of the folder and Git LFS pointers among the existing ones of these files."""
     there = [folder / name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
     refuse_pointers(inside(folder, path.name) for path in there)
 
@@ -141,10 +142,10 @@ def _open_gguf(name: str, dense: DenseModel) -> Opened:
 
 
 def needed_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Return the tokenizer of a GGUF file, or of the folder that was given in its place.
+    """Return the tokenizer of a GGUF file, or of the folder given instead.
 
     Raises:
-        CheckpointError: There is none, or transformers cannot load it.
+        CheckpointError: There is no tokenizer, or transformers cannot load it.
     """
     from ..checkpoint.tokenizer_loading import parent_tokenizer
 
@@ -158,7 +159,7 @@ def needed_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def _leading_bos(tokenizer: Any) -> int | None:
-    """Return the token that the tokenizer itself puts before a text, or None."""
+    """Return the token that the tokenizer itself adds before a text, or None."""
     first, bos = tokenizer("a")["input_ids"][:1], tokenizer.bos_token_id
     return bos if bos is not None and first == [bos] else None
 
@@ -167,7 +168,7 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
     """Load the model for scoring.
 
     Args:
-        opened: Which.
+        opened: The opened model.
         dtype: ``"auto"`` or a dtype's name.
         device: A torch device; ``"spread"``: its layers over all GPUs and, if they do not fit, the CPU.
 
@@ -178,7 +179,7 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
         with _refusing(f"The weights of '{opened.name}' cannot be loaded"):
             return _load_gguf(opened.name, opened.dense, dtype, device)
 
-    loader: Any = transformers.AutoModelForCausalLM  # its type does not know output_loading_info
+    loader: Any = transformers.AutoModelForCausalLM  # its type lacks output_loading_info
     folder = Path(opened.options["pretrained_model_name_or_path"])
     with _refusing(f"The weights of '{opened.name}' cannot be loaded", folder), _no_progress_bars(), unmapped():
         model, info = loader.from_pretrained(
@@ -189,16 +190,16 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
             output_loading_info=True,
         )
     missing = sorted(info["missing_keys"])
-    if missing:  # transformers would go on with random numbers in their place
+    if missing:  # transformers would continue with random numbers in their place
         raise CheckpointError(
-            f"'{opened.name}' lacks {len(missing)} tensors that its config.json calls for, such as {missing[0]}.",
+            f"'{opened.name}' lacks {len(missing)} tensors that its config.json requires, such as {missing[0]}.",
             hint="Download or convert it again.",
         )
     return model.eval()
 
 
 def _load_gguf(name: str, dense: DenseModel, dtype: str, device: str) -> Any:
-    """The model of a GGUF file, by transformers' own loading of one layer after the other; it is held once.
+    """Load the model of a GGUF file by transformers' own loading, layer by layer, so that it is held once.
 
     ``"auto"`` is the dtype that `llamamoe.split` would write.
     """
@@ -219,19 +220,19 @@ def _load_gguf(name: str, dense: DenseModel, dtype: str, device: str) -> Any:
 
 
 def free_memory() -> None:
-    """Give back what a model took whose last name was just deleted, so that the next one does not come beside it."""
-    gc.collect()  # models hold cycles
+    """Free the memory of a model whose last reference was just deleted, before the next one is loaded."""
+    gc.collect()  # models contain reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def _refusing(message: str, folder: Path | None = None) -> Iterator[None]:
-    """Turn whatever a loader raises into one kind of error: files of others can fail in any way.
+    """Turn any exception of a loader into one kind of error, since foreign files can fail in any way.
 
     Args:
-        message: What cannot be done.
-        folder: Of weights in which llamamoe's own reader may find what is wrong, in better words.
+        message: The message of the error.
+        folder: Folder of weights for which llamamoe's own reader may give a better message.
     """
     try:
         yield
@@ -261,14 +262,14 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def pick_devices(name: str) -> list[str]:
-    """The devices of that name: where copies of a model run side by side.
+    """Return the devices of that name, on which copies of a model run side by side.
 
     Args:
         name: ``"auto"`` (the GPU if there is one), a torch device, several with commas between them (a copy of the
             model on each), ``"all"`` (a copy on every GPU), or ``"spread"`` (one copy, its layers over all GPUs).
 
     Raises:
-        UsageError: There is no such device.
+        UsageError: The device does not exist.
     """
     if name == "spread":
         return ["spread"]
@@ -281,13 +282,15 @@ def pick_devices(name: str) -> list[str]:
 
 
 def pick_device(name: str) -> str:
-    """The device of that name, ``"auto"`` resolved.
+    """Return the device of that name, with ``"auto"`` resolved.
 
     Raises:
-        UsageError: There is none.
+        UsageError: The device does not exist.
     """
     if name in ("all", "spread") or "," in name:
-        raise UsageError(f"The device '{name}' means several, and this runs on one.", hint="Name one, such as cuda:0.")
+        raise UsageError(
+            f"The device '{name}' means several devices, but this runs on one.", hint="Name one, such as cuda:0."
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

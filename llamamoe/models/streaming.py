@@ -1,8 +1,8 @@
-"""Runs a checkpoint through transformers' own classes with one decoder layer in memory.
+"""Run a checkpoint in transformers' own classes with one decoder layer in memory.
 
 The whole model is built without weights; just before a layer runs, its tensors are loaded by transformers'
-``from_pretrained`` as a model of one layer (so that names, fusing of experts and dtypes are transformers' own
-affair), and just after it they are dropped.
+``from_pretrained`` as a model of one layer (so that names, fusing of experts and dtypes are handled by
+transformers), and just after it they are dropped.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _RUNTIME = re.compile(
     r"^(_?attn_implementation|_?experts_implementation|(use_)?return_dict|torchscript|output_.*|auto_map|use_cache"
     r"|torch_dtype|dtype|_name_or_path|transformers_version|architectures|llamamoe)$"
 )
-"""Keys that say how to run a model, not what it computes: a checkpoint does not decide that here."""
+"""Keys that control how a model runs, not what it computes; a checkpoint's values are ignored."""
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 ReadTensor = Callable[[str], "torch.Tensor"]
 
 
 def computing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a ``config.json`` that say what is computed, without those that say how to run it."""
+    """Return the keys of a ``config.json`` that decide what is computed, without those that control how it runs."""
     return {k: v for k, v in config.items() if not _RUNTIME.match(k)}
 
 
@@ -39,10 +39,10 @@ class StreamedModel:
     Attributes:
         config: Its ``config.json``.
         names: All tensor names.
-        read: Gives a tensor by name.
+        read: Returns a tensor by name.
         one_layer: Configuration keys for the one-layer model of layer i.
-        dtype: What it computes in; None for float32.
-        device: Where it runs.
+        dtype: Dtype of the computation; None for float32.
+        device: Device of the computation.
     """
 
     config: Mapping[str, Any]
@@ -64,7 +64,7 @@ class StreamedModel:
 
     @classmethod
     def of_dense(cls, model: DenseModel, read: ReadTensor | None = None, **kwargs: Any) -> StreamedModel:
-        """A dense checkpoint as it is, or with another way to ``read`` its tensors."""
+        """Stream a dense checkpoint, optionally with another function to ``read`` its tensors."""
         checkpoint = model.checkpoint
         tied = model.spec.tie_word_embeddings
         names = {read.name for read in model.reads.values()} - ({"lm_head.weight"} if tied else set())
@@ -77,15 +77,15 @@ class StreamedModel:
         before_layer: Callable[[int, torch.nn.Module], None] | None = None,
         after_layer: Callable[[int, torch.nn.Module], None] | None = None,
     ) -> torch.Tensor:
-        """float32 logits ``[B, T, V]`` of ``input_ids`` ``[B, T]``.
+        """Return float32 logits ``[B, T, V]`` of ``input_ids`` ``[B, T]``.
 
         Args:
             input_ids: int64 ``[B, T]``.
             before_layer: Called with index and loaded layer before it runs; it may change the weights.
-            after_layer: Called with index and layer after it ran, while its weights are still there.
+            after_layer: Called with index and layer after it ran, while its weights are still loaded.
 
         Raises:
-            VerificationError: Transformers misses a tensor or does not know one.
+            VerificationError: Transformers reports a missing or unexpected tensor.
         """
         model = self._shell()
         for index, layer in enumerate(model.model.layers):
@@ -107,10 +107,10 @@ class StreamedModel:
         return logits.float()
 
     def whole(self) -> Any:
-        """The whole model in memory, for what runs it token by token. It is held once, and one layer as it is stored.
+        """Load the whole model into memory, to run it token by token. It is held once, plus one layer as stored.
 
         Raises:
-            VerificationError: Transformers misses a tensor or does not know one.
+            VerificationError: Transformers reports a missing or unexpected tensor.
         """
         model = self._shell()
         with quiet_transformers():
@@ -122,7 +122,7 @@ class StreamedModel:
         return computing_keys(self.config)
 
     def _shell(self) -> Any:
-        """The whole model without weights, but with embedding, final norm, head and rotary positions for real."""
+        """Build the whole model without weights, except embedding, final norm, head and rotary positions."""
         keys, dtype = self._keys(), self.dtype or torch.float32
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
@@ -141,8 +141,8 @@ class StreamedModel:
         keys = self._keys() | self.one_layer(layer)
         keys |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
         tensors = {_LAYER.sub("model.layers.0.", name): self.read(name) for name in self._by_layer.get(layer, [])}
-        # in the stored dtype if there is one: experts are then fused as they were read, without a float32 copy of each,
-        # which would leave the heap in pieces and the process growing with every layer
+        # in the stored dtype if there is one: experts are then fused as read, without a float32 copy of each,
+        # which would fragment the heap and let the process grow with every layer
         kinds = {tensor.dtype for tensor in tensors.values()}
         dtype = kinds.pop() if len(kinds) == 1 else torch.float32
         tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = torch.zeros(8, hidden, dtype=dtype)
@@ -154,11 +154,11 @@ class StreamedModel:
 
 
 class LayerRunner:
-    """Takes many sequences of one length through a `StreamedModel`, each layer loaded once for all of them.
+    """Runs many sequences of one length through a `StreamedModel`, loading each layer once for all of them.
 
-    Embedding, final norm and head stay in memory, of the decoder layers one at a time. What the model hands to a
-    layer beside the hidden states (mask, positions) is recorded from its own forward pass: without padding it
-    depends on the length only.
+    Embedding, final norm and head stay in memory, with one decoder layer at a time. The other inputs of a
+    layer (mask, positions) are recorded from the model's own forward pass: without padding they
+    depend on the length only.
 
     Args:
         streamed: The model.
@@ -172,16 +172,16 @@ class LayerRunner:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self._model.model.layers)
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
-        """What the first layer is given, ``[B, S, H]``, for token ids int64 ``[B, S]``."""
+        """Return the inputs of the first layer, ``[B, S, H]``, for token ids int64 ``[B, S]``."""
         return self._pass_by(ids_BS)[0]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[torch.nn.Module]:
-        """The decoder layer with its weights, which are dropped at the end; its parameters take no gradient."""
+        """Load the decoder layer with its weights, which are dropped at the end; its parameters take no gradient."""
         module: torch.nn.Module = self._model.model.layers[index]
         with quiet_transformers():
             self._streamed._load(module, index)
@@ -191,7 +191,7 @@ class LayerRunner:
             module.to(device="meta")
 
     def hold(self, change: Callable[[int, torch.nn.Module], None]) -> list[torch.nn.Module]:
-        """All decoder layers with their weights, for good; ``change`` may replace parts of each as it is loaded."""
+        """Load all decoder layers with their weights permanently; ``change`` may replace parts of each when loaded."""
         modules = list(self._model.model.layers)
         with quiet_transformers():
             for index, module in enumerate(modules):
@@ -200,26 +200,26 @@ class LayerRunner:
         return modules
 
     def run(self, index: int, module: torch.nn.Module, hidden_BSH: torch.Tensor) -> torch.Tensor:
-        """The hidden states after the layer, ``[B, S, H]``; gradients flow if they are on."""
+        """Return the hidden states after the layer, ``[B, S, H]``; gradients flow if they are on."""
         output: torch.Tensor = module(hidden_BSH, **self._calls[index])
         return output
 
     def logits(self, hidden_PH: torch.Tensor) -> torch.Tensor:
-        """float32 ``[P, V]``: final norm and head on hidden states ``[P, H]``; gradients flow if they are on."""
+        """Return float32 ``[P, V]``: final norm and head on hidden states ``[P, H]``; gradients flow if they are on."""
         ids = torch.zeros(len(hidden_PH), 1, dtype=torch.long)
         return self._pass_by(ids, hidden_PH[:, None])[2][:, 0].float()
 
     def _pass_by(
         self, ids_BS: torch.Tensor, instead: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[dict[str, Any]], torch.Tensor]:
-        """The model's own forward pass around its layers.
+        """Run the model's own forward pass around its layers.
 
         Args:
             ids_BS: Token ids.
-            instead: ``[B, S, H]``, what to take for the last layer's output; if None no logits are computed.
+            instead: Replacement of the last layer's output, ``[B, S, H]``; if None no logits are computed.
 
         Returns:
-            What the first layer is given, what each layer is given beside it, and the logits (else final states).
+            The inputs of the first layer, the other inputs of each layer, and the logits (else final states).
         """
         first: list[torch.Tensor] = []
         calls: list[dict[str, Any]] = []
@@ -242,10 +242,10 @@ class LayerRunner:
 
 
 def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: str, dtype: torch.dtype) -> Any:
-    """A model from tensors at hand, by transformers' own loading.
+    """Build a model from given tensors, by transformers' own loading.
 
     Raises:
-        VerificationError: Transformers misses a tensor or does not know one.
+        VerificationError: Transformers reports a missing or unexpected tensor.
     """
     keys = dict(keys)
     if keys.get("layer_types"):

@@ -325,7 +325,7 @@ def test_the_plan_names_what_cannot_be_quantised(wide: Path) -> None:
 
     text = said(num_experts=12)
     assert "llama.cpp keeps ffn_down_exps in F16 at expert width 168, which is not a multiple of 32" in text
-    count, width = map(int, re.search(r"(\d+) experts of (\d+) quantise", text).groups())  # type: ignore[union-attr]
+    count, width = map(int, re.search(r"(\d+) experts of (\d+) can be quantised", text).groups())  # type: ignore[union-attr]
     assert count < 12
     assert plan(wide, num_experts=count).layout.expert_width == width
     assert "F16" not in said(num_experts=count)

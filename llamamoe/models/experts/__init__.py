@@ -1,11 +1,11 @@
-"""Ways to compute the routed experts of a native model, on CPUs and under autocast, one file each.
+"""Implementations of a native model's routed experts, for CPUs and autocast, one file each.
 
-transformers computes experts by a function that the user picks by name. Ours are registered there beside its own:
+transformers computes experts by a function selected by name. These are registered beside its own:
 
     llamamoe.register_experts()
     model = AutoModelForCausalLM.from_pretrained(OUT, experts_implementation="llamamoe_auto")
 
-The choice lives in the running model only; what is saved does not carry it.
+The choice applies to the running model only and is not saved.
 """
 
 from ...plugins import Registry
@@ -13,14 +13,14 @@ from .base import ExpertsImplementation
 
 EXPERTS: Registry[ExpertsImplementation] = Registry("experts implementation", ExpertsImplementation, __name__)  # type: ignore[type-abstract]
 PREFIX = "llamamoe_"
-"""What transformers knows ours by begins with it."""
+"""Prefix of the names in transformers."""
 
 
 def register_experts() -> list[str]:
-    """Make our experts implementations known to transformers; calling it again changes nothing.
+    """Register llamamoe's experts implementations in transformers; calling it again changes nothing.
 
     Returns:
-        The names as transformers knows them (``"llamamoe_auto"``, ...), for ``from_pretrained(...,
+        The names in transformers (``"llamamoe_auto"``, ...), for ``from_pretrained(...,
         experts_implementation=name)`` and ``model.set_experts_implementation(name)``.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

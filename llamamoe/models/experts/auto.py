@@ -1,4 +1,4 @@
-"""`masked`, `sorted` or `grouped_mm`, whichever is faster for the sizes at hand by a rule that was measured."""
+"""`masked`, `sorted` or `grouped_mm`, whichever is faster for the given sizes by a measured rule."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .sorted_loop import Sorted, all_fit_at_once, in_float32
 
 @dataclass(frozen=True)
 class Costs:
-    """What costs time on a CPU, in the time that `masked` takes to read a number of the weights with two threads.
+    """Costs on a CPU, in units of the time that `masked` takes to read one weight with two threads.
 
-    Fitted to a Xeon with AVX-512 (bfloat16 included, no AMX): on 60 of 63 measured cases the rule chose the faster of the two,
-    or one within 3 % of it; on the others it lost 13 to 38 %. H = 576 and 2048, N = 8 to 64, W = 24 to 896, T = 2 to 256,
-    without gradients. Other processors may want other numbers.
+    Fitted to a Xeon with AVX-512 (bfloat16 included, no AMX): in 60 of 63 measured cases the rule chose the faster of
+    the two, or one within 3 % of it; on the others it lost 13 to 38 %. H = 576 and 2048, N = 8 to 64, W = 24 to 896, T
+    = 2 to 256, without gradients. Other processors may need other values.
 
     Attributes:
-        call: The calls for one expert; they do not get faster with more threads.
-        read: Reading a number of the weights in one of many small products.
-        product: A number and a token in such a product.
-        masked: A number and a token in the products of `masked`.
-        assignment: Gathering, or scattering, a number of a token for an expert.
+        call: Calls for one expert, which more threads do not speed up.
+        read: Reading one weight in one of many small products.
+        product: One weight and one token in such a product.
+        masked: One weight and one token in the products of `masked`.
+        assignment: Gathering, or scattering, one element of a token for an expert.
     """
 
     call: float
@@ -42,12 +42,12 @@ COSTS = {
 
 
 class Auto(ExpertsImplementation):
-    """Chooses call by call, so that one model decodes with one and trains with the other.
+    """A choice made for every call, so that a model can decode with one and train with the other.
 
     The rule compares `Costs` of both: ``sorted`` for wide experts and many tokens, ``masked`` for few tokens and narrow
-    experts. Small float32 calls without gradients that it would sort go to ``grouped_mm``, which spends less time in Python
-    (0.1 ms of 0.5 for 4 tokens and 8 experts of 168 neurons, hidden 576). `benchmarks/experts.py` has what the rule is worth
-    beside transformers' own implementations.
+    experts. Small float32 calls without gradients that it would sort go to ``grouped_mm``, which spends less time in
+    Python (0.1 ms of 0.5 for 4 tokens and 8 experts of 168 neurons, hidden 576). `benchmarks/experts.py` measures the
+    rule against transformers' own implementations.
     """
 
     name = "auto"
@@ -83,7 +83,7 @@ def prefers_sorted(
 def one_token_prefers_sorted(num_experts: int, width: int, top_k: int, hidden_size: int, *, half: bool) -> bool:
     """Return the same for one token without gradients, where neither sorts, and `masked` copies the selected experts.
 
-    A call per expert costs some 20 us more than a share in the copy, which costs 0.1 ns for each byte and 75 us in all.
+    A call per expert costs about 20 us more than its share of the copy, which costs 75 us plus 0.1 ns per byte.
     """
     microseconds = 20 - 1e-4 * (2 if half else 4) * 3 * width * hidden_size
     return top_k * microseconds < 75

@@ -1,4 +1,4 @@
-"""The contract of an experts implementation: a token's experts, computed and summed with its weights."""
+"""The interface of an experts implementation, which computes and sums a token's weighted experts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ...lazy import torch
 
 @dataclass(frozen=True)
 class ExpertsCall:
-    """What is to be computed for T tokens, everything in one dtype: that of the inputs, or autocast's.
+    """The input for T tokens, all in one dtype: that of the inputs, or autocast's.
 
     Attributes:
         x_TH: The inputs.
-        indices_Tk: int64, the selected experts; what lies outside ``0 .. N - 1`` (another rank's expert, padding) counts
+        indices_Tk: int64, the selected experts; values outside ``0 .. N - 1`` (another rank's expert, padding) count
             as not selected.
-        weights_Tk: What the selected experts' outputs are multiplied by.
+        weights_Tk: Factors of the selected experts' outputs.
         gate_up: ``[N, 2W, H]``, the gate rows of an expert before its up rows.
         down: ``[N, H, W]``.
-        activate: Maps the last axis ``[gate, up]`` to ``act(gate) * up``, half as long, whatever its length.
-        partial: The module holds a part of the experts only, so that others may be selected.
+        activate: Maps the last axis ``[gate, up]`` to ``act(gate) * up``, half as long, for any length.
+        partial: Whether the module holds only a part of the experts, so that others may be selected.
     """
 
     x_TH: torch.Tensor
@@ -36,50 +36,50 @@ class ExpertsCall:
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """N, the number of experts."""
         return self.down.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """H, the hidden size."""
         return self.down.shape[1]
 
     @property
     def width(self) -> int:
-        """W."""
+        """W, the width of an expert."""
         return self.down.shape[2]
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return self.x_TH.shape[0]
 
     @property
     def top_k(self) -> int:
-        """K."""
+        """k, the number of selected experts per token."""
         return self.indices_Tk.shape[1]
 
     def all_known(self) -> bool:
-        """Return whether every selected expert is one of the N: looked up on a CPU, elsewhere taken from ``partial``."""
+        """Return whether every selected expert is one of the N: checked on a CPU, elsewhere taken from ``partial``."""
         if self.indices_Tk.device.type != "cpu":
             return not self.partial
         low, high = self.indices_Tk.aminmax() if self.indices_Tk.numel() else (0, 0)
         return bool(low >= 0 and high < self.num_experts)
 
     def known_indices_Tk(self) -> torch.Tensor:
-        """The selected experts, with N for all that are not selected."""
+        """Return the selected experts, with N for all that are not selected."""
         return self.indices_Tk.clamp(-1, self.num_experts).remainder(self.num_experts + 1)
 
 
 class ExpertsImplementation(ABC):
-    """Computes what transformers' own ``eager`` computes, and its gradients, by another way; holds no state.
+    """A stateless implementation of experts, with the results and gradients of transformers' own ``eager``.
 
     An instance is called as transformers calls an experts function.
 
     Attributes:
         name: Registered in transformers with ``llamamoe_`` before it.
         summary: One line.
-        reference: The paper or source of the idea; empty if it is our own or folklore.
+        reference: The paper or source of the idea; empty if it is original or folklore.
     """
 
     name: ClassVar[str]
@@ -88,7 +88,7 @@ class ExpertsImplementation(ABC):
 
     @abstractmethod
     def forward(self, call: ExpertsCall) -> torch.Tensor:
-        """The sum over a token's experts of weight times output: ``[T, H]``, any floating dtype, differentiable."""
+        """Return the weighted sum of a token's experts: ``[T, H]``, any floating dtype, differentiable."""
 
     def __call__(
         self,
@@ -97,7 +97,7 @@ class ExpertsImplementation(ABC):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The outputs of a native experts module, in the dtype of its inputs.
+        """Return the outputs of a native experts module, in the dtype of its inputs.
 
         Args:
             experts: The module with ``gate_up_proj`` ``[N, 2W, H]`` and ``down_proj`` ``[N, H, W]``.
@@ -106,7 +106,7 @@ class ExpertsImplementation(ABC):
             top_k_weights: ``[T, k]``.
 
         Raises:
-            RefusedError: The module's parameters mean something else than that.
+            RefusedError: The module's parameters have another meaning.
         """
         _refuse_other_layouts(experts)
         module: Any = experts
@@ -124,7 +124,7 @@ class ExpertsImplementation(ABC):
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What ``linear`` would compute in: autocast leaves float64 alone."""
+    """Return the dtype in which ``linear`` would compute: autocast does not change float64."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -142,7 +142,7 @@ def _refuse_other_layouts(experts: torch.nn.Module) -> None:
     for key, value in plain.items():
         if getattr(experts, key, value) != value:
             raise RefusedError(
-                f"{type(experts).__name__} has {key} = {not value}; our experts implementations compute SwiGLU experts with"
+                f"{type(experts).__name__} has {key} = {not value}; llamamoe's experts implementations compute SwiGLU experts with"
                 f" {key} = {value} only.",
                 hint='Use transformers\' own: model.set_experts_implementation("grouped_mm").',
             )

@@ -1,6 +1,6 @@
-"""Matrix products of groups of tokens with one matrix each, and their gradients.
+"""Compute products of groups of tokens with one matrix each, and their gradients.
 
-Autograd's own way through a loop over experts would write a zero tensor of all experts' size for every one of them.
+Autograd through a loop over experts would write a zero tensor of all experts' size for every one of them.
 Inputs are gathered and outputs scattered group by group, so that the k copies of a token never exist at once.
 """
 
@@ -20,11 +20,11 @@ class Groups:
 
     Attributes:
         num_tokens: T.
-        order_R: int64, where each stood in the flattened ``[T, k]``.
-        tokens_R: int64, whose they are.
+        order_R: int64, position of each in the flattened ``[T, k]``.
+        tokens_R: int64, token of each.
         padding_R: bool, repetitions of an assignment that must not count; None if there are none.
         pieces: Expert, first and last + 1 assignment; only experts that have one.
-        float32: Convert the factors of a product to float32; what is kept of it is rounded to their dtype again.
+        float32: Convert the factors of a product to float32; the results are rounded to their dtype again.
     """
 
     num_tokens: int
@@ -35,11 +35,11 @@ class Groups:
     float32: bool = False
 
     def factor(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The matrix in the dtype in which products are computed."""
+        """Return the matrix in the dtype in which products are computed."""
         return matrix.float() if self.float32 else matrix
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``a @ b`` in the dtype of the factors, which autocast does not change: it leaves ``out=`` alone."""
+        """Return ``a @ b`` in the dtype of the factors, also under autocast, which ignores ``out=``."""
         a, b = self.factor(a), self.factor(b)
         return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
@@ -51,7 +51,7 @@ class Groups:
             torch.mm(a, b, out=out)
 
     def weights_R(self, weights_Tk: torch.Tensor) -> torch.Tensor:
-        """The weight of each assignment, 0 for padding."""
+        """Return the weight of each assignment, 0 for padding."""
         weights_R = weights_Tk.reshape(-1).index_select(0, self.order_R)
         return weights_R if self.padding_R is None else weights_R.masked_fill(self.padding_R, 0)
 
@@ -62,7 +62,7 @@ def group_by_expert(indices_Tk: torch.Tensor, num_experts: int, *, pad: bool, fl
     Args:
         indices_Tk: int64 in ``0 .. num_experts``.
         num_experts: N.
-        pad: Bring the sizes of groups to few different ones by repeating their last assignment.
+        pad: Whether to pad groups to few distinct sizes by repeating their last assignment.
         float32: See `Groups`.
     """
     indices = indices_Tk.reshape(-1)
@@ -87,7 +87,7 @@ def group_by_expert(indices_Tk: torch.Tensor, num_experts: int, *, pad: bool, fl
 
 
 def _few_sizes(count: int) -> int:
-    """The next of 8 sizes per power of two, at most an eighth more: 8, 9, .. 16, 18, .. 32, 36, ..
+    """Return the next of 8 sizes per power of two, at most an eighth more: 8, 9, .. 16, 18, .. 32, 36, ..
 
     For every new shape of a product in bfloat16, oneDNN compiles code, which takes longer than the product itself.
     """
@@ -96,13 +96,13 @@ def _few_sizes(count: int) -> int:
 
 
 def gather_linear(x_TI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """``[R, O]`` in the dtype of ``x_TI``: the token of each assignment times the matrix of its expert."""
+    """Return ``[R, O]`` in the dtype of ``x_TI``: each assignment's token times the matrix of its expert."""
     out_RO: torch.Tensor = _functions()[0].apply(x_TI, weight_NOI, groups)
     return out_RO
 
 
 def scatter_linear(x_RI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """``[T, O]``, at least float32: each assignment's row times the matrix of its expert, summed per token."""
+    """Return ``[T, O]``, at least float32: each assignment's row times its expert's matrix, summed per token."""
     out_TO: torch.Tensor = _functions()[1].apply(x_RI, weight_NOI, groups)
     return out_TO
 
@@ -153,7 +153,7 @@ def _scatter_backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | N
 
 @cache
 def _functions() -> tuple[Any, Any]:
-    """The two products as autograd functions; made here, because the registry imports this module without torch."""
+    """Return the two products as autograd functions, created here because the registry imports this without torch."""
 
     class GatherLinear(torch.autograd.Function):
         @staticmethod

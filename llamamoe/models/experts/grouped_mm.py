@@ -1,4 +1,4 @@
-"""transformers' own grouped products, in the dtype that autocast asks for."""
+"""Run transformers' own grouped products in the dtype of autocast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sorted_loop import Sorted
 class _Experts:
     """The attributes that transformers' function reads: plain SwiGLU experts.
 
-    If none but these experts is selected, it need not mask the outputs of others, which costs three passes over all
+    If only these experts are selected, it need not mask the outputs of others, which costs three passes over all
     assignments.
     """
 
@@ -44,7 +44,7 @@ class _Experts:
 class GroupedMm(ExpertsImplementation):
     """One grouped product for all experts, as transformers' default computes it on GPUs.
 
-    torch's grouped product is unknown to autocast: with float32 weights transformers' default runs experts in float32,
+    autocast does not cover torch's grouped product: with float32 weights transformers' default runs experts in float32,
     on GPUs many times slower than the rest of the model. Here weights and inputs are cast first, as autocast does for
     every other product, and the master weights get their gradients through the cast.
     """
@@ -55,7 +55,7 @@ class GroupedMm(ExpertsImplementation):
     def forward(self, call: ExpertsCall) -> torch.Tensor:
         """See `ExpertsImplementation.forward`.
 
-        torch's product knows no float64, and only rows of whole 16 bytes: elsewhere experts are run one by one.
+        torch's product does not support float64, and needs rows of multiples of 16 bytes: else experts run one by one.
         """
         size = call.x_TH.element_size()
         if size > 4 or call.width * size % 16 or call.hidden_size * size % 16:

@@ -1,4 +1,4 @@
-"""All experts as one dense FFN, each token's neurons multiplied by its experts' weights, most of which may be 0."""
+"""Compute all experts as one dense FFN, with neurons multiplied by the experts' weights, most of which may be 0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ experts, hidden 2048, bfloat16, took 0.75 of the time of the other two ways, and
 class Masked(ExpertsImplementation):
     """Two matrix products over all N W neurons; the work of the dense parent, whatever k is.
 
-    For one token the experts that it selected are taken out first, so that decoding reads little more than those: with
+    For one token its selected experts are gathered first, so that decoding reads little more than those: with
     narrow experts a copy of their weights costs less than a call per expert.
     """
 
@@ -35,7 +35,7 @@ class Masked(ExpertsImplementation):
 
 
 def _dense(call: ExpertsCall, gate_up: torch.Tensor, down: torch.Tensor, weights_TN: torch.Tensor) -> torch.Tensor:
-    """``[T, H]`` of these experts, all of them on every token."""
+    """Return ``[T, H]`` of these experts, all of them on every token."""
     T, (N, H, W) = call.num_tokens, down.shape
     if T <= FEW:
         hidden_TNW = call.activate(_gate_up(call, gate_up).view(T, N, 2 * W)) * weights_TN[:, :, None]
@@ -58,14 +58,14 @@ def _gate_up(call: ExpertsCall, gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _sum(out_NTH: torch.Tensor) -> torch.Tensor:
-    """Over experts, in float32 at least."""
+    """Sum over experts, in float32 at least."""
     return out_NTH.sum(0, dtype=torch.promote_types(out_NTH.dtype, torch.float32))
 
 
 def _regroup(tokens: int, hidden_size: int, width: int) -> bool:
-    """Whether to copy the weights so that all gate rows come before all up rows.
+    """Return whether to copy the weights so that all gate rows come before all up rows.
 
-    As they are stored, ``act(gate) * up`` works on T N pieces of W numbers, which costs some 60 ns a piece; the copy
-    moves 2 N W H numbers once.
+    In the stored order, ``act(gate) * up`` works on T N pieces of W numbers, which costs about 60 ns per piece; the
+    copy moves 2 N W H numbers once.
     """
     return tokens * 256 > width * hidden_size

@@ -1,4 +1,4 @@
-"""Tokens sorted by expert, and a loop over the experts that have any."""
+"""Sort tokens by expert, and loop over the experts that have any."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .grouped import Groups, gather_linear, group_by_expert, scatter_linear
 from .products import float32_products, products_of_a_row
 
 WHOLE = 16 << 20
-"""The most bytes of float32 inputs that are gathered, and outputs that are scattered, at once."""
+"""Maximum bytes of float32 inputs that are gathered, and outputs that are scattered, at once."""
 
 
 class Sorted(ExpertsImplementation):
@@ -48,7 +48,7 @@ def in_float32(call: ExpertsCall) -> bool:
 
 
 def _one_token(call: ExpertsCall) -> torch.Tensor:
-    """``[1, H]``, at least float32, without gradients: sorting and scattering would cost more than the products here."""
+    """Return ``[1, H]``, at least float32, without gradients, and without sorting, which would cost more here."""
     x_1H, mm = call.x_TH, torch.mm
     known = [(place, i) for place, i in enumerate(call.indices_Tk[0].tolist()) if 0 <= i < call.num_experts]
     gate_up, down = call.gate_up.transpose(1, 2).unbind(0), call.down.transpose(1, 2).unbind(0)
@@ -66,7 +66,7 @@ def _one_token(call: ExpertsCall) -> torch.Tensor:
 
 
 def _all_at_once(call: ExpertsCall, groups: Groups) -> torch.Tensor:
-    """``[T, H]``, at least float32, without gradients; all but the products is done for all experts at once."""
+    """Return ``[T, H]``, at least float32, without gradients; all but the products is done for all experts at once."""
     x_RH = groups.factor(call.x_TH).index_select(0, groups.tokens_R)
     hidden_RW = call.activate(_products(x_RH, call.gate_up, groups))
     y_RH = _products(hidden_RW * groups.weights_R(call.weights_Tk)[:, None], call.down, groups)
@@ -75,7 +75,7 @@ def _all_at_once(call: ExpertsCall, groups: Groups) -> torch.Tensor:
 
 
 def _products(x_RI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """``[R, O]``: the rows of each expert times its matrix."""
+    """Return ``[R, O]``: the rows of each expert times its matrix."""
     out_RO = x_RI.new_empty(len(x_RI), weight_NOI.shape[1])
     matrices, sizes, mm = weight_NOI.transpose(1, 2).unbind(0), [b - a for _, a, b in groups.pieces], torch.mm
     if sizes:
@@ -86,7 +86,7 @@ def _products(x_RI: torch.Tensor, weight_NOI: torch.Tensor, groups: Groups) -> t
 
 
 def _expert_by_expert(call: ExpertsCall, groups: Groups) -> torch.Tensor:
-    """The same, so that what belongs to an expert stays in the caches until its outputs are added."""
+    """Return the same, expert by expert, so that its data stay in the caches until its outputs are added."""
     out_TH, x_TH, weights_R = _zeros(call), groups.factor(call.x_TH), groups.weights_R(call.weights_Tk)
     for expert, start, stop in groups.pieces:
         tokens = groups.tokens_R[start:stop]
@@ -97,6 +97,6 @@ def _expert_by_expert(call: ExpertsCall, groups: Groups) -> torch.Tensor:
 
 
 def _zeros(call: ExpertsCall) -> torch.Tensor:
-    """``[T, H]`` to add up in."""
+    """Return zeros ``[T, H]`` for the sums."""
     dtype = torch.promote_types(call.x_TH.dtype, torch.float32)
     return call.x_TH.new_zeros((call.num_tokens, call.hidden_size), dtype=dtype)
