@@ -1,1 +1,1 @@
-"""What a report shows: collected while models read a text, and made into one page."""
+"""Collect a report while models read a text, and render it as one page."""

@@ -1,7 +1,7 @@
-"""Figures of the report as SVG that follows the page: its font, and its colours in light and in dark.
+"""Draw the report's figures as SVG in the page's font and its light and dark colours.
 
 matplotlib draws with stand-in colours, which become CSS variables. A figure is as wide as a phone, so that its text
-can be read there; wider pages set two beside each other.
+can be read there; wider pages show two side by side.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend: a model's colour, or a pattern that holds for every colour."""
+    """One entry of a legend: a model's colour, or a pattern that applies to every colour."""
 
     label: str
     colour: str  # a CSS variable without its dashes
@@ -56,9 +56,9 @@ class Chart:
     """A figure of the page.
 
     Attributes:
-        title: What is shown, in a few words.
-        svg: The drawing, safe to put into HTML as it is.
-        alternative: What a reader who cannot see it is told.
+        title: A short title.
+        svg: The drawing, safe to embed in HTML.
+        alternative: The alternative text.
         note: How to read it; empty if it needs none.
         keys: The legend.
     """
@@ -75,12 +75,12 @@ class Line:
     """Values along the x axis.
 
     Attributes:
-        label: For the alternative text.
+        label: Name in the alternative text.
         xs: Positions.
         ys: Values; None leaves a gap.
-        colour: Which of ``s0`` to ``s4``.
-        dashed: A reference (chance, noise) or the second of two quantities.
-        faint: Behind the others.
+        colour: One of ``s0`` to ``s4``.
+        dashed: Whether it is a reference (chance, noise) or the second of two quantities.
+        faint: Whether it is drawn behind the others.
     """
 
     label: str
@@ -96,8 +96,8 @@ class Panel:
     """A plot of lines over the layers, or over the tokens of training.
 
     Attributes:
-        low: Where the y axis starts at the latest; None: where the values do.
-        high: Where it ends at the earliest.
+        low: Upper bound of the start of the y axis; None: the start of the values.
+        high: Lower bound of its end.
     """
 
     title: str
@@ -111,12 +111,12 @@ class Panel:
 
 
 def colour(name: str | int) -> str:
-    """The stand-in for a CSS variable, or for the colour of a series."""
+    """Return the stand-in for a CSS variable, or for the colour of a series."""
     return _STAND_INS[f"s{name}" if isinstance(name, int) else name]
 
 
 def draw(height: float, paint: Callable[[matplotlib.axes.Axes], None]) -> str:
-    """What ``paint`` paints on axes, as SVG for inlining.
+    """Return the drawing of ``paint`` as SVG for inlining.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -136,7 +136,7 @@ def draw(height: float, paint: Callable[[matplotlib.axes.Axes], None]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Names may hold characters that matplotlib's own font lacks; the browser's fonts show them."""
+    """Suppress warnings about characters that matplotlib's font lacks; the browser's fonts show them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -151,7 +151,7 @@ def _plain_axes(axes: matplotlib.axes.Axes) -> None:
 
 
 def _inline(svg: str, height: float) -> str:
-    """The drawing without prologue, with ids that no other drawing has, the page's colours and the page's font."""
+    """Return the drawing without prologue, with unique ids, the page's colours and the page's font."""
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     head = f'<svg viewBox="0 0 {WIDTH} {height:g}" aria-hidden="true" focusable="false">'
@@ -168,7 +168,7 @@ def _inline(svg: str, height: float) -> str:
 
 
 def panel(what: Panel) -> Chart | None:
-    """Lines over the layers or tokens; None if not one value was measured."""
+    """Draw lines over the layers or tokens; None if no value was measured."""
     lines = [line for line in what.lines if known(line.ys)]
     if not lines:
         return None
@@ -216,7 +216,7 @@ def _limits(axes: matplotlib.axes.Axes, what: Panel, lines: Sequence[Line]) -> N
 
 
 def _told(what: Panel, lines: Sequence[Line]) -> str:
-    """The course of each line in words."""
+    """Describe the course of each line in words."""
     parts = []
     for line in lines:
         ys = known(line.ys)

@@ -1,4 +1,4 @@
-"""Bars: perplexity by domain, what is lost against the parent, and parameters by part."""
+"""Draw bars: perplexity by domain, losses against the parent, and parameters by part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LABEL = 20  # characters of a name beside the axis; the table has it whole
 _BAR = 11.0  # CSS pixels of a bar
 _GAP = 12.0
 _AXIS = 46.0
-_LOG_FROM = 12.0  # largest over median value from which bars would hide what is small
+_LOG_FROM = 12.0  # largest over median value from which bars would hide small values
 PARTS = {
     "embedding": "embedding",
     "attention": "attention",
@@ -27,9 +27,9 @@ PARTS = {
     "norm": "norms",
     "head": "output head",
 }
-"""The parts of the cost, as the page names them."""
+"""Names of the parts of the cost on the page."""
 MEASURES = {"perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-"""The measures of quality, as the page names them."""
+"""Names of the measures of quality on the page."""
 _SHARES = {
     "parameters used": "active_parameters",
     "FLOPs a token": "flops_per_token",
@@ -39,12 +39,12 @@ _SHARES = {
 
 
 def short(name: str) -> str:
-    """A name that fits beside an axis."""
+    """Shorten a name to fit beside an axis."""
     return name if len(name) <= _LABEL else name[: _LABEL - 1] + "…"
 
 
 def quality(series: Sequence[Series], domains: Sequence[str], measure: str) -> Chart | None:
-    """Grouped bars with standard errors: one group a domain, and the mean over domains."""
+    """Draw grouped bars with standard errors: a group per domain, and the mean over domains."""
     rows: list[tuple[str, tuple[str, ...]]] = [(domain, ("domains", domain)) for domain in domains]
     rows += [("mean", ("mean_over_domains",))] if len(domains) > 1 else []
     values = [[_score(one, path, measure) for _, path in rows] for one in series]
@@ -75,7 +75,7 @@ def quality(series: Sequence[Series], domains: Sequence[str], measure: str) -> C
 
 
 def _score(one: Series, path: tuple[str, ...], measure: str) -> tuple[float | None, float | None]:
-    """Value and standard error; perplexity's follows from the loss's."""
+    """Return value and standard error; perplexity's follows from the loss's."""
     score = get(one.model, "scores", *path)
     value = get(score, measure)
     error = error_of(score, "bits_per_byte" if measure == "bits_per_byte" else "loss")
@@ -83,7 +83,7 @@ def _score(one: Series, path: tuple[str, ...], measure: str) -> tuple[float | No
 
 
 def difference(series: Sequence[Series], domains: Sequence[str], measure: str) -> Chart | None:
-    """Points with intervals: how much more each model loses than the parent on the same documents."""
+    """Draw points with intervals: each model's additional loss over the parent's on the same documents."""
     what = "loss" if measure == "perplexity" else "bits_per_byte"
     rows: list[tuple[str, tuple[str, ...]]] = [(domain, ("domains", domain)) for domain in domains]
     rows += [("mean", ("mean_over_domains",))] if len(domains) > 1 else []
@@ -108,7 +108,7 @@ def difference(series: Sequence[Series], domains: Sequence[str], measure: str) -
     told = [f"{m.name} {with_error(get(n[-1], what), error_of(n[-1], what))}" for m, n in zip(models, nodes.values(), strict=True)]  # fmt: skip
     keys = [Key(one.name, f"s{one.colour}", "shape") for one in models]
     return Chart(
-        "Lost against the parent, document by document",
+        "Loss against the parent, document by document",
         draw(_height(rows, series), paint),
         f"Difference to the parent in {unit}, {rows[-1][0]}: {'; '.join(told)}. All values are in the table.",
         "Paired: both models read the same documents. Lines: 95 % intervals; the upright line is the parent.",
@@ -128,12 +128,12 @@ def _with_zero(limits: tuple[float, float]) -> tuple[float, float]:
 
 
 def parts_of(series: Sequence[Series]) -> list[str]:
-    """The parts that any of the models has."""
+    """Return the parts that any of the models has."""
     return [part for part in PARTS if any(get(one.model, "cost", "parts", part, "total") for one in series)]
 
 
 def cost(series: Sequence[Series]) -> Chart | None:
-    """Bars by part: all parameters pale, those that a token uses solid."""
+    """Draw bars by part: all parameters pale, those used by a token solid."""
     parts = parts_of(series)
     if not parts:
         return None
@@ -155,7 +155,7 @@ def cost(series: Sequence[Series]) -> Chart | None:
 
 
 def shares(series: Sequence[Series]) -> Chart | None:
-    """Bars: what each model stores and uses, as a share of the parent; None without a parent."""
+    """Draw bars of what each model stores and uses, as a share of the parent; None without a parent."""
     parent = parent_of(series)
     models = [one for one in series if one.place]
     values = {"FFN used": [ffn_share(one.model, parent) for one in models]}
@@ -182,7 +182,7 @@ def shares(series: Sequence[Series]) -> Chart | None:
         "Against the parent",
         draw(_height(values, models), paint),
         f"Shares of the parent’s: {told}.",
-        "The upright line is the parent. Used: what one token meets.",
+        "The upright line is the parent. Used: by one token.",
         [Key(one.name, f"s{one.colour}", "box") for one in models],
     )
 

@@ -1,4 +1,4 @@
-"""Lines over the depth of the models, all of them in one plot, and the course of training."""
+"""Draw lines over the depth of the models, all in one plot, and the course of training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DASHED = "dash"
 
 
 def load_panels(series: Sequence[Series]) -> list[Chart]:
-    """How evenly experts are used, and how sure the routers are; dead experts only where there are any."""
+    """Draw the balance of experts and the certainty of routers; dead experts only if there are any."""
     dead = _lines(series, ("dead_experts", "dead experts", False))
     return _drawn(
         Panel(
@@ -43,7 +43,7 @@ def load_panels(series: Sequence[Series]) -> list[Chart]:
             "Probability of the selected",
             "probability",
             _lines(series, ("selected_probability", "selected", False)),
-            note="What the router’s probabilities give to the experts that it selects, averaged over tokens.",
+            note="Sum of the router’s probabilities of the selected experts, averaged over tokens.",
             keys=_models(series),
             high=1.0,
         ),
@@ -51,7 +51,7 @@ def load_panels(series: Sequence[Series]) -> list[Chart]:
 
 
 def domain_panels(series: Sequence[Series]) -> list[Chart]:
-    """How far domains lie apart in each layer, and how far two halves of one domain do."""
+    """Draw the distance of domains in each layer, and that of two halves of one domain."""
     keys = [*_models(series), Key("between domains", "ink"), Key("noise floor", "ink", _DASHED)]
     return _drawn(
         Panel(
@@ -66,7 +66,7 @@ def domain_panels(series: Sequence[Series]) -> list[Chart]:
 
 
 def router_panels(series: Sequence[Series]) -> list[Chart]:
-    """The routers against the oracle, the experts against each other, the routed against the shared."""
+    """Draw routers against the oracle, experts against each other, and routed against shared ones."""
     chance = Key("chance", "ink", _DASHED)
     return _drawn(
         Panel(
@@ -89,22 +89,22 @@ def router_panels(series: Sequence[Series]) -> list[Chart]:
             "Overlap of experts",
             "distance from independence",
             _lines(series, ("overlap", "overlap", False)),
-            note="Mean over pairs of experts of how far the chance of being selected together differs from what it would "
-            "be by chance, as share of it: 0 if choices are independent.",
+            note="Mean over pairs of experts of the deviation of their probability of being selected together from "
+            "independence, as a share of it: 0 if choices are independent.",
             keys=_models(series),
         ),
         Panel(
             "Shared against routed",
             "share of the FFN’s norm",
             _lines(series, ("routed_norm", "routed", False), ("shared_norm", "shared", True)),
-            note="Mean norm of what the routed experts add and of what the shared expert adds, over that of the FFN’s output.",
+            note="Mean norms of the outputs of routed experts and shared expert, over that of the FFN’s output.",
             keys=[*_models(series), Key("routed", "ink"), Key("shared", "ink", _DASHED)],
         ),
     )
 
 
 def training_panel(runs: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Losses of all runs against the tokens that they had seen."""
+    """Draw the losses of all runs against the number of trained tokens."""
     lines, keys = [], []
     for i, run in enumerate(runs):
         place = i % LIMIT_SERIES + 1
@@ -121,7 +121,7 @@ def training_panel(runs: Sequence[Mapping[str, Any]]) -> Chart | None:
 
 
 def _lines(series: Sequence[Series], *quantities: tuple[str, str, bool]) -> list[Line]:
-    """One line a model and quantity ``(key, name, dashed)``."""
+    """Return one line per model and quantity ``(key, name, dashed)``."""
     found = []
     for one in series:
         layers = [each for each in get(one.model, "routing", "layers") or [] if get(each, "layer") is not None]
@@ -132,7 +132,7 @@ def _lines(series: Sequence[Series], *quantities: tuple[str, str, bool]) -> list
 
 
 def _models(series: Sequence[Series]) -> list[Key]:
-    """The legend's models; none where there is only one, which needs no telling apart."""
+    """Return the legend's models; empty if there is only one."""
     return [Key(one.name, f"s{one.colour}", "shape") for one in series] if len(series) > 1 else []
 
 

@@ -1,4 +1,4 @@
-"""Where a model comes from, and how it was trained: what lies beside its weights, as plain data."""
+"""Read a model's origin and training from the files beside its weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..training.run_folder import RECEIPT as TRAINING_RECEIPT
 
 
 def provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the files of a checkpoint say of how it was made; empty values where they say nothing."""
+    """Return the origin of a checkpoint from its files; missing facts are empty."""
     block = config.get("llamamoe")
     receipts = [_json(folder / name) for name in (RECEIPT_FILE, HEAL_RECEIPT_FILE, TRAINING_RECEIPT, DERIVED_FILE)]
     made = [receipt for receipt in receipts if receipt]
@@ -46,7 +46,7 @@ def _commands(folder: Path) -> Iterable[str]:
 
 
 def _text(path: Path) -> str | None:
-    try:  # no link out of the folder: what is read is shown
+    try:  # no link out of the folder, because the content is shown
         return inside(path.parent, path.name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, CheckpointError):
         return None
@@ -56,21 +56,21 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return read_json(inside(path.parent, path.name)) if path.is_file() else {}
     except CheckpointError:
-        return {}  # a broken receipt is no reason to say nothing of the model
+        return {}  # the report is still useful with a broken receipt
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
 def training_runs(runs: Iterable[str | Path], models: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Curves of the runs that were named, and of those whose trained model is one of the models.
+    """Return curves of the given runs, and of those whose trained model is one of the models.
 
     Args:
         runs: Folders of ``llamamoe pretrain``.
         models: Name of each model, and its folder.
 
     Raises:
-        UsageError: A folder is no run, or the run of another model.
+        UsageError: A folder is not a run, or is the run of another model.
     """
     found = {}
     for model in models.values():
@@ -97,7 +97,7 @@ def _check_run(folder: Path, models: Mapping[str, Path]) -> None:
 
 
 def _recipe_of(folder: Path) -> str | None:
-    """The recipe of a run or of a trained model, as it was written."""
+    """Return the recipe of a run or of a trained model, as written."""
     return _text(folder / TRAINING_RECIPE)
 
 
@@ -117,5 +117,5 @@ def _curves(folder: Path) -> dict[str, Any]:
 
 
 def plain(data: Any) -> Any:
-    """The same with None for numbers that JSON cannot hold."""
+    """Return the data with None for numbers that JSON cannot hold."""
     return json.loads(json.dumps(data), parse_constant=lambda _: None)

@@ -1,4 +1,4 @@
-"""The report as one HTML document that needs nothing else: no network, no file beside it."""
+"""Render the report as one self-contained HTML document."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .page_view import View, view_of
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The whole document.
+    """Return the whole document.
 
-    Names and tokens may hold anything; numbers may be None or not finite, and show as a dash.
+    Names and tokens may contain any characters; numbers may be None or not finite, and are shown as a dash.
 
     Args:
-        report: What the collector measured; the same as ``report.json``.
+        report: The content of ``report.json``.
 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
@@ -71,7 +71,7 @@ def _read(name: str) -> str:
 
 
 def _embedded(value: Any) -> str:
-    """JSON that no HTML parser can read as an end of the script, whatever tokens it holds."""
+    """Return JSON that cannot end the script element, whatever tokens it contains."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

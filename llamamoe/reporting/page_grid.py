@@ -1,6 +1,6 @@
-"""Heat maps and bars over experts as small SVG paths: one path a colour, which the page's style sheet sets.
+"""Draw heat maps and bars over experts as small SVG paths: one path per colour, set by the style sheet.
 
-page.js draws the same paths when another layer is picked; the browser test compares the two.
+page.js draws the same paths when another layer is selected; the browser test compares the two.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 LIMITS = (0.25, 0.5, 0.7, 0.9, 1.1, 1.5, 2.0, 4.0)
-"""Between the nine colours of a heat map: multiples of what is usual."""
+"""Boundaries of the nine colours of a heat map, as multiples of the usual value."""
 DEAD = 0
-"""The level of exactly nothing; 1 to 9 are below, about and above the usual."""
+"""The level of exactly zero; 1 to 9 are below, about and above the usual value."""
 BAR_UNITS = 1000
 """Height of the drawing of bars."""
 
@@ -26,14 +26,14 @@ class Step:
 
 
 def level(ratio: float | None) -> int | None:
-    """Which colour a multiple of the usual has; None: it was not measured."""
+    """Return the colour of a multiple of the usual value; None if it was not measured."""
     if ratio is None:
         return None
     return DEAD if ratio <= 0 else 1 + sum(ratio >= limit for limit in LIMITS)
 
 
 def legend(usual: str, nothing: str) -> list[Step]:
-    """What the colours mean, from least to most."""
+    """Return the meaning of the colours, in ascending order."""
     inner = [f"{a:g}–{b:g}" for a, b in pairwise(LIMITS)]
     labels = [nothing, f"< {LIMITS[0]:g}", *inner, f"≥ {LIMITS[-1]:g}"]
     labels[5] = f"{usual} ({inner[3]})"
@@ -41,7 +41,7 @@ def legend(usual: str, nothing: str) -> list[Step]:
 
 
 def heat_paths(rows: Sequence[Sequence[float | None]]) -> dict[int, str]:
-    """Path data by level, in units of a cell; neighbours of one colour are one rectangle."""
+    """Return path data by level, in units of a cell; neighbours of one colour are one rectangle."""
     paths: dict[int, list[str]] = {}
     for y, row in enumerate(rows):
         levels = [level(ratio) for ratio in row]
@@ -57,19 +57,19 @@ def heat_paths(rows: Sequence[Sequence[float | None]]) -> dict[int, str]:
 
 
 def bar_path(values: Sequence[float], top: float) -> str:
-    """Bars from left to right, ten units wide each, the value ``top`` being as high as the drawing."""
+    """Return bars from left to right, ten units wide each, with ``top`` as high as the drawing."""
     heights = [int(BAR_UNITS * value / top + 0.5) for value in values]
     return "".join(f"M{10 * i + 1} {BAR_UNITS}v-{height}h8v{height}z" for i, height in enumerate(heights))
 
 
 def tick_path(values: Sequence[float | None], top: float) -> str:
-    """A short line over each bar at the height of another value, where there is one."""
+    """Return a short line over each bar at the height of another value, if there is one."""
     heights = [None if value is None else int(BAR_UNITS * value / top + 0.5) for value in values]
     return "".join(f"M{10 * i + 1} {BAR_UNITS - high}h8" for i, high in enumerate(heights) if high is not None)
 
 
 def ticks(numbers: Sequence[int], most: int) -> list[int]:
-    """Places of the numbers to label: all of them if there are few, otherwise the multiples of 2, 5, 10 and so on."""
+    """Return the positions to label: all if there are few, otherwise multiples of 2, 5, 10 and so on."""
     for step in (1, 2, 5, 10, 20, 25, 50):
         found = [place for place, number in enumerate(numbers) if number % step == 0]
         if len(found) <= most:

@@ -1,4 +1,4 @@
-"""The tables of the report: every figure's numbers, as text."""
+"""Build the tables of the report: every figure's numbers, as text."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Table:
     """A table; the first cell of a row is its heading.
 
     Attributes:
-        caption: What it holds.
+        caption: Description of the content.
         head: Column headings, the first one that of the row headings.
         rows: Text, row by row.
-        sums: How many of the last rows sum up the others.
-        groups: Names over the columns and how many each spans, the first column's included; empty: none.
+        sums: Number of last rows that summarise the others.
+        groups: Names over the columns and the number of columns of each, the first column's included; empty: none.
     """
 
     caption: str
@@ -39,7 +39,7 @@ class Table:
 
 
 def glance(series: Sequence[Series]) -> Table:
-    """The key numbers, a column a model."""
+    """Return the key numbers, one column per model."""
     parent, measure = parent_of(series), measure_of(series)
     mean = ("scores", "mean_over_domains")
     rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = []
@@ -71,7 +71,7 @@ def _widths(model: Mapping[str, Any]) -> str:
 
 
 def quality(series: Sequence[Series], domains: Sequence[str], measure: str) -> Table:
-    """A measure of every model by domain, with standard errors, and the paired differences."""
+    """Return a measure of every model by domain, with standard errors, and the paired differences."""
     rows = [(domain, ("domains", domain)) for domain in domains] + list(OVERALL)
     head, groups = ["domain", "tokens"], [("", 2)]
     for one in series:
@@ -95,7 +95,7 @@ def quality(series: Sequence[Series], domains: Sequence[str], measure: str) -> T
 
 
 def _compared(one: Series, measure: str, path: Sequence[str] = ()) -> dict[str, str]:
-    """The columns of a model that compare it with the parent, if it was compared."""
+    """Return the columns of a model that compare it with the parent, if it was compared."""
     if one.place == 0 or not get(one.model, "difference"):
         return {}
     what, name = ("loss", "more loss") if measure == "perplexity" else ("bits_per_byte", "more")
@@ -105,7 +105,7 @@ def _compared(one: Series, measure: str, path: Sequence[str] = ()) -> dict[str, 
 
 
 def cost(series: Sequence[Series]) -> Table:
-    """Parameters by part, all and used, and what follows from them."""
+    """Return parameters by part, stored and used, and figures derived from them."""
     head = ["part", *(name for _ in series for name in ("stored", "used"))]
     rows = [[PARTS[part], *(x for one in series for x in _part(one.model, part))] for part in parts_of(series)]
     sums = [["all", *(x for one in series for x in _total(one.model))]]
@@ -116,7 +116,7 @@ def cost(series: Sequence[Series]) -> Table:
 
 
 def _part(model: Mapping[str, Any], part: str) -> tuple[str, str]:
-    """Stored and used; a part that is not named is one that the model does not have."""
+    """Return stored and used; a part that is not named does not exist in the model."""
     none = {"total": 0, "active": 0}
     found = get(model, "cost", "parts") or {part: None}
     return count(get(found.get(part, none), "total")), count(get(found.get(part, none), "active"))
@@ -127,12 +127,12 @@ def _total(model: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _placed(key: str, text: str) -> tuple[str, str]:
-    """FLOPs belong to what is used, bytes to what is stored."""
+    """Put FLOPs under used and bytes under stored."""
     return ("", text) if key == "flops_per_token" else (text, "")
 
 
 def layers(one: Series) -> Table:
-    """Everything that is measured by layer."""
+    """Return everything that is measured by layer."""
     columns: list[tuple[str, str, Callable[[float | None], str]]] = [
         ("load entropy", "load_entropy", percent),
         ("max violation", "max_violation", number),
@@ -154,7 +154,7 @@ def layers(one: Series) -> Table:
 
 
 def training(runs: Sequence[Mapping[str, Any]]) -> Table | None:
-    """The loss held out of each domain, first and last, for each run."""
+    """Return the first and last held-out loss of each domain, for each run."""
     names = list(dict.fromkeys(name for run in runs for name in get(run, "domain_validation") or {}))
     ends = {run["name"]: get(run, "validation") for run in runs}
     if not names and not any(ends.values()):

@@ -1,4 +1,4 @@
-"""A report's values made fit for a page: text without surprises, numbers as people write them, a dash where none is."""
+"""Format a report's values for a page: safe text, readable numbers, and a dash for missing values."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Series:
 
     @property
     def colour(self) -> int:
-        """Which of the colours ``--s0`` to ``--s4``."""
+        """Its colour among ``--s0`` to ``--s4``."""
         return 0 if self.place == 0 else (self.place - 1) % LIMIT_SERIES + 1
 
 
 def clean(value: Any) -> Any:
-    """A copy that HTML, JSON and SVG can hold.
+    """Return a copy that HTML, JSON and SVG can hold.
 
-    Numbers that are not finite become None. Control characters, which HTML cannot carry, become their pictures
-    (U+2400 and on), and halves of surrogate pairs, which UTF-8 cannot carry, become U+FFFD.
+    Numbers that are not finite become None. Control characters, which HTML cannot contain, become their pictures
+    (U+2400 and on), and halves of surrogate pairs, which UTF-8 cannot encode, become U+FFFD.
     """
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace").translate(_PLAIN)
@@ -48,7 +48,7 @@ def clean(value: Any) -> Any:
 
 
 def get(node: Any, *path: str | int) -> Any:
-    """What lies at that path, or None where any part of it is missing or null."""
+    """Return the value at a path, or None if any part of it is missing or null."""
     for key in path:
         if isinstance(node, Mapping):
             node = node.get(key)
@@ -60,30 +60,30 @@ def get(node: Any, *path: str | int) -> Any:
 
 
 def error_of(node: Any, what: str) -> float | None:
-    """The standard error beside a value, as an evaluation's JSON has it."""
+    """Return the standard error of a value in an evaluation's JSON."""
     found: float | None = get(node, f"{what}_stderr")
     return found
 
 
 def series_of(report: Mapping[str, Any]) -> list[Series]:
-    """The parent, if there is one, and the models."""
+    """Return the parent, if there is one, and the models."""
     parent = [Series(0, str(get(report["parent"], "name")), report["parent"])] if report.get("parent") else []
     return parent + [Series(i, str(get(m, "name")), m) for i, m in enumerate(report["models"], start=1)]
 
 
 def known(values: Iterable[float | None]) -> list[float]:
-    """Those that are there."""
+    """Return the values that are not None."""
     return [value for value in values if value is not None]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of those that are there; None if none is."""
+    """Return the mean of the values that are not None; None if there are none."""
     found = known(values)
     return sum(found) / len(found) if found else None
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """So many significant digits, all those before the point, thousands apart."""
+    """Format a number with significant digits, all those before the point, and separated thousands."""
     if value is None:
         return DASH
     if value == 0:
@@ -95,12 +95,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """With its sign, also a plus."""
+    """Format a number with its sign, including a plus."""
     return ("+" if value is not None and value > 0 else "") + number(value, digits)
 
 
 def with_error(value: float | None, error: float | None, digits: int = 3, sign: bool = False) -> str:
-    """``1.234 ± 0.012``: the error to two digits, the value to the same decimals."""
+    """Format ``1.234 ± 0.012``: the error to two digits, the value to the same decimals."""
     if value is None:
         return DASH
     if not error or error < 0:
@@ -111,7 +111,7 @@ def with_error(value: float | None, error: float | None, digits: int = 3, sign: 
 
 
 def percent(share: float | None, digits: int = 3) -> str:
-    """A share as per cent, to significant digits but no more than a hundredth of a per cent."""
+    """Format a share in per cent, to significant digits but at most hundredths of a per cent."""
     if share is None:
         return DASH
     hundred = 100 * share
@@ -120,32 +120,32 @@ def percent(share: float | None, digits: int = 3) -> str:
 
 
 def count(value: float | None) -> str:
-    """A large number in short: ``134.5 M``."""
+    """Format a large number in short: ``134.5 M``."""
     return _scaled(value, _SCALES)
 
 
 def size(value: float | None) -> str:
-    """Bytes in short, in powers of 1000: ``269 MB``."""
+    """Format bytes in short, in powers of 1000: ``269 MB``."""
     return _scaled(value, _BYTES, "B")
 
 
 def times(value: float | None) -> str:
-    """A factor: ``× 1.51``."""
+    """Format a factor: ``× 1.51``."""
     return DASH if value is None else f"×{_SPACE}{number(value)}"
 
 
 def whole(value: float | None) -> str:
-    """A whole number, thousands apart."""
+    """Format a whole number with separated thousands."""
     return DASH if value is None else _typeset(f"{value:,.0f}")
 
 
 def ratio(value: float | None, other: float | None) -> float | None:
-    """Their ratio, if there is one."""
+    """Return the ratio of two numbers, None if it does not exist."""
     return None if value is None or not other else value / other
 
 
 def exp(value: float | None) -> float | None:
-    """The power of e; None beyond what a float holds."""
+    """Return the power of e; None beyond the range of floats."""
     return None if value is None or value > 700 else math.exp(value)
 
 
@@ -159,5 +159,5 @@ def _scaled(value: float | None, scales: Sequence[tuple[float, str]], unit: str 
 
 
 def _typeset(text: str) -> str:
-    """Thousands apart, and a minus that is one."""
+    """Separate thousands, and use the minus sign."""
     return text.replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", "−")

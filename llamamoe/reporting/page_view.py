@@ -1,4 +1,4 @@
-"""The views with a picker: drawn here for one layer, and the numbers that page.js needs to draw the others."""
+"""Build the views with a picker: drawn for one layer, with the numbers that page.js needs to draw the others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .page_grid import bar_path, heat_paths, tick_path, ticks
 from .page_values import Series, get
 
 TOKEN_COLOURS = 12
-"""Experts of a passage that get a colour of their own, the most frequent first; the others are pale."""
-_UNIT = 100_000  # loads are sent as whole numbers of this part
+"""Number of experts of a passage with their own colour, the most frequent first; the others are pale."""
+_UNIT = 100_000  # loads are sent as whole numbers in units of 1 / this
 _ROWS = 10  # labels beside a heat map
 
 
@@ -27,35 +27,35 @@ class Token:
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage of one domain, coloured for the layer that is shown first."""
+    """A passage of one domain, coloured for the layer shown first."""
 
     domain: str
     tokens: Sequence[Token]
-    legend: Sequence[tuple[int, int, int]]  # rank, expert, how many tokens
+    legend: Sequence[tuple[int, int, int]]  # rank, expert, number of tokens
     others: int
 
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows of one model's routing.
+    """The page's view of one model's routing.
 
     Attributes:
-        series: Whose.
+        series: The model.
         experts: N.
         layers: Numbers of the MoE layers, in order.
-        at: Which of them is shown first.
+        at: Index of the layer shown first.
         heat: Path data by level of the map layer x expert.
         row_ticks: Rows of it to label, and their names.
         column_ticks: Experts to label.
-        bars: Path data of that layer's sorted loads; empty where nothing was measured.
+        bars: Path data of that layer's sorted loads; empty if nothing was measured.
         importance: Path data of the same experts' importance.
         uniform_at: Height of the uniform load in the bars, as a share.
         top_load: The largest load, as text.
-        domains: Those with a load of their own.
+        domains: Domains with a measured load.
         preference: Path data by level of the map domain x expert.
         passages: The token view.
         top: For each expert of that layer, busiest first: expert, load, and its tokens with their shares.
-        data: For page.js.
+        data: Numbers for page.js.
     """
 
     series: Series
@@ -77,7 +77,7 @@ class View:
 
 
 def view_of(series: Series, domains: Sequence[str]) -> View | None:
-    """The views of a model; None for a dense one or one whose routing was not measured."""
+    """Return the view of a model; None for a dense one or if its routing was not measured."""
     routing = get(series.model, "routing")
     layers = [each for each in get(routing, "layers") or [] if get(each, "layer") is not None]
     experts = max((len(get(each, "load") or []) for each in layers), default=0)
@@ -109,7 +109,7 @@ def view_of(series: Series, domains: Sequence[str]) -> View | None:
 def _data(
     name: str, routing: Any, layers: Sequence[Mapping[str, Any]], domains: Sequence[str], experts: int
 ) -> dict[str, Any]:
-    """The numbers of all layers, as page.js reads them."""
+    """Return the numbers of all layers for page.js."""
     named = [domain for domain in domains if any(get(each, "domain_load", domain) for each in layers)]
     words, top = _top_tokens(get(routing, "top_tokens") or [], len(layers), experts)
     return {
@@ -128,12 +128,12 @@ def _data(
 
 
 def known_units(load: Sequence[int | None]) -> list[int]:
-    """The loads that were measured."""
+    """Return the loads that were measured."""
     return [value for value in load if value is not None]
 
 
 def _units(load: Sequence[float | None] | None, experts: int) -> list[int | None]:
-    """Shares as whole numbers, as many as there are experts."""
+    """Return shares as whole numbers, one per expert."""
     found = [None if share is None else int(_UNIT * share + 0.5) for share in load or []]
     return found + [None] * (experts - len(found))
 
@@ -143,7 +143,7 @@ def _ratios(load: Sequence[int | None], experts: int) -> list[float | None]:
 
 
 def _bars(load: Sequence[int | None], importance: Sequence[int | None]) -> tuple[str, str, float]:
-    """Sorted bars, ticks of the importance, and the height of the uniform load as a share of the drawing's."""
+    """Return sorted bars, ticks of the importance, and the height of the uniform load as a share of the drawing's."""
     measured = [(value, expert) for expert, value in enumerate(load) if value is not None]
     busiest = sorted(measured, key=lambda pair: (-pair[0], pair[1]))
     other = [importance[expert] for _, expert in busiest]
@@ -153,7 +153,7 @@ def _bars(load: Sequence[int | None], importance: Sequence[int | None]) -> tuple
 
 
 def preference(load: Sequence[int | None], by_domain: Sequence[Sequence[int | None]]) -> list[list[float | None]]:
-    """For each domain, experts' loads over their loads on all text; experts of one domain stand together."""
+    """Return for each domain the experts' loads over their loads on all text, grouped by preferred domain."""
     rows: list[list[float | None]] = [
         [mine / every if mine is not None and every else None for mine, every in zip(row, load, strict=True)]
         for row in by_domain
@@ -163,7 +163,7 @@ def preference(load: Sequence[int | None], by_domain: Sequence[Sequence[int | No
 
 
 def preference_order(rows: Sequence[Sequence[float | None]], experts: int) -> list[int]:
-    """Experts by the domain that prefers them most, the strongest preference first; those without any load last."""
+    """Return experts by the domain that prefers them most, strongest preference first; without any load last."""
 
     def key(expert: int) -> tuple[int, float, int]:
         column = [-1.0 if (value := row[expert]) is None else value for row in rows]
@@ -186,12 +186,12 @@ def _passage(passage: Mapping[str, Any], at: int) -> Passage:
 
 
 def shown_token(text: Any) -> str:
-    """A token with its line breaks and tabs visible; breaks still break."""
+    """Return a token with visible line breaks and tabs; breaks still take effect."""
     return str(text).replace("\r", "").replace("\n", "↵\n").replace("\t", "⇥")
 
 
 def _top_tokens(top: Sequence[Any], layers: int, experts: int) -> tuple[list[str], list[list[list[list[Any]]]]]:
-    """Every token once, and for each layer and expert places among them, counts and shares in per cent."""
+    """Return every token once, and for each layer and expert indices, counts and shares in per cent."""
     places: dict[str, int] = {}
     found: list[list[list[list[Any]]]] = []
     for layer in range(layers):
@@ -220,5 +220,5 @@ def _first_top(
 
 
 def unit_percent(load: int | None) -> str:
-    """A load in per cent, two decimals, as page.js writes it."""
+    """Format a load in per cent with two decimals, as page.js does."""
     return "–" if load is None else f"{load * 100 / _UNIT:.2f} %"

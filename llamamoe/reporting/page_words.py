@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences: computed from the report, never assumed."""
+"""Summarise the report's numbers in sentences."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _NOISE = 1.25  # distance over its noise floor from which domains count as apart
 
 
 def measure_of(series: Sequence[Series]) -> str:
-    """What may be compared on this page: perplexity, or bits per byte if any tokenizer differs from the parent's."""
+    """Return the comparable measure: perplexity, or bits per byte if any tokenizer differs from the parent's."""
     differs = any(get(one.model, "comparable") == "bits_per_byte" for one in series)
     return "bits_per_byte" if differs else "perplexity"
 
 
 def parent_of(series: Sequence[Series]) -> Mapping[str, Any] | None:
-    """The dense model, if it was measured."""
+    """Return the dense model, if it was measured."""
     return series[0].model if series and series[0].place == 0 else None
 
 
 def ffn_share(model: Mapping[str, Any], parent: Mapping[str, Any] | None) -> float | None:
-    """FFN parameters that a token uses, over the parent's; without a parent over the model's own."""
+    """Return the FFN parameters that a token uses over the parent's, or without a parent over the model's own."""
     parts = get(model, "cost", "parts") or {}
     active = sum(get(parts, part, "active") or 0 for part in FFN_PARTS)
     whole_parts = get(parent, "cost", "parts") or {} if parent else parts
@@ -33,14 +33,14 @@ def ffn_share(model: Mapping[str, Any], parent: Mapping[str, Any] | None) -> flo
 
 
 def times_parent(model: Mapping[str, Any], *path: str) -> float | None:
-    """Perplexity over the parent's; only where the two compare."""
+    """Return perplexity over the parent's, if the two are comparable."""
     if get(model, "comparable") == "bits_per_byte":
         return None
     return exp(get(model, "difference", *path, "loss"))
 
 
 def summaries(series: Sequence[Series], domains: Sequence[str]) -> list[tuple[str, str]]:
-    """For each converted model its name, and what is to be said of it first."""
+    """Return the name and a summary of each converted model."""
     parent = parent_of(series)
     converted = [one for one in series if one.place]
     return [(one.name, _uses(one.model, parent) + _quality(one.model, parent, domains)) for one in converted]
@@ -87,7 +87,7 @@ def _quality(model: Mapping[str, Any], parent: Mapping[str, Any] | None, domains
 
 
 def depth_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
-    """Whether shallow layers route domains alike and deep ones apart, judged above the noise floor."""
+    """State whether shallow layers route domains alike and deep ones apart, judged above the noise floor."""
     found = [(get(each, "domain_distance"), get(each, "within_distance") or 0.0) for each in layers]
     measured = [(distance, floor) for distance, floor in found if distance is not None]
     if len(measured) < 3:
@@ -95,7 +95,7 @@ def depth_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
     third = max(len(measured) // 3, 1)
     (shallow, low), (deep, high) = _third(measured[:third]), _third(measured[-third:])
     numbers = (
-        f"domains lie {number(shallow, 2)} bits apart in the shallowest {_layers(third)} "
+        f"domains are {number(shallow, 2)} bits apart in the shallowest {_layers(third)} "
         f"and {number(deep, 2)} in the deepest (noise floor {number(low, 2)} and {number(high, 2)})"
     )
     return f"{name}: {numbers}. {_judgement(shallow, low, deep, high)}"
@@ -103,13 +103,13 @@ def depth_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
 
 def _judgement(shallow: float, low: float, deep: float, high: float) -> str:
     if shallow <= _NOISE * low and deep <= _NOISE * high:
-        return "Nowhere is that clearly more than chance: its experts do not follow domains."
+        return "That is not clearly more than chance in any layer: its experts do not follow domains."
     above, below = deep - high, shallow - low
     if above > _APART * max(below, 0.0):
         return "Shallow layers route domains more alike than deep ones, as LLaMA-MoE found."
     if below > _APART * max(above, 0.0):
-        return "Here it is the other way round than LLaMA-MoE found: the shallow layers tell domains apart more."
-    return "Shallow and deep layers differ little: LLaMA-MoE’s finding does not show here."
+        return "This is the opposite of what LLaMA-MoE found: the shallow layers separate domains more."
+    return "Shallow and deep layers differ little: LLaMA-MoE’s finding is not confirmed here."
 
 
 def _third(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -122,7 +122,7 @@ def _layers(count: int) -> str:
 
 
 def load_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
-    """How evenly the experts are used: the mean entropy, the busiest expert, how many are dead and where."""
+    """State the balance of experts: the mean entropy, the busiest expert, and number and layers of dead ones."""
     violations = [(v, get(each, "layer")) for each in layers if (v := get(each, "max_violation")) is not None]
     dead = [(get(each, "layer"), d) for each in layers if (d := get(each, "dead_experts"))]
     entropy = mean(get(each, "load_entropy") for each in layers)
@@ -139,7 +139,7 @@ def load_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def router_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
-    """How much of the oracle's choice and of its contribution the router finds, on average over layers."""
+    """State the share of the oracle's choice and contribution that the router finds, averaged over layers."""
     recall, chance = mean(get(x, "recall_at_k") for x in layers), mean(get(x, "chance_recall") for x in layers)
     captured = mean(get(x, "captured") for x in layers)
     if recall is None and captured is None:

@@ -1,4 +1,4 @@
-"""How good a router is against an oracle, and how much shared and routed neurons put out, while a model runs."""
+"""Measure routers against an oracle, and the outputs of shared and routed neurons, while a model runs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..training.routing import Routing
 from .text import TextBatch
 
 MOST_GRAM = 1 << 28
-"""Numbers of a layer's Gram matrices: 1 GiB."""
+"""Maximum number of elements of a layer's Gram matrices: 1 GiB."""
 
 
 class OracleCollector:
-    """Compares the experts that a router selects with those that contribute most.
+    """A comparison of the experts that a router selects with those that contribute most.
 
-    The contribution is ``||E_i(x)||^2`` (see `llamamoe.methods.contributions.contributions`): all experts of a layer run for the
-    tokens that are looked at, from a float32 copy of its weights and ``N W^2`` numbers beside it; where those would be
-    more than `MOST_GRAM` the power of the neurons stands in, which leaves out how they add up.
+    The contribution is ``||E_i(x)||^2`` (see `llamamoe.methods.contributions.contributions`): all experts of a layer
+    run for the evaluated tokens, with a float32 copy of its weights and ``N W^2`` numbers; if those would be more than
+    `MOST_GRAM`, the power of the neurons is used instead, which ignores how they add up.
 
     Args:
         layers: The model's MoE layers.
         hidden_act: Name of the experts' activation.
-        tokens: Of each domain.
+        tokens: Number of tokens per domain.
     """
 
     def __init__(self, layers: Sequence[MoeLayer], hidden_act: str, tokens: int) -> None:
@@ -38,11 +38,11 @@ class OracleCollector:
         self._seen: dict[str, int] = {}
 
     def wants(self, domain: str) -> bool:
-        """Whether more tokens of a domain are to be looked at."""
+        """Return whether more tokens of a domain are needed."""
         return self._seen.get(domain, 0) < self._most
 
     def add(self, batch: TextBatch, routings: Sequence[Routing]) -> None:
-        """Look at the first tokens of a batch; the routings must hold their routers' inputs."""
+        """Add the first tokens of a batch; the routings must include their routers' inputs."""
         real = batch.real_BT.flatten().to(routings[0].logits_TN.device).nonzero().flatten()
         real = real[: self._most - self._seen.get(batch.domain, 0)]
         self._seen[batch.domain] = self._seen.get(batch.domain, 0) + len(real)
@@ -60,7 +60,7 @@ class OracleCollector:
         self._tallies[moe.layer].add(score_TN, chosen_TN)
 
     def of_layer(self, moe: MoeLayer) -> dict[str, float | None]:
-        """What the report says of one layer."""
+        """Return the report's values of one layer."""
         tally = self._tallies[moe.layer]
         if not tally.contributes:
             return {"recall_at_k": None, "chance_recall": tally.chance, "captured": None, "captured_by_chance": None}
@@ -69,7 +69,7 @@ class OracleCollector:
 
 
 def _weights(moe: MoeLayer) -> tuple[ExpertWeights, Partition]:
-    """The routed experts of a live layer, place by place. Factors that all experts share change no comparison."""
+    """Return the routed experts of a live layer, place by place. Factors common to all experts do not matter."""
     gate_up_NRH: Any = moe.experts.gate_up_proj
     down_NHW: Any = moe.experts.down_proj
     num_experts, width = down_NHW.shape[0], down_NHW.shape[2]
@@ -84,7 +84,7 @@ def _weights(moe: MoeLayer) -> tuple[ExpertWeights, Partition]:
 
 
 class OutputNorms:
-    """Mean norms of what shared and routed neurons put out, as shares of the FFN's.
+    """Mean norms of the outputs of shared and routed neurons, as shares of the FFN's.
 
     Args:
         model: The model.
@@ -107,7 +107,7 @@ class OutputNorms:
             handles.append(moe.experts.register_forward_hook(self._hook(moe.layer, "routed")))
             handles.append(moe.block.register_forward_hook(self._hook(moe.layer, "block")))
             beside = self._modules.get(moe.name.rpartition(".")[0] + ".shared_mlp")
-            if beside is not None:  # granitemoeshared adds it outside of the block
+            if beside is not None:  # granitemoeshared adds it outside the block
                 handles.append(beside.register_forward_hook(self._hook(moe.layer, "beside")))
         try:
             yield
@@ -134,7 +134,7 @@ class OutputNorms:
         self._sums[layer] += [float(each.norm(dim=1).double().sum()) for each in (routed, shared, whole)]
 
     def of_layer(self, moe: MoeLayer) -> dict[str, float | None]:
-        """What the report says of one layer; no shared norm where nothing is shared."""
+        """Return the report's values of one layer, without a shared norm if nothing is shared."""
         routed, shared, whole = self._sums[moe.layer]
         if not whole:
             return {"routed_norm": None, "shared_norm": None}

@@ -1,4 +1,4 @@
-"""``llamamoe.report``: what a conversion lost, how it routes and what it costs, on one page and as JSON."""
+"""``llamamoe.report``: show loss, routing and costs of a conversion on one page and as JSON."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .walk import Reading
 
 MOST_MODELS = 4
 ORACLE_TOKENS = 1024
-"""Tokens of each domain for which routers are compared with an oracle."""
+"""Default number of tokens per domain for which routers are compared with an oracle."""
 
 
 @dataclass(frozen=True)
 class _Side:
-    """A model that is read: what its files say, and the text in its tokens."""
+    """A model of the report: the facts in its files, and the text in its tokens."""
 
     inspection: Inspection
     plan: ScoringPlan
@@ -58,33 +58,33 @@ def report(
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> dict[str, Any]:
-    """Let converted models and their dense parent read a text, and make a report of what they do with it.
+    """Run converted models and their dense parent on a text, and write a report.
 
     Losses are those of `llamamoe.evaluate`. Each model is loaded once, one after the other.
 
     Args:
-        models: One to four converted models; say, after the conversion and after training.
+        models: One to four converted models, for example after conversion and after training.
         text: Files, folders or globs; its domains are compared.
         against: The dense parent: a folder, a ``.gguf`` file or a hub id.
         tokenizer: For a GGUF parent, a folder whose tokenizer is used instead of the one in the file.
-        out: Where to write the page; None: nowhere.
-        json_out: Where to write the same numbers.
-        runs: Folders of `llamamoe.pretrain` whose curves are shown; that of a trained model is found by itself.
-        max_tokens: Take only so many tokens of each domain; None: all.
-        context_length: Tokens of a window; None: as many as the models have positions, at most 2048.
-        oracle_tokens: Tokens of each domain for which routers are compared with an oracle.
+        out: Path of the page; None: not written.
+        json_out: Path of the same numbers as JSON.
+        runs: Folders of `llamamoe.pretrain` whose curves are shown; that of a trained model is found automatically.
+        max_tokens: Maximum number of tokens per domain; None: all.
+        context_length: Tokens per window; None: the models' positions, at most 2048.
+        oracle_tokens: Number of tokens per domain for which routers are compared with an oracle.
         dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: A torch device, or ``"auto"``.
-        command: What the page says to do it again.
-        force: Replace files that are there.
-        progress: Told of the tokens that were read.
+        command: The command that the page shows for reproduction.
+        force: Replace existing files.
+        progress: Called with the number of tokens read.
 
     Returns:
         The content of the JSON file.
 
     Raises:
         RefusedError: A model is not a mixture of experts.
-        UsageError: A file is there already, a model or text does not exist, or a run is of another model.
+        UsageError: A file already exists, a model or text does not exist, or a run is of another model.
         LlamaMoeError: Text or weights cannot be used, see `llamamoe.evaluate`.
         MissingExtraError: The page needs jinja2 and matplotlib (``pip install 'llamamoe[report]'``).
     """
@@ -123,7 +123,9 @@ def _check(
         raise UsageError(f"the page and the numbers cannot both go to {places[0]}.", hint="Name two files.")
     for place in places:
         if place.absolute().parent.is_dir() and not os.access(place.absolute().parent, os.W_OK):
-            raise UsageError(f"{place} cannot be written: the folder does not let us.", hint="Choose another place.")
+            raise UsageError(
+                f"{place} cannot be written: permission denied in its folder.", hint="Choose another place."
+            )
         if place.is_dir() or not place.absolute().parent.is_dir():
             raise UsageError(f"{place} is not a place for a file.", hint="Name a file in a folder that exists.")
         if place.exists() and not force:
@@ -131,10 +133,10 @@ def _check(
 
 
 def check_extra() -> None:
-    """Before minutes are spent on a page that cannot be drawn.
+    """Check the packages that draw the page before minutes are spent on it.
 
     Raises:
-        MissingExtraError: What draws it is not installed.
+        MissingExtraError: A package that draws the page is not installed.
     """
     for package in ("jinja2", "matplotlib"):
         if importlib.util.find_spec(package) is None:
@@ -145,14 +147,14 @@ def _inspected(model: str | Path) -> Inspection:
     found = inspect(model)
     if found.experts is None:
         raise RefusedError(
-            f"{found.name} is a dense model, so that there is nothing to say of its experts.",
-            hint="A dense model goes to --against; to measure perplexity alone: llamamoe evaluate.",
+            f"{found.name} is a dense model, so it has no experts to report on.",
+            hint="Pass a dense model with --against; to measure perplexity alone: llamamoe evaluate.",
         )
     return found
 
 
 def _named(models: Sequence[Inspection]) -> list[Inspection]:
-    """Models with names that tell them apart: a trained one lies in RUN/model, so RUN goes before it."""
+    """Return models with distinct names: a trained one is in RUN/model, so RUN is prepended."""
     names = [
         f"{Path(each.path).resolve().parent.name}/{each.name}" if each.name == FINAL else each.name for each in models
     ]
@@ -168,9 +170,9 @@ def _sides(
     max_tokens: int | None,
     context_length: int | None,
 ) -> tuple[list[_Side], dict[str, Any]]:
-    """Every model, the parent last, with the text in its own tokens, and how they are measured.
+    """Return every model, the parent last, with the text in its own tokens, and the protocol.
 
-    The first model's tokenizer decides how much text is taken.
+    The first model's tokenizer decides the amount of text.
     """
     inspections = [*models, *([] if against is None else [inspect(against)])]
     opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)
@@ -202,7 +204,7 @@ def _read_all(
     progress: ProgressCallback,
     started: float,
 ) -> dict[str, Any]:
-    """Read with one model after the other; of ``sides`` the first ``models`` are converted, one more is the parent."""
+    """Run the models one after the other; the first ``models`` of ``sides`` are converted, one more is the parent."""
     from .walk import read
 
     advance = counting("report", sum(int(side.plan.tokens.sum()) for side in sides), "token", progress)
@@ -234,7 +236,7 @@ def _read_all(
 
 
 def _described(side: _Side, reading: Reading, parent: Reading | None) -> dict[str, Any]:
-    """One model, as it stands in the report."""
+    """Return the report's data of one model."""
     from ..checkpoint.json_files import read_json
 
     found, folder = side.inspection, Path(side.inspection.path)
@@ -262,9 +264,9 @@ def _difference(counts: dict[str, Counts], parent: Reading | None, *, same: bool
 def _notes(sides: Sequence[_Side], parent: bool) -> list[str]:
     notes = []
     if not all(side.same_tokens for side in sides):
-        notes.append("The models cut text into different tokens: only bits per byte may be compared.")
+        notes.append("The models tokenise text differently: only bits per byte may be compared.")
     if not parent:
-        notes.append("No dense parent was given, so that nothing can be said of what the conversion lost.")
+        notes.append("No dense parent was given, so the loss by the conversion is unknown.")
     return notes
 
 

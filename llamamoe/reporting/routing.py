@@ -1,4 +1,4 @@
-"""What the routers do with each domain of a text: load, distance between domains, overlap, tokens and their experts."""
+"""Collect routing by domain of a text: load, distance between domains, overlap, tokens and their experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..training.routing_statistics import LayerStatistics, RoutingStatistics
 from .text import TextBatch
 
 TOP_TOKENS, LEAST_COUNT = 6, 3
-"""How many tokens are shown of an expert, and how often a token must have come to it."""
+"""Number of tokens shown per expert, and minimum number of times that a token was routed to it."""
 PASSAGE_TOKENS = 250
 
 
@@ -37,7 +37,7 @@ class RoutingCollector:
         self._passages: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(self, batch: TextBatch, routings: Sequence[Routing]) -> None:
-        """Count a batch in; ``routings`` are those of every layer for all of its places, padding included."""
+        """Add a batch; ``routings`` are those of every layer for all of its places, padding included."""
         real = batch.real_BT.flatten().to(routings[0].logits_TN.device)
         half_T = batch.half_B[:, None].expand_as(batch.real_BT).flatten().to(real.device)
         for half in (0, 1):
@@ -62,7 +62,7 @@ class RoutingCollector:
             self._passages[batch.domain] = (ids[:length], first_LT[:, :length])
 
     def to_json(self, tokenizer: Any) -> dict[str, Any]:
-        """What the report says of it, as plain data."""
+        """Return the routing statistics as JSON-compatible data."""
         from .text import words
 
         both = {d: _joined([self._sums[d, half].per_layer() for half in (0, 1)]) for d in self.domains}
@@ -100,7 +100,7 @@ class RoutingCollector:
         }
 
     def _top_tokens(self, tokenizer: Any) -> list[list[list[list[Any]]]]:
-        """Of each layer and expert the tokens that most exclusively come to it first: text, times, share."""
+        """Return, for each layer and expert, the tokens that it receives most exclusively: text, count, share."""
         ids, first_LT = np.concatenate(self._ids), np.concatenate(self._first, axis=1)
         kinds, which, times = np.unique(ids, return_inverse=True, return_counts=True)
         texts: dict[int, str] = {}
@@ -109,7 +109,7 @@ class RoutingCollector:
             pairs, came = np.unique(np.stack([first_T, which]), axis=1, return_counts=True)
             share = came / times[pairs[1]]
             experts: list[list[list[Any]]] = [[] for _ in range(moe.num_experts)]
-            # by how exclusive and how often: a token seen three times, always here, is no better than one seen often
+            # by exclusiveness and frequency: a token seen three times, always here, is no better than one seen often
             for at in np.argsort(-(share * np.log1p(came)), kind="stable"):
                 expert, kind = int(pairs[0, at]), int(pairs[1, at])
                 if came[at] < LEAST_COUNT or len(experts[expert]) == TOP_TOKENS:
@@ -122,7 +122,7 @@ class RoutingCollector:
 
 
 def _only(routing: Routing, kept_T: torch.Tensor) -> Routing:
-    """The routing of some of the tokens."""
+    """Return the routing of some of the tokens."""
     return replace(
         routing,
         logits_TN=routing.logits_TN[kept_T],
@@ -133,7 +133,7 @@ def _only(routing: Routing, kept_T: torch.Tensor) -> Routing:
 
 
 def _joined(parts: Sequence[Sequence[LayerStatistics]]) -> list[LayerStatistics]:
-    """The same layers over several windows of tokens together."""
+    """Return the statistics of the layers over several windows of tokens together."""
     found: dict[int, LayerStatistics] = {}
     for each in (each for part in parts for each in part):
         before = found.get(each.layer)
@@ -160,7 +160,7 @@ def _sum(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
 
 
 def _halves(a: RoutingStatistics, b: RoutingStatistics, place: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The load of a layer in two halves of a domain; None if one of them is empty."""
+    """Return the load of a layer in two halves of a domain; None if one of them is empty."""
     first, second = a.per_layer(), b.per_layer()
     return (_shares(first[place].load), _shares(second[place].load)) if first and second else None
 
@@ -177,7 +177,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def js_divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """Jensen-Shannon divergence of two distributions, in bits: 0 if they are equal, 1 if they share nothing."""
+    """Return the Jensen-Shannon divergence of two distributions in bits: 0 if equal, 1 if disjoint."""
 
     def entropy(values: np.ndarray) -> float:
         kept = values[values > 0]
@@ -187,13 +187,13 @@ def js_divergence(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def overlap(pairs_NN: np.ndarray, top_k: int) -> float | None:
-    """How far experts are chosen together more or less often than by chance: 0 if choices are independent.
+    """Return how far joint choices of experts deviate from chance: 0 if choices are independent.
 
-    ``mean |P(i and j) / c P(i) P(j) - 1|`` over pairs of experts that are chosen at all, weighted by chance, with c such
-    that the chances add up to the k (k - 1) pairs that every token chooses.
+    ``mean |P(i and j) / c P(i) P(j) - 1|`` over pairs of experts that are chosen at all, weighted by chance, with c
+    such that the chances add up to the k (k - 1) pairs that every token chooses.
 
     Args:
-        pairs_NN: How often i and j were chosen by the same token; its diagonal is the load.
+        pairs_NN: Counts of tokens that chose both i and j; its diagonal is the load.
         top_k: k.
     """
     tokens = float(np.trace(pairs_NN)) / top_k

@@ -1,4 +1,4 @@
-"""The text of a report as batches: one domain at a time, windows of like length together, padding never counted."""
+"""Batch the text of a report: one domain at a time, windows of similar length together, padding never counted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TextBatch:
     """Windows that run together.
 
     Attributes:
-        domain: Of all of them.
-        windows: Their numbers in the plan, ``[B]``.
+        domain: Domain of all of them.
+        windows: Their indices in the plan, ``[B]``.
         ids_BT: int64, padded on the right.
         real_BT: bool, False for padding.
-        half_B: 0 or 1: which half of its domain a window belongs to.
+        half_B: 0 or 1: the half of the domain to which a window belongs.
     """
 
     domain: str
@@ -35,7 +35,7 @@ class TextBatch:
 
 
 def batches(plan: ScoringPlan, batch_tokens: int = BATCH_TOKENS) -> Iterator[TextBatch]:
-    """All windows of a plan, domain by domain, the longest first; a batch has about ``batch_tokens`` tokens."""
+    """Yield all windows of a plan, domain by domain, the longest first, about ``batch_tokens`` tokens per batch."""
     lengths = np.array([window.stop - window.start for window in plan.windows])
     for domain, documents in plan.domains.items():
         half = _halves(plan, documents)
@@ -59,7 +59,7 @@ def _ids(plan: ScoringPlan, index: int) -> np.ndarray:
 
 
 def _halves(plan: ScoringPlan, documents: list[int]) -> dict[int, int]:
-    """Every other document, or of a single document every other window, belongs to the second half."""
+    """Put every other document, or every other window of a single document, into the second half."""
     mine = np.flatnonzero(np.isin(plan.owner, documents))
     if len(documents) > 1:
         number = {document: i for i, document in enumerate(documents)}
@@ -68,12 +68,12 @@ def _halves(plan: ScoringPlan, documents: list[int]) -> dict[int, int]:
 
 
 def counts(plan: ScoringPlan, nll: np.ndarray) -> dict[str, Counts]:
-    """Sums over documents by domain, from the negative log-likelihood of every window (float64, nats)."""
+    """Return sums over documents by domain, from the negative log-likelihood of every window (float64, nats)."""
     total = np.bincount(plan.owner, weights=nll, minlength=len(plan.encoded))
     sums = (total, plan.tokens, plan.bytes)
     return {domain: Counts(*(each[members] for each in sums)) for domain, members in plan.domains.items()}
 
 
 def words(tokenizer: Any, ids: np.ndarray) -> list[str]:
-    """Each token as text of its own; several tokens that are one character give the replacement character."""
+    """Decode each token separately; tokens that are a part of a character give the replacement character."""
     return [tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids]

@@ -1,4 +1,4 @@
-"""One model reads the text of a report: its losses, and what its routers do."""
+"""Run one model on the text of a report: its losses and its routing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .text import batches, counts
 
 @dataclass(frozen=True)
 class Reading:
-    """What was found.
+    """The result of running a model.
 
     Attributes:
-        dtype: What the weights were held in.
-        counts: Sums over documents by domain, of which scores are made.
-        routing: What the routers did, as plain data; None for a dense model.
+        dtype: Dtype of the weights.
+        counts: Sums over documents by domain, from which scores are computed.
+        routing: Routing statistics as JSON-compatible data; None for a dense model.
     """
 
     dtype: str
@@ -41,15 +41,15 @@ def read(
     oracle_tokens: int,
     advance: Callable[[int], None],
 ) -> Reading:
-    """Load a model, let it read the text, and let it go.
+    """Load a model, run it on the text, and release it.
 
     Args:
         plan: The model and the text in its tokens.
         dtype: ``"auto"`` or a dtype's name.
         device: A torch device.
-        mixture: Whether its routers are to be looked at.
-        oracle_tokens: Of each domain; see `OracleCollector`.
-        advance: Told of the tokens of every batch.
+        mixture: Whether to collect its routing.
+        oracle_tokens: Number of tokens per domain; see `OracleCollector`.
+        advance: Called with the tokens of every batch.
 
     Raises:
         LlamaMoeError: A loss is not finite.
@@ -103,7 +103,7 @@ def _read(
 
 
 def _losses(model: Any, head: Any, ids_BT: Any, real_BT: Any) -> np.ndarray:
-    """Negative log-likelihood of each window's tokens but the first, float64 ``[B]``."""
+    """Return the negative log-likelihood of each window's tokens except the first, float64 ``[B]``."""
     from ..training.loss_head import IGNORED, next_token_labels
 
     labels_BT = next_token_labels(ids_BT.masked_fill(~real_BT, IGNORED)).to(model.device)

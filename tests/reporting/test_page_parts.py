@@ -82,7 +82,7 @@ def test_frequent_experts_get_the_strong_colours() -> None:
     ("distances", "words"),
     [
         ([0.03, 0.03, 0.1, 0.2, 0.3, 0.3], "as LLaMA-MoE found"),
-        ([0.3, 0.3, 0.2, 0.1, 0.03, 0.03], "other way round"),
+        ([0.3, 0.3, 0.2, 0.1, 0.03, 0.03], "opposite of what LLaMA-MoE found"),
         ([0.2, 0.2, 0.2, 0.2, 0.2, 0.2], "differ little"),
         ([0.02, 0.02, 0.02, 0.02, 0.02, 0.02], "do not follow domains"),
         ([None, None, None, None, 0.1, 0.1], "too few layers"),
