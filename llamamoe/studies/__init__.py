@@ -1,1 +1,1 @@
-"""Studies: many conversions of one model, measured alike and side by side."""
+"""Studies: measure many conversions of one model under the same conditions."""

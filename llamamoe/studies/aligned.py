@@ -17,7 +17,7 @@ from ..progress import Progress
 
 _PREFIX, _RESULT = "alignment-", "aligned.safetensors"
 _STARTS_SHARE = 0.1
-"""Of the time until a cell can be scored, what the first layers take, roughly."""
+"""Approximate share of the first layers in the time until a cell can be scored."""
 
 
 def aligned_layers(
@@ -28,18 +28,18 @@ def aligned_layers(
     compute: Compute,
     advance: Callable[[float], None],
 ) -> dict[int, AlignedLayer]:
-    """Return what the plan's alignment learns; learn it if no earlier cell has.
+    """Return the layers that the plan's alignment learns, learning them if no earlier cell has.
 
     Args:
-        folder: Of this plan and these texts, see `folder_of`.
-        plan: Its recipe asks for alignment.
-        calibration: What the methods of the start see.
-        text: What is learned from.
+        folder: Folder of this plan and these texts, see `folder_of`.
+        plan: The plan, whose recipe requests alignment.
+        calibration: The text for the methods that make the start.
+        text: The text for learning.
         compute: Device and dtype.
-        advance: Told of the share that is done.
+        advance: Called with the finished share.
 
     Raises:
-        LlamaMoeError: There is too little text, or something is not finite.
+        LlamaMoeError: There is too little text, or a value is not finite.
     """
     known = load_layers(folder / _RESULT)
     if known is not None:
@@ -62,11 +62,11 @@ def folder_of(work: Path, identity: str) -> Path:
 
 
 def remove_alignments(work: Path, needed: Iterable[Path]) -> None:
-    """Delete the states of all alignments in a folder but those that are still needed."""
+    """Delete the states of all alignments in a folder except those that are still needed."""
     kept = set(needed)
     for folder in work.glob(f"{_PREFIX}*"):
         if folder not in kept and folder.is_dir() and not folder.is_symlink():
             remove_work(folder)
             remove_file(folder / _RESULT)
-            with suppress(OSError):  # it holds something else
+            with suppress(OSError):  # it contains something else
                 folder.rmdir()

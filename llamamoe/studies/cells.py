@@ -1,4 +1,4 @@
-"""The cells of a study: every method at every budget with every seed, planned from headers alone."""
+"""Plan the cells of a study from headers alone: every method at every budget with every seed."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .sizes import SHARED_GATE, sizes_for_budget
 
 SIMULATED = "simulated: cannot be exported"
 FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
-"""Parts of `llamamoe.architectures.costs.Cost` that are the FFN's."""
+"""Parts of `llamamoe.architectures.costs.Cost` that belong to the FFN."""
 ALIGNED = "align"
-"""What the control of an aligned method adds to its title."""
+"""Suffix of the title of an aligned method's control."""
 _ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the study.
+    """One measurement of the study.
 
     Attributes:
-        method: What the table calls it.
-        kind: Whether it is asked for or a control.
+        method: Its name in the table.
+        kind: Whether it is a requested method or a control.
         budget: Share of the dense FFN's multiply-adds; None for the dense model.
         seed: Seed; None for the dense model.
-        plan: How it is made; None for the dense model.
-        oracle: Whether the router is replaced by one that knows every expert's contribution.
+        plan: Plan of the conversion; None for the dense model.
+        oracle: Whether the router is replaced by one with access to every expert's contribution.
         base: For an oracle the method that it belongs to, else the method itself.
     """
 
@@ -50,12 +50,12 @@ class Cell:
 
     @property
     def simulated(self) -> str | None:
-        """Why no file can hold it; None if one can."""
+        """The reason why it cannot be stored; None if it can."""
         return SIMULATED if self.oracle else None
 
     @property
     def label(self) -> str:
-        """``method/0.5/seed``, what ``--only`` is matched with; ``dense`` alone."""
+        """Its label ``method/0.5/seed``, which ``--only`` matches; ``dense`` for the dense model."""
         return self.method if self.budget is None else f"{self.method}/{self.budget:g}/{self.seed}"
 
     @property
@@ -65,16 +65,16 @@ class Cell:
 
 
 def ffn_share(plan: SplitPlan) -> float:
-    """Active parameters of all FFNs, routers, padding and stubs included, over the dense FFNs' parameters."""
+    """Return the active parameters of all FFNs over the dense ones', routers, padding and stubs included."""
     parent = sum(plan.parent_cost.active.get(part, 0) for part in FFN_PARTS)
     return sum(plan.cost.active.get(part, 0) for part in FFN_PARTS) / parent
 
 
 def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
-    """All cells, the dense model first, then seed by seed, so that a whole picture is there early.
+    """Return all cells, the dense model first, then seed by seed, so that a complete picture is available early.
 
     Raises:
-        RefusedError: A method cannot be had at a budget; every such case is named.
+        RefusedError: A method is not possible at a budget; the message names every case.
     """
     cells: list[Cell] = []
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -82,7 +82,7 @@ def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
         kind: Literal["method", "control"] = "method" if method in recipe.methods else "control"
         for budget in method.budgets or recipe.budgets:
             seeds = recipe.seeds_of(budget)
-            for seed in seeds if _routed(method) else seeds[:1]:  # nothing in pruning is random
+            for seed in seeds if _routed(method) else seeds[:1]:  # pruning is not random
                 try:
                     plan = plan_at(recipe, method, model, budget, seed)
                 except RefusedError as error:
@@ -95,7 +95,7 @@ def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
                     cells.append(Cell(name, "control", budget, seed, plan, oracle=True, base=method.name))
     if reasons:
         lines = [f"  - {name} at {', '.join(budgets)}: {error}" for (name, error), budgets in reasons.items()]
-        raise RefusedError("the study cannot be done:\n" + "\n".join(lines))
+        raise RefusedError("the study is not possible:\n" + "\n".join(lines))
     order = {cell.method: i for i, cell in enumerate(reversed(cells))}
     cells.sort(key=lambda c: (_turn(recipe, c), -order[c.method], -(c.budget or 0)))
     return [Cell(DENSE, "dense", base=DENSE), *cells]
@@ -113,7 +113,7 @@ def _routed(method: StudyMethod) -> bool:
 
 
 def _controls(recipe: CompareRecipe) -> Iterator[StudyMethod]:
-    """Random experts with a random router, and static pruning as it is, and with every repair and alignment of the study."""
+    """Yield random experts and router, and static pruning without and with the study's repairs and alignments."""
     static_by = {"name": recipe.static_by.name, **recipe.static_by.options}
     taken = {method.name for method in recipe.methods}
     pruned: dict[str, dict[str, Any]] = {STATIC: {"repair": {"name": NO_REPAIR}}}
@@ -132,7 +132,7 @@ def _controls(recipe: CompareRecipe) -> Iterator[StudyMethod]:
 
 
 def _repair_of(method: StudyMethod, recipe: CompareRecipe) -> Choice:
-    """The method's repair, or the one that its splitter has by default where there is text."""
+    """Return the method's repair, or its splitter's default for calibrated conversions."""
     split = method.split_recipe()
     splitter = SPLITTERS.get(split.method.name) if split.method.name in SPLITTERS else None
     repair = split.repair
@@ -142,7 +142,7 @@ def _repair_of(method: StudyMethod, recipe: CompareRecipe) -> Choice:
 
 
 def _add(found: dict[str, dict[str, Any]], title: str, keys: dict[str, Any]) -> str:
-    """Keep keys under a title, numbered if it stands for others; the title that they have, maybe from before."""
+    """Store keys under a title, numbered if it is taken; return the title, which may exist already."""
     number = 1
     while found.setdefault(name := title if number == 1 else f"{title} {number}", keys) != keys:
         number += 1
@@ -150,10 +150,10 @@ def _add(found: dict[str, dict[str, Any]], title: str, keys: dict[str, Any]) -> 
 
 
 def plan_at(recipe: CompareRecipe, method: StudyMethod, model: DenseModel, budget: float, seed: int) -> SplitPlan:
-    """The plan of one method at one budget: sizes as given, else as they fit the budget best.
+    """Return the plan of one method at one budget: given sizes, else those that fit the budget best.
 
     Raises:
-        RefusedError: It exceeds the budget, or nothing fits, or no target holds it.
+        RefusedError: It exceeds the budget, nothing fits, or no target supports it.
     """
     given = {**method.recipe, **method.sizes.get(budget, {})}
     fixed = {key: value for key, value in recipe.calibrated().items() if recipe.calibration} | {"seed": seed}
@@ -167,15 +167,15 @@ def plan_at(recipe: CompareRecipe, method: StudyMethod, model: DenseModel, budge
             )
         given.setdefault("shared", kept)
     else:
-        given.setdefault("pad_to", PAD_TO)  # a budget is filled best by narrow steps
+        given.setdefault("pad_to", PAD_TO)  # narrow steps fill a budget best
     if _routed(method) and "top_k" not in given:
         return _fitted(recipe, method, model, budget, {**given, **fixed})
     plan = plan_split(model, method.split_recipe(**{**given, **fixed}))
     if ffn_share(plan) > budget + 1e-9:
         raise RefusedError(
-            f"the sizes that are given cost {ffn_share(plan):.4f} of the dense FFN, router and padding included, which "
+            f"the given sizes cost {ffn_share(plan):.4f} of the dense FFN, router and padding included, which "
             f"exceeds the budget.",
-            hint="Leave top_k out: k, and S unless it is given, then follow from the budget.",
+            hint="Omit top_k: k, and S unless it is given, then follow from the budget.",
         )
     return plan
 
@@ -183,7 +183,7 @@ def plan_at(recipe: CompareRecipe, method: StudyMethod, model: DenseModel, budge
 def _fitted(
     recipe: CompareRecipe, method: StudyMethod, model: DenseModel, budget: float, given: dict[str, Any]
 ) -> SplitPlan:
-    """Sizes that fit; what the target adds (gates, stubs) is known when it is planned, so it may take two rounds."""
+    """Find sizes that fit, in up to two rounds, because a target's gates and stubs are only known from a plan."""
     size = model.spec.intermediate_size
     of_active = recipe.shared_of_active if method.shared_of_active is None else method.shared_of_active
     shared = given.get("shared")
@@ -205,16 +205,16 @@ def _fitted(
             multiple = True  # for targets whose shared expert is a multiple of the others' width
             continue
         if plan.layout.expert_width != sizes.expert_width and not multiple:
-            multiple = True  # such a target took it, with wider experts
+            multiple = True  # such a target accepted it, with wider experts
             continue
         if ffn_share(plan) <= budget + 1e-9:
             return plan
-        extra += (ffn_share(plan) - sizes.share) * size  # what the target adds beyond what was counted
+        extra += (ffn_share(plan) - sizes.share) * size  # the target's additions beyond the counted ones
     raise RefusedError(f"no sizes were found that cost at most {budget:g} in {plan.target.name}.")
 
 
 def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
-    """The cells whose label or method matches a pattern (``*`` allowed), all of them if there is none.
+    """Return the cells whose label or method matches a pattern (``*`` allowed), all of them without patterns.
 
     Raises:
         UsageError: A pattern matches nothing.
@@ -230,7 +230,7 @@ def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
 
 
 def estimated_flops(cell: Cell, parent: Cost, recipe: CompareRecipe, domains: int) -> int:
-    """Floating-point operations of a cell, roughly: calibration as planned, and a dense pass over the evaluation text.
+    """Estimate the floating-point operations of a cell: calibration as planned, and a pass over the evaluation text.
 
     A mixture of experts is measured with all its experts computed. ``evaluation_tokens`` null counts as its default.
     """
@@ -240,5 +240,5 @@ def estimated_flops(cell: Cell, parent: Cost, recipe: CompareRecipe, domains: in
 
 
 def methods_of(cells: Iterable[Cell]) -> list[str]:
-    """The names of the methods, in order."""
+    """Return the names of the methods, in order."""
     return list(dict.fromkeys(cell.method for cell in cells))

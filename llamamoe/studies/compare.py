@@ -1,4 +1,4 @@
-"""``llamamoe.compare``: many conversions of one model under the same conditions, with controls, in one table."""
+"""``llamamoe.compare``: compare many conversions of one model under the same conditions, with controls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 NOMINAL_FLOPS = 5e10
-"""Floating-point operations per second for the estimate of time, until a cell has been measured."""
+"""Floating-point operations per second for estimates of time, until a cell has been measured."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class PlannedCell:
     Attributes:
         label: ``method/budget/seed``.
         kind: ``"dense"``, ``"method"`` or ``"control"``.
-        simulated: Why no file can hold it; None if one can.
+        simulated: Reason why it cannot be stored; None if it can.
         share: Active share of the FFN's multiply-adds.
         sizes: ``"7 of 24, 416 shared"`` as numbers: num_experts, top_k, expert_width, shared.
         flops: Estimate of its floating-point operations.
         seconds: Estimate of its time.
-        finished: Whether a result of the same recipe, code and source is there (the text is not looked at).
+        finished: Whether a result of the same recipe, code and source exists (the text is not compared).
     """
 
     label: str
@@ -58,14 +58,14 @@ class PlannedCell:
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """What `compare` would do.
+    """The plan of `compare`.
 
     Attributes:
         source: Name of the dense model.
-        cells: In the order in which they are done.
+        cells: Cells in the order of execution.
         flops_per_second: Rate behind the estimates of time.
-        rate_measured: Whether it comes from cells that are finished.
-        speeds: Programs and shapes whose speed is measured, some two minutes for three shapes.
+        rate_measured: Whether it comes from finished cells.
+        speeds: Programs and shapes whose speed is measured, about two minutes for three shapes.
     """
 
     source: str
@@ -76,11 +76,11 @@ class ComparisonPlan:
 
     @property
     def seconds_left(self) -> float:
-        """Of the cells that are not finished."""
+        """Estimated seconds of the unfinished cells."""
         return sum(cell.seconds for cell in self.cells if not cell.finished)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the plan as JSON-compatible data."""
         return asdict(self) | {"seconds_left": self.seconds_left}
 
 
@@ -95,9 +95,9 @@ def plan_comparison(
     """List the cells with an estimate of their cost; reads headers only. For the arguments see `compare`.
 
     Raises:
-        RefusedError: A method cannot be had at a budget; every such case is named.
+        RefusedError: A method is not possible at a budget; the message names every case.
         UsageError: A text does not exist, or ``only`` matches nothing.
-        MissingExtraError: A program whose speed is to be measured is not there.
+        MissingExtraError: A program whose speed is measured is not installed.
     """
     location, model = _open(source, tokenizer)
     everything = cells_of(recipe, model)
@@ -146,28 +146,28 @@ def compare(
 ) -> Comparison:
     """Measure every method of a study at every budget with every seed, and its controls, on the same text.
 
-    Nothing is written but results: the dense model runs with the FFNs of a conversion in the place of its own, by the
-    same protocol as `llamamoe.evaluate` (``export`` writes checkpoints too, and measures them). The dense model and one
+    Only results are written: the dense model runs with the FFNs of a conversion in place of its own, by the
+    same protocol as `llamamoe.evaluate` (``export`` also writes and measures checkpoints). The dense model and one
     conversion are in memory, in ``dtype``.
 
-    Every finished cell is a small file in ``out``, named after what it depends on: recipe, the methods' code, source
-    and text. Called again, `compare` does what is missing; a kill loses the cell that was running. Speeds are cells of their own,
-    by shape, program and machine.
+    Every finished cell is a small file in ``out``, named by a hash of its dependencies: recipe, the methods' code,
+    source and text. A second call computes the missing cells; a kill loses only the running one. Speeds are separate
+    cells, by shape, program and machine.
 
     Args:
         source: A folder, a ``.gguf`` file or a hub id.
-        out: The study's folder; made if it is not there.
+        out: The study's folder; created if missing.
         recipe: See `llamamoe.studies.recipe.load_compare_recipe`.
-        only: Do only cells whose method or label (``method/budget/seed``) matches one of these patterns; the table
+        only: Run only cells whose method or label (``method/budget/seed``) matches one of these patterns; the table
             still shows all that are finished.
         tokenizer: For a GGUF source, a folder whose tokenizer is used instead of the one in the file.
-        progress: Told how far the study is.
+        progress: Called with the progress of the study.
 
     Raises:
-        RefusedError: The source is not one that can be converted, or a method cannot be had at a budget.
+        RefusedError: The source is not one that can be converted, or a method is not possible at a budget.
         UsageError: A text does not exist, documents are in both texts, or ``only`` matches nothing.
         LlamaMoeError: A text cannot be read, or ``out`` cannot be written.
-        MissingExtraError: Speed is to be measured in a program that is not installed.
+        MissingExtraError: A program whose speed is measured is not installed.
     """
     from .engine import Engine
     from .run import StudyRun
@@ -194,7 +194,7 @@ def _open(source: str | Path, tokenizer: str | Path | None) -> tuple[Location, D
 
 
 class _Depends:
-    """What the cells of a study depend on."""
+    """The dependencies of a study's cells."""
 
     def __init__(self, recipe: CompareRecipe, model: DenseModel) -> None:
         self._study = {
@@ -205,7 +205,7 @@ class _Depends:
         self._source = content_fingerprint(model.checkpoint.tensors, model.checkpoint.config)
 
     def of(self, cell: Cell, engine: Engine | None = None) -> Dependencies:
-        """Of one cell; without an engine the text is left out."""
+        """Return the dependencies of one cell; without an engine, those on text are missing."""
         return Dependencies(
             cell=cell_facts(cell),
             study=self._study,
@@ -217,7 +217,7 @@ class _Depends:
 
 
 def _plugins(cell: Cell) -> list[type]:
-    """The classes of all methods in a cell."""
+    """Return the classes of all methods in a cell."""
     if cell.plan is None:
         return []
     recipe = cell.plan.recipe

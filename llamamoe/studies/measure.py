@@ -1,4 +1,4 @@
-"""Perplexity of conversions that are no checkpoint: the dense model runs with other FFNs in the place of its own."""
+"""Measure the perplexity of conversions in memory: the dense model runs with its FFNs replaced."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ..methods.moe_layer import ConvertedFfn
 
 
 def inputs_of(x_TH: torch.Tensor) -> LayerInputs:
-    """Tokens as a layer's inputs, to be computed where they are and as they are."""
+    """Return tokens as a layer's inputs, with their own device and dtype."""
     scale = x_TH.new_ones(1).expand(len(x_TH))
     return LayerInputs(x_TH, scale, x_TH.device, x_TH.dtype, batch_tokens=BATCH_TOKENS)
 
 
 @contextmanager
 def replaced_ffns(model: Any, ffns: Mapping[int, ConvertedFfn]) -> Iterator[None]:
-    """The model with these layers' FFNs computed by others, until the end of the context.
+    """Replace the FFNs of these layers until the end of the context.
 
-    All experts are computed and the unselected ones multiplied by zero, as plain as can be.
+    All experts are computed and the unselected ones multiplied by zero.
 
     Args:
         model: A dense model of transformers, whose decoder layers have an ``mlp``.
-        ffns: By layer.
+        ffns: Replacements by layer.
     """
     device = next(model.parameters()).device
 
@@ -52,7 +52,7 @@ def replaced_ffns(model: Any, ffns: Mapping[int, ConvertedFfn]) -> Iterator[None
 
 
 def _moved(ffn: ConvertedFfn, device: torch.device) -> ConvertedFfn:
-    """The layer with its weights where they are used, so that they are not copied there again for every batch."""
+    """Return the layer with its weights on the device in use, so that they are not copied for every batch."""
     from ..methods.layer import ExpertWeights
 
     weights = ffn.weights
@@ -63,7 +63,7 @@ def _moved(ffn: ConvertedFfn, device: torch.device) -> ConvertedFfn:
 def perplexity(
     model: Any, text: ScoringPlan, batch_size: int, advance: Callable[[int], None] = lambda tokens: None
 ) -> ModelScores:
-    """Score a model that is at hand, by the protocol of `llamamoe.evaluate`.
+    """Score a loaded model, by the protocol of `llamamoe.evaluate`.
 
     Raises:
         LlamaMoeError: A loss is not finite.

@@ -1,4 +1,4 @@
-"""How far a study is, and how much memory a cell took."""
+"""Report the progress of a study and the memory of a cell."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..progress import Progress, ProgressCallback
 
 
 def reset_peak(device: str) -> None:
-    """Begin to measure the peak anew, where the system can."""
+    """Restart the measurement of the peak, if the system supports it."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: forget the peak of resident memory
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: resets the peak of resident memory
 
 
 def peak_bytes(device: str) -> int:
-    """Most resident memory of the process since `reset_peak` (elsewhere than on Linux: since it began), and the GPU's."""
+    """Return the peak resident memory since `reset_peak` (since the start, if not on Linux), plus the GPU's."""
     most = 0
     if device.startswith("cuda"):
         most = int(torch.cuda.max_memory_allocated())
@@ -35,11 +35,11 @@ def peak_bytes(device: str) -> int:
 
 
 class Meter:
-    """Tells how far a study is, in floating-point operations, so that the time left means something.
+    """The progress of a study in floating-point operations, so that the remaining time is meaningful.
 
     Args:
-        flops: Of every cell that is to be done.
-        progress: Is told.
+        flops: Operations of every cell to run.
+        progress: The callback.
     """
 
     UNIT = 10**9
@@ -51,7 +51,7 @@ class Meter:
         self._progress = progress
 
     def cell(self, label: str, flops: int) -> Callable[[float], None]:
-        """For one cell: to be called with the share that is done."""
+        """Return a callback for one cell, to be called with the finished share."""
         start, whole = self._done, flops / self.UNIT
 
         def advance(share: float) -> None:

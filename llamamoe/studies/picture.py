@@ -1,4 +1,4 @@
-"""The picture of a study: perplexity against the active share."""
+"""Draw the picture of a study: perplexity against the active share."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .recipe import ORACLE
 from .table import Comparison, Row, number
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-"""Okabe and Ito's, which the colour-blind tell apart; each comes with a marker of its own."""
+"""Okabe and Ito's colours, which are distinguishable for the colour-blind, each with its own marker."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GREYS = (("#8A8A8A", "o"), ("#6E6E6E", "s"), ("#A5A5A5", "^"), ("#5A5A5A", "D"), ("#8A8A8A", "v"))
-_OFF_SCALE = 30.0  # times dense: what lies above is an arrow at the edge, so that the rest can be read
+_OFF_SCALE = 30.0  # times dense: larger values become an arrow at the edge, so that the rest is readable
 _SIZE = (9.0, 5.4)
 _LABEL = 9.0  # points
 _LONGEST = 44  # characters of a name
 NOTE = "#555555"
 STYLE: Any = {"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
-"""For all pictures of a study: the same on every machine."""
+"""Settings of all pictures, which make them the same on every machine."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Series:
 
 
 def draw(found: Comparison, folder: Path) -> dict[str, str]:
-    """Draw ``comparison.svg`` and ``comparison.png``; returns their names by kind.
+    """Draw ``comparison.svg`` and ``comparison.png``; return their names by kind.
 
     Perplexity on a logarithmic axis against the share of the FFN's multiply-adds that a token uses; methods in colour,
     controls in grey, the dense model as a line, oracle routers hollow in their method's colour.
@@ -67,7 +67,7 @@ def draw(found: Comparison, folder: Path) -> dict[str, str]:
 
 
 def save_figure(figure: matplotlib.figure.Figure, folder: Path, name: str) -> dict[str, str]:
-    """Write ``NAME.svg`` and ``NAME.png``, the same bytes for the same figure; returns their names by kind."""
+    """Write ``NAME.svg`` and ``NAME.png``, the same bytes for the same figure; return their names by kind."""
     files = {}
     for kind in ("svg", "png"):
         files[kind] = f"{name}.{kind}"
@@ -98,7 +98,7 @@ def _series(rows: Sequence[Row]) -> list[_Series]:
 
 
 def _frame(axes: matplotlib.axes.Axes, lines: Sequence[_Series], dense: float | None) -> float:
-    """Scales, ticks and grid; returns the largest perplexity that is on the scale."""
+    """Set scales, ticks and grid; return the largest perplexity on the scale."""
     values = [value for line in lines for _, value, _ in line.points]
     low = min([*values, dense or values[0]])
     inside = [value for value in values if value <= low * _OFF_SCALE] or [low]
@@ -156,7 +156,7 @@ def _line(axes: matplotlib.axes.Axes, line: _Series, top: float) -> None:
 
 
 def _labels(axes: matplotlib.axes.Axes, lines: Sequence[_Series], dense: float | None, top: float) -> None:
-    """Names at the right edge, moved apart where they would overlap, each tied to its last point."""
+    """Draw names at the right edge, moved apart to avoid overlaps, each tied to its last point."""
     one = max(len(line.points) for line in lines) == 1
     wanted: list[tuple[float, str, str, float]] = []  # height in points, text, colour, share of the point
     for line in lines:
@@ -197,15 +197,15 @@ def _labels(axes: matplotlib.axes.Axes, lines: Sequence[_Series], dense: float |
 
 
 def _label_room(lines: Sequence[_Series]) -> float:
-    """Share of the figure's width that the names at the right edge take."""
+    """Return the share of the figure's width that the names at the right edge take."""
     longest = max(len(line.name) for line in lines if not line.oracle or len(lines) == 1)
     points = 0.6 * _LABEL * (min(longest, _LONGEST) + 6) + 18
     return min(max(points / 72 / _SIZE[0], 0.15), 0.5)
 
 
 def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending heights moved as little as needed so that neighbours are ``gap`` apart, within limits if they fit."""
-    groups: list[list[float]] = []  # mean of wished first heights, count
+    """Move ascending heights as little as needed to be ``gap`` apart, within limits if they fit."""
+    groups: list[list[float]] = []  # mean of preferred first heights, count
     for i, height in enumerate(heights):
         groups.append([height - i * gap, 1.0])
         while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
@@ -218,7 +218,7 @@ def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> lis
 
 
 def _darker(colour: str) -> str:
-    """The colour as text on white: mixed with black until it stands out (WCAG contrast 4.5)."""
+    """Return the colour for text on white: mixed with black up to a WCAG contrast of 4.5."""
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     while _contrast(channels) < 4.5:
         channels = [0.93 * c for c in channels]

@@ -1,4 +1,4 @@
-"""Recipes of studies: which methods, at which budgets, with which seeds, on which text."""
+"""Recipes of studies: methods, budgets, seeds and text."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ DENSE, RANDOM, STATIC, ORACLE = "dense", "random", "static", "oracle router"
 SIZES = ("num_experts", "top_k", "shared", "pad_to")
 _STUDY = ("calibration", "calibration_tokens", "calibration_weights", "calibration_length", "compute_dtype", "device",
           "seed", "shard_size", "card", "strict")  # fmt: skip
-"""Keys of a split's recipe that the study decides, the same for all its methods."""
+"""Keys of a split's recipe that the study sets for all its methods."""
 
 Budget = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 class StudyMethod(BaseModel):
-    """One entry of ``methods``: a name, and what is given of a split's recipe."""
+    """One entry of ``methods``: a name, and keys of a split's recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[
         str,
         form(r"[^/\\|\x00-\x1f]{1,60}", "must have 1 to 60 characters, none of them /, \\, | or a control character"),
-    ] = Field(description="What the table calls it.")
-    shared_of_active: float | None = Field(None, ge=0, lt=1, description="In the place of the study's.")
-    budgets: tuple[Budget, ...] | None = Field(None, description="In the place of the study's.")
+    ] = Field(description="Name in the table.")
+    shared_of_active: float | None = Field(None, ge=0, lt=1, description="Overrides the study's.")
+    budgets: tuple[Budget, ...] | None = Field(None, description="Overrides the study's.")
     sizes: dict[Budget, dict[str, Any]] = Field(
         default_factory=dict, description="num_experts, top_k, shared and pad_to for single budgets."
     )
@@ -53,7 +53,7 @@ class StudyMethod(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, value: Any) -> Any:
-        """Accept a method's name, or a mapping in which keys of a split's recipe stand beside our own."""
+        """Accept a method's name, or a mapping in which keys of a split's recipe are mixed with the entry's own."""
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping) or "recipe" in value:
@@ -71,7 +71,7 @@ class StudyMethod(BaseModel):
         unknown = [key for key in self.recipe if key not in SplitRecipe.model_fields]
         lines += [f"{key}: unknown key. {near_misses(key, [k for k in known if k not in _STUDY])}" for key in unknown]
         if "method" not in self.recipe:
-            lines.append(f"names no method. {near_misses(self.name, SPLITTERS.names())}")
+            lines.append(f"does not name a method. {near_misses(self.name, SPLITTERS.names())}")
         for budget, sizes in self.sizes.items():
             wrong = [key for key in sizes if key not in SIZES]
             lines += [f"sizes.{budget:g}.{key}: unknown key. {near_misses(key, list(SIZES))}" for key in wrong]
@@ -86,24 +86,24 @@ class StudyMethod(BaseModel):
         return self
 
     def split_recipe(self, **more: Any) -> SplitRecipe:
-        """A complete recipe; ``more`` comes on top."""
+        """Return a complete recipe; ``more`` overrides keys."""
         return build_recipe(self.recipe | more)
 
 
 class CompareRecipe(Recipe):
     """Everything that decides what ``llamamoe compare`` measures."""
 
-    methods: tuple[StudyMethod, ...] = Field(description="What is compared.")
+    methods: tuple[StudyMethod, ...] = Field(description="The methods to compare.")
     evaluation: Paths = Field(min_length=1, description="Text to measure perplexity on: files, folders or globs.")
     evaluation_tokens: int | None = Field(8192, ge=2, description="Tokens of each domain; null takes all.")
-    context_length: int | None = Field(None, ge=2, description="Tokens of a window; null: the model's, at most 2048.")
+    context_length: int | None = Field(None, ge=2, description="Tokens per window; null: the model's, at most 2048.")
     calibration: CalibrationText = ()
     calibration_tokens: CalibrationTokens = 65536
     calibration_weights: CalibrationWeights = None
     calibration_length: CalibrationLength = None
     budgets: tuple[Budget, ...] = Field(
         (0.5,),
-        description="Most active multiply-adds of the FFN per token, as shares of the dense FFN's.",
+        description="Maximum active multiply-adds of the FFN per token, as shares of the dense FFN's.",
     )
     seeds: tuple[Seed, ...] | dict[Budget, tuple[Seed, ...]] = Field(
         (0,), description="Seeds of everything random; a mapping gives them budget by budget."
@@ -113,22 +113,24 @@ class CompareRecipe(Recipe):
         True, description="Add dense, random, static pruning, and each method with an oracle router."
     )
     static_by: Annotated[Choice, choose(SELECTORS)] = Field(
-        Choice(name="power"), validate_default=True, description="Which neurons static pruning keeps."
+        Choice(name="power"),
+        validate_default=True,
+        description="The selector of the neurons that static pruning keeps.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the models are measured in.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype in which the models are measured.")
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="What large products of a calibration compute in; null: as in dtype."
+        None, description="Dtype of large products of a calibration; null: as in dtype."
     )
-    device: Device = Field("auto", description="Where everything runs: auto, cpu, cuda, cuda:1, ...")
+    device: Device = Field("auto", description="Device: auto, cpu, cuda, cuda:1, ...")
     batch_size: int = Field(8, ge=1, description="Windows that run together.")
     speed: tuple[Literal["transformers", "llama.cpp"], ...] = Field(
         (), description="Programs in which the speed of every shape is measured, beside dense and static pruning."
     )
     speed_shape: Literal["1B", "source"] = Field(
-        "1B", description="The model that speeds are measured on: one of random weights of this size, or the source."
+        "1B", description="The model for measuring speeds: one of random weights of this size, or the source."
     )
     export: Literal["none", "first", "all"] = Field(
-        "none", description="Write checkpoints too and measure them: of the first cell of each method, or of all."
+        "none", description="Also write and measure checkpoints: of the first cell of each method, or of all."
     )
 
     @model_validator(mode="after")
@@ -151,11 +153,11 @@ class CompareRecipe(Recipe):
         return self
 
     def seeds_of(self, budget: float) -> tuple[int, ...]:
-        """The seeds at one budget."""
+        """Return the seeds at one budget."""
         return self.seeds[budget] if isinstance(self.seeds, dict) else self.seeds
 
     def calibrated(self) -> dict[str, Any]:
-        """The keys of a split's recipe that the study decides for all methods that need text."""
+        """Return the keys of a split's recipe that the study sets for all methods that need text."""
         return {
             "calibration": self.calibration,
             "calibration_tokens": self.calibration_tokens,

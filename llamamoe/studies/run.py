@@ -1,4 +1,4 @@
-"""One run of a study: the cells that are missing, one after the other, and the table of all that are finished."""
+"""Run a study: the missing cells, one after the other, and the table of all finished ones."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ JSON_FILE, MARKDOWN_FILE = "comparison.json", "comparison.md"
 
 
 class StudyRun:
-    """The cells of a study, those that are finished and those that are to be done.
+    """The finished and the missing cells of a study.
 
     Args:
         recipe: The study.
-        engine: What measures a cell.
-        folder: Where results are kept.
-        cells: Every cell and what its result depends on, in the table's order.
+        engine: The engine that measures cells.
+        folder: Folder of the results.
+        cells: Every cell with its dependencies, in the table's order.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StudyRun:
         self._parent: Cost = next(cell.plan for cell in self._cells if cell.plan is not None).parent_cost
 
     def do(self, wanted: Set[str], progress: ProgressCallback) -> list[tuple[str, str]]:
-        """Do the cells with these labels that are missing; returns label and reason of those that failed."""
+        """Run the missing cells with these labels; return label and reason of those that failed."""
         todo = [
             cell
             for cell in self._cells
@@ -85,7 +85,7 @@ class StudyRun:
     def finish(
         self, location: Location, failed: list[tuple[str, str]], speed: StudySpeed, warnings: Sequence[str]
     ) -> Comparison:
-        """Gather what is there, and write table and pictures."""
+        """Gather the results, and write table and pictures."""
         there = [result for result in self._results.values() if result is not None]
         bad = {label for label, _ in failed}
         pending = [label for label, result in self._results.items() if result is None and label not in bad]
@@ -124,7 +124,7 @@ def _parameters(cell: Cell, parent: Cost) -> dict[str, int]:
 
 
 def _to_export(recipe: CompareRecipe, cells: list[Cell]) -> set[str]:
-    """Labels of the cells whose checkpoints are to be written."""
+    """Return the labels of the cells whose checkpoints are written."""
     possible = [cell for cell in cells if cell.plan is not None and not cell.oracle]
     first = {cell.method: cell.label for cell in reversed(possible)}
     everything = {cell.label for cell in possible}

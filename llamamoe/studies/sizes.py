@@ -1,4 +1,4 @@
-"""How many experts, how wide, how many of them and how many shared neurons fit a budget.
+"""Choose number and width of experts, selected experts and shared neurons for a budget.
 
 Everything is counted in neurons: one is three rows of H multiply-adds (gate, up, down), so that a router of N rows
 costs N / 3 neurons for every token.
@@ -15,14 +15,14 @@ from ..errors import RefusedError
 
 USUAL_EXPERTS = 24
 SHARED_GATE = 1 / 3
-"""What the gate of a shared expert costs (one row)."""
+"""Cost of the gate of a shared expert (one row)."""
 _REACH = 1 / 16  # of F: how far S may move to fill the budget
-_STRAY = 0.4  # neurons of use that one neuron of moving S must bring at least
+_STRAY = 0.4  # minimum gain in used neurons per neuron by which S moves
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a conversion and what they cost.
+    """Sizes of a conversion and their cost.
 
     Attributes:
         num_experts: N.
@@ -40,7 +40,7 @@ class Sizes:
 
 
 def usual_experts(spec: DenseSpec, shared_share: float, pad_to: int = 8) -> int:
-    """The number of experts for one who has no other wish: 24, or what a small FFN gives without much padding."""
+    """Return the default number of experts: 24, or the number that a small FFN allows without much padding."""
     routed = round(spec.intermediate_size * (1 - shared_share))
     return max(2, min(USUAL_EXPERTS, routed // (2 * pad_to)))
 
@@ -55,21 +55,21 @@ def sizes_for_budget(
     fixed: float = SHARED_GATE,
     multiple: bool = False,
 ) -> Sizes:
-    """The sizes that use a budget best: most neurons a token that are not padding, router included in the cost.
+    """Return the sizes that use a budget best: most neurons per token without padding, router included in the cost.
 
-    S may move by a sixteenth of the FFN from what is wished, if that fills the budget better. O(F / pad_to).
+    S may move by a sixteenth of the FFN from the preferred value, if that fills the budget better. O(F / pad_to).
 
     Args:
         spec: The dense model.
-        budget: Most active multiply-adds of the FFN per token, as a share of the dense FFN's.
-        num_experts: N; None for what fills the budget best, near `usual_experts`.
+        budget: Maximum active multiply-adds of the FFN per token, as a share of the dense FFN's.
+        num_experts: N; None for the number that fills the budget best, near `usual_experts`.
         shared_share: S as a share of F; 0 for no shared neurons.
         pad_to: W is a multiple of this.
-        fixed: What every token pays besides, in neurons: the gate of a shared expert, a stub.
-        multiple: Whether S must be a multiple of W (for the targets that say so).
+        fixed: Additional cost of every token, in neurons: the gate of a shared expert, a stub.
+        multiple: Whether S must be a multiple of W (for targets that require it).
 
     Raises:
-        RefusedError: Nothing fits; the message names the smallest budget that would.
+        RefusedError: Nothing fits; the message names the smallest sufficient budget.
     """
     size = spec.intermediate_size
     usual = usual_experts(spec, shared_share, pad_to)
@@ -96,12 +96,12 @@ def sizes_for_budget(
             f"beside about {shared_share:.3g} shared neurons; the smallest budget is {least[0] / size + 5e-4:.3f}"
         )
     raise RefusedError(
-        f"{message}.", hint="Share fewer neurons, or take more (so narrower) or fewer experts (a smaller router)."
+        f"{message}.", hint="Share fewer neurons, or use more (hence narrower) or fewer experts (a smaller router)."
     )
 
 
 def _candidates(size: int, experts: int, share: float, pad_to: int, multiple: bool) -> Iterator[tuple[int, int]]:
-    """Pairs of S and W near the wish, the nearest first."""
+    """Yield pairs of S and W near the preferred ones, the nearest first."""
     if multiple and share > 0:
         widths = {m: round_up(-(-size // (experts + m)), pad_to) for m in range(1, 4 * experts)}
         pairs = [(m * width, width) for m, width in widths.items() if experts <= size - m * width]

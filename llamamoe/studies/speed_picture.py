@@ -1,4 +1,4 @@
-"""The picture of quality against speed: perplexity over the dense model's, against measured speed over the dense model's."""
+"""Draw quality against speed: perplexity and measured speed, both relative to the dense model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from .table import Comparison, Row, number, speed_tasks
 
 _WIDTH, _HEIGHT = 3.7, 3.3  # inches of one panel
 _GREYS = ("#5A5A5A", "#8A8A8A", "#A5A5A5")
-_OFF_SCALE = 10.0  # times the best at the same place: what lies above would press the rest together
+_OFF_SCALE = 10.0  # times the best at the same speed: larger values would compress the rest
 
 
 def draw_speed(found: Comparison, folder: Path) -> dict[str, str]:
-    """Draw ``speed.svg`` and ``speed.png``: a panel for each program and task; returns their names by kind.
+    """Draw ``speed.svg`` and ``speed.png``: a panel for each program and task; return their names by kind.
 
-    Methods in colour, static pruning in grey, each a line through its budgets; the frontier joins measured points that no
-    other beats in both. Bars are the smallest and largest ratio over the turns. Nothing is drawn if nothing was measured.
+    Methods in colour, static pruning in grey, each a line through its budgets; the frontier joins measured points that
+    no other beats in both. Bars are the minimum and maximum ratio over the rounds. Nothing is drawn if nothing was
+    measured.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -54,7 +55,7 @@ def draw_speed(found: Comparison, folder: Path) -> dict[str, str]:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of the points ``(speed, perplexity)`` that no other equals or beats in both, by speed."""
+    """Return the points ``(speed, perplexity)`` that no other equals or beats in both, by speed."""
     best: list[tuple[float, float]] = []
     for speed, perplexity in sorted(set(points), key=lambda point: (-point[0], point[1])):
         if not best or perplexity < best[-1][1]:
@@ -102,7 +103,7 @@ def _words(task: str) -> str:
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Colour and marker by method: the best method gets the strongest colour, pruning and other controls grey."""
+    """Return colour and marker by method: the best gets the strongest colour, pruning and other controls grey."""
     kinds = {row.method: row.kind for row in rows}
     methods = [name for name, kind in kinds.items() if kind == "method" and not name.startswith(STATIC)]
     methods.sort(key=lambda name: min(row.perplexity for row in rows if row.method == name))

@@ -1,4 +1,4 @@
-"""Finished cells, one small file each, and what they depend on."""
+"""Store finished cells, one small file each, with their dependencies."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from .cells import Cell
 
 FOLDER = "cells"
 _SEAL = "sha256"
-"""Key of a file under which the hash of all else in it stands."""
+"""Key of a file that holds the hash of the rest of it."""
 _PACKAGE = __name__.split(".")[0]
 _METHODS = ("methods", "calibration", "architectures.rescales", "checkpoint.tensors", "conversion.assembly",
             "conversion.layer", "numerics")  # fmt: skip
-"""Packages and modules that make a conversion what it is: imports of them are followed."""
+"""Packages and modules that determine a conversion: imports of them are followed."""
 _ALIGNED = ("alignment.align", "alignment", "conversion.aligning")
-"""The same where all layers are learned together."""
+"""The same for layers that are learned together."""
 _ALWAYS = ("conversion.layer", "methods.moe_layer", "methods.layer", "evaluation.perplexity", "evaluation.scoring",
            "models.loading", "models.streaming", "data.encoding", "studies.in_memory", "studies.measure")  # fmt: skip
-"""Modules that decide every cell."""
+"""Modules that affect every cell."""
 _OF_TEXT = frozenset(
     {"calibration_tokens", "calibration_weights", "calibration_length", "compute_dtype", "repair_passes"}
 )
-"""Keys that count only where calibration text is read."""
+"""Keys that matter only if calibration text is read."""
 _NOT_NUMBERS = frozenset({"card", "shard_size", "strict", "device", "calibration", "require", "prefer"})
-"""Keys of a split's recipe that change no number (sizes are chosen when a cell is planned); the text counts by its tokens."""
+"""Keys of a split's recipe that do not affect results; the text counts by its tokens."""
 
 
 @dataclass(frozen=True)
 class Dependencies:
-    """What a cell's result depends on; the key is a hash of all of it.
+    """The dependencies of a cell's result; the key is a hash of all of them.
 
     Attributes:
         cell: Method, sizes, seed and options.
-        study: How it is measured.
-        code: Hash of the sources of the methods in it.
+        study: Settings of the measurement.
+        code: Hash of the sources of its methods.
         source: Fingerprint of the dense checkpoint.
-        calibration: Hash of the calibration tokens; None for a cell that takes none.
-        evaluation: Hash of the evaluation tokens; None where it is not known yet.
+        calibration: Hash of the calibration tokens; None for a cell without calibration.
+        evaluation: Hash of the evaluation tokens; None if not known yet.
     """
 
     cell: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Dependencies:
     evaluation: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the dependencies as JSON-compatible data."""
         return {
             "llamamoe": __version__,
             "cell": dict(self.cell),
@@ -73,25 +73,25 @@ class Dependencies:
         }
 
     def key(self) -> str:
-        """SHA-256 of everything."""
+        """Return the SHA-256 of all dependencies."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def matches_but_text(self, stored: Mapping[str, Any]) -> bool:
-        """Whether stored dependencies are these, the text aside."""
+        """Return whether stored dependencies equal these, except for the text."""
         texts = {"calibration": None, "evaluation": None}
         mine = json.loads(json.dumps(self.to_json() | texts))
         return bool({**stored, **texts} == mine)
 
 
 def cell_facts(cell: Cell) -> dict[str, Any]:
-    """What makes a cell different from others, as plain data."""
+    """Return the facts that distinguish a cell from others, as JSON-compatible data."""
     if cell.plan is None:
         return {"dense": True}
     return {"oracle": cell.oracle, "recipe": recipe_facts(cell.plan)}
 
 
 def recipe_facts(plan: SplitPlan) -> dict[str, Any]:
-    """Return the keys of a plan's recipe that change a number, as plain data."""
+    """Return the keys of a plan's recipe that affect results, as JSON-compatible data."""
     left_out = _NOT_NUMBERS if plan.calibration else _NOT_NUMBERS | _OF_TEXT
     return {k: v for k, v in plan.recipe.model_dump(mode="json").items() if k not in left_out}
 
@@ -107,20 +107,20 @@ class CellStore:
         self.folder = out / FOLDER
 
     def path(self, cell: Cell, key: str) -> Path:
-        """Where a cell's result lies."""
+        """Return the path of a cell's result."""
         return self.folder / f"{_file_name(cell)}.{key[:12]}.json"
 
     def load(self, cell: Cell, key: str) -> dict[str, Any] | None:
-        """The result of a cell, or None if there is none of this key."""
+        """Return the result of a cell, or None if there is none with this key."""
         found = read_result(self.path(cell, key))
         return found if found is not None and found.get("key") == key else None
 
     def save(self, cell: Cell, key: str, depends: Dependencies, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a result, whole or not at all; returns it as it will be read."""
+        """Write a result, whole or not at all; return it as it will be read."""
         return write_result(self.path(cell, key), {"key": key, "depends": depends.to_json(), **result})
 
     def finished_but_text(self, cell: Cell, depends: Dependencies) -> dict[str, Any] | None:
-        """A result whose dependencies agree, whatever text it is of (for a plan, which reads no text)."""
+        """Return a result whose dependencies agree except for the text (for a plan, which reads no text)."""
         for path in sorted(self.folder.glob(f"{_file_name(cell)}.*.json")):
             found = read_result(path)
             if found is not None and depends.matches_but_text(found.get("depends", {})):
@@ -132,7 +132,7 @@ def write_file(path: Path, text: str) -> None:
     """Write a small file whole or not at all, its folder too.
 
     Raises:
-        LlamaMoeError: The system does not let us.
+        LlamaMoeError: The file cannot be written.
     """
     try:
         make_folder(path.parent)
@@ -140,7 +140,7 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:
         raise LlamaMoeError(
             f"{path} cannot be written: {error.strerror or error}.",
-            hint="Finished cells are kept: the same command goes on.",
+            hint="Finished cells are kept: the same command continues.",
         ) from error
 
 
@@ -149,10 +149,10 @@ def _file_name(cell: Cell) -> str:
 
 
 def write_result(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Write an object with its hash, whole or not at all; returns it as `read_result` will give it.
+    """Write an object with its hash, whole or not at all; return it as `read_result` will.
 
     Raises:
-        LlamaMoeError: The system does not let us.
+        LlamaMoeError: The file cannot be written.
     """
     plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
     write_file(path, json.dumps({**plain, _SEAL: _hash(plain)}, indent=1) + "\n")
@@ -160,14 +160,14 @@ def write_result(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The object in a small file; None for one that is missing, broken or changed, so that it is done again."""
+    """Return the object in a small file; None if it is missing, broken or changed, so that it is computed again."""
     try:
         data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(data, dict):
         return None
-    seal = data.pop(_SEAL, None)  # older files have none
+    seal = data.pop(_SEAL, None)  # older files have no hash
     return data if seal in (None, _hash(data)) else None
 
 
@@ -176,13 +176,13 @@ def _hash(data: Mapping[str, Any]) -> str:
 
 
 def code_version(plugins: Iterable[type], *, aligned: bool = False) -> str:
-    """A hash of the sources of these plug-ins, of the method modules that they import, and of what runs every cell.
+    """Return a hash of the sources of these plug-ins, the method modules they import, and modules of every cell.
 
-    Comments, docstrings and formatting do not count. Adding a method changes the hash of no other.
+    Comments, docstrings and formatting are ignored. Adding a method does not change the hash of others.
 
     Args:
-        plugins: Classes.
-        aligned: Alignment counts, too.
+        plugins: Classes of the plug-ins.
+        aligned: Whether to include alignment.
     """
     modules = {f"{_PACKAGE}.{name}" for name in _ALWAYS + _ALIGNED * aligned}
     modules |= {plugin.__module__ for plugin in plugins}
@@ -204,13 +204,13 @@ def _closure(modules: frozenset[str], within: tuple[str, ...] = _METHODS) -> dic
 
 
 def _within(module: str, within: tuple[str, ...]) -> bool:
-    """Return whether a module is one of those that make a conversion what it is, or lies in one."""
+    """Return whether a module is one of those that determine a conversion, or inside one."""
     return any(f"{module}.".startswith(f"{_PACKAGE}.{name}.") for name in within)
 
 
 @functools.lru_cache(maxsize=256)
 def _source(name: str) -> tuple[str, tuple[str, ...]]:
-    """Hash of a module's syntax tree without docstrings, and the modules of this package that it imports from."""
+    """Return a hash of a module's syntax tree without docstrings, and the package's modules that it imports."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return name, ()
@@ -230,7 +230,7 @@ def _source(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def sha256_of(*arrays: Any) -> str:
-    """Hash of numpy arrays: shapes, types and contents."""
+    """Return a hash of numpy arrays: shapes, types and contents."""
     digest = hashlib.sha256()
     for array in arrays:
         array = np.ascontiguousarray(array)

@@ -1,4 +1,4 @@
-"""The speeds of a study: of every shape in it, measured once, and given to the rows that have this shape."""
+"""Measure the speeds of a study: each shape once, then assigned to the rows with this shape."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .table import Row
 
 
 class StudySpeed:
-    """What is measured of the shapes of a study's cells.
+    """The measurements of the shapes of a study's cells.
 
     Args:
         recipe: The study.
         cells: Its cells.
-        folder: Where results are kept.
+        folder: Folder of the results.
         location: The source.
         tokenizer: For a GGUF source, a folder whose tokenizer is used instead of the one in the file.
 
@@ -47,12 +47,12 @@ class StudySpeed:
         self._store: SpeedStore | None = None
         if recipe.speed:
             for program in recipe.speed:
-                runtime(program)  # refused before the study begins
+                runtime(program)  # refused before the study starts
             model = location.path if recipe.speed_shape == SOURCE else MODEL_SHAPES[recipe.speed_shape]
             self._store = SpeedStore(folder, model, tokenizer=tokenizer)
 
     def measure(self, labels: Set[str], progress: ProgressCallback) -> tuple[str, ...]:
-        """Measure what is missing of the cells with these labels; returns what could not be measured, and why."""
+        """Measure missing speeds of the cells with these labels; return the failed ones with reasons."""
         if self._store is None:
             return ()
         wanted = wanted_speeds(self._recipe, [cell for cell in self._cells if cell.label in labels])
@@ -67,14 +67,14 @@ class StudySpeed:
         return tuple(f"not measured: {each.label}: {reason}" for each, reason in failed)
 
     def results(self) -> tuple[dict[str, Any], ...]:
-        """All that is measured of the study's shapes, without what it depends on."""
+        """Return all measurements of the study's shapes, without their dependencies."""
         if self._store is None:
             return ()
         found = (self._store.load(each) for each in wanted_speeds(self._recipe, self._cells))
         return tuple({k: v for k, v in each.items() if k != "depends"} for each in found if each is not None)
 
     def given_to(self, rows: Sequence[Row]) -> tuple[Row, ...]:
-        """The rows with the speeds of their shapes; the dense row has the dense model's own rates."""
+        """Return the rows with the speeds of their shapes; the dense row has the dense model's own rates."""
         if self._store is None:
             return tuple(rows)
         shapes = {
@@ -97,7 +97,7 @@ class StudySpeed:
 
 
 def _dense(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The dense model's rates, the median over all runs."""
+    """Return the dense model's rates, the median over all runs."""
     found: dict[str, dict[str, list[float]]] = {}
     for each in results:
         for task, rate in each["rates"][DENSE].items():

@@ -1,4 +1,4 @@
-"""What a study found: cells gathered over their seeds."""
+"""The results of a study: cells gathered over their seeds."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ class Row:
     Attributes:
         method: Its name in the recipe, or a control's.
         kind: ``"dense"``, ``"method"`` or ``"control"``.
-        simulated: Why no file can hold it; None if one can.
-        budget: Share of the dense FFN's multiply-adds that was allowed; None for the dense model.
-        share: Share that it takes, router, padding and stubs included.
-        active_parameters: Of the whole model, per token.
-        total_parameters: Of the whole model.
+        simulated: Reason why it cannot be stored; None if it can.
+        budget: Permitted share of the dense FFN's multiply-adds; None for the dense model.
+        share: Actual share, router, padding and stubs included.
+        active_parameters: Active parameters of the whole model, per token.
+        total_parameters: Parameters of the whole model.
         sizes: ``num_experts``, ``top_k``, ``expert_width``, ``shared`` and ``target``; empty for the dense model.
-        seeds: The seeds that are done.
+        seeds: The finished seeds.
         loss: Mean over seeds of the mean over domains of the loss, in nats.
         perplexity: Mean over seeds of the exponential of it.
         perplexity_stdev: Sample standard deviation over seeds; None for one seed.
-        ratio: ``perplexity`` over the dense model's; None if that is not done.
-        ratio_stdev: Likewise.
+        ratio: ``perplexity`` over the dense model's; None if that is not finished.
+        ratio_stdev: Its sample standard deviation.
         domains: Perplexity of every domain, mean over seeds.
-        recall_at_k: Mean over layers and seeds of the router's recall against the oracle, where it was measured.
-        captured: Likewise, the contribution captured.
+        recall_at_k: Mean over layers and seeds of the router's recall against the oracle, if measured.
+        captured: The captured contribution, averaged likewise.
         output_error: Mean over layers and seeds of the relative error of the FFN's output on the calibration text.
         seconds: Mean time of a cell.
-        peak_bytes: Most resident memory of the process in a cell.
+        peak_bytes: Peak resident memory of the process in a cell.
         exported_ratio: Largest factor between a written checkpoint's perplexity and the one here, either way; None if
             none was written.
-        speed: By program and task a `llamamoe.studies.speed.measure.Rate` as plain data, where it was measured.
+        speed: By program and task a `llamamoe.studies.speed.measure.Rate` as JSON-compatible data, if measured.
     """
 
     method: str
@@ -65,20 +65,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `llamamoe.compare` found.
+    """The result of `llamamoe.compare`.
 
     Attributes:
         source: Name of the dense model.
         rows: The dense model, then budget by budget (the largest first) by perplexity.
-        cells: What each finished cell's file holds, without what it depends on.
-        pending: Labels of the selected cells that are not done.
-        failed: Label and reason of cells that could not be done.
-        protocol: How perplexity was measured, in words.
-        text: How much text of which domains; for calibration also where it came from.
+        cells: The content of each finished cell's file, without its dependencies.
+        pending: Labels of the selected cells that are not finished.
+        failed: Label and reason of failed cells.
+        protocol: Description of the perplexity measurement.
+        text: Amount of text by domain; for calibration also its origin.
         recipe: The study's recipe.
-        warnings: For the user.
-        files: What was written: ``json``, ``markdown``, and the pictures if they could be drawn.
-        speeds: What each measured shape's file holds, without what it depends on.
+        warnings: Sentences for the user.
+        files: Written files: ``json``, ``markdown``, and the pictures if they could be drawn.
+        speeds: The content of each measured shape's file, without its dependencies.
     """
 
     source: str
@@ -94,7 +94,7 @@ class Comparison:
     speeds: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the comparison as JSON-compatible data."""
         return asdict(self)
 
 
@@ -102,7 +102,7 @@ def rows_of(cells: Sequence[Mapping[str, Any]]) -> tuple[Row, ...]:
     """Gather finished cells by method and budget.
 
     Args:
-        cells: What `llamamoe.studies.engine.Engine.measure` returned.
+        cells: Results of `llamamoe.studies.engine.Engine.measure`.
     """
     dense = next((cell["perplexity"] for cell in cells if cell["kind"] == "dense"), None)
     groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
@@ -143,7 +143,7 @@ def _row(group: Sequence[Mapping[str, Any]], dense: float | None) -> Row:
 
 
 def _layers_mean(group: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Mean over layers and seeds; an oracle has no quality to speak of."""
+    """Return the mean over layers and seeds; oracles have no router quality."""
     found = []
     for cell in group:
         if cell["simulated"] and name != "output_error":
@@ -156,19 +156,19 @@ def _layers_mean(group: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def number(value: float) -> str:
-    """A perplexity or ratio with four digits: ``36.58``, ``1,204``, ``3.3e+06``."""
+    """Format a perplexity or ratio with four digits: ``36.58``, ``1,204``, ``3.3e+06``."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:.1e}" if value >= 1e6 else f"{value:,.0f}" if value >= 999.5 else f"{value:.4g}"
 
 
 def with_spread(value: float, spread: float | None) -> str:
-    """``88.1 +-0.4``; without the deviation where there is one seed."""
+    """Format ``88.1 +-0.4``, without the deviation if there is one seed."""
     return number(value) if spread is None else f"{number(value)} +-{spread:.2g}"
 
 
 def shape(sizes: Mapping[str, Any]) -> str:
-    """``7 of 24, 416 shared``; what is kept, for pruning."""
+    """Format ``7 of 24, 416 shared``, or the number of kept neurons for pruning."""
     if not sizes:
         return ""
     shared = f"{sizes['shared']:,}"
@@ -179,7 +179,7 @@ def shape(sizes: Mapping[str, Any]) -> str:
 
 
 def markdown(found: Comparison) -> str:
-    """The study as a page: tables, and how it was measured."""
+    """Return the study as a Markdown page: tables, and a description of the measurement."""
     lines = [f"# {found.source}: ways to convert it, compared", ""]
     if "svg" in found.files:
         lines += [f"![Perplexity against active share]({found.files['svg']})", ""]
@@ -195,7 +195,7 @@ def markdown(found: Comparison) -> str:
     lines += ["", "## How it was measured", "", found.protocol, ""]
     lines += [
         "Active share: multiply-adds of the FFNs per token, router, padding and stubs included, as a share of the dense "
-        "model's. +- is the sample standard deviation over seeds. An oracle router is told every expert's contribution: "
+        "model's. +- is the sample standard deviation over seeds. An oracle router has access to every expert's contribution: "
         "simulated, it cannot be exported.",
     ]
     for title, items in (("Not done", [*found.pending, *(f"{a}: {b}" for a, b in found.failed)]),
@@ -206,19 +206,19 @@ def markdown(found: Comparison) -> str:
 
 
 def speed_tasks(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Program and task of every speed that some row has."""
+    """Return program and task of every speed that any row has."""
     return list(
         dict.fromkeys((program, task) for row in rows for program, tasks in row.speed.items() for task in tasks)
     )
 
 
 def over_dense(rate: Mapping[str, float] | None) -> str:
-    """``1.62 (1.55-1.70)``: the rate over the dense model's, and its smallest and largest over the turns."""
+    """Format ``1.62 (1.55-1.70)``: the rate over the dense model's, and its minimum and maximum over the rounds."""
     return "" if rate is None else f"{rate['ratio']:.2f} ({rate['lowest']:.2f}-{rate['highest']:.2f})"
 
 
 def speed_protocol(speeds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How speeds were measured, in a sentence for each program."""
+    """Describe the measurement of speeds, in a sentence per program."""
     said = []
     for each in speeds:
         load, model = each["load"], each["model"]
@@ -232,7 +232,7 @@ def speed_protocol(speeds: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _markdown_speed(found: Comparison) -> list[str]:
-    """The table of speeds, over the dense model's; empty where none was measured."""
+    """Return the table of speeds, over the dense model's; empty if none was measured."""
     tasks = speed_tasks(found.rows)
     if not tasks:
         return []

@@ -49,7 +49,7 @@ def test_the_divergence_for_people(run: Run, source: Path, text: Path) -> None:
     for part in (
         "nats per token",
         "kept dense",
-        "simulated: no architecture of transformers holds it",
+        "simulated: no architecture of transformers supports it",
         "experts of",
         "By number of dense layers",
         "keep_dense:",
@@ -74,4 +74,4 @@ def test_usage_errors(run: Run, source: Path, text: Path, more: tuple[str, ...],
 
 
 def test_too_small_a_budget_is_refused(run: Run, source: Path, text: Path) -> None:
-    assert "the smallest that is possible" in run("budget", source, "--budget", "0.05", *flags(text), code=3).stderr
+    assert "the smallest possible" in run("budget", source, "--budget", "0.05", *flags(text), code=3).stderr

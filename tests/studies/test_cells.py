@@ -117,7 +117,7 @@ def test_given_sizes_are_taken_or_refused(dense: Path, tmp_path: Path) -> None:
     found = [c for c in cells(dense, tmp_path, methods=[method], controls=False) if c.plan]
     assert [(c.plan.layout.top_k, c.plan.layout.num_shared) for c in found if c.plan] == [(1, 44)]
     method["sizes"] = {0.5: {"num_experts": 4, "top_k": 3, "shared": 44}}
-    with pytest.raises(RefusedError, match=r"mine at 0.5: the sizes that are given cost 0\.\d+ .* exceeds the budget"):
+    with pytest.raises(RefusedError, match=r"mine at 0.5: the given sizes cost 0\.\d+ .* exceeds the budget"):
         cells(dense, tmp_path, methods=[method], controls=False)
 
 

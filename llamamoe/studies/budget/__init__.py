@@ -1,1 +1,1 @@
-"""How many neurons each layer may use, for a given number of active parameters."""
+"""Choose the number of neurons per layer for a given number of active parameters."""

@@ -1,4 +1,4 @@
-"""``llamamoe.budget``: under one global budget, which layers stay dense, and what the others get."""
+"""``llamamoe.budget``: choose under one global budget which layers stay dense, and the sizes of the others."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from .sensitivities.base import Task
 from .sensitivities.curves import Curves
 from .sizes import Sizer
 
-SIMULATED = "simulated: no architecture of transformers holds it"
+SIMULATED = "simulated: no architecture of transformers supports it"
 SMALLER = 0.75
-"""A measure that converts layers does so at the budget, and at this share of it for every further point."""
+"""Ratio of successive shares at which layers are converted for a measurement, starting from the budget."""
 _GRID = 64
 
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """One layer.
+    """The budget of one layer.
 
     Attributes:
         layer: Its index.
         dense: Whether it stays dense.
-        damage_uniform: What it loses when all layers are converted alike.
-        damage: What it loses in the allocation; 0 if it stays dense.
+        damage_uniform: Damage if all layers are converted alike.
+        damage: Damage in the allocation; 0 if it stays dense.
         simulated_shared: Shared neurons if every layer could have its own number (F: dense); None if nothing fits.
     """
 
@@ -52,30 +52,31 @@ class LayerBudget:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What `budget` found.
+    """The result of `budget`.
 
     Attributes:
         source: The dense model.
-        budget: Most mean active share of the FFNs.
-        measure: How sensitivity was measured.
-        unit: What damages are counted in.
-        target: The architecture that can hold it.
-        dense_form: Which layers that architecture lets stay dense.
+        budget: Maximum mean active share of the FFNs.
+        measure: The measure of sensitivity.
+        unit: Unit of damages.
+        target: The architecture that supports it.
+        dense_form: The layers that can stay dense in that architecture.
         keep_dense: Layers that stay dense, ascending.
         num_experts: N of the other layers.
         top_k: k.
         expert_width: W, padding included.
         shared: S.
-        layer_share: Active multiply-adds of one converted layer, router, padding and stubs included, over a dense one's.
+        layer_share: Active multiply-adds of one converted layer, router, padding and stubs included, over a dense
+            one's.
         active_share: The mean over all layers; at most the budget.
         damage: Sum over the converted layers.
         damage_uniform: The same if no layer stays dense.
-        layers: Layer by layer.
+        layers: Budgets layer by layer.
         by_count: For every number of dense layers the best set: layers, layer_share, active_share, damage.
-        simulated: Another number of shared neurons in every layer: what it would lose, and that no file holds it.
-        measured: The curves as they were measured.
-        flops: Estimate of the floating-point operations that the measurement took.
-        recipe: For `llamamoe.split`.
+        simulated: The damage with a different number of shared neurons in every layer, which cannot be stored.
+        measured: The measured curves.
+        flops: Estimate of the floating-point operations of the measurement.
+        recipe: Recipe for `llamamoe.split`.
         warnings: Sentences for the user.
     """
 
@@ -103,13 +104,13 @@ class Allocation:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the allocation as JSON-compatible data."""
         data = {key: value for key, value in vars(self).items() if key not in ("layers", "recipe")}
         layers = [asdict(layer) for layer in self.layers]
         return {"llamamoe": __version__, **data, "layers": layers, "recipe": self.recipe.model_dump(mode="json")}
 
     def to_yaml(self) -> str:
-        """The recipe for ``llamamoe split --recipe``, with what it was chosen for in comments."""
+        """Return the recipe for ``llamamoe split --recipe``, with its rationale in comments."""
         layers = ", ".join(map(str, self.keep_dense)) or "none"
         about = (
             f"# By llamamoe {__version__}: {100 * self.active_share:.2f} % of the FFNs' multiply-adds are active (budget "
@@ -133,23 +134,23 @@ def budget(
 ) -> Allocation:
     """Choose dense layers and sizes under one budget, from the measured sensitivity of every layer.
 
-    All converted layers have the same sizes, as every architecture of transformers wants it, so that what there is to
-    choose is which layers stay dense: each takes its whole FFN out of the budget, and the others get less. Damages of
+    All converted layers have the same sizes, as every architecture of transformers requires, so the only
+    choice is which layers stay dense: each takes its whole FFN out of the budget, and the others get less. Damages of
     single layers are added up and follow power laws between and beyond the measured shares (see `Curves`); given
-    those, the choice is the best of all that the target can hold.
+    those, the choice is optimal among all that the target supports.
 
     Args:
         source: A folder, a ``.gguf`` file or a hub id.
-        recipe: What to do with a layer. Its ``calibration`` is the text to measure on; ``num_experts`` and ``shared``
+        recipe: Conversion of a layer. Its ``calibration`` is the text to measure on; ``num_experts`` and ``shared``
             are kept if they are given, ``top_k`` and ``keep_dense`` are chosen here.
-        budget: Most active multiply-adds of the FFNs per token, router, padding and stubs included, as a share of the
-            dense FFNs'.
+        budget: Maximum active multiply-adds of the FFNs per token, router, padding and stubs included, as a share of
+            the dense FFNs'.
         measure: A name in `SENSITIVITIES`.
-        shared_of_active: Share of the active neurons that are shared, unless the recipe says how many.
-        points: At how many shares a measure that converts layers does so.
-        held_out_tokens: Most tokens on which outputs are compared.
+        shared_of_active: Share of the active neurons that are shared, unless the recipe sets their number.
+        points: Number of shares at which a measure converts layers.
+        held_out_tokens: Maximum number of tokens on which outputs are compared.
         tokenizer: For a GGUF source, a folder whose tokenizer files replace the vocabulary in the file.
-        progress: Told after every layer.
+        progress: Called after every layer.
 
     Raises:
         RefusedError: The budget is too small (the message names the smallest), or the method has no experts.
@@ -177,7 +178,7 @@ def _allocation(
     told: dict[str, Any],
     warnings: Sequence[str],
 ) -> Allocation:
-    """The best target's best set of dense layers; ``told`` are the fields that need no choice."""
+    """Return the best target's best set of dense layers; ``told`` are the fields without a choice."""
     target = min(sets, key=lambda each: least_damage(sets[each]).damage)  # the first of equal ones
     uniform, chosen = sets[target][0].sizes, least_damage(sets[target])
     recipe = sizer.recipe_for(target, chosen.sizes, chosen.layers)
@@ -216,7 +217,7 @@ def _check(recipe: SplitRecipe, budget: float, shared_of_active: float, points: 
         raise UsageError(f"held_out_tokens is {held_out_tokens}, but must be at least 2.")
     if recipe.align is not None:
         raise UsageError(
-            "The recipe aligns all layers together, but budget looks at one layer at a time.",
+            "The recipe aligns all layers together, but budget measures one layer at a time.",
             hint="Choose layers with --set align=null, then split with the recipe that budget writes and --align-tokens.",
         )
     if not recipe.calibration:
@@ -244,7 +245,7 @@ def _alternative(found: DenseSet) -> dict[str, Any]:
 def _by_layer(
     curves: Curves, chosen: DenseSet, uniform: Sizes, budget: float, size: int, pad_to: int
 ) -> dict[str, Any]:
-    """The table of layers, and the simulated numbers of shared neurons."""
+    """Return the table of layers, and the simulated numbers of shared neurons."""
     alike, mixed = curves.at(uniform.share), curves.at(chosen.sizes.share)
     unit = -(-size // (_GRID * pad_to)) * pad_to
     fixed = uniform.share * size - uniform.shared
@@ -273,7 +274,7 @@ def _task(
     held_out_tokens: int,
     progress: ProgressCallback,
 ) -> Task:
-    """The plans at the shares (those that are too small left out), and the text."""
+    """Return the plans at the shares (without those that are too small), and the text."""
     from ...calibration.compute import choose_compute
     from ...conversion.session import make_text
 

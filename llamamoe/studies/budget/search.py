@@ -1,4 +1,4 @@
-"""Which layers stay dense under one budget, and how neurons would be shared out layer by layer: pure arithmetic.
+"""Choose the layers that stay dense under one budget, and distribute neurons over layers: pure arithmetic.
 
 Shares are active multiply-adds of an FFN over the dense FFN's. Damages of layers are added up.
 """
@@ -16,16 +16,16 @@ from ..sizes import Sizes
 from .sensitivities.curves import Curves
 
 DenseForm = Literal["none", "leading", "ends", "any"]
-"""Which layers a target lets stay dense (see `Target.dense_layers`)."""
+"""The layers that can stay dense in a target (see `Target.dense_layers`)."""
 
 
 @dataclass(frozen=True)
 class DenseSet:
-    """Layers that stay dense, and what the others get.
+    """Layers that stay dense, and the sizes of the others.
 
     Attributes:
-        layers: Ascending.
-        sizes: Of every other layer; its ``share`` is what one of them costs.
+        layers: The layers, ascending.
+        sizes: Sizes of every other layer; their ``share`` is the cost of one layer.
         damage: Sum over the other layers.
         share: Mean active share over all layers.
     """
@@ -37,27 +37,27 @@ class DenseSet:
 
 
 def rest_of_budget(budget: float, num_layers: int, dense: int) -> float:
-    """The share that each of the other layers may cost when ``dense`` of them cost all of theirs."""
+    """Return the share that each of the other layers may cost if ``dense`` layers cost their whole FFN."""
     return (num_layers * budget - dense) / (num_layers - dense)
 
 
 def dense_sets(curves: Curves, budget: float, form: DenseForm, fit: Callable[[float], Sizes]) -> list[DenseSet]:
-    """For every number of dense layers that the budget allows, the set of least damage, exactly.
+    """Return the set with the least damage for every number of dense layers within the budget, exactly.
 
     The number alone decides the other layers' sizes, these each layer's damage, and then the layers that lose most
-    stay dense. The least of all is the best set there is. O(L^2), and L calls of ``fit``.
+    stay dense. The minimum over numbers is the optimum. O(L^2), and L calls of ``fit``.
 
     Args:
         curves: The damage of each layer by its share.
-        budget: Most mean share over all layers.
-        form: Which sets the target can hold.
-        fit: The best sizes that cost at most a share.
+        budget: Maximum mean share over all layers.
+        form: The sets that the target supports.
+        fit: Returns the best sizes that cost at most a share.
 
     Returns:
         At least the empty set, in the order of their number.
 
     Raises:
-        RefusedError: Not even with no dense layer do any sizes fit.
+        RefusedError: No sizes fit even without dense layers.
     """
     count = curves.num_layers
     found: list[DenseSet] = []
@@ -79,12 +79,12 @@ def dense_sets(curves: Curves, budget: float, form: DenseForm, fit: Callable[[fl
 
 
 def least_damage(sets: Sequence[DenseSet]) -> DenseSet:
-    """The set of least damage; of equal ones the first."""
+    """Return the set with the least damage; the first of equal ones."""
     return min(sets, key=lambda each: each.damage)
 
 
 def dense_layers(damage_L: np.ndarray, count: int, form: DenseForm) -> tuple[int, ...]:
-    """The ``count`` layers of largest damage together that the form allows, ascending; of equal ones the first."""
+    """Return the ``count`` permitted layers with the largest total damage, ascending; the first of equal ones."""
     layers = len(damage_L)
     if form == "any":
         order = np.argsort(-damage_L, kind="stable")
@@ -95,17 +95,17 @@ def dense_layers(damage_L: np.ndarray, count: int, form: DenseForm) -> tuple[int
 
 
 def cheapest_choices(costs_C: Sequence[int], damage_CL: np.ndarray, capacity: int) -> list[int] | None:
-    """For every layer one of C choices, of least damage together, that cost no more than ``capacity``.
+    """Return one of C choices for every layer, with the least total damage at a cost of at most ``capacity``.
 
-    The knapsack problem with one choice a layer, exactly, by dynamic programming. O(L C capacity).
+    The knapsack problem with one choice per layer, exactly, by dynamic programming. O(L C capacity).
 
     Args:
         costs_C: What each choice costs, the same in every layer, not negative.
         damage_CL: float64 ``[C, L]``.
-        capacity: Most cost of all layers together.
+        capacity: Maximum cost of all layers together.
 
     Returns:
-        The choice of each layer; None if even the cheapest are too expensive. Of equal ones the first choice.
+        The choice of each layer; None if even the cheapest are too expensive. The first of equal ones.
     """
     choices, layers = damage_CL.shape
     if capacity < min(costs_C) * layers:
@@ -134,15 +134,15 @@ def cheapest_choices(costs_C: Sequence[int], damage_CL: np.ndarray, capacity: in
 def share_out(
     curves: Curves, budget: float, size: int, fixed: float, unit: int, routed: int
 ) -> tuple[tuple[int, ...], float] | None:
-    """Shared neurons layer by layer, at one size of experts and router: of least damage on a grid.
+    """Return shared neurons by layer, for one size of experts and router, with the least damage on a grid.
 
     Args:
         curves: The damage of each layer by its share.
-        budget: Most mean share over all layers.
+        budget: Maximum mean share over all layers.
         size: F.
-        fixed: What a layer costs beside its shared neurons, in neurons: selected experts, router, gate.
+        fixed: Cost of a layer beside its shared neurons, in neurons: selected experts, router, gate.
         unit: Step of the grid, in neurons.
-        routed: Fewest neurons that must be left to route.
+        routed: Minimum number of routed neurons.
 
     Returns:
         S of every layer (F: it stays dense) and the sum of damages; None if nothing fits.

@@ -1,4 +1,4 @@
-"""Sizes of a converted layer that cost at most a share of its FFN, in the targets that can hold them."""
+"""Find sizes of a converted layer that cost at most a share of its FFN, in targets that support them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ...errors import RefusedError
 from ..sizes import SHARED_GATE, Sizes, sizes_for_budget
 
 _ATTEMPTS = 4
-_STEPS = 200  # budgets that are tried to find the smallest
+_STEPS = 200  # number of budgets tried to find the smallest
 _FORMS = ("none", "leading", "ends", "any")
 
 
 class Sizer:
-    """Finds the sizes of a converted layer that cost at most a share, in a target.
+    """A search for the sizes of a converted layer that cost at most a share, in a target.
 
     Args:
         model: The dense model.
-        recipe: Its ``num_experts`` and ``shared`` are kept if they are given.
+        recipe: Its ``num_experts`` and ``shared`` are kept if given.
         shared_of_active: Share of the active neurons that are shared otherwise.
 
     Raises:
@@ -37,7 +37,7 @@ class Sizer:
 
     def __init__(self, model: DenseModel, recipe: SplitRecipe, shared_of_active: float) -> None:
         self.model, self.asked = model, recipe
-        # A budget is filled best by narrow steps.
+        # Narrow steps fill a budget best.
         recipe = recipe.model_copy(update={"pad_to": recipe.pad_to or PAD_TO})
         self.chosen = complete(recipe, model.spec.intermediate_size)
         self.recipe, self.method = self.chosen.recipe, self.chosen.splitter
@@ -48,20 +48,20 @@ class Sizer:
         experts = self.recipe.num_experts
         if not splitter.routed or splitter.parts(experts) != experts:
             made = "copies of the FFN" if splitter.routed else "no experts"
-            raise RefusedError(f"{splitter.name} makes {made}: there is no budget to share out among layers.")
+            raise RefusedError(f"{splitter.name} makes {made}: there is no budget to distribute among layers.")
         if isinstance(recipe.shared, str):
             raise RefusedError(
                 f"shared = {recipe.shared!r} needs a fixed number of experts.",
-                hint="Give a share or a count, or nothing.",
+                hint="Give a share or a count, or omit it.",
             )
 
     def targets(self, budget: float) -> list[Target]:
-        """The targets that can hold every layer converted alike at a budget, the preferred first.
+        """Return the targets that support converting all layers alike at a budget, the preferred first.
 
-        Of the others only those are named that let more layers stay dense.
+        Other targets are included only if more layers can stay dense in them.
 
         Raises:
-            RefusedError: There is none; the message gives the reasons and the smallest budget.
+            RefusedError: No target fits; the message gives the reasons and the smallest budget.
         """
         fitting: list[Target] = []
         reasons: list[RefusedError] = []
@@ -83,7 +83,7 @@ class Sizer:
         return [TARGETS.get(name)() for name in candidate_targets(self.asked, self.splitter, int(shared))]
 
     def _refusal(self, reasons: Sequence[RefusedError], budget: float) -> RefusedError:
-        """Why nothing fits: the smallest budget that would do, or else every target's reason."""
+        """Return the refusal if nothing fits: the smallest sufficient budget, or else every target's reason."""
         least: tuple[float, str] | None = None
         for target in self._candidates():
             for step in range(1, _STEPS):
@@ -98,15 +98,15 @@ class Sizer:
             return RefusedError("\n".join(lines), hint=reasons[0].hint)
         name = self.splitter.name
         return RefusedError(
-            f"a budget of {budget:g} is too small for {name}: the smallest that is possible is {least[0]:g} ({least[1]}).",
+            f"a budget of {budget:g} is too small for {name}: the smallest possible one is {least[0]:g} ({least[1]}).",
             hint="Fewer shared neurons, or another number of --experts, may allow less.",
         )
 
     def fit(self, target: Target, budget: float) -> Sizes:
-        """The sizes that use a share best; their ``share`` is what they cost in the target, stubs and gates included.
+        """Return the sizes that use a share best, with their cost in the target, stubs and gates included.
 
         Raises:
-            RefusedError: Nothing fits, or the target cannot hold it.
+            RefusedError: Nothing fits, or the target does not support it.
         """
         spec, size = self.model.spec, self.model.spec.intermediate_size
         asked = self.asked.shared
@@ -129,19 +129,19 @@ class Sizer:
         raise RefusedError(f"no sizes were found that cost at most {budget:g} of an FFN in {target.name}.")
 
     def recipe_for(self, target: Target, sizes: Sizes, dense: tuple[int, ...]) -> SplitRecipe:
-        """The recipe with these sizes and dense layers."""
+        """Return the recipe with these sizes and dense layers."""
         values = {"num_experts": sizes.num_experts, "top_k": sizes.top_k, "shared": sizes.shared}
         return self.recipe.model_copy(update={**values, "target": target.name, "keep_dense": dense})
 
     def plan(self, target: Target, sizes: Sizes) -> SplitPlan:
-        """Every layer converted alike, with sizes of calibration even if no method needs text."""
+        """Plan all layers converted alike, with sizes of calibration even if no method needs text."""
         plan = plan_split(self.model, self.recipe_for(target, sizes, ()))
         needed = plan.calibration or plan_calibration(self.model.spec, self.chosen, plan.layout)
         return replace(plan, calibration=needed)
 
 
 def layer_share(target: Target, model: DenseModel, layout: MoeLayout) -> float:
-    """Active multiply-adds of one converted layer's FFN, router, padding and stub included, over the dense FFN's."""
+    """Return a converted FFN's active multiply-adds over the dense one's, router, padding and stub included."""
     spec = model.spec
     active = sum(
         math.prod(tensor.shape) * (layout.active_share if tensor.role == "routed" else 1.0)

@@ -1,1 +1,1 @@
-"""How fast shapes of conversions run: measured beside their dense parent and static pruning, on a model of real size."""
+"""Measure the speed of conversions' shapes beside their dense parent and static pruning, on a model of real size."""

@@ -1,4 +1,4 @@
-"""The models whose speed is measured: a dense one of random weights, and its conversions, made to be thrown away."""
+"""Temporary models for measuring speed: a dense one of random weights, and its conversions."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from .shapes import FfnShape, ModelShape
 
 _SCALE = 0.02
 _FACTORS = {"embed_tokens": 50.0, "o_proj": 0.125, "down_proj": 0.125}
-"""So that what a token is stays the most of its hidden state: routers then choose for each token anew, all experts alike."""
+"""Scale that lets the token dominate its hidden state, so that routers choose per token, with all experts alike."""
 _BLOCK = 2**22
 _CONVERSIONS = "conversions"
 COPIES = 8
-"""Models of the dense one's size that lie on the disk together at most: itself and as GGUF, three shapes, three pruned."""
+"""Maximum number of models on the disk, in sizes of the dense one: itself, its GGUF, three shapes, three pruned."""
 
 
 class Material:
-    """A dense model, and conversions of it, each made once, in a folder of its own.
+    """A dense model, and conversions of it, each made once, in a separate folder.
 
     Attributes:
         dense: The dense model's folder.
-        work: Where everything else goes.
-        block: What the number of shared neurons is a multiple of.
+        work: Folder of all other files.
+        block: Divisor of the number of shared neurons.
     """
 
     def __init__(self, dense: Path, work: Path, block: int = 1) -> None:
@@ -47,15 +47,15 @@ class Material:
         self._model = understand(SafetensorsCheckpoint(dense))
 
     def recipe(self, shape: FfnShape) -> SplitRecipe:
-        """How a shape is made of this model."""
+        """Return the recipe of a shape of this model."""
         return shape.recipe(self._model.spec, self.block)
 
     def plan(self, recipe: SplitRecipe) -> SplitPlan:
-        """What a conversion will be."""
+        """Return the plan of a conversion."""
         return plan_split(self._model, recipe)
 
     def convert(self, recipe: SplitRecipe, name: str) -> Path:
-        """The folder of a conversion."""
+        """Return the folder of a conversion."""
         from ...conversion.split import split
 
         out = self.work / _CONVERSIONS / name
@@ -64,7 +64,7 @@ class Material:
             return split(self.dense, out, recipe, verify=False).out
 
     def clear(self) -> None:
-        """Delete the conversions and what was made of them; the dense model stays."""
+        """Delete the conversions and files made from them; the dense model stays."""
         shutil.rmtree(self.work / _CONVERSIONS, ignore_errors=True)
 
 
@@ -72,15 +72,15 @@ class Material:
 def material(
     model: ModelShape | Path, folder: Path | None = None, *, tokenizer: str | Path | None = None
 ) -> Iterator[Material]:
-    """Give the dense model and room for its conversions; all of it is deleted afterwards, also what a killed run left.
+    """Yield the dense model and a folder for its conversions; both and leftovers of killed runs are deleted.
 
     Args:
-        model: A shape, made of random weights in bfloat16; or a dense model's folder or GGUF file, which stays.
-        folder: On whose disk; None: where temporary files go.
+        model: A shape, made of random weights in bfloat16; or a dense model's folder or GGUF file, which is kept.
+        folder: A folder on the disk to use; None: the system's folder of temporary files.
         tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
 
     Raises:
-        RefusedError: The disk is too small.
+        RefusedError: The disk has too little room.
     """
     _check_room(model, Path(gettempdir()) if folder is None else folder, tokenizer)
     with scratch_folder(folder) as work:
@@ -129,7 +129,7 @@ def write_random(folder: Path, shape: ModelShape) -> None:
         factor = next((f for part, f in _FACTORS.items() if part in name), 1.0)
         scaled = block if factor == 1.0 else block * factor
         flat, at = out.view(-1), 0
-        while at < flat.numel():  # pieces of one block, each from another place: rows differ, and it takes no time
+        while at < flat.numel():  # pieces of one block, each from another offset: rows differ, at no cost
             start = int(torch.randint(_BLOCK // 2, (1,), generator=generator))
             count = min(flat.numel() - at, _BLOCK // 2)
             flat[at : at + count] = scaled[start : start + count]
@@ -148,7 +148,7 @@ def _shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
 
 
 def _tokenizer() -> dict[str, object]:
-    """A tokenizer of single bytes, of the kind that llama.cpp calls ``llama``: its server runs no model without one."""
+    """Return a tokenizer of single bytes, of llama.cpp's kind ``llama``, since its server requires a tokenizer."""
     special = ["<unk>", "<s>", "</s>"]
     vocabulary = {token: i for i, token in enumerate([*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"])}
     added = [

@@ -1,4 +1,4 @@
-"""Speeds of one shape: the dense model, static pruning and the mixture take turns, again and again."""
+"""Measure the speed of a shape in alternating rounds with the dense model and static pruning."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DENSE, STATIC, SHAPE = "dense", "static", "shape"
 
 @dataclass(frozen=True)
 class Rate:
-    """One model at one task.
+    """The speed of one model at one task.
 
     Attributes:
-        tokens_per_second: Median over the turns.
-        ratio: Median over the turns of its rate over the dense model's in the same turn.
-        lowest: Smallest of these ratios.
-        highest: Largest.
+        tokens_per_second: Median over the rounds.
+        ratio: Median over the rounds of its rate over the dense model's in the same round.
+        lowest: Minimum of these ratios.
+        highest: Maximum of these ratios.
     """
 
     tokens_per_second: float
@@ -42,7 +42,7 @@ def rates_of(readings: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str,
     """Gather readings by model and task.
 
     Args:
-        readings: By model (``"dense"`` among them) a reading for each turn: tokens per second by task.
+        readings: By model (including ``"dense"``), a reading per round: tokens per second by task.
     """
     found: dict[str, dict[str, Rate]] = {}
     for name, turns in readings.items():
@@ -57,7 +57,7 @@ def rates_of(readings: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str,
 def alternate(
     runtime: Runtime, models: Mapping[str, Path], load: Load, turns: int, tell: Callable[[str], None] = lambda _: None
 ) -> dict[str, list[dict[str, float]]]:
-    """Time models by turns, each turn in the order opposite to the one before: what drifts hits all of them."""
+    """Time models in rounds, reversing the order each time, so that drift affects all of them equally."""
     readings: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for turn in range(turns):
         for name in list(models) if turn % 2 == 0 else list(models)[::-1]:
@@ -75,21 +75,22 @@ def measure_shapes(
     turns: int,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Measure shapes beside the dense model, and beside static pruning with the same number of active neurons, in one run.
+    """Measure shapes, the dense model and static pruning with the same number of active neurons in one run.
 
     Args:
-        material: The dense model and room for the others, which are deleted again.
+        material: The dense model and a folder for the others, which are deleted afterwards.
         runtime: The program.
-        shapes: The shapes; static ones are measured beside the dense model only.
+        shapes: The shapes; static ones are only compared with the dense model.
         load: Tasks and their sizes.
-        turns: How often each is measured.
-        tell: Told after each reading.
+        turns: Number of rounds.
+        tell: Called after each reading.
 
     Returns:
-        For each shape plain data: sizes, active share, and by model (``dense``, ``static``, ``shape``) and task a `Rate`.
+        For each shape, JSON-compatible data: sizes, active share, and a `Rate` by model (``dense``, ``static``,
+        ``shape``) and task.
 
     Raises:
-        RefusedError: The program cannot run a model, or no target can hold it.
+        RefusedError: The program cannot run a model, or no target supports it.
         LlamaMoeError: The program failed.
     """
     plans = [material.plan(material.recipe(shape)) for shape in shapes]
@@ -121,7 +122,7 @@ def measure_shapes(
 
 
 def _prepared(material: Material, runtime: Runtime, recipe: SplitRecipe, name: str) -> Path:
-    """What the program loads; the checkpoint is deleted where that is another file."""
+    """Return the file that the program loads; the checkpoint is deleted if it is another file."""
     folder = material.convert(recipe, name)
     found = runtime.prepare(folder, folder.parent)
     if found != folder:
@@ -142,7 +143,7 @@ def _plain(rates: Mapping[str, Mapping[str, Rate]]) -> dict[str, dict[str, dict[
 
 
 def machine() -> dict[str, Any]:
-    """The processor and its cores, as far as the system says."""
+    """Return the processor and its cores, as far as the system reports them."""
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

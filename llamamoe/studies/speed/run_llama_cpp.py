@@ -1,10 +1,10 @@
-"""Run by an interpreter that has llama.cpp (``xllamacpp``): time one GGUF file, print tokens per second as JSON.
+"""Time one GGUF file and print tokens per second as JSON; run by an interpreter with llama.cpp (``xllamacpp``).
 
     python run_llama_cpp.py FILE THREADS PROMPT NEW VOCABULARY BATCH...
 
-A script of its own because llama.cpp's programs are kept in an environment of their own, and because it writes to the
-terminal what it likes. Tokens are drawn at random, prompts and continuations alike: a model of random weights that decoded
-greedily would say the same token, and use the same experts, again and again.
+A separate script because llama.cpp's programs are kept in a separate environment, and because it writes to the
+terminal freely. Tokens are drawn at random, in prompts and continuations: a model of random weights that decoded
+greedily would repeat the same token, and use the same experts.
 """
 
 import json
@@ -15,7 +15,7 @@ import threading
 
 
 class Server:
-    """llama.cpp's server with one slot for each sequence, all weights in memory before the clock runs."""
+    """llama.cpp's server with one slot for each sequence, with all weights in memory before the timing starts."""
 
     def __init__(self, path: str, threads: int, context: int, slots: int) -> None:
         import xllamacpp
@@ -29,7 +29,7 @@ class Server:
         self._server = xllamacpp.Server(params)
 
     def timings(self, prompt: list[int], new: int, slot: int) -> dict[str, float]:
-        """Complete a prompt; what the server says of the time that it took."""
+        """Complete a prompt; return the server's timings."""
         answer = self._server.handle_completions(
             {
                 "prompt": prompt, "n_predict": new, "max_tokens": new, "ignore_eos": True, "cache_prompt": False,
@@ -42,7 +42,7 @@ class Server:
 
 
 def decode(server: Server, batch: int, new: int, vocabulary: int) -> float:
-    """Tokens per second of sequences that run together, their prompts aside."""
+    """Return the tokens per second of sequences that run together, without their prompts."""
     prompts = [_prompt(8, vocabulary) for _ in range(batch)]
     found = [0.0] * batch
 

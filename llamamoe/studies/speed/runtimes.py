@@ -1,4 +1,4 @@
-"""Programs that run models, timed: plain transformers in this process, llama.cpp in another."""
+"""Time programs that run models: plain transformers in this process, llama.cpp in another."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ...lazy import torch, transformers
 from ...transforms.export_gguf import export_gguf
 
 PYTHON = "LLAMAMOE_CLIENTS_PYTHON"
-"""The environment variable that names an interpreter with other programs, where they are not in this one."""
+"""The environment variable that names an interpreter with other programs, if this one lacks them."""
 _LIMIT = 600.0  # seconds of one reading of llama.cpp
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is timed.
+    """The tasks to time.
 
     Attributes:
-        prompt_tokens: Of the prompt that is read.
-        new_tokens: Steps of decoding.
-        batch_sizes: Sequences that are decoded together.
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Decoding steps.
+        batch_sizes: Numbers of sequences that are decoded together.
     """
 
     prompt_tokens: int = 256
@@ -48,21 +48,21 @@ class Runtime(Protocol):
     name: str
 
     def prepare(self, folder: Path, room: Path) -> Path:
-        """What it loads for a checkpoint, made in ``room`` if it is another file.
+        """Return the file that it loads for a checkpoint, created in ``room`` if it is another file.
 
         Raises:
-            RefusedError: It cannot run this model.
+            RefusedError: The program cannot run this model.
         """
 
     def rates(self, model: Path, load: Load) -> dict[str, float]:
-        """Tokens per second of everything in ``load.measures``, once."""
+        """Measure the tokens per second of everything in ``load.measures`` once."""
 
     def facts(self) -> dict[str, Any]:
-        """What its speed depends on: versions, threads."""
+        """Return the facts that determine its speed: versions, threads."""
 
 
 class Transformers:
-    """Plain transformers, with our kernels for experts where they are faster (``llamamoe_auto``)."""
+    """Plain transformers, with llamamoe's implementations of experts if they are faster (``llamamoe_auto``)."""
 
     name = "transformers"
     experts = "llamamoe_auto"
@@ -107,7 +107,7 @@ class Transformers:
 
 
 def run(model: Any, ids_BN: torch.Tensor, prompt: int) -> tuple[float, float]:
-    """Seconds of reading the first tokens of each row, and of one step over the rest (0 if there is none)."""
+    """Return the seconds of reading the first tokens of each row, and of one step over the rest (0 if none)."""
     started = time.perf_counter()
     out = model(ids_BN[:, :prompt], use_cache=True, logits_to_keep=1)
     read = time.perf_counter()
@@ -117,10 +117,10 @@ def run(model: Any, ids_BN: torch.Tensor, prompt: int) -> tuple[float, float]:
 
 
 class LlamaCpp:
-    """llama.cpp on what `llamamoe.export_gguf` writes, by an interpreter that has ``xllamacpp``.
+    """llama.cpp on files of `llamamoe.export_gguf`, in an interpreter with ``xllamacpp``.
 
     Raises:
-        MissingExtraError: There is none.
+        MissingExtraError: There is no such interpreter.
     """
 
     name = "llama.cpp"
@@ -153,10 +153,10 @@ class LlamaCpp:
         return {name: float(value) for name, value in found["rates"].items()}
 
     def _ask(self, arguments: list[str]) -> Mapping[str, Any]:
-        """What the script prints last.
+        """Run the script and return its last output.
 
         Raises:
-            LlamaMoeError: It failed.
+            LlamaMoeError: The script failed.
         """
         command = [self._python, str(Path(__file__).with_name("run_llama_cpp.py")), *arguments]
         try:
@@ -168,7 +168,7 @@ class LlamaCpp:
             said = "" if isinstance(error, OSError | subprocess.TimeoutExpired) else _last_line(done.stderr)
             raise LlamaMoeError(
                 f"llama.cpp could not be timed: {said or str(error)[:200]}",
-                hint=f"{self._python} must have xllamacpp; ${PYTHON} names another interpreter.",
+                hint=f"{self._python} must have xllamacpp; set ${PYTHON} to another interpreter.",
             ) from error
         return found
 
@@ -186,11 +186,11 @@ RUNTIMES: dict[str, type[Transformers] | type[LlamaCpp]] = {"transformers": Tran
 
 
 def runtime(name: str) -> Runtime:
-    """A program by its name.
+    """Return a program by its name.
 
     Raises:
-        UsageError: There is none of this name.
-        MissingExtraError: It is not installed.
+        UsageError: The name is unknown.
+        MissingExtraError: The program is not installed.
     """
     if name not in RUNTIMES:
         raise UsageError(f"speed {name!r} is unknown.", hint=near_misses(name, list(RUNTIMES)))

@@ -11,21 +11,21 @@ from ...conversion.plan import SplitPlan
 from ...conversion.recipe import SplitRecipe, build_recipe
 
 SOURCE = "source"
-"""Name of the shape that stands for the study's own dense model."""
+"""Name of the shape of the study's own dense model."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense Llama that speeds are measured on, with random weights.
+    """A dense Llama with random weights for measuring speeds.
 
     Attributes:
-        name: What options and tables call it.
+        name: Its name in options and tables.
         hidden_size: H.
         intermediate_size: F.
-        num_layers: Layers.
-        num_heads: Heads of the queries.
-        num_kv_heads: Heads of keys and values.
-        vocab_size: Rows of the embedding table, and of a head of its own.
+        num_layers: Number of layers.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key and value heads.
+        vocab_size: Rows of the embedding table and of the separate head.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ModelShape:
     vocab_size: int
 
     def config(self) -> dict[str, Any]:
-        """Its ``config.json``."""
+        """Return its ``config.json``."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -60,12 +60,12 @@ class ModelShape:
 
 MODEL_SHAPES = {"1B": ModelShape("1B", 2048, 8192, 8, 32, 8, 16384)}
 """Half of a model of 1B parameters: half of 16 layers and half of a vocabulary of 32k, so that FFNs, attention and head
-take the shares of the time that they take in the whole."""
+take the same shares of the time as in the whole."""
 
 
 @dataclass(frozen=True)
 class FfnShape:
-    """What decides how fast the FFNs of a conversion run, as shares of the dense one's, so that it fits any model.
+    """The sizes that decide the speed of a conversion's FFNs, as shares of the dense one's, so that they fit any model.
 
     Attributes:
         num_experts: N; 0 for static pruning.
@@ -81,14 +81,14 @@ class FfnShape:
 
     @classmethod
     def of(cls, plan: SplitPlan) -> FfnShape:
-        """The shape of a conversion."""
+        """Return the shape of a conversion."""
         layout, spec = plan.layout, plan.model.spec
         shared = round(layout.num_shared / spec.intermediate_size, 4)
         return cls(layout.num_experts, layout.top_k, shared, round(len(layout.dense_layers) / spec.num_layers, 4))
 
     @property
     def name(self) -> str:
-        """``12 of 32 + 1/8``, ``static 1/2``."""
+        """Its name, such as ``12 of 32 + 1/8`` or ``static 1/2``."""
         close = Fraction(self.shared).limit_denominator(16)
         share = str(close) if abs(close - self.shared) < 5e-4 else f"{self.shared:.3g}"
         if not self.num_experts:
@@ -97,11 +97,11 @@ class FfnShape:
         return routed + (f", {self.keep_dense:.0%} of the layers dense" if self.keep_dense else "")
 
     def recipe(self, spec: DenseSpec, block: int = 1) -> SplitRecipe:
-        """A conversion of this shape, at random: what is measured is its speed.
+        """Return the recipe of a random conversion of this shape, whose speed is measured.
 
         Args:
-            spec: The dense model that is converted.
-            block: What the number of shared neurons is a multiple of.
+            spec: The dense model.
+            block: Divisor of the number of shared neurons.
         """
         shared = round(self.shared * spec.intermediate_size / block) * block
         if not self.num_experts:
@@ -122,10 +122,10 @@ class FfnShape:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the shape as JSON-compatible data."""
         return asdict(self)
 
 
 def static_recipe(kept: int) -> SplitRecipe:
-    """Static pruning to a number of neurons."""
+    """Return the recipe of static pruning to a number of neurons."""
     return build_recipe({"method": "static", "shared": kept, "shared_by": "weight_norm", "card": False})

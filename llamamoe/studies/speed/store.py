@@ -1,4 +1,4 @@
-"""Speeds that were measured, one small file for each shape and program, and those that are missing."""
+"""Store measured speeds, one small file per shape and program, and measure missing ones."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .wanted import Wanted
 FOLDER = "speeds"
 TURNS = 3
 TOGETHER = 3
-"""Shapes that are measured in one run: their models are on disk together."""
+"""Number of shapes measured in one run, whose models are on disk together."""
 
 
 class SpeedStore:
     """Measured speeds of shapes on one model on this machine.
 
     Args:
-        out: Where the folder of results is.
+        out: Parent of the folder of results.
         model: The shape of the model that they are measured on; or a dense folder, GGUF file or hub id.
         load: Tasks and their sizes.
-        turns: How often each model is measured.
-        room: On whose disk models are made; None: where temporary files go.
+        turns: Number of measurements of each model.
+        room: A folder on the disk for models; None: the system's folder of temporary files.
         tokenizer: For a GGUF file, a folder whose tokenizer is used instead of the one in the file.
 
     Raises:
@@ -66,13 +66,13 @@ class SpeedStore:
             self._model, self._facts = location.path, {"name": location.name, "fingerprint": fingerprint}
 
     def load(self, wanted: Wanted) -> dict[str, Any] | None:
-        """A result, or None if it is not measured on this machine with these versions."""
+        """Return a result, or None if it was not measured on this machine with these versions."""
         path, depends = self._place(wanted)
         found = read_result(path)
         return found if found is not None and found.get("depends") == json.loads(json.dumps(depends)) else None
 
     def readings(self, wanted: Iterable[Wanted]) -> int:
-        """Readings that `measure` will take at most."""
+        """Return the maximum number of readings of `measure`."""
         missing = [each for each in dict.fromkeys(wanted) if self.load(each) is None]
         return self._turns * sum(
             1 + len(group) + sum(each.shape.num_experts > 0 for each in group) for group in _groups(missing)
@@ -84,15 +84,15 @@ class SpeedStore:
         tell: Callable[[str], None] = lambda _: None,
         go_on: Callable[[], bool] = lambda: True,
     ) -> list[tuple[Wanted, str]]:
-        """Measure what is missing, shapes of about the same size together.
+        """Measure missing speeds, shapes of about the same size together.
 
         Args:
             wanted: Shapes and programs.
-            tell: Told after each reading.
-            go_on: Asked before each run whether there is time for one.
+            tell: Called after each reading.
+            go_on: Called before each run; returns whether there is time for it.
 
         Returns:
-            What could not be measured, and why.
+            Speeds that could not be measured, with the reason.
         """
         missing = [each for each in dict.fromkeys(wanted) if self.load(each) is None]
         failed: list[tuple[Wanted, str]] = []
@@ -141,7 +141,7 @@ class SpeedStore:
 
 
 def _groups(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-    """Of one program each, and few, so that their models fit on the disk; neighbours in size come together."""
+    """Yield small groups of one program and similar size, so that their models fit on the disk."""
 
     def size(each: Wanted) -> tuple[str, float]:
         shape = each.shape

@@ -1,4 +1,4 @@
-"""Which speeds a study wants: those of the shapes of its cells, each once."""
+"""List the speeds that a study needs: those of the shapes of its cells, each once."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .shapes import FfnShape
 
 @dataclass(frozen=True)
 class Wanted:
-    """A shape, and the program that is to run it."""
+    """A shape, and the program to run it."""
 
     program: str
     shape: FfnShape
 
     @property
     def label(self) -> str:
-        """``llama.cpp: 12 of 32 + 1/8``."""
+        """Its label, such as ``llama.cpp: 12 of 32 + 1/8``."""
         return f"{self.program}: {self.shape.name}"
 
 
 def wanted_speeds(recipe: CompareRecipe, cells: Iterable[Cell]) -> list[Wanted]:
-    """Program and shape for every cell that a file can hold."""
+    """Return program and shape for every cell that can be stored."""
     plans = [cell.plan for cell in cells if cell.plan is not None and not cell.oracle]
     return list(dict.fromkeys(Wanted(program, FfnShape.of(plan)) for program in recipe.speed for plan in plans))

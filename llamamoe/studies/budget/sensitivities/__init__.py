@@ -1,4 +1,4 @@
-"""Measures of what each layer loses when it is converted, one file each."""
+"""Measures of the damage of converting each layer, one file each."""
 
 from ....plugins import Registry
 from .base import Sensitivity

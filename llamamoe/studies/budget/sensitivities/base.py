@@ -1,4 +1,4 @@
-"""The contract of a measure of sensitivity: what the model loses when one layer alone is converted."""
+"""The interface of a measure of sensitivity: the model's damage if a single layer is converted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured, on which text and where.
+    """The conversions to measure, the text and the device.
 
     Attributes:
         plans: Conversions of every layer with different shares of active neurons, ascending; no layer stays dense.
@@ -31,9 +31,9 @@ class Task:
         text: The calibration text.
         compute: Device and dtype of large products.
         folder: An empty folder for hidden states that are too large for memory, and gradients.
-        held_out_tokens: Most tokens on which outputs are compared.
-        progress: Told after every layer.
-        batch_tokens: Tokens that run together.
+        held_out_tokens: Maximum number of tokens on which outputs are compared.
+        progress: Called after every layer.
+        batch_tokens: Tokens per batch.
     """
 
     plans: tuple[SplitPlan, ...]
@@ -47,13 +47,13 @@ class Task:
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """What norms and attention are rounded to, because they will be stored so."""
+        """Dtype to which norms and attention are rounded, because they will be stored in it."""
         from ....checkpoint.tensors import torch_dtype
 
         return torch_dtype(self.plans[0].dtype)
 
     def walk(self, text: CalibrationText, gradients: GradientStore | None = None) -> Walk:
-        """A walk through the dense parent, at its start."""
+        """Return a walk through the dense parent, at its start."""
         from ....calibration.walk import Walk
 
         plan = self.plans[0]
@@ -74,10 +74,10 @@ class Task:
 
 
 class Sensitivity(Plugin, ABC):
-    """Measures what is lost when one layer alone is converted, every other one being the parent's.
+    """A measure of the damage if a single layer is converted and all others are the parent's.
 
     Attributes:
-        unit: What the damage is counted in. Damages of several layers are added up, which is right to first order.
+        unit: Unit of the damage. Damages of several layers are added up, which is correct to first order.
         converts: Whether layers are converted by the recipe's own method, at every planned share.
     """
 
@@ -86,7 +86,7 @@ class Sensitivity(Plugin, ABC):
 
     @abstractmethod
     def measure(self, task: Task) -> Curves:
-        """The damage of every layer at several shares.
+        """Return the damage of every layer at several shares.
 
         Raises:
             LlamaMoeError: Values are not finite, or there is too little text.
@@ -94,11 +94,11 @@ class Sensitivity(Plugin, ABC):
 
     @abstractmethod
     def flops(self, task: Task) -> int:
-        """Estimate of the floating-point operations of `measure`."""
+        """Return an estimate of the floating-point operations of `measure`."""
 
 
 def pass_flops(plan: SplitPlan) -> int:
-    """Floating-point operations of one token in one dense layer, attention scores left out."""
+    """Return the floating-point operations of one token in one dense layer, without attention scores."""
     spec = plan.model.spec
     attention = 2 * spec.hidden_size * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
     return attention + 6 * spec.intermediate_size * spec.hidden_size

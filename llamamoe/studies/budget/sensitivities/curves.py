@@ -1,4 +1,4 @@
-"""What every layer loses at every share of its FFN, from a few shares at which it was measured."""
+"""Damage of every layer at any share of its FFN, from a few measured shares."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from ....lazy import np
 
 DEFAULT_EXPONENT = 1.5
-"""``p`` where a layer was measured at one share only: between linear and quadratic in what is left out."""
+"""``p`` if a layer was measured at one share only: between linear and quadratic in the removed share."""
 EXPONENTS = (0.5, 4.0)
-"""Bounds of ``p`` beyond the shares that were measured."""
-_LEAST = 1e-9  # of the largest damage: what counts as none
+"""Bounds of ``p`` beyond the measured shares."""
+_LEAST = 1e-9  # share of the largest damage that counts as zero
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The damage of each layer that is converted alone, by the share of its FFN that stays active.
+    """The damage of converting each layer alone, by the share of its FFN that stays active.
 
-    Between and beyond the measured shares ``b`` a layer's damage follows power laws ``a (1 - b)^p`` in what is left
-    out: straight lines in log-log. Damage never grows with the share: where a measurement says so, the larger one
-    is taken for both.
+    Between and beyond the measured shares ``b`` a layer's damage follows power laws ``a (1 - b)^p`` in the removed
+    share: straight lines in log-log. Damage never grows with the share: if a measurement contradicts this, the larger
+    one is used for both.
 
     Attributes:
         shares_B: float64 ``[B]``, ascending, each in (0, 1): active multiply-adds over the dense FFN's.
@@ -39,11 +39,11 @@ class Curves:
 
     @property
     def num_layers(self) -> int:
-        """``L``."""
+        """``L``, the number of layers."""
         return int(self.damage_BL.shape[1])
 
     def at(self, share: float) -> np.ndarray:
-        """float64 ``[L]``: the damage of each layer of which ``share`` stays active; 0 from share 1 on. O(B L)."""
+        """Return float64 ``[L]``: the damage of each layer with an active ``share``; 0 from share 1 on. O(B L)."""
         largest = float(self.damage_BL.max(initial=0.0))
         if share >= 1 or largest == 0:
             return np.zeros(self.num_layers)
@@ -63,5 +63,5 @@ class Curves:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data: what was measured."""
+        """Return the measured values as JSON-compatible data."""
         return {"shares": self.shares_B.tolist(), "damage": self.damage_BL.tolist()}

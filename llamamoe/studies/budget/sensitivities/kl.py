@@ -1,4 +1,4 @@
-"""What a converted layer does to the model's predictions: the divergence of its output from the parent's."""
+"""Measure a converted layer's effect on predictions: the divergence of the model's output from the parent's."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .base import Sensitivity, Task, pass_flops
 from .curves import Curves
 
 HELD_OUT = 5
-"""One sequence in so many is kept from the conversion, at least one."""
+"""One sequence in this many is held out from the conversion, at least one."""
 
 
 class OutputKl(Sensitivity):
     """``KL(parent || parent with layer l converted)``, in nats per token, mean over held-out tokens.
 
-    Layer l is converted as the recipe says, fitted to what it sees in the dense parent on the first four fifths of
-    the sequences; the divergence is taken on (the beginnings of) the last fifth. All changed models are run side by
+    Layer l is converted by the recipe, fitted to its inputs in the dense parent on the first four fifths of
+    the sequences; the divergence is measured on (the beginnings of) the last fifth. All changed models are run side by
     side, so that every layer is loaded once: per share L conversions, L (L + 1) / 2 passes of the held-out tokens
     through one layer, L heads, and L hidden states of the held-out tokens, in a file beyond 4 GiB.
     """
@@ -68,7 +68,7 @@ class OutputKl(Sensitivity):
             raise LlamaMoeError(
                 f"layer {wrong[0]}: the converted layer gives NaN or infinite outputs on held-out text."
             )
-        return Curves(np.array(task.shares), np.maximum(damage_BL, 0.0))  # rounding can leave less than nothing
+        return Curves(np.array(task.shares), np.maximum(damage_BL, 0.0))  # rounding can make it negative
 
     def flops(self, task: Task) -> int:
         """See `Sensitivity.flops`."""
@@ -81,10 +81,10 @@ class OutputKl(Sensitivity):
 
 
 def held_out(text: CalibrationText, tokens: int) -> tuple[CalibrationText, np.ndarray]:
-    """The text to fit to, and int64 ``[S, T]`` of other sequences: at most ``tokens``, from the start of each.
+    """Return the text to fit to, and int64 ``[S, T]`` of other sequences: at most ``tokens``, from the start of each.
 
     Raises:
-        LlamaMoeError: There is one sequence only.
+        LlamaMoeError: There is only one sequence.
     """
     count, length = text.ids_ST.shape
     kept = max(1, count // HELD_OUT)
@@ -101,7 +101,7 @@ def held_out(text: CalibrationText, tokens: int) -> tuple[CalibrationText, np.nd
 
 
 def _gradients(task: Task, text: CalibrationText) -> GradientStore | None:
-    """The parent's gradients, if a method of the recipe needs them."""
+    """Return the parent's gradients, if a method of the recipe needs them."""
     plan = task.plans[0]
     if plan.calibration is None or not plan.calibration.gradients:
         return None
@@ -119,7 +119,7 @@ def _gradients(task: Task, text: CalibrationText) -> GradientStore | None:
 
 
 def _seen(inputs: LayerInputs, text: CalibrationText) -> LayerInputs:
-    """The inputs with the clusters of one plan's text: plans may have different numbers of experts."""
+    """Return the inputs with the clusters of one plan's text: plans may have different numbers of experts."""
     if text.clusters_S is None:
         return inputs
     return replace(inputs, clusters_T=torch.from_numpy(text.clusters_S).repeat_interleave(text.ids_ST.shape[1]))
@@ -139,9 +139,9 @@ class _Streams:
         runner: Runs the parent's layers.
         compute: Device and dtype.
         states_VSTH: float32; the first is the parent's, then layer by layer and plan by plan; only ``filled`` of them
-            have begun to differ.
-        batch_tokens: Tokens that run together.
-        filled: How many hold anything yet.
+            already differ.
+        batch_tokens: Tokens per batch.
+        filled: Number of streams in use.
     """
 
     runner: LayerRunner
@@ -152,7 +152,7 @@ class _Streams:
 
     @classmethod
     def at_start(cls, task: Task, ids_ST: np.ndarray) -> _Streams:
-        """With the parent's embeddings."""
+        """Return streams with the parent's embeddings."""
         model, dtype, device = task.plans[0].model, task.weights_dtype, task.compute.device
         read = model.checkpoint.read
         streamed = StreamedModel.of_dense(model, lambda name: read(name).to(dtype), device=device)
@@ -170,7 +170,7 @@ class _Streams:
         return streams
 
     def advance(self, layer: int, ffns: Sequence[ConvertedFfn]) -> None:
-        """Take every stream through a layer; one more begins with each of ``ffns`` in the place of its FFN."""
+        """Run every stream through a layer; each of ``ffns`` starts another one in place of the layer's FFN."""
         states, dtype = self.states_VSTH, self.compute.dtype
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.compute.device.type, dtype, enabled=dtype != torch.float32))
@@ -195,7 +195,7 @@ class _Streams:
             states[target, part] = out.float().cpu()
 
     def divergences(self, vocab_size: int, task: Task) -> np.ndarray:
-        """float64 ``[V - 1]``: KL from the parent's predictions to each changed model's, nats per token."""
+        """Return float64 ``[V - 1]``: KL from the parent's predictions to each changed model's, nats per token."""
         variants, tokens = len(self.states_VSTH) - 1, self.states_VSTH.shape[1] * self.states_VSTH.shape[2]
         total_V = torch.zeros(variants, dtype=torch.float64)
         flat_VPH = self.states_VSTH.flatten(1, 2)
@@ -218,7 +218,7 @@ class _Streams:
 
 
 def _forward(ffn: ConvertedFfn, compute: Compute) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The converted layer in the place of an ``mlp``."""
+    """Return the converted layer as the forward function of an ``mlp``."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         flat_TH = x.reshape(-1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""A cheap proxy: how large the FFN's output is beside the residual stream, and how much of it weak neurons carry."""
+"""A cheap proxy: the size of the FFN's output relative to the residual stream, times the power of weak neurons."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .base import Sensitivity, Task, pass_flops
 from .curves import Curves
 
 STEPS = 32
-"""The curve is taken at the shares 1/32, 2/32, ... 31/32."""
+"""Number of steps of the curve: shares 1/32, 2/32, ... 31/32."""
 
 
 class Proxy(Sensitivity):
     """``s_l(b) = mean_t(||y_t||^2 w_t) * (lost power at b) / (power of all neurons)``, from one dense pass.
 
     y is what the FFN adds to the residual stream (its multiplier included), r the stream before it, and
-    ``w_t = 1 / (||r_t + y_t||^2 + H eps)`` the square of what the next RMSNorm divides by, so that the first factor
-    is the share of the stream that the layer has just written, at most about 1. The power of neuron j is
+    ``w_t = 1 / (||r_t + y_t||^2 + H eps)`` the squared divisor of the next RMSNorm, so that the first factor
+    is the share of the stream written by the layer, at most about 1. The power of neuron j is
     ``sum_t w_t h_tj^2 ||down_:j||^2``; lost at share b is the power of the F - round(b F) weakest neurons, as if they
-    were cut out of every token with no router and no repair, whatever the recipe's method does. The product is a
-    relative squared error in the residual stream right after the layer: what later layers make of it is not seen.
+    were removed for every token without router and repair, whatever the recipe's method. The product is a
+    relative squared error in the residual stream right after the layer: the effect on later layers is ignored.
     """
 
     name = "proxy"
     summary = "one dense pass: FFN's output beside the residual stream, times the power of its weakest neurons"
-    reference = "ours; the power of a neuron after FLAP (arXiv:2312.11983)"
+    reference = "original; the power of a neuron after FLAP (arXiv:2312.11983)"
     needs = "activations"
     unit = "relative squared error of the residual stream"
     converts = False
@@ -62,10 +62,10 @@ class Proxy(Sensitivity):
 
 @dataclass
 class _Sweep:
-    """One pass over a layer's tokens that gives the dense outputs and adds up what the proxy is made of.
+    """One pass over a layer's tokens that yields the dense outputs and sums the terms of the proxy.
 
     Attributes:
-        power_F: float64 ``[F]``, ``sum_t w_t h_tj^2 ||down_:j||^2``; whole when `outputs` is used up.
+        power_F: float64 ``[F]``, ``sum_t w_t h_tj^2 ||down_:j||^2``; complete once `outputs` is exhausted.
         written: ``sum_t w_t ||y_t||^2``.
     """
 
@@ -77,7 +77,7 @@ class _Sweep:
     written: float = 0.0
 
     def outputs(self) -> Iterator[torch.Tensor]:
-        """The dense FFN's outputs, for `Walk.leave`: it adds a batch only after the batch's sums were taken."""
+        """Yield the dense FFN's outputs for `Walk.leave`, which adds a batch only after its sums were taken."""
         spec, inputs = self.walk.model.spec, self.inputs
         ffn = cast_ffn(read_ffn(self.walk.model, self.layer), self.dtype)
         residual_TH = self.walk.buffers[(self.layer + 1) % 2].flatten(0, 1)
