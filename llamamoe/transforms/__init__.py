@@ -1,1 +1,1 @@
-"""From one MoE checkpoint to another one, to a dense one or to a GGUF file."""
+"""Transform an MoE checkpoint into another one, a dense one or a GGUF file."""

@@ -1,4 +1,4 @@
-"""``llamamoe.densify``: a converted checkpoint back as a dense one, every neuron active for every token."""
+"""``llamamoe.densify``: turn a converted checkpoint back into a dense one, with every neuron active for every token."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from .rewrite import Rewriting, check_place, opened, rewrite
 
 @dataclass(frozen=True)
 class DensifyResult:
-    """What `densify` did.
+    """The result of `densify`.
 
     Attributes:
-        out: The folder.
+        out: The output folder.
         intermediate_size: Neurons of each FFN.
-        exact: Whether the weights are the parent's, with no rounding, as far as conversion and repair kept them; False of a
-            model that was trained on.
+        exact: Whether the weights equal the parent's without rounding, as far as conversion and repair kept them; False
+            for a model that was trained further.
         receipt: The content of ``llamamoe_derived.json``.
-        warnings: What a user should know.
+        warnings: Sentences for the user.
     """
 
     out: Path
@@ -58,25 +58,25 @@ def densify(
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> DensifyResult:
-    """Put the neurons of shared and routed experts into one FFN again, and drop the router.
+    """Combine the neurons of shared and routed experts into one FFN, and drop the router.
 
-    The FFN that comes out is the sum over all experts, each counted as in the dense model that the conversion began
-    with; zero neurons that padded the experts are dropped. For an exact conversion that is the parent. Of a repaired or
-    trained one it is the dense model of its weights, which nobody has fitted: down projections that stood in for
-    experts that were not selected now run beside them.
+    The resulting FFN is the sum over all experts, each counted as in the dense model that the conversion started
+    from; zero neurons that padded the experts are dropped. For an exact conversion this is the parent. For a repaired
+    or trained one it is the dense model of its weights, which were not fitted to it: down projections that compensated
+    for unselected experts now run beside them.
 
     Args:
         model: A converted checkpoint.
-        out: The folder to make: Llama, Mistral, Qwen2, Qwen3 or Granite, the first that holds it exactly.
-        like: A dense checkpoint; neurons get the order that they have there, found by the bits of their gate rows.
-        rescale: Name of the rescale that holds; None: the one that the conversion names.
-        shard_size: Most bytes of one file, such as ``"5GB"``.
-        resume: Finish what an earlier call with the same arguments began.
-        force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
-        progress: Told after every layer.
+        out: The folder to create: Llama, Mistral, Qwen2, Qwen3 or Granite, the first that can hold it exactly.
+        like: A dense checkpoint; neurons are put into its order, found by the bits of their gate rows.
+        rescale: Name of the rescale in effect; None: the one that the conversion recorded.
+        shard_size: Maximum size of a file, such as ``"5GB"``.
+        resume: Finish a stopped call with the same arguments.
+        force: Replace ``out`` if it holds a checkpoint by llamamoe, and discard the work of a stopped call.
+        progress: Called after every layer.
 
     Raises:
-        RefusedError: Experts are copies or share neurons that differ, no dense architecture holds the attention, or
+        RefusedError: Experts are copies or share neurons that differ, no dense architecture supports the attention, or
             ``like`` has other neurons; or OUT cannot be written.
     """
     location, checkpoint = opened(model)
@@ -118,8 +118,8 @@ def _rewriting(
         config={**config, "llamamoe": {"converted": converted.block or None}},
         make=job.make,
         facts=facts,
-        story=f"The {converted.experts.num_experts} experts of each FFN of `{location.name}` are one FFN of {job.width} "
-        "neurons again.",
+        story=f"The {converted.experts.num_experts} experts of each FFN of `{location.name}` were combined into one FFN of {job.width} "
+        "neurons.",
         warnings=warnings,
         shards=deal(entries, shard_size),
         read_too=() if job.parent is None else (job.parent.checkpoint,),
@@ -127,14 +127,14 @@ def _rewriting(
 
 
 class _Job:
-    """The dense model to write, tensor by tensor; the neurons of one layer are held at a time."""
+    """The dense model to write, tensor by tensor; the neurons of one layer are in memory at a time."""
 
     def __init__(self, converted: ConvertedModel, parent: DenseModel | None, progress: ProgressCallback) -> None:
         self.converted, self.parent, self._progress = converted, parent, progress
         if converted.block.get("method") == "upcycle":
             raise RefusedError(
                 "the experts are copies of one FFN (method upcycle): together they are several dense FFNs, not one.",
-                hint="The dense model is the one that it was made from.",
+                hint="Use the dense model that it was made from.",
             )
         self.target = Dense()
         self._held: tuple[int, FfnParts] | None = None
@@ -145,7 +145,7 @@ class _Job:
         self.spec = self._spec()
         reasons = self.target.refusals(self.spec)
         if reasons:
-            raise RefusedError("no dense architecture here holds the attention: " + "; ".join(reasons) + ".")
+            raise RefusedError("no dense architecture supports the attention: " + "; ".join(reasons) + ".")
         self.layout = _layout(self.width)
         self.tensors: dict[str, OutTensor] = {t.name: t for t in self.target.tensors(self.spec, self.layout)}
         self.dtype = converted.dtype_of("model.layers.0.self_attn.o_proj.weight")
@@ -155,7 +155,7 @@ class _Job:
     # ---- what is decided first ------------------------------------------------------------------------------------
 
     def _spec(self) -> DenseSpec:
-        """The dense model; biases that are all zero, and a head that is the embedding, are left out."""
+        """Return the spec of the dense model, without biases that are all zero and a head that equals the embedding."""
         converted = self.converted
         spec = replace(converted.spec, intermediate_size=self.width)
         if spec.qkv_bias and not spec.o_bias:
@@ -182,7 +182,7 @@ class _Job:
         return any(bool((self.converted.checkpoint.read(name).abs() > 2 * NEARLY_ZERO).any()) for name in gates)
 
     def _kept_neurons(self) -> list[np.ndarray]:
-        """Of each layer the places whose neurons are kept, int64: all but zero neurons. Reads all FFNs."""
+        """Return the places of each layer whose neurons are kept, int64: all but zero neurons. Reads all FFNs."""
         found, layers = [], self.converted.spec.num_layers
         for layer in range(layers):
             found.append(self._kept_of(layer))
@@ -195,14 +195,14 @@ class _Job:
         places: np.ndarray = used.nonzero().flatten().numpy()
         if may_overlap(self.converted.checkpoint.config) and len(np.unique(_rows(ffn, places))) < len(places):
             raise RefusedError(
-                f"layer {layer}: neurons stand in several experts (gradient, overlap inner), scaled for how often they are "
+                f"layer {layer}: neurons are in several experts (gradient, overlap inner), scaled for how often they are "
                 "expected to run: together they are not a dense FFN.",
-                hint="The dense model is the one that it was made from.",
+                hint="Use the dense model that it was made from.",
             )
         return places
 
     def _order(self, layer: int, parent: DenseModel) -> np.ndarray:
-        """The kept places in the parent's order."""
+        """Return the kept places in the parent's order."""
         from ..checkpoint.tensors import torch_dtype
 
         ffn, places = self._ffn(layer), self._kept[layer]
@@ -215,26 +215,26 @@ class _Job:
         found = order[at]
         if not bool((theirs[found] == mine).all()):
             raise RefusedError(
-                f"layer {layer}: its neurons are not those of the model whose order was asked for.",
-                hint="Trained neurons cannot be recognised: leave --like out.",
+                f"layer {layer}: its neurons differ from those of the model given for the order.",
+                hint="Trained neurons cannot be recognised: omit --like.",
             )
         ordered: np.ndarray = places[np.argsort(found, kind="stable")]
         return ordered
 
     def warnings(self) -> Iterator[str]:
-        """What a user should know."""
+        """Yield sentences for the user."""
         block, converted = self.converted.block, self.converted
         if block.get("repair"):
             yield (
-                "the conversion was repaired: gate and up projections, and what else the repair left, are the parent's; down "
-                "projections were fitted to stand in for experts that are not selected, and now run beside them"
+                "the conversion was repaired: gate and up projections, and all else that the repair kept, are the parent's; down "
+                "projections were fitted to compensate for unselected experts, and now run beside them"
             )
         if block.get("healed") or block.get("trained"):
-            yield "the model was trained with few experts selected: the dense model is not the parent, measure it first"
+            yield "the model was trained with few experts selected: the dense model is not the parent, so measure it first"
         if not is_power_of_two(converted.routed_factor) and self.dtype != "F32":
             yield f"the experts' factor {1 / converted.routed_factor:.6g} is not a power of two: down projections are rounded once"
         if self._gate_was_trained:
-            yield "the shared expert's gate was trained and depends on the token: it is taken as one half"
+            yield "the shared expert's gate was trained and depends on the token: it is replaced by one half"
         short = sum(len(each) < self.width for each in self._kept)
         if short:
             yield f"{short} layers have fewer neurons than others: zero neurons fill them up to {self.width}"
@@ -243,12 +243,12 @@ class _Job:
 
     def _ffn(self, layer: int) -> FfnParts:
         if self._held is None or self._held[0] != layer:
-            self._held = None  # let go of one layer before the next is read
+            self._held = None  # release one layer before the next is read
             self._held = (layer, self.converted.ffn(layer))
         return self._held[1]
 
     def make(self, name: str) -> torch.Tensor:
-        """One tensor of the dense model."""
+        """Return one tensor of the dense model."""
         from ..checkpoint.tensors import cast, torch_dtype
 
         tensor, dtype = self.tensors[name], torch_dtype(self.dtype)
@@ -268,15 +268,15 @@ class _Job:
 
 
 def _check_like(converted: ConvertedModel, parent: DenseModel) -> None:
-    """Whether a model could have the same neurons at all."""
+    """Check that a model could have the same neurons at all."""
     for name in ("num_layers", "hidden_size"):
         mine, theirs = getattr(converted.spec, name), getattr(parent.spec, name)
         if mine != theirs:
-            raise RefusedError(f"--like has {name} {theirs}, but the model has {mine}: it is not made from it.")
+            raise RefusedError(f"--like has {name} {theirs}, but the model has {mine}: it was not made from it.")
 
 
 def _rows(ffn: FfnParts, places: np.ndarray) -> np.ndarray:
-    """The bits of gate and up row of each place as one value that can be sorted."""
+    """Return the bits of gate and up row of each place as one sortable value."""
     index = torch.from_numpy(places)
     rows = torch.cat([ffn.gate_PH[index], ffn.up_PH[index]], dim=1).contiguous()
     bits: np.ndarray = rows.view(torch.uint8).numpy()
@@ -284,6 +284,6 @@ def _rows(ffn: FfnParts, places: np.ndarray) -> np.ndarray:
 
 
 def _layout(width: int) -> MoeLayout:
-    """No experts: all neurons shared."""
+    """Return a layout without experts: all neurons are shared."""
     combine = Combine("renormalised", 1.0, 1.0, any_k=True, parity_factor=1.0)
     return MoeLayout(0, 0, 0, width, width, (), combine, copies=0)

@@ -1,4 +1,4 @@
-"""``llamamoe.export_gguf``: a converted checkpoint, or a dense one, as one GGUF file, for llama.cpp and what is built on it."""
+"""``llamamoe.export_gguf``: write a converted or dense checkpoint as one GGUF file, for llama.cpp and its relatives."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _ROOM = 16 * 2**20
 
 @dataclass(frozen=True)
 class GgufExport:
-    """What `export_gguf` wrote.
+    """The result of `export_gguf`.
 
     Attributes:
-        out: The file.
-        architecture: llama.cpp's name for it.
-        dtype: The type that most numbers have: ``F32``, ``F16``, ``BF16`` or ``Q8_0``.
-        num_tensors: Tensors in it.
-        nbytes: Bytes of the file.
-        warnings: What a user should know.
+        out: The output file.
+        architecture: Its name in llama.cpp.
+        dtype: The type of most weights: ``F32``, ``F16``, ``BF16`` or ``Q8_0``.
+        num_tensors: Number of tensors.
+        nbytes: Size of the file in bytes.
+        warnings: Sentences for the user.
     """
 
     out: Path
@@ -51,7 +51,7 @@ class GgufExport:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the result as JSON-compatible data."""
         return {**asdict(self), "out": str(self.out), "warnings": list(self.warnings)}
 
 
@@ -66,22 +66,24 @@ def export_gguf(
 ) -> GgufExport:
     """Write a checkpoint as one GGUF file, with one projection of a layer's experts in memory at a time.
 
-    Rows of queries and keys are put into the order that llama.cpp rotates; experts of a layer are stacked; norms, biases
-    and routers are stored in float32, as llama.cpp's own converter does. The file appears whole or not at all.
+    Rows of queries and keys are put into the order that llama.cpp rotates; experts of a layer are stacked; norms,
+    biases and routers are stored in float32, as llama.cpp's own converter does. The file appears whole or not at all.
 
     Args:
-        model: A checkpoint with the target ``mixtral``, ``granitemoeshared``, or ``qwen2_moe`` as the rescale `unit` makes it;
-            or a dense ``llama`` or ``mistral``, such as a parent, or what ``--method static`` makes of it.
-        out: The file to make; its name ends in ``.gguf``.
+        model: A checkpoint with the target ``mixtral``, ``granitemoeshared``, or ``qwen2_moe`` with the rescale `unit`;
+            or a dense ``llama`` or ``mistral``, such as a parent, or the result of ``--method static``.
+        out: The file to create; its name ends in ``.gguf``.
         dtype: ``"auto"`` (matrices as they are stored), ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"`` (8 bits, a scale
-            for every 32 numbers; rows that are no multiple of 32 wide get 16 bits). llama.cpp makes smaller ones of it.
-        pre: llama.cpp's name of the way that a byte-level tokenizer cuts text, if it is not recognised.
+            for every 32 numbers; rows whose width is not a multiple of 32 get 16 bits). llama.cpp can make smaller ones
+            from it.
+        pre: llama.cpp's name of a byte-level tokenizer's pre-tokenizer, if it is not recognised.
         force: Replace ``out``.
-        progress: Told after every tensor.
+        progress: Called after every tensor.
 
     Raises:
-        RefusedError: llama.cpp does not compute this model exactly, OUT is there already, or the disk is too small.
-        CheckpointError: The checkpoint is broken, or llama.cpp would cut text in another way.
+        RefusedError: llama.cpp does not compute this model exactly, OUT already exists, or the disk has too little
+            room.
+        CheckpointError: The checkpoint is broken, or llama.cpp would split text differently.
         MissingExtraError: The package ``gguf`` is not installed.
     """
     require_gguf()
@@ -91,7 +93,7 @@ def export_gguf(
     _check_place(place, force=force)
     location, checkpoint = opened(model)
     if place.parent.resolve().is_relative_to(location.path.resolve()):
-        raise RefusedError(f"OUT ({out}) lies in the model's own folder.", hint="Choose a place outside of it.")
+        raise RefusedError(f"OUT ({out}) is in the model's own folder.", hint="Choose a place outside of it.")
     read, architecture = _understood(checkpoint)
     check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     vocabulary = read_vocabulary(checkpoint.path, read.spec.vocab_size, pre=pre)
@@ -109,7 +111,7 @@ def export_gguf(
 
 
 def _understood(checkpoint: SafetensorsCheckpoint) -> tuple[ConvertedModel | DenseModel, Architecture]:
-    """The checkpoint, checked against its own configuration, and what llama.cpp calls it."""
+    """Return the checkpoint, checked against its own configuration, and its architecture in llama.cpp."""
     if checkpoint.config.get("model_type") in DENSE:
         dense = understand(checkpoint)
         return dense, dense_architecture(dense)
@@ -130,9 +132,9 @@ def _check_place(out: Path, *, force: bool) -> None:
         there = out.is_symlink() or out.exists()
         parent = next(each for each in out.parents if each.exists())
     except OSError as error:
-        raise RefusedError(f"OUT ({out}) cannot be: {error.strerror}.", hint="Choose another name.") from error
+        raise RefusedError(f"OUT ({out}) cannot be used: {error.strerror}.", hint="Choose another name.") from error
     if not parent.is_dir():
-        raise RefusedError(f"OUT ({out}) cannot be made: {parent} is not a folder.", hint="Choose another name.")
+        raise RefusedError(f"OUT ({out}) cannot be created: {parent} is not a folder.", hint="Choose another name.")
     if there and (out.is_symlink() or not out.is_file()):
         raise RefusedError(f"OUT ({out}) exists and is not a plain file.", hint="Choose another name.")
     if there and not force:
@@ -161,10 +163,10 @@ def _warnings(
             "transformers"
         )
     if vocabulary.model == "none":
-        yield "the checkpoint has no tokenizer: the file holds none, and takes token ids only"
+        yield "the checkpoint has no tokenizer: the file has none, and accepts token ids only"
     wide = [each.name for each in tensors if dtype == "q8_0" and each.kind == "F16"]
     if wide:
-        yield f"{len(wide)} tensors have rows that are no multiple of {Q8_BLOCK} wide and are stored in 16 bits: {wide[0]}"
+        yield f"{len(wide)} tensors have rows whose width is not a multiple of {Q8_BLOCK} and are stored in 16 bits: {wide[0]}"
     if dtype == "q8_0":
         yield "8-bit weights round the model's weights: measure it again"
 
@@ -175,7 +177,7 @@ def _warnings(
 def _write_metadata(
     writer: gguf.GGUFWriter, model: ConvertedModel | DenseModel, name: str, vocabulary: GgufVocabulary
 ) -> list[float] | None:
-    """All that the file says before its tensors; returns llama3's rope factors, if there are any."""
+    """Write the metadata before the tensors; return llama3's rope factors, if any."""
     spec, block = model.spec, model.checkpoint.config.get("llamamoe")
     writer.add_type("model")
     writer.add_name(name)
@@ -201,7 +203,7 @@ def _write_metadata(
 
 
 def _write_experts(writer: gguf.GGUFWriter, model: ConvertedModel) -> None:
-    """What the file says of experts, and of granite's multipliers."""
+    """Write the metadata of experts, and of granite's multipliers."""
     spec, layout = model.spec, model.layout
     if model.target.name == "qwen2_moe":
         writer.add_feed_forward_length(spec.intermediate_size)

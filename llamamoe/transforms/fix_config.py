@@ -1,4 +1,4 @@
-"""``llamamoe.fix_config``: mend a folder that transformers 5 wrote, so that 4.57 computes the same."""
+"""``llamamoe.fix_config``: repair a folder that transformers 5 wrote, so that 4.57 computes the same."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ..models.loadable import check_counts, check_loads_with, check_model
 
 @dataclass(frozen=True)
 class Fixes:
-    """What was changed, or would be.
+    """The changes of `fix_config`.
 
     Attributes:
-        added: One line per key that ``config.json`` was lacking (``key: value``).
-        renamed: Files of weights whose tensors had other names, with the number of tensors that they hold now.
+        added: One line per key that ``config.json`` lacked (``key: value``).
+        renamed: Files of weights whose tensors had other names, with their number of tensors.
         tokenizer: Whether ``tokenizer_config.json`` named a class, or special tokens, in a way that 4.57 refuses.
     """
 
@@ -38,19 +38,19 @@ class Fixes:
 
 
 def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
-    """Write into a folder what transformers 4.57 reads; transformers 5 loads the same model as before.
+    """Make a folder readable for transformers 4.57; transformers 5 loads the same model as before.
 
-    Keys are added to ``config.json``; files whose tensors have names that only transformers 5 understands are written
-    anew with the same data, and so is a ``tokenizer_config.json`` that 4.57 refuses. Done again it changes nothing.
+    Keys are added to ``config.json``; files whose tensors have names that only transformers 5 reads are rewritten
+    with the same data, and so is a ``tokenizer_config.json`` that 4.57 refuses. A second call changes nothing.
     Every file is replaced whole, ``config.json`` last.
 
     Args:
         path: A folder that ``save_pretrained``, the Trainer or mergekit wrote.
-        dry_run: Only say what would be changed.
+        dry_run: Only return what would be changed.
 
     Raises:
-        CheckpointError: It is not a readable checkpoint folder.
-        RefusedError: The architecture is not one of ours, 4.57 cannot compute it, or the disk is too small.
+        CheckpointError: The path is not a readable checkpoint folder.
+        RefusedError: The architecture is not supported, 4.57 cannot compute it, or the disk has too little room.
     """
     folder = Path(path).expanduser()
     check_folder(folder)
@@ -81,7 +81,7 @@ def fix_config(path: str | Path, *, dry_run: bool = False) -> Fixes:
 def _missing_checked(
     folder: Path, config: Mapping[str, Any], checkpoint: SafetensorsCheckpoint | None
 ) -> dict[str, Any]:
-    """The keys to add, once transformers was found to load the folder without and with them."""
+    """Return the keys to add, after checking that transformers loads the folder without and with them."""
     tensors = None if checkpoint is None else checkpoint.tensors
     check_counts(config, tensors)
     check_loads_with(folder, config)
@@ -97,6 +97,6 @@ def _check_known(config: Mapping[str, Any]) -> None:
     name, known = config.get("model_type"), sorted({*SOURCES.names(), *TARGETS.names()})
     if name not in known:
         raise RefusedError(
-            f"config.json: model_type {name!r} is none whose two spellings are known here.",
+            f"config.json: model_type {name!r} is not one whose two spellings are known.",
             hint=known_names(known),
         )

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by llama.cpp's names, in its order and shapes, each made when it is written."""
+"""Yield the tensors of a checkpoint by llama.cpp's names, in its order and shapes, each made when written."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..lazy import torch
 from .llama_cpp import Architecture
 
 _CLOSED = 1e-7
-"""A closed gate's rows. GPUs may multiply in float16, where NEARLY_ZERO is 0; this is not, and moves a gate by 1e-6 or so."""
+"""A closed gate's rows. GPUs may multiply in float16, where NEARLY_ZERO is 0; this is not and moves a gate by ~1e-6."""
 
 
 def gguf_tensors(
     model: ConvertedModel | DenseModel, architecture: Architecture, dtype: str, freqs: list[float] | None
 ) -> Iterator[GgufOut]:
-    """The tensors of the file, in order."""
+    """Yield the tensors of the file, in order."""
     spec = model.spec
 
     def outer(ours: str, theirs: str, heads: int = 0) -> GgufOut:
@@ -55,7 +55,7 @@ def gguf_tensors(
 
 
 def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> Iterator[GgufOut]:
-    """Router, shared expert and stacked experts of one layer, in the units in which they are stored."""
+    """Yield router, shared expert and stacked experts of one layer, in the units in which they are stored."""
     layout, hidden = model.layout, model.spec.hidden_size
     parts: dict[tuple[bool, str], list[OutTensor]] = {}
     for tensor in model.target.moe_tensors(model.spec, layout, layer):
@@ -79,7 +79,7 @@ def _moe_tensors(model: ConvertedModel, dtype: str, layer: int, block: str) -> I
 
 
 def _gathered(model: ConvertedModel, tensors: list[OutTensor], part: str) -> torch.Tensor:
-    """All experts' rows of one projection."""
+    """Return all experts' rows of one projection."""
     found = []
     for tensor in tensors:
         value = model.checkpoint.read(tensor.name)
@@ -90,6 +90,6 @@ def _gathered(model: ConvertedModel, tensors: list[OutTensor], part: str) -> tor
 
 
 def _shared_gate(model: ConvertedModel, name: str) -> torch.Tensor:
-    """The row of the shared expert's gate; a closed one becomes `_CLOSED`, see `llamamoe.architectures.moe_layout.NEARLY_ZERO`."""
+    """Return the row of the shared expert's gate; a closed one becomes `_CLOSED` (see ``moe_layout.NEARLY_ZERO``)."""
     row_H = model.checkpoint.read(name)[0].to(torch.float32)
     return torch.where(row_H.abs() <= 2 * NEARLY_ZERO, _CLOSED, row_H)

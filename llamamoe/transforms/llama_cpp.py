@@ -1,4 +1,4 @@
-"""Which models llama.cpp computes as transformers does, and what it makes of them."""
+"""Determine which models llama.cpp computes as transformers does, and by which architecture."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _SILU = ("silu", "swish")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp makes of one target.
+    """llama.cpp's architecture for one target.
 
     Attributes:
-        name: Its name for it.
+        name: Its name in llama.cpp.
         pairs: Whether it rotates neighbouring rows of queries and keys, so that they must be put into that order.
         llama3: Whether it reads the factors of llama3's rope scaling.
         any_head: Whether a head may be wider than hidden size over heads, and the output head be the embedding.
-        weighting: What it makes of the router's scores.
+        weighting: Its normalisation of the router's scores.
     """
 
     name: str
@@ -36,16 +36,16 @@ ARCHITECTURES = {
     "granitemoeshared": Architecture("granitemoe"),
     "qwen2_moe": Architecture("qwen2moe", pairs=False, llama3=False, any_head=False, weighting="softmax"),
 }
-"""Targets that llama.cpp computes as transformers does, if nothing in `llama_cpp_architecture` says otherwise."""
+"""Targets that llama.cpp computes as transformers does, unless `llama_cpp_architecture` refuses the model."""
 DENSE = {"llama": Architecture("llama"), "mistral": Architecture("llama")}
-"""The same of dense models, by ``model_type``: parents, and what ``--method static`` makes of them."""
+"""The same for dense models, by ``model_type``: parents, and results of ``--method static``."""
 
 
 def dense_architecture(model: DenseModel) -> Architecture:
-    """llama.cpp's architecture for a dense model of `DENSE`.
+    """Return llama.cpp's architecture for a dense model of `DENSE`.
 
     Raises:
-        RefusedError: It computes something else.
+        RefusedError: llama.cpp computes a different function.
     """
     if model.spec.hidden_act not in _SILU:
         raise RefusedError(
@@ -55,10 +55,10 @@ def dense_architecture(model: DenseModel) -> Architecture:
 
 
 def llama_cpp_architecture(model: ConvertedModel) -> Architecture:
-    """llama.cpp's architecture for a model.
+    """Return llama.cpp's architecture for a model.
 
     Raises:
-        RefusedError: It has none, or computes something else; all reasons are named.
+        RefusedError: It has none, or computes a different function; the message names all reasons.
     """
     found, spec = ARCHITECTURES.get(model.target.name), model.spec
     if found is None:
@@ -82,7 +82,7 @@ def llama_cpp_architecture(model: ConvertedModel) -> Architecture:
         reasons.append("it has no sliding windows there")
     if reasons:
         raise RefusedError(
-            f"llama.cpp computes {found.name} otherwise than this model: {'; '.join(reasons)}.",
-            hint="granitemoeshared (shared experts) and mixtral (none) hold most models; no dense layers, and SiLU only.",
+            f"llama.cpp computes {found.name} differently from this model: {'; '.join(reasons)}.",
+            hint="granitemoeshared (shared experts) and mixtral (none) support most models, without dense layers and with SiLU only.",
         )
     return found

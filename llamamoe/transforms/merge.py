@@ -1,4 +1,4 @@
-"""``llamamoe.merge``: the weighted average of checkpoints of equal shape (LM-Cocktail, arXiv:2311.13534)."""
+"""``llamamoe.merge``: average checkpoints of equal shape by weights (LM-Cocktail, arXiv:2311.13534)."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _COSMETIC = {
 }  # fmt: skip
 """Keys of a configuration that do not change what the model computes."""
 _BLOCK = 1 << 24
-"""Elements that are averaged at once: 64 MiB of float32 for each model and as much again."""
+"""Number of elements averaged at once: 64 MiB of float32 for each model plus the same for the result."""
 _APART = 10.0
-"""From which factor on two routers' rows count as of different temperature: a hard and a trained one."""
+"""Ratio from which two routers' rows count as different in scale: a hard and a trained one."""
 _WEIGHING = {"norm_topk_prob", "routed_scaling_factor"}
-"""Keys that only say how selected experts are weighed, which merging can bring to one form."""
+"""Keys that only set the weights of selected experts, which merging can convert to one form."""
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What `merge` did.
+    """The result of `merge`.
 
     Attributes:
-        out: The folder.
-        weights: Of the models, in their order; their sum is 1.
+        out: The output folder.
+        weights: Weights of the models, in their order; their sum is 1.
         receipt: The content of ``llamamoe_derived.json``.
-        warnings: What a user should know.
+        warnings: Sentences for the user.
     """
 
     out: Path
@@ -62,27 +62,27 @@ def merge(
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> MergeResult:
-    """Average checkpoints that have the same tensors: a trained model with its state before, or runs of several seeds.
+    """Average checkpoints with the same tensors: a trained model with its earlier state, or runs of several seeds.
 
-    ``sum_i w_i theta_i`` with weights that are made to sum to 1, computed from the first model on
-    (``theta_1 + sum_i w_i (theta_i - theta_1)``), so that equal weights stay what they are to the bit. Float32 for 16-bit
-    tensors, float64 for others, and one rounding to the dtype of the first. If the models weigh selected experts in
+    ``sum_i w_i theta_i`` with weights normalised to sum to 1, computed relative to the first model
+    (``theta_1 + sum_i w_i (theta_i - theta_1)``), so that equal tensors stay equal bit for bit. Float32 for 16-bit
+    tensors, float64 for others, and one rounding to the dtype of the first. If the models weight selected experts in
     different ways (training switches routers to weights that sum to one), all are brought to the renormalised form: the
-    mean weight of an expert moves into its down projection. Training also scales the rows of hard routers up: where a
-    layer's rows are more than ten times smaller than another model's, they are scaled to the same root mean square, which
-    changes no choice of theirs; as they are they would vanish in the average.
+    mean weight of an expert moves into its down projection. Training also scales the rows of hard routers up: if a
+    layer's rows are more than ten times smaller than another model's, they are scaled to the same root mean square,
+    which does not change their choices; unscaled they would vanish in the average.
 
     Args:
         models: Two or more checkpoints of one architecture.
-        out: The folder to make; files, dtypes and tokenizer are those of the first model.
-        weights: One for each, not negative; None: all alike.
-        resume: Finish what an earlier call with the same arguments began.
-        force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
-        progress: Told after every layer.
+        out: The folder to create; files, dtypes and tokenizer are those of the first model.
+        weights: One for each model, not negative; None: equal weights.
+        resume: Finish a stopped call with the same arguments.
+        force: Replace ``out`` if it holds a checkpoint by llamamoe, and discard the work of a stopped call.
+        progress: Called after every layer.
 
     Raises:
-        UsageError: There are fewer than two models, or the weights cannot be.
-        RefusedError: The models do not correspond, every reason is named; or OUT cannot be written.
+        UsageError: There are fewer than two models, or the weights are invalid.
+        RefusedError: The models do not correspond (the message names every reason), or OUT cannot be written.
     """
     shares = _shares(len(models), weights)
     pairs = [opened(model) for model in models]
@@ -121,11 +121,11 @@ def _shares(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:
 
 
 def _complete(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
-    """The configuration with every default of its class, so that two spellings of one model compare as equal."""
+    """Return the configuration with every default of its class, so that two spellings of one model compare as equal."""
     name, known = checkpoint.config.get("model_type"), {*TARGETS.names(), *SOURCES.names()} - {"dense"}
     if name not in known:
         raise RefusedError(
-            f"{checkpoint.path}: model_type {name!r} is not known here.", hint=f"Known are {', '.join(sorted(known))}."
+            f"{checkpoint.path}: model_type {name!r} is not supported.", hint=f"Supported: {', '.join(sorted(known))}."
         )
     return complete_config(checkpoint.config)
 
@@ -135,7 +135,7 @@ def _scaling(config: Mapping[str, Any]) -> float:
 
 
 def _block(checkpoints: Sequence[SafetensorsCheckpoint], weights: float, scaling: float) -> dict[str, Any] | None:
-    """What is known of the first conversion, its claims taken back, and whatever any of the models went through."""
+    """Return the record of the first conversion without its claims, and later steps of any of the models."""
     blocks = [dict(each.config.get("llamamoe") or {}) for each in checkpoints]
     block = rescaled_block(blocks[0], weights=weights, config=scaling)
     if "parity" in block:
@@ -168,7 +168,7 @@ def _check(
 def _one_weighing(
     checkpoints: Sequence[SafetensorsCheckpoint], configs: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], tuple[float, ...]]:
-    """A configuration for all, and what each model's routed down projections are multiplied by for it."""
+    """Return a configuration for all, and the factor of each model's routed down projections for it."""
     base = {**checkpoints[0].config}
     if len({tuple(config.get(key) for key in sorted(_WEIGHING)) for config in configs}) == 1:
         return base | missing_keys(base), (1.0,) * len(configs)
@@ -187,7 +187,7 @@ def _average(
     if info.dtype not in FLOAT_DTYPES:
         first = checkpoints[0].read(name)
         if any(not torch.equal(each.read(name), first) for each in checkpoints[1:]):
-            raise RefusedError(f"{name} is of whole numbers and differs between the models.")
+            raise RefusedError(f"{name} holds whole numbers and differs between the models.")
         return first.contiguous()
     dtype = torch_dtype(info.dtype)
     wide = torch.float32 if dtype.itemsize < 4 else torch.float64
@@ -214,7 +214,7 @@ def _scaled(values: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def _temperatures(rows: Sequence[torch.Tensor]) -> tuple[float, ...]:
-    """What each model's router rows of a layer are multiplied by: 1, but for those that are much smaller than others."""
+    """Return the factor of each model's router rows in a layer: 1, except for those much smaller than others."""
     sizes = [float(each.double().square().mean().sqrt()) for each in rows]
     largest = max(sizes)
     return tuple(largest / size if 0 < size * _APART < largest else 1.0 for size in sizes)
@@ -228,11 +228,11 @@ def _warnings(
 ) -> list[str]:
     found = []
     if any(config.get(key) != configs[0].get(key) for config in configs for key in _TOKENS):
-        found.append("ids of special tokens differ between the configurations: the first model's are taken")
+        found.append("ids of special tokens differ between the configurations: the first model's are used")
     files = [_tokenizer_digest(checkpoint.path) for checkpoint in checkpoints]
     for place, digest in zip(locations[1:], files[1:], strict=True):
         if None not in (digest, files[0]) and digest != files[0]:
-            found.append(f"{place.name} has another tokenizer.json than {locations[0].name}, whose is taken")
+            found.append(f"{place.name} has another tokenizer.json than {locations[0].name}, whose is used")
     if any(factor != 1.0 for factor in factors):
         found.append(
             "the models weight selected experts in different ways: all were converted to one of these ways, which changes models "

@@ -1,4 +1,4 @@
-"""``llamamoe.retop``: the same experts, another number of them selected per token, with the rescale made right."""
+"""``llamamoe.retop``: select another number of the same experts per token, with the rescale adjusted."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .rewrite import Rewriting, opened, rewrite
 
 @dataclass(frozen=True)
 class RetopResult:
-    """What `retop` did.
+    """The result of `retop`.
 
     Attributes:
-        out: The folder.
+        out: The output folder.
         top_k: k before and after.
-        factor: What the routed experts' outputs are multiplied by beyond what they were, so that the rescale holds.
-        where: Where that factor went: ``"config"``, ``"weights"`` or, if it is 1, ``"nowhere"``.
-        exact: Whether it rounds nothing.
+        factor: Additional factor of the routed experts' outputs that keeps the rescale.
+        where: Place of that factor: ``"config"``, ``"weights"`` or, if it is 1, ``"nowhere"``.
+        exact: Whether it does not round.
         receipt: The content of ``llamamoe_derived.json``.
-        warnings: What a user should know.
+        warnings: Sentences for the user.
     """
 
     out: Path
@@ -50,26 +50,26 @@ def retop(
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> RetopResult:
-    """Write a converted checkpoint again that selects another number of experts per token.
+    """Write a copy of a converted checkpoint that selects another number of experts per token.
 
-    With ``c(k)`` the coefficient of the rescale (see `llamamoe.architectures.rescales`) and ``w(k)`` the router's weight of one
-    selected expert at equal logits, routed outputs must be multiplied by ``c(k) / w(k)``. What that changes when k does
-    goes into ``routed_scaling_factor`` where the architecture has one, else into the experts' down projections; often
-    it is nothing (`dropout` with renormalised weights, `unit` with a plain softmax).
+    With ``c(k)`` the coefficient of the rescale (see `llamamoe.architectures.rescales`) and ``w(k)`` the router's
+    weight of one selected expert at equal logits, routed outputs must be multiplied by ``c(k) / w(k)``. The change of
+    that factor with k goes into ``routed_scaling_factor`` if the architecture has one, else into the experts' down
+    projections; often it is 1 (`dropout` with renormalised weights, `unit` with a plain softmax).
 
     Args:
         model: A converted checkpoint.
-        out: The folder to make.
+        out: The folder to create.
         top_k: The new k.
-        rescale: Name of the rescale that holds, for a model that names none; None: the one that the conversion names,
-            and none for a model of another origin, whose router is left to itself.
-        resume: Finish what an earlier call with the same arguments began.
-        force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
-        progress: Told after every layer.
+        rescale: Name of the rescale in effect, for a model without a record; None: the one that the conversion
+            recorded, and none for a model of another origin, whose router is left unchanged.
+        resume: Finish a stopped call with the same arguments.
+        force: Replace ``out`` if it holds a checkpoint by llamamoe, and discard the work of a stopped call.
+        progress: Called after every layer.
 
     Raises:
-        UsageError: k is not between 1 and N, or is k already.
-        RefusedError: The model is no mixture that is known here, or OUT cannot be written.
+        UsageError: k is not between 1 and N, or is unchanged.
+        RefusedError: The model is not a supported mixture, or OUT cannot be written.
     """
     location, checkpoint = opened(model)
     mixing = mixing_of(checkpoint.config)
@@ -89,7 +89,7 @@ def retop(
         config=_config(checkpoint.config, mixing, top_k, name, exact),
         make=lambda tensor: _value(checkpoint, tensor, factor if where == "weights" else 1.0),
         facts=facts,
-        story=f"The experts of `{location.name}`, {top_k} of {mixing.num_experts} selected per token in the place of "
+        story=f"The experts of `{location.name}`, {top_k} of {mixing.num_experts} selected per token instead of "
         f"{before}. {_told(factor, where, name)}",
         warnings=warnings,
     )
@@ -105,7 +105,7 @@ def _check(mixing: Mixing, top_k: int) -> None:
 
 
 def _factor(mixing: Mixing, top_k: int, rescale: str | None) -> float:
-    """What routed outputs must be multiplied by in addition."""
+    """Return the additional factor of routed outputs."""
     if rescale is None:
         return 1.0
     ratio = _whole_factor(mixing, top_k, rescale) / _whole_factor(mixing, mixing.top_k, rescale)
@@ -113,7 +113,7 @@ def _factor(mixing: Mixing, top_k: int, rescale: str | None) -> float:
 
 
 def _whole_factor(mixing: Mixing, top_k: int, rescale: str) -> float:
-    """What routed outputs must be multiplied by beyond the router's weight: ``c(k) / w(k)``."""
+    """Return the factor of routed outputs beyond the router's weight: ``c(k) / w(k)``."""
     n = mixing.num_experts
     return RESCALES.get(rescale)().coefficient(n, top_k) / weight(mixing.weighting, n, top_k)
 
@@ -135,7 +135,8 @@ def _config(config: dict[str, Any], mixing: Mixing, top_k: int, rescale: str | N
     if mixing.target.scaling_knob:
         found["routed_scaling_factor"] = mixing.factor * ratio
     place = "config" if mixing.target.scaling_knob else "weights"
-    told = {"factor": 1.0, "baked_factor": 1.0, **(config.get("llamamoe") or {})}  # of another origin: from here on
+    # a model of another origin is recorded from here on
+    told = {"factor": 1.0, "baked_factor": 1.0, **(config.get("llamamoe") or {})}
     block = rescaled_block(told, **{place: ratio}) | {"rescale": rescale, "top_k": top_k}
     if not exact and "exactness" in block:
         block["exactness"] = f"{block['exactness']}; down projections were rounded once more when k was changed"
@@ -144,7 +145,7 @@ def _config(config: dict[str, Any], mixing: Mixing, top_k: int, rescale: str | N
 
 def _told(factor: float, where: str, rescale: str | None) -> str:
     if where == "nowhere":
-        return "Nothing else had to change."
+        return "No other change was needed."
     place = "`routed_scaling_factor`" if where == "config" else "the down projections of the routed experts"
     return f"For the rescale `{rescale}` {place} were multiplied by {factor:.6g}."
 
@@ -153,7 +154,7 @@ def _warnings(config: dict[str, Any], rescale: str | None, before: int, exact: b
     block, found = config.get("llamamoe") or {}, []
     if rescale is None:
         found.append(
-            "the model names no rescale: its router's weights are left as they are (give --rescale to change that)"
+            "the model does not record a rescale: its router's weights are left unchanged (give --rescale to change that)"
         )
     if not exact:
         found.append("the experts' down projections are rounded once to their dtype: the factor is not a power of two")
@@ -161,7 +162,7 @@ def _warnings(config: dict[str, Any], rescale: str | None, before: int, exact: b
         found.append(f"the repair was fitted with {before} experts selected: with another number it fits less well")
     if may_overlap(config):
         found.append(
-            f"neurons may stand in several experts, scaled for {before} selected ones: with another number they count too "
+            f"neurons may be in several experts, scaled for {before} selected ones: with another number they count too "
             "much or too little"
         )
     if block.get("healed") or block.get("trained"):

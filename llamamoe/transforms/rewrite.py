@@ -1,4 +1,4 @@
-"""A checkpoint made from another: the same tensors with other values, streamed, whole or not at all, with its story."""
+"""Write a checkpoint derived from another: the same tensors with other values, streamed, whole or not at all."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _ROOM = 64 * 2**20
 
 @dataclass(frozen=True)
 class Rewriting:
-    """What is to be written.
+    """The description of a derived checkpoint.
 
     Attributes:
-        deed: The command's name; also the key under which config.json tells of it.
+        deed: The command's name; also the key of its entry in config.json.
         title: The headline of the card.
-        sources: What it is made from; the first gives names, shapes, files and tokenizer.
-        checkpoints: The same, opened.
-        config: The configuration, complete but for the entry about this deed.
-        make: The value of a tensor, by its name: contiguous, on the CPU, of the dtype and shape that the first has.
-        facts: What was done, as plain data.
+        sources: The source models; the first gives names, shapes, files and tokenizer.
+        checkpoints: The opened source models.
+        config: The configuration, complete except for the entry about this command.
+        make: Returns a tensor by its name: contiguous, on the CPU, with the first source's dtype and shape.
+        facts: The facts as JSON-compatible data.
         story: The same for the card, in sentences.
-        warnings: What a user should know.
-        shards: The files to write; None: those of the first source, tensor for tensor.
-        read_too: Other models that decide the result, opened.
+        warnings: Sentences for the user.
+        shards: The files to write; None: those of the first source.
+        read_too: Other opened models that decide the result.
     """
 
     deed: str
@@ -73,7 +73,7 @@ class Rewriting:
         return sum(nbytes for tensors in self.files().values() for _, _, nbytes in tensors.values())
 
     def files(self) -> Shards:
-        """The files to write."""
+        """Return the files to write."""
         if self.shards is not None:
             return self.shards
         found: Shards = {}
@@ -82,7 +82,7 @@ class Rewriting:
         return found
 
     def units(self) -> dict[str, list[str]]:
-        """Tensors by the unit that is finished at once: a layer, or all that belong to none."""
+        """Return tensors by the unit that is finished together: a layer, or all tensors outside layers."""
         found: dict[str, list[str]] = {}
         for name in (name for tensors in self.files().values() for name in tensors):
             layer = name.removeprefix("model.layers.").split(".")[0] if name.startswith("model.layers.") else ""
@@ -90,7 +90,7 @@ class Rewriting:
         return found
 
     def fingerprint(self) -> str:
-        """Changes whenever a resumed run would write other bytes."""
+        """Return a hash that changes whenever a resumed run would write other bytes."""
         facts = [self.deed, __version__, torch.__version__, dict(self.facts), dict(self.config), self.files()]
         facts += [checkpoint.fingerprint() for checkpoint in (*self.checkpoints, *self.read_too)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -104,21 +104,21 @@ def rewrite(
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> dict[str, Any]:
-    """Write a `Rewriting` into a folder that appears whole or not at all; one tensor is in memory at a time.
+    """Write a `Rewriting` into a folder that appears whole or not at all; with one tensor in memory at a time.
 
     Args:
-        job: What is to be written.
-        out: The folder to make; it must not exist or be empty.
-        resume: Finish what an earlier call with the same arguments began.
-        force: Replace ``out`` if it holds a checkpoint of ours, and drop what an earlier call began.
-        progress: Told after every layer.
+        job: The checkpoint to write.
+        out: The folder to create; it must not exist, or be empty.
+        resume: Finish a stopped call with the same arguments.
+        force: Replace ``out`` if it holds a checkpoint by llamamoe, and discard the work of a stopped call.
+        progress: Called after every layer.
 
     Returns:
-        The receipt, as it stands in ``llamamoe_derived.json``.
+        The receipt, as written to ``llamamoe_derived.json``.
 
     Raises:
-        RefusedError: OUT would harm something, or the disk is too small; nothing was written.
-        LlamaMoeError: A value is not finite, or writing failed; then ``resume`` goes on.
+        RefusedError: OUT would harm existing files, or the disk has too little room; nothing was written.
+        LlamaMoeError: A value is not finite, or writing failed; then ``resume`` continues.
     """
     place = normal_path(out)
     check_place(place, [*(source.path for source in job.sources), *(each.path for each in job.read_too)], force=force)
@@ -142,7 +142,7 @@ def rewrite(
         writer.flush()
         receipt = _receipt(job, writer.weights_sha256())
         _write_side_files(job, writer.path, receipt, tokenizer)
-        SafetensorsCheckpoint(writer.path)  # what appears can be opened
+        SafetensorsCheckpoint(writer.path)  # check that the result can be opened
         for read in (*job.checkpoints, *job.read_too):
             read.check_unchanged()
         writer.publish(replace=force)
@@ -150,7 +150,7 @@ def rewrite(
 
 
 def check_place(out: Path, read: Sequence[Path], *, force: bool) -> None:
-    """Refuse an OUT that would harm something, a model that is read among it.
+    """Refuse an OUT that would harm existing files, including models that are read.
 
     Raises:
         RefusedError: See `llamamoe.checkpoint.out_folder.check_out`.
@@ -176,8 +176,8 @@ def _finite(name: str, job: Rewriting) -> torch.Tensor:
     if value.is_floating_point() and nonfinite(value):
         raise LlamaMoeError(
             f"{name} would hold NaN or infinite values ({value.dtype}).",
-            hint="A source holds them already, or its dtype is too narrow for the result. Another OUT, or --force, begins "
-            "again.",
+            hint="A source already contains them, or its dtype is too narrow for the result. Start again with another OUT or "
+            "--force.",
         )
     return value
 
@@ -211,10 +211,10 @@ def _receipt(job: Rewriting, weights_sha256: str) -> dict[str, Any]:
 
 
 def opened(source: str | Path) -> tuple[Location, SafetensorsCheckpoint]:
-    """A folder of safetensors that can be worked on weight by weight.
+    """Open a folder of safetensors whose weights can be rewritten.
 
     Raises:
-        CheckpointError: It is a file, its files are broken or disagree, it brings its own code, or its weights are
+        CheckpointError: The path is a file, its files are broken or disagree, it has its own code, or its weights are
             quantised.
     """
     location = locate_folder(source)
@@ -225,13 +225,13 @@ def opened(source: str | Path) -> tuple[Location, SafetensorsCheckpoint]:
 
 
 def same_tensors(checkpoints: Sequence[SafetensorsCheckpoint]) -> list[str]:
-    """Why the tensors of the checkpoints do not correspond one to one; empty if they do."""
+    """Return the reasons why the tensors of the checkpoints do not correspond one to one; empty if they do."""
     first, reasons = checkpoints[0], []
     for other in checkpoints[1:]:
         for here, there in ((first, other), (other, first)):
             missing = sorted(here.tensors.keys() - there.tensors.keys())
             if missing:
-                reasons.append(f"{there.path} has no {missing[0]} ({len(missing)} tensors of {here.path} are missing)")
+                reasons.append(f"{there.path} lacks {missing[0]} ({len(missing)} tensors of {here.path} are missing)")
         for name in sorted(first.tensors.keys() & other.tensors.keys()):
             shapes = first.tensors[name].shape, other.tensors[name].shape
             if shapes[0] != shapes[1]:

@@ -114,7 +114,7 @@ def test_neurons_in_several_experts_are_refused(tmp_path: Path) -> None:
     keys = {"method": {"name": "gradient", "overlap": "inner"}, "calibration": [str(tmp_path / "text.txt")]}
     keys |= {"calibration_tokens": 2048, "calibration_length": 64, "repair": "none", "rescale": "unit"}
     moe = convert(dense, tmp_path / "moe", num_experts=4, **keys)
-    with pytest.raises(RefusedError, match="layer 0: neurons stand in several experts"):
+    with pytest.raises(RefusedError, match="layer 0: neurons are in several experts"):
         densify(moe, tmp_path / "out")
     assert any("scaled for 2 selected" in each for each in retop(moe, tmp_path / "retop", 3).warnings)
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_one_ffn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="'llama' is not a mixture of experts"):
         densify(dense, tmp_path / "out")
     partial = convert(make_dense(tmp_path / "phi", "phi3-partial"), tmp_path / "partial", "glm4_moe")
-    with pytest.raises(RefusedError, match=r"no dense architecture here holds the attention: .*rotary"):
+    with pytest.raises(RefusedError, match=r"no dense architecture supports the attention: .*rotary"):
         densify(partial, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_one_ffn_is_refused(tmp_path: Path) -> None:
 def test_the_order_of_another_model_is_refused(tmp_path: Path) -> None:
     moe = convert(make_dense(tmp_path / "dense"), tmp_path / "moe")
     other = make_dense(tmp_path / "other", seed=1)
-    with pytest.raises(RefusedError, match="layer 0: its neurons are not those"):
+    with pytest.raises(RefusedError, match="layer 0: its neurons differ from those"):
         densify(moe, tmp_path / "out", like=other)
 
 

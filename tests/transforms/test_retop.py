@@ -98,7 +98,7 @@ def test_a_model_of_another_origin_is_left_to_its_router(tmp_path: Path) -> None
     (two / "config.json").write_text(json.dumps(config))
     found = retop(two, tmp_path / "out", 1)
     assert found.where == "nowhere"
-    assert any("names no rescale" in each for each in found.warnings)
+    assert any("does not record a rescale" in each for each in found.warnings)
     named = retop(two, tmp_path / "named", 1, rescale="unit")
     assert named.factor == 0.5
 
