@@ -24,7 +24,7 @@ from tests.training.runs import make_text
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is.
+    """Sizes of the checks.
 
     Attributes:
         wide: Configuration of the model that is compared with the CPU.
@@ -78,7 +78,7 @@ TINY = Sizes(
 
 @dataclass
 class Bench:
-    """Where the checks run, and the models that they share."""
+    """The folder of the checks, and the models that they share."""
 
     device: str
     sizes: Sizes
@@ -129,7 +129,7 @@ class Bench:
         return self.work / out
 
     def calibration(self, device: str) -> dict[str, Any]:
-        """What a recipe of the small model says of text, device and shared neurons."""
+        """Return the recipe keys of the small model for text, device and shared neurons."""
         return {
             "calibration": [str(self.text)], "calibration_tokens": self.sizes.calibration, "calibration_length": 64,
             "device": device, "shared": self.sizes.small["intermediate_size"] // 4,

@@ -116,7 +116,7 @@ def near_misses(value: str, choices: list[str]) -> str:
     For user input; see `known_names` for values from untrusted files.
     """
     if not choices:
-        return "It has no options of its own."
+        return "It has no options."
     spelled = {choice.lower(): choice for choice in reversed(choices)}
     cutoff = _ALIKE if len(value) > 2 else _ALIKE_OF_TWO
     close = [spelled[each] for each in difflib.get_close_matches(value.lower(), spelled, n=3, cutoff=cutoff)]

@@ -30,7 +30,7 @@ FORKS.set_forkserver_preload(
 
 
 def _run(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
-    """What a fork does: the command line, with all that it prints in a file."""
+    """Run the command line in a fork, with all that it prints in a file."""
     from llamamoe_cli import run
 
     signal.signal(signal.SIGINT, signal.default_int_handler)

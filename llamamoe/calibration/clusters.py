@@ -25,7 +25,7 @@ def text_clusters(ids_ST: np.ndarray, vocab_size: int, num_clusters: int, seed: 
     This differs from the papers, so that no second model is needed: LLaMA-MoE (arXiv:2406.16554) clusters
     sentence embeddings of documents (all-mpnet-base-v2, k-means), LLaMA-MoE v2 (arXiv:2411.15708) the inputs of each
     FFN, token by token and layer by layer. Here a sequence is in one cluster, the same in all layers, and "kind"
-    means choice of words: it tells code from prose or one language from another, not a sad story from a glad one.
+    means vocabulary: it distinguishes code from prose or languages from each other, not a sad story from a happy one.
 
     Args:
         ids_ST: int64 ``[S, T]``.

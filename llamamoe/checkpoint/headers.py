@@ -76,7 +76,7 @@ def _tensors(path: Path, header: dict[str, Any], data_start: int, data_bytes: in
     if end != data_bytes:
         raise CheckpointError(
             f"{path.name}: the tensors take {end:,} bytes, but the file holds {data_bytes:,}: it is "
-            f"{'truncated' if data_bytes < end else 'longer than its header says'}.",
+            f"{'truncated' if data_bytes < end else 'longer than its header states'}.",
             hint="Download it again.",
         )
     return found

@@ -26,7 +26,7 @@ _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
 def normal_path(out: str | Path) -> Path:
-    """OUT as an absolute path without ``.`` and ``..``; a link at its end is not resolved.
+    """Return OUT as an absolute path without ``.`` and ``..``; a link at its end is not resolved.
 
     Raises:
         RefusedError: The path is a Windows path, or not UTF-8, so that libraries could not load the output.

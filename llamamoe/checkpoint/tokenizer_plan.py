@@ -54,7 +54,7 @@ def plan_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> l
 
 
 def _check_generation(folder: Path) -> None:
-    """Ids in ``generation_config.json`` are integers; only the end of sequence may be several."""
+    """Check that ids in ``generation_config.json`` are integers; only the end of sequence may be a list."""
     path = folder / "generation_config.json"
     data = read_json(path) if path.is_file() else {}
     for key in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):

@@ -300,7 +300,7 @@ def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:
     if count < wanted:
         warnings += (
             f"{count} sequences of calibration text cannot form {wanted} clusters: {wanted - count} experts have no "
-            "text of their own (use more --calibration-tokens, or a smaller --calibration-length)",
+            "own text (use more --calibration-tokens, or a smaller --calibration-length)",
         )
     clusters = text_clusters(text.ids_ST, plan.model.spec.vocab_size, min(wanted, count), plan.recipe.seed)
     return replace(text, clusters_S=clusters, warnings=warnings)

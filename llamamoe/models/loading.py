@@ -276,7 +276,7 @@ def pick_devices(name: str) -> list[str]:
     if name == "all":
         found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         if not found:
-            raise UsageError("The device 'all' means every GPU, and torch sees none.", hint="Use 'auto' or 'cpu'.")
+            raise UsageError("The device 'all' means every GPU, and torch finds none.", hint="Use 'auto' or 'cpu'.")
         return found
     return [pick_device(each.strip()) for each in name.split(",")]
 

@@ -13,7 +13,7 @@ _PLAIN = {code: code + 0x2400 for code in range(0x20) if chr(code) not in "\t\n"
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 LIMIT_SERIES = 4
-"""Models beside the parent that have a colour of their own; further ones share them."""
+"""Number of models beside the parent with distinct colours; further ones share them."""
 
 
 @dataclass(frozen=True)

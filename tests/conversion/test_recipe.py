@@ -216,7 +216,7 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_option_of_a_method_without_options_says_so() -> None:
-    with pytest.raises(UsageError, match=r"rounds: unknown key\. It has no options of its own\."):
+    with pytest.raises(UsageError, match=r"rounds: unknown key\. It has no options\."):
         load_recipe(given={"method": {"name": "auto", "rounds": 1}})
 
 

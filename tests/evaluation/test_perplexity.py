@@ -519,7 +519,7 @@ def test_strides_and_devices_that_cannot_be(with_bos, corpus):
     with pytest.raises(UsageError, match="'abc' is not available"):
         evaluate(with_bos, [corpus], device="cpu,abc")
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="sees none"):
+        with pytest.raises(UsageError, match="finds none"):
             evaluate(with_bos, [corpus], device="all")
 
 

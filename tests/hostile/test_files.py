@@ -51,7 +51,7 @@ def test_truncated_shard(sharded: Path, refused: Refused, keep: int) -> None:
 def test_shard_with_a_tail(sharded: Path, refused: Refused) -> None:
     with (sharded / FIRST).open("ab") as file:
         file.write(b"\0" * 16)
-    refused(sharded, FIRST, "longer than its header says")
+    refused(sharded, FIRST, "longer than its header states")
 
 
 @pytest.mark.parametrize("length", [2**64 - 1, 2**63, 2**40, 100_000_001, 10_000_000])

@@ -172,7 +172,7 @@ def test_nulls_are_dashes() -> None:
     empty = nulled(report())
     found = Outline(render(empty))
     assert "Its perplexity was not measured" in found.text
-    assert "How far domains lie apart was not measured" in found.text
+    assert "The distance between domains was not measured" in found.text
     assert "–" in found.text
     assert not re.search(r"\bNone\b|\bnan\b|\binf\b", found.text)
 

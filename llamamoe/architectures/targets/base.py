@@ -77,7 +77,7 @@ class Target(ABC):
             return []
         size = dense.vocab_size * dense.hidden_size
         return [
-            f"{self.name} needs an output head of its own in several runtimes: the tied head is written out (+{size:,} parameters)"
+            f"{self.name} needs a separate output head in several runtimes: the tied head is written out (+{size:,} parameters)"
         ]
 
     def dense_layer_refusal(self, dense_layers: tuple[int, ...], num_layers: int) -> str | None:

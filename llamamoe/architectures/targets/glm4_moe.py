@@ -84,7 +84,7 @@ class Glm4Moe(Target):
         found = [
             "llama.cpp's converter expects GLM's own tokenizer for glm4_moe; this one will not convert",
             "transformers' glm4_moe has no auxiliary loss: other trainers leave its router unbalanced "
-            "(llamamoe pretrain has losses of its own, and balances by the correction bias)",
+            "(llamamoe pretrain has its own losses, and balances by the correction bias)",
         ]
         found += self.head_notes(dense)
         if not layout.num_shared:

@@ -30,7 +30,7 @@ class GraniteMoeShared(Target):
         return reasons
 
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
-        """See `Target.config`. ``num_experts`` is for TRL, which asks every mixture of experts for it."""
+        """See `Target.config`. ``num_experts`` is for TRL, which reads it from every mixture of experts."""
         scale = dense.head_dim**-0.5 if dense.attention_multiplier is None else dense.attention_multiplier
         return {
             "intermediate_size": layout.expert_width,

@@ -22,7 +22,7 @@ from ...dense import make_dense
 from ..runs import BASE, make_tokens
 
 FACTOR = 0.1
-"""How far the estimate may be from what is measured."""
+"""Tolerance of the estimate relative to the measurement."""
 LEFT = 256
 """Bytes that may be left: sums of losses, of which there is a number each."""
 TERMS = sorted(set(DistillOptions.model_fields) - {"lm"})
