@@ -32,7 +32,9 @@ which plain transformers loads.
 After an interruption, the same command with --resume continues from the newest checkpoint; weights and metrics are the
 same as without the interruption. All files of the checkpoint are verified against the SHA-256 recorded when they were
 written; if one is damaged, --resume CHECKPOINT continues from an older checkpoint. Only files that the run wrote are
-replaced or deleted; others with the same name are refused. On SIGTERM (sent by schedulers before a time limit) the
+replaced or deleted; others with the same name are refused. The recipe may differ in keys that do not affect the weights
+(logging, saving, paths to the same model and text, gradient_checkpointing, ...), with --extend in its length, and with
+--allow-change in the optimiser, losses and the like. On SIGTERM (sent by schedulers before a time limit) the
 current step is finished, a checkpoint is written and the exit code is 143. To use several processes, start the command
 with torchrun or accelerate launch.
 """
@@ -67,6 +69,18 @@ NEWEST = ""
        text="Continue from the newest checkpoint in the folder of the run, or from the named one; later ones are deleted "
             "and written again.")  # fmt: skip
 @flag(
+    "--extend",
+    group=RUN,
+    is_flag=True,
+    text="With --resume: allow more steps or tokens; schedules follow the new length.",
+)
+@flag(
+    "--allow-change",
+    group=RUN,
+    is_flag=True,
+    text="With --resume: allow other values for the optimiser, losses and the like; recorded in metrics.jsonl.",
+)
+@flag(
     "--force", group=RUN, is_flag=True, text="Delete an existing run in the folder; other files in it are left alone."
 )
 @flag(
@@ -92,6 +106,8 @@ def command(
     parent: str | None,
     out: str,
     resume: str | None,
+    extend: bool,
+    allow_change: bool,
     force: bool,
     dry_run: bool,
     world_size: int | None,
@@ -102,7 +118,10 @@ def command(
     """Parse, then plan or train, then print."""
     if resume is not None and force:
         raise click.UsageError("--resume and --force are mutually exclusive.")
+    if resume is None and (extend or allow_change):
+        raise click.UsageError("--extend and --allow-change require --resume.")
     where: dict[str, Any] = {"resume": resume is not None if resume in (None, NEWEST) else resume, "force": force}
+    where |= {"extend": extend, "allow_change": allow_change}
     complete = _recipe(recipe, {"model": model, "parent": parent}, overrides)
     if dry_run:
         from llamamoe import plan_pretraining

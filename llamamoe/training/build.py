@@ -38,6 +38,7 @@ from .parent import Parent, load_parent, share_frozen
 from .parts import Parts
 from .ranks import check_same_checkpoint, several_ranks, sum_over_ranks
 from .recipe import PretrainRecipe
+from .resuming import changes_since
 from .routed_targets import routed_targets
 from .router_start import start_routers
 from .routing import RouterTap
@@ -127,6 +128,8 @@ def assemble(
         peak_flops=_peak_flops(device, args.world_size),
         progress=progress,
     )
+    if checkpoint is not None:
+        parts.changes = changes_since(checkpoint, recipe)
     return MoeTrainer(model, args, parts, resumed=checkpoint is not None), facts
 
 
@@ -208,7 +211,7 @@ def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout) -> Tok
     weights = mixture_weights(recipe.data.mixture, {name: corpus.tokens(name) for name in corpus.domains}, warnings)
     for sentence in warnings:
         log.warning("data.mixture: %s", sentence)
-    sampler = MixtureSampler(blocks, weights, recipe.batch_size, recipe.seed)
+    sampler = MixtureSampler(blocks, weights, recipe.batch_size, recipe.seed, skip=recipe.skipped_steps)
     return TokenBatches(corpus, sampler, layout, recipe.data.block_length, recipe.max_steps)
 
 

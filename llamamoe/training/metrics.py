@@ -78,10 +78,14 @@ class MetricsFile:
         self._started = time.monotonic()
 
     def resume(self, step: int) -> None:
-        """Forget the lines of steps after ``step``, which will be made again, and a line that a kill cut short."""
+        """Forget the lines of steps after ``step``, which will be made again, and a line that a kill cut short.
+
+        What changed at ``step`` is forgotten, too: whoever goes on from there says what changes now.
+        """
         if not self._writes or not self.path.exists():
             return
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        lines = (line for line in read_lines(self.path) if line["step"] <= step)
+        kept = [line for line in lines if line["step"] < step or line.get("kind") != "change"]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..progress import ProgressCallback, ignore_progress
 from .batches import TokenBatches
+from .changes import Changes
 from .dynamics import Dynamics
 from .metrics import MetricsFile, Sums
 from .objective import Objective
@@ -35,6 +36,7 @@ class Parts:
         peak_flops: What all devices together can do; None if it is not known.
         progress: Told after every step.
         stop: Whether the run was told to end.
+        changes: What decides the weights and is otherwise than when the checkpoint to go on from was written.
     """
 
     recipe: PretrainRecipe
@@ -50,3 +52,4 @@ class Parts:
     peak_flops: float | None
     progress: ProgressCallback = ignore_progress
     stop: StopRequest = field(default_factory=StopRequest)
+    changes: Changes = field(default_factory=lambda: Changes({}))

@@ -85,6 +85,8 @@ def plan_pretraining(
     out: str | Path | None = None,
     resume: bool | str | Path = False,
     force: bool = False,
+    extend: bool = False,
+    allow_change: bool = False,
     world_size: int | None = None,
     device_memory: float | None = None,
     peak_flops: float | None = None,
@@ -97,6 +99,8 @@ def plan_pretraining(
         out: The run's folder; None: it is not looked at.
         resume: See `pretrain`.
         force: See `pretrain`.
+        extend: See `pretrain`.
+        allow_change: See `pretrain`.
         world_size: Processes, one device each; None: as many as the recipe's sharding needs.
         device_memory: Bytes of a device.
         peak_flops: Operations per second of a device.
@@ -119,7 +123,8 @@ def plan_pretraining(
         folder = normal_path(out)
         check_place(folder, recipe, location.path, parent)
         refuse_used(folder)
-        check_run_folder(folder, recipe, facts, resume=resume, force=force)
+        allowed = {"extend": extend, "allow_change": allow_change}
+        check_run_folder(folder, recipe, facts, resume=resume, force=force, **allowed)
     world_size = world_size or recipe.distributed.world_size
     check_ranks(recipe, world_size)
     domains, held_out = _tokens(recipe)

@@ -85,7 +85,14 @@ def verify_tokens(recipe: PretrainRecipe, progress: ProgressCallback) -> None:
 
 
 def check_run_folder(
-    folder: Path, recipe: PretrainRecipe, facts: dict[str, Any], *, resume: bool | str | Path, force: bool
+    folder: Path,
+    recipe: PretrainRecipe,
+    facts: dict[str, Any],
+    *,
+    resume: bool | str | Path,
+    force: bool,
+    extend: bool = False,
+    allow_change: bool = False,
 ) -> Path | None:
     """Refuse to mix two runs, or to touch what the run did not write; changes nothing.
 
@@ -119,7 +126,7 @@ def check_run_folder(
         if path.exists():  # the run makes it again
             check_removable(path, run)
     if checkpoint is not None:
-        check_same_run(checkpoint, recipe)
+        check_same_run(checkpoint, recipe, extend=extend, allow_change=allow_change)
         _check_facts(folder, facts)
         check_lines(folder / METRICS)
     return checkpoint

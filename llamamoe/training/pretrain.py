@@ -70,6 +70,8 @@ def pretrain(
     *,
     resume: bool | str | Path = False,
     force: bool = False,
+    extend: bool = False,
+    allow_change: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> PretrainResult:
     """Train a converted model by a recipe; under torchrun or accelerate launch every process calls it alike.
@@ -83,6 +85,10 @@ def pretrain(
         resume: Go on from the newest checkpoint in ``out`` (from the start if there is none): weights and metrics end as
             they would have without the stop. Every byte of it is checked first. The name or path of a checkpoint in
             ``out``: go on from that one; later ones are deleted, to be made again.
+        extend: Let a resumed run become longer than its checkpoint's (``steps`` or ``tokens``); shares of the length, and
+            schedules over it, follow the new length from there on.
+        allow_change: Let a resumed run go on with other values of whatever can change within a run; which is written to
+            ``metrics.jsonl``.
         force: Delete what an earlier run left in ``out``; what no run wrote stays or is a reason to refuse.
         progress: Told after every step.
 
@@ -99,15 +105,16 @@ def pretrain(
     check_place(folder, recipe, source, parent)
     check_folder(source, allow_dense=recipe.allow_dense)
     facts = identities(recipe, source, parent)
+    how: dict[str, Any] = {"resume": resume, "force": force, "extend": extend, "allow_change": allow_change}
     main = int(os.environ.get("RANK", "0")) == 0
     if not main:  # the first process checks, cleans and locks before it joins the others
         return _run(recipe, folder, source, parent, facts, resume, progress)
     refuse_used(folder)
-    check_run_folder(folder, recipe, facts, resume=resume, force=force)  # before anything is made, the folder among it
+    check_run_folder(folder, recipe, facts, **how)  # before anything is made, the folder among it
     if recipe.data.verify:
         verify_tokens(recipe, progress)
     with locked(folder):
-        checkpoint = check_run_folder(folder, recipe, facts, resume=resume, force=force)
+        checkpoint = check_run_folder(folder, recipe, facts, **how)
         try:
             prepare_run_folder(folder, recipe, checkpoint, force=force)
         except OSError as error:

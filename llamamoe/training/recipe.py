@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from ..recipes import Choice, Recipe, choose
 from .balancing import BalancingOptions
+from .changes import deciding
 from .distillation_options import DistillOptions
 from .gates import GATES
 from .losses import LOSSES
@@ -38,6 +39,13 @@ class DataRecipe(_Part):
         description="Another such folder, of held-out text; null: what train holds out, if anything.",
     )
     verify: bool = Field(True, description="Compare the tokens with their hashes before a run begins.")
+    skip_tokens: float = Field(
+        0,
+        ge=0,
+        le=1e16,
+        description="Tokens that the model has seen of this text, by the same seed, batch, blocks and mixture: the run begins "
+        "with those after them (rounded up to a whole step).",
+    )
     block_length: int = Field(2048, ge=2, le=2**20, description="Tokens of one sequence.")
     mixture: str | dict[str, Rate] = Field(
         "proportional", description="Share of each domain: llama, sheared_llama, uniform, proportional, or a mapping."
@@ -276,6 +284,11 @@ class PretrainRecipe(Recipe):
         return "llamamoe_grouped_mm" if self.autocasts and device in ("cuda", "auto") else None
 
     @property
+    def skipped_steps(self) -> int:
+        """Steps of the text that are passed over at the start."""
+        return math.ceil(self.data.skip_tokens / self.tokens_per_step)
+
+    @property
     def max_steps(self) -> int:
         """Optimiser steps of the run."""
         if self.steps is not None:
@@ -284,14 +297,8 @@ class PretrainRecipe(Recipe):
         return max(1, math.ceil(self.tokens / self.tokens_per_step))
 
     def deciding(self) -> dict[str, Any]:
-        """Return the keys that decide the weights: all but those that say how often to log, measure and keep.
-
-        Where the mixture follows what is measured, when it is measured decides, too.
-        """
-        left_out = {"log_every", "save_every", "keep"}
-        if self.data.update.name == "static":
-            left_out.add("evaluate_every")
-        return self.model_dump(mode="json", exclude=left_out)
+        """Return the keys that decide the weights, see `changes.deciding`."""
+        return deciding(self)
 
 
 load_pretrain_recipe = PretrainRecipe.load

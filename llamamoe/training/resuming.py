@@ -15,6 +15,8 @@ from typing import Any
 from ..checkpoint.manifest import Manifest, file_sha256
 from ..checkpoint.reader import INDEX, SINGLE, read_weight_map
 from ..errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
+from ..recipes import validated
+from .changes import Changes
 from .ownership import FACTS, MARKER, METRICS, RECIPE, manifest_of, named_checkpoints, run_id, step_of
 from .recipe import PretrainRecipe
 from .run_folder import checkpoints, complete, start_anew
@@ -48,18 +50,31 @@ def chosen(folder: Path, resume: bool | str | Path) -> Path | None:
     return found
 
 
-def check_same_run(checkpoint: Path, recipe: PretrainRecipe) -> None:
-    """Refuse to go on with another recipe.
+def changes_since(checkpoint: Path, recipe: PretrainRecipe) -> Changes:
+    """Compare a recipe with the one that a checkpoint was made by.
 
     Raises:
-        RefusedError: The checkpoint was made by another one.
+        RefusedError: The checkpoint was not written by its folder's run.
+        UsageError: Its recipe has keys that this version has not.
     """
     folder = checkpoint.parent
-    if manifest_of(checkpoint, run_id(folder)).facts.get("recipe_sha256") != recipe.sha256():
-        raise RefusedError(
-            f"{checkpoint} was made by another recipe: going on with this one would not be the same run.",
-            hint=f"The run's own recipe is {folder / RECIPE}; to train on differently: {start_anew(recipe, checkpoint)}.",
-        )
+    written = manifest_of(checkpoint, run_id(folder)).facts.get("recipe")
+    # Checkpoints of earlier versions do not hold it.
+    before = PretrainRecipe.load(folder / RECIPE) if written is None else validated(PretrainRecipe, written)
+    return Changes.between(before, recipe, step_of(checkpoint))
+
+
+def check_same_run(checkpoint: Path, recipe: PretrainRecipe, *, extend: bool, allow_change: bool) -> None:
+    """Refuse to go on with a recipe that leads elsewhere, unless it is allowed to.
+
+    Raises:
+        RefusedError: The checkpoint was made by another one; names every key.
+    """
+    changes = changes_since(checkpoint, recipe)
+    anew = start_anew(recipe, checkpoint, step_of(checkpoint))
+    changes.check(str(checkpoint), anew, extend=extend, allow_change=allow_change)
+    if changes:
+        log.warning("%s: %s", checkpoint.name, changes.describe())
 
 
 def check_contents(checkpoint: Path, recipe: PretrainRecipe) -> None:
@@ -96,6 +111,7 @@ def note_files(checkpoint: Path, folder: Path, recipe: PretrainRecipe, *, step: 
         "run": run_id(folder),
         "step": step,
         "ranks": ranks,
+        "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": recipe.sha256(),
         "facts_sha256": file_sha256(folder / FACTS),
         "metrics": metrics_facts(folder),

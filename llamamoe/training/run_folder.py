@@ -83,11 +83,12 @@ def is_of_the_disk(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or any(part in told for part in ("inline_container", "iostream"))
 
 
-def start_anew(recipe: PretrainRecipe, checkpoint: Path) -> str:
-    """How to go on from a checkpoint with another recipe, which ``--resume`` refuses: it would be another run."""
+def start_anew(recipe: PretrainRecipe, checkpoint: Path, step: int | None = None) -> str:
+    """Return how to train a checkpoint on by another recipe, as another run; with its step, one that goes on in the text."""
     if recipe.lora is not None:  # an adapter alone is no model
         return "a new run, with another --out"
-    return f"a new run that begins there, with model={checkpoint} and another --out"
+    skip = "" if step is None else f", data.skip_tokens={(step + recipe.skipped_steps) * recipe.tokens_per_step}"
+    return f"a new run that begins there, with model={checkpoint}{skip} and another --out"
 
 
 def best_checkpoint(folder: Path) -> tuple[Path, float] | None:

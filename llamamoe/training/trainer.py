@@ -87,6 +87,8 @@ class MoeTrainer(Trainer):
         """Drop lines of metrics and checkpoints of steps that are made again."""
         step = self.state.global_step if self._resumed else -1
         self.parts.metrics.resume(step)
+        if self.parts.changes:
+            self.parts.metrics.write(step, {"kind": "change", "changed": self.parts.changes.to_json()}, {})
         for path in named_checkpoints(self.parts.folder) if self.args.should_save else ():
             if step_of(path) > step:
                 discard(self.parts.folder, path)
@@ -227,6 +229,23 @@ class MoeTrainer(Trainer):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.args.process_index)
+        if checkpoint is not None and self.parts.changes:
+            self._follow_recipe()
+
+    def _follow_recipe(self) -> None:
+        """Put the recipe's rates in the place of those that the checkpoint's optimiser and schedule brought along."""
+        assert self.optimizer is not None
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        groups = self.optimizer.param_groups
+        recipe, trained = self.parts.recipe, self.model
+        assert trained is not None
+        fresh = optimizer_groups(trained, recipe, self.parts.dynamics.gate_parameters())
+        scheduler.base_lrs = [group["lr"] for group in fresh]
+        factors = lr_factors(groups, recipe)
+        for group, new, factor in zip(groups, fresh, factors, strict=True):
+            group |= {"weight_decay": new["weight_decay"], "betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}
+            group |= {"initial_lr": new["lr"], "lr": new["lr"] * factor(scheduler.last_epoch)}
+        scheduler._last_lr = [group["lr"] for group in groups]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Transformers', with its error told as ours."""

@@ -46,6 +46,8 @@ class MixtureSampler:
         weights: Domain to weight, not negative; normalised here. Domains that are not named get nothing.
         batch_size: Sequences of a global batch, B.
         seed: Of everything random, 0 to 2**63 - 1.
+        skip: Steps that are passed over at the start: what is called step 0 here is that step of a sampler that passes
+            over none. Step numbers in states count from there.
 
     Attributes:
         names: The domains, in order.
@@ -57,12 +59,20 @@ class MixtureSampler:
         UsageError: A weight is unusable, or its domain is unknown or has no block.
     """
 
-    def __init__(self, num_blocks: Mapping[str, int], weights: Mapping[str, float], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        num_blocks: Mapping[str, int],
+        weights: Mapping[str, float],
+        batch_size: int,
+        seed: int,
+        *,
+        skip: int = 0,
+    ) -> None:
         if batch_size < 1:
             raise UsageError(f"A batch of {batch_size} sequences: there must be at least 1.")
         self.names = tuple(num_blocks)
         self.num_blocks = dict(num_blocks)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.skip = batch_size, seed, skip
         self._blocks_D = np.array([num_blocks[name] for name in self.names], dtype=np.int64)
         self._log: list[tuple[int, np.ndarray]] = [(0, self._usable(weights))]
         self._next = 0  # no step from here on was drawn
@@ -95,6 +105,7 @@ class MixtureSampler:
         Raises:
             UsageError: The step was drawn already (data loaders draw ahead), or a weight is unusable.
         """
+        from_step += self.skip
         if from_step < self._next:
             raise UsageError(
                 f"The weights cannot change from step {from_step} on: steps up to {self._next - 1} are drawn already.",
@@ -106,7 +117,7 @@ class MixtureSampler:
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The weights in force at a step."""
-        return dict(zip(self.names, self._weights(step).tolist(), strict=True))
+        return dict(zip(self.names, self._weights(step + self.skip).tolist(), strict=True))
 
     def _weights(self, step: int) -> np.ndarray:
         return self._log[bisect_right(self._log, step, key=lambda entry: entry[0]) - 1][1]
@@ -118,6 +129,9 @@ class MixtureSampler:
 
         Cost: O(B). Going back, or ahead by more than a step: see `consumed`.
         """
+        if step < 0:
+            raise UsageError(f"There is no step {step}.")
+        step += self.skip
         before_D = self._seek(step)
         drawn_D = self._drawn(self._weights(step), step, 1)[0]
         domain_B = np.repeat(np.arange(len(self.names)), drawn_D)
@@ -129,15 +143,13 @@ class MixtureSampler:
         return Batch(domain_B[order_B], block_B[order_B])
 
     def consumed(self, step: int) -> dict[str, int]:
-        """How many blocks of each domain the steps before ``step`` take, from the log alone.
+        """How many blocks of each domain the steps before ``step`` take, those passed over included, from the log alone.
 
         Cost: about 0.1 s for a million steps.
         """
-        return dict(zip(self.names, self._count(0, step).tolist(), strict=True))
+        return dict(zip(self.names, self._count(0, step + self.skip).tolist(), strict=True))
 
     def _seek(self, step: int) -> np.ndarray:
-        if step < 0:
-            raise UsageError(f"There is no step {step}.")
         found: np.ndarray = self._count(0, step) if step < self._at else self._counts_D + self._count(self._at, step)
         return found
 
@@ -196,14 +208,14 @@ class MixtureSampler:
         Args:
             step: The first step that was not trained on; None: the first that was not drawn.
         """
-        at = self._next if step is None else step
+        at = self._next if step is None else step + self.skip
         return {
             "step": at,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "num_blocks": dict(self.num_blocks),
             "weights": [[start, dict(zip(self.names, entry.tolist(), strict=True))] for start, entry in self._log],
-            "consumed": self.consumed(at),
+            "consumed": self.consumed(at - self.skip),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
