@@ -40,6 +40,7 @@ from .ranks import check_same_checkpoint, several_ranks, sum_over_ranks
 from .recipe import PretrainRecipe
 from .resuming import changes_since
 from .routed_targets import routed_targets
+from .router_precision import route_in_float32
 from .router_start import start_routers
 from .routing import RouterTap
 from .routing_statistics import RoutingStatistics
@@ -171,6 +172,8 @@ def _trained_model(
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora)
         layers = [] if dense else find_moe_layers(model)
+    if recipe.router.float32:
+        route_in_float32(layers)
     facts["trained_parameters"] = count_trained(model)
     return model, layers
 

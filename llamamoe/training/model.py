@@ -15,7 +15,7 @@ from ..checkpoint.json_files import read_json
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from ..checkpoint.unmapped import unmapped
-from ..errors import CheckpointError, RefusedError
+from ..errors import CheckpointError, RefusedError, UsageError
 from ..lazy import safetensors, torch, transformers
 from .recipe import PretrainRecipe
 
@@ -63,6 +63,8 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
     experts = recipe.experts_on(str(device).split(":")[0])
     if experts is not None and model_type in TARGETS:
         keys["experts_implementation"] = _implementation(experts)
+    if recipe.attn_implementation is not None:
+        keys["attn_implementation"] = recipe.attn_implementation
     if recipe.distributed.sharded:
         from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -80,6 +82,13 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
                 output_loading_info=True,
                 **keys,
             )
+    except (ImportError, ValueError) as error:
+        if recipe.attn_implementation is None or "attention" not in str(error).lower():
+            raise
+        raise UsageError(
+            f"attn_implementation = {recipe.attn_implementation}: {str(error).splitlines()[0]}",
+            hint="Install what it needs, or leave it to transformers: attn_implementation=null.",
+        ) from error
     except safetensors.SafetensorError as error:
         SafetensorsCheckpoint(folder)  # has better words for what it finds
         raise CheckpointError(f"{folder}: its weights cannot be loaded: {error}") from error

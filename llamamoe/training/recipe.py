@@ -99,6 +99,9 @@ class RouterRecipe(_Part):
         description="A hard router's rows are scaled until its logits spread by this; small: little changes at once. null: left.",
     )
     warmup_steps: int = Field(0, ge=0, description="Steps at the start in which only routers are trained.")
+    float32: bool = Field(
+        False, description="Logits in float32 while training, where autocast would round them to bfloat16."
+    )
 
 
 class LoraRecipe(_Part):
@@ -184,6 +187,12 @@ class PretrainRecipe(Recipe):
         description="grouped_mm, batched_mm, eager, or one of llamamoe's; null: llamamoe_auto on a CPU, on a GPU grouped products "
         "in the dtype of precision.compute.",
     )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        Field(
+            None,
+            description="How the model computes attention; null: transformers' choice. --dry-run does not count eager's scores.",
+        )
+    )
     distributed: DistributedRecipe = Field(default_factory=DistributedRecipe, description="Sharding.")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"] = Field(
         "auto", description="auto: a CUDA GPU if there is one, else the CPU."
@@ -229,6 +238,10 @@ class PretrainRecipe(Recipe):
             yield f"distributed.ep_size = {self.distributed.ep_size} does not divide fsdp_size = {self.distributed.fsdp_size}"
         if self.distributed.dp_replicate_size > 1 and not self.distributed.sharded:
             yield "distributed.dp_replicate_size copies what is sharded: set fsdp_size; without it every process has a copy (DDP)"
+        if self.router.float32 and (
+            self.precision.parameters == "bfloat16" or (self.autocasts and self.distributed.sharded)
+        ):
+            yield "router.float32 needs float32 weights, which neither precision.parameters = bfloat16 nor FSDP2 in bfloat16 has"
         if self.lora is not None and self.distributed.sharded:
             yield "lora cannot be combined with distributed: peft's adapters are not sharded; run data-parallel (DDP)"
         yield from self._lora_contradictions()
