@@ -19,6 +19,8 @@ from ..errors import CheckpointError, RefusedError, UsageError
 from ..lazy import safetensors, torch, transformers
 from .recipe import PretrainRecipe
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of configurations that tell of experts, whatever the architecture."""
 BLOCK = "llamamoe"
 """The key of ``config.json`` under which our own facts stand."""
 
@@ -39,9 +41,12 @@ def check_folder(folder: Path, *, allow_dense: bool = False) -> dict[str, Any]:
     refuse_foreign(checkpoint)
     name = config.get("model_type")
     if (name not in TARGETS or name == "dense") and not (allow_dense and name in SOURCES):
+        hint = "Convert it first: llamamoe split SOURCE OUT. To train a dense model as a control, set allow_dense=true."
+        if any(config.get(key) for key in _EXPERTS):
+            known = ", ".join(each.name for each in TARGETS if each.routed)
+            hint = f"It has experts, but its routers are not known here; those of {known} are."
         raise RefusedError(
-            f"{folder}: model_type {name!r} is not a mixture of experts that can be trained here.",
-            hint="Convert it first: llamamoe split SOURCE OUT. To train a dense model as a control, set allow_dense=true.",
+            f"{folder}: model_type {name!r} is not a mixture of experts that can be trained here.", hint=hint
         )
     return dict(config)
 

@@ -16,7 +16,7 @@ from .corpora import held_out_corpus, training_corpus
 from .estimate.estimate import Estimate
 from .mixtures.weights import mixture_weights
 from .model import check_folder
-from .preflight import check_place, check_run_folder, identities
+from .preflight import check_place, check_run_folder, doubts, identities
 from .recipe import PretrainRecipe
 from .run_folder import refuse_used
 
@@ -31,7 +31,7 @@ class PretrainPlan:
         domains: Tokens of each domain, and its share of the mixture.
         held_out: Tokens that are held out; 0 if there are none.
         estimate: Memory, time and disk.
-        notes: What the model's tokenizer and special tokens have no embedding for.
+        notes: What a run can do but hardly should, and tokens without an embedding.
     """
 
     model: str
@@ -142,7 +142,7 @@ def plan_pretraining(
     )
     rows = config.get("vocab_size")
     notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []
-    return PretrainPlan(location.name, recipe, domains, held_out, found, tuple(notes))
+    return PretrainPlan(location.name, recipe, domains, held_out, found, (*doubts(recipe, config), *notes))
 
 
 def _check_device(**values: float | None) -> None:

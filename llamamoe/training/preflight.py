@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,21 +211,45 @@ def _text(recipe: PretrainRecipe, train: TokenCorpus, held_out: TokenCorpus | No
                 f"data.mixture: the domain {name!r} has the weight {weights[name]:.3g}, but its {train.tokens(name):,} tokens are "
                 f"less than one block of {length} (more text, a smaller data.block_length, or weight 0)"
             )
-    if held_out is not None:
-        for name in (each for each in held_out.domains if held_out.num_blocks(each, length) == 0):
-            yield (
-                f"data.validation: the domain {name!r} has {held_out.tokens(name):,} tokens, less than one block of {length} "
-                "(more held-out text, or a smaller data.block_length)"
-            )
+    measured = [name for name in held_out.domains if held_out.num_blocks(name, length)] if held_out is not None else []
+    if held_out is not None and not measured:
+        most = max(held_out.tokens(name) for name in held_out.domains)
+        yield (
+            f"data.validation: the largest domain has {most:,} tokens, less than one block of {length} "
+            "(more held-out text, or a smaller data.block_length)"
+        )
     if not MIXTURES.get(data.update.name).dynamic:
         return
     if held_out is None:
         yield f"data.update = {data.update.name} follows held-out losses, but no text is held out (data.validation)"
-    elif missing := [name for name in trained if name not in held_out.domains]:
+    elif missing := [name for name in trained if name not in measured]:
         yield f"data.update = {data.update.name}: no text of {', '.join(missing)} is held out, so its loss cannot be measured"
     given = data.reference_losses
     if isinstance(given, dict) and (missing := [name for name in trained if name not in given]):
         yield f"data.reference_losses has no {', '.join(missing)}, which data.update = {data.update.name} needs"
+
+
+def doubts(recipe: PretrainRecipe, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a run can do but hardly should, for the plan and the log.
+
+    Args:
+        recipe: What is asked for.
+        config: The model's ``config.json``.
+    """
+    length, positions = recipe.data.block_length, config.get("max_position_embeddings")
+    if isinstance(positions, int) and length > positions:
+        yield (
+            f"data.block_length = {length} is longer than the {positions} positions that the model was made for "
+            "(max_position_embeddings): what lies beyond is new to it"
+        )
+    held_out = held_out_corpus(recipe.data)
+    for name in held_out.domains if held_out is not None else ():
+        assert held_out is not None
+        if held_out.num_blocks(name, length) == 0:
+            yield (
+                f"data.validation: the domain {name!r} has {held_out.tokens(name):,} tokens, less than one block of {length}: "
+                "it is not measured"
+            )
 
 
 def _precision(recipe: PretrainRecipe) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from ..progress import ProgressCallback, ignore_progress
 from .metrics import read_lines
 from .model import check_folder
 from .ownership import FACTS, METRICS
-from .preflight import check_place, check_run_folder, identities, prepare_run_folder, verify_tokens
+from .preflight import check_place, check_run_folder, doubts, identities, prepare_run_folder, verify_tokens
 from .recipe import PretrainRecipe
 from .resuming import chosen
 from .run_folder import best_checkpoint, locked, refuse_used
 from .stopping import on_sigterm
+
+log = logging.getLogger("llamamoe")
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,15 @@ def pretrain(
     folder = normal_path(out)
     source, parent = locate_folder(recipe.model).path, locate(recipe.parent).path if recipe.parent else None
     check_place(folder, recipe, source, parent)
-    check_folder(source, allow_dense=recipe.allow_dense)
+    config = check_folder(source, allow_dense=recipe.allow_dense)
     facts = identities(recipe, source, parent)
     how: dict[str, Any] = {"resume": resume, "force": force, "extend": extend, "allow_change": allow_change}
     main = int(os.environ.get("RANK", "0")) == 0
     if not main:  # the first process checks, cleans and locks before it joins the others
         return _run(recipe, folder, source, parent, facts, resume, progress)
     refuse_used(folder)
+    for sentence in doubts(recipe, config):
+        log.warning("%s", sentence)
     check_run_folder(folder, recipe, facts, **how)  # before anything is made, the folder among it
     if recipe.data.verify:
         verify_tokens(recipe, progress)

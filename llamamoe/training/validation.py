@@ -20,12 +20,12 @@ class Validation:
 
     Args:
         corpus: Held-out tokens.
-        block_length: Tokens of a block; a domain with less text than that has no block and is an error.
+        block_length: Tokens of a block; a domain with less text than that is not measured.
         blocks: Most blocks of a domain; None takes all.
         layout: Who runs what; only its micro-batch size, world and rank count here.
 
     Raises:
-        UsageError: A domain has no block.
+        UsageError: No domain has a block.
     """
 
     def __init__(self, corpus: TokenCorpus, block_length: int, blocks: int | None, layout: Layout) -> None:
@@ -35,12 +35,14 @@ class Validation:
         for index, name in enumerate(self.domains):
             there = corpus.num_blocks(name, block_length)
             if there == 0:
-                raise UsageError(
-                    f"validation: the domain {name!r} has less than one block of {block_length} tokens.",
-                    hint="Choose a smaller data.block_length, or tokenise more held-out text.",
-                )
+                continue
             chosen = np.unique(np.linspace(0, there - 1, min(blocks or there, there)).astype(np.int64))
             picked.append(np.stack([np.full_like(chosen, index), chosen]))
+        if not picked:
+            raise UsageError(
+                f"validation: no domain has a block of {block_length} tokens.",
+                hint="Choose a smaller data.block_length, or tokenise more held-out text.",
+            )
         self._domains, self._blocks = np.concatenate(picked, axis=1)
 
     @property
@@ -65,7 +67,7 @@ class Validation:
             head: Its loss head.
 
         Returns:
-            ``loss`` (mean over domains), ``perplexity`` (its exponential), ``domain_loss``.
+            ``loss`` (mean over the domains that have a block), ``perplexity`` (its exponential), ``domain_loss``.
         """
         from .loss_head import next_token_labels
         from .ranks import all_reduced
@@ -80,10 +82,11 @@ class Validation:
                 sums[0].index_add_(0, index, losses.nll_BT.sum(1).double().cpu())
                 sums[1].index_add_(0, index, losses.counted_BT.sum(1).double().cpu())
         totals, tokens = all_reduced(sums if device.type == "mps" else sums.to(device)).cpu()
-        means = (totals / tokens).tolist()
-        loss = sum(means) / len(means)
+        every = zip(self.domains, totals.tolist(), tokens.tolist(), strict=True)
+        means = {name: total / count for name, total, count in every if count}
+        loss = sum(means.values()) / len(means)
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "domain_loss": dict(zip(self.domains, means, strict=True)),
+            "domain_loss": means,
         }

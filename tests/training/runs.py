@@ -51,9 +51,13 @@ def make_text(folder: Path, seed: int, documents: int = 60) -> None:
 def make_tokens(folder: Path, tokenizer: Path, seed: int) -> Path:
     """A folder of tokens."""
     make_text(folder / "text", seed)
-    recipe = load_tokenize_recipe(given={"tokenizer": str(tokenizer), "text": [str(folder / "text")], "workers": 1})
-    tokenize(recipe, folder / "tokens")
-    return folder / "tokens"
+    return tokenized(folder / "text", folder / "tokens", tokenizer)
+
+
+def tokenized(text: Path, out: Path, tokenizer: Path | str) -> Path:
+    """A folder of tokens of a folder of text."""
+    tokenize(load_tokenize_recipe(given={"tokenizer": str(tokenizer), "text": [str(text)], "workers": 1}), out)
+    return out
 
 
 def make_world(

@@ -590,7 +590,7 @@ def test_what_does_not_fit_is_told_at_once_before_anything_is_loaded(world: dict
         for part in (
             "data.mixture: the domain 'large' has the weight 0.5",
             "data.mixture: the domain 'small' has the weight 0.5",
-            "data.validation: the domain 'large' has",
+            "data.validation: the largest domain has",
             "data.reference_losses has no small, which data.update = sheared_llama needs",
             "gate = switch routes each token to 1 experts, but the model selects 2",
             "balancing moves correction biases, and the routers of mixtral have none",
