@@ -19,12 +19,13 @@ from ..errors import LlamaMoeError, StoppedError
 from ..progress import ProgressCallback, ignore_progress
 from .metrics import read_lines
 from .model import check_folder
-from .ownership import FACTS, METRICS
+from .ownership import FACTS, METRICS, run_id
 from .preflight import check_place, check_run_folder, doubts, identities, prepare_run_folder, verify_tokens
 from .recipe import PretrainRecipe
 from .resuming import chosen
 from .run_folder import best_checkpoint, locked, refuse_used
 from .stopping import on_sigterm
+from .tracking import same_tracked_run
 
 log = logging.getLogger("llamamoe")
 
@@ -141,7 +142,8 @@ def _run(
 
     started = time.monotonic()
     newest = chosen(folder, resume)
-    with deterministic(choose_device(recipe.device)), on_sigterm() as stop:
+    tracked = same_tracked_run(recipe.trainer.get("report_to"), run_id(folder))
+    with deterministic(choose_device(recipe.device)), on_sigterm() as stop, tracked:
         trainer, start = assemble(recipe, folder, source, parent, newest, progress)
         trainer.parts.stop = stop
         _train(trainer, start, folder, facts, newest)
