@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,3 +198,21 @@ def lr_factors(groups: Iterable[dict[str, Any]], recipe: PretrainRecipe) -> list
         return lambda step: schedule(step)  # a plain function: the scheduler's state leaves those out
 
     return [factor(0 if group["name"] == "router" else recipe.router.warmup_steps) for group in groups]
+
+
+def follow_recipe(optimizer: Any, scheduler: Any, groups: Sequence[dict[str, Any]], recipe: PretrainRecipe) -> None:
+    """Replace the rates that a checkpoint's optimiser and schedule brought along by those of a recipe.
+
+    Args:
+        optimizer: With the state of a checkpoint.
+        scheduler: Likewise; a LambdaLR, wrapped or not.
+        groups: The `optimizer_groups` of the recipe.
+        recipe: To go on with.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    scheduler.base_lrs = [group["lr"] for group in groups]
+    options = {"betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}
+    for group, new, factor in zip(optimizer.param_groups, groups, lr_factors(groups, recipe), strict=True):
+        rate = new["lr"] * factor(scheduler.last_epoch)
+        group.update(options, weight_decay=new["weight_decay"], initial_lr=new["lr"], lr=rate)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

@@ -18,6 +18,7 @@ from .mixtures.weights import mixture_weights
 from .model import check_folder
 from .preflight import check_place, check_run_folder, doubts, identities
 from .recipe import PretrainRecipe
+from .resuming import changes_since
 from .run_folder import refuse_used
 
 
@@ -119,12 +120,14 @@ def plan_pretraining(
     location, parent = locate_folder(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     facts = identities(recipe, location.path, parent)
+    changes = None
     if out is not None:
         folder = normal_path(out)
         check_place(folder, recipe, location.path, parent)
         refuse_used(folder)
         allowed = {"extend": extend, "allow_change": allow_change}
-        check_run_folder(folder, recipe, facts, resume=resume, force=force, **allowed)
+        checkpoint = check_run_folder(folder, recipe, facts, resume=resume, force=force, **allowed)
+        changes = changes_since(checkpoint, recipe) if checkpoint is not None else None
     world_size = world_size or recipe.distributed.world_size
     check_ranks(recipe, world_size)
     domains, held_out = _tokens(recipe)
@@ -142,7 +145,8 @@ def plan_pretraining(
     )
     rows = config.get("vocab_size")
     notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []
-    return PretrainPlan(location.name, recipe, domains, held_out, found, (*doubts(recipe, config), *notes))
+    told = [f"the run continues with {changes.describe()}"] if changes else []
+    return PretrainPlan(location.name, recipe, domains, held_out, found, (*doubts(recipe, config), *notes, *told))
 
 
 def _check_device(**values: float | None) -> None:

@@ -73,8 +73,11 @@ def check_same_run(checkpoint: Path, recipe: PretrainRecipe, *, extend: bool, al
     changes = changes_since(checkpoint, recipe)
     anew = start_anew(recipe, checkpoint, step_of(checkpoint))
     changes.check(str(checkpoint), anew, extend=extend, allow_change=allow_change)
-    if changes:
-        log.warning("%s: %s", checkpoint.name, changes.describe())
+    if changes and "recipe" not in manifest_of(checkpoint, run_id(checkpoint.parent)).facts:
+        raise RefusedError(
+            f"{checkpoint} was written by an earlier version of llamamoe, without its recipe: {changes} cannot be applied to it.",
+            hint=f"Resume with {checkpoint.parent / RECIPE} up to the next checkpoint first; or start {anew}.",
+        )
 
 
 def check_contents(checkpoint: Path, recipe: PretrainRecipe) -> None:

@@ -5,6 +5,7 @@ Importing this module imports transformers.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
@@ -25,11 +26,13 @@ from .flow import Flow
 from .lora import load_rest, save_rest
 from .metrics import finite
 from .ownership import STAGING, discard, named_checkpoints, publish, step_of
-from .parameters import lr_factors, optimizer_groups
+from .parameters import follow_recipe, lr_factors, optimizer_groups
 from .parts import Parts
 from .resuming import note_files, state_errors
 from .run_folder import checkpoints, is_of_the_disk, rotate
 from .sharded_state import load_optimizer, reshard, save_optimizer
+
+log = logging.getLogger("llamamoe")
 
 
 class MoeTrainer(Trainer):
@@ -88,6 +91,8 @@ class MoeTrainer(Trainer):
         step = self.state.global_step if self._resumed else -1
         self.parts.metrics.resume(step)
         if self.parts.changes:
+            if self.args.should_save:
+                log.warning("from step %d on: %s", step + 1, self.parts.changes.describe())
             self.parts.metrics.write(step, {"kind": "change", "changed": self.parts.changes.to_json()}, {})
         for path in named_checkpoints(self.parts.folder) if self.args.should_save else ():
             if step_of(path) > step:
@@ -230,22 +235,14 @@ class MoeTrainer(Trainer):
         elif checkpoint is not None:
             load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.args.process_index)
         if checkpoint is not None and self.parts.changes:
-            self._follow_recipe()
-
-    def _follow_recipe(self) -> None:
-        """Put the recipe's rates in the place of those that the checkpoint's optimiser and schedule brought along."""
-        assert self.optimizer is not None
-        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        groups = self.optimizer.param_groups
-        recipe, trained = self.parts.recipe, self.model
-        assert trained is not None
-        fresh = optimizer_groups(trained, recipe, self.parts.dynamics.gate_parameters())
-        scheduler.base_lrs = [group["lr"] for group in fresh]
-        factors = lr_factors(groups, recipe)
-        for group, new, factor in zip(groups, fresh, factors, strict=True):
-            group |= {"weight_decay": new["weight_decay"], "betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}
-            group |= {"initial_lr": new["lr"], "lr": new["lr"] * factor(scheduler.last_epoch)}
-        scheduler._last_lr = [group["lr"] for group in groups]
+            assert self.model is not None
+            gate = self.parts.dynamics.gate_parameters()
+            follow_recipe(
+                self.optimizer,
+                self.lr_scheduler,
+                optimizer_groups(self.model, self.parts.recipe, gate),
+                self.parts.recipe,
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Transformers', with its error told as ours."""

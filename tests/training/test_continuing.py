@@ -122,10 +122,18 @@ def test_an_extension_says_what_becomes_of_the_learning_rate(world: dict[str, st
     assert "from 0.146 to 0.691 of its largest value" in told  # half cosines at 3/4 and 3/8
 
 
-def test_an_allowed_change_has_its_effect_and_is_noted(run: Path, world: dict[str, str], tmp_path: Path) -> None:
+def test_an_allowed_change_has_its_effect_and_is_noted(
+    run: Path, world: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = copied(run, tmp_path)
     other = recipe(world, "optimizer.lr=5e-4", "optimizer.weight_decay=0.5")
+    plan = plan_pretraining(other, out=out, resume="checkpoint-2", allow_change=True)
+    assert [
+        line for line in plan.warnings if "continues with optimizer.lr 0.002 -> 0.0005, optimizer.weight_decay" in line
+    ]
     pretrain(other, out, resume="checkpoint-2", allow_change=True)
+    [told] = [line for line in caplog.messages if "optimizer.lr 0.002" in line]
+    assert told.startswith("from step 3 on")
     lines = lines_of(out)
     rates = [line["lr"]["rest"] for line in lines if line["kind"] == "train"]
     assert rates == [2e-3, 2e-3, 5e-4, 5e-4]
