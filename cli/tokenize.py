@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 HELP = """Tokenize text into shards of token ids per domain, which `llamamoe pretrain` reads.
 
-Reads JSON lines (also .gz, .zst), Parquet and plain text. The domain of a row is its meta.redpajama_set_name, otherwise
+Reads JSON lines (also .gz, .zst), Parquet, folders that datasets saved (save_to_disk) and plain text; --set
+text_column=NAME names the field or column with the documents. The domain of a row is its meta.redpajama_set_name, otherwise
 the name of its file or folder; a recipe can set it. Documents are separated by the end-of-sequence token and
 concatenated; nothing is dropped. Rows without usable text are skipped, counted and reported; with --strict they are an
 error.

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoint.paths import check_regular
 from ..errors import RefusedError, UsageError
 
-SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
 
 # Names that number the parts of a corpus without describing them: part-0001, train-00000-of-00007, 0003.
 _GENERIC = re.compile(

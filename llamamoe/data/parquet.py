@@ -1,4 +1,4 @@
-"""Read rows of a Parquet file, a few at a time, with bounded memory whatever the size of its row groups."""
+"""Read rows of Parquet files, a few at a time, with bounded memory whatever the size of row groups; and of Arrow streams."""
 
 from __future__ import annotations
 
@@ -9,38 +9,59 @@ from typing import Any
 from ..errors import LlamaMoeError
 from .compressed import import_for
 
-COLUMNS = ("text", "meta")
+META = "meta"
+"""The column that may tell a row's domain."""
 _ROWS = 256  # decoded at once
 _MOST_UNPACKED = 200
 """Maximum compression ratio of data larger than a document: text compresses 2 to 20 times."""
 _SHOWN = 10
 
 
-def read_rows(path: Path, most_bytes: int) -> Iterator[dict[str, Any] | None]:
-    """Yield the columns `COLUMNS` of every row, None for a row of more than ``most_bytes``.
+def read_rows(path: Path, most_bytes: int, column: str = "text") -> Iterator[dict[str, Any] | None]:
+    """Yield ``column`` and `META` of every row, None for a row of more than ``most_bytes``.
+
+    Args:
+        path: A Parquet file, or an Arrow stream (``.arrow``) as ``save_to_disk`` of the package datasets writes it.
+        most_bytes: Maximum size of a row.
+        column: The column with the documents.
 
     Raises:
-        LlamaMoeError: The file is damaged, has no column ``text``, or unpacks to far more data than text would.
+        LlamaMoeError: The file is damaged, has no such column, or unpacks to far more data than text would.
         OSError: The file cannot be read.
     """
     parquet, arrow = import_for("pyarrow.parquet", path), import_for("pyarrow", path)
+    stream = path.suffix == ".arrow"
     try:
+        if stream:
+            with path.open("rb") as file, arrow.ipc.open_stream(file) as batches:
+                columns = _columns(path, batches.schema.names, column)
+                for batch in batches:
+                    yield from _rows_of(batch.select(columns), most_bytes)
+            return
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "text" not in names:
-                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                raise LlamaMoeError(
-                    f"'{path}' has no column 'text'; it has {', '.join(names[:_SHOWN]) or 'none'}{more}.",
-                    hint="Rename the column that holds the documents to 'text'.",
-                )
-            columns = [name for name in COLUMNS if name in names]
+            columns = _columns(path, file.schema_arrow.names, column)
             for group in range(file.num_row_groups):
                 rows = _rows_at_once(path, file.metadata.row_group(group), columns, most_bytes)
                 for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
                     yield from _rows_of(batch, most_bytes)
     except (arrow.ArrowException, UnicodeDecodeError) as error:
-        message = f"'{path}' is not a valid Parquet file: {error}."
+        message = f"'{path}' is not a valid {'Arrow' if stream else 'Parquet'} file: {error}."
         raise LlamaMoeError(message, hint="Write or download it again.") from error
+
+
+def _columns(path: Path, names: list[str], column: str) -> list[str]:
+    """Return the columns to read.
+
+    Raises:
+        LlamaMoeError: The file has no such column.
+    """
+    if column in names:
+        return [name for name in names if name in (column, META)]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    raise LlamaMoeError(
+        f"'{path}' has no column {column!r}; it has {', '.join(names[:_SHOWN]) or 'none'}{more}.",
+        hint=f"Rename the column that holds the documents to {column!r}; tokenize reads that of text_column.",
+    )
 
 
 def _rows_at_once(path: Path, group: Any, columns: list[str], most_bytes: int) -> int:

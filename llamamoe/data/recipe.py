@@ -43,6 +43,11 @@ class TokenizeRecipe(Recipe):
     domains: dict[DomainName, Paths] | None = Field(
         None, min_length=1, description="Domains by name, with their files, folders or globs, whatever the rows say."
     )
+    text_column: str = Field(
+        "text",
+        min_length=1,
+        description="Field of JSON lines, or column of Parquet and Arrow files, with the documents.",
+    )
     shard_tokens: int = Field(2**28, ge=1, le=2**40, description="Maximum number of tokens in one output file.")
     gather_bytes: int = Field(
         0, ge=0, description="Input files are grouped, in order, up to this many bytes; 0: each is its own group."

@@ -78,20 +78,22 @@ def read_documents(patterns: Sequence[str | Path], *, on_bad_row: OnBadRow | Non
     return read_files(find_files(patterns), on_bad_row=on_bad_row)
 
 
-def read_files(files: Sequence[tuple[Path, str]], *, on_bad_row: OnBadRow | None = None) -> Iterator[Document]:
+def read_files(
+    files: Sequence[tuple[Path, str]], *, on_bad_row: OnBadRow | None = None, column: str = "text"
+) -> Iterator[Document]:
     """Read documents like `read_documents`, from files as listed by `find_files`."""
     for path, _ in files:
         if path.name.endswith(".zst"):
             import_for("zstandard", path)
-        elif path.name.endswith(".parquet"):
+        elif path.name.endswith((".parquet", ".arrow")):
             import_for("pyarrow.parquet", path)
-    return _read_all(files, on_bad_row)
+    return _read_all(files, on_bad_row, column)
 
 
-def _read_all(files: Iterable[tuple[Path, str]], on_bad_row: OnBadRow | None) -> Iterator[Document]:
+def _read_all(files: Iterable[tuple[Path, str]], on_bad_row: OnBadRow | None, column: str) -> Iterator[Document]:
     for path, domain in files:
         try:
-            for row in _READERS[suffix_of(path).split(".")[1]](path, domain):
+            for row in _READERS[suffix_of(path).split(".")[1]](path, domain, column):
                 document = _attempt(row, on_bad_row)
                 if document is not None:
                     yield document
@@ -121,7 +123,7 @@ def _too_large(origin: str) -> Document:
     )
 
 
-def _read_txt(path: Path, domain: str) -> Iterator[_Row]:
+def _read_txt(path: Path, domain: str, column: str) -> Iterator[_Row]:
     with open_bytes(path) as stream:
         raw = stream.read(MAX_DOCUMENT_BYTES + 1)
     origin = str(path)
@@ -131,34 +133,35 @@ def _read_txt(path: Path, domain: str) -> Iterator[_Row]:
         yield lambda: Document(_usable(_decode(raw, origin), origin), domain, origin)
 
 
-def _read_jsonl(path: Path, domain: str) -> Iterator[_Row]:
+def _read_jsonl(path: Path, domain: str, column: str) -> Iterator[_Row]:
     with open_bytes(path) as stream:
         number = 0
         while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
             if len(line) <= MAX_DOCUMENT_BYTES:
-                yield partial(_line, line, domain, f"{path}:{number}")
+                yield partial(_line, line, domain, f"{path}:{number}", column)
                 continue
             yield partial(_too_large, f"{path}:{number}")
             while line and not line.endswith(b"\n"):  # skip the rest of the line, if such rows are left out
                 line = stream.readline(1 << 20)
 
 
-def _line(line: bytes, domain: str, origin: str) -> Document | None:
+def _line(line: bytes, domain: str, origin: str, column: str) -> Document | None:
     text = _decode(line, origin)
-    return _row(_parse(text, origin), domain, origin) if text.strip() else None
+    return _row(_parse(text, origin), domain, origin, column) if text.strip() else None
 
 
-def _read_parquet(path: Path, domain: str) -> Iterator[_Row]:
-    for number, row in enumerate(read_rows(path, MAX_DOCUMENT_BYTES), 1):
+def _read_columns(path: Path, domain: str, column: str) -> Iterator[_Row]:
+    for number, row in enumerate(read_rows(path, MAX_DOCUMENT_BYTES, column), 1):
         origin = f"{path}: row {number}"
-        yield partial(_too_large, origin) if row is None else partial(_row, row, domain, origin)
+        yield partial(_too_large, origin) if row is None else partial(_row, row, domain, origin, column)
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[_Row]]] = {
+_READERS: dict[str, Callable[[Path, str, str], Iterator[_Row]]] = {
     "txt": _read_txt,
     "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
+    "parquet": _read_columns,
+    "arrow": _read_columns,
 }
 
 
@@ -178,13 +181,13 @@ def _parse(line: str, origin: str) -> dict[str, Any]:
     return row
 
 
-def _row(row: dict[str, Any], domain: str, origin: str) -> Document:
-    text = row.get("text")
+def _row(row: dict[str, Any], domain: str, origin: str, column: str) -> Document:
+    text = row.get(column)
     if not isinstance(text, str):
-        had = "is missing" if "text" not in row else f"is a {type(text).__name__}, not a string"
+        had = "is missing" if column not in row else f"is a {type(text).__name__}, not a string"
         raise LlamaMoeError(
-            f"{origin}: the field 'text' {had}; the fields are {', '.join(map(str, row)) or 'none'}.",
-            hint="Every row must have its document, a string, under 'text'.",
+            f"{origin}: the field {column!r} {had}; the fields are {', '.join(map(str, row)) or 'none'}.",
+            hint=f"Every row must have its document, a string, under {column!r}; tokenize reads that of text_column.",
         )
     meta = row.get("meta")
     name = meta.get("redpajama_set_name") if isinstance(meta, dict) else None

@@ -111,11 +111,11 @@ def plan_tokenize(recipe: TokenizeRecipe) -> TokenizePlan:
     for path, domain, fixed in found:
         nbytes = _size(path)
         if group and size + nbytes > recipe.gather_bytes:
-            units.append(_unit(len(units), group, size))
+            units.append(_unit(len(units), group, size, recipe.text_column))
             group, size = [], 0
         group.append((path, domain, fixed))
         size += nbytes
-    units.append(_unit(len(units), group, size))
+    units.append(_unit(len(units), group, size, recipe.text_column))
     return TokenizePlan(recipe, tuple(units), min(recipe.workers or _cores(), len(units)))
 
 
@@ -139,8 +139,8 @@ def _named(recipe: TokenizeRecipe) -> Iterator[tuple[Path, str, bool]]:
             yield path, domain, False
 
 
-def _unit(number: int, group: list[tuple[Path, str, bool]], size: int) -> Unit:
-    return Unit(number, tuple((p, d) for p, d, _ in group), tuple(fixed for _, _, fixed in group), size)
+def _unit(number: int, group: list[tuple[Path, str, bool]], size: int, column: str) -> Unit:
+    return Unit(number, tuple((p, d) for p, d, _ in group), tuple(fixed for _, _, fixed in group), size, column)
 
 
 def _size(path: Path) -> int:

@@ -37,12 +37,14 @@ class Unit:
         files: Path, and the domain for rows without one.
         fixed: For each file, whether the domain applies to all its rows.
         nbytes: Size of the files.
+        column: The field or column of rows with the documents.
     """
 
     number: int
     files: tuple[tuple[Path, str], ...]
     fixed: tuple[bool, ...]
     nbytes: int
+    column: str = "text"
 
     @property
     def name(self) -> str:
@@ -111,7 +113,7 @@ def read_unit(unit: Unit, record: UnitRecord, *, strict: bool) -> Iterator[Docum
             if len(record.bad_first) < FIRST_BAD:
                 record.bad_first.append(error.message)
 
-        for document in read_files([(path, domain)], on_bad_row=None if strict else count):
+        for document in read_files([(path, domain)], on_bad_row=None if strict else count, column=unit.column):
             yield Document(document.text, domain, document.origin) if fixed else document
 
 
