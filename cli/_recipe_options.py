@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -187,16 +187,36 @@ def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     return list(value) or None
 
 
-def recipe_file(text: str | None, kind: str = "split") -> AbstractContextManager[Path | None]:
-    """The file that ``--recipe`` means: a path, or the name of a recipe that ships with llamamoe.
+@contextmanager
+def recipe_file(text: str | None, kind: str = "split") -> Iterator[Path | None]:
+    """The file that ``--recipe`` means; errors about required keys name the options that set them.
 
     Args:
-        text: What the user typed.
+        text: What the user typed: a path, or the name of a recipe that ships with llamamoe.
         kind: The folder of shipped recipes.
 
     Raises:
-        UsageError: It is neither.
+        UsageError: It is neither, or the recipe is not valid.
     """
+    with _found(text, kind) as path:
+        try:
+            yield path
+        except UsageError as error:
+            raise _name_options(error) from None
+
+
+def _name_options(error: UsageError) -> UsageError:
+    """The same error with a hint on the options of this command that set the keys that are missing."""
+    missing = re.findall(r"(?m)^  - (\w+): is required$", error.message)
+    options = [param for param in click.get_current_context().command.params if param.name in missing]
+    if error.hint is not None or not options:
+        return error
+    given = " and ".join(f"{option.opts[0]} {option.metavar or 'VALUE'}" for option in options)
+    return UsageError(error.message, hint=f"Give it with {given}, or in the recipe.")
+
+
+def _found(text: str | None, kind: str) -> AbstractContextManager[Path | None]:
+    """Return the file of a recipe, unpacked while the context lasts if it ships with llamamoe."""
     if text is None:
         return nullcontext(None)
     path = Path(text).expanduser()

@@ -8,11 +8,12 @@ Modules that cannot be used without torch (subclasses of its modules, of transfo
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .errors import MissingExtraError
+from .errors import LlamaMoeError, MissingExtraError
 
 # the packages; type checkers only allow importing names in this list
 __all__ = [
@@ -71,6 +72,34 @@ if TYPE_CHECKING:
     import transformers.utils
 
 
+OLDEST_TRANSFORMERS = "5.22"
+"""As in setup.cfg. Another package that is installed later can replace it by an older version."""
+
+
+def check_transformers() -> None:
+    """Refuse an installed transformers that is too old; it would fail later, with errors that do not name the cause.
+
+    Raises:
+        LlamaMoeError: It is older than `OLDEST_TRANSFORMERS`.
+    """
+    from importlib import metadata  # takes longer than the help of a command
+
+    try:
+        installed = metadata.version("transformers")
+    except metadata.PackageNotFoundError:  # on the path without having been installed
+        return
+    if _release(installed) < _release(OLDEST_TRANSFORMERS):
+        raise LlamaMoeError(
+            f"transformers {installed} is installed, but llamamoe needs {OLDEST_TRANSFORMERS} or newer.",
+            hint=f"Update it: pip install --upgrade 'transformers>={OLDEST_TRANSFORMERS},<6'. What llamamoe writes also loads in "
+            "transformers 4.57, in another environment.",
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 class Lazy(ModuleType):
     """A placeholder for a package that is imported on first access of an attribute; submodules are attributes."""
 
@@ -78,6 +107,8 @@ class Lazy(ModuleType):
         try:
             return getattr(sys.modules[self.__name__], name)  # already imported: import_module would take 2 us
         except (KeyError, AttributeError):
+            if self.__name__ == "transformers":
+                check_transformers()
             module = importlib.import_module(self.__name__)
         try:
             return getattr(module, name)

@@ -75,6 +75,7 @@ _LIST, _MAPPING = "Input should be a list", "Input should be a mapping (key: val
 _WORDS = {
     **dict.fromkeys(("tuple_type", "list_type", "set_type"), _LIST),
     **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), _MAPPING),
+    "missing": "is required",
 }
 """Messages that replace pydantic's, by the type of the error."""
 

@@ -23,6 +23,7 @@ from ..checkpoint.tensors import nonfinite
 from ..checkpoint.tokenizer import carry, check_parent
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import RefusedError
+from ..lazy import check_transformers
 from ..models.loadable import check_loads, check_model
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .aligning import UNIT as ALIGNMENT
@@ -102,6 +103,7 @@ def split(
         LlamaMoeError: Writing failed; ``resume`` continues.
     """
     started = time.monotonic()
+    check_transformers()
     location, out = locate(source), normal_path(out)
     checkpoint = open_checkpoint(location, tokenizer=tokenizer)
     plan = plan_split(understand(checkpoint), recipe or SplitRecipe())

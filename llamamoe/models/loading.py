@@ -19,7 +19,7 @@ from ..checkpoint.paths import inside, refuse_pointers
 from ..checkpoint.reader import SIDE_FILES, check_side_file
 from ..checkpoint.unmapped import unmapped
 from ..errors import CheckpointError, UsageError
-from ..lazy import accelerate, torch, transformers
+from ..lazy import accelerate, check_transformers, torch, transformers
 from .loadable import check_config_file
 
 LOGITS_AT_ONCE = 1 << 24  # fp32 logits held at once: 64 MiB, whatever the vocabulary
@@ -114,6 +114,7 @@ def _open_folder(name: str, folder: Path) -> Opened:
         "local_files_only": True,
         "trust_remote_code": False,
     }
+    check_transformers()
     with _refusing(f"'{name}' has no configuration that transformers can load without remote code"):
         config = transformers.AutoConfig.from_pretrained(**options).get_text_config()
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):

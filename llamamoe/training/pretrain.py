@@ -16,6 +16,7 @@ from ..checkpoint.files import write_text
 from ..checkpoint.locate import locate, locate_folder
 from ..checkpoint.out_folder import normal_path
 from ..errors import LlamaMoeError, StoppedError
+from ..lazy import check_transformers
 from ..progress import ProgressCallback, ignore_progress
 from .metrics import read_lines
 from .model import check_folder
@@ -104,6 +105,7 @@ def pretrain(
         LlamaMoeError: The run went wrong: a loss that is not finite, a full disk; the last good checkpoint stays.
         StoppedError: The process got SIGTERM: it ended its step and wrote a checkpoint.
     """
+    check_transformers()
     folder = normal_path(out)
     source, parent = locate_folder(recipe.model).path, locate(recipe.parent).path if recipe.parent else None
     check_place(folder, recipe, source, parent)

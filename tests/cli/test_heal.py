@@ -69,7 +69,8 @@ def test_dry_run_writes_nothing_and_imports_no_torch(
 def test_bad_input(dense: Path, converted: tuple[Path, Result], text: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     shown = run("heal", converted[0], out, "--parent", dense, code=2).output
-    assert "text: Field required" in shown
+    assert "text: is required" in shown
+    assert "Give it with --text PATH" in shown
     shown = run("heal", converted[0], out, "--parent", dense, "--text", text, "--set", "epoch=1", "--set", "lr=7",
                 code=2).output  # fmt: skip
     assert "Did you mean 'epochs'" in shown
