@@ -82,7 +82,7 @@ dist: $(VENV)/.stamp-dev  ## Build sdist and wheel into dist/ and use the wheel 
 		$(BIN)/python tests/packaging/dist.py
 
 clean:  ## Delete build leftovers, caches and the demo's output
-	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output examples/quickstart-output
 	find llamamoe cli recipes tests benchmarks docs examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the environments too

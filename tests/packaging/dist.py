@@ -29,7 +29,7 @@ FOLDERS = (*PACKAGES, "benchmarks", "docs", "examples", "tests")
 FILES = (
     "*.md", "*.txt", "*.cff", "LICENSE", "MANIFEST.in", "Makefile", "mkdocs.yml", "pyproject.toml", "setup.cfg", "setup.py",
 )  # fmt: skip
-LEFTOVERS = shutil.ignore_patterns("__pycache__", "*.py[cod]", "work")
+LEFTOVERS = shutil.ignore_patterns("__pycache__", "*.py[cod]", "work", ".ipynb_checkpoints", "quickstart-output")
 IMPORTED = """
 import sys
 from pathlib import Path
@@ -51,8 +51,7 @@ def copy_tree(to: Path, folders: tuple[str, ...] = FOLDERS) -> Path:
     """Copy what an sdist is made of, so that leftovers of earlier builds cannot leak in and none are left behind."""
     to.mkdir()
     for name in folders:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, to / name, ignore=LEFTOVERS)
+        shutil.copytree(ROOT / name, to / name, ignore=LEFTOVERS)
     for pattern in FILES:
         for path in ROOT.glob(pattern):
             shutil.copy(path, to / path.name)
