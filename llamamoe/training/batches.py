@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Who runs what of a global batch.
+    """The distribution of a global batch over ranks and micro-batches.
 
     Micro-batch m holds sequences m x micro_batch_size onwards and is run by rank m mod world, so that the set of
     micro-batches of a step is the same for any number of ranks.
@@ -78,7 +78,7 @@ def check_ranks(recipe: PretrainRecipe, world_size: int) -> None:
 
 
 class TokenBatches:
-    """What the Trainer takes for its data loader: this rank's micro-batches from a step on.
+    """The data loader of the Trainer: this rank's micro-batches from a step on.
 
     Reading is a gather from memory-mapped files, so that no loader processes are needed, nothing is drawn ahead, and a
     change of the mixture takes effect at the very next step.
@@ -121,7 +121,7 @@ class TokenBatches:
         }
 
     def describe(self, place: tuple[int, int]) -> str:
-        """Which text a micro-batch holds, for messages: ``arxiv blocks 4 and 17``.
+        """Return the text that a micro-batch holds, for messages: ``arxiv blocks 4 and 17``.
 
         Args:
             place: Step and micro-batch.

@@ -233,7 +233,7 @@ def _distillation(
 
 
 def _context(losses: Sequence[RoutingLoss], model: Any, parent: Parent | None) -> LossContext:
-    """What the losses on the routing are told."""
+    """Return the context of the losses on the routing."""
     compares = parent is not None and any(loss.needs_targets for loss in losses)
     return LossContext(
         all_reduce=sum_over_ranks if several_ranks() else None,

@@ -1,4 +1,4 @@
-"""Which keys of a recipe decide the weights, and what may change when a run goes on."""
+"""Tell the keys of a recipe that decide the weights, and those that may change when a run continues."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ from .recipe import DataRecipe
 
 
 def training_corpus(recipe: DataRecipe) -> TokenCorpus:
-    """What is trained on."""
+    """Return the tokens to train on."""
     return TokenCorpus(recipe.train)
 
 
 def held_out_corpus(recipe: DataRecipe) -> TokenCorpus | None:
-    """What is measured on: the split that the named folder (else the training folder) holds out, or the whole other folder.
+    """Return the tokens to measure on: the split that the named folder (else the training folder) holds out, or the whole other folder.
 
     Raises:
         UsageError: It is the text that is trained on.

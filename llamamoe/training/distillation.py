@@ -1,4 +1,4 @@
-"""What a converted model learns from its dense parent: predictions, FFN outputs, hidden states.
+"""Terms that a converted model learns from its dense parent by: predictions, FFN outputs, hidden states.
 
 Every term is a sum over the tokens of a micro-batch, so that a global batch may be cut in any way. Shapes: T tokens,
 H hidden size.
@@ -22,7 +22,7 @@ from .routing import at_least_float32
 
 @dataclass
 class _Seen:
-    """What a layer of the student did with T tokens, all ``[T, H]``.
+    """Tensors of a layer of the student for T tokens, all ``[T, H]``.
 
     Attributes:
         ffn_input: With gradient, unless what the parent makes of it is taken as constant.
@@ -112,7 +112,7 @@ class Distillation:
             handle.remove()
 
     def weights(self, step: int, max_steps: int) -> dict[str, float]:
-        """What each term of the objective counts at a step: ``lm``, and those of ``kl``, ``ffn``, ``hidden`` there are."""
+        """Return the weight of each term of the objective at a step: ``lm``, and those of ``kl``, ``ffn``, ``hidden`` there are."""
         terms = {"lm": self.options.lm, "kl": self.options.kl, "ffn": self.options.ffn, "hidden": self.options.hidden}
         return {name: term.weight.value(step, max_steps) for name, term in terms.items() if term is not None}
 

@@ -1,4 +1,4 @@
-"""What is learned from the dense parent, as recipes say it; no torch."""
+"""Options of distillation from the dense parent in recipes; no torch."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class DistillOptions(PluginOptions):
 
     @property
     def needs_parent(self) -> bool:
-        """Does any term compare with the parent?"""
+        """True if any term compares with the parent."""
         return self.needs_forward or self.ffn is not None
 
     @property
     def needs_forward(self) -> bool:
-        """Does the parent have to be run, or are its FFNs enough?"""
+        """True if the parent has to be run; else its FFNs are enough."""
         return self.kl is not None or self.hidden is not None
 
 

@@ -35,7 +35,7 @@ def first_bad(losses: Sequence[tuple[Place, torch.Tensor]], device: torch.device
 def diverged(
     place: Place | None, step: int, norm: float, describe: Callable[[Place], str], recipe: PretrainRecipe, folder: Path
 ) -> DivergedError:
-    """What to tell, once the checkpoint of the step before is there.
+    """Return the error to raise, once the checkpoint of the step before is there.
 
     Args:
         place: The micro-batch that did it, if it was a loss.

@@ -1,4 +1,4 @@
-"""What changes in a run beside the weights: the gate's noise, selection biases, the mixture; and what routers did."""
+"""The state of a run that changes beside the weights: the gate's noise, selection biases, the mixture; and what routers did."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Dynamics:
         self._warned: set[str] = set()
 
     def gate_parameters(self) -> Sequence[torch.nn.Parameter]:
-        """What the gate learns beside the routers' rows."""
+        """Return what the gate learns beside the routers' rows."""
         return list(self.gate.parameters())
 
     def begin_micro_batch(self, step: int, micro_batch: int) -> None:
@@ -75,7 +75,7 @@ class Dynamics:
             self.balancing.observe(routings)
 
     def clip_gate_gradients(self, max_norm: float) -> float:
-        """What the gate learns belongs to no wrapped module: its gradients are averaged over ranks and clipped here.
+        """Average the gate's gradients over ranks and clip them: they belong to no wrapped module.
 
         Args:
             max_norm: Largest norm of all of them together; 0: they are not clipped.

@@ -1,4 +1,4 @@
-"""What happens around the steps of the Trainer, told by its callbacks.
+"""Callbacks of the Trainer around its steps.
 
 Importing this module imports transformers.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Flow(TrainerCallback):
-    """What happens beside the gradient: biases and mixture move, lines are written, progress is told."""
+    """Move biases and mixture, write lines of metrics and report progress around the steps."""
 
     def __init__(self, trainer: MoeTrainer) -> None:
         self._trainer = trainer
@@ -24,7 +24,7 @@ class Flow(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What an earlier start left of later steps goes only now that weights and optimiser have been loaded."""
+        """Delete what an earlier start left of later steps, now that weights and optimiser have been loaded."""
         self._trainer.forget_later()
 
     def on_optimizer_step(

@@ -61,7 +61,7 @@ def load_rest(model: Any, folder: Path) -> None:
 
 
 def _rest(model: Any) -> list[tuple[str, Any]]:
-    """What changes beside the adapters: parameters with a gradient, and selection biases, which balancing moves."""
+    """Yield what changes beside the adapters: parameters with a gradient, and selection biases, which balancing moves."""
     return [
         (name, value)
         for name, value in (*model.named_parameters(), *model.named_buffers())

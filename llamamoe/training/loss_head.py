@@ -74,7 +74,7 @@ class TokenLosses:
 
 
 def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
-    """What each position has to predict: labels as transformers takes them, moved left by one; the last is ignored."""
+    """Return the token that each position has to predict: labels as transformers takes them, moved left by one; the last is ignored."""
     return torch.nn.functional.pad(labels_BT[..., 1:], (0, 1), value=IGNORED)
 
 

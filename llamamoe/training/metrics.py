@@ -151,7 +151,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "
 
 
 def peak_flops(device_name: str) -> float | None:
-    """What a device can do at most in bfloat16; None if it is not known, and utilisation then is not stated."""
+    """Return the peak rate of a device in bfloat16; None if it is not known, and utilisation then is not stated."""
     return next((value for part, value in PEAK_FLOPS.items() if part in device_name), None)
 
 

@@ -1,4 +1,4 @@
-"""Where a causal language model of transformers keeps its layers, FFNs and output head, whatever wraps it."""
+"""Locate the layers, FFNs and output head of a causal language model of transformers, whatever wraps it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ffn_modules(layer: Any) -> list[torch.nn.Module]:
 
 
 def residual_multiplier(layer: Any) -> float:
-    """What a decoder layer multiplies the FFN's output by before it is added to the residual stream."""
+    """Return the factor of a decoder layer on the FFN's output before it is added to the residual stream."""
     return float(getattr(layer, "residual_multiplier", 1.0))
 
 

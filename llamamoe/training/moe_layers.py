@@ -1,4 +1,4 @@
-"""Where a native model of transformers keeps its routers and experts, whatever its architecture."""
+"""Locate the routers and experts of a native model of transformers, whatever its architecture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..lazy import torch
 
 CORRECTION_BIAS = "e_score_correction_bias"
-"""What a selection bias is called, as an attribute and at the end of its name in a checkpoint: glm4_moe, ernie4_5_moe."""
+"""The name of a selection bias, as an attribute and at the end of its name in a checkpoint: glm4_moe, ernie4_5_moe."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -54,7 +54,7 @@ class MoeLayer:
 
     @property
     def correction_bias(self) -> torch.Tensor | None:
-        """What is added to the scores for the selection only (glm4_moe ``[N]``, ernie4_5_moe ``[1, N]``), if there is one."""
+        """The bias that is added to the scores for the selection only (glm4_moe ``[N]``, ernie4_5_moe ``[1, N]``), if there is one."""
         found: torch.Tensor | None = getattr(self.router, CORRECTION_BIAS, None)
         if found is None:
             found = getattr(getattr(self.router, "moe_statics", None), CORRECTION_BIAS, None)
@@ -118,6 +118,6 @@ def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any, model
 
 
 def _weighting(target: type[Target], router: Any) -> RouterWeighting:
-    """What this router does: the target's only weighting, or the one that its flag chooses (see `mixing_of`)."""
+    """Return the weighting of this router: the target's only weighting, or the one that its flag chooses (see `mixing_of`)."""
     first = len(target.weightings) == 1 or router.norm_topk_prob
     return target.router_weighting(target.weightings[0 if first else 1])

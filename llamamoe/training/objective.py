@@ -18,7 +18,7 @@ from .routing import RouterTap, Routing
 
 @dataclass(frozen=True)
 class Scale:
-    """What sums of a micro-batch are divided by, so that all micro-batches of a step add up to the global loss.
+    """The divisors of sums of a micro-batch, so that all micro-batches of a step add up to the global loss.
 
     Attributes:
         targets: Predicted tokens of a global batch.

@@ -1,4 +1,4 @@
-"""What in a run's folder is the run's own: nothing else is replaced or deleted, whatever its name.
+"""Tell the run's own files in its folder from others: nothing else is replaced or deleted, whatever its name.
 
 A run writes an id of its own into its folder first. Checkpoints and the trained model are put together in a folder with
 that id, and get their names when they are whole, each with a manifest that holds the id, too.
@@ -141,7 +141,7 @@ def _check_staging(path: Path, run: str | None) -> None:
 
 
 def _unowned(staging: Path) -> Iterator[Path]:
-    """What a kill before the id was written into it cannot have left."""
+    """Yield what a kill before the id was written into it cannot have left."""
     return (path for path in staging.iterdir() if not path.name.startswith(".llamamoe-"))
 
 

@@ -1,4 +1,4 @@
-"""Which parameters a run trains, in which group of the optimiser, with which learning rate at which step."""
+"""The parameters that a run trains, their groups in the optimiser, and their learning rates at each step."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def count_trained(model: torch.nn.Module) -> dict[str, int]:
 
 
 def baked_factor(model: torch.nn.Module) -> float:
-    """What routed down projections were multiplied by since they were a dense FFN's, as config.json tells; 1 if it does not.
+    """Return the factor that the conversion multiplied routed down projections by, as config.json tells; 1 if it does not.
 
     Raises:
-        CheckpointError: It is no number above 0.
+        CheckpointError: It is not a number above 0.
     """
     block = getattr(getattr(model, "config", None), "llamamoe", None)
     value = (block if isinstance(block, dict) else {}).get("baked_factor", 1.0)

@@ -23,7 +23,7 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "base_laye
 
 @dataclass(frozen=True)
 class ParentStates:
-    """What the parent has in the middle on a batch; no gradient, in the parent's dtype.
+    """Hidden states of the parent on a batch; no gradient, in the parent's dtype.
 
     Attributes:
         last_BTH: What the head is applied to.
@@ -38,7 +38,7 @@ class ParentStates:
 
 @dataclass(frozen=True)
 class SharingReport:
-    """Which of the parent's tensors are the student's.
+    """The parent's tensors that are the student's.
 
     Attributes:
         bytes_shared: Memory that is held once where it would be held twice.
@@ -108,7 +108,7 @@ class Parent:
             return self._head.logits(hidden)
 
     def ffn(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
-        """What the layer's FFN adds to the residual stream for these inputs; in the parent's dtype, on its device.
+        """Return what the layer's FFN adds to the residual stream for these inputs; in the parent's dtype, on its device.
 
         If the inputs have a gradient it goes through; the FFN is then run once more in the backward pass, which keeps
         its activations from piling up over the layers.
@@ -147,7 +147,7 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
         device: Where it goes.
 
     Raises:
-        CheckpointError: It is no dense model of a known family, or its files are broken.
+        CheckpointError: It is not a dense model of a known family, or its files are broken.
         RefusedError: Its vocabulary or tokenizer is not the student's.
     """
     from ..architectures.dense_checkpoint import understand

@@ -1,4 +1,4 @@
-"""What a run is made of, beside its model: `build` puts it together, the Trainer uses it."""
+"""The parts of a run beside its model: `build` puts it together, the Trainer uses it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .validation import Validation
 
 @dataclass
 class Parts:
-    """What a run is made of, beside the model.
+    """The parts of a run beside the model.
 
     Attributes:
         recipe: What was asked for.

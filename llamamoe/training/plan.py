@@ -24,7 +24,7 @@ from .run_folder import refuse_used
 
 @dataclass(frozen=True)
 class PretrainPlan:
-    """What a run would need, from headers and recipe alone.
+    """The needs of a run, from headers and recipe alone.
 
     Attributes:
         model: The converted model's name.
@@ -44,13 +44,13 @@ class PretrainPlan:
 
     @property
     def epochs(self) -> float:
-        """How often the run goes through the domain that it goes through most often."""
+        """The number of passes over the domain that is read most often."""
         wanted = self.estimate.tokens
         return max((wanted * share / tokens for tokens, share in self.domains.values() if tokens), default=0.0)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What should be known before the run is started."""
+        """Warnings to read before the run is started."""
         found = [*self.notes, *self.estimate.warnings]
         if self.epochs > 4:
             found.append(

@@ -33,7 +33,7 @@ log = logging.getLogger("llamamoe")
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
         out: The run's folder.

@@ -12,7 +12,7 @@ from ..errors import UsageError
 
 
 def several_ranks(group: Any = None) -> bool:
-    """Whether this process is one of several that compute together."""
+    """Return whether this process is one of several that compute together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 

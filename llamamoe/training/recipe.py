@@ -30,7 +30,7 @@ class _Part(BaseModel):
 
 
 class DataRecipe(_Part):
-    """What is trained on, and measured on."""
+    """The tokens to train on and to measure on."""
 
     train: str = Field(min_length=1, description="Folder that `llamamoe tokenize` wrote.")
     validation: str | None = Field(
@@ -79,7 +79,7 @@ class OptimizerRecipe(_Part):
 
 
 class LrScheduleRecipe(_Part):
-    """How the learning rate goes over the steps."""
+    """The learning rate over the steps."""
 
     shape: Literal["cosine", "linear", "wsd", "constant"] = Field(
         "cosine", description="wsd: constant, then a linear fall over the last decay_share."
@@ -90,7 +90,7 @@ class LrScheduleRecipe(_Part):
 
 
 class RouterRecipe(_Part):
-    """How routers begin."""
+    """The start of the routers."""
 
     start_std: float | None = Field(
         0.1,
@@ -147,7 +147,7 @@ class DistributedRecipe(_Part):
 
     @property
     def sharded(self) -> bool:
-        """Whether transformers cuts the model at loading."""
+        """True if transformers shards the model at loading."""
         return self.fsdp_size > 1
 
     @property
@@ -274,11 +274,11 @@ class PretrainRecipe(Recipe):
 
     @property
     def autocasts(self) -> bool:
-        """Whether float32 weights are computed with in bfloat16 by autocast."""
+        """True if autocast computes with float32 weights in bfloat16."""
         return self.precision.parameters == "float32" and self.precision.compute == "bfloat16"
 
     def gathers_bfloat16(self, model_type: str) -> bool:
-        """Whether FSDP2 gathers float32 weights in bfloat16, so that autocast has nothing left to cast.
+        """Return whether FSDP2 gathers float32 weights in bfloat16, so that autocast has nothing left to cast.
 
         Not those of ernie4_5_moe: it routes in float32, and its selection biases are parameters that would be rounded.
         """

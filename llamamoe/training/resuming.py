@@ -171,7 +171,7 @@ def warn_of_metrics(checkpoint: Path) -> None:
 
 
 def faults(checkpoint: Path, recipe: PretrainRecipe) -> Iterator[str]:
-    """What is wrong with a checkpoint, each as a sentence without its end; what is quick to see comes first."""
+    """Yield what is wrong with a checkpoint, each as a sentence without its end; what is quick to see comes first."""
     try:
         manifest = manifest_of(checkpoint, run_id(checkpoint.parent))
     except RefusedError as error:

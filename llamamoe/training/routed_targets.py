@@ -1,4 +1,4 @@
-"""What the routed experts of a layer should put out together: the parent's FFN less the shared neurons."""
+"""Targets for the summed output of a layer's routed experts: the parent's FFN less the shared neurons."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from .sharded_state import reshard
 
 @dataclass(frozen=True)
 class Softened:
-    """What `soften` did to one layer.
+    """The effect of `soften` on one layer.
 
     Attributes:
         layer: Index of the decoder layer.

@@ -1,4 +1,4 @@
-"""What the routers did with the tokens of a micro-batch, recorded while a model runs."""
+"""Record the decisions of routers on the tokens of a micro-batch while a model runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .moe_layers import MoeLayer
 
 @dataclass(frozen=True)
 class Routing:
-    """What one router did with T tokens.
+    """The decisions of one router on T tokens.
 
     Attributes:
         moe: The layer.

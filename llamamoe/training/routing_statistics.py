@@ -1,4 +1,4 @@
-"""How routers spread the tokens of a window of training steps: load, importance, entropy, dead experts, drops."""
+"""Statistics of routing over a window of training steps: load, importance, entropy, dead experts, drops."""
 
 from __future__ import annotations
 

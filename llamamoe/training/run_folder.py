@@ -75,7 +75,7 @@ def complete(checkpoint: Path, facts: Mapping[str, Any]) -> Manifest:
 
 
 def is_of_the_disk(error: Exception) -> bool:
-    """Whether an error that came while files were written is the disk's: ``torch.save`` reports it as RuntimeError.
+    """Return whether an error that came while files were written is the disk's: ``torch.save`` reports it as RuntimeError.
 
     With the place in torch where its archive is written, or with that of the stream behind it.
     """
@@ -85,7 +85,7 @@ def is_of_the_disk(error: Exception) -> bool:
 
 def start_anew(recipe: PretrainRecipe, checkpoint: Path, step: int | None = None) -> str:
     """Return how to train a checkpoint on by another recipe, as another run; with its step, one that goes on in the text."""
-    if recipe.lora is not None:  # an adapter alone is no model
+    if recipe.lora is not None:  # an adapter alone is not a model
         return "a new run, with another --out"
     skip = "" if step is None else f", data.skip_tokens={(step + recipe.skipped_steps) * recipe.tokens_per_step}"
     return f"a new run that begins there, with model={checkpoint}{skip} and another --out"

@@ -16,14 +16,14 @@ AT_ONCE = 10.0
 
 
 class StopRequest:
-    """Whether this process was told to end, and when."""
+    """A request to end this process, and its time."""
 
     def __init__(self) -> None:
         self.asked = False
         self.since = 0.0
 
     def agreed(self, device: torch.device | str) -> bool:
-        """Whether any rank was told to end; every rank must call it, and all get the same answer."""
+        """Return whether any rank was told to end; every rank must call it, and all get the same answer."""
         from .ranks import all_reduced, several_ranks
 
         if not several_ranks():  # nothing to ask a device for

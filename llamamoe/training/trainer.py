@@ -250,7 +250,7 @@ class MoeTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where transformers puts checkpoints together: what it writes gets its name in the run's folder when it is whole."""
+        """Return the folder in which transformers writes checkpoints: each gets its name in the run's folder when it is whole."""
         return str(self.parts.folder / STAGING)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -278,7 +278,7 @@ class MoeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _finish_checkpoint(self, folder: Path) -> None:
-        """What the first rank adds when the others have written theirs; it hashes the files of all of them."""
+        """Add what the first rank writes after the others; it hashes the files of all of them."""
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
         self.parts.finish_checkpoint(folder)
         self.parts.dynamics.save(folder, self.state.global_step)

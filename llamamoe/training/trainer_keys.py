@@ -1,4 +1,4 @@
-"""Which keys of transformers' TrainingArguments a recipe may pass on."""
+"""The keys of transformers' TrainingArguments that a recipe may pass on."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def save_to_disk(folder: Path, column: str, texts: list[str]) -> Path:
-    """What ``datasets.Dataset.save_to_disk`` writes: streams of batches, and two files of JSON beside them."""
+    """Write what ``datasets.Dataset.save_to_disk`` would: streams of batches, and two files of JSON beside them."""
     arrow = pytest.importorskip("pyarrow")
     folder.mkdir(parents=True)
     half = len(texts) // 2

@@ -1,4 +1,4 @@
-"""What a run can do but hardly should is told; what it cannot do has the right way out."""
+"""A run warns of what it hardly should do, and refuses what it cannot do with the right way out."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Widths:
 
 
 def style_of(recipe: PretrainRecipe) -> Style:
-    """How the recipe's experts are computed; an implementation that is not known here counts as ``eager``."""
+    """Return how the recipe's experts are computed; an implementation that is not known here counts as ``eager``."""
     return _STYLES.get(experts_of(recipe), "eager")
 
 

@@ -1,4 +1,4 @@
-"""Which weights are cut over which ranks, and which are trained, for `llamamoe.training.estimate.estimate`."""
+"""The sharding of weights over ranks, and the weights that are trained, for `llamamoe.training.estimate.estimate`."""
 
 from __future__ import annotations
 

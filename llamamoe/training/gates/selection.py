@@ -1,4 +1,4 @@
-"""How native routers select and weigh, from given logits: what gates with noise or capacity recompute."""
+"""Select and weigh experts as native routers do, from given logits, for gates with noise or capacity."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def weights_Tk(moe: MoeLayer, logits_TN: torch.Tensor, indices_Tk: torch.Tensor)
 
 
 def capacity(factor: float, tokens: int, moe: MoeLayer) -> int:
-    """How many assignments one expert has room for: ``ceil(factor T k / N)``, at least 1."""
+    """Return how many assignments one expert has room for: ``ceil(factor T k / N)``, at least 1."""
     # Rounded first: 1.1 x 100 / 11 is a little more than 10 in binary.
     return max(1, math.ceil(round(factor * tokens * moe.top_k / moe.num_experts, 9)))
 

@@ -1,1 +1,1 @@
-"""Which domain the next training sequence comes from."""
+"""Draw the domain of each training sequence."""

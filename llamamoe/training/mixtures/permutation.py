@@ -38,7 +38,7 @@ class Permutation:
         return self.n
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        """What stands at ``places`` (0 to n - 1, any shape), int64 of the same shape."""
+        """Return what stands at ``places`` (0 to n - 1, any shape), int64 of the same shape."""
         flat = np.asarray(places).reshape(-1)
         return permute([self], np.zeros(len(flat), np.int64), flat).reshape(np.shape(places))
 

@@ -1,4 +1,4 @@
-"""Which block of which domain every sequence of every global batch is: deterministic, and exact after any stop.
+"""Draw the domain and block of every sequence of every global batch: deterministic, and exact after any stop.
 
 The whole state is the step and a log of weight changes. Global batches depend on neither the number of processes, nor
 on how they share a batch, nor on how far ahead somebody draws.
@@ -143,7 +143,7 @@ class MixtureSampler:
         return Batch(domain_B[order_B], block_B[order_B])
 
     def consumed(self, step: int) -> dict[str, int]:
-        """How many blocks of each domain the steps before ``step`` take, those passed over included, from the log alone.
+        """Return how many blocks of each domain the steps before ``step`` take, those passed over included, from the log alone.
 
         Cost: about 0.1 s for a million steps.
         """
@@ -154,7 +154,7 @@ class MixtureSampler:
         return found
 
     def _count(self, start: int, stop: int) -> np.ndarray:
-        """What the steps from ``start`` to before ``stop`` take, int64 [D]."""
+        """Return what the steps from ``start`` to before ``stop`` take, int64 [D]."""
         total_D = np.zeros(len(self.names), dtype=np.int64)
         borders = [entry[0] for entry in self._log if start < entry[0] < stop]
         for first, last in zip([start, *borders], [*borders, stop], strict=True):
