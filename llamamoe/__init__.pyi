@@ -14,6 +14,8 @@ from .conversion.split import plan_conversion as plan_conversion
 from .conversion.split import split as split
 from .conversion.verify import Verification as Verification
 from .conversion.verify import verify as verify
+from .data.export_tokens import TokensExport as TokensExport
+from .data.export_tokens import export_tokens as export_tokens
 from .data.recipe import TokenizeRecipe as TokenizeRecipe
 from .data.recipe import load_tokenize_recipe as load_tokenize_recipe
 from .data.tokenize import Tokenized as Tokenized
