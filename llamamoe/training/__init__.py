@@ -1,1 +1,1 @@
-"""Training a mixture of experts: losses, gates, distillation, and the Trainer that puts them together."""
+"""Train a mixture of experts: losses, gates, distillation, and the Trainer that combines them."""

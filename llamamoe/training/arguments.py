@@ -1,4 +1,4 @@
-"""The arguments of transformers' Trainer that a recipe stands for. Imported by running code only."""
+"""Build the arguments of transformers' Trainer from a recipe. Not imported by plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .recipe import PretrainRecipe
 
 
 def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, evaluates: bool) -> TrainingArguments:
-    """The Trainer's arguments, from the recipe and the keys that it passes on."""
+    """Return the Trainer's arguments, from the recipe and the keys that it passes through."""
     every = recipe.evaluate_every or recipe.max_steps
     world = int(os.environ.get("WORLD_SIZE", "1"))
     ours: dict[str, Any] = {
@@ -20,7 +20,7 @@ def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, eva
         "max_steps": recipe.max_steps,
         "per_device_train_batch_size": recipe.micro_batch_size,
         "per_device_eval_batch_size": recipe.micro_batch_size,
-        # DeepSpeed reads it while the arguments are made; that it divides is checked as soon as they are.
+        # DeepSpeed reads it while the arguments are made; divisibility is checked right after.
         "gradient_accumulation_steps": max(1, recipe.batch_size // (recipe.micro_batch_size * world)),
         "learning_rate": recipe.optimizer.lr,
         "max_grad_norm": recipe.optimizer.max_grad_norm,
@@ -37,15 +37,15 @@ def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, eva
         "save_strategy": "steps",
         "save_steps": recipe.save_every or recipe.max_steps,
         "ignore_data_skip": True,
-        "save_only_model": recipe.distributed.sharded,  # its optimiser's state is saved by ourselves
+        "save_only_model": recipe.distributed.sharded,  # its optimiser's state is saved by this package
         "ddp_find_unused_parameters": False,
         "report_to": "none",
         "disable_tqdm": True,
     }
     if recipe.distributed.sharded and recipe.distributed.dp_replicate_size == 1:
-        # Left to itself the Trainer sums gradients over micro-batches whole, on every rank, and cuts the sum: for a model
-        # that is cut because it does not fit, each micro-batch's gradients have to be cut at once. (HSDP does that.)
+        # By default the Trainer sums unsharded gradients over micro-batches on every rank and shards the sum: for a model
+        # that is sharded because it does not fit, each micro-batch's gradients must be sharded at once. (HSDP does that.)
         ours["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     args = TrainingArguments(**{**ours, **recipe.trainer})
-    args._n_gpu = min(args.n_gpu, 1)  # of several GPUs that one process sees, transformers would make nn.DataParallel
+    args._n_gpu = min(args.n_gpu, 1)  # with several GPUs visible to a process, transformers would use nn.DataParallel
     return args

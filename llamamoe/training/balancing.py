@@ -1,4 +1,4 @@
-"""Balance without a loss: a bias per expert, for the selection only, moved against its load after every step."""
+"""Balance experts without a loss: a bias for the selection only, moved against an expert's load after every step."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class BiasBalancing:
     """``b_e += rate sign(mean load - load_e)`` once per optimiser step (Wang et al. 2024, arXiv:2408.15664).
 
     The bias is added to the router's scores when experts are selected and to nothing else, so no gradient disturbs the
-    language model. It is the native correction bias (glm4_moe, ernie4_5_moe), and saved with the model. Its unit is that
-    of the scores: sigmoids, or probabilities, which for large N are small: choose ``rate`` well below 1/N for ernie4_5_moe.
-    ``proportional``: ``b_e += rate (mean load - load_e) / mean load``, the paper's variant made independent of the batch.
+    language model. It is the native correction bias (glm4_moe, ernie4_5_moe), and saved with the model. Its unit is
+    that of the scores: sigmoids, or probabilities, which for large N are small: choose ``rate`` well below 1/N for
+    ernie4_5_moe. ``proportional``: ``b_e += rate (mean load - load_e) / mean load``, the paper's variant made
+    independent of the batch.
 
     Usage: `observe` for every micro-batch, `update` once after the optimiser step.
 
@@ -58,17 +59,17 @@ class BiasBalancing:
             _check(moe)
 
     def observe(self, routings: Sequence[Routing]) -> None:
-        """Count what the routers wanted in one micro-batch; nothing is waited for."""
+        """Count the routers' choices in one micro-batch, without synchronisation."""
         for routing in routings:
             counts_N = routing.wanted_counts_N()
             before_N = self._counts.get(routing.moe.layer)
             self._counts[routing.moe.layer] = counts_N if before_N is None else before_N + counts_N
 
     def update(self) -> None:
-        """Move the biases by what was counted since the last update, and forget the counts.
+        """Move the biases by the counts since the last update, and reset the counts.
 
         Raises:
-            ValueError: A layer was not observed since then: it was called twice in a step.
+            ValueError: A layer was not observed since then, because `update` was called twice in a step.
         """
         from .ranks import cut_like
 
@@ -86,7 +87,7 @@ class BiasBalancing:
         self._counts = {}
 
     def _total_counts(self) -> list[torch.Tensor]:
-        """The counts of all ranks, in one communication."""
+        """Return the counts of all ranks, in one communication."""
         counts = [self._counts[moe.layer] for moe in self._layers]
         if self._all_reduce is None:
             return counts

@@ -1,4 +1,4 @@
-"""Global batches of token blocks, cut into micro-batches and dealt to ranks."""
+"""Split global batches of token blocks into micro-batches and distribute them among ranks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """The distribution of a global batch over ranks and micro-batches.
+    """The distribution of a global batch among ranks.
 
-    Micro-batch m holds sequences m x micro_batch_size onwards and is run by rank m mod world, so that the set of
+    Micro-batch m holds sequences from m x micro_batch_size on and is run by rank m mod world, so that the set of
     micro-batches of a step is the same for any number of ranks.
 
     Attributes:
         batch_size: Sequences of a step.
         micro_batch_size: Sequences of a micro-batch.
-        world: Ranks that see different data.
+        world: Ranks with different data.
         rank: This rank among them.
     """
 
@@ -49,23 +49,23 @@ class Layout:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of a step that each rank runs."""
+        """Micro-batches of a step on each rank."""
         return self.micro_batches // self.world
 
     def index(self, turn: int) -> int:
-        """The micro-batch that this rank runs at its ``turn``-th turn of a step."""
+        """Return the micro-batch that this rank runs at its ``turn``-th turn of a step."""
         return turn * self.world + self.rank
 
     def rows(self, micro_batch: int) -> slice:
-        """The sequences of a micro-batch within the global batch."""
+        """Return the sequences of a micro-batch within the global batch."""
         return slice(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)
 
 
 def check_ranks(recipe: PretrainRecipe, world_size: int) -> None:
-    """Refuse a number of processes that the recipe's sharding or batch cannot be dealt to.
+    """Refuse a number of processes that does not suit the recipe's sharding or batch.
 
     Raises:
-        UsageError: They do not fit; the message says what would.
+        UsageError: They do not fit; the message names what would.
     """
     sizes = recipe.distributed
     if sizes.sharded and sizes.world_size != world_size:
@@ -80,15 +80,15 @@ def check_ranks(recipe: PretrainRecipe, world_size: int) -> None:
 class TokenBatches:
     """The data loader of the Trainer: this rank's micro-batches from a step on.
 
-    Reading is a gather from memory-mapped files, so that no loader processes are needed, nothing is drawn ahead, and a
-    change of the mixture takes effect at the very next step.
+    Reading is a gather from memory-mapped files, so no loader processes are needed, nothing is drawn ahead, and a
+    change of the mixture takes effect at the next step.
 
     Args:
         corpus: The tokens.
-        sampler: Which blocks each global batch has.
-        layout: Who runs what.
+        sampler: The sampler of each global batch's blocks.
+        layout: Distribution among ranks.
         block_length: Tokens of a block.
-        max_steps: Where to stop.
+        max_steps: The last step.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class TokenBatches:
         self.block_length, self.max_steps = block_length, max_steps
         self.first_step = 0
         self.dataset = range(max_steps * layout.batch_size)
-        """Only its length is looked at: sequences of the run."""
+        """Only its length is used: sequences of the run."""
 
     def __len__(self) -> int:
         return self.max_steps * self.layout.accumulation
@@ -121,7 +121,7 @@ class TokenBatches:
         }
 
     def describe(self, place: tuple[int, int]) -> str:
-        """Return the text that a micro-batch holds, for messages: ``arxiv blocks 4 and 17``.
+        """Describe the text of a micro-batch for messages: ``arxiv blocks 4 and 17``.
 
         Args:
             place: Step and micro-batch.

@@ -1,4 +1,4 @@
-"""Puts a run together: model, parent, routers, batches, objective, Trainer. Imported by running code only."""
+"""Assemble a run: model, parent, routers, batches, objective, Trainer. Not imported by plans."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ log = logging.getLogger("llamamoe")
 
 @contextmanager
 def deterministic(device: str) -> Iterator[None]:
-    """On a CPU, sums in a fixed order: threads that add to one place as they come would make every run another one.
+    """Make sums on a CPU run in a fixed order, since threads that add in order of arrival would make runs differ.
 
-    On a GPU that costs much, and is left to the recipe (``trainer: {full_determinism: true}``).
+    On a GPU this is expensive, and left to the recipe (``trainer: {full_determinism: true}``).
     """
     memory: Any = torch.utils.deterministic
     before, filled = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     if device == "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
-        memory.fill_uninitialized_memory = False  # a check that costs time, not a part of it
+        memory.fill_uninitialized_memory = False  # a check that costs time and is not needed
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def deterministic(device: str) -> Iterator[None]:
 
 
 def choose_device(name: str) -> str:
-    """``auto`` is a CUDA GPU if there is one; other devices have to be named."""
+    """Resolve ``auto`` to a CUDA GPU if there is one; other devices must be named."""
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,15 +83,15 @@ def assemble(
     checkpoint: Path | None,
     progress: ProgressCallback = ignore_progress,
 ) -> tuple[MoeTrainer, dict[str, Any]]:
-    """Everything that a run needs, ready to train.
+    """Build everything that a run needs, ready to train.
 
     Args:
-        recipe: What is asked for.
+        recipe: The recipe of the run.
         folder: The run's folder.
         source: The converted model.
         parent: The dense model, if the recipe names one.
-        checkpoint: Where the run goes on; None at its start.
-        progress: Told after every step.
+        checkpoint: Checkpoint to resume from; None at the start.
+        progress: Called after every step.
 
     Returns:
         The Trainer, and facts about the start for the receipt.
@@ -141,7 +141,7 @@ def _validation(recipe: PretrainRecipe, held_out: TokenCorpus | None, layout: La
 
 
 def _peak_flops(device: str, world_size: int) -> float | None:
-    """Operations per second that all devices together can do; None if it is not known."""
+    """Return the peak operations per second of all devices together; None if unknown."""
     peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     return peak * world_size if peak else None
 
@@ -161,7 +161,7 @@ def _trained_model(
     batches: TokenBatches,
     facts: dict[str, Any],
 ) -> tuple[Any, list[MoeLayer]]:
-    """The native model with its routers started, what is frozen frozen and adapters added; and its MoE layers."""
+    """Return the native model with routers started, frozen groups and adapters, and its MoE layers."""
     adapters = recipe.lora is not None
     model = load_model(source if adapters or checkpoint is None else checkpoint, recipe, device)
     dense = recipe.allow_dense and model.config.model_type not in TARGETS
@@ -188,7 +188,7 @@ def _objective(
     layout: Layout,
     facts: dict[str, Any],
 ) -> Objective:
-    """The loss of a micro-batch, every term of it normalised by the global batch."""
+    """Return the loss of a micro-batch, with every term normalised by the global batch."""
     kinds = [(LOSSES.get(each.name), each.options) for each in recipe.losses] if layers else []
     losses = [kind(kind.Options(**options)) for kind, options in kinds]
     for note in (note for loss in losses for note in loss.notes(dynamics.gate)):
@@ -221,7 +221,7 @@ def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout) -> Tok
 def _distillation(
     recipe: PretrainRecipe, model: Any, parent: Parent | None, facts: dict[str, Any]
 ) -> Distillation | None:
-    """The terms from the parent; of the parent no more is kept than they need."""
+    """Return the terms from the parent, of which only the needed parts are kept."""
     if recipe.distill is None:
         return None
     found = Distillation(recipe.distill, model, parent)
@@ -248,7 +248,7 @@ def _dynamics(
     references: Mapping[str, float],
     distributed: bool,
 ) -> Dynamics:
-    """The gate, in the routers' place from here on, and what else changes beside the weights."""
+    """Attach the gate to the routers, and return everything that changes beside the weights."""
     reduce = sum_over_ranks if distributed else None
     gate = GATES.get(recipe.gate.name)(GATES.get(recipe.gate.name).Options(**recipe.gate.options))
     gate.attach(layers, recipe.seed)
@@ -265,7 +265,7 @@ def _dynamics(
 
 
 def _parent(recipe: PretrainRecipe, folder: Path | None, source: Path, device: str) -> Parent | None:
-    """The dense model, if anything asks for it."""
+    """Load the dense model, if anything needs it."""
     asked = recipe.distill is not None and recipe.distill.needs_parent
     asked = asked or any(LOSSES.get(each.name).needs_targets for each in recipe.losses)
     if folder is None or not (asked or recipe.data.reference_losses == "parent"):
@@ -275,7 +275,7 @@ def _parent(recipe: PretrainRecipe, folder: Path | None, source: Path, device: s
 
 
 def _references(recipe: PretrainRecipe, parent: Parent | None, validation: Validation | None) -> dict[str, float]:
-    """The loss of every domain that a dynamic mixture aims at."""
+    """Return the target loss of every domain for a dynamic mixture."""
     given = recipe.data.reference_losses
     if given is None:
         return {}

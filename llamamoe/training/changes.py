@@ -1,4 +1,4 @@
-"""Tell the keys of a recipe that decide the weights, and those that may change when a run continues."""
+"""Determine the keys of a recipe that decide the weights, and those that may change when a run continues."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _FREE = frozenset({
     "log_every", "save_every", "keep", "stop_on_collapse", "trainer.report_to", "trainer.run_name", "trainer.project",
     "trainer.logging_dir", "trainer.log_level", "trainer.include_tokens_per_second",
 })  # fmt: skip
-"""Keys that decide no weight. Model, parent and text are told by their contents (`preflight.identities`), not by paths."""
+"""Keys that do not affect weights. Model, parent and text are identified by content (`preflight.identities`)."""
 _ROUNDING = frozenset({"logits_at_once", "experts_implementation", "attn_implementation", "device"})
-"""Keys that change the order of sums and nothing else."""
+"""Keys that only change the order of sums."""
 _MEASURING = frozenset({"evaluate_every", "data.validation_blocks", "data.reference_losses"})
-"""Keys that decide no weight while the mixture does not follow what is measured."""
+"""Keys that do not affect weights unless the mixture follows measurements."""
 _LENGTH = "steps"
 _CHANGEABLE = ("optimizer", "lr_schedule", "losses", "balancing", "distill", "data.update", "precision.compute",
                "precision.parent", "micro_batch_size", _LENGTH, *_MEASURING)  # fmt: skip
-"""Keys that a run can go on with otherwise, and those below them; all others make another run."""
+"""Keys, with those below them, that may change when a run continues; a change of any other makes a new run."""
 _FIXED = ("optimizer.down_lr_factor",)
 
 
 def deciding(recipe: PretrainRecipe) -> dict[str, Any]:
     """Return the keys that decide the weights, flat: ``{"optimizer.lr": 0.0002, ...}``; the length always as ``steps``.
 
-    Micro-batches only group the sums, unless a gate or a loss looks at the tokens of one together.
+    Micro-batches only group the sums, unless a gate or a loss uses the tokens of one together.
     """
     left_out = _FREE | _ROUNDING
     if recipe.data.update.name == "static":
@@ -59,11 +59,11 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Changes:
-    """The keys that decide the weights and differ between a checkpoint's recipe and the one to go on with.
+    """The keys that decide the weights and differ between a checkpoint's recipe and the one to continue with.
 
     Attributes:
-        values: Key to the value before and the value now; a key that one of the recipes lacks is None there.
-        rates: Learning rate at the next step, relative to the largest: before, and now.
+        values: Values before and now by key; None in a recipe that lacks the key.
+        rates: Learning rate at the next step, relative to the largest: before and now.
     """
 
     values: Mapping[str, tuple[Any, Any]]
@@ -74,14 +74,14 @@ class Changes:
         """Compare two recipes.
 
         Args:
-            before: The checkpoint's.
-            now: To go on with.
-            step: Steps done.
+            before: The checkpoint's recipe.
+            now: The recipe to continue with.
+            step: Finished steps.
         """
         from .parameters import LrSchedule
 
         old, new = deciding(before), deciding(now)
-        # A key that matters under one of the recipes only is compared by its value all the same.
+        # A key that matters under only one of the recipes is still compared by its value.
         every = [_flat(each.model_dump(mode="json")) | {_LENGTH: each.max_steps} for each in (before, now)]
         keys = sorted(key for key in old.keys() | new.keys() if every[0].get(key) != every[1].get(key))
         rates = tuple(LrSchedule.of(each.lr_schedule, each.max_steps)(step) for each in (before, now))
@@ -93,7 +93,7 @@ class Changes:
 
     @property
     def fixed(self) -> tuple[str, ...]:
-        """The keys that cannot change within a run: text, random numbers, what is trained, what has effect at the start."""
+        """The keys that cannot change within a run: text, random numbers, trained parts, and keys used at the start."""
         return tuple(key for key in self.values if _under(key, _FIXED) or not _under(key, _CHANGEABLE))
 
     @property
@@ -107,7 +107,7 @@ class Changes:
         return ", ".join(f"{key} {_told(old)} -> {_told(new)}" for key, (old, new) in self.values.items())
 
     def describe(self) -> str:
-        """Return `str`, and what becomes of the learning rate."""
+        """Return `str`, and the change of the learning rate."""
         before, now = self.rates
         told = f"the learning rate goes from {before:.3g} to {now:.3g} of its largest value at the next step"
         return f"{self}; {told}" if abs(before - now) > 1e-9 else str(self)
@@ -117,16 +117,16 @@ class Changes:
         return {key: list(pair) for key, pair in self.values.items()}
 
     def check(self, checkpoint: str, anew: str, *, extend: bool, allow_change: bool) -> None:
-        """Refuse to go on with these changes.
+        """Refuse to continue with these changes.
 
         Args:
-            checkpoint: Where the run goes on, for messages.
-            anew: How to begin a new run there, for messages.
-            extend: The run may become longer.
-            allow_change: Whatever can change within a run may.
+            checkpoint: Name of the checkpoint, for messages.
+            anew: Description of a new run from there, for messages.
+            extend: Whether the run may become longer.
+            allow_change: Whether keys that may change within a run are allowed to.
 
         Raises:
-            RefusedError: Names every key with its values.
+            RefusedError: A change is not allowed; the message names every key with its values.
         """
         if not self or (allow_change and not self.fixed) or (extend and self.extends):
             return

@@ -1,4 +1,4 @@
-"""The tokens of a run: those that are trained on, and those that are held out."""
+"""Open the tokens of a run: training and held-out ones."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .recipe import DataRecipe
 
 
 def training_corpus(recipe: DataRecipe) -> TokenCorpus:
-    """Return the tokens to train on."""
+    """Return the training tokens."""
     return TokenCorpus(recipe.train)
 
 
 def held_out_corpus(recipe: DataRecipe) -> TokenCorpus | None:
-    """Return the tokens to measure on: the split that the named folder (else the training folder) holds out, or the whole other folder.
+    """Return the held-out tokens: the held-out split of the named or training folder, or the whole other folder.
 
     Raises:
-        UsageError: It is the text that is trained on.
+        UsageError: It is the training text.
     """
     train = TokenCorpus(recipe.train)
     if recipe.validation is None:

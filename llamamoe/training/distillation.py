@@ -1,6 +1,6 @@
-"""Terms that a converted model learns from its dense parent by: predictions, FFN outputs, hidden states.
+"""Distil a converted model from its dense parent: predictions, FFN outputs, hidden states.
 
-Every term is a sum over the tokens of a micro-batch, so that a global batch may be cut in any way. Shapes: T tokens,
+Every term is a sum over the tokens of a micro-batch, so that a global batch may be split in any way. Shapes: T tokens,
 H hidden size.
 """
 
@@ -22,10 +22,10 @@ from .routing import at_least_float32
 
 @dataclass
 class _Seen:
-    """Tensors of a layer of the student for T tokens, all ``[T, H]``.
+    """Inputs and outputs of a student's layer for T tokens, all ``[T, H]``.
 
     Attributes:
-        ffn_input: With gradient, unless what the parent makes of it is taken as constant.
+        ffn_input: With gradient, unless the parent's output for it is constant.
         ffn_outputs: With gradient; they add up to the FFN's output.
         after: The residual stream after the layer, with gradient.
     """
@@ -40,7 +40,7 @@ class Recorded:
     """The terms of one forward pass of the student.
 
     Attributes:
-        target: For the loss head, while the student runs; None if its weight is 0 at this step.
+        target: Target of the loss head while the student runs; None if its weight is 0 at this step.
     """
 
     target: KlTarget | None
@@ -51,7 +51,7 @@ class Recorded:
     _hidden_layers: tuple[int, ...]
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """``ffn`` and ``hidden``, as far as their weight is not 0 at this step; to be called once, after the student.
+        """Return ``ffn`` and ``hidden`` if their weights are not 0 at this step; to be called once, after the student.
 
         Returns:
             Scalars with gradient in float32 (float64 for a student in it), summed over the tokens, means over the
@@ -70,15 +70,15 @@ class Recorded:
 
 
 class Distillation:
-    """Runs the parent, listens to the student, and makes the terms of `DistillOptions`.
+    """The terms of `DistillOptions`, from hooks on the student and runs of the parent.
 
-    Hooks stand on the student's layers and record only inside `recording`: the second forward pass that gradient
-    checkpointing makes is not recorded. Memory beside the parent's: of each layer that ``ffn`` looks at the FFN's input
-    and output and a float32 error, of each that ``hidden`` looks at both residual streams and a float32 error.
+    Hooks are attached to the student's layers and record only inside `recording`: the second forward pass of gradient
+    checkpointing is not recorded. Memory beside the parent's: for each layer in ``ffn`` the FFN's input
+    and output and a float32 error, for each in ``hidden`` both residual streams and a float32 error.
 
     Args:
-        options: Which terms, and their schedules.
-        student: The model that is trained, wrapped or not; its layers are not cut apart later.
+        options: The terms and their schedules.
+        student: The model that is trained, wrapped or not; its layers must not be sharded later.
         parent: Its parent; None if no term needs it. Unless ``options.needs_forward``, its FFNs are enough (see
             `Parent.keep_ffns_only`).
 
@@ -107,12 +107,12 @@ class Distillation:
         self._handles = [handle for i in {*self._ffn_layers, *self._hidden_layers} for handle in self._hook(i)]
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def weights(self, step: int, max_steps: int) -> dict[str, float]:
-        """Return the weight of each term of the objective at a step: ``lm``, and those of ``kl``, ``ffn``, ``hidden`` there are."""
+        """Return the weight of each term at a step: ``lm``, and those of ``kl``, ``ffn``, ``hidden`` in use."""
         terms = {"lm": self.options.lm, "kl": self.options.kl, "ffn": self.options.ffn, "hidden": self.options.hidden}
         return {name: term.weight.value(step, max_steps) for name, term in terms.items() if term is not None}
 
@@ -121,9 +121,9 @@ class Distillation:
         """Run the parent on a batch, then record one forward pass of the student on it.
 
         Args:
-            batch: What the student is called with.
-            step: Optimiser steps done.
-            max_steps: Steps of the whole training.
+            batch: Inputs of the student.
+            step: Finished optimiser steps.
+            max_steps: Total number of steps.
         """
         counts = {name for name, weight in self.weights(step, max_steps).items() if weight > 0}
         ffn_layers = self._ffn_layers if "ffn" in counts else ()
@@ -142,7 +142,7 @@ class Distillation:
             self._seen = None
 
     def _hook(self, index: int) -> Iterator[Any]:
-        """Hooks on a layer and on its FFN."""
+        """Attach hooks to a layer and its FFN."""
         through_parent = self.options.ffn is not None and self.options.ffn.through_parent
 
         def keep_ffn(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -161,11 +161,11 @@ class Distillation:
         yield layer.register_forward_hook(keep_after)
 
     def ffn_error(self, index: int, seen: _Seen) -> torch.Tensor:
-        """``sum_t |y_t - F(x_t)|^2 / |r_t|^2``, F the parent's FFN on the student's own input.
+        """Return ``sum_t |y_t - F(x_t)|^2 / |r_t|^2``, with F the parent's FFN on the student's own input.
 
         r is the residual stream after the layer, had the FFN been the parent's: the next RMSNorm divides by its size,
-        and by the same small constant as here. So an error counts as much as the next layer sees of it. The gradient
-        takes r as constant.
+        and by the same small constant as here. So an error counts as much as it changes the next layer's input. The
+        gradient treats r as constant.
         """
         assert self._parent is not None
         assert seen.ffn_input is not None
@@ -180,7 +180,7 @@ class Distillation:
         return (error_TH.square().mean(-1) / size_T).sum()
 
     def hidden_error(self, mine_BTH: torch.Tensor, theirs_BTH: torch.Tensor) -> torch.Tensor:
-        """``sum_t |h_t - p_t|^2 / |p_t|^2``, p the parent's residual stream at the same place."""
+        """Return ``sum_t |h_t - p_t|^2 / |p_t|^2``, with p the parent's residual stream at the same place."""
         mine_TH = at_least_float32(mine_BTH.flatten(0, -2))
         theirs_TH = theirs_BTH.flatten(0, -2).to(mine_TH.device, mine_TH.dtype)
         size_T = theirs_TH.square().mean(-1) + self._eps
@@ -188,7 +188,7 @@ class Distillation:
 
 
 def _with_gradient(output: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-    """The output, unless reentrant checkpointing has cut it off from the gradient without a word."""
+    """Return the output; refuse it if reentrant checkpointing has silently detached it."""
     if torch.is_grad_enabled() or output.requires_grad:
         return output
     if module.training and any(p.requires_grad for p in module.parameters()):

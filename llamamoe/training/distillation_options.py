@@ -1,4 +1,4 @@
-"""Options of distillation from the dense parent in recipes; no torch."""
+"""Options of distillation from the dense parent in recipes; without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .schedules import Schedule, constant
 
 
 def _layers(value: Any) -> Any:
-    """``all``, or layer numbers."""
+    """Validate ``all``, or layer numbers."""
     if value == "all" or isinstance(value, list | tuple):
         return value
     raise PydanticCustomError("layers", "must be 'all' or a list of layers (negative ones count from the end)")
@@ -73,20 +73,20 @@ class DistillOptions(PluginOptions):
 
     @property
     def needs_forward(self) -> bool:
-        """True if the parent has to be run; else its FFNs are enough."""
+        """True if the parent must be run, False if its FFNs are enough."""
         return self.kl is not None or self.hidden is not None
 
 
 def resolve_layers(layers: Literal["all"] | Sequence[int], known: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Layer numbers from 0 on, each once, in order.
+    """Return layer numbers from 0 on, each once, in order.
 
     Args:
-        layers: As the recipe says.
-        known: What ``all`` means.
+        layers: Layers as given in the recipe.
+        known: The layers that ``all`` refers to.
         num_layers: Layers of the model.
 
     Raises:
-        UsageError: There is no such layer.
+        UsageError: A layer does not exist.
     """
     if layers == "all":
         return tuple(known)

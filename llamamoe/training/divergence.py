@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite: which micro-batch it was, and how to go on. Imported by running code only."""
+"""Handle a loss or gradient that is not finite: locate its micro-batch and explain how to continue."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Place = tuple[int, int]
 
 
 class DivergedError(LlamaMoeError):
-    """The loss or a gradient is no longer finite; the weights are still those of the step before."""
+    """The loss or a gradient is no longer finite; the weights are still those of the previous step."""
 
 
 def first_bad(losses: Sequence[tuple[Place, torch.Tensor]], device: torch.device) -> Place | None:
-    """The first micro-batch of a step whose loss is NaN or infinite, on whichever rank; None if all are finite.
+    """Return the first micro-batch of a step whose loss is NaN or infinite, on any rank; None if all are finite.
 
-    Every rank must call it with its own micro-batches (at least one), and all get the same answer.
+    Every rank must call it with its own micro-batches (at least one), and all get the same result.
     """
     none = 2**31
     bad = [index for (_, index), loss in losses if not bool(loss.isfinite())]
@@ -35,15 +35,15 @@ def first_bad(losses: Sequence[tuple[Place, torch.Tensor]], device: torch.device
 def diverged(
     place: Place | None, step: int, norm: float, describe: Callable[[Place], str], recipe: PretrainRecipe, folder: Path
 ) -> DivergedError:
-    """Return the error to raise, once the checkpoint of the step before is there.
+    """Return the error, once the checkpoint of the previous step exists.
 
     Args:
-        place: The micro-batch that did it, if it was a loss.
-        step: Steps that were done before.
-        norm: Of the gradient.
-        describe: The text of a micro-batch.
-        recipe: The run's.
-        folder: The run's.
+        place: The micro-batch, if its loss is not finite.
+        step: Steps finished before.
+        norm: Norm of the gradient.
+        describe: Describes the text of a micro-batch.
+        recipe: The run's recipe.
+        folder: The run's folder.
     """
     what = f"the loss is {'NaN or infinite' if place else 'finite, but the gradient is not'}"
     where = f"step {step + 1}"

@@ -1,4 +1,4 @@
-"""The state of a run that changes beside the weights: the gate's noise, selection biases, the mixture; and what routers did."""
+"""State that changes in a run beside the weights: gate noise, selection biases, mixture, routing statistics."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("llamamoe")
 GATE = "llamamoe_gate.safetensors"
 _ENOUGH = 50
-"""Assignments per expert, on average, from which on a window tells whether a router has collapsed."""
+"""Mean assignments per expert from which a window shows whether a router has collapsed."""
 
 
 class CollapsedError(LlamaMoeError):
-    """A router uses few of its experts, and the recipe says to stop then."""
+    """A router uses few of its experts, and the recipe requests to stop in that case."""
 
 
 class Dynamics:
     """The moving parts of a run and their state.
 
     Args:
-        gate: How tokens are routed while training.
-        balancing: Moves selection biases; None if nothing does.
-        statistics: What routers did since the last line of metrics.
+        gate: The gate in training.
+        balancing: Moves selection biases; None without balancing.
+        statistics: Routing statistics since the last line of metrics.
         sampler: The mixture.
-        update: How the mixture follows held-out losses.
-        reference_losses: What the update compares them with.
-        stop_on_collapse: Raise instead of warning.
+        update: The rule by which the mixture follows held-out losses.
+        reference_losses: Losses with which the update compares them.
+        stop_on_collapse: Whether to raise instead of warning.
     """
 
     def __init__(
@@ -61,34 +61,34 @@ class Dynamics:
         self._warned: set[str] = set()
 
     def gate_parameters(self) -> Sequence[torch.nn.Parameter]:
-        """Return what the gate learns beside the routers' rows."""
+        """Return the gate's own trained parameters."""
         return list(self.gate.parameters())
 
     def begin_micro_batch(self, step: int, micro_batch: int) -> None:
-        """The gate's noise depends on step and micro-batch only, so that neither a resume nor the ranks change it."""
+        """Set step and micro-batch, on which alone the gate's noise depends, whatever the ranks and resumes."""
         self.gate.set_step(step, micro_batch)
 
     def observe(self, routings: Sequence[Routing]) -> None:
-        """Count what the routers did with a micro-batch."""
+        """Count the routing of a micro-batch."""
         self.statistics.add(routings)
         if self.balancing is not None:
             self.balancing.observe(routings)
 
     def clip_gate_gradients(self, max_norm: float) -> float:
-        """Average the gate's gradients over ranks and clip them: they belong to no wrapped module.
+        """Average over ranks and clip the gradients of the gate's own parameters, which no wrapper handles.
 
         Args:
-            max_norm: Largest norm of all of them together; 0: they are not clipped.
+            max_norm: Maximum norm of all of them together; 0: no clipping.
 
         Returns:
-            Their norm before; 0 if the gate learns nothing.
+            Their norm before clipping; 0 if the gate has no parameters.
         """
         self.gate.average_gradients()
         learned = [each for each in self.gate_parameters() if each.grad is not None]
         return float(torch.nn.utils.clip_grad_norm_(learned, max_norm or float("inf"))) if learned else 0.0
 
     def after_optimizer_step(self) -> None:
-        """Move the selection biases; forget the gradients of what the gate learns, which the model's own zeroing misses."""
+        """Move the selection biases, and zero the gate's own gradients, which the model's zeroing misses."""
         for parameter in self.gate_parameters():
             parameter.grad = None
         if self.balancing is not None:
@@ -102,10 +102,10 @@ class Dynamics:
         self.sampler.set_weights(weights, step)
 
     def values(self, step: int) -> dict[str, Any]:
-        """Mixture and routing for a line of metrics; the statistics begin anew. Every rank must call it.
+        """Return mixture and routing for a line of metrics and reset the statistics. Every rank must call it.
 
         Raises:
-            CollapsedError: A router has collapsed, and the recipe says to stop then.
+            CollapsedError: A router has collapsed, and the recipe requests to stop in that case.
         """
         from .routing_statistics import collapsed
 
@@ -143,7 +143,7 @@ class Dynamics:
             save_tensors(folder / GATE, state)
 
     def load(self, folder: Path) -> None:
-        """Read it back."""
+        """Read the state from the checkpoint of a step."""
         with state_errors(str(folder)):
             self.sampler.load_state_dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["mixture"])
             if (folder / GATE).exists():

@@ -1,4 +1,4 @@
-"""Writes the trained model of a run. Imported by running code only."""
+"""Write the trained model of a run. Not imported by plans."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .run_folder import RECEIPT, complete
 
 
 def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:
-    """Write ``model/``: native, in the dtype that was asked for, whole or not at all."""
+    """Write ``model/``: native, in the requested dtype, whole or not at all."""
     final, partial = folder / FINAL, folder / STAGING / FINAL
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     name = trainer.parts.recipe.precision.save or SafetensorsCheckpoint(source).config.get("torch_dtype") or "bfloat16"
     trainer.parts.dynamics.gate.detach()
-    together = trainer.is_distributed_loading_by_transformers  # then every rank has a part of the weights
+    together = trainer.is_distributed_loading_by_transformers  # every rank then has a part of the weights
     _cast(model, getattr(torch, str(name).removeprefix("torch.")))
     try:
         if trainer.args.should_save:
@@ -65,7 +65,7 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
 
 
 def _card(recipe: PretrainRecipe, source: Path, trained: Mapping[str, Any]) -> str:
-    """The model card: what was trained, for how long, and by which recipe."""
+    """Return the model card: what was trained, for how long, and by which recipe."""
     name = _called(recipe.model)
     helped = f", distilling its dense parent `{_called(recipe.parent)}`" if recipe.parent and recipe.distill else ""
     story = (
@@ -79,15 +79,15 @@ def _card(recipe: PretrainRecipe, source: Path, trained: Mapping[str, Any]) -> s
 
 
 def _called(source: str) -> str:
-    """A hub id, or the name of a folder or file, never its place on this machine; what is not printable is escaped."""
+    """Return a hub id, or the name of a folder or file without its path; unprintable characters are escaped."""
     path = Path(source).expanduser()
     return printable(path.resolve().name if path.exists() else source)
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """To the dtype that is written, cut over ranks or not; selection biases stay in float32, as a conversion writes them.
+    """Cast to the written dtype, sharded or not; selection biases stay in float32, as a conversion writes them.
 
-    Steps of balancing are smaller than what bfloat16 tells apart: rounded biases would select other experts.
+    Steps of balancing are below the resolution of bfloat16: rounded biases would select other experts.
     """
     holders = [module for module in model.modules() if isinstance(getattr(module, CORRECTION_BIAS, None), torch.Tensor)]
     kept = [getattr(module, CORRECTION_BIAS).detach().clone() for module in holders]

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer around its steps.
+"""The callbacks of the Trainer around its steps.
 
 Importing this module imports transformers.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Flow(TrainerCallback):
-    """Move biases and mixture, write lines of metrics and report progress around the steps."""
+    """The callbacks beside the gradient: move biases and mixture, write lines, report progress."""
 
     def __init__(self, trainer: MoeTrainer) -> None:
         self._trainer = trainer
@@ -24,19 +24,19 @@ class Flow(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Delete what an earlier start left of later steps, now that weights and optimiser have been loaded."""
+        """Delete later steps of an earlier start, now that weights and optimiser have been loaded."""
         self._trainer.forget_later()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Selection biases follow the load of the step."""
+        """Move selection biases by the load of the step."""
         self._trainer.parts.dynamics.after_optimizer_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Sums are read whenever a checkpoint is made, so that a resumed run writes the same lines."""
+        """Read the sums whenever a checkpoint is made, so that a resumed run writes the same lines."""
         parts = self._trainer.parts
         if parts.stop.agreed(args.device) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft, experts included."""
+"""Add low-rank adapters by peft, experts included."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .resuming import REST
 
 
 def add_adapters(model: Any, recipe: LoraRecipe) -> Any:
-    """Wrap the model: its weights are frozen, adapters (and routers, if the recipe says so) are trained.
+    """Wrap the model: its weights are frozen, adapters (and routers, if the recipe requests it) are trained.
 
     Experts are three-dimensional parameters, which peft reaches as ``target_parameters``, not as modules.
 
@@ -21,7 +21,7 @@ def add_adapters(model: Any, recipe: LoraRecipe) -> Any:
         MissingExtraError: peft is not installed.
     """
     require("peft", "train", "lora")
-    make: Any = peft.LoraConfig  # whose types are narrower than what it takes
+    make: Any = peft.LoraConfig  # its types are narrower than its actual arguments
     names = [name for name, _ in model.named_parameters()]
     experts = sorted({name.split("layers.")[1].split(".", 1)[1] for name in names if ".experts." in name})
     config = make(
@@ -48,12 +48,12 @@ def _is_router(name: str) -> bool:
 
 
 def save_rest(model: Any, folder: Path) -> None:
-    """Write what changes beside the adapters, routers and selection biases, which peft leaves out of its checkpoints."""
+    """Write what changes beside the adapters: routers and selection biases, which peft omits from its checkpoints."""
     save_tensors(folder / REST, {name: value.detach().cpu().contiguous() for name, value in _rest(model)})
 
 
 def load_rest(model: Any, folder: Path) -> None:
-    """Read it back."""
+    """Read what `save_rest` wrote."""
     saved = safetensors.torch.load_file(folder / REST, backend="pread")
     with torch.no_grad():
         for name, value in _rest(model):
@@ -61,7 +61,7 @@ def load_rest(model: Any, folder: Path) -> None:
 
 
 def _rest(model: Any) -> list[tuple[str, Any]]:
-    """Yield what changes beside the adapters: parameters with a gradient, and selection biases, which balancing moves."""
+    """Return what changes beside the adapters: trained parameters, and selection biases, which balancing moves."""
     return [
         (name, value)
         for name, value in (*model.named_parameters(), *model.named_buffers())

@@ -1,9 +1,9 @@
-"""Token losses in the place of logits: cross entropy, and the distance to a parent, in memory that stays flat.
+"""Compute token losses instead of logits, cross entropy and the distance to a parent, in constant memory.
 
-The logits of T tokens over V words are the largest tensor of a training step. Here they never exist as a whole: while
-`LossHead` runs a model, the model's own output head is asked for a few tokens' logits at a time, turns them into one
-number per token and loss, and makes them once more in the backward pass. All of it happens inside the model's forward
-pass, so DDP, FSDP2 (whose full weights exist only there), autocast and peft see one ordinary call of the head, and no
+The logits of T tokens over V words are the largest tensor of a training step. Here they are never complete in memory:
+while `LossHead` runs a model, the model's own output head computes a few tokens' logits at a time, turns them into one
+number per token and loss, and computes them again in the backward pass. All of it happens inside the model's forward
+pass, so DDP, FSDP2 (whose full weights exist only there), autocast and peft get one ordinary call of the head, and no
 weight changes its name.
 
 Shapes: T tokens, V vocabulary, H hidden size, C tokens of a chunk, m of the parent's most probable tokens.
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     MakeLogits = Callable[[torch.Tensor], torch.Tensor]
 
 IGNORED = -100
-"""The label of a token whose losses do not count."""
+"""The label of an ignored token."""
 LOGITS_AT_ONCE = 1 << 26
-"""Logits of a chunk: 256 MiB in float32; a handful of tensors of this size live at once, whatever T and V."""
+"""Logits of a chunk: 256 MiB in float32; a few tensors of this size exist at once, whatever T and V."""
 
 
 @dataclass(frozen=True)
 class KlTarget:
-    """A parent's predictions, and how the distance to them is measured.
+    """A parent's predictions, and the measure of the distance to them.
 
     The distance of a token is ``temperature^2 KL(parent || student)`` of both distributions at that temperature
     (Hinton et al. 2015, arXiv:1503.02531: the factor keeps the size of gradients). With ``top_m`` the parent's m most
@@ -41,7 +41,7 @@ class KlTarget:
     the full KL (log-sum inequality) that is zero where the full one is.
 
     Attributes:
-        hidden_TH: What the parent's head is applied to, any leading shape; no gradient.
+        hidden_TH: Inputs of the parent's head, any leading shape; no gradient.
         logits: The parent's head: hidden states to logits ``[..., V]``.
         temperature: Above 0.
         top_m: m, or None for all of the vocabulary.
@@ -74,7 +74,7 @@ class TokenLosses:
 
 
 def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
-    """Return the token that each position has to predict: labels as transformers takes them, moved left by one; the last is ignored."""
+    """Return the label of each position: transformers' labels shifted left by one; the last is ignored."""
     return torch.nn.functional.pad(labels_BT[..., 1:], (0, 1), value=IGNORED)
 
 
@@ -87,15 +87,15 @@ def token_losses(
     logits_at_once: int = LOGITS_AT_ONCE,
     vocab_size: int,
 ) -> torch.Tensor:
-    """Cross entropy and distance of each token, with gradient.
+    """Return cross entropy and distance of each token, with gradient.
 
     Computed in float32 (float64 if the logits are) whatever the dtype of the logits. Tokens go through the head in
     chunks; unless one chunk holds all, each is computed again in the backward pass: 1.4 times the head's time.
 
     Args:
         make_logits: The student's head: ``[C, H]`` to ``[C, V]``; a module or function, called once per chunk.
-        hidden_TH: What it is applied to.
-        labels_T: int64, the token to predict, `IGNORED` where nothing counts.
+        hidden_TH: Inputs of the head.
+        labels_T: int64, the token to predict, `IGNORED` for ignored tokens.
         target: The parent's predictions for the same tokens.
         logits_at_once: C x V is at most this (but C at least 1).
         vocab_size: V.
@@ -119,7 +119,7 @@ def token_losses(
 
 
 def _parent_chunks(target: KlTarget | None, tokens: int, rows: int) -> list[torch.Tensor | None]:
-    """The parent's hidden states, cut as the student's are; Nones without a parent."""
+    """Return the parent's hidden states, split as the student's are; Nones without a parent."""
     if target is None:
         return [None] * max(1, -(-tokens // rows))
     parent_TH = target.hidden_TH.detach().flatten(0, -2)
@@ -153,7 +153,7 @@ def _chunk_losses(
 
 
 def _divergence(parent_CV: torch.Tensor, log_q_CV: torch.Tensor, top_m: int | None) -> torch.Tensor:
-    """``KL(softmax(parent) || q)`` of each row, over all words or over the m likeliest and the rest as one."""
+    """Return ``KL(softmax(parent) || q)`` of each row, over all words or the m likeliest and the rest as one."""
     log_p_CV = parent_CV.log_softmax(-1)
     if top_m is not None and top_m < log_p_CV.shape[-1]:
         index_Cm = log_p_CV.topk(top_m, dim=-1, sorted=False).indices
@@ -163,23 +163,24 @@ def _divergence(parent_CV: torch.Tensor, log_q_CV: torch.Tensor, top_m: int | No
 
 
 def _with_rest(log_p_CV: torch.Tensor, index_Cm: torch.Tensor) -> torch.Tensor:
-    """``[C, m + 1]``: log-probabilities of these words and, last, of all others together.
+    """Return ``[C, m + 1]``: log-probabilities of these words and, last, of all others together.
 
-    The rest is summed itself, not taken from 1: where the m words have nearly everything, the difference is rounding.
+    The rest is summed directly, not subtracted from 1: if the m words have nearly all of it, the difference is
+    rounding.
     """
     rest_C1 = log_p_CV.scatter(-1, index_Cm, -math.inf).logsumexp(-1, keepdim=True)
     return torch.cat([log_p_CV.gather(-1, index_Cm), rest_C1], -1)
 
 
 class LossHead:
-    """Runs a model so that it returns token losses where it would return logits.
+    """A wrapper of the forward pass that returns token losses instead of logits.
 
     Args:
         model: A causal language model of transformers; inside peft, DDP or FSDP2, or not.
         logits_at_once: See `token_losses`.
 
     Raises:
-        CheckpointError: It has no output head, or makes its logits in a way that is not known here.
+        CheckpointError: The model has no output head, or computes its logits in an unsupported way.
     """
 
     def __init__(self, model: torch.nn.Module, *, logits_at_once: int = LOGITS_AT_ONCE) -> None:
@@ -194,7 +195,7 @@ class LossHead:
         self._checked = False
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's logits of these hidden states: head and scale. For unsharded models."""
+        """Return the model's logits of these hidden states: head and scale. For unsharded models."""
         out: torch.Tensor = self._head(hidden)
         return out / self._divisor if self._divisor != 1.0 else out
 
@@ -205,16 +206,16 @@ class LossHead:
         labels_BT: torch.Tensor,
         target: KlTarget | None = None,
     ) -> TokenLosses:
-        """One forward pass of the model, up to its losses.
+        """Run one forward pass of the model, up to its losses.
 
         Args:
-            model: The model given at construction, or what it was wrapped in since (DDP, FSDP2).
-            inputs: What it is called with (``input_ids`` and more, no ``labels``).
-            labels_BT: int64, what each position has to predict (see `next_token_labels`).
+            model: The model given at construction, or its wrapper (DDP, FSDP2).
+            inputs: Its arguments (``input_ids`` and more, no ``labels``).
+            labels_BT: int64, the label of each position (see `next_token_labels`).
             target: The parent's predictions for the same tokens.
 
         Raises:
-            CheckpointError: The model does something with its logits that is not known here.
+            CheckpointError: The model processes its logits in an unsupported way.
         """
         with self._armed(labels_BT, target) as kept:
             out_BTL = model(**inputs).logits
@@ -222,7 +223,7 @@ class LossHead:
         if not self._checked:
             self._check(out_BTL)
         grads = out_BTL[..., :-1].flatten(0, -2).sum(0, dtype=values_TL.dtype)
-        # An FSDP2 policy can round what the model returns: values come from the head itself, the gradient from there.
+        # An FSDP2 policy can round the model's result: values come from the head itself, the gradient from the result.
         sums = grads if out_BTL.dtype == values_TL.dtype else values_TL.sum(0) + (grads - grads.detach())
         each = values_TL.view(*labels_BT.shape, -1)
         has_kl = target is not None
@@ -236,9 +237,9 @@ class LossHead:
 
     @contextmanager
     def _armed(self, labels_BT: torch.Tensor, target: KlTarget | None) -> Iterator[list[torch.Tensor]]:
-        """While active, the head module returns losses and a witness; the losses as computed are kept, too."""
+        """Let the head module return losses and a witness while active; the losses as computed are kept too."""
         head = self._head
-        own = head.__dict__.get("forward")  # accelerate's hooks put one there
+        own = head.__dict__.get("forward")  # set by accelerate's hooks
         original = head.forward
         kept: list[torch.Tensor] = []
 
@@ -269,7 +270,7 @@ class LossHead:
                 head.forward = own
 
     def _check(self, out_BTL: torch.Tensor) -> None:
-        """The witness came through the model as it went in: so did the losses."""
+        """Check that the witness passed through the model unchanged, and so the losses."""
         if not bool((out_BTL[..., -1] == 1).all()):
             raise CheckpointError("The model changes its logits after its head in a way that is not known here.")
         self._checked = True

@@ -1,4 +1,4 @@
-"""Sums over micro-batches and ranks between two log lines, and the file that the lines go to."""
+"""Sum metrics over micro-batches and ranks between two log lines, and write the lines to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..lazy import torch
 from ..numerics import wide
 
 TIMES = "time"
-"""The key of a line under which stands what differs from run to run: seconds, tokens per second, memory."""
+"""The key of a line for values that differ between runs: seconds, tokens per second, memory."""
 
 
 class Sums:
@@ -43,7 +43,7 @@ class Sums:
         self._per_domain[1].index_add_(0, index, torch.full_like(sums_B, tokens))
 
     def read(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-        """The sums over all ranks, ``name -> sum`` and ``domain -> (sum of losses, tokens)``; then they are zero.
+        """Return and reset the sums over all ranks: ``name -> sum`` and ``domain -> (sum of losses, tokens)``.
 
         Every rank must call it, with the same names.
         """
@@ -66,7 +66,7 @@ class Sums:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, the same for the same run but for what stands under ``time``.
+    """``metrics.jsonl``: one JSON object per line, the same for the same run except for values under ``time``.
 
     Args:
         path: The file.
@@ -78,9 +78,9 @@ class MetricsFile:
         self._started = time.monotonic()
 
     def resume(self, step: int) -> None:
-        """Forget the lines of steps after ``step``, which will be made again, and a line that a kill cut short.
+        """Drop the lines of steps after ``step``, which will be repeated, and a line truncated by a kill.
 
-        What changed at ``step`` is forgotten, too: whoever goes on from there says what changes now.
+        Changes at ``step`` are dropped too: the run that continues from there records its own.
         """
         if not self._writes or not self.path.exists():
             return
@@ -89,10 +89,10 @@ class MetricsFile:
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any]:
-        """Append a line; returns it.
+        """Append a line and return it.
 
         Raises:
-            LlamaMoeError: It cannot be written; a part of it is dropped when the run goes on.
+            LlamaMoeError: The line cannot be written; a partial line is dropped on a resume.
         """
         line = {"step": step, **values, TIMES: {"seconds": round(time.monotonic() - self._started, 3), **times}}
         if self._writes:
@@ -108,16 +108,16 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file that are whole."""
+    """Return the complete lines of a metrics file."""
     lines = (_parsed(text) for text in path.read_bytes().split(b"\n"))
     return [line for line in lines if line is not None]
 
 
 def check_lines(path: Path) -> None:
-    """Refuse a metrics file that is damaged elsewhere than in a last line that a kill cut short.
+    """Refuse a metrics file that is damaged anywhere except in a last line truncated by a kill.
 
     Raises:
-        CheckpointError: Names the line.
+        CheckpointError: A line is damaged; the message names it.
     """
     try:
         texts = path.read_bytes().split(b"\n")
@@ -142,21 +142,21 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None for numbers that JSON cannot hold."""
+    """Return the data with None for numbers that JSON cannot hold."""
     return {k: None if isinstance(v, float) and (v != v or abs(v) == float("inf")) else v for k, v in values.items()}
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
-"""Dense bfloat16 operations per second of devices, by a part of their name; from their makers' data sheets."""
+"""Dense bfloat16 operations per second of devices, by a part of their name; from the vendors' data sheets."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the peak rate of a device in bfloat16; None if it is not known, and utilisation then is not stated."""
+    """Return the peak bfloat16 operations per second of a device; None if unknown (no utilisation is reported)."""
     return next((value for part, value in PEAK_FLOPS.items() if part in device_name), None)
 
 
 def active_parameters(model: torch.nn.Module, layers: Iterable[Any]) -> int:
-    """Parameters that one token uses, counted as `llamamoe.architectures.costs` does: of the experts k of N, the rest whole."""
+    """Return the parameters that one token uses, counted as in `llamamoe.architectures.costs`."""
     inactive = 0
     for moe in layers:
         routed = sum(p.numel() for p in moe.experts.parameters())
@@ -165,16 +165,16 @@ def active_parameters(model: torch.nn.Module, layers: Iterable[Any]) -> int:
 
 
 def looked_up_parameters(model: torch.nn.Module) -> int:
-    """Active parameters that no product uses: the input embedding, unless it is the head, too."""
+    """Return the active parameters outside products: the input embedding, unless it is also the head."""
     base: Any = model
     embedding = base.get_input_embeddings().weight
     return 0 if base.get_output_embeddings().weight is embedding else embedding.numel()
 
 
 def training_flops(multiplied: int, num_layers: int, attention_width: int, length: int) -> float:
-    """Operations per token of forward and backward pass: 6 per parameter that is multiplied with, and causal attention's products.
+    """Return operations per token, forward and backward: 6 per multiplied parameter, and causal attention's products.
 
-    PaLM's count (arXiv:2204.02311, appendix B), of active parameters only, with half of the attention matrix. The width of
-    attention is that of all heads together.
+    PaLM's count (arXiv:2204.02311, appendix B), of active parameters only, with half of the attention matrix. The width
+    of attention is that of all heads together.
     """
     return 6.0 * multiplied + 6.0 * num_layers * attention_width * length

@@ -1,4 +1,4 @@
-"""Loading the model that is trained, and what its folder needs beside the weights."""
+"""Load the model to train, and complete its folder beside the weights."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .recipe import PretrainRecipe
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of configurations that tell of experts, whatever the architecture."""
 BLOCK = "llamamoe"
-"""The key of ``config.json`` under which our own facts stand."""
+"""The key of llamamoe's facts in ``config.json``."""
 
 
 def check_folder(folder: Path, *, allow_dense: bool = False) -> dict[str, Any]:
-    """The configuration of a converted checkpoint, its files checked by their headers.
+    """Return the configuration of a converted checkpoint, after checking its files by their headers.
 
     Args:
         folder: The checkpoint.
-        allow_dense: Whether a dense model of a known family will do.
+        allow_dense: Whether to accept a dense model of a supported family.
 
     Raises:
-        CheckpointError: Files are missing or broken, it brings its own code, or its weights are quantised.
+        CheckpointError: Files are missing or broken, it has its own code, or its weights are quantised.
         RefusedError: It is a dense model.
     """
     checkpoint = SafetensorsCheckpoint(folder)
@@ -52,15 +52,15 @@ def check_folder(folder: Path, *, allow_dense: bool = False) -> dict[str, Any]:
 
 
 def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str) -> Any:
-    """The native model, in the dtype that is trained, by transformers' own loading.
+    """Load the native model in the trained dtype, by transformers' own loading.
 
     Args:
         folder: The converted checkpoint, or a checkpoint of a run.
         recipe: Dtype, implementation, sharding.
-        device: Where it goes, unless transformers shards it.
+        device: Its device, unless transformers shards it.
 
     Raises:
-        CheckpointError: Transformers misses a tensor or does not know one, or a file was cut short since it was checked.
+        CheckpointError: Transformers reports a missing or unexpected tensor, or a file was truncated after the check.
     """
     auto: Any = transformers.AutoModelForCausalLM
     keys: dict[str, Any] = {"dtype": getattr(torch, recipe.precision.parameters)}
@@ -95,7 +95,7 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
             hint="Install what it needs, or leave it to transformers: attn_implementation=null.",
         ) from error
     except safetensors.SafetensorError as error:
-        SafetensorsCheckpoint(folder)  # has better words for what it finds
+        SafetensorsCheckpoint(folder)  # gives a better message
         raise CheckpointError(f"{folder}: its weights cannot be loaded: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
@@ -117,12 +117,12 @@ def _implementation(name: str) -> str:
 
 
 def finish_folder(folder: Path, source: Path, facts: dict[str, Any] | None = None) -> None:
-    """Make what ``save_pretrained`` wrote complete: tokenizer and licence, both spellings of the configuration, our facts.
+    """Complete the output of ``save_pretrained``: tokenizer, licence, both spellings of the configuration, facts.
 
     Args:
-        folder: What was written.
+        folder: The written folder.
         source: The converted checkpoint, whose side files are copied.
-        facts: Go into the configuration's own block.
+        facts: Facts for llamamoe's entry in the configuration.
     """
     for name in (*SIDE_FILES, *LICENSE_FILES):
         if (source / name).is_file():

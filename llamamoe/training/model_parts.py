@@ -1,4 +1,4 @@
-"""Locate the layers, FFNs and output head of a causal language model of transformers, whatever wraps it."""
+"""Find layers, FFNs and output head of a causal language model of transformers, whatever wraps it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..lazy import torch, transformers
 
 
 def find_causal_lm(model: torch.nn.Module) -> Any:
-    """The causal language model of transformers inside peft, DDP, FSDP2 or nothing.
+    """Return the causal language model of transformers inside peft, DDP, FSDP2 or no wrapper.
 
     Raises:
-        CheckpointError: There is none with an output head.
+        CheckpointError: There is no model with an output head.
     """
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel) and module.get_output_embeddings() is not None:
@@ -24,10 +24,10 @@ def find_causal_lm(model: torch.nn.Module) -> Any:
 
 
 def decoder_layers(model: torch.nn.Module) -> list[Any]:
-    """The decoder layers, in order of depth.
+    """Return the decoder layers, in order of depth.
 
     Raises:
-        CheckpointError: They are not where Llama has them.
+        CheckpointError: They are not in the same place as in Llama.
     """
     base = find_causal_lm(model).base_model
     layers = getattr(base, "layers", None)
@@ -37,9 +37,9 @@ def decoder_layers(model: torch.nn.Module) -> list[Any]:
 
 
 def ffn_modules(layer: Any) -> list[torch.nn.Module]:
-    """The modules of a decoder layer that all see the FFN's input and whose outputs add up to the FFN's output.
+    """Return the modules of a decoder layer that get the FFN's input and whose outputs add up to the FFN's output.
 
-    It is one, but for granitemoeshared, which keeps shared neurons beside the block of router and experts.
+    There is one, except for granitemoeshared, which keeps shared neurons beside the block of router and experts.
     """
     block = getattr(layer, "block_sparse_moe", None)
     shared = getattr(layer, "shared_mlp", None)
@@ -47,11 +47,11 @@ def ffn_modules(layer: Any) -> list[torch.nn.Module]:
 
 
 def residual_multiplier(layer: Any) -> float:
-    """Return the factor of a decoder layer on the FFN's output before it is added to the residual stream."""
+    """Return the factor of the FFN's output when a decoder layer adds it to the residual stream."""
     return float(getattr(layer, "residual_multiplier", 1.0))
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """A module's output, or the first of several."""
+    """Return a module's output, or the first of several."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found

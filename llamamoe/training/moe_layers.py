@@ -1,4 +1,4 @@
-"""Locate the routers and experts of a native model of transformers, whatever its architecture."""
+"""Find routers and experts of a native model of transformers, whatever its architecture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..lazy import torch
 
 CORRECTION_BIAS = "e_score_correction_bias"
-"""The name of a selection bias, as an attribute and at the end of its name in a checkpoint: glm4_moe, ernie4_5_moe."""
+"""Names of a selection bias, as an attribute and at the end of its name in a checkpoint: glm4_moe, ernie4_5_moe."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -28,8 +28,8 @@ class MoeLayer:
         router: The native router: ``weight`` is ``[N, H]``, its output ``(logits_TN, weights_Tk, indices_Tk)``.
         num_experts: N.
         top_k: k.
-        weighting: What the router makes of its logits.
-        factor: What the router multiplies the weights by.
+        weighting: Normalisation of the router's logits.
+        factor: The router's factor of the weights.
     """
 
     layer: int
@@ -54,7 +54,7 @@ class MoeLayer:
 
     @property
     def correction_bias(self) -> torch.Tensor | None:
-        """The bias that is added to the scores for the selection only (glm4_moe ``[N]``, ernie4_5_moe ``[1, N]``), if there is one."""
+        """The bias added to the scores for the selection only (glm4_moe ``[N]``, ernie4_5_moe ``[1, N]``), or None."""
         found: torch.Tensor | None = getattr(self.router, CORRECTION_BIAS, None)
         if found is None:
             found = getattr(getattr(self.router, "moe_statics", None), CORRECTION_BIAS, None)
@@ -62,13 +62,13 @@ class MoeLayer:
 
 
 def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
-    """All mixture-of-experts layers, by the router class that the model's own class declares; in order of depth.
+    """Return all mixture-of-experts layers in order of depth, by the router class that the model's class declares.
 
     Args:
         model: A native model of transformers (wrapped by DDP, FSDP or peft, or not).
 
     Raises:
-        CheckpointError: There is none, or a router that is not understood.
+        CheckpointError: There are none, or a router is not supported.
     """
     router_class = _router_class(model)
     model_type = getattr(getattr(_base(model), "config", None), "model_type", "")
@@ -90,7 +90,7 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
 
 
 def _base(model: torch.nn.Module) -> Any:
-    """The transformers model inside wrappers."""
+    """Return the transformers model inside wrappers."""
     for module in model.modules():
         if hasattr(module, "_can_record_outputs") and hasattr(module, "config"):
             return module
@@ -118,6 +118,6 @@ def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any, model
 
 
 def _weighting(target: type[Target], router: Any) -> RouterWeighting:
-    """Return the weighting of this router: the target's only weighting, or the one that its flag chooses (see `mixing_of`)."""
+    """Return this router's weighting: the target's only one, or the one that its flag selects (see `mixing_of`)."""
     first = len(target.weightings) == 1 or router.norm_topk_prob
     return target.router_weighting(target.weightings[0 if first else 1])

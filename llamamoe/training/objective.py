@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: language modelling, the parent, and the balance of the routers."""
+"""Compute the loss of a micro-batch: language modelling, distillation, and balance of the routers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .routing import RouterTap, Routing
 
 @dataclass(frozen=True)
 class Scale:
-    """The divisors of sums of a micro-batch, so that all micro-batches of a step add up to the global loss.
+    """The divisors of a micro-batch's sums, with which all micro-batches of a step add up to the global loss.
 
     Attributes:
         targets: Predicted tokens of a global batch.
         tokens: Tokens of a global batch.
         turns: Micro-batches of a step on one rank.
-        world: Ranks that see different data; gradients are averaged over them, so that losses are multiplied by it.
+        world: Ranks with different data; gradients are averaged over them, so that losses are multiplied by it.
     """
 
     targets: int
@@ -34,16 +34,16 @@ class Scale:
 
 
 class Objective:
-    """Everything that a micro-batch adds to the loss.
+    """The loss of a micro-batch, with all its terms.
 
     Args:
-        head: Makes token losses of the model's hidden states.
-        tap: Listens to the routers.
-        losses: On what they did.
-        context: What those losses are told.
+        head: Computes token losses from the model's hidden states.
+        tap: Records the routers' decisions.
+        losses: Losses on the routing.
+        context: Context of those losses.
         distillation: Terms from the parent; None for language modelling alone.
-        dynamics: Told of every micro-batch.
-        sums: Where every term is added up for the metrics.
+        dynamics: Called for every micro-batch.
+        sums: Sums of every term for the metrics.
         scale: See `Scale`.
         max_steps: Steps of the run, for schedules.
     """
@@ -66,12 +66,12 @@ class Objective:
         self._needs_inputs = any(loss.needs_inputs for loss in losses)
 
     def __call__(self, model: Any, inputs: Mapping[str, Any], step: int) -> torch.Tensor:
-        """A scalar whose sum over the micro-batches of a step, divided by ``world``, is the global loss.
+        """Return a scalar whose sum over the micro-batches of a step, divided by ``world``, is the global loss.
 
         Args:
             model: The model, wrapped or not.
             inputs: ``input_ids`` int64 ``[B, T]``, ``domains`` int64 ``[B]``, ``place`` (step, micro-batch).
-            step: Optimiser steps done.
+            step: Finished optimiser steps.
         """
         ids_BT = inputs["input_ids"]
         self._dynamics.begin_micro_batch(*inputs["place"])
@@ -100,12 +100,12 @@ class Objective:
         return total * scale.world
 
     def _routing_loss(self, loss: RoutingLoss, routings: Sequence[Routing]) -> torch.Tensor:
-        """Scaled so that the terms of all micro-batches and ranks add up."""
+        """Return the routing losses, scaled so that the terms of all micro-batches and ranks add up."""
         value = loss.loss(routings, self._context)
         if loss.linear:
             return value / self._scale.tokens
         return value / (self._scale.turns * self._scale.world)
 
     def terms(self, scalars: Mapping[str, float], steps: int) -> dict[str, Any]:
-        """The summed terms as means over ``steps`` steps, each without its weight: ``terms: {lm: ..., switch: ...}``."""
+        """Return the summed terms as means over ``steps`` steps, without weights: ``terms: {lm: ..., switch: ...}``."""
         return {"terms": {name: value / steps for name, value in sorted(scalars.items())}}

@@ -1,7 +1,7 @@
-"""Tell the run's own files in its folder from others: nothing else is replaced or deleted, whatever its name.
+"""Decide which files of a run's folder the run wrote: no others are replaced or deleted, whatever their names.
 
-A run writes an id of its own into its folder first. Checkpoints and the trained model are put together in a folder with
-that id, and get their names when they are whole, each with a manifest that holds the id, too.
+A run first writes a unique id into its folder. Checkpoints and the trained model are assembled in a folder with
+that id, and get their names when they are complete, each with a manifest that contains the id.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from ..checkpoint.manifest import Manifest, read_manifest
 from ..errors import CheckpointError, LlamaMoeError, RefusedError
 
 RUN = "llamamoe_run.json"
-"""Holds the id of the run."""
+"""The file with the id of the run."""
 MARKER = "llamamoe_complete.json"
 """The manifest of a checkpoint, or of the trained model; written last."""
 STAGING = ".partial"
-"""The folder in which checkpoints and the trained model are put together."""
+"""The folder in which checkpoints and the trained model are assembled."""
 RECIPE, METRICS, FACTS, FINAL = "recipe.yaml", "metrics.jsonl", "facts.json", "model"
-"""The recipe; what was measured; facts about the start, which a resumed run cannot measure again; the trained model."""
+"""The recipe; the metrics; facts about the start, which a resumed run cannot measure again; the trained model."""
 LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name; -1 if it is not the name of one."""
+    """Return the step in a checkpoint's name; -1 for any other name."""
     found = _CHECKPOINT.fullmatch(checkpoint.name)
     return int(found[1]) if found else -1
 
 
 def named_checkpoints(folder: Path) -> list[Path]:
-    """Everything that has the name of a checkpoint, in the order of steps, whatever it is."""
+    """Return everything with the name of a checkpoint, in the order of steps, whatever it is."""
     return sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
 def run_id(folder: Path) -> str | None:
-    """The id of the run that a folder belongs to; None if there is none.
+    """Return the id of the run that a folder belongs to; None if there is none.
 
     Raises:
-        RefusedError: The file that holds it is not a plain file.
-        CheckpointError: It is damaged.
+        RefusedError: The file with the id is not a plain file.
+        CheckpointError: The file is damaged.
     """
     check_plain_file(folder / RUN)
     if not (folder / RUN).exists():
@@ -70,11 +70,11 @@ def _damaged_id(folder: Path, what: str) -> CheckpointError:
 
 
 def check_owned(folder: Path) -> None:
-    """Refuse a folder in which something has a name that a run writes, and the folder's run did not write it.
+    """Refuse a folder with an entry under a name of a run's files that the folder's run did not write.
 
     Raises:
-        RefusedError: Names the first such thing.
-        CheckpointError: So it may be, but what would tell is damaged.
+        RefusedError: There is such an entry; the message names the first.
+        CheckpointError: It cannot be decided, because the id or a manifest is damaged.
     """
     for name in (LOCK, RUN, RECIPE, METRICS, FACTS):
         check_plain_file(folder / name)
@@ -91,11 +91,11 @@ def check_owned(folder: Path) -> None:
 
 
 def manifest_of(path: Path, run: str | None) -> Manifest:
-    """The manifest of a checkpoint or trained model that a run wrote.
+    """Return the manifest of a checkpoint or trained model that a run wrote.
 
     Raises:
         RefusedError: It was not written by this run.
-        CheckpointError: It has no manifest that can be read.
+        CheckpointError: Its manifest is missing or unreadable.
     """
     _check_folder(path)
     try:
@@ -111,10 +111,10 @@ def manifest_of(path: Path, run: str | None) -> Manifest:
 
 
 def check_removable(path: Path, run: str | None) -> None:
-    """Refuse to delete a checkpoint or trained model that holds something that the run did not write.
+    """Refuse to delete a checkpoint or trained model that contains anything that the run did not write.
 
     Raises:
-        RefusedError: Names it.
+        RefusedError: There is such a file; the message names it.
     """
     strays = manifest_of(path, run).strays(path)
     if strays:
@@ -141,7 +141,7 @@ def _check_staging(path: Path, run: str | None) -> None:
 
 
 def _unowned(staging: Path) -> Iterator[Path]:
-    """Yield what a kill before the id was written into it cannot have left."""
+    """Yield entries that a kill before the id was written cannot have left."""
     return (path for path in staging.iterdir() if not path.name.startswith(".llamamoe-"))
 
 
@@ -152,18 +152,18 @@ def _foreign(path: Path, what: str) -> RefusedError:
     )
 
 
-# ---- what changes something; only under the folder's lock ----------------------------------------------------------
+# ---- functions with effects; only under the folder's lock ----------------------------------------------------------
 
 
 def begin(folder: Path) -> None:
-    """Make the folder that of a new run."""
+    """Turn the folder into that of a new run."""
     remove_temporaries(folder)
     write_text(folder / RUN, json.dumps({"run": secrets.token_hex(16), "llamamoe": __version__}) + "\n")
     open_staging(folder)
 
 
 def open_staging(folder: Path) -> Path:
-    """The folder in which checkpoints are put together, emptied; see `check_owned`."""
+    """Empty the folder in which checkpoints are assembled, and return it; see `check_owned`."""
     staging = folder / STAGING
     staging.mkdir(exist_ok=True)
     _empty(staging)
@@ -172,7 +172,7 @@ def open_staging(folder: Path) -> Path:
 
 
 def close_staging(folder: Path) -> None:
-    """Remove it at the end of a run."""
+    """Remove the staging folder at the end of a run."""
     staging = folder / STAGING
     with suppress(OSError):
         _empty(staging)
@@ -182,7 +182,7 @@ def close_staging(folder: Path) -> None:
 
 
 def _empty(staging: Path) -> None:
-    """Delete everything but the id, which tells after a kill on the way whose the rest is."""
+    """Delete everything but the id, which identifies the rest if a kill interrupts this."""
     for path in staging.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -191,10 +191,10 @@ def _empty(staging: Path) -> None:
 
 
 def publish(folder: Path, name: str) -> Path:
-    """Give what was put together, and is on disk, its name in the run's folder.
+    """Rename an assembled and synced folder to its name in the run's folder.
 
     Raises:
-        OSError: Something has that name.
+        OSError: The name is taken.
     """
     target = folder / name
     (folder / STAGING / name).rename(target)
@@ -203,10 +203,10 @@ def publish(folder: Path, name: str) -> Path:
 
 
 def discard(folder: Path, path: Path) -> None:
-    """Delete a checkpoint or trained model, so that a kill on the way leaves it whole or in the staging folder.
+    """Delete a checkpoint or trained model, such that a kill leaves it whole or in the staging folder.
 
     Raises:
-        RefusedError: It holds something that the run did not write; see `check_removable`.
+        RefusedError: It contains anything that the run did not write; see `check_removable`.
     """
     check_removable(path, run_id(folder))
     dropped = folder / STAGING / f"dropped-{path.name}"
@@ -216,10 +216,10 @@ def discard(folder: Path, path: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run left, and nothing else. The id goes last: a kill on the way can be repeated.
+    """Delete the files of a run, and nothing else. The id is deleted last, so that a killed call can be repeated.
 
     Raises:
-        RefusedError: Something in it is not the run's; nothing was deleted.
+        RefusedError: It contains a file that is not the run's; nothing was deleted.
     """
     check_owned(folder)
     run = run_id(folder)

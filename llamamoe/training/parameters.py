@@ -1,4 +1,4 @@
-"""The parameters that a run trains, their groups in the optimiser, and their learning rates at each step."""
+"""Choose the parameters that a run trains, their optimiser groups, and learning rates by step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _NO_DECAY = ("router", "norms")
 _DOWN = re.compile(r"\.(down_proj|output_linear)\b")
 
 _GROUPS = {"routed": "experts", "norm": "norms", "embedding": "embeddings", "stub": "shared"}
-"""Roles that are called otherwise here, where a reader thinks of several parameters."""
+"""Roles with another name here, in the plural."""
 
 
 def group_of(name: str) -> str:
-    """The group, one of `GROUPS`, of a parameter by its dotted name; what adapters put into it does not matter.
+    """Return the group, one of `GROUPS`, of a parameter by its dotted name, ignoring what adapters insert.
 
     Raises:
-        UsageError: It is in none.
+        UsageError: The parameter is in no group.
     """
     role = role_of(name)
     group = _GROUPS.get(role, role)
@@ -36,7 +36,7 @@ def group_of(name: str) -> str:
 
 
 def freeze(model: torch.nn.Module, groups: Iterable[str]) -> dict[str, int]:
-    """Take the gradient from every parameter of ``groups``; selection biases, which no gradient reaches, always.
+    """Freeze every parameter of ``groups``, and always the selection biases, which no gradient reaches.
 
     Returns:
         Number of trainable parameters by group.
@@ -60,7 +60,7 @@ def freeze(model: torch.nn.Module, groups: Iterable[str]) -> dict[str, int]:
 
 
 def count_trained(model: torch.nn.Module) -> dict[str, int]:
-    """Number of trainable parameters by group, adapters in the group of what they adapt."""
+    """Return the number of trainable parameters by group, with adapters in the group that they adapt."""
     trained: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -70,10 +70,10 @@ def count_trained(model: torch.nn.Module) -> dict[str, int]:
 
 
 def baked_factor(model: torch.nn.Module) -> float:
-    """Return the factor that the conversion multiplied routed down projections by, as config.json tells; 1 if it does not.
+    """Return the factor baked into routed down projections, as recorded in config.json; 1 if not recorded.
 
     Raises:
-        CheckpointError: It is not a number above 0.
+        CheckpointError: The factor is not a number above 0.
     """
     block = getattr(getattr(model, "config", None), "llamamoe", None)
     value = (block if isinstance(block, dict) else {}).get("baked_factor", 1.0)
@@ -86,14 +86,14 @@ def baked_factor(model: torch.nn.Module) -> float:
 
 
 def _scaled_parameters(model: torch.nn.Module) -> set[int]:
-    """Ids of the routed down projections, and of those halves of their adapters that begin at zero."""
+    """Return the ids of the routed down projections, and of those halves of their adapters that start at zero."""
     found = {
         id(parameter)
         for name, parameter in model.named_parameters()
         if _DOWN.search(name) and "lora_" not in name and group_of(name) == "experts"
     }
     for name, module in model.named_modules():
-        # peft wraps a parameter that belongs to no module of its own, and keeps its name.
+        # peft wraps a parameter without a separate module, and keeps its name.
         target = getattr(module, "parameter_name", None)
         if isinstance(target, str) and _DOWN.search(whole := f"{name}.{target}") and group_of(whole) == "experts":
             found |= {id(parameter) for parameter in module.lora_B.parameters()}
@@ -103,15 +103,16 @@ def _scaled_parameters(model: torch.nn.Module) -> set[int]:
 def optimizer_groups(
     model: torch.nn.Module, recipe: PretrainRecipe, extra: Iterable[torch.nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW, in a fixed order: each has ``lr``, ``weight_decay`` and a ``name``.
+    """Return parameter groups for AdamW, in a fixed order: each has ``lr``, ``weight_decay`` and a ``name``.
 
     A step of Adam has about the size of its learning rate, whatever the size of the weights. Where a router's weights
-    sum to one, or to less, a conversion multiplies the experts' down projections by k or N, so that outputs keep their size;
-    by the plain rate these would learn as many times slower than in the dense model. Their rate is multiplied by that
-    factor (`down_lr_factor`), and their decay divided by it, so that both are, relative to the weights, those of all others.
+    sum to one, or to less, a conversion multiplies the experts' down projections by k or N, so that outputs keep their
+    size; at the plain rate these would learn that many times slower than in the dense model. Their rate is multiplied
+    by that factor (`down_lr_factor`), and their decay divided by it, so that both are, relative to the weights, the
+    same as for all others.
 
     Args:
-        model: Its parameters that take a gradient are in one group each.
+        model: The model, each of whose trained parameters is in one group.
         recipe: Learning rates and decay.
         extra: Parameters of a gate, which count as the router's.
     """
@@ -145,15 +146,15 @@ def optimizer_groups(
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """The factor on the learning rate, as a function of the step.
+    """The factor of the learning rate, as a function of the step.
 
     Attributes:
         shape: ``cosine``, ``linear``, ``wsd`` (warm-up, stable, decay: arXiv:2404.06395) or ``constant``.
         warmup_steps: Steps of linear rise.
         max_steps: Steps in all.
         min_ratio: Last factor.
-        decay_share: For ``wsd``, the share of the steps in which it falls.
-        hold_steps: Steps at the start in which the factor is 0, after which the schedule begins.
+        decay_share: For ``wsd``, the share of the steps in which it decays.
+        hold_steps: Steps at the start in which the factor is 0, after which the schedule starts.
     """
 
     shape: str
@@ -165,13 +166,13 @@ class LrSchedule:
 
     @classmethod
     def of(cls, recipe: LrScheduleRecipe, max_steps: int, hold_steps: int = 0) -> LrSchedule:
-        """From a recipe; a warm-up given as a share becomes steps."""
+        """Return the schedule of a recipe; a warm-up given as a share becomes steps."""
         steps = max(1, max_steps - hold_steps)
         warmup = recipe.warmup if isinstance(recipe.warmup, int) else math.ceil(recipe.warmup * steps)
         return cls(recipe.shape, warmup, max_steps, recipe.min_ratio, recipe.decay_share, hold_steps)
 
     def __call__(self, step: int) -> float:
-        """The factor at the step that is about to be made, counted from 0."""
+        """Return the factor at the coming step, counted from 0."""
         step, total = step - self.hold_steps, max(1, self.max_steps - self.hold_steps)
         if step < 0:
             return 0.0
@@ -188,14 +189,15 @@ class LrSchedule:
 
 
 def lr_factors(groups: Iterable[dict[str, Any]], recipe: PretrainRecipe) -> list[Callable[[int], float]]:
-    """A factor for every group: all but the routers wait until the router's warm-up is over.
+    """Return a factor function for every group: all but the routers wait until the router's warm-up is over.
 
-    Waiting is a learning rate of 0, not a missing gradient, so that data-parallel wrappers see the same graph all along.
+    Waiting is a learning rate of 0, not a missing gradient, so that data-parallel wrappers get the same graph
+    throughout.
     """
 
     def factor(hold_steps: int) -> Callable[[int], float]:
         schedule = LrSchedule.of(recipe.lr_schedule, recipe.max_steps, hold_steps)
-        return lambda step: schedule(step)  # a plain function: the scheduler's state leaves those out
+        return lambda step: schedule(step)  # a plain function, which the scheduler's state omits
 
     return [factor(0 if group["name"] == "router" else recipe.router.warmup_steps) for group in groups]
 

@@ -1,4 +1,4 @@
-"""The dense parent while a converted model trains: frozen, run without gradients, no weight held twice.
+"""Run the dense parent while a converted model trains: frozen, without gradients, sharing weights.
 
 Shapes: B sequences, T tokens, H hidden size, V vocabulary.
 """
@@ -18,7 +18,7 @@ from .model_parts import decoder_layers, ffn_modules, first_tensor, residual_mul
 
 _RUN_WITH = ("input_ids", "attention_mask", "position_ids")
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "base_layer", "original_module"})
-"""Parts of a parameter's name that wrappers put in."""
+"""Parts of a parameter's name that wrappers insert."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class ParentStates:
     """Hidden states of the parent on a batch; no gradient, in the parent's dtype.
 
     Attributes:
-        last_BTH: What the head is applied to.
-        after: Layer to the residual stream after it, where asked for.
-        ffn_inputs: Layer to the input of its FFN, where asked for.
+        last_BTH: Inputs of the head.
+        after: Residual streams by the layer before them, if requested.
+        ffn_inputs: Inputs of FFNs by layer, if requested.
     """
 
     last_BTH: torch.Tensor
@@ -38,10 +38,10 @@ class ParentStates:
 
 @dataclass(frozen=True)
 class SharingReport:
-    """The parent's tensors that are the student's.
+    """The parent's tensors that are shared with the student.
 
     Attributes:
-        bytes_shared: Memory that is held once where it would be held twice.
+        bytes_shared: Saved memory in bytes.
         names: The parent's names.
     """
 
@@ -50,11 +50,11 @@ class SharingReport:
 
 
 class Parent:
-    """A dense model that is only asked. It is not trained and never in training mode.
+    """A dense model for inference only. It is not trained and never in training mode.
 
     Args:
         model: A causal language model of transformers; its parameters are frozen here.
-        name: For messages.
+        name: Its name in messages.
     """
 
     def __init__(self, model: Any, name: str = "the parent") -> None:
@@ -68,7 +68,7 @@ class Parent:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self._ffns)
 
     def hidden(
@@ -77,7 +77,8 @@ class Parent:
         """Run the parent up to its head.
 
         Args:
-            batch: ``input_ids`` int64 ``[B, T]``, maybe ``attention_mask`` and ``position_ids``; the rest is left out.
+            batch: ``input_ids`` int64 ``[B, T]``, optionally ``attention_mask`` and ``position_ids``; other keys are
+                ignored.
             after: Layers whose outputs to keep.
             ffn_inputs: Layers whose FFN's inputs to keep.
         """
@@ -103,14 +104,14 @@ class Parent:
         return ParentStates(last_BTH, kept_after, kept_inputs)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., H]``, in the parent's dtype."""
+        """Return logits ``[..., V]`` of hidden states ``[..., H]``, in the parent's dtype."""
         with self._asked():
             return self._head.logits(hidden)
 
     def ffn(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
-        """Return what the layer's FFN adds to the residual stream for these inputs; in the parent's dtype, on its device.
+        """Return the contribution of a layer's FFN to the residual stream for these inputs, in the parent's dtype.
 
-        If the inputs have a gradient it goes through; the FFN is then run once more in the backward pass, which keeps
+        Gradients flow to the inputs if they require them; the FFN is then run again in the backward pass, which keeps
         its activations from piling up over the layers.
         """
         ffn, multiplier = self._ffns[layer], self._multipliers[layer]
@@ -124,18 +125,18 @@ class Parent:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """No gradients; and no autocast of the student's, so that the dtype is the parent's own."""
+        """Disable gradients and the student's autocast, so that the dtype is the parent's own."""
         device = next(self._ffns[0].parameters()).device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             yield
 
     def keep_ffns_only(self) -> None:
-        """Let go of all but the FFNs, where nothing else is asked for; `hidden` and `logits` work no more."""
+        """Release all but the FFNs, if nothing else is needed; `hidden` and `logits` no longer work afterwards."""
         del self.model, self._head, self._layers
 
 
 def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device: str = "cpu") -> Parent:
-    """Load the dense model that a converted one was made of.
+    """Load the dense model that a converted one was made from.
 
     Only safetensors are read and no code of the checkpoint is run. Everything is checked by headers and configurations
     before the weights are loaded.
@@ -143,12 +144,12 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
     Args:
         folder: The dense checkpoint: a folder, or a ``.gguf`` file.
         student: The converted checkpoint, with its tokenizer.
-        dtype: Of the weights: ``bfloat16``, ``float32`` or ``float16``.
-        device: Where it goes.
+        dtype: Dtype of the weights: ``bfloat16``, ``float32`` or ``float16``.
+        device: Its device.
 
     Raises:
-        CheckpointError: It is not a dense model of a known family, or its files are broken.
-        RefusedError: Its vocabulary or tokenizer is not the student's.
+        CheckpointError: It is not a dense model of a supported family, or its files are broken.
+        RefusedError: Its vocabulary or tokenizer differs from the student's.
     """
     from ..architectures.dense_checkpoint import understand
     from ..checkpoint.json_files import read_json
@@ -184,14 +185,14 @@ def _check_tokenizers(tokenizer: Any, parent: Path, student: Path) -> None:
 
 
 def _check_vocabulary(parent: Path, tokenizer: Any, student: Path) -> None:
-    """Refuse a GGUF file whose own tokens have other ids than in the tokenizer that is used in its place."""
+    """Refuse a GGUF file whose own tokens have other ids than in the tokenizer that replaces it."""
     from ..checkpoint.locate import Location, open_checkpoint
     from ..checkpoint.tokenizer_loading import parent_tokenizer
 
     try:
         own = parent_tokenizer(open_checkpoint(Location(parent, parent.name)))
     except CheckpointError:
-        return  # it cannot be rebuilt, so nothing can be said
+        return  # it cannot be rebuilt, so it cannot be compared
     mine, theirs = own.get_vocab() if own is not None else {}, tokenizer.get_vocab()
     wrong = [token for token, index in mine.items() if theirs.get(token, index) != index]
     if wrong or 2 * len(mine.keys() & theirs.keys()) < len(mine):
@@ -203,12 +204,12 @@ def _check_vocabulary(parent: Path, tokenizer: Any, student: Path) -> None:
 
 
 def share_frozen(parent: Parent, student: torch.nn.Module) -> SharingReport:
-    """Let the parent use the student's own tensors where both are the same and will stay so.
+    """Let the parent use the student's own tensors where both are equal and stay equal.
 
-    A tensor is shared if the student has one of the same name (wrappers left out), shape, dtype and device, equal to
-    the last bit, that will not be trained: ``requires_grad`` is False. Call it when everything that will ever be
-    trained says so, and merge adapters into shared weights only after the parent is done: both change in place.
-    Weights that FSDP2 has cut are not shared. O(bytes of the parent), once.
+    A tensor is shared if the student has one of the same name (without wrappers), shape, dtype and device, equal to
+    the last bit, that will not be trained: ``requires_grad`` is False. To be called when ``requires_grad`` is set on
+    everything that will ever be trained; merge adapters into shared weights only after the parent is done: both change
+    in place. Weights sharded by FSDP2 are not shared. O(bytes of the parent), once.
     """
     theirs = {_plain_name(name): p for name, p in student.named_parameters(remove_duplicate=False)}
     shared, names = 0, []
@@ -217,17 +218,17 @@ def share_frozen(parent: Parent, student: torch.nn.Module) -> SharingReport:
         if other is not None and not other.requires_grad and _same(mine.data, other.data):
             shared += mine.nbytes
             names.append(name)
-            mine.data = other.data  # the parameter stays, so that tied ones stay tied
+            mine.data = other.data  # the parameter is kept, so that tied ones stay tied
     return SharingReport(shared, tuple(names))
 
 
 def _plain_name(name: str) -> str:
     plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    return plain.removeprefix("base_model.model.")  # of peft
+    return plain.removeprefix("base_model.model.")  # added by peft
 
 
 def _same(mine: torch.Tensor, other: torch.Tensor) -> bool:
-    """Two ordinary tensors in different memory whose bits are equal."""
+    """Return whether two ordinary tensors in different memory have equal bits."""
     if type(mine) is not torch.Tensor or type(other) is not torch.Tensor or mine.is_meta:
         return False
     alike = (mine.shape, mine.dtype, mine.device) == (other.shape, other.dtype, other.device)

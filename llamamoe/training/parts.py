@@ -1,4 +1,4 @@
-"""The parts of a run beside its model: `build` puts it together, the Trainer uses it."""
+"""The parts of a run beside its model, assembled by `build` for the Trainer."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Parts:
     """The parts of a run beside the model.
 
     Attributes:
-        recipe: What was asked for.
+        recipe: The recipe.
         folder: The run's folder.
         batches: This rank's micro-batches.
         objective: The loss of a micro-batch.
-        sums: What is summed up for the next line of metrics.
-        metrics: The file of lines.
-        dynamics: What changes beside the weights: gate, selection biases, mixture.
+        sums: Sums for the next line of metrics.
+        metrics: The file of metrics.
+        dynamics: State that changes beside the weights: gate, selection biases, mixture.
         validation: Held-out blocks; None if there are none.
-        finish_checkpoint: Adds to a saved checkpoint what makes it a folder of its own (tokenizer, both spellings of the
+        finish_checkpoint: Completes a saved checkpoint to a standalone folder (tokenizer, both spellings of the
             configuration, ...).
         flops_per_token: Operations of forward and backward pass by active parameters.
-        peak_flops: What all devices together can do; None if it is not known.
-        progress: Told after every step.
-        stop: Whether the run was told to end.
-        changes: What decides the weights and is otherwise than when the checkpoint to go on from was written.
+        peak_flops: Peak operations per second of all devices; None if unknown.
+        progress: Called after every step.
+        stop: The request to stop the run.
+        changes: Keys that decide the weights and differ from those of the checkpoint to resume from.
     """
 
     recipe: PretrainRecipe

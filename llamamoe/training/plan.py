@@ -1,4 +1,4 @@
-"""From headers and recipe to what a run would need; everything that is refused before loading is refused here, too."""
+"""Plan a run from headers and recipe; everything that is refused before loading is refused here, too."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .run_folder import refuse_used
 
 @dataclass(frozen=True)
 class PretrainPlan:
-    """The needs of a run, from headers and recipe alone.
+    """The plan of a run, from headers and recipe alone.
 
     Attributes:
         model: The converted model's name.
-        recipe: What was asked for.
+        recipe: The recipe.
         domains: Tokens of each domain, and its share of the mixture.
-        held_out: Tokens that are held out; 0 if there are none.
+        held_out: Number of held-out tokens; 0 if there are none.
         estimate: Memory, time and disk.
-        notes: What a run can do but hardly should, and tokens without an embedding.
+        notes: Settings that are possible but not advisable, and tokens without an embedding.
     """
 
     model: str
@@ -44,13 +44,13 @@ class PretrainPlan:
 
     @property
     def epochs(self) -> float:
-        """The number of passes over the domain that is read most often."""
+        """Number of passes over the domain with the most passes."""
         wanted = self.estimate.tokens
         return max((wanted * share / tokens for tokens, share in self.domains.values() if tokens), default=0.0)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings to read before the run is started."""
+        """Warnings before the start of the run."""
         found = [*self.notes, *self.estimate.warnings]
         if self.epochs > 4:
             found.append(
@@ -68,7 +68,7 @@ class PretrainPlan:
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the plan as JSON-compatible data."""
         return {
             "model": self.model,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -93,11 +93,11 @@ def plan_pretraining(
     peak_flops: float | None = None,
     utilisation: float = 0.4,
 ) -> PretrainPlan:
-    """Check what `pretrain` checks before it loads anything, but for bytes of tokens; estimate memory, time and disk.
+    """Check all that `pretrain` checks before loading, except bytes of tokens; estimate memory, time and disk.
 
     Args:
         recipe: Everything that decides the run.
-        out: The run's folder; None: it is not looked at.
+        out: The run's folder; None: it is not checked.
         resume: See `pretrain`.
         force: See `pretrain`.
         extend: See `pretrain`.
@@ -105,12 +105,12 @@ def plan_pretraining(
         world_size: Processes, one device each; None: as many as the recipe's sharding needs.
         device_memory: Bytes of a device.
         peak_flops: Operations per second of a device.
-        utilisation: The share of them that is reached.
+        utilisation: Share of the peak that is reached.
 
     Raises:
-        RefusedError: The model is none that can be trained, the tokens are another tokenizer's, or `pretrain` would
+        RefusedError: The model cannot be trained, the tokens are of another tokenizer, or `pretrain` would
             refuse ``out``.
-        UsageError: The recipe does not fit model, tokens or number of processes, or what is said of a device is not a
+        UsageError: The recipe does not fit model, tokens or number of processes, or a value for a device is not a
             number above 0.
     """
     from .batches import check_ranks
@@ -156,7 +156,7 @@ def _check_device(**values: float | None) -> None:
 
 
 def _tokens(recipe: PretrainRecipe) -> tuple[dict[str, tuple[int, float]], int]:
-    """Tokens of each domain and its share of the mixture; tokens that are held out."""
+    """Return the tokens of each domain with its share of the mixture, and the number of held-out tokens."""
     corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
     tokens = {name: corpus.tokens(name) for name in corpus.domains}
     weights = mixture_weights(recipe.data.mixture, tokens)

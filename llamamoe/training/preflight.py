@@ -1,4 +1,4 @@
-"""Checks before a run loads anything: model, parent and tokens belong together, and the folder is free."""
+"""Check before a run loads anything that model, parent and tokens match, and that the folder is free."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ from .resuming import check_contents, check_same_run, chosen, warn_of_metrics
 
 
 def check_place(out: Path, recipe: PretrainRecipe, source: Path, parent: Path | None) -> None:
-    """Refuse a run's folder that lies in what the run reads, or holds it, before anything is written.
+    """Refuse a run's folder that is inside or contains a folder that the run reads, before anything is written.
 
     Raises:
-        RefusedError: So it does, or it is not a folder; see `llamamoe.checkpoint.out_folder.check_apart` and `check_kind`.
+        RefusedError: It does, or it is not a folder; see `llamamoe.checkpoint.out_folder.check_apart` and `check_kind`.
     """
     check_apart(out, source, "the model")
     if parent is not None:
@@ -62,7 +62,7 @@ def check_place(out: Path, recipe: PretrainRecipe, source: Path, parent: Path | 
 
 
 def identities(recipe: PretrainRecipe, source: Path, parent: Path | None) -> dict[str, Any]:
-    """Return what the run is made from: fingerprints of model, parent and tokens, checked against each other and the recipe."""
+    """Return fingerprints of model, parent and tokens, checked against each other and the recipe."""
     checkpoint = SafetensorsCheckpoint(source)
     found: dict[str, Any] = {"model": content_fingerprint(checkpoint.tensors, checkpoint.config)}
     if parent is not None:
@@ -78,7 +78,7 @@ def identities(recipe: PretrainRecipe, source: Path, parent: Path | None) -> dic
 
 
 def verify_tokens(recipe: PretrainRecipe, progress: ProgressCallback) -> None:
-    """Refuse tokens that are not those that were made."""
+    """Refuse tokens that changed since they were written."""
     for corpus in (training_corpus(recipe.data), held_out_corpus(recipe.data)):
         if corpus is not None:
             corpus.verify(progress)
@@ -94,15 +94,15 @@ def check_run_folder(
     extend: bool = False,
     allow_change: bool = False,
 ) -> Path | None:
-    """Refuse to mix two runs, or to touch what the run did not write; changes nothing.
+    """Refuse to mix two runs, or to touch files that the run did not write; changes nothing.
 
     Returns:
-        The checkpoint to go on from; None for a run that begins. What is in it is not read yet.
+        The checkpoint to resume from; None for a new run. Its content is not read yet.
 
     Raises:
-        RefusedError: Something in the folder is not the run's, or the run was begun with something else.
+        RefusedError: The folder contains files that are not the run's, or the run was started with other inputs.
         CheckpointError: A file of the run is damaged.
-        UsageError: It holds a run already, or has no such checkpoint.
+        UsageError: It already holds a run, or the checkpoint does not exist.
     """
     check_owned(folder)
     run, model, there = run_id(folder), folder / FINAL, named_checkpoints(folder)
@@ -123,7 +123,7 @@ def check_run_folder(
             hint="Begin again by --force, or give another --out.",
         )
     for path in (model, *(each for each in there if checkpoint is not None and step_of(each) > step_of(checkpoint))):
-        if path.exists():  # the run makes it again
+        if path.exists():  # the run writes it again
             check_removable(path, run)
     if checkpoint is not None:
         check_same_run(checkpoint, recipe, extend=extend, allow_change=allow_change)
@@ -149,20 +149,20 @@ def _check_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def prepare_run_folder(folder: Path, recipe: PretrainRecipe, checkpoint: Path | None, *, force: bool) -> None:
-    """Make a run's folder ready, once `check_run_folder` has passed and the folder is locked.
+    """Prepare a run's folder, once `check_run_folder` has passed and the folder is locked.
 
     Args:
         folder: The run's folder.
-        recipe: What is asked for; written into it.
-        checkpoint: Where the run goes on.
-        force: Delete what an earlier run left.
+        recipe: The recipe; written into it.
+        checkpoint: Checkpoint to resume from.
+        force: Delete the files of an earlier run.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or no model that can be trained; nothing was changed.
+        CheckpointError: The checkpoint is damaged, or cannot be trained; nothing was changed.
     """
     if checkpoint is not None:
         check_contents(checkpoint, recipe)
-        if recipe.lora is None:  # else the model is loaded from the recipe's folder
+        if recipe.lora is None:  # otherwise the model is loaded from the recipe's folder
             check_folder(checkpoint, allow_dense=recipe.allow_dense)
         warn_of_metrics(checkpoint)
     if force:
@@ -178,16 +178,16 @@ def prepare_run_folder(folder: Path, recipe: PretrainRecipe, checkpoint: Path | 
 def check_fit(
     recipe: PretrainRecipe, model: SafetensorsCheckpoint, train: TokenCorpus, held_out: TokenCorpus | None
 ) -> None:
-    """Refuse what would go wrong after the model is loaded, or in the middle of the run.
+    """Refuse settings that would fail after the model is loaded, or during the run.
 
     Args:
-        recipe: What is asked for.
-        model: The converted checkpoint, or with ``allow_dense`` a dense one, whose routing is not asked about.
-        train: What is trained on.
-        held_out: What is measured on.
+        recipe: The recipe.
+        model: The converted checkpoint, or with ``allow_dense`` a dense one, whose routing is not checked.
+        train: The training tokens.
+        held_out: The held-out tokens.
 
     Raises:
-        UsageError: Something does not fit; every such thing is named.
+        UsageError: Settings do not fit; the message names each of them.
     """
     wrong = [*_text(recipe, train, held_out), *_precision(recipe)]
     shape = read_shape(model.config, model.tensors)
@@ -253,9 +253,9 @@ def doubts(recipe: PretrainRecipe, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _precision(recipe: PretrainRecipe) -> Iterator[str]:
-    """Refuse to round trained weights to bfloat16 after every step: to nearest, which drops most of what Adam adds.
+    """Refuse to round trained weights to bfloat16 after every step, which drops most of Adam's updates.
 
-    A number w has 8 bits: what is added to it is lost below w / 512, wherever w lies between two powers of two.
+    A number w has 8 bits: increments below w / 512 are lost, wherever w is between two powers of two.
     """
     if recipe.precision.parameters == "float32" or (recipe.lora is not None and not recipe.lora.train_router):
         return

@@ -1,4 +1,4 @@
-"""``llamamoe.pretrain``: train a converted model on, on one core or on a cluster, and go on exactly after a stop."""
+"""``llamamoe.pretrain``: continue pretraining a converted model, on one core or a cluster, with exact resumes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class PretrainResult:
 
     Attributes:
         out: The run's folder.
-        model: The trained model in it, a native checkpoint.
-        steps: Optimiser steps in all.
-        tokens: Tokens in all.
+        model: Folder of the trained model in it, a native checkpoint.
+        steps: Total number of optimiser steps.
+        tokens: Total number of tokens.
         first: The first validation's loss and domains, if there was one.
-        last: The last validation's.
+        last: The last validation's loss and domains.
         best: The checkpoint that is kept for its lowest held-out loss, and that loss; None if none was measured.
-        receipt: Everything that is known about the run, as plain data.
+        receipt: All facts about the run, as JSON-compatible data.
     """
 
     out: Path
@@ -56,7 +56,7 @@ class PretrainResult:
     receipt: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the result as JSON-compatible data."""
         return {
             "out": str(self.out),
             "model": str(self.model),
@@ -79,7 +79,7 @@ def pretrain(
     allow_change: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> PretrainResult:
-    """Train a converted model by a recipe; under torchrun or accelerate launch every process calls it alike.
+    """Train a converted model by a recipe; under torchrun or accelerate launch every process calls it.
 
     ``out`` holds the recipe, ``metrics.jsonl``, checkpoints (each a native checkpoint, with the optimiser's state
     beside it) and, at the end, the trained model in ``model/``.
@@ -87,23 +87,25 @@ def pretrain(
     Args:
         recipe: Everything that decides the run.
         out: The run's folder.
-        resume: Go on from the newest checkpoint in ``out`` (from the start if there is none): weights and metrics end as
-            they would have without the stop. Every byte of it is checked first. The name or path of a checkpoint in
-            ``out``: go on from that one; later ones are deleted, to be made again.
-        extend: Let a resumed run become longer than its checkpoint's (``steps`` or ``tokens``); shares of the length, and
-            schedules over it, follow the new length from there on.
-        allow_change: Let a resumed run go on with other values of whatever can change within a run; which is written to
-            ``metrics.jsonl``.
-        force: Delete what an earlier run left in ``out``; what no run wrote stays or is a reason to refuse.
-        progress: Told after every step.
+        resume: Continue from the newest checkpoint in ``out`` (from the start if there is none): weights and metrics
+            end as they would have without the stop. Every byte of it is checked first. With the name or path of a
+            checkpoint in ``out``: continue from that one; later ones are deleted and made again.
+        extend: Let a resumed run become longer than its checkpoint's (``steps`` or ``tokens``); shares of the length,
+            and schedules over it, follow the new length from there on.
+        allow_change: Let a resumed run continue with other values of keys that may change within a run; the changes are
+            written to ``metrics.jsonl``.
+        force: Delete the files of an earlier run in ``out``; other files stay or are a reason to refuse.
+        progress: Called after every step.
 
     Raises:
-        RefusedError: The model is none that can be trained, or another one than the run began with; or ``out`` is, holds
-            or lies in what is read, or holds something that the run would write and did not. Nothing was changed.
-        CheckpointError: The checkpoint is damaged; an older one that is whole is named.
+        RefusedError: The model cannot be trained, or differs from the one at the start of the run; or ``out`` is,
+            contains or is inside a folder that is read, or contains a file that the run would write and did not.
+            Nothing was changed.
+        CheckpointError: The checkpoint is damaged; the message names an older intact one.
         UsageError: The recipe does not fit model or data, another run works in ``out``, or ``out`` holds a run.
-        LlamaMoeError: The run went wrong: a loss that is not finite, a full disk; the last good checkpoint stays.
-        StoppedError: The process got SIGTERM: it ended its step and wrote a checkpoint.
+        LlamaMoeError: The run failed, such as by a loss that is not finite or a full disk; the last good checkpoint is
+            kept.
+        StoppedError: The process received SIGTERM, finished its step and wrote a checkpoint.
     """
     check_transformers()
     folder = normal_path(out)
@@ -171,7 +173,7 @@ def _run(
 
 
 def _train(trainer: Any, start: dict[str, Any], folder: Path, facts: dict[str, Any], newest: Path | None) -> None:
-    """Train to the end; ``start`` gets what the run began with."""
+    """Train to the end; ``start`` receives the facts about the start of the run."""
     if newest is None:
         start |= facts
         if trainer.args.should_save:

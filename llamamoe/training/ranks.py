@@ -1,4 +1,4 @@
-"""Sums over the ranks of a distributed run. Imported by running code only: it needs torch."""
+"""Sum over the ranks of a distributed run. Needs torch, so it is not imported by plans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def several_ranks(group: Any = None) -> bool:
 
 
 def all_reduced(values: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-    """The sum (or what ``op`` says) over all ranks, in place; the tensor as it is if there is one. No gradient."""
+    """Return the sum (or the result of ``op``) over all ranks, in place; unchanged for one rank. No gradient."""
     if several_ranks():
         dist.all_reduce(values, op)
     return values
@@ -39,15 +39,15 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over_ranks(values: torch.Tensor, group: Any = None) -> torch.Tensor:
-    """The sum of ``values`` over all ranks, with a gradient; ``values`` itself in a run of one process.
+    """Return the sum of ``values`` over all ranks, with a gradient; ``values`` itself in a run of one process.
 
-    Every rank must go on to compute the same loss from it. Then the gradient that comes back is the same on all ranks,
-    and what all of their losses say about this rank's values is that gradient times the number of ranks: no second
-    communication, which could also meet those of DDP in another order. DDP and FSDP divide gradients by the number of
-    ranks; what is left is the gradient of one process that holds the tokens of all.
+    Every rank must go on to compute the same loss from it. Then the incoming gradient is the same on all ranks,
+    and the gradient of all their losses by this rank's values is that gradient times the number of ranks: no second
+    communication is needed, which could also be ordered differently from those of DDP. DDP and FSDP divide gradients by
+    the number of ranks, which leaves the gradient of one process with the tokens of all.
 
     Args:
-        values: Of the same shape on every rank.
+        values: Values of the same shape on every rank.
         group: Process group; None for all ranks.
     """
     if not several_ranks(group):
@@ -57,14 +57,14 @@ def sum_over_ranks(values: torch.Tensor, group: Any = None) -> torch.Tensor:
 
 
 def check_same_checkpoint(step: int, device: torch.device) -> None:
-    """Refuse to begin where ranks found different checkpoints in the run's folder; every rank must call it.
+    """Refuse to start if ranks found different checkpoints in the run's folder; every rank must call it.
 
     Args:
-        step: Of the newest whole checkpoint that this rank found; -1 if there is none.
-        device: Where collective calls take their tensors.
+        step: Step of the newest intact checkpoint that this rank found; -1 if there is none.
+        device: Device of tensors in collective calls.
 
     Raises:
-        UsageError: Raised on all ranks alike.
+        UsageError: The checkpoints differ; raised on all ranks.
     """
     ends = all_reduced(torch.tensor([step, -step], device=device), dist.ReduceOp.MAX)
     newest, oldest = int(ends[0]), -int(ends[1])
@@ -77,7 +77,7 @@ def check_same_checkpoint(step: int, device: torch.device) -> None:
 
 
 def cut_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``values``, which all ranks have alike, cut over ranks as ``like`` is; itself if that is whole."""
+    """Shard ``values``, equal on all ranks, as ``like`` is sharded; return them unchanged if it is not."""
     if not isinstance(like, DTensor):
         return values
     whole = DTensor.from_local(values, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)

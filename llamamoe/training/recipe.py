@@ -1,4 +1,4 @@
-"""Recipes of ``llamamoe pretrain``: model, data, objective, optimiser, and where it runs."""
+"""Recipes of ``llamamoe pretrain``: model, data, objective, optimiser and devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .mixtures.updates import MIXTURES
 from .trainer_keys import check_trainer_keys
 
 GROUPS = ("router", "experts", "shared", "dense_ffn", "attention", "norms", "embeddings", "head")
-"""Groups of parameters that can be frozen; `llamamoe.training.parameters` says what is in each."""
+"""Groups of parameters that can be frozen; `llamamoe.training.parameters` defines their content."""
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -30,7 +30,7 @@ class _Part(BaseModel):
 
 
 class DataRecipe(_Part):
-    """The tokens to train on and to measure on."""
+    """The training and held-out data."""
 
     train: str = Field(min_length=1, description="Folder that `llamamoe tokenize` wrote.")
     validation: str | None = Field(
@@ -60,7 +60,7 @@ class DataRecipe(_Part):
 
 
 class OptimizerRecipe(_Part):
-    """AdamW, with a learning rate of its own for routers and experts."""
+    """AdamW, with separate learning rates for routers and experts."""
 
     lr: float = Field(2e-4, gt=0, lt=10, description="Largest learning rate.")
     router_lr: float | None = Field(None, ge=0, lt=10, description="That of the routers; null: lr.")
@@ -79,7 +79,7 @@ class OptimizerRecipe(_Part):
 
 
 class LrScheduleRecipe(_Part):
-    """The learning rate over the steps."""
+    """The schedule of the learning rate."""
 
     shape: Literal["cosine", "linear", "wsd", "constant"] = Field(
         "cosine", description="wsd: constant, then a linear fall over the last decay_share."
@@ -105,7 +105,7 @@ class RouterRecipe(_Part):
 
 
 class LoraRecipe(_Part):
-    """Low-rank adapters by peft; merged into the weights in what is written at the end."""
+    """Low-rank adapters by peft; merged into the weights of the final model."""
 
     rank: int = Field(8, ge=1, le=4096, description="r.")
     alpha: float = Field(32.0, gt=0, description="The adapters' output is multiplied by alpha / rank.")
@@ -152,7 +152,7 @@ class DistributedRecipe(_Part):
 
     @property
     def world_size(self) -> int:
-        """Processes that a sharded run needs."""
+        """Number of processes that a sharded run needs."""
         return self.fsdp_size * self.dp_replicate_size
 
 
@@ -274,7 +274,7 @@ class PretrainRecipe(Recipe):
 
     @property
     def autocasts(self) -> bool:
-        """True if autocast computes with float32 weights in bfloat16."""
+        """True if autocast uses float32 weights in bfloat16."""
         return self.precision.parameters == "float32" and self.precision.compute == "bfloat16"
 
     def gathers_bfloat16(self, model_type: str) -> bool:
@@ -285,10 +285,10 @@ class PretrainRecipe(Recipe):
         return self.autocasts and self.distributed.fsdp_size > 1 and model_type != "ernie4_5_moe"
 
     def experts_on(self, device: str) -> str | None:
-        """The experts implementation that is used, chosen where the recipe leaves it open; None: transformers' default.
+        """Return the experts implementation, chosen if the recipe leaves it open; None: transformers' default.
 
         Args:
-            device: ``cpu``, ``cuda``, ...; ``auto``, of which nothing is known yet, counts as a GPU.
+            device: ``cpu``, ``cuda``, ...; ``auto``, which is not resolved yet, counts as a GPU.
         """
         if self.experts_implementation is not None or self.distributed.sharded:
             return self.experts_implementation

@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and whether that is still what was written."""
+"""Choose the checkpoint from which a run resumes, and check that it is unchanged."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .run_folder import checkpoints, complete, start_anew
 
 log = logging.getLogger("llamamoe")
 STATE, REST = "llamamoe_training.json", "llamamoe_trained.safetensors"
-"""The mixture and the gate's state; what is trained beside adapters."""
+"""The state of mixture and gate; the weights trained beside adapters."""
 TRAINER_STATE = "trainer_state.json"
 SCHEDULE = "schedule.json"
 
 
 def optimizer_file(rank: int) -> str:
-    """The name of a rank's part of the optimiser's state, where the model is cut at loading."""
+    """Return the name of a rank's part of the optimiser's state, if the model is sharded at loading."""
     return f"optimizer-{rank:05d}.safetensors"
 
 
 def chosen(folder: Path, resume: bool | str | Path) -> Path | None:
-    """The checkpoint that is asked for: a name or path of one, or the one of the most steps; None at a run's start.
+    """Return the requested checkpoint, by name or path, or the latest one; None at a run's start.
 
     Raises:
-        UsageError: The folder has none of that name.
+        UsageError: The folder has no checkpoint of that name.
     """
     if isinstance(resume, bool):
         return next(reversed(named_checkpoints(folder)), None) if resume else None
@@ -65,10 +65,10 @@ def changes_since(checkpoint: Path, recipe: PretrainRecipe) -> Changes:
 
 
 def check_same_run(checkpoint: Path, recipe: PretrainRecipe, *, extend: bool, allow_change: bool) -> None:
-    """Refuse to go on with a recipe that leads elsewhere, unless it is allowed to.
+    """Refuse to resume with a recipe that gives other weights, unless the change is allowed.
 
     Raises:
-        RefusedError: The checkpoint was made by another one; names every key.
+        RefusedError: The checkpoint was made by another recipe; the message names every key.
     """
     changes = changes_since(checkpoint, recipe)
     anew = start_anew(recipe, checkpoint, step_of(checkpoint))
@@ -81,10 +81,10 @@ def check_same_run(checkpoint: Path, recipe: PretrainRecipe, *, extend: bool, al
 
 
 def check_contents(checkpoint: Path, recipe: PretrainRecipe) -> None:
-    """Refuse a checkpoint that is not, byte for byte, what the run wrote. Reads all of it.
+    """Refuse a checkpoint that differs in any byte from what the run wrote. Reads all of it.
 
     Raises:
-        CheckpointError: Names the file and the fault, and an older checkpoint that is whole.
+        CheckpointError: The checkpoint is damaged; the message names file and fault, and an older intact checkpoint.
     """
     fault = next(faults(checkpoint, recipe), None)
     if fault is None:
@@ -98,17 +98,17 @@ def check_contents(checkpoint: Path, recipe: PretrainRecipe) -> None:
 
 
 def note_files(checkpoint: Path, folder: Path, recipe: PretrainRecipe, *, step: int, ranks: int) -> None:
-    """Write the manifest of a checkpoint whose files all ranks have written; it is not yet where it will be.
+    """Write the manifest of a checkpoint whose files all ranks have written; it is not yet in its final place.
 
     Args:
-        checkpoint: Where it was put together.
+        checkpoint: The folder in which it was assembled.
         folder: The run's folder.
-        recipe: The run's.
-        step: Steps done.
+        recipe: The run's recipe.
+        step: Finished steps.
         ranks: Processes of the run.
 
     Raises:
-        OSError: A file that going on needs was not written, or the disk is full.
+        OSError: A file that a resume needs was not written, or the disk is full.
     """
     facts = {
         "run": run_id(folder),
@@ -126,9 +126,10 @@ def note_files(checkpoint: Path, folder: Path, recipe: PretrainRecipe, *, step: 
 
 @contextmanager
 def state_errors(checkpoint: str | None) -> Iterator[None]:
-    """Tell what is refused in a checkpoint's state, and what does not fit, as an error of ours.
+    """Report a state that is refused or does not fit as a `CheckpointError`.
 
-    Transformers reads its ``.pt`` files with ``weights_only=True``. Hashes tell what changed, not who wrote the manifest.
+    Transformers reads its ``.pt`` files with ``weights_only=True``. Hashes tell what changed, not who wrote the
+    manifest.
     """
     try:
         yield
@@ -148,16 +149,16 @@ def state_errors(checkpoint: str | None) -> Iterator[None]:
 
 
 def metrics_facts(folder: Path, nbytes: int | None = None) -> dict[str, Any]:
-    """Size and SHA-256 of the lines of metrics so far, or of their first ``nbytes``, for the manifest of a checkpoint."""
+    """Return size and SHA-256 of the lines of metrics, or of their first ``nbytes``, for a checkpoint's manifest."""
     path = folder / METRICS
     data = path.read_bytes()[:nbytes] if path.exists() else b""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def warn_of_metrics(checkpoint: Path) -> None:
-    """Tell if the lines of metrics are not those that stood there when the checkpoint was written.
+    """Warn if the lines of metrics changed since the checkpoint was written.
 
-    They do not decide the weights, so that a run can go on whose metrics were lost.
+    They do not affect the weights, so that a run whose metrics were lost can resume.
     """
     before = manifest_of(checkpoint, run_id(checkpoint.parent)).facts.get("metrics")
     nbytes = before.get("bytes") if isinstance(before, dict) else None
@@ -171,7 +172,7 @@ def warn_of_metrics(checkpoint: Path) -> None:
 
 
 def faults(checkpoint: Path, recipe: PretrainRecipe) -> Iterator[str]:
-    """Yield what is wrong with a checkpoint, each as a sentence without its end; what is quick to see comes first."""
+    """Yield a phrase for each fault of a checkpoint, with those that are quick to find first."""
     try:
         manifest = manifest_of(checkpoint, run_id(checkpoint.parent))
     except RefusedError as error:
@@ -191,7 +192,7 @@ def faults(checkpoint: Path, recipe: PretrainRecipe) -> Iterator[str]:
 
 def _state_faults(checkpoint: Path) -> Iterator[str]:
     step = None
-    for name in (STATE, TRAINER_STATE):  # the latter grows with the run: no bound of ours holds for it
+    for name in (STATE, TRAINER_STATE):  # the latter grows with the run, so its size is not bounded
         try:
             data = json.loads((checkpoint / name).read_bytes())
             step = data.get("global_step")
@@ -203,7 +204,7 @@ def _state_faults(checkpoint: Path) -> Iterator[str]:
 
 
 def missing(checkpoint: Path, manifest: Manifest, recipe: PretrainRecipe) -> Iterator[str]:
-    """The files that going on needs and the manifest does not list: weights, optimiser, schedule, random states, our own."""
+    """Yield files that a resume needs and the manifest lacks: weights, optimiser, schedule, random states, state."""
     ranks = manifest.facts.get("ranks")
     if type(ranks) is not int or ranks < 1:
         yield f"{MARKER}: a number of ranks"
@@ -233,7 +234,7 @@ def _weights(checkpoint: Path, recipe: PretrainRecipe) -> Iterator[str]:
 
 
 def _optimizer(names: Collection[str], recipe: PretrainRecipe) -> Iterator[str]:
-    """DeepSpeed writes folders of its own, whose names depend on its stage."""
+    """Yield missing optimiser files; DeepSpeed writes its own folders, whose names depend on its stage."""
     if recipe.trainer.get("deepspeed") is None:
         yield from ("optimizer.pt", "scheduler.pt")
     else:

@@ -1,4 +1,4 @@
-"""Targets for the summed output of a layer's routed experts: the parent's FFN less the shared neurons."""
+"""Compute targets of a layer's routed experts: the parent's FFN output minus that of the shared neurons."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .routing import Routing
 
 
 def routed_targets(model: torch.nn.Module, parent: Parent) -> Callable[[Routing], torch.Tensor]:
-    """For losses that compare experts with the parent (`LossContext.targets`).
+    """Return the targets for losses that compare experts with the parent (`LossContext.targets`).
 
-    The shared neurons' part is what the layer's FFN puts out less its routed experts, so the FFN and the experts run once
+    The shared neurons' part is the FFN's output minus that of the routed experts, so FFN and experts run once
     more without gradient, and the parent's FFN once.
 
     Args:
-        model: The model that is trained, its experts whole on every rank.
+        model: The trained model, with unsharded experts on every rank.
         parent: Its dense parent.
 
     Returns:
-        A function of a `Routing` with inputs, to float32 ``[T, H]`` without gradient.
+        A function from a `Routing` with inputs to float32 ``[T, H]`` without gradient.
     """
     layers = decoder_layers(model)
 

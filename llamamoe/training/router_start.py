@@ -1,7 +1,7 @@
-"""The start of router training: a hard router gets weights that differ, without changing what it selects.
+"""Start router training: give a hard router different weights, without changing its selection.
 
-`llamamoe split` stores routers whose logits are below 1/256: all selected experts count the same. Such a router has
-a gradient, but none of its weights tells one token from another, and Adam would blow its rows up in its first steps. So
+`llamamoe split` stores routers whose logits are below 1/256: all selected experts get equal weights. Such a router has
+a gradient, but its weights do not distinguish tokens, and Adam would blow up its rows in its first steps. So
 its rows are multiplied by one number per layer (`soften`), after the weights' sum was made independent of the logits'
 size (`renormalise`).
 """
@@ -33,7 +33,7 @@ class Softened:
 
     Attributes:
         layer: Index of the decoder layer.
-        factor: What the router's rows were multiplied by.
+        factor: Factor of the router's rows.
         std_before: Standard deviation of the logits over experts, mean over tokens.
         std_after: The same afterwards.
     """
@@ -45,14 +45,14 @@ class Softened:
 
 
 def logit_std(logits_TN: torch.Tensor) -> float:
-    """Standard deviation (population) of the logits over experts, mean over tokens."""
+    """Return the (population) standard deviation of the logits over experts, averaged over tokens."""
     return float(wide(at_least_float32(logits_TN).std(-1, correction=0)).mean())
 
 
 def measure_logit_std(
     model: torch.nn.Module, layers: Sequence[MoeLayer], batches: Iterable[Mapping[str, Any]]
 ) -> list[float]:
-    """`logit_std` of every layer over a few batches, the model in eval mode and without gradients.
+    """Return `logit_std` of every layer over a few batches, with the model in eval mode and without gradients.
 
     Args:
         model: The model that the layers belong to.
@@ -83,14 +83,14 @@ def measure_logit_std(
 def soften(layers: Sequence[MoeLayer], stds: Sequence[float], target_std: float) -> list[Softened]:
     """Multiply every layer's router by one positive number, so that its logits' standard deviation is ``target_std``.
 
-    The ranking of the logits stays as it is. For rows narrower than float32 the factor is the nearest power of two,
-    which rounds nothing: ``target_std`` is met within a factor of sqrt(2), see `Softened.std_after`. Where the *native*
-    router of a hard layer ties (its float32 probabilities cannot tell logits apart that differ by less than about 1e-7)
-    the softened one decides by the logits.
+    The ranking of the logits is unchanged. For rows narrower than float32 the factor is the nearest power of two,
+    which does not round: ``target_std`` is met within a factor of sqrt(2), see `Softened.std_after`. If the *native*
+    router of a hard layer ties (its float32 probabilities cannot distinguish logits that differ by less than about
+    1e-7) the softened one decides by the logits.
 
     Args:
         layers: The layers; their weights must be renormalised, see `renormalise`.
-        stds: Of each layer, by `measure_logit_std` or `logit_std`.
+        stds: Standard deviation of each layer, by `measure_logit_std` or `logit_std`.
         target_std: > 0. At 1 the likeliest of 8 experts weighs about 2.9 times the mean (normal logits).
 
     Raises:
@@ -135,7 +135,7 @@ def _check(moe: MoeLayer, std: float, target_std: float) -> None:
 def renormalise(model: torch.nn.Module, layers: Sequence[MoeLayer]) -> list[MoeLayer]:
     """Make the weights of the selected experts sum to a constant, whatever the size of the logits.
 
-    Routers that renormalise stay as they are. Others are switched (``norm_topk_prob = True`` on the configuration and
+    Routers that renormalise are unchanged. Others are switched (``norm_topk_prob = True`` on the configuration and
     on every router), and the mean weight that they have at equal logits is kept: softmax gave each selected expert 1/N
     and now gives 1/k, so the experts' down projections are multiplied by k/N; sigmoid gave 1/2, so
     ``routed_scaling_factor`` is multiplied by k/2. A hard model computes the same as before; k/N is rounded into
@@ -146,7 +146,7 @@ def renormalise(model: torch.nn.Module, layers: Sequence[MoeLayer]) -> list[MoeL
         layers: All of its layers.
 
     Returns:
-        The layers as they are now, in the same order. Layers found before are out of date.
+        The updated layers, in the same order. Layers found before are out of date.
     """
     changed = [moe for moe in layers if not moe.weighting.endswith("renormalised")]
     factors = {moe.layer: _renormalised_factor(moe) for moe in changed}
@@ -180,15 +180,15 @@ def _renormalised(moe: MoeLayer, factor: float) -> MoeLayer:
 
 log = logging.getLogger("llamamoe")
 HARD_STD = 0.01
-"""A router whose logits spread by less than this is a hard one: its weights are equal to 1 %."""
+"""Spread of logits below which a router counts as hard: its weights are equal to 1 %."""
 START_BLOCKS = 8
-"""Blocks of text on which the spread of the logits is measured."""
+"""Number of blocks of text on which the spread of the logits is measured."""
 
 
 def start_routers(
     model: Any, layers: Sequence[MoeLayer], recipe: PretrainRecipe, batches: TokenBatches
 ) -> tuple[dict[str, Any], list[MoeLayer]]:
-    """Scale hard routers up, so that their weights can tell tokens apart; says what was done, and what it changed."""
+    """Scale hard routers up, so that their weights distinguish tokens; return the changes and the updated layers."""
     if recipe.router.start_std is None:
         return {}, list(layers)
     inputs = list(_first_blocks(batches, next(model.parameters()).device))
@@ -211,7 +211,7 @@ def start_routers(
 
 
 def _loss(model: Any, inputs: Sequence[Mapping[str, Any]], recipe: PretrainRecipe) -> float:
-    """Mean loss of a token on a few blocks."""
+    """Return the mean loss of a token on a few blocks."""
     head, total, tokens = LossHead(model, logits_at_once=recipe.logits_at_once), 0.0, 0
     training = model.training
     model.eval()
@@ -224,7 +224,7 @@ def _loss(model: Any, inputs: Sequence[Mapping[str, Any]], recipe: PretrainRecip
 
 
 def _first_blocks(batches: TokenBatches, device: Any) -> Iterator[Mapping[str, Any]]:
-    """The first sequences of the run, the same on every rank."""
+    """Yield the first sequences of the run, the same on every rank."""
     domains, blocks = batches.sampler.batch(0)
     for i in range(min(START_BLOCKS, len(domains))):
         ids_1T = batches.corpus.gather(domains[i : i + 1], blocks[i : i + 1], batches.block_length)

@@ -1,4 +1,4 @@
-"""Record the decisions of routers on the tokens of a micro-batch while a model runs."""
+"""Record the routing of a micro-batch's tokens while a model runs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .moe_layers import MoeLayer
 
 @dataclass(frozen=True)
 class Routing:
-    """The decisions of one router on T tokens.
+    """The routing of T tokens by one router.
 
     Attributes:
         moe: The layer.
         logits_TN: The raw logits, before any noise, with their gradient.
-        weights_Tk: What each selected expert's output is multiplied by; 0 for an assignment that was dropped.
+        weights_Tk: Factor of each selected expert's output; 0 for a dropped assignment.
         indices_Tk: int64, the selected experts.
         selection_TN: The logits that experts were selected by, if a gate added noise to them; else None.
-        noise_std_TN: Standard deviation of that noise, if it is known; else None.
-        dropped_Tk: bool, assignments that found no room in their expert; None if the gate drops none.
-        inputs_TH: What the router saw; only where a loss asks for it.
-        wanted_Tk: int64, what the router chose before a full expert sent assignments elsewhere; None: ``indices_Tk``.
+        noise_std_TN: Standard deviation of that noise, if known; else None.
+        dropped_Tk: bool, assignments without room in their expert; None if the gate does not drop.
+        inputs_TH: Inputs of the router; only if a loss needs them.
+        wanted_Tk: int64, the router's choice before full experts passed on assignments; None: ``indices_Tk``.
     """
 
     moe: MoeLayer
@@ -39,12 +39,12 @@ class Routing:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return len(self.logits_TN)
 
     @property
     def probabilities_TN(self) -> torch.Tensor:
-        """float32 (float64 of float64), rows of sum 1: softmax of the logits; a sigmoid router's scores over their sum."""
+        """float32 (float64 of float64) with rows of sum 1: softmax of the logits, or sigmoid scores over their sum."""
         logits = at_least_float32(self.logits_TN)
         if self.moe.weighting.startswith("sigmoid"):
             scores = logits.sigmoid()
@@ -52,12 +52,12 @@ class Routing:
         return logits.softmax(-1)
 
     def counts_N(self) -> torch.Tensor:
-        """float32: how many assignments each expert got, dropped ones left out. No gradient."""
+        """Return float32: the number of assignments of each expert without dropped ones. No gradient."""
         kept = None if self.dropped_Tk is None else ~self.dropped_Tk
         return self._count_N(self.indices_Tk, kept)
 
     def wanted_counts_N(self) -> torch.Tensor:
-        """float32: how many assignments the router meant for each expert, whether or not it had room. No gradient."""
+        """Return float32: each expert's number of assignments by the router, with or without room. No gradient."""
         return self._count_N(self.indices_Tk if self.wanted_Tk is None else self.wanted_Tk, None)
 
     def _count_N(self, indices_Tk: torch.Tensor, kept_Tk: torch.Tensor | None) -> torch.Tensor:
@@ -67,18 +67,18 @@ class Routing:
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:
-    """Narrower numbers as float32, float64 as it is: losses must not be computed in bfloat16."""
+    """Cast narrower dtypes to float32 and keep float64, since losses must not be computed in bfloat16."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class RouterTap:
-    """Records every router's decisions while it is armed.
+    """A recorder of every router's decisions while it is armed.
 
-    Hooks stand on the native routers all the time and record only inside ``with tap.armed():``; the second forward pass
-    that gradient checkpointing makes in the backward pass comes after it, and is not recorded.
+    Hooks stay attached to the native routers and record only inside ``with tap.armed():``; the second forward pass
+    of gradient checkpointing comes after it, and is not recorded.
 
     Args:
-        layers: The layers to listen to.
+        layers: The layers to record.
     """
 
     def __init__(self, layers: Sequence[MoeLayer]) -> None:
@@ -89,7 +89,7 @@ class RouterTap:
 
     def _hook(self, moe: MoeLayer) -> Any:
         def record(router: torch.nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-            # taken away in the second pass of checkpointing too, which is not recorded: it would hold that pass's graph
+            # also removed in the unrecorded second pass of checkpointing, because it would hold that pass's graph
             extra = router.__dict__.pop("gate_extra", None) or {}
             if self._armed:
                 logits, weights, indices = output[:3]
@@ -101,10 +101,10 @@ class RouterTap:
 
     @contextmanager
     def armed(self, *, inputs: bool = False) -> Iterator[list[Routing]]:
-        """Record one forward pass; the list that is yielded is filled at the end, in order of depth.
+        """Record one forward pass; the yielded list is filled at the end, in order of depth.
 
         Args:
-            inputs: Keep what each router saw, too.
+            inputs: Whether to record the routers' inputs too.
         """
         self._armed, self._inputs = True, inputs
         self._found = {}
@@ -116,6 +116,6 @@ class RouterTap:
             self._armed, self._found = False, {}
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()

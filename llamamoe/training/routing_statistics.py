@@ -1,4 +1,4 @@
-"""Statistics of routing over a window of training steps: load, importance, entropy, dead experts, drops."""
+"""Compute routing statistics of a window of training steps: load, importance, entropy, dead experts, drops."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .moe_layers import MoeLayer
 from .routing import Routing
 
 _SCALARS = 5
-"""Sums kept per layer beside load and importance: tokens, router entropy, top-1, selected probability, dropped."""
+"""Number of sums per layer beside load and importance: tokens, router entropy, top-1, selected probability, dropped."""
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer over the window. Entropies are in nats; shares of them are relative to log N.
+    """The statistics of one layer over the window. Entropies are in nats; shares of them are relative to log N.
 
     Attributes:
         layer: Index of the decoder layer.
         top_k: k.
-        tokens: How many tokens passed.
-        load: Assignments per expert, dropped ones left out.
+        tokens: Number of tokens.
+        load: Assignments per expert, without dropped ones.
         importance: Sum of the weights per expert.
         router_entropy: Mean over tokens of the entropy of the router's probabilities: log N of a hard router.
         top1_probability: Mean over tokens of the largest probability.
         selected_probability: Mean over tokens of the sum of the selected experts' probabilities.
-        dropped: Assignments that found no room.
+        dropped: Number of dropped assignments.
     """
 
     layer: int
@@ -44,7 +44,7 @@ class LayerStatistics:
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """N, the number of experts."""
         return len(self.load)
 
     @property
@@ -77,7 +77,7 @@ class LayerStatistics:
     def spread(self) -> float:
         """0 if all tokens go to the same k experts, 1 at perfect balance: ``(exp(load_entropy) - k) / (N - k)``.
 
-        With many of N selected the entropy of the load stays near log N whatever the router does; this does not.
+        With many of N selected the entropy of the load stays near log N for any router; this measure does not.
         """
         if self.num_experts == self.top_k:
             return 1.0
@@ -85,7 +85,7 @@ class LayerStatistics:
 
     @property
     def dead_experts(self) -> float:
-        """Experts without any assignment in the window."""
+        """Number of experts without any assignment in the window."""
         return float(sum(each == 0 for each in self.load))
 
     @property
@@ -110,12 +110,12 @@ class LayerStatistics:
 
 
 class RoutingStatistics:
-    """Sums over micro-batches; O(L N) memory, no synchronisation with the device until they are read.
+    """Sums over micro-batches; O(L N) memory, without synchronisation with the device until they are read.
 
     Args:
-        layers: The layers that routings will come from.
-        all_reduce: Sums a tensor over ranks in place of its own values (`ranks.sum_over_ranks`). With it,
-            `per_layer` and `summary` are collective calls: every rank makes them. None: this rank alone.
+        layers: The layers of the routings.
+        all_reduce: Sums a tensor over ranks (`ranks.sum_over_ranks`). With it,
+            `per_layer` and `summary` are collective calls: every rank must make them. None: this rank alone.
     """
 
     worst: ClassVar[dict[str, Callable[[Sequence[float]], float]]] = {
@@ -132,7 +132,7 @@ class RoutingStatistics:
         "top1_probability": max,
         "selected_probability": max,
     }
-    """The metrics of `summary`, and which end of their range is the worse one (of confidences: the harder router)."""
+    """The metrics of `summary`, and the worse end of their range (for confidences: the harder router)."""
 
     def __init__(
         self, layers: Sequence[MoeLayer], all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -142,7 +142,7 @@ class RoutingStatistics:
         self._sums: dict[int, torch.Tensor] = {}
 
     def add(self, routings: Sequence[Routing]) -> None:
-        """Count one micro-batch in. O(T N) per layer, on its own device."""
+        """Add one micro-batch. O(T N) per layer, on its own device."""
         with torch.no_grad():
             for routing in routings:
                 sums = _sums(routing)
@@ -150,11 +150,11 @@ class RoutingStatistics:
                 self._sums[routing.moe.layer] = sums if before is None else before.add_(sums)
 
     def reset(self) -> None:
-        """Begin a new window."""
+        """Start a new window."""
         self._sums = {}
 
     def per_layer(self) -> list[LayerStatistics]:
-        """Every layer that was seen (on any rank), in order of depth."""
+        """Return every layer with routings (on any rank), in order of depth."""
         width = max(moe.num_experts for moe in self.layers)
         table = torch.zeros(len(self.layers), 2 * width + _SCALARS, dtype=torch.float64)
         for row, moe in zip(table, self.layers, strict=True):
@@ -168,9 +168,9 @@ class RoutingStatistics:
         return [_layer_statistics(moe, row) for moe, row in rows if row[0] > 0]
 
     def summary(self) -> dict[str, float]:
-        """Flat numbers for a log, ``"<metric>/<group>"``; empty if nothing was seen.
+        """Return flat numbers for a log, ``"<metric>/<group>"``; empty without routings.
 
-        Groups: first, middle and last (a third of the layers, left out where it is empty), mean and worst.
+        Groups: first, middle and last (a third of the layers, omitted if empty), mean and worst.
         """
         layers = self.per_layer()
         found: dict[str, float] = {}
@@ -186,12 +186,12 @@ class RoutingStatistics:
 def collapsed(
     statistics: RoutingStatistics | Sequence[LayerStatistics], *, least_spread: float = 0.1, most_dead: float = 0.5
 ) -> list[str]:
-    """A sentence for each layer whose router sends nearly all tokens to the same experts; empty if all is well.
+    """Return a sentence for each layer whose router sends nearly all tokens to the same experts.
 
     Args:
-        statistics: A window of enough tokens that every expert would be chosen at all (many more than N/k).
-        least_spread: Below this `LayerStatistics.spread` a router counts as collapsed.
-        most_dead: Above this share of dead experts, too.
+        statistics: Statistics of a window with enough tokens for every expert to be chosen (many more than N/k).
+        least_spread: `LayerStatistics.spread` below which a router counts as collapsed.
+        most_dead: Share of dead experts above which it also does.
     """
     layers = statistics.per_layer() if isinstance(statistics, RoutingStatistics) else statistics
     found = []
@@ -207,7 +207,7 @@ def collapsed(
 
 
 def _sums(routing: Routing) -> torch.Tensor:
-    """One vector: tokens, the other scalars, then load and importance per expert."""
+    """Return one vector: tokens, the other scalars, then load and importance per expert."""
     probabilities_TN = routing.probabilities_TN
     weights = routing.weights_Tk.reshape(-1).float()
     importance_N = torch.zeros(routing.moe.num_experts, device=weights.device)

@@ -1,4 +1,4 @@
-"""The folder of a training run: who may write to it, which checkpoints in it are whole."""
+"""Manage the folder of a training run: its lock and its intact checkpoints."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ RECEIPT = "llamamoe_training_receipt.json"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Nobody else may run in ``folder`` meanwhile; the lock falls with the process, however it ends.
+    """Lock ``folder`` against other runs; the lock is released when the process ends, however it ends.
 
     Raises:
-        UsageError: Another run holds it.
-        LlamaMoeError: The folder cannot be made.
+        UsageError: Another run holds the lock.
+        LlamaMoeError: The folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,10 +43,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def refuse_used(folder: Path) -> None:
-    """Refuse a folder in which another run is working, before anything in it is looked at. Changes nothing.
+    """Refuse a folder in which another run is working, before its content is read. Changes nothing.
 
     Raises:
-        UsageError: Another run is.
+        UsageError: Another run is working in it.
     """
     if is_locked(folder / LOCK):
         raise _in_use(folder)
@@ -57,7 +57,7 @@ def _in_use(folder: Path) -> UsageError:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of the folder's run that look whole, oldest first: no file is missing or of another size."""
+    """Return checkpoints of the folder's run without missing files or files of another size, oldest first."""
     return [path for path in named_checkpoints(folder) if _looks_whole(path)]
 
 
@@ -70,21 +70,21 @@ def _looks_whole(checkpoint: Path) -> bool:
 
 
 def complete(checkpoint: Path, facts: Mapping[str, Any]) -> Manifest:
-    """Sync all files of a checkpoint to the disk, hash them, then write the list that makes it count."""
+    """Sync all files of a checkpoint to the disk, hash them, then write the manifest that makes it valid."""
     return write_manifest(checkpoint, MARKER, facts)
 
 
 def is_of_the_disk(error: Exception) -> bool:
-    """Return whether an error that came while files were written is the disk's: ``torch.save`` reports it as RuntimeError.
+    """Return whether an error during writing is the disk's: ``torch.save`` reports it as RuntimeError.
 
-    With the place in torch where its archive is written, or with that of the stream behind it.
+    Its message names the place in torch where the archive or its stream is written.
     """
     told = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
     return not isinstance(error, RuntimeError) or any(part in told for part in ("inline_container", "iostream"))
 
 
 def start_anew(recipe: PretrainRecipe, checkpoint: Path, step: int | None = None) -> str:
-    """Return how to train a checkpoint on by another recipe, as another run; with its step, one that goes on in the text."""
+    """Describe how to start a new run from a checkpoint; given its step, one that continues in the text."""
     if recipe.lora is not None:  # an adapter alone is not a model
         return "a new run, with another --out"
     skip = "" if step is None else f", data.skip_tokens={(step + recipe.skipped_steps) * recipe.tokens_per_step}"
@@ -92,7 +92,7 @@ def start_anew(recipe: PretrainRecipe, checkpoint: Path, step: int | None = None
 
 
 def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
-    """The whole checkpoint whose held-out loss is the lowest, and that loss; None if none was measured."""
+    """Return the intact checkpoint with the lowest held-out loss, and that loss; None if none was measured."""
     path = folder / METRICS
     lines = read_lines(path) if path.exists() else []
     validations = (line for line in lines if line.get("kind") == "validation" and line.get("loss") is not None)
@@ -100,12 +100,12 @@ def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
     found = [(losses[step_of(each)], each) for each in checkpoints(folder) if step_of(each) in losses]
     if not found:
         return None
-    loss, checkpoint = min(found, key=lambda pair: pair[0])  # of equals the oldest
+    loss, checkpoint = min(found, key=lambda pair: pair[0])  # the oldest of equal ones
     return checkpoint, loss
 
 
 def rotate(folder: Path, keep: int | None) -> None:
-    """Delete all but the ``keep`` newest whole checkpoints and the best one; what holds something else, too, stays."""
+    """Delete all but the ``keep`` newest whole checkpoints and the best one; those that contain other files stay."""
     if keep is None:
         return
     best = best_checkpoint(folder)

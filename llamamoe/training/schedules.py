@@ -1,4 +1,4 @@
-"""Numbers that change while a model trains: constant, or from one value to another in so many steps."""
+"""Schedules of numbers in training: constant, or from one value to another in a number of steps."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ class Schedule(BaseModel):
 
     @model_serializer(mode="wrap")
     def _short(self, handler: Any) -> Any:
-        """A constant is written as the number that it is, so that equal recipes read and hash alike."""
+        """Serialise a constant as its number, so that equal recipes have equal text and hashes."""
         return self.start if self.start == self.end else handler(self)
 
     @property
     def largest(self) -> float:
-        """The largest value it ever has; 0 means that what it weighs is never needed."""
+        """The maximum value; 0 means that the weighted term is never needed."""
         return max(self.start, self.end)
 
     def value(self, step: int, max_steps: int) -> float:
-        """The value at a step.
+        """Return the value at a step.
 
         Args:
-            step: Optimiser steps done before this one, from 0 on.
-            max_steps: Steps of the whole training.
+            step: Optimiser steps finished before this one, from 0 on.
+            max_steps: Total number of steps.
 
         Raises:
             ValueError: The step is negative.
@@ -73,5 +73,5 @@ class Schedule(BaseModel):
 
 
 def constant(value: float) -> Schedule:
-    """The schedule that always has this value."""
+    """Return a schedule that always has this value."""
     return Schedule(start=value, end=value)

@@ -1,7 +1,7 @@
-"""The optimiser's state of a model that is sharded at loading: each rank keeps its own part, as safetensors.
+"""Save the optimiser's state of a model that is sharded at loading: each rank stores its part as safetensors.
 
-Transformers' Trainer cannot checkpoint it. Going on needs the same number of ranks and the same sharding, and a folder
-that all ranks see. Imported by running code only.
+Transformers' Trainer cannot checkpoint it. A resume needs the same number of ranks, the same sharding, and a folder
+that all ranks share. Not imported by plans.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _parameters(optimizer: Any) -> list[torch.Tensor]:
 
 
 def save_optimizer(optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:
-    """Write this rank's moments and steps, and (the first rank) where the schedule is."""
+    """Write this rank's moments and steps, and (on the first rank) the state of the schedule."""
     tensors = {}
     for index, parameter in enumerate(_parameters(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -43,7 +43,7 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path, rank: int) -> N
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:
-    """Read it back.
+    """Read what `save_optimizer` wrote.
 
     Raises:
         CheckpointError: The checkpoint was written by another number of ranks, or another sharding.
@@ -67,7 +67,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path, rank: int) -> N
 
 
 def _placed(value: torch.Tensor, parameter: torch.Tensor, key: str, path: Path) -> torch.Tensor:
-    """As the optimiser had it: steps on the CPU, moments where and how the parameter is."""
+    """Restore the optimiser's placement: steps on the CPU, moments with the parameter's device and sharding."""
     if key == "step":
         return value
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -86,10 +86,10 @@ def _placed(value: torch.Tensor, parameter: torch.Tensor, key: str, path: Path) 
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Let go of gathered weights after a forward pass without a backward pass.
+    """Release gathered weights after a forward pass without a backward pass.
 
     FSDP2 keeps those of the outermost module (embedding, last norm, head) gathered until a backward pass. An optimiser
-    made meanwhile would hold the gathered copies, and a state dict would save them.
+    created meanwhile would hold the gathered copies, and a state dict would save them.
     """
     from torch.distributed.fsdp import FSDPModule
 

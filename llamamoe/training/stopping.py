@@ -1,4 +1,4 @@
-"""SIGTERM ends a run after a checkpoint: what schedulers send before a time limit, a preemption or a shutdown."""
+"""End a run after a checkpoint on SIGTERM, which schedulers send before a time limit, preemption or shutdown."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from typing import Any
 from ..lazy import dist, torch
 
 AT_ONCE = 10.0
-"""Seconds in which further signals count as the same: a supervisor and torchrun may both send one."""
+"""Seconds in which further signals count as the same, since a supervisor and torchrun may both send one."""
 
 
 class StopRequest:
-    """A request to end this process, and its time."""
+    """The request to end this process, and its time."""
 
     def __init__(self) -> None:
         self.asked = False
         self.since = 0.0
 
     def agreed(self, device: torch.device | str) -> bool:
-        """Return whether any rank was told to end; every rank must call it, and all get the same answer."""
+        """Return whether any rank was asked to end; every rank must call it, and all get the same result."""
         from .ranks import all_reduced, several_ranks
 
-        if not several_ranks():  # nothing to ask a device for
+        if not several_ranks():  # no need for a device
             return self.asked
         return bool(all_reduced(torch.tensor(float(self.asked), device=device), dist.ReduceOp.MAX))
 
 
 @contextmanager
 def on_sigterm() -> Iterator[StopRequest]:
-    """SIGTERM makes a request of it meanwhile; one more, seconds later, ends the process as it would have without us.
+    """Turn SIGTERM into a request; another one, seconds later, ends the process as usual.
 
-    Only the main thread can take signals: elsewhere nothing ever asks.
+    Only the main thread can receive signals: in other threads there is never a request.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""The Trainer: transformers' own, with our batches, objective, optimiser groups, metrics and checkpoints.
+"""The Trainer of transformers with llamamoe's batches, objective, optimiser groups, metrics and checkpoints.
 
 Importing this module imports transformers.
 """
@@ -38,14 +38,14 @@ log = logging.getLogger("llamamoe")
 class MoeTrainer(Trainer):
     """Transformers' Trainer for a native mixture of experts.
 
-    The global loss is normalised by the tokens of the global batch, so that no term depends on how a batch is cut into
-    micro-batches and ranks, but for the balance losses, which look at one micro-batch (or at all ranks) at a time.
+    The global loss is normalised by the tokens of the global batch, so that no term depends on how a batch is split
+    into micro-batches and ranks, except the balance losses, which use one micro-batch (or all ranks) at a time.
 
     Args:
         model: The native model.
         args: See `arguments.training_arguments`.
         parts: The rest of the run.
-        resumed: Whether the run goes on from a checkpoint: then it was measured at its start already.
+        resumed: Whether the run resumes from a checkpoint: then it was already measured at its start.
     """
 
     def __init__(self, model: Any, args: TrainingArguments, parts: Parts, *, resumed: bool = False) -> None:
@@ -63,22 +63,22 @@ class MoeTrainer(Trainer):
                 each for each in self.callback_handler.callbacks if type(each).__name__ != callback
             ]
 
-    # What is trained on
+    # Data
 
     def get_train_dataloader(self) -> Any:
-        """This rank's micro-batches; accelerate must not deal them again."""
+        """Return this rank's micro-batches, which accelerate must not distribute again."""
         self.parts.batches.first_step = self.state.global_step
         return self.parts.batches
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
-        """The micro-batches of one step. Nothing is counted: a block has no padding."""
+        """Return the micro-batches of one step, without token counts, since blocks have no padding."""
         samples = list(islice(epoch_iterator, num_batches))
         return samples, None
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Transformers', then the batches go on where the checkpoint stopped; how often to log, measure and save is new."""
+        """Initialise as transformers does; batches continue at the checkpoint, intervals of logs and saves are new."""
         found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         self.state.compute_steps(self.args, self.args.max_steps)
         self.parts.batches.first_step = self.state.global_step
@@ -87,7 +87,7 @@ class MoeTrainer(Trainer):
         return found
 
     def forget_later(self) -> None:
-        """Drop lines of metrics and checkpoints of steps that are made again."""
+        """Drop lines of metrics and checkpoints of steps that are repeated."""
         step = self.state.global_step if self._resumed else -1
         self.parts.metrics.resume(step)
         if self.parts.changes:
@@ -97,10 +97,10 @@ class MoeTrainer(Trainer):
         for path in named_checkpoints(self.parts.folder) if self.args.should_save else ():
             if step_of(path) > step:
                 discard(self.parts.folder, path)
-        if self._resumed and self.args.should_save:  # a kill may have come between the last checkpoint and this
+        if self._resumed and self.args.should_save:  # a kill may have happened between the last checkpoint and this
             rotate(self.parts.folder, self.parts.recipe.keep)
 
-    # What is minimised
+    # Loss
 
     def compute_loss(
         self,
@@ -109,14 +109,14 @@ class MoeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
-        """This micro-batch's part of the global loss, times the number of ranks, over which gradients are averaged."""
+        """Return this micro-batch's part of the global loss, times the ranks over which gradients are averaged."""
         with self.accelerator.autocast():
             loss = self.parts.objective(model, inputs, self.state.global_step)
         self._micro_losses.append((inputs["place"], loss.detach()))
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Transformers', with what the gate learns; a norm that is not finite ends the run before the optimiser has seen it."""
+        """Return the norm with the gate's gradients; one that is not finite ends the run before the update."""
         base: Any = super()
         norm = base._get_grad_norm(model, grad_norm=grad_norm)
         of_gate = self.parts.dynamics.clip_gate_gradients(self.args.max_grad_norm)
@@ -128,14 +128,14 @@ class MoeTrainer(Trainer):
     def _diverged(self, norm: float) -> None:
         step, recipe, folder = self.state.global_step, self.parts.recipe, self.parts.folder
         bad = first_bad(self._micro_losses, self.args.device)
-        if self._saved_step != step:  # a checkpoint that is whole is not written anew
+        if self._saved_step != step:  # an intact checkpoint is not written again
             self._save_checkpoint(self.model, None)
         raise diverged(bad, step, norm, self.parts.batches.describe, recipe, folder)
 
-    # How it is minimised
+    # Optimisation
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over the groups of the recipe."""
+        """Create AdamW over the groups of the recipe."""
         if self.optimizer is None:
             recipe, trained = self.parts.recipe, model or self.model
             assert trained is not None
@@ -153,7 +153,7 @@ class MoeTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The recipe's schedule, group by group."""
+        """Create the recipe's schedule, group by group."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             factors = lr_factors(optimizer.param_groups, self.parts.recipe)
@@ -161,10 +161,10 @@ class MoeTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # What is measured
+    # Metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Transformers', with our metrics, and the same as a line of ``metrics.jsonl``."""
+        """Log as transformers does, with llamamoe's metrics, and write the same as a line of ``metrics.jsonl``."""
         if "loss" in logs:
             values, times = self._train_line(logs)
             self.parts.metrics.write(self.state.global_step, {"kind": "train", **finite(values)}, times)
@@ -193,7 +193,7 @@ class MoeTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and perplexity of the held-out blocks, each domain and their mean."""
+        """Return loss and perplexity of the held-out blocks, by domain and on average."""
         assert self.parts.validation is not None
         assert self.model is not None
         started = time.monotonic()
@@ -213,22 +213,22 @@ class MoeTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat
 
-    # What is kept
+    # Checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Transformers', without its progress bars."""
+        """Save as transformers does, without its progress bars."""
         with quiet_transformers():
             super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Weights were loaded from the checkpoint when the model was made; adapters are loaded here."""
+        """Load adapters; weights were loaded from the checkpoint when the model was created."""
         if self.parts.recipe.lora is not None:
             with unmapped():
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             load_rest(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Transformers', or ours where it cuts the model at loading."""
+        """Load as transformers does, or by `sharded_state` if it shards the model at loading."""
         if not self.parts.recipe.distributed.sharded:
             with state_errors(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
@@ -245,16 +245,16 @@ class MoeTrainer(Trainer):
             )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Transformers', with its error told as ours."""
+        """Load as transformers does, with its errors as `CheckpointError`."""
         with state_errors(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Return the folder in which transformers writes checkpoints: each gets its name in the run's folder when it is whole."""
+        """Return the folder in which checkpoints are assembled, to be renamed into the run's folder when complete."""
         return str(self.parts.folder / STAGING)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Transformers', then what is ours, then the manifest and its name; older ones go only after that."""
+        """Save as transformers does, add llamamoe's files and the manifest, and rename; then delete older ones."""
         name = f"checkpoint-{self.state.global_step}"
         folder = self.parts.folder / STAGING / name
         try:
@@ -269,7 +269,7 @@ class MoeTrainer(Trainer):
                 self._finish_checkpoint(folder)
                 publish(self.parts.folder, name)
         except (OSError, SafetensorError, RuntimeError) as error:
-            if not is_of_the_disk(error):  # a device or another rank failed: not for us to explain
+            if not is_of_the_disk(error):  # a device or another rank failed, which is reported elsewhere
                 raise
             raise self._not_saved(folder, error) from error
         self._saved_step = self.state.global_step
@@ -278,8 +278,8 @@ class MoeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _finish_checkpoint(self, folder: Path) -> None:
-        """Add what the first rank writes after the others; it hashes the files of all of them."""
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+        """Complete the checkpoint on the first rank after the others have written theirs, hashing all files."""
+        (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle
         self.parts.finish_checkpoint(folder)
         self.parts.dynamics.save(folder, self.state.global_step)
         if self.parts.recipe.lora is not None:
@@ -300,7 +300,7 @@ class MoeTrainer(Trainer):
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers as flat ones: ``domain_loss/arxiv``."""
+    """Flatten nested numbers: ``domain_loss/arxiv``."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The keys of transformers' TrainingArguments that a recipe may pass on."""
+"""Check the keys of transformers' TrainingArguments that a recipe may pass through."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ _OURS = {
     "accelerator_config": "distributed",
     "save_only_model": "",
 }
-"""Arguments that the recipe decides itself, and the key that does; empty: always."""
+"""Arguments that the recipe sets itself, with the key that sets them; empty: always."""
 
 
 def check_trainer_keys(value: Any) -> Any:
-    """A validator: only arguments that transformers has and the recipe does not decide.
+    """Validate that the arguments exist in transformers and are not set by the recipe.
 
     Transformers is imported only if there is a key to look up.
     """

@@ -1,4 +1,4 @@
-"""Loss of held-out blocks, by domain, while a model trains."""
+"""Measure the loss of held-out blocks by domain while a model trains."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Validation:
-    """The same blocks every time: of each domain so many, spread evenly over its text.
+    """A fixed set of held-out blocks, spread evenly over the text of each domain.
 
     Args:
         corpus: Held-out tokens.
-        block_length: Tokens of a block; a domain with less text than that is not measured.
-        blocks: Most blocks of a domain; None takes all.
-        layout: Who runs what; only its micro-batch size, world and rank count here.
+        block_length: Tokens per block; a domain with less text is not measured.
+        blocks: Maximum number of blocks per domain; None takes all.
+        layout: Distribution among ranks; only its micro-batch size, world and rank are used.
 
     Raises:
         UsageError: No domain has a block.
@@ -47,11 +47,11 @@ class Validation:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are scored: all of a block but the first."""
+        """Number of scored tokens: all of a block but the first."""
         return len(self._blocks) * (self.block_length - 1)
 
     def _micro_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-        """This rank's; every rank has as many (sharded models run together), what is too much counts nothing."""
+        """Yield this rank's micro-batches, equally many on every rank for sharded models; surplus ones do not count."""
         size, world = self.layout.micro_batch_size, self.layout.world
         count = -(-len(self._blocks) // size)
         for turn in range(-(-count // world)):
@@ -60,7 +60,7 @@ class Validation:
             yield self._domains[rows], self._blocks[rows], index < count
 
     def measure(self, model: Any, head: LossHead) -> dict[str, Any]:
-        """Losses in nats. No gradient is made if the caller says so; the model's mode is the caller's.
+        """Return losses in nats; gradients and the model's mode are up to the caller.
 
         Args:
             model: The model, wrapped or not.

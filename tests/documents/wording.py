@@ -19,7 +19,7 @@ IS_NO = re.compile(r"(?<!here )\bis no (?!longer\b|more\b|better\b|worse\b|\w+er
 PROSE = {".py", ".pyi", ".md", ".yaml", ".yml", ".j2", ".cfg", ".toml"}
 SKIPPED = re.compile(r"(^|/)\.|^(site|build|dist|demo-output)/|/(test_)?wording\.py$")
 ALLOWED: tuple[str, ...] = ()
-"""Beginnings of the paths that are not checked yet."""
+"""Beginnings of the paths that are not checked."""
 
 
 def openings(source: str) -> Iterator[tuple[int, str]]:

@@ -1,1 +1,1 @@
-"""Time and memory of a training run, from sizes alone."""
+"""Estimate time and memory of a training run, from sizes alone."""

@@ -1,4 +1,4 @@
-"""Bytes that the backward pass of a micro-batch keeps, layer by layer, of one device.
+"""Estimate the bytes that a micro-batch keeps for the backward pass on one device, layer by layer.
 
 Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1) count a GPT layer as ``s b h (34 + 5 a s / h)`` bytes. The same
 way of counting is used here, but of the operations that transformers' own layers run in torch: RMSNorm written out,
@@ -9,7 +9,7 @@ Letters: T tokens of a micro-batch, H hidden size, Q and K widths of queries and
 S shared neurons, F neurons of a dense FFN; s bytes of a weight and of the residual stream, c bytes of a product's
 result, e bytes within the experts. With autocast each product keeps its own bfloat16 copy of its input.
 
-Left out, because small or rare: attention masks (a window shorter than a block makes one of T^2 bytes).
+Omitted, because small or rare: attention masks (a window shorter than a block makes one of T^2 bytes).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STYLES: dict[str | None, Style] = {
     "llamamoe_masked": "masked",
     "llamamoe_grouped_mm": "grouped",
 }
-"""Ways to compute the experts that keep different things."""
+"""Implementations of experts, which keep different tensors."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ class Widths:
     """Bytes per number.
 
     Attributes:
-        stored: Of parameters, gradients and moments at rest.
-        weights: s, of the weights that are computed with, their gradients as they appear, and the residual stream.
-        compute: c, of what products return.
+        stored: Bytes of parameters, gradients and moments at rest.
+        weights: s, of the weights in computation, their gradients as they appear, and the residual stream.
+        compute: c, of the results of products.
         experts: e, within the routed experts.
-        casts: Does autocast copy weights and inputs?
-        casts_experts: The experts' weights, too? ``grouped_mm``, transformers' default, is unknown to autocast.
+        casts: Whether autocast copies weights and inputs.
+        casts_experts: Whether it also copies the experts' weights; it does not for ``grouped_mm``, transformers'
+            default.
     """
 
     stored: int
@@ -61,7 +62,7 @@ class Widths:
 
     @classmethod
     def of(cls, recipe: PretrainRecipe, model_type: str) -> Widths:
-        """From a recipe. Parameters in bfloat16 are computed with in bfloat16, whatever ``compute`` says."""
+        """Return the widths of a recipe. Parameters in bfloat16 are used in bfloat16, whatever ``compute`` is."""
         stored = 4 if recipe.precision.parameters == "float32" else 2
         if recipe.gathers_bfloat16(model_type):
             return cls(stored, 2, 2, 2, False, False)
@@ -71,12 +72,12 @@ class Widths:
 
 
 def style_of(recipe: PretrainRecipe) -> Style:
-    """Return how the recipe's experts are computed; an implementation that is not known here counts as ``eager``."""
+    """Return how the recipe's experts are computed; an unknown implementation counts as ``eager``."""
     return _STYLES.get(experts_of(recipe), "eager")
 
 
 def style_for(recipe: PretrainRecipe, model: ModelShape, tokens: int) -> Style:
-    """Return how the recipe's experts are computed for so many tokens, where ``llamamoe_auto`` chooses by their sizes."""
+    """Return how the recipe's experts are computed for a number of tokens, since ``llamamoe_auto`` chooses by sizes."""
     width = max((layer.expert_width for layer in model.layers), default=0)
     if experts_of(recipe) != "llamamoe_auto" or not width:
         return style_of(recipe)
@@ -87,7 +88,7 @@ def style_for(recipe: PretrainRecipe, model: ModelShape, tokens: int) -> Style:
 
 
 def experts_of(recipe: PretrainRecipe) -> str | None:
-    """Return what runs the experts, as far as the recipe tells the device."""
+    """Return the implementation of the experts, as far as the recipe determines the device."""
     return recipe.experts_on(recipe.device)
 
 
@@ -101,7 +102,7 @@ class Pass:
         tokens: T.
         style: How experts are computed.
         trained: Groups whose weights get a gradient, through an adapter or not.
-        ep_size: Ranks that experts are spread over.
+        ep_size: Ranks that share the experts.
         gate_TN: Float32 arrays ``[T, N]`` that the gate keeps beside the native router's.
         gate_TH: The same of arrays ``[T, H]``.
     """
@@ -117,7 +118,7 @@ class Pass:
 
     @property
     def numbers(self) -> int:
-        """``T H``, of the residual stream."""
+        """Elements of the residual stream, ``T H``."""
         return self.tokens * self.model.hidden_size
 
     @property
@@ -130,17 +131,17 @@ class Pass:
         return self.tokens * each
 
     def norm(self, numbers: int) -> int:
-        """RMSNorm: the input in float32, and for its weight the normalised input in its own dtype."""
+        """Return the bytes of an RMSNorm: the float32 input, and for its weight the normalised input in its dtype."""
         return numbers * (4 + (self.widths.weights if "norms" in self.trained else 0)) + 4 * self.tokens
 
     def inputs(self, products: Mapping[str, int]) -> int:
-        """One input of products of these groups: kept once, or with autocast a bfloat16 copy for each."""
+        """Return the bytes of one input of products of these groups: kept once, or with autocast a copy for each."""
         count = sum(number for group, number in products.items() if group in self.trained)
         return 2 * self.numbers * count if self.widths.casts else self.numbers * self.widths.weights * (count > 0)
 
 
 def attention_bytes(layer: LayerShape, run: Pass) -> int:
-    """``T [norm + input of q, k, v + (2Q + 2K) c + 4 heads]``, and ``T (Q + K) (4 + c)`` where q and k are normalised."""
+    """Return ``T [norm + input of q, k, v + (2Q + 2K) c + 4 heads]``, plus ``T (Q + K) (4 + c)`` for q, k norms."""
     compute, query, key = run.widths.compute, layer.query_width, layer.key_width
     kept = run.norm(run.numbers) + run.inputs({"attention": 3})
     kept += run.tokens * ((2 * query + 2 * key) * compute + 4 * run.model.num_heads)
@@ -148,12 +149,14 @@ def attention_bytes(layer: LayerShape, run: Pass) -> int:
 
 
 def experts_bytes(layer: LayerShape, run: Pass) -> int:
-    """Of each row, in numbers of e bytes, ``2H + 4W``: gathered input, gate and up, silu(gate), product, output.
+    """Return the bytes of experts, per row in numbers of e bytes ``2H + 4W``.
+
+    These are: gathered input, gate and up, silu(gate), product, output.
 
     Frozen experts need neither input nor product: ``H + 3W``. ``eager`` keeps the weighted output, too: ``H s``.
-    ``batched_mm`` keeps a copy of an expert's weights for each row: ``3 H W``. Ours gather no inputs and weigh the product
-    instead of the output: ``5W``, and of each token the input's copy. Expert parallelism that exchanges tokens keeps what
-    it sends and receives: ``2 H``.
+    ``batched_mm`` keeps a copy of an expert's weights for each row: ``3 H W``. llamamoe's do not gather inputs and
+    weight the product instead of the output: ``5W``, and for each token the input's copy. Expert parallelism that
+    exchanges tokens keeps what it sends and receives: ``2 H``.
     """
     if not layer.expert_width:
         return 0
@@ -169,11 +172,11 @@ def experts_bytes(layer: LayerShape, run: Pass) -> int:
 
 
 def ffn_bytes(layer: LayerShape, run: Pass) -> int:
-    """The second norm and what follows it.
+    """Return the bytes of the second norm and the FFN.
 
     Dense: ``T [norm + input of gate, up + 4 F c]``. Mixture: ``T [norm + input of router (and shared gate, up and its
     own gate) + 8 N + 40 k + 4 S c (+ H c with a gate)]`` and `experts_bytes`; 8 N are the router's logits, which the
-    losses look at, and its probabilities, 40 k its indices and permutations; gates add what they state. Frozen FFNs keep
+    losses use, and its probabilities, 40 k its indices and permutations; gates add what they state. Frozen FFNs keep
     3 of the 4.
     """
     tokens, compute = run.tokens, run.widths.compute
@@ -193,11 +196,11 @@ def ffn_bytes(layer: LayerShape, run: Pass) -> int:
 
 
 def working_bytes(layer: LayerShape, run: Pass) -> int:
-    """Return what the backward pass of a layer needs at most beside what was kept.
+    """Return the peak working memory of a layer's backward pass beside the kept tensors.
 
     The gradient of the residual stream, and the largest of: of the experts three gradients ``[k T, H]`` (put back in
-    order, times the outputs, times the weights; two of them are float32), or ``[k T, W]`` where ours computes them; of a
-    dense FFN three ``[T, F]``; of attention three ``[T, Q]`` in float32.
+    order, times the outputs, times the weights; two of them are float32), or ``[k T, W]`` with llamamoe's
+    implementations; of a dense FFN three ``[T, F]``; of attention three ``[T, Q]`` in float32.
     """
     each = run.widths.experts
     ours = run.style in ("sorted", "masked")
@@ -208,9 +211,9 @@ def working_bytes(layer: LayerShape, run: Pass) -> int:
 
 
 def adapter_bytes(layer: LayerShape, recipe: PretrainRecipe, run: Pass) -> int:
-    """Return what LoRA keeps beside: inputs of the adapters on attention, and the experts' weights with their adapters added.
+    """Return the bytes of LoRA: inputs of attention's adapters, and the experts' weights with their adapters added.
 
-    peft makes the sum ``W + scale B A`` of a layer's experts anew in every forward pass, and the product keeps it.
+    peft computes the sum ``W + scale B A`` of a layer's experts in every forward pass, and the product keeps it.
     """
     if recipe.lora is None:
         return 0
@@ -226,9 +229,9 @@ class Terms:
     """Bytes of the terms beside language modelling, over all layers.
 
     Attributes:
-        forward: What lives when they have been computed, beside what the model keeps.
-        backward: What is left of it, or has taken its place, while the backward pass goes through the layers.
-        working: Beside ``forward``, in the forward or backward pass of one layer's term.
+        forward: Bytes after they have been computed, beside those that the model keeps.
+        backward: Bytes that remain, or have replaced them, while the backward pass goes through the layers.
+        working: Bytes beside ``forward`` in the forward or backward pass of one layer's term.
     """
 
     forward: int
@@ -237,16 +240,16 @@ class Terms:
 
 
 def distillation_bytes(recipe: PretrainRecipe, run: Pass, parent_width: int) -> Terms:
-    """Return what terms from the parent keep.
+    """Return the bytes that terms from the parent keep.
 
     ``kl``: the parent's last hidden states. ``hidden``: of each layer the parent's states and a float32 error, whose
-    gradient then waits for the layer. ``ffn``: of each layer the FFN's input (if nothing else keeps it), its output and a
-    float32 error, then the gradients of input and output; the parent's FFN runs once more in the backward pass.
+    gradient then waits for the layer. ``ffn``: of each layer the FFN's input (if nothing else keeps it), its output and
+    a float32 error, then the gradients of input and output; the parent's FFN runs once more in the backward pass.
 
     Args:
         recipe: The terms.
         run: The micro-batch.
-        parent_width: Neurons of the parent's FFN; 0: not known.
+        parent_width: Neurons of the parent's FFN; 0: unknown.
     """
     if recipe.distill is None:
         return Terms(0, 0, 0)
@@ -268,7 +271,7 @@ def distillation_bytes(recipe: PretrainRecipe, run: Pass, parent_width: int) -> 
 
 
 def routing_bytes(recipe: PretrainRecipe, run: Pass) -> Terms:
-    """Return what routers tell the losses and these keep of it, then the gradients of the logits."""
+    """Return the bytes of routing that losses keep, and of the gradients of the logits."""
     converted = [layer for layer in run.model.layers if layer.expert_width]
     experts, losses = run.model.num_experts, [LOSSES.get(each.name) for each in recipe.losses]
     gate, each = GATES.get(recipe.gate.name), 4 * run.tokens * run.model.num_experts

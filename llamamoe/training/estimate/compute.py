@@ -1,9 +1,9 @@
-"""Operations, time and disk of a training run, from shapes alone.
+"""Estimate operations, time and disk of a training run, from shapes alone.
 
 Operations per token follow PaLM's count (arXiv:2204.02311, appendix B) of *active* parameters, as
 `llamamoe.training.metrics.training_flops` does: 2 per parameter in the forward pass, 2 for the gradient of the input, 2
-for the gradient of the weight (none of frozen weights), and causal attention's products with half of the matrix. Left
-out: norms, activations, the optimiser, LoRA's sums of weights, communication and reading.
+for the gradient of the weight (none of frozen weights), and causal attention's products with half of the matrix.
+Omitted are norms, activations, the optimiser, LoRA's sums of weights, communication and reading.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def operations(
     adapters: int,
     tokens: int,
 ) -> dict[str, float]:
-    """Floating-point operations per token, by what they are for.
+    """Return floating-point operations per token, by purpose.
 
     Args:
-        recipe: What is done.
+        recipe: The recipe of the run.
         shape: The model.
         parent: Its parent, if a term needs it.
-        trained: Groups that are trained.
+        trained: Trained groups.
         adapters: LoRA's parameters.
-        tokens: Of a micro-batch on one rank.
+        tokens: Tokens of a micro-batch on one rank.
 
     Returns:
         ``student``: forward and backward pass. ``parent``: its forward pass (its FFNs' only, if that is enough).
@@ -71,16 +71,16 @@ def _parent(recipe: PretrainRecipe, parent: ModelShape | None) -> float:
 
 
 def disk(recipe: PretrainRecipe, shape: ModelShape, trained: int, adapters: int) -> dict[str, int]:
-    """Bytes on disk.
+    """Return the bytes on disk.
 
     A checkpoint holds the weights in the dtype of the parameters and AdamW's moments; with LoRA adapters and moments
-    only. ``keep`` of them stay, beside the one with the best held-out loss where that is measured on the way, and one
-    more is there while a new one is written. The final model is stored in ``precision.save``, or as the source is.
+    only. ``keep`` of them stay, beside the one with the best held-out loss if that is measured on the way, and one
+    more exists while a new one is written. The final model is stored in ``precision.save``, or in the source's dtype.
 
     Args:
-        recipe: What is kept.
+        recipe: The recipe of the run.
         shape: The model.
-        trained: Parameters that are trained, adapters included.
+        trained: Number of trained parameters, adapters included.
         adapters: LoRA's parameters.
     """
     width = 4 if recipe.precision.parameters == "float32" else 2

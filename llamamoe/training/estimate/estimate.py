@@ -1,7 +1,7 @@
-"""``llamamoe pretrain --dry-run``: memory, time and disk on paper, from a recipe and the headers of two checkpoints.
+"""``llamamoe pretrain --dry-run``: estimate memory, time and disk from a recipe and the headers of two checkpoints.
 
-Formulas and what they leave out stand in `activations.py`, `memory.py` and `compute.py`;
-``benchmarks/training_memory.py`` compares them with measured steps. Nothing is loaded, and no torch is imported.
+Formulas and their omissions are in `activations.py`, `memory.py` and `compute.py`;
+``benchmarks/training_memory.py`` compares them with measured steps. No model is loaded, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from .sharding import Sharding, adapters
 
 @dataclass(frozen=True)
 class Estimate:
-    """The needs of a run.
+    """The requirements of a run.
 
     Attributes:
         state: Bytes of one device for ``weights``, ``gradients`` and ``moments``.
-        parts: What lives on one device at the peak, in bytes.
-        moment: When that is.
-        device_memory: Bytes that the device has; None: not known.
-        parameters: ``total``, ``active`` (of one token, counted as `llamamoe.architectures.costs` does), ``trained`` (adapters included),
-            ``adapters``.
-        tokens_per_step: Of all ranks.
+        parts: Contents of one device's memory at the peak, in bytes.
+        moment: The moment of the peak.
+        device_memory: Memory of the device in bytes; None: unknown.
+        parameters: ``total``, ``active`` (of one token, counted as `llamamoe.architectures.costs` does), ``trained``
+            (adapters included), ``adapters``.
+        tokens_per_step: Tokens of a step, over all ranks.
         steps: Optimiser steps.
-        tokens: Tokens in all.
+        tokens: Total number of tokens.
         accumulation: Micro-batches of a step on one rank.
-        operations: Per token, by what they are for, see `compute.operations`.
-        seconds_per_step: At ``utilisation`` of the peak, all operations counted; None: peak not known.
+        operations: Operations per token by purpose, see `compute.operations`.
+        seconds_per_step: At ``utilisation`` of the peak, all operations counted; None: peak unknown.
         disk: Bytes, see `compute.disk`.
-        utilisation: What was assumed.
-        warnings: What will not work, or not as expected.
+        utilisation: The assumed utilisation.
+        warnings: Expected problems.
     """
 
     state: Mapping[str, int]
@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Bytes of one device at the moment that needs most."""
+        """Bytes of one device at the peak."""
         return sum(self.parts.values())
 
     @property
@@ -69,26 +69,26 @@ class Estimate:
 
     @property
     def flops_per_token(self) -> float:
-        """Of all ``operations``."""
+        """Sum of all ``operations``."""
         return sum(self.operations.values())
 
     @property
     def disk_bytes(self) -> int:
-        """Of all that stays on ``disk`` at a time."""
+        """Sum of all bytes on ``disk`` at a time."""
         return self.disk["total"]
 
     @property
     def fits(self) -> bool | None:
-        """True if the peak fits the device; None: its memory is not known."""
+        """True if the peak fits the device; None: its memory is unknown."""
         return None if self.device_memory is None else self.peak <= self.device_memory
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole run, without validation and saving."""
+        """Seconds of the whole run, without validation and saving."""
         return None if self.seconds_per_step is None else self.seconds_per_step * self.steps
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the estimate as JSON-compatible data."""
         return asdict(self) | {
             "warnings": list(self.warnings),
             "peak": self.peak,
@@ -110,18 +110,18 @@ def estimate(
     peak_flops: float | None = None,
     utilisation: float = 0.4,
 ) -> Estimate:
-    """Estimate what a run will need, on paper. O(number of tensors).
+    """Estimate the requirements of a run. O(number of tensors).
 
     Args:
         recipe: The run.
         config: ``config.json`` of the converted model.
-        tensors: Its headers.
-        parent_tensors: Those of the parent.
-        parent_config: Its ``config.json``.
+        tensors: Headers of the converted model.
+        parent_tensors: Headers of the parent.
+        parent_config: ``config.json`` of the parent.
         world_size: Processes of the run, one device each.
         device_memory: Bytes of a device.
         peak_flops: Operations per second of a device, see `llamamoe.training.metrics.PEAK_FLOPS`.
-        utilisation: The share of them that is reached.
+        utilisation: Share of the peak that is reached.
 
     Raises:
         CheckpointError: A configuration has no sizes.
@@ -170,10 +170,10 @@ def estimate(
 def _parent_bytes(
     recipe: PretrainRecipe, tensors: Mapping[str, TensorInfo], parent: Mapping[str, TensorInfo], sharding: Sharding
 ) -> int:
-    """The parent on every rank, but for what it shares: see `llamamoe.training.parent.share_frozen`.
+    """Return the parent's bytes on every rank, without shared tensors: see `llamamoe.training.parent.share_frozen`.
 
     A tensor counts as shared if the student's of the same name and shape is frozen and both are held in the same
-    dtype; that its values are equal is assumed. Nothing is shared with weights that are cut.
+    dtype; equal values are assumed. Nothing is shared with sharded weights.
     """
     if recipe.distill is None or not recipe.distill.needs_parent:
         return 0

@@ -1,21 +1,21 @@
-"""Bytes of one device through a training step, from shapes alone: the largest of several moments.
+"""Estimate the peak bytes of one device in a training step, from shapes alone, over several moments.
 
-State: weights ``s P``, gradients ``s P_trained``, AdamW's two moments ``2 s P_trained``, all in the dtype of the parameters
-(ZeRO, arXiv:1910.02054, section 3.1, counts 2 + 2 + 12 with half-precision weights and a float32 copy; here the
-parameters themselves are float32 and autocast copies them), each cut over the ranks that share it. The rest follows
+State: weights ``s P``, gradients ``s P_trained``, AdamW's two moments ``2 s P_trained``, all in the dtype of the
+parameters (ZeRO, arXiv:1910.02054, section 3.1, counts 2 + 2 + 12 with half-precision weights and a float32 copy; here
+the parameters themselves are float32 and autocast copies them), each sharded over its ranks. The rest follows
 `llamamoe.training.estimate.activations`, and these rules of torch 2.13 and transformers 5.23:
 
-* Autocast keeps a bfloat16 copy of each trained matrix until the loss is there; the graph keeps it until the layer's
+* Autocast keeps a bfloat16 copy of each trained matrix until the loss is computed; the graph keeps it until the layer's
   backward pass. FSDP2 gathers float32 weights in bfloat16 instead, and sums their gradients in float32.
-* Without accumulation gradients appear layer by layer as activations go; with it they are there all along, and a
+* Without accumulation gradients appear layer by layer as activations are freed; with it they exist throughout, and a
   new gradient exists beside the one that it is added to.
 * With checkpointing a layer keeps its input only, and its own activations come back during its backward pass.
-* The loss head holds 2 float32 arrays of ``logits_at_once`` numbers in the forward and 3 in the backward pass; with ``kl``
-  7, the parent's included.
-* Losses on the routing and terms from the parent are computed when the model has run, before its backward pass begins.
-  The backward pass begins with them: what is left is gradients that wait for their layer, and go as activations do.
-* DDP copies gradients into buckets: as much again. FSDP2 holds gathered weights of two layers (one is fetched ahead)
-  and of the output head, and of one layer the whole gradient and its copy that is sent.
+* The loss head holds 2 float32 arrays of ``logits_at_once`` numbers in the forward and 3 in the backward pass; with
+  ``kl`` 7, the parent's included.
+* Losses on the routing and terms from the parent are computed after the model has run, before its backward pass.
+  The backward pass starts with them and leaves gradients that wait for their layer, freed as activations are.
+* DDP copies gradients into buckets of the same size. FSDP2 holds gathered weights of two layers (one is prefetched)
+  and of the output head, and for one layer the whole gradient and the copy that is sent.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from .shapes import LayerShape, ModelShape
 from .sharding import Sharding, adapters, trained_groups
 
 FIXED_OVERHEAD = 2**30
-"""A GPU's context, libraries and their work spaces, communication buffers: an allowance, not derived from anything."""
+"""A GPU's context, libraries and their work spaces, communication buffers: a fixed allowance."""
 HEAD_COPIES, HEAD_COPIES_KL = 3, 7
-"""Float32 arrays of a chunk's logits that live at once."""
+"""Number of float32 arrays of a chunk's logits in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class _Layer:
     """Bytes of one layer on one device.
 
     Attributes:
-        weights: At rest.
-        gradients: At rest.
-        copies: Autocast's copies that the graph keeps.
-        cached: Those that autocast itself keeps while the loss is computed.
+        weights: Weights at rest.
+        gradients: Gradients at rest.
+        copies: Copies by autocast that the graph keeps.
+        cached: Copies that autocast itself keeps while the loss is computed.
         kept: Activations.
-        experts: Those of the routed experts among them.
-        working: Beside that, in the backward pass.
-        new: The gradient of the largest weight, with the copies that it is made of.
+        experts: Activations of the routed experts among them.
+        working: Working memory in the backward pass.
+        new: The gradient of the largest weight, with the copies from which it is computed.
         full: Weights as gathered by FSDP2; 0 without.
     """
 
@@ -77,12 +77,12 @@ class StepMemory:
     """The memory of one device through a step.
 
     Args:
-        recipe: What is trained how.
+        recipe: The recipe of the run.
         shape: The model.
-        sharding: Over which ranks.
-        parent_bytes: What the parent holds.
-        parent_width: Neurons of its FFNs; 0: not known.
-        accumulates: Does a rank run several micro-batches in a step?
+        sharding: The sharding over ranks.
+        parent_bytes: Bytes of the parent.
+        parent_width: Neurons of its FFNs; 0: unknown.
+        accumulates: Whether a rank runs several micro-batches in a step.
         replicas: Ranks that gradients are averaged over by DDP; 1: none.
     """
 
@@ -118,10 +118,10 @@ class StepMemory:
         self._ends = {"embeddings": shape.embeddings, "head": shape.head, "norms": shape.norms}
         self._head = "embeddings" if shape.tied else "head"
 
-    # What is there
+    # Memory at rest
 
     def _held(self, numel: Mapping[str, int], *, trained: bool = False) -> int:
-        """Bytes of these weights at rest on one device; or of their gradients."""
+        """Return the bytes of these weights at rest on one device, or of their gradients."""
         groups = [group for group in numel if not trained or group in self.trained]
         return sum(numel[group] * self.run.widths.stored // self.sharding.fsdp_size for group in groups)
 
@@ -132,7 +132,7 @@ class StepMemory:
         uncopied = {"norms"} if widths.casts_experts else {"norms", "experts"}
         kept = ffn_bytes(layer, run) + adapter_bytes(layer, self.recipe, run)
         if not first or self.recipe.lora is not None or run.trained & {"embeddings", "attention", "norms"}:
-            kept += attention_bytes(layer, run)  # else no gradient goes that far down
+            kept += attention_bytes(layer, run)  # else no gradient reaches this layer
         sizes = {
             group: n // self.sharding.computed(group) for group, n in layer.largest.items() if group in run.trained
         }
@@ -154,15 +154,15 @@ class StepMemory:
         )
 
     def state(self) -> dict[str, int]:
-        """Weights, gradients and moments of one device."""
+        """Return weights, gradients and moments of one device."""
         weights = self._held(self._ends) + sum(layer.weights for layer in self._layers)
         gradients = self._held(self._ends, trained=True) + sum(layer.gradients for layer in self._layers)
         return {"weights": weights, "gradients": gradients, "moments": 2 * gradients}
 
-    # When it is there
+    # Moments of a step
 
     def moments(self) -> dict[str, dict[str, int]]:
-        """Return what lives at each moment of a step, by kind."""
+        """Return the memory at each moment of a step, by kind."""
         found = self._head_moments()
         for index in reversed(range(len(self._layers))):
             found[f"backward pass of layer {index}"] = self._backward(index)
@@ -171,7 +171,7 @@ class StepMemory:
         return found
 
     def peak(self) -> tuple[str, dict[str, int]]:
-        """The moment that needs most, and what lives then."""
+        """Return the moment of the peak, and the memory at that moment."""
         moments = self.moments()
         name = max(moments, key=lambda each: sum(moments[each].values()))
         return name, moments[name]
@@ -188,14 +188,14 @@ class StepMemory:
         }
 
     def _kept(self, layers: int) -> int:
-        """Return what the first layers keep: their inputs if they are checkpointed, and their part of the parent's terms."""
+        """Return the first layers' bytes: inputs if they are checkpointed, and their part of the parent's terms."""
         terms = (self._distillation.backward + self._routing.backward) * layers // len(self._layers)
         if self.recipe.gradient_checkpointing:
             return terms + layers * self.run.numbers * self.run.widths.weights
         return terms + sum(layer.kept for layer in self._layers[:layers])
 
     def _head_moments(self) -> dict[str, dict[str, int]]:
-        """All activations are there, and a chunk's logits; then the gradient of the head's weights is made."""
+        """Return the moments of the head: all activations with a chunk's logits, then with the head's gradient."""
         run, widths, checkpointed = self.run, self.run.widths, self.recipe.gradient_checkpointing
         numel = self._ends[self._head] // self.sharding.computed("head")
         chunk = min(run.tokens, max(1, self.recipe.logits_at_once // self.shape.vocab_size))
@@ -243,17 +243,17 @@ class StepMemory:
         }
 
     def _backward(self, index: int) -> dict[str, int]:
-        """Activations of this layer and those before it, gradients of those after it, and working space."""
+        """Return activations of this layer and those before it, gradients of those after it, and working space."""
         layer, checkpointed = self._layers[index], self.recipe.gradient_checkpointing
         copying = self._layers[index : index + 1] if checkpointed else self._layers[: index + 1]
         done = {self._head: self._ends[self._head], "norms": self._ends["norms"]}
         gradients = self._held(done, trained=True) + sum(each.gradients for each in self._layers[index + 1 :])
         kept = self._kept(index + 1)
-        if checkpointed:  # the layer's input is there already, if the norm does not copy it to float32
+        if checkpointed:  # the layer's input is already kept, if the norm does not copy it to float32
             kept += layer.kept - (4 * self.run.numbers if self.run.widths.weights == 4 else 0)
-        new = layer.new + layer.experts // 2  # with half of the experts' own activations on the way
+        new = layer.new + layer.experts // 2  # with half of the experts' own activations
         if not self.accumulates:
-            new += layer.new // 2 - layer.experts  # both weights' gradients, where activations were
+            new += layer.new // 2 - layer.experts  # both weights' gradients, in place of activations
         return self._always() | {
             "gradients": self.state()["gradients"] if self.accumulates else gradients,
             "activations": kept,
@@ -263,11 +263,11 @@ class StepMemory:
         }
 
     def _sent(self, gathered: int) -> int:
-        """FSDP2: what is sent of the gradient of gathered weights; it is summed in the stored dtype."""
+        """Return the bytes that FSDP2 sends of the gradient of gathered weights, summed in the stored dtype."""
         return gathered * self.run.widths.stored // self.run.widths.weights
 
     def _embedding(self) -> dict[str, int]:
-        """At the end of the backward pass: all gradients, and that of the embedding before it is added or sent."""
+        """Return the end of the backward pass: all gradients, and that of the embedding before it is added or sent."""
         run, cut = self.run, self.sharding.cut
         full = self.shape.embeddings * run.widths.weights if "embeddings" in self.trained else 0
         new = full + self._sent(full) if cut else full if self.accumulates or self.shape.tied else 0
@@ -278,7 +278,7 @@ class StepMemory:
         }
 
     def _optimiser(self) -> dict[str, int]:
-        """All gradients; fused AdamW works in place, the plain one that cut weights need on one tensor at a time."""
+        """Return all gradients; fused AdamW works in place, the plain one (sharded weights) tensor by tensor."""
         widths = self.run.widths
         largest = max(layer.new for layer in self._layers) * widths.stored // widths.weights // self.sharding.fsdp_size
         return self._always() | {

@@ -1,4 +1,4 @@
-"""A model's sizes as its configuration and the headers of its files tell them, for `llamamoe.training.estimate.estimate`."""
+"""Read a model's sizes from its configuration and headers, for `llamamoe.training.estimate.estimate`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class LayerShape:
 
     Attributes:
         numel: Parameters of each group (`llamamoe.training.recipe.GROUPS`).
-        largest: Parameters of the largest tensor of each group as it lies in memory, where a layer's experts are two
+        largest: Parameters of the largest tensor of each group as held in memory, where a layer's experts are two
             tensors: gate and up of all experts, and down.
         expert_width: W; 0 in a layer without routed experts.
         shared_width: Neurons of the shared expert; 0: none.
         dense_width: Neurons of a dense FFN; 0: none.
         query_width: Heads times their size.
         key_width: Key heads times their size.
-        qk_norm: Are queries and keys normalised?
-        shared_gate: Is the shared expert's output multiplied by a gate?
-        projections: Attention's weights: name of the module to its shape (out, in).
+        qk_norm: Whether queries and keys are normalised.
+        shared_gate: Whether the shared expert's output is multiplied by a gate.
+        projections: Attention's weights: shape (out, in) by name of the module.
     """
 
     numel: Mapping[str, int]
@@ -47,7 +47,7 @@ class LayerShape:
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return sum(self.numel.values())
 
 
@@ -56,7 +56,7 @@ class ModelShape:
     """A dense or converted model.
 
     Attributes:
-        model_type: As the configuration says.
+        model_type: The ``model_type`` in the configuration.
         hidden_size: H.
         vocab_size: V.
         num_heads: Query heads.
@@ -85,7 +85,7 @@ class ModelShape:
 
     @property
     def attention_width(self) -> int:
-        """Of all heads together."""
+        """Width of all heads together."""
         return self.num_heads * self.head_dim
 
     @property
@@ -95,27 +95,27 @@ class ModelShape:
 
     @property
     def total(self) -> int:
-        """All parameters, a tied head once."""
+        """Number of all parameters, with a tied head once."""
         return self.embeddings + self.head + self.norms + sum(layer.total for layer in self.layers)
 
     @property
     def routed(self) -> int:
-        """Parameters of all routed experts."""
+        """Number of parameters of all routed experts."""
         return sum(layer.numel.get("experts", 0) for layer in self.layers)
 
     @property
     def active(self) -> int:
-        """Parameters that one token uses, counted as `llamamoe.architectures.costs` does: of the experts k of N, the rest whole."""
+        """Parameters that one token uses, counted as in `llamamoe.architectures.costs`."""
         inactive = self.routed * (self.num_experts - self.top_k) // self.num_experts if self.num_experts else 0
         return self.total - inactive
 
     @property
     def multiplied(self) -> int:
-        """Of these, those that a token is multiplied with: an embedding that is not the head is only looked up."""
+        """Active parameters that a token is multiplied with: an embedding that is not the head is only looked up."""
         return self.active - (0 if self.tied else self.embeddings)
 
     def by_group(self) -> dict[str, int]:
-        """Parameters of each group, over the whole model."""
+        """Return the parameters of each group, over the whole model."""
         found = {"embeddings": self.embeddings, "head": self.head, "norms": self.norms}
         for layer in self.layers:
             for group, numel in layer.numel.items():
@@ -124,11 +124,11 @@ class ModelShape:
 
 
 def read_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelShape:
-    """The sizes of a checkpoint.
+    """Read the sizes of a checkpoint.
 
     Args:
         config: Its ``config.json``.
-        tensors: Its headers.
+        tensors: Headers of its files.
 
     Raises:
         CheckpointError: The configuration has no sizes, or tensors are in no known group.
@@ -170,7 +170,7 @@ def _top_k(config: Mapping[str, Any], num_experts: int) -> int:
 
 
 def _experts(tensors: Mapping[str, TensorInfo]) -> int:
-    """N: of tensors per expert the highest number, of tensors of all experts the first dimension."""
+    """Return N: the highest number of tensors per expert, or the first dimension of tensors of all experts."""
     routed = {name: info for name, info in tensors.items() if group_of(name) == "experts"}
     numbers = [int(found[1]) for name in routed if (found := _EXPERT.search(name))]
     if numbers:

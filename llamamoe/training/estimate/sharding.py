@@ -1,4 +1,4 @@
-"""The sharding of weights over ranks, and the weights that are trained, for `llamamoe.training.estimate.estimate`."""
+"""The sharding of weights over ranks, and the trained groups, for `llamamoe.training.estimate.estimate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .shapes import LayerShape, ModelShape
 
 @dataclass(frozen=True)
 class Sharding:
-    """Over how many ranks what is cut.
+    """The numbers of ranks over which weights are sharded.
 
     Attributes:
         fsdp_size: Ranks of FSDP2.
@@ -21,17 +21,17 @@ class Sharding:
     ep_size: int = 1
 
     def computed(self, group: str) -> int:
-        """By what the group's weights are cut while they are multiplied with."""
+        """Return the factor by which the group's weights are sharded in computation."""
         return self.ep_size if group == "experts" else 1
 
     @property
     def cut(self) -> bool:
-        """True if anything is cut at all."""
+        """True if anything is sharded."""
         return self.fsdp_size > 1
 
 
 def trained_groups(recipe: PretrainRecipe, shape: ModelShape) -> frozenset[str]:
-    """Groups whose weights are trained; with LoRA only routers are, if the recipe says so."""
+    """Return the groups whose weights are trained; with LoRA only routers, if the recipe requests it."""
     groups = frozenset(shape.by_group()) - frozenset(recipe.freeze)
     if recipe.lora is None:
         return groups
@@ -39,7 +39,7 @@ def trained_groups(recipe: PretrainRecipe, shape: ModelShape) -> frozenset[str]:
 
 
 def adapters(recipe: PretrainRecipe, shape: ModelShape, layer: LayerShape) -> int:
-    """LoRA's parameters in a layer: ``r (in + out)`` of each module of attention; ``N r (3H + 3W)`` of the experts."""
+    """Return LoRA's parameters in a layer: ``r (in + out)`` per module of attention; ``N r (3H + 3W)`` of experts."""
     if recipe.lora is None:
         return 0
     rank = recipe.lora.rank

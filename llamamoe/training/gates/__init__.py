@@ -1,4 +1,4 @@
-"""Gates: how tokens are routed during training, one file each. In eval mode every gate is the native router."""
+"""Gates, which route tokens during training, one file each. In eval mode every gate is the native router."""
 
 from ...plugins import Registry
 from .base import Gate

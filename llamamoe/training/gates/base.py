@@ -1,4 +1,4 @@
-"""The contract of a gate: another way through a native router while it trains, and the way back."""
+"""The interface of a gate, which replaces a native router's forward pass in training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Native = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch
 
 @dataclass(frozen=True)
 class Gated:
-    """The result of a gate: the router's output, and the keyword arguments of `Routing` that tell more about it."""
+    """The result of a gate: the router's output, and further keyword arguments of `Routing`."""
 
     logits_TN: torch.Tensor
     weights_Tk: torch.Tensor
@@ -30,17 +30,17 @@ class Gated:
 
 
 class Gate(Plugin, ABC):
-    """Replaces the forward pass of native routers while they are in training mode.
+    """A replacement of the forward pass of native routers in training mode.
 
-    Routers keep their parameters and the names of them: what is saved is a native checkpoint. What a gate learns itself
-    belongs to the gate (`parameters`, `state_dict`) and to the state of the training run.
+    Routers keep their parameters and names, so that a native checkpoint is saved. A gate's own parameters
+    belong to the gate (`parameters`, `state_dict`) and to the state of the training run.
 
-    Everything random is drawn from (seed, step, micro-batch, rank, layer), see `set_step`: a resumed run draws the same,
-    and so does the second forward pass of gradient checkpointing.
+    Everything random is drawn from (seed, step, micro-batch, rank, layer), see `set_step`: a resumed run draws the
+    same, and so does the second forward pass of gradient checkpointing.
 
     Attributes:
-        top_k: The only k that it works with; None for any.
-        noisy: Whether it selects by noisy logits, and tells them (``selection_TN``) and the noise (``noise_std_TN``).
+        top_k: The only supported k; None for any.
+        noisy: Whether it selects by noisy logits, and returns them (``selection_TN``) and the noise (``noise_std_TN``).
         allows_bias: Whether selection by a correction bias keeps its meaning.
         replaces: Whether it replaces anything; False for the native routing itself.
         kept_TN: For the estimate of a run: float32 arrays ``[T, N]`` of a layer that the backward pass keeps beside the
@@ -68,7 +68,7 @@ class Gate(Plugin, ABC):
         Args:
             moe: The layer.
             native: Its router's own forward pass.
-            hidden: ``[..., H]``, what the router is given.
+            hidden: ``[..., H]``, inputs of the router.
         """
 
     def attach(self, layers: Sequence[MoeLayer], seed: int) -> None:
@@ -76,7 +76,7 @@ class Gate(Plugin, ABC):
 
         Args:
             layers: All layers of the model.
-            seed: Of everything random.
+            seed: Seed of everything random.
 
         Raises:
             RefusedError: The gate cannot work with a layer; nothing was changed.
@@ -87,47 +87,47 @@ class Gate(Plugin, ABC):
             self._check(moe)
         self._seed, self._layers = seed, tuple(layers)
         for moe in layers if self.replaces else ():
-            # Hooks of accelerate may have put a forward on the instance already: it is given back by `detach`.
+            # Hooks of accelerate may have put a forward on the instance already: it is restored by `detach`.
             self._before[moe.layer] = moe.router.__dict__.get("forward")
             moe.router.forward = self._forward(moe)
 
     def detach(self) -> None:
-        """Give the routers their own forward pass back."""
+        """Restore the routers' own forward pass."""
         for moe in self._layers:
             moe.router.__dict__.pop("gate_extra", None)
             if self.replaces:
-                del moe.router.forward  # the class's own forward stands behind the instance's
+                del moe.router.forward  # reveals the class's own forward
                 if self._before[moe.layer] is not None:
                     moe.router.forward = self._before[moe.layer]
         self._layers, self._before = (), {}
 
     def set_step(self, step: int, micro_batch: int = 0, rank: int = 0) -> None:
-        """Say where in the run the next forward pass is; everything random depends on it and on nothing else.
+        """Set the position of the next forward pass in the run, on which alone everything random depends.
 
         Args:
             step: Number of the optimiser step.
             micro_batch: Number of the micro-batch in the step.
-            rank: Of this process among those that hold other data.
+            rank: Rank of this process among those with different data.
         """
         self._place = (step, micro_batch, rank)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Return what the gate itself learns; empty before `attach`. Optimise it along with the model."""
+        """Return the gate's own parameters, to be trained along with the model; empty before `attach`."""
         return iter(())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The values of `parameters`, for the state of the training run."""
+        """Return the values of `parameters`, for the state of the training run."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up what `state_dict` gave; after `attach`."""
+        """Load the values of `state_dict`; after `attach`."""
         if state:
             raise ValueError(f"the gate {self.name!r} has no parameters, but a state holds {sorted(state)}")
 
     def average_gradients(self) -> None:
-        """Average the gradients of `parameters` over ranks: they belong to no module that DDP or FSDP know.
+        """Average the gradients of `parameters` over ranks, since DDP and FSDP do not handle them.
 
-        Call it before each optimiser step; nothing happens in a run of one process.
+        To be called before each optimiser step; does nothing in a run of one process.
         """
         from ..ranks import several_ranks
 
@@ -140,7 +140,7 @@ class Gate(Plugin, ABC):
             parameter.grad /= dist.get_world_size()
 
     def generator(self, moe: MoeLayer, device: torch.device) -> torch.Generator:
-        """A fresh generator for one layer's forward pass at the place that `set_step` named."""
+        """Return a new generator for one layer's forward pass at the position of `set_step`."""
         key = ":".join(str(part) for part in (self._seed, *self._place, moe.layer))
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)

@@ -1,4 +1,4 @@
-"""GShard: two experts per token, room for so many tokens, overflow to the next best expert."""
+"""GShard: two experts per token with a capacity, and overflow to the next best expert."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .selection import CapacityFactor, capacity, positions, ranked_TN, weights_T
 class GShard(Gate):
     """Top-2 with capacity ``ceil(capacity_factor 2 T / N)`` per expert and micro-batch.
 
-    All first choices are served before any second choice, tokens in their order. A first choice without room is dropped.
-    A second choice without room goes to the token's next best expert, in rounds: in each round the tokens that still
-    wait ask for their next expert, in order (``overflow: drop`` ends after the first round, as the paper does). What
-    finds no room anywhere is dropped: weight 0, see ``switch``.
+    All first choices are served before any second choice, tokens in their order. A first choice without room is
+    dropped. A second choice without room goes to the token's next best expert, in rounds: in each round the tokens that
+    are still unplaced try their next expert, in order (``overflow: drop`` ends after the first round, as in the paper).
+    A token without any room is dropped: weight 0, see ``switch``.
 
-    Weights are what the router gives the two experts in the end, before drops: a token that lost one of them does not
+    Weights are the router's for the two final experts, before drops: a token that lost one of them does not
     put more on the other. ``random_second`` serves a second choice only with probability ``2 g_2 / (g_1 + g_2)``.
     """
 
@@ -50,7 +50,7 @@ class GShard(Gate):
         room = capacity(self.options.capacity_factor, len(logits_TN), moe)
         used_N = torch.bincount(wanted_Tk[:, 0], minlength=moe.num_experts).clamp(max=room)
         first_kept_T = positions(wanted_Tk[:, 0]) < room
-        # Experts of a group that is shut out are ranked last, and nobody asks for them.
+        # Experts of an excluded group are ranked last and never tried.
         rounds = int(ranked.isfinite().sum(-1).min()) if self.options.overflow == "next" else 2
         waiting_T = self._served(moe, weights_Tk(moe, logits_TN, wanted_Tk).detach())
         second_T, placed_T = _place_second(order_TN[:, 1:rounds], waiting_T, used_N, room)
@@ -60,7 +60,7 @@ class GShard(Gate):
         return Gated(logits_TN, weights, indices_Tk, {"dropped_Tk": dropped_Tk, "wanted_Tk": wanted_Tk})
 
     def _served(self, moe: MoeLayer, weights: torch.Tensor) -> torch.Tensor:
-        """Whose second choice is served at all: bool ``[T]``."""
+        """Return the tokens whose second choice is served at all: bool ``[T]``."""
         if not self.options.random_second:
             return torch.ones(len(weights), dtype=torch.bool, device=weights.device)
         drawn_T = torch.rand(len(weights), device=weights.device, generator=self.generator(moe, weights.device))
@@ -70,7 +70,7 @@ class GShard(Gate):
 def _place_second(
     choices_TR: torch.Tensor, waiting_T: torch.Tensor, used_N: torch.Tensor, room: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The expert that each waiting token gets in the end, and whether it got one."""
+    """Return the final expert of each unplaced token, and whether it got one."""
     found_T = torch.zeros_like(choices_TR[:, 0])
     placed_T = torch.zeros_like(waiting_T)
     waiting = waiting_T.nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Multiplicative noise on what the router sees."""
+"""Multiplicative noise on the router's input."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .base import Gate, Gated, Native
 class Jitter(Gate):
     """The router's input is multiplied by uniform noise from ``[1 - eps, 1 + eps)``, element by element.
 
-    Only the router's: experts see the clean input (Mixtral's own ``router_jitter_noise`` in transformers disturbs theirs
-    too). The logits that losses and statistics see are those of the noisy input.
+    Only the router's: experts see the clean input (Mixtral's own ``router_jitter_noise`` in transformers disturbs
+    theirs too). Losses and statistics use the logits of the noisy input.
     """
 
     name = "jitter"
     summary = "top_k with uniform multiplicative noise on the router's input"
     reference = "arXiv:2101.03961"
-    kept_TH: ClassVar[int] = 1  # the noise; the noisy input is kept in the place of the input
+    kept_TH: ClassVar[int] = 1  # the noise; the noisy input is kept instead of the input
 
     class Options(PluginOptions):
         """Options of `Jitter`."""

@@ -15,14 +15,14 @@ from .selection import ranked_TN, weights_Tk
 
 
 class NoisyTopK(Gate):
-    """KeepTopK of ``logits + softplus(W_noise x + offset) normal()``, experts selected and weighed by the noisy logits.
+    """KeepTopK of ``logits + softplus(W_noise x + offset) normal()``, with noisy selection and weights.
 
     The noise's standard deviation is ``softplus(x W_noise) + floor``, with ``W_noise`` zero at first: 0.69 + floor for
-    every expert. Mind the size of the logits: a hard router's (below 1/256) vanish in it, so soften routers first.
+    every expert. The logits of a hard router (below 1/256) vanish in it, so soften routers first.
 
-    Weights are what the router itself makes of the noisy logits: renormalising routers take the softmax over the selected
+    Weights are the router's own for the noisy logits: renormalising routers take the softmax over the selected
     noisy logits, as in the paper; others the softmax over all noisy logits, or their sigmoid, without renormalising.
-    Losses see the clean logits and, apart, the noisy ones.
+    Losses get the clean logits and, separately, the noisy ones.
     """
 
     name = "noisy_top_k"
@@ -30,7 +30,7 @@ class NoisyTopK(Gate):
     reference = "arXiv:1701.06538"
     noisy: ClassVar[bool] = True
     allows_bias: ClassVar[bool] = False
-    kept_TN: ClassVar[int] = 3  # the noise, what its size is made of, and scores of the noisy logits
+    kept_TN: ClassVar[int] = 3  # the noise, the inputs of its size, and scores of the noisy logits
 
     class Options(PluginOptions):
         """Options of `NoisyTopK`."""
@@ -43,7 +43,7 @@ class NoisyTopK(Gate):
     def attach(self, layers: Sequence[MoeLayer], seed: int) -> None:
         """See `Gate.attach`. Makes the noise's rows, float32 ``[N, H]`` per layer."""
         super().attach(layers, seed)
-        rows = {}  # whole on every rank, also where FSDP cuts the routers' own
+        rows = {}  # unsharded on every rank, even if FSDP shards the routers' own
         for moe in layers:
             rows_NH = torch.zeros(tuple(moe.router_NH.shape), dtype=torch.float32, device=moe.router_NH.device)
             rows[str(moe.layer)] = torch.nn.Parameter(rows_NH)

@@ -1,4 +1,4 @@
-"""Select and weigh experts as native routers do, from given logits, for gates with noise or capacity."""
+"""Select and weight experts from given logits as native routers do, for gates with noise or capacity."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ CapacityFactor = Annotated[
 
 
 def scores_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:
-    """float32: softmax of the logits, or the sigmoid of each."""
+    """Return float32: softmax of the logits, or the sigmoid of each."""
     logits = logits_TN.float()
     return logits.sigmoid() if moe.weighting.startswith("sigmoid") else logits.softmax(-1)
 
 
 def ranked_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:
-    """float32: the numbers whose largest k are selected; -inf where a group of experts is shut out. No gradient.
+    """Return float32: the numbers whose largest k are selected; -inf for excluded groups of experts. No gradient.
 
-    Where nothing is added to the scores it is the logits themselves, which tie less often than their scores.
+    If nothing is added to the scores these are the logits themselves, which tie less often than their scores.
     """
     with torch.no_grad():
         bias, groups = moe.correction_bias, int(getattr(moe.router, "num_group", 1))
@@ -37,7 +37,7 @@ def ranked_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:
 
 
 def _shut_out(router: Any, scores: torch.Tensor, groups: int) -> torch.Tensor:
-    """Experts of the groups whose two best scores sum to too little: bool ``[T, N]``."""
+    """Return the experts of groups whose two best scores sum to too little: bool ``[T, N]``."""
     grouped_TGE = scores.view(len(scores), groups, -1)
     sums_TG = grouped_TGE.topk(2, dim=-1)[0].sum(-1)
     best = sums_TG.topk(router.topk_group, dim=-1, sorted=False)[1]
@@ -46,7 +46,7 @@ def _shut_out(router: Any, scores: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def weights_Tk(moe: MoeLayer, logits_TN: torch.Tensor, indices_Tk: torch.Tensor) -> torch.Tensor:
-    """float32: what the router multiplies the given experts' outputs by, as if it had selected them itself."""
+    """Return float32: the router's factors of the given experts' outputs, as if it had selected them itself."""
     router: Any = moe.router
     found = scores_TN(moe, logits_TN).gather(-1, indices_Tk)
     if moe.weighting.endswith("renormalised"):
@@ -61,17 +61,17 @@ def weights_Tk(moe: MoeLayer, logits_TN: torch.Tensor, indices_Tk: torch.Tensor)
 
 
 def capacity(factor: float, tokens: int, moe: MoeLayer) -> int:
-    """Return how many assignments one expert has room for: ``ceil(factor T k / N)``, at least 1."""
+    """Return the number of assignments that one expert has room for: ``ceil(factor T k / N)``, at least 1."""
     # Rounded first: 1.1 x 100 / 11 is a little more than 10 in binary.
     return max(1, math.ceil(round(factor * tokens * moe.top_k / moe.num_experts, 9)))
 
 
 def positions(experts_M: torch.Tensor, order_M: torch.Tensor | None = None) -> torch.Tensor:
-    """int64 ``[M]``: how many assignments to the same expert come before each; O(M log M).
+    """Return int64 ``[M]``: how many assignments to the same expert come before each; O(M log M).
 
     Args:
         experts_M: The expert of each assignment.
-        order_M: The assignments in the order in which they are served; None: as they stand.
+        order_M: The assignments in the order in which they are served; None: the given order.
     """
     given = experts_M if order_M is None else experts_M[order_M]
     sorted_M, by_expert = given.sort(stable=True)

@@ -1,4 +1,4 @@
-"""Switch Transformers: one expert per token, and room for so many tokens only."""
+"""Switch Transformers: one expert per token, with a capacity."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .selection import CapacityFactor, capacity, positions, scores_TN
 
 
 class SwitchGate(Gate):
-    """Top-1 with capacity ``ceil(capacity_factor T / N)`` per expert and micro-batch; what finds no room is dropped.
+    """Top-1 with capacity ``ceil(capacity_factor T / N)`` per expert and micro-batch; tokens without room are dropped.
 
-    A dropped token's weight is 0: only the residual stream and shared neurons carry it on. Its expert still computes it
-    here (indices stay as they are), so dropping saves no time in native experts. The weight of a kept token is the
+    A dropped token's weight is 0: only the residual stream and shared neurons process it. Its expert still computes it
+    (indices are unchanged), so dropping saves no time in native experts. The weight of a kept token is the
     router's own: a renormalising router with k = 1 always gives 1, through which no gradient reaches it; use one that
     does not renormalise.
     """

@@ -10,7 +10,7 @@ from .base import Gate, Gated, Native
 
 
 class TopK(Gate):
-    """A control. Routers route as they do after training: dropless, without noise. Their forward pass is left alone."""
+    """A control: routers route as after training, dropless and without noise. Their forward pass is unchanged."""
 
     name = "top_k"
     summary = "the native routing: the k best experts, no noise, nothing dropped"

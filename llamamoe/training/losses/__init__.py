@@ -1,4 +1,4 @@
-"""Losses on what routers do, one file each."""
+"""Losses on routing, one file each."""
 
 from ...plugins import Registry
 from .base import LossContext, RoutingLoss

@@ -1,4 +1,4 @@
-"""The contract of a routing loss: what routers did with the tokens of a window in, one number out."""
+"""The interface of a routing loss, a function of the routing of a window of tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..gates.base import Gate
 from ..routing import Routing
 
 Window = Literal["micro_batch", "all_ranks"]
-"""Whose tokens are balanced together: one rank's micro-batch, or the micro-batches that all ranks have at that moment."""
+"""The tokens that are balanced together: one rank's micro-batch, or the micro-batches of all ranks at that moment."""
 WINDOWS: dict[Window, str] = {
     "micro_batch": "the tokens of one micro-batch, on one rank",
     "all_ranks": "the tokens of the micro-batches that all ranks have at a moment",
 }
-"""The same in words, for the log."""
+"""Descriptions of the windows, for the log."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class LossContext:
     Attributes:
         all_reduce: Sums a tensor over ranks, with a gradient (`ranks.sum_over_ranks`); used by losses whose window is
             ``"all_ranks"``. None in a run of one process.
-        targets: Of a layer's routing: ``r_TH``, what its routed experts together should put out for the T tokens (the
-            parent's FFN output minus that of the shared neurons), without gradient. Only `competitive` asks.
+        targets: Targets of a layer's routing: ``r_TH``, the joint output of its routed experts for the T tokens (the
+            parent's FFN output minus that of the shared neurons), without gradient. Only used by `competitive`.
     """
 
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     targets: Callable[[Routing], torch.Tensor] | None = None
 
     def reduce(self, values: torch.Tensor, window: Window) -> torch.Tensor:
-        """The sum over the ranks that the window spans, with a gradient."""
+        """Return the sum over the ranks that the window spans, with a gradient."""
         if window == "micro_batch" or self.all_reduce is None:
             return values
         return self.all_reduce(values)
@@ -49,8 +49,8 @@ class RoutingLoss(Plugin, ABC):
 
     Attributes:
         linear: Whether it is a sum over tokens, and so the same for any split of a global batch.
-        needs_inputs: Whether it wants ``Routing.inputs_TH`` (``tap.armed(inputs=True)``).
-        needs_targets: Whether it wants ``LossContext.targets``.
+        needs_inputs: Whether it needs ``Routing.inputs_TH`` (``tap.armed(inputs=True)``).
+        needs_targets: Whether it needs ``LossContext.targets``.
     """
 
     linear: ClassVar[bool]
@@ -65,11 +65,11 @@ class RoutingLoss(Plugin, ABC):
     options: Options
 
     def loss(self, routings: Sequence[Routing], context: LossContext) -> torch.Tensor:
-        """The loss without its coefficient: the mean over layers of `layer_loss`.
+        """Return the loss without its coefficient: the mean over layers of `layer_loss`.
 
         Args:
             routings: One per layer, of one forward pass.
-            context: How to sum over ranks, and what else the loss asks for.
+            context: The sum over ranks, and further inputs of the loss.
 
         Returns:
             float32 scalar (float64 of float64 logits). Linear losses: the sum over tokens, which the caller divides by
@@ -81,11 +81,11 @@ class RoutingLoss(Plugin, ABC):
 
     @abstractmethod
     def layer_loss(self, routing: Routing, context: LossContext) -> torch.Tensor:
-        """The loss of one layer, a scalar; see `loss`. Layers are never pooled: opposite imbalances would cancel."""
+        """Return the loss of one layer, a scalar; see `loss`. Pooled layers would cancel opposite imbalances."""
 
     @property
     def window(self) -> Window | None:
-        """Whose tokens are looked at together; None if it does not matter, because the loss is linear."""
+        """The tokens that are balanced together; None for a linear loss, for which it does not matter."""
         return self.options.window if isinstance(self.options, WindowOptions) else None
 
     @classmethod
@@ -93,13 +93,13 @@ class RoutingLoss(Plugin, ABC):
         """Return how many float32 arrays ``[T, N]`` of a layer its gradient keeps; for the estimate of a run.
 
         Args:
-            noisy: The gate tells the noise that it selected by.
+            noisy: Whether the gate returns its selection noise.
         """
         return 1
 
     @classmethod
     def working_numbers(cls, tokens: int, num_experts: int, hidden_size: int, width: int) -> int:
-        """Return how many float32 numbers live at most while the loss of one layer is computed; for the estimate.
+        """Return the peak number of float32 values in the loss of one layer; for the estimate.
 
         Arrays ``[T, N]`` are too small to count.
 
@@ -112,7 +112,7 @@ class RoutingLoss(Plugin, ABC):
         return 0
 
     def notes(self, gate: Gate) -> list[str]:
-        """Return what a user should know about this loss together with this gate, for the log and the plan."""
+        """Return remarks on this loss together with this gate, for the log and the plan."""
         return []
 
 

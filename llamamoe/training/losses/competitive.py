@@ -1,4 +1,4 @@
-"""Competition of experts for tokens: the likelihood of a mixture of Gaussians, to warm a router up."""
+"""Let experts compete for tokens by the likelihood of a mixture of Gaussians, to warm up a router."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from .base import LossContext, RoutingLoss
 Scale = Literal["fitted", "alone"]
 
 _CHUNK_NUMBERS = 2**23
-"""Tokens are taken in chunks of so many activations or outputs of all experts (32 MB of float32)."""
+"""Maximum number of activations or outputs of all experts in a chunk of tokens (32 MB of float32)."""
 
 
 class Competitive(RoutingLoss):
     """``-log sum_i p_i exp(-d_i / (2 sigma^2))`` per token, ``d_i = ||r - o_i||^2``: sum over tokens, mean over layers.
 
-    ``p`` are the router's probabilities, ``r`` what the routed experts together should put out (the parent's FFN minus the
-    shared neurons), ``o_i`` what expert i alone would put out. The gradient for softmax logits is p minus the
-    posterior ``h_i ~ p_i exp(-d_i / (2 sigma^2))``: each token's router is drawn to the experts that explain its target
-    better than others do. Experts get no gradient; it is a warm-up of routers.
+    ``p`` are the router's probabilities, ``r`` the target of the routed experts' joint output (the parent's FFN minus
+    the shared neurons), ``o_i`` the output of expert i alone. The gradient for softmax logits is p minus the posterior
+    ``h_i ~ p_i exp(-d_i / (2 sigma^2))``: each token's router is drawn to the experts that explain its target better
+    than others do. Experts get no gradient; it is a warm-up of routers.
 
-    ``sigma^2`` is the token's own mean of ``d_i`` over experts, times ``temperature``, without gradient: it does not move
-    while the router learns, large tokens count no more than small ones, and the loss is linear in the batch.
+    ``sigma^2`` is the token's own mean of ``d_i`` over experts, times ``temperature``, without gradient: it does not
+    move while the router learns, large tokens do not count more than small ones, and the loss is linear in the batch.
 
-    The size of ``o_i`` (``scale``): ``alone`` takes the expert as if it were the only one selected, so at the weight that
-    its router then gives it (1 if renormalised). That is right for copies of a whole FFN, but the experts of a
-    partition are N/k or N times their neurons' share: the weakest expert would win, because it disturbs least.
-    ``fitted`` multiplies all experts' outputs on a token by the one factor with the least error over all of them,
-    ``sum_i r.o_i / sum_i ||o_i||^2`` (no less than 0, where none helps): 1/N for a partition, 1 for copies.
+    The size of ``o_i`` (``scale``): ``alone`` treats the expert as the only selected one, with the weight that
+    its router then gives it (1 if renormalised). That is correct for copies of a whole FFN, but the experts of a
+    partition are N/k or N times their neurons' share: the weakest expert would win, because it deviates least.
+    ``fitted`` multiplies all experts' outputs on a token by the single factor with the least error over all of them,
+    ``sum_i r.o_i / sum_i ||o_i||^2`` (at least 0): 1/N for a partition, 1 for copies.
     """
 
     name = "competitive"
@@ -78,12 +78,12 @@ class Competitive(RoutingLoss):
 
 
 def _rows(num_experts: int, hidden_size: int, width: int) -> int:
-    """Return how many tokens make a chunk."""
+    """Return the number of tokens of a chunk."""
     return max(1, _CHUNK_NUMBERS // (num_experts * max(2 * width, hidden_size)))
 
 
 def _log_probabilities(routing: Routing) -> torch.Tensor:
-    """Logarithm of `Routing.probabilities_TN`, safe where one of them is 0."""
+    """Return the logarithm of `Routing.probabilities_TN`, safe where one of them is 0."""
     logits = at_least_float32(routing.logits_TN)
     if routing.moe.weighting.startswith("sigmoid"):
         logits = torch.nn.functional.logsigmoid(logits)
@@ -91,12 +91,12 @@ def _log_probabilities(routing: Routing) -> torch.Tensor:
 
 
 def expert_distances(routing: Routing, target_TH: torch.Tensor, scale: Scale = "fitted") -> torch.Tensor:
-    """Squared distance of every expert's own output from the target, without gradient.
+    """Return the squared distance of every expert's own output from the target, without gradient.
 
-    O(T F H); of the experts' outputs one chunk of tokens is held at a time, and T x N numbers in the end.
+    O(T F H); memory holds the experts' outputs for one chunk of tokens, and T x N numbers.
 
     Args:
-        routing: With ``inputs_TH``; its layer's experts must be whole on this device (no shards).
+        routing: The routing with ``inputs_TH``; its layer's experts must be unsharded on this device.
         target_TH: r.
         scale: See `Competitive`.
 
@@ -128,7 +128,7 @@ def _size(routing: Routing, dots_TN: torch.Tensor, squares_TN: torch.Tensor, sca
 def _outputs(
     experts: Any, inputs_TH: torch.Tensor, target_TH: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For chunks of B tokens: what each expert puts out at weight 1 ``[N, B, H]``, and the target ``[B, H]``."""
+    """Yield for chunks of B tokens the output of each expert at weight 1, ``[N, B, H]``, and the target ``[B, H]``."""
     gate_up, down_NHW = experts.gate_up_proj, at_least_float32(experts.down_proj)
     n, hidden, width = down_NHW.shape
     rows = _rows(n, hidden, width)

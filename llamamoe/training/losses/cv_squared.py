@@ -13,14 +13,14 @@ from .base import LossContext, RoutingLoss, WindowOptions
 class CvSquared(RoutingLoss):
     """``CV^2(importance) + CV^2(load)`` per layer, then the mean over layers; CV is standard deviation over mean.
 
-    Importance of an expert is the sum of its weights over the tokens. Load is Shazeer's smooth count: for each token the
-    probability that the expert would be selected again if its own noise were drawn anew and that of the others stayed,
-    ``Phi((clean_e - threshold_e) / std_e)``, where the threshold is the k-th largest *noisy logit* of the other experts.
-    (LLaMA-MoE compares the noise alone with it, and so takes the wrong threshold for most experts.)
+    Importance of an expert is the sum of its weights over the tokens. Load is Shazeer's smooth count: for each token
+    the probability that the expert would be selected again if its own noise were redrawn and that of the others stayed,
+    ``Phi((clean_e - threshold_e) / std_e)``, where the threshold is the k-th largest *noisy logit* of the other
+    experts. (LLaMA-MoE compares the noise alone with it, and so uses the wrong threshold for most experts.)
 
-    Without noise (any gate but ``noisy_top_k``) there is no such probability, and a count has no gradient: then the loss
-    is ``CV^2(importance)`` alone. With k = N everything is always selected, and the load is constant.
-    Not linear in the batch: see `Window`.
+    Without noise (any gate but ``noisy_top_k``) there is no such probability, and a count has no gradient: then the
+    loss is ``CV^2(importance)`` alone. With k = N everything is always selected, and the load is constant. Not linear
+    in the batch: see `Window`.
     """
 
     name = "cv_squared"
@@ -55,7 +55,7 @@ class CvSquared(RoutingLoss):
 
 
 def smooth_load_TN(routing: Routing) -> torch.Tensor:
-    """Probability that an expert is selected, over its own noise, the noise of the others as drawn; ``[T, N]``."""
+    """Return the probability of selecting an expert over its own noise, given the others' noise; ``[T, N]``."""
     assert routing.selection_TN is not None
     assert routing.noise_std_TN is not None
     noisy_TN = at_least_float32(routing.selection_TN)
@@ -64,7 +64,7 @@ def smooth_load_TN(routing: Routing) -> torch.Tensor:
         return torch.ones_like(noisy_TN)
     top_TK, order_TK = noisy_TN.topk(k + 1, dim=-1)
     selected_TN = torch.zeros_like(noisy_TN, dtype=torch.bool).scatter_(-1, order_TK[:, :k], True)
-    # Of the others, the k-th largest is the (k+1)-th of all for an expert that is itself among the k largest.
+    # The k-th largest of the others is the (k+1)-th of all for an expert that is itself among the k largest.
     threshold_TN = torch.where(selected_TN, top_TK[:, k : k + 1], top_TK[:, k - 1 : k])
     clean_TN = at_least_float32(routing.logits_TN)
     load_TN: torch.Tensor = torch.special.ndtr((clean_TN - threshold_TN) / routing.noise_std_TN)
@@ -72,6 +72,6 @@ def smooth_load_TN(routing: Routing) -> torch.Tensor:
 
 
 def squared_variation(sums_XN: torch.Tensor) -> torch.Tensor:
-    """Population variance over squared mean of each row."""
+    """Return the population variance over squared mean of each row."""
     means_X = sums_XN.mean(-1)
     return sums_XN.var(-1, correction=0) / means_X.square()

@@ -12,12 +12,12 @@ from .base import LossContext, RoutingLoss, WindowOptions
 class Switch(RoutingLoss):
     """``N sum_e f_e P_e`` per layer, then the mean over layers.
 
-    ``f_e`` is expert e's share of all ``T k`` assignments as the router wanted them (before capacity), ``P_e`` the mean
+    ``f_e`` is expert e's share of all ``T k`` assignments as the router chose them (before capacity), ``P_e`` the mean
     over tokens of its probability; gradient flows through P only. The value is 1 at perfect balance for every k, and
     up to N/k if all tokens choose the same experts.
 
     For k = 1 this is equation 4 of Switch Transformers. Mixtral's own loss in transformers counts assignments per
-    *token* (its f sums to k, so its value at balance is k: divide its coefficient's habit by k), pools all layers before
+    *token* (its f sums to k, so its value at balance is k: divide its usual coefficient by k), pools all layers before
     the product, so that opposite imbalances of two layers cancel, and its effective weight grows with accumulation
     steps and ranks. Not linear in the batch: see `Window`.
     """

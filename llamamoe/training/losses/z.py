@@ -14,7 +14,7 @@ from .base import LossContext, RoutingLoss
 class Z(RoutingLoss):
     """``sum_t logsumexp(logits_t)^2``, mean over layers; the caller's division by tokens makes it ST-MoE's mean.
 
-    It keeps logits small, where rounding is fine-grained. It is least where the logsumexp is 0: equal logits are drawn to
+    It keeps logits small, where rounding is fine-grained. Its minimum is at logsumexp 0: equal logits are drawn to
     ``-log N``, not to 0. For sigmoid routers, which have no softmax, it is the same function of the logits.
     """
 

@@ -1,1 +1,1 @@
-"""Draw the domain of each training sequence."""
+"""Choose the domain of each training sequence."""

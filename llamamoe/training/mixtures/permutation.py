@@ -1,4 +1,4 @@
-"""Permutations of any number of things in constant memory, each place computed by itself."""
+"""Permute any number of items in constant memory, computing each position independently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Permutation:
     The same key gives the same permutation on every machine and with every version of numpy.
 
     Args:
-        n: How many things, at least 1 and at most 2**62.
+        n: Number of items, from 1 to 2**62.
         key: Numbers from 0 to 2**64 - 1, such as seed and epoch; every one matters, and so does their order.
     """
 
@@ -30,7 +30,7 @@ class Permutation:
         bits = max(2, (n - 1).bit_length())
         low = bits // 2
         self.halves = np.array([low, (1 << low) - 1, (1 << (bits - low)) - 1], dtype=np.uint64)
-        # The count first: to numpy, zeros at the end are as good as nothing.
+        # The count first, because numpy ignores zeros at the end.
         words = [len(key), *(part for number in key for part in (number & 0xFFFFFFFF, number >> 32))]
         self.keys = np.random.SeedSequence(words).generate_state(ROUNDS, np.uint64)
 
@@ -38,13 +38,13 @@ class Permutation:
         return self.n
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        """Return what stands at ``places`` (0 to n - 1, any shape), int64 of the same shape."""
+        """Return the items at ``places`` (0 to n - 1, any shape), int64 of the same shape."""
         flat = np.asarray(places).reshape(-1)
         return permute([self], np.zeros(len(flat), np.int64), flat).reshape(np.shape(places))
 
 
 def permute(permutations: Sequence[Permutation], which_B: np.ndarray, places_B: np.ndarray) -> np.ndarray:
-    """Many places of several permutations at once: what stands at ``places_B[i]`` of number ``which_B[i]``, int64 [B].
+    """Return the items at ``places_B[i]`` of permutation ``which_B[i]``, int64 [B].
 
     Raises:
         IndexError: A place is outside its permutation.
@@ -76,7 +76,7 @@ def _network(value_B: np.ndarray, halves_3B: np.ndarray, keys_RB: np.ndarray) ->
 
 
 def _mix(value_B: np.ndarray, key_B: np.ndarray) -> np.ndarray:
-    """A hash of 64 bits (the finaliser of SplitMix64, Steele et al. 2014); integers wrap around."""
+    """Return a hash of 64 bits (the finaliser of SplitMix64, Steele et al. 2014); integers wrap around."""
     value_B = value_B + key_B
     value_B = (value_B ^ (value_B >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value_B = (value_B ^ (value_B >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

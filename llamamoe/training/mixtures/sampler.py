@@ -1,7 +1,7 @@
-"""Draw the domain and block of every sequence of every global batch: deterministic, and exact after any stop.
+"""Choose the domain and block of every sequence of every global batch, deterministically and exactly after any stop.
 
-The whole state is the step and a log of weight changes. Global batches depend on neither the number of processes, nor
-on how they share a batch, nor on how far ahead somebody draws.
+The whole state is the step and a log of weight changes. Global batches do not depend on the number of processes,
+on how they share a batch, or on how far ahead batches are drawn.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Batch(NamedTuple):
     """The sequences of a global batch, in order.
 
     Attributes:
-        domain_B: int64, the domain of each as its place in `MixtureSampler.names`.
-        block_B: int64, the block of that domain.
+        domain_B: int64, index of each domain in `MixtureSampler.names`.
+        block_B: int64, index of the block in that domain.
     """
 
     domain_B: np.ndarray
@@ -32,22 +32,23 @@ class Batch(NamedTuple):
 
 
 class MixtureSampler:
-    """Draws global batches from domains by weight, and walks through each domain block by block.
+    """A sampler of global batches from domains by weight, which goes through each domain block by block.
 
-    The domains of step s are drawn by systematic sampling: sequence i stands at ``(i + u) / B`` of the cumulative
+    The domains of step s are drawn by systematic sampling: sequence i is at ``(i + u) / B`` of the cumulative
     weights, with one u per step from Philox(seed, s). Each domain's expected share is its weight, as if every sequence
     were drawn by itself, but in every batch it has the whole number below or above ``B w``: the mixture of a step, and
     so its loss, varies far less. The order within the batch is shuffled, so that any slice of it is a mixture too.
 
-    A domain's blocks are walked in the order of a seeded permutation, all of them once an epoch, each epoch in another.
+    A domain's blocks are visited in the order of a seeded permutation, all of them once per epoch, a different one
+    each.
 
     Args:
-        num_blocks: Domain to its number of blocks.
-        weights: Domain to weight, not negative; normalised here. Domains that are not named get nothing.
+        num_blocks: Number of blocks by domain.
+        weights: Non-negative weight by domain; normalised here. Domains that are not named are not used.
         batch_size: Sequences of a global batch, B.
-        seed: Of everything random, 0 to 2**63 - 1.
-        skip: Steps that are passed over at the start: what is called step 0 here is that step of a sampler that passes
-            over none. Step numbers in states count from there.
+        seed: Seed of everything random, 0 to 2**63 - 1.
+        skip: Number of steps skipped at the start: step 0 here is that step of a sampler that skips
+            none. Step numbers in states count from there.
 
     Attributes:
         names: The domains, in order.
@@ -56,7 +57,7 @@ class MixtureSampler:
         seed: As given.
 
     Raises:
-        UsageError: A weight is unusable, or its domain is unknown or has no block.
+        UsageError: A weight is invalid, or its domain is unknown or has no block.
     """
 
     def __init__(
@@ -75,12 +76,12 @@ class MixtureSampler:
         self.batch_size, self.seed, self.skip = batch_size, seed, skip
         self._blocks_D = np.array([num_blocks[name] for name in self.names], dtype=np.int64)
         self._log: list[tuple[int, np.ndarray]] = [(0, self._usable(weights))]
-        self._next = 0  # no step from here on was drawn
+        self._next = 0  # the first step that was not drawn
         self._at, self._counts_D = 0, np.zeros(len(self.names), dtype=np.int64)
         self._permutations: dict[tuple[int, int], Permutation] = {}
 
     def _usable(self, weights: Mapping[str, float]) -> np.ndarray:
-        """float64 [D] of sum 1."""
+        """Return the weights as float64 [D] of sum 1."""
         for name, weight in weights.items():
             if name not in self.num_blocks:
                 raise UsageError(f"There is no domain {name!r}.", hint=near_misses(name, list(self.names)))
@@ -100,10 +101,10 @@ class MixtureSampler:
     # ---- weights ---------------------------------------------------------------------------------------------------
 
     def set_weights(self, weights: Mapping[str, float], from_step: int) -> None:
-        """Change the weights for all steps from ``from_step`` on, up to the next change that was set already.
+        """Change the weights for all steps from ``from_step`` on, up to the next change that is already set.
 
         Raises:
-            UsageError: The step was drawn already (data loaders draw ahead), or a weight is unusable.
+            UsageError: The step is already drawn (data loaders draw ahead), or a weight is invalid.
         """
         from_step += self.skip
         if from_step < self._next:
@@ -116,7 +117,7 @@ class MixtureSampler:
                            key=lambda entry: entry[0])  # fmt: skip
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """The weights in force at a step."""
+        """Return the weights in effect at a step."""
         return dict(zip(self.names, self._weights(step + self.skip).tolist(), strict=True))
 
     def _weights(self, step: int) -> np.ndarray:
@@ -125,7 +126,7 @@ class MixtureSampler:
     # ---- batches ---------------------------------------------------------------------------------------------------
 
     def batch(self, step: int) -> Batch:
-        """The whole global batch of a step. Any step can be asked for; one after the other is the cheap way.
+        """Return the global batch of a step. Any step is possible; consecutive ones are cheap.
 
         Cost: O(B). Going back, or ahead by more than a step: see `consumed`.
         """
@@ -143,7 +144,7 @@ class MixtureSampler:
         return Batch(domain_B[order_B], block_B[order_B])
 
     def consumed(self, step: int) -> dict[str, int]:
-        """Return how many blocks of each domain the steps before ``step`` take, those passed over included, from the log alone.
+        """Return how many blocks of each domain the steps before ``step`` use, skipped ones included.
 
         Cost: about 0.1 s for a million steps.
         """
@@ -154,7 +155,7 @@ class MixtureSampler:
         return found
 
     def _count(self, start: int, stop: int) -> np.ndarray:
-        """Return what the steps from ``start`` to before ``stop`` take, int64 [D]."""
+        """Return the blocks used by the steps from ``start`` to before ``stop``, int64 [D]."""
         total_D = np.zeros(len(self.names), dtype=np.int64)
         borders = [entry[0] for entry in self._log if start < entry[0] < stop]
         for first, last in zip([start, *borders], [*borders, stop], strict=True):
@@ -163,24 +164,24 @@ class MixtureSampler:
         return total_D
 
     def _drawn(self, weights_D: np.ndarray, start: int, steps: int) -> np.ndarray:
-        """Sequences of each domain in each of some steps under the same weights, int64 [steps, D]."""
+        """Return the sequences of each domain in steps with the same weights, int64 [steps, D]."""
         raw_S = self._random([start, 0, 0, 0], 4 * steps)[::4]  # one block of the counter makes four numbers
         u_S = (raw_S >> np.uint64(11)) * 2.0**-53
         edges_D = np.cumsum(weights_D)
         edges_D = np.concatenate([[0.0], edges_D / edges_D[-1]])
-        # Sequence i is the domain's if its place (i + u) / B is between the edges, the lower one included.
+        # Sequence i belongs to the domain if its position (i + u) / B is between the edges, the lower one included.
         below_SE = np.ceil(self.batch_size * edges_D[None] - u_S[:, None]).clip(0, self.batch_size)
-        below_SE[:, edges_D == 1.0] = self.batch_size  # whatever rounding says
+        below_SE[:, edges_D == 1.0] = self.batch_size  # regardless of rounding
         drawn_SD: np.ndarray = np.diff(below_SE, axis=1).astype(np.int64)
         return drawn_SD
 
     def _random(self, counter: list[int], count: int) -> np.ndarray:
-        """uint64 [count]: Philox's own numbers, which no version of numpy changes."""
+        """Return uint64 [count]: Philox's own numbers, which are the same in every version of numpy."""
         raw: np.ndarray = np.random.Philox(key=self.seed, counter=np.array(counter, np.uint64)).random_raw(count)
         return raw
 
     def _walk(self, before_D: np.ndarray, drawn_D: np.ndarray, domain_B: np.ndarray, visit_B: np.ndarray) -> np.ndarray:
-        """The blocks that visits to domains find, int64 [B]; a batch may see several epochs of a small domain."""
+        """Return the blocks of visits to domains, int64 [B]; a batch may cover several epochs of a small domain."""
         size_D = np.maximum(self._blocks_D, 1)
         first_D, last_D = before_D // size_D, (before_D + drawn_D - 1) // size_D
         epochs_D = np.where(drawn_D > 0, last_D - first_D + 1, 0)
@@ -203,7 +204,7 @@ class MixtureSampler:
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Everything that a later process needs to go on with ``step``, as plain data.
+        """Return the state from which a later process continues with ``step``, as JSON-compatible data.
 
         Args:
             step: The first step that was not trained on; None: the first that was not drawn.
@@ -219,10 +220,10 @@ class MixtureSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another sampler of the same corpus, batch size and seed was.
+        """Continue from the state of another sampler of the same corpus, batch size and seed.
 
         Raises:
-            RefusedError: It was another one, or what it consumed does not follow from its weights.
+            RefusedError: The state is of another one, or its consumption contradicts its weights.
         """
         for key, ours in (("num_blocks", self.num_blocks), ("batch_size", self.batch_size), ("seed", self.seed)):
             if state[key] != ours:
@@ -230,7 +231,7 @@ class MixtureSampler:
                     f"The run to go on with had {key} = {state[key]}, and this one has {ours}: it would see other text.",
                     hint="Give the same tokens, length of blocks, batch size and seed, or begin a new run.",
                 )
-        # As they were, not normalised again: a second division could change the last bit.
+        # Unchanged, not normalised again: a second division could change the last bit.
         log = [(int(start), np.array([entry[name] for name in self.names])) for start, entry in state["weights"]]
         before = self._log, self._next, self._at, self._counts_D
         self._log, self._next = log, int(state["step"])

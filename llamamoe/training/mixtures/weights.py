@@ -1,4 +1,4 @@
-"""Weights of domains in the training mixture: published sets, given ones, and proportions of the text at hand."""
+"""Resolve weights of domains in the training mixture: published sets, given ones, and proportions of the text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
         "wikipedia": 0.031,
     },
 }  # fmt: skip
-"""Shares of tokens: LLaMA (arXiv:2302.13971, table 1), and Sheared-LLaMA's as LLaMA-MoE trained with them
+"""Shares of tokens: LLaMA (arXiv:2302.13971, table 1), and Sheared-LLaMA's as used by LLaMA-MoE
 (arXiv:2310.06694, arXiv:2406.16554)."""
 UNIFORM, PROPORTIONAL = "uniform", "proportional"
 NAMES = (*PUBLISHED, PROPORTIONAL, UNIFORM)
@@ -26,16 +26,17 @@ NAMES = (*PUBLISHED, PROPORTIONAL, UNIFORM)
 def mixture_weights(
     wanted: str | Mapping[str, float], tokens: Mapping[str, int], warnings: list[str] | None = None
 ) -> dict[str, float]:
-    """The weight of every domain of a corpus.
+    """Return the weight of every domain of a corpus.
 
     Args:
-        wanted: ``"llama"``, ``"sheared_llama"``, ``"uniform"``, ``"proportional"`` (to the tokens), or domain to weight.
-        tokens: Domain to tokens, of the corpus.
-        warnings: Sentences are appended: which domains get nothing, and which of a published set the corpus lacks, so
-            that the others share their weight.
+        wanted: ``"llama"``, ``"sheared_llama"``, ``"uniform"``, ``"proportional"`` (to the tokens), or weights by
+            domain.
+        tokens: Tokens of the corpus by domain.
+        warnings: Sentences are appended on domains without weight, and on domains of a published set that the corpus
+            lacks, so that the others share their weight.
 
     Returns:
-        Domain to weight, in the order of ``tokens``, of sum 1.
+        Weights by domain, in the order of ``tokens``, of sum 1.
 
     Raises:
         UsageError: An unknown name or domain, a weight that is negative or not finite, or all are zero.

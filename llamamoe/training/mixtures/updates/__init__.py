@@ -1,4 +1,4 @@
-"""Update rules of the training mixture, one file each: losses in, weights of the domains out."""
+"""Update rules of the training mixture, from losses to weights of the domains, one file each."""
 
 from ....plugins import Registry
 from .base import MixtureUpdate

@@ -1,4 +1,4 @@
-"""The contract of an update rule: how the domains' weights follow from their losses."""
+"""The interface of an update rule, which computes the domains' weights from their losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ....plugins import Plugin
 
 
 class MixtureUpdate(Plugin, ABC):
-    """Changes the weights of the domains as training goes on.
+    """A rule that changes the weights of the domains during training.
 
     Attributes:
         dynamic: Whether it ever changes them, so that losses are needed.
@@ -23,16 +23,16 @@ class MixtureUpdate(Plugin, ABC):
     def update(
         self, weights: Mapping[str, float], losses: Mapping[str, float], reference_losses: Mapping[str, float]
     ) -> dict[str, float]:
-        """The weights to go on with, of sum 1. Domains of weight 0 keep it: they are not trained on.
+        """Return the new weights, of sum 1. Domains of weight 0 keep it: they are not trained on.
 
         Args:
-            weights: Those in force.
+            weights: The current weights.
             losses: Mean loss of each domain on held-out text, in nats.
             reference_losses: The loss that each domain should reach, in nats.
 
         Raises:
             UsageError: A loss is missing.
-            LlamaMoeError: A loss is not finite, or the rule leads to no usable weights.
+            LlamaMoeError: A loss is not finite, or the rule gives unusable weights.
         """
         names = [name for name, weight in weights.items() if weight > 0]
         for what, given in (("loss", losses), ("reference loss", reference_losses)) if self.dynamic else ():
@@ -55,11 +55,11 @@ class MixtureUpdate(Plugin, ABC):
 
     @abstractmethod
     def rule(self, weights_D: np.ndarray, losses_D: np.ndarray, reference_D: np.ndarray) -> np.ndarray:
-        """The formula alone: all float64 ``[D]``, the weights positive; returns weights, positive and of sum 1."""
+        """Apply the formula to float64 ``[D]``, with positive weights; return positive weights of sum 1."""
 
 
 def softmax(logits_D: np.ndarray) -> np.ndarray:
-    """float64 of sum 1, without overflow."""
+    """Return the softmax in float64, without overflow."""
     shifted_D = np.exp(logits_D - logits_D.max())
     found: np.ndarray = shifted_D / shifted_D.sum()
     return found

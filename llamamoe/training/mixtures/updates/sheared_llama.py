@@ -12,7 +12,7 @@ from .base import MixtureUpdate, softmax
 class ShearedLlama(MixtureUpdate):
     """``softmax(log w + eta (L - L_ref))``, smoothed by a small uniform part.
 
-    Domains that lag behind their reference get more. The difference is not cut off at zero, other than in the paper: a
+    Domains that lag behind their reference get more. Unlike in the paper, the difference is not cut off at zero: a
     domain that is better than its reference loses weight.
     """
 
@@ -32,5 +32,5 @@ class ShearedLlama(MixtureUpdate):
         """See `MixtureUpdate.rule`."""
         c = self.options.smoothing
         alpha_D = softmax(np.log(weights_D) + self.options.eta * (losses_D - reference_D))
-        smoothed_D: np.ndarray = (1 - c) * alpha_D + c / len(alpha_D)  # its sum is 1 already
+        smoothed_D: np.ndarray = (1 - c) * alpha_D + c / len(alpha_D)  # it already sums to 1
         return smoothed_D

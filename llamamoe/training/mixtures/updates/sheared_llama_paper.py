@@ -7,7 +7,7 @@ from .base import MixtureUpdate, softmax
 
 
 class ShearedLlamaPaper(MixtureUpdate):
-    """``w exp(max(0, L - L_ref))``, normalised: no domain is punished for being better than its reference."""
+    """``w exp(max(0, L - L_ref))``, normalised: domains that are better than their reference are not penalised."""
 
     name = "sheared_llama_paper"
     summary = "domains that lag behind their reference loss get more, by exp(max(0, loss - reference))"

@@ -9,7 +9,7 @@ from .base import MixtureUpdate
 
 
 class Static(MixtureUpdate):
-    """A control. The weights stay as they are: with Sheared-LLaMA's numbers the best that LLaMA-MoE found."""
+    """A control: the weights do not change. With Sheared-LLaMA's numbers it is the best that LLaMA-MoE found."""
 
     name = "static"
     summary = "the weights stay as they are"
