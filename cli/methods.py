@@ -29,7 +29,7 @@ llamamoe methods --matrix
 """
 TITLES = {
     "splitter": "How neurons are partitioned (--method)",
-    "router": "How the router starts (--router)",
+    "router": "How the router is initialised (--router)",
     "shared_by": "How shared neurons are chosen (--shared-by)",
     "rescale": "Factor on the output of selected experts (--rescale)",
     "repair": "How weights are fitted to the dense output on calibration text (--repair)",

@@ -20,36 +20,38 @@ class AlignmentOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(262144, ge=1024, le=_MOST, description="Tokens of text to learn from, each read once.")
+    tokens: int = Field(262144, ge=1024, le=_MOST, description="Number of training tokens, each read once.")
     length: int | None = Field(
-        None, ge=2, description="Tokens of one sequence; null: the model's positions, at most 256."
+        None, ge=2, description="Tokens per sequence; null: the model's context length, at most 256."
     )
     batch: int = Field(1024, ge=2, le=_MOST, description="Tokens per step, in whole sequences.")
-    lr_assignment: _Rate = Field(
-        0.01, description="Highest rate of the assignment's logits; 0 keeps every neuron where it is."
-    )
+    lr_assignment: _Rate = Field(0.01, description="Learning rate of the assignment logits; 0: no neuron moves.")
     reach: _Positive = Field(
         0.75,
-        description="How far those logits can go at most in all steps together, in units of margin: long runs get a lower rate.",
+        description="Maximum total change of these logits, in units of margin; lowers the rate of long runs.",
     )
-    lr_router: _Rate = Field(0.002, description="Rate of the router's rows, as a share of their own size.")
+    lr_router: _Rate = Field(0.002, description="Learning rate of the router, relative to the size of its rows.")
     weights: Literal["frozen", "scales", "ffn"] = Field(
         "ffn",
-        description="What of the FFN learns, too: frozen: nothing; scales: a factor for each neuron's output; ffn: all three "
+        description="FFN weights to train: frozen: none; scales: a factor per neuron; ffn: all three "
         "matrices, which takes 16 bytes of memory for each of their weights.",
     )
-    lr_scale: _Rate = Field(0.01, description="Rate of the neurons' factors.")
+    lr_scale: _Rate = Field(0.01, description="Learning rate of the factors per neuron.")
     lr_weights: float | None = Field(
         None,
         ge=0,
         le=_LARGE,
         allow_inf_nan=False,
-        description="Rate of the FFN's matrices, as a share of their own size; null: 1 / hidden_size.",
+        description="Learning rate of the FFN matrices, relative to their size; null: 1 / hidden_size.",
     )
-    tau_start: _Positive = Field(1.0, description="First temperature of the assignment.")
-    tau_end: _Positive = Field(0.3, description="Last temperature of the assignment.")
-    router_start: _Positive = Field(1.0, description="First temperature of the router, in units of its logits' spread.")
-    router_end: _Positive = Field(0.3, description="Last temperature of the router.")
+    tau_start: _Positive = Field(1.0, description="Initial temperature of the assignment.")
+    tau_end: _Positive = Field(0.3, description="Final temperature of the assignment.")
+    router_start: _Positive = Field(
+        1.0, description="Initial temperature of the router, in units of the spread of its logits."
+    )
+    router_end: _Positive = Field(0.3, description="Final temperature of the router.")
     margin: _Positive = Field(2.0, description="Lead of a neuron's initial place over the others at the start.")
     refresh: int = Field(5, ge=1, le=_MOST, description="Steps between two exact assignments.")
-    checks: int = Field(4, ge=1, le=1000, description="States that are compared on held-out text, beside the start.")
+    checks: int = Field(
+        4, ge=1, le=1000, description="Number of states compared on held-out text, in addition to the start."
+    )

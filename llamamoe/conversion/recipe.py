@@ -35,14 +35,14 @@ Device = Annotated[str, form(r"auto|[a-z]+(:[0-9]+)?", "must be auto or a device
 
 CalibrationText = Annotated[
     Paths,
-    Field(description="Text for methods that need it: files, folders or globs; 'auto' samples it from the source."),
+    Field(description="Calibration text: files, folders or globs; 'auto' samples it from the source."),
 ]
 CalibrationTokens = Annotated[int, Field(ge=256, le=2**40, description="Maximum number of calibration tokens.")]
 CalibrationWeights = Annotated[
     dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None,
-    Field(min_length=1, description="Share of each domain in the calibration text; null means equal shares."),
+    Field(min_length=1, description="Weight of each domain in the calibration text; null: equal."),
 ]
-CalibrationLength = Annotated[int | None, Field(ge=2, description="Tokens of one calibration sequence.")]
+CalibrationLength = Annotated[int | None, Field(ge=2, description="Tokens per calibration sequence.")]
 
 
 def _shared_size(value: Any) -> Any:
@@ -81,16 +81,16 @@ class SplitRecipe(Recipe):
     shared_by: Annotated[Choice | None, choose(SELECTORS)] = Field(
         None, description="How the shared neurons are chosen."
     )
-    router: Annotated[Choice | None, choose(ROUTERS)] = Field(None, description="How the router starts.")
+    router: Annotated[Choice | None, choose(ROUTERS)] = Field(None, description="How the router is initialised.")
     router_scale: Literal["hard", "soft"] = Field(
         "hard",
         description="hard: scale the router down so that selected experts get equal weights; soft: keep its scale.",
     )
     rescale: Annotated[Choice | None, choose(RESCALES)] = Field(
-        None, description="Factor of a selected expert's output."
+        None, description="Rule for the factor on a selected expert's output."
     )
     repair: Annotated[Choice | None, choose(REPAIRS)] = Field(
-        None, description="How weights are fitted to the dense output on calibration text; none leaves them exact."
+        None, description="How weights are refitted to the dense output on calibration text; none keeps them."
     )
     repair_passes: int = Field(
         1, ge=1, le=4, description="Number of repair passes; the router is refitted between passes."
@@ -100,7 +100,8 @@ class SplitRecipe(Recipe):
     calibration_weights: CalibrationWeights = None
     calibration_length: CalibrationLength = None
     align: AlignmentOptions | None = Field(
-        None, description="Learn assignment and router of all layers together, against the parent's predictions."
+        None,
+        description="Learn partition, router and FFN weights of all layers jointly, by distillation from the parent.",
     )
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype of large products on calibration text; stored weights are not rounded to it."
@@ -108,9 +109,11 @@ class SplitRecipe(Recipe):
     device: Device = Field(
         "auto", description="Where calibration runs: auto (a GPU if there is one), cpu, cuda or cuda:1"
     )
-    target: str = Field("auto", description="The transformers architecture to write.")
+    target: str = Field(
+        "auto", description="Target architecture in transformers; auto: the first that supports the source."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="Dtype to store; null keeps the source's."
+        None, description="Dtype of the stored weights; null: the source's."
     )
     pad_to: int | None = Field(
         None,
@@ -120,10 +123,10 @@ class SplitRecipe(Recipe):
         description="Expert width is padded to a multiple of this with zero neurons; null takes 32, which quantisers require, "
         "where it costs less than 3 %, else 8.",
     )
-    keep_dense: tuple[int, ...] = Field((), description="Layers left dense (negative ones count from the end).")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
+    keep_dense: tuple[int, ...] = Field((), description="Layers to leave dense; negative numbers count from the end.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Random seed.")
     shard_size: Annotated[str, form(SHARD_SIZE, SHARD_SIZE_RULE)] = Field(
-        "5GB", description="Largest shard, for example 5GB or 500MB."
+        "5GB", description="Maximum size of one weights file, for example 5GB or 500MB."
     )
     require: Literal["4.57"] | None = Field(
         None, description="Refuse outputs that this older version of transformers cannot load."

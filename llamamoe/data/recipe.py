@@ -20,8 +20,8 @@ class Validation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    share: float | None = Field(None, gt=0, lt=1, description="About this share of each domain's documents.")
-    documents: int | None = Field(None, ge=1, description="This many documents of each domain.")
+    share: float | None = Field(None, gt=0, lt=1, description="Share of each domain's documents, approximately.")
+    documents: int | None = Field(None, ge=1, description="Number of documents per domain.")
 
     @model_validator(mode="after")
     def _one(self) -> Validation:
@@ -38,10 +38,10 @@ class Validation(BaseModel):
 class TokenizeRecipe(Recipe):
     """Everything that decides what ``llamamoe tokenize`` writes, and with how many processes."""
 
-    tokenizer: str = Field(min_length=1, description="A model's folder or .gguf file, which holds the tokenizer.")
+    tokenizer: str = Field(min_length=1, description="Model folder or .gguf file with the tokenizer.")
     text: Paths = Field((), description="Files, folders or globs; the domain is the row's, the file's or the folder's.")
     domains: dict[DomainName, Paths] | None = Field(
-        None, min_length=1, description="Domains by name, with their files, folders or globs, whatever the rows say."
+        None, min_length=1, description="Files, folders or globs by domain; overrides the domains in the rows."
     )
     text_column: str = Field(
         "text",

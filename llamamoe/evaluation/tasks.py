@@ -23,9 +23,9 @@ class TaskRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: str = Field(min_length=1, description="Its name in lm-evaluation-harness, or in a file of include.")
+    task: str = Field(min_length=1, description="Name of the task in lm-evaluation-harness, or in a file of include.")
     num_fewshot: int | None = Field(
-        None, ge=0, le=1000, description="Examples before each question; null: the task's own."
+        None, ge=0, le=1000, description="Few-shot examples before each question; null: the task's own number."
     )
 
 
@@ -41,9 +41,9 @@ class TaskRecipe(Recipe):
     """The tasks to run, and their settings."""
 
     tasks: Annotated[tuple[TaskRequest, ...], BeforeValidator(_requests)] = Field(
-        min_length=1, description="Names, or mappings {task: NAME, num_fewshot: N}."
+        min_length=1, description="Tasks: names, or mappings {task: NAME, num_fewshot: N}."
     )
-    include: tuple[str, ...] = Field((), description="Folders with tasks of your own, as YAML of the harness.")
+    include: tuple[str, ...] = Field((), description="Folders with your own tasks, as YAML files of the harness.")
     limit: int | None = Field(None, ge=1, description="Maximum number of questions per task; null: all.")
 
 

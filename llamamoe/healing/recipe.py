@@ -36,10 +36,10 @@ class HealRecipe(Recipe):
         262144, ge=512, le=2**40, description="Maximum number of tokens of text, held-out ones included."
     )
     length: int | None = Field(
-        None, ge=2, description="Tokens of one sequence; null: the parent's positions, at most 512."
+        None, ge=2, description="Tokens per sequence; null: the parent's context length, at most 512."
     )
     weights: dict[str, Rate] | None = Field(
-        None, min_length=1, description="Share of each domain in the text; null means equal shares."
+        None, min_length=1, description="Weight of each domain in the text; null: equal."
     )
     held_out: float = Field(
         0.1, gt=0, le=0.5, description="Held-out share of the sequences, on which each layer's error is measured."
@@ -49,9 +49,11 @@ class HealRecipe(Recipe):
         description="Whose hidden states a layer is trained on: parent (layers are independent) or model (each layer "
         "gets the errors of those before it, one after another).",
     )
-    epochs: int = Field(8, ge=1, le=1000, description="Sweeps over the tokens.")
+    epochs: int = Field(8, ge=1, le=1000, description="Epochs over the tokens.")
     batch: int = Field(512, ge=1, description="Tokens per step.")
-    lr: float = Field(0.05, gt=0, lt=1, description="Largest step of a weight, as a share of its root mean square.")
+    lr: float = Field(
+        0.05, gt=0, lt=1, description="Maximum step of a weight, relative to the root mean square of its matrix."
+    )
     router: Literal["auto", "trained", "frozen"] = Field(
         "auto",
         description="Whether routers are also trained. auto: frozen if they were fitted on text and are hard, else trained.",
@@ -64,15 +66,15 @@ class HealRecipe(Recipe):
         0,
         ge=0,
         le=1000,
-        description="Initial sweeps in which only the router learns, namely which expert is nearest.",
+        description="Epochs before the rest in which only the router learns, on which expert is nearest.",
     )
     losses: Annotated[dict[str, Rate], BeforeValidator(_losses)] = Field(
         default_factory=dict, description="Additional losses on the routing by name, with coefficients."
     )
     weighting: Literal["none", "residual"] = Field(
-        "residual", description="residual: errors count relative to the token's residual stream."
+        "residual", description="residual: weight errors relative to the token's residual stream."
     )
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Random seed.")
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype of large products; trained weights are kept in float32."
     )

@@ -46,9 +46,9 @@ class StudyMethod(BaseModel):
     shared_of_active: float | None = Field(None, ge=0, lt=1, description="Overrides the study's.")
     budgets: tuple[Budget, ...] | None = Field(None, description="Overrides the study's.")
     sizes: dict[Budget, dict[str, Any]] = Field(
-        default_factory=dict, description="num_experts, top_k, shared and pad_to for single budgets."
+        default_factory=dict, description="num_experts, top_k, shared and pad_to at given budgets."
     )
-    recipe: dict[str, Any] = Field(default_factory=dict, description="Keys of a split's recipe.")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="Keys of a recipe for split.")
 
     @model_validator(mode="before")
     @classmethod
@@ -95,7 +95,7 @@ class CompareRecipe(Recipe):
 
     methods: tuple[StudyMethod, ...] = Field(description="The methods to compare.")
     evaluation: Paths = Field(min_length=1, description="Text to measure perplexity on: files, folders or globs.")
-    evaluation_tokens: int | None = Field(8192, ge=2, description="Tokens of each domain; null takes all.")
+    evaluation_tokens: int | None = Field(8192, ge=2, description="Maximum number of tokens per domain; null: all.")
     context_length: int | None = Field(None, ge=2, description="Tokens per window; null: the model's, at most 2048.")
     calibration: CalibrationText = ()
     calibration_tokens: CalibrationTokens = 65536
@@ -106,11 +106,11 @@ class CompareRecipe(Recipe):
         description="Maximum active multiply-adds of the FFN per token, as shares of the dense FFN's.",
     )
     seeds: tuple[Seed, ...] | dict[Budget, tuple[Seed, ...]] = Field(
-        (0,), description="Seeds of everything random; a mapping gives them budget by budget."
+        (0,), description="Random seeds; a mapping sets them per budget."
     )
-    shared_of_active: float = Field(0.5, ge=0, lt=1, description="Share of the budget that shared neurons take.")
+    shared_of_active: float = Field(0.5, ge=0, lt=1, description="Share of the active neurons that are shared.")
     controls: bool = Field(
-        True, description="Add dense, random, static pruning, and each method with an oracle router."
+        True, description="Add controls: dense, random, static pruning, and each method with an oracle router."
     )
     static_by: Annotated[Choice, choose(SELECTORS)] = Field(
         Choice(name="power"),
@@ -122,9 +122,9 @@ class CompareRecipe(Recipe):
         None, description="Dtype of large products of a calibration; null: as in dtype."
     )
     device: Device = Field("auto", description="Device: auto, cpu, cuda, cuda:1, ...")
-    batch_size: int = Field(8, ge=1, description="Windows that run together.")
+    batch_size: int = Field(8, ge=1, description="Number of windows per batch.")
     speed: tuple[Literal["transformers", "llama.cpp"], ...] = Field(
-        (), description="Programs in which the speed of every shape is measured, beside dense and static pruning."
+        (), description="Programs in which the speed of every shape, dense and static pruning is measured."
     )
     speed_shape: Literal["1B", "source"] = Field(
         "1B", description="The model for measuring speeds: one of random weights of this size, or the source."

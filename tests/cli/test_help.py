@@ -66,7 +66,7 @@ def test_split_help_shows_defaults_and_where_they_come_from(run: Run) -> None:
     text = " ".join(run("split", "--help").stdout.split())
     for expected in ("[default: 5GB]", "[default: auto]", "[default: the method's]", "[default: the source's]"):
         assert expected in text
-    assert "Seed of everything random. [default: 0]" in text
+    assert "Random seed. [default: 0]" in text
 
 
 def test_a_new_plugin_shows_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
