@@ -83,6 +83,8 @@ NEWEST = ""
 @flag(
     "--force", group=RUN, is_flag=True, text="Delete an existing run in the folder; other files in it are left alone."
 )
+@flag("--profile", group=RUN, type=click.IntRange(1), metavar="STEPS",
+       text="Write a trace of so many steps by torch's profiler, after the first step, to the folder of the run.")  # fmt: skip
 @flag(
     "--dry-run",
     group=RUN,
@@ -109,6 +111,7 @@ def command(
     extend: bool,
     allow_change: bool,
     force: bool,
+    profile: int | None,
     dry_run: bool,
     world_size: int | None,
     device_memory: float | None,
@@ -136,7 +139,7 @@ def command(
         )
         output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan))
         return
-    result = _train(complete, out, where, output)
+    result = _train(complete, out, {**where, "profile": profile or 0}, output)
     if int(os.environ.get("RANK", "0")) == 0:
         output.result(result.to_json(), lambda: _print(result), summary=True)
 

@@ -77,6 +77,7 @@ def pretrain(
     force: bool = False,
     extend: bool = False,
     allow_change: bool = False,
+    profile: int = 0,
     progress: ProgressCallback = ignore_progress,
 ) -> PretrainResult:
     """Train a converted model by a recipe; under torchrun or accelerate launch every process calls it.
@@ -95,6 +96,7 @@ def pretrain(
         allow_change: Let a resumed run continue with other values of keys that may change within a run; the changes are
             written to ``metrics.jsonl``.
         force: Delete the files of an earlier run in ``out``; other files stay or are a reason to refuse.
+        profile: Write a trace of so many steps, after the first, to ``out`` (see `profiling.StepProfile`); 0: none.
         progress: Called after every step.
 
     Raises:
@@ -116,7 +118,7 @@ def pretrain(
     how: dict[str, Any] = {"resume": resume, "force": force, "extend": extend, "allow_change": allow_change}
     main = int(os.environ.get("RANK", "0")) == 0
     if not main:  # the first process checks, cleans and locks before it joins the others
-        return _run(recipe, folder, source, parent, facts, resume, progress)
+        return _run(recipe, folder, source, parent, facts, resume, profile, progress)
     refuse_used(folder)
     for sentence in doubts(recipe, config):
         log.warning("%s", sentence)
@@ -129,7 +131,7 @@ def pretrain(
             prepare_run_folder(folder, recipe, checkpoint, force=force)
         except OSError as error:
             raise LlamaMoeError(f"{error.filename or folder} cannot be changed: {error.strerror or error}.") from error
-        return _run(recipe, folder, source, parent, facts, resume, progress)
+        return _run(recipe, folder, source, parent, facts, resume, profile, progress)
 
 
 def _run(
@@ -139,6 +141,7 @@ def _run(
     parent: Path | None,
     facts: dict[str, Any],
     resume: bool | str | Path,
+    profile: int,
     progress: ProgressCallback,
 ) -> PretrainResult:
     from .build import assemble, choose_device, deterministic
@@ -150,7 +153,7 @@ def _run(
     with deterministic(choose_device(recipe.device)), on_sigterm() as stop, tracked:
         trainer, start = assemble(recipe, folder, source, parent, newest, progress)
         trainer.parts.stop = stop
-        _train(trainer, start, folder, facts, newest)
+        _train(trainer, start, folder, facts, newest, profile)
         receipt = _receipt(recipe, start, trainer, started)
     if trainer.state.global_step < recipe.max_steps:
         raise StoppedError(
@@ -172,7 +175,9 @@ def _run(
     )
 
 
-def _train(trainer: Any, start: dict[str, Any], folder: Path, facts: dict[str, Any], newest: Path | None) -> None:
+def _train(
+    trainer: Any, start: dict[str, Any], folder: Path, facts: dict[str, Any], newest: Path | None, profile: int
+) -> None:
     """Train to the end; ``start`` receives the facts about the start of the run."""
     if newest is None:
         start |= facts
@@ -181,7 +186,15 @@ def _train(trainer: Any, start: dict[str, Any], folder: Path, facts: dict[str, A
     else:
         start.clear()
         start |= json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    from .profiling import StepProfile
+
+    trace = StepProfile(folder, run_id(folder) or "", profile)
+    if profile:
+        trainer.add_callback(trace)
+    try:
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    finally:
+        trace.close()
 
 
 def _receipt(recipe: PretrainRecipe, start: dict[str, Any], trainer: Any, started: float) -> dict[str, Any]:
