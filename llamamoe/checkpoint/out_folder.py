@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, LlamaMoeError, RefusedError
 from .ledger import STATES, partial_path, replaced_path
-from .paths import BACKSLASHES
+from .paths import refuse_windows_path
 from .reader import INDEX, LICENSE_FILES, SIDE_FILES, read_weight_map
 
 RECIPE_FILE, RECEIPT_FILE = "llamamoe_recipe.yaml", "llamamoe_receipt.json"
@@ -21,7 +21,6 @@ DERIVED_FILE = "llamamoe_derived.json"
 MARKS = (RECIPE_FILE, HEAL_RECIPE_FILE, DERIVED_FILE)
 """Files by which a folder is recognised as written by llamamoe."""
 _OURS = {"config.json", INDEX, "README.md", *MARKS, RECEIPT_FILE, HEAL_RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
-_DRIVE = re.compile(r"[A-Za-z]:\\")
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
@@ -31,8 +30,7 @@ def normal_path(out: str | Path) -> Path:
     Raises:
         RefusedError: The path is a Windows path, or not UTF-8, so that libraries could not load the output.
     """
-    if os.sep == "/" and _DRIVE.match(str(out)):
-        raise RefusedError(f"OUT ({out}) is a Windows path.", hint=BACKSLASHES)
+    refuse_windows_path(out)
     path = Path(os.path.abspath(Path(out).expanduser()))
     try:
         str(path).encode()
@@ -52,7 +50,9 @@ def system_errors(out: Path) -> Iterator[None]:
         what = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # making room only helps if the disk is full
         way = (
-            "make room and repeat the command with --resume." if full else "fix the cause, then continue with --resume."
+            "free some space and repeat the command with --resume."
+            if full
+            else "fix the cause, then continue with --resume."
         )
         raise LlamaMoeError(
             f"writing {partial_path(out)} failed: {what}{error.strerror or error}.",

@@ -7,18 +7,34 @@ are followed, and into folders that the user has listed in ``LLAMAMOE_LINKS_INTO
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import CheckpointError, UsageError, printable
+from ..errors import CheckpointError, RefusedError, UsageError, printable
 
 BACKSLASHES = "On this system folders are separated by /, not by \\; in WSL, C:\\models\\x is /mnt/c/models/x."
 """Hint for a Windows path, which would be a single name on other systems."""
+_DRIVE = re.compile(r"[A-Za-z]:\\")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
 """Maximum size of a pointer by its specification."""
+
+
+def refuse_windows_path(path: str | Path, name: str = "OUT") -> None:
+    """Refuse a place to write that is a Windows path: on other systems it would become one file or folder of that name.
+
+    Args:
+        path: As the user gave it.
+        name: Its name in the message.
+
+    Raises:
+        RefusedError: It begins with a drive letter.
+    """
+    if os.sep == "/" and _DRIVE.match(str(path)):
+        raise RefusedError(f"{name} ({path}) is a Windows path.", hint=BACKSLASHES)
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:

@@ -15,6 +15,7 @@ from typing import Any, cast
 from .._version import __version__
 from ..architectures.inspect import Inspection, inspect
 from ..checkpoint.files import write_text
+from ..checkpoint.paths import refuse_windows_path
 from ..data.encoding import windows_of
 from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
 from ..evaluation.perplexity import ScoringPlan, check_numbers, encode_again, protocol, scoring_plan, window_length
@@ -114,6 +115,8 @@ def _check(
 ) -> None:
     if out is not None:
         check_extra()
+    for each in (out, json_out):
+        refuse_windows_path(each or "", "the report")
     places = [Path(each).expanduser() for each in (out, json_out) if each is not None]
     if not 1 <= len(models) <= MOST_MODELS:
         raise UsageError(f"{len(models)} models were given, but a report shows from 1 to {MOST_MODELS}.")

@@ -11,6 +11,7 @@ from ..architectures.dense_checkpoint import DenseModel, understand
 from ..architectures.rescales import RESCALES
 from ..checkpoint.contents import content_fingerprint
 from ..checkpoint.locate import Location, locate, open_checkpoint
+from ..checkpoint.paths import refuse_windows_path
 from ..conversion.recipe import AUTO, NO_REPAIR
 from ..data.files import find_files
 from ..methods.repairs import REPAIRS
@@ -99,6 +100,7 @@ def plan_comparison(
         UsageError: A text does not exist, or ``only`` matches nothing.
         MissingExtraError: A program whose speed is measured is not installed.
     """
+    refuse_windows_path(out or "")
     location, model = _open(source, tokenizer)
     everything = cells_of(recipe, model)
     cells = select(everything, only)
@@ -173,6 +175,7 @@ def compare(
     from .run import StudyRun
     from .study_speed import StudySpeed
 
+    refuse_windows_path(out)
     location, model = _open(source, tokenizer)
     cells = cells_of(recipe, model)
     wanted = {cell.label for cell in select(cells, only)}

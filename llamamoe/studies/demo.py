@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.json_files import read_json
+from ..checkpoint.paths import refuse_windows_path
 from ..errors import RefusedError
 from ..lazy import torch
 from ..progress import Progress, ProgressCallback, counting, ignore_progress
@@ -167,6 +168,7 @@ def demo(
 
     started = time.monotonic()
     check_extra()
+    refuse_windows_path(out)
     gguf, out = model_file(), _prepare(Path(out).expanduser())
     export_dense(gguf, out / _DENSE, dtype="BF16", progress=progress)
     text = write_topics(out / _TEXT)

@@ -206,6 +206,26 @@ def test_a_windows_path_is_refused(source: Path, refused: Refused) -> None:
     refused(source, r"OUT (C:\models\x) is a Windows path", "folders are separated by /", out=Path(r"C:\models\x"))
 
 
+def test_places_of_other_commands_are_refused_alike(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("Some text. " * 50)
+    study = llamamoe.load_compare_recipe(given={"methods": ["kmeans"], "evaluation": [str(text)]})
+    before = sorted(tmp_path.iterdir())
+    for call in (
+        lambda: llamamoe.demo(r"C:\demo"),
+        lambda: llamamoe.report([source], [text], out=r"C:\page.html"),
+        lambda: llamamoe.report([source], [text], json_out=r"C:\page.json"),
+        lambda: llamamoe.compare(source, r"C:\study", study),
+        lambda: llamamoe.plan_comparison(source, study, out=r"C:\study"),
+    ):
+        with pytest.raises(RefusedError, match="is a Windows path"):
+            call()
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_name_that_is_not_utf8_is_refused_first(source: Path, tmp_path: Path, refused: Refused) -> None:
     refused(source, r"out\udcff) is not UTF-8", "Choose another name", out=tmp_path / os.fsdecode(b"out\xff"))
 
@@ -227,7 +247,7 @@ def test_dots_in_out_are_resolved(source: Path, tmp_path: Path) -> None:
 
 def test_disk_too_small(source: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**5, 10**5))
-    refused(source, "takes 0.07 GB", "has 0.00 GB free", "Make room")
+    refused(source, "takes 0.07 GB", "has 0.00 GB free", "Free some space")
 
 
 def test_disk_that_just_suffices(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
