@@ -48,7 +48,7 @@ def rename_tensors(checkpoint: SafetensorsCheckpoint, files: dict[Path, Entries]
         raise RefusedError(
             f"renaming needs room for a copy of one file, {need / 1e9:.2f} GB, but the disk of {checkpoint.path} has "
             f"{have / 1e9:.2f} GB free.",
-            hint="Make room, or copy the folder to another disk first.",
+            hint="Free some space, or copy the folder to another disk first.",
         )
     checkpoint.check_unchanged()
     with system_errors(checkpoint.path):

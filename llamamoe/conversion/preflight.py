@@ -34,5 +34,5 @@ def check_room(out: Path, plan: SplitPlan, *, resume: bool) -> None:
     if have < need:
         raise RefusedError(
             f"the result{' and the hidden states' if states else ''} take{'' if states else 's'} {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint=f"Make room, choose another disk, {'fewer --calibration-tokens ' if states else ''}or a smaller --dtype.",
+            hint=f"Free some space, choose another disk, {'fewer --calibration-tokens ' if states else ''}or a smaller --dtype.",
         )

@@ -110,7 +110,7 @@ def evaluate_tasks(
             reported in the result.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError("lm-eval", "eval", "Tasks of lm-evaluation-harness")
+        raise MissingExtraError("lm-eval", "eval", "Running tasks of lm-evaluation-harness")
     from ..models.loading import open_models, pick_device
 
     if batch_size < 1:

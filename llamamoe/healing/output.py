@@ -42,7 +42,7 @@ def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
     if have < need:
         raise RefusedError(
             f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint="Make room, choose another disk, or fewer --tokens.",
+            hint="Free some space, choose another disk, or fewer --tokens.",
         )
 
 

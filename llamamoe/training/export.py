@@ -58,7 +58,7 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         shutil.rmtree(partial, ignore_errors=True)
         raise LlamaMoeError(
             f"{final} cannot be written: {getattr(error, 'strerror', None) or error}.",
-            hint="Make room, then go on with --resume: only this is done again.",
+            hint="Free some space, then go on with --resume: only this is done again.",
         ) from error
     trainer.accelerator.wait_for_everyone()
     return final

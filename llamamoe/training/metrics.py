@@ -102,7 +102,7 @@ class MetricsFile:
             except OSError as error:
                 raise LlamaMoeError(
                     f"step {step}: {self.path} cannot be written: {error.strerror or error}.",
-                    hint="Make room, then go on with --resume from the last checkpoint.",
+                    hint="Free some space, then go on with --resume from the last checkpoint.",
                 ) from error
         return line
 

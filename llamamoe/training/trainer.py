@@ -295,7 +295,9 @@ class MoeTrainer(Trainer):
         reason = getattr(error, "strerror", None) or str(error)
         return LlamaMoeError(
             f"{folder.name} cannot be written: {reason}. {last}.",
-            hint="Make room, then go on with --resume." if there else "Make room; --resume begins at the first step.",
+            hint="Free some space, then go on with --resume."
+            if there
+            else "Free some space; --resume begins at the first step.",
         )
 
 

@@ -146,7 +146,7 @@ def _check_room(out: Path, need: int) -> None:
     if have < need + _ROOM:
         raise RefusedError(
             f"the file takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint="Make room, choose another disk, or a smaller --dtype.",
+            hint="Free some space, choose another disk, or a smaller --dtype.",
         )
 
 

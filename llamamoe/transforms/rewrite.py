@@ -165,7 +165,7 @@ def _check_room(job: Rewriting, out: Path, *, resume: bool, force: bool) -> None
     if have < need:
         raise RefusedError(
             f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint="Make room, or choose another disk.",
+            hint="Free some space, or choose another disk.",
         )
 
 

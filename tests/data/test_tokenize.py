@@ -276,7 +276,7 @@ def test_a_full_disk_keeps_what_was_finished(model, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(LlamaMoeError, match="No space left on device") as caught:
         tokenize(recipe(model, tmp_path / "text"), tmp_path / "out")
-    assert "make room and repeat the command with --resume" in (caught.value.hint or "")
+    assert "free some space and repeat the command with --resume" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
     found = tokenize(recipe(model, tmp_path / "text"), tmp_path / "out", resume=True)
     assert found.kept >= 1

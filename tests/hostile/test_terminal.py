@@ -107,10 +107,10 @@ class OutOfMemoryError(RuntimeError):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (disk(errno.ENOSPC), ("/some/place: No space left on device", "Make room")),
-        (disk(errno.EDQUOT), ("quota", "Make room")),
+        (disk(errno.ENOSPC), ("/some/place: No space left on device", "Free some space")),
+        (disk(errno.EDQUOT), ("quota", "Free some space")),
         (disk(errno.EACCES), ("Permission denied", "permissions")),
-        (disk(errno.EROFS), ("Read-only", "another place")),
+        (disk(errno.EROFS), ("Read-only", "another folder")),
         (disk(errno.EMFILE), ("Too many open files", "ulimit -n")),
         (disk(errno.ENOMEM), ("memory", "smaller")),
         (disk(errno.EIO), ("/some/place",)),
@@ -119,7 +119,10 @@ class OutOfMemoryError(RuntimeError):
         (lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't"), ("memory", "smaller")),
         (lambda: RecursionError("maximum recursion depth exceeded"), ("nested too deeply",)),
         (lambda: RuntimeError("can't start new thread"), ("thread", "ulimit -u")),
-        (lambda: SafetensorError("I/O error: No space left (os error 28)"), ("No space left on device", "Make room")),
+        (
+            lambda: SafetensorError("I/O error: No space left (os error 28)"),
+            ("No space left on device", "Free some space"),
+        ),
     ],
 )
 def test_what_the_machine_lacks_is_one_line_and_a_way_out(

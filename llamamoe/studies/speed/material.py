@@ -105,7 +105,7 @@ def _check_room(model: ModelShape | Path, folder: Path, tokenizer: str | Path | 
     if have < need:
         raise RefusedError(
             f"models to measure speeds on take up to {need / 1e9:.1f} GB, but the disk of {folder} has {have / 1e9:.1f} GB free.",
-            hint="Make room, or let TMPDIR name a folder on another disk.",
+            hint="Free some space, or let TMPDIR name a folder on another disk.",
         )
 
 
