@@ -92,7 +92,7 @@ def test_every_architecture(tmp_path: Path, text: Path, name: str) -> None:
     moe = convert(dense, tmp_path / "moe", target=name, **shared)
     recipe = heal_recipe(text, epochs=6)
     result = heal(moe, tmp_path / "out", recipe, parent=dense)
-    assert not any("not the parent's" in warning for warning in result.warnings)
+    assert not any("differ from the parent's" in warning for warning in result.warnings)
     told = result.receipt["layers"]
     modules = TARGETS.get(name).ffn_modules
     assert [layer["error_before"] for layer in told] == pytest.approx(
@@ -145,7 +145,7 @@ def test_hard_softmax_routers_are_renormalised_and_a_layer_that_is_left_computes
     result = heal(moe, tmp_path / "out", heal_recipe(text), parent=dense)
     assert result.receipt["renormalised"]
     assert any("sum to one" in warning for warning in result.warnings)
-    assert all(not layer["kept"] and "left as it was" in layer["note"] for layer in result.receipt["layers"])
+    assert all(not layer["kept"] and "left unchanged" in layer["note"] for layer in result.receipt["layers"])
     config = json.loads((result.out / "config.json").read_text())
     assert config["norm_topk_prob"] is True
     before, after = (json.loads((p / "config.json").read_text())["llamamoe"]["baked_factor"] for p in (moe, result.out))
@@ -153,7 +153,7 @@ def test_hard_softmax_routers_are_renormalised_and_a_layer_that_is_left_computes
     with torch.no_grad():
         want, have = (load(folder)(input_ids=torch.arange(3, 35)[None]).logits for folder in (moe, result.out))
     assert float((want - have).abs().max()) < 1e-3 * float(want.abs().max())
-    assert "left as it was" in (result.out / "README.md").read_text()
+    assert "| unchanged |" in (result.out / "README.md").read_text()
 
 
 def test_the_card_names_files_that_are_there_and_nothing_that_healing_ended(
@@ -291,7 +291,7 @@ def test_checkpoints_that_do_not_belong_together(tmp_path: Path, model: Path, de
 def test_another_parent_of_the_same_sizes_is_warned_of(tmp_path: Path, model: Path, text: Path) -> None:
     other = make_dense(tmp_path / "other", seed=1)
     result = heal(model, tmp_path / "out", heal_recipe(text, epochs=1), parent=other)
-    assert any("not the parent's" in warning for warning in result.warnings)
+    assert any("differ from the parent's" in warning for warning in result.warnings)
 
 
 def test_a_step_that_is_too_large_is_an_error_that_names_the_layer(
