@@ -133,7 +133,7 @@ _ROWS = (
     _Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("methods.selectors", "SELECTORS"), unset="the method's"),
     _Row("--router", "router", METHODS, "NAME", names=_registry("methods.routers", "ROUTERS"), unset="the method's"),
     _Row("--router-scale", "router_scale", METHODS, "NAME", names=_literals("router_scale"),
-         text="hard: scale the router down so that selected experts get equal weights; soft: leave it as it is"),
+         text="hard: scale the router down so that selected experts get equal weights; soft: keep its scale"),
     _Row("--rescale", "rescale", METHODS, "NAME", names=_registry("architectures.rescales", "RESCALES"), unset="the method's"),
     _Row("--repair", "repair", METHODS, "NAME", names=_registry("methods.repairs", "REPAIRS"), unset="the method's"),
     _Row("--repair-passes", "repair_passes", METHODS, "N", int),

@@ -90,7 +90,7 @@ class SplitRecipe(Recipe):
         None, description="Rule for the factor on a selected expert's output."
     )
     repair: Annotated[Choice | None, choose(REPAIRS)] = Field(
-        None, description="How weights are refitted to the dense output on calibration text; none keeps them."
+        None, description="How weights are refitted to the dense output on calibration text."
     )
     repair_passes: int = Field(
         1, ge=1, le=4, description="Number of repair passes; the router is refitted between passes."
@@ -109,9 +109,7 @@ class SplitRecipe(Recipe):
     device: Device = Field(
         "auto", description="Where calibration runs: auto (a GPU if there is one), cpu, cuda or cuda:1"
     )
-    target: str = Field(
-        "auto", description="Target architecture in transformers; auto: the first that supports the source."
-    )
+    target: str = Field("auto", description="Target architecture in transformers.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Dtype of the stored weights; null: the source's."
     )
