@@ -15,7 +15,7 @@ from ..methods.solvers.learned_assignment import one_hot
 from ..methods.solvers.transport import balanced_transport, transport_gradient
 
 SINKHORN_ITERATIONS = 20
-"""Auction rounds per step; each step starts from the prices of the last one."""
+"""Iterations per step; each step starts from the prices of the last one."""
 NEVER = 1e3
 """Penalty, beyond any neuron's logit, for padding in a place that must hold none."""
 

@@ -45,7 +45,7 @@ def _check_holdable(name: str, config: Mapping[str, Any]) -> None:
     head_dim, heads, hidden = (config.get(k) for k in ("head_dim", "num_attention_heads", "hidden_size"))
     if head_dim and heads and hidden and "head_dim" in needs_five and head_dim * heads != hidden:
         raise RefusedError(
-            f"config.json: head_dim = {head_dim}, but transformers 4.57 takes {name}'s to be {hidden} / {heads}."
+            f"config.json: head_dim = {head_dim}, but transformers 4.57 assumes {hidden} / {heads} for {name}."
         )
 
 

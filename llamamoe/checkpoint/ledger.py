@@ -105,7 +105,7 @@ class Ledger:
             self.append({"fingerprint": fingerprint})
         elif lines[0]["fingerprint"] != fingerprint:
             raise RefusedError(
-                f"{self.folder} was begun from another source, recipe, version or number of threads, so it cannot be "
+                f"{self.folder} was started from another source, recipe, version or number of threads, so it cannot be "
                 "finished with this one.",
                 hint="Repeat the first command with --resume, or start again with --force.",
             )

@@ -253,7 +253,7 @@ def protocol(
         f"non-overlapping windows of {length} tokens, and in each window every token but the first is scored given those "
         "before it in the window."
         if stride is None
-        else f"windows of {length} tokens, each begun {stride} tokens after the one before; every token but the document's "
+        else f"windows of {length} tokens, each starting {stride} tokens after the previous one; every token but the document's "
         "first is scored once, in the first window that holds it, given those before it in the window."
     )
     firsts = ["none" if s.bos is None else f"'{s.tokenizer.convert_ids_to_tokens(s.bos)}'" for s in sides]
@@ -270,7 +270,7 @@ def protocol(
     ]
     if not same:
         parts.append(
-            "The two tokenizers cut the text into different tokens: the second model gets the text that the "
+            "The two tokenizers split the text into different tokens: the second model gets the text that the "
             "first one's tokens cover, and only bits per byte may be compared."
         )
     if not all(side.tokenizer.is_fast for side in sides):

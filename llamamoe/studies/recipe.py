@@ -140,7 +140,7 @@ class CompareRecipe(Recipe):
             raise PydanticCustomError("choice", f"{'budgets' if names else 'methods'}: there are none")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise PydanticCustomError("choice", f"methods: the name {twice[0]!r} stands twice")
+            raise PydanticCustomError("choice", f"methods: the name {twice[0]!r} appears twice")
         if isinstance(self.seeds, dict):
             known = {*self.budgets, *(b for method in self.methods for b in method.budgets or ())}
             for budget in sorted(known):

@@ -75,7 +75,7 @@ def _panel(axes: matplotlib.axes.Axes, rows: Sequence[Row], program: str, task: 
         linewidth=5,
         alpha=0.12,
         zorder=1,
-        label="frontier of what was measured",
+        label="frontier of the measurements",
     )
     for name, (colour, marker) in _styles(shown).items():
         own = sorted((row for row in shown if row.method == name), key=lambda row: row.speed[program][task]["ratio"])

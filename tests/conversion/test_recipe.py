@@ -211,7 +211,7 @@ def test_overrides_that_fit_nothing(texts: list[str], words: str) -> None:
 
 def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("seed: 1\nmethod: {name: random}\nseed: 2\n")
-    with pytest.raises(UsageError, match="'seed' stands twice"):
+    with pytest.raises(UsageError, match="'seed' appears twice"):
         load_recipe(tmp_path / "twice.yaml")
 
 

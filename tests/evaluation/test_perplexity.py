@@ -191,7 +191,7 @@ def test_sliding_windows_score_every_token_once_with_the_context_they_promise(st
     assert got.model.overall.bytes == size
     assert got.model.overall.loss == pytest.approx(nats / tokens, rel=1e-5)
     assert got.stride == stride
-    assert f"begun {stride} tokens after" in got.protocol
+    assert f"starting {stride} tokens after" in got.protocol
 
 
 def test_several_devices_score_the_same(with_bos, corpus):

@@ -47,7 +47,7 @@ BAD = {
     "1: 2": "1",
     "method: !!python/object/apply:os.system [x]": "python/object",
     "a: !!timestamp x": "not YAML",
-    "method: a\nmethod: b": "stands twice",
+    "method: a\nmethod: b": "appears twice",
     "\x00": "not YAML",
     "- 1": "must hold a mapping",
     "": "must hold a mapping",

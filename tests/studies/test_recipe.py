@@ -58,7 +58,7 @@ def test_every_error_at_once_with_near_misses(tmp_path: Path) -> None:
         ({"budgets": [1.5]}, "less than or equal to 1"),
         ({"seeds": []}, "seeds: there are none"),
         ({"seeds": {0.5: [1]}, "budgets": [0.25]}, "there are none for the budget 0.25"),
-        ({"methods": ["kmeans", "kmeans"]}, "stands twice"),
+        ({"methods": ["kmeans", "kmeans"]}, "appears twice"),
         ({"methods": [{"name": "a", "method": "kmeans", "seed": 1}]}, "seed is decided by the study"),
         ({"methods": [{"name": "a", "method": "kmeans", "align": {"tokens": 1}}]}, "align.tokens"),
         ({"methods": [{"name": "a", "method": "kmeans", "sizes": {0.5: {"n": 1}}}]}, "sizes.0.5.n: unknown key"),

@@ -28,7 +28,7 @@ class Mistral(Source):
         """See `Source.spec`."""
         if config.get("layer_types"):
             raise CheckpointError(
-                "config.json: layer_types is set: this Mistral alternates attention types (Ministral), which no target here is known to hold exactly."
+                "config.json: layer_types is set: this Mistral alternates attention types (Ministral), which no target supports exactly."
             )
         window = config.get("sliding_window", 4096)
         kv_heads = positive(config, "num_key_value_heads", 8)

@@ -139,7 +139,7 @@ class _Cursor:
         data = self._file.read(count) if count <= self.size - self.at else b""
         if len(data) < count:
             raise CheckpointError(
-                f"{self.path} is cut off or broken: its header needs {count} bytes at byte {self.at},  "
+                f"{self.path} is cut off or broken: its header needs {count} bytes at byte {self.at}, "
                 f"but the file has {self.size} bytes.",
                 hint="Download or convert it again.",
             )

@@ -167,7 +167,7 @@ def _stripping(added: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"{len(names)} special tokens absorb spaces or line ends beside them, or match whole words only ({names[0]}):  "
+        f"{len(names)} special tokens absorb spaces or line ends beside them, or match whole words only ({names[0]}): "
         "llama.cpp does not support this, so text beside them may be split differently",
     )
 

@@ -72,7 +72,7 @@ class Gradient(Splitter):
             "text", description="Clusters of calibration sequences, or of this FFN's inputs (then also router rows)."
         )
         overlap: Literal["none", "inner", "inter"] = Field(
-            "none", description="Exclusive; neurons in several experts (not exact); or a shared block chosen here."
+            "none", description="Exclusive; neurons in several experts (not exact); or a shared block that it chooses."
         )
         assignment: Literal["greedy", "optimal"] = Field(
             "greedy", description="How exclusive neurons are assigned: the paper's rule, or the optimum."
