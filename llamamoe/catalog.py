@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from .architectures.dense_checkpoint import DenseModel, understand
 from .architectures.rescales import RESCALES
 from .architectures.sources import SOURCES, Source
+from .architectures.sources.fields import completed
 from .architectures.targets import TARGETS
 from .architectures.targets.clients import CLIENTS
 from .checkpoint.base import TensorInfo
@@ -206,6 +207,11 @@ _VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "multipliers of 1": {"attention_multiplier": 0.25},
     },
     "gemma": {"own head_dim": {"head_dim": 32}},
+    "seed_oss": {
+        "own head_dim": {"head_dim": 32},
+        "no biases": {"attention_bias": False},
+        "attention_out_bias": {"attention_out_bias": True},
+    },
 }
 """Variants of each family beside the plain model, as found in real models; Granite always has multipliers.
 
@@ -264,7 +270,7 @@ class _MadeUp:
         self.path = Path(source.name)
         self.config = config
         self.notes: list[str] = []
-        shapes = family.raw_shapes(family.spec(config))
+        shapes = family.raw_shapes(family.spec(completed(config, source.fields)))
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(dtype, shape, self.path) for name, shape in shapes.items()
         }

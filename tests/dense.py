@@ -53,6 +53,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "logits_scaling": 4.0,
     },
     "gemma": {"model_type": "gemma", "head_dim": 32, "hidden_act": "gelu_pytorch_tanh"},
+    "seed-oss": {"model_type": "seed_oss", "head_dim": 16},
+    "seed-oss-head-dim": {"model_type": "seed_oss", "head_dim": 32},
+    "seed-oss-no-bias": {"model_type": "seed_oss", "head_dim": 16, "attention_bias": False},
+    "seed-oss-all-biases": {"model_type": "seed_oss", "head_dim": 16, "attention_out_bias": True},
 }
 """Name to configuration keys beyond the common ones."""
 

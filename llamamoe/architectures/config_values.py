@@ -54,7 +54,7 @@ _RULES: tuple[Rule, ...] = (
     (
         "a number from 0 to 1",
         lambda value: _not_negative(value) and value <= 1,
-        ("attention_dropout", "resid_pdrop", "embd_pdrop"),
+        ("attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout"),
     ),
     ("a finite number above 0", _positive, ("rope_theta", "partial_rotary_factor", "routed_scaling_factor")),
     (

@@ -42,7 +42,7 @@ def test_it_is_the_parent_without_the_omitted_neurons(tmp_path: Path, variant: s
     source = make_dense(tmp_path / "dense", variant)
     result = llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
     config = json.loads((result.out / "config.json").read_text())
-    assert config["model_type"] == FAMILIES.get(variant, variant.split("-")[0])
+    assert config["model_type"] == FAMILIES.get(variant, VARIANTS[variant]["model_type"])
     assert config["intermediate_size"] == 86
     model, info = AutoModelForCausalLM.from_pretrained(result.out, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

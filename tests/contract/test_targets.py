@@ -25,13 +25,13 @@ from tests.dense import VARIANTS, make_dense
 EXPERTS = 4
 IDS = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
 
-PLAIN = "llama llama-tied llama-llama3-rope llama-head-dim mistral phi3-longrope gemma"
+PLAIN = "llama llama-tied llama-llama3-rope llama-head-dim mistral phi3-longrope gemma seed-oss-no-bias"
 FITS = {
     "mixtral": f"{PLAIN} mistral-window phi3-window",
-    "qwen2_moe": f"{PLAIN} mistral-window phi3-window qwen2 qwen2-tied qwen2-windows",
+    "qwen2_moe": f"{PLAIN} mistral-window phi3-window qwen2 qwen2-tied qwen2-windows seed-oss seed-oss-head-dim",
     "qwen3_moe": "qwen3 qwen3-tied",
-    "glm4_moe": f"{PLAIN} phi3-partial qwen2 qwen2-tied qwen3 qwen3-tied",
-    "granitemoeshared": f"{PLAIN} llama-attention-bias granite",
+    "glm4_moe": f"{PLAIN} phi3-partial qwen2 qwen2-tied qwen3 qwen3-tied seed-oss seed-oss-head-dim",
+    "granitemoeshared": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases",
     "ernie4_5_moe": PLAIN,
 }
 """The targets of each variant; everything else must be refused."""

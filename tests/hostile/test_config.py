@@ -51,7 +51,7 @@ def test_huge_size_is_refused_at_once(source: Path, refused: Refused, key: str, 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "seed_oss"])
 def test_huge_number_of_layers_in_every_family(source: Path, refused: Refused, family: str) -> None:
     edit_config(source, model_type=family, num_hidden_layers=10**9)
     refused(source, "num_hidden_layers = 1000000000", "config and weights disagree")
@@ -205,6 +205,8 @@ def test_rope_theta(source: Path, refused: Refused, theta: Any, nested: bool) ->
         ),
         ("granite", {"embedding_multiplier": "x"}, "embedding_multiplier"),
         ("granite", {"logits_scaling": float("nan")}, "logits_scaling"),
+        ("seed_oss", {"residual_dropout": 1.5}, "residual_dropout"),
+        ("seed_oss", {"attention_out_bias": 1}, "attention_out_bias"),
     ],
 )
 def test_keys_of_other_families(source: Path, refused: Refused, family: str, keys: dict[str, Any], word: str) -> None:

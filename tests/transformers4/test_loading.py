@@ -30,10 +30,12 @@ CASES = [
     ("llama-tied", "qwen2_moe", 0),
     ("llama-llama3-rope", "qwen2_moe", "2x"),
     ("qwen2", "qwen2_moe", "1x"),
+    ("seed-oss", "qwen2_moe", "1x"),
     ("mistral-window", "qwen2_moe", 0),
     ("qwen3-tied", "qwen3_moe", 0),
     ("llama-llama3-rope", "glm4_moe", 0),
     ("qwen2", "glm4_moe", "1x"),
+    ("seed-oss-head-dim", "glm4_moe", "1x"),
     ("qwen3", "glm4_moe", "2x"),
     ("phi3-partial", "glm4_moe", "1x"),
     ("llama-tied", "granitemoeshared", 0),
@@ -49,6 +51,7 @@ CASES = [
     ("granite", "dense", 0.5),
     ("phi3-longrope", "dense", 0.5),
     ("gemma", "dense", 0.5),
+    ("seed-oss", "dense", 0.5),
 ]
 """Variant, target, shared: every target, and every trap of its spelling. `Target.majors` promises each of them."""
 

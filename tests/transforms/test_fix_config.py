@@ -41,6 +41,7 @@ CASES = [  # target or None for the dense model itself, variant, recipe; every b
     (None, "phi3-partial", {}),
     (None, "granite", {}),
     (None, "gemma", {}),
+    (None, "seed-oss", {}),
 ]
 IDS = [f"{variant}-{target or 'dense'}" for target, variant, _ in CASES]
 

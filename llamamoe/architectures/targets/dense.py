@@ -18,7 +18,7 @@ class _Form:
     model_type: str
     architecture: str
     holds: frozenset[str]
-    biases: Literal["none", "qkv", "all or none"]
+    biases: Literal["none", "qkv", "all or none", "any"]
 
 
 _FORMS = (
@@ -42,6 +42,7 @@ _FORMS = (
         frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias", "multipliers"}),
         "all or none",
     ),
+    _Form("seed_oss", "SeedOssForCausalLM", frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias"}), "any"),
 )
 
 _SPELLED_AS = {"phi3": "mistral", "gemma": "llama"}
@@ -69,7 +70,7 @@ def _form(dense: DenseSpec) -> _Form:
 
 
 class Dense(Target):
-    """Llama, Mistral, Qwen2, Qwen3 or Granite with the kept neurons as its FFN: no router and no experts.
+    """Llama, Mistral, Qwen2, Qwen3, Granite or Seed-OSS with the kept neurons as its FFN: no router and no experts.
 
     Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w) as Llama, where those hold them.
     """
@@ -100,9 +101,11 @@ class Dense(Target):
             "model_type": form.model_type,
             "intermediate_size": layout.shared_width,
         }
-        if form.biases == "all or none":
+        if form.biases in ("all or none", "any"):
             keys["attention_bias"] = dense.qkv_bias
-        if form.model_type in ("llama", "granite"):
+        if form.biases == "any":
+            keys["attention_out_bias"] = dense.o_bias
+        if form.model_type in ("llama", "granite", "seed_oss"):
             keys["mlp_bias"] = False
         if "mixed_windows" in form.holds:
             window = next((w for w in dense.sliding if w is not None), None)
