@@ -67,8 +67,9 @@ def densify(
 
     Args:
         model: A converted checkpoint.
-        out: The folder to create: Llama, Mistral, Qwen2, Qwen3 or Granite, the first that can hold it exactly.
-        like: A dense checkpoint; neurons are put into its order, found by the bits of their gate rows.
+        out: The folder to create: Llama, Mistral, Qwen2, Qwen3, Granite or Seed-OSS, the first that can hold it exactly.
+        like: A dense checkpoint; neurons are put into its order, found by the bits of their gate rows, and the output is
+            of its family where that can hold it.
         rescale: Name of the rescale in effect; None: the one that the conversion recorded.
         shard_size: Maximum size of a file, such as ``"5GB"``.
         resume: Finish a stopped call with the same arguments.
@@ -155,7 +156,10 @@ class _Job:
     # ---- what is decided first ------------------------------------------------------------------------------------
 
     def _spec(self) -> DenseSpec:
-        """Return the spec of the dense model, without biases that are all zero and a head that equals the embedding."""
+        """Return the spec of the dense model, without biases that are all zero and a head that equals the embedding.
+
+        It is of the parent's family where that family's own architecture holds it.
+        """
         converted = self.converted
         spec = replace(converted.spec, intermediate_size=self.width)
         if spec.qkv_bias and not spec.o_bias:
@@ -165,6 +169,9 @@ class _Job:
             head, table = converted.read("lm_head.weight"), converted.read("model.embed_tokens.weight")
             tied = head.dtype == table.dtype and torch.equal(head, table)
             spec = replace(spec, tie_word_embeddings=tied)
+        if self.parent is not None:
+            own = replace(spec, family=self.parent.spec.family)
+            spec = spec if self.target.refusals(own) else own
         return spec
 
     @property

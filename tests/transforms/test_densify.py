@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llamamoe
 from llamamoe import CheckpointError, RefusedError, densify, load_recipe, retop, split
 
-from ..dense import make_dense
+from ..dense import make_byte_level, make_dense
 
 CASES = [
     ("llama", "mixtral", 0),
@@ -87,6 +87,19 @@ def test_families_with_files_of_their_own_come_back_as_a_plain_one(
     assert json.loads((out / "config.json").read_text())["model_type"] == model_type
     wanted = logits(dense)
     assert torch.allclose(logits(out), wanted, atol=5e-6 * float(wanted.abs().max()))
+
+
+def test_it_is_of_the_family_of_the_parent_that_is_named(tmp_path: Path) -> None:
+    """Qwen2 could hold the attention, but transformers opens every tokenizer beside it as Qwen's."""
+    dense = make_dense(tmp_path / "dense", "seed-oss", vocab_size=300)
+    make_byte_level(dense)
+    moe = convert(dense, tmp_path / "moe", "glm4_moe", shared="1x")
+    out = densify(moe, tmp_path / "out", like=dense).out
+    assert json.loads((out / "config.json").read_text())["model_type"] == "seed_oss"
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, dense))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(logits(out), logits(dense))
 
 
 def test_without_an_order_the_function_is_the_same(tmp_path: Path) -> None:
