@@ -38,7 +38,7 @@ def _speed(plan: SplitPlan) -> None:
     from llamamoe.conversion.expected_speed import expected_speed
 
     found = expected_speed(plan.layout, plan.model.spec)
-    heading("Expected speed, relative to the parent")
+    heading("Expected speed, relative to the parent, at the nearest shape that was measured")
     rows, origins = [], []
     for near in found["measured"]:
         for key, who in (("over_dense", near["shape"]), ("static_over_dense", "static pruning")):
@@ -191,11 +191,11 @@ def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     before = sorted(layer["output_error_before_repair"] for layer in layers if "output_error_before_repair" in layer)
     if not after:
         return []
-    was = f", {before[len(before) // 2]:.2f} before repair" if before else ""
+    was = f" ({before[len(before) // 2]:.2f} before repair)" if before else ""
     return [
         (
             "layer error",
-            f"{after[len(after) // 2]:.2f} of the dense output on the calibration text, in the middle layer by error{was}",
+            f"{after[len(after) // 2]:.2f} of the dense output on the calibration text, in the median layer{was}",
         )
     ]
 
@@ -207,7 +207,7 @@ def parity(check: Mapping[str, Any] | None) -> str:
     if not check["passed"]:
         return f"NOT checked: {check['note']}"
     if check["equal_weights"] is None:
-        text = "none is claimed; files, names, shapes and what is kept of the parent's neurons are as planned"
+        text = "not expected, as neurons are left out or refitted; files, names, shapes and all that is kept are as planned"
         away = check.get("as_configured")
         return text if away is None else f"{text}; logits differ by {away:.2g} of the largest"
     text = f"logits differ by {error(check['equal_weights'])} of the largest with all experts at equal weights"

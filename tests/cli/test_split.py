@@ -252,7 +252,7 @@ def test_a_dry_run_of_calibration_imports_nothing_heavy(dense: Path, calibrated:
 def test_summary_after_calibration(dense: Path, tmp_path: Path, run: Run, calibrated: tuple[str, ...]) -> None:
     result = run("split", dense, tmp_path / "out", "--no-verify", *calibrated)
     assert "ready for transformers" in result.stdout
-    assert "of the dense output on the calibration text, in the middle layer by error" in result.stdout
+    assert "of the dense output on the calibration text, in the median layer" in result.stdout
     assert "before repair" in result.stdout
     assert "until the model is trained" not in result.stdout
     assert result.stderr.startswith("convert: ")

@@ -101,7 +101,7 @@ def layout_of(header: GgufHeader) -> Layout:
     if experts or packed:
         raise CheckpointError(
             f"{path} is already a mixture of experts ({experts or 'some'} experts; architecture {arch!r}).",
-            hint="Only dense models can be split.",
+            hint="GGUF files are read of dense models only: give the folder that it was exported from, or a dense model to split.",
         )
     if arch not in LAYOUTS:
         raise CheckpointError(
