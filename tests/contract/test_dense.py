@@ -66,7 +66,7 @@ def test_what_no_dense_architecture_holds_is_refused(tmp_path: Path) -> None:
         ({"shared": 172}, "nothing is left to leave out"),
         ({"shared": "1x"}, "counts expert widths"),
         ({"keep_dense": [0]}, "one intermediate_size"),
-        ({"target": "mixtral"}, "mixtral holds experts, of which this method makes none"),
+        ({"target": "mixtral"}, "mixtral holds experts, which this method does not make"),
         ({"method": "random", "target": "dense"}, "dense holds no experts"),
     ],
 )

@@ -39,7 +39,7 @@ KINDS: dict[str, Registry[Any]] = {
 ALL = [(key, name) for key, registry in KINDS.items() for name in registry.names()]
 CASES = [(key, name, options) for key, name in ALL for options in variants(KINDS[key].get(name))]
 IN_RECIPES = [case for case in CASES if case[0] != "measure"]
-OWN = re.compile(r"\b([Oo]urs|[Ff]olklore|[Cc]ontrol)\b")
+OWN = re.compile(r"\b([Oo]riginal to this project|[Ff]olklore|[Cc]ontrol)\b")
 """The words in a docstring for a rule without a paper or source."""
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
@@ -58,7 +58,7 @@ def test_no_kind_is_left_out() -> None:
 
 @pytest.mark.parametrize(("key", "name"), ALL)
 def test_name_summary_and_reference(key: str, name: str) -> None:
-    """The name is the file's where a file holds one plug-in; a rule without a reference is called our own, or a control."""
+    """The name is the file's where a file holds one plug-in; a rule without a reference says that it is original, folklore or a control."""
     cls = KINDS[key].get(name)
     same_file = Counter(each.__module__ for each in KINDS[key])
     assert cls.name == name
@@ -71,7 +71,9 @@ def test_name_summary_and_reference(key: str, name: str) -> None:
     assert cls.needs in ("nothing", "weights", "activations", "gradients")
     doc = vars(cls).get("__doc__") or ""
     assert len(doc) > 20
-    assert cls.reference or OWN.search(doc), "name the paper or source, or say in the docstring that it is ours"
+    assert cls.reference or OWN.search(doc), (
+        "name the paper or source, or say in the docstring that it is original to this project"
+    )
 
 
 # ---- options ------------------------------------------------------------------------------------------------------

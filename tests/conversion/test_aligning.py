@@ -230,7 +230,7 @@ def test_too_little_text_is_refused_before_anything_is_written(long: Path, tmp_p
 def test_strict_refuses_what_alignment_would_warn_of(long: Path, dense: Path, tmp_path: Path) -> None:
     """The text is enough to calibrate on, and not to align on."""
     chosen = recipe(dense, {"tokens": 2**20}, strict=True)
-    with pytest.raises(RefusedError, match=r"--strict refuses: .* of the 1048576 asked for"):
+    with pytest.raises(RefusedError, match=r"--strict refuses: .* of the 1048576 tokens asked for"):
         llamamoe.split(dense, tmp_path / "out", chosen)
     assert not list(tmp_path.iterdir())
 

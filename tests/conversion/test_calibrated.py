@@ -213,7 +213,7 @@ def test_a_repair_that_is_worse_than_none_is_not_kept(
     for layer in result.receipt["layers"]:
         assert layer["repair_pass_kept"] == 0
         assert layer["output_error"] == layer["output_error_before_repair"]
-        assert "harmful was no better than no repair" in layer["repair_note"]
+        assert "harmful did not reduce the error" in layer["repair_note"]
     assert result.receipt["weights_sha256"] == plain.receipt["weights_sha256"], "and the parent's bits are written"
 
 

@@ -195,9 +195,9 @@ def test_the_right_tokenizer_also_when_saved_again(tokens, model, tmp_path):
 
 def test_other_tokenizers_and_vocabularies_are_refused(tokens, model, tmp_path):
     corpus = TokenCorpus(tokens)
-    with pytest.raises(RefusedError, match="has another"):
+    with pytest.raises(RefusedError, match="has a different one"):
         corpus.check_tokenizer(make_model(tmp_path / "smaller", 127))
-    with pytest.raises(RefusedError, match="has another"):
+    with pytest.raises(RefusedError, match="has a different one"):
         corpus.check_tokenizer(make_model_with_bos(tmp_path / "words", 128))
     small = configure(Path(shutil.copytree(model, tmp_path / "small")), 90)
     with pytest.raises(RefusedError, match=r"holds the token 93, but .* has a vocabulary of 90"):
