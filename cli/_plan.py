@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -108,22 +109,22 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
 
 
 def _calibration(needed: CalibrationPlan) -> list[tuple[str, str]]:
-    operations, rate = f"{amount(needed.flops)} operations", f"{amount(int(REFERENCE_FLOPS))} a second"
+    operations, rate = f"{amount(needed.flops)} operations", f"{REFERENCE_FLOPS / 1e9:.0f} billion of them a second"
     return [
         ("calibration", f"{needed.tokens:,} tokens in sequences of {needed.length:,}"),
         ("needed by", ", ".join(needed.needing)),
         ("hidden states", f"{size(needed.disk_bytes)} in memory-mapped files beside OUT while it runs"),
-        ("calibration time", f"about {duration(needed.seconds())} at {rate} ({operations})"),
+        ("calibration time", f"about {duration(needed.seconds())}: {operations}, {rate}"),
     ]  # fmt: skip
 
 
 def _alignment(needed: AlignmentPlan) -> list[tuple[str, str]]:
     options = needed.options
     what = {"frozen": "", "scales": " and neurons' factors", "ffn": " and FFN weights"}[options.weights]
-    operations, rate = f"{amount(needed.flops)} operations", f"{amount(int(REFERENCE_FLOPS))} a second"
+    operations, rate = f"{amount(needed.flops)} operations", f"{REFERENCE_FLOPS / 1e9:.0f} billion of them a second"
     return [
         ("alignment", f"{options.tokens:,} tokens, {options.batch:,} a step: assignment, router{what} of all layers together"),
-        ("alignment time", f"about {duration(needed.seconds())} at {rate} ({operations})"),
+        ("alignment time", f"about {duration(needed.seconds())}: {operations}, {rate}"),
     ]  # fmt: skip
 
 
@@ -183,6 +184,10 @@ def print_result(result: SplitResult) -> None:
     )
     print_warnings(result.warnings)
     _advice(plan.advice)
+    models = f"{shlex.quote(str(result.out))} --against {shlex.quote(str(plan.model.checkpoint.path))}"
+    heading("Measure it")
+    echo(f"  llamamoe evaluate {models} --text HELD_OUT_TEXT")
+    echo(f"  llamamoe bench {models}")
 
 
 def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
