@@ -70,11 +70,12 @@ def _in_repository(target: str, source: str) -> str | None:
     if re.match(r"[a-z]+:", target):
         return None
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    return None if path.startswith(("docs/", "..")) or not (ROOT / path).is_file() else path
+    stays = path.startswith("docs/") and source.startswith("docs/")
+    return None if stays or path.startswith("..") or not (ROOT / path).is_file() else path
 
 
 def _place(path: str) -> str | None:
     """Return the place on the site where a file of the repository is shown."""
     if path.startswith("recipes/") and path.endswith(".yaml") and "/launch/" not in path:
         return f"reference/shipped-recipes.md#{anchor(path.removeprefix('recipes/'))}"
-    return PAGES.get(path)
+    return path.removeprefix("docs/") if path.startswith("docs/") else PAGES.get(path)

@@ -59,6 +59,11 @@ def test_links_to_the_repository_lead_to_pages_or_copies() -> None:
     )
 
 
+def test_links_of_the_repository_to_pages_stay_on_the_site() -> None:
+    assert "(how-to/family.md)" in repository.shown("CONTRIBUTING.md", "contributing.md")
+    assert "(docs/how-to/family.md)" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
 def test_links_of_pages_lead_somewhere_in_the_repository_too() -> None:
     """But for pages that only the site has."""
     generated = re.compile(r"docs/reference/(cli|recipes|shipped-recipes|methods|json|api/\w+)\.md")
