@@ -14,9 +14,9 @@ import numpy as np
 from ..checkpoint.files import replacing
 from ..checkpoint.ledger import Ledger, partial_path
 from ..checkpoint.out_folder import check_apart, free_bytes, normal_path, system_errors
-from ..errors import CheckpointError, RefusedError, UsageError, near_misses
+from ..errors import RefusedError, UsageError, near_misses
 from ..progress import Progress, ProgressCallback, ignore_progress
-from .shards import TokenCorpus
+from .shards import TokenCorpus, changed_shard
 from .token_index import TokenIndex, domain_folder, read_index
 from .token_merge import check_out, publish
 
@@ -190,16 +190,13 @@ class _Run:
         with replacing(path.with_name(f"{path.name}.bin")) as file:
             for number, shard in enumerate(self.index.splits[domain.split][domain.domain].shards, start=1):
                 digest = hashlib.sha256()
-                for ids in self._pieces(corpus.folder / shard.file):
-                    digest.update(ids.tobytes())
-                    file.write(ids.tobytes())
-                    found, rest = _lengths(ids, self.index.eos_token_id, rest)
+                for piece in self._pieces(corpus.folder / shard.file):
+                    digest.update(piece)
+                    file.write(piece)
+                    found, rest = _lengths(np.frombuffer(piece, self.dtype), self.index.eos_token_id, rest)
                     lengths.append(found)
                 if digest.hexdigest() != shard.sha256:
-                    raise CheckpointError(
-                        f"'{corpus.folder / shard.file}' was changed since the text was tokenised: its hash differs.",
-                        hint="Copy the folder again, or tokenise again.",
-                    )
+                    raise changed_shard(corpus.folder / shard.file)
                 self.progress(Progress("export tokens", done + number, total, "file"))
         if rest:
             lengths.append(np.array([rest], dtype=np.int32))
@@ -208,11 +205,11 @@ class _Run:
             _write_index(file, self.code, self.dtype.itemsize, lengths_D)
         return len(lengths_D)
 
-    def _pieces(self, path: Path) -> Iterator[np.ndarray]:
-        """Yield the ids of a shard, a few millions at a time."""
+    def _pieces(self, path: Path) -> Iterator[bytes]:
+        """Yield the bytes of a shard, of a few million whole ids at a time."""
         with path.open("rb") as file:
             while piece := file.read(_AT_ONCE * self.dtype.itemsize):
-                yield np.frombuffer(piece, dtype=self.dtype)
+                yield piece
 
     def warnings(self, domains: tuple[ExportedDomain, ...]) -> Iterator[str]:
         """Yield what a user should know of the documents."""

@@ -21,6 +21,14 @@ OPEN_FILES = 128
 """Number of shards mapped at a time: each keeps a file open, and their number per process is limited."""
 
 
+def changed_shard(path: Path) -> CheckpointError:
+    """Return the refusal of a shard whose bytes are not those that the index has the hash of."""
+    return CheckpointError(
+        f"'{path}' was changed since the text was tokenised: its hash differs.",
+        hint="Copy the folder again, or tokenise again.",
+    )
+
+
 class TokenCorpus:
     """One split of a folder that `llamamoe.tokenize` wrote.
 
@@ -129,10 +137,7 @@ class TokenCorpus:
         shards = [shard for entry in self._entries.values() for shard in entry.shards]
         for done, shard in enumerate(shards, start=1):
             if file_sha256(self.folder / shard.file) != shard.sha256:
-                raise CheckpointError(
-                    f"'{self.folder / shard.file}' was changed since the text was tokenised: its hash differs.",
-                    hint="Copy the folder again, or tokenise again.",
-                )
+                raise changed_shard(self.folder / shard.file)
             progress(Progress("check tokens", done, len(shards), "file"))
 
     def check_tokenizer(self, model: str | Path) -> None:
