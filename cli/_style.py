@@ -121,6 +121,30 @@ def flag(*spellings: str, group: str, text: str, **keys: Any) -> Callable[[Calla
     return click.option(*spellings, cls=Option, group=group, help=text, **keys)
 
 
+def run_options(
+    group: str, *, resume: str = "Resume an interrupted run.", force: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``--resume`` and ``--force``, of commands that put OUT together in OUT.partial."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        forced = flag("--force", group=group, is_flag=True, text=force)
+        return flag("--resume", group=group, is_flag=True, text=resume)(forced(function))
+
+    return decorate
+
+
+def partial_options(group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same where OUT is never replaced."""
+    resume = "Resume an interrupted run from OUT.partial."
+    return run_options(group, resume=resume, force="Discard the files of an interrupted run in OUT.partial.")
+
+
+def check_resume_or_force(resume: object, force: bool) -> None:
+    """Refuse both together."""
+    if resume and force:
+        raise click.UsageError("--resume and --force are mutually exclusive.")
+
+
 def tokenizer_option(group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """``--tokenizer``: in the place of the vocabulary of a GGUF file."""
     text = "For a GGUF file: folder with the tokenizer files to use.  [default: the tokenizer in the file]"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ._format import amount, plural
-from ._output import Interrupted, Output, output_options
-from ._style import Command, Option, flag
+from ._output import Output, kept_when_interrupted, output_options
+from ._style import Command, Option, check_resume_or_force, partial_options
 from ._tables import table
 from ._text import bold, echo
 
@@ -37,21 +36,15 @@ llamamoe export-tokens tokens megatron-tokens --json
 @click.argument("out")
 @click.option("--format", "kind", cls=Option, group="Result", metavar="NAME", default="megatron", show_default=True,
               help="The program that reads them: megatron.")  # fmt: skip
-@flag("--resume", group="Run", is_flag=True, text="Resume an interrupted run from OUT.partial.")
-@flag("--force", group="Run", is_flag=True, text="Discard the files of an interrupted run in OUT.partial.")
+@partial_options("Run")
 @output_options
 def command(tokens: str, out: str, kind: str, resume: bool, force: bool, output: Output) -> None:
     """Parse, write, print."""
     from llamamoe import export_tokens
 
-    if resume and force:
-        raise click.UsageError("--resume and --force are mutually exclusive.")
-    try:
-        with output.progress() as report:
-            found = export_tokens(tokens, out, format=kind, resume=resume, force=force, progress=report)
-    except KeyboardInterrupt:
-        left = Path(f"{Path(out).expanduser()}.partial")
-        raise Interrupted.leaving(left, f"finished files are kept in {left}, --resume continues") from None
+    check_resume_or_force(resume, force)
+    with kept_when_interrupted(out), output.progress() as report:
+        found = export_tokens(tokens, out, format=kind, resume=resume, force=force, progress=report)
     output.result(found.to_json(), lambda: _print(found), summary=True, warnings=found.warnings)
 
 

@@ -10,7 +10,7 @@ import click
 from ._format import amount, duration, plural, size
 from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, flag
+from ._style import Command, flag, run_options
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
@@ -65,13 +65,8 @@ RECIPE, RUN = "Recipe", "Run"
 @flag("--compute-dtype", group=RECIPE, type=click.Choice(["float32", "bfloat16"]),
        text="Dtype of large matrix products.  [default: bfloat16 for 16-bit weights where it is much faster, else float32]")  # fmt: skip
 @flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; only file headers are read.")
-@flag("--resume", group=RUN, is_flag=True, text="Resume an interrupted run of the same command.")
-@flag(
-    "--force",
-    group=RUN,
-    is_flag=True,
-    text="Replace an existing healed checkpoint in OUT and discard the files of an interrupted run.",
-)
+@run_options(RUN, resume="Resume an interrupted run of the same command.",
+              force="Replace an existing healed checkpoint in OUT and discard the files of an interrupted run.")  # fmt: skip
 @output_options
 def command(
     model: str,

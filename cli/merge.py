@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ._output import Output, kept_when_interrupted, output_options
-from ._style import Command, Option
+from ._style import Command, Option, check_resume_or_force, run_options
 from ._tables import bullets, table
 from ._text import bold, echo
 
@@ -40,15 +40,13 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--weights", cls=Option, group="Average", metavar="W,W", callback=_numbers,
               help="One weight per model; they are normalised to sum to 1.  [default: equal]")  # fmt: skip
 @click.option("--out", cls=Option, group=RUN, metavar="DIR", required=True, help="The folder to write.")
-@click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Resume an interrupted run.")
-@click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace an existing checkpoint in OUT.")
+@run_options(RUN, force="Replace an existing checkpoint in OUT.")
 @output_options
 def command(
     models: tuple[str, ...], weights: list[float] | None, out: str, resume: bool, force: bool, output: Output
 ) -> None:
     """Parse, average, print."""
-    if resume and force:
-        raise click.UsageError("--resume and --force are mutually exclusive.")
+    check_resume_or_force(resume, force)
     from llamamoe import merge
 
     with kept_when_interrupted(out), output.progress() as report:

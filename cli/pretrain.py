@@ -14,7 +14,7 @@ import click
 from ._format import amount, duration, plural, size
 from ._output import Interrupted, Output, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, flag
+from ._style import Command, check_resume_or_force, flag
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo, styled
 
@@ -119,8 +119,7 @@ def command(
     output: Output,
 ) -> None:
     """Parse, then plan or train, then print."""
-    if resume is not None and force:
-        raise click.UsageError("--resume and --force are mutually exclusive.")
+    check_resume_or_force(resume is not None, force)
     if resume is None and (extend or allow_change):
         raise click.UsageError("--extend and --allow-change require --resume.")
     where: dict[str, Any] = {"resume": resume is not None if resume in (None, NEWEST) else resume, "force": force}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ._output import Output, kept_when_interrupted, output_options
-from ._style import Command, Option
+from ._style import Command, Option, check_resume_or_force, run_options
 from ._tables import bullets, facts
 from ._text import bold, echo
 
@@ -35,13 +35,11 @@ SIZES, RUN = "Sizes", "Run"
 )
 @click.option("--rescale", cls=Option, group=SIZES, metavar="NAME",
               help="Rescale rule used at conversion.  [default: the one named in config.json]")  # fmt: skip
-@click.option("--resume", cls=Option, group=RUN, is_flag=True, help="Resume an interrupted run.")
-@click.option("--force", cls=Option, group=RUN, is_flag=True, help="Replace an existing checkpoint in OUT.")
+@run_options(RUN, force="Replace an existing checkpoint in OUT.")
 @output_options
 def command(model: str, out: str, top_k: int, rescale: str | None, resume: bool, force: bool, output: Output) -> None:
     """Parse, write, print."""
-    if resume and force:
-        raise click.UsageError("--resume and --force are mutually exclusive.")
+    check_resume_or_force(resume, force)
     from llamamoe import retop
 
     with kept_when_interrupted(out), output.progress() as report:

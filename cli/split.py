@@ -11,7 +11,7 @@ from llamamoe.errors import UsageError
 
 from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import WRITING, name_flags, recipe_file, recipe_options
-from ._style import Command, flag, tokenizer_option
+from ._style import Command, flag, run_options, tokenizer_option
 
 if TYPE_CHECKING:
     from llamamoe.conversion.recipe import SplitRecipe
@@ -53,13 +53,8 @@ Flags override the values of the recipe, and --set overrides both.
        text="Turn warnings into errors, for example about weights that are not finite.")  # fmt: skip
 @flag("--no-card", group=WRITING, is_flag=True, text="Do not write a model card.")
 @flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; only file headers are read.")
-@flag("--resume", group=RUN, is_flag=True, text="Resume an interrupted run of the same command.")
-@flag(
-    "--force",
-    group=RUN,
-    is_flag=True,
-    text="Replace an existing checkpoint in OUT and discard the files of an interrupted run.",
-)
+@run_options(RUN, resume="Resume an interrupted run of the same command.",
+              force="Replace an existing checkpoint in OUT and discard the files of an interrupted run.")  # fmt: skip
 @tokenizer_option(RUN)
 @flag("--no-verify", group=RUN, is_flag=True,
        text="Skip the comparison of the result with SOURCE.")  # fmt: skip

@@ -10,7 +10,7 @@ import click
 from ._format import amount, duration, plural, size
 from ._output import Interrupted, Output, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, flag
+from ._style import Command, check_resume_or_force, flag, partial_options
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
@@ -56,8 +56,7 @@ RECIPE, RUN = "Recipe", "Run"
 @flag("--out", group=RUN, metavar="DIR", default="tokens", show_default=True, text="The folder to write.")
 @flag("--workers", group=RUN, type=click.IntRange(1), metavar="N",
        text="Number of processes.  [default: the recipe's, else one per core]")  # fmt: skip
-@flag("--resume", group=RUN, is_flag=True, text="Resume an interrupted run from OUT.partial.")
-@flag("--force", group=RUN, is_flag=True, text="Discard the files of an interrupted run in OUT.partial.")
+@partial_options(RUN)
 @flag("--strict", group=RUN, is_flag=True, text="Stop at the first row without usable text.")
 @flag("--dry-run", group=RUN, is_flag=True, text="List the input files with an estimate, without reading them.")
 @output_options
@@ -75,8 +74,7 @@ def command(
     output: Output,
 ) -> None:
     """Parse, then list or tokenise, then print."""
-    if resume and force:
-        raise click.UsageError("--resume and --force are mutually exclusive.")
+    check_resume_or_force(resume, force)
     given = {"tokenizer": tokenizer, "text": list(text) or None, "workers": workers}
     complete = _recipe(recipe, given, overrides)
     if dry_run:
