@@ -14,15 +14,10 @@ from llamamoe import plan_pretraining, pretrain
 from llamamoe.errors import RefusedError
 from llamamoe.training.changes import Changes
 
-from .runs import BLOCK, lines_of, make_world, recipe_of
+from .runs import BLOCK, lines_of, recipe_of
 
 SWITCH: dict[str, Any] = {"losses": [{"name": "switch"}]}
 CONSTANT = "lr_schedule.shape=constant"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,8 @@ from llamamoe import plan_pretraining, pretrain
 from llamamoe.errors import RefusedError, UsageError
 from llamamoe.training.model import check_folder
 
-from .runs import lines_of, make_text, make_world, recipe_of, tokenized
+from .runs import lines_of, make_text, recipe_of, tokenized
 from .tiny_moe import tiny_moe
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def test_one_small_held_out_domain_is_left_out_and_told(

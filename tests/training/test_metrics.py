@@ -27,11 +27,6 @@ from .tiny_moe import ARCHITECTURES, input_ids, tiny_moe
 ROWS, LENGTH = 2, 12
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_active_parameters_are_those_of_the_headers(name: str, tied: bool, tmp_path: Path) -> None:

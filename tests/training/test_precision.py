@@ -13,15 +13,10 @@ from llamamoe.errors import UsageError
 from llamamoe.training.parameters import optimizer_groups
 from llamamoe.training.recipe import PretrainRecipe
 
-from .runs import make_world, recipe_of
+from .runs import recipe_of
 from .tiny_moe import tiny_moe
 
 HALF = {"parameters": "bfloat16", "compute": "bfloat16"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def changed_share(dtype: torch.dtype, lr: float) -> float:

@@ -30,11 +30,6 @@ EXPERT_KL = {"lm": {"weight": 0.5}, "kl": {"weight": 1.0}}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def finished(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything on, not interrupted."""
     out = tmp_path_factory.mktemp("finished") / "run"

@@ -29,11 +29,6 @@ pytestmark = pytest.mark.slow
 SELDOM = ("save_every=null", "evaluate_every=null", "data.update=static")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 def recipe_for(world: dict[str, str], *overrides: str) -> PretrainRecipe:
     return recipe_of(
         world,

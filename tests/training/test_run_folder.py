@@ -20,14 +20,9 @@ from llamamoe.training.ownership import begin, check_owned, clear, close_staging
 from llamamoe.training.run_folder import checkpoints
 
 from ..hostile.conftest import digests
-from .runs import lines_of, make_world, recipe_of
+from .runs import lines_of, recipe_of
 
 OVERRIDES = ("steps=4", "save_every=2", "evaluate_every=2")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def refused(
