@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     import transformers
     import transformers.activations
     import transformers.core_model_loading
+    import transformers.integrations.moe
     import transformers.utils
 
 

@@ -8,6 +8,7 @@ transformers computes experts by a function selected by name. These are register
 The choice applies to the running model only and is not saved.
 """
 
+from ...lazy import transformers
 from ...plugins import Registry
 from .base import ExpertsImplementation
 
@@ -23,10 +24,9 @@ def register_experts() -> list[str]:
         The names in transformers (``"llamamoe_auto"``, ...), for ``from_pretrained(...,
         experts_implementation=name)`` and ``model.set_experts_implementation(name)``.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    known = ALL_EXPERTS_FUNCTIONS.valid_keys()
+    functions = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS
+    known = functions.valid_keys()
     for cls in EXPERTS:
         if PREFIX + cls.name not in known:
-            ALL_EXPERTS_FUNCTIONS.register(PREFIX + cls.name, cls())
+            functions.register(PREFIX + cls.name, cls())
     return [PREFIX + name for name in EXPERTS.names()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...lazy import torch
+from ...lazy import torch, transformers
 from .base import ExpertsCall, ExpertsImplementation
 from .sorted_loop import Sorted
 
@@ -60,9 +60,7 @@ class GroupedMm(ExpertsImplementation):
         size = call.x_TH.element_size()
         if size > 4 or call.width * size % 16 or call.hidden_size * size % 16:
             return Sorted().forward(call)
-        from transformers.integrations.moe import grouped_mm_experts_forward
-
-        function: Any = grouped_mm_experts_forward
+        function: Any = transformers.integrations.moe.grouped_mm_experts_forward
         known = call.all_known()
         indices_Tk = call.indices_Tk if known else call.known_indices_Tk()
         out_TH: torch.Tensor = function(_Experts(call, not known), call.x_TH, indices_Tk, call.weights_Tk)
