@@ -12,6 +12,7 @@ from ..checkpoint.out_folder import normal_path
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tokenizer_ids import beyond_embedding
 from ..errors import UsageError
+from .changes import Changes
 from .corpora import held_out_corpus, training_corpus
 from .estimate.estimate import Estimate
 from .mixtures.weights import mixture_weights
@@ -122,12 +123,9 @@ def plan_pretraining(
     facts = identities(recipe, location.path, parent)
     changes = None
     if out is not None:
-        folder = normal_path(out)
+        folder, how = normal_path(out), {"extend": extend, "allow_change": allow_change}
         check_place(folder, recipe, location.path, parent)
-        refuse_used(folder)
-        allowed = {"extend": extend, "allow_change": allow_change}
-        checkpoint = check_run_folder(folder, recipe, facts, resume=resume, force=force, **allowed)
-        changes = changes_since(checkpoint, recipe) if checkpoint is not None else None
+        changes = _changes(folder, recipe, facts, resume=resume, force=force, **how)
     world_size = world_size or recipe.distributed.world_size
     check_ranks(recipe, world_size)
     domains, held_out = _tokens(recipe)
@@ -147,6 +145,15 @@ def plan_pretraining(
     notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []
     told = [f"the run continues with {changes.describe()}"] if changes else []
     return PretrainPlan(location.name, recipe, domains, held_out, found, (*doubts(recipe, config), *notes, *told))
+
+
+def _changes(
+    folder: Path, recipe: PretrainRecipe, facts: dict[str, Any], *, resume: bool | str | Path, force: bool, **how: bool
+) -> Changes | None:
+    """Check the folder of a run, and compare the recipe with that of the checkpoint it would continue, if any."""
+    refuse_used(folder)
+    checkpoint = check_run_folder(folder, recipe, facts, resume=resume, force=force, **how)
+    return None if checkpoint is None else changes_since(checkpoint, recipe)
 
 
 def _check_device(**values: float | None) -> None:
