@@ -203,7 +203,8 @@ def _objective(
         world=layout.world,
     )
     head = LossHead(model, logits_at_once=recipe.logits_at_once)
-    distillation = _distillation(recipe, model, parent, facts)
+    distillation = _distillation(recipe, model, parent)
+    _slim(recipe, model, parent, facts)
     context = _context(losses, model, parent)
     return Objective(head, RouterTap(layers), losses, context, distillation, dynamics, sums, scale, recipe.max_steps)
 
@@ -218,23 +219,24 @@ def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout) -> Tok
     return TokenBatches(corpus, sampler, layout, recipe.data.block_length, recipe.max_steps)
 
 
-def _distillation(
-    recipe: PretrainRecipe, model: Any, parent: Parent | None, facts: dict[str, Any]
-) -> Distillation | None:
-    """Return the terms from the parent, of which only the needed parts are kept."""
+def _distillation(recipe: PretrainRecipe, model: Any, parent: Parent | None) -> Distillation | None:
+    """Return the terms from the parent."""
     if recipe.distill is None:
         return None
-    found = Distillation(recipe.distill, model, parent)
-    if parent is not None and recipe.distill.needs_parent:
+    return Distillation(recipe.distill, model, parent)
+
+
+def _slim(recipe: PretrainRecipe, model: Any, parent: Parent | None, facts: dict[str, Any]) -> None:
+    """Share the parent's weights with the model where they stay equal, and release what no step needs."""
+    if parent is not None and recipe.keeps_parent:
         facts["parent_bytes_shared"] = share_frozen(parent, model).bytes_shared
-        if not recipe.distill.needs_forward:
+        if not recipe.runs_parent:
             parent.keep_ffns_only()
-    return found
 
 
 def _context(losses: Sequence[RoutingLoss], model: Any, parent: Parent | None) -> LossContext:
     """Return the context of the losses on the routing."""
-    compares = parent is not None and any(loss.needs_targets for loss in losses)
+    compares = any(loss.needs_targets for loss in losses)
     return LossContext(
         all_reduce=sum_over_ranks if several_ranks() else None,
         targets=routed_targets(model, parent) if compares and parent is not None else None,
@@ -266,9 +268,7 @@ def _dynamics(
 
 def _parent(recipe: PretrainRecipe, folder: Path | None, source: Path, device: str) -> Parent | None:
     """Load the dense model, if anything needs it."""
-    asked = recipe.distill is not None and recipe.distill.needs_parent
-    asked = asked or any(LOSSES.get(each.name).needs_targets for each in recipe.losses)
-    if folder is None or not (asked or recipe.data.reference_losses == "parent"):
+    if folder is None or not (recipe.keeps_parent or recipe.data.reference_losses == "parent"):
         return None
     where = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     return load_parent(folder, source, dtype=recipe.precision.parent, device=where)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..architectures.moe_layout import RouterWeighting
 from ..architectures.targets import TARGETS
@@ -15,6 +16,20 @@ from ..lazy import torch
 CORRECTION_BIAS = "e_score_correction_bias"
 """Names of a selection bias, as an attribute and at the end of its name in a checkpoint: glm4_moe, ernie4_5_moe."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of a layer's routed experts, with what adapters add, and with their gradient.
+
+    Attributes:
+        gate_up_N2WH: Gate rows, then up rows, of each expert.
+        down_NHW: Down projections.
+        activation: The activation function of the gate.
+    """
+
+    gate_up_N2WH: torch.Tensor
+    down_NHW: torch.Tensor
+    activation: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,17 @@ class MoeLayer:
         """The routed experts: ``gate_up_proj`` is ``[N, 2W, H]``, ``down_proj`` ``[N, H, W]``."""
         experts: torch.nn.Module = self.block.experts  # type: ignore[assignment]
         return experts
+
+    def expert_weights(self) -> ExpertWeights:
+        """Return the routed experts' weights as they are computed with; they must be unsharded."""
+        weights: dict[str, torch.Tensor] = {}
+        module: Any = self.experts
+        while hasattr(module, "get_delta_weight"):  # peft wraps the module once for each parameter that it adapts
+            deltas = [module.get_delta_weight(name) for name in module.active_adapters if name in module.lora_A]
+            weights[module.parameter_name] = sum(deltas, start=module.get_param())
+            module = module.base_layer
+        gate_up, down = (weights.get(name, getattr(module, name)) for name in ("gate_up_proj", "down_proj"))
+        return ExpertWeights(gate_up, down, module.act_fn)
 
     @property
     def router_NH(self) -> torch.nn.Parameter:

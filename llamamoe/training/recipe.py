@@ -256,6 +256,10 @@ class PretrainRecipe(Recipe):
             yield "freeze names every group: nothing is left to train"
         if self.losses and "router" in self.freeze:
             yield "losses on the routing have no effect while freeze names router"
+        if any(each.options.get("experts") for each in self.losses if LOSSES.get(each.name).needs_targets):
+            frozen = "freeze names experts" if "experts" in self.freeze else None
+            if frozen or (self.lora is not None and not self.lora.experts):
+                yield f"a loss with experts=true trains none while {frozen or 'lora.experts=false'}: set experts=false"
 
     def _lora_contradictions(self) -> Any:
         if self.lora is None:
@@ -295,6 +299,21 @@ class PretrainRecipe(Recipe):
         if device == "cpu":
             return "llamamoe_auto"
         return "llamamoe_grouped_mm" if self.autocasts and device in ("cuda", "auto") else None
+
+    @property
+    def compares_experts(self) -> bool:
+        """True if a loss on the routing compares experts with the parent's FFNs."""
+        return any(LOSSES.get(each.name).needs_targets for each in self.losses)
+
+    @property
+    def keeps_parent(self) -> bool:
+        """True if every step needs the parent."""
+        return self.compares_experts or (self.distill is not None and self.distill.needs_parent)
+
+    @property
+    def runs_parent(self) -> bool:
+        """True if every step runs the whole parent, not only its FFNs."""
+        return self.distill is not None and self.distill.needs_forward
 
     @property
     def skipped_steps(self) -> int:

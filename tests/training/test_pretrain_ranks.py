@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from llamamoe import pretrain
 from llamamoe.training.arguments import training_arguments
 from llamamoe.training.ownership import step_of
-from llamamoe.training.recipe import PretrainRecipe
+from llamamoe.training.recipe import PretrainRecipe, load_pretrain_recipe
 from llamamoe.training.resuming import optimizer_file
 from llamamoe.training.run_folder import checkpoints
 
@@ -110,6 +110,24 @@ def test_losses_agree(
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype == torch.bfloat16, name
         assert float((ours[name] - value).abs().max()) < 2e-3, name  # Adam's first steps amplify rounding
+
+
+def test_experts_that_compete_learn_alike(world: dict[str, str], tmp_path: Path) -> None:
+    """The loss uses their weights outside of DDP's forward pass, and again in the backward pass."""
+    learn = ("save_every=null", "evaluate_every=null", "data.update=static", "gradient_checkpointing=true")
+    recipe = recipe_for(world, *learn).model_dump() | {"losses": [{"name": "competitive", "experts": True}]}
+    recipe["distill"] = {"lm": {"weight": 0.0}}
+    wanted = load_pretrain_recipe(given=recipe)
+    pretrain(wanted, tmp_path / "alone")
+    run(wanted, tmp_path / "run", 2)
+    assert_equal(lines_of(tmp_path / "run"), lines_of(tmp_path / "alone"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (Path(world["model"]), tmp_path / "run" / "model")
+    )
+    moved = {
+        name.rsplit(".", 2)[-2] for name in before if ".experts." in name and not torch.equal(before[name], after[name])
+    }
+    assert moved == {"w1", "w2", "w3"}
 
 
 def test_gradients_are_cut_after_every_micro_batch(world: dict[str, str], tmp_path: Path) -> None:

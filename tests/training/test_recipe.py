@@ -12,6 +12,7 @@ from llamamoe.errors import UsageError
 from llamamoe.training.recipe import PretrainRecipe, load_pretrain_recipe
 
 GOOD: dict[str, Any] = {"model": "moe", "parent": "dense", "data": {"train": "tokens"}, "steps": 10}
+COMPETE = {"name": "competitive", "experts": True}
 
 
 def load(*overrides: str, **keys: Any) -> PretrainRecipe:
@@ -82,6 +83,8 @@ def test_everything_wrong_is_told_at_once_with_near_misses() -> None:
         ({"distributed": {"tp_size": 2}}, "distributed.tp_size: unknown key"),
         ({"gate": "noisy_top_k", "balancing": {}}, "noisy_top_k"),
         ({"losses": ["competitive"], "parent": None}, "the loss competitive needs parent"),
+        ({"losses": [COMPETE], "freeze": ["experts"]}, "trains none while freeze names experts"),
+        ({"losses": [COMPETE], "lora": {"experts": False}}, "trains none while lora.experts=false"),
         ({"losses": ["competitive"], "distributed": {"fsdp_size": 2}}, "competitive cannot be combined"),
     ],
 )

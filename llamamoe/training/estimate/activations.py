@@ -21,7 +21,7 @@ from typing import Literal
 
 from ...models.experts.auto import COSTS, prefers_sorted
 from ..gates import GATES
-from ..losses import LOSSES
+from ..losses import LOSSES, RoutingLoss
 from ..recipe import PretrainRecipe
 from .shapes import LayerShape, ModelShape
 
@@ -270,10 +270,16 @@ def distillation_bytes(recipe: PretrainRecipe, run: Pass, parent_width: int) -> 
     return Terms(forward, backward, working)
 
 
+def routing_losses(recipe: PretrainRecipe) -> list[RoutingLoss]:
+    """Return the recipe's losses on the routing."""
+    kinds = [(LOSSES.get(each.name), each.options) for each in recipe.losses]
+    return [kind(kind.Options(**options)) for kind, options in kinds]
+
+
 def routing_bytes(recipe: PretrainRecipe, run: Pass) -> Terms:
     """Return the bytes of routing that losses keep, and of the gradients of the logits."""
     converted = [layer for layer in run.model.layers if layer.expert_width]
-    experts, losses = run.model.num_experts, [LOSSES.get(each.name) for each in recipe.losses]
+    experts, losses = run.model.num_experts, routing_losses(recipe)
     gate, each = GATES.get(recipe.gate.name), 4 * run.tokens * run.model.num_experts
     if not converted or not losses:
         return Terms(0, 0, 0)
@@ -282,6 +288,10 @@ def routing_bytes(recipe: PretrainRecipe, run: Pass) -> Terms:
         told += each * (1 + gate.kept_TN) + 12 * run.tokens * run.model.top_k
     if any(loss.needs_inputs for loss in losses) and (recipe.gradient_checkpointing or run.widths.casts):
         told += run.numbers * run.widths.weights
+    if any(loss.trains_experts for loss in losses):  # targets, and the experts' weights with adapters added
+        told += 4 * run.numbers
+        adapted = recipe.lora is not None and recipe.lora.experts
+        told += max(layer.numel["experts"] for layer in converted) * run.widths.weights if adapted else 0
     working = max(
         loss.working_numbers(run.tokens, experts, run.model.hidden_size, layer.expert_width)
         for loss in losses

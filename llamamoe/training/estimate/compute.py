@@ -8,8 +8,10 @@ Omitted are norms, activations, the optimiser, LoRA's sums of weights, communica
 
 from __future__ import annotations
 
+from ..losses import LOSSES
 from ..metrics import training_flops
 from ..recipe import PretrainRecipe
+from .activations import routing_losses
 from .shapes import ModelShape
 
 
@@ -33,6 +35,7 @@ def operations(
 
     Returns:
         ``student``: forward and backward pass. ``parent``: its forward pass (its FFNs' only, if that is enough).
+        ``competition``: all experts and the targets, for losses that compare experts with the parent.
         ``recomputation``: the layers' forward pass again, with checkpointing. ``head again``: the output head's, where
         the loss runs in chunks.
     """
@@ -49,6 +52,7 @@ def operations(
     return {
         "student": training_flops(shape.multiplied + adapters, depth, width, length) - 2.0 * frozen,
         "parent": _parent(recipe, parent),
+        "competition": _competition(recipe, shape, parent),
         "recomputation": again if recipe.gradient_checkpointing else 0.0,
         "head again": 2.0 * head if chunk < tokens else 0.0,
     }
@@ -67,6 +71,23 @@ def _parent(recipe: PretrainRecipe, parent: ModelShape | None) -> float:
     if distill.ffn is not None:
         layers = distill.ffn.layers
         total += 2.0 * ffn * (1.0 if layers == "all" else len(set(layers)) / len(parent.layers))
+    return total
+
+
+def _competition(recipe: PretrainRecipe, shape: ModelShape, parent: ModelShape | None) -> float:
+    """Return the operations of each loss that compares experts with the parent.
+
+    The targets run the FFN and the parent's once more, and the routed part of the former twice; then all experts run,
+    and if they are trained, again with both gradients of the down projections and the weight's of the others.
+    """
+    experts = shape.by_group().get("experts", 0)
+    shared = shape.by_group().get("shared", 0)
+    total = 0.0
+    for loss in routing_losses(recipe):
+        if LOSSES.get(loss.name).needs_targets:
+            targets = shared + 2.0 * experts * shape.top_k / max(shape.num_experts, 1)
+            targets += sum(layer.numel.get("dense_ffn", 0) for layer in parent.layers) if parent else 0
+            total += 2.0 * (targets + experts * (1 + 1 + 4 / 3 if loss.trains_experts else 1))
     return total
 
 

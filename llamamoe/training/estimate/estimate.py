@@ -175,14 +175,14 @@ def _parent_bytes(
     A tensor counts as shared if the student's of the same name and shape is frozen and both are held in the same
     dtype; equal values are assumed. Nothing is shared with sharded weights.
     """
-    if recipe.distill is None or not recipe.distill.needs_parent:
+    if not recipe.keeps_parent:
         return 0
     width = 4 if recipe.precision.parent == "float32" else 2
     alike = recipe.precision.parent == recipe.precision.parameters and not sharding.cut
     total = 0
     for name, info in parent.items():
         group = group_of(name)
-        if not recipe.distill.needs_forward and group != "dense_ffn":
+        if not recipe.runs_parent and group != "dense_ffn":
             continue
         mine = tensors.get(name)
         frozen = group in recipe.freeze or recipe.lora is not None
@@ -202,7 +202,7 @@ def _memory_warnings(
             f"does not fit: {peak / 2**30:.1f} GiB are needed on a device that has {device_memory / 2**30:.1f} GiB; "
             f"try {', '.join(less)}"
         )
-    if not counted and recipe.distill is not None and recipe.distill.needs_parent:
+    if not counted and recipe.keeps_parent:
         yield "the parent is not counted: its headers were not given"
     if memory.shape.num_experts and memory.run.widths.casts and not memory.run.widths.casts_experts:
         yield (

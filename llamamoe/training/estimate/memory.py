@@ -34,6 +34,7 @@ from .activations import (
     experts_bytes,
     ffn_bytes,
     routing_bytes,
+    routing_losses,
     style_for,
     working_bytes,
 )
@@ -58,6 +59,7 @@ class _Layer:
         kept: Activations.
         experts: Activations of the routed experts among them.
         working: Working memory in the backward pass.
+        early: Gradients that losses on the routing give before the backward pass reaches the layer.
         new: The gradient of the largest weight, with the copies from which it is computed.
         full: Weights as gathered by FSDP2; 0 without.
     """
@@ -69,6 +71,7 @@ class _Layer:
     kept: int
     experts: int
     working: int
+    early: int
     new: int
     full: int
 
@@ -114,6 +117,8 @@ class StepMemory:
         self._parent = parent_bytes
         self._distillation = distillation_bytes(recipe, self.run, parent_width)
         self._routing = routing_bytes(recipe, self.run)
+        early = any(loss.trains_experts for loss in routing_losses(recipe))
+        self._early = frozenset({"experts"}) if early else frozenset()
         self._layers = [self._layer(layer, first=index == 0) for index, layer in enumerate(shape.layers)]
         self._ends = {"embeddings": shape.embeddings, "head": shape.head, "norms": shape.norms}
         self._head = "embeddings" if shape.tied else "head"
@@ -149,9 +154,17 @@ class StepMemory:
             kept=kept,
             experts=experts_bytes(layer, run),
             working=working_bytes(layer, run),
+            early=self._early_bytes(layer),
             new=new + (sizes.get("experts", 0) * 2 if widths.casts_experts else 0),
             full=sum(computed.values()) * widths.weights if self.sharding.cut else 0,
         )
+
+    def _early_bytes(self, layer: LayerShape) -> int:
+        """Return the bytes of the gradients that losses on the routing give to experts or their adapters."""
+        lora = self.recipe.lora
+        if not self._early or lora is None:
+            return self._held({group: layer.numel.get(group, 0) for group in self._early}, trained=True)
+        return 4 * (adapters(self.recipe, self.shape, layer) if lora.experts else 0)
 
     def state(self) -> dict[str, int]:
         """Return weights, gradients and moments of one device."""
@@ -212,7 +225,7 @@ class StepMemory:
             else 0
         )
         base = self._always() | {
-            "gradients": self.state()["gradients"] if self.accumulates else 0,
+            "gradients": self.state()["gradients"] if self.accumulates else sum(each.early for each in self._layers),
             "activations": kept,
             "gathered weights": gathered,
         }
@@ -248,11 +261,12 @@ class StepMemory:
         copying = self._layers[index : index + 1] if checkpointed else self._layers[: index + 1]
         done = {self._head: self._ends[self._head], "norms": self._ends["norms"]}
         gradients = self._held(done, trained=True) + sum(each.gradients for each in self._layers[index + 1 :])
+        gradients += sum(each.early for each in self._layers[: index + 1])
         kept = self._kept(index + 1)
         if checkpointed:  # the layer's input is already kept, if the norm does not copy it to float32
             kept += layer.kept - (4 * self.run.numbers if self.run.widths.weights == 4 else 0)
         new = layer.new + layer.experts // 2  # with half of the experts' own activations
-        if not self.accumulates:
+        if not self.accumulates and not layer.early:
             new += layer.new // 2 - layer.experts  # both weights' gradients, in place of activations
         return self._always() | {
             "gradients": self.state()["gradients"] if self.accumulates else gradients,

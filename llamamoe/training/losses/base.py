@@ -88,8 +88,12 @@ class RoutingLoss(Plugin, ABC):
         """The tokens that are balanced together; None for a linear loss, for which it does not matter."""
         return self.options.window if isinstance(self.options, WindowOptions) else None
 
-    @classmethod
-    def kept_TN(cls, *, noisy: bool) -> int:
+    @property
+    def trains_experts(self) -> bool:
+        """True if it has a gradient for the experts' weights, not only for what routes."""
+        return False
+
+    def kept_TN(self, *, noisy: bool) -> int:
         """Return how many float32 arrays ``[T, N]`` of a layer its gradient keeps; for the estimate of a run.
 
         Args:
@@ -97,8 +101,7 @@ class RoutingLoss(Plugin, ABC):
         """
         return 1
 
-    @classmethod
-    def working_numbers(cls, tokens: int, num_experts: int, hidden_size: int, width: int) -> int:
+    def working_numbers(self, tokens: int, num_experts: int, hidden_size: int, width: int) -> int:
         """Return the peak number of float32 values in the loss of one layer; for the estimate.
 
         Arrays ``[T, N]`` are too small to count.

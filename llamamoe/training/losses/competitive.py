@@ -1,13 +1,13 @@
-"""Let experts compete for tokens by the likelihood of a mixture of Gaussians, to warm up a router."""
+"""Let experts compete for tokens by the likelihood of a mixture of Gaussians."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from ...lazy import torch
+from ..moe_layers import ExpertWeights
 from ..routing import Routing, at_least_float32
 from .base import LossContext, RoutingLoss
 
@@ -23,20 +23,26 @@ class Competitive(RoutingLoss):
     ``p`` are the router's probabilities, ``r`` the target of the routed experts' joint output (the parent's FFN minus
     the shared neurons), ``o_i`` the output of expert i alone. The gradient for softmax logits is p minus the posterior
     ``h_i ~ p_i exp(-d_i / (2 sigma^2))``: each token's router is drawn to the experts that explain its target better
-    than others do. Experts get no gradient; it is a warm-up of routers.
+    than others do. That warms up routers.
+
+    With ``experts`` the experts learn too, as in the paper: the gradient for ``o_i`` is ``h_i (o_i - r) / sigma^2``, so
+    that each expert approaches the targets of the tokens that it explains best. It learns to explain them alone, which
+    suits copies of a whole FFN and k = 1; experts of a partition are parts of a sum. Inputs get no gradient through the
+    experts: they are data, and the target depends on them.
 
     ``sigma^2`` is the token's own mean of ``d_i`` over experts, times ``temperature``, without gradient: it does not
-    move while the router learns, large tokens do not count more than small ones, and the loss is linear in the batch.
+    move with the weights, large tokens do not count more than small ones, and the loss is linear in the batch. The
+    paper's is 1 (``variance``).
 
     The size of ``o_i`` (``scale``): ``alone`` treats the expert as the only selected one, with the weight that
     its router then gives it (1 if renormalised). That is correct for copies of a whole FFN, but the experts of a
     partition are N/k or N times their neurons' share: the weakest expert would win, because it deviates least.
     ``fitted`` multiplies all experts' outputs on a token by the single factor with the least error over all of them,
-    ``sum_i r.o_i / sum_i ||o_i||^2`` (at least 0): 1/N for a partition, 1 for copies.
+    ``sum_i r.o_i / sum_i ||o_i||^2`` (at least 0): 1/N for a partition, 1 for copies. Neither has a gradient.
     """
 
     name = "competitive"
-    summary = "likelihood of the parent's output under a mixture of the experts, to warm routers up"
+    summary = "likelihood of the parent's output under a mixture of the experts, to warm routers up or train experts"
     reference = "Jacobs, Jordan, Nowlan, Hinton 1991, doi:10.1162/neco.1991.3.1.79"
     linear: ClassVar[bool] = True
     needs_inputs: ClassVar[bool] = True
@@ -49,9 +55,16 @@ class Competitive(RoutingLoss):
         temperature: float = Field(
             1.0, gt=0, allow_inf_nan=False, description="Multiplies sigma^2: below 1 the best expert wins more clearly."
         )
+        variance: float | None = Field(
+            None,
+            gt=0,
+            allow_inf_nan=False,
+            description="sigma^2: the paper's is 1; null: the mean over experts of a token's squared distances.",
+        )
         scale: Scale = Field(
             "fitted", description="Size of an expert's output: the least squares', or as if it alone were selected."
         )
+        experts: bool = Field(False, description="Train experts too, as the paper does, not only routers.")
 
     options: Options
 
@@ -59,22 +72,33 @@ class Competitive(RoutingLoss):
         """See `RoutingLoss.layer_loss`. O(T F H), as a forward pass through all experts."""
         if context.targets is None:
             raise ValueError("the competitive loss needs LossContext.targets")
-        with torch.no_grad():
-            distances_TN = expert_distances(routing, context.targets(routing), self.options.scale)
-            variance_T1 = self.options.temperature * distances_TN.mean(-1, keepdim=True)
-            explained_TN = -distances_TN / (2 * variance_T1.clamp(min=torch.finfo(variance_T1.dtype).tiny))
-        return -torch.logsumexp(_log_probabilities(routing) + explained_TN, -1).sum()
+        options, target_TH = self.options, context.targets(routing)
+        distances_TN = expert_distances(routing, target_TH, options.scale, learn=options.experts)
+        variance_T1 = distances_TN.detach().mean(-1, keepdim=True)
+        if options.variance is not None:
+            variance_T1 = torch.full_like(variance_T1, options.variance)
+        twice_T1 = (2 * options.temperature * variance_T1).clamp(min=torch.finfo(variance_T1.dtype).tiny)
+        return -torch.logsumexp(_log_probabilities(routing) - distances_TN / twice_T1, -1).sum()
 
-    @classmethod
-    def kept_TN(cls, *, noisy: bool) -> int:
-        """See `RoutingLoss.kept_TN`: probabilities and posterior."""
-        return 2
+    @property
+    def trains_experts(self) -> bool:
+        """See `RoutingLoss.trains_experts`."""
+        return self.options.experts
 
-    @classmethod
-    def working_numbers(cls, tokens: int, num_experts: int, hidden_size: int, width: int) -> int:
-        """See `RoutingLoss.working_numbers`: of a chunk gate, up and their product, outputs, and outputs times targets."""
+    def kept_TN(self, *, noisy: bool) -> int:
+        """See `RoutingLoss.kept_TN`: probabilities and posterior; for experts' gradients distances too."""
+        return 3 if self.options.experts else 2
+
+    def working_numbers(self, tokens: int, num_experts: int, hidden_size: int, width: int) -> int:
+        """See `RoutingLoss.working_numbers`.
+
+        Of a chunk gate, up, their product and outputs, or outputs and their product with targets. In the backward pass
+        gate, up, silu, product, outputs, and three arrays of the size of the outputs for their gradient.
+        """
         rows = min(tokens, _rows(num_experts, hidden_size, width))
-        return rows * num_experts * (3 * width + 2 * hidden_size)
+        if self.options.experts:
+            return rows * num_experts * (4 * width + 4 * hidden_size)
+        return rows * num_experts * max(3 * width + hidden_size, 2 * hidden_size)
 
 
 def _rows(num_experts: int, hidden_size: int, width: int) -> int:
@@ -90,49 +114,61 @@ def _log_probabilities(routing: Routing) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
-def expert_distances(routing: Routing, target_TH: torch.Tensor, scale: Scale = "fitted") -> torch.Tensor:
-    """Return the squared distance of every expert's own output from the target, without gradient.
+def expert_distances(
+    routing: Routing, target_TH: torch.Tensor, scale: Scale = "fitted", *, learn: bool = False
+) -> torch.Tensor:
+    """Return the squared distance of every expert's own output from the target.
 
-    O(T F H); memory holds the experts' outputs for one chunk of tokens, and T x N numbers.
+    O(T F H); memory holds the experts' outputs for one chunk of tokens, which are computed again in the backward pass,
+    and T x N numbers.
 
     Args:
         routing: The routing with ``inputs_TH``; its layer's experts must be unsharded on this device.
         target_TH: r.
         scale: See `Competitive`.
+        learn: Whether the distances have a gradient for the experts' weights.
 
     Returns:
         ``[T, N]`` of at least float32.
     """
     assert routing.inputs_TH is not None
-    with torch.no_grad(), torch.autocast(target_TH.device.type, enabled=False):
-        dots, squares = [], []
-        for out_NBH, target_BH in _outputs(routing.moe.experts, routing.inputs_TH, target_TH):
-            dots.append((out_NBH * target_BH).sum(-1).T)
-            squares.append(out_NBH.square().sum(-1).T)
-        dots_TN, squares_TN = torch.cat(dots), torch.cat(squares)
-        lengths_T1 = at_least_float32(target_TH).square().sum(-1, keepdim=True)
-        size = _size(routing, dots_TN, squares_TN, scale)
-        return (lengths_T1 - 2 * size * dots_TN + size**2 * squares_TN).clamp_(min=0)
+    with torch.set_grad_enabled(learn), torch.autocast(target_TH.device.type, enabled=False):
+        weights = routing.moe.expert_weights()
+        rows = _rows(routing.moe.num_experts, weights.down_NHW.shape[1], weights.down_NHW.shape[2])
+        sizes = [None] * -(-len(target_TH) // rows) if scale == "fitted" else torch.split(_alone(routing), rows)
+        chunks = zip(torch.split(routing.inputs_TH.detach(), rows), torch.split(target_TH, rows), sizes, strict=True)
+        if not learn:
+            return torch.cat([_chunk_distances(weights, *chunk) for chunk in chunks])
+        checkpoint = torch.utils.checkpoint.checkpoint
+        found = [checkpoint(_chunk_distances, weights, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(found)
 
 
-def _size(routing: Routing, dots_TN: torch.Tensor, squares_TN: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """Return the factor of the experts' bare outputs: ``[T, 1]`` or ``[T, N]``."""
-    if scale == "fitted":
-        total_T1 = squares_TN.sum(-1, keepdim=True)
-        return (dots_TN.sum(-1, keepdim=True) / total_T1).clamp(min=0).where(total_T1 > 0, torch.zeros_like(total_T1))
-    logits = at_least_float32(routing.logits_TN)
+def _alone(routing: Routing) -> torch.Tensor:
+    """Return the weight of each expert's bare output if it alone were selected, ``[T, N]``."""
+    logits = at_least_float32(routing.logits_TN.detach())
     weights = {"softmax": lambda: logits.softmax(-1), "sigmoid": logits.sigmoid}.get(routing.moe.weighting)
-    return torch.full_like(dots_TN, routing.moe.factor) * (1.0 if weights is None else weights())
+    return torch.full_like(logits, routing.moe.factor) * (1.0 if weights is None else weights())
 
 
-def _outputs(
-    experts: Any, inputs_TH: torch.Tensor, target_TH: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield for chunks of B tokens the output of each expert at weight 1, ``[N, B, H]``, and the target ``[B, H]``."""
-    gate_up, down_NHW = experts.gate_up_proj, at_least_float32(experts.down_proj)
-    n, hidden, width = down_NHW.shape
-    rows = _rows(n, hidden, width)
-    for x_BH, target_BH in zip(torch.split(inputs_TH, rows), torch.split(target_TH, rows), strict=True):
-        both = at_least_float32(x_BH.to(gate_up.dtype) @ gate_up.flatten(0, 1).T).view(-1, n, 2 * width)
-        h_BNW = experts.act_fn(both[..., :width]) * both[..., width:]
-        yield h_BNW.transpose(0, 1) @ down_NHW.transpose(1, 2), at_least_float32(target_BH).to(both.dtype)
+def _chunk_distances(
+    weights: ExpertWeights, x_BH: torch.Tensor, target_BH: torch.Tensor, size: torch.Tensor | None
+) -> torch.Tensor:
+    """See `expert_distances`; ``size`` multiplies the experts' outputs, None: the least squares' factor. ``[B, N]``."""
+    out_NBH = _outputs(weights, x_BH)
+    target_BH = at_least_float32(target_BH).to(out_NBH.dtype)
+    dots_BN, squares_BN = (out_NBH * target_BH).sum(-1).T, out_NBH.square().sum(-1).T
+    if size is None:
+        total_B1 = squares_BN.detach().sum(-1, keepdim=True)
+        size = (dots_BN.detach().sum(-1, keepdim=True) / total_B1).clamp(min=0).where(total_B1 > 0, 0.0)
+    length_B1 = target_BH.square().sum(-1, keepdim=True)
+    return (length_B1 - 2 * size * dots_BN + size**2 * squares_BN).clamp(min=0)
+
+
+def _outputs(weights: ExpertWeights, x_BH: torch.Tensor) -> torch.Tensor:
+    """Return the output of each expert at weight 1, ``[N, B, H]``."""
+    gate_up, down_NHW = weights.gate_up_N2WH, at_least_float32(weights.down_NHW)
+    n, _, width = down_NHW.shape
+    both = at_least_float32(x_BH.to(gate_up.dtype) @ gate_up.flatten(0, 1).T).view(-1, n, 2 * width)
+    h_BNW = weights.activation(both[..., :width]) * both[..., width:]
+    return h_BNW.transpose(0, 1) @ down_NHW.transpose(1, 2)

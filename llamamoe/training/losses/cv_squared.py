@@ -42,8 +42,7 @@ class CvSquared(RoutingLoss):
             sums.append(smooth_load_TN(routing).sum(0).to(weights_Tk.dtype))
         return squared_variation(context.reduce(torch.stack(sums), self.options.window)).sum()
 
-    @classmethod
-    def kept_TN(cls, *, noisy: bool) -> int:
+    def kept_TN(self, *, noisy: bool) -> int:
         """See `RoutingLoss.kept_TN`: all are those of the smooth load."""
         return 5 if noisy else 0
 

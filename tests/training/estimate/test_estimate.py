@@ -193,6 +193,7 @@ def test_operations_time_and_disk() -> None:
     assert found.operations == {
         "student": 6.0 * 1000 + 6 * 2 * 8 * 16,
         "parent": 2.0 * dense + 2 * 2 * 8 * 16 + 2.0 * (2 * 3 * 8 * 16),
+        "competition": 0.0,
         "recomputation": 2.0 * (1000 - 128) + 2 * 2 * 8 * 16,
         "head again": 2.0 * 128,
     }
@@ -239,6 +240,7 @@ def test_lora_trains_adapters_and_routers() -> None:
     [
         ({"distill": {"kl": {}}}, (), True),
         ({"distill": {"ffn": {}}}, (), False),
+        ({"losses": ["competitive"]}, (), False),
         ({"distill": {"kl": {}}, "freeze": ["embeddings", "head"], "precision": {"parameters": "bfloat16"}}, ("embed", "lm_head"), True),
         ({"distill": {"kl": {}}, "freeze": ["embeddings", "head"]}, (), True),
     ],
@@ -252,6 +254,15 @@ def test_parent_holds_what_it_cannot_share(keys: dict[str, Any], shared: tuple[s
         if (forward or ".mlp." in name) and not any(part in name for part in shared)
     ]
     assert found.parts["parent"] == 2 * sum(held)
+
+
+def test_competition_runs_all_experts_and_the_parent_s_ffn() -> None:
+    config, headers = llama()
+    for learn, passes in ((False, 1), (True, 2 + 4 / 3)):
+        losses = [{"name": "competitive", "experts": learn}]
+        found = on_paper(recipe(parent="p", losses=losses), parent_config=config, parent_tensors=headers)
+        # its routed experts as selected, twice; the parent's FFN; all experts
+        assert found.operations["competition"] == pytest.approx(2 * (2 * 768 / 2 + 2 * 3 * 8 * 16 + 768 * passes))
 
 
 def test_parent_without_headers_is_said() -> None:

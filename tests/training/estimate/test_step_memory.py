@@ -30,6 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"gate {name}": {"gate": name} for name in GATES.names()},
     **{f"loss {name}": {"losses": [{"name": name}]} for name in LOSSES.names()},
     **{f"loss {name}, noise": {"losses": [{"name": name}], "gate": "noisy_top_k"} for name in LOSSES.names()},
+    "loss competitive, experts learn": {"losses": [{"name": "competitive", "experts": True}]},
+    "loss competitive, adapters learn": {"losses": [{"name": "competitive", "experts": True}], "lora": {"rank": 2}},
     **{f"term {name}": {"distill": {name: {}}} for name in TERMS},
     **{f"experts {name}": {"experts_implementation": f"llamamoe_{name}"} for name in ("auto", "sorted", "masked")},
 }

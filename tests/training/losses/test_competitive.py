@@ -178,3 +178,133 @@ def test_autocast_does_not_round_the_distances() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rounded = expert_distances(routing, target)
     assert torch.equal(rounded, expert_distances(routing, target))
+
+
+# ---- experts that learn ---------------------------------------------------------------------------------------------
+
+PAPER = Competitive.Options(experts=True, variance=1.0, scale="alone")
+
+
+def paper_loss(moe: MoeLayer, logits_TN: torch.Tensor, x_TH: torch.Tensor, target_TH: torch.Tensor) -> torch.Tensor:
+    """Equation 1.3 of the paper, token by token and expert by expert: -log sum_i p_i exp(-||d - o_i||^2 / 2)."""
+    total, width = logits_TN.new_zeros(()), moe.experts.down_proj.shape[2]
+    for logits_N, x_H, target_H in zip(logits_TN, x_TH, target_TH, strict=True):
+        p_N, likelihood = torch.softmax(logits_N, 0), logits_TN.new_zeros(())
+        for p, gate_up, down in zip(p_N, moe.experts.gate_up_proj, moe.experts.down_proj, strict=True):
+            gate, up = gate_up[:width] @ x_H, gate_up[width:] @ x_H
+            out_H = down @ (gate * torch.sigmoid(gate) * up)
+            likelihood = likelihood + p * torch.exp(-(target_H - out_H).square().sum() / 2)
+        total = total - torch.log(likelihood)
+    return total
+
+
+def double_case(name: str = "mixtral") -> tuple[MoeLayer, Routing, torch.Tensor]:
+    """A layer in float64, the routing of a few tokens whose inputs have a gradient, and their targets."""
+    moe = layer(name)
+    moe.block.double()
+    generator = torch.Generator().manual_seed(3)
+    x_TH, target_TH = torch.randn(2, 9, H, generator=generator, dtype=torch.float64)
+    return moe, routed(moe, x_TH.requires_grad_()), target_TH
+
+
+def learned(moe: MoeLayer) -> list[torch.Tensor]:
+    return [moe.router_NH, moe.experts.gate_up_proj, moe.experts.down_proj]
+
+
+@pytest.mark.parametrize("chunk", [1, 10**6])
+def test_loss_and_gradients_are_the_paper_s(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK_NUMBERS", chunk * 2 * N * 8)
+    moe, routing, target_TH = double_case()
+    found = Competitive(PAPER).loss([routing], LossContext(targets=lambda _: target_TH))
+    expected = paper_loss(moe, routing.logits_TN, routing.inputs_TH.detach(), target_TH)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    inputs = [routing.inputs_TH, *learned(moe)]
+    ours, theirs = (torch.autograd.grad(each, inputs, retain_graph=True) for each in (found, expected))
+    for our, their in zip(ours, theirs, strict=True):
+        assert float(our.abs().max()) > 1e-3
+        torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("scale", ["fitted", "alone"])
+def test_each_expert_is_drawn_to_what_it_explains(name: str, scale: Any) -> None:
+    """The gradient for an expert's output o is s h (s o - r) / sigma^2, where neither size s nor sigma moves."""
+    moe, routing, target_TH = double_case(name)
+    loss = Competitive(Competitive.Options(experts=True, scale=scale, temperature=0.5))
+    value = loss.loss([routing], LossContext(targets=lambda _: target_TH))
+    found = torch.autograd.grad(value, moe.experts.down_proj)[0]
+    distances_TN = expert_distances(routing, target_TH, scale)
+    variance_T1 = 0.5 * distances_TN.mean(-1, keepdim=True)
+    posterior_TN = torch.softmax(routing.probabilities_TN.log() - distances_TN / (2 * variance_T1), -1).detach()
+    x_TH, width = routing.inputs_TH.detach(), moe.experts.down_proj.shape[2]
+    both_TNW = torch.einsum("th,nwh->tnw", x_TH, moe.experts.gate_up_proj.detach())
+    h_TNW = moe.experts.act_fn(both_TNW[..., :width]) * both_TNW[..., width:]
+    out_TNH = torch.einsum("tnw,nhw->tnh", h_TNW, moe.experts.down_proj.detach())
+    size_TN = module._alone(routing)
+    if scale == "fitted":
+        dots_T, squares_T = (out_TNH * target_TH[:, None]).sum((1, 2)), out_TNH.square().sum((1, 2))
+        size_TN = (dots_T / squares_T).clamp(min=0)[:, None].expand(-1, N)
+    pull_TNH = (size_TN * posterior_TN / variance_T1)[..., None] * (size_TN[..., None] * out_TNH - target_TH[:, None])
+    torch.testing.assert_close(
+        found, torch.einsum("tnh,tnw->nhw", pull_TNH, h_TNW), rtol=1e-4, atol=1e-7
+    )  # ernie routes in float32
+
+
+def test_experts_have_no_gradient_unless_they_learn() -> None:
+    moe, routing, target_TH = double_case()
+    value = Competitive().loss([routing], LossContext(targets=lambda _: target_TH))
+    assert torch.autograd.grad(value, learned(moe), allow_unused=True)[1:] == (None, None)
+
+
+def test_descent_finds_router_and_experts_together() -> None:
+    """Each token's target is what one of the experts gave before noise was added to all of them."""
+    moe = layer(router_std=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    x_TH = torch.randn(512, H, generator=generator)
+    best_T = (x_TH @ torch.randn(N, H, generator=generator).T).argmax(-1)
+    with torch.no_grad():
+        target_TH = alone(moe, x_TH)[torch.arange(512), best_T]
+        for weights in (moe.experts.gate_up_proj, moe.experts.down_proj):
+            weights.add_(0.5 * weights.std() * torch.randn(weights.shape, generator=generator))
+    optimiser, loss = torch.optim.Adam(learned(moe), lr=0.03), Competitive(PAPER)
+
+    def distance() -> float:
+        routing = routed(moe, x_TH)
+        distances_TN = expert_distances(routing, target_TH, "alone")
+        return float(distances_TN.gather(-1, routing.logits_TN.argmax(-1, keepdim=True)).mean())
+
+    before = distance()
+    for _ in range(60):
+        optimiser.zero_grad()
+        (loss.loss([routed(moe, x_TH)], LossContext(targets=lambda _: target_TH)) / 512).backward()
+        optimiser.step()
+    assert distance() < 0.15 * before
+
+
+def test_training_experts_costs_what_the_estimate_counts() -> None:
+    """A forward pass, the same again, and 4/3 of it for gradients: two of the down projections, one of the others."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    moe = layer()
+    routing, target_TH = case(moe)
+    with FlopCounterMode(display=False) as flops:
+        expert_distances(routing, target_TH, learn=True).sum().backward()
+    weights = moe.experts.gate_up_proj.numel() + moe.experts.down_proj.numel()
+    assert flops.get_total_flops() == pytest.approx(2 * 30 * weights * (2 + 4 / 3))
+
+
+def test_adapters_of_experts_are_part_of_them() -> None:
+    """Distances are those of what the layer computes, and what learns are the adapters."""
+    peft = pytest.importorskip("peft")
+    model = tiny_moe("mixtral")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=names, init_lora_weights=False)
+    moe = find_moe_layers(peft.get_peft_model(model, config))[0]
+    routing, target_TH = case(moe)
+    expected_TN = (target_TH[:, None] - alone(moe, routing.inputs_TH)).square().sum(-1)
+    found_TN = expert_distances(routing, target_TH, "alone", learn=True)
+    torch.testing.assert_close(found_TN, expected_TN, rtol=1e-4, atol=1e-4)
+    found_TN.sum().backward()
+    learns = {part for part in ("lora_A", "lora_B", "gate_up_proj", "down_proj")
+              for name, each in moe.experts.named_parameters() if part in name.split(".") and each.grad is not None}  # fmt: skip
+    assert learns == {"lora_A", "lora_B"}
