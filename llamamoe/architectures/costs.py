@@ -1,8 +1,9 @@
 """Count what a model costs: parameters in total and per token, multiply-adds, bytes; part by part.
 
-Counted as in Mixtral's 46.7 B / 12.9 B: every stored parameter is *total*; a routed expert's count k/N for the
-*active* ones, everything else counts whole. FLOPs are two per weight that a token is multiplied with; attention
-scores, which depend on the context's length, are left out.
+Every stored parameter is *total*. Of the *active* ones a routed expert's count k/N, and an input embedding only if it
+is the output head, too: otherwise a token reads one row of it. So a tied model and one with the same head written out
+have the same number. (Mixtral's 12.9 B include its embedding; here they are 12.7 B.) FLOPs are two per weight that a
+token is multiplied with; attention scores, which depend on the context's length, are left out.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Cost:
 
     Attributes:
         total: Stored parameters per part.
-        active: Parameters that one token uses, per part.
+        active: Parameters that one token uses, per part; 0 for an embedding that is only looked up.
         flops_per_token: Floating-point operations of one token's forward pass without attention scores.
         nbytes: Bytes of all tensors as stored.
     """
@@ -91,7 +92,7 @@ def count(
             matrices[role] = matrices.get(role, 0) + numel
     if tied:
         matrices["head"] = total.get("embedding", 0)
-    share: Mapping[str, float] = {"routed": active_share}
+    share: Mapping[str, float] = {"routed": active_share, "embedding": float(tied)}
     active = {role: round(n * share.get(role, 1.0)) for role, n in total.items()}
     flops = sum(round(2 * n * share.get(role, 1.0)) for role, n in matrices.items())
     order = sorted(total, key=lambda r: PARTS.index(r) if r in PARTS else len(PARTS))

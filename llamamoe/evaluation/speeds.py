@@ -86,9 +86,6 @@ class SpeedRun:
         mixture = inspection.experts is not None
         used = _choose_experts(model, implementation) if mixture else None
         width = model.dtype.itemsize
-        active = sum(n for part, n in inspection.cost.active.items() if part != "embedding")
-        if inspection.tied:
-            active += inspection.cost.active["embedding"]  # the table is also the head
         speeds = []
         with torch.inference_mode():
             for size in sizes:
@@ -104,7 +101,7 @@ class SpeedRun:
             experts_implementation=used,
             flops_per_token=inspection.cost.flops_per_token,
             prefill_flops_per_token=_prefill_flops(inspection, self.prompt_tokens),
-            active_bytes=active * width,
+            active_bytes=inspection.cost.active_parameters * width,
             memory_bytes=memory,
             speeds=tuple(speeds),
         )

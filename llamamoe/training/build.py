@@ -25,7 +25,7 @@ from .lora import add_adapters
 from .loss_head import LossHead
 from .losses import LOSSES
 from .losses.base import WINDOWS, LossContext, RoutingLoss
-from .metrics import MetricsFile, Sums, active_parameters, looked_up_parameters, peak_flops, training_flops
+from .metrics import MetricsFile, Sums, active_parameters, peak_flops, training_flops
 from .mixtures.sampler import MixtureSampler
 from .mixtures.updates import MIXTURES
 from .mixtures.weights import mixture_weights
@@ -147,10 +147,10 @@ def _peak_flops(device: str, world_size: int) -> float | None:
 
 
 def _flops_per_token(recipe: PretrainRecipe, model: Any, active_parameters: int) -> float:
-    config, multiplied = model.config, active_parameters - looked_up_parameters(model)
+    config = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head
-    return training_flops(multiplied, config.num_hidden_layers, width, recipe.data.block_length)
+    return training_flops(active_parameters, config.num_hidden_layers, width, recipe.data.block_length)
 
 
 def _trained_model(

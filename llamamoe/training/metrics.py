@@ -161,14 +161,13 @@ def active_parameters(model: torch.nn.Module, layers: Iterable[Any]) -> int:
     for moe in layers:
         routed = sum(p.numel() for p in moe.experts.parameters())
         inactive += routed * (moe.num_experts - moe.top_k) // moe.num_experts
-    return sum(p.numel() for p in model.parameters()) - inactive
+    return sum(p.numel() for p in model.parameters()) - inactive - _looked_up(model)
 
 
-def looked_up_parameters(model: torch.nn.Module) -> int:
-    """Return the active parameters outside products: the input embedding, unless it is also the head."""
-    base: Any = model
-    embedding = base.get_input_embeddings().weight
-    return 0 if base.get_output_embeddings().weight is embedding else embedding.numel()
+def _looked_up(model: Any) -> int:
+    """Return the parameters of the input embedding, unless it is also the head."""
+    embedding = model.get_input_embeddings().weight
+    return 0 if model.get_output_embeddings().weight is embedding else embedding.numel()
 
 
 def training_flops(multiplied: int, num_layers: int, attention_width: int, length: int) -> float:

@@ -344,3 +344,12 @@ def test_the_plan_says_what_a_hard_router_and_stacked_experts_cost_elsewhere(den
     assert "round probabilities to bfloat16" not in said(top_k=4), "all experts are selected anyway"
     assert "bitsandbytes leaves the experts unquantised" in said()
     assert "bitsandbytes" not in said(method="static", shared=0.5, shared_by="weight_norm")
+
+
+@pytest.mark.parametrize("target", ["qwen2_moe", "mixtral"])
+def test_a_tied_head_counts_once_for_a_token_also_where_it_is_written_out(tmp_path: Path, target: str) -> None:
+    found = plan(make_dense(tmp_path / "tied", "llama-tied"), target=target)
+    parent, moe = found.parent_cost.active, found.cost.active
+    assert ("head" in found.cost.total) == (target == "qwen2_moe")
+    assert found.parent_cost.active_parameters == found.parent_cost.total_parameters
+    assert moe["embedding"] + moe.get("head", 0) == parent["embedding"]

@@ -17,7 +17,7 @@ from llamamoe.training.dynamics import CollapsedError
 from llamamoe.training.estimate.estimate import estimate
 from llamamoe.training.estimate.shapes import read_shape
 from llamamoe.training.lora import add_adapters
-from llamamoe.training.metrics import active_parameters, looked_up_parameters, peak_flops, training_flops
+from llamamoe.training.metrics import active_parameters, peak_flops, training_flops
 from llamamoe.training.moe_layers import find_moe_layers
 from llamamoe.training.recipe import LoraRecipe, load_pretrain_recipe
 
@@ -59,7 +59,7 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    multiplied = active_parameters(model, find_moe_layers(model)) - looked_up_parameters(model)
+    multiplied = active_parameters(model, find_moe_layers(model))
     norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)  # no products
     half = training_flops(multiplied, config.num_hidden_layers, width, LENGTH)
     whole = half + 6.0 * config.num_hidden_layers * width * LENGTH - 6.0 * norms
@@ -117,7 +117,7 @@ def test_utilisation_is_operations_over_what_the_devices_can(
     shape = read_shape(checkpoint.config, checkpoint.tensors)
     assert json.loads((tmp_path / "run" / "facts.json").read_text())["active_parameters"] == shape.active
     for each in times:
-        operations = each["tokens_per_second"] * training_flops(shape.multiplied, 2, 64, 16)
+        operations = each["tokens_per_second"] * training_flops(shape.active, 2, 64, 16)
         assert each["mfu_active"] == pytest.approx(operations / 1e9, rel=0.01)
 
 

@@ -47,10 +47,10 @@ def operations(
     for group, numel in shape.by_group().items():
         if group not in trained and (group != "embeddings" or shape.tied):
             frozen += numel * (share if group == "experts" else 1.0)
-    again = 2.0 * (shape.multiplied - head) + attention / 3
+    again = 2.0 * (shape.active - head) + attention / 3
     chunk = max(1, recipe.logits_at_once // shape.vocab_size)
     return {
-        "student": training_flops(shape.multiplied + adapters, depth, width, length) - 2.0 * frozen,
+        "student": training_flops(shape.active + adapters, depth, width, length) - 2.0 * frozen,
         "parent": _parent(recipe, parent),
         "competition": _competition(recipe, shape, parent),
         "recomputation": again if recipe.gradient_checkpointing else 0.0,
@@ -66,7 +66,7 @@ def _parent(recipe: PretrainRecipe, parent: ModelShape | None) -> float:
     total = 0.0
     if distill.needs_forward:
         head = (parent.head or parent.embeddings) if distill.kl is None else 0
-        total += 2.0 * (parent.multiplied - head)
+        total += 2.0 * (parent.active - head)
         total += training_flops(0, len(parent.layers), parent.attention_width, recipe.data.block_length) / 3
     if distill.ffn is not None:
         layers = distill.ffn.layers

@@ -107,12 +107,7 @@ class ModelShape:
     def active(self) -> int:
         """Parameters that one token uses, counted as in `llamamoe.architectures.costs`."""
         inactive = self.routed * (self.num_experts - self.top_k) // self.num_experts if self.num_experts else 0
-        return self.total - inactive
-
-    @property
-    def multiplied(self) -> int:
-        """Active parameters that a token is multiplied with: an embedding that is not the head is only looked up."""
-        return self.active - (0 if self.tied else self.embeddings)
+        return self.total - inactive - (0 if self.tied else self.embeddings)
 
     def by_group(self) -> dict[str, int]:
         """Return the parameters of each group, over the whole model."""
