@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -12,7 +12,7 @@ import click
 
 from llamamoe.errors import UsageError, near_misses
 
-from ._style import Name, Option
+from ._style import COUNT, Name, Option
 
 
 def _registry(package: str, variable: str) -> Callable[[], list[str]]:
@@ -141,10 +141,10 @@ _ROWS = (
     _Row("--calibration", "calibration", CALIBRATION, "PATH|auto", unset="none", multiple=True,
          text="Calibration text: a file (txt, jsonl, parquet), folder or glob; may be repeated. auto: text sampled from "
          "SOURCE itself"),
-    _Row("--calibration-tokens", "calibration_tokens", CALIBRATION, "N", int),
+    _Row("--calibration-tokens", "calibration_tokens", CALIBRATION, "N", COUNT),
     _Row("--calibration-weights", "calibration_weights", CALIBRATION, "A=1,B=2", _Weights(), unset="equal",
          text="Weight of each domain in the calibration text, for example arxiv=1,book=2"),
-    _Row("--calibration-length", "calibration_length", CALIBRATION, "N", int,
+    _Row("--calibration-length", "calibration_length", CALIBRATION, "N", COUNT,
          unset="the model's context length, at most 512"),
     _Row("--device", "device", CALIBRATION, "auto|cpu|cuda"),
     _Row("--compute-dtype", "compute_dtype", CALIBRATION, "NAME", names=_literals("compute_dtype"),
@@ -157,12 +157,6 @@ _ROWS = (
     _Row("--require", "require", WRITING, "4.57", names=_literals("require"), unset="none",
          text="Refuse conversions that this older transformers version cannot load"),
 )  # fmt: skip
-FLAGS = {row.field: row.flag for row in _ROWS} | {
-    "align": "--align-tokens",
-    "strict": "--strict",
-    "card": "--no-card",
-}
-"""Field of the recipe to flag."""
 
 
 def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -232,14 +226,3 @@ def _found(text: str | None, kind: str) -> AbstractContextManager[Path | None]:
             hint=near_misses(text, shipped) if shipped else "Give a YAML file.",
         )
     return as_file(folder / f"{text}.yaml")
-
-
-def name_flags(error: UsageError, given: Mapping[str, Any]) -> UsageError:
-    """The same error with the flags that the user typed in the place of the recipe's keys."""
-
-    def flag(match: re.Match[str]) -> str:
-        field = match[2]
-        return f"{match[1]}{FLAGS[field]}:" if given.get(field) is not None else match[0]
-
-    fields = "|".join(FLAGS)
-    return UsageError(re.sub(rf"(?m)^(  - )({fields})\b[.\w]*:", flag, error.message), hint=error.hint)

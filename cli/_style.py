@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
+from llamamoe.errors import LlamaMoeError
 
 SECTIONS = ("Convert", "Train", "Inspect and verify", "Measure", "Other commands")
 """The order of sections in ``llamamoe --help``."""
@@ -27,24 +30,56 @@ class Context(click.Context):
     formatter_class = HelpFormatter
 
 
+class Count(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.2
+    """A whole number, which may have a unit: ``65536``, ``64k``, ``1M``, ``64Ki``."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it as recipes do, or say what is accepted."""
+        from llamamoe.recipes import COUNT_RULE, count_of
+
+        number = count_of(value)
+        try:
+            return int(number)
+        except ValueError:
+            self.fail(f"{value!r} is not {COUNT_RULE}.", param, ctx)
+
+
+COUNT = Count()
+"""The type of every option that is a number of tokens."""
+
+
 class Option(click.Option):
     """An option that belongs to a group of the help.
 
     Args:
         group: The heading under which it stands.
         explain: Writes its help when it is asked for, because the text needs an import.
+        key: Its name in the library and in recipes, if it is not that of the function's argument.
     """
 
-    def __init__(self, *args: Any, group: str = GENERAL, explain: Callable[[], str] | None = None, **keys: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        group: str = GENERAL,
+        explain: Callable[[], str] | None = None,
+        key: str | None = None,
+        **keys: Any,
+    ) -> None:
         super().__init__(*args, **keys)
         self.group = group
         self.explain = explain
+        self.key = key or self.name or ""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Click's, with the help written on demand."""
+        """Click's, with the help written on demand, and the units of a number of tokens."""
         if self.explain is not None:
             self.help = self.explain()
-        return super().get_help_record(ctx)
+        record = super().get_help_record(ctx)
+        if record is None or not isinstance(self.type, Count):
+            return record
+        return record[0].replace(f" {self.metavar}", f" {self.metavar}[k|M]"), record[1]
 
 
 class Command(click.Command):
@@ -64,6 +99,14 @@ class Command(click.Command):
         self.order = (SECTIONS.index(section), rank)
         self.examples = examples
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error about a value that a flag gave names the flag."""
+        try:
+            return super().invoke(ctx)
+        except LlamaMoeError as error:
+            error.message = spell_flags(error.message, ctx)
+            raise
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Options by group, the general ones at the end."""
         rows = []
@@ -75,11 +118,28 @@ class Command(click.Command):
         write_sections(formatter, rows)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Examples, line by line as written."""
+        """Units of numbers, and examples line by line as written."""
+        if any(isinstance(param.type, Count) for param in self.params):
+            with formatter.section("Units"):
+                formatter.write(" " * formatter.current_indent + "64k is 64,000; 1M is 1,000,000; 64Ki is 65,536.\n")
         if self.examples:
             with formatter.section("Examples"):
                 for line in self.examples.strip().splitlines():
                     formatter.write(" " * formatter.current_indent + line + "\n")
+
+
+def spell_flags(message: str, ctx: click.Context) -> str:
+    """Return a message of the library with flags in the place of names of values that the command line gave.
+
+    Names are replaced where they begin a line or a list's entry and their value or rule follows, and before ``= value``.
+    """
+    for option in ctx.command.params:
+        given = ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+        if given and isinstance(option, Option):
+            key, flag_ = re.escape(option.key), option.opts[-1]
+            begins, within = rf"(?:^|(?<=^  - )){key}(?=:| is )", rf"(?<![\w.-]){key}(?= = )"
+            message = re.sub(rf"(?m){begins}|{within}", flag_, message)
+    return message
 
 
 def write_sections(formatter: click.HelpFormatter, rows: list[tuple[str, tuple[str, str]]]) -> None:

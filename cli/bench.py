@@ -8,7 +8,7 @@ import click
 
 from ._format import amount, size
 from ._output import Output, output_options
-from ._style import Command, flag, model_options, tokenizer_option
+from ._style import COUNT, Command, flag, model_options, tokenizer_option
 from ._tables import facts, heading, paragraph, table
 from ._text import bold, echo
 
@@ -43,10 +43,23 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> li
 @flag("--batch-sizes", group=WHAT, metavar="B,B", default="1,4,16", show_default=True, callback=_sizes,
        text="Batch sizes to measure.")  # fmt: skip
 @flag(
-    "--prompt", group=WHAT, type=int, metavar="N", default=128, show_default=True, text="Number of tokens per prompt."
+    "--prompt",
+    group=WHAT,
+    type=COUNT,
+    key="prompt_tokens",
+    metavar="N",
+    default=128,
+    show_default=True,
+    text="Number of tokens per prompt.",
 )
 @flag(
-    "--new-tokens", group=WHAT, type=int, metavar="N", default=16, show_default=True, text="Number of tokens to decode."
+    "--new-tokens",
+    group=WHAT,
+    type=COUNT,
+    metavar="N",
+    default=16,
+    show_default=True,
+    text="Number of tokens to decode.",
 )
 @flag(
     "--repeats",

@@ -12,8 +12,8 @@ from llamamoe.errors import UsageError
 
 from ._format import amount
 from ._output import Interrupted, Output, output_options
-from ._recipe_options import name_flags, recipe_file, recipe_options
-from ._style import Command, Name, Option, flag, tokenizer_option
+from ._recipe_options import recipe_file, recipe_options
+from ._style import COUNT, Command, Name, Option, flag, tokenizer_option
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
@@ -64,7 +64,7 @@ def _measures() -> list[str]:
        text="Share of the active neurons that are shared, if --shared is not given.")  # fmt: skip
 @flag("--points", group=BUDGET, metavar="N", type=int, default=2, show_default=True,
        text="With kl: number of shares at which each layer is converted (the budget, 3/4 of it, ...).")  # fmt: skip
-@flag("--held-out-tokens", group=BUDGET, metavar="N", type=int, default=4096, show_default=True,
+@flag("--held-out-tokens", group=BUDGET, metavar="N", type=COUNT, default=4096, show_default=True,
        text="With kl: maximum number of tokens on which outputs are compared, from the last fifth of the text.")  # fmt: skip
 @flag(
     "--recipe",
@@ -127,10 +127,7 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
     from llamamoe.conversion.recipe import load_recipe
 
     with recipe_file(recipe) as path:
-        try:
-            return load_recipe(path, given=given, overrides=overrides)
-        except UsageError as error:
-            raise name_flags(error, given) from None
+        return load_recipe(path, given=given, overrides=overrides)
 
 
 def _allocate(source: str, recipe: SplitRecipe, budget: float, output: Output, **keys: Any) -> Allocation:

@@ -8,7 +8,7 @@ import click
 
 from ._format import amount, duration, error
 from ._output import Output, output_options
-from ._style import Command, Option
+from ._style import COUNT, Command, Option
 from ._tables import bullets, heading, paragraph, table
 from ._text import echo
 
@@ -30,7 +30,7 @@ llamamoe demo /tmp/demo --max-tokens 2048
 @click.command(cls=Command, section="Convert", rank=2, short_help="Convert and measure a small model, start to finish.", help=HELP,
                examples=EXAMPLES)  # fmt: skip
 @click.argument("out", default="demo-output")
-@click.option("--max-tokens", cls=Option, group="Run", type=click.IntRange(min=2), default=6144, metavar="N",
+@click.option("--max-tokens", cls=Option, group="Run", type=COUNT, default=6144, metavar="N",
               show_default=True, help="Number of tokens to measure perplexity on.")  # fmt: skip
 @output_options
 def command(out: str, max_tokens: int, output: Output) -> None:

@@ -11,7 +11,7 @@ from llamamoe.errors import LlamaMoeError
 from ._format import plural
 from ._output import Output, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, Option, model_options, tokenizer_option
+from ._style import COUNT, Command, Option, model_options, tokenizer_option
 from ._tables import heading, paragraph, table
 from ._text import bold, echo
 
@@ -41,11 +41,11 @@ TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "Execution"
 @click.argument("model")
 @click.option("--text", cls=Option, group=TEXT, metavar="PATH", multiple=True,
               help="Text to measure on: a file, folder or glob (txt, jsonl, parquet); may be repeated.")  # fmt: skip
-@click.option("--max-tokens", cls=Option, group=TEXT, type=int, metavar="N",
+@click.option("--max-tokens", cls=Option, group=TEXT, type=COUNT, metavar="N",
               help="Maximum number of tokens per domain.  [default: all]")  # fmt: skip
-@click.option("--context-length", cls=Option, group=TEXT, type=int, metavar="N",
+@click.option("--context-length", cls=Option, group=TEXT, type=COUNT, metavar="N",
               help="Number of tokens per window.  [default: the model's context length, at most 2048]")  # fmt: skip
-@click.option("--stride", cls=Option, group=TEXT, type=int, metavar="N",
+@click.option("--stride", cls=Option, group=TEXT, type=COUNT, metavar="N",
               help="Use sliding windows that start every N tokens; each scores only its new tokens.  [default: no overlap]")  # fmt: skip
 @click.option(
     "--tasks",

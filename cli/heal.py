@@ -10,7 +10,7 @@ import click
 from ._format import amount, duration, plural, size
 from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import recipe_file
-from ._style import Command, flag, run_options
+from ._style import COUNT, Command, flag, run_options
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
@@ -53,7 +53,7 @@ RECIPE, RUN = "Recipe", "Run"
     "--tokens",
     group=RECIPE,
     metavar="N",
-    type=int,
+    type=COUNT,
     text="Maximum number of training tokens.  [default: the recipe's, else 262144]",
 )
 @flag(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ._output import Output, output_options
-from ._style import Command, flag, model_options, tokenizer_option
+from ._style import COUNT, Command, flag, model_options, tokenizer_option
 from ._tables import bullets, table
 from ._text import echo
 
@@ -31,11 +31,11 @@ TEXT, HOW, RUN = "Text", "Execution", "Run"
 @flag("--against", group=RUN, metavar="PARENT", text="The dense parent, measured as well.")
 @flag("--text", group=TEXT, metavar="PATH", multiple=True, required=True,
        text="Text to measure on: a file, folder or glob (txt, jsonl, parquet); may be repeated.")  # fmt: skip
-@flag("--max-tokens", group=TEXT, type=int, metavar="N", default=8192, show_default=True,
+@flag("--max-tokens", group=TEXT, type=COUNT, metavar="N", default=8192, show_default=True,
        text="Maximum number of tokens per domain; 0 for all.")  # fmt: skip
-@flag("--context-length", group=TEXT, type=int, metavar="N",
+@flag("--context-length", group=TEXT, type=COUNT, metavar="N",
        text="Number of tokens per window.  [default: the model's context length, at most 2048]")  # fmt: skip
-@flag("--oracle-tokens", group=TEXT, type=int, metavar="N", default=1024, show_default=True,
+@flag("--oracle-tokens", group=TEXT, type=COUNT, metavar="N", default=1024, show_default=True,
        text="Number of tokens per domain on which routers are compared with an oracle.")  # fmt: skip
 @flag("--run", "runs", group=RUN, metavar="DIR", multiple=True,
        text="Folder of a `llamamoe pretrain` run whose curves are shown; the run that contains MODEL is found automatically.")  # fmt: skip

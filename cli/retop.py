@@ -31,7 +31,14 @@ SIZES, RUN = "Sizes", "Run"
 @click.argument("model")
 @click.argument("out")
 @click.option(
-    "--top-k", cls=Option, group=SIZES, type=int, metavar="K", required=True, help="Experts selected per token."
+    "--top-k",
+    key="k",
+    cls=Option,
+    group=SIZES,
+    type=int,
+    metavar="K",
+    required=True,
+    help="Experts selected per token.",
 )
 @click.option("--rescale", cls=Option, group=SIZES, metavar="NAME",
               help="Rescale rule used at conversion.  [default: the one named in config.json]")  # fmt: skip

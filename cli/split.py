@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamamoe.errors import UsageError
-
 from ._output import Output, kept_when_interrupted, output_options
-from ._recipe_options import WRITING, name_flags, recipe_file, recipe_options
-from ._style import Command, flag, run_options, tokenizer_option
+from ._recipe_options import WRITING, recipe_file, recipe_options
+from ._style import COUNT, Command, flag, run_options, tokenizer_option
 
 if TYPE_CHECKING:
     from llamamoe.conversion.recipe import SplitRecipe
@@ -46,12 +44,12 @@ Flags override the values of the recipe, and --set overrides both.
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
 @recipe_options
-@flag("--align-tokens", group="Calibration", metavar="N", type=int,
+@flag("--align-tokens", group="Calibration", metavar="N", type=COUNT, key="align.tokens",
        text="Learn the partition, router and FFN weights of all layers jointly on this many calibration tokens, by "
        "distillation from the dense model (align.* in a recipe sets learning rates and more).  [default: none]")  # fmt: skip
 @flag("--strict", group=WRITING, is_flag=True,
        text="Turn warnings into errors, for example about weights that are not finite.")  # fmt: skip
-@flag("--no-card", group=WRITING, is_flag=True, text="Do not write a model card.")
+@flag("--no-card", key="card", group=WRITING, is_flag=True, text="Do not write a model card.")
 @flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; only file headers are read.")
 @run_options(RUN, resume="Resume an interrupted run of the same command.",
               force="Replace an existing checkpoint in OUT and discard the files of an interrupted run.")  # fmt: skip
@@ -93,10 +91,7 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
     from llamamoe.conversion.recipe import load_recipe
 
     with recipe_file(recipe) as path:
-        try:
-            return load_recipe(path, given=given, overrides=overrides)
-        except UsageError as error:
-            raise name_flags(error, given) from None
+        return load_recipe(path, given=given, overrides=overrides)
 
 
 def _plan(

@@ -27,6 +27,35 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isin
 """One or several paths, as a tuple."""
 
 
+_COUNT = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?(k|M|B|T|Ki|Mi|Gi)?")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+COUNT_RULE = "a whole number such as 65536, 64k (64,000), 1.5M (1,500,000) or 64Ki (65,536)"
+
+
+def count_of(value: Any) -> Any:
+    """Return the whole number that a text such as ``64k`` or ``1.5M`` means; anything else unchanged.
+
+    The units are powers of 1000 (k, M, B, T) and of 1024 (Ki, Mi, Gi). ``64K`` is not read, because it is used for both.
+    """
+    match = _COUNT.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return value
+    whole, part, unit = match[1], match[2] or "", _UNITS[match[3] or ""]
+    number, rest = divmod(int(whole + part) * unit, 10 ** len(part))
+    return value if rest else number
+
+
+def _checked_count(value: Any) -> Any:
+    number = count_of(value)
+    if isinstance(number, str):
+        raise PydanticCustomError("count", "must be {rule}", {"rule": COUNT_RULE})
+    return number
+
+
+Count = BeforeValidator(_checked_count)
+"""Lets a whole number be written with a unit, such as ``64k``."""
+
+
 class Choice(BaseModel):
     """A plug-in by name, with its options (defaults filled in)."""
 

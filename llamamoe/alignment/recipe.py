@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..recipes import Count
+
 MAX_LENGTH = 256
 """Default number of tokens per sequence."""
 _MOST = 2**40
@@ -20,8 +22,10 @@ class AlignmentOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(262144, ge=1024, le=_MOST, description="Number of training tokens, each read once.")
-    length: int | None = Field(
+    tokens: Annotated[int, Count] = Field(
+        262144, ge=1024, le=_MOST, description="Number of training tokens, each read once."
+    )
+    length: Annotated[int | None, Count] = Field(
         None, ge=2, description="Tokens per sequence; null: the model's context length, at most 256."
     )
     batch: int = Field(1024, ge=2, le=_MOST, description="Tokens per step, in whole sequences.")

@@ -21,7 +21,7 @@ from ..methods.repairs import REPAIRS
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..recipes import Choice, Paths, Recipe, choose, form, validated
+from ..recipes import Choice, Count, Paths, Recipe, choose, form, validated
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of dtypes in recipes, and in safetensors headers."""
@@ -37,12 +37,12 @@ CalibrationText = Annotated[
     Paths,
     Field(description="Calibration text: files, folders or globs; 'auto' samples it from the source."),
 ]
-CalibrationTokens = Annotated[int, Field(ge=256, le=2**40, description="Maximum number of calibration tokens.")]
+CalibrationTokens = Annotated[int, Count, Field(ge=256, le=2**40, description="Maximum number of calibration tokens.")]
 CalibrationWeights = Annotated[
     dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None,
     Field(min_length=1, description="Weight of each domain in the calibration text; null: equal."),
 ]
-CalibrationLength = Annotated[int | None, Field(ge=2, description="Tokens per calibration sequence.")]
+CalibrationLength = Annotated[int | None, Count, Field(ge=2, description="Tokens per calibration sequence.")]
 
 
 def _shared_size(value: Any) -> Any:

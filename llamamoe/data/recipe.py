@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..recipes import Paths, Recipe, form
+from ..recipes import Count, Paths, Recipe, form
 
 DomainName = Annotated[
     str, form(r"[^\x00-\x1f\x7f]{1,80}", "must have 1 to 80 characters, none of them a control character")
@@ -48,7 +48,9 @@ class TokenizeRecipe(Recipe):
         min_length=1,
         description="Field of JSON lines, or column of Parquet and Arrow files, with the documents.",
     )
-    shard_tokens: int = Field(2**28, ge=1, le=2**40, description="Maximum number of tokens in one output file.")
+    shard_tokens: Annotated[int, Count] = Field(
+        2**28, ge=1, le=2**40, description="Maximum number of tokens in one output file."
+    )
     gather_bytes: int = Field(
         0, ge=0, description="Input files are grouped, in order, up to this many bytes; 0: each is its own group."
     )

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from ..conversion.recipe import Device
 from ..errors import near_misses
-from ..recipes import Paths, Recipe
+from ..recipes import Count, Paths, Recipe
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -32,10 +32,10 @@ class HealRecipe(Recipe):
     """Everything that decides what ``llamamoe heal`` writes."""
 
     text: Paths = Field(min_length=1, description="Text to distil on: files, folders or globs.")
-    tokens: int = Field(
+    tokens: Annotated[int, Count] = Field(
         262144, ge=512, le=2**40, description="Maximum number of tokens of text, held-out ones included."
     )
-    length: int | None = Field(
+    length: Annotated[int | None, Count] = Field(
         None, ge=2, description="Tokens per sequence; null: the parent's context length, at most 512."
     )
     weights: dict[str, Rate] | None = Field(

@@ -161,12 +161,15 @@ def demo(
     Raises:
         MissingExtraError: The model's package, ``gguf``, or a package for the report is not installed.
         RefusedError: ``out`` contains files that are not from a demonstration.
+        UsageError: ``max_tokens`` is too small.
         VerificationError: A conversion is not exact.
     """
     from ..checkpoint.gguf.reader import export_dense
+    from ..evaluation.perplexity import check_numbers
     from ..reporting.report import check_extra
 
     started = time.monotonic()
+    check_numbers(max_tokens=max_tokens, context_length=CONTEXT_LENGTH, batch_size=1, dtype="auto")
     check_extra()
     refuse_windows_path(out)
     gguf, out = model_file(), _prepare(Path(out).expanduser())
@@ -254,7 +257,7 @@ def _row(
     dense, everything = folder.name == _DENSE, folder.name == _EXACT
     cost, parent = result.plan.parent_cost if dense else result.plan.cost, result.plan.parent_cost
     selected = layout.num_experts if everything else layout.top_k
-    uses = cost.total if everything else cost.active
+    uses = cost.active | {"routed": cost.total["routed"]} if everything else cost.active
     return DemoRow(
         model=name,
         folder=str(folder),

@@ -21,7 +21,7 @@ from ..conversion.recipe import (
 from ..errors import near_misses
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..recipes import Choice, Paths, Recipe, choose, explain, form
+from ..recipes import Choice, Count, Paths, Recipe, choose, explain, form
 
 DENSE, RANDOM, STATIC, ORACLE = "dense", "random", "static", "oracle router"
 """Names of the controls."""
@@ -95,8 +95,12 @@ class CompareRecipe(Recipe):
 
     methods: tuple[StudyMethod, ...] = Field(description="The methods to compare.")
     evaluation: Paths = Field(min_length=1, description="Text to measure perplexity on: files, folders or globs.")
-    evaluation_tokens: int | None = Field(8192, ge=2, description="Maximum number of tokens per domain; null: all.")
-    context_length: int | None = Field(None, ge=2, description="Tokens per window; null: the model's, at most 2048.")
+    evaluation_tokens: Annotated[int | None, Count] = Field(
+        8192, ge=2, description="Maximum number of tokens per domain; null: all."
+    )
+    context_length: Annotated[int | None, Count] = Field(
+        None, ge=2, description="Tokens per window; null: the model's, at most 2048."
+    )
     calibration: CalibrationText = ()
     calibration_tokens: CalibrationTokens = 65536
     calibration_weights: CalibrationWeights = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..recipes import Choice, Recipe, choose
+from ..recipes import Choice, Count, Recipe, choose, count_of
 from .balancing import BalancingOptions
 from .changes import deciding
 from .distillation_options import DistillOptions
@@ -39,14 +39,14 @@ class DataRecipe(_Part):
         description="Another such folder, of held-out text; null: what train holds out, if anything.",
     )
     verify: bool = Field(True, description="Compare the tokens with their hashes before a run begins.")
-    skip_tokens: float = Field(
+    skip_tokens: Annotated[float, BeforeValidator(count_of)] = Field(
         0,
         ge=0,
         le=1e16,
         description="Tokens that the model has seen of this text, by the same seed, batch, blocks and mixture: the run begins "
         "with those after them (rounded up to a whole step).",
     )
-    block_length: int = Field(2048, ge=2, le=2**20, description="Tokens of one sequence.")
+    block_length: Annotated[int, Count] = Field(2048, ge=2, le=2**20, description="Tokens of one sequence.")
     mixture: str | dict[str, Rate] = Field(
         "proportional", description="Share of each domain: llama, sheared_llama, uniform, proportional, or a mapping."
     )
@@ -165,7 +165,9 @@ class PretrainRecipe(Recipe):
     )
     data: DataRecipe = Field(description="What is trained on.")
     steps: int | None = Field(None, ge=1, le=10**9, description="Optimiser steps; or give tokens.")
-    tokens: float | None = Field(None, gt=0, le=1e16, description="Tokens to train on; or give steps.")
+    tokens: Annotated[float | None, BeforeValidator(count_of)] = Field(
+        None, gt=0, le=1e16, description="Tokens to train on; or give steps."
+    )
     batch_size: int = Field(512, ge=1, description="Sequences of a step, over all ranks and micro-batches.")
     micro_batch_size: int = Field(1, ge=1, description="Sequences that one rank runs at a time.")
     optimizer: OptimizerRecipe = Field(default_factory=OptimizerRecipe, description="The optimiser.")
