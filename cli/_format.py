@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def plural(count: int, noun: str, ending: str = "s") -> str:
     """``1 layer``, ``1,024 layers``."""
@@ -38,6 +41,13 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def took(run: Mapping[str, Any]) -> str:
+    """The duration of a run, and that of the interrupted ones that it finished: ``41 s, and 3 min 20 s before it was interrupted``."""
+    before = run.get("seconds_before")
+    earlier = f", and {duration(before)} before it was interrupted" if before else ""
+    return duration(run["seconds"]) + earlier
 
 
 def change(before: float, after: float) -> str:

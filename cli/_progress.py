@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llamamoe.progress import Progress, ProgressCallback
+from llamamoe.progress import RESUMED, Progress, ProgressCallback
 
 from ._format import duration, plural
 from ._rich import rich
@@ -57,7 +57,9 @@ def plain_lines(*, verbose: bool) -> Iterator[ProgressCallback]:
     def report(step: Progress) -> None:
         nonlocal shown
         clock.starts(step)
-        if verbose or step.done >= step.total or clock.now - shown >= PLAIN_SECONDS:
+        if step.stage == RESUMED:
+            echo(f"{step.stage}: {step.done:,} of {plural(step.total, step.unit)} kept", err=True)
+        elif verbose or step.done >= step.total or clock.now - shown >= PLAIN_SECONDS:
             shown = clock.now
             echo(f"{step.stage}: {clock.text(detail=verbose)}", err=True)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._format import amount, duration, plural, size
+from ._format import amount, duration, plural, size, took
 from ._output import Output, kept_when_interrupted, output_options
 from ._recipe_options import recipe_file
 from ._style import COUNT, Command, flag, run_options
@@ -161,7 +161,7 @@ def _print(result: HealResult) -> None:
     echo()
     paragraph(
         f"Errors are relative to the parent's outputs, on {receipt['tokens']['held_out']:,} held-out tokens. Took "
-        f"{duration(receipt['run']['seconds'])}."
+        f"{took(receipt['run'])}."
     )
     if result.warnings:
         heading("Warnings")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+RESUMED = "resume"
+"""The stage that says, once, how many units of an interrupted run are kept."""
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import resource
@@ -51,6 +52,7 @@ class Ledger:
 
     Attributes:
         units: Finished units by name, as `append` wrote them.
+        seconds_before: Seconds that interrupted runs worked, up to the last unit that they finished.
 
     Raises:
         RefusedError: The folder exists without ``resume`` or ``restart``, belongs to another output, contains something
@@ -67,6 +69,8 @@ class Ledger:
         foreign: Callable[[Path], list[str]] | None = None,
     ) -> None:
         self.folder = folder
+        self.seconds_before = 0.0
+        self._opened = time.monotonic()
         self._foreign = foreign
         if folder.exists() and not (resume or restart):
             if is_locked(folder / LEDGER):
@@ -110,6 +114,7 @@ class Ledger:
                 hint="Repeat the first command with --resume, or start again with --force.",
             )
         self.units: dict[str, dict[str, Any]] = {line["unit"]: line for line in lines[1:]}
+        self.seconds_before = max((line.get("seconds", 0.0) for line in lines[1:]), default=0.0)
 
     def _clear(self) -> None:
         foreign = self._foreign(self.folder) if self._foreign else []
@@ -139,7 +144,8 @@ class Ledger:
         return lines
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line and wait until it is on disk."""
+        """Add a line, with the seconds of all runs until now, and wait until it is on disk."""
+        line = line | {"seconds": round(self.seconds_before + time.monotonic() - self._opened, 3)}
         self._file.seek(0, os.SEEK_END)
         self._file.write(json.dumps(line | {_SEAL: _seal(line)}) + "\n")
         self._file.flush()
@@ -179,6 +185,8 @@ def _check(lines: list[dict[str, Any]]) -> None:
             raise ValueError("no unit")
         if not all(isinstance(digest, str) for digest in line["sha256"].values()):
             raise ValueError("no hashes")
+        if not 0 <= line.get("seconds", 0.0) < math.inf:
+            raise ValueError("no time")
 
 
 def _is_ours(path: Path) -> bool:

@@ -13,13 +13,14 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import RefusedError
 from ..lazy import torch
+from ..progress import RESUMED, Progress, ProgressCallback
 from .files import open_update, remove_temporaries, sync_path
 from .layout import Slot, shard_header
 from .ledger import LEDGER, STATES, Ledger, partial_path, replaced_path
@@ -67,6 +68,7 @@ class CheckpointWriter:
         self._ledger = Ledger(self.path, fingerprint, resume=resume, restart=restart, foreign=foreign)
         self._files: dict[str, IO[bytes]] = {}
         self._digests: dict[str, str] = {}
+        self._kept: set[str] = set()
         # a chain of threads, so that hashing, writing and the disk do not wait for one another
         self._stages = ({"tensor": self._hash}, {"tensor": self._write}, {"unit": self._sync_unit})
         self._queues: list[queue.Queue[tuple[str, Any]]] = [queue.Queue() for _ in self._stages]
@@ -81,13 +83,27 @@ class CheckpointWriter:
         """Return whether an earlier run finished the unit and its bytes on disk still have the hashes of the ledger."""
         if unit not in self._ledger.units:
             return False
+        if unit in self._kept:
+            return True
         digests = self._ledger.units[unit]["sha256"]
         for name, digest in digests.items():
             slot = self.slots.get(name)
             if slot is None or _hash_slot(self.path / slot.file, slot) != digest:
                 return False
         self._digests |= digests
+        self._kept.add(unit)
         return True
+
+    def tell_kept(self, units: Iterable[str], noun: str, progress: ProgressCallback) -> None:
+        """Report to ``progress`` how many of the units an interrupted run finished, if there was one."""
+        if self._ledger.units:
+            names = list(units)
+            progress(Progress(RESUMED, sum(map(self.done, names)), len(names), noun))
+
+    def earlier(self) -> dict[str, Any]:
+        """Return ``seconds_before``, those of interrupted runs whose work is kept; empty if there is none."""
+        before = self._ledger.seconds_before if self._kept else 0.0
+        return {"seconds_before": before} if before else {}
 
     # ---- tensors ----------------------------------------------------------------------------------------------
 

@@ -69,9 +69,12 @@ def _unquantised(spec: DenseSpec, layout: MoeLayout) -> list[str]:
             f"(--pad-to {QUANTISED_BLOCK}{other})"
         )
     elif layout.num_experts and width % 256:
+        wide = round_up(width, 256)
+        cheap = layout.num_experts * (wide - width) < MOST_PADDING * spec.intermediate_size
+        way = "--pad-to 256 avoids it" if cheap else "nothing to mend: the file is larger and no less exact"
         found.append(
-            f"llama.cpp's k-quants fall back to larger types for ffn_down_exps at expert width {width}, which is not a "
-            "multiple of 256 (--pad-to 256)"
+            f"llama.cpp's k-quants take larger types (q5_0 to q8_0) for ffn_down_exps at expert width {width}, which is not a "
+            f"multiple of 256 ({way})"
         )
     if layout.num_experts and shared % QUANTISED_BLOCK:
         found.append(

@@ -15,7 +15,7 @@ from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
 from ..plugins import Plugin, Registry
 from ..recipes import Choice
-from .preference import LEAST_WIDTH, preferred_sizes
+from .preference import LEAST_WIDTH, preferred_shape, preferred_sizes
 from .recipe import AUTO, NO_REPAIR, SplitRecipe, build_recipe
 
 CALIBRATED_DEFAULT: dict[str, Any] = {
@@ -47,6 +47,7 @@ class Chosen:
         needing: Plug-ins that need calibration text, such as ``router 'ridge'``.
         gradients: Whether one of them needs gradients.
         warnings: Choices that replace a better one.
+        notes: Sizes that differ from those that were asked for or are the default, and why.
     """
 
     recipe: SplitRecipe
@@ -54,6 +55,7 @@ class Chosen:
     needing: tuple[str, ...]
     gradients: bool
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -72,11 +74,19 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
         RefusedError: A method needs calibration text and there is none, or a router is a control that cannot be stored.
     """
     warnings: list[str] = []
+    notes: list[str] = []
     if recipe.prefer is not None and intermediate_size is not None:
+        notes += _changed_sizes(recipe, intermediate_size)
         recipe, warnings = _preferred(recipe, intermediate_size)
     if recipe.method.name == AUTO:
-        recipe, more = _auto(recipe, intermediate_size)
+        usual = CALIBRATED_DEFAULT["num_experts"]
+        named, (recipe, more) = recipe.model_fields_set, _auto(recipe, intermediate_size)
         warnings += more
+        if recipe.calibration and not named & {"num_experts", "top_k"} and recipe.num_experts < usual and not notes:
+            notes.append(
+                f"{usual} experts are the default with text; the FFN of {intermediate_size:,} neurons gets {recipe.num_experts}, so that "
+                f"none is narrower than {LEAST_WIDTH}"
+            )
     splitter = SPLITTERS.get(recipe.method.name)
     given = bool(recipe.calibration)
     repair: str | Choice = recipe.repair or splitter.default_repair or NO_REPAIR
@@ -99,7 +109,7 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
     if given and not needing:
         warnings.append("calibration text is given, but no chosen method needs it: it is not read")
     gradients = any(plugin.needs == "gradients" for _, plugin in plugins)
-    return Chosen(recipe, splitter, needing, gradients, tuple(warnings))
+    return Chosen(recipe, splitter, needing, gradients, tuple(warnings), tuple(notes))
 
 
 def _refuse(recipe: SplitRecipe, needing: tuple[str, ...]) -> None:
@@ -201,6 +211,25 @@ def _preferred(recipe: SplitRecipe, size: int) -> tuple[SplitRecipe, list[str]]:
             recipe, values | {"shared": shared / size if isinstance(shared, int) else shared}
         )
     return _update(recipe, values).model_copy(update={"prefer": None}), []
+
+
+def _changed_sizes(recipe: SplitRecipe, size: int) -> Iterator[str]:
+    """Yield a note if ``prefer`` means other sizes in this FFN than in general, and no size is given."""
+    assert recipe.prefer is not None
+    if recipe.model_fields_set & {"num_experts", "top_k", "shared"}:
+        return
+    experts, top_k, shared = preferred_shape(recipe.prefer)
+    sizes = preferred_sizes(recipe.prefer, size)
+    if (sizes["num_experts"], sizes["top_k"]) == (experts, top_k):
+        return
+    if "pad_to" in sizes:
+        why = f"so that experts are a multiple of {sizes['pad_to']} neurons wide without padding"
+    else:
+        why = f"so that no expert is narrower than {LEAST_WIDTH} neurons"
+    yield (
+        f"--prefer {recipe.prefer} means {top_k} of {experts} experts, {100 * shared:.3g} % shared; the FFN of {size:,} neurons gets "
+        f"{sizes['top_k']} of {sizes['num_experts']}, {why}"
+    )
 
 
 def _known(key: str, value: Any) -> bool:

@@ -19,6 +19,8 @@ from ..architectures.sources.base import DenseSpec
 TABLE = "shape_speed.json"
 BATCHES = (1, 8, 32)
 _NEAR_ACTIVE, _NEAR_EXPERTS, _NEAR_SHARED = 0.05, math.log(1.6), 0.15
+_SMALLER = 4.0
+"""How many times smaller an FFN must be than the measured one for its speed to be another."""
 _WHOLE = 0.95
 """Share of the FFN's weights from which a step counts as reading all of them."""
 
@@ -37,6 +39,8 @@ class MeasuredShape:
         ratios: By task (``"decode 1"``, ``"prefill"``): rate relative to the dense model, and its minimum and maximum
             over the rounds.
         static: The same for static pruning with as many active neurons, in the same run; empty for pruning itself.
+        model: The name of its model.
+        ffn_weights: Weights of a gate, up or down matrix of its dense parent.
         origin: Model, machine, versions and date.
     """
 
@@ -48,6 +52,8 @@ class MeasuredShape:
     active: float
     ratios: dict[str, tuple[float, float, float]]
     static: dict[str, tuple[float, float, float]]
+    model: str
+    ffn_weights: int
     origin: str
 
     @property
@@ -76,6 +82,8 @@ def _shape(row: dict[str, Any]) -> MeasuredShape:
         active=row["active_share"],
         ratios=_ratios(row["rates"]["shape"]),
         static=_ratios(row["rates"].get("static", {})),
+        model=model,
+        ffn_weights=row["model"]["hidden_size"] * row["model"]["intermediate_size"],
         origin=f"{model} shape, {machine}, {row['threads']} threads, {versions}, {row['measured']}",
     )
 
@@ -122,6 +130,12 @@ def nearest(layout: MoeLayout, spec: DenseSpec, program: str) -> MeasuredShape |
     return best if best is not None and away(best) <= 1.1 else None
 
 
+def times_smaller(near: MeasuredShape, spec: DenseSpec) -> float | None:
+    """Return how many times smaller the model's FFNs are than the measured ones; None if the sizes are comparable."""
+    ratio = near.ffn_weights / (spec.hidden_size * spec.intermediate_size)
+    return ratio if ratio >= _SMALLER else None
+
+
 def expected_speed(layout: MoeLayout, spec: DenseSpec) -> dict[str, Any]:
     """Return the expectation: by program the nearest measured shape, and by batch size the share that a step reads."""
     found: dict[str, Any] = {"measured": [], "batches": []}
@@ -132,6 +146,8 @@ def expected_speed(layout: MoeLayout, spec: DenseSpec) -> dict[str, Any]:
                 {
                     "program": program,
                     "shape": near.name,
+                    "model": near.model,
+                    "times_smaller": times_smaller(near, spec),
                     "over_dense": {task: list(values) for task, values in near.ratios.items()},
                     "static_over_dense": {task: list(values) for task, values in near.static.items()},
                     "origin": near.origin,

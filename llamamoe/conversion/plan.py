@@ -211,7 +211,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
         peak_bytes=_peak_bytes(spec, make_splitter(recipe), layout, dtype)
         + max(calibration.peak_bytes if calibration else 0, alignment.peak_bytes if alignment else 0),
         warnings=tuple(warnings),
-        advice=(*model.checkpoint.notes, *advice(spec, recipe, calibration, target, layout)),
+        advice=(*model.checkpoint.notes, *chosen.notes, *advice(spec, recipe, calibration, target, layout)),
         parity="exact" if make_splitter(recipe).exact and not recipe.fits else "none",
         majors=target.majors(spec),
         calibration=calibration,
@@ -251,9 +251,10 @@ def _warnings(
         found.append(
             "float16 cannot hold router rows as small as a hard router needs: weights are equal only to about 1e-2"
         )
-    if not layout.combine.bake_is_exact and dtype != "F32":
+    if not layout.combine.bake_is_exact and dtype != "F32" and not recipe.fits:  # refitted weights are rounded once
         found.append(
-            f"the factor {layout.combine.bake:g} is not a power of two: the experts' down projections are rounded once more in {dtype}"
+            f"the factor {layout.combine.bake:g} is not a power of two: the experts' down projections are rounded once more in {dtype} "
+            "(--dtype float32, or a number of experts that is a power of two, avoids it)"
         )
     return found
 

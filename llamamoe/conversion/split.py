@@ -125,7 +125,7 @@ def split(
         receipt = _receipt(plan, location, infos, hashes, warnings)
         if verify:
             receipt["verification"] = verify_conversion(plan, writer.path, hashes, progress).to_json()
-        receipt["run"] = run_facts(started) | _speed(plan, compute)
+        receipt["run"] = run_facts(started) | writer.earlier() | _speed(plan, compute)
         write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
         checkpoint.check_unchanged()
         writer.publish(replace=force)

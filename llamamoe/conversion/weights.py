@@ -26,6 +26,7 @@ def write_weights(
     units: dict[str, list[int]] = {OUTER: [], **{f"layer.{i}": [] for i in range(layers)}}
     for index, tensor in enumerate(plan.tensors):
         units[unit_of(tensor)].append(index)
+    writer.tell_kept((unit for unit in units if unit != OUTER), "layer", progress)
     if session is not None:
         _write_calibrated(plan, writer, units, session, progress)
     else:
@@ -40,13 +41,13 @@ def write_weights(
 def _write_uncalibrated(
     plan: SplitPlan, writer: CheckpointWriter, units: dict[str, list[int]], progress: ProgressCallback
 ) -> None:
-    for done, (unit, indices) in enumerate(units.items(), start=1):
+    for done, (unit, indices) in enumerate(units.items()):  # embedding and head, then the layers
         if not writer.done(unit):
             layer = None if unit == OUTER else int(unit.removeprefix("layer."))
             dense = layer is None or layer in plan.layout.dense_layers
             converted = None if layer is None or dense else convert_layer(plan, layer)
             _write_unit(plan, writer, unit, indices, converted)
-        progress(Progress("convert", done, len(units), "layer", unit))
+        progress(Progress("convert", done, len(units) - 1, "layer", unit))
 
 
 def _write_calibrated(
@@ -63,12 +64,12 @@ def _write_calibrated(
     """
     if not writer.done(OUTER):
         _write_unit(plan, writer, OUTER, units[OUTER], None)
-    progress(Progress("convert", 1, len(units), "layer", OUTER))
     layers = plan.model.spec.num_layers
+    progress(Progress("convert", 0, layers, "layer", OUTER))
     finished = [writer.done(f"layer.{layer}") for layer in range(layers)]
     first = finished.index(False) if False in finished else layers
     if first == layers and writer.done(UNIT):
-        progress(Progress("convert", len(units), len(units), "layer"))
+        progress(Progress("convert", layers, layers, "layer"))
         return
     for layer in range(session.begin(first), layers):
         unit = f"layer.{layer}"
@@ -79,7 +80,7 @@ def _write_calibrated(
         if not finished[layer]:
             _write_unit(plan, writer, unit, units[unit], converted)
             writer.flush()  # the previous layer's states are overwritten only once this layer is safe
-        progress(Progress("convert", layer + 2, len(units), "layer", unit))
+        progress(Progress("convert", layer + 1, layers, "layer", unit))
 
 
 def _write_unit(

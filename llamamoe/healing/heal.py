@@ -131,7 +131,7 @@ class _Healing:
                 with writer:
                     receipt = self._receipt(layers.run(writer), text, writer, warnings)
                     write_side_files(plan, writer.path, receipt, tokenizer)
-                    receipt["run"] = run_facts(started) | {"processes": self.ranks.world}
+                    receipt["run"] = run_facts(started) | writer.earlier() | {"processes": self.ranks.world}
                     write_text(writer.path / HEAL_RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
                     for read in (plan.checkpoint, plan.dense.checkpoint):
                         read.check_unchanged()

@@ -62,6 +62,7 @@ class LayerRun:
         """Heal this process's layers; the first process writes all of them; return the facts of each."""
         finished: list[int] = []
         if writer is not None:
+            writer.tell_kept((f"layer.{layer}" for layer in self.plan.layers), "layer", self.progress)
             finished = self._write_copies(writer)
             finished += self._collect(writer, finished)
         finished = self.ranks.share(finished)

@@ -132,13 +132,16 @@ def rewrite(
         ) as writer,
     ):
         units = job.units()
-        for done, (unit, names) in enumerate(units.items(), start=1):
+        layers = [unit for unit in units if unit != OUTER] or [OUTER]
+        writer.tell_kept(layers, "layer", progress)
+        for unit, names in units.items():
             if not writer.done(unit):
                 for name in names:
                     writer.make_room(name)
                     writer.put(name, _finite(name, job))
                 writer.finish(unit, names, {})
-            progress(Progress(job.deed, done, len(units), "layer", unit))
+            done = layers.index(unit) + 1 if unit in layers else 0
+            progress(Progress(job.deed, done, len(layers), "layer", unit))
         writer.flush()
         receipt = _receipt(job, writer.weights_sha256())
         _write_side_files(job, writer.path, receipt, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+
+import llamamoe
+from llamamoe.progress import Progress
 
 from ..dense import make_dense
 from .conftest import Run
@@ -32,8 +36,27 @@ def test_summary_after_a_run(converted: tuple[Path, Result]) -> None:
     assert "mixtral, ready for transformers" in result.stdout
     assert "logits differ by" in result.stdout
     assert "until the model is trained" in result.stdout, "the honest line"
-    assert result.stderr.startswith("convert: 3 of 3 layers"), "progress is on stderr, plain"
+    assert result.stderr.startswith("convert: 2 of 2 layers"), "progress is on stderr, plain"
     assert "\x1b" not in result.output
+
+
+def test_a_resumed_run_says_what_it_kept(dense: Path, tmp_path: Path, run: Run) -> None:
+    class _StopError(Exception):
+        pass
+
+    def stop(step: Progress) -> None:
+        if (step.stage, step.done) == ("convert", 1):
+            raise _StopError
+
+    recipe = llamamoe.load_recipe(given={"method": "random"})
+    with pytest.raises(_StopError):
+        llamamoe.split(dense, tmp_path / "out", recipe, progress=stop)
+    result = run("split", dense, tmp_path / "out", "--method", "random", "--resume")
+    assert result.stderr.startswith("resume: 1 of 2 layers kept\nconvert: 2 of 2 layers")
+    assert re.search(r"took +\S+ s, and \S+ s before it was interrupted, at most", result.stdout)
+    again = run("split", dense, tmp_path / "again", "--method", "random")
+    assert "resume" not in again.stderr
+    assert "before it was interrupted" not in again.stdout
 
 
 def test_json_is_one_document_and_nothing_else_is_on_stdout(dense: Path, tmp_path: Path, run: Run) -> None:
@@ -291,7 +314,8 @@ def test_a_dry_run_says_what_speed_to_expect(tmp_path: Path, run: Run) -> None:
     dense = make_dense(tmp_path, intermediate_size=1536)
     output = run("split", dense, "--dry-run", "--method", "random", "--prefer", "speed").output
     for words in (
-        "Expected speed",
+        "Speed of a 1B model of this shape",
+        "times smaller, so that calling experts",
         "llama.cpp",
         "static pruning",
         "Experts used by a batch",

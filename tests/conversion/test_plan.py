@@ -329,10 +329,17 @@ def test_the_plan_names_what_cannot_be_quantised(wide: Path) -> None:
     assert count < 12
     assert plan(wide, num_experts=count).layout.expert_width == width
     assert "F16" not in said(num_experts=count)
-    assert "k-quants fall back to larger types for ffn_down_exps at expert width 384" in said(shared=0.25)
+    assert "k-quants take larger types (q5_0 to q8_0) for ffn_down_exps at expert width 384" in said(shared=0.25)
+    assert "nothing to mend" in said(shared=0.25)
     assert "ffn_down" not in said(num_experts=8)
     assert "ffn_down_shexp in F16 at 504 shared neurons" in said(shared=504, target="granitemoeshared", pad_to=8)
     assert "ffn_down" not in said(method="static", shared=0.3, shared_by="weight_norm")
+
+
+def test_wider_experts_are_advised_where_they_cost_little(tmp_path: Path) -> None:
+    near = make_dense(tmp_path / "near", intermediate_size=4032)
+    assert "(--pad-to 256 avoids it)" in " ".join(plan(near, num_experts=2, top_k=1).advice)
+    assert "--pad-to 256" not in " ".join(plan(near, num_experts=2, top_k=1, pad_to=256).advice)
 
 
 def test_the_plan_says_what_a_hard_router_and_stacked_experts_cost_elsewhere(dense: Path) -> None:
@@ -353,3 +360,16 @@ def test_a_tied_head_counts_once_for_a_token_also_where_it_is_written_out(tmp_pa
     assert ("head" in found.cost.total) == (target == "qwen2_moe")
     assert found.parent_cost.active_parameters == found.parent_cost.total_parameters
     assert moe["embedding"] + moe.get("head", 0) == parent["embedding"]
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"), [({}, True), ({"repair": "per_expert"}, False), ({"dtype": "float32"}, False)]
+)
+def test_a_factor_that_rounds_once_more_is_told_with_a_way_out(
+    dense: Path, given: dict[str, Any], warned: bool
+) -> None:
+    """Weights that are refitted are rounded once, with the factor."""
+    keys = {"num_experts": 6, "target": "qwen2_moe", "rescale": "unit", "dtype": "bfloat16", "calibration": "text.txt"}
+    found = [each for each in plan(dense, **keys | given).warnings if "not a power of two" in each]
+    assert bool(found) == warned
+    assert all("--dtype float32" in each for each in found)

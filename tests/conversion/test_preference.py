@@ -24,7 +24,8 @@ WISHES = ("quality", "balanced", "speed")
 
 
 def shape(experts: int, top_k: int, decode: float, prefill: float, width: int = 64, **keys: Any) -> MeasuredShape:
-    values = {"program": "llama.cpp", "shared": 0.125, "active": 0.45, "static": {}, "origin": "there"} | keys
+    values = {"program": "llama.cpp", "shared": 0.125, "active": 0.45, "static": {}, "origin": "there", "model": "1B"}
+    values |= {"ffn_weights": 2048 * 8192} | keys
     ratios = {"decode 1": (decode, decode, decode), "decode 8": (1.0, 1.0, 1.0), "prefill": (prefill, prefill, prefill)}
     return MeasuredShape(num_experts=experts, top_k=top_k, expert_width=width, ratios=ratios, **values)
 
@@ -150,6 +151,31 @@ def test_a_plan_says_what_speed_to_expect(dense: Path, table: Callable[..., None
     }  # fmt: skip
     batch = no_gain_from(plan.layout, plan.model.spec)
     assert 4 <= batch <= 8, "16 of 42 at each token"
+
+
+@pytest.mark.parametrize(("times", "told"), [(1, None), (3.9, None), (4, 4), (19, 19)])
+def test_a_plan_says_if_the_measured_model_was_much_larger(
+    times: float, told: float | None, dense: Path, table: Callable[..., None]
+) -> None:
+    spec = understand(SafetensorsCheckpoint(dense)).spec
+    table(shape(32, 12, 1.6, 1.25, ffn_weights=times * spec.hidden_size * spec.intermediate_size))
+    given = {"method": "random", "num_experts": 32, "top_k": 12, "shared": 0.125}
+    (found,) = plan_conversion(dense, load_recipe(given=given)).to_json()["speed"]["measured"]
+    assert found["times_smaller"] == told
+
+
+def test_a_plan_says_what_became_of_a_wish(tmp_path: Path, table: Callable[..., None]) -> None:
+    table(shape(32, 10, 1.6, 1.25, shared=0.25))
+
+    def told(size: int, **given: Any) -> list[str]:
+        model = make_dense(tmp_path / str(size), intermediate_size=size)
+        plan = plan_conversion(model, load_recipe(given={"prefer": "balanced", "method": "random", **given}))
+        return [note for note in plan.advice if "--prefer" in note]
+
+    (note,) = told(1536)
+    assert "means 10 of 32 experts, 25 % shared; the FFN of 1,536 neurons gets 11 of 36" in note
+    assert told(4096) == []
+    assert told(1536, num_experts=8) == []
 
 
 def test_a_shape_unlike_all_measured_ones_gets_no_number(dense: Path, table: Callable[..., None]) -> None:
