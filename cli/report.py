@@ -15,11 +15,13 @@ from ._text import echo
 
 HELP = """Write an HTML report on the quality, routing and cost of converted models.
 
-Each MODEL, and the dense parent given by --against, is measured on the text, domain by domain. The report is one file
-that needs no network. The same numbers are available as JSON.
+Each MODEL, and the dense parent given by --against, is measured on the text, domain by domain. The report says what was
+lost and gained, and what to do next; a statically pruned model beside the converted one shows whether its router is worth its
+cost. It is one file that needs no network. The same numbers are available as JSON.
 """
 EXAMPLES = """
 llamamoe report OUT --against SOURCE --text texts/ --out page.html
+llamamoe report OUT PRUNED --against SOURCE --text texts/
 llamamoe report moe run/model --against SOURCE --text valid/ --json-out report.json
 """
 TEXT, HOW, RUN = "Text", "Execution", "Run"

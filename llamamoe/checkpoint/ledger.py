@@ -113,8 +113,8 @@ class Ledger:
                 "finished with this one.",
                 hint="Repeat the first command with --resume, or start again with --force.",
             )
+        self.seconds_before = max((line.pop("seconds", 0.0) for line in lines[1:]), default=0.0)
         self.units: dict[str, dict[str, Any]] = {line["unit"]: line for line in lines[1:]}
-        self.seconds_before = max((line.get("seconds", 0.0) for line in lines[1:]), default=0.0)
 
     def _clear(self) -> None:
         foreign = self._foreign(self.folder) if self._foreign else []
@@ -145,7 +145,7 @@ class Ledger:
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line, with the seconds of all runs until now, and wait until it is on disk."""
-        line = line | {"seconds": round(self.seconds_before + time.monotonic() - self._opened, 3)}
+        line = line | {"seconds": round(self.seconds_before + time.monotonic() - self._opened, 6)}
         self._file.seek(0, os.SEEK_END)
         self._file.write(json.dumps(line | {_SEAL: _seal(line)}) + "\n")
         self._file.flush()

@@ -7,6 +7,7 @@ from typing import Any
 
 from .figures import Chart, Key, Line, Panel, panel
 from .page_values import LIMIT_SERIES, Series, get
+from .page_words import undecided
 
 _DASHED = "dash"
 
@@ -14,14 +15,18 @@ _DASHED = "dash"
 def load_panels(series: Sequence[Series]) -> list[Chart]:
     """Draw the balance of experts and the certainty of routers; dead experts only if there are any."""
     dead = _lines(series, ("dead_experts", "dead experts", False))
+    deciding = [one for one in series if not undecided(one.model)]
+    note, keys = "Entropy of the load over experts (1: all equally busy)", [Key("load", "ink")]
+    if deciding:
+        note += " and, averaged over tokens, of the router’s own probabilities (1: undecided; 0: certain)"
+        keys.append(Key("router", "ink", _DASHED))
     return _drawn(
         Panel(
             "Evenness of the load",
             "share of log N",
-            _lines(series, ("load_entropy", "load", False), ("router_entropy", "router", True)),
-            note="Entropy of the load over experts (1: all equally busy) and, averaged over tokens, of the router’s own "
-            "probabilities (1: undecided; 0: certain).",
-            keys=[*_models(series), Key("load", "ink"), Key("router", "ink", _DASHED)],
+            _lines(series, ("load_entropy", "load", False)) + _lines(deciding, ("router_entropy", "router", True)),
+            note=f"{note}.",
+            keys=[*_models(series), *keys],
             low=None,
             high=1.0,
         ),
@@ -42,9 +47,9 @@ def load_panels(series: Sequence[Series]) -> list[Chart]:
         Panel(
             "Probability of the selected",
             "probability",
-            _lines(series, ("selected_probability", "selected", False)),
+            _lines(deciding, ("selected_probability", "selected", False)),
             note="Sum of the router’s probabilities of the selected experts, averaged over tokens.",
-            keys=_models(series),
+            keys=_models(deciding),
             high=1.0,
         ),
     )

@@ -32,8 +32,17 @@ def provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "weights_sha256": newest.get("weights_sha256"),
         "versions": newest.get("versions"),
         "commands": list(_commands(folder)),
+        "calibration_tokens": _number(receipts[0], "calibration", "tokens"),
+        "trained": bool(receipts[1] or receipts[2]),
         "derived": [receipt.get("made_by") for receipt in made if receipt.get("made_by")],
     }
+
+
+def _number(receipt: Mapping[str, Any], *path: str) -> int | None:
+    found: Any = receipt
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if type(found) is int else None
 
 
 def _commands(folder: Path) -> Iterable[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -12,6 +14,7 @@ from ..lazy import jinja2, require
 from . import figures_bars, figures_lines, page_tables, page_values, page_words
 from .page_grid import legend
 from .page_values import Series, clean, get, percent, series_of
+from .page_verdict import verdicts
 from .page_view import View, view_of
 
 
@@ -39,6 +42,7 @@ def render(report: Mapping[str, Any]) -> str:
         data=_embedded([view.data for view in views]),
         load_steps=legend("even", "nothing: dead"),
         preference_steps=legend("as usual", "nothing"),
+        verdicts=verdicts(series),
         **_quality(found, series),
         **_cost(series),
         **_routing(series, views),
@@ -58,6 +62,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "number": page_values.number,
+        "coded": _coded,
         "percent": percent,
         "whole": page_values.whole,
         "pretty": partial(json.dumps, indent=2, ensure_ascii=False),
@@ -68,6 +73,17 @@ def _environment() -> jinja2.Environment:
 
 def _read(name: str) -> str:
     return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _coded(text: str) -> str:
+    """Return a sentence as HTML, with what stands between backticks as code."""
+    escaped = html.escape(text)
+    return re.sub(r"`([^`]+)`", lambda found: _words(found[1]), escaped)
+
+
+def _words(command: str) -> str:
+    """Return a command word by word, so that lines break between words only."""
+    return " ".join(f"<code>{word}</code>" for word in command.split())
 
 
 def _embedded(value: Any) -> str:
@@ -105,6 +121,7 @@ def _routing(series: Sequence[Series], views: Sequence[View]) -> dict[str, Any]:
         "router_charts": figures_lines.router_panels(routed),
         "load_sentences": [page_words.load_sentence(name, layers) for name, layers in depth],
         "depth_sentences": [page_words.depth_sentence(name, layers) for name, layers in depth],
+        "hard": [one.name for one in routed if page_words.undecided(one.model)],
         "router_sentences": [page_words.router_sentence(name, layers) for name, layers in depth],
         "layer_tables": [page_tables.layers(one) for one in routed],
     }

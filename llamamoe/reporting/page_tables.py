@@ -9,7 +9,7 @@ from typing import Any
 
 from .figures_bars import MEASURES, PARTS, parts_of
 from .page_values import DASH, Series, count, error_of, get, number, percent, signed, size, times, whole, with_error
-from .page_words import ffn_share, measure_of, parent_of, times_parent
+from .page_words import ffn_share, measure_of, parent_of, times_parent, undecided
 
 OVERALL = (("mean over domains", ("mean_over_domains",)), ("all tokens", ("overall",)))
 
@@ -91,7 +91,9 @@ def quality(series: Sequence[Series], domains: Sequence[str], measure: str) -> T
             line += list(_compared(one, measure, path).values())
         lines.append(line)
     unit = "Perplexity; losses in nats a token" if measure == "perplexity" else "Bits per byte"
-    return Table(f"{unit}; ± one standard error", head, lines, sums=len(OVERALL), groups=groups)
+    errors = [error_of(get(series[0].model, "scores", *path), spread_of) for _, path in rows]
+    which = " (not for domains of one document)" if None in errors else ""
+    return Table(f"{unit}; ± one standard error over documents{which}", head, lines, sums=len(OVERALL), groups=groups)
 
 
 def _compared(one: Series, measure: str, path: Sequence[str] = ()) -> dict[str, str]:
@@ -131,14 +133,21 @@ def _placed(key: str, text: str) -> tuple[str, str]:
     return ("", text) if key == "flops_per_token" else (text, "")
 
 
+_OWN: list[tuple[str, str, Callable[[float | None], str]]] = [
+    ("router entropy", "router_entropy", percent),
+    ("selected probability", "selected_probability", number),
+]
+"""Columns on a router's own probabilities, which say nothing of one whose experts tie."""
+
+
 def layers(one: Series) -> Table:
     """Return everything that is measured by layer."""
+    own = [] if undecided(one.model) else _OWN
     columns: list[tuple[str, str, Callable[[float | None], str]]] = [
         ("load entropy", "load_entropy", percent),
         ("max violation", "max_violation", number),
         ("dead", "dead_experts", whole),
-        ("router entropy", "router_entropy", percent),
-        ("selected probability", "selected_probability", number),
+        *own,
         ("domain distance", "domain_distance", number),
         ("noise floor", "within_distance", number),
         ("recall@k", "recall_at_k", percent),

@@ -9,6 +9,7 @@ from .page_values import DASH, Series, exp, get, known, mean, number, percent, r
 
 FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
 _APART = 1.5  # deep over shallow excess distance from which they count as different
+_UNDECIDED = 0.999  # entropy of a router's probabilities, as a share of an even distribution's, from which they tie
 _NOISE = 1.25  # distance over its noise floor from which domains count as apart
 
 
@@ -30,6 +31,12 @@ def ffn_share(model: Mapping[str, Any], parent: Mapping[str, Any] | None) -> flo
     whole_parts = get(parent, "cost", "parts") or {} if parent else parts
     whole = sum(get(whole_parts, part, "total") or 0 for part in FFN_PARTS)
     return ratio(active or None, whole)
+
+
+def undecided(model: Mapping[str, Any]) -> bool:
+    """Return whether the router gives all experts the same probability, as a hard one does by design."""
+    entropies = known(get(each, "router_entropy") for each in get(model, "routing", "layers") or [])
+    return bool(entropies) and min(entropies) > _UNDECIDED
 
 
 def times_parent(model: Mapping[str, Any], *path: str) -> float | None:

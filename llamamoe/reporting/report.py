@@ -64,7 +64,8 @@ def report(
     Losses are those of `llamamoe.evaluate`. Each model is loaded once, one after the other.
 
     Args:
-        models: One to four converted models, for example after conversion and after training.
+        models: One to four converted models, for example after conversion and after training; beside a mixture of experts also
+            dense ones, such as a pruned model for comparison.
         text: Files, folders or globs; its domains are compared.
         against: The dense parent: a folder, a ``.gguf`` file or a hub id.
         tokenizer: For a GGUF parent, a folder whose tokenizer is used instead of the one in the file.
@@ -84,7 +85,7 @@ def report(
         The content of the JSON file.
 
     Raises:
-        RefusedError: A model is not a mixture of experts.
+        RefusedError: No model is a mixture of experts.
         UsageError: A file already exists, a model or text does not exist, or a run is of another model.
         LlamaMoeError: Text or weights cannot be used, see `llamamoe.evaluate`.
         MissingExtraError: The page needs jinja2 and matplotlib (``pip install 'llamamoe[report]'``).
@@ -92,7 +93,7 @@ def report(
     _check(models, out, json_out, oracle_tokens, force=force)
     check_numbers(max_tokens=max_tokens, context_length=context_length, batch_size=1, dtype=dtype)
     started, device = time.monotonic(), pick_device(device)
-    inspections = _named([_inspected(model) for model in models])
+    inspections = _named(_inspected(models))
     curves = training_runs(runs, {each.name: Path(each.path) for each in inspections})
     sides, facts = _sides(inspections, against, tokenizer, text, max_tokens, context_length)
     read = _read_all(sides, len(models), dtype, device, oracle_tokens, progress, started)
@@ -146,12 +147,13 @@ def check_extra() -> None:
             raise MissingExtraError(package, "report", "The page")
 
 
-def _inspected(model: str | Path) -> Inspection:
-    found = inspect(model)
-    if found.experts is None:
+def _inspected(models: Sequence[str | Path]) -> list[Inspection]:
+    """Return descriptions of the models, of which one at least has experts; others are controls, such as pruned models."""
+    found = [inspect(model) for model in models]
+    if all(each.experts is None for each in found):
         raise RefusedError(
-            f"{found.name} is a dense model, so it has no experts to report on.",
-            hint="Pass a dense model with --against; to measure perplexity alone: llamamoe evaluate.",
+            f"{found[0].name} is a dense model, so it has no experts to report on.",
+            hint="Pass the parent with --against; to measure perplexity alone: llamamoe evaluate.",
         )
     return found
 

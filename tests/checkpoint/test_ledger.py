@@ -19,6 +19,7 @@ def test_no_bit_of_a_ledger_can_be_flipped_without_a_refusal(tmp_path: Path) -> 
     ledger.close()
     ledger = Ledger(folder, "x", resume=True, restart=False)
     assert ledger.units == {"layer.0": UNIT}
+    assert ledger.seconds_before > 0
     ledger.close()
     whole = (folder / LEDGER).read_bytes()
     for place in range(len(whole) - 1):  # without the last line's end the line is half a line, and is dropped

@@ -104,6 +104,8 @@ def _model(
             "versions": {"llamamoe": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"} if place else None,
             "commands": ["llamamoe split dense my-moe --calibration text"] if place else [],
             "derived": ["healed from smollm2-moe"] if place > 1 else [],
+            "calibration_tokens": 8192 if place else None,
+            "trained": place > 1,
         },
     }  # fmt: skip
 

@@ -229,3 +229,23 @@ def test_missing_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(MissingExtraError, match=r"llamamoe\[report\]"):
         render(report())
+
+
+def test_a_hard_router_is_explained_and_its_own_probabilities_are_left_out() -> None:
+    found = report(Size(models=1))
+    assert "router entropy" in render(found)
+    for layer in found["models"][0]["routing"]["layers"]:
+        layer["router_entropy"] = 1.0
+    page = render(found)
+    assert "its router is hard" in page
+    assert "router entropy" not in page
+    assert "Probability of the selected" not in page
+
+
+def test_a_control_without_experts_has_numbers_and_no_routing() -> None:
+    found = report(Size(models=2))
+    found["models"][1] |= {"name": "pruned", "experts": None, "routing": None}
+    page = render(found)
+    assert page.count('<h2 id="routing-title">') == 1
+    assert "By layer: pruned" not in page
+    assert "<bdi>pruned</bdi>" in page

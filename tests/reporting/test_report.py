@@ -262,6 +262,14 @@ def test_overlap_of_independent_and_of_bound_choices() -> None:
     assert overlap(np.eye(3), 1) is None
 
 
+def test_a_dense_model_beside_a_mixture_is_a_control(world: dict[str, Path]) -> None:
+    found = report([world["moe"], world["dense"]], [world["text"]], against=world["dense"], max_tokens=64)
+    mixture, control = found["models"]
+    assert (control["experts"], control["routing"]) == (None, None)
+    assert mixture["experts"] is not None
+    assert control["difference"]["mean_over_domains"]["loss"] == pytest.approx(0, abs=1e-6)
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 

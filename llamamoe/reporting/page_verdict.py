@@ -1,0 +1,133 @@
+"""State what a conversion lost and gained, whether that is usual, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .page_values import Series, exp, get, number, percent, ratio, size, whole
+from .page_words import ffn_share, parent_of, times_parent
+
+LARGE_TEXT = 65_536
+"""Calibration tokens from which more text helps little; the default."""
+_CLOSE, _USUAL, _BROKEN = 1.05, 1.65, 10.0
+"""Perplexity over the parent's up to which nothing is lost, up to which a calibrated half of an FFN is usual
+(BENCHMARKS.md, "Calibrated conversion: quality": 1.51 after 65,536 tokens, 1.44 after 196,608, for SmolLM2-135M), and
+from which a model is not usable."""
+
+
+_HALF = (0.4, 0.6)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the page says first about one converted model.
+
+    Attributes:
+        name: The model.
+        lost: The loss of quality, and whether that is usual.
+        gained: The smaller cost of a token, and the larger memory.
+        next: What to do, most useful first.
+    """
+
+    name: str
+    lost: str
+    gained: str
+    next: Sequence[str]
+
+
+def verdicts(series: Sequence[Series]) -> list[Verdict]:
+    """Return a verdict on each mixture of experts that was compared with its parent."""
+    parent, pruned = parent_of(series), [one for one in series if one.place and not get(one.model, "experts")]
+    if parent is None:
+        return []
+    return [
+        Verdict(
+            one.name,
+            _lost(one.model, parent),
+            _gained(one.model, parent),
+            list(_next(one.model, parent, pruned[0] if pruned else None)),
+        )
+        for one in series
+        if one.place and get(one.model, "experts")
+    ]
+
+
+def _lost(model: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
+    factor = times_parent(model, "mean_over_domains")
+    if factor is None:
+        more = get(model, "difference", "mean_over_domains", "bits_per_byte")
+        return "The loss was not measured." if more is None else f"{number(more)} bits per byte more than the parent."
+    interval = [number(exp(each)) for each in get(model, "difference", "mean_over_domains", "loss_interval") or []]
+    between = f" (95 % interval: {interval[0]} to {interval[1]})" if len(interval) == 2 else ""
+    return f"The perplexity is {number(factor)} times the parent’s{between}. {_usual(model, factor, ffn_share(model, parent))}"
+
+
+def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
+    if factor <= _CLOSE:
+        return "That is next to nothing."
+    if factor > _BROKEN:
+        return "The model is not usable as it is."
+    if _trained(model):
+        return "It was trained after the conversion: the curve below shows whether more training still helps."
+    if share is None or not _HALF[0] <= share <= _HALF[1]:
+        return (
+            "For comparison: with half of the FFN and no training SmolLM2-135M loses a factor of 1.44 to 1.51 at best."
+        )
+    if factor <= _USUAL:
+        return (
+            "That is usual for half of the FFN without training: SmolLM2-135M loses a factor of 1.44 to 1.51 at best."
+        )
+    tokens = _tokens(model)
+    if tokens is not None and tokens < LARGE_TEXT // 2:
+        return (
+            f"That is more than needed: it was calibrated on only {whole(tokens)} tokens. SmolLM2-135M loses a factor of 1.51 with "
+            f"{whole(LARGE_TEXT)}, half of its FFN and fine experts."
+        )
+    return "That is more than usual for half of the FFN: SmolLM2-135M loses a factor of 1.44 to 1.51 with fine experts."
+
+
+def _gained(model: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
+    share, flops = ffn_share(model, parent), ratio(_cost(model, "flops_per_token"), _cost(parent, "flops_per_token"))
+    here, there = _cost(model, "bytes"), _cost(parent, "bytes")
+    text = f"A token uses {percent(share)} of the parent’s FFN and {percent(flops)} of its operations."
+    if here is not None and there is not None and here > there:
+        text += f" All experts stay in memory: {size(here)} of weights against {size(there)}."
+    return text + " Speed depends on the program and the machine: `llamamoe bench OUT --against PARENT` measures it."
+
+
+def _cost(model: Mapping[str, Any], key: str) -> float | None:
+    found: float | None = get(model, "cost", key)
+    return found
+
+
+def _next(model: Mapping[str, Any], parent: Mapping[str, Any], pruned: Series | None) -> Iterator[str]:
+    factor, tokens = times_parent(model, "mean_over_domains"), _tokens(model)
+    if factor is not None and factor > _CLOSE and not _trained(model):
+        if get(model, "provenance", "block") is not None and tokens is None:
+            yield "Convert again with calibration text (`--calibration texts/`), which builds experts that a router can tell apart."
+        elif tokens is not None and tokens < LARGE_TEXT:
+            yield f"Convert again with more calibration text: `--calibration-tokens {LARGE_TEXT}`, the default."
+        yield "Train it: `llamamoe pretrain --model OUT --parent PARENT`, which recovers a part of the loss."
+    if pruned is None:
+        yield (
+            "Compare it with static pruning, which keeps the same neurons for every token and is faster: convert with `--method static "
+            f"--shared {ffn_share(model, parent) or 0.5:.2f}` and the same text, and name both models to `llamamoe report`."
+        )
+    elif (here := times_parent(pruned.model, "mean_over_domains")) is not None and factor is not None:
+        if here <= factor:
+            yield f"Prefer {pruned.name}: pruning loses no more ({number(here)} times), and is faster."
+        else:
+            yield f"{pruned.name}, without experts, loses more ({number(here)} times): the router is worth its cost."
+    yield "Serve it: transformers and vLLM load the folder, `llamamoe export-gguf OUT model.gguf` writes a file for llama.cpp."
+
+
+def _tokens(model: Mapping[str, Any]) -> int | None:
+    """Return the number of calibration tokens; None if there were none or the number is unknown."""
+    found: int | None = get(model, "provenance", "calibration_tokens")
+    return found
+
+
+def _trained(model: Mapping[str, Any]) -> bool:
+    return bool(get(model, "provenance", "trained"))

@@ -1,0 +1,91 @@
+"""The verdict on a conversion: what it lost and gained, and what to do next."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from llamamoe.reporting.page_values import series_of
+from llamamoe.reporting.page_verdict import Verdict, verdicts
+from llamamoe.reporting.page_words import undecided
+
+from .sample import Size, report
+
+
+def judged(factor: float, *, tokens: int | None = 65536, trained: bool = False, share: float = 0.5) -> Verdict:
+    """The verdict on a model with that perplexity over the parent's and share of the FFN."""
+    found = report(Size(models=1))
+    (model,) = found["models"]
+    loss = math.log(factor)
+    model["difference"]["mean_over_domains"] |= {"loss": loss, "loss_interval": [loss - 0.01, loss + 0.01]}
+    model["provenance"] |= {"calibration_tokens": tokens, "trained": trained}
+    whole = found["parent"]["cost"]["parts"]["dense_ffn"]["total"]
+    for part in ("router", "routed", "dense_ffn"):
+        model["cost"]["parts"][part]["active"] = 0
+    model["cost"]["parts"]["shared"]["active"] = int(share * whole)
+    (verdict,) = verdicts(series_of(found))
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"factor": 1.0}, "next to nothing"),
+        ({"factor": 1.5}, "usual for half of the FFN"),
+        ({"factor": 1.5, "share": 0.25}, "For comparison: with half of the FFN"),
+        ({"factor": 3.4, "tokens": 4096}, "calibrated on only 4\u202f096 tokens"),
+        ({"factor": 3.4}, "more than usual for half of the FFN"),
+        ({"factor": 3.4, "trained": True}, "whether more training still helps"),
+        ({"factor": 1e6, "tokens": None}, "not usable as it is"),
+    ],
+)
+def test_the_loss_is_judged(given: dict[str, Any], words: str) -> None:
+    assert words in judged(**given).lost
+
+
+def test_the_interval_is_of_the_factor() -> None:
+    assert "3.40 times the parent’s (95 % interval: 3.37 to 3.43)" in judged(3.4).lost
+
+
+@pytest.mark.parametrize(
+    ("given", "first"),
+    [
+        ({"factor": 3.4, "tokens": 4096}, "`--calibration-tokens 65536`"),
+        ({"factor": 3.4, "tokens": None}, "`--calibration texts/`"),
+        ({"factor": 3.4}, "Train it"),
+        ({"factor": 1.2, "trained": True}, "Compare it with static pruning"),
+    ],
+)
+def test_the_next_step_is_the_most_useful_one(given: dict[str, Any], first: str) -> None:
+    steps = judged(**given).next
+    assert first in steps[0]
+    assert "export-gguf" in steps[-1]
+
+
+@pytest.mark.parametrize(
+    ("pruned", "words"), [(0.3, "loses no more (1.35 times)"), (0.6, "the router is worth its cost")]
+)
+def test_a_pruned_model_beside_it_is_the_control(pruned: float, words: str) -> None:
+    found = report(Size(models=2))
+    first, control = found["models"]
+    first["difference"]["mean_over_domains"]["loss"] = 0.4
+    control |= {"name": "pruned", "experts": None, "routing": None}
+    control["difference"]["mean_over_domains"]["loss"] = pruned
+    (verdict,) = verdicts(series_of(found))
+    assert any(words in step and "pruned" in step for step in verdict.next)
+    assert not any("Compare it with static pruning" in step for step in verdict.next)
+
+
+def test_without_a_parent_there_is_no_verdict() -> None:
+    assert verdicts(series_of(report(parent=False))) == []
+
+
+@pytest.mark.parametrize(("lowest", "hard"), [(0.9995, True), (0.99, False)])
+def test_a_router_whose_experts_tie_is_found(lowest: float, hard: bool) -> None:
+    (model, _) = report()["models"]
+    for layer in model["routing"]["layers"]:
+        layer["router_entropy"] = 0.9999
+    model["routing"]["layers"][0]["router_entropy"] = lowest
+    assert undecided(model) is hard
