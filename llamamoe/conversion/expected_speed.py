@@ -20,7 +20,7 @@ TABLE = "shape_speed.json"
 BATCHES = (1, 8, 32)
 _NEAR_ACTIVE, _NEAR_EXPERTS, _NEAR_SHARED = 0.05, math.log(1.6), 0.15
 _SMALLER = 4.0
-"""How many times smaller an FFN must be than the measured one for its speed to be another."""
+"""Factor by which an FFN is smaller than the measured one from which its speed is another."""
 _WHOLE = 0.95
 """Share of the FFN's weights from which a step counts as reading all of them."""
 

@@ -22,7 +22,7 @@ _HALF = (0.4, 0.6)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the page says first about one converted model.
+    """The first statements of the page about one converted model.
 
     Attributes:
         name: The model.
