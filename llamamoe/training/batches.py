@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +81,9 @@ def check_ranks(recipe: PretrainRecipe, world_size: int) -> None:
 class TokenBatches:
     """The data loader of the Trainer: this rank's micro-batches from a step on.
 
-    Reading is a gather from memory-mapped files, so no loader processes are needed, nothing is drawn ahead, and a
-    change of the mixture takes effect at the next step.
+    Reading is a gather from memory-mapped files, by a thread that reads the next step's micro-batches while the model
+    runs: no loader processes are needed. Where the mixture may change between two steps, the second one is drawn after
+    the change.
 
     Args:
         corpus: The tokens.
@@ -89,13 +91,24 @@ class TokenBatches:
         layout: Distribution among ranks.
         block_length: Tokens of a block.
         max_steps: The last step.
+        changes_every: Steps between possible changes of the mixture; None: it does not change.
+        pin_for: A CUDA device, for which batches are read into pinned memory; None: ordinary memory.
     """
 
     def __init__(
-        self, corpus: TokenCorpus, sampler: MixtureSampler, layout: Layout, block_length: int, max_steps: int
+        self,
+        corpus: TokenCorpus,
+        sampler: MixtureSampler,
+        layout: Layout,
+        block_length: int,
+        max_steps: int,
+        *,
+        changes_every: int | None = None,
+        pin_for: torch.device | None = None,
     ) -> None:
         self.corpus, self.sampler, self.layout = corpus, sampler, layout
         self.block_length, self.max_steps = block_length, max_steps
+        self._changes_every, self._pin_for = changes_every, pin_for
         self.first_step = 0
         self.dataset = range(max_steps * layout.batch_size)
         """Only its length is used: sequences of the run."""
@@ -104,21 +117,48 @@ class TokenBatches:
         return self.max_steps * self.layout.accumulation
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for step in range(self.first_step, self.max_steps):
-            domains, blocks = self.sampler.batch(step)
-            for turn in range(self.layout.accumulation):
-                index = self.layout.index(turn)
-                rows = self.layout.rows(index)
-                yield self._micro_batch(step, index, domains[rows], blocks[rows])
+        reader = ThreadPoolExecutor(1, "llamamoe-batches", initializer=self._enter_thread)
+        try:
+            ahead: list[Future[dict[str, Any]]] = []
+            for step in range(self.first_step, self.max_steps):
+                reading, ahead = ahead or self._read(reader, step), []
+                last = len(reading) - 1
+                for turn, micro_batch in enumerate(reading):
+                    found = micro_batch.result()
+                    if turn == last and self._is_drawable(step + 1):
+                        ahead = self._read(reader, step + 1)
+                    yield found
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+    def _is_drawable(self, step: int) -> bool:
+        """Return whether the mixture of this step is known before the step before it is over."""
+        return step < self.max_steps and (self._changes_every is None or step % self._changes_every > 0)
+
+    def _read(self, reader: Executor, step: int) -> list[Future[dict[str, Any]]]:
+        """Draw a step, in the caller's thread, and let its micro-batches be read in another."""
+        domains, blocks = self.sampler.batch(step)
+        found = []
+        for turn in range(self.layout.accumulation):
+            index = self.layout.index(turn)
+            rows = self.layout.rows(index)
+            found.append(reader.submit(self._micro_batch, step, index, domains[rows], blocks[rows]))
+        return found
+
+    def _enter_thread(self) -> None:
+        if self._pin_for is not None:  # a thread begins on the first device, where pinning would make a context
+            torch.cuda.set_device(self._pin_for)
 
     def _micro_batch(self, step: int, index: int, domains: np.ndarray, blocks: np.ndarray) -> dict[str, Any]:
         ids_BT = self.corpus.gather(domains, blocks, self.block_length)
-        return {
+        tensors = {
             "input_ids": torch.from_numpy(ids_BT),
             "domains": torch.from_numpy(domains),
             "blocks": torch.from_numpy(blocks),
-            "place": (step, index),
         }
+        if self._pin_for is not None:
+            tensors = {name: each.pin_memory() for name, each in tensors.items()}
+        return {**tensors, "place": (step, index)}
 
     def describe(self, place: tuple[int, int]) -> str:
         """Describe the text of a micro-batch for messages: ``arxiv blocks 4 and 17``.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ..architectures.targets import TARGETS
 from ..data.shards import TokenCorpus
@@ -104,7 +105,7 @@ def assemble(
     layout = Layout(recipe.batch_size, recipe.micro_batch_size, args.world_size, args.process_index)
     args.gradient_accumulation_steps = layout.accumulation
     torch.manual_seed(recipe.seed)
-    batches = _batches(recipe, corpus, layout)
+    batches = _batches(recipe, corpus, layout, args)
     facts: dict[str, Any] = {"world_size": args.world_size, "accumulation": layout.accumulation}
     model, layers = _trained_model(recipe, source, checkpoint, device, batches, facts)
     validation = _validation(recipe, held_out, layout)
@@ -209,14 +210,22 @@ def _objective(
     return Objective(head, RouterTap(layers), losses, context, distillation, dynamics, sums, scale, recipe.max_steps)
 
 
-def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout) -> TokenBatches:
+def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout, args: TrainingArguments) -> TokenBatches:
     blocks = {name: corpus.num_blocks(name, recipe.data.block_length) for name in corpus.domains}
     warnings: list[str] = []
     weights = mixture_weights(recipe.data.mixture, {name: corpus.tokens(name) for name in corpus.domains}, warnings)
     for sentence in warnings:
         log.warning("data.mixture: %s", sentence)
     sampler = MixtureSampler(blocks, weights, recipe.batch_size, recipe.seed, skip=recipe.skipped_steps)
-    return TokenBatches(corpus, sampler, layout, recipe.data.block_length, recipe.max_steps)
+    return TokenBatches(
+        corpus,
+        sampler,
+        layout,
+        recipe.data.block_length,
+        recipe.max_steps,
+        changes_every=recipe.evaluate_every if MIXTURES.get(recipe.data.update.name).dynamic else None,
+        pin_for=args.device if args.device.type == "cuda" and args.dataloader_pin_memory else None,
+    )
 
 
 def _distillation(recipe: PretrainRecipe, model: Any, parent: Parent | None) -> Distillation | None:

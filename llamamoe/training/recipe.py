@@ -245,7 +245,11 @@ class PretrainRecipe(Recipe):
         ):
             yield "router.float32 needs float32 weights, which neither precision.parameters = bfloat16 nor FSDP2 in bfloat16 has"
         if self.lora is not None and self.distributed.sharded:
-            yield "lora cannot be combined with distributed: peft's adapters are not sharded; run data-parallel (DDP)"
+            yield (
+                "lora cannot be combined with distributed: a checkpoint's adapters and the merged model need whole weights on a rank; "
+                "run data-parallel (DDP), with precision.parameters=bfloat16 and lora.train_router=false if frozen weights "
+                "are too large in float32"
+            )
         yield from self._lora_contradictions()
         for name in (each.name for each in self.losses if LOSSES.get(each.name).needs_targets):
             if self.parent is None:

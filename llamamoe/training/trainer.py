@@ -77,6 +77,13 @@ class MoeTrainer(Trainer):
         samples = list(islice(epoch_iterator, num_batches))
         return samples, None
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Move as transformers does, and without waiting if the memory is pinned."""
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        base: Any = super()
+        return base._prepare_input(data)
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Initialise as transformers does; batches continue at the checkpoint, intervals of logs and saves are new."""
         found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
