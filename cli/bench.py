@@ -9,7 +9,7 @@ import click
 from ._format import amount, size
 from ._output import Output, output_options
 from ._style import COUNT, Command, flag, model_options, tokenizer_option
-from ._tables import facts, heading, paragraph, table
+from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
 
 if TYPE_CHECKING:
@@ -124,17 +124,27 @@ def _print(benchmark: Benchmark) -> None:
         upto = (
             f"up to batch {benchmark.faster_up_to}" if benchmark.faster_up_to else "at none of the measured batch sizes"
         )
-        paragraph(
-            f"Decoding is faster than the parent's {upto}. The parent's own speed changed by a factor of {benchmark.drift:.3g} during "
-            "the measurement."
-        )
+        if benchmark.steady:
+            paragraph(
+                f"Decoding is faster than the parent's {upto}. The parent was measured again at the end: its decoding steps took "
+                f"{benchmark.drift:.3g} times as long as at the start."
+            )
+        else:
+            heading("Warnings")
+            bullets([_UNSTEADY.format(benchmark.drift)], mark="!")
+
+
+_UNSTEADY = (
+    "These ratios are not usable: when the parent was measured again at the end, its decoding steps took {:.2g} times as long as at the "
+    "start, so other load on the machine changed meanwhile. Stop other programs and repeat it, with more --repeats."
+)
 
 
 def _size(side: ModelSpeed) -> str:
     experts = f", experts by {side.experts_implementation}" if side.experts_implementation else ""
     return (
-        f"{amount(side.flops_per_token)} operations per token, {size(side.active_bytes)} read to decode one, "
-        f"{size(side.memory_bytes)} of memory{experts}"
+        f"{amount(side.flops_per_token)} operations per token, {size(side.active_bytes)} of {size(side.weights_bytes)} of weights read to "
+        f"decode one; {size(side.memory_bytes)} of memory in all, caches and activations included{experts}"
     )
 
 

@@ -14,6 +14,9 @@ from ..models.loading import Opened, open_models, pick_device
 from ..progress import ProgressCallback, counting, ignore_progress
 from .speeds import ModelSpeed, SpeedRun
 
+STEADY = 1.15
+"""Largest factor by which the parent's speed may change during a measurement."""
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -43,9 +46,14 @@ class Benchmark:
     drift: float | None
     faster_up_to: int | None
 
+    @property
+    def steady(self) -> bool:
+        """False if the parent's speed changed so much during the measurement that ratios to it say nothing."""
+        return self.drift is None or 1 / STEADY <= self.drift <= STEADY
+
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON-compatible data."""
-        return asdict(self)
+        return asdict(self) | {"steady": self.steady}
 
 
 def bench(

@@ -47,6 +47,7 @@ class ModelSpeed:
         flops_per_token: Operations of a forward pass, by active parameters, without attention scores.
         prefill_flops_per_token: The same for a prompt, where the head runs once at its end.
         active_bytes: Bytes of weights that decoding one token reads: active parameters without the embedding table.
+        weights_bytes: Bytes of all weights, those of unselected experts included.
         memory_bytes: Memory of the model: on a CPU the growth of the process from before loading to after all runs; on
             a GPU the peak, caches and activations included.
         speeds: Speeds by batch size.
@@ -58,6 +59,7 @@ class ModelSpeed:
     flops_per_token: int
     prefill_flops_per_token: float
     active_bytes: int
+    weights_bytes: int
     memory_bytes: int
     speeds: tuple[Speed, ...]
 
@@ -102,6 +104,7 @@ class SpeedRun:
             flops_per_token=inspection.cost.flops_per_token,
             prefill_flops_per_token=_prefill_flops(inspection, self.prompt_tokens),
             active_bytes=inspection.cost.active_parameters * width,
+            weights_bytes=inspection.cost.total_parameters * width,
             memory_bytes=memory,
             speeds=tuple(speeds),
         )

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from llamamoe_cli.bench import _print
 
 from llamamoe import UsageError, bench, load_recipe, split
-from llamamoe.evaluation.bench import _faster_up_to
+from llamamoe.evaluation.bench import Benchmark, _faster_up_to
 from llamamoe.evaluation.speeds import ModelSpeed, Speed
 
 from ..dense import make_dense
@@ -52,6 +53,8 @@ def test_bytes_that_decoding_reads(pair: tuple[Path, Path]) -> None:
     experts = 2 * 3 * 64 * 48 * 2  # 172 neurons in 4 experts of 43, padded to 48; 2 are selected
     assert found.against is not None
     assert found.against.active_bytes == 4 * (attention + norms + head + ffn)
+    assert found.against.weights_bytes == found.against.active_bytes, "tied: the table is the head"
+    assert found.model.weights_bytes == found.model.active_bytes + 4 * experts, "two more experts of each layer"
     assert found.against.flops_per_token == 2 * (attention + head + ffn)
     assert found.against.prefill_flops_per_token == pytest.approx(2 * (attention + ffn + head / 4))
     assert found.model.active_bytes == 4 * (attention + norms + head + experts + 2 * 4 * 64)
@@ -69,7 +72,7 @@ def test_experts_run_as_asked(pair: tuple[Path, Path]) -> None:
 
 def speeds(*decode: float) -> ModelSpeed:
     each = tuple(Speed(2**i, 1.0, seconds, 1.0, 1.0, 1.0) for i, seconds in enumerate(decode))
-    return ModelSpeed("m", "float32", None, 1, 1.0, 1, 1, each)
+    return ModelSpeed("m", "float32", None, 1, 1.0, 1, 1, 1, each)
 
 
 @pytest.mark.parametrize(("mine", "best"), [((1, 1, 1), 4), ((1, 3, 1), 1), ((3, 1, 1), 0), ((2, 1, 1), 0)])
@@ -92,3 +95,18 @@ def test_up_to_which_batch_it_is_faster(mine: tuple[float, ...], best: int) -> N
 def test_silly_numbers(pair: tuple[Path, Path], keys: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         bench(pair[0], **keys)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("drift", "steady"), [(0.42, False), (0.9, True), (1.0, True), (1.1, True), (1.3, False), (None, True)]
+)
+def test_a_machine_that_changed_meanwhile_makes_ratios_unusable(
+    drift: float | None, steady: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Benchmark("cpu", 2, 128, 16, 3, speeds(1.0), speeds(2.0), drift, 1)
+    assert found.to_json()["steady"] is steady
+    if drift is not None:
+        _print(found)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("These ratios are not usable" in printed) is not steady
+        assert ("faster than the parent's up to batch 1" in printed) is steady
