@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from llamamoe.alignment.recipe import AlignmentOptions
 from llamamoe.conversion.recipe import SplitRecipe
 from llamamoe.data.recipe import TokenizeRecipe
 from llamamoe.errors import UsageError
@@ -87,3 +89,21 @@ def test_yaml_is_read_back_whatever_domains_are_called(
     recipe = model.load(given=given)
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
     assert model.load(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize("value", [None, 512, "512", "64k", "1Ki"])
+def test_numbers_of_tokens_may_be_null_where_they_have_a_default(value: object) -> None:
+    number = {None: None, 512: 512, "512": 512, "64k": 64_000, "1Ki": 1024}[value]  # type: ignore[index]
+    assert SplitRecipe.model_validate({"calibration_length": value}).calibration_length == number
+    assert AlignmentOptions.model_validate({"length": value}).length == number
+    assert HealRecipe.model_validate({"text": "t", "length": value}).length == number
+    study = CompareRecipe.model_validate({**STUDY, "context_length": value, "evaluation_tokens": value})
+    assert (study.context_length, study.evaluation_tokens) == (number, number)
+    run = PretrainRecipe.model_validate({**PRETRAIN, "steps": 1 if value is None else None, "tokens": value})
+    assert run.tokens == number
+
+
+def test_numbers_of_tokens_have_limits() -> None:
+    for model, data in ((SplitRecipe, {"calibration_length": 1}), (AlignmentOptions, {"length": "1"})):
+        with pytest.raises(ValidationError, match="greater than or equal to 2"):
+            model.model_validate(data)

@@ -90,10 +90,17 @@ def _flat(annotation: Any) -> Iterator[Any]:
 def _type(field: FieldInfo) -> str:
     """Return the type as users write it, with its limits."""
     names = dict.fromkeys(_names(field.annotation))
-    limits = [f"{sign} {_number(getattr(rule, key))}" for rule in field.metadata
+    limits = [f"{sign} {_number(getattr(rule, key))}" for rule in (*field.metadata, *_inner_rules(field.annotation))
               for key, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
               if getattr(rule, key, None) is not None]  # fmt: skip
     return " or ".join(names) + (f" ({', '.join(limits)})" if limits else "")
+
+
+def _inner_rules(annotation: Any) -> Iterator[Any]:
+    """Yield the limits of a number that may also be null, which stand with the number."""
+    for each in _flat(annotation):
+        for rule in getattr(each, "__metadata__", ()):
+            yield from getattr(rule, "metadata", ())
 
 
 def _number(value: float) -> str:

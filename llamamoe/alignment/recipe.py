@@ -25,8 +25,8 @@ class AlignmentOptions(BaseModel):
     tokens: Annotated[int, Count] = Field(
         262144, ge=1024, le=_MOST, description="Number of training tokens, each read once."
     )
-    length: Annotated[int | None, Count] = Field(
-        None, ge=2, description="Tokens per sequence; null: the model's context length, at most 256."
+    length: Annotated[int, Field(ge=2), Count] | None = Field(
+        None, description="Tokens per sequence; null: the model's context length, at most 256."
     )
     batch: int = Field(1024, ge=2, le=_MOST, description="Tokens per step, in whole sequences.")
     lr_assignment: _Rate = Field(0.01, description="Learning rate of the assignment logits; 0: no neuron moves.")

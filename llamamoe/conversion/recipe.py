@@ -42,7 +42,9 @@ CalibrationWeights = Annotated[
     dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None,
     Field(min_length=1, description="Weight of each domain in the calibration text; null: equal."),
 ]
-CalibrationLength = Annotated[int | None, Count, Field(ge=2, description="Tokens per calibration sequence.")]
+CalibrationLength = Annotated[
+    Annotated[int, Field(ge=2), Count] | None, Field(description="Tokens per calibration sequence.")
+]
 
 
 def _shared_size(value: Any) -> Any:

@@ -35,8 +35,8 @@ class HealRecipe(Recipe):
     tokens: Annotated[int, Count] = Field(
         262144, ge=512, le=2**40, description="Maximum number of tokens of text, held-out ones included."
     )
-    length: Annotated[int | None, Count] = Field(
-        None, ge=2, description="Tokens per sequence; null: the parent's context length, at most 512."
+    length: Annotated[int, Field(ge=2), Count] | None = Field(
+        None, description="Tokens per sequence; null: the parent's context length, at most 512."
     )
     weights: dict[str, Rate] | None = Field(
         None, min_length=1, description="Weight of each domain in the text; null: equal."

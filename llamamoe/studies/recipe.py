@@ -95,11 +95,11 @@ class CompareRecipe(Recipe):
 
     methods: tuple[StudyMethod, ...] = Field(description="The methods to compare.")
     evaluation: Paths = Field(min_length=1, description="Text to measure perplexity on: files, folders or globs.")
-    evaluation_tokens: Annotated[int | None, Count] = Field(
-        8192, ge=2, description="Maximum number of tokens per domain; null: all."
+    evaluation_tokens: Annotated[int, Field(ge=2), Count] | None = Field(
+        8192, description="Maximum number of tokens per domain; null: all."
     )
-    context_length: Annotated[int | None, Count] = Field(
-        None, ge=2, description="Tokens per window; null: the model's, at most 2048."
+    context_length: Annotated[int, Field(ge=2), Count] | None = Field(
+        None, description="Tokens per window; null: the model's, at most 2048."
     )
     calibration: CalibrationText = ()
     calibration_tokens: CalibrationTokens = 65536

@@ -165,8 +165,8 @@ class PretrainRecipe(Recipe):
     )
     data: DataRecipe = Field(description="What is trained on.")
     steps: int | None = Field(None, ge=1, le=10**9, description="Optimiser steps; or give tokens.")
-    tokens: Annotated[float | None, BeforeValidator(count_of)] = Field(
-        None, gt=0, le=1e16, description="Tokens to train on; or give steps."
+    tokens: Annotated[float, Field(gt=0, le=1e16), BeforeValidator(count_of)] | None = Field(
+        None, description="Tokens to train on; or give steps."
     )
     batch_size: int = Field(512, ge=1, description="Sequences of a step, over all ranks and micro-batches.")
     micro_batch_size: int = Field(1, ge=1, description="Sequences that one rank runs at a time.")
