@@ -32,6 +32,10 @@ CALIBRATED_DEFAULT: dict[str, Any] = {
 About half of the FFN is active. Many narrow experts and few shared neurons, a number of experts that is a power of two
 (so that factors baked into bfloat16 weights do not round), the most thorough repair: see BENCHMARKS.md.
 """
+_MANY = 64
+"""Calibration tokens for each active neuron from which a repair's own strength is as good as one chosen on held-out tokens."""
+_FEW_TOKENS = {"distill": {"ridge": "auto"}, "least_squares": {"ridge": "auto", "penalty": "balanced"}}
+"""Options of repairs that are better with few tokens (BENCHMARKS.md, "Calibrated conversion: little text")."""
 UNCALIBRATED_DEFAULT = "cluster_shared"
 """The meaning of ``method: auto`` without calibration text."""
 TEXT_NEEDS = ("activations", "gradients")
@@ -75,14 +79,15 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
     """
     warnings: list[str] = []
     notes: list[str] = []
+    named = recipe.repair is not None
     if recipe.prefer is not None and intermediate_size is not None:
         notes += _changed_sizes(recipe, intermediate_size)
         recipe, warnings = _preferred(recipe, intermediate_size)
     if recipe.method.name == AUTO:
         usual = CALIBRATED_DEFAULT["num_experts"]
-        named, (recipe, more) = recipe.model_fields_set, _auto(recipe, intermediate_size)
+        fields, (recipe, more) = recipe.model_fields_set, _auto(recipe, intermediate_size)
         warnings += more
-        if recipe.calibration and not named & {"num_experts", "top_k"} and recipe.num_experts < usual and not notes:
+        if recipe.calibration and not fields & {"num_experts", "top_k"} and recipe.num_experts < usual and not notes:
             notes.append(
                 f"{usual} experts are the default with text; the FFN of {intermediate_size:,} neurons gets {recipe.num_experts}, so that "
                 f"none is narrower than {LEAST_WIDTH}"
@@ -101,6 +106,9 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
             "repair": repair,
         },
     )
+    if intermediate_size is not None:
+        recipe, more_notes = _little_text(recipe, splitter, intermediate_size, named=named)
+        notes += more_notes
     plugins = list(_plugins(recipe, splitter))
     needing = tuple(text for text, plugin in plugins if plugin.needs in TEXT_NEEDS)
     needing += ("--align-tokens",) if recipe.align is not None else ()
@@ -211,6 +219,39 @@ def _preferred(recipe: SplitRecipe, size: int) -> tuple[SplitRecipe, list[str]]:
             recipe, values | {"shared": shared / size if isinstance(shared, int) else shared}
         )
     return _update(recipe, values).model_copy(update={"prefer": None}), []
+
+
+def _little_text(
+    recipe: SplitRecipe, splitter: type[Splitter], size: int, *, named: bool
+) -> tuple[SplitRecipe, list[str]]:
+    """Return the recipe with the repair's strength chosen on held-out tokens, if there are few, or a note that advises it."""
+    repair = recipe.repair
+    better = _FEW_TOKENS.get(repair.name) if repair is not None and recipe.calibration else None
+    active = _active_neurons(recipe, splitter, size)
+    if repair is None or better is None or recipe.calibration_tokens >= _MANY * active:
+        return recipe, []
+    if repair.options.get("ridge") == "auto":
+        return recipe, []
+    few = f"{recipe.calibration_tokens:,} calibration tokens are few for {active:,} active neurons"
+    if named:
+        flags = " ".join(f"--set repair.{key}={value}" for key, value in better.items())
+        return recipe, [f"{few}: choose the strength of the repair on held-out tokens ({flags})"]
+    values = {"repair": {"name": repair.name, **repair.options, **better}}
+    return _update(recipe, values), [
+        f"{few}: the strength of the repair is chosen on held-out tokens (repair.ridge: auto)"
+    ]
+
+
+def _active_neurons(recipe: SplitRecipe, splitter: type[Splitter], size: int) -> int:
+    """Return the neurons of the parent's FFN that one token uses, approximately."""
+    wanted = splitter.default_shared if recipe.shared is None else recipe.shared
+    if isinstance(wanted, str):
+        shares = int(wanted[:-1])
+        shared = size * shares / (recipe.num_experts + shares)
+    else:
+        shared = wanted * size if isinstance(wanted, float) else wanted
+    routed = (size - shared) * recipe.top_k / recipe.num_experts if splitter.routed else 0
+    return max(1, round(shared + routed))
 
 
 def _changed_sizes(recipe: SplitRecipe, size: int) -> Iterator[str]:

@@ -373,3 +373,25 @@ def test_a_factor_that_rounds_once_more_is_told_with_a_way_out(
     found = [each for each in plan(dense, **keys | given).warnings if "not a power of two" in each]
     assert bool(found) == warned
     assert all("--dtype float32" in each for each in found)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "repair", "ridge", "said"),
+    [
+        (1024, None, "auto", "is chosen on held-out tokens (repair.ridge: auto)"),
+        (65536, None, 0.02, None),
+        (1024, "distill", 0.02, "(--set repair.ridge=auto)"),
+        (1024, {"name": "distill", "ridge": "auto"}, "auto", None),
+        (1024, "least_squares", 0.002, "(--set repair.ridge=auto --set repair.penalty=balanced)"),
+    ],
+)
+def test_little_text_gets_a_strength_chosen_on_held_out_tokens(
+    dense: Path, tokens: int, repair: Any, ridge: Any, said: str | None
+) -> None:
+    """Unless a repair is named: then the plan advises it."""
+    found = auto_plan(dense, **TEXT, calibration_tokens=tokens, **({} if repair is None else {"repair": repair}))
+    assert found.recipe.repair.options["ridge"] == ridge
+    notes = [note for note in found.advice if "are few for" in note]
+    assert [said in note for note in notes] == ([] if said is None else [True])
+    again = llamamoe.plan_conversion(dense, found.recipe)
+    assert again.recipe == found.recipe, "the recipe beside the output does the same"

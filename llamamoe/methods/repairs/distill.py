@@ -14,7 +14,7 @@ from ..moe_layer import ConvertedFfn, dense_outputs
 from ..solvers.descent import BETAS, descend
 from ..splitters.base import Kept
 from .base import Repair
-from .least_squares import LeastSquares
+from .least_squares import LeastSquares, Penalty, Ridge
 
 
 class Distill(Repair):
@@ -41,7 +41,10 @@ class Distill(Repair):
             0.02, gt=0, lt=1, description="Largest step, as a share of the root mean square of the weights."
         )
         batch: int = Field(2048, ge=1, description="Tokens per step.")
-        ridge: float = Field(0.02, ge=1e-6, allow_inf_nan=False, description="Strength of the least squares.")
+        ridge: Ridge = Field(
+            0.02, description="Strength of the least squares; auto: the best on held-out tokens, layer by layer."
+        )
+        penalty: Penalty = Field("mean", description="Unit of that strength: mean, median or balanced.")
         weighting: TokenWeighting = Field(
             "residual", description="residual: errors count relative to the token's residual stream."
         )
@@ -55,7 +58,9 @@ class Distill(Repair):
             LlamaMoeError: The error is not finite.
         """
         options = self.options
-        first = LeastSquares(LeastSquares.Options(ridge=options.ridge, weighting=options.weighting))
+        first = LeastSquares(
+            LeastSquares.Options(ridge=options.ridge, penalty=options.penalty, weighting=options.weighting)
+        )
         moe = replace(moe, weights=first.repair(moe, ffn, context))
         return _descend(moe, ffn, context, options)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from ...lazy import torch
 from ...numerics import solve_ridge
@@ -20,6 +20,16 @@ Penalty = Literal["mean", "median", "balanced"]
 
 LEAST_RIDGE = 1e-6
 """Minimum strength, below which the Gram matrix's rounding in float32 dominates."""
+
+
+def _positive(ridge: float | Literal["auto"]) -> float | Literal["auto"]:
+    if ridge != "auto" and not LEAST_RIDGE <= ridge < math.inf:
+        raise ValueError(f"ridge is {ridge:g}, but must be finite and {LEAST_RIDGE:g} at least, or auto")
+    return ridge
+
+
+Ridge = Annotated[float | Literal["auto"], AfterValidator(_positive)]
+"""A strength, or ``auto``: the best on held-out tokens of each layer."""
 
 AUTO_START, AUTO_STEP, AUTO_LEAST, AUTO_MOST = 0.3, 10**0.5, 1e-4, 1e3
 """Start, step and ends of the search for the strength."""
@@ -48,7 +58,7 @@ class LeastSquares(Repair):
     class Options(PluginOptions):
         """Options of `LeastSquares`."""
 
-        ridge: float | Literal["auto"] = Field(
+        ridge: Ridge = Field(
             0.002,
             description="Strength, in units of the penalty, 1e-6 at least; auto: the best on held-out tokens, layer by layer.",
         )
@@ -59,13 +69,6 @@ class LeastSquares(Repair):
         weighting: TokenWeighting = Field(
             "none", description="residual: errors count relative to the token's residual stream."
         )
-
-        @field_validator("ridge")
-        @classmethod
-        def _positive(cls, ridge: float | Literal["auto"]) -> float | Literal["auto"]:
-            if ridge != "auto" and not LEAST_RIDGE <= ridge < math.inf:
-                raise ValueError(f"ridge is {ridge:g}, but must be finite and {LEAST_RIDGE:g} at least, or auto")
-            return ridge
 
     options: Options
 

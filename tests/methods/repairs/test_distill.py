@@ -114,3 +114,16 @@ def test_a_layer_without_experts_is_distilled_too() -> None:
     first = LeastSquares(LeastSquares.Options(ridge=0.02, weighting="residual")).repair(moe, ffn, context)
     after = Distill(Distill.Options(epochs=60, batch=50)).repair(moe, ffn, context)
     assert error(moe, ffn, inputs, after) < 0.8 * error(moe, ffn, inputs, first)
+
+
+@pytest.mark.parametrize("begin", [{"ridge": "auto"}, {"ridge": "auto", "penalty": "balanced"}])
+def test_it_can_begin_with_a_strength_chosen_on_held_out_tokens(begin: dict[str, Any]) -> None:
+    """With hardly a step only the least squares that it begins with is left."""
+    ffn, inputs = make_ffn(), make_inputs(400)
+    moe = make_moe(ffn)
+    context = make_context(moe, inputs)
+    first = LeastSquares(LeastSquares.Options(weighting="residual", **begin)).repair(moe, ffn, context)
+    after = Distill(Distill.Options(epochs=1, lr=1e-9, **begin)).repair(moe, ffn, context)
+    torch.testing.assert_close(after.down_HP, first.down_HP, rtol=1e-5, atol=1e-7)
+    usual = Distill(Distill.Options(epochs=1, lr=1e-9)).repair(moe, ffn, context)
+    assert not torch.allclose(usual.down_HP, after.down_HP, rtol=1e-3)
