@@ -78,6 +78,25 @@ def check_ranks(recipe: PretrainRecipe, world_size: int) -> None:
     Layout(recipe.batch_size, recipe.micro_batch_size, world_size)
 
 
+def model_inputs(ids_BT: np.ndarray, separator: int | None = None) -> dict[str, torch.Tensor]:
+    """Return a model's inputs of these tokens: ``input_ids``, and ``position_ids`` if documents are kept apart.
+
+    Transformers' models take positions that begin again for the start of another sequence, to which and from which
+    nothing attends.
+
+    Args:
+        ids_BT: int64 tokens.
+        separator: The token that ends a document; None: documents are joined.
+    """
+    found = {"input_ids": torch.from_numpy(ids_BT)}
+    if separator is not None:
+        places_T = np.arange(ids_BT.shape[1])
+        begins_BT = np.zeros(ids_BT.shape, dtype=np.int64)
+        begins_BT[:, 1:] = np.where(ids_BT[:, :-1] == separator, places_T[1:], 0)
+        found["position_ids"] = torch.from_numpy(places_T - np.maximum.accumulate(begins_BT, axis=1))
+    return found
+
+
 class TokenBatches:
     """The data loader of the Trainer: this rank's micro-batches from a step on.
 
@@ -91,6 +110,7 @@ class TokenBatches:
         layout: Distribution among ranks.
         block_length: Tokens of a block.
         max_steps: The last step.
+        separator: See `model_inputs`.
         changes_every: Steps between possible changes of the mixture; None: it does not change.
         pin_for: A CUDA device, for which batches are read into pinned memory; None: ordinary memory.
     """
@@ -103,11 +123,13 @@ class TokenBatches:
         block_length: int,
         max_steps: int,
         *,
+        separator: int | None = None,
         changes_every: int | None = None,
         pin_for: torch.device | None = None,
     ) -> None:
         self.corpus, self.sampler, self.layout = corpus, sampler, layout
         self.block_length, self.max_steps = block_length, max_steps
+        self.separator = separator
         self._changes_every, self._pin_for = changes_every, pin_for
         self.first_step = 0
         self.dataset = range(max_steps * layout.batch_size)
@@ -152,7 +174,7 @@ class TokenBatches:
     def _micro_batch(self, step: int, index: int, domains: np.ndarray, blocks: np.ndarray) -> dict[str, Any]:
         ids_BT = self.corpus.gather(domains, blocks, self.block_length)
         tensors = {
-            "input_ids": torch.from_numpy(ids_BT),
+            **model_inputs(ids_BT, self.separator),
             "domains": torch.from_numpy(domains),
             "blocks": torch.from_numpy(blocks),
         }

@@ -18,7 +18,7 @@ from ..progress import ProgressCallback, ignore_progress
 from .arguments import training_arguments
 from .balancing import BiasBalancing
 from .batches import Layout, TokenBatches, check_ranks
-from .corpora import held_out_corpus, training_corpus
+from .corpora import held_out_corpus, separator_of, training_corpus
 from .distillation import Distillation
 from .dynamics import Dynamics
 from .gates import GATES
@@ -138,7 +138,8 @@ def assemble(
 def _validation(recipe: PretrainRecipe, held_out: TokenCorpus | None, layout: Layout) -> Validation | None:
     if held_out is None:
         return None
-    return Validation(held_out, recipe.data.block_length, recipe.data.validation_blocks, layout)
+    separator = separator_of(recipe.data, held_out)
+    return Validation(held_out, recipe.data.block_length, recipe.data.validation_blocks, layout, separator=separator)
 
 
 def _peak_flops(device: str, world_size: int) -> float | None:
@@ -223,6 +224,7 @@ def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout, args: 
         layout,
         recipe.data.block_length,
         recipe.max_steps,
+        separator=separator_of(recipe.data, corpus),
         changes_every=recipe.evaluate_every if MIXTURES.get(recipe.data.update.name).dynamic else None,
         pin_for=args.device if args.device.type == "cuda" and args.dataloader_pin_memory else None,
     )
@@ -280,7 +282,8 @@ def _parent(recipe: PretrainRecipe, folder: Path | None, source: Path, device: s
     if folder is None or not (recipe.keeps_parent or recipe.data.reference_losses == "parent"):
         return None
     where = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-    return load_parent(folder, source, dtype=recipe.precision.parent, device=where)
+    attention = recipe.attn_implementation
+    return load_parent(folder, source, dtype=recipe.precision.parent, device=where, attn_implementation=attention)
 
 
 def _references(recipe: PretrainRecipe, parent: Parent | None, validation: Validation | None) -> dict[str, float]:

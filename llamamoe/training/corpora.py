@@ -31,3 +31,8 @@ def held_out_corpus(recipe: DataRecipe) -> TokenCorpus | None:
             hint="Hold documents out with `validation: {share: 0.01}` in the recipe of llamamoe tokenize.",
         )
     return found
+
+
+def separator_of(data: DataRecipe, corpus: TokenCorpus) -> int | None:
+    """Return the token that ends a document where documents are kept apart; None where they are joined."""
+    return corpus.index.eos_token_id if data.documents == "apart" else None

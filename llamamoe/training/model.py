@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
         mixed = recipe.gathers_bfloat16(model_type)
         keys["distributed_config"] = DistributedConfig(**given, fsdp_mixed_precision=mixed)
     try:
-        with quiet_transformers(), unmapped():
+        with quiet_transformers(), unmapped(), telling_attention(recipe.attn_implementation):
             model, info = auto.from_pretrained(
                 folder,
                 trust_remote_code=False,
@@ -87,13 +89,6 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
                 output_loading_info=True,
                 **keys,
             )
-    except (ImportError, ValueError) as error:
-        if recipe.attn_implementation is None or "attention" not in str(error).lower():
-            raise
-        raise UsageError(
-            f"attn_implementation = {recipe.attn_implementation}: {str(error).splitlines()[0]}",
-            hint="Install what it needs, or leave it to transformers: attn_implementation=null.",
-        ) from error
     except safetensors.SafetensorError as error:
         SafetensorsCheckpoint(folder)  # gives a better message
         raise CheckpointError(f"{folder}: its weights cannot be loaded: {error}") from error
@@ -106,6 +101,20 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False  # the built-in balance loss is pooled over layers and scales wrongly
     return model if recipe.distributed.sharded else model.to(device)
+
+
+@contextmanager
+def telling_attention(name: str | None) -> Iterator[None]:
+    """Turn transformers' refusal of an attention implementation into a `UsageError`."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if name is None or "attention" not in str(error).lower():
+            raise
+        raise UsageError(
+            f"attn_implementation = {name}: {str(error).splitlines()[0]}",
+            hint="Install what it needs, or leave it to transformers: attn_implementation=null.",
+        ) from error
 
 
 def _implementation(name: str) -> str:

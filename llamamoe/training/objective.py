@@ -70,12 +70,12 @@ class Objective:
 
         Args:
             model: The model, wrapped or not.
-            inputs: ``input_ids`` int64 ``[B, T]``, ``domains`` int64 ``[B]``, ``place`` (step, micro-batch).
+            inputs: ``input_ids`` and perhaps ``position_ids`` int64 ``[B, T]``, ``domains`` int64 ``[B]``, ``place`` (step, micro-batch).
             step: Finished optimiser steps.
         """
         ids_BT = inputs["input_ids"]
         self._dynamics.begin_micro_batch(*inputs["place"])
-        batch = {"input_ids": ids_BT, "use_cache": False}
+        batch = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs} | {"use_cache": False}
         labels_BT = next_token_labels(ids_BT)
         distillation, scale = self._distillation, self._scale
         recording = distillation.recording(batch, step, self._max_steps) if distillation else nullcontext(None)

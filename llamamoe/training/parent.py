@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import CheckpointError, RefusedError
 from ..lazy import torch
 from .loss_head import LossHead
+from .model import telling_attention
 from .model_parts import decoder_layers, ffn_modules, first_tensor, residual_multiplier
 
 _RUN_WITH = ("input_ids", "attention_mask", "position_ids")
@@ -135,7 +136,14 @@ class Parent:
         del self.model, self._head, self._layers
 
 
-def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device: str = "cpu") -> Parent:
+def load_parent(
+    folder: Path,
+    student: Path,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+) -> Parent:
     """Load the dense model that a converted one was made from.
 
     Only safetensors are read and no code of the checkpoint is run. Everything is checked by headers and configurations
@@ -146,8 +154,10 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
         student: The converted checkpoint, with its tokenizer.
         dtype: Dtype of the weights: ``bfloat16``, ``float32`` or ``float16``.
         device: Its device.
+        attn_implementation: How attention is computed; None: transformers' choice.
 
     Raises:
+        UsageError: Attention cannot be computed that way here.
         CheckpointError: It is not a dense model of a supported family, or its files are broken.
         RefusedError: Its vocabulary or tokenizer differs from the student's.
     """
@@ -168,7 +178,11 @@ def load_parent(folder: Path, student: Path, *, dtype: str = "bfloat16", device:
     _check_tokenizers(opened.tokenizer, Path(folder), Path(student))
     if taken is not None:
         _check_vocabulary(Path(folder), opened.tokenizer, Path(student))
-    return Parent(load_weights(opened, dtype, device), str(folder))
+    model = load_weights(opened, dtype, device)
+    if attn_implementation is not None:
+        with telling_attention(attn_implementation):
+            model.set_attn_implementation(attn_implementation)
+    return Parent(model, str(folder))
 
 
 def _check_tokenizers(tokenizer: Any, parent: Path, student: Path) -> None:

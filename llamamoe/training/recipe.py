@@ -56,6 +56,10 @@ class DataRecipe(_Part):
     reference_losses: Literal["parent"] | dict[str, Rate] | None = Field(
         None, description="Loss of each domain that dynamic mixtures aim at: measured on the parent, or given."
     )
+    documents: Literal["joined", "apart"] = Field(
+        "joined",
+        description="apart: in each document of a block positions begin again, and its tokens attend to no other document.",
+    )
     validation_blocks: int | None = Field(16, ge=1, description="Blocks of each domain to measure on; null takes all.")
 
 
@@ -244,6 +248,11 @@ class PretrainRecipe(Recipe):
             self.precision.parameters == "bfloat16" or (self.autocasts and self.distributed.sharded)
         ):
             yield "router.float32 needs float32 weights, which neither precision.parameters = bfloat16 nor FSDP2 in bfloat16 has"
+        if self.data.documents == "apart" and self.attn_implementation not in (None, "sdpa", "eager"):
+            yield (
+                f"data.documents = apart is checked with sdpa and eager attention only, not with {self.attn_implementation}: leave "
+                "attn_implementation to transformers (null)"
+            )
         if self.lora is not None and self.distributed.sharded:
             yield (
                 "lora cannot be combined with distributed: a checkpoint's adapters and the merged model need whole weights on a rank; "

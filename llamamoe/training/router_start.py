@@ -19,7 +19,7 @@ import torch
 from ..architectures.expert_weighting import renormalising, rescaled_block
 from ..errors import RefusedError
 from ..numerics import wide
-from .batches import TokenBatches
+from .batches import TokenBatches, model_inputs
 from .loss_head import LossHead, next_token_labels
 from .moe_layers import MoeLayer
 from .recipe import PretrainRecipe
@@ -228,4 +228,5 @@ def _first_blocks(batches: TokenBatches, device: Any) -> Iterator[Mapping[str, A
     domains, blocks = batches.sampler.batch(0)
     for i in range(min(START_BLOCKS, len(domains))):
         ids_1T = batches.corpus.gather(domains[i : i + 1], blocks[i : i + 1], batches.block_length)
-        yield {"input_ids": torch.from_numpy(ids_1T).to(device), "use_cache": False}
+        inputs = model_inputs(ids_1T, batches.separator)
+        yield {**{name: each.to(device) for name, each in inputs.items()}, "use_cache": False}

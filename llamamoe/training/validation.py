@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..lazy import np, torch
-from .batches import Layout
+from .batches import Layout, model_inputs
 from .loss_head import LossHead
 
 if TYPE_CHECKING:
@@ -22,14 +22,23 @@ class Validation:
         corpus: Held-out tokens.
         block_length: Tokens per block; a domain with less text is not measured.
         blocks: Maximum number of blocks per domain; None takes all.
+        separator: See `batches.model_inputs`.
         layout: Distribution among ranks; only its micro-batch size, world and rank are used.
 
     Raises:
         UsageError: No domain has a block.
     """
 
-    def __init__(self, corpus: TokenCorpus, block_length: int, blocks: int | None, layout: Layout) -> None:
-        self.corpus, self.block_length, self.layout = corpus, block_length, layout
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        block_length: int,
+        blocks: int | None,
+        layout: Layout,
+        *,
+        separator: int | None = None,
+    ) -> None:
+        self.corpus, self.block_length, self.layout, self.separator = corpus, block_length, layout, separator
         self.domains = tuple(corpus.domains)
         picked = []
         for index, name in enumerate(self.domains):
@@ -75,8 +84,9 @@ class Validation:
         device = next(model.parameters()).device
         sums = torch.zeros(2, len(self.domains), dtype=torch.float64)
         for domains, blocks, counts in self._micro_batches():
-            ids_BT = torch.from_numpy(self.corpus.gather(domains, blocks, self.block_length)).to(device)
-            losses = head(model, {"input_ids": ids_BT, "use_cache": False}, next_token_labels(ids_BT))
+            ids_BT = self.corpus.gather(domains, blocks, self.block_length)
+            inputs = {name: each.to(device) for name, each in model_inputs(ids_BT, self.separator).items()}
+            losses = head(model, {**inputs, "use_cache": False}, next_token_labels(inputs["input_ids"]))
             if counts:
                 index = torch.from_numpy(domains)
                 sums[0].index_add_(0, index, losses.nll_BT.sum(1).double().cpu())

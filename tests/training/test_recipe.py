@@ -83,6 +83,7 @@ def test_everything_wrong_is_told_at_once_with_near_misses() -> None:
         ({"distributed": {"tp_size": 2}}, "distributed.tp_size: unknown key"),
         ({"gate": "noisy_top_k", "balancing": {}}, "noisy_top_k"),
         ({"losses": ["competitive"], "parent": None}, "the loss competitive needs parent"),
+        ({"data": {"train": "t", "documents": "apart"}, "attn_implementation": "flash_attention_2"}, "sdpa and eager"),
         ({"losses": [COMPETE], "freeze": ["experts"]}, "trains none while freeze names experts"),
         ({"losses": [COMPETE], "lora": {"experts": False}}, "trains none while lora.experts=false"),
         ({"losses": ["competitive"], "distributed": {"fsdp_size": 2}}, "competitive cannot be combined"),

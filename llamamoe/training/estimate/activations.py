@@ -9,7 +9,7 @@ Letters: T tokens of a micro-batch, H hidden size, Q and K widths of queries and
 S shared neurons, F neurons of a dense FFN; s bytes of a weight and of the residual stream, c bytes of a product's
 result, e bytes within the experts. With autocast each product keeps its own bfloat16 copy of its input.
 
-Omitted, because small or rare: attention masks (a window shorter than a block makes one of T^2 bytes).
+Omitted, because small or rare: the attention mask of a window shorter than a block, T^2 bytes.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class Pass:
         ep_size: Ranks that share the experts.
         gate_TN: Float32 arrays ``[T, N]`` that the gate keeps beside the native router's.
         gate_TH: The same of arrays ``[T, H]``.
+        mask: Numbers of the attention mask ``[B, T, T]`` that keeps documents apart; 0 without.
     """
 
     model: ModelShape
@@ -115,6 +116,7 @@ class Pass:
     ep_size: int = 1
     gate_TN: int = 0
     gate_TH: int = 0
+    mask: int = 0
 
     @property
     def numbers(self) -> int:
@@ -141,10 +143,15 @@ class Pass:
 
 
 def attention_bytes(layer: LayerShape, run: Pass) -> int:
-    """Return ``T [norm + input of q, k, v + (2Q + 2K) c + 4 heads]``, plus ``T (Q + K) (4 + c)`` for q, k norms."""
+    """Return ``T [norm + input of q, k, v + (2Q + 2K) c + 4 heads]``, plus ``T (Q + K) (4 + c)`` for q, k norms.
+
+    With a mask each layer turns it into numbers of c bytes, and repeats keys and values for every head: ``4Q``.
+    """
     compute, query, key = run.widths.compute, layer.query_width, layer.key_width
     kept = run.norm(run.numbers) + run.inputs({"attention": 3})
     kept += run.tokens * ((2 * query + 2 * key) * compute + 4 * run.model.num_heads)
+    if run.mask:
+        kept += run.mask * compute + run.tokens * 2 * (query - key) * compute
     return kept + (run.tokens * (query + key) * (4 + compute) if layer.qk_norm else 0)
 
 

@@ -112,6 +112,7 @@ class StepMemory:
             ep_size=sharding.ep_size,
             gate_TN=gate.kept_TN,
             gate_TH=gate.kept_TH,
+            mask=tokens * recipe.data.block_length if recipe.data.documents == "apart" else 0,
         )
         self._ddp = replicas > 1 and not sharding.cut
         self._parent = parent_bytes
@@ -197,6 +198,7 @@ class StepMemory:
             "parent": self._parent,
             "gradient buckets": state["gradients"] if self._ddp else 0,
             "rotary tables": 2 * block * self.shape.head_dim * self.run.widths.weights + 8 * self.run.tokens,
+            "attention mask": self.run.mask,
             "fixed overhead": FIXED_OVERHEAD if self.recipe.device != "cpu" else 0,
         }
 

@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "loss competitive, experts learn": {"losses": [{"name": "competitive", "experts": True}]},
     "loss competitive, adapters learn": {"losses": [{"name": "competitive", "experts": True}], "lora": {"rank": 2}},
     **{f"term {name}": {"distill": {name: {}}} for name in TERMS},
+    "documents apart": {"data": {"documents": "apart"}},
     **{f"experts {name}": {"experts_implementation": f"llamamoe_{name}"} for name in ("auto", "sorted", "masked")},
 }
 
@@ -56,7 +57,7 @@ def recipe_of(folder: Path, keys: dict[str, Any], checkpointing: bool) -> Pretra
     paths = {"model": str(folder / f"moe{k}"), "parent": str(folder / "dense"), "data": data}
     sizes = {"batch_size": 4, "micro_batch_size": 4, "logits_at_once": 2**14, "evaluate_every": None, "steps": 2}
     given = {"experts_implementation": "grouped_mm", "gradient_checkpointing": checkpointing}
-    return load_pretrain_recipe(given=BASE | given | sizes | paths | keys)
+    return load_pretrain_recipe(given=BASE | given | sizes | paths | {**keys, "data": data | keys.get("data", {})})
 
 
 def measure(recipe: PretrainRecipe, out: Path) -> tuple[int, int]:
