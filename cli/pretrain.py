@@ -19,6 +19,7 @@ from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo, styled
 
 if TYPE_CHECKING:
+    from llamamoe.training.estimate.estimate import Estimate
     from llamamoe.training.plan import PretrainPlan
     from llamamoe.training.pretrain import PretrainResult
     from llamamoe.training.recipe import PretrainRecipe
@@ -27,7 +28,8 @@ HELP = """Continue pretraining a converted model, to recover what the conversion
 
 The recipe names the model, the tokens (written by `llamamoe tokenize`), the objective and the optimiser. The recipe,
 metrics.jsonl and checkpoints are written to the folder --out, and at the end the trained model to its folder model/,
-which plain transformers loads.
+which plain transformers loads. With the key teacher.tokens the parent is first trained on the same text, in the folder
+teacher/, and then distilled.
 
 After an interruption, the same command with --resume continues from the newest checkpoint; weights and metrics are the
 same as without the interruption. All files of the checkpoint are verified against the SHA-256 recorded when they were
@@ -165,12 +167,14 @@ def _train(recipe: PretrainRecipe, out: str, where: dict[str, Any], output: Outp
 
 def _left(out: Path) -> str:
     """Return how an interrupted run can be resumed."""
-    from llamamoe.training.ownership import named_checkpoints
+    from llamamoe.training.ownership import TEACHER, named_checkpoints
 
-    there = named_checkpoints(out)
-    where = (
-        f"continues from its newest checkpoint, {there[-1].name}" if there else "starts over: it has no checkpoint yet"
-    )
+    there = named_checkpoints(out) or named_checkpoints(out / TEACHER)
+    where = "starts over: it has no checkpoint yet"
+    if there:
+        where = f"continues from its newest checkpoint, {there[-1].relative_to(out)}"
+    elif (out / TEACHER / "model").exists():
+        where = "continues with the trained parent"
     return f"{out} is kept, --resume {where}"
 
 
@@ -213,6 +217,8 @@ def _print_plan(plan: PretrainPlan) -> None:
         times.append(("time", f"{duration(seconds * estimate.steps)} ({duration(seconds)} a step)"))
     times += [(f"disk, {name}", size(n)) for name, n in estimate.disk.items() if n]
     facts(times)
+    if plan.teacher is not None:
+        _print_teacher(plan.teacher.estimate)
     if plan.warnings:
         heading("Warnings")
         bullets(plan.warnings, mark="!")
@@ -220,9 +226,20 @@ def _print_plan(plan: PretrainPlan) -> None:
     paragraph("An estimate from shapes alone. Nothing was loaded or written.")
 
 
+def _print_teacher(estimate: Estimate) -> None:
+    heading("The parent, trained first")
+    rows = [("tokens", f"{amount(estimate.tokens)} in {plural(estimate.steps, 'step')}")]
+    rows.append(("memory at the peak", size(estimate.peak)))
+    if estimate.seconds is not None:
+        rows.append(("time", duration(estimate.seconds)))
+    facts([*rows, ("disk", size(estimate.disk_bytes))])
+
+
 def _print(result: PretrainResult) -> None:
     echo(bold(f"{result.steps:,} steps, {amount(result.tokens)} tokens"))
     rows = []
+    if result.teacher_tokens:
+        rows.append(("before", f"the parent was trained on {amount(result.teacher_tokens)} tokens"))
     if result.first is not None and result.last is not None:
         rows.append(("validation loss", f"{result.first['loss']:.4f} -> {result.last['loss']:.4f}"))
         rows.append(("perplexity", f"{result.first['perplexity']:.4g} -> {result.last['perplexity']:.4g}"))

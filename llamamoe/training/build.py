@@ -120,7 +120,7 @@ def assemble(
         recipe=recipe,
         folder=folder,
         batches=batches,
-        objective=_objective(recipe, model, layers, old, dynamics, sums, layout, facts),
+        objective=_objective(recipe, model, layers, old, corpus.index.eos_token_id, dynamics, sums, layout, facts),
         sums=sums,
         metrics=MetricsFile(folder / METRICS, writes=args.process_index == 0),
         dynamics=dynamics,
@@ -185,6 +185,7 @@ def _objective(
     model: Any,
     layers: Sequence[MoeLayer],
     parent: Parent | None,
+    separator: int,
     dynamics: Dynamics,
     sums: Sums,
     layout: Layout,
@@ -205,7 +206,7 @@ def _objective(
         world=layout.world,
     )
     head = LossHead(model, logits_at_once=recipe.logits_at_once)
-    distillation = _distillation(recipe, model, parent)
+    distillation = _distillation(recipe, model, parent, separator)
     _slim(recipe, model, parent, facts)
     context = _context(losses, model, parent)
     return Objective(head, RouterTap(layers), losses, context, distillation, dynamics, sums, scale, recipe.max_steps)
@@ -230,11 +231,11 @@ def _batches(recipe: PretrainRecipe, corpus: TokenCorpus, layout: Layout, args: 
     )
 
 
-def _distillation(recipe: PretrainRecipe, model: Any, parent: Parent | None) -> Distillation | None:
+def _distillation(recipe: PretrainRecipe, model: Any, parent: Parent | None, separator: int) -> Distillation | None:
     """Return the terms from the parent."""
     if recipe.distill is None:
         return None
-    return Distillation(recipe.distill, model, parent)
+    return Distillation(recipe.distill, model, parent, separator)
 
 
 def _slim(recipe: PretrainRecipe, model: Any, parent: Parent | None, facts: dict[str, Any]) -> None:

@@ -81,17 +81,22 @@ class Distillation:
         student: The model that is trained, wrapped or not; its layers must not be sharded later.
         parent: Its parent; None if no term needs it. Unless ``options.needs_forward``, its FFNs are enough (see
             `Parent.keep_ffns_only`).
+        separator: The token after every document, for ``kl.separators``.
 
     Raises:
         UsageError: A term needs the parent, or a layer does not exist.
         RefusedError: Student and parent have different shapes.
     """
 
-    def __init__(self, options: DistillOptions, student: torch.nn.Module, parent: Parent | None) -> None:
+    def __init__(
+        self, options: DistillOptions, student: torch.nn.Module, parent: Parent | None, separator: int | None = None
+    ) -> None:
         if parent is None and options.needs_parent:
             raise UsageError("distill: its terms need the parent.", hint="Name the dense model as parent.")
+        if options.kl is not None and not options.kl.separators and separator is None:
+            raise UsageError("distill.kl.separators: the token that separates documents is not known.")
         self.options = options
-        self._parent = parent
+        self._parent, self._separator = parent, separator
         self._layers = decoder_layers(student)
         self._multipliers = [residual_multiplier(layer) for layer in self._layers]
         config = find_causal_lm(student).config.get_text_config()
@@ -133,13 +138,21 @@ class Distillation:
             states = self._parent.hidden(batch, after=hidden_layers)
             kl = self.options.kl
             if kl is not None and "kl" in counts:
-                target = KlTarget(states.last_BTH, self._parent.logits, kl.temperature, kl.top_m)
+                counted = None if kl.separators else self._inside_documents(batch["input_ids"])
+                target = KlTarget(states.last_BTH, self._parent.logits, kl.temperature, kl.top_m, counted)
         seen: dict[int, _Seen] = {i: _Seen() for i in {*ffn_layers, *hidden_layers}}
         self._seen, self._wanted = seen, frozenset(ffn_layers)
         try:
             yield Recorded(target, self, states, seen, ffn_layers, hidden_layers)
         finally:
             self._seen = None
+
+    def _inside_documents(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Return bool ``[B, T]``: neither the token nor the next one separates documents."""
+        assert self._separator is not None
+        within_BT = ids_BT.ne(self._separator)
+        next_BT = torch.nn.functional.pad(within_BT[..., 1:], (0, 1), value=True)
+        return within_BT & next_BT
 
     def _hook(self, index: int) -> Iterator[Any]:
         """Attach hooks to a layer and its FFN."""

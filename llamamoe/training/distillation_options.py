@@ -37,6 +37,10 @@ class KlTerm(PluginOptions):
     top_m: int | None = Field(
         None, ge=1, description="Only the parent's m likeliest tokens, all others as one; null: all tokens."
     )
+    separators: bool = Field(
+        True,
+        description="Also before and after the tokens that separate documents; false for a parent that was trained without them.",
+    )
 
 
 class FfnTerm(PluginOptions):

@@ -45,12 +45,14 @@ class KlTarget:
         logits: The parent's head: hidden states to logits ``[..., V]``.
         temperature: Above 0.
         top_m: m, or None for all of the vocabulary.
+        counted_T: bool, which tokens count, any leading shape; None: all that have a label.
     """
 
     hidden_TH: torch.Tensor
     logits: MakeLogits
     temperature: float = 1.0
     top_m: int | None = None
+    counted_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def token_losses(
     """
     rows = max(1, logits_at_once // vocab_size)
     hidden, labels = torch.split(hidden_TH, rows), torch.split(labels_T, rows)
-    parents = _parent_chunks(target, len(hidden_TH), rows)
+    parents = _parent_chunks(target, labels_T, rows)
     chunks = [(make_logits, target, *chunk) for chunk in zip(hidden, labels, parents, strict=True)]
     if len(chunks) == 1:
         return _chunk_losses(*chunks[0])
@@ -118,14 +120,20 @@ def token_losses(
     return out
 
 
-def _parent_chunks(target: KlTarget | None, tokens: int, rows: int) -> list[torch.Tensor | None]:
-    """Return the parent's hidden states, split as the student's are; Nones without a parent."""
+def _parent_chunks(
+    target: KlTarget | None, labels_T: torch.Tensor, rows: int
+) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Return the parent's hidden states and which of them count, split as the student's are; Nones without a parent."""
+    tokens = len(labels_T)
     if target is None:
         return [None] * max(1, -(-tokens // rows))
     parent_TH = target.hidden_TH.detach().flatten(0, -2)
     if len(parent_TH) != tokens:
         raise ValueError(f"{len(parent_TH)} tokens of the parent for {tokens}")
-    return list(torch.split(parent_TH, rows))
+    counted_T = labels_T != IGNORED
+    if target.counted_T is not None:
+        counted_T = counted_T & target.counted_T.flatten().to(labels_T.device)
+    return list(zip(torch.split(parent_TH, rows), torch.split(counted_T, rows), strict=True))
 
 
 def _chunk_losses(
@@ -133,15 +141,15 @@ def _chunk_losses(
     target: KlTarget | None,
     hidden_CH: torch.Tensor,
     labels_C: torch.Tensor,
-    parent_CH: torch.Tensor | None,
+    parent: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """See `token_losses`; ``[C, 1]`` or ``[C, 2]``."""
     logits_CV = at_least_float32(make_logits(hidden_CH))
     log_q_CV = logits_CV.log_softmax(-1)
-    counted_C = labels_C != IGNORED
     picked_C = log_q_CV.gather(-1, labels_C.clamp(min=0)[:, None])[:, 0]
-    losses = [torch.where(counted_C, -picked_C, 0.0)]
-    if target is not None and parent_CH is not None:
+    losses = [torch.where(labels_C != IGNORED, -picked_C, 0.0)]
+    if target is not None and parent is not None:
+        parent_CH, counted_C = parent
         with torch.no_grad():
             parent_CV = at_least_float32(target.logits(parent_CH)).to(logits_CV.device)
             parent_CV = parent_CV.to(logits_CV.dtype) / target.temperature

@@ -28,6 +28,8 @@ STAGING = ".partial"
 """The folder in which checkpoints and the trained model are assembled."""
 RECIPE, METRICS, FACTS, FINAL = "recipe.yaml", "metrics.jsonl", "facts.json", "model"
 """The recipe; the metrics; facts about the start, which a resumed run cannot measure again; the trained model."""
+TEACHER = "teacher"
+"""The folder of the run that trains the parent first: a run's folder like this one."""
 LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
@@ -228,9 +230,21 @@ def clear(folder: Path) -> None:
     found = [path for path in (*named_checkpoints(folder), folder / FINAL) if path.exists()]
     for path in found:
         check_removable(path, run)
+    if has_teacher(folder):
+        check_owned(folder / TEACHER)
     open_staging(folder)
     for path in found:
         discard(folder, path)
     close_staging(folder)
+    if has_teacher(folder):
+        clear(folder / TEACHER)
+        (folder / TEACHER / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds other files
+            (folder / TEACHER).rmdir()
     for name in (METRICS, RECIPE, FACTS, RUN):
         (folder / name).unlink(missing_ok=True)
+
+
+def has_teacher(folder: Path) -> bool:
+    """Return whether the folder of a run holds the one that trains the parent first."""
+    return (folder / TEACHER / RUN).exists() and not (folder / TEACHER).is_symlink()

@@ -21,6 +21,7 @@ from .preflight import check_place, check_run_folder, doubts, identities
 from .recipe import PretrainRecipe
 from .resuming import changes_since
 from .run_folder import refuse_used
+from .teacher import teacher_recipe
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class PretrainPlan:
         held_out: Number of held-out tokens; 0 if there are none.
         estimate: Memory, time and disk.
         notes: Settings that are possible but not advisable, and tokens without an embedding.
+        teacher: The training of the parent before the run; None if it teaches as it is.
     """
 
     model: str
@@ -42,6 +44,7 @@ class PretrainPlan:
     held_out: int
     estimate: Estimate
     notes: tuple[str, ...] = ()
+    teacher: PretrainPlan | None = None
 
     @property
     def epochs(self) -> float:
@@ -78,6 +81,7 @@ class PretrainPlan:
             "epochs": self.epochs,
             "estimate": self.estimate.to_json(),
             "warnings": list(self.warnings),
+            "teacher": None if self.teacher is None else self.teacher.to_json(),
         }
 
 
@@ -143,8 +147,13 @@ def plan_pretraining(
     )
     rows = config.get("vocab_size")
     notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []
-    told = [f"the run continues with {changes.describe()}"] if changes else []
-    return PretrainPlan(location.name, recipe, domains, held_out, found, (*doubts(recipe, config), *notes, *told))
+    told: tuple[str, ...] = (f"the run continues with {changes.describe()}",) if changes else ()
+    teacher = None
+    if recipe.teacher is not None:
+        device: dict[str, Any] = {"device_memory": device_memory, "peak_flops": peak_flops, "utilisation": utilisation}
+        teacher = plan_pretraining(teacher_recipe(recipe), world_size=world_size, **device)
+    told = (*doubts(recipe, config), *notes, *told)
+    return PretrainPlan(location.name, recipe, domains, held_out, found, told, teacher)
 
 
 def _changes(

@@ -34,6 +34,7 @@ from .ownership import (
     check_owned,
     check_removable,
     clear,
+    has_teacher,
     named_checkpoints,
     open_staging,
     run_id,
@@ -108,7 +109,7 @@ def check_run_folder(
     run, model, there = run_id(folder), folder / FINAL, named_checkpoints(folder)
     if resume is False:
         found = [path for path in (*there, model) if path.exists()]
-        if not force and (found or (folder / METRICS).exists()):
+        if not force and (found or (folder / METRICS).exists() or has_teacher(folder)):
             raise UsageError(
                 f"{folder} holds a run already.",
                 hint="Go on with it by --resume, drop it by --force, or give another --out.",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from ..checkpoint.locate import locate, locate_folder
 from ..checkpoint.out_folder import normal_path
 from ..errors import LlamaMoeError, StoppedError
 from ..lazy import check_transformers
-from ..progress import ProgressCallback, ignore_progress
+from ..progress import Progress, ProgressCallback, ignore_progress
 from .metrics import read_lines
 from .model import check_folder
-from .ownership import FACTS, METRICS, run_id
+from .ownership import FACTS, METRICS, TEACHER, run_id
 from .preflight import check_place, check_run_folder, doubts, identities, prepare_run_folder, verify_tokens
 from .recipe import PretrainRecipe
 from .resuming import chosen
 from .run_folder import best_checkpoint, locked, refuse_used
 from .stopping import on_sigterm
+from .teacher import drop_checkpoints, finished_teacher, teacher_recipe
 from .tracking import same_tracked_run
 
 log = logging.getLogger("llamamoe")
@@ -44,6 +46,7 @@ class PretrainResult:
         last: The last validation's loss and domains.
         best: The checkpoint that is kept for its lowest held-out loss, and that loss; None if none was measured.
         receipt: All facts about the run, as JSON-compatible data.
+        teacher_tokens: Tokens that the parent was trained on first; they count, too.
     """
 
     out: Path
@@ -54,6 +57,7 @@ class PretrainResult:
     last: dict[str, Any] | None
     best: tuple[Path, float] | None
     receipt: dict[str, Any]
+    teacher_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON-compatible data."""
@@ -62,6 +66,7 @@ class PretrainResult:
             "model": str(self.model),
             "steps": self.steps,
             "tokens": self.tokens,
+            "teacher_tokens": self.teacher_tokens,
             "first_validation": self.first,
             "last_validation": self.last,
             "best_checkpoint": None if self.best is None else {"path": str(self.best[0]), "loss": self.best[1]},
@@ -83,7 +88,8 @@ def pretrain(
     """Train a converted model by a recipe; under torchrun or accelerate launch every process calls it.
 
     ``out`` holds the recipe, ``metrics.jsonl``, checkpoints (each a native checkpoint, with the optimiser's state
-    beside it) and, at the end, the trained model in ``model/``.
+    beside it) and, at the end, the trained model in ``model/``. If the recipe has a ``teacher``, the parent is trained
+    first: ``teacher/`` holds that run, which is resumed in the same way.
 
     Args:
         recipe: Everything that decides the run.
@@ -118,7 +124,7 @@ def pretrain(
     how: dict[str, Any] = {"resume": resume, "force": force, "extend": extend, "allow_change": allow_change}
     main = int(os.environ.get("RANK", "0")) == 0
     if not main:  # the first process checks, cleans and locks before it joins the others
-        return _run(recipe, folder, source, parent, facts, resume, profile, progress)
+        return _run(recipe, folder, source, parent, facts, how, profile, progress)
     refuse_used(folder)
     for sentence in doubts(recipe, config):
         log.warning("%s", sentence)
@@ -131,7 +137,7 @@ def pretrain(
             prepare_run_folder(folder, recipe, checkpoint, force=force)
         except OSError as error:
             raise LlamaMoeError(f"{error.filename or folder} cannot be changed: {error.strerror or error}.") from error
-        return _run(recipe, folder, source, parent, facts, resume, profile, progress)
+        return _run(recipe, folder, source, parent, facts, how, profile, progress)
 
 
 def _run(
@@ -140,7 +146,7 @@ def _run(
     source: Path,
     parent: Path | None,
     facts: dict[str, Any],
-    resume: bool | str | Path,
+    how: dict[str, Any],
     profile: int,
     progress: ProgressCallback,
 ) -> PretrainResult:
@@ -148,13 +154,16 @@ def _run(
     from .export import export
 
     started = time.monotonic()
-    newest = chosen(folder, resume)
+    taught = 0
+    if recipe.teacher is not None:
+        parent, taught = _train_teacher(recipe, folder, how, progress)
+    newest = chosen(folder, how["resume"])
     tracked = same_tracked_run(recipe.trainer.get("report_to"), run_id(folder))
     with deterministic(choose_device(recipe.device)), on_sigterm() as stop, tracked:
         trainer, start = assemble(recipe, folder, source, parent, newest, progress)
         trainer.parts.stop = stop
         _train(trainer, start, folder, facts, newest, profile)
-        receipt = _receipt(recipe, start, trainer, started)
+        receipt = _receipt(recipe, start, trainer, started, taught)
     if trainer.state.global_step < recipe.max_steps:
         raise StoppedError(
             f"told to end (SIGTERM): stopped after step {trainer.state.global_step}, whose checkpoint is whole.",
@@ -172,7 +181,27 @@ def _run(
         last=validations[-1] if validations else None,
         best=best_checkpoint(folder),
         receipt=receipt,
+        teacher_tokens=taught,
     )
+
+
+def _train_teacher(
+    recipe: PretrainRecipe, folder: Path, how: dict[str, Any], progress: ProgressCallback
+) -> tuple[Path, int]:
+    """Train the parent in the run's folder, unless that is done, and return its model and the number of its tokens."""
+    given = teacher_recipe(recipe)
+    tokens, resume = given.max_steps * given.tokens_per_step, how["resume"] is not False
+    if resume and (model := finished_teacher(recipe, folder)) is not None:
+        return model, tokens
+
+    def report(done: Progress) -> None:
+        progress(replace(done, stage=f"{done.stage} {TEACHER}"))
+
+    result = pretrain(given, folder / TEACHER, **(how | {"resume": resume}), progress=report)
+    if int(os.environ.get("RANK", "0")) == 0:
+        drop_checkpoints(result.out)
+    gc.collect()  # its weights and moments
+    return result.model, tokens
 
 
 def _train(
@@ -197,7 +226,9 @@ def _train(
         trace.close()
 
 
-def _receipt(recipe: PretrainRecipe, start: dict[str, Any], trainer: Any, started: float) -> dict[str, Any]:
+def _receipt(
+    recipe: PretrainRecipe, start: dict[str, Any], trainer: Any, started: float, teacher_tokens: int
+) -> dict[str, Any]:
     packages = ("torch", "transformers", "accelerate", "safetensors")
     return {
         "llamamoe": __version__,
@@ -205,6 +236,7 @@ def _receipt(recipe: PretrainRecipe, start: dict[str, Any], trainer: Any, starte
             "version": __version__,
             "steps": trainer.state.global_step,
             "tokens": trainer.state.global_step * recipe.tokens_per_step,
+            "teacher_tokens": teacher_tokens,
             "recipe_sha256": recipe.sha256(),
         },
         "start": start,

@@ -121,6 +121,15 @@ class LoraRecipe(_Part):
     train_router: bool = Field(True, description="Routers are trained in full.")
 
 
+class TeacherRecipe(_Part):
+    """Teacher correction: the parent is first trained on the same text, so that it can teach it (arXiv:2408.11796)."""
+
+    tokens: float = Field(
+        gt=0, le=1e16, description="Tokens that the parent is trained on, from the run's first batch on."
+    )
+    lr: float | None = Field(None, gt=0, lt=10, description="Its largest learning rate; null: optimizer.lr.")
+
+
 class PrecisionRecipe(_Part):
     """The dtypes of storage and products."""
 
@@ -183,6 +192,10 @@ class PretrainRecipe(Recipe):
     losses: tuple[Annotated[Choice, choose(LOSSES)], ...] = Field((), description="Losses on the routing.")
     balancing: BalancingOptions | None = Field(None, description="Balancing without a loss.")
     distill: DistillOptions | None = Field(None, description="Terms from the parent; null: language modelling only.")
+    teacher: TeacherRecipe | None = Field(
+        None,
+        description="Train the parent on the text before it teaches, in the folder teacher/ of the run; null: it teaches as it is.",
+    )
     freeze: tuple[Literal[GROUPS], ...] = Field((), description="Groups of parameters that stay as they are.")  # type: ignore[valid-type]
     lora: LoraRecipe | None = Field(None, description="Train adapters in the place of weights.")
     precision: PrecisionRecipe = Field(default_factory=PrecisionRecipe, description="Dtypes.")
@@ -234,6 +247,7 @@ class PretrainRecipe(Recipe):
             yield f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
         if self.distill is not None and self.distill.needs_parent and self.parent is None:
             yield "distill needs parent: the dense model that the experts were made from"
+        yield from self._teacher_contradictions()
         if self.data.update.name != "static" and self.data.reference_losses is None:
             yield f"data.update = {self.data.update.name} needs data.reference_losses ('parent', or a loss for each domain)"
         if self.data.reference_losses == "parent" and self.parent is None:
@@ -275,6 +289,19 @@ class PretrainRecipe(Recipe):
             frozen = "freeze names experts" if "experts" in self.freeze else None
             if frozen or (self.lora is not None and not self.lora.experts):
                 yield f"a loss with experts=true trains none while {frozen or 'lora.experts=false'}: set experts=false"
+
+    def _teacher_contradictions(self) -> Any:
+        if self.teacher is None:
+            return
+        if self.parent is None:
+            yield "teacher needs parent: the dense model that is trained first"
+        elif self.distill is None or not self.distill.needs_parent:
+            yield "teacher trains the parent so that it can teach, but distill has no term from it: add distill.kl"
+        if self.lora is not None:
+            yield (
+                "teacher trains all weights of the parent, which lora is there to avoid: train the parent by a run of its own, "
+                "with allow_dense, and name its model as parent"
+            )
 
     def _lora_contradictions(self) -> Any:
         if self.lora is None:
