@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -52,10 +53,11 @@ class Study:
         heal: Keys of a recipe of heal.
         pretrain: Keys of a recipe of pretrain, the same for all arms.
         arms: ``(start, objective)``; an objective is ``lm``, ``untrained``, or a name in ``distill``, after ``heal + `` if
-            layers are healed.
-        seeds: Of the split and of the training.
+            layers are healed; before ``, lr RATE`` if its rate is another.
+        seeds: Of the split and of the training; arms with a rate of their own have the first.
         sampled: Tokens that the parent writes beside the real text.
         distill: What is learned from the parent, by objective.
+        teacher: Keys of the parent's training before that, by objective; the run is shorter by its tokens.
         optimizer: What each start is trained with in addition: a fitted router needs a smaller rate than a random one.
     """
 
@@ -69,6 +71,7 @@ class Study:
     seeds: tuple[int, ...]
     sampled: int = 0
     distill: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    teacher: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     optimizer: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -145,7 +148,30 @@ STUDIES["stories260k_long"] = replace(
     sampled=5_800_000,
 )
 """Five times the tokens: the real stories once, and so much more of the parent's."""
+CORRECTED = {"lm": {"weight": 1.0}, "kl": {"weight": 1.0}}
+RATES = ("6e-4", "2.4e-3")
+"""Beside 1.2e-3, for every start."""
+STUDIES["stories260k_teacher"] = replace(
+    STUDIES["stories260k"],
+    pretrain={
+        **STUDIES["stories260k"].pretrain,
+        "steps": 1200, "batch_size": 4, "micro_batch_size": 4,
+        "optimizer": {"lr": 1.2e-3, "router_lr": 6e-4, "weight_decay": 0.01},
+        "lr_schedule": {"warmup": 80, "min_ratio": 0.05},
+        "evaluate_every": 100, "log_every": 100, "save_every": 400,
+    },
+    arms=(
+        ("dense", "lm"), ("ours", "corrected distill"), ("ours", "lm"), ("ours", "fading distill"),
+        ("static", "corrected distill"), ("static", "fading distill"), ("random", "corrected distill"),
+        *(("dense", f"lm, lr {rate}") for rate in RATES),
+        *((start, f"corrected distill, lr {rate}") for start in ("ours", "static") for rate in RATES),
+    ),
+    distill={**STUDIES["stories260k"].distill, "corrected distill": CORRECTED},
+    teacher={"corrected distill": {"tokens": 307_200}},
+)  # fmt: skip
+"""A quarter of the batch, and a parent that is trained on the text before it teaches."""
 BLOCKS = {
+    "stories260k_teacher": {"block_length": 256, "validation_blocks": 128},
     "stories260k": {"block_length": 256, "validation_blocks": 128},
     "stories260k_long": {"block_length": 256, "validation_blocks": 128},
     "smollm2": {"block_length": 512, "validation_blocks": 8},
@@ -227,15 +253,23 @@ class Runner:
             "experts_implementation": "llamamoe_auto",
         }
         given["optimizer"] = {**given["optimizer"], **self.study.optimizer.get(start, {})}
+        how, _, rate = objective.removeprefix("heal + ").partition(", lr ")
+        if rate:  # that of the routers stays in proportion
+            share = float(rate) / given["optimizer"]["lr"]
+            given["optimizer"] |= {"lr": float(rate), "router_lr": given["optimizer"]["router_lr"] * share}
         if untrained:
             given |= {"steps": 1, "tokens": None}
-        elif objective != "lm":
-            terms = self.study.distill[objective.removeprefix("heal + ")]
-            given |= {"parent": str(self.source), "distill": dict(terms)}
+        elif how != "lm":
+            given |= {"parent": str(self.source), "distill": dict(self.study.distill[how])}
+        if how in self.study.teacher:
+            given["teacher"] = dict(self.study.teacher[how])
+            taught = int(given["teacher"]["tokens"])
+            given["steps"] -= taught // (given["batch_size"] * BLOCKS[self.name]["block_length"])
+            spent += taught
         if start in ("dense", "static"):
             given |= {"allow_dense": True, "losses": [], "experts_implementation": None}
         recipe = load_pretrain_recipe(given=given)
-        folder = self.work / "runs" / f"{start}-{objective.replace(' + ', '-').replace(' ', '-')}-{seed}"
+        folder = self.work / "runs" / f"{start}-{re.sub(r'[ +,]+', '-', objective)}-{seed}"
         if not (folder / "model").exists():
             result = llamamoe.pretrain(recipe, folder, resume=True)
             shutil.rmtree(result.out / f"checkpoint-{result.steps}", ignore_errors=True)
@@ -322,7 +356,9 @@ def draw(arms: list[dict[str, Any]], path: Path) -> None:
         "static": "#009E73",
         "ours from 8k": "#56B4E9",
     }
-    styles = {"lm": ":", "distill": "-.", "fading distill": "-", "heal + fading distill": "--", "untrained": "o"}
+    styles = {"lm": ":", "distill": "-.", "fading distill": "-", "heal + fading distill": "--", "untrained": "o",
+              "corrected distill": "-."}  # fmt: skip
+    arms = [arm for arm in arms if ", lr " not in arm["objective"]]
     with picture(path, (8.4, 5.0)) as axes:
         for start, objective in dict.fromkeys((arm["start"], arm["objective"]) for arm in arms):
             curves = [a["curve"] for a in arms if (a["start"], a["objective"]) == (start, objective)]
@@ -354,7 +390,12 @@ def main() -> None:
     path = RESULTS / f"recovery-{options.study}.json"
     arms, study = load(path), STUDIES[options.study]
     there = {(arm["start"], arm["objective"], arm["seed"]) for arm in arms}
-    wanted = [(start, how, seed) for seed in study.seeds for start, how in study.arms]
+    wanted = [
+        (start, how, seed)
+        for seed in study.seeds
+        for start, how in study.arms
+        if seed == study.seeds[0] or ", lr " not in how
+    ]
     if not options.draw:
         runner = Runner(options.study, options)
         for key in wanted:
