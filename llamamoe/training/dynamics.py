@@ -74,18 +74,15 @@ class Dynamics:
         if self.balancing is not None:
             self.balancing.observe(routings)
 
-    def clip_gate_gradients(self, max_norm: float) -> float:
-        """Average over ranks and clip the gradients of the gate's own parameters, which no wrapper handles.
-
-        Args:
-            max_norm: Maximum norm of all of them together; 0: no clipping.
+    def average_gate_gradients(self) -> float:
+        """Average the gradients of the gate's own parameters over ranks, which no wrapper does; once in a step.
 
         Returns:
-            Their norm before clipping; 0 if the gate has no parameters.
+            Their norm; 0 if the gate has no parameters.
         """
         self.gate.average_gradients()
-        learned = [each for each in self.gate_parameters() if each.grad is not None]
-        return float(torch.nn.utils.clip_grad_norm_(learned, max_norm or float("inf"))) if learned else 0.0
+        found = [each.grad for each in self.gate_parameters() if each.grad is not None]
+        return float(torch.nn.utils.get_total_norm(found)) if found else 0.0
 
     def after_optimizer_step(self) -> None:
         """Move the selection biases, and zero the gate's own gradients, which the model's zeroing misses."""

@@ -80,6 +80,10 @@ class OptimizerRecipe(_Part):
     eps: float = Field(1e-8, gt=0, lt=1, description="Adam's epsilon.")
     weight_decay: float = Field(0.1, ge=0, lt=10, description="On matrices; norms, biases and routers have none.")
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Gradients are clipped to it; 0: never.")
+    gate_clipping: Literal["together", "apart"] = Field(
+        "together",
+        description="The gradients of a gate's own parameters (noisy_top_k) are clipped by one norm with the model's, or by their own.",
+    )
 
 
 class LrScheduleRecipe(_Part):

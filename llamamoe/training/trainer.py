@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.unmapped import unmapped
 from ..errors import LlamaMoeError
+from .clipping import clip_factor, clip_together, scale
 from .divergence import diverged, first_bad
 from .flow import Flow
 from .lora import load_rest, save_rest
@@ -58,6 +59,7 @@ class MoeTrainer(Trainer):
         self._logged = (time.monotonic(), 0)
         self._micro_losses: list[tuple[tuple[int, int], torch.Tensor]] = []
         self._saved_step = -1
+        self._norm_of_gate: float | None = None
         for callback in ("PrinterCallback", "ProgressCallback"):
             self.callback_handler.callbacks = [
                 each for each in self.callback_handler.callbacks if type(each).__name__ != callback
@@ -122,11 +124,31 @@ class MoeTrainer(Trainer):
         self._micro_losses.append((inputs["place"], loss.detach()))
         return loss
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the model's gradients as transformers does, and the gate's with them or apart; return the norm before."""
+        base: Any = super()
+        norm, most = base._clip_grad_norm(model), self.args.max_grad_norm
+        of_gate = self._gate_norm()
+        if not of_gate:
+            return norm
+        gate = self.parts.dynamics.gate_parameters()
+        # DeepSpeed clips later, by the norm of the parameters that it has.
+        if self.parts.recipe.optimizer.gate_clipping == "apart" or self.is_deepspeed_enabled:
+            scale(gate, clip_factor(of_gate, most))
+            return norm
+        return clip_together(model.parameters(), gate, float(norm), of_gate, most)
+
+    def _gate_norm(self) -> float:
+        """Return the norm of the gate's gradients, averaged over ranks at the first call of a step."""
+        if self._norm_of_gate is None:
+            self._norm_of_gate = self.parts.dynamics.average_gate_gradients()
+        return self._norm_of_gate
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the norm with the gate's gradients; one that is not finite ends the run before the update."""
+        """Return the norm; one that is not finite, of the model's or the gate's gradients, ends the run."""
         base: Any = super()
         norm = base._get_grad_norm(model, grad_norm=grad_norm)
-        of_gate = self.parts.dynamics.clip_gate_gradients(self.args.max_grad_norm)
+        of_gate, self._norm_of_gate = self._gate_norm(), None
         if norm is not None and not (math.isfinite(float(norm)) and math.isfinite(of_gate)):
             self._diverged(float(norm) + of_gate)
         self._micro_losses.clear()
