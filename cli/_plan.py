@@ -202,6 +202,8 @@ def print_result(result: SplitResult) -> None:
     heading("Measure it")
     echo(f"  llamamoe evaluate {models} --text HELD_OUT_TEXT")
     echo(f"  llamamoe bench {models}")
+    if plan.target.routed:
+        echo(f"  llamamoe report {models} --text HELD_OUT_TEXT")
 
 
 def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
