@@ -15,7 +15,7 @@ from ..checkpoint.files import replacing
 from ..checkpoint.ledger import Ledger, partial_path
 from ..checkpoint.out_folder import check_apart, free_bytes, normal_path, system_errors
 from ..errors import RefusedError, UsageError, near_misses
-from ..progress import Progress, ProgressCallback, ignore_progress
+from ..progress import RESUMED, Progress, ProgressCallback, ignore_progress
 from .shards import TokenCorpus, changed_shard
 from .token_index import TokenIndex, domain_folder, read_index
 from .token_merge import check_out, publish
@@ -163,6 +163,9 @@ class _Run:
 
     def domains(self, ledger: Ledger) -> Iterator[ExportedDomain]:
         """Write every domain that an earlier run did not finish."""
+        prefixes = [f"{split}/{domain_folder(d)}" for split, corpus in self.corpora.items() for d in corpus.domains]
+        if ledger.units:
+            self.progress(Progress(RESUMED, sum(map(ledger.units.__contains__, prefixes)), len(prefixes), "domain"))
         total = sum(len(entry.shards) for split in self.index.splits.values() for entry in split.values())
         done = 0
         for split, corpus in self.corpora.items():

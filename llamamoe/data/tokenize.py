@@ -18,7 +18,7 @@ from typing import Any
 from ..checkpoint.ledger import LEDGER, Ledger, partial_path
 from ..checkpoint.out_folder import normal_path, system_errors
 from ..errors import LlamaMoeError
-from ..progress import Progress, ProgressCallback, ignore_progress
+from ..progress import RESUMED, Progress, ProgressCallback, ignore_progress
 from .processes import spread
 from .recipe import TokenizeRecipe
 from .token_index import INDEX_FILE, VALIDATION, TokenIndex, read_index
@@ -162,6 +162,8 @@ class _Run:
         """Process every unit and return its record, in order."""
         records = self._finished(ledger)
         self.kept = len(records)
+        if ledger.units:
+            self.progress(Progress(RESUMED, self.kept, len(self.plan.units), "unit"))
         if self.strict:
             self._refuse_bad(list(records.values()))
         work = self.partial / WORK

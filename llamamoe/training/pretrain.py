@@ -18,10 +18,10 @@ from ..checkpoint.locate import locate, locate_folder
 from ..checkpoint.out_folder import normal_path
 from ..errors import LlamaMoeError, StoppedError
 from ..lazy import check_transformers
-from ..progress import Progress, ProgressCallback, ignore_progress
+from ..progress import RESUMED, Progress, ProgressCallback, ignore_progress
 from .metrics import read_lines
 from .model import check_folder
-from .ownership import FACTS, METRICS, TEACHER, run_id
+from .ownership import FACTS, METRICS, TEACHER, run_id, step_of
 from .preflight import check_place, check_run_folder, doubts, identities, prepare_run_folder, verify_tokens
 from .recipe import PretrainRecipe
 from .resuming import chosen
@@ -158,6 +158,8 @@ def _run(
     if recipe.teacher is not None:
         parent, taught = _train_teacher(recipe, folder, how, progress)
     newest = chosen(folder, how["resume"])
+    if newest is not None:
+        progress(Progress(RESUMED, step_of(newest), recipe.max_steps, "step"))
     tracked = same_tracked_run(recipe.trainer.get("report_to"), run_id(folder))
     with deterministic(choose_device(recipe.device)), on_sigterm() as stop, tracked:
         trainer, start = assemble(recipe, folder, source, parent, newest, progress)

@@ -118,7 +118,8 @@ def test_ctrl_c_tells_what_is_there(
     args = ("pretrain", "--recipe", recipe, "--out", tmp_path / "run")
     assert run(*args, code=130).stderr.strip().endswith("interrupted; " + told.format(out=tmp_path / "run"))
     monkeypatch.undo()
-    run(*args, *(("--resume",) if stage else ()))
+    said = run(*args, *(("--resume",) if stage else ())).stderr
+    assert ("resume: 1 of " in said) == (stage == 2)
 
 
 def test_a_dry_run_refuses_what_the_run_would(recipe: Path, tmp_path: Path, run: Run) -> None:

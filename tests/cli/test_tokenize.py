@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,9 @@ def test_strict_then_resume(args: list[str | Path], tmp_path: Path, run: Run) ->
     stderr = run(*args, "--out", out, "--strict", code=1).stderr
     assert "odd.jsonl:2: the line is not JSON" in stderr
     assert "--resume finishes it; --force starts again" in run(*args, "--out", out, code=3).stderr
-    text = run(*args, "--out", out, "--resume").stdout
-    assert "of 4 units reused" in text
+    finished = run(*args, "--out", out, "--resume")
+    assert "of 4 units reused" in finished.stdout
+    assert re.search(r"(?m)^resume: [1-3] of 4 units kept$", finished.stderr)
     assert "is not empty" in run(*args, "--out", out, "--resume", code=3).stderr
 
 

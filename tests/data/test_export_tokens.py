@@ -13,6 +13,7 @@ import pytest
 from llamamoe import CheckpointError, RefusedError, UsageError, export_tokens, tokenize
 from llamamoe.checkpoint.ledger import Ledger
 from llamamoe.data import export_tokens as module
+from llamamoe.progress import RESUMED, Progress
 from tests.tokens import make_model, make_model_with_bos, make_text, recipe, stream, write_rows
 
 NUMPY = {4: np.int32, 8: np.uint16}
@@ -119,7 +120,10 @@ def test_a_damaged_shard_leaves_no_out_and_resume_keeps_what_is_whole(
     written: list[str] = []
     append = Ledger.append
     monkeypatch.setattr(Ledger, "append", lambda self, line: (written.append(line["unit"]), append(self, line)))
-    found = export_tokens(tokens, tmp_path / "out", resume=True)
+    steps: list[Progress] = []
+    found = export_tokens(tokens, tmp_path / "out", resume=True, progress=steps.append)
+    (kept,) = [step for step in steps if step.stage == RESUMED]
+    assert 0 < kept.done < kept.total == len(found.domains)
     assert "train/a" not in written
     assert "train/b" in written
     for each in found.domains:
