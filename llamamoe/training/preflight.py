@@ -258,12 +258,16 @@ def _precision(recipe: PretrainRecipe) -> Iterator[str]:
 
     A number w has 8 bits: increments below w / 512 are lost, wherever w is between two powers of two.
     """
-    if recipe.precision.parameters == "float32" or (recipe.lora is not None and not recipe.lora.train_router):
+    precision = recipe.precision
+    if precision.parameters == "float32" or precision.rounding == "stochastic":
+        return
+    if recipe.lora is not None and not recipe.lora.train_router:
         return
     rate = recipe.optimizer.lr
     if recipe.lora is not None and recipe.optimizer.router_lr is not None:
         rate = recipe.optimizer.router_lr
-    ways = "set precision.parameters=float32; precision.compute=bfloat16 keeps products as fast, and distributed.fsdp_size cuts the memory"
+    ways = "set precision.parameters=float32; precision.compute=bfloat16 keeps products as fast, and distributed.fsdp_size cuts the memory; "
+    ways += "or precision.rounding=stochastic"
     if recipe.lora is not None:
         ways += "; or lora.train_router=false, since adapters are float32"
     yield (

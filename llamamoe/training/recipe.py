@@ -139,8 +139,14 @@ class PrecisionRecipe(_Part):
 
     parameters: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Dtype of weights and optimiser states; bfloat16 only for weights that stay as they are (lora without "
-        "lora.train_router).",
+        description="Dtype of weights and optimiser states; bfloat16 for weights that stay as they are (lora without "
+        "lora.train_router), or with rounding = stochastic.",
+    )
+    moments: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Dtype of AdamW's moments, rounded stochastically; null: that of the parameters."
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest", description="Of weights in bfloat16 after a step; stochastic keeps small steps on average."
     )
     compute: Literal["float32", "bfloat16"] = Field("bfloat16", description="Dtype of large products (autocast).")
     parent: Literal["float32", "bfloat16"] = Field("bfloat16", description="Dtype of the parent's weights.")
@@ -278,6 +284,7 @@ class PretrainRecipe(Recipe):
                 "are too large in float32"
             )
         yield from self._lora_contradictions()
+        yield from self._precision_contradictions()
         for name in (each.name for each in self.losses if LOSSES.get(each.name).needs_targets):
             if self.parent is None:
                 yield f"the loss {name} needs parent: it compares experts with the dense model's FFNs"
@@ -316,6 +323,20 @@ class PretrainRecipe(Recipe):
             yield "freeze names attention, which lora would train: set lora.attention=[]"
         if "experts" in self.freeze and self.lora.experts:
             yield "freeze names experts, which lora would train: set lora.experts=false"
+
+    def _precision_contradictions(self) -> Any:
+        precision = self.precision
+        if precision.rounding == "stochastic" and precision.parameters == "float32":
+            yield "precision.rounding = stochastic is for weights in bfloat16, but precision.parameters = float32"
+        if self.compacts and self.trainer.get("deepspeed"):
+            yield "precision.moments and precision.rounding are not available with DeepSpeed, which has moments of its own"
+
+    @property
+    def compacts(self) -> bool:
+        """True if the optimiser rounds moments or weights."""
+        precision = self.precision
+        moments = precision.moments is not None and (self.lora is not None or precision.moments != precision.parameters)
+        return moments or precision.rounding == "stochastic"
 
     @property
     def tokens_per_step(self) -> int:

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.unmapped import unmapped
 from ..errors import LlamaMoeError
+from .adamw import ShardAdamW
 from .clipping import clip_factor, clip_together, scale
 from .divergence import diverged, first_bad
 from .flow import Flow
@@ -170,14 +171,16 @@ class MoeTrainer(Trainer):
             assert trained is not None
             groups = optimizer_groups(trained, recipe, self.parts.dynamics.gate_parameters())
             fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
-            sharded = self.is_distributed_loading_by_transformers
-            self.optimizer = torch.optim.AdamW(
+            moments = recipe.precision.moments
+            self.optimizer = ShardAdamW(
                 groups,
+                moments=getattr(torch, moments) if moments else None,
+                compact=recipe.compacts,
+                seed=recipe.seed,
                 lr=recipe.optimizer.lr,
                 betas=recipe.optimizer.betas,
                 eps=recipe.optimizer.eps,
-                fused=fused and not sharded,
-                foreach=False if sharded else None,
+                fused=fused,
             )
         return self.optimizer
 

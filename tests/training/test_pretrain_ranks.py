@@ -255,3 +255,18 @@ def test_deepspeed_trains_what_ddp_does_and_goes_on_exactly(
     assert_equal(lines_of(tmp_path / "zero1"), lines_of(tmp_path / "ddp"))
     go_on(tmp_path / "zero1", tmp_path / "run", recipe, 2)
     assert_same_bytes(tmp_path / "run", tmp_path / "zero1")
+
+
+def test_a_sharded_run_with_all_states_in_bfloat16_learns_and_goes_on_exactly(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    """Shards are rounded by draws of their own: not the same as on one rank, but as good, and the same again."""
+    precision = ("parameters=bfloat16", "compute=bfloat16", "rounding=stochastic", "save=float32")
+    keys = [*(f"precision.{each}" for each in precision), "gate=top_k"]
+    recipe = recipe_for(world, *keys, "distributed.fsdp_size=2")
+    pretrain(recipe_for(world, *keys), tmp_path / "alone")
+    run(recipe, tmp_path / "whole", 2)
+    for a, b in zip(lines_of(tmp_path / "whole"), lines_of(tmp_path / "alone"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+    go_on(tmp_path / "whole", tmp_path / "run", recipe, 2)
+    assert_same_bytes(tmp_path / "run", tmp_path / "whole")

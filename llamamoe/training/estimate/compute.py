@@ -13,6 +13,7 @@ from ..metrics import training_flops
 from ..recipe import PretrainRecipe
 from .activations import routing_losses
 from .shapes import ModelShape
+from .sharding import moment_bytes
 
 
 def operations(
@@ -106,8 +107,7 @@ def disk(recipe: PretrainRecipe, shape: ModelShape, trained: int, adapters: int)
     """
     width = 4 if recipe.precision.parameters == "float32" else 2
     weights = 4 * adapters if recipe.lora is not None else width * shape.total
-    moments = 2 * width * (trained - adapters) + 8 * adapters
-    each = weights + moments
+    each = weights + moment_bytes(recipe, trained - adapters, adapters)
     saves = 1 if recipe.save_every is None else -(-recipe.max_steps // recipe.save_every)
     best = recipe.evaluate_every is not None
     count = saves if recipe.keep is None else min(saves, recipe.keep + best + 1)

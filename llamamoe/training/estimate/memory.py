@@ -1,7 +1,7 @@
 """Estimate the peak bytes of one device in a training step, from shapes alone, over several moments.
 
 State: weights ``s P``, gradients ``s P_trained``, AdamW's two moments ``2 s P_trained``, all in the dtype of the
-parameters (ZeRO, arXiv:1910.02054, section 3.1, counts 2 + 2 + 12 with half-precision weights and a float32 copy; here
+parameters unless the recipe gives moments another (ZeRO, arXiv:1910.02054, section 3.1, counts 2 + 2 + 12 with half-precision weights and a float32 copy; here
 the parameters themselves are float32 and autocast copies them), each sharded over its ranks. The rest follows
 `llamamoe.training.estimate.activations`, and these rules of torch 2.13 and transformers 5.23:
 
@@ -39,7 +39,7 @@ from .activations import (
     working_bytes,
 )
 from .shapes import LayerShape, ModelShape
-from .sharding import Sharding, adapters, trained_groups
+from .sharding import Sharding, adapters, moment_bytes, trained_groups
 
 FIXED_OVERHEAD = 2**30
 """A GPU's context, libraries and their work spaces, communication buffers: a fixed allowance."""
@@ -171,7 +171,9 @@ class StepMemory:
         """Return weights, gradients and moments of one device."""
         weights = self._held(self._ends) + sum(layer.weights for layer in self._layers)
         gradients = self._held(self._ends, trained=True) + sum(layer.gradients for layer in self._layers)
-        return {"weights": weights, "gradients": gradients, "moments": 2 * gradients}
+        added = sum(adapters(self.recipe, self.shape, layer) for layer in self.shape.layers)
+        trained = (gradients - 4 * added) // self.run.widths.stored
+        return {"weights": weights, "gradients": gradients, "moments": moment_bytes(self.recipe, trained, added)}
 
     # Moments of a step
 
@@ -294,10 +296,15 @@ class StepMemory:
         }
 
     def _optimiser(self) -> dict[str, int]:
-        """Return all gradients; fused AdamW works in place, the plain one (sharded weights) tensor by tensor."""
-        widths = self.run.widths
-        largest = max(layer.new for layer in self._layers) * widths.stored // widths.weights // self.sharding.fsdp_size
+        """Return all gradients, and what AdamW computes in float32 for one weight at a time if it rounds anything.
+
+        These are two moments, the rounding's random bits, and of weights in bfloat16 weight and gradient; else fused
+        AdamW works in place.
+        """
+        sizes = [size for layer in self.shape.layers for group, size in layer.largest.items() if group in self.trained]
+        sizes += [size for group, size in self._ends.items() if group in self.trained]
+        each = (20 if self.recipe.precision.parameters == "bfloat16" else 12) if self.recipe.compacts else 0
         return self._always() | {
             "gradients": self.state()["gradients"],
-            "working space": 2 * largest if self.sharding.cut else 0,
+            "working space": each * max(sizes, default=0) // self.sharding.fsdp_size,
         }

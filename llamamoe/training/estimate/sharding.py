@@ -38,6 +38,20 @@ def trained_groups(recipe: PretrainRecipe, shape: ModelShape) -> frozenset[str]:
     return groups & frozenset({"router"} if recipe.lora.train_router else ())
 
 
+def moment_bytes(recipe: PretrainRecipe, weights: int, adapters: int) -> int:
+    """Return the bytes of AdamW's two moments.
+
+    Args:
+        recipe: The recipe of the run.
+        weights: Number of trained weights.
+        adapters: Number of adapters' weights, which peft keeps in float32.
+    """
+    widths = {"float32": 4, "bfloat16": 2}
+    stored = widths[recipe.precision.parameters]
+    of_weights, of_adapters = (widths.get(recipe.precision.moments or "", width) for width in (stored, 4))
+    return 2 * (weights * of_weights + adapters * of_adapters)
+
+
 def adapters(recipe: PretrainRecipe, shape: ModelShape, layer: LayerShape) -> int:
     """Return LoRA's parameters in a layer: ``r (in + out)`` per module of attention; ``N r (3H + 3W)`` of experts."""
     if recipe.lora is None:
