@@ -120,11 +120,11 @@ def _print(benchmark: Benchmark) -> None:
         flops = benchmark.against.prefill_flops_per_token / benchmark.model.prefill_flops_per_token
         read = benchmark.against.active_bytes / benchmark.model.active_bytes
         facts([("prefill", f"{flops:.3g} x, by operations"), ("decode, batch 1", f"{read:.3g} x, by bytes read")])
-        echo()
         upto = (
             f"up to batch {benchmark.faster_up_to}" if benchmark.faster_up_to else "at none of the measured batch sizes"
         )
         if benchmark.steady:
+            echo()
             paragraph(
                 f"Decoding is faster than the parent's {upto}. The parent was measured again at the end: its decoding steps took "
                 f"{benchmark.drift:.3g} times as long as at the start."
