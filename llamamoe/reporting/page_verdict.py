@@ -73,11 +73,11 @@ def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
         return "It was trained after the conversion: the curve below shows whether more training still helps."
     if share is None or not _HALF[0] <= share <= _HALF[1]:
         return (
-            "For comparison: with half of the FFN and no training SmolLM2-135M loses a factor of 1.44 to 1.51 at best."
+            "For comparison: with half of the FFN and no training SmolLM2-135M loses a factor of 1.4 to 1.5."
         )
     if factor <= _USUAL:
         return (
-            "That is usual for half of the FFN without training: SmolLM2-135M loses a factor of 1.44 to 1.51 at best."
+            "That is usual for half of the FFN without training: SmolLM2-135M loses a factor of 1.4 to 1.5."
         )
     tokens = _tokens(model)
     if tokens is not None and tokens < LARGE_TEXT // 2:
@@ -85,7 +85,7 @@ def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
             f"That is more than needed: it was calibrated on only {whole(tokens)} tokens. SmolLM2-135M loses a factor of 1.51 with "
             f"{whole(LARGE_TEXT)}, half of its FFN and fine experts."
         )
-    return "That is more than usual for half of the FFN: SmolLM2-135M loses a factor of 1.44 to 1.51 with fine experts."
+    return "That is more than usual for half of the FFN: SmolLM2-135M loses a factor of 1.4 to 1.5 with fine experts."
 
 
 def _gained(model: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
