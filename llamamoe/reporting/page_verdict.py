@@ -72,13 +72,9 @@ def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
     if _trained(model):
         return "It was trained after the conversion: the curve below shows whether more training still helps."
     if share is None or not _HALF[0] <= share <= _HALF[1]:
-        return (
-            "For comparison: with half of the FFN and no training SmolLM2-135M loses a factor of 1.4 to 1.5."
-        )
+        return "For comparison: with half of the FFN and no training SmolLM2-135M loses a factor of 1.4 to 1.5."
     if factor <= _USUAL:
-        return (
-            "That is usual for half of the FFN without training: SmolLM2-135M loses a factor of 1.4 to 1.5."
-        )
+        return "That is usual for half of the FFN without training: SmolLM2-135M loses a factor of 1.4 to 1.5."
     tokens = _tokens(model)
     if tokens is not None and tokens < LARGE_TEXT // 2:
         return (
