@@ -108,10 +108,15 @@ def _details(method: Method) -> None:
     facts([pair for pair in known if pair[1]], indent=4)
     for option in method.options:
         rules = "".join(f", {rule}" for rule in option.rules)
-        key = f"{KEYS.get(method.kind, method.kind)}.{option.name}"
+        key, default = f"{KEYS.get(method.kind, method.kind)}.{option.name}", _as_yaml(option.default)
         if method.kind == "loss":  # recipes hold a list of them, which has no keys
-            key = f"'losses=[{{name: {method.name}, {option.name}: {option.default}}}]'"
-        bullets([f"{key} ({option.type}{rules}, default {option.default}): {option.description}"], mark="  --set")
+            key = f"'losses=[{{name: {method.name}, {option.name}: {default}}}]'"
+        bullets([f"{key} ({option.type}{rules}, default {default}): {option.description}"], mark="  --set")
+
+
+def _as_yaml(default: object) -> str:
+    """Return a default as recipes and ``--set`` write it."""
+    return "null" if default is None else str(default)
 
 
 def _print_matrix(found: Matrix, *, verbose: bool) -> None:
