@@ -8,6 +8,7 @@ VENV_TF4 ?= .venv-tf4
 VENV_CLIENTS ?= .venv-clients
 VENV_VLLM ?= .venv-vllm
 VENV_OPENVINO ?= .venv-openvino
+VENV_MEGATRON ?= .venv-megatron
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -26,7 +27,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZER
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo docs test lint format test-transformers4 test-clients clients-large benchmarks dist clean distclean
+.PHONY: help venv demo docs test lint format test-transformers4 test-clients test-megatron clients-large benchmarks dist clean distclean
 
 help:  ## List the targets (default)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +67,10 @@ test-clients: venv $(VENV_CLIENTS)/.stamp-clients  ## Check what mlx-lm, llama.c
 	$(TEST_ENV) LLAMAMOE_CLIENTS_PYTHON='$(abspath $(VENV_CLIENTS))/bin/python' \
 		$(BIN)/python -m pytest tests/clients $(PYTEST_ARGS)
 
+test-megatron: venv $(VENV_MEGATRON)/.stamp-megatron  ## Check what Megatron-Core computes of outputs, on the CPU
+	$(TEST_ENV) LLAMAMOE_MEGATRON_PYTHON='$(abspath $(VENV_MEGATRON))/bin/python' \
+		$(BIN)/python -m pytest tests/engines $(PYTEST_ARGS)
+
 clients-large: venv $(VENV_CLIENTS)/.stamp-clients $(VENV_VLLM)/.stamp-vllm $(VENV_OPENVINO)/.stamp-openvino  ## Measure these, vLLM and OpenVINO (5 GB)
 	$(TEST_ENV) $(BIN)/python benchmarks/other_programs.py \
 		$(foreach name,mlx-lm llama.cpp mistral.rs,$(name)=$(abspath $(VENV_CLIENTS))/bin/python) \
@@ -86,7 +91,7 @@ clean:  ## Delete build leftovers, caches and the demo's output
 	find llamamoe cli recipes tests benchmarks docs examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the environments too
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_CLIENTS) $(VENV_VLLM) $(VENV_OPENVINO)
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_CLIENTS) $(VENV_VLLM) $(VENV_OPENVINO) $(VENV_MEGATRON)
 
 define CHECK_PYTHON
 @command -v '$(PYTHON)' >/dev/null || { \
@@ -97,7 +102,7 @@ define CHECK_PYTHON
 	echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 endef
 
-$(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv $(VENV_CLIENTS)/.stamp-venv $(VENV_VLLM)/.stamp-venv $(VENV_OPENVINO)/.stamp-venv:
+$(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv $(VENV_CLIENTS)/.stamp-venv $(VENV_VLLM)/.stamp-venv $(VENV_OPENVINO)/.stamp-venv $(VENV_MEGATRON)/.stamp-venv:
 	$(CHECK_PYTHON)
 	@'$(PYTHON)' -m venv $(@D)
 	@touch $@
@@ -129,6 +134,14 @@ $(VENV)/.stamp-model: constraints.txt $(VENV)/.stamp-venv
 $(VENV_TF4)/.stamp-transformers4: constraints-transformers4.txt $(VENV_TF4)/.stamp-venv
 	@echo "Installing transformers 4.57 into $(VENV_TF4) (a few minutes, once)"
 	@$(VENV_TF4)/bin/python $(PIP) -r constraints-transformers4.txt
+	@touch $@
+
+# Without their dependencies, which are built for GPUs; tests/engines/run_megatron.py does without these.
+$(VENV_MEGATRON)/.stamp-megatron: constraints.txt $(VENV_MEGATRON)/.stamp-venv
+	@echo "Installing Megatron-Core and Megatron-Bridge into $(VENV_MEGATRON) (a few minutes, once)"
+	@$(VENV_MEGATRON)/bin/python $(PIP) -c constraints.txt torch transformers rich
+	@$(VENV_MEGATRON)/bin/python $(PIP) --no-deps megatron-core==0.16.1 megatron-bridge==0.3.1 \
+		omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 hydra-core==1.3.8
 	@touch $@
 
 $(VENV_CLIENTS)/.stamp-clients: constraints-clients.txt $(VENV_CLIENTS)/.stamp-venv

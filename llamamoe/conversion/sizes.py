@@ -7,6 +7,7 @@ from ..architectures.rescales import RESCALES
 from ..architectures.sources.base import DenseSpec
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
+from ..architectures.targets.engines import megatron_refusals
 from ..errors import RefusedError
 from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
@@ -205,7 +206,9 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
     dense = target.dense_layer_refusal(layout.dense_layers, spec.num_layers)
     if dense:
         reasons.append(dense)
-    if recipe.require and recipe.require not in target.majors(spec):
+    if recipe.require == "megatron":
+        reasons += [f"--require megatron: {reason}" for reason in megatron_refusals(target.name, spec, layout)]
+    elif recipe.require and recipe.require not in target.majors(spec):
         reasons.append(
             f"--require {recipe.require}: {target.name} needs transformers 5 for this source ({', '.join(sorted(target.needs_five))})"
         )

@@ -116,7 +116,7 @@ def test_align_tokens_keeps_what_else_the_recipe_says_of_alignment(dense: Path, 
         text.split()
     )
     wrong = run("split", dense, "--dry-run", "--calibration", "auto", "--align-tokens", "5", code=2)
-    assert "align.tokens: Input should be greater than or equal to 1024 (got 5)" in wrong.stderr
+    assert "--align-tokens: Input should be greater than or equal to 1024 (got 5)" in wrong.stderr
 
 
 def test_keep_dense(dense: Path, run: Run) -> None:

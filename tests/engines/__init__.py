@@ -1,0 +1,1 @@
+"""Training engines that read our checkpoints, in environments of their own."""
