@@ -207,7 +207,7 @@ def test_usage_errors_name_flag_value_and_way_out(dense: Path, run: Run) -> None
         (("--experts", "four"), ("'--experts'", "'four'")),
         (("--router-scale", "sof"), ("--router-scale:", "'hard' or 'soft'", "got 'sof'")),
         (("--shared", "lots"), ("--shared:", "'lots'", "0.25")),
-        (("--top-k", "9"), ("top_k = 9", "num_experts = 8")),
+        (("--top-k", "9"), ("--top-k = 9", "num_experts = 8")),
         (("--set", "seeed=1"), ("seeed: unknown key", "Did you mean 'seed'")),
         (("--set", "seed"), ("key=value",)),
         (("--experts", "1", "--method", "x"), ("--experts:", "--method:")),
