@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..architectures.config_compat import missing_keys
 from ..architectures.expert_weighting import complete_config, is_routed_down, is_router, mixing_of, rescaled_block
@@ -16,11 +16,13 @@ from ..architectures.sources.base import number
 from ..architectures.targets import TARGETS
 from ..checkpoint.base import FLOAT_DTYPES
 from ..checkpoint.locate import Location
+from ..checkpoint.out_folder import normal_path
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import RefusedError, UsageError
 from ..lazy import torch
 from ..progress import ProgressCallback, ignore_progress
-from .rewrite import Rewriting, opened, rewrite, same_tensors
+from .cocktail import TEMPERATURE, cocktail_weights, example_losses
+from .rewrite import Rewriting, check_place, opened, rewrite, same_tensors
 
 _TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _COSMETIC = {
@@ -43,6 +45,7 @@ class MergeResult:
     Attributes:
         out: The output folder.
         weights: Weights of the models, in their order; their sum is 1.
+        losses: Each model's loss on the examples, in nats per token; None if the weights were given.
         receipt: The content of ``llamamoe_derived.json``.
         warnings: Sentences for the user.
     """
@@ -51,13 +54,16 @@ class MergeResult:
     weights: tuple[float, ...]
     receipt: dict[str, Any]
     warnings: tuple[str, ...]
+    losses: tuple[float, ...] | None = None
 
 
 def merge(
     models: Sequence[str | Path],
     out: str | Path,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Literal["auto"] | None = None,
+    examples: Sequence[str | Path] = (),
+    temperature: float = TEMPERATURE,
     resume: bool = False,
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
@@ -75,7 +81,10 @@ def merge(
     Args:
         models: Two or more checkpoints of one architecture.
         out: The folder to create; files, dtypes and tokenizer are those of the first model.
-        weights: One for each model, not negative; None: equal weights.
+        weights: One for each model, not negative; None: equal weights; ``"auto"``: by the losses of the models on
+            ``examples``, see `llamamoe.transforms.cocktail.cocktail_weights`.
+        examples: Text for ``"auto"``, a few documents of what the result should be good at: files, folders or globs.
+        temperature: Of that softmax; the smaller, the more the best model counts.
         resume: Finish a stopped call with the same arguments.
         force: Replace ``out`` if it holds a checkpoint by llamamoe, and discard the work of a stopped call.
         progress: Called after every layer.
@@ -84,7 +93,8 @@ def merge(
         UsageError: There are fewer than two models, or the weights are invalid.
         RefusedError: The models do not correspond (the message names every reason), or OUT cannot be written.
     """
-    shares = _shares(len(models), weights)
+    _check_examples(weights, examples, temperature)
+    shares = _shares(len(models), None if weights == "auto" else weights)
     pairs = [opened(model) for model in models]
     locations, checkpoints = tuple(each for each, _ in pairs), tuple(each for _, each in pairs)
     configs = [_complete(each) for each in checkpoints]
@@ -92,6 +102,12 @@ def merge(
     config, factors = _one_weighing(checkpoints, configs)
     config["llamamoe"] = _block(checkpoints, factors[0], _scaling(config) / _scaling(configs[0]))
     warnings = tuple(_warnings(locations, checkpoints, configs, factors))
+    losses: tuple[float, ...] | None = None
+    if weights == "auto":
+        check_place(normal_path(out), [each.path for each in locations], force=force)
+        losses = example_losses([each.path for each in locations], examples, progress)
+        shares = _shares(len(models), cocktail_weights(losses, temperature))
+    chosen: dict[str, Any] = {} if losses is None else {"weighed_by": "examples", "temperature": temperature}
     parts = ", ".join(f"`{each.name}` ({share:.4g})" for share, each in zip(shares, locations, strict=True))
     job = Rewriting(
         deed="merge",
@@ -100,12 +116,19 @@ def merge(
         checkpoints=checkpoints,
         config=config,
         make=lambda name: _average(checkpoints, shares, factors, name),
-        facts={"models": [each.name for each in locations], "weights": list(shares)},
+        facts={"models": [each.name for each in locations], "weights": list(shares)} | chosen,
         story=f"The average of the weights of {parts}.",
         warnings=warnings,
     )
     receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
-    return MergeResult(Path(out).expanduser(), shares, receipt, warnings)
+    return MergeResult(Path(out).expanduser(), shares, receipt, warnings, losses)
+
+
+def _check_examples(weights: Sequence[float] | str | None, examples: Sequence[str | Path], temperature: float) -> None:
+    if (weights == "auto") != bool(examples):
+        raise UsageError("weights = auto needs examples, and only it does: the text that the models are weighed by.")
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"temperature is {temperature:g}, but must be a finite number above 0.")
 
 
 def _shares(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:

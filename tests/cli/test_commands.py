@@ -208,7 +208,9 @@ def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Ru
     assert "is not empty" in run("retop", converted[0], tmp_path / "one", "--top-k", "3", code=3).stderr
     text = run("merge", converted[0], converted[0], "--weights", "3,1", "--out", tmp_path / "merged").stdout
     assert "0.75" in text
-    assert "not a list of numbers" in run("merge", "a", "b", "--weights", "much,little", "--out", "c", code=2).stderr
+    assert (
+        "neither a list of numbers" in run("merge", "a", "b", "--weights", "much,little", "--out", "c", code=2).stderr
+    )
     assert "does not exist" in run("merge", converted[0], tmp_path / "none", "--out", tmp_path / "c", code=3).stderr
     assert "takes two or more" in run("merge", converted[0], "--out", tmp_path / "c", code=2).stderr
     assert "num_experts_per_tok" in run("merge", converted[0], tmp_path / "one", "--out", tmp_path / "c", code=3).stderr

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
 from llamamoe import LlamaMoeError, RefusedError, UsageError, load_recipe, merge, split
@@ -222,3 +222,52 @@ def test_a_file_cut_short(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(LlamaMoeError, match=WEIGHTS):
         merge([pair[0], tmp_path / "other"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def losses_by_transformers(models: tuple[Path, ...], lines: list[str]) -> torch.Tensor:
+    """Mean loss of a token of each model, document by document, float64."""
+    found = []
+    for folder in models:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+        total, count = 0.0, 0
+        for line in lines:
+            ids = tokenizer(line, return_tensors="pt").input_ids
+            with torch.no_grad():
+                total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        found.append(total / count)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.01])
+def test_weights_by_examples_are_the_softmax_of_negative_losses(tmp_path: Path, temperature: float | None) -> None:
+    models = make(tmp_path / "a", 0), make(tmp_path / "b", 1), make(tmp_path / "c", 2)
+    lines = ["once upon a time", "there was a model that was the mean of others"]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    keys = {} if temperature is None else {"temperature": temperature}
+    found = merge(models, tmp_path / "out", weights="auto", examples=[tmp_path / "examples.jsonl"], **keys)
+    losses = losses_by_transformers(models, lines)
+    assert found.losses == pytest.approx(losses.tolist(), abs=1e-5)
+    wanted = torch.softmax(-losses / (temperature or 5.0), 0)
+    assert found.weights == pytest.approx(wanted.tolist(), abs=1e-5 / (temperature or 5.0))
+    assert found.receipt["weights"] == list(found.weights)
+    by_hand = merge(models, tmp_path / "by-hand", weights=found.weights)
+    assert (found.out / WEIGHTS).read_bytes() == (by_hand.out / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"weights": "auto"}, "auto needs examples"),
+        ({"examples": ["text.txt"]}, "only it does"),
+        ({"weights": "auto", "examples": ["text.txt"], "temperature": 0.0}, "temperature is 0"),
+        ({"weights": "auto", "examples": ["missing.txt"]}, "missing.txt"),
+    ],
+)
+def test_weights_by_examples_need_them(
+    pair: tuple[Path, Path], keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        merge(pair, tmp_path / "out", **keys)
+    assert not any(tmp_path.iterdir())
