@@ -5,7 +5,8 @@
 The parents' headers are written to a temporary folder (sparse files, no weights), `llamamoe.plan_conversion` says what the
 conversion would hold, and the estimate is the dry run's own. benchmarks/training_memory.py is its check against measured
 steps; operations are checked against torch's counter by tests/training/test_metrics.py. Time is operations over what the
-devices can do at most times the share of it that is reached, which is not known before a run.
+devices can do at most times the share of it that is reached, which is not known before a run, and the bytes of the copies
+that grouped products make of tokens over the bandwidth of their memory.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Case:
         device: What they are called.
         memory: Bytes of one.
         peak_flops: bfloat16 operations per second of one, by its maker's data sheet.
+        bandwidth: Bytes per second of its memory, by the same.
     """
 
     recipe: str
@@ -51,12 +53,15 @@ class Case:
     device: str
     memory: int
     peak_flops: float
+    bandwidth: float
 
 
 CASES = (
-    Case("llama_moe_paper", LLAMA_2_7B, {"num_experts": 16, "top_k": 4}, 112, "A100, 80 GB", 80 * 10**9, 312e12),
-    Case("recover_distill", LLAMA_2_7B, DEFAULT, 8, "H100, 80 GB", 80 * 10**9, 989e12),
-    Case("recover_70b", LLAMA_3_70B, DEFAULT, 64, "H100, 80 GB", 80 * 10**9, 989e12),
+    Case(
+        "llama_moe_paper", LLAMA_2_7B, {"num_experts": 16, "top_k": 4}, 112, "A100, 80 GB", 80 * 10**9, 312e12, 2.039e12
+    ),
+    Case("recover_distill", LLAMA_2_7B, DEFAULT, 8, "H100, 80 GB", 80 * 10**9, 989e12, 3.35e12),
+    Case("recover_70b", LLAMA_3_70B, DEFAULT, 64, "H100, 80 GB", 80 * 10**9, 989e12, 3.35e12),
 )
 
 
@@ -71,25 +76,29 @@ def on_paper(case: Case, folder: Path) -> Estimate:
     return estimate(
         recipe, plan.config, tensors, parent_tensors=dense.tensors if dense else None,
         parent_config=dense.config if dense else None, world_size=case.devices, device_memory=case.memory,
-        peak_flops=case.peak_flops, utilisation=UTILISATION,
+        peak_flops=case.peak_flops, bandwidth=case.bandwidth, utilisation=UTILISATION,
     )  # fmt: skip
 
 
 def main() -> None:
     """Work out every case; print a table in Markdown, and the warnings."""
     print(
-        "| recipe | parameters, active | devices | memory of each, peak | tokens | time at 40 % of the peak | checkpoint |"
+        "| recipe | parameters, active | devices | memory of each, peak | tokens | operations, at 40 % of the peak "
+        "| copies of tokens, at full bandwidth | time | checkpoint |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     warnings = []
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             found = on_paper(case, Path(folder))
             assert found.seconds_per_step is not None
             numbers = found.parameters
+            copying = found.moved["copies"] / case.bandwidth
             print(
                 f"| {case.recipe} | {numbers['total'] / 1e9:.1f} B, {numbers['active'] / 1e9:.1f} B | {case.devices} x {case.device} "
                 f"| {found.peak / 1e9:.1f} GB | {found.tokens / 1e9:.0f} B "
+                f"| {found.seconds_per_step - copying:.1f} s a step "
+                f"| {found.moved['copies'] / 1e12:.1f} TB, {copying:.1f} s a step "
                 f"| {found.seconds_per_step * found.steps / 3600:.0f} h ({found.seconds_per_step:.1f} s a step) "
                 f"| {found.disk['checkpoint'] / 1e9:.0f} GB |"
             )

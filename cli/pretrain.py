@@ -102,6 +102,7 @@ NEWEST = ""
 )
 @flag("--device-memory", group=PAPER, type=float, metavar="GB", text="Memory of one device in GB.")
 @flag("--peak-tflops", group=PAPER, type=float, metavar="X", text="Peak bfloat16 throughput of one device in TFLOPS.")
+@flag("--memory-bandwidth", group=PAPER, type=float, metavar="GB/s", text="Memory bandwidth of one device in GB/s.")
 @output_options
 def command(
     recipe: str,
@@ -118,6 +119,7 @@ def command(
     world_size: int | None,
     device_memory: float | None,
     peak_tflops: float | None,
+    memory_bandwidth: float | None,
     output: Output,
 ) -> None:
     """Parse, then plan or train, then print."""
@@ -137,6 +139,7 @@ def command(
             world_size=world_size,
             device_memory=None if device_memory is None else device_memory * 1e9,
             peak_flops=None if peak_tflops is None else peak_tflops * 1e12,
+            bandwidth=None if memory_bandwidth is None else memory_bandwidth * 1e9,
         )
         output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan))
         return
@@ -212,6 +215,7 @@ def _print_plan(plan: PretrainPlan) -> None:
     table(("", ""), [(name, size(nbytes)) for name, nbytes in estimate.lines], right=(1,))
     heading("Time and disk")
     times = [(f"operations per token, {name}", amount(n)) for name, n in estimate.operations.items() if n]
+    times += [(f"moved in a step, {name}", size(n)) for name, n in estimate.moved.items() if n]
     if estimate.seconds_per_step is not None:
         seconds = estimate.seconds_per_step
         times.append(("time", f"{duration(seconds * estimate.steps)} ({duration(seconds)} a step)"))

@@ -96,6 +96,7 @@ def plan_pretraining(
     world_size: int | None = None,
     device_memory: float | None = None,
     peak_flops: float | None = None,
+    bandwidth: float | None = None,
     utilisation: float = 0.4,
 ) -> PretrainPlan:
     """Check all that `pretrain` checks before loading, except bytes of tokens; estimate memory, time and disk.
@@ -110,6 +111,7 @@ def plan_pretraining(
         world_size: Processes, one device each; None: as many as the recipe's sharding needs.
         device_memory: Bytes of a device.
         peak_flops: Operations per second of a device.
+        bandwidth: Bytes per second that a device reads from and writes to its memory.
         utilisation: Share of the peak that is reached.
 
     Raises:
@@ -121,7 +123,7 @@ def plan_pretraining(
     from .batches import check_ranks
     from .estimate.estimate import estimate
 
-    _check_device(device_memory=device_memory, peak_flops=peak_flops, utilisation=utilisation)
+    _check_device(device_memory=device_memory, peak_flops=peak_flops, bandwidth=bandwidth, utilisation=utilisation)
     location, parent = locate_folder(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     facts = identities(recipe, location.path, parent)
@@ -143,6 +145,7 @@ def plan_pretraining(
         world_size=world_size,
         device_memory=None if device_memory is None else int(device_memory),
         peak_flops=peak_flops,
+        bandwidth=bandwidth,
         utilisation=utilisation,
     )
     rows = config.get("vocab_size")
@@ -150,7 +153,12 @@ def plan_pretraining(
     told: tuple[str, ...] = (f"the run continues with {changes.describe()}",) if changes else ()
     teacher = None
     if recipe.teacher is not None:
-        device: dict[str, Any] = {"device_memory": device_memory, "peak_flops": peak_flops, "utilisation": utilisation}
+        device: dict[str, Any] = {
+            "device_memory": device_memory,
+            "peak_flops": peak_flops,
+            "bandwidth": bandwidth,
+            "utilisation": utilisation,
+        }
         teacher = plan_pretraining(teacher_recipe(recipe), world_size=world_size, **device)
     told = (*doubts(recipe, config), *notes, *told)
     return PretrainPlan(location.name, recipe, domains, held_out, found, told, teacher)

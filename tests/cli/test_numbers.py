@@ -18,7 +18,7 @@ def test_sizes_of_files(size: str, converted: tuple[Path, Result], dense: Path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--device-memory", "--peak-tflops"])
+@pytest.mark.parametrize("option", ["--device-memory", "--peak-tflops", "--memory-bandwidth"])
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
 def test_what_a_device_has(
     option: str, value: str, dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run

@@ -26,6 +26,7 @@ from .runs import lines_of, make_world, recipe_of, start, start_torchrun
 from .test_run_folder import flip
 
 pytestmark = pytest.mark.slow
+LONG = ("steps=20", "evaluate_every=5", "save_every=null")
 SELDOM = ("save_every=null", "evaluate_every=null", "data.update=static")
 
 
@@ -50,6 +51,13 @@ def recipe_for(world: dict[str, str], *overrides: str) -> PretrainRecipe:
 def alone(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
     pretrain(recipe_for(world), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone_for_long(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "long"
+    pretrain(recipe_for(world, *LONG), out)
     return out
 
 
@@ -97,16 +105,17 @@ def assert_equal(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
     ids=["ddp-2", "ddp-4", "fsdp-2", "hsdp-4", "fsdp-ep-2"],
 )
 def test_losses_agree(
-    processes: int, sharding: dict[str, int], world: dict[str, str], alone: Path, tmp_path: Path
+    processes: int, sharding: dict[str, int], world: dict[str, str], alone_for_long: Path, tmp_path: Path
 ) -> None:
+    """For 20 steps, in float32: no token is routed otherwise, and rounding does not grow."""
     overrides = [f"distributed.{key}={value}" for key, value in sharding.items()]
-    run(recipe_for(world, *overrides), tmp_path / "run", processes)
-    assert_equal(lines_of(tmp_path / "run"), lines_of(alone))
-    mixtures = [line["mixture"]["small"] for line in lines_of(alone) if line["kind"] == "train"]
-    assert len(set(mixtures)) == 3, mixtures  # it does move
-    facts = [json.loads((out / "facts.json").read_text()) for out in (tmp_path / "run", alone)]
+    run(recipe_for(world, *LONG, *overrides), tmp_path / "run", processes)
+    assert_equal(lines_of(tmp_path / "run"), lines_of(alone_for_long))
+    mixtures = [line["mixture"]["small"] for line in lines_of(alone_for_long) if line["kind"] == "train"]
+    assert len(set(mixtures)) == 4, mixtures  # it does move
+    facts = [json.loads((out / "facts.json").read_text()) for out in (tmp_path / "run", alone_for_long)]
     assert facts[0]["active_parameters"] == facts[1]["active_parameters"]
-    ours, theirs = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "run", alone))
+    ours, theirs = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "run", alone_for_long))
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype == torch.bfloat16, name
         assert float((ours[name] - value).abs().max()) < 2e-3, name  # Adam's first steps amplify rounding
@@ -136,6 +145,31 @@ def test_gradients_are_cut_after_every_micro_batch(world: dict[str, str], tmp_pa
         recipe = recipe_for(world, *(f"distributed.{key}={value}" for key, value in sizes.items()))
         args = training_arguments(recipe, tmp_path, "cpu", evaluates=False)
         assert (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch") is expected
+
+
+@pytest.mark.parametrize(("sharding", "tolerance"), [({}, 3e-5), ({"fsdp_size": 2}, 5e-2)], ids=["ddp", "fsdp"])
+def test_in_bfloat16_ddp_computes_as_one_process_and_fsdp_otherwise(
+    sharding: dict[str, int], tolerance: float, world: dict[str, str], tmp_path: Path
+) -> None:
+    """Autocast keeps the residual stream in float32; FSDP2 gathers weights in bfloat16, and all follows their dtype."""
+    keys = ("steps=20", *SELDOM, "precision.compute=bfloat16")
+    pretrain(recipe_for(world, *keys), tmp_path / "alone")
+    run(
+        recipe_for(world, *keys, *(f"distributed.{key}={value}" for key, value in sharding.items())),
+        tmp_path / "run",
+        2,
+    )
+    ours, theirs = (
+        [line for line in lines_of(tmp_path / name) if line["kind"] == "train"] for name in ("run", "alone")
+    )
+    errors = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(ours, theirs, strict=True)]
+    same = [
+        a["layers"]["max_violation"] == pytest.approx(b["layers"]["max_violation"], abs=1e-4)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    assert max(errors) < tolerance
+    assert all(same) == (not sharding), "routed alike"
+    assert (max(errors) > 1e-4) == bool(sharding)
 
 
 def test_a_sharded_run_in_bfloat16_gathers_bfloat16_and_trains_float32(

@@ -18,6 +18,7 @@ from .compute import disk, operations
 from .memory import StepMemory
 from .shapes import ModelShape, read_shape
 from .sharding import Sharding, adapters
+from .traffic import copied_bytes, exchanged_bytes, gathered_bytes
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class Estimate:
         tokens: Total number of tokens.
         accumulation: Micro-batches of a step on one rank.
         operations: Operations per token by purpose, see `compute.operations`.
-        seconds_per_step: At ``utilisation`` of the peak, all operations counted; None: peak unknown.
+        moved: Bytes of a step on one device beside operations: ``copies`` of tokens for their experts, and ``exchanged``
+            with other ranks by expert parallelism; see `traffic`.
+        seconds_per_step: All operations at ``utilisation`` of the peak, and the copies at the bandwidth, if it is known;
+            None: peak unknown.
         disk: Bytes, see `compute.disk`.
         utilisation: The assumed utilisation.
         warnings: Expected problems.
@@ -52,6 +56,7 @@ class Estimate:
     tokens: int
     accumulation: int
     operations: Mapping[str, float]
+    moved: Mapping[str, int]
     seconds_per_step: float | None
     disk: Mapping[str, int]
     utilisation: float
@@ -108,6 +113,7 @@ def estimate(
     world_size: int,
     device_memory: int | None = None,
     peak_flops: float | None = None,
+    bandwidth: float | None = None,
     utilisation: float = 0.4,
 ) -> Estimate:
     """Estimate the requirements of a run. O(number of tensors).
@@ -121,6 +127,7 @@ def estimate(
         world_size: Processes of the run, one device each.
         device_memory: Bytes of a device.
         peak_flops: Operations per second of a device, see `llamamoe.training.metrics.PEAK_FLOPS`.
+        bandwidth: Bytes per second that a device reads from and writes to its memory; None: unknown.
         utilisation: Share of the peak that is reached.
 
     Raises:
@@ -145,6 +152,11 @@ def estimate(
     moment, lives = memory.peak()
     flops = operations(recipe, shape, parent, memory.trained, added, memory.run.tokens)
     rate = peak_flops * world_size * utilisation if peak_flops else None
+    moved = {
+        "copies": accumulation * copied_bytes(recipe, memory.run),
+        "exchanged": accumulation * exchanged_bytes(recipe, memory.run),
+    }
+    copying = moved["copies"] / bandwidth if bandwidth else 0.0
     counted = parent_tensors is not None and parent_config is not None
     return Estimate(
         state=memory.state(),
@@ -157,12 +169,14 @@ def estimate(
         tokens=recipe.max_steps * recipe.tokens_per_step,
         accumulation=accumulation,
         operations=flops,
-        seconds_per_step=recipe.tokens_per_step * sum(flops.values()) / rate if rate else None,
+        moved=moved,
+        seconds_per_step=recipe.tokens_per_step * sum(flops.values()) / rate + copying if rate else None,
         disk=disk(recipe, shape, trained, added),
         utilisation=utilisation,
         warnings=(
             *_memory_warnings(recipe, memory, sum(lives.values()), device_memory, counted=counted),
             *_layout_warnings(recipe, shape, world_size),
+            *_traffic_warnings(recipe, memory, moved, timed=rate is not None, bandwidth=bandwidth),
         ),
     )
 
@@ -208,6 +222,22 @@ def _memory_warnings(
         yield (
             "experts run in float32 although precision.compute = bfloat16: autocast does not reach grouped_mm, so the time "
             "is underestimated; experts_implementation=llamamoe_grouped_mm computes them in bfloat16"
+        )
+
+
+def _traffic_warnings(
+    recipe: PretrainRecipe, memory: StepMemory, moved: Mapping[str, int], *, timed: bool, bandwidth: float | None
+) -> Iterator[str]:
+    if timed and bandwidth is None and moved["copies"]:
+        yield (
+            f"the time leaves out {moved['copies'] / 1e9:,.0f} GB that a device moves in a step to copy tokens for their "
+            f"{memory.shape.top_k} experts each: give its memory bandwidth"
+        )
+    exchanged, gathered = exchanged_bytes(recipe, memory.run), gathered_bytes(recipe, memory.run)
+    if exchanged > gathered:
+        yield (
+            f"distributed.ep_size = {recipe.distributed.ep_size} sends {exchanged / 1e9:,.2f} GB of tokens for a micro-batch, because each goes to "
+            f"{memory.shape.top_k} experts; FSDP2 alone (ep_size = 1) would receive {gathered / 1e9:,.2f} GB of experts"
         )
 
 
