@@ -7,6 +7,8 @@ from .catalog import Matrix as Matrix
 from .catalog import Method as Method
 from .catalog import list_methods as list_methods
 from .catalog import matrix as matrix
+from .checkpoint.push import Push as Push
+from .checkpoint.push import push as push
 from .conversion.recipe import SplitRecipe as SplitRecipe
 from .conversion.recipe import load_recipe as load_recipe
 from .conversion.split import SplitResult as SplitResult

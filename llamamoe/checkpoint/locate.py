@@ -36,7 +36,7 @@ _SMALL = [
     "llamamoe_*.json",
 ]
 _FORMS = "Give a folder, a .gguf file, a Hub id (org/name) or hf://org/name@revision."
-_LOGIN = "log in with: hf auth login (or set HF_TOKEN)"
+LOGIN = "log in with: hf auth login (or set HF_TOKEN)"
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _denied(text: str, name: str, error: huggingface_hub.errors.HfHubHTTPError) 
         page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
         return CheckpointError(
             f"{text!r} is gated: only accounts that accepted its terms may download it.",
-            hint=f"Accept the terms on {page}, then {_LOGIN}.",
+            hint=f"Accept the terms on {page}, then {LOGIN}.",
         )
     if isinstance(error, kinds.RevisionNotFoundError):
         return CheckpointError(
@@ -175,11 +175,11 @@ def _denied(text: str, name: str, error: huggingface_hub.errors.HfHubHTTPError) 
     if isinstance(error, kinds.RepositoryNotFoundError):
         return CheckpointError(
             f"{text!r} is neither a local folder nor a repository on the Hub that you can access.",
-            hint=f"Check the spelling; for a private repository, {_LOGIN}.",
+            hint=f"Check the spelling; for a private repository, {LOGIN}.",
         )
     return CheckpointError(
         f"the Hub refuses {text!r}: {error}",
-        hint=f"Check the name and the revision; for a private repository, {_LOGIN}.",
+        hint=f"Check the name and the revision; for a private repository, {LOGIN}.",
     )
 
 
