@@ -18,11 +18,13 @@ from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
 from ..errors import LlamaMoeError, printable
 from ..models.loadable import check_loads
+from .lora import merge_adapters
 from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
 from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id
 from .recipe import PretrainRecipe
 from .run_folder import RECEIPT, complete
+from .sharded_state import reshard
 
 
 def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:
@@ -30,7 +32,8 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
     final, partial = folder / FINAL, folder / STAGING / FINAL
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+        reshard(model)
+        model = merge_adapters(model)
     name = trainer.parts.recipe.precision.save or SafetensorsCheckpoint(source).config.get("torch_dtype") or "bfloat16"
     trainer.parts.dynamics.gate.detach()
     together = trainer.is_distributed_loading_by_transformers  # every rank then has a part of the weights

@@ -47,6 +47,29 @@ def _is_router(name: str) -> bool:
     return group_of(name) == "router"
 
 
+def merge_adapters(model: Any) -> Any:
+    """Add the adapters to the weights, in place, and return the model without them.
+
+    Weights that FSDP2 shards get their part of each product, which every rank computes whole, a layer at a time.
+    """
+    from .ranks import cut_like
+
+    def cut(whole: Any, weight: Any) -> Any:
+        return lambda name: cut_like(whole(name), weight)
+
+    for module in model.modules():
+        if (weight := _adapted(module)) is not None:
+            module.get_delta_weight = cut(module.get_delta_weight, weight)
+    return model.merge_and_unload()
+
+
+def _adapted(module: Any) -> Any:
+    """Return the weight to which a module of peft adds a product; None for other modules."""
+    if not hasattr(module, "get_delta_weight"):
+        return None
+    return module.get_param() if hasattr(module, "get_param") else module.get_base_layer().weight
+
+
 def save_rest(model: Any, folder: Path) -> None:
     """Write what changes beside the adapters: routers and selection biases, which peft omits from its checkpoints."""
     save_tensors(folder / REST, {name: value.detach().cpu().contiguous() for name, value in _rest(model)})
@@ -61,9 +84,15 @@ def load_rest(model: Any, folder: Path) -> None:
 
 
 def _rest(model: Any) -> list[tuple[str, Any]]:
-    """Return what changes beside the adapters: trained parameters, and selection biases, which balancing moves."""
+    """Return what changes beside the adapters: trained parameters, and selection biases, which balancing moves.
+
+    Of a sharded model nothing does, by the rules of recipes.
+    """
+    from torch.distributed.tensor import DTensor
+
     return [
         (name, value)
         for name, value in (*model.named_parameters(), *model.named_buffers())
-        if (value.requires_grad and "lora_" not in name) or name.endswith(CORRECTION_BIAS)
+        if ((value.requires_grad and "lora_" not in name) or name.endswith(CORRECTION_BIAS))
+        and not isinstance(value, DTensor)
     ]

@@ -277,12 +277,6 @@ class PretrainRecipe(Recipe):
                 f"data.documents = apart is checked with sdpa and eager attention only, not with {self.attn_implementation}: leave "
                 "attn_implementation to transformers (null)"
             )
-        if self.lora is not None and self.distributed.sharded:
-            yield (
-                "lora cannot be combined with distributed: a checkpoint's adapters and the merged model need whole weights on a rank; "
-                "run data-parallel (DDP), with precision.parameters=bfloat16 and lora.train_router=false if frozen weights "
-                "are too large in float32"
-            )
         yield from self._lora_contradictions()
         yield from self._precision_contradictions()
         for name in (each.name for each in self.losses if LOSSES.get(each.name).needs_targets):
@@ -317,6 +311,15 @@ class PretrainRecipe(Recipe):
     def _lora_contradictions(self) -> Any:
         if self.lora is None:
             return
+        if self.distributed.sharded and self.lora.train_router:
+            yield (
+                "lora.train_router trains sharded routers, which a checkpoint of adapters does not hold: set "
+                "lora.train_router=false, or run data-parallel (no distributed)"
+            )
+        if self.distributed.sharded and self.balancing is not None:
+            yield "balancing moves biases, which a checkpoint of adapters does not hold under sharding: leave one of them out"
+        if self.distributed.ep_size > 1:
+            yield "lora adds adapters to all experts on every rank: set distributed.ep_size=1"
         if self.lora.dropout and self.lora.experts:
             yield "lora.dropout does not reach adapters of experts: set it to 0, or lora.experts=false"
         if "attention" in self.freeze and self.lora.attention:

@@ -304,3 +304,36 @@ def test_a_sharded_run_with_all_states_in_bfloat16_learns_and_goes_on_exactly(
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
     go_on(tmp_path / "whole", tmp_path / "run", recipe, 2)
     assert_same_bytes(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [
+        (("compute=float32",), 3e-5),
+        (("compute=bfloat16",), 2e-2),
+        (("parameters=bfloat16", "compute=bfloat16"), 2e-2),
+    ],
+    ids=["float32", "bfloat16", "frozen-bfloat16"],
+)
+def test_adapters_on_sharded_weights_learn_as_on_whole_ones_and_go_on_exactly(
+    precision: tuple[str, ...], tolerance: float, world: dict[str, str], tmp_path: Path
+) -> None:
+    """The adapters are whole on every rank; what they add is merged into each rank's shards."""
+    pytest.importorskip("peft")
+    keys = [*(f"precision.{each}" for each in precision), "precision.save=float32", "gate=top_k"]
+    keys += ["lora.rank=2", "lora.train_router=false", "data.update=static"]
+    recipe = recipe_for(world, *keys, "distributed.fsdp_size=2")
+    pretrain(recipe_for(world, *keys), tmp_path / "alone")
+    run(recipe, tmp_path / "whole", 2)
+    for a, b in zip(lines_of(tmp_path / "whole"), lines_of(tmp_path / "alone"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "alone"))
+    before = load_file(Path(world["model"]) / "model.safetensors")
+    adapted = {"w1", "w2", "w3", "q_proj", "k_proj", "v_proj", "o_proj"}
+    moved = [name for name in theirs if name.rsplit(".", 2)[-2] in adapted]
+    assert all(float((theirs[name] - before[name]).abs().max()) > 1e-3 for name in moved)
+    far = torch.cat([(theirs[name] - before[name]).flatten() for name in moved])
+    apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in moved])
+    assert float(apart.norm() / far.norm()) < (1e-2 if tolerance < 1e-3 else 0.5)
+    go_on(tmp_path / "whole", tmp_path / "run", recipe, 2)
+    assert_same_bytes(tmp_path / "run", tmp_path / "whole")

@@ -70,7 +70,15 @@ def test_everything_wrong_is_told_at_once_with_near_misses() -> None:
         ({"parent": None, "distill": {"kl": {}}}, "distill needs parent"),
         ({"data": {"train": "t", "update": "sheared_llama"}}, "needs data.reference_losses"),
         ({"data": {"train": "t", "reference_losses": "parent"}, "parent": None}, "needs parent"),
-        ({"lora": {}, "distributed": {"fsdp_size": 2}}, "lora cannot be combined"),
+        ({"lora": {}, "distributed": {"fsdp_size": 2}}, "lora.train_router trains sharded routers"),
+        (
+            {"lora": {"train_router": False}, "distributed": {"fsdp_size": 2, "ep_size": 2}},
+            "lora adds adapters to all experts on every rank",
+        ),
+        (
+            {"lora": {"train_router": False}, "distributed": {"fsdp_size": 2}, "balancing": {}},
+            "balancing moves biases, which a checkpoint of adapters does not hold",
+        ),
         ({"freeze": ["router"], "losses": ["switch"]}, "no effect while freeze names router"),
         ({"trainer": {"learning_rate": 1.0}}, "learning_rate is decided by the recipe; set optimizer.lr"),
         ({"trainer": {"reprot_to": "none"}}, "Did you mean 'report_to'"),
