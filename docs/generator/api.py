@@ -17,7 +17,7 @@ GROUPS = {
     "train": ("Train", "Text to tokens, layers healed one by one, and training from end to end.",
               ("healing", "training", "data", "models")),
     "measure": ("Measure", "Perplexity, tasks, speed, reports and studies.", ("evaluation", "reporting", "studies")),
-    "transform": ("Transform", "From one checkpoint to another.", ("transforms",)),
+    "transform": ("Transform", "From one checkpoint to another, and to the Hub.", ("transforms", "checkpoint")),
     "other": ("Errors and other names", "What can go wrong, as exceptions that name the way out.", ("errors", "_version")),
 }  # fmt: skip
 """Page: title, what it is about, and the modules whose public names it shows."""

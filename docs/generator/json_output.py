@@ -45,6 +45,7 @@ RUNS: dict[str, tuple[str, str]] = {
                            "--set data.validation=null --set data.block_length=16", "llamamoe.training.plan.PretrainPlan"),
     "retop": ("retop moe retopped --top-k 3", "llamamoe.transforms.retop.RetopResult"),
     "merge": ("merge moe moe --out merged", "llamamoe.transforms.merge.MergeResult"),
+    "push --dry-run": ("push moe me/moe --dry-run", "llamamoe.checkpoint.push.Push"),
     "fix-config --dry-run": ("fix-config moe --dry-run", ""),
     "methods": ("methods kmeans", "llamamoe.catalog.Method"),
 }  # fmt: skip
