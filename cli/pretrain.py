@@ -103,6 +103,8 @@ NEWEST = ""
 @flag("--device-memory", group=PAPER, type=float, metavar="GB", text="Memory of one device in GB.")
 @flag("--peak-tflops", group=PAPER, type=float, metavar="X", text="Peak bfloat16 throughput of one device in TFLOPS.")
 @flag("--memory-bandwidth", group=PAPER, type=float, metavar="GB/s", text="Memory bandwidth of one device in GB/s.")
+@flag("--disk-rate", group=PAPER, type=float, default=1.0, show_default=True, metavar="GB/S",
+       text="Throughput of the file system in GB per second, of all processes together.")  # fmt: skip
 @output_options
 def command(
     recipe: str,
@@ -120,6 +122,7 @@ def command(
     device_memory: float | None,
     peak_tflops: float | None,
     memory_bandwidth: float | None,
+    disk_rate: float,
     output: Output,
 ) -> None:
     """Parse, then plan or train, then print."""
@@ -140,6 +143,7 @@ def command(
             device_memory=None if device_memory is None else device_memory * 1e9,
             peak_flops=None if peak_tflops is None else peak_tflops * 1e12,
             bandwidth=None if memory_bandwidth is None else memory_bandwidth * 1e9,
+            disk_rate=disk_rate * 1e9,
         )
         output.result({"dry_run": True, **plan.to_json()}, lambda: _print_plan(plan))
         return
@@ -220,6 +224,11 @@ def _print_plan(plan: PretrainPlan) -> None:
         seconds = estimate.seconds_per_step
         times.append(("time", f"{duration(seconds * estimate.steps)} ({duration(seconds)} a step)"))
     times += [(f"disk, {name}", size(n)) for name, n in estimate.disk.items() if n]
+    saving = {key: size(int(n)) if "bytes" in key else duration(n) for key, n in estimate.saving.items()}
+    times += [
+        ("save", f"{saving['save_bytes']} ({saving['save_bytes_of_a_rank']} a rank), {saving['save_seconds']}"),
+        ("resume", f"{saving['resume_bytes']} read, {saving['resume_seconds']}"),
+    ]
     facts(times)
     if plan.teacher is not None:
         _print_teacher(plan.teacher.estimate)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from torch.distributed import TCPStore
@@ -29,9 +30,15 @@ FORKS.set_forkserver_preload(
 )
 
 
-def _run(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
-    """Run the command line in a fork, with all that it prints in a file."""
+def _run(arguments: Sequence[str], environment: dict[str, str], log: str, at: Sequence[Any]) -> None:
+    """Run the command line in a fork, with all that it prints in a file; it dies at a function's call, if one is given."""
     from llamamoe_cli import run
+
+    if at:
+        from .hostile.dying import watch
+        from .hostile.killable_pretrain import POINTS
+
+        watch(POINTS, *at)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
@@ -45,8 +52,13 @@ def _run(arguments: Sequence[str], environment: dict[str, str], log: str) -> Non
 class Forks:
     """The command line in one process, or as the ranks of a distributed run; the methods are those of `subprocess.Popen`."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, processes: int = 0) -> None:
-        """Start ``processes`` ranks, or one process that knows of no others; ``log`` gets what they print."""
+    def __init__(
+        self, arguments: Sequence[str], log: Path, processes: int = 0, die: tuple[int, Sequence[Any]] | None = None
+    ) -> None:
+        """Start ``processes`` ranks, or one process that knows of no others; ``log`` gets what they print.
+
+        ``die`` is a rank, and the call of a function (see `tests.hostile.dying.watch`) at which it kills itself.
+        """
         self.log = log
         self.returncode: int | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +74,8 @@ class Forks:
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
                      "TORCHELASTIC_RESTART_COUNT": 0}  # fmt: skip
             env = {key: str(value) for key, value in names.items()} if processes else {}
-            self._processes.append(FORKS.Process(target=_run, args=(list(arguments), env, str(log)), daemon=True))
+            at = die[1] if die is not None and die[0] == rank else ()
+            self._processes.append(FORKS.Process(target=_run, args=(list(arguments), env, str(log), at), daemon=True))
             self._processes[-1].start()
 
     @property

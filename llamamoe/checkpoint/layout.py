@@ -27,13 +27,16 @@ class Slot:
     nbytes: int
 
 
-def shard_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, int]]:
+def shard_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], facts: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """Return the header of a shard and the offset of each tensor in the file.
 
     Args:
         tensors: Name to (dtype, shape, bytes), in file order.
+        facts: Further entries of the header's ``__metadata__``.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(facts or {})}}
     offset, starts = 0, {}
     for name, (dtype, shape, nbytes) in tensors.items():
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}

@@ -78,24 +78,29 @@ class Manifest:
                     yield f"{name} was changed after it was written: its SHA-256 differs"
 
 
-def write_manifest(folder: Path, name: str, facts: Mapping[str, Any]) -> Manifest:
+def write_manifest(
+    folder: Path, name: str, facts: Mapping[str, Any], written: Mapping[str, FileEntry] | None = None
+) -> Manifest:
     """Wait until all files of a folder are on disk, hash them, and write the list last, whole or not at all.
 
     Args:
         folder: The folder; it must not change meanwhile.
         name: The name of the list in it.
         facts: Further facts for the list.
+        written: Entries of files that are on disk already, as those who wrote them measured them: neither looked up nor
+            read, since a network file system may show another machine an earlier state.
 
     Raises:
         OSError: A file cannot be read, or the list cannot be written.
     """
-    there = {entry: mode for entry, mode in _entries(folder) if entry != name}
+    files = dict(written or {})
+    there = {entry: mode for entry, mode in _entries(folder) if entry != name and entry not in files}
     paths = {entry: folder / entry for entry, mode in there.items() if stat.S_ISREG(mode)}
     for entry in there:
         sync_path(folder / entry)
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = dict(zip(paths, pool.map(_digest, paths.values()), strict=True))
-    files = {entry: FileEntry(path.stat().st_size, digests[entry]) for entry, path in paths.items()}
+    files |= {entry: FileEntry(path.stat().st_size, digests[entry]) for entry, path in paths.items()}
     listed = {entry: {"bytes": each.nbytes, "sha256": each.sha256} for entry, each in files.items()}
     write_text(folder / name, json.dumps({**facts, _FILES: listed}, indent=1) + "\n")
     return Manifest(name, files, dict(facts))

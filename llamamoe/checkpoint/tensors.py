@@ -14,6 +14,19 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the safetensors name of a torch dtype.
+
+    Raises:
+        ValueError: It has none here.
+    """
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+             torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+    if dtype not in names:
+        raise ValueError(f"{dtype} cannot be stored in a safetensors file here")
+    return names[dtype]
+
+
 def cast(tensor: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     """Scale and cast a tensor with one rounding; return the tensor itself if there is nothing to do."""
     if scale == 1.0:

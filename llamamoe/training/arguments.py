@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .recipe import PretrainRecipe
+from .resuming import by_deepspeed
 
 
 def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, evaluates: bool) -> TrainingArguments:
@@ -37,7 +38,7 @@ def training_arguments(recipe: PretrainRecipe, folder: Path, device: str, *, eva
         "save_strategy": "steps",
         "save_steps": recipe.save_every or recipe.max_steps,
         "ignore_data_skip": True,
-        "save_only_model": recipe.distributed.sharded,  # its optimiser's state is saved by this package
+        "save_only_model": not by_deepspeed(recipe),  # the optimiser's state is saved by this package
         "ddp_find_unused_parameters": False,
         "report_to": "none",
         "disable_tqdm": True,

@@ -19,8 +19,11 @@ _FREE = frozenset({
     "trainer.logging_dir", "trainer.log_level", "trainer.include_tokens_per_second",
 })  # fmt: skip
 """Keys that do not affect weights. Model, parent and text are identified by content (`preflight.identities`)."""
-_ROUNDING = frozenset({"logits_at_once", "experts_implementation", "attn_implementation", "device"})
-"""Keys that only change the order of sums."""
+_ROUNDING = frozenset({
+    "logits_at_once", "experts_implementation", "attn_implementation", "device", "distributed.fsdp_size",
+    "distributed.dp_replicate_size", "distributed.ep_size",
+})  # fmt: skip
+"""Keys that only change the order of sums, or where they are computed."""
 _MEASURING = frozenset({"evaluate_every", "data.validation_blocks", "data.reference_losses"})
 """Keys that do not affect weights unless the mixture follows measurements."""
 _LENGTH = "steps"

@@ -14,6 +14,7 @@ from ..checkpoint.tokenizer_ids import beyond_embedding
 from ..errors import UsageError
 from .changes import Changes
 from .corpora import held_out_corpus, training_corpus
+from .estimate.compute import DISK_RATE
 from .estimate.estimate import Estimate
 from .mixtures.weights import mixture_weights
 from .model import check_folder
@@ -98,6 +99,7 @@ def plan_pretraining(
     peak_flops: float | None = None,
     bandwidth: float | None = None,
     utilisation: float = 0.4,
+    disk_rate: float = DISK_RATE,
 ) -> PretrainPlan:
     """Check all that `pretrain` checks before loading, except bytes of tokens; estimate memory, time and disk.
 
@@ -113,6 +115,7 @@ def plan_pretraining(
         peak_flops: Operations per second of a device.
         bandwidth: Bytes per second that a device reads from and writes to its memory.
         utilisation: Share of the peak that is reached.
+        disk_rate: Bytes per second of the file system, of all ranks together.
 
     Raises:
         RefusedError: The model cannot be trained, the tokens are of another tokenizer, or `pretrain` would
@@ -123,7 +126,13 @@ def plan_pretraining(
     from .batches import check_ranks
     from .estimate.estimate import estimate
 
-    _check_device(device_memory=device_memory, peak_flops=peak_flops, bandwidth=bandwidth, utilisation=utilisation)
+    _check_device(
+        device_memory=device_memory,
+        peak_flops=peak_flops,
+        bandwidth=bandwidth,
+        utilisation=utilisation,
+        disk_rate=disk_rate,
+    )
     location, parent = locate_folder(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     facts = identities(recipe, location.path, parent)
@@ -147,6 +156,7 @@ def plan_pretraining(
         peak_flops=peak_flops,
         bandwidth=bandwidth,
         utilisation=utilisation,
+        disk_rate=disk_rate,
     )
     rows = config.get("vocab_size")
     notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []

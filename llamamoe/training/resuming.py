@@ -6,15 +6,16 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from ..checkpoint.manifest import Manifest, file_sha256
+from ..checkpoint.manifest import FileEntry, Manifest, file_sha256
 from ..checkpoint.reader import INDEX, SINGLE, read_weight_map
 from ..errors import CheckpointError, LlamaMoeError, RefusedError, UsageError
+from ..lazy import safetensors
 from ..recipes import validated
 from .changes import Changes
 from .ownership import FACTS, MARKER, METRICS, RECIPE, manifest_of, named_checkpoints, run_id, step_of
@@ -25,12 +26,20 @@ log = logging.getLogger("llamamoe")
 STATE, REST = "llamamoe_training.json", "llamamoe_trained.safetensors"
 """The state of mixture and gate; the weights trained beside adapters."""
 TRAINER_STATE = "trainer_state.json"
-SCHEDULE = "schedule.json"
+OPTIMIZER, SCHEDULE = "optimizer", "schedule.json"
+"""The folder of the optimiser's state and the random numbers of all ranks; the state of the schedule."""
+_FORMER = ("optimizer.pt", "optimizer-00000.safetensors")
+"""Files in which earlier versions kept the optimiser's state."""
 
 
 def optimizer_file(rank: int) -> str:
-    """Return the name of a rank's part of the optimiser's state, if the model is sharded at loading."""
-    return f"optimizer-{rank:05d}.safetensors"
+    """Return the name of a rank's part of the optimiser's state."""
+    return f"{OPTIMIZER}/rank-{rank:05d}.safetensors"
+
+
+def by_deepspeed(recipe: PretrainRecipe) -> bool:
+    """Return whether DeepSpeed saves the run's state, in its own files."""
+    return recipe.trainer.get("deepspeed") is not None
 
 
 def chosen(folder: Path, resume: bool | str | Path) -> Path | None:
@@ -70,13 +79,24 @@ def check_same_run(checkpoint: Path, recipe: PretrainRecipe, *, extend: bool, al
     Raises:
         RefusedError: The checkpoint was made by another recipe; the message names every key.
     """
-    changes = changes_since(checkpoint, recipe)
     anew = start_anew(recipe, checkpoint, step_of(checkpoint))
+    _refuse_former(checkpoint, recipe, anew)
+    changes = changes_since(checkpoint, recipe)
     changes.check(str(checkpoint), anew, extend=extend, allow_change=allow_change)
     if changes and "recipe" not in manifest_of(checkpoint, run_id(checkpoint.parent)).facts:
         raise RefusedError(
             f"{checkpoint} was written by an earlier version of llamamoe, without its recipe: {changes} cannot be applied to it.",
             hint=f"Resume with {checkpoint.parent / RECIPE} up to the next checkpoint first; or start {anew}.",
+        )
+
+
+def _refuse_former(checkpoint: Path, recipe: PretrainRecipe, anew: str) -> None:
+    files = manifest_of(checkpoint, run_id(checkpoint.parent)).files
+    former = next((name for name in _FORMER if name in files), None)
+    if former is not None and not by_deepspeed(recipe):
+        raise RefusedError(
+            f"{checkpoint} was written by an earlier version of llamamoe: this one does not read the optimiser's state in {former}.",
+            hint=f"Go on with that version; or start {anew}, with new moments.",
         )
 
 
@@ -97,7 +117,16 @@ def check_contents(checkpoint: Path, recipe: PretrainRecipe) -> None:
     raise CheckpointError(f"{checkpoint} is damaged: {fault}.", hint=way)
 
 
-def note_files(checkpoint: Path, folder: Path, recipe: PretrainRecipe, *, step: int, ranks: int) -> None:
+def note_files(
+    checkpoint: Path,
+    folder: Path,
+    recipe: PretrainRecipe,
+    *,
+    step: int,
+    ranks: int,
+    written: Mapping[str, FileEntry],
+    metrics: Mapping[str, Any],
+) -> None:
     """Write the manifest of a checkpoint whose files all ranks have written; it is not yet in its final place.
 
     Args:
@@ -106,6 +135,8 @@ def note_files(checkpoint: Path, folder: Path, recipe: PretrainRecipe, *, step: 
         recipe: The run's recipe.
         step: Finished steps.
         ranks: Processes of the run.
+        written: Entries of files that ranks have synced and hashed.
+        metrics: The `metrics_facts` at the step.
 
     Raises:
         OSError: A file that a resume needs was not written, or the disk is full.
@@ -117,9 +148,9 @@ def note_files(checkpoint: Path, folder: Path, recipe: PretrainRecipe, *, step: 
         "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": recipe.sha256(),
         "facts_sha256": file_sha256(folder / FACTS),
-        "metrics": metrics_facts(folder),
+        "metrics": dict(metrics),
     }
-    lacking = next(missing(checkpoint, complete(checkpoint, facts), recipe), None)
+    lacking = next(missing(checkpoint, complete(checkpoint, facts, written), recipe), None)
     if lacking is not None:
         raise OSError(f"{lacking} was not written")
 
@@ -128,8 +159,8 @@ def note_files(checkpoint: Path, folder: Path, recipe: PretrainRecipe, *, step: 
 def state_errors(checkpoint: str | None) -> Iterator[None]:
     """Report a state that is refused or does not fit as a `CheckpointError`.
 
-    Transformers reads its ``.pt`` files with ``weights_only=True``. Hashes tell what changed, not who wrote the
-    manifest.
+    Hashes tell what changed, not who wrote the manifest. Transformers reads the ``.pt`` files of a run by DeepSpeed with
+    ``weights_only=True``.
     """
     try:
         yield
@@ -139,8 +170,8 @@ def state_errors(checkpoint: str | None) -> Iterator[None]:
             f"{checkpoint} holds a .pt file with something else than tensors, which could run code: refused ({reason}).",
             hint="It was not written by this run: go on from another checkpoint, --resume CHECKPOINT.",
         ) from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if checkpoint is None:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError, safetensors.SafetensorError) as error:
+        if checkpoint is None or isinstance(error, LlamaMoeError):
             raise
         raise CheckpointError(
             f"{checkpoint} holds a state that does not fit this run ({type(error).__name__}: {error}).",
@@ -210,11 +241,11 @@ def missing(checkpoint: Path, manifest: Manifest, recipe: PretrainRecipe) -> Ite
         yield f"{MARKER}: a number of ranks"
         return
     wanted = [TRAINER_STATE, STATE, *_weights(checkpoint, recipe)]
-    if recipe.distributed.sharded:
-        wanted += [SCHEDULE, *map(optimizer_file, range(ranks))]
-    else:
-        wanted += [*_optimizer(manifest.files, recipe)]
+    if by_deepspeed(recipe):
+        wanted += [*_deepspeed(manifest.files)]
         wanted += ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    else:
+        wanted += [SCHEDULE, *map(optimizer_file, range(ranks))]
     yield from (name for name in wanted if name not in manifest.files)
 
 
@@ -233,11 +264,8 @@ def _weights(checkpoint: Path, recipe: PretrainRecipe) -> Iterator[str]:
         yield f"{INDEX}: a map of weights"
 
 
-def _optimizer(names: Collection[str], recipe: PretrainRecipe) -> Iterator[str]:
-    """Yield missing optimiser files; DeepSpeed writes its own folders, whose names depend on its stage."""
-    if recipe.trainer.get("deepspeed") is None:
-        yield from ("optimizer.pt", "scheduler.pt")
-    else:
-        yield "latest"
-        if not any(re.fullmatch(r"global_step\d+/.*_states\.pt", name) for name in names):
-            yield "global_step*/*_states.pt"
+def _deepspeed(names: Collection[str]) -> Iterator[str]:
+    """Yield missing files of DeepSpeed, which writes its own folders, whose names depend on its stage."""
+    yield "latest"
+    if not any(re.fullmatch(r"global_step\d+/.*_states\.pt", name) for name in names):
+        yield "global_step*/*_states.pt"

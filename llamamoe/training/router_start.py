@@ -22,9 +22,9 @@ from ..numerics import wide
 from .batches import TokenBatches, model_inputs
 from .loss_head import LossHead, next_token_labels
 from .moe_layers import MoeLayer
+from .native_weights import reshard
 from .recipe import PretrainRecipe
 from .routing import RouterTap, at_least_float32
-from .sharded_state import reshard
 
 
 @dataclass(frozen=True)

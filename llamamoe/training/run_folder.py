@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import InUseError, is_locked, lock, open_append
-from ..checkpoint.manifest import Manifest, write_manifest
+from ..checkpoint.manifest import FileEntry, Manifest, write_manifest
 from ..errors import LlamaMoeError, RefusedError, UsageError
 from .metrics import read_lines
 from .ownership import LOCK, MARKER, METRICS, discard, manifest_of, named_checkpoints, run_id, step_of
@@ -69,9 +69,9 @@ def _looks_whole(checkpoint: Path) -> bool:
     return found.facts.get("step") == step_of(checkpoint) and not any(found.misfits(checkpoint))
 
 
-def complete(checkpoint: Path, facts: Mapping[str, Any]) -> Manifest:
-    """Sync all files of a checkpoint to the disk, hash them, then write the manifest that makes it valid."""
-    return write_manifest(checkpoint, MARKER, facts)
+def complete(checkpoint: Path, facts: Mapping[str, Any], written: Mapping[str, FileEntry] | None = None) -> Manifest:
+    """Sync and hash all files of a checkpoint but those already ``written``, then write the manifest that makes it valid."""
+    return write_manifest(checkpoint, MARKER, facts, written)
 
 
 def is_of_the_disk(error: Exception) -> bool:

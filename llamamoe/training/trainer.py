@@ -7,32 +7,32 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments
 
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.unmapped import unmapped
-from ..errors import LlamaMoeError
 from .adamw import ShardAdamW
+from .checkpoints import Checkpoints
 from .clipping import clip_factor, clip_together, scale
 from .divergence import diverged, first_bad
 from .flow import Flow
-from .lora import load_rest, save_rest
+from .lora import load_rest
 from .metrics import finite
-from .ownership import STAGING, discard, named_checkpoints, publish, step_of
+from .native_weights import reshard
+from .optimizer_state import named_groups
+from .ownership import STAGING, discard, named_checkpoints, step_of
 from .parameters import follow_recipe, lr_factors, optimizer_groups
 from .parts import Parts
-from .resuming import note_files, state_errors
-from .run_folder import checkpoints, is_of_the_disk, rotate
-from .sharded_state import load_optimizer, reshard, save_optimizer
+from .resuming import by_deepspeed, state_errors
+from .run_folder import rotate
 
 log = logging.getLogger("llamamoe")
 
@@ -56,6 +56,7 @@ class MoeTrainer(Trainer):
         self._resumed = resumed
         args.eval_on_start = args.eval_on_start and not resumed
         super().__init__(model=model, args=args, eval_dataset=held_out, callbacks=[Flow(self)])
+        self._checkpoints = Checkpoints(self)
         self.loss_is_scaled_for_ga = True  # by the objective, over the whole global batch
         self._logged = (time.monotonic(), 0)
         self._micro_losses: list[tuple[tuple[int, int], torch.Tensor]] = []
@@ -169,11 +170,12 @@ class MoeTrainer(Trainer):
         if self.optimizer is None:
             recipe, trained = self.parts.recipe, model or self.model
             assert trained is not None
-            groups = optimizer_groups(trained, recipe, self.parts.dynamics.gate_parameters())
+            gate = self.parts.dynamics.gate_parameters()
+            groups = optimizer_groups(trained, recipe, gate)
             fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
             moments = recipe.precision.moments
             self.optimizer = ShardAdamW(
-                groups,
+                named_groups(groups, trained, gate),
                 moments=getattr(torch, moments) if moments else None,
                 compact=recipe.compacts,
                 seed=recipe.seed,
@@ -248,7 +250,10 @@ class MoeTrainer(Trainer):
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as transformers does, without its progress bars."""
+        """Save as transformers does, without its progress bars; weights that the ranks divide are not written here."""
+        if self._checkpoints.divides_weights and output_dir is not None:
+            self._checkpoints.save_model(Path(output_dir))
+            return
         with quiet_transformers():
             super().save_model(output_dir, _internal_call)
 
@@ -260,12 +265,12 @@ class MoeTrainer(Trainer):
             load_rest(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load as transformers does, or by `sharded_state` if it shards the model at loading."""
-        if not self.parts.recipe.distributed.sharded:
+        """Load the state of optimiser and schedule, by DeepSpeed if it trains."""
+        if by_deepspeed(self.parts.recipe):
             with state_errors(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
-            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.args.process_index)
+            self._checkpoints.load_optimizer(Path(checkpoint))
         if checkpoint is not None and self.parts.changes:
             assert self.model is not None
             gate = self.parts.dynamics.gate_parameters()
@@ -277,60 +282,22 @@ class MoeTrainer(Trainer):
             )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load as transformers does, with its errors as `CheckpointError`."""
-        with state_errors(checkpoint):
-            super()._load_rng_state(checkpoint)
+        """Set the generators of random numbers to their state in a checkpoint."""
+        if by_deepspeed(self.parts.recipe):
+            with state_errors(checkpoint):
+                super()._load_rng_state(checkpoint)
+        elif checkpoint is not None:
+            self._checkpoints.load_random(Path(checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the folder in which checkpoints are assembled, to be renamed into the run's folder when complete."""
         return str(self.parts.folder / STAGING)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as transformers does, add llamamoe's files and the manifest, and rename; then delete older ones."""
-        name = f"checkpoint-{self.state.global_step}"
-        folder = self.parts.folder / STAGING / name
-        try:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            if self.parts.recipe.distributed.sharded:
-                save_optimizer(self.optimizer, self.lr_scheduler, folder, self.args.process_index)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._finish_checkpoint(folder)
-                publish(self.parts.folder, name)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if not is_of_the_disk(error):  # a device or another rank failed, which is reported elsewhere
-                raise
-            raise self._not_saved(folder, error) from error
+        """Save what transformers does and the rest of a checkpoint, see `Checkpoints`."""
+        save_others = partial(super()._save_checkpoint, model, trial)
+        self._checkpoints.save(save_others)
         self._saved_step = self.state.global_step
-        if self.args.should_save:
-            rotate(self.parts.folder, self.parts.recipe.keep)
-        self.accelerator.wait_for_everyone()
-
-    def _finish_checkpoint(self, folder: Path) -> None:
-        """Complete the checkpoint on the first rank after the others have written theirs, hashing all files."""
-        (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle
-        self.parts.finish_checkpoint(folder)
-        self.parts.dynamics.save(folder, self.state.global_step)
-        if self.parts.recipe.lora is not None:
-            save_rest(self.model, folder)
-        note_files(
-            folder, self.parts.folder, self.parts.recipe, step=self.state.global_step, ranks=self.args.world_size
-        )
-
-    def _not_saved(self, folder: Path, error: Exception) -> LlamaMoeError:
-        shutil.rmtree(folder, ignore_errors=True)
-        there = checkpoints(self.parts.folder)
-        last = f"The last good checkpoint is {there[-1].name}" if there else "No checkpoint was written before it"
-        reason = getattr(error, "strerror", None) or str(error)
-        return LlamaMoeError(
-            f"{folder.name} cannot be written: {reason}. {last}.",
-            hint="Free some space, then go on with --resume."
-            if there
-            else "Free some space; --resume begins at the first step.",
-        )
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -50,6 +50,8 @@ def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path, run: Run) -> None:
         "Memory of one device",
         "peak",
         "disk, total",
+        "a rank)",
+        "resume",
         "time",
         "Nothing was",
     ):

@@ -14,8 +14,8 @@ import transformers.models.mixtral.modeling_mixtral  # noqa: F401  # what traini
 
 import llamamoe.models.loading  # noqa: F401
 from llamamoe import pretrain
-from llamamoe.checkpoint import manifest
-from llamamoe.training import dynamics, export, metrics, objective, trainer
+from llamamoe.checkpoint import manifest, tensor_file
+from llamamoe.training import checkpoints, dynamics, export, metrics, objective, shards
 from llamamoe.training.recipe import load_pretrain_recipe
 
 from .dying import Points, serve
@@ -23,10 +23,14 @@ from .dying import Points, serve
 POINTS: Points = {
     "micro_batch": (objective.Objective, "__call__"),
     "metrics": (metrics.MetricsFile, "write"),
-    "optimizer": (torch, "save"),
+    "config": (checkpoints, "save_config"),
+    "file": (shards, "write_tensors"),
+    "tensor": (tensor_file, "tensor_bytes"),
+    "written": (tensor_file, "FileEntry"),
+    "index": (checkpoints, "write_text"),
     "state": (dynamics.Dynamics, "save"),
     "marker": (manifest, "write_text"),
-    "rotate": (trainer, "rotate"),
+    "rotate": (checkpoints, "rotate"),
     "finish": (export, "finish_folder"),
     "rename": (Path, "rename"),
     "model": (export, "publish"),

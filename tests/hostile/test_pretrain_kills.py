@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llamamoe.training.ownership import named_checkpoints
+from llamamoe.training.recipe import load_pretrain_recipe
 from llamamoe.training.run_folder import checkpoints
-from tests.training.runs import lines_of, make_world, recipe_of
+from tests.training.runs import lines_of, make_world, recipe_of, start
 
 from .dying import run_jobs
 
 STEPS, MICRO_BATCHES = 6, 2
 
 IN_A_SAVE = [
-    ["optimizer", 3],
+    ["config", 1],
+    ["file", 3],
+    ["file", 6],
+    ["tensor", 40],
+    ["tensor", 100],
+    ["written", 4],
     ["state", 2],
     ["marker", 2],
     ["rotate", 2],
@@ -74,6 +82,44 @@ def test_killed_inside_a_save_it_goes_on_to_the_same_bytes(recipe: Path, whole: 
     assert run_jobs("killable_pretrain", jobs) == [-9, 0] * len(IN_A_SAVE)
     for i in range(len(IN_A_SAVE)):
         assert_same(tmp_path / str(i), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "at"),
+    [
+        (1, ["file", 1]),
+        (1, ["tensor", 30]),
+        (1, ["written", 4]),
+        (0, ["tensor", 100]),
+        (0, ["index", 2]),
+        (0, ["marker", 2]),
+        (0, ["rename", 3]),
+    ],
+)
+def test_a_rank_killed_inside_a_save_leaves_the_last_whole_checkpoint(
+    rank: int, at: list[Any], recipe: Path, sharded: Path, tmp_path: Path
+) -> None:
+    """Whatever the ranks have written by then; all of them start again and end with the same bytes."""
+    out = tmp_path / "run"
+    killed = start(sharded.with_suffix(".yaml"), out, processes=2, die=(rank, at))
+    assert killed.wait() == -signal.SIGKILL, killed.log.read_text()
+    assert checkpoints(out) == named_checkpoints(out), "what has its name is whole"
+    again = start(sharded.with_suffix(".yaml"), out, "--resume", processes=2)
+    told, _ = again.communicate()
+    assert again.returncode == 0, told
+    assert_same(out, sharded)
+
+
+@pytest.fixture(scope="module")
+def sharded(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, sharded over two processes; its recipe is beside it."""
+    out = tmp_path_factory.mktemp("sharded") / "run"
+    found = load_pretrain_recipe(recipe, overrides=["distributed.fsdp_size=2"])
+    out.with_suffix(".yaml").write_text(found.to_yaml())
+    told, _ = (process := start(out.with_suffix(".yaml"), out, processes=2)).communicate()
+    assert process.returncode == 0, told
+    return out
 
 
 @pytest.mark.parametrize("seed", [0, 1])

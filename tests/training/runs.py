@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,23 @@ def tokenized(text: Path, out: Path, tokenizer: Path | str) -> Path:
 
 
 def make_world(
-    folder: Path, *, variant: str = "llama", target: str = "auto", top_k: int = 2, **keys: Any
+    folder: Path,
+    *,
+    variant: str = "llama",
+    target: str = "auto",
+    top_k: int = 2,
+    dense: Mapping[str, Any] | None = None,
+    **keys: Any,
 ) -> dict[str, str]:
-    """Dense model, converted model and tokens; returns their paths by the recipe's keys."""
-    dense = make_dense(folder / "dense", variant, num_hidden_layers=2)
+    """Dense model (with these sizes), converted model and tokens; returns their paths by the recipe's keys."""
+    source = make_dense(folder / "dense", variant, num_hidden_layers=2, **(dense or {}))
     given = {"num_experts": 4, "top_k": top_k, "method": "random", "target": target, **keys}
-    split(dense, folder / "moe", load_recipe(given=given), verify=False)
+    split(source, folder / "moe", load_recipe(given=given), verify=False)
     return {
         "model": str(folder / "moe"),
-        "parent": str(dense),
-        "train": str(make_tokens(folder / "train", dense, 0)),
-        "validation": str(make_tokens(folder / "valid", dense, 1)),
+        "parent": str(source),
+        "train": str(make_tokens(folder / "train", source, 0)),
+        "validation": str(make_tokens(folder / "valid", source, 1)),
     }
 
 
@@ -90,10 +97,12 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def start(recipe: Path, out: Path, *flags: str, processes: int = 0) -> Forks:
-    """The command line in a process of its own, or in several as the ranks of a distributed run."""
+def start(
+    recipe: Path, out: Path, *flags: str, processes: int = 0, die: tuple[int, Sequence[Any]] | None = None
+) -> Forks:
+    """The command line in a process of its own, or in several as the ranks of a distributed run, of which one may die."""
     command = ["pretrain", "--recipe", str(recipe), "--out", str(out), "-q", *flags]
-    return Forks(command, out.with_name(f"{out.name}.log"), processes)
+    return Forks(command, out.with_name(f"{out.name}.log"), processes, die)
 
 
 def start_torchrun(recipe: Path, out: Path, *flags: str, processes: int) -> subprocess.Popen[str]:

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -422,43 +424,53 @@ def only_checkpoint_4_is_lost(
     assert lines_of(folder) == lines_of(finished)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "llamamoe_training.json", "llamamoe_complete.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "rank-00000.safetensors",
+        "schedule.json",
+        "llamamoe_training.json",
+        "llamamoe_complete.json",
+    ],
+)
 def test_a_full_disk_in_any_file_of_a_checkpoint_leaves_the_last_one(
     name: str, world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Transformers' file by torch.save, which tells it as RuntimeError and nothing of a disk, and ours."""
-    from llamamoe.checkpoint import manifest
-    from llamamoe.training import dynamics
+    from llamamoe.checkpoint import manifest, tensor_file
+    from llamamoe.training import dynamics, optimizer_state
 
-    save, write = torch.save, manifest.write_text
+    write, replacing = manifest.write_text, tensor_file.replacing
 
-    def full(target: Path) -> bool:
-        return target.name == name and target.parent.name == "checkpoint-4"
-
-    def torch_save(value: Any, target: Any, *rest: Any, **keys: Any) -> None:
-        if full(Path(target)):
-            Path(target).write_bytes(b"a part of it")
-            target = "/dev/full"
-        save(value, target, *rest, **keys)
+    def full(target: Path) -> None:
+        if target.name == name and "checkpoint-4" in target.parts:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write_text(target: Path, text: str) -> None:
-        if full(target):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        full(target)
         write(target, text)
 
-    monkeypatch.setattr(torch, "save", torch_save)
-    monkeypatch.setattr(dynamics, "write_text", write_text)
-    monkeypatch.setattr(manifest, "write_text", write_text)
-    only_checkpoint_4_is_lost("", world, finished, tmp_path / "run", monkeypatch)
+    @contextmanager
+    def part_of_it(target: Path) -> Iterator[Any]:
+        with replacing(target) as file:
+            yield file
+            full(target)
+
+    monkeypatch.setattr(tensor_file, "replacing", part_of_it)
+    for module in (dynamics, manifest, optimizer_state):
+        monkeypatch.setattr(module, "write_text", write_text)
+    only_checkpoint_4_is_lost("No space left", world, finished, tmp_path / "run", monkeypatch)
 
 
 def test_what_is_not_the_disks_is_not_blamed_on_it(
     world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from llamamoe.training import checkpoints
+
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("NCCL error: unhandled system error, writev: connection reset by peer")
 
-    monkeypatch.setattr(torch, "save", broken)
+    monkeypatch.setattr(checkpoints, "pending_weights", broken)
     with pytest.raises(RuntimeError, match="NCCL"):
         pretrain(recipe_of(world), tmp_path / "run")
 
@@ -493,16 +505,16 @@ def test_when_losses_are_measured_decides_the_run_only_if_the_mixture_follows_th
 def test_a_full_disk_leaves_the_last_checkpoint(
     world: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig
 
-    original = PreTrainedModel.save_pretrained
+    original = PretrainedConfig.save_pretrained
 
     def full(self: Any, folder: Any, **keys: Any) -> None:
         original(self, folder, **keys)
         if str(folder).endswith("checkpoint-4"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(PretrainedConfig, "save_pretrained", full)
     only_checkpoint_4_is_lost("No space left", world, finished, tmp_path / "run", monkeypatch)
 
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from llamamoe import pretrain
+from llamamoe import plan_pretraining, pretrain
+from llamamoe.errors import CheckpointError
 from llamamoe.training.arguments import training_arguments
 from llamamoe.training.ownership import step_of
 from llamamoe.training.recipe import PretrainRecipe, load_pretrain_recipe
@@ -229,13 +232,14 @@ def test_a_sharded_run_goes_on_exactly(
     go_on(tmp_path / "whole", tmp_path / "run", recipe, processes)
     assert_same_bytes(tmp_path / "run", tmp_path / "whole")
     shutil.rmtree(tmp_path / "run" / "model")
-    damaged = tmp_path / "run" / "checkpoint-3" / optimizer_file(processes - 1)
+    name = optimizer_file(processes - 1)
+    damaged = tmp_path / "run" / "checkpoint-3" / name
     flip(damaged)
     before = digests(tmp_path / "run")
     begin = start_torchrun if sharding == {"fsdp_size": 2} else start  # torchrun has errors of its own to tell
     told, _ = (process := begin(tmp_path / "run.yaml", tmp_path / "run", "--resume", processes=processes)).communicate()
     assert process.returncode != 0
-    assert told.count(f"checkpoint-3 is damaged: {damaged.name} was changed") == 1
+    assert told.count(f"checkpoint-3 is damaged: {name} was changed") == 1
     assert "llamamoe.errors" not in told, "the error is told in a line, not by its traceback"
     assert digests(tmp_path / "run") == before
     way = told.split("--resume ")[1].split()[0]
@@ -252,6 +256,152 @@ def test_a_data_parallel_run_goes_on_exactly_and_with_another_number_of_ranks(
         go_on(tmp_path / "whole", out, recipe_for(world), processes)
         assert_equal(lines_of(out), lines_of(alone))
     assert_same_bytes(tmp_path / "on-2", tmp_path / "whole")
+
+
+SHARDINGS: dict[str, tuple[int, dict[str, int]]] = {
+    "alone": (1, {}),
+    "ddp-4": (4, {}),
+    "fsdp-2": (2, {"fsdp_size": 2}),
+    "fsdp-4": (4, {"fsdp_size": 4}),
+    "hsdp-4": (4, {"fsdp_size": 2, "dp_replicate_size": 2}),
+    "fsdp-ep-2": (2, {"fsdp_size": 2, "ep_size": 2}),
+    "fsdp-ep-4": (4, {"fsdp_size": 4, "ep_size": 2}),
+}
+RANK_FILES = [(f"rank-{rank:05d}.safetensors", f"model-{rank + 1:05d}-of-00004.safetensors") for rank in range(4)]
+LONG = ("steps=6", "save_every=2", "evaluate_every=2")
+
+
+def sharded_as(world: dict[str, str], name: str) -> tuple[int, PretrainRecipe]:
+    processes, sizes = SHARDINGS[name]
+    return processes, recipe_for(world, *LONG, *(f"distributed.{key}={value}" for key, value in sizes.items()))
+
+
+def run_of(recipe: PretrainRecipe, out: Path, processes: int, *flags: str) -> None:
+    """Run here, or in ranks."""
+    if processes > 1:
+        run(recipe, out, processes, *flags)
+    else:
+        pretrain(recipe, out, resume="--resume" in flags)
+
+
+@pytest.fixture(scope="module")
+def long(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Metrics of an uninterrupted run in one process."""
+    out = tmp_path_factory.mktemp("long") / "alone"
+    pretrain(sharded_as(world, "alone")[1], out)
+    return {"lines": lines_of(out)}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ("fsdp-2", "alone", "fsdp-4"),
+        ("hsdp-4", "fsdp-2", "alone"),
+        ("alone", "hsdp-4", "ddp-4"),
+        ("fsdp-ep-4", "alone", "fsdp-ep-2"),
+        ("ddp-4", "fsdp-ep-4", "hsdp-4"),
+    ],
+    ids="-then-".join,
+)
+def test_a_run_goes_on_with_other_ranks_and_another_sharding(
+    turns: tuple[str, ...], world: dict[str, str], long: dict[str, Any], tmp_path: Path
+) -> None:
+    """Every two steps on other ranks: the same batches, mixture and noise, and losses equal to rounding."""
+    out = tmp_path / "run"
+    for done, turn in enumerate(turns):
+        processes, recipe = sharded_as(world, turn)
+        run_of(recipe, out, processes, *(("--resume",) if done else ()))
+        last = 2 * (done + 1)
+        if last < 6:  # as if it had been stopped there
+            for step in range(last + 2, 7, 2):
+                shutil.rmtree(out / f"checkpoint-{step}")
+            shutil.rmtree(out / "model")
+    assert_equal(lines_of(out), long["lines"])
+    for step, turn in zip((2, 4, 6), turns, strict=True):
+        manifest = json.loads((out / f"checkpoint-{step}" / "llamamoe_complete.json").read_text())
+        assert manifest["ranks"] == SHARDINGS[turn][0]
+
+
+def stored_in(checkpoint: Path) -> dict[str, int]:
+    """Return the bytes of every tensor, over all files of a checkpoint; no file holds a part that another has."""
+    found: dict[str, int] = {}
+    parts = set()
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            offsets = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in file.keys():  # noqa: SIM118
+                part = (name, *offsets.get(name, {}).get("saved_offsets", ()))
+                assert part not in parts
+                parts.add(part)
+                found[name] = found.get(name, 0) + file.get_tensor(name).nbytes
+    return found
+
+
+def test_replicas_store_every_byte_once_and_as_many_as_the_plan_says(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", dense={"hidden_size": 192, "intermediate_size": 768})
+    keys = {"distributed": {"fsdp_size": 2, "dp_replicate_size": 2}, "micro_batch_size": 2}
+    recipe = recipe_of(world, "steps=1", *SELDOM, "precision.save=float32", **keys)
+    run(recipe, tmp_path / "run", 4)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    found, weights = stored_in(checkpoint), load_file(tmp_path / "run" / "model" / "model.safetensors")
+    moments = {name: nbytes for name, nbytes in found.items() if "/exp_avg" in name}
+    assert {name: value.nbytes for name, value in weights.items()} == {
+        name: nbytes for name, nbytes in found.items() if name in weights
+    }
+    assert sum(moments.values()) == 2 * sum(value.nbytes for value in weights.values())
+    plan = plan_pretraining(recipe)
+    written = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    assert written == pytest.approx(plan.estimate.saving["save_bytes"], rel=0.02)
+    sizes = [sum(path.stat().st_size for path in checkpoint.rglob("*") if path.name in names) for names in RANK_FILES]
+    assert max(sizes) < 1.7 * plan.estimate.saving["save_bytes_of_a_rank"], sizes  # the embedding is not divided
+
+
+@pytest.mark.parametrize("how", ["missing", "short", "changed"])
+@pytest.mark.parametrize("name", [optimizer_file(3), "model-00002-of-00004.safetensors"])
+def test_a_rank_file_that_is_not_as_written_is_refused(
+    name: str, how: str, world: dict[str, str], divided: Path, tmp_path: Path
+) -> None:
+    """In the plan, before any rank starts: by one error with the file's name."""
+    out = Path(shutil.copytree(divided, tmp_path / "run"))
+    path = out / "checkpoint-2" / name
+    if how == "missing":
+        path.unlink()
+    elif how == "short":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        flip(path)
+    before = digests(out)
+    told = {"missing": "is missing", "short": "but was written with", "changed": "was changed after it was written"}
+    with pytest.raises(CheckpointError, match=rf"checkpoint-2 is damaged: {name} .*{told[how]}"):
+        pretrain(sharded_as(world, "alone")[1], out, resume="checkpoint-2")
+    assert digests(out) == before
+
+
+@pytest.fixture(scope="module")
+def divided(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four processes."""
+    out = tmp_path_factory.mktemp("divided") / "run"
+    processes, recipe = sharded_as(world, "hsdp-4")
+    run(recipe, out, processes)
+    return out
+
+
+def test_a_checkpoint_of_many_files_is_a_model(world: dict[str, str], divided: Path) -> None:
+    """As its one-file export is, up to the dtype."""
+    config = [json.loads((divided / name / "config.json").read_text()) for name in ("checkpoint-6", "model")]
+    assert {key for key, value in config[0].items() if config[1].get(key) != value} == {
+        "dtype",
+        "torch_dtype",
+        "llamamoe",
+    }
+    ours, whole = (load_model(divided / name) for name in ("checkpoint-6", "model"))
+    for name, value in whole.items():
+        assert torch.equal(ours[name].bfloat16(), value), name
+
+
+def load_model(folder: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return dict(model.state_dict())
 
 
 def test_biases_of_a_sharded_model_move_as_those_of_a_whole_one(tmp_path: Path) -> None:

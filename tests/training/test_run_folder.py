@@ -317,16 +317,16 @@ def same_size(path: Path, old: str, new: str) -> None:
 
 
 STATE, MANIFEST = "trainer_state.json", "llamamoe_complete.json"
+MOMENTS, SCHEDULE = "optimizer/rank-00000.safetensors", "schedule.json"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bit of the weights": (
         lambda c: flip(c / "model.safetensors"),
         "model.safetensors was changed after it was written",
     ),
-    "bit of the moments": (lambda c: flip(c / "optimizer.pt", 5000), "optimizer.pt was changed after it was written"),
-    "bit of the random state": (lambda c: flip(c / "rng_state.pth", 3000), "rng_state.pth was changed"),
-    "no optimiser": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
-    "no schedule": (lambda c: (c / "scheduler.pt").unlink(), "scheduler.pt is missing"),
-    "no random state": (lambda c: (c / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "bit of the moments": (lambda c: flip(c / MOMENTS, 5000), f"{MOMENTS} was changed after it was written"),
+    "bit of the random state": (lambda c: flip(c / MOMENTS), f"{MOMENTS} was changed"),
+    "no optimiser": (lambda c: (c / MOMENTS).unlink(), f"{MOMENTS} is missing"),
+    "no schedule": (lambda c: (c / SCHEDULE).unlink(), f"{SCHEDULE} is missing"),
     "no state": (lambda c: (c / STATE).unlink(), f"{STATE} is missing"),
     "no weights": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
     "step": (lambda c: same_size(c / STATE, '"global_step": 4', '"global_step": 3'), f"{STATE} says step 3"),
@@ -336,12 +336,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "ours no JSON": (lambda c: (c / "llamamoe_training.json").write_text("{"), "llamamoe_training.json has 1 bytes"),
     "cut weights": (lambda c: cut(c / "model.safetensors"), "model.safetensors has"),
-    "cut moments": (lambda c: cut(c / "optimizer.pt"), "optimizer.pt has"),
-    "link": (lambda c: relink(c / "optimizer.pt"), "optimizer.pt is not a plain file"),
+    "cut moments": (lambda c: cut(c / MOMENTS), f"{MOMENTS} has"),
+    "link": (lambda c: relink(c / MOMENTS), f"{MOMENTS} is not a plain file"),
     "pipe": (lambda c: (os.unlink(c / STATE), os.mkfifo(c / STATE)), f"{STATE} is not a plain file"),
     "manifest's step": (lambda c: change(c / MANIFEST, step=2), f"{MANIFEST} says step 2"),
-    "manifest's ranks": (lambda c: change(c / MANIFEST, ranks=2), "rng_state_0.pth is not among its files"),
-    "manifest's list": (lambda c: unlist(c, "optimizer.pt"), "optimizer.pt is not among its files"),
+    "manifest's ranks": (
+        lambda c: change(c / MANIFEST, ranks=2),
+        "optimizer/rank-00001.safetensors is not among its files",
+    ),
+    "manifest's list": (lambda c: unlist(c, MOMENTS), f"{MOMENTS} is not among its files"),
     "renamed": (lambda c: c.rename(c.with_name("checkpoint-6")), f"{MANIFEST} says step 4"),
 }
 
@@ -367,7 +370,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_way_out_is_told(damage: str, wo
 @pytest.mark.parametrize("damage", ["bit of the weights", "no optimiser", "cut moments", "link", "renamed"])
 def test_the_way_out_ends_with_the_same_bytes(damage: str, world: dict[str, str], run: Path, finished: Path) -> None:
     DAMAGES[damage][0](run / "checkpoint-4")
-    for path in run.glob("checkpoint-*/moved"):
+    for path in run.glob("checkpoint-*/optimizer/moved"):
         path.unlink()  # which the user has put there
     pretrain(recipe_of(world, *OVERRIDES), run, resume="checkpoint-2")
     assert (run / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
@@ -448,7 +451,9 @@ def test_metrics_that_were_changed_are_told_and_do_not_stop_a_run(
     assert (run / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
     caplog.clear()
     pretrain(recipe_of(world, *OVERRIDES), run, resume=True)
-    assert not caplog.messages, "the next checkpoint notes what stands there now"
+    assert not [each for each in caplog.records if each.name == "llamamoe"], (
+        "the next checkpoint notes what stands there now"
+    )
 
 
 def test_facts_that_were_changed(world: dict[str, str], run: Path) -> None:
@@ -508,15 +513,31 @@ def test_a_checkpoint_is_checked_as_a_model_is(
     refused(world, run, told, kind=LlamaMoeError, resume=resume)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_pickle_that_would_run_code_is_refused(name: str, world: dict[str, str], run: Path, tmp_path: Path) -> None:
-    """Even one whose size and hash are listed."""
-    torch.save({"state": Evil(tmp_path / "ran")}, run / "checkpoint-2" / name)
+@pytest.mark.parametrize("name", [MOMENTS, "optimizer/.metadata", "optimizer/__0_0.distcp", "rng_state.pth", SCHEDULE])
+def test_no_pickle_is_read(name: str, world: dict[str, str], run: Path, tmp_path: Path) -> None:
+    """Whatever the list says: neither in the place of a file that is read, nor under the names of torch's own storage."""
+    with (run / "checkpoint-2" / name).open("wb") as file:
+        torch.save({"state": Evil(tmp_path / "ran")}, file)
     relist(run / "checkpoint-2", name)
-    with pytest.raises(CheckpointError, match="could run code"):
+    if name in (MOMENTS, SCHEDULE):
+        with pytest.raises(CheckpointError, match="holds a state that does not fit this run"):
+            pretrain(recipe_of(world, *OVERRIDES), run, resume="checkpoint-2")
+        assert (run / "checkpoint-4").is_dir(), "later ones go only when this one is loaded"
+    else:
         pretrain(recipe_of(world, *OVERRIDES), run, resume="checkpoint-2")
     assert not (tmp_path / "ran").exists()
-    assert name.startswith("rng") or (run / "checkpoint-4").is_dir(), "later ones go only when this one is loaded"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "optimizer-00000.safetensors"])
+def test_a_checkpoint_of_an_earlier_version_is_refused_with_the_way_on(
+    name: str, world: dict[str, str], run: Path
+) -> None:
+    checkpoint = run / "checkpoint-4"
+    (checkpoint / MOMENTS).rename(checkpoint / name)
+    unlist(checkpoint, MOMENTS)
+    relist(checkpoint, name)
+    way = f"a new run that begins there, with model={checkpoint}, data.skip_tokens={4 * 8 * 16} and another --out"
+    refused(world, run, "was written by an earlier version", name, way, resume=True)
 
 
 def test_every_file_is_listed_with_its_hash(run: Path) -> None:

@@ -15,6 +15,9 @@ from .activations import routing_losses
 from .shapes import ModelShape
 from .sharding import moment_bytes
 
+DISK_RATE = 1e9
+"""Assumed bytes per second of a file system."""
+
 
 def operations(
     recipe: PretrainRecipe,
@@ -114,3 +117,25 @@ def disk(recipe: PretrainRecipe, shape: ModelShape, trained: int, adapters: int)
     stored = {"float32": 4, "bfloat16": 2, None: shape.dtype_bytes}[recipe.precision.save]
     model = stored * shape.total
     return {"checkpoint": each, "checkpoints": count * each, "model": model, "total": count * each + model}
+
+
+def saving(checkpoint: int, world_size: int, fsdp_size: int, rate: float) -> dict[str, float]:
+    """Return bytes and seconds of a save and of a resume.
+
+    All ranks write at once, each about its share, and hash on the way; training waits. On a resume the first rank reads the
+    whole checkpoint to verify its hashes, then each copy of the model reads it again.
+
+    Args:
+        checkpoint: Bytes of a checkpoint.
+        world_size: Ranks.
+        fsdp_size: Ranks over which one copy of the model is sharded.
+        rate: Bytes per second of the file system, of all ranks together.
+    """
+    read = checkpoint * (1 + world_size // fsdp_size)
+    return {
+        "save_bytes": checkpoint,
+        "save_bytes_of_a_rank": -(-checkpoint // world_size),
+        "save_seconds": checkpoint / rate,
+        "resume_bytes": read,
+        "resume_seconds": read / rate,
+    }

@@ -14,7 +14,7 @@ from ...checkpoint.base import TensorInfo
 from ..parameters import group_of
 from ..recipe import PretrainRecipe
 from .activations import Widths, experts_of, style_of
-from .compute import disk, operations
+from .compute import DISK_RATE, disk, operations, saving
 from .memory import StepMemory
 from .shapes import ModelShape, read_shape
 from .sharding import Sharding, adapters
@@ -42,6 +42,7 @@ class Estimate:
         seconds_per_step: All operations at ``utilisation`` of the peak, and the copies at the bandwidth, if it is known;
             None: peak unknown.
         disk: Bytes, see `compute.disk`.
+        saving: Bytes and seconds of a save and of a resume, see `compute.saving`.
         utilisation: The assumed utilisation.
         warnings: Expected problems.
     """
@@ -59,6 +60,7 @@ class Estimate:
     moved: Mapping[str, int]
     seconds_per_step: float | None
     disk: Mapping[str, int]
+    saving: Mapping[str, float]
     utilisation: float
     warnings: tuple[str, ...]
 
@@ -115,6 +117,7 @@ def estimate(
     peak_flops: float | None = None,
     bandwidth: float | None = None,
     utilisation: float = 0.4,
+    disk_rate: float = DISK_RATE,
 ) -> Estimate:
     """Estimate the requirements of a run. O(number of tensors).
 
@@ -129,6 +132,7 @@ def estimate(
         peak_flops: Operations per second of a device, see `llamamoe.training.metrics.PEAK_FLOPS`.
         bandwidth: Bytes per second that a device reads from and writes to its memory; None: unknown.
         utilisation: Share of the peak that is reached.
+        disk_rate: Bytes per second of the file system, of all ranks together.
 
     Raises:
         CheckpointError: A configuration has no sizes.
@@ -158,6 +162,7 @@ def estimate(
     }
     copying = moved["copies"] / bandwidth if bandwidth else 0.0
     counted = parent_tensors is not None and parent_config is not None
+    stored = disk(recipe, shape, trained, added)
     return Estimate(
         state=memory.state(),
         parts={name: size for name, size in lives.items() if size},
@@ -171,7 +176,8 @@ def estimate(
         operations=flops,
         moved=moved,
         seconds_per_step=recipe.tokens_per_step * sum(flops.values()) / rate + copying if rate else None,
-        disk=disk(recipe, shape, trained, added),
+        disk=stored,
+        saving=saving(stored["checkpoint"], world_size, recipe.distributed.fsdp_size, disk_rate),
         utilisation=utilisation,
         warnings=(
             *_memory_warnings(recipe, memory, sum(lives.values()), device_memory, counted=counted),

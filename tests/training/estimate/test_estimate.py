@@ -205,6 +205,18 @@ def test_operations_time_and_disk() -> None:
     assert (found.tokens_per_step, found.steps, found.tokens) == (16, 5, 80)
 
 
+def test_saves_and_resumes() -> None:
+    """HSDP stores what one copy holds; every copy reads it, after the first process has verified it."""
+    one = on_paper(recipe(**FLOAT32), world_size=1).saving
+    keys = {"distributed": {"fsdp_size": 2, "dp_replicate_size": 2}, "batch_size": 4}
+    four = on_paper(recipe(**FLOAT32, **keys), world_size=4, disk_rate=2e9).saving
+    assert one["save_bytes"] == four["save_bytes"] == 12 * 1512
+    assert (one["save_bytes_of_a_rank"], four["save_bytes_of_a_rank"]) == (12 * 1512, 12 * 1512 / 4)
+    assert (one["save_seconds"], four["save_seconds"]) == (12 * 1512 / 1e9, 12 * 1512 / 2e9)
+    assert (one["resume_bytes"], four["resume_bytes"]) == (2 * 12 * 1512, 3 * 12 * 1512)
+    assert four["resume_seconds"] == 3 * 12 * 1512 / 2e9
+
+
 # ---- what is frozen, added, shared --------------------------------------------------------------------------------
 
 

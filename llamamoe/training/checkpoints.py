@@ -1,0 +1,146 @@
+"""Save and load the checkpoints of a run, of one process or many. Not imported by plans."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from ..checkpoint.files import make_folder, write_text
+from ..checkpoint.reader import INDEX
+from ..errors import LlamaMoeError
+from .lora import save_rest
+from .native_weights import pending_weights, save_config
+from .optimizer_state import load_optimizer, load_random, optimizer_state, random_state, save_schedule
+from .ownership import STAGING, publish
+from .resuming import OPTIMIZER, by_deepspeed, metrics_facts, note_files, optimizer_file, state_errors
+from .run_folder import checkpoints, is_of_the_disk, rotate
+from .saving import Report, all_files, index_of, on_all_ranks, write_files
+from .shards import pending_shard
+
+if TYPE_CHECKING:
+    from .trainer import MoeTrainer
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Weights are divided among the ranks by layers, as a native checkpoint in several files; the optimiser's state as it is
+    sharded, each part once. Every rank writes, syncs and hashes its files and reports them to the first, which writes
+    the list of all files last and then renames the folder: a checkpoint without its list, or in the staging folder, is
+    never taken for whole, and no rank has to trust what its file system shows of the files of others.
+
+    Adapters are saved by peft, and the state of a run by DeepSpeed in DeepSpeed's own files.
+
+    Args:
+        trainer: The Trainer of the run.
+    """
+
+    def __init__(self, trainer: MoeTrainer) -> None:
+        self._trainer, self._parts, self._args = trainer, trainer.parts, trainer.args
+        self._recipe, self._folder = trainer.parts.recipe, trainer.parts.folder
+        self.divides_weights = not by_deepspeed(self._recipe) and self._recipe.lora is None
+
+    def save(self, save_others: Callable[[], None]) -> None:
+        """Write the checkpoint of the present step; then delete older ones. Every rank must call it.
+
+        Args:
+            save_others: Writes what transformers saves, on the ranks that it chooses.
+
+        Raises:
+            LlamaMoeError: A file cannot be written on some rank; raised on all of them.
+        """
+        name = f"checkpoint-{self._trainer.state.global_step}"
+        folder = self._folder / STAGING / name
+        try:
+            on_all_ranks(lambda: self._first(lambda: shutil.rmtree(folder, ignore_errors=True)))
+            on_all_ranks(lambda: self._save_small(folder, save_others))
+            reports = self._save_large(folder)
+            on_all_ranks(lambda: self._first(lambda: self._publish(folder, reports)))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_of_the_disk(error):  # a device or another rank failed, which is reported elsewhere
+                raise
+            raise self._not_saved(folder, error) from error
+        on_all_ranks(lambda: self._first(lambda: rotate(self._folder, self._recipe.keep)))
+
+    def _first(self, work: Callable[[], None]) -> None:
+        if self._args.should_save:
+            work()
+
+    def _save_small(self, folder: Path, save_others: Callable[[], None]) -> None:
+        """Write what one rank writes: configuration, tokenizer, the state of schedule, mixture and gate."""
+        make_folder(folder / OPTIMIZER)
+        save_others()
+        if self._args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle
+            self._parts.finish_checkpoint(folder)
+            self._parts.dynamics.save(folder, self._trainer.state.global_step)
+            if self._recipe.lora is not None:
+                save_rest(self._trainer.model, folder)
+            if not by_deepspeed(self._recipe):
+                save_schedule(self._trainer.lr_scheduler, folder)
+
+    def _save_large(self, folder: Path) -> list[Report]:
+        """Write this rank's part of weights and optimiser."""
+        if by_deepspeed(self._recipe):
+            return []
+        rank, world = self._args.process_index, self._args.world_size
+        state = optimizer_state(self._trainer.optimizer) | random_state(rank)
+        pending = [pending_shard(state, folder / optimizer_file(rank))]
+        weights = pending_weights(self._trainer.model, folder, rank, world) if self.divides_weights else None
+        return on_all_ranks(lambda: write_files(folder, pending, weights))
+
+    def _publish(self, folder: Path, reports: Sequence[Report]) -> None:
+        """Write index and manifest on the first rank, after all have written their files; then rename the folder."""
+        index = index_of(reports)
+        if index is not None:
+            write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        note_files(
+            folder,
+            self._folder,
+            self._recipe,
+            step=self._trainer.state.global_step,
+            ranks=self._args.world_size,
+            written=all_files(reports),
+            metrics=metrics_facts(self._folder),
+        )
+        publish(self._folder, folder.name)
+
+    def _not_saved(self, folder: Path, error: Exception) -> LlamaMoeError:
+        self._first(lambda: shutil.rmtree(folder, ignore_errors=True))
+        there = checkpoints(self._folder)
+        last = f"The last good checkpoint is {there[-1].name}" if there else "No checkpoint was written before it"
+        reason = getattr(error, "strerror", None) or str(error)
+        return LlamaMoeError(
+            f"{folder.name} cannot be written: {reason}. {last}.",
+            hint="Free some space, then go on with --resume."
+            if there
+            else "Free some space; --resume begins at the first step.",
+        )
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model's configuration, whose weights are divided among the ranks."""
+        self._first(lambda: save_config(self._trainer.model, folder))
+
+    def load_optimizer(self, folder: Path) -> None:
+        """Read the state of optimiser and schedule. Every rank must call it.
+
+        Raises:
+            CheckpointError: It does not fit the run.
+        """
+        with state_errors(str(folder)):
+            load_optimizer(self._trainer.optimizer, self._trainer.lr_scheduler, folder)
+
+    def load_random(self, folder: Path) -> None:
+        """Set the generators of random numbers.
+
+        Raises:
+            CheckpointError: Their state is damaged.
+        """
+        seed = self._recipe.seed + self._trainer.state.global_step
+        with state_errors(str(folder)):
+            load_random(folder, self._args.process_index, self._args.world_size, seed)

@@ -1,0 +1,90 @@
+"""Write a checkpoint on all ranks: each its own files, the first the list of all of them, then its name.
+
+Not imported by plans.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from ..checkpoint.manifest import FileEntry
+from .ranks import several_ranks
+from .run_folder import is_of_the_disk
+from .shards import PendingFile
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank wrote.
+
+    Attributes:
+        files: Size and hash of its files, by path below the checkpoint.
+        weights: Tensors of the model by name, with their file.
+        nbytes: Bytes of these tensors.
+    """
+
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+def on_all_ranks(work: Callable[[], T]) -> list[T]:
+    """Do this rank's part of something; return the results of all ranks.
+
+    Raises:
+        OSError: A rank could not write. It is raised on all ranks, so that none waits for another.
+    """
+    if not several_ranks():
+        return [work()]
+    result: T | None = None
+    failure: OSError | None = None
+    try:
+        result = work()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_of_the_disk(error):  # a device or another rank failed, which is reported elsewhere
+            raise
+        failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
+    found: list[tuple[T, OSError | None]] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(found, (result, failure))
+    failures = [each for _, each in found if each is not None]
+    if failures:
+        raise failures[0] if failure is None else failure
+    return [each for each, _ in found]
+
+
+def write_files(folder: Path, pending: Sequence[PendingFile], weights: PendingFile | None) -> Report:
+    """Write this rank's files of a checkpoint to the disk.
+
+    Args:
+        folder: The folder in which the checkpoint is assembled.
+        pending: Files of the run's state.
+        weights: The file of the model, if this rank writes one.
+    """
+    model = [] if weights is None else [weights]
+    files = {each.path.relative_to(folder).as_posix(): each.write() for each in (*pending, *model)}
+    if weights is None:
+        return Report(files)
+    nbytes = sum(value.numel() * value.element_size() for value in weights.tensors.values())
+    return Report(files, dict.fromkeys(weights.tensors, weights.path.name), nbytes)
+
+
+def index_of(reports: Sequence[Report]) -> dict[str, Any] | None:
+    """Return the content of the index of a model in several files; None for one file."""
+    weights = {name: file for report in reports for name, file in report.weights.items()}
+    if len(set(weights.values())) < 2:
+        return None
+    return {"metadata": {"total_size": sum(report.nbytes for report in reports)}, "weight_map": weights}
+
+
+def all_files(reports: Sequence[Report]) -> dict[str, FileEntry]:
+    """Return the files of all ranks."""
+    return {name: entry for report in reports for name, entry in report.files.items()}
