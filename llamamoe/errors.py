@@ -67,6 +67,10 @@ class StoppedError(LlamaMoeError):
     exit_code = 143
 
 
+class ElsewhereError(LlamaMoeError):
+    """Another process of a distributed run failed, and reports why; this one ends as well."""
+
+
 class MissingExtraError(LlamaMoeError, ImportError):
     """A feature needs a package that only an extra installs."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from multiprocessing import connection, forkserver
@@ -53,14 +54,22 @@ class Forks:
     """The command line in one process, or as the ranks of a distributed run; the methods are those of `subprocess.Popen`."""
 
     def __init__(
-        self, arguments: Sequence[str], log: Path, processes: int = 0, die: tuple[int, Sequence[Any]] | None = None
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        processes: int = 0,
+        die: tuple[int, Sequence[Any]] | None = None,
+        *,
+        by_hand: bool = False,
     ) -> None:
         """Start ``processes`` ranks, or one process that knows of no others; ``log`` gets what they print.
 
-        ``die`` is a rank, and the call of a function (see `tests.hostile.dying.watch`) at which it kills itself.
+        ``die`` is a rank, and the call of a function (see `tests.hostile.dying.watch`) at which it kills itself. ``by_hand``:
+        without a torchrun that has them meet, and ends all of them when one fails.
         """
-        self.log = log
+        self.log, self._by_hand = log, by_hand
         self.returncode: int | None = None
+        self.codes: list[int | None] = []
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
         with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}):
@@ -68,11 +77,15 @@ class Forks:
         self._store = TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
         )  # where ranks meet, as torchrun has it
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
         self._processes: list[ForkServerProcess] = []
         for rank in range(max(processes, 1)):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
                      "TORCHELASTIC_RESTART_COUNT": 0}  # fmt: skip
+            if by_hand:
+                names = {**names, "TORCHELASTIC_USE_AGENT_STORE": "", "MASTER_PORT": port}
             env = {key: str(value) for key, value in names.items()} if processes else {}
             at = die[1] if die is not None and die[0] == rank else ()
             self._processes.append(FORKS.Process(target=_run, args=(list(arguments), env, str(log), at), daemon=True))
@@ -98,9 +111,10 @@ class Forks:
                 process = left.pop(ready)  # type: ignore[call-overload]
                 process.join()
                 self.returncode = self.returncode or process.exitcode
-                if process.exitcode:
+                if process.exitcode and not self._by_hand:
                     for other in left.values():
                         other.kill()
+        self.codes = [process.exitcode for process in self._processes]
         assert self.returncode is not None
         return self.returncode
 

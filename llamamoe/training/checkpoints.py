@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ..checkpoint.files import make_folder, write_text
 from ..checkpoint.reader import INDEX
-from ..errors import LlamaMoeError
+from ..errors import ElsewhereError, LlamaMoeError
 from .lora import save_rest
 from .native_weights import pending_weights, save_config
 from .optimizer_state import load_optimizer, load_random, optimizer_state, random_state, save_schedule
@@ -115,6 +115,11 @@ class Checkpoints:
         there = checkpoints(self._folder)
         last = f"The last good checkpoint is {there[-1].name}" if there else "No checkpoint was written before it"
         reason = getattr(error, "strerror", None) or str(error)
+        if not self._args.should_save:
+            return ElsewhereError(f"{folder.name} cannot be written: {reason}, as the first process reports.")
+        name = Path(getattr(error, "filename", None) or folder)
+        if name.is_relative_to(folder) and name != folder:
+            reason += f" ({name.relative_to(folder)})"
         return LlamaMoeError(
             f"{folder.name} cannot be written: {reason}. {last}.",
             hint="Free some space, then go on with --resume."

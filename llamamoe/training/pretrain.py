@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..checkpoint.out_folder import normal_path
 from ..errors import LlamaMoeError, StoppedError
 from ..lazy import check_transformers
 from ..progress import RESUMED, Progress, ProgressCallback, ignore_progress
+from .joint_start import joint_start
 from .metrics import read_lines
 from .model import check_folder
 from .ownership import FACTS, METRICS, TEACHER, run_id, step_of
@@ -114,16 +116,29 @@ def pretrain(
         LlamaMoeError: The run failed, such as by a loss that is not finite or a full disk; the last good checkpoint is
             kept.
         StoppedError: The process received SIGTERM, finished its step and wrote a checkpoint.
+        ElsewhereError: Another process of the run failed, and reports why.
     """
+    how = {"resume": resume, "force": force, "extend": extend, "allow_change": allow_change}
+    with joint_start() as join:
+        return _pretrain(recipe, normal_path(out), how, join, profile, progress)
+
+
+def _pretrain(
+    recipe: PretrainRecipe,
+    folder: Path,
+    how: dict[str, Any],
+    join: Callable[[], None],
+    profile: int,
+    progress: ProgressCallback,
+) -> PretrainResult:
+    """Check everything, and run once all processes have."""
     check_transformers()
-    folder = normal_path(out)
     source, parent = locate_folder(recipe.model).path, locate(recipe.parent).path if recipe.parent else None
     check_place(folder, recipe, source, parent)
     config = check_folder(source, allow_dense=recipe.allow_dense)
     facts = identities(recipe, source, parent)
-    how: dict[str, Any] = {"resume": resume, "force": force, "extend": extend, "allow_change": allow_change}
-    main = int(os.environ.get("RANK", "0")) == 0
-    if not main:  # the first process checks, cleans and locks before it joins the others
+    if int(os.environ.get("RANK", "0")) != 0:  # the first process checks, cleans and locks before it joins the others
+        join()
         return _run(recipe, folder, source, parent, facts, how, profile, progress)
     refuse_used(folder)
     for sentence in doubts(recipe, config):
@@ -134,9 +149,10 @@ def pretrain(
     with locked(folder):
         checkpoint = check_run_folder(folder, recipe, facts, **how)
         try:
-            prepare_run_folder(folder, recipe, checkpoint, force=force)
+            prepare_run_folder(folder, recipe, checkpoint, force=how["force"])
         except OSError as error:
             raise LlamaMoeError(f"{error.filename or folder} cannot be changed: {error.strerror or error}.") from error
+        join()
         return _run(recipe, folder, source, parent, facts, how, profile, progress)
 
 

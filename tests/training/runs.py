@@ -98,11 +98,16 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 
 
 def start(
-    recipe: Path, out: Path, *flags: str, processes: int = 0, die: tuple[int, Sequence[Any]] | None = None
+    recipe: Path,
+    out: Path,
+    *flags: str,
+    processes: int = 0,
+    die: tuple[int, Sequence[Any]] | None = None,
+    by_hand: bool = False,
 ) -> Forks:
     """The command line in a process of its own, or in several as the ranks of a distributed run, of which one may die."""
     command = ["pretrain", "--recipe", str(recipe), "--out", str(out), "-q", *flags]
-    return Forks(command, out.with_name(f"{out.name}.log"), processes, die)
+    return Forks(command, out.with_name(f"{out.name}.log"), processes, die, by_hand=by_hand)
 
 
 def start_torchrun(recipe: Path, out: Path, *flags: str, processes: int) -> subprocess.Popen[str]:

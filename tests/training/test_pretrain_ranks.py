@@ -404,6 +404,44 @@ def load_model(folder: Path) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
+def test_a_sharded_run_is_extended_and_changed(world: dict[str, str], tmp_path: Path) -> None:
+    """As one process is: the longer run is the one that was planned so; a change has its effect and is noted once."""
+    keys = ("save_every=2", "evaluate_every=null", "lr_schedule.shape=constant", "data.update=static")
+    recipes = [recipe_for(world, "distributed.fsdp_size=2", *keys, f"steps={steps}") for steps in (2, 4)]
+    run(recipes[1], tmp_path / "whole", 2)
+    run(recipes[0], tmp_path / "run", 2)
+    shutil.copytree(tmp_path / "run", tmp_path / "changed")
+    run(recipes[1], tmp_path / "run", 2, "--resume", "--extend")
+    lines = lines_of(tmp_path / "run")
+    assert [each for each in lines if each["kind"] == "change"] == [
+        {"step": 2, "kind": "change", "changed": {"steps": [2, 4]}}
+    ]
+    file = Path("model", "model.safetensors")
+    assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    other = recipe_for(world, "distributed.fsdp_size=2", *keys, "steps=4", "optimizer.lr=5e-4")
+    run(other, tmp_path / "changed", 2, "--resume", "--allow-change")
+    rates = [line["lr"]["rest"] for line in lines_of(tmp_path / "changed") if line["kind"] == "train"]
+    assert rates == [2e-3, 2e-3, 5e-4, 5e-4]
+
+
+def test_a_refusal_reaches_processes_that_were_started_by_hand(world: dict[str, str], tmp_path: Path) -> None:
+    """No supervisor ends the others, which would wait for the first one."""
+    recipe, out = recipe_for(world, "steps=1", *SELDOM), tmp_path / "run"
+    path = out.with_suffix(".yaml")
+    path.write_text(recipe.to_yaml())
+    told, _ = (first := start(path, out, processes=2, by_hand=True)).communicate()
+    assert first.codes == [0, 0], told
+    before = digests(out)
+    told, _ = (again := start(path, out, processes=2, by_hand=True)).communicate()
+    assert again.codes == [2, 1], told
+    assert told.count("Error: process 0 did not start: ") == 1
+    assert told.count("Go on with it by --resume") == 1
+    path.write_text(recipe_for(world, "steps=1", *SELDOM, f"model={tmp_path / 'nowhere'}").to_yaml())
+    told, _ = (other := start(path, out, processes=2, by_hand=True)).communicate()
+    assert other.codes == [3, 3], told
+    assert digests(out) == before
+
+
 def test_biases_of_a_sharded_model_move_as_those_of_a_whole_one(tmp_path: Path) -> None:
     """Ernie's bias is a parameter, which FSDP cuts."""
     world = make_world(tmp_path / "world", target="ernie4_5_moe", num_experts=3, shared="1x")
