@@ -23,7 +23,7 @@ def _rank(rank: int, store: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "optimizer/rank-00001.safetensors")
         return rank
 
-    with pytest.raises(OSError, match="No space left on device.*rank-00001"):
+    with pytest.raises(OSError, match=r"No space left on device.*rank-00001"):
         on_all_ranks(full)
     assert on_all_ranks(lambda: rank) == [0, 1]
     dist.destroy_process_group()
