@@ -225,8 +225,12 @@ def _print_plan(plan: PretrainPlan) -> None:
         times.append(("time", f"{duration(seconds * estimate.steps)} ({duration(seconds)} a step)"))
     times += [(f"disk, {name}", size(n)) for name, n in estimate.disk.items() if n]
     saving = {key: size(int(n)) if "bytes" in key else duration(n) for key, n in estimate.saving.items()}
+    meanwhile = ", copied to main memory first" if plan.recipe.save_in_background else ""
     times += [
-        ("save", f"{saving['save_bytes']} ({saving['save_bytes_of_a_rank']} a rank), {saving['save_seconds']}"),
+        (
+            "save",
+            f"{saving['save_bytes']} ({saving['save_bytes_of_a_rank']} a rank), {saving['save_seconds']}{meanwhile}",
+        ),
         ("resume", f"{saving['resume_bytes']} read, {saving['resume_seconds']}"),
     ]
     facts(times)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _FREE = frozenset({
     "model", "parent", "data.train", "data.validation", "data.verify", "gradient_checkpointing", "precision.save",
-    "log_every", "save_every", "keep", "stop_on_collapse", "trainer.report_to", "trainer.run_name", "trainer.project",
+    "log_every", "save_every", "save_in_background", "keep", "stop_on_collapse", "trainer.report_to", "trainer.run_name", "trainer.project",
     "trainer.logging_dir", "trainer.log_level", "trainer.include_tokens_per_second",
 })  # fmt: skip
 """Keys that do not affect weights. Model, parent and text are identified by content (`preflight.identities`)."""

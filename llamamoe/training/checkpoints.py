@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from torch import distributed as dist
 
 from ..checkpoint.files import make_folder, write_text
 from ..checkpoint.reader import INDEX
@@ -17,13 +21,17 @@ from .lora import save_rest
 from .native_weights import pending_weights, save_config
 from .optimizer_state import load_optimizer, load_random, optimizer_state, random_state, save_schedule
 from .ownership import STAGING, publish
+from .ranks import several_ranks
 from .resuming import OPTIMIZER, by_deepspeed, metrics_facts, note_files, optimizer_file, state_errors
 from .run_folder import checkpoints, is_of_the_disk, rotate
-from .saving import Report, all_files, index_of, on_all_ranks, write_files
-from .shards import pending_shard
+from .saving import Background, Report, all_files, index_of, on_all_ranks, write_files
+from .shards import PendingFile, pending_shard
 
 if TYPE_CHECKING:
     from .trainer import MoeTrainer
+
+_PATIENCE = timedelta(days=1)
+"""Longest time in which ranks wait for the slowest one to write; a rank that dies is noticed at once."""
 
 
 class Checkpoints:
@@ -33,6 +41,9 @@ class Checkpoints:
     sharded, each part once. Every rank writes, syncs and hashes its files and reports them to the first, which writes
     the list of all files last and then renames the folder: a checkpoint without its list, or in the staging folder, is
     never taken for whole, and no rank has to trust what its file system shows of the files of others.
+
+    In the background, each rank first copies its part to main memory, so that training goes on; the ranks meet in a
+    process group of their own, and the next save waits for this one.
 
     Adapters are saved by peft, and the state of a run by DeepSpeed in DeepSpeed's own files.
 
@@ -44,27 +55,61 @@ class Checkpoints:
         self._trainer, self._parts, self._args = trainer, trainer.parts, trainer.args
         self._recipe, self._folder = trainer.parts.recipe, trainer.parts.folder
         self.divides_weights = not by_deepspeed(self._recipe) and self._recipe.lora is None
+        self._background = Background() if self._recipe.save_in_background else None
+        self._group: Any = None
+        if self._background is not None and several_ranks():
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def save(self, save_others: Callable[[], None]) -> None:
         """Write the checkpoint of the present step; then delete older ones. Every rank must call it.
+
+        In the background only the large files are written, after this function has returned.
 
         Args:
             save_others: Writes what transformers saves, on the ranks that it chooses.
 
         Raises:
-            LlamaMoeError: A file cannot be written on some rank; raised on all of them.
+            LlamaMoeError: A file cannot be written on some rank; raised on all of them. In the background, it is a file of
+                the checkpoint before this one.
         """
-        name = f"checkpoint-{self._trainer.state.global_step}"
-        folder = self._folder / STAGING / name
-        try:
+        self.finish()
+        step = self._trainer.state.global_step
+        folder = self._folder / STAGING / f"checkpoint-{step}"
+        with self._write_errors(folder):
             on_all_ranks(lambda: self._first(lambda: shutil.rmtree(folder, ignore_errors=True)))
             on_all_ranks(lambda: self._save_small(folder, save_others))
-            reports = self._save_large(folder)
-            on_all_ranks(lambda: self._first(lambda: self._publish(folder, reports)))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if not is_of_the_disk(error):  # a device or another rank failed, which is reported elsewhere
-                raise
-            raise self._not_saved(folder, error) from error
+            pending = self._pending(folder)
+        write = partial(self._save_large, folder, *pending, step=step, metrics=self._metrics())
+        if self._background is not None:
+            self._background.start(write)
+        else:
+            write()
+            self._rotate()
+
+    def _metrics(self) -> dict[str, Any]:
+        return metrics_facts(self._folder) if self._args.should_save else {}
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is written in the background, if any. Every rank must call it.
+
+        Raises:
+            LlamaMoeError: It could not be written; raised on all ranks.
+        """
+        if self._background is not None and self._background.wait():
+            self._rotate()
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Wait at the end of the block, after an error as well; not after Ctrl-C."""
+        try:
+            yield
+        except Exception:
+            with suppress(Exception):  # the first error tells why
+                self.finish()
+            raise
+        self.finish()
+
+    def _rotate(self) -> None:
         on_all_ranks(lambda: self._first(lambda: rotate(self._folder, self._recipe.keep)))
 
     def _first(self, work: Callable[[], None]) -> None:
@@ -84,18 +129,33 @@ class Checkpoints:
             if not by_deepspeed(self._recipe):
                 save_schedule(self._trainer.lr_scheduler, folder)
 
-    def _save_large(self, folder: Path) -> list[Report]:
-        """Write this rank's part of weights and optimiser."""
+    def _pending(self, folder: Path) -> tuple[Sequence[PendingFile], PendingFile | None]:
+        """Return this rank's part of the optimiser's state, and of the weights."""
         if by_deepspeed(self._recipe):
-            return []
-        rank, world = self._args.process_index, self._args.world_size
+            return (), None
+        rank, world, copy = self._args.process_index, self._args.world_size, self._background is not None
         state = optimizer_state(self._trainer.optimizer) | random_state(rank)
-        pending = [pending_shard(state, folder / optimizer_file(rank))]
-        weights = pending_weights(self._trainer.model, folder, rank, world) if self.divides_weights else None
-        return on_all_ranks(lambda: write_files(folder, pending, weights))
+        shard = pending_shard(state, folder / optimizer_file(rank), copy=copy)
+        if not self.divides_weights:
+            return (shard,), None
+        return (shard,), pending_weights(self._trainer.model, folder, rank, world, copy=copy)
 
-    def _publish(self, folder: Path, reports: Sequence[Report]) -> None:
-        """Write index and manifest on the first rank, after all have written their files; then rename the folder."""
+    def _save_large(
+        self,
+        folder: Path,
+        pending: Sequence[PendingFile],
+        weights: PendingFile | None,
+        *,
+        step: int,
+        metrics: dict[str, Any],
+    ) -> None:
+        """Write this rank's files, then on the first rank index and manifest; then rename the folder."""
+        with self._write_errors(folder):
+            reports = on_all_ranks(lambda: write_files(folder, pending, weights), self._group)
+            publish_all = partial(self._publish, folder, reports, step=step, metrics=metrics)
+            on_all_ranks(lambda: self._first(publish_all), self._group)
+
+    def _publish(self, folder: Path, reports: Sequence[Report], *, step: int, metrics: dict[str, Any]) -> None:
         index = index_of(reports)
         if index is not None:
             write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -103,12 +163,22 @@ class Checkpoints:
             folder,
             self._folder,
             self._recipe,
-            step=self._trainer.state.global_step,
+            step=step,
             ranks=self._args.world_size,
             written=all_files(reports),
-            metrics=metrics_facts(self._folder),
+            metrics=metrics,
         )
         publish(self._folder, folder.name)
+
+    @contextmanager
+    def _write_errors(self, folder: Path) -> Iterator[None]:
+        """Report an error of the disk as one of the checkpoint."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_of_the_disk(error):  # a device or another rank failed, which is reported elsewhere
+                raise
+            raise self._not_saved(folder, error) from error
 
     def _not_saved(self, folder: Path, error: Exception) -> LlamaMoeError:
         self._first(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -25,7 +25,7 @@ Owners = list[tuple[list[str], int]]
 """Names of tensors that belong together, and the rank that writes them."""
 
 
-def pending_weights(model: Any, folder: Path, rank: int, world: int) -> PendingFile | None:
+def pending_weights(model: Any, folder: Path, rank: int, world: int, *, copy: bool = False) -> PendingFile | None:
     """Return the file of weights that this rank is to write; None if there are fewer layers than ranks.
 
     Every rank must call it: sharded tensors are gathered one at a time, and kept by the rank that writes them, on the
@@ -36,12 +36,17 @@ def pending_weights(model: Any, folder: Path, rank: int, world: int) -> PendingF
         folder: The checkpoint.
         rank: This rank.
         world: Number of ranks.
+        copy: Copy weights that are on the CPU already, so that they may change before the file is written.
     """
     state = _own_tensors(model)
     owners = divide({name: value.numel() * value.element_size() for name, value in state.items()}, world)
     share: State = {}
     for names, owner in owners:
-        unit = {name: found for name in names if (found := _gathered(state[name], keep=owner == rank)) is not None}
+        unit: State = {}
+        for name in names:
+            whole = _whole(state[name])  # by all ranks together
+            if owner == rank:
+                unit[name] = whole.to("cpu", copy=copy)
         if unit:
             with quiet_transformers():
                 share |= revert_weight_conversion(model, unit)
@@ -74,10 +79,9 @@ def divide(sizes: Mapping[str, int], world: int) -> Owners:
     return [(names, owners[unit]) for unit, names in units.items()]
 
 
-def _gathered(value: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
-    """Return a whole tensor on the CPU on the rank that keeps it; None on others, which take part in gathering it."""
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    return whole.cpu() if keep else None
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole
 
 
 def save_config(model: Any, folder: Path) -> None:

@@ -50,7 +50,7 @@ def optimizer_state(optimizer: Any) -> State:
     """Return moments and steps of all parameters, as they are sharded."""
     state: State = {}
     for name, parameter, _ in named(optimizer):
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             state[f"{name}/{key}"] = value.detach().reshape(1) if value.ndim == 0 else value.detach()
     return state
 

@@ -239,7 +239,8 @@ def _train(
     if profile:
         trainer.add_callback(trace)
     try:
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        with trainer.checkpoints.finished():
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     finally:
         trace.close()
 

@@ -235,6 +235,11 @@ class PretrainRecipe(Recipe):
         ge=1,
         description="Newest checkpoints that are kept, beside the one with the best held-out loss measured; null: all.",
     )
+    save_in_background: bool = Field(
+        False,
+        description="Train on while a checkpoint is written; each process first copies its part to main memory. An error is "
+        "reported at the next checkpoint, or at the end.",
+    )
     allow_dense: bool = Field(
         False, description="Train a dense model by the same recipe, as a control: what is said of routers is left out."
     )
@@ -264,6 +269,8 @@ class PretrainRecipe(Recipe):
             yield "data.reference_losses = parent needs parent: the dense model that is measured"
         if self.data.update.name != "static" and self.evaluate_every is None:
             yield f"data.update = {self.data.update.name} needs evaluate_every: it follows those losses"
+        if self.save_in_background and self.trainer.get("deepspeed") is not None:
+            yield "save_in_background cannot be combined with trainer.deepspeed, which writes its own files"
         if self.distributed.fsdp_size % self.distributed.ep_size:
             yield f"distributed.ep_size = {self.distributed.ep_size} does not divide fsdp_size = {self.distributed.fsdp_size}"
         if self.distributed.dp_replicate_size > 1 and not self.distributed.sharded:

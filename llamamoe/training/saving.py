@@ -6,6 +6,7 @@ Not imported by plans.
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank wrote.
+    """The files that a rank wrote.
 
     Attributes:
         files: Size and hash of its files, by path below the checkpoint.
@@ -37,8 +38,12 @@ class Report:
     nbytes: int = 0
 
 
-def on_all_ranks(work: Callable[[], T]) -> list[T]:
+def on_all_ranks(work: Callable[[], T], group: Any = None) -> list[T]:
     """Do this rank's part of something; return the results of all ranks.
+
+    Args:
+        work: The part of this rank.
+        group: The process group; None for the one of training.
 
     Raises:
         OSError: A rank could not write. It is raised on all ranks, so that none waits for another.
@@ -54,7 +59,7 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
             raise
         failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
     found: list[tuple[T, OSError | None]] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(found, (result, failure))
+    dist.all_gather_object(found, (result, failure), group=group)
     failures = [each for _, each in found if each is not None]
     if failures:
         raise failures[0] if failure is None else failure
@@ -88,3 +93,36 @@ def index_of(reports: Sequence[Report]) -> dict[str, Any] | None:
 def all_files(reports: Sequence[Report]) -> dict[str, FileEntry]:
     """Return the files of all ranks."""
     return {name: entry for report in reports for name, entry in report.files.items()}
+
+
+class Background:
+    """One piece of work at a time, in a thread beside training.
+
+    The thread does not keep a process alive that is interrupted.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin; earlier work must have been waited for."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> bool:
+        """Wait for the work to end; return whether there was any. An error in it is raised here."""
+        if self._thread is None:
+            return False
+        self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is not None:
+            raise error
+        return True

@@ -57,12 +57,13 @@ class PendingFile:
         return write_tensors(self.path, self.tensors, self.facts)
 
 
-def pending_shard(state: State, path: Path) -> PendingFile:
+def pending_shard(state: State, path: Path, *, copy: bool = False) -> PendingFile:
     """Return the file with this rank's part of a state. Every rank must call it.
 
     Args:
-        state: What is to be stored. Its tensors must not change until the file is written.
+        state: The tensors to store. Unless they are copied, they must not change until the file is written.
         path: The name of this rank's file.
+        copy: Copy this rank's part to the CPU.
     """
     collector = _Collector()
     with warnings.catch_warnings():
@@ -74,7 +75,8 @@ def pending_shard(state: State, path: Path) -> PendingFile:
             no_dist=not several_ranks(),
         )
     places = {name: {"saved_offsets": offsets} for name, offsets in collector.offsets.items()}
-    return PendingFile(path, collector.tensors, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)})
+    tensors = {name: value.to("cpu", copy=copy) if copy else value for name, value in collector.tensors.items()}
+    return PendingFile(path, tensors, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)})
 
 
 class _Collector(StorageWriter):

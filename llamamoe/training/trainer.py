@@ -56,7 +56,7 @@ class MoeTrainer(Trainer):
         self._resumed = resumed
         args.eval_on_start = args.eval_on_start and not resumed
         super().__init__(model=model, args=args, eval_dataset=held_out, callbacks=[Flow(self)])
-        self._checkpoints = Checkpoints(self)
+        self.checkpoints = Checkpoints(self)
         self.loss_is_scaled_for_ga = True  # by the objective, over the whole global batch
         self._logged = (time.monotonic(), 0)
         self._micro_losses: list[tuple[tuple[int, int], torch.Tensor]] = []
@@ -161,6 +161,7 @@ class MoeTrainer(Trainer):
         bad = first_bad(self._micro_losses, self.args.device)
         if self._saved_step != step:  # an intact checkpoint is not written again
             self._save_checkpoint(self.model, None)
+        self.checkpoints.finish()
         raise diverged(bad, step, norm, self.parts.batches.describe, recipe, folder)
 
     # Optimisation
@@ -251,8 +252,8 @@ class MoeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as transformers does, without its progress bars; weights that the ranks divide are not written here."""
-        if self._checkpoints.divides_weights and output_dir is not None:
-            self._checkpoints.save_model(Path(output_dir))
+        if self.checkpoints.divides_weights and output_dir is not None:
+            self.checkpoints.save_model(Path(output_dir))
             return
         with quiet_transformers():
             super().save_model(output_dir, _internal_call)
@@ -270,7 +271,7 @@ class MoeTrainer(Trainer):
             with state_errors(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
-            self._checkpoints.load_optimizer(Path(checkpoint))
+            self.checkpoints.load_optimizer(Path(checkpoint))
         if checkpoint is not None and self.parts.changes:
             assert self.model is not None
             gate = self.parts.dynamics.gate_parameters()
@@ -287,7 +288,7 @@ class MoeTrainer(Trainer):
             with state_errors(checkpoint):
                 super()._load_rng_state(checkpoint)
         elif checkpoint is not None:
-            self._checkpoints.load_random(Path(checkpoint))
+            self.checkpoints.load_random(Path(checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the folder in which checkpoints are assembled, to be renamed into the run's folder when complete."""
@@ -296,7 +297,7 @@ class MoeTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save what transformers does and the rest of a checkpoint, see `Checkpoints`."""
         save_others = partial(super()._save_checkpoint, model, trial)
-        self._checkpoints.save(save_others)
+        self.checkpoints.save(save_others)
         self._saved_step = self.state.global_step
 
 

@@ -84,6 +84,27 @@ def test_killed_inside_a_save_it_goes_on_to_the_same_bytes(recipe: Path, whole: 
         assert_same(tmp_path / str(i), whole)
 
 
+def test_killed_while_a_checkpoint_is_written_in_the_background(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "beside.yaml"
+    beside.write_text(load_pretrain_recipe(recipe, overrides=["save_in_background=true"]).to_yaml())
+    points: list[list[Any]] = [
+        ["file", 3],
+        ["tensor", 100],
+        ["written", 4],
+        ["marker", 2],
+        ["rename", 3],
+        ["rotate", 2],
+    ]
+    jobs = [
+        each
+        for i, at in enumerate(points)
+        for each in (job(beside, tmp_path / str(i), at, resume=False), job(beside, tmp_path / str(i)))
+    ]
+    assert run_jobs("killable_pretrain", jobs) == [-9, 0] * len(points)
+    for i in range(len(points)):
+        assert_same(tmp_path / str(i), whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "at"),

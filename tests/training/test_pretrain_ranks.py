@@ -356,6 +356,19 @@ def test_replicas_store_every_byte_once_and_as_many_as_the_plan_says(tmp_path: P
     assert max(sizes) < 1.7 * plan.estimate.saving["save_bytes_of_a_rank"], sizes  # the embedding is not divided
 
 
+def test_replicas_write_the_same_bytes_in_the_background(world: dict[str, str], divided: Path, tmp_path: Path) -> None:
+    processes, recipe = sharded_as(world, "hsdp-4")
+    run(recipe.model_copy(update={"save_in_background": True}), tmp_path / "run", processes)
+    for step in (2, 4, 6):
+        listed = [
+            json.loads((out / f"checkpoint-{step}" / "llamamoe_complete.json").read_text())["files"]
+            for out in (tmp_path / "run", divided)
+        ]
+        for each in listed:
+            del each["trainer_state.json"]  # it holds times
+        assert listed[0] == listed[1]
+
+
 @pytest.mark.parametrize("how", ["missing", "short", "changed"])
 @pytest.mark.parametrize("name", [optimizer_file(3), "model-00002-of-00004.safetensors"])
 def test_a_rank_file_that_is_not_as_written_is_refused(

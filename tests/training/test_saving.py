@@ -1,4 +1,4 @@
-"""What ranks do together to save: an error of one is an error of all, and layers are divided evenly."""
+"""Ranks that save together: an error of one is an error of all, and layers are divided evenly."""
 
 from __future__ import annotations
 

@@ -119,10 +119,11 @@ def disk(recipe: PretrainRecipe, shape: ModelShape, trained: int, adapters: int)
     return {"checkpoint": each, "checkpoints": count * each, "model": model, "total": count * each + model}
 
 
-def saving(checkpoint: int, world_size: int, fsdp_size: int, rate: float) -> dict[str, float]:
+def saving(checkpoint: int, world_size: int, fsdp_size: int, rate: float, *, background: bool) -> dict[str, float]:
     """Return bytes and seconds of a save and of a resume.
 
-    All ranks write at once, each about its share, and hash on the way; training waits. On a resume the first rank reads the
+    All ranks write at once, each about its share, and hash on the way. Training waits, or continues with a copy of the share
+    in each rank's main memory. On a resume the first rank reads the
     whole checkpoint to verify its hashes, then each copy of the model reads it again.
 
     Args:
@@ -130,11 +131,14 @@ def saving(checkpoint: int, world_size: int, fsdp_size: int, rate: float) -> dic
         world_size: Ranks.
         fsdp_size: Ranks over which one copy of the model is sharded.
         rate: Bytes per second of the file system, of all ranks together.
+        background: Whether training continues meanwhile.
     """
     read = checkpoint * (1 + world_size // fsdp_size)
+    share = -(-checkpoint // world_size)
     return {
         "save_bytes": checkpoint,
-        "save_bytes_of_a_rank": -(-checkpoint // world_size),
+        "save_bytes_of_a_rank": share,
+        "copied_bytes_of_a_rank": share if background else 0,
         "save_seconds": checkpoint / rate,
         "resume_bytes": read,
         "resume_seconds": read / rate,

@@ -177,7 +177,13 @@ def estimate(
         moved=moved,
         seconds_per_step=recipe.tokens_per_step * sum(flops.values()) / rate + copying if rate else None,
         disk=stored,
-        saving=saving(stored["checkpoint"], world_size, recipe.distributed.fsdp_size, disk_rate),
+        saving=saving(
+            stored["checkpoint"],
+            world_size,
+            recipe.distributed.fsdp_size,
+            disk_rate,
+            background=recipe.save_in_background,
+        ),
         utilisation=utilisation,
         warnings=(
             *_memory_warnings(recipe, memory, sum(lives.values()), device_memory, counted=counted),

@@ -212,6 +212,9 @@ def test_saves_and_resumes() -> None:
     four = on_paper(recipe(**FLOAT32, **keys), world_size=4, disk_rate=2e9).saving
     assert one["save_bytes"] == four["save_bytes"] == 12 * 1512
     assert (one["save_bytes_of_a_rank"], four["save_bytes_of_a_rank"]) == (12 * 1512, 12 * 1512 / 4)
+    assert one["copied_bytes_of_a_rank"] == 0
+    beside = on_paper(recipe(**FLOAT32, **keys, save_in_background=True), world_size=4).saving
+    assert beside["copied_bytes_of_a_rank"] == 12 * 1512 / 4
     assert (one["save_seconds"], four["save_seconds"]) == (12 * 1512 / 1e9, 12 * 1512 / 2e9)
     assert (one["resume_bytes"], four["resume_bytes"]) == (2 * 12 * 1512, 3 * 12 * 1512)
     assert four["resume_seconds"] == 3 * 12 * 1512 / 2e9
