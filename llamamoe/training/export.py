@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,23 @@ from safetensors import SafetensorError
 
 from ..architectures.targets import TARGETS
 from ..checkpoint.files import write_text
+from ..checkpoint.manifest import FileEntry
 from ..checkpoint.quiet import quiet_transformers
-from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.reader import INDEX, SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
-from ..errors import LlamaMoeError, printable
+from ..errors import ElsewhereError, LlamaMoeError, printable
 from ..models.loadable import check_loads
 from .lora import merge_adapters
 from .model import finish_folder
 from .moe_layers import CORRECTION_BIAS
+from .native_weights import pending_weights, reshard, save_config
 from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id
 from .recipe import PretrainRecipe
 from .run_folder import RECEIPT, complete
-from .sharded_state import reshard
+from .saving import all_files, index_of, on_all_ranks, write_files
+
+_FILE_BYTES = 5 * 10**9
+"""Bytes of the model from which another rank writes a file of it."""
 
 
 def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:
@@ -36,35 +41,55 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         model = merge_adapters(model)
     name = trainer.parts.recipe.precision.save or SafetensorsCheckpoint(source).config.get("torch_dtype") or "bfloat16"
     trainer.parts.dynamics.gate.detach()
-    together = trainer.is_distributed_loading_by_transformers  # every rank then has a part of the weights
     _cast(model, getattr(torch, str(name).removeprefix("torch.")))
+
+    def first(work: Callable[[], None]) -> None:
+        on_all_ranks(work if trainer.args.should_save else lambda: None)
+
+    def finish() -> None:
+        finish_folder(partial, source, {"trained": receipt["trained"]})
+        check_loads(partial)
+        write_text(partial / "README.md", _card(trainer.parts.recipe, source, receipt["trained"]))
+        write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())
+        write_text(partial / RECEIPT, json.dumps(receipt, indent=1) + "\n")
+        complete(partial, {"run": run_id(folder), "step": trainer.state.global_step}, written)
+        if final.exists():
+            discard(folder, final)
+        publish(folder, FINAL)
+        close_staging(folder)
+
     try:
-        if trainer.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        trainer.accelerator.wait_for_everyone()
-        if together or trainer.args.should_save:
+        first(lambda: shutil.rmtree(partial, ignore_errors=True))
+        if trainer.is_distributed_loading_by_transformers:  # every rank has a part of the weights
+            written = _write_together(model, partial, trainer.args, first)
+        else:
+            written = {}
             with quiet_transformers():
-                model.save_pretrained(partial, is_main_process=trainer.args.should_save)
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            finish_folder(partial, source, {"trained": receipt["trained"]})
-            check_loads(partial)
-            write_text(partial / "README.md", _card(trainer.parts.recipe, source, receipt["trained"]))
-            write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())
-            write_text(partial / RECEIPT, json.dumps(receipt, indent=1) + "\n")
-            complete(partial, {"run": run_id(folder), "step": trainer.state.global_step})
-            if final.exists():
-                discard(folder, final)
-            publish(folder, FINAL)
-            close_staging(folder)
+                first(lambda: model.save_pretrained(partial))
+        first(finish)
     except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if not trainer.args.should_save:
+            raise ElsewhereError(f"{final} cannot be written: {reason}, as the first process reports.") from error
         shutil.rmtree(partial, ignore_errors=True)
         raise LlamaMoeError(
-            f"{final} cannot be written: {getattr(error, 'strerror', None) or error}.",
+            f"{final} cannot be written: {reason}.",
             hint="Free some space, then go on with --resume: only this is done again.",
         ) from error
-    trainer.accelerator.wait_for_everyone()
     return final
+
+
+def _write_together(
+    model: Any, partial: Path, args: Any, first: Callable[[Callable[[], None]], None]
+) -> dict[str, FileEntry]:
+    """Write a sharded model in files of about `_FILE_BYTES`, by as many ranks; return their entries."""
+    first(lambda: save_config(model, partial))
+    weights = pending_weights(model, partial, args.process_index, args.world_size, file_bytes=_FILE_BYTES)
+    reports = on_all_ranks(lambda: write_files(partial, (), weights))
+    index = index_of(reports)
+    if index is not None:
+        first(lambda: write_text(partial / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n"))
+    return all_files(reports)
 
 
 def _card(recipe: PretrainRecipe, source: Path, trained: Mapping[str, Any]) -> str:

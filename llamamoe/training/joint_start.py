@@ -45,7 +45,7 @@ def joint_start() -> Iterator[Callable[[], None]]:
         nonlocal told
         told = True
         _tell(store, rank, _PASSED)
-        failed = _first_failure(store, world)
+        failed = _first_failure(store, rank, world)
         if failed is not None:
             _leave(store, rank, world)
             raise failed
@@ -82,7 +82,8 @@ def _tell(store: Any, rank: int, text: str) -> None:
     store.set(f"state/{rank}", text)
 
 
-def _first_failure(store: Any, world: int) -> ElsewhereError | None:
+def _first_failure(store: Any, rank: int, world: int) -> ElsewhereError | None:
+    """Return an error that names the process that failed, and why if the first one is to tell it."""
     for other in range(world):
         try:
             store.wait([f"state/{other}"], _PATIENCE)
@@ -90,7 +91,9 @@ def _first_failure(store: Any, world: int) -> ElsewhereError | None:
         except RuntimeError:
             text = "it ended"
         if text != _PASSED:
-            return ElsewhereError(f"process {other} did not start: {text}")
+            return ElsewhereError(
+                f"process {other} did not start" + (f": {text}" if rank == 0 else ", and reports why.")
+            )
     return None
 
 

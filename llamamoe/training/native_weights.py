@@ -25,8 +25,10 @@ Owners = list[tuple[list[str], int]]
 """Names of tensors that belong together, and the rank that writes them."""
 
 
-def pending_weights(model: Any, folder: Path, rank: int, world: int, *, copy: bool = False) -> PendingFile | None:
-    """Return the file of weights that this rank is to write; None if there are fewer layers than ranks.
+def pending_weights(
+    model: Any, folder: Path, rank: int, world: int, *, copy: bool = False, file_bytes: int | None = None
+) -> PendingFile | None:
+    """Return the file of weights that this rank is to write; None if it writes none.
 
     Every rank must call it: sharded tensors are gathered one at a time, and kept by the rank that writes them, on the
     CPU.
@@ -36,10 +38,12 @@ def pending_weights(model: Any, folder: Path, rank: int, world: int, *, copy: bo
         folder: The checkpoint.
         rank: This rank.
         world: Number of ranks.
+        file_bytes: Size from which one more rank writes, as far as there are layers; None: all do at any size.
         copy: Copy weights that are on the CPU already, so that they may change before the file is written.
     """
     state = _own_tensors(model)
-    owners = divide({name: value.numel() * value.element_size() for name, value in state.items()}, world)
+    sizes = {name: value.numel() * value.element_size() for name, value in state.items()}
+    owners = divide(sizes, world if file_bytes is None else min(world, -(-sum(sizes.values()) // file_bytes)))
     share: State = {}
     for names, owner in owners:
         unit: State = {}

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from ..checkpoint.manifest import FileEntry
+from ..errors import ElsewhereError, LlamaMoeError
 from .ranks import several_ranks
 from .run_folder import is_of_the_disk
 from .shards import PendingFile
@@ -47,22 +48,26 @@ def on_all_ranks(work: Callable[[], T], group: Any = None) -> list[T]:
 
     Raises:
         OSError: A rank could not write. It is raised on all ranks, so that none waits for another.
+        LlamaMoeError: A rank raised it; an `ElsewhereError` on the others.
     """
     if not several_ranks():
         return [work()]
     result: T | None = None
-    failure: OSError | None = None
+    own: Exception | None = None
+    failure: OSError | LlamaMoeError | None = None
     try:
         result = work()
+    except LlamaMoeError as error:
+        own, failure = error, ElsewhereError(f"process {dist.get_rank()} failed: {error.message}")
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_of_the_disk(error):  # a device or another rank failed, which is reported elsewhere
             raise
-        failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
-    found: list[tuple[T, OSError | None]] = [None] * dist.get_world_size()  # type: ignore[list-item]
+        own, failure = error, error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
+    found: list[tuple[T, OSError | LlamaMoeError | None]] = [None] * dist.get_world_size()  # type: ignore[list-item]
     dist.all_gather_object(found, (result, failure), group=group)
     failures = [each for _, each in found if each is not None]
     if failures:
-        raise failures[0] if failure is None else failure
+        raise own or failures[0]
     return [each for each, _ in found]
 
 

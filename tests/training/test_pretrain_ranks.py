@@ -447,7 +447,7 @@ def test_a_refusal_reaches_processes_that_were_started_by_hand(world: dict[str, 
     before = digests(out)
     told, _ = (again := start(path, out, processes=2, by_hand=True)).communicate()
     assert again.codes == [2, 1], told
-    assert told.count("Error: process 0 did not start: ") == 1
+    assert told.count("Error: process 0 did not start, and reports why.") == 1
     assert told.count("Go on with it by --resume") == 1
     path.write_text(recipe_for(world, "steps=1", *SELDOM, f"model={tmp_path / 'nowhere'}").to_yaml())
     told, _ = (other := start(path, out, processes=2, by_hand=True)).communicate()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from llamamoe.errors import CheckpointError, ElsewhereError
 from llamamoe.training.native_weights import divide
 from llamamoe.training.saving import on_all_ranks
 from tests import forked  # noqa: F401  # what ranks have imported
@@ -25,6 +26,14 @@ def _rank(rank: int, store: str) -> None:
 
     with pytest.raises(OSError, match=r"No space left on device.*rank-00001"):
         on_all_ranks(full)
+
+    def refused() -> int:
+        if rank == 0:
+            raise CheckpointError("there is a fault", hint="Mend it.")
+        return rank
+
+    with pytest.raises(ElsewhereError if rank else CheckpointError, match="there is a fault"):
+        on_all_ranks(refused)
     assert on_all_ranks(lambda: rank) == [0, 1]
     dist.destroy_process_group()
 
