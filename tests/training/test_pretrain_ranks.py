@@ -268,12 +268,12 @@ SHARDINGS: dict[str, tuple[int, dict[str, int]]] = {
     "fsdp-ep-4": (4, {"fsdp_size": 4, "ep_size": 2}),
 }
 RANK_FILES = [(f"rank-{rank:05d}.safetensors", f"model-{rank + 1:05d}-of-00004.safetensors") for rank in range(4)]
-LONG = ("steps=6", "save_every=2", "evaluate_every=2")
+SIX = ("steps=6", "save_every=2", "evaluate_every=2")
 
 
 def sharded_as(world: dict[str, str], name: str) -> tuple[int, PretrainRecipe]:
     processes, sizes = SHARDINGS[name]
-    return processes, recipe_for(world, *LONG, *(f"distributed.{key}={value}" for key, value in sizes.items()))
+    return processes, recipe_for(world, *SIX, *(f"distributed.{key}={value}" for key, value in sizes.items()))
 
 
 def run_of(recipe: PretrainRecipe, out: Path, processes: int, *flags: str) -> None:
