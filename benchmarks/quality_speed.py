@@ -117,7 +117,9 @@ def draw(found: list[Point], program: str, task: str) -> None:
             axes.errorbar(x, y, xerr=spread, color=colour, marker=marker, linestyle=line, linewidth=1.6, capsize=2,
                           elinewidth=0.8, label=label)  # fmt: skip
             for each, across, up in zip(own, x, y, strict=True):
-                axes.annotate(each.shape, (across, up), (5, 5), textcoords="offset points", fontsize=7.5, color=colour)
+                left = kind[0] == "experts"  # of the bar, where static pruning's are not
+                axes.annotate(f"{each.shape}, {each.tokens / 1000:,.0f} k tokens", (across, up), (-12 if left else 5, -3 if left else 5),
+                              textcoords="offset points", ha="right" if left else "left", fontsize=7.5, color=colour)  # fmt: skip
         axes.axvline(1, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_yscale("log")
         limits = axes.get_ylim()
@@ -125,6 +127,7 @@ def draw(found: list[Point], program: str, task: str) -> None:
         axes.set_ylim(limits)  # ticks beyond them would widen the picture
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.margins(x=0.14)
         axes.set_xlabel(f"tokens per second over the dense parent's ({program}, {TASKS[task]}, one sequence)")
         axes.set_ylabel("perplexity over the dense parent's")
         axes.legend(frameon=False, fontsize=8.5, loc="upper left")
