@@ -39,32 +39,7 @@ def round_stochastically(values: torch.Tensor, out: torch.Tensor, generator: tor
 
 
 class ShardAdamW(torch.optim.AdamW):
-    """torch's AdamW on local shards.
-
-    With ``compact`` moments are stored in ``moments``, and weights may be in bfloat16: a step computes in float32, one
-    parameter at a time, and rounds stochastically, so that steps far below the spacing of bfloat16 add up. What is
-    drawn depends on seed and step alone: replicas stay equal, and a resumed run is the same.
-
-    Args:
-        groups: Groups of parameters, by name or not.
-        moments: Dtype of the moments; None: that of each parameter.
-        compact: Whether anything is rounded.
-        seed: Seed of the rounding.
-        options: Options of `torch.optim.AdamW`.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        *,
-        moments: torch.dtype | None = None,
-        compact: bool = False,
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        super().__init__(groups, **options)
-        self._moments, self._compact, self._seed = moments, compact, seed
-        self._done: int | None = None
+    """torch's AdamW on local shards."""
 
     def _init_group(self, group: Any, *lists: Any) -> bool:
         """Collect a group's tensors as torch does, then replace them by their shards."""
@@ -74,11 +49,30 @@ class ShardAdamW(torch.optim.AdamW):
             tensors[:] = [local(each) for each in tensors]
         return is_complex
 
+
+class CompactAdamW(torch.optim.AdamW):
+    """AdamW on local shards whose moments, and weights, may be stored in bfloat16.
+
+    A step computes in float32, one parameter at a time, and rounds stochastically, so that steps far below the spacing of
+    bfloat16 add up. The draws depend on seed and step alone: replicas stay equal, and a resumed run is the same.
+
+    Args:
+        groups: Groups of parameters, by name or not.
+        moments: Dtype of the moments; None: that of each parameter.
+        seed: Seed of the rounding.
+        options: Options of `torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, moments: torch.dtype | None = None, seed: int = 0, **options: Any
+    ) -> None:
+        super().__init__(groups, **options)
+        self._moments, self._seed = moments, seed
+        self._done: int | None = None
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take a step, as `torch.optim.AdamW` does."""
-        if not self._compact:
-            return super().step(closure)
         loss = None if closure is None else closure()
         if self._done is None:  # of a run that was resumed
             self._done = max((int(each["step"]) for each in self.state.values() if "step" in each), default=0)

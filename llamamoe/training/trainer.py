@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.unmapped import unmapped
-from .adamw import ShardAdamW
+from .adamw import CompactAdamW, ShardAdamW
 from .checkpoints import Checkpoints
 from .clipping import clip_factor, clip_together, scale
 from .divergence import diverged, first_bad
@@ -175,11 +175,11 @@ class MoeTrainer(Trainer):
             groups = optimizer_groups(trained, recipe, gate)
             fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
             moments = recipe.precision.moments
-            self.optimizer = ShardAdamW(
+            dtype = getattr(torch, moments) if moments else None
+            small = partial(CompactAdamW, moments=dtype, seed=recipe.seed)
+            kind: Any = small if recipe.compacts else ShardAdamW
+            self.optimizer = kind(
                 named_groups(groups, trained, gate),
-                moments=getattr(torch, moments) if moments else None,
-                compact=recipe.compacts,
-                seed=recipe.seed,
                 lr=recipe.optimizer.lr,
                 betas=recipe.optimizer.betas,
                 eps=recipe.optimizer.eps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 from benchmarks.meters import CpuMeter
 from llamamoe import pretrain
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
-from llamamoe.training.adamw import ShardAdamW, round_stochastically
+from llamamoe.training.adamw import CompactAdamW, ShardAdamW, round_stochastically
 from llamamoe.training.estimate.memory import StepMemory
 from llamamoe.training.estimate.shapes import read_shape
 from llamamoe.training.estimate.sharding import Sharding
@@ -64,7 +65,7 @@ def test_without_rounding_it_is_torch_s() -> None:
 
 def test_moments_in_bfloat16_are_half_as_large_and_step_as_far() -> None:
     ours, theirs = weights(), weights()
-    small = ShardAdamW([{"params": ours}], moments=torch.bfloat16, compact=True, **OPTIONS)
+    small = CompactAdamW([{"params": ours}], moments=torch.bfloat16, **OPTIONS)
     large = ShardAdamW([{"params": theirs}], **OPTIONS)
     descend(small, 30)
     descend(large, 30)
@@ -81,7 +82,7 @@ def test_a_second_moment_that_decays_slowly_still_moves() -> None:
     slow = {**OPTIONS, "betas": (0.9, 0.999)}
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        optimizer = ShardAdamW([{"params": weights()}], moments=dtype, compact=True, **slow)
+        optimizer = CompactAdamW([{"params": weights()}], moments=dtype, **slow)
         descend(optimizer, 60)
         found.append(float(moments(optimizer)[1].double().mean()))
     assert found[0] == pytest.approx(found[1], rel=5e-3)
@@ -95,7 +96,8 @@ def test_weights_in_bfloat16_move_as_far_as_in_float32(lr: float) -> None:
                                  ("stochastic", torch.bfloat16, True)):  # fmt: skip
         learned = weights(dtype)
         before = torch.cat([each.detach().double().flatten() for each in learned])
-        descend(ShardAdamW([{"params": learned}], compact=compact, **{**OPTIONS, "lr": lr}), 30)
+        kind = CompactAdamW if compact else ShardAdamW
+        descend(kind([{"params": learned}], **{**OPTIONS, "lr": lr}), 30)
         moved[name] = float((torch.cat([each.detach().double().flatten() for each in learned]) - before).mean())
     assert moved["stochastic"] == pytest.approx(moved["float32"], rel=0.05)
     assert abs(moved["nearest"]) < 0.7 * abs(moved["float32"])
@@ -103,12 +105,12 @@ def test_weights_in_bfloat16_move_as_far_as_in_float32(lr: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_state_that_is_loaded_goes_on_exactly(dtype: torch.dtype) -> None:
-    options = {**OPTIONS, "moments": torch.bfloat16, "compact": True, "seed": 3}
+    options = {**OPTIONS, "moments": torch.bfloat16, "seed": 3}
     whole, first = weights(dtype), weights(dtype)
-    descend(ShardAdamW([{"params": whole}], **options), 4)
-    before = ShardAdamW([{"params": first}], **options)
+    descend(CompactAdamW([{"params": whole}], **options), 4)
+    before = CompactAdamW([{"params": first}], **options)
     descend(before, 2)
-    after = ShardAdamW([{"params": first}], **options)
+    after = CompactAdamW([{"params": first}], **options)
     after.load_state_dict(copy.deepcopy(before.state_dict()))
     assert {each.dtype for each in moments(after)} == {torch.bfloat16}
     descend(after, 2, begin=2)
@@ -127,9 +129,9 @@ def test_shards_of_several_meshes_and_whole_tensors_are_one_call(compact: bool, 
         ]
         cut = [torch.nn.Parameter(each) for each in parts]
         extra, theirs = weights()[0], weights()[0]
-        options = {**OPTIONS, "moments": torch.bfloat16 if compact else None, "compact": compact}
-        ours = ShardAdamW([{"params": [*cut, extra]}], **options)
-        whole = ShardAdamW([{"params": [*plain, theirs]}], **options)
+        kind: Any = partial(CompactAdamW, moments=torch.bfloat16) if compact else ShardAdamW
+        ours = kind([{"params": [*cut, extra]}], **OPTIONS)
+        whole = kind([{"params": [*plain, theirs]}], **OPTIONS)
         for step in range(3):
             for a, b in zip([*cut, extra], [*plain, theirs], strict=True):
                 b.grad = torch.randn(b.shape, generator=torch.Generator().manual_seed(step))
@@ -179,7 +181,7 @@ def test_the_estimate_counts_the_step(case: str, world: dict[str, str]) -> None:
     memory = StepMemory(recipe, read_shape(checkpoint.config, checkpoint.tensors), Sharding())
     model = load_model(Path(world["model"]), recipe, "cpu")
     dtype = getattr(torch, recipe.precision.moments or recipe.precision.parameters)
-    optimizer = ShardAdamW([{"params": list(model.parameters())}], moments=dtype, compact=True, **OPTIONS)
+    optimizer = CompactAdamW([{"params": list(model.parameters())}], moments=dtype, **OPTIONS)
     descend(optimizer, 1)
     assert memory.state()["moments"] == sum(each.nbytes for each in moments(optimizer))
     with CpuMeter() as meter:
