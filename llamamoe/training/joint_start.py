@@ -19,6 +19,8 @@ from ..lazy import dist
 
 _PATIENCE = timedelta(days=2)
 """Longest time for the checks of another process."""
+_ARRIVAL = timedelta(minutes=30)
+"""Longest time between the starts of two processes, that of torch's own meeting."""
 _HEARD = timedelta(seconds=20)
 """Longest time in which a process that refuses, and at which the others meet, stays for them to hear of it."""
 _PASSED = "passed"
@@ -72,6 +74,7 @@ def _meeting_place() -> tuple[int, int, Any]:
         int(os.environ["MASTER_PORT"]),
         world,
         is_master=rank == 0 and not hosted,
+        timeout=_ARRIVAL,
         wait_for_workers=False,
         multi_tenant=True,  # torch's own meeting is at the same address
     )

@@ -80,7 +80,8 @@ def load_rest(model: Any, folder: Path) -> None:
     saved = safetensors.torch.load_file(folder / REST, backend="pread")
     with torch.no_grad():
         for name, value in _rest(model):
-            value.copy_(saved[name])
+            if name in saved:  # a sharded run stores none of the biases, which it does not move
+                value.copy_(saved[name])
 
 
 def _rest(model: Any) -> list[tuple[str, Any]]:
