@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,6 +11,7 @@ from .._version import __version__
 from ..checkpoint.locate import Location
 from ..checkpoint.readme import HUB_ID, INHERITED, USE, parent_metadata
 from .plan import SplitPlan
+from .recipe import SplitRecipe
 
 
 def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
@@ -55,6 +57,11 @@ def _exactness(plan: SplitPlan) -> str:
     return text
 
 
+def _shown(recipe: SplitRecipe) -> SplitRecipe:
+    """Return the recipe for the card, which is published: texts by name, without the folders of this machine."""
+    return recipe.model_copy(update={"calibration": tuple(Path(each).name for each in recipe.calibration)})
+
+
 def _made(plan: SplitPlan) -> str:
     """Describe the conversion of each FFN."""
     layout, size = plan.layout, plan.model.spec.intermediate_size
@@ -81,7 +88,7 @@ def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: 
         "## Is it the same model?\n\n" + _exactness(plan),
         "## What it costs\n\n" + _cost_table(plan),
         "## How it was made\n\n`llamamoe split SOURCE OUT --recipe llamamoe_recipe.yaml`, with\n\n```yaml\n"
-        + plan.recipe.to_yaml()
+        + _shown(plan.recipe).to_yaml()
         + "```",
     ]
     remarks = [*warnings, *plan.advice]

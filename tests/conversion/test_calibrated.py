@@ -105,6 +105,14 @@ def file_logits(folder: Path, ids: np.ndarray) -> torch.Tensor:
 TARGETS = [("qwen2_moe", 40), ("mixtral", 0), ("glm4_moe", "1x"), ("granitemoeshared", 40)]
 
 
+def test_the_card_names_texts_without_the_folders_of_this_machine(dense: Path, tmp_path: Path) -> None:
+    out = llamamoe.split(dense, tmp_path / "out", recipe(dense), verify=False).out
+    card, written = (out / "README.md").read_text(), (out / "llamamoe_recipe.yaml").read_text()
+    assert "- text.txt\n" in card
+    assert str(dense.parent) not in card
+    assert str(dense.parent) in written
+
+
 @pytest.mark.parametrize("scale", ["hard", "soft"])
 @pytest.mark.parametrize(
     ("target", "shared", "rescale"), [*((*each, None) for each in TARGETS), ("glm4_moe", "1x", "dropout")]
