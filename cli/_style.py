@@ -137,7 +137,10 @@ def spell_flags(message: str, ctx: click.Context) -> str:
         given = ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
         if given and isinstance(option, Option):
             key, flag_ = re.escape(option.key), option.opts[-1]
-            begins, within = rf"(?:^|(?<=^  - )){key}(?:\.[\w.]+)?(?=:| is )", rf"(?<![\w.-]){key}(?= = )"
+            part = (
+                r"(?:\.\w+)*" if message.startswith("the recipe is not valid") else ""
+            )  # elsewhere it may be the name of a file
+            begins, within = rf"(?:^|(?<=^  - )){key}{part}(?=:| is )", rf"(?<![\w.-]){key}(?= = )"
             message = re.sub(rf"(?m){begins}|{within}", flag_, message)
     return message
 

@@ -23,6 +23,7 @@ from .data.recipe import load_tokenize_recipe as load_tokenize_recipe
 from .data.tokenize import Tokenized as Tokenized
 from .data.tokenize import tokenize as tokenize
 from .errors import CheckpointError as CheckpointError
+from .errors import ElsewhereError as ElsewhereError
 from .errors import LlamaMoeError as LlamaMoeError
 from .errors import RefusedError as RefusedError
 from .errors import StoppedError as StoppedError

@@ -43,7 +43,7 @@ def test_lists_and_alternatives_are_told_without_the_words_of_libraries(
     assert "not a list of whole numbers" in run("bench", dense, "--batch-sizes", "1,x", code=2).stderr
     both = (converted[0], converted[0], "--out", tmp_path / "out")
     assert "invalid weights [nan, 1.0]" in run("merge", *both, "--weights", "nan,1", code=2).stderr
-    assert "not a list of numbers" in run("merge", *both, "--weights", "a,b", code=2).stderr
+    assert "neither a list of numbers" in run("merge", *both, "--weights", "a,b", code=2).stderr
 
 
 @pytest.mark.parametrize(
