@@ -24,7 +24,7 @@ from .dynamics import Dynamics
 from .gates import GATES
 from .lora import add_adapters
 from .loss_head import LossHead
-from .losses import LOSSES
+from .losses import made
 from .losses.base import WINDOWS, LossContext, RoutingLoss
 from .metrics import MetricsFile, Sums, active_parameters, peak_flops, training_flops
 from .mixtures.sampler import MixtureSampler
@@ -192,8 +192,7 @@ def _objective(
     facts: dict[str, Any],
 ) -> Objective:
     """Return the loss of a micro-batch, with every term normalised by the global batch."""
-    kinds = [(LOSSES.get(each.name), each.options) for each in recipe.losses] if layers else []
-    losses = [kind(kind.Options(**options)) for kind, options in kinds]
+    losses = made(recipe.losses) if layers else []
     for note in (note for loss in losses for note in loss.notes(dynamics.gate)):
         log.warning("%s", note)
     facts["windows"] = {loss.name: loss.window for loss in losses if loss.window is not None}

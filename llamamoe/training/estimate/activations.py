@@ -21,7 +21,7 @@ from typing import Literal
 
 from ...models.experts.auto import COSTS, prefers_sorted
 from ..gates import GATES
-from ..losses import LOSSES, RoutingLoss
+from ..losses import made
 from ..recipe import PretrainRecipe
 from .shapes import LayerShape, ModelShape
 
@@ -277,16 +277,10 @@ def distillation_bytes(recipe: PretrainRecipe, run: Pass, parent_width: int) -> 
     return Terms(forward, backward, working)
 
 
-def routing_losses(recipe: PretrainRecipe) -> list[RoutingLoss]:
-    """Return the recipe's losses on the routing."""
-    kinds = [(LOSSES.get(each.name), each.options) for each in recipe.losses]
-    return [kind(kind.Options(**options)) for kind, options in kinds]
-
-
 def routing_bytes(recipe: PretrainRecipe, run: Pass) -> Terms:
     """Return the bytes of routing that losses keep, and of the gradients of the logits."""
     converted = [layer for layer in run.model.layers if layer.expert_width]
-    experts, losses = run.model.num_experts, routing_losses(recipe)
+    experts, losses = run.model.num_experts, made(recipe.losses)
     gate, each = GATES.get(recipe.gate.name), 4 * run.tokens * run.model.num_experts
     if not converted or not losses:
         return Terms(0, 0, 0)

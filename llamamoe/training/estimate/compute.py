@@ -8,10 +8,9 @@ Omitted are norms, activations, the optimiser, LoRA's sums of weights, communica
 
 from __future__ import annotations
 
-from ..losses import LOSSES
+from ..losses import LOSSES, made
 from ..metrics import training_flops
 from ..recipe import PretrainRecipe
-from .activations import routing_losses
 from .shapes import ModelShape
 from .sharding import moment_bytes
 
@@ -87,7 +86,7 @@ def _competition(recipe: PretrainRecipe, shape: ModelShape, parent: ModelShape |
     experts = shape.by_group().get("experts", 0)
     shared = shape.by_group().get("shared", 0)
     total = 0.0
-    for loss in routing_losses(recipe):
+    for loss in made(recipe.losses):
         if LOSSES.get(loss.name).needs_targets:
             targets = shared + 2.0 * experts * shape.top_k / max(shape.num_experts, 1)
             targets += sum(layer.numel.get("dense_ffn", 0) for layer in parent.layers) if parent else 0

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..gates import GATES
+from ..losses import made
 from ..recipe import PretrainRecipe
 from .activations import (
     Pass,
@@ -34,7 +35,6 @@ from .activations import (
     experts_bytes,
     ffn_bytes,
     routing_bytes,
-    routing_losses,
     style_for,
     working_bytes,
 )
@@ -118,7 +118,7 @@ class StepMemory:
         self._parent = parent_bytes
         self._distillation = distillation_bytes(recipe, self.run, parent_width)
         self._routing = routing_bytes(recipe, self.run)
-        early = any(loss.trains_experts for loss in routing_losses(recipe))
+        early = any(loss.trains_experts for loss in made(recipe.losses))
         self._early = frozenset({"experts"}) if early else frozenset()
         self._layers = [self._layer(layer, first=index == 0) for index, layer in enumerate(shape.layers)]
         self._ends = {"embeddings": shape.embeddings, "head": shape.head, "norms": shape.norms}
