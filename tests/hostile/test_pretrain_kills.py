@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,20 @@ def assert_same(out: Path, whole: Path) -> None:
     assert not list(out.glob("*.partial"))
 
 
-def test_killed_inside_a_save_it_goes_on_to_the_same_bytes(recipe: Path, whole: Path, tmp_path: Path) -> None:
+def assert_same_after_kills(recipe: Path, points: Sequence[list[Any]], whole: Path, folder: Path) -> None:
+    """Kill a run at each of the points and resume it."""
     jobs = [
         each
-        for i, at in enumerate(IN_A_SAVE)
-        for each in (job(recipe, tmp_path / str(i), at, resume=False), job(recipe, tmp_path / str(i)))
+        for i, at in enumerate(points)
+        for each in (job(recipe, folder / str(i), at, resume=False), job(recipe, folder / str(i)))
     ]
-    assert run_jobs("killable_pretrain", jobs) == [-9, 0] * len(IN_A_SAVE)
-    for i in range(len(IN_A_SAVE)):
-        assert_same(tmp_path / str(i), whole)
+    assert run_jobs("killable_pretrain", jobs) == [-9, 0] * len(points)
+    for i in range(len(points)):
+        assert_same(folder / str(i), whole)
+
+
+def test_killed_inside_a_save_it_goes_on_to_the_same_bytes(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    assert_same_after_kills(recipe, IN_A_SAVE, whole, tmp_path)
 
 
 def test_killed_while_a_checkpoint_is_written_in_the_background(recipe: Path, whole: Path, tmp_path: Path) -> None:
@@ -95,14 +101,7 @@ def test_killed_while_a_checkpoint_is_written_in_the_background(recipe: Path, wh
         ["rename", 3],
         ["rotate", 2],
     ]
-    jobs = [
-        each
-        for i, at in enumerate(points)
-        for each in (job(beside, tmp_path / str(i), at, resume=False), job(beside, tmp_path / str(i)))
-    ]
-    assert run_jobs("killable_pretrain", jobs) == [-9, 0] * len(points)
-    for i in range(len(points)):
-        assert_same(tmp_path / str(i), whole)
+    assert_same_after_kills(beside, points, whole, tmp_path)
 
 
 @pytest.mark.slow
