@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -103,8 +104,6 @@ def reshard(model: torch.nn.Module) -> None:
     FSDP2 keeps those of the outermost module (embedding, last norm, head) gathered until a backward pass. An optimiser
     created meanwhile would hold the gathered copies, and a state dict would save them.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

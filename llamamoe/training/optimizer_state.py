@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ..checkpoint.files import write_text
 from ..errors import CheckpointError
+from .adamw import local
 from .resuming import OPTIMIZER, SCHEDULE
 from .shards import State, load_shards, stored
 
@@ -101,8 +101,7 @@ def _empty(
     if shape == parameter.shape and key != "step":
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     on_device = key != "step" or group.get("fused") or group.get("capturable")
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return torch.empty(shape, dtype=dtype, device=local.device if on_device else "cpu")
+    return torch.empty(shape, dtype=dtype, device=local(parameter).device if on_device else "cpu")
 
 
 def _load_schedule(optimizer: Any, scheduler: Any, folder: Path) -> None:
