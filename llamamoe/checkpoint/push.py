@@ -15,7 +15,7 @@ from ..lazy import huggingface_hub
 from ..progress import ProgressCallback, counting, ignore_progress
 from .files import check_plain_file
 from .locate import LOGIN
-from .out_folder import RECIPE_FILE
+from .out_folder import RECIPE_FILE, TRAINING_RECEIPT_FILE
 from .reader import INDEX, LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from .readme import HUB_ID, parent_metadata
 
@@ -120,7 +120,7 @@ def _chosen(path: Path, weights: set[str]) -> tuple[dict[str, int], tuple[str, .
     Raises:
         RefusedError: One of them is not a plain file.
     """
-    trained = (path / "llamamoe_training_receipt.json").is_file()
+    trained = (path / TRAINING_RECEIPT_FILE).is_file()
     there = sorted(each.name for each in path.iterdir())
     wanted = weights | _ALWAYS | ({"recipe.yaml"} if trained else set())
     chosen = [name for name in there if name in wanted or _RECORDS.fullmatch(name)]

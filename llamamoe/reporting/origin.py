@@ -8,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.json_files import read_json
-from ..checkpoint.out_folder import DERIVED_FILE, HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECEIPT_FILE, RECIPE_FILE
+from ..checkpoint.out_folder import (
+    DERIVED_FILE,
+    HEAL_RECEIPT_FILE,
+    HEAL_RECIPE_FILE,
+    RECEIPT_FILE,
+    RECIPE_FILE,
+    TRAINING_RECEIPT_FILE,
+)
 from ..checkpoint.paths import inside
 from ..errors import CheckpointError, UsageError
 from ..training.metrics import read_lines
 from ..training.ownership import METRICS
 from ..training.ownership import RECIPE as TRAINING_RECIPE
-from ..training.run_folder import RECEIPT as TRAINING_RECEIPT
 
 
 def provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the origin of a checkpoint from its files; missing facts are empty."""
     block = config.get("llamamoe")
-    receipts = [_json(folder / name) for name in (RECEIPT_FILE, HEAL_RECEIPT_FILE, TRAINING_RECEIPT, DERIVED_FILE)]
+    receipts = [_json(folder / name) for name in (RECEIPT_FILE, HEAL_RECEIPT_FILE, TRAINING_RECEIPT_FILE, DERIVED_FILE)]
     made = [receipt for receipt in receipts if receipt]
     newest: dict[str, Any] = made[-1] if made else {}
     recipe = next(

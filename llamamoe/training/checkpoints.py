@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import distributed as dist
 
-from ..checkpoint.files import make_folder, write_text
-from ..checkpoint.reader import INDEX
+from ..checkpoint.files import make_folder
 from ..errors import ElsewhereError, LlamaMoeError
 from .lora import save_rest
 from .native_weights import pending_weights, save_config
@@ -24,7 +22,7 @@ from .ownership import STAGING, publish
 from .ranks import several_ranks
 from .resuming import OPTIMIZER, by_deepspeed, metrics_facts, note_files, optimizer_file, state_errors
 from .run_folder import checkpoints, is_of_the_disk, rotate
-from .saving import Background, Report, all_files, index_of, on_all_ranks, write_files
+from .saving import Background, Report, all_files, on_all_ranks, write_files, write_index
 from .shards import PendingFile, pending_shard
 
 if TYPE_CHECKING:
@@ -156,9 +154,7 @@ class Checkpoints:
             on_all_ranks(lambda: self._first(publish_all), self._group)
 
     def _publish(self, folder: Path, reports: Sequence[Report], *, step: int, metrics: dict[str, Any]) -> None:
-        index = index_of(reports)
-        if index is not None:
-            write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(folder, reports)
         note_files(
             folder,
             self._folder,

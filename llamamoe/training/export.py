@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from ..architectures.targets import TARGETS
 from ..checkpoint.files import write_text
 from ..checkpoint.manifest import FileEntry
+from ..checkpoint.out_folder import TRAINING_RECEIPT_FILE
 from ..checkpoint.quiet import quiet_transformers
-from ..checkpoint.reader import INDEX, SafetensorsCheckpoint
+from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
 from ..errors import ElsewhereError, LlamaMoeError, printable
 from ..models.loadable import check_loads
@@ -25,8 +26,8 @@ from .moe_layers import CORRECTION_BIAS
 from .native_weights import pending_weights, reshard, save_config
 from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id
 from .recipe import PretrainRecipe
-from .run_folder import RECEIPT, complete
-from .saving import all_files, index_of, on_all_ranks, write_files
+from .run_folder import complete
+from .saving import all_files, on_all_ranks, write_files, write_index
 
 _FILE_BYTES = 5 * 10**9
 """Bytes of the model from which another rank writes a file of it."""
@@ -51,7 +52,7 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         check_loads(partial)
         write_text(partial / "README.md", _card(trainer.parts.recipe, source, receipt["trained"]))
         write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())
-        write_text(partial / RECEIPT, json.dumps(receipt, indent=1) + "\n")
+        write_text(partial / TRAINING_RECEIPT_FILE, json.dumps(receipt, indent=1) + "\n")
         complete(partial, {"run": run_id(folder), "step": trainer.state.global_step}, written)
         if final.exists():
             discard(folder, final)
@@ -86,9 +87,7 @@ def _write_together(
     first(lambda: save_config(model, partial))
     weights = pending_weights(model, partial, args.process_index, args.world_size, file_bytes=_FILE_BYTES)
     reports = on_all_ranks(lambda: write_files(partial, (), weights))
-    index = index_of(reports)
-    if index is not None:
-        first(lambda: write_text(partial / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n"))
+    first(lambda: write_index(partial, reports))
     return all_files(reports)
 
 
@@ -99,7 +98,7 @@ def _card(recipe: PretrainRecipe, source: Path, trained: Mapping[str, Any]) -> s
     story = (
         f"`llamamoe pretrain --recipe {RECIPE}` continued the pretraining of `{name}`{helped}: {trained['steps']:,} steps of "
         f"{recipe.batch_size:,} sequences of {recipe.data.block_length:,} tokens, {trained['tokens']:,} tokens in all. "
-        f"{RECIPE} is the recipe, {RECEIPT} says what was found at the start and which versions ran."
+        f"{RECIPE} is the recipe, {TRAINING_RECEIPT_FILE} says what was found at the start and which versions ran."
     )
     model_type = str(SafetensorsCheckpoint(source).config.get("model_type"))
     moe = model_type if model_type in TARGETS else None

@@ -16,7 +16,6 @@ from .ownership import LOCK, MARKER, METRICS, discard, manifest_of, named_checkp
 from .recipe import PretrainRecipe
 
 log = logging.getLogger("llamamoe")
-RECEIPT = "llamamoe_training_receipt.json"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Not imported by plans.
 from __future__ import annotations
 
 import errno
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from ..checkpoint.files import write_text
 from ..checkpoint.manifest import FileEntry
+from ..checkpoint.reader import INDEX
 from ..errors import ElsewhereError, LlamaMoeError
 from .ranks import several_ranks
 from .run_folder import is_of_the_disk
@@ -87,12 +90,12 @@ def write_files(folder: Path, pending: Sequence[PendingFile], weights: PendingFi
     return Report(files, dict.fromkeys(weights.tensors, weights.path.name), nbytes)
 
 
-def index_of(reports: Sequence[Report]) -> dict[str, Any] | None:
-    """Return the content of the index of a model in several files; None for one file."""
+def write_index(folder: Path, reports: Sequence[Report]) -> None:
+    """Write the index of a model in several files; nothing for one file."""
     weights = {name: file for report in reports for name, file in report.weights.items()}
-    if len(set(weights.values())) < 2:
-        return None
-    return {"metadata": {"total_size": sum(report.nbytes for report in reports)}, "weight_map": weights}
+    if len(set(weights.values())) > 1:
+        index = {"metadata": {"total_size": sum(report.nbytes for report in reports)}, "weight_map": weights}
+        write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def all_files(reports: Sequence[Report]) -> dict[str, FileEntry]:

@@ -15,7 +15,7 @@ import transformers.models.mixtral.modeling_mixtral  # noqa: F401  # what traini
 import llamamoe.models.loading  # noqa: F401
 from llamamoe import pretrain
 from llamamoe.checkpoint import manifest, tensor_file
-from llamamoe.training import checkpoints, dynamics, export, metrics, objective, shards
+from llamamoe.training import checkpoints, dynamics, export, metrics, objective, saving, shards
 from llamamoe.training.recipe import load_pretrain_recipe
 
 from .dying import Points, serve
@@ -27,7 +27,7 @@ POINTS: Points = {
     "file": (shards, "write_tensors"),
     "tensor": (tensor_file, "tensor_bytes"),
     "written": (tensor_file, "FileEntry"),
-    "index": (checkpoints, "write_text"),
+    "index": (saving, "write_text"),
     "state": (dynamics.Dynamics, "save"),
     "marker": (manifest, "write_text"),
     "rotate": (checkpoints, "rotate"),
