@@ -175,12 +175,13 @@ def _train(recipe: PretrainRecipe, out: str, where: dict[str, Any], output: Outp
 def _left(out: Path) -> str:
     """Return how an interrupted run can be resumed."""
     from llamamoe.training.ownership import TEACHER, named_checkpoints
+    from llamamoe.training.teacher import finished_teacher
 
     there = named_checkpoints(out) or named_checkpoints(out / TEACHER)
     where = "starts over: it has no checkpoint yet"
     if there:
         where = f"continues from its newest checkpoint, {there[-1].relative_to(out)}"
-    elif (out / TEACHER / "model").exists():
+    elif finished_teacher(out) is not None:
         where = "continues with the trained parent"
     return f"{out} is kept, --resume {where}"
 

@@ -42,6 +42,7 @@ from .ownership import (
 )
 from .recipe import PretrainRecipe
 from .resuming import check_contents, check_same_run, chosen, warn_of_metrics
+from .teacher import check_teacher
 
 
 def check_place(out: Path, recipe: PretrainRecipe, source: Path, parent: Path | None) -> None:
@@ -160,7 +161,10 @@ def prepare_run_folder(folder: Path, recipe: PretrainRecipe, checkpoint: Path | 
 
     Raises:
         CheckpointError: The checkpoint is damaged, or cannot be trained; nothing was changed.
+        RefusedError: The trained parent in the folder is damaged, or of another recipe; nothing was changed.
     """
+    if recipe.teacher is not None and not force:
+        check_teacher(recipe, folder)
     if checkpoint is not None:
         check_contents(checkpoint, recipe)
         if recipe.lora is None:  # otherwise the model is loaded from the recipe's folder

@@ -209,7 +209,7 @@ def _train_teacher(
     """Train the parent in the run's folder, unless that is done, and return its model and the number of its tokens."""
     given = teacher_recipe(recipe)
     tokens, resume = given.max_steps * given.tokens_per_step, how["resume"] is not False
-    if resume and (model := finished_teacher(recipe, folder)) is not None:
+    if resume and (model := finished_teacher(folder)) is not None:
         return model, tokens
 
     def report(done: Progress) -> None:

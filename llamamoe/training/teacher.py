@@ -59,21 +59,26 @@ def teacher_recipe(recipe: PretrainRecipe) -> PretrainRecipe:
     return PretrainRecipe.load(given=given)
 
 
-def finished_teacher(recipe: PretrainRecipe, out: Path) -> Path | None:
-    """Return the model of a finished training of the parent; None if it is not finished.
+def finished_teacher(out: Path) -> Path | None:
+    """Return the model of a finished training of the parent, in the folder of its run; None if it is not finished."""
+    model = out / TEACHER / FINAL
+    return model if model.exists() else None
+
+
+def check_teacher(recipe: PretrainRecipe, out: Path) -> None:
+    """Refuse a finished training of the parent that is damaged or of another recipe. Reads all of its model.
 
     Args:
         recipe: The run's recipe.
         out: The run's folder.
 
     Raises:
-        RefusedError: Another recipe trained it, or the run did not write it.
+        RefusedError: It is, or the run did not write it.
         CheckpointError: Its list of files is missing or damaged.
     """
-    folder = out / TEACHER
-    model = folder / FINAL
-    if not model.exists():
-        return None
+    folder, model = out / TEACHER, finished_teacher(out)
+    if model is None:
+        return
     found = manifest_of(model, run_id(folder))
     way = f"Delete {folder} to train the teacher again, or give another --out."
     if fault := next(chain(found.misfits(model), found.changes(model)), None):
@@ -81,7 +86,6 @@ def finished_teacher(recipe: PretrainRecipe, out: Path) -> Path | None:
     before, now = PretrainRecipe.load(folder / RECIPE), teacher_recipe(recipe)
     if not named_checkpoints(out) and (changes := Changes.between(before, now, now.max_steps)):
         raise RefusedError(f"the parent in {model} was trained by another recipe: {changes}.", hint=way)
-    return model
 
 
 def drop_checkpoints(folder: Path) -> None:
