@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..data.shards import TokenCorpus
 from ..data.token_index import VALIDATION, read_index
 from ..errors import UsageError
-from .recipe import DataRecipe
+from .recipe_parts import DataRecipe
 
 
 def training_corpus(recipe: DataRecipe) -> TokenCorpus:

@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint.files import save_tensors
 from ..lazy import peft, require, safetensors, torch
 from .moe_layers import CORRECTION_BIAS
-from .recipe import LoraRecipe
+from .recipe_parts import LoraRecipe
 from .resuming import REST
 
 

@@ -12,7 +12,8 @@ from ..architectures.costs import role_of
 from ..errors import CheckpointError, UsageError
 from ..lazy import torch
 from .moe_layers import CORRECTION_BIAS
-from .recipe import GROUPS, LrScheduleRecipe, PretrainRecipe
+from .recipe import PretrainRecipe
+from .recipe_parts import GROUPS, LrScheduleRecipe
 
 _EXPERT_GROUPS = ("experts", "shared")
 _NO_DECAY = ("router", "norms")

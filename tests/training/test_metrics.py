@@ -19,7 +19,8 @@ from llamamoe.training.estimate.shapes import read_shape
 from llamamoe.training.lora import add_adapters
 from llamamoe.training.metrics import active_parameters, peak_flops, training_flops
 from llamamoe.training.moe_layers import find_moe_layers
-from llamamoe.training.recipe import LoraRecipe, load_pretrain_recipe
+from llamamoe.training.recipe import load_pretrain_recipe
+from llamamoe.training.recipe_parts import LoraRecipe
 
 from .runs import lines_of, make_world, recipe_of
 from .tiny_moe import ARCHITECTURES, input_ids, tiny_moe
