@@ -23,6 +23,8 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 GPU_ONLY = ("triton", "transformer_engine", "einops")
 LENGTH = 24
@@ -135,8 +137,6 @@ def main() -> None:
     folder = Path(sys.argv[1])
     prepare()
     from megatron.bridge import AutoBridge
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     bridge = AutoBridge.from_hf_pretrained(str(folder))
     local_experts(type(bridge._model_bridge))
