@@ -102,13 +102,11 @@ def merge(
     config, factors = _one_weighing(checkpoints, configs)
     config["llamamoe"] = _block(checkpoints, factors[0], _scaling(config) / _scaling(configs[0]))
     warnings = tuple(_warnings(locations, checkpoints, configs, factors))
-    losses: tuple[float, ...] | None = None
+    paths, losses = [each.path for each in locations], None
     if weights == "auto":
-        check_place(normal_path(out), [each.path for each in locations], force=force)
-        losses = example_losses([each.path for each in locations], examples, progress)
+        check_place(normal_path(out), paths, force=force)
+        losses = example_losses(paths, examples, progress)
         shares = _shares(len(models), cocktail_weights(losses, temperature))
-    chosen: dict[str, Any] = {} if losses is None else {"weighed_by": "examples", "temperature": temperature}
-    parts = ", ".join(f"`{each.name}` ({share:.4g})" for share, each in zip(shares, locations, strict=True))
     job = Rewriting(
         deed="merge",
         title=f"A merge of {len(models)} models",
@@ -116,12 +114,23 @@ def merge(
         checkpoints=checkpoints,
         config=config,
         make=lambda name: _average(checkpoints, shares, factors, name),
-        facts={"models": [each.name for each in locations], "weights": list(shares)} | chosen,
-        story=f"The average of the weights of {parts}.",
+        facts=_facts(locations, shares, None if losses is None else temperature),
+        story=_story(locations, shares),
         warnings=warnings,
     )
     receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
     return MergeResult(Path(out).expanduser(), shares, receipt, warnings, losses)
+
+
+def _facts(locations: Sequence[Location], shares: Sequence[float], temperature: float | None) -> dict[str, Any]:
+    """Return the merge's entries of the receipt; with a temperature, its weights come from examples."""
+    chosen = {} if temperature is None else {"weighed_by": "examples", "temperature": temperature}
+    return {"models": [each.name for each in locations], "weights": list(shares)} | chosen
+
+
+def _story(locations: Sequence[Location], shares: Sequence[float]) -> str:
+    parts = ", ".join(f"`{each.name}` ({share:.4g})" for share, each in zip(shares, locations, strict=True))
+    return f"The average of the weights of {parts}."
 
 
 def _check_examples(weights: Sequence[float] | str | None, examples: Sequence[str | Path], temperature: float) -> None:
