@@ -126,13 +126,14 @@ def plan_pretraining(
     from .batches import check_ranks
     from .estimate.estimate import estimate
 
-    _check_device(
-        device_memory=device_memory,
-        peak_flops=peak_flops,
-        bandwidth=bandwidth,
-        utilisation=utilisation,
-        disk_rate=disk_rate,
-    )
+    device: dict[str, Any] = {
+        "device_memory": device_memory,
+        "peak_flops": peak_flops,
+        "bandwidth": bandwidth,
+        "utilisation": utilisation,
+        "disk_rate": disk_rate,
+    }
+    _check_device(**device)
     location, parent = locate_folder(recipe.model), locate(recipe.parent).path if recipe.parent else None
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     facts = identities(recipe, location.path, parent)
@@ -152,23 +153,13 @@ def plan_pretraining(
         parent_tensors=dense.tensors if dense else None,
         parent_config=dense.config if dense else None,
         world_size=world_size,
-        device_memory=None if device_memory is None else int(device_memory),
-        peak_flops=peak_flops,
-        bandwidth=bandwidth,
-        utilisation=utilisation,
-        disk_rate=disk_rate,
+        **device | {"device_memory": None if device_memory is None else int(device_memory)},
     )
     rows = config.get("vocab_size")
     notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []
     told: tuple[str, ...] = (f"the run continues with {changes.describe()}",) if changes else ()
     teacher = None
     if recipe.teacher is not None:
-        device: dict[str, Any] = {
-            "device_memory": device_memory,
-            "peak_flops": peak_flops,
-            "bandwidth": bandwidth,
-            "utilisation": utilisation,
-        }
         teacher = plan_pretraining(teacher_recipe(recipe), world_size=world_size, **device)
     told = (*doubts(recipe, config), *notes, *told)
     return PretrainPlan(location.name, recipe, domains, held_out, found, told, teacher)

@@ -169,3 +169,11 @@ def test_separators_can_be_left_out_of_the_divergence(world: dict[str, str]) -> 
         for t in range(11):
             assert every[b, t] > 0
             assert within[b, t] == (0 if (b, t) in dropped else every[b, t]), (b, t)
+
+
+def test_the_plan_of_the_teacher_assumes_the_same_device(world: dict[str, str]) -> None:
+    plan = plan_pretraining(recipe_for(world), peak_flops=1e12, disk_rate=1e6)
+    assert plan.teacher is not None
+    for each in (plan, plan.teacher):
+        assert each.estimate.saving["save_seconds"] == each.estimate.disk["checkpoint"] / 1e6
+        assert each.estimate.seconds is not None
