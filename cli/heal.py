@@ -89,7 +89,7 @@ def command(
     given = {"text": list(text) or None, "tokens": tokens, "device": device, "compute_dtype": compute_dtype}
     complete = _recipe(recipe, given, overrides)
     if dry_run:
-        _plan(model, out, parent, complete, force, output)
+        _plan(model, out, parent, complete, resume, force, output)
         return
     follows = int(os.environ.get("RANK", "0")) > 0  # torchrun: the first process speaks for all
     output = Output(quiet=True) if follows else output
@@ -108,14 +108,16 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
         return load_heal_recipe(path, given=given, overrides=overrides)
 
 
-def _plan(model: str, out: str | None, parent: str, recipe: HealRecipe, force: bool, output: Output) -> None:
+def _plan(
+    model: str, out: str | None, parent: str, recipe: HealRecipe, resume: bool, force: bool, output: Output
+) -> None:
     from llamamoe.checkpoint.out_folder import normal_path
     from llamamoe.healing.output import check_place
     from llamamoe.healing.plan import plan_heal
 
     plan = plan_heal(model, parent, recipe)
     if out is not None:
-        check_place(normal_path(out), plan, force=force)
+        check_place(normal_path(out), plan, resume=resume, force=force)
     output.result({"dry_run": True, "out": out, **plan.to_json()}, lambda: _print_plan(plan))
 
 

@@ -97,15 +97,18 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
 def _plan(
     source: str, out: str | None, recipe: SplitRecipe, resume: bool, force: bool, tokenizer: str | None, output: Output
 ) -> None:
+    from llamamoe.checkpoint.ledger import check_left, partial_path
     from llamamoe.checkpoint.out_folder import check_out, normal_path
     from llamamoe.conversion.preflight import check_room
     from llamamoe.conversion.split import plan_conversion
 
     from ._plan import print_plan
 
+    folder = None if out is None else normal_path(out)
+    if folder is not None:
+        check_left(partial_path(folder), resume=resume, restart=force)
     plan = plan_conversion(source, recipe, tokenizer=tokenizer)
-    if out is not None:
-        folder = normal_path(out)
+    if folder is not None:
         check_out(folder, plan.model.checkpoint.path, force=force)
         check_room(folder, plan, resume=resume)
     output.result(

@@ -72,13 +72,7 @@ class Ledger:
         self.seconds_before = 0.0
         self._opened = time.monotonic()
         self._foreign = foreign
-        if folder.exists() and not (resume or restart):
-            if is_locked(folder / LEDGER):
-                raise in_use(folder)
-            raise RefusedError(
-                f"{folder} is left from a run that was stopped.",
-                hint="--resume finishes it; --force starts again.",
-            )
+        check_left(folder, resume=resume, restart=restart)
         if folder.is_symlink() or (folder.exists() and not _is_ours(folder)):
             raise RefusedError(
                 f"{folder} is needed to assemble OUT, but it holds something else.",
@@ -154,6 +148,27 @@ class Ledger:
     def close(self) -> None:
         """Close the file, which also releases the lock."""
         self._file.close()
+
+
+def check_left(folder: Path, *, resume: bool, restart: bool) -> None:
+    """Refuse a new run while the work of a stopped or running one is in the folder in which OUT is assembled.
+
+    `Ledger` checks it, too; a command calls this first, so that the user does not wait for a refusal.
+
+    Args:
+        folder: ``OUT.partial/``.
+        resume: The run finishes the work in it.
+        restart: The run discards the work in it.
+
+    Raises:
+        RefusedError: The work of another run is in it, and neither ``resume`` nor ``restart`` is given.
+    """
+    if not (resume or restart) and _is_ours(folder):
+        if is_locked(folder / LEDGER):
+            raise in_use(folder)
+        raise RefusedError(
+            f"{folder} is left from a run that was stopped.", hint="--resume finishes it; --force starts again."
+        )
 
 
 def in_use(folder: Path) -> RefusedError:

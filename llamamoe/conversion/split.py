@@ -15,7 +15,7 @@ from ..architectures.dense_checkpoint import understand
 from ..calibration.compute import Compute, choose_compute
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import index_json
-from ..checkpoint.ledger import partial_path, run_facts
+from ..checkpoint.ledger import check_left, partial_path, run_facts
 from ..checkpoint.locate import Location, locate, open_checkpoint
 from ..checkpoint.out_folder import RECEIPT_FILE, RECIPE_FILE, check_out, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX
@@ -104,7 +104,9 @@ def split(
     """
     started = time.monotonic()
     check_transformers()
-    location, out = locate(source), normal_path(out)
+    out = normal_path(out)
+    check_left(partial_path(out), resume=resume, restart=force)
+    location = locate(source)
     checkpoint = open_checkpoint(location, tokenizer=tokenizer)
     plan = plan_split(understand(checkpoint), recipe or SplitRecipe())
     recover_replaced(out)

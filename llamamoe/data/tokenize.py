@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.ledger import LEDGER, Ledger, partial_path
+from ..checkpoint.ledger import LEDGER, Ledger, check_left, partial_path
 from ..checkpoint.out_folder import normal_path, system_errors
 from ..errors import LlamaMoeError
 from ..progress import RESUMED, Progress, ProgressCallback, ignore_progress
@@ -106,6 +106,7 @@ def tokenize(
     """
     started = time.monotonic()
     plan, out = plan_tokenize(recipe), normal_path(out)
+    check_left(partial_path(out), resume=resume, restart=force)
     vocabulary = open_vocabulary(recipe.tokenizer)
     fingerprint = plan.fingerprint(vocabulary)
     run = _Run(plan, vocabulary, partial_path(out), strict, progress)

@@ -116,7 +116,7 @@ class _Healing:
         started, plan = time.monotonic(), self.plan
         check_model(plan.checkpoint.config, {name: info.shape for name, info in plan.checkpoint.tensors.items()})
         tokenizer = check_parent(plan.checkpoint, plan.checkpoint.config)
-        self.ranks.on_first(lambda: self._check(force=force))
+        self.ranks.on_first(lambda: self._check(resume=resume, force=force))
         text = self._text()
         warnings = (*plan.warnings, *text.warnings, *differences(plan), *self._remarks())
         layers = LayerRun(
@@ -138,9 +138,9 @@ class _Healing:
                     writer.publish(replace=force)
         return HealResult(self.out, plan, self.ranks.share(receipt), warnings)
 
-    def _check(self, *, force: bool) -> None:
+    def _check(self, *, resume: bool, force: bool) -> None:
         recover_replaced(self.out)
-        check_place(self.out, self.plan, force=force)
+        check_place(self.out, self.plan, resume=resume, force=force)
 
     def _text(self) -> CalibrationText:
         from ..calibration.sampled import open_tokenizer

@@ -14,7 +14,7 @@ from .._version import __version__
 from ..architectures.config_compat import missing_keys
 from ..architectures.expert_weighting import rescaled_block
 from ..checkpoint.files import copy_file, open_append, write_text
-from ..checkpoint.ledger import LEDGER, partial_path
+from ..checkpoint.ledger import LEDGER, check_left, partial_path
 from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECIPE_FILE, check_out, free_bytes
 from ..checkpoint.reader import INDEX
 from ..checkpoint.readme import read_card
@@ -27,7 +27,7 @@ from .plan import HealPlan, config_of, factors_of
 _ROOM = 64 * 2**20
 
 
-def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
+def check_place(out: Path, plan: HealPlan, *, resume: bool, force: bool) -> None:
     """Refuse an OUT that would harm existing files, or for which there is no room.
 
     Raises:
@@ -37,6 +37,7 @@ def check_place(out: Path, plan: HealPlan, *, force: bool) -> None:
     for source in (plan.model.path, plan.parent.path):
         check_out(out, source, force=force)
     _mark_finished(partial_path(out))
+    check_left(partial_path(out), resume=resume, restart=force)
     have = free_bytes(out, resume=True)
     need = plan.nbytes + _ROOM + (2 * plan.state_bytes if plan.states_in_files else 0)
     if have < need:

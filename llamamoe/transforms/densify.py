@@ -84,7 +84,8 @@ def densify(
     origin = locate(like) if like is not None else None
     parent = understand(open_parent(origin.path, location.path)) if origin is not None else None
     check_size(shard_size)
-    check_place(normal_path(out), [location.path, *([origin.path] if origin is not None else [])], force=force)
+    read = [location.path, *([origin.path] if origin is not None else [])]
+    check_place(normal_path(out), read, resume=resume, force=force)
     converted = ConvertedModel(checkpoint, rescale)
     check_shapes(converted)
     check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})

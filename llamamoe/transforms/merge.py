@@ -104,7 +104,7 @@ def merge(
     warnings = tuple(_warnings(locations, checkpoints, configs, factors))
     paths, losses = [each.path for each in locations], None
     if weights == "auto":
-        check_place(normal_path(out), paths, force=force)
+        check_place(normal_path(out), paths, resume=resume, force=force)
         losses = example_losses(paths, examples, progress)
         shares = _shares(len(models), cocktail_weights(losses, temperature))
     job = Rewriting(

@@ -17,6 +17,7 @@ from ..architectures.targets import TARGETS
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import Shards, index_json
+from ..checkpoint.ledger import check_left, partial_path
 from ..checkpoint.locate import Location, locate_folder
 from ..checkpoint.out_folder import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
@@ -121,7 +122,12 @@ def rewrite(
         LlamaMoeError: A value is not finite, or writing failed; then ``resume`` continues.
     """
     place = normal_path(out)
-    check_place(place, [*(source.path for source in job.sources), *(each.path for each in job.read_too)], force=force)
+    check_place(
+        place,
+        [*(source.path for source in job.sources), *(each.path for each in job.read_too)],
+        resume=resume,
+        force=force,
+    )
     _check_room(job, place, resume=resume, force=force)
     check_model(job.config, {name: shape for file in job.files().values() for name, (_, shape, _) in file.items()})
     tokenizer = check_parent(job.base, job.config)
@@ -152,15 +158,16 @@ def rewrite(
     return receipt
 
 
-def check_place(out: Path, read: Sequence[Path], *, force: bool) -> None:
+def check_place(out: Path, read: Sequence[Path], *, resume: bool, force: bool) -> None:
     """Refuse an OUT that would harm existing files, including models that are read.
 
     Raises:
-        RefusedError: See `llamamoe.checkpoint.out_folder.check_out`.
+        RefusedError: See `llamamoe.checkpoint.out_folder.check_out` and `llamamoe.checkpoint.ledger.check_left`.
     """
     recover_replaced(out)
     for path in read:
         check_out(out, path, force=force)
+    check_left(partial_path(out), resume=resume, restart=force)
 
 
 def _check_room(job: Rewriting, out: Path, *, resume: bool, force: bool) -> None:

@@ -191,6 +191,16 @@ def test_dry_run_refuses_what_the_run_would_refuse(dense: Path, converted: tuple
     run("split", dense, converted[0], "--dry-run", "--force")
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_what_an_interrupted_run_left_is_refused_first(more: tuple[str, ...], tmp_path: Path, run: Run) -> None:
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    error = run("split", tmp_path / "no-source", tmp_path / "out", *more, code=3).stderr
+    assert f"{left} is left from a run that was stopped" in error
+    assert "--resume finishes it; --force starts again." in error
+    assert "no-source" in run("split", tmp_path / "no-source", tmp_path / "out", *more, "--resume", code=3).stderr
+
+
 def test_force_replaces(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     shutil.copytree(converted[0], out)
