@@ -20,10 +20,18 @@ if TYPE_CHECKING:
     from llamamoe.conversion.split import SplitResult
 
 
-def print_plan(plan: SplitPlan, source: str, *, verbose: bool) -> None:
+def print_plan(plan: SplitPlan, source: str, *, verify: bool, verbose: bool) -> None:
     """Print the plan for ``--dry-run``."""
+    from llamamoe.conversion.verify import verification_seconds
+
     echo(bold(f"{source}: {plan.model.source.name} -> {plan.target.name}"))
-    facts(_conversion(plan))
+    checked = [
+        (
+            "verification",
+            f"about {duration(verification_seconds(plan))} more: all weights and both models' outputs are compared",
+        )
+    ]
+    facts([*_conversion(plan), *(checked if verify else [])])
     heading("Costs")
     _costs(plan.parent_cost, plan.cost)
     _speed(plan)
@@ -87,6 +95,7 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     times = "" if factor == 1.0 else f", routed outputs x {factor:g}"
     rows = [
         ("layers", f"{spec.num_layers}, hidden size {spec.hidden_size:,}, FFN of {spec.intermediate_size:,} neurons"),
+        ("FFN active", ffn_active(plan)),
     ]
     if plan.target.routed:
         rows += [
@@ -142,6 +151,12 @@ def _alignment(needed: AlignmentPlan) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+def ffn_active(plan: SplitPlan) -> str:
+    """The neurons of a converted layer that a token uses, and their share of the FFN's."""
+    used, size_ = plan.layout.active_neurons, plan.model.spec.intermediate_size
+    return f"{used:,} of {size_:,} neurons for each token ({100 * used / size_:.0f} %)"
+
+
 def _costs(before: Cost, after: Cost) -> None:
     rows = [
         ("parameters", before.total_parameters, after.total_parameters, amount),
@@ -183,6 +198,8 @@ def _advice(advice: Sequence[str]) -> None:
 
 def print_result(result: SplitResult) -> None:
     """Print the result of a conversion."""
+    from llamamoe.transforms.export_gguf import runs_in_llama_cpp
+
     plan, run = result.plan, result.receipt["run"]
     echo("\n", bold(str(result.out)), f": {plan.target.name}, ready for transformers.")
     before, after = plan.parent_cost, plan.cost
@@ -190,20 +207,25 @@ def print_result(result: SplitResult) -> None:
     facts(
         [
             ("parameters", f"{amount(after.total_parameters)}; {amount(after.active_parameters)} active ({shares[0]})"),
+            ("FFN active", ffn_active(plan)),
             ("files", f"{plural(len(plan.shards), 'file')}, {size(after.nbytes)}"),
-            ("parity", parity(result.receipt.get("verification"))),
+            *_verified(plan, result.receipt.get("verification")),
             *_layer_errors(result.receipt["layers"]),
             ("took", f"{took(run)}, at most {size(run['peak_resident_bytes'])} of memory"),
         ]
     )
     print_warnings(result.warnings)
     _advice(plan.advice)
-    models = f"{shlex.quote(str(result.out))} --against {shlex.quote(str(plan.model.checkpoint.path))}"
+    out = shlex.quote(str(result.out))
+    models = f"{out} --against {shlex.quote(str(plan.model.checkpoint.path))}"
     heading("Measure it")
     echo(f"  llamamoe evaluate {models} --text HELD_OUT_TEXT")
     echo(f"  llamamoe bench {models}")
     if plan.target.routed:
         echo(f"  llamamoe report {models} --text HELD_OUT_TEXT")
+    if runs_in_llama_cpp(result.out):
+        heading("Run it in llama.cpp")
+        echo(f"  llamamoe export-gguf {out} {out}.gguf")
 
 
 def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -221,17 +243,29 @@ def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
-def parity(check: Mapping[str, Any] | None) -> str:
-    """One sentence on what the comparison with the parent found; ``check`` is `Verification` as plain data."""
+def _verified(plan: SplitPlan, check: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Return the outcome of the comparison with the parent; ``check`` is `Verification` as plain data."""
     if check is None:
-        return "not checked (--no-verify); `llamamoe verify` does it"
+        return [("parity", "not checked (--no-verify); `llamamoe verify` does it")]
     if not check["passed"]:
-        return f"NOT checked: {check['note']}"
+        return [("parity", f"NOT checked: {check['note']}")]
     if check["equal_weights"] is None:
-        text = "not expected, as neurons are left out or refitted; files, names, shapes and all that is kept are as planned"
         away = check.get("as_configured")
-        return text if away is None else f"{text}; logits differ by {away:.2g} of the largest"
+        distance = "" if away is None else f" (logits by {away:.2g} of the largest, as intended)"
+        return [
+            ("verified", "files, names, shapes, and all weights that are kept from the parent"),
+            (
+                "parity",
+                f"not meant to be: {_why_not(plan)}, so outputs differ{distance}; perplexity says what that costs",
+            ),
+        ]
     text = f"logits differ by {error(check['equal_weights'])} of the largest with all experts at equal weights"
     if check["as_stored"] is not None:
         text += f", {error(check['as_stored'])} with the router as stored"
-    return text
+    return [("parity", text)]
+
+
+def _why_not(plan: SplitPlan) -> str:
+    if plan.fitted:
+        return "weights are refitted to the parent's output"
+    return "neurons are changed or repeated" if plan.target.routed else "neurons are left out"

@@ -79,11 +79,11 @@ def command(
     given |= {"strict": strict or None, "card": False if no_card else None}
     aligned = () if align_tokens is None else (f"align.tokens={align_tokens}",)
     complete = _recipe(recipe, given, (*aligned, *overrides))
+    keys: dict[str, Any] = {"verify": not no_verify, "resume": resume, "force": force, "tokenizer": tokenizer}
     if dry_run:
-        _plan(source, out, complete, resume, force, tokenizer, output)
+        _plan(source, out, complete, output, **keys)
     else:
         assert out is not None
-        keys = {"verify": not no_verify, "resume": resume, "force": force, "tokenizer": tokenizer}
         _convert(source, Path(out).expanduser(), complete, output, **keys)
 
 
@@ -95,7 +95,15 @@ def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...
 
 
 def _plan(
-    source: str, out: str | None, recipe: SplitRecipe, resume: bool, force: bool, tokenizer: str | None, output: Output
+    source: str,
+    out: str | None,
+    recipe: SplitRecipe,
+    output: Output,
+    *,
+    verify: bool,
+    resume: bool,
+    force: bool,
+    tokenizer: str | None,
 ) -> None:
     from llamamoe.checkpoint.ledger import check_left, partial_path
     from llamamoe.checkpoint.out_folder import check_out, normal_path
@@ -112,7 +120,8 @@ def _plan(
         check_out(folder, plan.model.checkpoint.path, force=force)
         check_room(folder, plan, resume=resume)
     output.result(
-        {"dry_run": True, "out": out, **plan.to_json()}, lambda: print_plan(plan, source, verbose=output.verbose)
+        {"dry_run": True, "out": out, **plan.to_json()},
+        lambda: print_plan(plan, source, verify=verify, verbose=output.verbose),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -9,7 +10,7 @@ import click
 from ._format import error, plural
 from ._output import Output, output_options
 from ._style import Command, Option
-from ._tables import facts, heading, table
+from ._tables import facts, heading, paragraph, table
 from ._text import bold, echo, styled
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def command(out: str, against: str, output: Output) -> None:
 
     with output.progress() as report:
         verification = verify(out, against, progress=report)
-    output.result(verification.to_json(), lambda: _print(out, verification, verbose=output.verbose), summary=True)
+    output.result(
+        verification.to_json(), lambda: _print(out, against, verification, verbose=output.verbose), summary=True
+    )
 
 
 def _neurons(verification: Verification) -> str:
@@ -67,7 +70,7 @@ def _distances(verification: Verification) -> list[tuple[str, str]]:
     return [(name, f"logits differ by {value:.2g} of the largest") for name, value in values if value is not None]
 
 
-def _print(out: str, verification: Verification, *, verbose: bool) -> None:
+def _print(out: str, against: str, verification: Verification, *, verbose: bool) -> None:
     echo(bold(out), ": ", styled("verified", fg="green"))
     rows = []
     for name, value, allowed in (
@@ -79,7 +82,11 @@ def _print(out: str, verification: Verification, *, verbose: bool) -> None:
     if rows:
         table(("largest difference of a logit", "relative", "allowed"), rows, right=(1, 2))
     else:
-        echo("  It claims no exactness; files, names and shapes are as the recipe says, all values finite.")
+        paragraph(
+            "Files, names and shapes are as the recipe says, and all values are finite. Weights were refitted or neurons left out, so "
+            "outputs are meant to differ from the parent's: the distances below are intended. The perplexity says what was lost:"
+        )
+        echo(f"  llamamoe evaluate {shlex.quote(out)} --against {shlex.quote(against)} --text HELD_OUT_TEXT")
     facts(
         [
             *([("neurons", _neurons(verification))] if verification.neurons_checked else []),

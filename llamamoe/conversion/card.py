@@ -29,6 +29,8 @@ def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
 def _cost_table(plan: SplitPlan) -> str:
     parent, cost = plan.parent_cost, plan.cost
     rows = ["| | parent | this model |", "|---|---|---|"]
+    neurons, used = plan.model.spec.intermediate_size, plan.layout.active_neurons
+    rows.append(f"| neurons of an FFN per token | {neurons:,} | {used:,} ({100 * used / neurons:.0f} %) |")
     rows.append(f"| parameters | {parent.total_parameters:,} | {cost.total_parameters:,} |")
     rows.append(f"| active per token | {parent.active_parameters:,} | {cost.active_parameters:,} |")
     rows.append(
@@ -49,7 +51,9 @@ def _exactness(plan: SplitPlan) -> str:
     if layout.copies > 1:
         return f"Every neuron of the parent is in {layout.copies} experts, and the model is {plan.exactness}."
     text = f"Every neuron of the parent is in exactly one place, so the model is {plan.exactness}."
-    if layout.top_k < layout.num_experts and not plan.fitted:
+    if plan.fitted:
+        return f"No, on purpose: weights were refitted on text, so that the selected experts approximate the whole FFN. {text}"
+    if layout.top_k < layout.num_experts:
         text += (
             f" With the {layout.top_k} experts per token that are configured it computes a different function, "
             "with poor quality until it is trained."

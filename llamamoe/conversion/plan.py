@@ -150,6 +150,8 @@ class SplitPlan:
             "top_k": layout.top_k,
             "expert_width": layout.expert_width,
             "padding_per_layer": self.padding_per_layer,
+            "intermediate_size": self.model.spec.intermediate_size,
+            "active_neurons": layout.active_neurons,
             "shared_neurons": layout.num_shared,
             "shared_width": layout.shared_width,
             "dense_layers": list(layout.dense_layers),

@@ -35,6 +35,9 @@ EQUAL_TOLERANCE = 1e-5
 HARD_TOLERANCE = 2 * HARD_LOGIT
 ROUNDED_TOLERANCE = 2e-2
 HALF_TOLERANCE = 5e-2
+PARAMETERS_PER_SECOND = 3e6
+"""Parameters of both models that are verified in a second, for the estimate of ``--dry-run``: two cores on which other
+programs run, too; idle ones verify two to three times as many."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,11 @@ def _changes_told(*read: Checkpoint) -> Iterator[None]:
         raise
     for each in read:
         each.check_unchanged()
+
+
+def verification_seconds(plan: SplitPlan) -> float:
+    """Return an estimate of the time: every weight of both models is read, compared and run a few times."""
+    return (plan.parent_cost.total_parameters + plan.cost.total_parameters) / PARAMETERS_PER_SECOND
 
 
 def _verified(

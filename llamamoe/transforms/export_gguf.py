@@ -110,6 +110,15 @@ def export_gguf(
     return GgufExport(place, architecture.name, kind, len(tensors), place.stat().st_size, warnings)
 
 
+def runs_in_llama_cpp(model: Path) -> bool:
+    """Return whether `export_gguf` accepts the architecture of a checkpoint; only headers are read."""
+    try:
+        _understood(SafetensorsCheckpoint(model))
+    except RefusedError:
+        return False
+    return True
+
+
 def _understood(checkpoint: SafetensorsCheckpoint) -> tuple[ConvertedModel | DenseModel, Architecture]:
     """Return the checkpoint, checked against its own configuration, and its architecture in llama.cpp."""
     if checkpoint.config.get("model_type") in DENSE:

@@ -169,11 +169,13 @@ def test_missing_recipe_file(dense: Path, run: Run) -> None:
 def test_dry_run_prints_the_plan_and_writes_nothing(dense: Path, tmp_path: Path, run: Run) -> None:
     before = sorted(p.stat().st_mtime_ns for p in dense.rglob("*"))
     text = run("split", dense, tmp_path / "out", "--dry-run", "--method", "random").stdout
-    for expected in ("llama -> mixtral", "expert width  24", "zero neurons", "active per token", "FLOPs", "peak memory",
+    for expected in ("llama -> mixtral", "FFN active", "48 of 172 neurons for each token (28 %)", "verification  about",
+                     "expert width  24", "zero neurons", "active per token", "FLOPs", "peak memory",
                      "1 file", "Notes", "Nothing was written"):  # fmt: skip
         assert expected in text
     assert list(tmp_path.iterdir()) == []
     assert sorted(p.stat().st_mtime_ns for p in dense.rglob("*")) == before
+    assert "verification" not in run("split", dense, "--dry-run", "--no-verify").stdout
     more = run("split", dense, "--dry-run", "-v").stdout
     assert "num_experts: 8" in more
     assert "model.safetensors" in more
@@ -287,8 +289,24 @@ def test_summary_after_calibration(dense: Path, tmp_path: Path, run: Run, calibr
     assert "ready for transformers" in result.stdout
     assert "of the dense output on the calibration text, in the median layer" in result.stdout
     assert "before repair" in result.stdout
+    assert "neurons for each token" in result.stdout
+    assert re.search(r"llamamoe export-gguf \S+/out \S+/out.gguf", result.stdout)
     assert "until the model is trained" not in result.stdout
     assert result.stderr.startswith("convert: ")
+
+
+def test_a_refitted_model_is_said_to_differ_on_purpose(
+    dense: Path, tmp_path: Path, run: Run, calibrated: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    text = " ".join(run("split", dense, out, *calibrated).stdout.split())
+    assert "parity not meant to be: weights are refitted to the parent's output" in text
+    assert "perplexity says what that costs" in text
+    assert "No, on purpose: weights were refitted" in (out / "README.md").read_text()
+    assert re.search(r"\| neurons of an FFN per token \| 172 \| \d+ \(\d+ %\) \|", (out / "README.md").read_text())
+    verified = run("verify", out, "--against", dense).stdout
+    assert "outputs are meant to differ from the parent's" in " ".join(verified.split())
+    assert f"llamamoe evaluate {out} --against {dense} --text" in verified
 
 
 def test_what_needs_text_says_how_to_give_it(dense: Path, run: Run) -> None:
