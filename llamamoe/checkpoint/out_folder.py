@@ -18,7 +18,7 @@ from .reader import INDEX, LICENSE_FILES, SIDE_FILES, read_weight_map
 RECIPE_FILE, RECEIPT_FILE = "llamamoe_recipe.yaml", "llamamoe_receipt.json"
 HEAL_RECIPE_FILE, HEAL_RECEIPT_FILE = "llamamoe_heal.yaml", "llamamoe_heal.json"
 DERIVED_FILE = "llamamoe_derived.json"
-TRAINING_RECEIPT_FILE = "llamamoe_training_receipt.json"
+TRAINING_RECIPE_FILE, TRAINING_RECEIPT_FILE = "recipe.yaml", "llamamoe_training_receipt.json"
 MARKS = (RECIPE_FILE, HEAL_RECIPE_FILE, DERIVED_FILE)
 """Files by which a folder is recognised as written by llamamoe."""
 _OURS = {"config.json", INDEX, "README.md", *MARKS, RECEIPT_FILE, HEAL_RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..lazy import huggingface_hub
 from ..progress import ProgressCallback, counting, ignore_progress
 from .files import check_plain_file
 from .locate import LOGIN
-from .out_folder import RECIPE_FILE, TRAINING_RECEIPT_FILE
+from .out_folder import RECIPE_FILE, TRAINING_RECEIPT_FILE, TRAINING_RECIPE_FILE
 from .reader import INDEX, LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from .readme import HUB_ID, parent_metadata
 
@@ -120,14 +120,19 @@ def _chosen(path: Path, weights: set[str]) -> tuple[dict[str, int], tuple[str, .
     Raises:
         RefusedError: One of them is not a plain file.
     """
-    trained = (path / TRAINING_RECEIPT_FILE).is_file()
     there = sorted(each.name for each in path.iterdir())
-    wanted = weights | _ALWAYS | ({"recipe.yaml"} if trained else set())
-    chosen = [name for name in there if name in wanted or _RECORDS.fullmatch(name)]
+    chosen = [name for name in there if name in weights or _is_ours(name, there)]
     for name in chosen:
         check_plain_file(path / name)
     chosen.sort(key=lambda name: (name not in weights, name))
     return {name: (path / name).stat().st_size for name in chosen}, tuple(name for name in there if name not in chosen)
+
+
+def _is_ours(name: str, there: Collection[str]) -> bool:
+    """Return whether a file beside the weights is part of a checkpoint, given the names of all files."""
+    if name == TRAINING_RECIPE_FILE:  # a common name: of training only beside its receipt
+        return TRAINING_RECEIPT_FILE in there
+    return name in _ALWAYS or _RECORDS.fullmatch(name) is not None
 
 
 def _notes(path: Path, files: dict[str, int]) -> Iterator[str]:
@@ -149,7 +154,7 @@ def _stale(api: Any, repository: str, files: dict[str, int], *, force: bool) -> 
             f"{repository} holds {len(there)} files already, such as {printable(min(there))!r}.",
             hint="--force replaces the checkpoint in it in a new commit (the old ones stay in its history).",
         )
-    ours = {name for name in there if name in _ALWAYS or _RECORDS.fullmatch(name) or name.endswith(_WEIGHTS)}
+    ours = {name for name in there if _is_ours(name, there) or name.endswith(_WEIGHTS)}
     return tuple(sorted(ours - files.keys()))
 
 

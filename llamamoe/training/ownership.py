@@ -18,6 +18,7 @@ from .._version import __version__
 from ..checkpoint.files import check_plain_file, remove_temporaries, sync_path, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.manifest import Manifest, read_manifest
+from ..checkpoint.out_folder import TRAINING_RECIPE_FILE
 from ..errors import CheckpointError, LlamaMoeError, RefusedError
 
 RUN = "llamamoe_run.json"
@@ -26,7 +27,7 @@ MARKER = "llamamoe_complete.json"
 """The manifest of a checkpoint, or of the trained model; written last."""
 STAGING = ".partial"
 """The folder in which checkpoints and the trained model are assembled."""
-RECIPE, METRICS, FACTS, FINAL = "recipe.yaml", "metrics.jsonl", "facts.json", "model"
+RECIPE, METRICS, FACTS, FINAL = TRAINING_RECIPE_FILE, "metrics.jsonl", "facts.json", "model"
 """The recipe; the metrics; facts about the start, which a resumed run cannot measure again; the trained model."""
 TEACHER = "teacher"
 """The folder of the run that trains the parent first: a run's folder like this one."""

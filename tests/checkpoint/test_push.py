@@ -122,6 +122,13 @@ def test_files_there_are_replaced_only_by_force(hub: Hub, folder: Path) -> None:
     assert {".gitattributes", "picture.png"} < hub.files
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_recipe_of_an_earlier_training_goes_with_its_receipt(trained: bool, hub: Hub, folder: Path) -> None:
+    hub.files = {"README.md", "recipe.yaml"} | ({"llamamoe_training_receipt.json"} if trained else set())
+    found = push(folder, NAME, force=True)
+    assert found.deleted == (("llamamoe_training_receipt.json", "recipe.yaml") if trained else ())
+
+
 def test_a_failed_upload_can_be_repeated(hub: Hub, folder: Path) -> None:
     def fail(call: str) -> None:
         if call == "preupload_lfs_files" and len(hub.sent) == 2:
