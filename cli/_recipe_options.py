@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 import click
 
-from llamamoe.errors import UsageError, near_misses
+from llamamoe.errors import MISSING, InvalidRecipeError, UsageError, near_misses
 
 from ._style import COUNT, Name, Option
 
@@ -195,18 +195,18 @@ def recipe_file(text: str | None, kind: str = "split") -> Iterator[Path | None]:
     with _found(text, kind) as path:
         try:
             yield path
-        except UsageError as error:
+        except InvalidRecipeError as error:
             raise _name_options(error) from None
 
 
-def _name_options(error: UsageError) -> UsageError:
+def _name_options(error: InvalidRecipeError) -> InvalidRecipeError:
     """The same error with a hint on the options of this command that set the keys that are missing."""
-    missing = re.findall(r"(?m)^  - (\w+): is required$", error.message)
+    missing = [key for key, rule in error.problems if rule == MISSING]
     options = [param for param in click.get_current_context().command.params if param.name in missing]
-    if error.hint is not None or not options:
+    if not options:
         return error
     given = " and ".join(f"{option.opts[0]} {option.metavar or 'VALUE'}" for option in options)
-    return UsageError(error.message, hint=f"Give it with {given}, or in the recipe.")
+    return InvalidRecipeError(error.problems, hint=f"Give it with {given}, or in the recipe.")
 
 
 def _found(text: str | None, kind: str) -> AbstractContextManager[Path | None]:

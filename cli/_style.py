@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from llamamoe.errors import LlamaMoeError
+from llamamoe.errors import InvalidRecipeError, LlamaMoeError
 
 SECTIONS = ("Convert", "Train", "Inspect and verify", "Measure", "Other commands")
 """The order of sections in ``llamamoe --help``."""
@@ -104,8 +104,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except LlamaMoeError as error:
-            error.message = spell_flags(error.message, ctx)
-            raise
+            raise spell_flags(error, ctx) from error.__cause__
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Options by group, the general ones at the end."""
@@ -128,21 +127,36 @@ class Command(click.Command):
                     formatter.write(" " * formatter.current_indent + line + "\n")
 
 
-def spell_flags(message: str, ctx: click.Context) -> str:
-    """Return a message of the library with flags in the place of names of values that the command line gave.
+def spell_flags(error: LlamaMoeError, ctx: click.Context) -> LlamaMoeError:
+    """Return an error of the library with flags in the place of names of values that the command line gave."""
+    flags = {
+        option.key: option.opts[-1]
+        for option in ctx.command.params
+        if isinstance(option, Option)
+        and ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+    }
+    if not isinstance(error, InvalidRecipeError):
+        error.message = _spelled(error.message, flags, begins=True)
+        return error
+    spelled = [_spelled_problem(key, rule, flags) for key, rule in error.problems]
+    if any(each == problem for each, problem in zip(spelled, error.problems, strict=True)):
+        return InvalidRecipeError(spelled, hint=error.hint)
+    return InvalidRecipeError(spelled, title="invalid values" if len(spelled) > 1 else "", hint=error.hint)
 
-    Names are replaced where they begin a line or a list's entry and their value or rule follows, and before ``= value``.
-    """
-    for option in ctx.command.params:
-        given = ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
-        if given and isinstance(option, Option):
-            key, flag_ = re.escape(option.key), option.opts[-1]
-            part = (
-                r"(?:\.\w+)*" if message.startswith("the recipe is not valid") else ""
-            )  # elsewhere it may be the name of a file
-            begins, within = rf"(?:^|(?<=^  - )){key}{part}(?=:| is )", rf"(?<![\w.-]){key}(?= = )"
-            message = re.sub(rf"(?m){begins}|{within}", flag_, message)
-    return message
+
+def _spelled_problem(key: str, rule: str, flags: Mapping[str, str]) -> tuple[str, str]:
+    """Return a problem of a recipe with flags; a flag stands for everything below its key."""
+    given = next((flags[name] for name in flags if key == name or key.startswith(f"{name}.")), key)
+    return given, _spelled(rule, flags, begins=False)
+
+
+def _spelled(text: str, flags: Mapping[str, str], *, begins: bool) -> str:
+    """Return a text with flags before ``= value`` and, with ``begins``, where a line begins with a value's name."""
+    for name, spelling in flags.items():
+        key = re.escape(name)
+        pattern = rf"(?<![\w.-]){key}(?= = )" + (rf"|^{key}(?=: | is )" if begins else "")
+        text = re.sub(rf"(?m){pattern}", spelling, text)
+    return text
 
 
 def write_sections(formatter: click.HelpFormatter, rows: list[tuple[str, tuple[str, str]]]) -> None:

@@ -7,7 +7,10 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 refused by the plan, 4 verification fai
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
+MISSING = "is required"
+"""The rule that a recipe without a key breaks."""
 MOST_LINES = 20
 MOST_CHARACTERS = 1900
 _LONGEST_LINE = 800
@@ -43,6 +46,29 @@ class UsageError(LlamaMoeError, ValueError):
     """The call itself is wrong: an unknown method, a recipe that does not validate, a bad option."""
 
     exit_code = 2
+
+
+class InvalidRecipeError(UsageError):
+    """A recipe does not validate.
+
+    Args:
+        problems: Path of the key (empty for the recipe as a whole) and the rule that its value breaks.
+        title: The first line of the message; empty if one problem is the whole message.
+        hint: How to continue.
+    """
+
+    def __init__(
+        self, problems: Sequence[tuple[str, str]], *, title: str = "the recipe is not valid", hint: str | None = None
+    ) -> None:
+        self.problems = tuple(problems)
+        lines = problem_lines(self.problems)
+        text = "\n".join(f"  - {line}" for line in lines)
+        super().__init__(f"{title}:\n{text}" if title else lines[0], hint=hint)
+
+
+def problem_lines(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a line for every different pair of key and rule."""
+    return list(dict.fromkeys(f"{key}: {rule}" if key else rule for key, rule in problems))
 
 
 class RefusedError(LlamaMoeError, ValueError):

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from .checkpoint.paths import check_regular
 from .checkpoint.plain_values import MOST_DIGITS, Huge, oddities
-from .errors import UsageError, near_misses
+from .errors import MISSING, InvalidRecipeError, UsageError, near_misses, problem_lines
 from .plugins import Plugin, Registry
 
 R = TypeVar("R", bound=BaseModel)
@@ -27,20 +27,21 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isin
 """One or several paths, as a tuple."""
 
 
-_COUNT = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?(k|M|B|T|Ki|Mi|Gi)?")
+_COUNT = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?(?:(k|M|B|T|Ki|Mi|Gi)|[eE]\+?(\d{1,2}))?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-COUNT_RULE = "a whole number such as 65536, 64k (64,000), 1.5M (1,500,000) or 64Ki (65,536)"
+COUNT_RULE = "a whole number such as 65536, 64k (64,000), 1.5M (1,500,000), 64Ki (65,536) or 6.4e4 (64,000)"
 
 
 def count_of(value: Any) -> Any:
     """Return the whole number that a text such as ``64k`` or ``1.5M`` means; anything else unchanged.
 
-    The units are powers of 1000 (k, M, B, T) and of 1024 (Ki, Mi, Gi). ``64K`` is not read, because it is used for both.
+    The units are powers of 1000 (k, M, B, T), of 1024 (Ki, Mi, Gi) and of ten (e4). ``64K`` is not read, because it is used for both.
     """
     match = _COUNT.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         return value
-    whole, part, unit = match[1], match[2] or "", _UNITS[match[3] or ""]
+    whole, part = match[1], match[2] or ""
+    unit = _UNITS[match[3] or ""] * 10 ** int(match[4] or 0)
     number, rest = divmod(int(whole + part) * unit, 10 ** len(part))
     return value if rest else number
 
@@ -94,7 +95,7 @@ def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
         try:
             complete = plugin.Options.model_validate(options)
         except ValidationError as error:
-            raise PydanticCustomError("options", "; ".join(explain(error, plugin.Options))) from None
+            raise PydanticCustomError("options", "; ".join(problem_lines(explain(error, plugin.Options)))) from None
         return Choice(name=given["name"], options=complete.model_dump(mode="json"))
 
     return BeforeValidator(check)
@@ -104,26 +105,32 @@ _LIST, _MAPPING = "Input should be a list", "Input should be a mapping (key: val
 _WORDS = {
     **dict.fromkeys(("tuple_type", "list_type", "set_type"), _LIST),
     **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), _MAPPING),
-    "missing": "is required",
+    "missing": MISSING,
 }
 """Messages that replace pydantic's, by the type of the error."""
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return one line per error: path, rule, value, and for an unknown key the nearest known one."""
-    lines = []
+def breaks(key: str, rule: str) -> PydanticCustomError:
+    """Return the error of a validator of the whole recipe about one of its keys."""
+    return PydanticCustomError("breaks", rule, {"key": key})
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
+    """Return for every error the path of the key, and the rule and value, or for an unknown key the nearest known one."""
+    found = []
     for item in error.errors():
         # pydantic puts the alternatives of a union among the keys: function-before[...], tuple[constrained-int, ...]
         path = ".".join(str(part) for part in item["loc"] if not re.match(r"function-|constrained-|\w+\[", str(part)))
         if item["type"] == "extra_forbidden":
-            lines.append(
-                f"{path}: unknown key. {near_misses(str(item['loc'][-1]), _known_keys(model, item['loc'][:-1]))}"
-            )
+            near = near_misses(str(item["loc"][-1]), _known_keys(model, item["loc"][:-1]))
+            found.append((path, f"unknown key. {near}"))
             continue
+        if item["type"] == "breaks":
+            path = ".".join(part for part in (path, item["ctx"]["key"]) if part)
         scalar = isinstance(item.get("input"), str | int | float | bool) and item["type"] not in ("choice", "options")
         shown = f" (got {item['input']!r})" if scalar else ""
-        lines.append(f"{path + ': ' if path else ''}{_WORDS.get(item['type'], item['msg'])}{shown}")
-    return list(dict.fromkeys(lines))
+        found.append((path, f"{_WORDS.get(item['type'], item['msg'])}{shown}"))
+    return list(dict.fromkeys(found))
 
 
 def _part_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -144,13 +151,12 @@ def validated(model: type[R], data: Mapping[str, Any]) -> R:
     """Return a recipe of any kind from a mapping, completed with defaults.
 
     Raises:
-        UsageError: The recipe is invalid; the message names every error.
+        InvalidRecipeError: The recipe is invalid; the message names every error.
     """
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        lines = explain(error, model)
-        raise UsageError("the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+        raise InvalidRecipeError(explain(error, model)) from None
 
 
 class Recipe(BaseModel):

@@ -21,7 +21,7 @@ from ..methods.repairs import REPAIRS
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..recipes import Choice, Count, Paths, Recipe, choose, form, validated
+from ..recipes import Choice, Count, Paths, Recipe, breaks, choose, form, validated
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of dtypes in recipes, and in safetensors headers."""
@@ -142,13 +142,13 @@ class SplitRecipe(Recipe):
         if self.top_k > self.num_experts:
             raise PydanticCustomError("top_k", f"top_k = {self.top_k} must not exceed num_experts = {self.num_experts}")
         if AUTO in self.calibration and len(self.calibration) > 1:
-            raise PydanticCustomError("calibration", "calibration: 'auto' (sampled text) cannot be mixed with files")
+            raise breaks("calibration", "'auto' (sampled text) cannot be mixed with files")
         if AUTO in self.calibration and self.calibration_weights is not None:
-            raise PydanticCustomError("calibration_weights", "calibration_weights: sampled text has no domains")
+            raise breaks("calibration_weights", "sampled text has no domains")
         if self.calibration_weights is not None and not any(self.calibration_weights.values()):
-            raise PydanticCustomError("calibration_weights", "calibration_weights: all are zero")
+            raise breaks("calibration_weights", "all are zero")
         if self.target != "auto" and self.target not in TARGETS:
-            raise PydanticCustomError(
+            raise breaks(
                 "target", f"unknown target {self.target!r}. " + near_misses(self.target, ["auto", *TARGETS.names()])
             )
         return self

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from ..conversion.recipe import Device
 from ..errors import near_misses
-from ..recipes import Count, Paths, Recipe
+from ..recipes import Count, Paths, Recipe, breaks
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -84,9 +84,9 @@ class HealRecipe(Recipe):
     def _consistent(self) -> HealRecipe:
         if self.router == "frozen" and (self.losses or self.competitive_epochs):
             key = "losses" if self.losses else "competitive_epochs"
-            raise PydanticCustomError("choice", f"{key}: they train routers, but router is frozen")
+            raise breaks(key, "they train routers, but router is frozen")
         if self.weights is not None and not any(self.weights.values()):
-            raise PydanticCustomError("choice", "weights: all are zero")
+            raise breaks("weights", "all are zero")
         return self
 
     def deciding(self) -> dict[str, Any]:

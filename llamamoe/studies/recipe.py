@@ -18,10 +18,10 @@ from ..conversion.recipe import (
     SplitRecipe,
     build_recipe,
 )
-from ..errors import near_misses
+from ..errors import near_misses, problem_lines
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
-from ..recipes import Choice, Count, Paths, Recipe, choose, explain, form
+from ..recipes import Choice, Count, Paths, Recipe, breaks, choose, explain, form
 
 DENSE, RANDOM, STATIC, ORACLE = "dense", "random", "static", "oracle router"
 """Names of the controls."""
@@ -80,7 +80,7 @@ class StudyMethod(BaseModel):
                 try:
                     SplitRecipe.model_validate(self.recipe | sizes)
                 except ValidationError as error:
-                    lines += explain(error, SplitRecipe)
+                    lines += problem_lines(explain(error, SplitRecipe))
         if lines:
             raise PydanticCustomError("choice", "; ".join(f"{self.name}: {line}" for line in dict.fromkeys(lines)))
         return self
@@ -141,19 +141,19 @@ class CompareRecipe(Recipe):
     def _consistent(self) -> CompareRecipe:
         names = [method.name for method in self.methods]
         if not names or not self.budgets:
-            raise PydanticCustomError("choice", f"{'budgets' if names else 'methods'}: there are none")
+            raise breaks("budgets" if names else "methods", "there are none")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise PydanticCustomError("choice", f"methods: the name {twice[0]!r} appears twice")
+            raise breaks("methods", f"the name {twice[0]!r} appears twice")
         if isinstance(self.seeds, dict):
             known = {*self.budgets, *(b for method in self.methods for b in method.budgets or ())}
             for budget in sorted(known):
                 if not self.seeds.get(budget):
-                    raise PydanticCustomError("choice", f"seeds: there are none for the budget {budget:g}")
+                    raise breaks("seeds", f"there are none for the budget {budget:g}")
         elif not self.seeds:
-            raise PydanticCustomError("choice", "seeds: there are none")
+            raise breaks("seeds", "there are none")
         if AUTO in self.calibration and len(self.calibration) > 1:
-            raise PydanticCustomError("choice", "calibration: 'auto' (sampled text) cannot be mixed with files")
+            raise breaks("calibration", "'auto' (sampled text) cannot be mixed with files")
         return self
 
     def seeds_of(self, budget: float) -> tuple[int, ...]:

@@ -53,8 +53,14 @@ def test_lists_and_alternatives_are_told_without_the_words_of_libraries(
         (("evaluate", "--text", "t", "--context-length", "1"), "--context-length is 1, but"),
         (("bench", "--prompt", "1"), "--prompt is 1, but must be at least 2"),
         (("report", "--text", "t", "--oracle-tokens", "-1"), "--oracle-tokens is -1, but"),
-        (("split", "--dry-run", "--experts", "4", "--top-k", "5"), "--top-k = 5 must not exceed --experts = 4"),
-        (("split", "--dry-run", "--experts", "9999"), "--experts: Input should be"),
+        (("split", "--dry-run", "--experts", "4", "--top-k", "5"), "Error: --top-k = 5 must not exceed --experts = 4"),
+        (("split", "--dry-run", "--experts", "9999"), "Error: --experts: Input should be"),
+        (("split", "--dry-run", "--experts", "0", "--seed", "-1"), "invalid values:\n  - --experts: Input"),
+        (
+            ("split", "--dry-run", "--experts", "0", "--set", "seed=-1"),
+            "the recipe is not valid:\n  - --experts: Input",
+        ),
+        (("split", "--dry-run", "--calibration-weights", "a=0"), "Error: --calibration-weights: all are zero"),
         (("split", "--dry-run", "--set", "num_experts=9999"), "  - num_experts: Input should be"),
         (("split", "--dry-run", "--experts", "2", "--top-k", "1", "--shared", "500"), "--shared = 500 means"),
         (("split", "--dry-run", "--set", "shared=500"), "shared = 500 means"),
@@ -75,7 +81,16 @@ def test_an_error_names_what_gave_the_value(
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("65536", 65536), ("64k", 64_000), ("1M", 1_000_000), ("1.5M", 1_500_000), ("64Ki", 65_536), ("2Mi", 2**21)],
+    [
+        ("65536", 65536),
+        ("64k", 64_000),
+        ("8e3", 8000),
+        ("6.4e4", 64_000),
+        ("1M", 1_000_000),
+        ("1.5M", 1_500_000),
+        ("64Ki", 65_536),
+        ("2Mi", 2**21),
+    ],
 )
 def test_numbers_of_tokens_have_units_in_flags_and_recipes(
     text: str, number: int, dense: Path, tmp_path: Path, run: Run
@@ -92,7 +107,7 @@ def test_numbers_of_tokens_have_units_in_flags_and_recipes(
         assert found["recipe"]["calibration_tokens"] == number
 
 
-@pytest.mark.parametrize("text", ["64K", "1.0005k", "k", "-5k", "1e4", "8 k", "0x10"])
+@pytest.mark.parametrize("text", ["64K", "1.0005k", "k", "-5k", "1e-4", "1.23e1", "8 k", "0x10"])
 def test_numbers_of_tokens_that_are_not_clear_are_refused(text: str, dense: Path, run: Run) -> None:
     common = ("split", dense, "--dry-run", "--calibration", "t")
     assert "64k (64,000)" in run(*common, "--calibration-tokens", text, code=2).stderr
