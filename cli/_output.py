@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -25,30 +27,60 @@ VERBOSE = "llamamoe.verbose"
 """Key in ``Context.meta``: whether ``-v`` was given."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
 class Interrupted(LlamaMoeError):
-    """The user pressed Ctrl-C."""
+    """The user pressed Ctrl-C, or the process was told to end (SIGTERM)."""
 
-    exit_code = 130
-
-    def __init__(self, remark: str = "") -> None:
-        super().__init__("interrupted" + (f"; {remark}" if remark else ""))
+    def __init__(self, remark: str = "", *, terminated: bool = False) -> None:
+        super().__init__(("terminated" if terminated else "interrupted") + (f"; {remark}" if remark else ""))
+        self.exit_code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
     @classmethod
-    def leaving(cls, left: Path, remark: str) -> Interrupted:
+    def leaving(cls, left: Path, remark: str, *, terminated: bool = False) -> Interrupted:
         """With ``remark`` if there is something at ``left``; else nothing was written."""
-        return cls(remark if left.exists() else "nothing was written")
+        return cls(remark if left.exists() else "nothing was written", terminated=terminated)
+
+
+@contextmanager
+def saying_what_is_left(left: Path, remark: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM as an error with ``remark`` if there is something at ``left``; else nothing was written."""
+    try:
+        with _termination_raised():
+            yield
+    except KeyboardInterrupt as error:
+        raise Interrupted.leaving(left, remark, terminated=isinstance(error, Terminated)) from None
 
 
 @contextmanager
 def kept_when_interrupted(out: str | Path) -> Iterator[None]:
-    """Ctrl-C, while OUT is put together, as an error that says what is left of it."""
+    """Ctrl-C and SIGTERM, while OUT is put together, as an error that says what is left of it."""
     from llamamoe.checkpoint.ledger import partial_path
 
+    left = partial_path(Path(os.path.abspath(Path(out).expanduser())))
+    with saying_what_is_left(left, f"{left} is kept, --resume continues"):
+        yield
+
+
+@contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM, where nothing else handles it; a second one ends the process at once."""
+
+    def stop(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        left = partial_path(Path(os.path.abspath(Path(out).expanduser())))
-        raise Interrupted.leaving(left, f"{left} is kept, --resume continues") from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

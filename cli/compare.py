@@ -10,7 +10,7 @@ import click
 from llamamoe.errors import LlamaMoeError
 
 from ._format import amount, duration, plural, size
-from ._output import Interrupted, Output, output_options
+from ._output import Output, output_options, saying_what_is_left
 from ._recipe_options import recipe_file
 from ._style import Command, flag, tokenizer_option
 from ._tables import bullets, heading, paragraph, table
@@ -136,12 +136,10 @@ def _recipe(recipe: str, given: dict[str, Any], overrides: tuple[str, ...]) -> C
 def _compare(source: str, out: str, recipe: CompareRecipe, output: Output, **keys: Any) -> Comparison:
     from llamamoe import compare
 
-    try:
-        with output.progress() as report:
-            return compare(source, out, recipe, progress=report, **keys)
-    except KeyboardInterrupt:
-        left = Path(out).expanduser()
-        raise Interrupted.leaving(left, f"finished cells are kept in {left}, the same command continues") from None
+    left = Path(out).expanduser()
+    remark = f"finished cells are kept in {left}, the same command continues"
+    with saying_what_is_left(left, remark), output.progress() as report:
+        return compare(source, out, recipe, progress=report, **keys)
 
 
 def _print_plan(plan: ComparisonPlan, out: str) -> None:

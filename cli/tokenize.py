@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._format import amount, duration, plural, size
-from ._output import Interrupted, Output, output_options
+from ._output import Output, output_options, saying_what_is_left
 from ._recipe_options import recipe_file
 from ._style import Command, check_resume_or_force, flag, partial_options
 from ._tables import bullets, facts, heading, paragraph, table
@@ -99,12 +99,10 @@ def _recipe(recipe: str, given: dict[str, Any], overrides: tuple[str, ...]) -> T
 def _tokenize(recipe: TokenizeRecipe, out: str, output: Output, **keys: bool) -> Tokenized:
     from llamamoe.data.tokenize import tokenize
 
-    try:
-        with output.progress() as report:
-            return tokenize(recipe, out, progress=report, **keys)
-    except KeyboardInterrupt:
-        left = Path(f"{Path(out).expanduser()}.partial")
-        raise Interrupted.leaving(left, f"finished files are kept in {left}, --resume continues") from None
+    left = Path(f"{Path(out).expanduser()}.partial")
+    remark = f"finished files are kept in {left}, --resume continues"
+    with saying_what_is_left(left, remark), output.progress() as report:
+        return tokenize(recipe, out, progress=report, **keys)
 
 
 def _print_plan(plan: TokenizePlan, *, verbose: bool) -> None:

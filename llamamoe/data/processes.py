@@ -93,6 +93,7 @@ def _collect(pipes: dict[Connection, Any], waiting: list[int], jobs: Sequence[An
 def _serve(pipe: Connection, setup: Callable[[Any], Callable[[Any], Any]], shared: Any) -> None:
     """Run the loop of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them: the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the main process is not for its copies
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     number = -1

@@ -37,7 +37,10 @@ main.main()
 """
 
 
-def test_interrupted_split_leaves_what_resume_finishes(dense: Path, tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize(("sent", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_interrupted_split_leaves_what_resume_finishes(
+    sent: signal.Signals, word: str, dense: Path, tmp_path: Path, run: Run
+) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     args = ("split", str(dense), str(out), "--no-verify")
     running = subprocess.Popen(
@@ -48,11 +51,11 @@ def test_interrupted_split_leaves_what_resume_finishes(dense: Path, tmp_path: Pa
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     stdout, stderr = running.communicate(timeout=30)
-    assert running.returncode == 130
+    assert running.returncode == 128 + sent
     assert stdout == ""
-    assert stderr.strip() == f"interrupted; {partial} is kept, --resume continues"
+    assert stderr.strip() == f"{word}; {partial} is kept, --resume continues"
     assert not out.exists()
 
     error = run(*args, code=3).stderr
