@@ -55,6 +55,8 @@ def _checked_count(value: Any) -> Any:
 
 Count = BeforeValidator(_checked_count)
 """Lets a whole number be written with a unit, such as ``64k``."""
+Tokens = Annotated[float, BeforeValidator(count_of)]
+"""A number of tokens of a training run, which may be as large as ``1.4T`` or be written as a number with a fraction."""
 
 
 class Choice(BaseModel):

@@ -30,6 +30,13 @@ def test_a_bare_name_keeps_the_options_of_the_file(tmp_path: Path) -> None:
     assert (other.name, other.options) == ("top_k", {})
 
 
+def test_numbers_of_tokens_of_a_run_have_units() -> None:
+    data = {"model": "moe", "data": {"train": "tokens", "skip_tokens": "2k"}, "tokens": "1.5M", "parent": "dense"}
+    recipe = PretrainRecipe.load(given=data | {"distill": {"kl": {}}}, overrides=["teacher.tokens=100k"])
+    assert recipe.teacher is not None
+    assert (recipe.tokens, recipe.data.skip_tokens, recipe.teacher.tokens) == (1.5e6, 2000, 1e5)
+
+
 @pytest.mark.parametrize(
     ("model", "given", "override", "expected"),
     [

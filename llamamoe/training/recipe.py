@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..recipes import Choice, Recipe, choose, count_of
+from ..recipes import Choice, Recipe, Tokens, choose
 from .balancing import BalancingOptions
 from .changes import deciding
 from .distillation_options import DistillOptions
@@ -37,7 +37,7 @@ class PretrainRecipe(Recipe):
     )
     data: DataRecipe = Field(description="What is trained on.")
     steps: int | None = Field(None, ge=1, le=10**9, description="Optimiser steps; or give tokens.")
-    tokens: Annotated[float, Field(gt=0, le=1e16), BeforeValidator(count_of)] | None = Field(
+    tokens: Annotated[Tokens, Field(gt=0, le=1e16)] | None = Field(
         None, description="Tokens to train on; or give steps."
     )
     batch_size: int = Field(512, ge=1, description="Sequences of a step, over all ranks and micro-batches.")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from ..recipes import Choice, Count, choose, count_of
+from ..recipes import Choice, Count, Tokens, choose
 from .mixtures.updates import MIXTURES
 
 GROUPS = ("router", "experts", "shared", "dense_ffn", "attention", "norms", "embeddings", "head")
@@ -31,7 +31,7 @@ class DataRecipe(_Part):
         description="Another such folder, of held-out text; null: what train holds out, if anything.",
     )
     verify: bool = Field(True, description="Compare the tokens with their hashes before a run begins.")
-    skip_tokens: Annotated[float, BeforeValidator(count_of)] = Field(
+    skip_tokens: Tokens = Field(
         0,
         ge=0,
         le=1e16,
@@ -120,7 +120,7 @@ class LoraRecipe(_Part):
 class TeacherRecipe(_Part):
     """Teacher correction: the parent is first trained on the same text, so that it can teach it (arXiv:2408.11796)."""
 
-    tokens: float = Field(
+    tokens: Tokens = Field(
         gt=0, le=1e16, description="Tokens that the parent is trained on, from the run's first batch on."
     )
     lr: float | None = Field(None, gt=0, lt=10, description="Its largest learning rate; null: optimizer.lr.")
