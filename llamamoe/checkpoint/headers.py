@@ -32,6 +32,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             start = file.read(8)
             refuse_pointer(path, start + file.read(64) if start == b"version " else start)
             length = int.from_bytes(start, "little")
+            if not size:
+                raise CheckpointError(f"{path.name} is empty (0 bytes).", hint="Download it again.")
             if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
                     f"{path.name}: the header claims {length:,} bytes, but the file has {size:,}: it is truncated or not a "
