@@ -60,6 +60,18 @@ def test_everything_that_it_shows_runs(
                 arguments.append("--force")
             run(arguments)
             verbs.append(arguments[0])
-    assert verbs == ["split", "inspect", "split", "verify", "evaluate", "report", "tokenize", "tokenize", "pretrain"]
+    made = [
+        "split",
+        "export-gguf",
+        "inspect",
+        "split",
+        "verify",
+        "evaluate",
+        "report",
+        "tokenize",
+        "tokenize",
+        "pretrain",
+    ]
+    assert verbs == made
     assert capsys.readouterr().out.startswith("Experts are")
     assert Path("my-run", "model", "config.json").is_file()
