@@ -113,7 +113,7 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         passes = "" if recipe.repair_passes == 1 else f", {recipe.repair_passes} passes"
         rows.append(("repair", f"{recipe.repair.name}{passes}"))
     if plan.calibration is not None:
-        rows += _calibration(plan.calibration)
+        rows += _calibration(plan.calibration, recipe.calibration_tokens)
     if plan.alignment is not None:
         rows += _alignment(plan.alignment)
     if layout.dense_layers:
@@ -131,10 +131,13 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _calibration(needed: CalibrationPlan) -> list[tuple[str, str]]:
+def _calibration(needed: CalibrationPlan, wanted: int) -> list[tuple[str, str]]:
+    tokens = f"{needed.tokens:,} tokens"
+    if needed.tokens <= wanted - needed.length:
+        tokens = f"at most {tokens} (a token has a byte; the recipe allows {wanted:,})"
     operations, rate = f"{amount(needed.flops)} operations", f"{REFERENCE_FLOPS / 1e9:.0f} billion of them a second"
     return [
-        ("calibration", f"{needed.tokens:,} tokens in sequences of {needed.length:,}"),
+        ("calibration", f"{tokens} in sequences of {needed.length:,}"),
         ("needed by", ", ".join(needed.needing)),
         ("hidden states", f"{size(needed.disk_bytes)} in memory-mapped files beside OUT while it runs"),
         ("calibration time", f"about {duration(needed.seconds())}: {operations}, {rate}"),

@@ -69,6 +69,8 @@ def _fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+MIN_TOKENS = 256
+"""Minimum number of tokens for calibration."""
 MAX_LENGTH = 512
 """Default number of tokens per calibration sequence: for the same total, short sequences from many
 documents are more informative than long ones from few."""

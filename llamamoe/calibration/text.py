@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import LlamaMoeError, UsageError
+from .compute import MIN_TOKENS
 from .reading import LOOK_ROWS, Piece, Reader, document_cap, document_hash, shared_documents
 from .soundness import check_ids, odd_warnings, shape_facts, tokens_per_byte, unknown_share
 
 __all__ = ["MIN_TOKENS", "CalibrationText", "calibration_text", "document_hash", "shared_documents", "shares"]
 
-MIN_TOKENS = 256
-"""Minimum number of tokens for calibration."""
 SHORTENED = 128
 """Length below which sequences are not shortened to give every domain one."""
 _KEPT = 0.75

@@ -73,16 +73,25 @@ class CalibrationPlan:
         }
 
 
-def plan_calibration(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> CalibrationPlan:
+def plan_calibration(
+    spec: DenseSpec, chosen: Chosen, layout: MoeLayout, text_tokens: int | None = None
+) -> CalibrationPlan:
     """Estimate the cost of calibration for a recipe whose methods need it. O(1).
+
+    Args:
+        spec: The model.
+        chosen: The recipe, with its methods.
+        layout: Sizes of the conversion.
+        text_tokens: Maximum number of tokens that the text has; None if it is not known.
 
     Raises:
         RefusedError: Sequences would be longer than the model has positions.
     """
     recipe = chosen.recipe
     length = sequence_length(recipe.calibration_length, MAX_LENGTH, spec, "--calibration-length", "calibration_length")
-    length = min(length, recipe.calibration_tokens)
-    tokens = recipe.calibration_tokens // length * length
+    wanted = recipe.calibration_tokens if text_tokens is None else min(recipe.calibration_tokens, text_tokens)
+    length = min(length, wanted)
+    tokens = wanted // length * length
     stream = 4 * tokens * spec.hidden_size
     converted = spec.num_layers - len(layout.dense_layers)
     attention = _attention_flops(spec, tokens, length)

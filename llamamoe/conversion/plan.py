@@ -173,8 +173,13 @@ class SplitPlan:
         }
 
 
-def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
+def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | None = None) -> SplitPlan:
     """Plan a conversion. O(number of tensors); reads headers only.
+
+    Args:
+        model: The dense checkpoint.
+        recipe: The recipe.
+        text_tokens: Maximum number of tokens of the calibration text, from the size of its files; None if not known.
 
     Raises:
         RefusedError: The conversion would be inexact, impossible or unsafe; the message names every reason.
@@ -185,7 +190,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
     dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
     recipe = padded(spec, recipe, splitter, dtype)
     target, layout = choose_target(spec, recipe, splitter, dtype)
-    calibration = plan_calibration(spec, chosen, layout) if chosen.calibrated else None
+    calibration = plan_calibration(spec, chosen, layout, text_tokens) if chosen.calibrated else None
     recipe = _with_length(spec, recipe)
     alignment = _alignment(spec, recipe, layout, stored_dtype(model))
     recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))

@@ -1,24 +1,32 @@
-"""Check the calibration text and the free disk space before `split` writes anything."""
+"""Plan a conversion with its calibration text, and check the free disk space, before `split` writes anything."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from ..architectures.dense_checkpoint import DenseModel
+from ..calibration.compute import MIN_TOKENS
 from ..checkpoint.out_folder import free_bytes
-from ..data.files import find_files
+from ..data.files import find_files, unpacked_bytes
 from ..errors import RefusedError
-from .plan import SplitPlan
-from .recipe import AUTO
+from .plan import SplitPlan, plan_split
+from .recipe import AUTO, SplitRecipe
 
 
-def check_text(plan: SplitPlan) -> None:
-    """Find the files of the calibration text before anything is written, without opening them.
+def planned(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
+    """Plan a conversion and find the files of its calibration text, without opening them.
+
+    The costs of calibration are those of the text if it is smaller than what the recipe asks for: a token has a byte.
 
     Raises:
+        RefusedError: The conversion is not possible; the message names every reason.
         UsageError: A path or glob matches nothing, a folder holds no text, or a file is of an unknown kind.
     """
-    if plan.calibration and AUTO not in plan.recipe.calibration:
-        find_files(plan.recipe.calibration)
+    plan = plan_split(model, recipe)
+    if not plan.calibration or AUTO in plan.recipe.calibration:
+        return plan
+    most = max(MIN_TOKENS, round(unpacked_bytes(path for path, _ in find_files(plan.recipe.calibration))))
+    return plan if most >= plan.recipe.calibration_tokens else plan_split(model, recipe, text_tokens=most)
 
 
 def check_room(out: Path, plan: SplitPlan, *, resume: bool) -> None:

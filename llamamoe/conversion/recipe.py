@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from ..alignment.recipe import AlignmentOptions
 from ..architectures.rescales import RESCALES
 from ..architectures.targets import TARGETS
+from ..calibration.compute import MIN_TOKENS
 from ..checkpoint.layout import SHARD_SIZE, SHARD_SIZE_RULE
 from ..errors import near_misses
 from ..methods.repairs import REPAIRS
@@ -37,7 +38,9 @@ CalibrationText = Annotated[
     Paths,
     Field(description="Calibration text: files, folders or globs; 'auto' samples it from the source."),
 ]
-CalibrationTokens = Annotated[int, Count, Field(ge=256, le=2**40, description="Maximum number of calibration tokens.")]
+CalibrationTokens = Annotated[
+    int, Count, Field(ge=MIN_TOKENS, le=2**40, description="Maximum number of calibration tokens.")
+]
 CalibrationWeights = Annotated[
     dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None,
     Field(min_length=1, description="Weight of each domain in the calibration text; null: equal."),

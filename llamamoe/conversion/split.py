@@ -28,8 +28,8 @@ from ..models.loadable import check_loads, check_model
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .aligning import UNIT as ALIGNMENT
 from .card import model_card
-from .plan import SplitPlan, plan_split
-from .preflight import check_room, check_text
+from .plan import SplitPlan
+from .preflight import check_room, planned
 from .provenance import config_block, plan_fingerprint
 from .recipe import SplitRecipe
 from .session import UNIT, Session, read_ahead
@@ -65,9 +65,7 @@ def plan_conversion(
         UsageError: The recipe names calibration text that does not exist.
     """
     checkpoint = open_checkpoint(locate(source), tokenizer=tokenizer)
-    plan = plan_split(understand(checkpoint), recipe or SplitRecipe())
-    check_text(plan)
-    return plan
+    return planned(understand(checkpoint), recipe or SplitRecipe())
 
 
 def split(
@@ -108,7 +106,7 @@ def split(
     check_left(partial_path(out), resume=resume, restart=force)
     location = locate(source)
     checkpoint = open_checkpoint(location, tokenizer=tokenizer)
-    plan = plan_split(understand(checkpoint), recipe or SplitRecipe())
+    plan = planned(understand(checkpoint), recipe or SplitRecipe())
     recover_replaced(out)
     check_out(out, location.path, force=force)
     tokenizer_of_parent = _check(plan, out, progress, resume=resume)
@@ -139,7 +137,6 @@ def split(
 
 def _check(plan: SplitPlan, out: Path, progress: ProgressCallback, *, resume: bool) -> Any | None:
     """Refuse what only files and machine reveal, and return the parent's tokenizer."""
-    check_text(plan)
     check_room(out, plan, resume=resume)
     if plan.recipe.strict:
         _refuse_nonfinite(plan, progress)

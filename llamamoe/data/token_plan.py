@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlamaMoeError, UsageError
-from .files import find_files
+from .files import find_files, unpacked_bytes
 from .recipe import TokenizeRecipe
 from .text import read_files
 from .token_index import FORMAT, VERSION
 from .tokenizing import Unit
 from .vocabulary import Vocabulary
 
-UNPACKED = {".zst": 3.5, ".gz": 3.0, ".parquet": 2.0}
-"""Approximate size of text relative to its file."""
 BYTES_PER_TOKEN = 4.2
 """Approximate bytes per token of English text and code, for vocabularies of 32 000 to 128 000."""
 TEXT_BYTES_PER_SECOND = 1.7e6
@@ -53,8 +51,7 @@ class TokenizePlan:
     @property
     def text_bytes(self) -> float:
         """Estimate of the unpacked text."""
-        sizes = ((path.suffix, path.stat().st_size) for path, _ in self.files)
-        return sum(UNPACKED.get(suffix, 1.0) * size for suffix, size in sizes)
+        return unpacked_bytes(path for path, _ in self.files)
 
     @property
     def tokens(self) -> float:

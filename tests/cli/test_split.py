@@ -284,6 +284,16 @@ def test_a_dry_run_of_calibration_imports_nothing_heavy(dense: Path, calibrated:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_size_of_the_text_bounds_the_cost_of_calibration(
+    dense: Path, tmp_path: Path, run: Run, calibrated: tuple[str, ...]
+) -> None:
+    arguments = [*calibrated[:-6], "--calibration-tokens", "1000M", "--calibration-length", "32", "--device", "cpu"]
+    text = run("split", dense, tmp_path / "out", "--dry-run", *arguments).stdout
+    assert "at most 864 tokens (a token has a byte; the recipe allows 1,000,000,000)" in " ".join(text.split())
+    found = plan(run, dense, *arguments)
+    assert (found["calibration"]["tokens"], found["recipe"]["calibration_tokens"]) == (864, 10**9)
+
+
 def test_summary_after_calibration(dense: Path, tmp_path: Path, run: Run, calibrated: tuple[str, ...]) -> None:
     result = run("split", dense, tmp_path / "out", "--no-verify", *calibrated)
     assert "ready for transformers" in result.stdout

@@ -21,7 +21,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").touch()  # a plan finds the calibration text and does not open it
+    with (tmp_path / "text.txt").open("wb") as file:  # a plan finds the calibration text and does not open it
+        file.truncate(2**32)
 
 
 def plan(source: Path, **given: Any) -> Any:
