@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..lazy import torch
-from ..models.loading import pick_device
+from ..models.devices import pick_device
 
 
 @dataclass(frozen=True)

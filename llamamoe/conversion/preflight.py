@@ -9,6 +9,7 @@ from ..calibration.compute import MIN_TOKENS
 from ..checkpoint.out_folder import free_bytes
 from ..data.files import find_files, unpacked_bytes
 from ..errors import RefusedError
+from ..models.devices import check_device
 from .plan import SplitPlan, plan_split
 from .recipe import AUTO, SplitRecipe
 
@@ -20,9 +21,12 @@ def planned(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
 
     Raises:
         RefusedError: The conversion is not possible; the message names every reason.
-        UsageError: A path or glob matches nothing, a folder holds no text, or a file is of an unknown kind.
+        UsageError: The device cannot be available, a path or glob matches nothing, a folder holds no text, or a file is of an
+            unknown kind.
     """
     plan = plan_split(model, recipe)
+    if plan.calibration:
+        check_device(recipe.device)
     if not plan.calibration or AUTO in plan.recipe.calibration:
         return plan
     most = max(MIN_TOKENS, round(unpacked_bytes(path for path, _ in find_files(plan.recipe.calibration))))

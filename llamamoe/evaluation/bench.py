@@ -10,7 +10,8 @@ from typing import Any
 from ..architectures.inspect import Inspection, inspect
 from ..errors import UsageError
 from ..lazy import torch
-from ..models.loading import Opened, open_models, pick_device
+from ..models.devices import pick_device
+from ..models.loading import Opened, open_models
 from ..progress import ProgressCallback, counting, ignore_progress
 from .speeds import ModelSpeed, SpeedRun
 

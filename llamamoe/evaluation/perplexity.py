@@ -12,7 +12,8 @@ import numpy as np
 from ..data.encoding import Encoded, Window, encode, windows_of
 from ..data.text import Document, read_documents
 from ..errors import LlamaMoeError, UsageError
-from ..models.loading import Opened, open_models, pick_devices
+from ..models.devices import pick_devices
+from ..models.loading import Opened, open_models
 from ..progress import ProgressCallback, counting, ignore_progress
 from .scores import Counts, Evaluation, differences, model_scores
 

@@ -111,7 +111,8 @@ def evaluate_tasks(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm-eval", "eval", "Running tasks of lm-evaluation-harness")
-    from ..models.loading import open_models, pick_device
+    from ..models.devices import pick_device
+    from ..models.loading import open_models
 
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}, but must be at least 1.")

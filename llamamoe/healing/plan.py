@@ -23,6 +23,7 @@ from ..checkpoint.writer import QUEUE_BYTES
 from ..data.files import find_files
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..methods.routers import ROUTERS
+from ..models.devices import check_device
 from ..models.loadable import check_counts
 from .recipe import HealRecipe
 
@@ -236,6 +237,7 @@ def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> Heal
     layers = tuple(sorted(int(found[1]) for name in checkpoint.tensors if (found := ROUTER.match(name))))
     _check_fit(checkpoint, dense, layers)
     find_files(recipe.text)
+    check_device(recipe.device)
     recipe = recipe.model_copy(update={"router": _router(recipe, checkpoint)})
     length = _length(recipe, dense)
     plan = HealPlan(place, checkpoint, origin, dense, target, recipe, layers, length)

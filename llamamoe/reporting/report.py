@@ -21,7 +21,8 @@ from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
 from ..evaluation.perplexity import ScoringPlan, check_numbers, encode_again, protocol, scoring_plan, window_length
 from ..evaluation.scores import Counts, differences, model_scores
 from ..evaluation.scoring import check_ids
-from ..models.loading import open_models, pick_device
+from ..models.devices import pick_device
+from ..models.loading import open_models
 from ..progress import ProgressCallback, counting, ignore_progress
 from ..training.ownership import FINAL
 from .origin import plain, provenance, training_runs

@@ -18,6 +18,7 @@ from ..methods.repairs import REPAIRS
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
+from ..models.devices import check_device
 from ..progress import ProgressCallback, ignore_progress
 from .cells import Cell, cells_of, estimated_flops, select
 from .recipe import CompareRecipe
@@ -101,6 +102,7 @@ def plan_comparison(
         MissingExtraError: A program whose speed is measured is not installed.
     """
     refuse_windows_path(out or "")
+    check_device(recipe.device)
     location, model = _open(source, tokenizer)
     everything = cells_of(recipe, model)
     cells = select(everything, only)

@@ -23,7 +23,8 @@ from ..errors import UsageError
 from ..evaluation.perplexity import scoring_plan
 from ..evaluation.scores import ModelScores
 from ..lazy import np, torch
-from ..models.loading import load_weights, open_model, pick_device
+from ..models.devices import pick_device
+from ..models.loading import load_weights, open_model
 from ..progress import ProgressCallback, ignore_progress
 from .aligned import aligned_layers, folder_of, remove_alignments
 from .cells import Cell

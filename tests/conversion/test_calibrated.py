@@ -342,6 +342,16 @@ def test_a_device_that_is_not_there_is_a_usage_error() -> None:
     assert "Use --device cpu" in str(caught.value)
 
 
+def test_a_plan_refuses_cuda_where_it_cannot_be(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = llamamoe.load_recipe(given={"router": "ridge", "calibration": "auto", "device": "cuda"})
+    monkeypatch.setattr("llamamoe.models.devices._has_driver", lambda: False)
+    with pytest.raises(llamamoe.UsageError, match="the device 'cuda' is not available"):
+        llamamoe.plan_conversion(dense, recipe)
+    monkeypatch.setattr("llamamoe.models.devices._built_for", lambda kind: kind == "cuda")
+    monkeypatch.setattr("llamamoe.models.devices._has_driver", lambda: True)
+    assert llamamoe.plan_conversion(dense, recipe).calibration is not None
+
+
 def test_conversion_in_bfloat16_products_is_near_that_in_float32(dense: Path, tmp_path: Path) -> None:
     exact = llamamoe.split(dense, tmp_path / "a", recipe(dense), verify=False).receipt["layers"]
     half = llamamoe.split(dense, tmp_path / "b", recipe(dense, compute_dtype="bfloat16"), verify=False).receipt
