@@ -43,6 +43,7 @@ llamamoe compare SOURCE --recipe my.yaml --out study --only 'token_clusters/0.5/
 llamamoe compare SOURCE --recipe my.yaml --out small --set calibration_tokens=8192
 llamamoe compare SOURCE --recipe my.yaml --out study --speed transformers,llama.cpp
 """
+OWN_SHAPE = "--set 'methods=[{name: mine, method: token_clusters, num_experts: 32, top_k: 8, shared: 0.25}]'"
 RECIPE, RUN = "Recipe", "Run"
 
 
@@ -167,6 +168,10 @@ def _print_plan(plan: ComparisonPlan, out: str) -> None:
     paragraph(
         f"{done} finished in {out}, about {duration(plan.seconds_left)} left (estimated from the {basis}). Nothing was written."
     )
+    paragraph(
+        "Sizes follow from the budget. To compare a shape of your own, give the sizes to a method, in a copy of the recipe or by:"
+    )
+    echo(f"  {OWN_SHAPE}")
 
 
 def _experts(cell: PlannedCell) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,17 @@ def test_dry_run(study: tuple[list[str | Path], Path, Result], run: Run) -> None
     data = json.loads(run(*args, "--out", other, "--only", "random*", "--dry-run", "--json").stdout)
     assert [(c["label"], c["finished"]) for c in data["cells"]] == [("random/0.5/0", False), ("random/0.5/1", False)]
     assert not other.exists()
+
+
+def test_the_shape_that_a_dry_run_proposes_can_be_compared(
+    study: tuple[list[str | Path], Path, Result], tmp_path: Path, run: Run
+) -> None:
+    args, out = study[0], tmp_path / "new"
+    proposed = run(*args, "--out", out, "--dry-run").stdout.strip().splitlines()[-1]
+    given = shlex.split(proposed.replace("token_clusters", "kmeans"))  # this study has no text
+    own = run(*args, "--out", out, *given, "--set", "budgets=[0.9]", "--dry-run").stdout
+    assert "mine/0.9/0" in own
+    assert "8 of 32" in own
 
 
 def test_dry_run_imports_nothing_heavy(study: tuple[list[str | Path], Path, Result]) -> None:
