@@ -66,5 +66,7 @@ from .transforms.export_gguf import export_gguf as export_gguf
 from .transforms.fix_config import fix_config as fix_config
 from .transforms.merge import MergeResult as MergeResult
 from .transforms.merge import merge as merge
+from .transforms.resplit import ResplitResult as ResplitResult
+from .transforms.resplit import resplit as resplit
 from .transforms.retop import RetopResult as RetopResult
 from .transforms.retop import retop as retop

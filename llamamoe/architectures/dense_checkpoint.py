@@ -128,7 +128,7 @@ def _refuse_mixture(config: Mapping[str, Any]) -> None:
     if experts:
         raise CheckpointError(
             f"config.json: {experts} = {config[experts]}, so this is already a mixture of experts.",
-            hint="Give the dense model that it was made from.",
+            hint="Give the dense model that it was made from, or split its experts with `llamamoe resplit`.",
         )
 
 

@@ -133,7 +133,7 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
 def _refuse_others(folder: Path) -> None:
     """Refuse a folder that `split` did not write, naming the command that wrote it."""
     if (folder / HEAL_RECIPE_FILE).is_file() or (folder / DERIVED_FILE).is_file():
-        made = "heal" if (folder / HEAL_RECIPE_FILE).is_file() else "merge, retop or densify"
+        made = "heal" if (folder / HEAL_RECIPE_FILE).is_file() else "merge, retop, resplit or densify"
         raise RefusedError(
             f"{folder} was written by `llamamoe {made}`, which changes weights on purpose: they differ from the parent's.",
             hint="Verify the conversion that it was made from; `llamamoe evaluate` compares two models.",

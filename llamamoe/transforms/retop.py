@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def retop(
     factor = _factor(mixing, top_k, name)
     where = "nowhere" if factor == 1 else "config" if mixing.target.scaling_knob else "weights"
     exact = where != "weights" or is_power_of_two(factor)
-    warnings = tuple(_warnings(checkpoint.config, name, before, exact))
+    warnings = tuple(_warnings(checkpoint.config, name, before, top_k, exact))
     facts = {"from": before, "to": top_k, "rescale": name, "factor": factor, "where": where}
     job = Rewriting(
         deed="retop",
@@ -150,7 +151,7 @@ def _told(factor: float, where: str, rescale: str | None) -> str:
     return f"For the rescale `{rescale}` {place} were multiplied by {factor:.6g}."
 
 
-def _warnings(config: dict[str, Any], rescale: str | None, before: int, exact: bool) -> list[str]:
+def _warnings(config: dict[str, Any], rescale: str | None, before: int, top_k: int, exact: bool) -> list[str]:
     block, found = config.get("llamamoe") or {}, []
     if rescale is None:
         found.append(
@@ -165,6 +166,12 @@ def _warnings(config: dict[str, Any], rescale: str | None, before: int, exact: b
             f"neurons may be in several experts, scaled for {before} selected ones: with another number they count too "
             "much or too little"
         )
-    if block.get("healed") or block.get("trained"):
+    trained = block.get("healed") or block.get("trained")
+    pieces = math.prod(each["pieces"] for each in block.get("resplit") or [])
+    if top_k % pieces and not trained:
+        found.append(
+            f"the {pieces} pieces of a split expert have equal router rows: of an expert that is not selected whole, arbitrary ones run"
+        )
+    if trained:
         found.append(f"the model was trained with {before} experts selected: measure it again with this number")
     return found

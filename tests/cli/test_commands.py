@@ -199,6 +199,24 @@ def test_densify(dense: Path, converted: tuple[Path, Result], tmp_path: Path, ru
     assert "'5 apples'" in run("densify", converted[0], tmp_path / "c", "--shard-size", "5 apples", code=2).stderr
 
 
+def test_resplit(converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
+    text = run("resplit", converted[0], "--pieces", "2", "--dry-run").stdout
+    assert "4 of 8 experts per token instead of 2 of 4" in text
+    assert run("resplit", converted[0], tmp_path / "out", "--pieces", "2").stdout.startswith(str(tmp_path / "out"))
+    data = json.loads(run("resplit", converted[0], tmp_path / "two", "--pieces", "2", "--json").stdout)
+    assert (data["num_experts"], data["pieces"], data["dry_run"]) == ([4, 8], 2, False)
+    text = run("retop", tmp_path / "out", tmp_path / "odd", "--top-k", "3").stdout
+    assert "arbitrary ones run" in text
+    assert "arbitrary" not in run("retop", tmp_path / "out", tmp_path / "even", "--top-k", "2").stdout
+    assert "OUT is missing" in run("resplit", converted[0], "--pieces", "2", code=2).stderr
+    assert "from 2 to" in run("resplit", converted[0], tmp_path / "no", "--pieces", "0", code=2).stderr
+    assert (
+        "kmeans" in run("resplit", converted[0], tmp_path / "no", "--pieces", "2", "--method", "kmean", code=2).stderr
+    )
+    assert "is not empty" in run("resplit", converted[0], tmp_path / "out", "--pieces", "2", code=3).stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
     text = run("retop", converted[0], tmp_path / "three", "--top-k", "3").stdout
     assert "3 experts per token instead of 2" in text

@@ -230,6 +230,7 @@ def output(world: World, rng: random.Random, place: Path) -> Attempt:
     dense = str(world.byte_level() if OUTPUTS[target] == "llama" else world.dense(OUTPUTS[target]))
     verbs: dict[str, list[str]] = {
         "retop": ["retop", str(model), str(out), "--top-k", "3"],
+        "resplit": ["resplit", str(model), str(out), "--pieces", "2"],
         "densify": ["densify", str(model), str(out)],
         "merge": ["merge", str(model), str(world.output(target)), "--out", str(out)],
         "inspect": ["inspect", str(model)],
@@ -246,7 +247,7 @@ def output(world: World, rng: random.Random, place: Path) -> Attempt:
         "tokenize": ["tokenize", "--recipe", "small", "--tokenizer", str(model), "--text", str(world.text), "--out", str(out)],
     }  # fmt: skip
     verb = rng.choice(tuple(verbs))
-    published = out if verb in ("retop", "densify", "merge") else model if verb == "fix-config" else None
+    published = out if verb in ("retop", "resplit", "densify", "merge") else model if verb == "fix-config" else None
     return Attempt(verbs[verb], f"{target}/{name}: {done}", published, kind=name)
 
 

@@ -41,7 +41,7 @@ def outputs(parent: Path) -> dict[str, Path]:
     return made
 
 
-VERBS = ("inspect", "retop", "densify", "merge", "fix-config", "export-gguf", "heal", "verify", "evaluate")
+VERBS = ("inspect", "retop", "resplit", "densify", "merge", "fix-config", "export-gguf", "heal", "verify", "evaluate")
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 DAMAGE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "architectures": ("qwen2_moe", {"architectures": 1e300}, ()),
@@ -89,6 +89,7 @@ def run(verb: str, model: Path, parent: Path) -> tuple[int, str]:
     arguments = {
         "inspect": [model],
         "retop": [model, out, "--top-k", "3"],
+        "resplit": [model, out, "--pieces", "2"],
         "densify": [model, out],
         "merge": [model, model, "--out", out],
         "fix-config": [model],
@@ -126,7 +127,7 @@ def test_a_damaged_configuration_is_one_error(
     assert {path.name for path in tmp_path.iterdir()} == {"model", "text.jsonl"}, "nothing was left"
 
 
-@pytest.mark.parametrize("verb", ["retop", "densify", "merge", "fix-config", "heal"])
+@pytest.mark.parametrize("verb", ["retop", "resplit", "densify", "merge", "fix-config", "heal"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
 def test_side_files_are_loaded_before_anything_is_published(
     verb: str, name: str, outputs: dict[str, Path], parent: Path, tmp_path: Path
@@ -150,7 +151,7 @@ def test_a_renamed_tensor_is_named(verb: str, outputs: dict[str, Path], parent: 
     assert (code, "model.layers.1.input_layernorm.weight" in error) == (3, True), error
 
 
-@pytest.mark.parametrize("verb", ["retop", "densify"])
+@pytest.mark.parametrize("verb", ["retop", "resplit", "densify"])
 def test_a_factor_of_nothing_cannot_be_rescaled(
     verb: str, outputs: dict[str, Path], parent: Path, tmp_path: Path
 ) -> None:
