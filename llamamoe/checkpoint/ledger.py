@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import RefusedError
+from ..errors import CheckpointError, RefusedError
 from .files import InUseError, check_plain, is_locked, lock, open_append, remove_temporaries
 
 LEDGER = ".ledger.jsonl"
@@ -169,6 +169,25 @@ def check_left(folder: Path, *, resume: bool, restart: bool) -> None:
         raise RefusedError(
             f"{folder} is left from a run that was stopped.", hint="--resume finishes it; --force starts again."
         )
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Refuse to read a folder in which a run assembles its output, or did until it was stopped.
+
+    Raises:
+        CheckpointError: The folder holds a ledger; the message says how to finish or remove it.
+    """
+    if not (path / LEDGER).is_file():
+        return
+    if is_locked(path / LEDGER):
+        raise CheckpointError(
+            f"{path} is being written by another process, which renames it when it is finished.", hint="Wait for it."
+        )
+    raise CheckpointError(
+        f"{path} is the unfinished output of a run that was stopped.",
+        hint="Repeat the command that wrote it: --resume finishes it, --force starts again. Nothing else needs the folder, so it can "
+        "be removed.",
+    )
 
 
 def in_use(folder: Path) -> RefusedError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import CheckpointError, LlamaMoeError, UsageError, printable
 from ..lazy import huggingface_hub
 from .base import Checkpoint
+from .ledger import refuse_unfinished
 from .paths import BACKSLASHES
 from .reader import (
     ADAPTER,
@@ -85,6 +86,7 @@ def locate(source: str | Path) -> Location:
         return _download(text)
     path = Path(text).expanduser()
     if path.exists():
+        refuse_unfinished(path)
         return Location(path, path.resolve().name)
     if not is_hub_id(text):
         hint = f"{BACKSLASHES} {_FORMS}" if "\\" in text else _FORMS

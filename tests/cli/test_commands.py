@@ -13,6 +13,7 @@ from click.testing import Result
 from llamamoe_cli.evaluate import with_error
 
 from llamamoe.catalog import list_methods
+from llamamoe.checkpoint.files import lock
 from llamamoe.studies.demo import DemoResult, DemoRow
 from llamamoe.training.losses import LOSSES
 from llamamoe.training.recipe import PretrainRecipe
@@ -67,6 +68,18 @@ def test_inspect(dense: Path, converted: tuple[Path, Result], tmp_path: Path, ru
     assert data["experts"]["num_experts"] == 4
     assert data["receipt"]["verified"] is True
     assert "does not exist" in run("inspect", tmp_path / "none", code=3).stderr
+
+
+def test_inspect_says_that_a_folder_is_unfinished(tmp_path: Path, run: Run) -> None:
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    (left / ".ledger.jsonl").touch()
+    error = run("inspect", left, code=3).stderr
+    assert f"{left} is the unfinished output of a run that was stopped" in error
+    assert "--resume finishes it, --force starts again" in error
+    with (left / ".ledger.jsonl").open() as file:
+        lock(file)
+        assert "is being written by another process" in run("inspect", left, code=3).stderr
 
 
 def test_methods(run: Run) -> None:
