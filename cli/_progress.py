@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llamamoe.progress import RESUMED, Progress, ProgressCallback
+from llamamoe.progress import LOADING, RESUMED, Progress, ProgressCallback
 
 from ._format import duration, plural
 from ._rich import rich
@@ -48,6 +48,10 @@ class _Clock:
         return ", ".join(parts + [step.detail] * (detail and step.detail != ""))
 
 
+def _loading(step: Progress) -> str:
+    return f"{step.stage}: model {step.done:,} of {step.total:,}, {step.detail}"
+
+
 @contextmanager
 def plain_lines(*, verbose: bool) -> Iterator[ProgressCallback]:
     """One line when a stage ends, and every few seconds while it lasts; with ``verbose`` one for every step."""
@@ -56,6 +60,9 @@ def plain_lines(*, verbose: bool) -> Iterator[ProgressCallback]:
 
     def report(step: Progress) -> None:
         nonlocal shown
+        if step.stage == LOADING:
+            echo(_loading(step), err=True)
+            return
         clock.starts(step)
         if step.stage == RESUMED:
             echo(f"{step.stage}: {step.done:,} of {plural(step.total, step.unit)} kept", err=True)
@@ -77,8 +84,11 @@ def live_bar(*, verbose: bool) -> Iterator[ProgressCallback]:
 
         def report(step: Progress) -> None:
             nonlocal task
+            if step.stage == LOADING:
+                bars.update(waiting, description=_loading(step), visible=True)
+                return
+            bars.update(waiting, visible=False)
             if clock.starts(step):
-                bars.update(waiting, visible=False)
                 task = bars.add_task(step.stage, total=step.total, text="")
             bars.update(task, completed=step.done, text=clock.text(detail=verbose))
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 RESUMED = "resume"
 """The stage that says, once, how many units of an interrupted run are kept."""
+LOADING = "load"
+"""The stage that says which model's weights are loaded next; it may come between the steps of another stage."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..data.text import Document, read_documents
 from ..errors import LlamaMoeError, UsageError
 from ..models.devices import pick_devices
 from ..models.loading import Opened, open_models
-from ..progress import ProgressCallback, counting, ignore_progress
+from ..progress import LOADING, Progress, ProgressCallback, counting, ignore_progress
 from .scores import Counts, Evaluation, differences, model_scores
 
 MAX_CONTEXT = 2048
@@ -95,7 +95,10 @@ def _results(
 ) -> dict[str, Any]:
     """Score with one model, then with the other one if there are two; return the scores as fields of `Evaluation`."""
     advance = counting("evaluate", sum(int(plan.tokens.sum()) for plan in plans), "token", progress)
-    results = [plan.run(batch_size, dtype, devices, advance) for plan in plans]
+    results = []
+    for number, plan in enumerate(plans, start=1):
+        progress(Progress(LOADING, number, len(plans), "model", plan.side.name))
+        results.append(plan.run(batch_size, dtype, devices, advance))
     scores = [model_scores(plan.side.name, *result) for plan, result in zip(plans, results, strict=True)]
     if len(plans) == 1:
         return {"model": scores[0], "against": None, "comparable": None, "difference": None}

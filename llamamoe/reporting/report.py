@@ -23,7 +23,7 @@ from ..evaluation.scores import Counts, differences, model_scores
 from ..evaluation.scoring import check_ids
 from ..models.devices import pick_device
 from ..models.loading import open_models
-from ..progress import ProgressCallback, counting, ignore_progress
+from ..progress import LOADING, Progress, ProgressCallback, counting, ignore_progress
 from ..training.ownership import FINAL
 from .origin import plain, provenance, training_runs
 from .walk import Reading
@@ -214,17 +214,19 @@ def _read_all(
     from .walk import read
 
     advance = counting("report", sum(int(side.plan.tokens.sum()) for side in sides), "token", progress)
-    readings = [
-        read(
-            side.plan,
-            dtype=dtype,
-            device=device,
-            mixture=side.inspection.experts is not None,
-            oracle_tokens=oracle_tokens,
-            advance=partial(advance, side.inspection.name),
+    readings = []
+    for number, side in enumerate(sides, start=1):
+        progress(Progress(LOADING, number, len(sides), "model", side.inspection.name))
+        readings.append(
+            read(
+                side.plan,
+                dtype=dtype,
+                device=device,
+                mixture=side.inspection.experts is not None,
+                oracle_tokens=oracle_tokens,
+                advance=partial(advance, side.inspection.name),
+            )
         )
-        for side in sides
-    ]
     parent = readings[-1] if len(sides) > models else None
     described = [_described(side, reading, parent) for side, reading in zip(sides, readings, strict=True)]
     return {

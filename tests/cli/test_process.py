@@ -209,12 +209,14 @@ def test_plain_progress_is_rare_and_tells_rate_and_time_left(
     now = [100.0]
     monkeypatch.setattr(_progress.time, "monotonic", lambda: now[0])
     with Output().progress() as report:
+        report(Progress("load", 1, 2, "model", "dense"))
         for done in range(1, 11):
             now[0] += 2
             report(Progress("convert", done, 10, "layer"))
         now[0] += 1
         report(Progress("verify", 1, 1, "layer", "detail"))
     assert capsys.readouterr().err.splitlines() == [
+        "load: model 1 of 2, dense",
         "convert: 3 of 10 layers, 0.5 layers/s, 14 s left",
         "convert: 6 of 10 layers, 0.5 layers/s, 8.0 s left",
         "convert: 9 of 10 layers, 0.5 layers/s, 2.0 s left",
