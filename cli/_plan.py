@@ -33,7 +33,7 @@ def print_plan(plan: SplitPlan, source: str, *, verify: bool, verbose: bool) -> 
     ]
     facts([*_conversion(plan), *(checked if verify else [])])
     heading("Costs")
-    _costs(plan.parent_cost, plan.cost)
+    costs(plan.parent_cost, plan.cost)
     _speed(plan)
     if verbose:
         _details(plan)
@@ -160,7 +160,8 @@ def ffn_active(plan: SplitPlan) -> str:
     return f"{used:,} of {size_:,} neurons for each token ({100 * used / size_:.0f} %)"
 
 
-def _costs(before: Cost, after: Cost) -> None:
+def costs(before: Cost, after: Cost) -> None:
+    """Print what the dense model and the mixture cost."""
     rows = [
         ("parameters", before.total_parameters, after.total_parameters, amount),
         ("active per token", before.active_parameters, after.active_parameters, amount),

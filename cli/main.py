@@ -30,6 +30,7 @@ EXAMPLES = """\
 llamamoe demo                                         # convert and measure a small model
 llamamoe inspect SOURCE                               # architecture, size, and whether it can be split
 llamamoe split SOURCE OUT --experts 8 --top-k 2       # convert and verify
+llamamoe mix BASE OUT --expert A --expert B           # fine-tuned models as experts
 llamamoe evaluate OUT --text FILE --against SOURCE    # perplexity of both
 """
 COMPLETION = 'eval "$(_LLAMAMOE_COMPLETE=bash_source llamamoe)"'

@@ -66,6 +66,12 @@ from .transforms.export_gguf import export_gguf as export_gguf
 from .transforms.fix_config import fix_config as fix_config
 from .transforms.merge import MergeResult as MergeResult
 from .transforms.merge import merge as merge
+from .transforms.mix import MixResult as MixResult
+from .transforms.mix import mix as mix
+from .transforms.mixing.plan import MixPlan as MixPlan
+from .transforms.mixing.plan import plan_mix as plan_mix
+from .transforms.mixing.recipe import MixRecipe as MixRecipe
+from .transforms.mixing.recipe import load_mix_recipe as load_mix_recipe
 from .transforms.resplit import ResplitResult as ResplitResult
 from .transforms.resplit import resplit as resplit
 from .transforms.retop import RetopResult as RetopResult

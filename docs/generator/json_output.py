@@ -46,6 +46,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "retop": ("retop moe retopped --top-k 3", "llamamoe.transforms.retop.RetopResult"),
     "resplit": ("resplit moe finer --pieces 2", "llamamoe.transforms.resplit.ResplitResult"),
     "merge": ("merge moe moe --out merged", "llamamoe.transforms.merge.MergeResult"),
+    "mix": ("mix dense mixed --expert dense --expert dense", "llamamoe.transforms.mix.MixResult"),
     "push --dry-run": ("push moe me/moe --dry-run", "llamamoe.checkpoint.push.Push"),
     "fix-config --dry-run": ("fix-config moe --dry-run", ""),
     "methods": ("methods kmeans", "llamamoe.catalog.Method"),

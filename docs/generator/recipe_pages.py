@@ -19,6 +19,7 @@ from .repository import shown
 
 KINDS = {
     "split": (llamamoe.SplitRecipe, "llamamoe split"),
+    "mix": (llamamoe.MixRecipe, "llamamoe mix"),
     "tokenize": (llamamoe.TokenizeRecipe, "llamamoe tokenize"),
     "heal": (llamamoe.HealRecipe, "llamamoe heal"),
     "pretrain": (llamamoe.PretrainRecipe, "llamamoe pretrain"),

@@ -41,9 +41,10 @@ def _probes(tokenizer: Any) -> list[str]:
     return [*PROBES, "".join(added), "".join(f" a {token} b" for token in added)]
 
 
-def _behaviour(tokenizer: Any, probes: list[str]) -> dict[str, Any]:
-    """Return ids and text of the probes, and ids of special tokens, as JSON-compatible data."""
-    found: dict[str, Any] = {name.removesuffix("_id"): getattr(tokenizer, name, None) for name in _NAMES}
+def _behaviour(tokenizer: Any, probes: list[str], *, roles: bool = True) -> dict[str, Any]:
+    """Return ids and text of the probes, and ids of special tokens (``roles``), as JSON-compatible data."""
+    names = _NAMES if roles else ()
+    found: dict[str, Any] = {name.removesuffix("_id"): getattr(tokenizer, name, None) for name in names}
     for text in probes:
         full = list(tokenizer(text).input_ids)
         plain = list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -62,7 +63,7 @@ def _model(tokenizer: Any) -> list[Any]:
     return [sorted(tokenizer.get_vocab().items()), merges, scores]
 
 
-def difference(parent: Any, other: Any, *, templates: bool = True) -> str | None:
+def difference(parent: Any, other: Any, *, templates: bool = True, roles: bool = True) -> str | None:
     """Describe the first difference between two tokenizers; None if they produce the same ids.
 
     Compares vocabulary and merges, special tokens, chat templates, and the ids of probe text, with special tokens
@@ -72,13 +73,14 @@ def difference(parent: Any, other: Any, *, templates: bool = True) -> str | None
         parent: A tokenizer of transformers.
         other: Another tokenizer.
         templates: Whether to compare chat templates, which do not change ids of text.
+        roles: Whether to compare which ids begin, end and pad a text.
     """
     if _model(parent) != _model(other):
         return "the vocabulary or its merges differ"
     if templates and chat_template(parent) != chat_template(other):
         return "the chat template differs"
     probes = _probes(parent)
-    ours, theirs = _behaviour(parent, probes), _behaviour(other, probes)
+    ours, theirs = (_behaviour(each, probes, roles=roles) for each in (parent, other))
     for what, value in ours.items():
         if theirs[what] != value:
             return f"{what} becomes {str(theirs[what])[:200]} where the parent has {str(value)[:200]}"

@@ -72,6 +72,15 @@ def check_ids(path: Path, data: Mapping[str, Any]) -> None:
         )
 
 
+def folder_vocabulary(folder: Path) -> dict[str, int]:
+    """Return token to id from a folder's ``tokenizer.json``, added tokens included; empty if there is no such file.
+
+    Raises:
+        CheckpointError: The file is broken.
+    """
+    return _vocabulary(_optional(folder / "tokenizer.json", vocabulary=True))
+
+
 def _optional(path: Path, *, vocabulary: bool = False) -> dict[str, Any]:
     return read_json(path, vocabulary=vocabulary) if path.is_file() else {}
 

@@ -133,7 +133,7 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
 def _refuse_others(folder: Path) -> None:
     """Refuse a folder that `split` did not write, naming the command that wrote it."""
     if (folder / HEAL_RECIPE_FILE).is_file() or (folder / DERIVED_FILE).is_file():
-        made = "heal" if (folder / HEAL_RECIPE_FILE).is_file() else "merge, retop, resplit or densify"
+        made = "heal" if (folder / HEAL_RECIPE_FILE).is_file() else "merge, mix, retop, resplit or densify"
         raise RefusedError(
             f"{folder} was written by `llamamoe {made}`, which changes weights on purpose: they differ from the parent's.",
             hint="Verify the conversion that it was made from; `llamamoe evaluate` compares two models.",
@@ -192,18 +192,45 @@ def _verified(
 ) -> Verification:
     refuse_foreign(converted)  # transformers would quantise the weights, or run other code
     check_files(plan, converted)
-    layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]
-    checked = 0
-    if plan.kept != "nothing":
-        for done, layer in enumerate(layers, start=1):
-            check_neurons(plan, converted, layer)
-            checked += 1
-            progress(Progress("check neurons", done, len(layers), "layer"))
+    neurons = check_all_neurons(plan, converted, progress)
     # before the logits, which cannot locate a changed tensor
     weights = check_weights(plan, converted, hashes, progress)
+    return compared(plan, converted, neurons, weights, progress)
+
+
+def check_all_neurons(plan: SplitPlan, converted: Checkpoint, progress: ProgressCallback) -> int:
+    """Check the neurons of every MoE layer (see `check_neurons`) and return the number of these layers.
+
+    Raises:
+        VerificationError: A neuron is missing, repeated or changed.
+    """
+    if plan.kept == "nothing":
+        return 0
+    layers = [i for i in range(plan.model.spec.num_layers) if i not in plan.layout.dense_layers]
+    for done, layer in enumerate(layers, start=1):
+        check_neurons(plan, converted, layer)
+        progress(Progress("check neurons", done, len(layers), "layer"))
+    return len(layers)
+
+
+def compared(
+    plan: SplitPlan, converted: SafetensorsCheckpoint, neurons: int, weights: WeightsChecked, progress: ProgressCallback
+) -> Verification:
+    """Compare the logits with the parent's (see `verify`) and return the outcome of all checks.
+
+    Args:
+        plan: The plan of the conversion.
+        converted: The conversion.
+        neurons: Number of layers whose neurons were compared.
+        weights: The outcome of comparing the weights.
+        progress: Called after every layer.
+
+    Raises:
+        VerificationError: A difference is larger than the claims of the plan allow.
+    """
     measured = compare_logits(plan, converted, progress)
     _check_claims(plan, measured)
-    return _result(plan, measured, checked, weights)
+    return _result(plan, measured, neurons, weights)
 
 
 def _tolerances(plan: SplitPlan) -> tuple[float, float]:

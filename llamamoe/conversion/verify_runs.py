@@ -123,7 +123,7 @@ def receipt_tokens(folder: Path, vocab_size: int) -> tuple[torch.Tensor, str]:
 def _reference(plan: SplitPlan) -> str:
     """Return how the parent is opened and run, for the receipt."""
     run = f"weights rounded to {plan.dtype}, run in F32"
-    if plan.model.checkpoint.path.is_dir():
+    if isinstance(plan.model.checkpoint, SafetensorsCheckpoint):
         return f"the parent as transformers' from_pretrained loads it, {run}"
     return f"the GGUF file as llamamoe reads it (not read by another program), {run}"
 
@@ -131,7 +131,7 @@ def _reference(plan: SplitPlan) -> str:
 def _run_parent(plan: SplitPlan, ids: torch.Tensor, before_layer: Any, after_layer: Any) -> torch.Tensor:
     """Return the parent's logits; nothing of it is left in memory."""
     checkpoint, dtype = plan.model.checkpoint, torch_dtype(plan.dtype)
-    if not checkpoint.path.is_dir():
+    if not isinstance(checkpoint, SafetensorsCheckpoint):
         streamed = StreamedModel.of_dense(plan.model, lambda name: checkpoint.read(name).to(dtype))
         return streamed.logits(ids, before_layer=before_layer, after_layer=after_layer)
     from .reference import Reference

@@ -133,9 +133,11 @@ class _Job:
 
     def __init__(self, converted: ConvertedModel, parent: DenseModel | None, progress: ProgressCallback) -> None:
         self.converted, self.parent, self._progress = converted, parent, progress
-        if converted.block.get("method") == "upcycle":
+        method = converted.block.get("method")
+        if method in ("upcycle", "mix"):
+            kind = "copies of one FFN" if method == "upcycle" else "the FFNs of several models"
             raise RefusedError(
-                "the experts are copies of one FFN (method upcycle): together they are several dense FFNs, not one.",
+                f"the experts are {kind} (method {method}): together they are several dense FFNs, not one.",
                 hint="Use the dense model that it was made from.",
             )
         self.target = Dense()

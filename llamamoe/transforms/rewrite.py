@@ -24,6 +24,7 @@ from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
 from ..checkpoint.tokenizer import carry, check_parent
 from ..checkpoint.writer import CheckpointWriter
+from ..conversion.verify_files import Hashes
 from ..errors import LlamaMoeError, RefusedError
 from ..lazy import torch
 from ..models.loadable import check_counts, check_loads, check_model
@@ -49,6 +50,7 @@ class Rewriting:
         warnings: Sentences for the user.
         shards: The files to write; None: those of the first source.
         read_too: Other opened models that decide the result.
+        verify: Checks the folder before it appears, given the hashes of the weights; returns what goes into the receipt.
     """
 
     deed: str
@@ -62,6 +64,7 @@ class Rewriting:
     warnings: tuple[str, ...] = ()
     shards: Shards | None = None
     read_too: tuple[Checkpoint, ...] = ()
+    verify: Callable[[Path, Hashes], Mapping[str, Any]] | None = None
 
     @property
     def base(self) -> SafetensorsCheckpoint:
@@ -150,8 +153,12 @@ def rewrite(
             progress(Progress(job.deed, done, len(layers), "layer", unit))
         writer.flush()
         receipt = _receipt(job, writer.weights_sha256())
-        _write_side_files(job, writer.path, receipt, tokenizer)
+        _write_side_files(job, writer.path, tokenizer)
         SafetensorsCheckpoint(writer.path)  # check that the result can be opened
+        if job.verify is not None:
+            hashes = Hashes(writer.weights_sha256(), writer.unit_sha256())
+            receipt["verification"] = dict(job.verify(writer.path, hashes))
+        write_text(writer.path / DERIVED_FILE, json.dumps(receipt, indent=2) + "\n")
         for read in (*job.checkpoints, *job.read_too):
             read.check_unchanged()
         writer.publish(replace=force)
@@ -192,7 +199,7 @@ def _finite(name: str, job: Rewriting) -> torch.Tensor:
     return value
 
 
-def _write_side_files(job: Rewriting, folder: Path, receipt: Mapping[str, Any], tokenizer: Any | None) -> None:
+def _write_side_files(job: Rewriting, folder: Path, tokenizer: Any | None) -> None:
     if set(job.files()) != {SINGLE}:
         write_text(folder / INDEX, json.dumps(index_json(job.files()), indent=2, sort_keys=True) + "\n")
     block = dict(job.config.get("llamamoe") or {})
@@ -201,7 +208,6 @@ def _write_side_files(job: Rewriting, folder: Path, receipt: Mapping[str, Any], 
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     carry(job.base, tokenizer, folder)
     check_loads(folder)
-    write_text(folder / DERIVED_FILE, json.dumps(receipt, indent=2) + "\n")
     folders, names = [each.path for each in job.checkpoints], [each.name for each in job.sources]
     moe = str(config["model_type"]) if config["model_type"] in TARGETS else None
     card = derived_card(folders, names, job.title, job.story, job.warnings, moe=moe)

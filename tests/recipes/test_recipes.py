@@ -82,6 +82,21 @@ def test_a_recipe_runs_on_a_tiny_model(tmp_path, path, variant):
     assert load_recipe(tmp_path / "moe" / "llamamoe_recipe.yaml") == result.plan.recipe
 
 
+MIXES = sorted((ROOT / "recipes" / "mix").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", MIXES, ids=lambda p: p.stem)
+def test_a_recipe_of_mix_comments_every_key_and_runs(tmp_path, path):
+    assert set(yaml.safe_load(path.read_text())) == set(llamamoe.MixRecipe.model_fields)
+    assert all(
+        not line or line.startswith("#") or "  # " in line for line in path.read_text().splitlines() if line[:1] != " "
+    )
+    models = [make_dense(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    recipe = llamamoe.load_mix_recipe(path, given={"experts": [str(each) for each in models]})
+    assert llamamoe.mix(models[0], tmp_path / "out", recipe).receipt["verification"]["passed"]
+    assert f"`mix/{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_calibrated_recipe_is_what_auto_means():
     recipe = load_recipe(ROOT / "recipes" / "split" / "calibrated.yaml", given={"calibration": ["given.txt"]})
     auto = complete(load_recipe(given={"calibration": ["given.txt"], "calibration_length": recipe.calibration_length}))

@@ -1,0 +1,1 @@
+"""Parts of ``llamamoe mix``: recipe, plan, checks of the models, experts, verification."""

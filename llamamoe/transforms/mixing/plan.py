@@ -1,0 +1,143 @@
+"""Plan a mix from headers and a recipe alone: models, target, names, costs, warnings, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..._version import __version__
+from ...architectures.dense_checkpoint import DenseModel, understand
+from ...architectures.sources.base import canonical_shapes
+from ...checkpoint.locate import Location, locate_folder
+from ...checkpoint.out_folder import normal_path
+from ...checkpoint.reader import SafetensorsCheckpoint
+from ...conversion.plan import SplitPlan, plan_split
+from ...conversion.preflight import check_room
+from ...conversion.recipe import SplitRecipe, build_recipe
+from ..rewrite import check_place
+from .checks import check_shapes, check_vocabularies, setting_warnings
+from .recipe import MixRecipe
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """The plan of a mix, which `llamamoe.mix` executes.
+
+    Attributes:
+        recipe: The recipe with target and dtype chosen.
+        places: BASE and the models of the experts, as they were found.
+        models: The same, opened.
+        layout: The plan of BASE with copies of its FFN as experts, which has the same tensors.
+        warnings: Sentences for the user.
+    """
+
+    recipe: MixRecipe
+    places: tuple[Location, ...]
+    models: tuple[DenseModel, ...]
+    layout: SplitPlan
+    warnings: tuple[str, ...]
+
+    @property
+    def base(self) -> DenseModel:
+        """The model that gives all but the FFNs."""
+        return self.models[0]
+
+    @property
+    def experts(self) -> tuple[DenseModel, ...]:
+        """The models that give the FFNs."""
+        return self.models[1:]
+
+    @property
+    def exactness(self) -> str:
+        """A sentence on what the output equals."""
+        return "exact with one expert selected: it computes BASE with the FFNs of that expert's model"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-compatible data, the same for every run."""
+        plan = self.layout
+        return {
+            "llamamoe": __version__,
+            "base": self.places[0].name,
+            "experts": [place.name for place in self.places[1:]],
+            "family": self.base.source.name,
+            "target": plan.target.name,
+            "transformers": list(plan.majors),
+            "exactness": self.exactness,
+            "num_experts": plan.layout.num_experts,
+            "top_k": plan.layout.top_k,
+            "expert_width": plan.layout.expert_width,
+            "padding_per_layer": plan.padding_per_layer,
+            "dtype": plan.dtype,
+            "parent": plan.parent_cost.to_json(),
+            "converted": plan.cost.to_json(),
+            "shards": {file: sum(n for _, _, n in tensors.values()) for file, tensors in plan.shards.items()},
+            "num_tensors": len(plan.tensors),
+            "peak_memory_bytes": plan.peak_bytes,
+            "warnings": list(self.warnings),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+
+def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
+    """Plan a mix, reading headers only and writing nothing. For the arguments see `mix`.
+
+    Raises:
+        CheckpointError: A model is not a dense checkpoint of a known family.
+        RefusedError: The models do not fit together, or no target can hold them; the message names every reason.
+    """
+    places = tuple(locate_folder(source) for source in (base, *recipe.experts))
+    models = tuple(understand(SafetensorsCheckpoint(place.path)) for place in places)
+    check_shapes(models)
+    check_vocabularies(models)
+    layout = plan_split(models[0], layout_recipe(recipe))
+    chosen = recipe.model_copy(update={"target": layout.recipe.target, "dtype": layout.recipe.dtype})
+    warnings = (*layout.warnings, *_rounding(models, layout.dtype), *setting_warnings(models))
+    return MixPlan(chosen, places, models, layout, tuple(dict.fromkeys(warnings)))
+
+
+def check_mix_place(plan: MixPlan, out: str | Path, *, resume: bool, force: bool) -> None:
+    """Refuse an OUT that would harm existing files, or a disk with too little room.
+
+    Raises:
+        RefusedError: It would, or there is too little.
+    """
+    place = normal_path(out)
+    check_place(place, [each.path for each in plan.places], resume=resume, force=force)
+    check_room(place, plan.layout, resume=resume)
+
+
+def layout_recipe(recipe: MixRecipe, num_models: int | None = None, top_k: int | None = None) -> SplitRecipe:
+    """Return the recipe that splits BASE into a mixture with the tensors of a mix: copies of its FFN.
+
+    Args:
+        recipe: The recipe of the mix.
+        num_models: Number of models; None: the recipe's.
+        top_k: Models selected per token; None: the recipe's.
+    """
+    return build_recipe(
+        {
+            "num_experts": num_models or len(recipe.experts),
+            "top_k": top_k or recipe.top_k,
+            "method": "upcycle",
+            "shared": 0,
+            "router": {"name": "random", "std": recipe.router_std},
+            "router_scale": "soft",
+            "target": recipe.target,
+            "dtype": recipe.dtype,
+            "seed": recipe.seed,
+            "shard_size": recipe.shard_size,
+        }
+    )
+
+
+def _rounding(models: Sequence[DenseModel], dtype: str) -> list[str]:
+    """Return a warning for each expert whose FFNs are rounded."""
+    found = []
+    for model in models[1:]:
+        kinds = {model.dtype_of(name) for name in canonical_shapes(model.spec) if ".mlp." in name}
+        lossy = sorted(kind for kind in kinds if kind != dtype and dtype != "F32")
+        if lossy:
+            found.append(f"the FFNs of {model.checkpoint.path} are stored as {', '.join(lossy)}: rounded to {dtype}")
+    return found

@@ -1,0 +1,57 @@
+"""Recipes of ``llamamoe mix``: models, router, and the origin of what all experts share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ...architectures.targets import TARGETS
+from ...checkpoint.layout import SHARD_SIZE, SHARD_SIZE_RULE
+from ...errors import near_misses
+from ...recipes import Paths, Recipe, form
+
+ROUTERS = ("random",)
+"""The routers, by name."""
+
+
+class MixRecipe(Recipe):
+    """Everything that decides what ``llamamoe mix`` writes, beside BASE."""
+
+    experts: Paths = Field(
+        min_length=2,
+        description="Models whose FFNs become the experts: folders or Hub ids, in the order of the experts.",
+    )
+    top_k: int = Field(2, ge=1, description="Models selected per token (k).")
+    router: Literal["random"] = Field("random", description="random: normal rows, to be trained.")
+    router_std: float = Field(
+        0.02, gt=0, allow_inf_nan=False, description="Standard deviation of the rows of a random router."
+    )
+    target: str = Field("auto", description="Target architecture in transformers.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Dtype of the stored weights; null: BASE's."
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Random seed.")
+    shard_size: Annotated[str, form(SHARD_SIZE, SHARD_SIZE_RULE)] = Field(
+        "5GB", description="Maximum size of one weights file, for example 5GB or 500MB."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MixRecipe:
+        if self.top_k > len(self.experts):
+            raise PydanticCustomError(
+                "top_k", f"top_k = {self.top_k} must not exceed the number of experts, {len(self.experts)}"
+            )
+        if self.target != "auto" and self.target not in TARGETS:
+            raise PydanticCustomError(
+                "target", f"unknown target {self.target!r}. " + near_misses(self.target, ["auto", *TARGETS.names()])
+            )
+        return self
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the keys that decide the result: all but the places of files."""
+        return self.model_dump(mode="json", exclude={"experts"})
+
+
+load_mix_recipe = MixRecipe.load
