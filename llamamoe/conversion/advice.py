@@ -7,7 +7,7 @@ from ..architectures.sources.base import DenseSpec
 from ..architectures.targets.base import Target
 from .calibration_cost import CalibrationPlan
 from .recipe import SplitRecipe
-from .sizes import MOST_PADDING, QUANTISED_BLOCK, round_up
+from .sizes import MOST_PADDING, PAD_TO, QUANTISED_BLOCK, round_up
 
 HARD_ROUTER = (
     "the router is hard, so the experts' probabilities nearly tie: programs that choose by float32 probabilities and those "
@@ -19,6 +19,8 @@ UNTRAINED = (
     "split without calibration or training: with all experts selected the model equals its parent; with top-k "
     "selection, quality collapses until the model is trained"
 )
+_MUCH_PADDING = 0.5
+"""Zero neurons over the neurons of the experts from which a plan warns."""
 BITSANDBYTES = (
     "bitsandbytes leaves the experts unquantised, because transformers 5 stacks them in one parameter; torchao and "
     "llama.cpp quantise them"
@@ -43,7 +45,7 @@ def advice(
     found += _unquantised(spec, layout)
     width = layout.expert_width
     padding = layout.padding(spec.intermediate_size)
-    if padding:
+    if padding and not much_padding(spec, recipe, layout):
         found.append(
             f"{padding} zero neurons per layer pad the experts to width {width}: exact, and counted in the costs"
         )
@@ -56,13 +58,29 @@ def advice(
     return found + target.warnings(spec, layout)
 
 
+def much_padding(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout) -> list[str]:
+    """Return a warning with a number of experts that fits, if zero neurons take a large share of the experts."""
+    size, padding = spec.intermediate_size, layout.padding(spec.intermediate_size)
+    if padding < _MUCH_PADDING * layout.copies * size:
+        return []
+    block = recipe.pad_to or PAD_TO
+    near = _fitting_experts(size, layout.num_shared, layout.num_experts // max(1, layout.copies) - 1, block)
+    ways = [f"--experts {near[0]} has width {near[1]} and hardly any"] if near else []
+    ways += [f"a --pad-to smaller than {block}"] if block > PAD_TO else []
+    way = f" ({', or '.join(ways)})" if ways else ""
+    return [
+        f"{padding:,} zero neurons per layer pad the {layout.num_experts:,} experts to width {layout.expert_width}, "
+        f"{100 * padding / size:.0f} % of the FFN's {size:,}: they are stored and computed{way}"
+    ]
+
+
 def _unquantised(spec: DenseSpec, layout: MoeLayout) -> list[str]:
     """Name the matrices that llama.cpp cannot quantise, or not to the requested type, and the remedy."""
     width, shared = layout.expert_width, layout.shared_width
     found = []
     if layout.num_experts and width % QUANTISED_BLOCK:
         parts = layout.num_experts // layout.copies
-        near = _quantisable_experts(spec.intermediate_size, layout.num_shared, parts - 1)
+        near = _fitting_experts(spec.intermediate_size, layout.num_shared, parts - 1, QUANTISED_BLOCK)
         other = f"; {near[0]} experts of {near[1]} can be quantised" if near else ""
         found.append(
             f"llama.cpp keeps ffn_down_exps in F16 at expert width {width}, which is not a multiple of {QUANTISED_BLOCK} "
@@ -83,10 +101,10 @@ def _unquantised(spec: DenseSpec, layout: MoeLayout) -> list[str]:
     return found
 
 
-def _quantisable_experts(size: int, shared: int, most: int) -> tuple[int, int] | None:
-    """Return the largest number of experts up to ``most`` with a quantisable width at little padding, and the width."""
+def _fitting_experts(size: int, shared: int, most: int, block: int) -> tuple[int, int] | None:
+    """Return the largest number of experts up to ``most`` that pads little to a multiple of ``block``, and the width."""
     for count in range(most, 1, -1):
-        width = round_up(-(-(size - shared) // count), QUANTISED_BLOCK)
+        width = round_up(-(-(size - shared) // count), block)
         if (count * width + shared) / size - 1 < MOST_PADDING:
             return count, width
     return None

@@ -24,7 +24,7 @@ from ..checkpoint.tokenizer_plan import plan_warnings
 from ..errors import RefusedError
 from ..methods.repairs import REPAIRS
 from ..methods.splitters.base import Kept, Splitter
-from .advice import advice
+from .advice import advice, much_padding
 from .assembly import router_dtype
 from .calibration_cost import CalibrationPlan, plan_calibration, sequence_length
 from .defaults import complete
@@ -198,6 +198,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
     shards = _shards(tensors, dtype, recipe.shard_size)
     config = common_config(spec, target, next(n for n, d in DTYPES.items() if d == dtype)) | target.config(spec, layout)
     warnings = [*chosen.warnings, *_warnings(model, recipe, layout, tensors, dtype)]
+    warnings += much_padding(spec, recipe, layout)
     if recipe.strict and warnings:
         raise RefusedError("--strict refuses: " + "; ".join(warnings) + ".")
     return SplitPlan(

@@ -320,6 +320,19 @@ def test_widths_can_be_quantised_where_that_costs_little(wide: Path, given: Any,
     assert again.layout == found.layout, "the recipe beside the output says it all"
 
 
+def test_much_padding_is_a_warning_with_a_number_of_experts_that_fits(wide: Path) -> None:
+    found = plan(wide, num_experts=1000)
+    assert found.padding_per_layer == 6000
+    assert any(
+        "6,000 zero neurons per layer" in each and "--experts 257 has width 8" in each for each in found.warnings
+    )
+    assert not any("zero neurons" in each for each in found.advice)
+    assert plan(wide, num_experts=257).padding_per_layer == 56
+    pads = plan(wide, num_experts=100, pad_to=256)
+    assert any("a --pad-to smaller than 256" in each for each in pads.warnings)
+    assert not plan(wide, num_experts=12).warnings
+
+
 def test_the_plan_names_what_cannot_be_quantised(wide: Path) -> None:
     def said(**given: Any) -> str:
         return " ".join(plan(wide, **given).advice)
