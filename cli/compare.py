@@ -162,6 +162,9 @@ def _print_plan(plan: ComparisonPlan, out: str) -> None:
     if plan.speeds:
         heading(f"Speeds to measure, about 40 seconds each: {len(plan.speeds)}")
         bullets(plan.speeds)
+    if plan.warnings:
+        heading("Warnings")
+        bullets(plan.warnings, mark="!")
     done = sum(cell.finished for cell in plan.cells)
     basis = "speed of the finished cells" if plan.rate_measured else "speed of two laptop cores"
     echo()

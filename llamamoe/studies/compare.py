@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.dense_checkpoint import DenseModel, understand
 from ..architectures.rescales import RESCALES
+from ..calibration.reading import document_hash, shared_documents
 from ..checkpoint.contents import content_fingerprint
 from ..checkpoint.locate import Location, locate, open_checkpoint
 from ..checkpoint.paths import refuse_windows_path
 from ..conversion.recipe import AUTO, NO_REPAIR
-from ..data.files import find_files
+from ..data.files import find_files, unpacked_bytes
+from ..data.text import Document, read_documents
 from ..methods.repairs import REPAIRS
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
@@ -29,6 +31,8 @@ from .table import Comparison
 if TYPE_CHECKING:
     from .engine import Engine
 
+_MOST_TEXT = 1 << 27
+"""Bytes of text up to which a plan looks for documents in both texts: a second or two."""
 NOMINAL_FLOPS = 5e10
 """Floating-point operations per second for estimates of time, until a cell has been measured."""
 
@@ -68,6 +72,7 @@ class ComparisonPlan:
         flops_per_second: Rate behind the estimates of time.
         rate_measured: Whether it comes from finished cells.
         speeds: Programs and shapes whose speed is measured, about two minutes for three shapes.
+        warnings: Sentences on the texts.
     """
 
     source: str
@@ -75,6 +80,7 @@ class ComparisonPlan:
     flops_per_second: float
     rate_measured: bool
     speeds: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def seconds_left(self) -> float:
@@ -107,8 +113,7 @@ def plan_comparison(
     everything = cells_of(recipe, model)
     cells = select(everything, only)
     domains = len({domain for _, domain in find_files(recipe.evaluation)})
-    if recipe.calibration and recipe.calibration != (AUTO,):
-        find_files(recipe.calibration)
+    warnings = _overlap(recipe) if recipe.calibration and recipe.calibration != (AUTO,) else ()
     parent = next(cell.plan for cell in everything if cell.plan is not None).parent_cost
     flops = [estimated_flops(cell, parent, recipe, domains) for cell in cells]
     found: list[dict[str, Any] | None] = [None] * len(cells)
@@ -136,7 +141,7 @@ def plan_comparison(
         for program in recipe.speed:
             runtime(program)
     speeds = tuple(each.label for each in wanted_speeds(recipe, cells))
-    return ComparisonPlan(location.name, tuple(rows), rate, bool(timed), speeds)
+    return ComparisonPlan(location.name, tuple(rows), rate, bool(timed), speeds, warnings)
 
 
 def compare(
@@ -196,6 +201,30 @@ def compare(
 def _open(source: str | Path, tokenizer: str | Path | None) -> tuple[Location, DenseModel]:
     location = locate(source)
     return location, understand(open_checkpoint(location, tokenizer=tokenizer))
+
+
+def _overlap(recipe: CompareRecipe) -> tuple[str, ...]:
+    """Return a warning about documents in both texts; the run refuses those that it takes, which only a tokenizer tells.
+
+    Raises:
+        UsageError: A text does not exist.
+    """
+    sizes = [unpacked_bytes(file for file, _ in find_files(text)) for text in (recipe.calibration, recipe.evaluation)]
+    if max(sizes) > _MOST_TEXT:
+        return ("the texts are too large to be compared here: the run begins with it, and refuses documents in both",)
+
+    def documents(text: Sequence[str]) -> Iterator[Document]:
+        return read_documents(text, on_bad_row=lambda _: None)
+
+    both = shared_documents(
+        {document_hash(each.text) for each in documents(recipe.calibration)}, documents(recipe.evaluation)
+    )
+    if not both:
+        return ()
+    more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+    return (
+        f"{both[0]}{more} would be evaluated on and is in the calibration text, too: the run refuses documents that it takes for both",
+    )
 
 
 class _Depends:

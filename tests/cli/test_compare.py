@@ -98,13 +98,20 @@ def test_errors(study: tuple[list[str | Path], Path, Result], dense: Path, tmp_p
     assert "Missing option '--recipe'" in run("compare", dense, code=2).stderr
 
 
-def test_overlap_is_refused(study: tuple[list[str | Path], Path, Result], tmp_path: Path, run: Run) -> None:
+def test_overlap_is_refused(
+    study: tuple[list[str | Path], Path, Result], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = study[0]
     text = next((study[1].parent / "evaluation").rglob("*.txt"))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "same.txt").write_text(text.read_text())
     (tmp_path / "c" / "more.txt").write_text("more text " * 60)
     method = "methods=[{name: r, method: kmeans, router: ridge}]"
-    stderr = run(*args, "--calibration", tmp_path / "c", "--set", method, "--out", tmp_path / "out", code=2).stderr
+    args = [*args, "--calibration", tmp_path / "c", "--set", method, "--out", tmp_path / "out"]
+    planned = " ".join(run(*args, "--dry-run").stdout.split())
+    assert f"{text} would be evaluated on and is in the calibration text, too" in planned
+    monkeypatch.setattr("llamamoe.studies.compare._MOST_TEXT", 10)
+    assert "the run begins with it" in run(*args, "--dry-run").stdout
+    stderr = run(*args, code=2).stderr
     assert "the same text is in the calibration text" in stderr
     assert not (tmp_path / "out").exists()
