@@ -1,8 +1,8 @@
 """Read a checkpoint by Megatron-Bridge, run Megatron-Core's model on a CPU, and write the checkpoint back.
 
-    python run_megatron.py FOLDER
+    python run_megatron.py FOLDER OUT
 
-Prints one line of JSON: the largest difference of a logit from transformers', the largest logit, the difference of
+Writes OUT from what Megatron has read, and prints one line of JSON: the largest difference of a logit from transformers', the largest logit, the difference of
 the mean losses, and the tensors that come back with other bits. Needs megatron-core, megatron-bridge and torch; what
 they import for GPUs only (triton, Transformer Engine, einops) is replaced by stand-ins that compute nothing, and
 everything here runs without them. It imports nothing of llamamoe.
@@ -20,14 +20,29 @@ import types
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-GPU_ONLY = ("triton", "transformer_engine", "einops")
+ABSENT = (
+    "datasets", "einops", "megatron.energon", "modelopt", "nvidia_resiliency_ext", "six", "tensorboard", "torch.utils.tensorboard",
+    "transformer_engine", "triton", "wandb",
+)  # fmt: skip
+"""Packages that Megatron imports for GPUs, logs and images; nothing here calls them."""
 LENGTH = 24
+PLAIN: dict[str, Any] = {
+    **dict.fromkeys(
+        ("moe_permute_fusion", "moe_grouped_gemm", "bias_activation_fusion", "bias_dropout_fusion", "persist_layer_norm",
+         "masked_softmax_fusion", "apply_rope_fusion", "gradient_accumulation_fusion", "moe_shared_expert_overlap", "bf16"),
+        False,
+    ),
+    "use_cpu_initialization": True, "moe_token_dispatcher_type": "allgather", "mtp_num_layers": None,
+    **dict.fromkeys(("params_dtype", "autocast_dtype", "pipeline_dtype"), torch.float32),
+}  # fmt: skip
+"""Settings of the model without kernels for GPUs."""
 
 
 class StandIn(types.ModuleType):
@@ -44,7 +59,8 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, name, path=None, target=None):
         """Claim the packages that only a GPU needs."""
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in GPU_ONLY else None
+        absent = any(f"{name}.".startswith(f"{each}.") for each in ABSENT)
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if absent else None
 
     def create_module(self, spec):
         """Make an empty package."""
@@ -113,14 +129,7 @@ def megatron_model(bridge):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     provider = bridge.to_megatron_provider(load_weights=False)
-    plain = dict.fromkeys(
-        ("moe_permute_fusion", "moe_grouped_gemm", "bias_activation_fusion", "bias_dropout_fusion", "persist_layer_norm",
-         "masked_softmax_fusion", "apply_rope_fusion", "gradient_accumulation_fusion", "moe_shared_expert_overlap", "bf16"),
-        False,
-    )  # fmt: skip
-    plain |= {"use_cpu_initialization": True, "moe_token_dispatcher_type": "allgather", "mtp_num_layers": None}
-    plain |= dict.fromkeys(("params_dtype", "autocast_dtype", "pipeline_dtype"), torch.float32)
-    for key, value in plain.items():
+    for key, value in PLAIN.items():
         setattr(provider, key, value)
     provider.transformer_layer_spec = lambda config, *_, **__: get_gpt_decoder_block_spec(
         config, use_transformer_engine=False
@@ -134,7 +143,7 @@ def megatron_model(bridge):
 def main() -> None:
     """Compare and print."""
     warnings.filterwarnings("ignore")
-    folder = Path(sys.argv[1])
+    folder, out = map(Path, sys.argv[1:])
     prepare()
     from megatron.bridge import AutoBridge
 
@@ -161,6 +170,7 @@ def main() -> None:
         "loss_difference": (losses[0] - losses[1]).abs().item(),
         "changed": changed,
     }
+    bridge.save_hf_pretrained([model], out, show_progress=False)
     sys.stdout.write(json.dumps(told) + "\n")
 
 
