@@ -32,6 +32,7 @@ Flags override the values of the recipe, and --set overrides both.
 EXAMPLES = """
 llamamoe mix BASE OUT --expert CODE --expert MATHS --dry-run
 llamamoe mix BASE OUT --expert BASE --expert CODE --expert MATHS --top-k 2
+llamamoe mix BASE OUT --expert CODE --expert MATHS --prompts prompts.yaml
 llamamoe mix BASE OUT --recipe my.yaml --resume
 """
 RECIPE, WRITING, RUN = "Recipe", "Output", "Run"
@@ -50,8 +51,13 @@ RECIPE, WRITING, RUN = "Recipe", "Output", "Run"
       text="Set one key of the recipe, such as top_k=1; may be repeated.")  # fmt: skip
 @flag("--top-k", group=RECIPE, metavar="K", type=int, text="Models selected per token.  [default: 2]")
 @flag(
-    "--router", group=RECIPE, metavar="NAME", text="How the router is made: random (to be trained).  [default: random]"
+    "--router",
+    group=RECIPE,
+    metavar="NAME",
+    text="How the router is made: random (to be trained) or hidden (from prompts).  [default: random]",
 )
+@flag("--prompts", group=RECIPE, metavar="FILE",
+      text="Positive and negative prompts of each expert, YAML or JSON: makes a hidden router.")  # fmt: skip
 @flag(
     "--router-std",
     group=RECIPE,
@@ -86,6 +92,8 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT': the folder to write.")
     check_resume_or_force(resume, force)
+    if given["prompts"] is not None and given["router"] is None:
+        given["router"] = "hidden"
     complete = _recipe(recipe, given | {"experts": list(given["experts"]) or None}, overrides)
     if dry_run:
         _plan(base, out, complete, resume, force, output)

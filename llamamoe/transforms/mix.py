@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,17 @@ from typing import Any
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..conversion.provenance import config_block
 from ..conversion.verify_files import Hashes
+from ..lazy import torch
 from ..progress import ProgressCallback, ignore_progress
 from .mixing.checks import check_tokenizers
 from .mixing.experts import MixTensors
 from .mixing.plan import MixPlan, check_mix_place, plan_mix
+from .mixing.prompts import prompt_rows
 from .mixing.recipe import MixRecipe
 from .mixing.verify import verify_mix
 from .rewrite import Rewriting, rewrite
+
+Verify = Callable[[Path, Hashes], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,21 @@ def mix(
     check_mix_place(plan, out, resume=resume, force=force)
     warnings = (*plan.warnings, *check_tokenizers(plan.models))
 
+    rows: dict[int, torch.Tensor] = {}
+    if plan.prompts is not None:
+        rows = prompt_rows(plan.base, plan.prompts, recipe, plan.layout.dtype, progress)
+
     def check(folder: Path, hashes: Hashes) -> dict[str, Any]:
         return verify_mix(plan, folder, hashes, progress)
 
-    job = _rewriting(plan, warnings, check if verify else None)
+    job = _rewriting(plan, rows, warnings, check if verify else None)
     receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
     return MixResult(Path(out).expanduser(), plan, receipt, warnings)
 
 
-def _rewriting(plan: MixPlan, warnings: tuple[str, ...], check: Any) -> Rewriting:
+def _rewriting(
+    plan: MixPlan, rows: Mapping[int, torch.Tensor], warnings: tuple[str, ...], check: Verify | None
+) -> Rewriting:
     base, *experts = plan.places
     layout, names = plan.layout, [place.name for place in experts]
     facts = {
@@ -92,6 +104,8 @@ def _rewriting(plan: MixPlan, warnings: tuple[str, ...], check: Any) -> Rewritin
         "top_k": plan.recipe.top_k,
         "recipe": plan.recipe.deciding(),
     }
+    if plan.prompts is not None:
+        facts |= {"prompts_sha256": plan.prompts.sha256(), "rows_sha256": _rows_sha256(rows)}
     block = config_block(layout, base) | {
         "method": "mix",
         "router": plan.recipe.router,
@@ -105,13 +119,21 @@ def _rewriting(plan: MixPlan, warnings: tuple[str, ...], check: Any) -> Rewritin
         sources=plan.places,
         checkpoints=tuple(_folder(model.checkpoint) for model in plan.models),
         config={**layout.config, "llamamoe": block},
-        make=MixTensors(plan).make,
+        make=MixTensors(plan, rows).make,
         facts=facts,
         story=_story(plan, names),
         warnings=warnings,
         shards=layout.shards,
         verify=check,
     )
+
+
+def _rows_sha256(rows: Mapping[int, torch.Tensor]) -> str:
+    """Return a hash of the router, which a resumed run compares: hidden states depend on threads and device."""
+    digest = hashlib.sha256()
+    for layer in sorted(rows):
+        digest.update(rows[layer].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _folder(checkpoint: Any) -> SafetensorsCheckpoint:
@@ -128,4 +150,7 @@ def _story(plan: MixPlan, names: list[str]) -> str:
     )
 
 
-_ROUTER = {"random": "random, so the mixture must be trained before use"}
+_ROUTER = {
+    "random": "random, so the mixture must be trained before use",
+    "hidden": "made from hidden states of prompts for each expert",
+}

@@ -92,7 +92,13 @@ def test_a_recipe_of_mix_comments_every_key_and_runs(tmp_path, path):
         not line or line.startswith("#") or "  # " in line for line in path.read_text().splitlines() if line[:1] != " "
     )
     models = [make_dense(tmp_path / str(seed), seed=seed) for seed in range(2)]
-    recipe = llamamoe.load_mix_recipe(path, given={"experts": [str(each) for each in models]})
+    given = {"experts": [str(each) for each in models]}
+    if yaml.safe_load(path.read_text())["prompts"] is not None:
+        given["prompts"] = str(tmp_path / "prompts.yaml")
+        # the example in the head of the recipe
+        lines = [line.removeprefix("#     ") for line in path.read_text().splitlines() if line.startswith("#     ")]
+        (tmp_path / "prompts.yaml").write_text("\n".join(lines))
+    recipe = llamamoe.load_mix_recipe(path, given=given)
     assert llamamoe.mix(models[0], tmp_path / "out", recipe).receipt["verification"]["passed"]
     assert f"`mix/{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from llamamoe_cli.main import root
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
 from llamamoe import RefusedError, UsageError, VerificationError, load_mix_recipe, mix
@@ -304,3 +304,86 @@ def test_the_plan_imports_neither_torch_nor_transformers(models: dict[str, Path]
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ---- routers from prompts -----------------------------------------------------------------------------------------
+
+PROMPTS: list[dict[str, list[str]]] = [
+    {"positive_prompts": ["def f(x):", "for i in range(3)"], "negative_prompts": ["Once upon a time"]},
+    {"positive_prompts": ["Solve x + 2 = 5"]},
+]
+
+
+def write_prompts(folder: Path, experts: list[dict[str, Any]] | None = None) -> Path:
+    path = folder / "prompts.json"
+    path.write_text(json.dumps({"experts": PROMPTS if experts is None else experts}))
+    return path
+
+
+@pytest.mark.parametrize("states", ["ffn_input", "layer_input"])
+@pytest.mark.parametrize("tokens", ["mean", "last"])
+def test_rows_are_the_formula_written_out(states: str, tokens: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Each prompt alone through the whole model in transformers, without padding."""
+    keys = {
+        "router": "hidden",
+        "prompts": str(write_prompts(tmp_path)),
+        "hidden_states": states,
+        "hidden_tokens": tokens,
+    }
+    found = mix(models["base"], tmp_path / "out", recipe(models["ffn"], models["all"], **keys))
+    assert found.receipt["verification"]["passed"]
+    model, tokenizer = (c.from_pretrained(models["base"]) for c in (AutoModelForCausalLM, AutoTokenizer))
+
+    def states_of(text: str) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        for layer in model.model.layers:
+            where = layer if states == "layer_input" else layer.mlp
+            where.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+        with torch.no_grad():
+            model(tokenizer("<bos>" + text, return_tensors="pt", add_special_tokens=False).input_ids)
+        states_LTH = torch.stack(seen[: len(model.model.layers)])
+        return states_LTH.mean(1) if tokens == "mean" else states_LTH[:, -1]
+
+    stored = load_file(found.out / "model.safetensors")
+    for i, each in enumerate(PROMPTS):
+        row = torch.stack([states_of(text) for text in each["positive_prompts"]]).mean(0)
+        if each.get("negative_prompts"):
+            row = row - torch.stack([states_of(text) for text in each["negative_prompts"]]).mean(0)
+        row = row / row.norm(dim=1, keepdim=True)
+        for layer in range(2):
+            have = stored[f"model.layers.{layer}.block_sparse_moe.gate.weight"][i]
+            assert torch.allclose(have, row[layer], atol=1e-5)
+
+
+def test_other_prompts_do_not_resume(models: dict[str, Path], tmp_path: Path) -> None:
+    asked = recipe(models["ffn"], models["all"], router="hidden", prompts=str(write_prompts(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        mix(models["base"], tmp_path / "out", asked, progress=lambda p: stop_at(1)(p) if p.stage == "mix" else None)
+    write_prompts(tmp_path, [PROMPTS[1], PROMPTS[0]])
+    with pytest.raises(RefusedError, match="other"):
+        mix(models["base"], tmp_path / "out", asked, resume=True)
+    write_prompts(tmp_path)
+    assert mix(models["base"], tmp_path / "out", asked, resume=True).receipt["verification"]["passed"]
+
+
+@pytest.mark.parametrize(
+    ("experts", "words"),
+    [
+        (PROMPTS[:1], "prompts for 1 experts, but there are 2"),
+        ([PROMPTS[0], {"positive_prompts": []}], r"experts\.1\.positive_prompts"),
+        ([PROMPTS[0], {"positive_prompt": ["a"]}], r"positive_prompts"),
+    ],
+)
+def test_invalid_prompts_are_refused_in_the_plan(
+    experts: list[dict[str, Any]], words: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = recipe(models["ffn"], models["all"], router="hidden", prompts=str(write_prompts(tmp_path, experts)))
+    with pytest.raises(UsageError, match=words):
+        llamamoe.plan_mix(models["base"], asked)
+
+
+def test_prompts_and_router_belong_together(models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the router hidden needs a file of prompts"):
+        recipe(models["ffn"], models["all"], router="hidden")
+    experts = ("--expert", models["ffn"], "--expert", models["all"], "--prompts", write_prompts(tmp_path))
+    assert "hidden" in run(models["base"], tmp_path / "out", *experts, "--dry-run").stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...architectures.moe_layout import Neurons, OutTensor
@@ -47,10 +47,11 @@ class MixTensors:
 
     Args:
         plan: The plan.
+        rows: The router's rows of each layer; empty if they are random.
     """
 
-    def __init__(self, plan: MixPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: MixPlan, rows: Mapping[int, torch.Tensor]) -> None:
+        self.plan, self._given = plan, rows
         self._tensors: dict[str, OutTensor] = {tensor.name: tensor for tensor in plan.layout.tensors}
         self._layer: tuple[int, MixedParts] | None = None
         self._held: tuple[tuple[int, int], LayerParts] | None = None
@@ -93,6 +94,8 @@ class MixTensors:
 
     def _rows(self, layer: int, parts: LayerParts) -> torch.Tensor:
         """Return the router's rows, float32 ``[N, H]``."""
+        if layer in self._given:
+            return self._given[layer]
         router = plugin(ROUTERS, self.plan.layout.recipe.router)
         rows: torch.Tensor = router.rows(parts.ffn, parts.partition, layer_context(self.plan.layout, layer))
         return rows

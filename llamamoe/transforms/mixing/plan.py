@@ -18,6 +18,7 @@ from ...conversion.preflight import check_room
 from ...conversion.recipe import SplitRecipe, build_recipe
 from ..rewrite import check_place
 from .checks import check_shapes, check_vocabularies, setting_warnings
+from .prompts import Prompts, read_prompts
 from .recipe import MixRecipe
 
 
@@ -31,6 +32,7 @@ class MixPlan:
         models: The same, opened.
         layout: The plan of BASE with copies of its FFN as experts, which has the same tensors.
         warnings: Sentences for the user.
+        prompts: The prompts of the router ``hidden``.
     """
 
     recipe: MixRecipe
@@ -38,6 +40,7 @@ class MixPlan:
     models: tuple[DenseModel, ...]
     layout: SplitPlan
     warnings: tuple[str, ...]
+    prompts: Prompts | None = None
 
     @property
     def base(self) -> DenseModel:
@@ -85,6 +88,7 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
 
     Raises:
         CheckpointError: A model is not a dense checkpoint of a known family.
+        UsageError: The prompts are invalid.
         RefusedError: The models do not fit together, or no target can hold them; the message names every reason.
     """
     places = tuple(locate_folder(source) for source in (base, *recipe.experts))
@@ -94,7 +98,8 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
     layout = plan_split(models[0], layout_recipe(recipe))
     chosen = recipe.model_copy(update={"target": layout.recipe.target, "dtype": layout.recipe.dtype})
     warnings = (*layout.warnings, *_rounding(models, layout.dtype), *setting_warnings(models))
-    return MixPlan(chosen, places, models, layout, tuple(dict.fromkeys(warnings)))
+    prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, len(recipe.experts))
+    return MixPlan(chosen, places, models, layout, tuple(dict.fromkeys(warnings)), prompts)
 
 
 def check_mix_place(plan: MixPlan, out: str | Path, *, resume: bool, force: bool) -> None:

@@ -12,9 +12,6 @@ from ...checkpoint.layout import SHARD_SIZE, SHARD_SIZE_RULE
 from ...errors import near_misses
 from ...recipes import Paths, Recipe, form
 
-ROUTERS = ("random",)
-"""The routers, by name."""
-
 
 class MixRecipe(Recipe):
     """Everything that decides what ``llamamoe mix`` writes, beside BASE."""
@@ -24,9 +21,20 @@ class MixRecipe(Recipe):
         description="Models whose FFNs become the experts: folders or Hub ids, in the order of the experts.",
     )
     top_k: int = Field(2, ge=1, description="Models selected per token (k).")
-    router: Literal["random"] = Field("random", description="random: normal rows, to be trained.")
+    router: Literal["random", "hidden"] = Field(
+        "random", description="random: normal rows, to be trained. hidden: from the hidden states of prompts in BASE."
+    )
     router_std: float = Field(
         0.02, gt=0, allow_inf_nan=False, description="Standard deviation of the rows of a random router."
+    )
+    prompts: str | None = Field(None, description="File of the prompts of each expert, for the router hidden.")
+    hidden_states: Literal["ffn_input", "layer_input"] = Field(
+        "ffn_input",
+        description="Which states of prompts: ffn_input (what the router reads) or layer_input (the residual stream before the "
+        "layer's attention, as mergekit-moe).",
+    )
+    hidden_tokens: Literal["mean", "last"] = Field(
+        "mean", description="Which tokens of a prompt count: the mean over all, or the last one."
     )
     target: str = Field("auto", description="Target architecture in transformers.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -43,6 +51,10 @@ class MixRecipe(Recipe):
             raise PydanticCustomError(
                 "top_k", f"top_k = {self.top_k} must not exceed the number of experts, {len(self.experts)}"
             )
+        if (self.router == "hidden") != (self.prompts is not None):
+            raise PydanticCustomError(
+                "prompts", "prompts: the router hidden needs a file of prompts, and only it reads one"
+            )
         if self.target != "auto" and self.target not in TARGETS:
             raise PydanticCustomError(
                 "target", f"unknown target {self.target!r}. " + near_misses(self.target, ["auto", *TARGETS.names()])
@@ -51,7 +63,7 @@ class MixRecipe(Recipe):
 
     def deciding(self) -> dict[str, Any]:
         """Return the keys that decide the result: all but the places of files."""
-        return self.model_dump(mode="json", exclude={"experts"})
+        return self.model_dump(mode="json", exclude={"experts", "prompts"})
 
 
 load_mix_recipe = MixRecipe.load

@@ -1,0 +1,143 @@
+"""Prompts that describe experts: a file of the form of mergekit-moe's configuration, and router rows from hidden states."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...architectures.dense_checkpoint import DenseModel
+from ...checkpoint.tensors import torch_dtype
+from ...checkpoint.tokenizer_loading import parent_tokenizer
+from ...errors import LlamaMoeError, UsageError
+from ...lazy import torch
+from ...models.streaming import LayerRunner, StreamedModel
+from ...progress import Progress, ProgressCallback
+from ...recipes import read_recipe_file, validated
+from .recipe import MixRecipe
+
+_BATCH = 8
+"""Number of prompts that run at once."""
+_LEAST_NORM = 1e-8
+
+
+class ExpertPrompts(BaseModel):
+    """Prompts of one expert."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    positive_prompts: tuple[str, ...] = Field(min_length=1, description="Texts that should select the expert.")
+    negative_prompts: tuple[str, ...] = Field((), description="Texts that should not.")
+    source_model: str | None = Field(None, description="Not read: a note on whose prompts these are.")
+
+
+class Prompts(BaseModel):
+    """Prompts of all experts, in the order of the experts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    experts: tuple[ExpertPrompts, ...] = Field(description="One entry for each expert.")
+
+    def sha256(self) -> str:
+        """Return a hash of the prompts."""
+        texts = [[each.positive_prompts, each.negative_prompts] for each in self.experts]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def read_prompts(path: str | Path, num_experts: int) -> Prompts:
+    """Read a file of prompts, YAML or JSON.
+
+    Raises:
+        UsageError: The file is invalid, or has prompts for another number of experts.
+    """
+    found = validated(Prompts, read_recipe_file(Path(path).expanduser()))
+    if len(found.experts) != num_experts:
+        raise UsageError(
+            f"{path} has prompts for {len(found.experts)} experts, but there are {num_experts}.",
+            hint="Write one entry for each expert under `experts:`, in their order.",
+        )
+    return found
+
+
+def prompt_rows(
+    base: DenseModel, prompts: Prompts, recipe: MixRecipe, dtype: str, progress: ProgressCallback
+) -> dict[int, torch.Tensor]:
+    """Return the router's rows of each layer, float32 ``[N, H]``, from the hidden states of prompts in BASE.
+
+    Row i is ``p_i - n_i`` divided by its norm, with ``p_i`` the mean over the expert's positive prompts and ``n_i`` that
+    over the negative ones (0 without any). Each prompt counts the mean over its tokens or the state of its last one
+    (``hidden_tokens``), at the FFN's input or the layer's (``hidden_states``), as the recipe chooses. One layer is in memory.
+
+    Raises:
+        LlamaMoeError: BASE has no tokenizer, a prompt has no tokens, or a hidden state is not finite.
+    """
+    texts = [text for each in prompts.experts for text in (*each.positive_prompts, *each.negative_prompts)]
+    ids = _tokens(base, texts)
+    states = _states(base, ids, recipe, dtype, progress)
+    return {layer: _rows(prompts, found) for layer, found in enumerate(states)}
+
+
+def _tokens(base: DenseModel, texts: Sequence[str]) -> list[list[int]]:
+    tokenizer = parent_tokenizer(base.checkpoint)
+    if tokenizer is None:
+        raise LlamaMoeError(
+            f"{base.checkpoint.path} has no tokenizer, so prompts cannot be read.", hint="Use --router random."
+        )
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = [begin + list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    empty = next((text for text, found in zip(texts, ids, strict=True) if len(found) == len(begin)), None)
+    if empty is not None:
+        raise LlamaMoeError(f"the prompt {empty!r} has no tokens.", hint="Write a text, or remove it.")
+    longest = max(map(len, ids))
+    if longest > base.spec.max_position_embeddings:
+        raise LlamaMoeError(
+            f"a prompt has {longest:,} tokens, but the model has {base.spec.max_position_embeddings:,} positions.",
+            hint="Shorten it.",
+        )
+    return ids
+
+
+def _states(
+    base: DenseModel, ids: list[list[int]], recipe: MixRecipe, dtype: str, progress: ProgressCallback
+) -> list[torch.Tensor]:
+    """Return the state of each prompt in each layer, float64 ``[P, H]``.
+
+    Prompts are filled up at their end, which attention does not look at.
+    """
+    longest = max(map(len, ids))
+    padded = torch.tensor([[*each, *[0] * (longest - len(each))] for each in ids])
+    weights = torch.zeros(padded.shape, dtype=torch.float64)
+    for row, each in zip(weights, ids, strict=True):
+        row[len(each) - 1 if recipe.hidden_tokens == "last" else slice(len(each))] = 1
+    weights /= weights.sum(1, keepdim=True)
+    stored, found = torch_dtype(dtype), []
+    with torch.no_grad():
+        runner = LayerRunner(StreamedModel.of_dense(base, lambda name: base.checkpoint.read(name).to(stored)), longest)
+        hidden = runner.embed(padded)
+        for layer in range(runner.num_layers):
+            seen: list[torch.Tensor] = []
+            with runner.layer(layer) as module:
+                where: torch.nn.Module = module if recipe.hidden_states == "layer_input" else module.mlp  # type: ignore[assignment]
+                handle = where.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+                hidden = torch.cat([runner.run(layer, module, part) for part in torch.split(hidden, _BATCH)])
+                handle.remove()
+            states = torch.cat(seen).double()
+            if not bool(states.isfinite().all()):
+                raise LlamaMoeError(f"layer {layer}: hidden states of the prompts are NaN or infinite.")
+            found.append((states * weights[..., None]).sum(1))
+            progress(Progress("prompts", layer + 1, runner.num_layers, "layer"))
+    return found
+
+
+def _rows(prompts: Prompts, states_PH: torch.Tensor) -> torch.Tensor:
+    rows, start = [], 0
+    for each in prompts.experts:
+        middle = start + len(each.positive_prompts)
+        end = middle + len(each.negative_prompts)
+        row = states_PH[start:middle].mean(0)
+        rows.append(row - states_PH[middle:end].mean(0) if end > middle else row)
+        start = end
+    rows_NH: torch.Tensor = torch.stack(rows)
+    unit_NH: torch.Tensor = (rows_NH / rows_NH.norm(dim=1, keepdim=True).clamp(min=_LEAST_NORM)).float()
+    return unit_NH
