@@ -38,6 +38,17 @@ llamamoe mix BASE OUT --recipe my.yaml --resume
 RECIPE, WRITING, RUN = "Recipe", "Output", "Run"
 
 
+def _weights(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | str | None:
+    if value is None or "," not in value:
+        return value
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is neither base, average nor a list of numbers such as 0.5,0.25,0.25."
+        ) from None
+
+
 @click.command(cls=Command, section="Convert", rank=1, short_help="Make several fine-tuned models the experts of one.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("base")
@@ -49,6 +60,9 @@ RECIPE, WRITING, RUN = "Recipe", "Output", "Run"
 )
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
       text="Set one key of the recipe, such as top_k=1; may be repeated.")  # fmt: skip
+@flag("--backbone", group=RECIPE, metavar="base|average|W,W,..", callback=_weights,
+      text="Attention, norms, embedding and head: BASE's, averaged over the experts, or weights of BASE and each expert.  "
+      "[default: base]")  # fmt: skip
 @flag("--top-k", group=RECIPE, metavar="K", type=int, text="Models selected per token.  [default: 2]")
 @flag(
     "--router",
@@ -148,15 +162,15 @@ def _print(found: MixResult) -> None:
     echo(bold(f"{found.out}: {plan.layout.target.name} of {len(plan.experts)} models, ready for transformers."))
     checks = found.receipt.get("verification", {}).get("experts", [])
     if checks:
-        rows = [(str(each["expert"]), each["model"], _compared(each)) for each in checks]
+        rows = [(str(each["expert"]), each["model"], _compared(each, plan.rest)) for each in checks]
         table(("expert", "model", "alone, it computes"), rows, right=(0,))
     else:
         echo("Not verified (--no-verify).")
     print_warnings(found.warnings)
 
 
-def _compared(check: dict[str, Any]) -> str:
+def _compared(check: dict[str, Any], rest: str) -> str:
     if not check["passed"]:
         return f"NOT checked: {check['note']}"
-    what = "the model" if check["is_the_model"] else "BASE with its FFNs"
+    what = "the model" if check["is_the_model"] else f"{rest} with its FFNs"
     return f"{what}: logits differ by {error(check['equal_weights'])} of the largest"

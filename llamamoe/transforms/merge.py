@@ -113,7 +113,7 @@ def merge(
         sources=locations,
         checkpoints=checkpoints,
         config=config,
-        make=lambda name: _average(checkpoints, shares, factors, name),
+        make=lambda name: average(checkpoints, shares, factors, name),
         facts=_facts(locations, shares, None if losses is None else temperature),
         story=_story(locations, shares),
         warnings=warnings,
@@ -210,9 +210,20 @@ def _one_weighing(
     return base | missing_keys(base), tuple(m.mean_weight / chosen.mean_weight for m in mixings)
 
 
-def _average(
+def average(
     checkpoints: Sequence[SafetensorsCheckpoint], shares: Sequence[float], factors: Sequence[float], name: str
 ) -> torch.Tensor:
+    """Return the average of a tensor, in the dtype of the first checkpoint; see `merge`.
+
+    Args:
+        checkpoints: The checkpoints.
+        shares: Weight of each of them.
+        factors: Factor of each one's routed down projections.
+        name: Name of the tensor.
+
+    Raises:
+        RefusedError: It holds whole numbers that differ.
+    """
     from ..checkpoint.tensors import torch_dtype
 
     info = checkpoints[0].tensors[name]

@@ -53,7 +53,8 @@ def mix(
 ) -> MixResult:
     """Write a mixture whose experts are the FFNs of several dense models, and which plain transformers loads.
 
-    Expert i of every layer is the FFN of the i-th model, bit for bit; attention, norms, embedding and head are BASE's.
+    Expert i of every layer is the FFN of the i-th model, bit for bit; attention, norms, embedding and head are BASE's, or
+    an average (`MixRecipe.backbone`).
     The router's weights of the k selected experts sum to one, so copies of one model compute that model, and one expert
     computes BASE with the FFNs of its model: that model itself where only its FFNs were trained. The models must have one
     architecture, one shape and one tokenizer.
@@ -128,6 +129,13 @@ def _rewriting(
     )
 
 
+def _backbone(plan: MixPlan) -> str:
+    if plan.recipe.backbone == "base":
+        return f"those of `{plan.places[0].name}`"
+    pairs = zip(plan.places, plan.recipe.shares, strict=True)
+    return "averages of " + ", ".join(f"`{place.name}` ({share:.4g})" for place, share in pairs if share)
+
+
 def _rows_sha256(rows: Mapping[int, torch.Tensor]) -> str:
     """Return a hash of the router, which a resumed run compares: hidden states depend on threads and device."""
     digest = hashlib.sha256()
@@ -145,7 +153,7 @@ def _story(plan: MixPlan, names: list[str]) -> str:
     models = ", ".join(f"`{name}`" for name in names)
     return (
         f"The experts of each layer are the FFNs of {models}, in this order, {plan.recipe.top_k} of them selected per token. "
-        f"Attention, norms, embedding and head are those of `{plan.places[0].name}`. The router is {_ROUTER[plan.recipe.router]}. "
+        f"Attention, norms, embedding and head are {_backbone(plan)}. The router is {_ROUTER[plan.recipe.router]}. "
         f"Architecture: `{plan.layout.config['architectures'][0]}` of transformers, no remote code."
     )
 

@@ -387,3 +387,53 @@ def test_prompts_and_router_belong_together(models: dict[str, Path], tmp_path: P
         recipe(models["ffn"], models["all"], router="hidden")
     experts = ("--expert", models["ffn"], "--expert", models["all"], "--prompts", write_prompts(tmp_path))
     assert "hidden" in run(models["base"], tmp_path / "out", *experts, "--dry-run").stdout
+
+
+# ---- an averaged backbone -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shares"), [("average", (0.0, 0.5, 0.5)), ([2, 1, 1], (0.5, 0.25, 0.25)), ([0, 1, 0], (0.0, 1.0, 0.0))]
+)
+def test_all_but_the_ffns_is_the_average(
+    backbone: Any, shares: tuple[float, ...], models: dict[str, Path], tmp_path: Path
+) -> None:
+    found = mix(models["base"], tmp_path / "out", recipe(models["all"], models["more"], backbone=backbone))
+    dense = [load_file(models[name] / "model.safetensors") for name in ("base", "all", "more")]
+    out = load_file(found.out / "model.safetensors")
+    for name in dense[0]:
+        if ".mlp." not in name:
+            exact = sum(share * each[name].double() for share, each in zip(shares, dense, strict=True))
+            assert torch.allclose(out[name].double(), exact, rtol=1e-6, atol=1e-6), name
+    checks = found.receipt["verification"]["experts"]
+    assert [each["is_the_model"] for each in checks] == [backbone == [0, 1, 0], False]
+    assert all(each["passed"] and each["equal_weights"] < 1e-5 for each in checks)
+    assert found.receipt["recipe"]["backbone"] == backbone
+    assert "averages of" in (found.out / "README.md").read_text()
+
+
+def test_copies_average_to_themselves(models: dict[str, Path], tmp_path: Path) -> None:
+    found = mix(models["base"], tmp_path / "out", recipe(*[models["all"]] * 3, backbone="average"))
+    assert [each["is_the_model"] for each in found.receipt["verification"]["experts"]] == [True] * 3
+    assert apart(logits(found.out), logits(models["all"])) < 1e-5
+
+
+@pytest.mark.parametrize("backbone", ["mean", [1, 1], [0, 0, 0], [1, 1, -1]])
+def test_invalid_weights_are_refused(backbone: Any, models: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="backbone"):
+        recipe(models["all"], models["more"], backbone=backbone)
+
+
+def test_models_saved_in_different_ways_cannot_be_averaged(models: dict[str, Path], tmp_path: Path) -> None:
+    tied = make_dense(tmp_path / "tied", "llama-tied")
+    assert llamamoe.plan_mix(models["base"], recipe(models["all"], tied)).layout.target.name == "mixtral"
+    with pytest.raises(RefusedError, match=r"lacks lm_head\.weight"):
+        llamamoe.plan_mix(models["base"], recipe(models["all"], tied, backbone="average"))
+
+
+def test_the_flag_takes_weights(models: dict[str, Path], tmp_path: Path) -> None:
+    experts = ("--expert", models["all"], "--expert", models["more"], "--dry-run", "--json")
+    data = json.loads(run(models["base"], tmp_path / "out", *experts, "--backbone", "0.5,0.25,0.25").stdout)
+    assert data["recipe"]["backbone"] == [0.5, 0.25, 0.25]
+    assert "averaged backbone" in data["exactness"]
+    assert "nor a list" in run(models["base"], tmp_path / "out", *experts, "--backbone", "a,b").stderr

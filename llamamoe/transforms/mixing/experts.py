@@ -65,7 +65,7 @@ class MixTensors:
         tensor, layout = self._tensors[name], self.plan.layout
         parts = None if tensor.layer is None else self._parts(tensor.layer)
         with one_thread():
-            value = make(tensor, self.plan.base, parts, layout.dtype)
+            value = make(tensor, self.plan.layout.model, parts, layout.dtype)
         if layout.dtype == "F16" and nonfinite(value):
             raise RefusedError(
                 f"{name} has values that float16 cannot hold: they would become infinite.",

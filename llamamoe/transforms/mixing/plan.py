@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from ...checkpoint.reader import SafetensorsCheckpoint
 from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.preflight import check_room
 from ...conversion.recipe import SplitRecipe, build_recipe
-from ..rewrite import check_place
+from ...errors import RefusedError
+from ..rewrite import check_place, same_tensors
+from .checkpoints import AveragedCheckpoint
 from .checks import check_shapes, check_vocabularies, setting_warnings
 from .prompts import Prompts, read_prompts
 from .recipe import MixRecipe
@@ -30,7 +32,7 @@ class MixPlan:
         recipe: The recipe with target and dtype chosen.
         places: BASE and the models of the experts, as they were found.
         models: The same, opened.
-        layout: The plan of BASE with copies of its FFN as experts, which has the same tensors.
+        layout: The plan of BASE with copies of its FFN as experts, which has the same tensors; its model gives the rest.
         warnings: Sentences for the user.
         prompts: The prompts of the router ``hidden``.
     """
@@ -55,7 +57,12 @@ class MixPlan:
     @property
     def exactness(self) -> str:
         """A sentence on what the output equals."""
-        return "exact with one expert selected: it computes BASE with the FFNs of that expert's model"
+        return f"exact with one expert selected: it computes {self.rest} with the FFNs of that expert's model"
+
+    @property
+    def rest(self) -> str:
+        """Words for what gives attention, norms, embedding and head."""
+        return "BASE" if self.recipe.backbone == "base" else "the averaged backbone"
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-compatible data, the same for every run."""
@@ -96,10 +103,37 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
     check_shapes(models)
     check_vocabularies(models)
     layout = plan_split(models[0], layout_recipe(recipe))
+    layout = replace(layout, model=_backbone(models, recipe))
     chosen = recipe.model_copy(update={"target": layout.recipe.target, "dtype": layout.recipe.dtype})
     warnings = (*layout.warnings, *_rounding(models, layout.dtype), *setting_warnings(models))
     prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, len(recipe.experts))
     return MixPlan(chosen, places, models, layout, tuple(dict.fromkeys(warnings)), prompts)
+
+
+def _backbone(models: Sequence[DenseModel], recipe: MixRecipe) -> DenseModel:
+    """Return BASE, or BASE with the average of the models' weights.
+
+    Raises:
+        RefusedError: The models do not have the same tensors.
+    """
+    if recipe.backbone == "base":
+        return models[0]
+    used = [(_folder(model), share) for model, share in zip(models, recipe.shares, strict=True) if share]
+    checkpoints = [checkpoint for checkpoint, _ in used]
+    reasons = same_tensors([_folder(models[0]), *checkpoints])
+    if reasons:
+        raise RefusedError(
+            "the backbone cannot be averaged: " + "; ".join(reasons[:3]) + ".",
+            hint="Leave the backbone at base, or save the models in the same way.",
+        )
+    return replace(
+        models[0], checkpoint=AveragedCheckpoint(models[0].checkpoint, checkpoints, [share for _, share in used])
+    )
+
+
+def _folder(model: DenseModel) -> SafetensorsCheckpoint:
+    assert isinstance(model.checkpoint, SafetensorsCheckpoint), "plan_mix opens folders"
+    return model.checkpoint
 
 
 def check_mix_place(plan: MixPlan, out: str | Path, *, resume: bool, force: bool) -> None:

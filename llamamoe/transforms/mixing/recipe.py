@@ -20,6 +20,11 @@ class MixRecipe(Recipe):
         min_length=2,
         description="Models whose FFNs become the experts: folders or Hub ids, in the order of the experts.",
     )
+    backbone: Literal["base", "average"] | tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+        "base",
+        description="Attention, norms, embedding and head: base (BASE's), average (over the experts' models, as in "
+        "Branch-Train-MiX), or a list of weights for BASE and each expert's model.",
+    )
     top_k: int = Field(2, ge=1, description="Models selected per token (k).")
     router: Literal["random", "hidden"] = Field(
         "random", description="random: normal rows, to be trained. hidden: from the hidden states of prompts in BASE."
@@ -51,6 +56,12 @@ class MixRecipe(Recipe):
             raise PydanticCustomError(
                 "top_k", f"top_k = {self.top_k} must not exceed the number of experts, {len(self.experts)}"
             )
+        if isinstance(self.backbone, tuple) and (len(self.backbone) != 1 + len(self.experts) or not any(self.backbone)):
+            raise PydanticCustomError(
+                "backbone",
+                f"backbone: give {1 + len(self.experts)} weights, for BASE and each expert, not all zero "
+                f"(got {list(self.backbone)})",
+            )
         if (self.router == "hidden") != (self.prompts is not None):
             raise PydanticCustomError(
                 "prompts", "prompts: the router hidden needs a file of prompts, and only it reads one"
@@ -60,6 +71,14 @@ class MixRecipe(Recipe):
                 "target", f"unknown target {self.target!r}. " + near_misses(self.target, ["auto", *TARGETS.names()])
             )
         return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weights of BASE and each expert's model in what all experts share; their sum is 1."""
+        count = len(self.experts)
+        named = {"base": (1.0, *[0.0] * count), "average": (0.0, *[1.0] * count)}
+        weights = self.backbone if isinstance(self.backbone, tuple) else named[self.backbone]
+        return tuple(weight / sum(weights) for weight in weights)
 
     def deciding(self) -> dict[str, Any]:
         """Return the keys that decide the result: all but the places of files."""

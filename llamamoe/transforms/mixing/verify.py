@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...architectures.dense_checkpoint import DenseModel, refuse_foreign
 from ...architectures.moe_layout import Neurons, OutTensor, Router
-from ...checkpoint.base import Checkpoint, TensorInfo
 from ...checkpoint.reader import SafetensorsCheckpoint
 from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.reference import same_bits
@@ -17,44 +15,11 @@ from ...conversion.verify import check_all_neurons, compared
 from ...conversion.verify_files import Hashes, check_files, check_weights
 from ...lazy import torch
 from ...progress import Progress, ProgressCallback
+from .checkpoints import JoinedCheckpoint
 from .plan import MixPlan, layout_recipe
 
 _COPIES = 2
 """A mixture has two experts at least: the model of one expert is run as this many copies, of which one is selected."""
-
-
-class JoinedCheckpoint:
-    """BASE with the FFNs of another checkpoint of the same names and shapes; see `Checkpoint`.
-
-    Args:
-        base: The checkpoint that gives all but the FFNs.
-        ffns: The checkpoint that gives the FFNs.
-    """
-
-    def __init__(self, base: Checkpoint, ffns: Checkpoint) -> None:
-        self._base, self._ffns = base, ffns
-        self.path, self.config, self.notes = base.path, base.config, base.notes
-        self.tensors: Mapping[str, TensorInfo] = {name: self._of(name).tensors[name] for name in base.tensors}
-
-    def _of(self, name: str) -> Checkpoint:
-        return self._ffns if ".mlp." in name else self._base
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """See `Checkpoint.read`."""
-        return self._of(name).read(name, rows)
-
-    def save_tokenizer(self, out: Path) -> list[str]:
-        """See `Checkpoint.save_tokenizer`."""
-        return self._base.save_tokenizer(out)
-
-    def fingerprint(self) -> str:
-        """See `Checkpoint.fingerprint`."""
-        return self._base.fingerprint() + self._ffns.fingerprint()
-
-    def check_unchanged(self) -> None:
-        """See `Checkpoint.check_unchanged`."""
-        self._base.check_unchanged()
-        self._ffns.check_unchanged()
 
 
 class OneExpert(SafetensorsCheckpoint):
@@ -113,15 +78,16 @@ def verify_mix(plan: MixPlan, folder: Path, hashes: Hashes, progress: ProgressCa
         def report(step: Progress, index: int = index) -> None:
             progress(replace(step, stage=f"expert {index + 1}: {step.stage}"))
 
-        own = _same_rest(plan.base, model)
-        alone = (
-            model if own else replace(plan.base, checkpoint=JoinedCheckpoint(plan.base.checkpoint, model.checkpoint))
-        )
+        rest = plan.layout.model
+        own = _same_rest(rest, model)
+        alone = model if own else replace(plan.base, checkpoint=JoinedCheckpoint(rest.checkpoint, model.checkpoint))
         view = plan_split(alone, small)
         one = OneExpert(folder, view, index)
         neurons = check_all_neurons(view, one, report)
         outcome = compared(view, one, neurons, weights, report).to_json()
-        outcome["reference"] = outcome["reference"] if own else f"BASE with the FFNs of {plan.places[index + 1].name}"
+        outcome["reference"] = (
+            outcome["reference"] if own else f"{plan.rest} with the FFNs of {plan.places[index + 1].name}"
+        )
         found.append({"expert": index, "model": plan.places[index + 1].name, "is_the_model": own} | outcome)
     return {"passed": all(each["passed"] for each in found), "experts": found}
 
