@@ -61,7 +61,7 @@ def advice(
 def much_padding(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout) -> list[str]:
     """Return a warning with a number of experts that fits, if zero neurons take a large share of the experts."""
     size, padding = spec.intermediate_size, layout.padding(spec.intermediate_size)
-    if padding < _MUCH_PADDING * layout.copies * size:
+    if not padding or padding < _MUCH_PADDING * layout.copies * size:
         return []
     block = recipe.pad_to or PAD_TO
     near = _fitting_experts(size, layout.num_shared, layout.num_experts // max(1, layout.copies) - 1, block)

@@ -331,6 +331,7 @@ def test_much_padding_is_a_warning_with_a_number_of_experts_that_fits(wide: Path
     pads = plan(wide, num_experts=100, pad_to=256)
     assert any("a --pad-to smaller than 256" in each for each in pads.warnings)
     assert not plan(wide, num_experts=12).warnings
+    assert not plan(wide, method="static", shared=0.5, **TEXT).warnings
 
 
 def test_the_plan_names_what_cannot_be_quantised(wide: Path) -> None:
