@@ -48,7 +48,8 @@ def pages() -> dict[str, str]:
         keys.append(f"## {command}\n\n{prose(model.__doc__ or '')}\n")
         keys += _model(model, "")
     shipped = [shown("recipes/README.md", "reference/shipped-recipes.md").replace("# Recipes", "# Shipped recipes", 1)]
-    for kind, command in [*((kind, command) for kind, (_, command) in KINDS.items()), ("sft", "trl sft")]:
+    ours = [(kind, command) for kind, (_, command) in KINDS.items()]
+    for kind, command in [*ours, ("sft", "trl sft"), ("dpo", "trl dpo")]:
         shipped.append(f"## {command}\n")
         for file in sorted((ROOT / "recipes" / kind).glob("*.yaml")):
             name = f"{kind}/{file.name}"

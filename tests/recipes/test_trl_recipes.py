@@ -1,4 +1,4 @@
-"""Every recipe of instruction tuning runs two steps under TRL's own command, on a converted model with a chat template."""
+"""Every recipe of instruction and preference tuning runs two steps under TRL's own command, on a converted model with a chat template."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from llamamoe import fix_config, load_recipe, split
 from tests.dense import make_dense
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes" / "sft").glob("*.yaml"))
+RECIPES = [path for kind in ("sft", "dpo") for path in sorted((ROOT / "recipes" / kind).glob("*.yaml"))]
+CASES = [("mixtral", path) for path in RECIPES]
+CASES += [("granitemoeshared", path) for path in RECIPES if path.parent.name == "sft"]
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} {% endfor %}"
 
 pytest.importorskip("trl")
 
 
-@pytest.fixture(scope="module", params=["mixtral", "granitemoeshared"])
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sft")
     dense = make_dense(folder / "dense")
@@ -34,6 +36,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     split(dense, folder / "moe", load_recipe(given=given), verify=False)
     rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}] * 8
     (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = {"prompt": "ab", "chosen": "cd", "rejected": "ef"}
+    row = {key: [{"role": "user" if key == "prompt" else "assistant", "content": text}] for key, text in said.items()}
+    (folder / "preferences.jsonl").write_text((json.dumps(row) + "\n") * 8)
     return folder / "moe"
 
 
@@ -56,13 +61,15 @@ def merged_as_the_recipe_says(model: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_a_recipe_runs_two_steps(path: Path, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "path"), CASES, indirect=["model"], ids=lambda p: p if isinstance(p, str) else f"{p.parent.name}-{p.stem}"
+)
+def test_a_recipe_runs_two_steps(model: Path, path: Path, tmp_path: Path) -> None:
     shrunk = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_length": 32,
               "use_cpu": True, "bf16": False, "logging_steps": 1}  # fmt: skip
     flags = [part for key, value in shrunk.items() for part in (f"--{key}", str(value))]
     command = [
-        sys.executable, "-m", "trl.scripts.sft", "--config", str(path),
+        sys.executable, "-m", f"trl.scripts.{path.parent.name}", "--config", str(path),
         "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out"), *flags,
     ]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
@@ -70,6 +77,8 @@ def test_a_recipe_runs_two_steps(path: Path, model: Path, tmp_path: Path) -> Non
         command, env=environment, cwd=model.parent, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "aux_loss" not in done.stdout, "the balancing of transformers is off"
+    assert ("rewards/margins" in done.stdout) == (path.parent.name == "dpo")
     if path.stem == "lora":
         names = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert sorted(names["target_parameters"]) == ["experts.down_proj", "experts.gate_up_proj"]
@@ -77,7 +86,6 @@ def test_a_recipe_runs_two_steps(path: Path, model: Path, tmp_path: Path) -> Non
         assert any(".experts." in name for name in weights), "experts have adapters, whatever their module is called"
         merged_as_the_recipe_says(model, tmp_path)
     else:
-        assert json.loads((tmp_path / "out" / "config.json").read_text())["router_aux_loss_coef"] == 0
         fix_config(tmp_path / "out")
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE

@@ -1,0 +1,1 @@
+"""Preference tuning of converted models by TRL."""
