@@ -21,6 +21,7 @@ PAGES = [
     "tutorials/deploy.md",
     "how-to/memory.md",
     "how-to/data.md",
+    "how-to/finer-experts.md",
     "how-to/mix.md",
     "concepts/rescaling.md",
     "concepts/alignment.md",
