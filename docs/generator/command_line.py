@@ -24,7 +24,7 @@ SOURCE, MODEL and PARENT are a folder of safetensors, a `.gguf` file, or a Hub r
 def pages() -> dict[str, str]:
     """Return the page."""
     root = importlib.import_module("llamamoe_cli.main").root
-    context = click.Context(root, info_name="llamamoe")
+    context = root.context_class(root, info_name="llamamoe", **root.context_settings)
     commands = sorted((root.get_command(context, name) for name in root.list_commands(context)), key=lambda c: c.order)
     parts = [HEAD, *(_command(each, context) for each in commands), _completion()]
     return {"reference/cli.md": "\n".join(parts)}
