@@ -139,7 +139,7 @@ _ROWS = (
     _Row("--repair-passes", "repair_passes", METHODS, "N", int),
     _Row("--seed", "seed", METHODS, "N", int),
     _Row("--calibration", "calibration", CALIBRATION, "PATH|auto", unset="none", multiple=True,
-         text="Calibration text: a file (txt, jsonl, parquet), folder or glob; may be repeated. auto: text sampled from "
+         text="Calibration text: a file (txt, jsonl, parquet; also .gz, .zst), folder or glob; may be repeated. auto: text sampled from "
          "SOURCE itself"),
     _Row("--calibration-tokens", "calibration_tokens", CALIBRATION, "N", COUNT),
     _Row("--calibration-weights", "calibration_weights", CALIBRATION, "A=1,B=2", _Weights(), unset="equal",

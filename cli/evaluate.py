@@ -40,7 +40,7 @@ TEXT, TASKS, RUN = "Text", "Tasks (llamamoe[eval])", "Execution"
                examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
 @click.option("--text", cls=Option, group=TEXT, metavar="PATH", multiple=True,
-              help="Text to measure on: a file, folder or glob (txt, jsonl, parquet); may be repeated.")  # fmt: skip
+              help="Text to measure on: a file, folder or glob (txt, jsonl, parquet; also .gz, .zst); may be repeated.")  # fmt: skip
 @click.option("--max-tokens", cls=Option, group=TEXT, type=COUNT, metavar="N",
               help="Maximum number of tokens per domain.  [default: all]")  # fmt: skip
 @click.option("--context-length", cls=Option, group=TEXT, type=COUNT, metavar="N",

@@ -43,7 +43,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
               help="One weight per model; they are normalised to sum to 1. auto: by the losses on --examples.  "
               "[default: equal]")  # fmt: skip
 @click.option("--examples", cls=Option, group="Average", metavar="PATH", multiple=True,
-              help="Text for --weights auto, such as a few documents of a task: a file (txt, jsonl, parquet), folder or "
+              help="Text for --weights auto, such as a few documents of a task: a file (txt, jsonl, parquet; also .gz, .zst), folder or "
               "glob; may be repeated.")  # fmt: skip
 @click.option("--temperature", cls=Option, group="Average", type=float, metavar="T",
               help="Temperature of --weights auto; the smaller, the more the best model counts.  [default: 5]")  # fmt: skip

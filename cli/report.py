@@ -32,7 +32,7 @@ TEXT, HOW, RUN = "Text", "Execution", "Run"
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @flag("--against", group=RUN, metavar="PARENT", text="The dense parent, measured as well.")
 @flag("--text", group=TEXT, metavar="PATH", multiple=True, required=True,
-       text="Text to measure on: a file, folder or glob (txt, jsonl, parquet); may be repeated.")  # fmt: skip
+       text="Text to measure on: a file, folder or glob (txt, jsonl, parquet; also .gz, .zst); may be repeated.")  # fmt: skip
 @flag("--max-tokens", group=TEXT, type=COUNT, metavar="N", default=8192, show_default=True,
        text="Maximum number of tokens per domain; 0 for all.")  # fmt: skip
 @flag("--context-length", group=TEXT, type=COUNT, metavar="N",

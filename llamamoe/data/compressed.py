@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -49,6 +50,19 @@ def import_for(module: str, path: Path) -> Any:
         MissingExtraError: The package is not installed.
     """
     return require(module, "data", f"Reading '{path}'")
+
+
+def check_packages(paths: Iterable[Path]) -> None:
+    """Import the optional packages that reading these files needs.
+
+    Raises:
+        MissingExtraError: One is not installed; the message names a file that needs it.
+    """
+    for path in paths:
+        if path.name.endswith(".zst"):
+            import_for("zstandard", path)
+        elif path.name.endswith((".parquet", ".arrow")):
+            import_for("pyarrow.parquet", path)
 
 
 def damaged(path: Path, error: Exception | str) -> LlamaMoeError:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.paths import check_regular
 from ..errors import RefusedError, UsageError
+from .compressed import check_packages
 
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
 
@@ -30,6 +31,7 @@ def find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, str]]:
         UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind or that is not a regular
             file.
         RefusedError: A folder or glob contains a link out of the folder.
+        MissingExtraError: zstandard or pyarrow is needed and not installed.
     """
     if isinstance(patterns, (str, Path)):  # a single str is also a sequence of str, its characters
         patterns = [patterns]
@@ -40,6 +42,7 @@ def find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, str]]:
         for path, named in _match(pattern):
             domain = _domain(path, by_folder=suffix_of(path).startswith(".txt") and not named)
             found.setdefault(path.resolve(), (path, domain))
+    check_packages(path for path, _ in found.values())
     return list(found.values())
 
 

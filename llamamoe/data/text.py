@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlamaMoeError
-from .compressed import damaged, import_for, open_bytes
+from .compressed import check_packages, damaged, open_bytes
 from .files import find_files, suffix_of
 from .parquet import read_rows
 
@@ -82,11 +82,7 @@ def read_files(
     files: Sequence[tuple[Path, str]], *, on_bad_row: OnBadRow | None = None, column: str = "text"
 ) -> Iterator[Document]:
     """Read documents like `read_documents`, from files as listed by `find_files`."""
-    for path, _ in files:
-        if path.name.endswith(".zst"):
-            import_for("zstandard", path)
-        elif path.name.endswith((".parquet", ".arrow")):
-            import_for("pyarrow.parquet", path)
+    check_packages(path for path, _ in files)
     return _read_all(files, on_bad_row, column)
 
 

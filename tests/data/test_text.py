@@ -318,3 +318,10 @@ def test_slimpajama_and_tinystories():
     relative = os.path.relpath(SHARED_DATA / "tinystories" / "valid.jsonl")
     assert [document.domain for document in read_documents([relative])] == ["TinyStories"] * 200
     assert find_files([relative])[0] == (Path(relative), "tinystories")
+
+
+def test_a_listing_names_the_package_that_reading_will_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.jsonl.zst")
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'llamamoe\[data\]'"):
+        find_files([tmp_path])
