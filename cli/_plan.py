@@ -138,7 +138,7 @@ def _calibration(needed: CalibrationPlan, wanted: int) -> list[tuple[str, str]]:
     operations, rate = f"{amount(needed.flops)} operations", f"{REFERENCE_FLOPS / 1e9:.0f} billion of them a second"
     return [
         ("calibration", f"{tokens} in sequences of {needed.length:,}"),
-        ("needed by", ", ".join(needed.needing)),
+        ("text needed by", ", ".join(needed.needing)),
         ("hidden states", f"{size(needed.disk_bytes)} in memory-mapped files beside OUT while it runs"),
         ("calibration time", f"about {duration(needed.seconds())}: {operations}, {rate}"),
     ]  # fmt: skip
@@ -156,8 +156,10 @@ def _alignment(needed: AlignmentPlan) -> list[tuple[str, str]]:
 
 def ffn_active(plan: SplitPlan) -> str:
     """The neurons of a converted layer that a token uses, and their share of the FFN's."""
-    used, size_ = plan.layout.active_neurons, plan.model.spec.intermediate_size
-    return f"{used:,} of {size_:,} neurons for each token ({100 * used / size_:.0f} %)"
+    layout, whole = plan.layout, plan.model.spec.intermediate_size
+    used, padding = layout.active_neurons, layout.active_padding(whole)
+    text = f"{used - padding:,} of {whole:,} neurons for each token ({100 * (used - padding) / whole:.0f} %)"
+    return text + (f", and {plural(padding, 'zero neuron')} of padding" if padding else "")
 
 
 def costs(before: Cost, after: Cost) -> None:
@@ -242,7 +244,8 @@ def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [
         (
             "layer error",
-            f"{after[len(after) // 2]:.2f} of the dense output on the calibration text, in the median layer{was}",
+            f"{after[len(after) // 2]:.2f} of the dense output on the calibration text, in the median layer{was}; 0 is the parent, "
+            "1 as far away as zeros",
         )
     ]
 
@@ -254,13 +257,11 @@ def _verified(plan: SplitPlan, check: Mapping[str, Any] | None) -> list[tuple[st
     if not check["passed"]:
         return [("parity", f"NOT checked: {check['note']}")]
     if check["equal_weights"] is None:
-        away = check.get("as_configured")
-        distance = "" if away is None else f" (logits by {away:.2g} of the largest, as intended)"
         return [
             ("verified", "files, names, shapes, and all weights that are kept from the parent"),
             (
                 "parity",
-                f"not meant to be: {_why_not(plan)}, so outputs differ{distance}; perplexity says what that costs",
+                f"not meant to be: {_why_not(plan)}, so outputs differ; perplexity says what that costs",
             ),
         ]
     text = f"logits differ by {error(check['equal_weights'])} of the largest with all experts at equal weights"

@@ -133,6 +133,10 @@ class MoeLayout:
         """Neurons of one layer that a token uses, padding included: S + k W."""
         return self.num_shared + self.top_k * self.expert_width
 
+    def active_padding(self, intermediate_size: int) -> int:
+        """Return how many of the `active_neurons` are zero neurons, on average over the experts."""
+        return round(self.active_share * self.padding(intermediate_size))
+
     def padding(self, intermediate_size: int) -> int:
         """Return the number of zero neurons that pad the experts of one layer of F = ``intermediate_size`` neurons."""
         return self.num_experts * self.expert_width - self.copies * (intermediate_size - self.num_shared)

@@ -29,7 +29,8 @@ def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
 def _cost_table(plan: SplitPlan) -> str:
     parent, cost = plan.parent_cost, plan.cost
     rows = ["| | parent | this model |", "|---|---|---|"]
-    neurons, used = plan.model.spec.intermediate_size, plan.layout.active_neurons
+    neurons = plan.model.spec.intermediate_size
+    used = plan.layout.active_neurons - plan.layout.active_padding(neurons)
     rows.append(f"| neurons of an FFN per token | {neurons:,} | {used:,} ({100 * used / neurons:.0f} %) |")
     rows.append(f"| parameters | {parent.total_parameters:,} | {cost.total_parameters:,} |")
     rows.append(f"| active per token | {parent.active_parameters:,} | {cost.active_parameters:,} |")

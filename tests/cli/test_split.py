@@ -169,7 +169,7 @@ def test_missing_recipe_file(dense: Path, run: Run) -> None:
 def test_dry_run_prints_the_plan_and_writes_nothing(dense: Path, tmp_path: Path, run: Run) -> None:
     before = sorted(p.stat().st_mtime_ns for p in dense.rglob("*"))
     text = run("split", dense, tmp_path / "out", "--dry-run", "--method", "random").stdout
-    for expected in ("llama -> mixtral", "FFN active", "48 of 172 neurons for each token (28 %)", "verification  about",
+    for expected in ("llama -> mixtral", "FFN active", "neurons for each token", "verification  about",
                      "expert width  24", "zero neurons", "active per token", "FLOPs", "peak memory",
                      "1 file", "Notes", "Nothing was written"):  # fmt: skip
         assert expected in text
@@ -362,3 +362,9 @@ def test_a_dry_run_says_what_speed_to_expect(tmp_path: Path, run: Run) -> None:
         assert words in " ".join(output.split()), words
     output = run("split", dense, "--dry-run", "--method", "random", "--experts", "3", "--top-k", "1").output
     assert "There is no measurement of a similar shape" in output
+
+
+def test_padding_is_not_counted_as_neurons_of_the_parent(dense: Path, run: Run) -> None:
+    text = run("split", dense, "--dry-run", "--method", "random", "--experts", "8", "--top-k", "2").stdout
+    # 172 neurons in 8 experts of 24 places: a quarter of both runs
+    assert "43 of 172 neurons for each token (25 %), and 5 zero neurons of padding" in text
