@@ -62,8 +62,10 @@ def _lost(model: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
         more = get(model, "difference", "mean_over_domains", "bits_per_byte")
         return "The loss was not measured." if more is None else f"{number(more)} bits per byte more than the parent."
     interval = [number(exp(each)) for each in get(model, "difference", "mean_over_domains", "loss_interval") or []]
-    between = f" (95 % interval: {interval[0]} to {interval[1]})" if len(interval) == 2 else ""
-    return f"The perplexity is {number(factor)} times the parent’s{between}. {_usual(model, factor, ffn_share(model, parent))}"
+    known = len(interval) == 2
+    between = f" (95 % interval: {interval[0]} to {interval[1]})" if known else ""
+    few = "" if known else " The text is too small for an interval: measure on more (`--text`, `--max-tokens`)."
+    return f"The perplexity is {number(factor)} times the parent’s{between}.{few} {_usual(model, factor, ffn_share(model, parent))}"
 
 
 def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
@@ -81,7 +83,7 @@ def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
     if tokens is not None and tokens < LARGE_TEXT // 2:
         return (
             f"That is more than needed: it was calibrated on only {whole(tokens)} tokens. SmolLM2-135M loses a factor of 1.51 with "
-            f"{whole(LARGE_TEXT)}, half of its FFN and fine experts."
+            f"{whole(LARGE_TEXT)}, half of its FFN, experts of 16 neurons and the first layer dense."
         )
     return f"That is more than usual for half of the FFN: {_MEASURED}."
 
@@ -89,10 +91,13 @@ def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
 def _gained(model: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
     share, flops = ffn_share(model, parent), ratio(_cost(model, "flops_per_token"), _cost(parent, "flops_per_token"))
     here, there = _cost(model, "bytes"), _cost(parent, "bytes")
-    text = f"A token uses {percent(share)} of the parent’s FFN and {percent(flops)} of its operations."
+    text = f"A token computes {percent(share)} of the parent’s FFN, router and padding included, and {percent(flops)} of its operations."
     if here is not None and there is not None and here > there:
         text += f" All experts stay in memory: {size(here)} of weights against {size(there)}."
-    return text + " Speed depends on the program and the machine: `llamamoe bench OUT --against PARENT` measures it."
+    return text + (
+        " Fewer operations are not yet a gain in speed, which depends on program, machine and size, and small models gain little: "
+        "`llamamoe bench OUT --against PARENT` measures it."
+    )
 
 
 def _cost(model: Mapping[str, Any], key: str) -> float | None:

@@ -140,8 +140,10 @@ def load_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
     if known(get(each, "dead_experts") for each in layers):
         total = sum(d for _, d in dead)
         places = ", ".join(str(layer) for layer, _ in dead[:6]) + ("…" if len(dead) > 6 else "")
-        verb = "expert is" if total == 1 else "experts are"
-        said.append(f"{total} {verb} dead (layer {places})" if dead else "no expert is dead")
+        whole = sum(len(get(each, "load") or ()) for each in layers)
+        of = f" of {whole:,} experts" if whole else (" expert" if total == 1 else " experts")
+        without = f"{total}{of} got no token of this text (layer {places}), which is usual for little text"
+        said.append(without if dead else "every expert got tokens")
     return f"{name}: {'; '.join(said) or 'its load was not measured'}."
 
 

@@ -97,4 +97,4 @@ def test_load_sentence_names_the_dead() -> None:
     layers = [{"layer": i, "max_violation": 0.5 * i, "dead_experts": i, "load_entropy": 0.9} for i in range(3)]
     text = load_sentence("m", layers)
     assert "busiest expert (layer 2) takes 2.00 times" in text
-    assert "3 experts are dead (layer 1, 2)" in text
+    assert "3 experts got no token of this text (layer 1, 2)" in text

@@ -14,12 +14,14 @@ from llamamoe.reporting.page_words import undecided
 from .sample import Size, report
 
 
-def judged(factor: float, *, tokens: int | None = 65536, trained: bool = False, share: float = 0.5) -> Verdict:
+def judged(
+    factor: float, *, tokens: int | None = 65536, trained: bool = False, share: float = 0.5, interval: bool = True
+) -> Verdict:
     """The verdict on a model with that perplexity over the parent's and share of the FFN."""
     found = report(Size(models=1))
     (model,) = found["models"]
     loss = math.log(factor)
-    model["difference"]["mean_over_domains"] |= {"loss": loss, "loss_interval": [loss - 0.01, loss + 0.01]}
+    model["difference"]["mean_over_domains"] |= {"loss": loss, "loss_interval": [loss - 0.01, loss + 0.01] if interval else None}
     model["provenance"] |= {"calibration_tokens": tokens, "trained": trained}
     whole = found["parent"]["cost"]["parts"]["dense_ffn"]["total"]
     for part in ("router", "routed", "dense_ffn"):
@@ -47,6 +49,8 @@ def test_the_loss_is_judged(given: dict[str, Any], words: str) -> None:
 
 def test_the_interval_is_of_the_factor() -> None:
     assert "3.40 times the parent’s (95 % interval: 3.37 to 3.43)" in judged(3.4).lost
+    assert "too small for an interval: measure on more" in judged(3.4, interval=False).lost
+    assert "too small" not in judged(3.4).lost
 
 
 @pytest.mark.parametrize(
