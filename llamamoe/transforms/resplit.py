@@ -13,6 +13,7 @@ from ..architectures.moe_layout import MoeLayout, weight
 from ..architectures.rescales import RESCALES
 from ..checkpoint.layout import check_size, deal
 from ..checkpoint.out_folder import normal_path
+from ..conversion.preference import LEAST_WIDTH
 from ..errors import RefusedError, UsageError, near_misses
 from ..methods.splitters import SPLITTERS
 from ..models.loadable import check_model
@@ -244,6 +245,11 @@ def _warnings(source: ConvertedModel, layout: MoeLayout, exact: bool, padding: i
         )
     if padding:
         found.append(f"the pieces do not divide an expert's width: {padding} zero neurons are added to each expert")
+    if layout.expert_width < LEAST_WIDTH:
+        found.append(
+            f"experts of {layout.expert_width} neurons are narrow: programs compute them slowly, and formats with blocks of 32 numbers "
+            "cannot quantise them"
+        )
     if not _same_rescale(source, layout):
         found.append(
             f"the rescale {source.block['rescale']} depends on the number of experts, so it is no longer recorded: `retop` "

@@ -144,6 +144,7 @@ def test_a_plan_writes_nothing_and_says_what_the_result_has(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moe"]
     found = resplit(source, tmp_path / "out", 3)
     assert plan.facts == found.facts
+    assert any("8 neurons are narrow" in each for each in plan.warnings)
     assert plan.nbytes == sum(value.nbytes for value in load_file(tmp_path / "out/model.safetensors").values())
     receipt = json.loads((tmp_path / "out" / DERIVED_FILE).read_text())
     assert receipt["made_by"] == "resplit"
