@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from llamamoe.transforms.export_gguf import runs_in_llama_cpp
+
 from .fuzz_world import OUTPUTS, SIZES, World
 from .mutations import damaged, damaged_bytes, damaged_json
 
@@ -246,6 +248,8 @@ def output(world: World, rng: random.Random, place: Path) -> Attempt:
                      "--set", "steps=1", *rng.choice(([], ["--dry-run"]))],
         "tokenize": ["tokenize", "--recipe", "small", "--tokenizer", str(model), "--text", str(world.text), "--out", str(out)],
     }  # fmt: skip
+    if not runs_in_llama_cpp(world.output(target)):  # it refuses other architectures at once
+        del verbs["export-gguf"]
     verb = rng.choice(tuple(verbs))
     published = out if verb in ("retop", "resplit", "densify", "merge") else model if verb == "fix-config" else None
     return Attempt(verbs[verb], f"{target}/{name}: {done}", published, kind=name)

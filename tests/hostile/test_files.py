@@ -45,7 +45,7 @@ def test_missing_only_file(source: Path, refused: Refused) -> None:
 def test_truncated_shard(sharded: Path, refused: Refused, keep: int) -> None:
     data = (sharded / SECOND).read_bytes()
     (sharded / SECOND).write_bytes(data[:keep])
-    refused(sharded, SECOND, "truncated", "Download it again")
+    refused(sharded, SECOND, "truncated" if keep else "is empty (0 bytes)", "Download it again")
 
 
 def test_shard_with_a_tail(sharded: Path, refused: Refused) -> None:

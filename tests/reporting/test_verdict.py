@@ -21,7 +21,10 @@ def judged(
     found = report(Size(models=1))
     (model,) = found["models"]
     loss = math.log(factor)
-    model["difference"]["mean_over_domains"] |= {"loss": loss, "loss_interval": [loss - 0.01, loss + 0.01] if interval else None}
+    model["difference"]["mean_over_domains"] |= {
+        "loss": loss,
+        "loss_interval": [loss - 0.01, loss + 0.01] if interval else None,
+    }
     model["provenance"] |= {"calibration_tokens": tokens, "trained": trained}
     whole = found["parent"]["cost"]["parts"]["dense_ffn"]["total"]
     for part in ("router", "routed", "dense_ffn"):
