@@ -20,6 +20,12 @@ MOST_BYTES = 512 * 2**20
 _SMALL = 2**20  # numpy and the C library reuse these themselves
 
 
+class _Loan(weakref.ref[Any]):
+    """A reference to an array, with the block of memory that the array is in."""
+
+    block: np.ndarray[Any, Any]
+
+
 class _Memory:
     """Blocks of memory, each reused once nothing refers to the array in it."""
 
@@ -27,18 +33,22 @@ class _Memory:
         self._bytes = 0  # of all blocks that exist
         self._free: list[np.ndarray[Any, Any]] = []  # oldest first
         # arrays are freed in any thread at any moment, so that only an append is safe
-        self._returned: deque[np.ndarray[Any, Any]] = deque()
+        self._returned: deque[Any] = deque()
+        self._lent: dict[int, _Loan] = {}
 
     def empty(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         block = self._block(nbytes)
         # a memoryview, not a slice: a view of a view of an array refers to the first array only
         array = np.frombuffer(memoryview(block), np.uint8)  # type: ignore[arg-type]
-        weakref.finalize(array, self._returned.append, block).atexit = False
+        # not weakref.finalize: Python ignores exceptions in it, so that Ctrl-C could be lost there; append is written in C
+        loan = _Loan(array, self._returned.append)
+        loan.block = block
+        self._lent[id(loan)] = loan
         return array
 
     def _block(self, nbytes: int) -> np.ndarray[Any, Any]:
         while self._returned:
-            self._free.append(self._returned.popleft())
+            self._free.append(self._lent.pop(id(self._returned.popleft())).block)
         # the latest may still be in the processor's cache
         index = next((i for i in reversed(range(len(self._free))) if self._free[i].nbytes == nbytes), None)
         again = None if index is None else self._free.pop(index)

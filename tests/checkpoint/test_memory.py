@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +120,22 @@ def test_taken_rows_and_columns_are_each_their_own(monkeypatch: pytest.MonkeyPat
         rows, columns = take(matrix, np.array([2, 0]), 0), take(matrix, np.array([3, -1]), 1)
     assert rows.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
     assert columns.tolist() == [[3, 0], [7, 0], [11, 0]]
+
+
+def test_no_python_code_runs_when_an_array_is_freed() -> None:
+    """An interrupt that arrived in it would be ignored, as Python ignores exceptions in callbacks of weak references."""
+    called: list[str] = []
+
+    def profile(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_qualname)
+
+    with reused_memory():
+        array = empty_bytes(2**21)
+        sys.setprofile(profile)
+        try:
+            del array
+        finally:
+            sys.setprofile(None)
+        assert empty_bytes(2**21) is not None
+    assert called == []
