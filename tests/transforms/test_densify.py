@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import llamamoe
 from llamamoe import CheckpointError, RefusedError, densify, load_recipe, retop, split
 
 from ..dense import make_byte_level, make_dense
+from .outputs import logits
 
 CASES = [
     ("llama", "mixtral", 0),
@@ -42,16 +43,6 @@ def convert(dense: Path, out: Path, target: str = "mixtral", **keys: Any) -> Pat
     given = {"method": "random", "num_experts": 5, "top_k": 2, "target": target, "shared_by": "weight_norm"}
     split(dense, out, load_recipe(given=given | keys), verify=False)
     return out
-
-
-def logits(folder: Path) -> torch.Tensor:
-    ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    with torch.no_grad():
-        found: torch.Tensor = model(ids).logits
-    return found
 
 
 @pytest.mark.parametrize("rescale", ["unit", "dropout"])

@@ -20,6 +20,7 @@ from llamamoe.checkpoint.out_folder import DERIVED_FILE
 from llamamoe.transforms.resplit import usable_methods
 
 from ..dense import ROUTED, make_dense
+from .outputs import logits
 
 IDS = [target for _, target, _ in ROUTED]
 SIZES: dict[str, Any] = {
@@ -51,14 +52,6 @@ def foreign(folder: Path, name: str, **changes: Any) -> Path:
                 value.copy_(0.2 * torch.randn(value.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
-
-
-def logits(folder: Path) -> torch.Tensor:
-    ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        found: torch.Tensor = model(ids).logits
-    return found
 
 
 def assert_same_function(out: Path, source: Path) -> None:

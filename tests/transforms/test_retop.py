@@ -17,6 +17,7 @@ from llamamoe import CheckpointError, RefusedError, UsageError, load_recipe, ret
 from llamamoe.checkpoint.out_folder import DERIVED_FILE
 
 from ..dense import ROUTED, make_dense
+from .outputs import logits
 
 IDS = [target for _, target, _ in ROUTED]
 
@@ -25,14 +26,6 @@ def convert(dense: Path, out: Path, top_k: int, target: str, shared: Any, rescal
     given = {"method": "random", "target": target, "shared": shared, "shared_by": "weight_norm"}
     split(dense, out, load_recipe(given={**given, "num_experts": 3, "top_k": top_k, "rescale": rescale}), verify=False)
     return out
-
-
-def logits(folder: Path) -> torch.Tensor:
-    ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        found: torch.Tensor = model(ids).logits
-    return found
 
 
 @pytest.mark.parametrize("rescale", ["dropout", "unit", "llama_moe"])
