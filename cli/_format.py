@@ -11,6 +11,12 @@ def plural(count: int, noun: str, ending: str = "s") -> str:
     return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
+def routed_factor(factor: float, where: str) -> str:
+    """The factor of routed outputs that a command applied, and its place: ``nowhere``, ``config`` or ``weights``."""
+    places = {"nowhere": "no change needed", "config": "in routed_scaling_factor", "weights": "in the experts"}
+    return f"{factor:.6g}, {places[where]}"
+
+
 def amount(value: float) -> str:
     """A count with three digits and a letter: ``842``, ``12.9 B``."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._format import size
+from ._format import routed_factor, size
 from ._output import Output, kept_when_interrupted, output_options
 from ._style import Command, Option, check_resume_or_force, run_options
 from ._tables import bullets, facts
@@ -73,11 +73,10 @@ def command(
 def _print(found: ResplitResult) -> None:
     (before, after), (few, many) = found.num_experts, found.top_k
     echo(bold(f"{found.out or 'plan'}: {many} of {after} experts per token instead of {few} of {before}"))
-    places = {"nowhere": "no change needed", "config": "in routed_scaling_factor", "weights": "in the experts"}
     facts(
         [
             ("expert", f"{found.expert_width[1]:,} neurons instead of {found.expert_width[0]:,}"),
-            ("factor", f"{found.factor:.6g}, {places[found.where]}"),
+            ("factor", routed_factor(found.factor, found.where)),
             ("exact", "yes" if found.exact else "one rounding"),
             ("files", size(found.nbytes)),
         ]

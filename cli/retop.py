@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ._format import routed_factor
 from ._output import Output, kept_when_interrupted, output_options
 from ._style import Command, Option, check_resume_or_force, run_options
 from ._tables import bullets, facts
@@ -58,8 +59,5 @@ def command(model: str, out: str, top_k: int, rescale: str | None, resume: bool,
 
 def _print(found: RetopResult) -> None:
     echo(bold(f"{found.out}: {found.top_k[1]} experts per token instead of {found.top_k[0]}"))
-    places = {"nowhere": "no change needed", "config": "in routed_scaling_factor", "weights": "in the experts"}
-    facts(
-        [("factor", f"{found.factor:.6g}, {places[found.where]}"), ("exact", "yes" if found.exact else "one rounding")]
-    )
+    facts([("factor", routed_factor(found.factor, found.where)), ("exact", "yes" if found.exact else "one rounding")])
     bullets(found.warnings, mark="!")

@@ -153,8 +153,8 @@ def _check(source: ConvertedModel, pieces: int, method: str) -> None:
     width = source.layout.expert_width
     if not 2 <= pieces <= width:
         raise UsageError(f"{pieces} pieces, but it must be from 2 to {width}, the width of an expert.")
-    if method not in usable_methods():
-        known = usable_methods()
+    known = usable_methods()
+    if method not in known:
         hint = near_misses(method, known) if method not in SPLITTERS else f"Without text: {', '.join(known)}."
         raise UsageError(f"the method {method!r} cannot split experts.", hint=hint)
     groups = source.checkpoint.config.get("n_group")
