@@ -120,12 +120,12 @@ class _Weights(click.ParamType):  # type: ignore[type-arg]  # not generic in cli
 
 SIZES, METHODS, CALIBRATION, WRITING = "Experts", "Methods", "Calibration", "Output"
 _ROWS = (
-    _Row("--experts", "num_experts", SIZES, "N", int, unset="8; with calibration text 64, fewer in a small FFN"),
-    _Row("--top-k", "top_k", SIZES, "K", int, unset="2; with calibration text 24 of 64"),
+    _Row("--experts", "num_experts", SIZES, "N", int, unset="8; with calibration text as --prefer balanced"),
+    _Row("--top-k", "top_k", SIZES, "K", int, unset="2; with calibration text as --prefer balanced"),
     _Row("--shared", "shared", SIZES, "0.25|384|2x", unset="the method's"),
     _Row("--pad-to", "pad_to", SIZES, "W", int, unset="32 where it costs less than 3 %, else 8",
          text="Pad experts with zero neurons to a multiple of this width; many quantisation formats need 32"),
-    _Row("--prefer", "prefer", SIZES, "NAME", names=_literals("prefer"), unset="none",
+    _Row("--prefer", "prefer", SIZES, "NAME", names=_literals("prefer"), unset="with calibration text balanced",
          text="Choose the sizes that are not given for quality, balanced or speed, from measured speeds (shown by --dry-run)"),
     _Row("--keep-dense", "keep_dense", SIZES, "LAYERS", _Layers(), unset="none",
          text="Layers to leave dense, for example 0,1,-1 or 0-2"),

@@ -15,23 +15,19 @@ from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
 from ..plugins import Plugin, Registry
 from ..recipes import Choice
-from .preference import LEAST_WIDTH, preferred_shape, preferred_sizes
+from .preference import LEAST_WIDTH, Preference, preferred_shape, preferred_sizes
 from .recipe import AUTO, NO_REPAIR, SplitRecipe, build_recipe
 
 CALIBRATED_DEFAULT: dict[str, Any] = {
     "method": "token_clusters",
-    "num_experts": 64,
-    "top_k": 24,
-    "shared": 0.125,
     "shared_by": "power",
     "router": "ridge",
     "repair": "distill",
 }
-"""The meaning of ``method: auto`` with calibration text: values for keys that the recipe does not name.
-
-About half of the FFN is active. Many narrow experts and few shared neurons, a number of experts that is a power of two
-(so that factors baked into bfloat16 weights do not round), the most thorough repair: see BENCHMARKS.md.
-"""
+"""The meaning of ``method: auto`` with calibration text: values for keys that the recipe does not name."""
+DEFAULT_PREFERENCE: Preference = "balanced"
+"""The sizes of ``method: auto`` with calibration text: about half of the FFN active, at the speed of the fastest shapes."""
+_SIZES = frozenset(("num_experts", "top_k", "shared"))
 _MANY = 64
 """Calibration tokens for each active neuron from which a repair's own strength is as good as one chosen on held-out tokens."""
 _FEW_TOKENS = {"distill": {"ridge": "auto"}, "least_squares": {"ridge": "auto", "penalty": "balanced"}}
@@ -80,18 +76,14 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
     warnings: list[str] = []
     notes: list[str] = []
     named = recipe.repair is not None
+    if _takes_usual_sizes(recipe):
+        recipe = recipe.model_copy(update={"prefer": DEFAULT_PREFERENCE})
     if recipe.prefer is not None and intermediate_size is not None:
         notes += _changed_sizes(recipe, intermediate_size)
         recipe, warnings = _preferred(recipe, intermediate_size)
     if recipe.method.name == AUTO:
-        usual = CALIBRATED_DEFAULT["num_experts"]
-        fields, (recipe, more) = recipe.model_fields_set, _auto(recipe, intermediate_size)
+        recipe, more = _auto(recipe)
         warnings += more
-        if recipe.calibration and not fields & {"num_experts", "top_k"} and recipe.num_experts < usual and not notes:
-            notes.append(
-                f"{usual} experts are the default with text; the FFN of {intermediate_size:,} neurons gets {recipe.num_experts}, so that "
-                f"none is narrower than {LEAST_WIDTH}"
-            )
     splitter = SPLITTERS.get(recipe.method.name)
     given = bool(recipe.calibration)
     repair: str | Choice = recipe.repair or splitter.default_repair or NO_REPAIR
@@ -169,15 +161,23 @@ def _plugins(recipe: SplitRecipe, splitter: type[Splitter]) -> Iterator[tuple[st
         yield f"--repair {recipe.repair.name}", REPAIRS.get(recipe.repair.name)
 
 
-def _auto(recipe: SplitRecipe, size: int | None) -> tuple[SplitRecipe, list[str]]:
+def _takes_usual_sizes(recipe: SplitRecipe) -> bool:
+    """Return True if the recipe leaves method and sizes to the default for calibration text."""
+    if recipe.method.name != AUTO or recipe.prefer is not None or not recipe.calibration:
+        return False
+    return _given_sizes(recipe) != _SIZES and CALIBRATED_DEFAULT["method"] in SPLITTERS
+
+
+def _given_sizes(recipe: SplitRecipe) -> set[str]:
+    return {key for key in _SIZES & recipe.model_fields_set if getattr(recipe, key) is not None}
+
+
+def _auto(recipe: SplitRecipe) -> tuple[SplitRecipe, list[str]]:
     """Return the recipe with a method in place of ``auto``, which sets the keys that the recipe does not name."""
     wanted: dict[str, Any] = {"method": UNCALIBRATED_DEFAULT}
     warnings = []
     if recipe.calibration and CALIBRATED_DEFAULT["method"] in SPLITTERS:
         wanted = {key: value for key, value in CALIBRATED_DEFAULT.items() if _known(key, value)}
-        routed = (1 - wanted["shared"]) * (size or 2**62)
-        while wanted["num_experts"] >= 16 and routed / wanted["num_experts"] < LEAST_WIDTH:
-            wanted |= {"num_experts": wanted["num_experts"] // 2, "top_k": wanted["top_k"] // 2}
     elif not recipe.calibration:
         warnings.append(
             f"no calibration text: the method is {UNCALIBRATED_DEFAULT}, which loses much more quality than one that uses "
@@ -203,15 +203,14 @@ def _preferred(recipe: SplitRecipe, size: int) -> tuple[SplitRecipe, list[str]]:
             f"--prefer chooses sizes of experts, and {recipe.method.name} makes none.",
             hint="Omit it, or use another --method.",
         )
-    sizes = {"num_experts", "top_k", "shared"}
-    if sizes <= recipe.model_fields_set and recipe.shared is not None:
+    if _given_sizes(recipe) == _SIZES:
         text = (
             f"--prefer {recipe.prefer} has no effect: num_experts, top_k and shared are given (by a flag or the recipe)"
         )
         return recipe.model_copy(update={"prefer": None}), [text]
     wanted = preferred_sizes(recipe.prefer, size)
     values = _open(recipe, wanted)
-    if recipe.model_fields_set & sizes:  # other sizes than those that divide well
+    if _given_sizes(recipe):  # other sizes than those that divide well
         values.pop("pad_to", None)
     if recipe.shared is None and recipe.target in TARGETS and TARGETS.get(recipe.target).shared != "any":
         shared = values["shared"]
@@ -255,9 +254,9 @@ def _active_neurons(recipe: SplitRecipe, splitter: type[Splitter], size: int) ->
 
 
 def _changed_sizes(recipe: SplitRecipe, size: int) -> Iterator[str]:
-    """Yield a note if ``prefer`` means other sizes in this FFN than in general, and no size is given."""
+    """Yield a note if this FFN gets other sizes than ``prefer`` has in general, and no size is given."""
     assert recipe.prefer is not None
-    if recipe.model_fields_set & {"num_experts", "top_k", "shared"}:
+    if _given_sizes(recipe):
         return
     experts, top_k, shared = preferred_shape(recipe.prefer)
     sizes = preferred_sizes(recipe.prefer, size)
@@ -268,8 +267,8 @@ def _changed_sizes(recipe: SplitRecipe, size: int) -> Iterator[str]:
     else:
         why = f"so that no expert is narrower than {LEAST_WIDTH} neurons"
     yield (
-        f"--prefer {recipe.prefer} means {top_k} of {experts} experts, {100 * shared:.3g} % shared; the FFN of {size:,} neurons gets "
-        f"{sizes['top_k']} of {sizes['num_experts']}, {why}"
+        f"the shape of --prefer {recipe.prefer} is {top_k} of {experts} experts, {100 * shared:.3g} % shared; the FFN of {size:,} neurons "
+        f"gets {sizes['top_k']} of {sizes['num_experts']}, {why}"
     )
 
 

@@ -22,6 +22,9 @@ _HALF = (0.4, 0.55)
 """Range of active shares: about half of the FFN, which gains most of the speed for little quality."""
 _REACH = 1 / 16
 _FAR = math.log(1.6)
+_EVEN = 4
+_UNEVEN = 0.1
+"""Distance that is added for a number of experts that is not a multiple of 4: it divides badly among GPUs."""
 LEAST_WIDTH = 16
 """Minimum width, up to which the number of experts is halved: padding and router of narrower ones cost too much."""
 
@@ -89,7 +92,7 @@ def preferred_sizes(prefer: Preference, size: int) -> dict[str, Any]:
 
 
 def _keys(count: int, share: float, shared: float | int) -> dict[str, Any]:
-    return {"num_experts": count, "top_k": max(1, round(share * count)), "shared": shared}
+    return {"num_experts": count, "top_k": max(1, math.floor(share * count + 0.5)), "shared": shared}
 
 
 def _exact(size: int, experts: int, shared: float) -> Iterator[tuple[float, int, int]]:
@@ -104,4 +107,5 @@ def _exact(size: int, experts: int, shared: float) -> Iterator[tuple[float, int,
             if routed % width == 0:
                 away = abs(math.log(routed // width / experts))
                 if away <= _FAR:
-                    yield away + 2 * abs(count_shared / size - shared), routed // width, count_shared
+                    uneven = _UNEVEN if routed // width % _EVEN else 0.0
+                    yield away + 2 * abs(count_shared / size - shared) + uneven, routed // width, count_shared

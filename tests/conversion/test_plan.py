@@ -126,9 +126,10 @@ def test_without_text_auto_falls_back_to_weights_and_warns(dense: Path) -> None:
 
 
 def small_default(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
-    wanted = {"method": "cluster_shared", "num_experts": 12, "top_k": 4, "shared": 0.3, "shared_by": "power",
-              "router": "ridge", "repair": "least_squares"} | changes  # fmt: skip
+    wanted = {"method": "cluster_shared", "shared_by": "power", "router": "ridge", "repair": "least_squares"} | changes
+    sizes = {"num_experts": 12, "top_k": 4, "shared": 0.3}
     monkeypatch.setattr("llamamoe.conversion.defaults.CALIBRATED_DEFAULT", wanted)
+    monkeypatch.setattr("llamamoe.conversion.defaults.preferred_sizes", lambda prefer, size: sizes)
     return wanted
 
 
@@ -146,7 +147,7 @@ def test_with_text_auto_is_the_calibrated_default(dense: Path, monkeypatch: pyte
 
 
 def test_the_default_suits_the_width_of_the_ffn(tmp_path: Path) -> None:
-    for size, sizes in ((172, (8, 3)), (1536, (64, 24)), (640, (32, 12))):
+    for size, sizes in ((172, (8, 3)), (1536, (36, 11)), (640, (16, 5))):
         folder = make_dense(tmp_path / str(size), "llama", intermediate_size=size)
         found = auto_plan(folder, **TEXT)
         assert (found.layout.num_experts, found.layout.top_k) == sizes

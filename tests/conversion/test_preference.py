@@ -173,7 +173,7 @@ def test_a_plan_says_what_became_of_a_wish(tmp_path: Path, table: Callable[..., 
         return [note for note in plan.advice if "--prefer" in note]
 
     (note,) = told(1536)
-    assert "means 10 of 32 experts, 25 % shared; the FFN of 1,536 neurons gets 11 of 36" in note
+    assert "is 10 of 32 experts, 25 % shared; the FFN of 1,536 neurons gets 11 of 36" in note
     assert told(4096) == []
     assert told(1536, num_experts=8) == []
 

@@ -38,7 +38,8 @@ def beside_the_demo(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_names_every_key_and_comments_it(path):
     recipe = load_recipe(path)
-    assert set(yaml.safe_load(path.read_text())) == set(SplitRecipe.model_fields)
+    chosen = {"num_experts", "top_k"} if recipe.prefer else set()
+    assert set(yaml.safe_load(path.read_text())) == set(SplitRecipe.model_fields) - chosen
     assert recipe == load_recipe(path, given={"seed": recipe.seed})
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ")
@@ -105,8 +106,9 @@ def test_a_recipe_of_mix_comments_every_key_and_runs(tmp_path, path):
 
 def test_the_calibrated_recipe_is_what_auto_means():
     recipe = load_recipe(ROOT / "recipes" / "split" / "calibrated.yaml", given={"calibration": ["given.txt"]})
-    auto = complete(load_recipe(given={"calibration": ["given.txt"], "calibration_length": recipe.calibration_length}))
-    assert complete(recipe).recipe == auto.recipe
+    auto = load_recipe(given={"calibration": ["given.txt"], "calibration_length": recipe.calibration_length})
+    for size in (172, 1536, 2048):
+        assert complete(recipe, size).recipe == complete(auto, size).recipe
 
 
 HOW_TOS = ("README.md", "split/README.md")
