@@ -207,6 +207,7 @@ _VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "multipliers of 1": {"attention_multiplier": 0.25},
     },
     "gemma": {"own head_dim": {"head_dim": 32}},
+    "ernie4_5": {"own head_dim": {"head_dim": 32}, "use_bias": {"use_bias": True}},
     "seed_oss": {
         "own head_dim": {"head_dim": 32},
         "no biases": {"attention_bias": False},

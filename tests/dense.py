@@ -56,6 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "seed-oss": {"model_type": "seed_oss", "head_dim": 16},
     "seed-oss-head-dim": {"model_type": "seed_oss", "head_dim": 32},
     "seed-oss-no-bias": {"model_type": "seed_oss", "head_dim": 16, "attention_bias": False},
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 16, "tie_word_embeddings": False},
+    "ernie4_5-head-dim": {"model_type": "ernie4_5", "head_dim": 32, "rope_parameters": LLAMA3_ROPE},
     "seed-oss-all-biases": {"model_type": "seed_oss", "head_dim": 16, "attention_out_bias": True},
 }
 """Name to configuration keys beyond the common ones."""

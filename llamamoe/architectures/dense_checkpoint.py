@@ -48,11 +48,13 @@ class DenseModel:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a canonical tensor in its stored dtype (float32 if reading changes values)."""
+        from ..checkpoint.tensors import to_halves
+
         read = self.reads[name]
         tensor = self.checkpoint.read(read.name, read.rows)
         for op, value in read.ops:
             tensor = tensor.float() + value if op == "add" else tensor.float() * value
-        return tensor
+        return to_halves(tensor, read.paired) if read.paired else tensor
 
 
 def understand(checkpoint: Checkpoint) -> DenseModel:

@@ -139,14 +139,13 @@ class ConvertedModel:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a canonical tensor outside the MoE layers' FFNs, as stored, with rotary rows in Llama's order."""
+        from ..checkpoint.tensors import to_halves
+
         tensor = self._outer[name]
         origin = tensor.origin
         assert isinstance(origin, Copy)
         value = self.checkpoint.read(tensor.name)
-        if not origin.interleave:
-            return value
-        rest = value.shape[1:]
-        return value.reshape(origin.interleave, -1, 2, *rest).transpose(1, 2).reshape(value.shape).contiguous()
+        return to_halves(value, origin.interleave) if origin.interleave else value
 
     def dtype_of(self, name: str) -> str:
         """Return the stored dtype (safetensors name) of a canonical tensor outside the FFNs."""

@@ -20,6 +20,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WITHOUT_HEAD = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.weight$)")
 _MOST_EXPERTS = 1 << 16  # a header that claims more would only waste time
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
+_TIED_BY_DEFAULT = ("gemma", "ernie4_5")
+"""Families whose class in transformers ties the head if ``config.json`` does not say."""
 COMPILED = "_orig_mod."
 _WRAPPERS = {
     COMPILED: (
@@ -91,7 +93,7 @@ def named_as_in_files(tensors: Mapping[str, TensorInfo], config: Mapping[str, An
             if name in found:
                 raise CheckpointError(f"the tensor {name!r} is stored twice, under two names ({stored!r}).")
             found[name] = piece
-    tied = config.get("tie_word_embeddings", model_type.startswith("gemma"))  # default of the family's class
+    tied = config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)
     if EMBEDDING not in found and HEAD in found and tied is True:
         found = {EMBEDDING if name == HEAD else name: info for name, info in found.items()}
     return found

@@ -54,6 +54,12 @@ def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, 2, -1, *rest).transpose(1, 2).reshape(tensor.shape)
 
 
+def to_halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo `interleave`; the result is contiguous."""
+    rest = tensor.shape[1:]
+    return tensor.reshape(heads, -1, 2, *rest).transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
 def nonfinite(tensor: torch.Tensor) -> bool:
     """Return whether any value is NaN or infinite, in one pass without allocation."""
     if tensor.numel() == 0:

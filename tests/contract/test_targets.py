@@ -26,6 +26,7 @@ EXPERTS = 4
 IDS = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
 
 PLAIN = "llama llama-tied llama-llama3-rope llama-head-dim mistral phi3-longrope gemma seed-oss-no-bias"
+PLAIN += " ernie4_5 ernie4_5-head-dim"
 FITS = {
     "mixtral": f"{PLAIN} mistral-window phi3-window",
     "qwen2_moe": f"{PLAIN} mistral-window phi3-window qwen2 qwen2-tied qwen2-windows seed-oss seed-oss-head-dim",
@@ -99,6 +100,13 @@ def test_what_does_not_fit_is_refused_with_a_reason(sources: Any, tmp_path: Path
     with pytest.raises(llamamoe.RefusedError, match=rf"{target} (cannot hold|has biases)"):
         convert(sources(variant), tmp_path / "out", target=target, shared=0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("variant", "keys"), [("llama", {"mlp_bias": True}), ("ernie4_5", {"use_bias": True})])
+def test_biases_in_the_ffn_are_refused_with_the_reason(tmp_path: Path, variant: str, keys: dict[str, Any]) -> None:
+    source = make_dense(tmp_path / "dense", variant, **keys)
+    with pytest.raises(llamamoe.RefusedError, match="no architecture of transformers has SwiGLU experts with biases"):
+        llamamoe.plan_conversion(source, llamamoe.load_recipe(given={"method": "random", "num_experts": EXPERTS}))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -43,6 +43,8 @@ CASES = [
     ("granite", "granitemoeshared", 0.25),
     ("llama-tied", "ernie4_5_moe", 0),
     ("llama-head-dim", "ernie4_5_moe", "2x"),
+    ("ernie4_5", "ernie4_5_moe", "1x"),
+    ("ernie4_5-head-dim", "mixtral", 0),
     ("llama-llama3-rope", "dense", 0.5),
     ("llama-attention-bias", "dense", 0.5),
     ("mistral-window", "dense", 0.5),
@@ -52,6 +54,7 @@ CASES = [
     ("phi3-longrope", "dense", 0.5),
     ("gemma", "dense", 0.5),
     ("seed-oss", "dense", 0.5),
+    ("ernie4_5", "dense", 0.5),
 ]
 """Variant, target, shared: every target, and every trap of its spelling. `Target.majors` promises each of them."""
 

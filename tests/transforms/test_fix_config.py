@@ -42,6 +42,7 @@ CASES = [  # target or None for the dense model itself, variant, recipe; every b
     (None, "granite", {}),
     (None, "gemma", {}),
     (None, "seed-oss", {}),
+    (None, "ernie4_5", {}),
 ]
 IDS = [f"{variant}-{target or 'dense'}" for target, variant, _ in CASES]
 

@@ -15,18 +15,22 @@ from ...errors import CheckpointError
 from .fields import Fields
 
 DEFAULT_THETA = 10000.0
-"""The rope base that transformers assumes for all families here when the configuration names none."""
+"""The rope base that transformers assumes for most families when the configuration names none."""
 Op = tuple[str, float]
 """A change of values on reading: ``("add", 1.0)`` or ``("mul", 45.25)``, done in float32."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """The origin of a canonical tensor: the tensor ``name``, rows ``start:stop`` of it, then ``ops``."""
+    """The origin of a canonical tensor: the tensor ``name``, rows ``start:stop`` of it, then ``ops``.
+
+    ``paired`` re-orders the rows of that many heads from neighbouring rotary pairs to Llama's two halves.
+    """
 
     name: str
     rows: tuple[int, int] | None = None
     ops: tuple[Op, ...] = ()
+    paired: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,11 @@ def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
     if spec.qk_norm:
         shapes |= {"self_attn.q_norm.weight": (spec.head_dim,), "self_attn.k_norm.weight": (spec.head_dim,)}
     shapes["post_attention_layernorm.weight"] = (hidden,)
-    shapes["mlp.gate_proj.weight"] = (spec.intermediate_size, hidden)
-    shapes["mlp.up_proj.weight"] = (spec.intermediate_size, hidden)
-    shapes["mlp.down_proj.weight"] = (hidden, spec.intermediate_size)
+    width = spec.intermediate_size
+    for name, rows, columns in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
+        shapes[f"mlp.{name}.weight"] = (rows, columns)
+        if spec.mlp_bias:
+            shapes[f"mlp.{name}.bias"] = (rows,)
     return shapes
 
 
@@ -170,8 +176,12 @@ def number(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters(config: Mapping[str, Any], theta: float = DEFAULT_THETA) -> dict[str, Any]:
     """Return rope as transformers 5 spells it, from either spelling (a non-null ``rope_scaling`` takes precedence).
+
+    Args:
+        config: ``config.json``.
+        theta: The base if the configuration names none.
 
     Raises:
         CheckpointError: The value is not a mapping, or holds one set per layer type.
@@ -183,7 +193,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     rope = {k: v for k, v in given.items() if k != "type"}
     rope.setdefault("rope_type", given.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    rope.setdefault("rope_theta", config.get("rope_theta", theta))
     if rope["rope_theta"] is None:
         raise CheckpointError("config.json: rope_theta = None, but it must be a finite number above 0.")
     if rope.get("mrope_section"):

@@ -45,7 +45,7 @@ _FORMS = (
     _Form("seed_oss", "SeedOssForCausalLM", frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias"}), "any"),
 )
 
-_SPELLED_AS = {"phi3": "mistral", "gemma": "llama"}
+_SPELLED_AS = {"phi3": "mistral", "gemma": "llama", "ernie4_5": "llama"}
 """Families whose own files are unlike the canonical tensors. (Llama in transformers 4 warns of Phi-3's longrope.)"""
 
 
@@ -72,7 +72,8 @@ def _form(dense: DenseSpec) -> _Form:
 class Dense(Target):
     """Llama, Mistral, Qwen2, Qwen3, Granite or Seed-OSS with the kept neurons as its FFN: no router and no experts.
 
-    Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w) as Llama, where those hold them.
+    Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w) and ERNIE 4.5 (other rotary pairs) as Llama,
+    where those hold them.
     """
 
     name = "dense"
