@@ -204,6 +204,7 @@ def _advice(advice: Sequence[str]) -> None:
 
 def print_result(result: SplitResult) -> None:
     """Print the result of a conversion."""
+    from llamamoe.conversion.advice import UNTRAINED
     from llamamoe.transforms.export_gguf import runs_in_llama_cpp
 
     plan, run = result.plan, result.receipt["run"]
@@ -221,10 +222,14 @@ def print_result(result: SplitResult) -> None:
         ]
     )
     print_warnings(result.warnings)
-    _advice(plan.advice)
+    if plan.recipe.card:
+        facts([("notes", f"{plural(len(plan.advice), 'note')} in {result.out / 'README.md'}")] if plan.advice else [])
+        _advice([note for note in plan.advice if note == UNTRAINED])
+    else:
+        _advice(plan.advice)
     out = shlex.quote(str(result.out))
     models = f"{out} --against {shlex.quote(str(plan.model.checkpoint.path))}"
-    heading("Measure it")
+    heading("Measure it (HELD_OUT_TEXT: a file or folder of text that was not used for calibration)")
     echo(f"  llamamoe evaluate {models} --text HELD_OUT_TEXT")
     echo(f"  llamamoe bench {models}")
     if plan.target.routed:

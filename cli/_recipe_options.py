@@ -209,6 +209,26 @@ def _name_options(error: InvalidRecipeError) -> InvalidRecipeError:
     return InvalidRecipeError(error.problems, hint=f"Give it with {given}, or in the recipe.")
 
 
+class RecipeName(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.2
+    """The value of a ``--recipe`` that must be given; if it is not, the error names the recipes that ship with llamamoe."""
+
+    name = "text"
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        """Name what can be given."""
+        return f"Give a YAML file, or a recipe that ships with llamamoe: {', '.join(_shipped(self._kind))}."
+
+
+def _shipped(kind: str) -> list[str]:
+    from importlib.resources import files
+
+    folder = files("llamamoe_recipes") / kind
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
 def _found(text: str | None, kind: str) -> AbstractContextManager[Path | None]:
     """Return the file of a recipe, unpacked while the context lasts if it ships with llamamoe."""
     if text is None:
@@ -218,11 +238,10 @@ def _found(text: str | None, kind: str) -> AbstractContextManager[Path | None]:
         return nullcontext(path)
     from importlib.resources import as_file, files
 
-    folder = files("llamamoe_recipes") / kind
-    shipped = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    shipped = _shipped(kind)
     if text not in shipped:
         raise UsageError(
             f"--recipe {text!r} is neither a file nor a recipe that ships with llamamoe.",
             hint=near_misses(text, shipped) if shipped else "Give a YAML file.",
         )
-    return as_file(folder / f"{text}.yaml")
+    return as_file(files("llamamoe_recipes") / kind / f"{text}.yaml")

@@ -11,7 +11,7 @@ from llamamoe.errors import LlamaMoeError
 
 from ._format import amount, duration, plural, size
 from ._output import Output, output_options, saying_what_is_left
-from ._recipe_options import recipe_file
+from ._recipe_options import RecipeName, recipe_file
 from ._style import Command, flag, tokenizer_option
 from ._tables import bullets, heading, paragraph, table
 from ._text import bold, echo
@@ -50,7 +50,7 @@ RECIPE, RUN = "Recipe", "Run"
 @click.command(cls=Command, section="Measure", rank=1, short_help="Compare many conversions, with controls.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("source")
-@flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
+@flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True, type=RecipeName("compare"),
        text="A YAML file, or the name of a recipe that ships with llamamoe.")  # fmt: skip
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as budgets=[0.5]; may be repeated.")  # fmt: skip

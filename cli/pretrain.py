@@ -13,7 +13,7 @@ import click
 
 from ._format import amount, duration, plural, size
 from ._output import Interrupted, Output, output_options
-from ._recipe_options import recipe_file
+from ._recipe_options import RecipeName, recipe_file
 from ._style import Command, check_resume_or_force, flag
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo, styled
@@ -55,7 +55,7 @@ NEWEST = ""
 
 @click.command(cls=Command, section="Train", rank=2, short_help="Continue pretraining a converted model.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
-@flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
+@flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True, type=RecipeName("pretrain"),
        text="A YAML file, or the name of a recipe that ships with llamamoe.")  # fmt: skip
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as optimizer.lr=1e-4; may be repeated.")  # fmt: skip

@@ -9,7 +9,7 @@ import click
 
 from ._format import amount, duration, plural, size
 from ._output import Output, output_options, saying_what_is_left
-from ._recipe_options import recipe_file
+from ._recipe_options import RecipeName, recipe_file
 from ._style import Command, check_resume_or_force, flag, partial_options
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
@@ -41,7 +41,7 @@ RECIPE, RUN = "Recipe", "Run"
 
 @click.command(cls=Command, section="Train", rank=1, short_help="Tokenize text into shards for pretrain.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
-@flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True,
+@flag("--recipe", group=RECIPE, metavar="FILE|NAME", required=True, type=RecipeName("tokenize"),
        text="A YAML file, or the name of a recipe that ships with llamamoe.")  # fmt: skip
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as shard_tokens=1000000; may be repeated.")  # fmt: skip

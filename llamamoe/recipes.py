@@ -103,7 +103,7 @@ def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-_LIST, _MAPPING = "Input should be a list", "Input should be a mapping (key: value)"
+_LIST, _MAPPING = "must be a list", "must be a mapping (key: value)"
 _WORDS = {
     **dict.fromkeys(("tuple_type", "list_type", "set_type"), _LIST),
     **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), _MAPPING),
@@ -131,7 +131,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, s
             path = ".".join(part for part in (path, item["ctx"]["key"]) if part)
         scalar = isinstance(item.get("input"), str | int | float | bool) and item["type"] not in ("choice", "options")
         shown = f" (got {item['input']!r})" if scalar else ""
-        found.append((path, f"{_WORDS.get(item['type'], item['msg'])}{shown}"))
+        rule = re.sub(r"^[A-Z][a-z]+ should ", "must ", item["msg"])
+        found.append((path, f"{_WORDS.get(item['type'], rule)}{shown}"))
     return list(dict.fromkeys(found))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from glob import escape
+from itertools import islice
 from pathlib import Path
 
 from ..errors import CheckpointError, LlamaMoeError, UsageError, printable
@@ -37,6 +39,7 @@ _SMALL = [
     "llamamoe_*.json",
 ]
 _FORMS = "Give a folder, a .gguf file, a Hub id (org/name) or hf://org/name@revision."
+_MOST_BESIDE = 1000
 LOGIN = "log in with: hf auth login (or set HF_TOKEN)"
 
 
@@ -89,9 +92,25 @@ def locate(source: str | Path) -> Location:
         refuse_unfinished(path)
         return Location(path, path.resolve().name)
     if not is_hub_id(text):
-        hint = f"{BACKSLASHES} {_FORMS}" if "\\" in text else _FORMS
-        raise CheckpointError(f"{text!r} does not exist.", hint=hint)
+        hint = f"{BACKSLASHES} {_FORMS}" if "\\" in text else _near(path) + _FORMS
+        where = "" if "/" in text or "\\" in text else " in the current folder"
+        raise CheckpointError(f"{text!r} does not exist{where}.", hint=hint)
     return _download(text)
+
+
+def _near(path: Path) -> str:
+    """Return a sentence with the checkpoints beside a missing path that have similar names, or nothing."""
+    try:
+        beside = [each for each in islice(path.parent.iterdir(), _MOST_BESIDE) if _may_be_source(each)]
+    except OSError:
+        return ""
+    names = {each.name: str(each) for each in beside}
+    close = get_close_matches(path.name, names, n=3)
+    return f"Did you mean {' or '.join(repr(names[name]) for name in close)}? " if close else ""
+
+
+def _may_be_source(path: Path) -> bool:
+    return path.suffix == ".gguf" or (path / "config.json").is_file()
 
 
 def locate_folder(source: str | Path) -> Location:

@@ -143,7 +143,10 @@ class SplitRecipe(Recipe):
     @model_validator(mode="after")
     def _consistent(self) -> SplitRecipe:
         if self.top_k > self.num_experts:
-            raise PydanticCustomError("top_k", f"top_k = {self.top_k} must not exceed num_experts = {self.num_experts}")
+            more = "" if "num_experts" in self.model_fields_set else ", its default: give num_experts (--experts), too"
+            raise PydanticCustomError(
+                "top_k", f"top_k = {self.top_k} must not exceed num_experts = {self.num_experts}{more}"
+            )
         if AUTO in self.calibration and len(self.calibration) > 1:
             raise breaks("calibration", "'auto' (sampled text) cannot be mixed with files")
         if AUTO in self.calibration and self.calibration_weights is not None:

@@ -48,8 +48,8 @@ def verdicts(series: Sequence[Series]) -> list[Verdict]:
         Verdict(
             one.name,
             _lost(one.model, parent),
-            _gained(one.model, parent),
-            list(_next(one.model, parent, pruned[0] if pruned else None)),
+            _gained(one, series[0]),
+            list(_next(one, series[0], pruned[0] if pruned else None)),
         )
         for one in series
         if one.place and get(one.model, "experts")
@@ -88,7 +88,8 @@ def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
     return f"That is more than usual for half of the FFN: {_MEASURED}."
 
 
-def _gained(model: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
+def _gained(one: Series, dense: Series) -> str:
+    model, parent = one.model, dense.model
     share, flops = ffn_share(model, parent), ratio(_cost(model, "flops_per_token"), _cost(parent, "flops_per_token"))
     here, there = _cost(model, "bytes"), _cost(parent, "bytes")
     text = f"A token computes {percent(share)} of the parent’s FFN, router and padding included, and {percent(flops)} of its operations."
@@ -96,7 +97,7 @@ def _gained(model: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
         text += f" All experts stay in memory: {size(here)} of weights against {size(there)}."
     return text + (
         " Fewer operations are not yet a gain in speed, which depends on program, machine and size, and small models gain little: "
-        "`llamamoe bench OUT --against PARENT` measures it."
+        f"`llamamoe bench {one.name} --against {dense.name}` measures it."
     )
 
 
@@ -105,14 +106,20 @@ def _cost(model: Mapping[str, Any], key: str) -> float | None:
     return found
 
 
-def _next(model: Mapping[str, Any], parent: Mapping[str, Any], pruned: Series | None) -> Iterator[str]:
+def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
+    model, parent = one.model, dense.model
     factor, tokens = times_parent(model, "mean_over_domains"), _tokens(model)
     if factor is not None and factor > _CLOSE and not _trained(model):
         if get(model, "provenance", "block") is not None and tokens is None:
             yield "Convert again with calibration text (`--calibration texts/`), which builds experts that a router can tell apart."
         elif tokens is not None and tokens < LARGE_TEXT:
             yield f"Convert again with more calibration text: `--calibration-tokens {LARGE_TEXT}`, the default."
-        yield "Train it: `llamamoe pretrain --model OUT --parent PARENT`, which recovers a part of the loss."
+        if tokens is not None and factor > _USUAL:
+            yield (
+                "Try more and narrower experts (`--prefer quality`), and look for layers that should stay dense (`llamamoe budget "
+                f"{dense.name}`): both lose less and cost speed."
+            )
+        yield f"Train it: `llamamoe pretrain --model {one.name} --parent {dense.name}`, which recovers a part of the loss."
     if pruned is None:
         yield (
             "Compare it with static pruning, which keeps the same neurons for every token and is faster: convert with `--method static "
@@ -123,7 +130,9 @@ def _next(model: Mapping[str, Any], parent: Mapping[str, Any], pruned: Series | 
             yield f"Prefer {pruned.name}: pruning loses no more ({number(here)} times), and is faster."
         else:
             yield f"{pruned.name}, without experts, loses more ({number(here)} times): the router is worth its cost."
-    yield "Serve it: transformers and vLLM load the folder, `llamamoe export-gguf OUT model.gguf` writes a file for llama.cpp."
+    yield (
+        f"Serve it: transformers and vLLM load the folder, `llamamoe export-gguf {one.name} model.gguf` writes a file for llama.cpp."
+    )
 
 
 def _tokens(model: Mapping[str, Any]) -> int | None:

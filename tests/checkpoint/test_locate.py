@@ -276,6 +276,20 @@ def test_bad_sources_never_reach_the_hub(hub: Hub, source: str, says: str) -> No
     assert hub.calls == []
 
 
+def test_a_missing_source_names_similar_checkpoints_beside_it(hub: Hub, tmp_path: Path) -> None:
+    for name in ("SmolLM2-135M", "SmolLM2-notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "SmolLM2-135M" / "config.json").touch()
+    (tmp_path / "smol.gguf").touch()
+    for wrong, right in (("SmolLM-135M", "SmolLM2-135M"), ("smoll.gguf", "smol.gguf")):
+        with pytest.raises(CheckpointError) as caught:
+            locate(tmp_path / wrong)
+        assert f"Did you mean '{tmp_path / right}'? Give" in str(caught.value)
+    with pytest.raises(CheckpointError, match="'SmolLM2' does not exist in the current folder"):
+        locate("SmolLM2")
+    assert hub.calls == []
+
+
 @pytest.mark.parametrize("source", ["C:\\models\\x", "models\\x", ".\\x"])
 def test_a_source_with_backslashes_is_told_what_separates_folders(hub: Hub, source: str) -> None:
     with pytest.raises(CheckpointError) as caught:

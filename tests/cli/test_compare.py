@@ -95,7 +95,10 @@ def test_errors(study: tuple[list[str | Path], Path, Result], dense: Path, tmp_p
     assert "cannot be read" in run("compare", dense, "--recipe", tmp_path / "none.yaml", code=2).stderr
     assert "Did you mean 'smollm2'" in run("compare", dense, "--recipe", "smolm2", code=2).stderr
     assert "does not exist" in run("compare", tmp_path / "none", "--recipe", args[3], code=3).stderr
-    assert "Missing option '--recipe'" in run("compare", dense, code=2).stderr
+    assert "Missing option '--recipe'. Give a YAML file, or a recipe that ships" in (
+        said := run("compare", dense, code=2).stderr
+    )
+    assert ": quick, smollm2, " in said
 
 
 def test_overlap_is_refused(

@@ -37,7 +37,7 @@ def test_lists_and_alternatives_are_told_without_the_words_of_libraries(
     dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run
 ) -> None:
     said = run("compare", dense, "--recipe", "quick", "--dry-run", "--set", "seeds=[-1]", code=2).stderr
-    assert "seeds.0: Input should be greater than or equal to 0 (got -1)" in said
+    assert "seeds.0: must be greater than or equal to 0 (got -1)" in said
     assert "constrained" not in said
     assert "invalid batch sizes [0]" in run("bench", dense, "--batch-sizes", "0", code=2).stderr
     assert "not a list of whole numbers" in run("bench", dense, "--batch-sizes", "1,x", code=2).stderr
@@ -54,17 +54,18 @@ def test_lists_and_alternatives_are_told_without_the_words_of_libraries(
         (("bench", "--prompt", "1"), "--prompt is 1, but must be at least 2"),
         (("report", "--text", "t", "--oracle-tokens", "-1"), "--oracle-tokens is -1, but"),
         (("split", "--dry-run", "--experts", "4", "--top-k", "5"), "Error: --top-k = 5 must not exceed --experts = 4"),
-        (("split", "--dry-run", "--experts", "9999"), "Error: --experts: Input should be"),
-        (("split", "--dry-run", "--experts", "0", "--seed", "-1"), "invalid values:\n  - --experts: Input"),
+        (("split", "--dry-run", "--top-k", "20"), "must not exceed num_experts = 8, its default: give num_experts"),
+        (("split", "--dry-run", "--experts", "9999"), "Error: --experts: must be"),
+        (("split", "--dry-run", "--experts", "0", "--seed", "-1"), "invalid values:\n  - --experts: must"),
         (
             ("split", "--dry-run", "--experts", "0", "--set", "seed=-1"),
-            "the recipe is not valid:\n  - --experts: Input",
+            "the recipe is not valid:\n  - --experts: must",
         ),
         (("split", "--dry-run", "--calibration-weights", "a=0"), "Error: --calibration-weights: all are zero"),
-        (("split", "--dry-run", "--set", "num_experts=9999"), "  - num_experts: Input should be"),
+        (("split", "--dry-run", "--set", "num_experts=9999"), "  - num_experts: must be"),
         (("split", "--dry-run", "--experts", "2", "--top-k", "1", "--shared", "500"), "--shared = 500 means"),
         (("split", "--dry-run", "--set", "shared=500"), "shared = 500 means"),
-        (("split", "--dry-run", "--calibration", "t", "--align-tokens", "1k"), "--align-tokens: Input should be"),
+        (("split", "--dry-run", "--calibration", "t", "--align-tokens", "1k"), "--align-tokens: must be"),
     ],
 )
 def test_an_error_names_what_gave_the_value(

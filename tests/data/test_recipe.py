@@ -32,7 +32,7 @@ def test_a_shipped_recipe_names_every_key_and_comments_it(path: Path) -> None:
 def test_every_error_at_once_with_near_misses() -> None:
     text = message(shard_token=1, validation={"shar": 0.1}, workers=0, gather_bytes="x")
     for expected in ("shard_token: unknown key. Did you mean 'shard_tokens'", "validation.shar: unknown key. Did you mean 'share'",
-                     "workers: Input should be greater", "gather_bytes: Input should be a valid integer"):  # fmt: skip
+                     "workers: must be greater", "gather_bytes: must be a valid integer"):  # fmt: skip
         assert expected in text
 
 

@@ -116,5 +116,5 @@ def test_the_name_of_a_method_of_a_study_must_be_text(name: Any, tmp_path: Path)
 
 def test_kinds_are_told_in_the_words_of_recipes() -> None:
     for key, value, kind in (("align", 5, "a mapping (key: value)"), ("keep_dense", 5, "a list")):
-        with pytest.raises(UsageError, match=re.escape(f"{key}: Input should be {kind} (got 5)")):
+        with pytest.raises(UsageError, match=re.escape(f"{key}: must be {kind} (got 5)")):
             load_recipe(given={key: value})

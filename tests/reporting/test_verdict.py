@@ -61,7 +61,8 @@ def test_the_interval_is_of_the_factor() -> None:
     [
         ({"factor": 3.4, "tokens": 4096}, "`--calibration-tokens 65536`"),
         ({"factor": 3.4, "tokens": None}, "`--calibration texts/`"),
-        ({"factor": 3.4}, "Train it"),
+        ({"factor": 3.4}, "more and narrower experts (`--prefer quality`)"),
+        ({"factor": 1.5}, "Train it: `llamamoe pretrain --model "),
         ({"factor": 1.2, "trained": True}, "Compare it with static pruning"),
     ],
 )
