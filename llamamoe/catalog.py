@@ -207,6 +207,11 @@ _VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "multipliers of 1": {"attention_multiplier": 0.25},
     },
     "gemma": {"own head_dim": {"head_dim": 32}},
+    "smollm3": {
+        "plain": {"no_rope_layers": [1, 0]},
+        "windows in some layers": {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 8},
+        "rotary positions in all layers": {"no_rope_layers": [1, 1]},
+    },
     "ernie4_5": {"own head_dim": {"head_dim": 32}, "use_bias": {"use_bias": True}},
     "seed_oss": {
         "own head_dim": {"head_dim": 32},

@@ -58,6 +58,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "seed-oss-no-bias": {"model_type": "seed_oss", "head_dim": 16, "attention_bias": False},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 16, "tie_word_embeddings": False},
     "ernie4_5-head-dim": {"model_type": "ernie4_5", "head_dim": 32, "rope_parameters": LLAMA3_ROPE},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 0, 1]},
+    "smollm3-windows": {"model_type": "smollm3", "no_rope_layers": [0, 1, 0, 1], "use_sliding_window": True}
+    | {"sliding_window": 8, "attention_bias": True, "head_dim": 32, "tie_word_embeddings": False}
+    | {"rope_parameters": LLAMA3_ROPE},
+    "smollm3-rope": {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 1]},
     "seed-oss-all-biases": {"model_type": "seed_oss", "head_dim": 16, "attention_out_bias": True},
 }
 """Name to configuration keys beyond the common ones."""
@@ -82,6 +87,7 @@ ROUTED: list[tuple[str, str, Any]] = [
     ("llama", "glm4_moe", "1x"),
     ("llama-tied", "granitemoeshared", "1x"),
     ("llama", "ernie4_5_moe", "1x"),
+    ("smollm3", "granitemoe_swa", "1x"),
 ]
 """A variant of the parent for every target with experts, and its shared neurons."""
 

@@ -105,9 +105,9 @@ def test_the_matrix_knows_what_was_measured(asked):
     assert cell("qwen3", "qwen3_moe") == both
     assert cell("qwen3", "glm4_moe", shared=True) == both
     assert cell("phi3", "glm4_moe", variant="partial rotary") == both
-    assert [t for t in asked.targets if asked.cell("granite", t).supported] == ["granitemoeshared"]
+    assert [t for t in asked.targets if asked.cell("granite", t).supported] == ["granitemoe_swa", "granitemoeshared"]
     windowed = [t for t in asked.targets if asked.cell("mistral", t, variant="window").supported]
-    assert windowed == ["mixtral", "qwen2_moe"]
+    assert windowed == ["granitemoe_swa", "mixtral", "qwen2_moe"]
     assert asked.cell("gemma", "mixtral").dtype == "float32"
     reasons = asked.cell("llama", "mixtral", variant="mlp_bias").reasons
     assert "mlp_bias" in reasons[0]

@@ -20,12 +20,14 @@ _LONGROPE_ONLY = ("phi3",)
 
 
 def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys to add to a configuration for transformers 4.57.
+    """Return the keys to add to a configuration for transformers 4.57; none if it does not have the architecture.
 
     Raises:
         RefusedError: 4.57 cannot express it.
     """
     name = str(config["model_type"])
+    if only_five(name):
+        return {}
     _check_holdable(name, config)
     wanted = _rope(name, config)
     wanted |= {old: config[new] for new, old in _RENAMED.get(name, ()) if new in config}
@@ -33,6 +35,11 @@ def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         wanted["torch_dtype"] = config["dtype"]
     # Existing keys are kept: they hold the same, or transformers 5 reads them too and its result must not change.
     return {key: value for key, value in wanted.items() if config.get(key) is None and value is not None}
+
+
+def only_five(name: str) -> bool:
+    """Return whether an architecture is a target that transformers 4.57 does not have."""
+    return name in TARGETS and TARGETS.get(name).only_five
 
 
 def _check_holdable(name: str, config: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_
 """The keys for N in the ``config.json`` of the architectures."""
 TOP_K_KEYS = ("num_experts_per_tok", "moe_k")
 """The keys for k."""
-_ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.weight$|\.block_sparse_moe\.router\.layer\.weight$")
+_ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.weight$|\.block_sparse_moe\.router(\.layer)?\.weight$")
 _ROUTED_DOWN = re.compile(
     r"\.experts\.\d+\.(down_proj|w2)\.weight$|\.block_sparse_moe\.output_linear\.weight$|\.experts\.down_proj$"
 )

@@ -20,7 +20,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WITHOUT_HEAD = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.weight$)")
 _MOST_EXPERTS = 1 << 16  # a header that claims more would only waste time
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
-_TIED_BY_DEFAULT = ("gemma", "ernie4_5")
+_TIED_BY_DEFAULT = ("gemma", "ernie4_5", "smollm3")
 """Families whose class in transformers ties the head if ``config.json`` does not say."""
 COMPILED = "_orig_mod."
 _WRAPPERS = {
@@ -67,6 +67,9 @@ IN_MEMORY: dict[str, InMemory] = {
         None,
         ("input_linear.weight", "output_linear.weight"),
         renamed=((".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),),
+    ),
+    "granitemoe_swa": InMemory(
+        (".block_sparse_moe.experts", ".block_sparse_moe.experts"), None, ("gate_up_proj", "down_proj")
     ),
     "ernie4_5_moe": InMemory(
         renamed=((".mlp.gate.moe_statics.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),)

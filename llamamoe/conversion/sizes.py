@@ -209,9 +209,8 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
     if recipe.require == "megatron":
         reasons += [f"--require megatron: {reason}" for reason in megatron_refusals(target.name, spec, layout)]
     elif recipe.require and recipe.require not in target.majors(spec):
-        reasons.append(
-            f"--require {recipe.require}: {target.name} needs transformers 5 for this source ({', '.join(sorted(target.needs_five))})"
-        )
+        why = f" for this source ({', '.join(sorted(target.needs_five))})" if target.needs_five else ""
+        reasons.append(f"--require {recipe.require}: {target.name} needs transformers 5{why}")
     if dtype != "F32":
         if spec.norm_offset:
             reasons.append(f"{spec.family}'s norm weights become 1 + w, which {dtype} would round: use --dtype float32")

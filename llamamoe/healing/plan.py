@@ -19,6 +19,7 @@ from ..checkpoint.base import FLOAT_DTYPES
 from ..checkpoint.layout import Shards
 from ..checkpoint.locate import Location, locate, locate_folder, open_parent
 from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.tensor_names import IN_MEMORY
 from ..checkpoint.writer import QUEUE_BYTES
 from ..data.files import find_files
 from ..errors import CheckpointError, RefusedError, UsageError
@@ -29,7 +30,7 @@ from .recipe import HealRecipe
 
 FROZEN = ("e_score_correction_bias", "shared_expert_gate")
 """Parts of names of parameters that are not trained: a bias of the selection, and a gate fixed at one half."""
-ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router\.layer)\.weight$")
+ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router(?:\.layer)?)\.weight$")
 _FFN = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|shared_mlp)\.")
 
 
@@ -219,7 +220,7 @@ def factors_of(plan: HealPlan, *, renormalised: bool) -> dict[str, float]:
 
 
 _IN_MEMORY = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
-"""Names of experts in the memory of transformers 5, which no supported architecture uses in files."""
+"""Names of experts in the memory of transformers 5; in the files of a known architecture they are read as its own."""
 
 
 def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> HealPlan:
@@ -255,7 +256,7 @@ def _target(checkpoint: SafetensorsCheckpoint) -> Target:
             f"MODEL: model_type {name!r} is not a mixture of experts that can be healed.",
             hint=f"Convert the dense model first (llamamoe split). Supported: {', '.join(known)}.",
         )
-    fused = next((n for n in checkpoint.tensors if _IN_MEMORY.search(n)), None)
+    fused = None if name in IN_MEMORY else next((n for n in checkpoint.tensors if _IN_MEMORY.search(n)), None)
     if fused is not None:
         raise CheckpointError(
             f"MODEL's weights have the names that transformers 5 uses in memory ({fused}).",

@@ -124,9 +124,10 @@ class StreamedModel:
     def _shell(self) -> Any:
         """Build the whole model without weights, except embedding, final norm, head and rotary positions."""
         keys, dtype = self._keys(), self.dtype or torch.float32
+        config = transformers.AutoConfig.for_model(**keys)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
-                transformers.AutoConfig.for_model(**keys), dtype=dtype, attn_implementation="sdpa"
+                config, dtype=dtype, attn_implementation=_attention(config)
             )
         tensors = {name: self.read(name) for name in self._outer}
         outer = _load_part(keys | {"num_hidden_layers": 0}, tensors, "outer tensors", dtype).to(self.device)
@@ -241,6 +242,12 @@ class LayerRunner:
         return first[0], calls, output[0]
 
 
+def _attention(config: Any) -> str:
+    """Return the implementation of attention: torch's fused one where the class has it."""
+    cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "sdpa" if cls._supports_sdpa else "eager"
+
+
 def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: str, dtype: torch.dtype) -> Any:
     """Build a model from given tensors, by transformers' own loading.
 
@@ -258,7 +265,7 @@ def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: 
             config=config,
             state_dict=tensors,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=_attention(config),
             output_loading_info=True,
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):

@@ -15,6 +15,7 @@ from ..architectures.moe_layout import NEARLY_ZERO, Combine, Copy, MoeLayout, Ne
 from ..architectures.sources.base import DenseSpec
 from ..architectures.targets.base import common_config
 from ..architectures.targets.dense import Dense
+from ..architectures.targets.granitemoe_swa import CLOSED_SINK
 from ..checkpoint.base import DTYPE_BYTES, TORCH_NAMES
 from ..checkpoint.layout import check_size, deal
 from ..checkpoint.locate import Location, locate, open_parent
@@ -147,7 +148,7 @@ class _Job:
         self._kept = self._kept_neurons()
         self.width = max(len(each) for each in self._kept)
         self.spec = self._spec()
-        reasons = self.target.refusals(self.spec)
+        reasons = self.target.refusals(self.spec) + list(_open_sinks(converted))
         if reasons:
             raise RefusedError("no dense architecture supports the attention: " + "; ".join(reasons) + ".")
         self.layout = _layout(self.width)
@@ -283,6 +284,14 @@ def _check_like(converted: ConvertedModel, parent: DenseModel) -> None:
         mine, theirs = getattr(converted.spec, name), getattr(parent.spec, name)
         if mine != theirs:
             raise RefusedError(f"--like has {name} {theirs}, but the model has {mine}: it was not made from it.")
+
+
+def _open_sinks(converted: ConvertedModel) -> Iterator[str]:
+    """Yield a reason if attention gives weight to sinks, which no dense architecture here has."""
+    for name in converted.checkpoint.tensors:
+        if name.endswith(".sinks") and bool((converted.checkpoint.read(name) > CLOSED_SINK / 2).any()):
+            yield f"{name} holds attention sinks that take weight"
+            return
 
 
 def _rows(ffn: FfnParts, places: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..architectures.config_compat import missing_keys
+from ..architectures.config_compat import missing_keys, only_five
 from ..architectures.sources import SOURCES
 from ..architectures.targets import TARGETS
 from ..checkpoint.files import write_text
@@ -100,3 +100,5 @@ def _check_known(config: Mapping[str, Any]) -> None:
             f"config.json: model_type {name!r} is not one whose two spellings are known.",
             hint=known_names(known),
         )
+    if only_five(str(name)):
+        raise RefusedError(f"config.json: transformers 4.57 does not have the architecture {name}: no spelling helps.")

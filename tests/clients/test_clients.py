@@ -23,7 +23,7 @@ SAME = {"mlx-lm": 2e-5, "llama.cpp": 2e-5, "mistral.rs": 5e-3}
 """Largest difference over the largest logit; mistral.rs rounds dense models alike."""
 DIFFERENT = 0.05
 REFUSALS = {
-    "mlx-lm": ("Model type granitemoeshared not supported",),
+    "mlx-lm": ("Model type granitemoeshared not supported", "Model type granitemoe_swa not supported"),
     "llama.cpp": ("a GGUF file can be written for", "norm_topk_prob is false"),
     "mistral.rs": ("Unsupported Hugging Face Transformers -CausalLM model class", "shape mismatch"),
 }

@@ -32,6 +32,7 @@ NARROWER = {
     "attention_dropout": "a share", "resid_pdrop": "a share", "embd_pdrop": "a share", "residual_dropout": "a share",
     "pad_token_id": "the embedding must have its row",
     "rope_parameters": "must be flat rope parameters", "layer_types": "of attention, and only of some families",
+    "no_rope_layers": "one for each layer", "no_rope_layer_interval": "not 0",
     "attention_bias": "", "use_bidirectional_attention": "every target is causal", "dtype": "a floating dtype",
     "torch_dtype": "a floating dtype", "num_labels": "a bound on memory",
     "sub_configs": "means nothing there", "is_heterogeneous": "means nothing there",
@@ -119,7 +120,7 @@ def test_what_is_left_out_is_as_the_class_has_it(variant: str) -> None:
         config["model_type"] = family
         if ours(family, config) is not None:
             assert gone in ("num_attention_heads", "hidden_size", "num_hidden_layers", "pad_token_id", "vocab_size",
-                            "num_key_value_heads", "use_sliding_window",
+                            "num_key_value_heads", "use_sliding_window", "sliding_window",
                             "head_dim"), gone  # fmt: skip
             continue
         source = SOURCES.get(family)()

@@ -26,13 +26,14 @@ EXPERTS = 4
 IDS = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
 
 PLAIN = "llama llama-tied llama-llama3-rope llama-head-dim mistral phi3-longrope gemma seed-oss-no-bias"
-PLAIN += " ernie4_5 ernie4_5-head-dim"
+PLAIN += " ernie4_5 ernie4_5-head-dim smollm3-rope"
 FITS = {
     "mixtral": f"{PLAIN} mistral-window phi3-window",
     "qwen2_moe": f"{PLAIN} mistral-window phi3-window qwen2 qwen2-tied qwen2-windows seed-oss seed-oss-head-dim",
     "qwen3_moe": "qwen3 qwen3-tied",
     "glm4_moe": f"{PLAIN} phi3-partial qwen2 qwen2-tied qwen3 qwen3-tied seed-oss seed-oss-head-dim",
     "granitemoeshared": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases",
+    "granitemoe_swa": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases mistral-window phi3-window smollm3 smollm3-windows",
     "ernie4_5_moe": PLAIN,
 }
 """The targets of each variant; everything else must be refused."""
@@ -143,6 +144,7 @@ def _by_hand(plan: Any, layer: int, x: torch.Tensor, coefficient: float) -> torc
         ("llama", "glm4_moe", "1x"),
         ("llama", "granitemoeshared", 0.25),
         ("llama", "ernie4_5_moe", "2x"),
+        ("smollm3", "granitemoe_swa", 0.25),
     ],
 )
 def test_top_k_is_what_the_rescale_says(
@@ -208,6 +210,7 @@ def test_bf16_is_no_worse_than_the_parent_in_bf16(tmp_path: Path, target: str, e
         ("llama", "glm4_moe"),
         ("llama", "granitemoeshared"),
         ("llama", "ernie4_5_moe"),
+        ("smollm3-windows", "granitemoe_swa"),
     ],
 )
 def test_generation_with_cache_and_left_padding_is_the_parents(

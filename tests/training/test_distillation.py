@@ -69,6 +69,7 @@ PAIRS = [
     ("gemma", "qwen2_moe", "1x"),
     ("granite", "granitemoeshared", "2x"),
     ("qwen3", "glm4_moe", "1x"),
+    ("smollm3-windows", "granitemoe_swa", "1x"),
     ("llama-tied", "ernie4_5_moe", "1x"),
 ]
 

@@ -55,6 +55,8 @@ CASES = [
     ("gemma", "dense", 0.5),
     ("seed-oss", "dense", 0.5),
     ("ernie4_5", "dense", 0.5),
+    ("smollm3-windows", "dense", 0.5),
+    ("smollm3-rope", "mixtral", 0),
 ]
 """Variant, target, shared: every target, and every trap of its spelling. `Target.majors` promises each of them."""
 

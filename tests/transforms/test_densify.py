@@ -33,6 +33,7 @@ CASES = [
     ("llama", "granitemoeshared", "1x"),
     ("llama-attention-bias", "granitemoeshared", 0.25),
     ("granite", "granitemoeshared", 0),
+    ("smollm3-windows", "granitemoe_swa", "1x"),
     ("llama-tied", "ernie4_5_moe", 0),
     ("llama-head-dim", "ernie4_5_moe", "2x"),
 ]
@@ -236,4 +237,15 @@ def test_files_that_disagree_with_their_configuration(tmp_path: Path) -> None:
     tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"] = torch.zeros(64, 3)
     save_file(tensors, moe / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"experts\.2\.w2\.weight has shape \[64, 3\]"):
+        densify(moe, tmp_path / "out")
+
+
+def test_attention_sinks_that_take_weight_are_not_dropped(tmp_path: Path) -> None:
+    moe = convert(make_dense(tmp_path / "dense", "smollm3"), tmp_path / "moe", "granitemoe_swa")
+    tensors = load_file(moe / "model.safetensors")
+    tensors["model.layers.1.self_attn.sinks"][2] = -1.0
+    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        RefusedError, match=r"model\.layers\.1\.self_attn\.sinks holds attention sinks that take weight"
+    ):
         densify(moe, tmp_path / "out")

@@ -43,6 +43,7 @@ CASES = [  # target or None for the dense model itself, variant, recipe; every b
     (None, "gemma", {}),
     (None, "seed-oss", {}),
     (None, "ernie4_5", {}),
+    (None, "smollm3", {}),
 ]
 IDS = [f"{variant}-{target or 'dense'}" for target, variant, _ in CASES]
 
@@ -139,7 +140,7 @@ def names(folder: Path) -> set[str]:
     return {name for file in folder.glob("*.safetensors") for name in read_header(file)}
 
 
-@pytest.mark.parametrize("target", sorted(set(TARGETS.names()) - {"dense"}))
+@pytest.mark.parametrize("target", sorted(t.name for t in TARGETS if t.routed and not t.only_five))
 def test_names_of_memory_become_those_of_files(tmp_path, target):
     moe, fused = in_memory(target, tmp_path)
     want, before = logits(fused), (fused / "model.safetensors").read_bytes()
@@ -268,3 +269,13 @@ def test_a_tokenizer_that_transformers_5_saved(tmp_path):
     assert "extra_special_tokens" not in after
     assert difference(saved, AutoTokenizer.from_pretrained(moe)) is None
     assert fix_config(moe) == Fixes([], {})
+
+
+def test_what_the_older_transformers_does_not_have_is_refused(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", "smollm3")
+    recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": "granitemoe_swa"})
+    moe = split(dense, tmp_path / "moe", recipe, verify=False).out
+    with pytest.raises(RefusedError, match=r"4\.57 does not have the architecture granitemoe_swa"):
+        fix_config(moe)
+    with pytest.raises(RefusedError, match=r"--require 4\.57: granitemoe_swa needs transformers 5"):
+        llamamoe.plan_conversion(dense, recipe.model_copy(update={"require": "4.57"}))

@@ -35,6 +35,8 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "glm4_moe": {"intermediate_size": 48, "moe_intermediate_size": 24, "n_routed_experts": 5, "n_shared_experts": 2,
                  "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
     "granitemoeshared": {"intermediate_size": 24, "num_local_experts": 5, "shared_intermediate_size": 40},
+    "granitemoe_swa": {"intermediate_size": 24, "num_local_experts": 5, "shared_intermediate_size": 40,
+                       "sliding_window": 8, "layer_rope_theta": [0.0, 1e4]},
     "ernie4_5_moe": {"intermediate_size": 48, "moe_intermediate_size": 24, "moe_num_experts": 5, "moe_k": 2,
                      "moe_num_shared_experts": 2, "moe_layer_start_index": 1},
 }  # fmt: skip
@@ -72,7 +74,7 @@ def test_a_mixture_of_another_origin_computes_the_same(name: str, pieces: int, m
     assert changed <= {
         "llamamoe", "num_experts_per_tok", "moe_k", "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts",
         "routed_scaling_factor", "moe_num_shared_experts", "n_shared_experts", "moe_intermediate_size",
-        *(["intermediate_size"] if name in ("mixtral", "granitemoeshared") else []),
+        *(["intermediate_size"] if name in ("mixtral", "granitemoeshared", "granitemoe_swa") else []),
     }  # fmt: skip
 
 

@@ -38,7 +38,8 @@ class DenseSpec:
     """A dense decoder with SwiGLU-like FFNs, described without regard to its family.
 
     ``sliding`` holds, per layer, the attention window or None for full attention. ``rope`` is transformers 5's
-    ``rope_parameters``. ``attention_multiplier`` None means ``head_dim ** -0.5``.
+    ``rope_parameters``; ``no_rope`` are the layers without rotary positions. ``attention_multiplier`` None means
+    ``head_dim ** -0.5``.
     """
 
     family: str
@@ -60,6 +61,7 @@ class DenseSpec:
     qk_norm: bool = False
     partial_rotary_factor: float = 1.0
     sliding: tuple[int | None, ...] = ()
+    no_rope: tuple[int, ...] = ()
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
@@ -81,6 +83,11 @@ class DenseSpec:
     def mixed_windows(self) -> bool:
         """True if layers differ in their attention window."""
         return len(set(self.sliding)) > 1
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of attention of each layer, as transformers spells it."""
+        return ["full_attention" if window is None else "sliding_attention" for window in self.sliding]
 
 
 class Source(ABC):
@@ -286,6 +293,8 @@ def source_features(dense: DenseSpec) -> dict[str, str]:
         found["partial_rotary"] = (
             f"rotary positions on a part of each head (partial_rotary_factor = {dense.partial_rotary_factor})"
         )
+    if dense.no_rope:
+        found["no_rope"] = f"layers without rotary positions ({len(dense.no_rope)} of {dense.num_layers})"
     plain_scale = dense.attention_multiplier in (None, dense.head_dim**-0.5)
     if dense.residual_multiplier != 1.0 or dense.logits_scaling != 1.0 or not plain_scale:
         found["multipliers"] = "attention, residual or logits multipliers"

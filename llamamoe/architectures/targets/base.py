@@ -32,6 +32,7 @@ class Target(ABC):
         unties: Whether a tied head is written as a separate tensor.
         holds: Features of a dense source beyond plain Llama that the architecture computes exactly.
         needs_five: Source features that need transformers 5 in this architecture.
+        only_five: Whether transformers 4.57 does not have the architecture.
         routed: Whether it has experts; False for the dense architectures.
         ffn_modules: The modules of a transformers 5 decoder layer whose outputs together are the FFN's.
         top_k_key: The configuration key of k.
@@ -49,6 +50,7 @@ class Target(ABC):
     unties: ClassVar[bool] = False
     holds: ClassVar[frozenset[str]] = frozenset()
     needs_five: ClassVar[frozenset[str]] = frozenset()
+    only_five: ClassVar[bool] = False
     routed: ClassVar[bool] = True
     ffn_modules: ClassVar[tuple[str, ...]] = ("mlp",)
     top_k_key: ClassVar[str] = "num_experts_per_tok"
@@ -65,7 +67,7 @@ class Target(ABC):
 
     def majors(self, dense: DenseSpec) -> tuple[str, ...]:
         """Return the versions of transformers that load the result: ``("4.57", "5")`` or ``("5",)``."""
-        return ("5",) if self.needs_five & set(source_features(dense)) else ("4.57", "5")
+        return ("5",) if self.only_five or self.needs_five & set(source_features(dense)) else ("4.57", "5")
 
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
         """Return warnings about runtimes other than transformers."""

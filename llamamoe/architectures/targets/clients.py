@@ -64,6 +64,7 @@ CLIENTS: tuple[Client, ...] = (
             "ernie4_5_moe": _SAME,
             "glm4_moe": _SAME,
             "glm4_moe --shared 2x": _SAME,
+            "granitemoe_swa": _UNKNOWN,
             "granitemoeshared": _UNKNOWN,
             "mixtral": _SAME,
             "qwen2_moe": Result("differs", "it ignores norm_topk_prob; take --rescale unit, or glm4_moe"),
@@ -82,6 +83,7 @@ CLIENTS: tuple[Client, ...] = (
             "ernie4_5_moe": _NO_GGUF,
             "glm4_moe": _NO_GGUF,
             "glm4_moe --shared 2x": _NO_GGUF,
+            "granitemoe_swa": _NO_GGUF,
             "granitemoeshared": _SAME,
             "mixtral": _SAME,
             "qwen2_moe": Result(
@@ -102,6 +104,7 @@ CLIENTS: tuple[Client, ...] = (
             "ernie4_5_moe": _UNKNOWN,
             "glm4_moe": _SAME,
             "glm4_moe --shared 2x": Result("refused", "it takes a shared expert of one expert width only: --shared 1x"),
+            "granitemoe_swa": _UNKNOWN,
             "granitemoeshared": _UNKNOWN,
             "mixtral": _SAME,
             "qwen2_moe": _UNKNOWN,

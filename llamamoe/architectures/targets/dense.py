@@ -42,6 +42,12 @@ _FORMS = (
         frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias", "multipliers"}),
         "all or none",
     ),
+    _Form(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias", "window", "mixed_windows", "no_rope"}),
+        "all or none",
+    ),
     _Form("seed_oss", "SeedOssForCausalLM", frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias"}), "any"),
 )
 
@@ -70,7 +76,7 @@ def _form(dense: DenseSpec) -> _Form:
 
 
 class Dense(Target):
-    """Llama, Mistral, Qwen2, Qwen3, Granite or Seed-OSS with the kept neurons as its FFN: no router and no experts.
+    """Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
 
     Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w) and ERNIE 4.5 (other rotary pairs) as Llama,
     where those hold them.
@@ -106,7 +112,7 @@ class Dense(Target):
             keys["attention_bias"] = dense.qkv_bias
         if form.biases == "any":
             keys["attention_out_bias"] = dense.o_bias
-        if form.model_type in ("llama", "granite", "seed_oss"):
+        if form.model_type in ("llama", "granite", "seed_oss", "smollm3"):
             keys["mlp_bias"] = False
         if "mixed_windows" in form.holds:
             window = next((w for w in dense.sliding if w is not None), None)
@@ -114,10 +120,12 @@ class Dense(Target):
                 "use_sliding_window": window is not None,
                 "sliding_window": window,
                 "max_window_layers": dense.num_layers,
-                "layer_types": ["full_attention" if w is None else "sliding_attention" for w in dense.sliding],
+                "layer_types": dense.layer_types,
             }
         elif "window" in form.holds:
             keys["sliding_window"] = dense.window
+        if "no_rope" in form.holds:
+            keys["no_rope_layers"] = [int(layer not in dense.no_rope) for layer in range(dense.num_layers)]
         if "multipliers" in form.holds:
             scale = dense.head_dim**-0.5 if dense.attention_multiplier is None else dense.attention_multiplier
             keys |= {

@@ -26,7 +26,7 @@ class GraniteMoeShared(Target):
         """See `Target.refusals`: ``attention_bias`` is all four projections or none."""
         reasons = super().refusals(dense)
         if dense.qkv_bias != dense.o_bias:
-            reasons.append("granitemoeshared has biases on all four attention projections or on none")
+            reasons.append(f"{self.name} has biases on all four attention projections or on none")
         return reasons
 
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
@@ -58,22 +58,24 @@ class GraniteMoeShared(Target):
 
     def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """See `Target.moe_tensors`: all experts of a layer in one tensor, gate rows above up rows."""
-        prefix = f"model.layers.{layer}."
+        block = f"model.layers.{layer}.block_sparse_moe."
         hidden, width, experts = dense.hidden_size, layout.expert_width, layout.num_experts
-        block = prefix + "block_sparse_moe."
         yield OutTensor(block + "router.layer.weight", (experts, hidden), "router", Router(), layer)
         yield OutTensor(
             block + "input_linear.weight", (experts, 2 * width, hidden), "routed", Neurons("gate_up", "all"), layer
         )
         down = Neurons("down", "all", layout.combine.bake)
         yield OutTensor(block + "output_linear.weight", (experts, hidden, width), "routed", down, layer)
-        if layout.shared_width:
-            shared = layout.shared_width
-            origin = Neurons("gate_up", "shared")
-            yield OutTensor(prefix + "shared_mlp.input_linear.weight", (2 * shared, hidden), "shared", origin, layer)
-            yield OutTensor(
-                prefix + "shared_mlp.output_linear.weight", (hidden, shared), "shared", Neurons("down", "shared"), layer
-            )
+        yield from self.shared_tensors(dense, layout, layer)
+
+    def shared_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
+        """Yield the shared expert of one layer, if there is one."""
+        hidden, shared = dense.hidden_size, layout.shared_width
+        if not shared:
+            return
+        prefix, gate_up = f"model.layers.{layer}.shared_mlp.", Neurons("gate_up", "shared")
+        yield OutTensor(prefix + "input_linear.weight", (2 * shared, hidden), "shared", gate_up, layer)
+        yield OutTensor(prefix + "output_linear.weight", (hidden, shared), "shared", Neurons("down", "shared"), layer)
 
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
         """See `Target.warnings`."""

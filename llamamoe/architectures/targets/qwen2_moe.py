@@ -46,7 +46,7 @@ class Qwen2Moe(Target):
             "use_sliding_window": window is not None,
             "sliding_window": window,
             "max_window_layers": dense.num_layers,
-            "layer_types": ["full_attention" if w is None else "sliding_attention" for w in dense.sliding],
+            "layer_types": dense.layer_types,
             "router_aux_loss_coef": 0.001,
         }
 

@@ -40,6 +40,11 @@ TARGETS: dict[str, dict[str, Any]] = {
         "intermediate_size": WIDTH,
         "shared_intermediate_size": 8,
     },
+    "granitemoe_swa": {
+        "num_local_experts": EXPERTS_COUNT,
+        "intermediate_size": WIDTH,
+        "shared_intermediate_size": 8,
+    },
     "ernie4_5_moe": {
         "moe_num_experts": EXPERTS_COUNT,
         "moe_k": TOP_K,
