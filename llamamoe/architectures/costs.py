@@ -13,16 +13,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PARTS = ("embedding", "attention", "norm", "router", "routed", "shared", "stub", "dense_ffn", "head")
+PARTS = (
+    "embedding", "attention", "routed_attention", "norm", "router", "routed", "shared", "stub", "dense_ffn", "head"
+)  # fmt: skip
 
 _ROLES = (
     (r"embed_tokens", "embedding"),
     (r"lm_head", "head"),
-    (r"(^|\.)(mlp|block_sparse_moe)\.experts\.|block_sparse_moe\.(input|output)_linear", "routed"),
-    (r"\.shared_experts?\.|shared_mlp\.", "shared"),
-    (r"(mlp|block_sparse_moe)\.(gate|router)\.|moe_statics|shared_expert_gate|e_score_correction_bias", "router"),
+    (r"self_attention\.experts\.(input|output)_linear", "routed_attention"),
+    (r"(^|\.)(mlp|block_sparse_moe)\.(experts\.|(input|output)_linear)", "routed"),
+    (r"\.shared_experts?\.|shared_mlp\.|\.mlp\.bias$", "shared"),
+    (
+        r"(mlp|block_sparse_moe|self_attention\.experts)\.(gate|router)\.|moe_statics|shared_expert_gate|e_score_correction_bias",
+        "router",
+    ),
     (r"norm", "norm"),
-    (r"self_attn\.", "attention"),
+    (r"self_(attn|attention)\.", "attention"),
     (r"\.mlp\.", "dense_ffn"),
 )
 
@@ -92,7 +98,7 @@ def count(
             matrices[role] = matrices.get(role, 0) + numel
     if tied:
         matrices["head"] = total.get("embedding", 0)
-    share: Mapping[str, float] = {"routed": active_share, "embedding": float(tied)}
+    share: Mapping[str, float] = {"routed": active_share, "routed_attention": active_share, "embedding": float(tied)}
     active = {role: round(n * share.get(role, 1.0)) for role, n in total.items()}
     flops = sum(round(2 * n * share.get(role, 1.0)) for role, n in matrices.items())
     order = sorted(total, key=lambda r: PARTS.index(r) if r in PARTS else len(PARTS))

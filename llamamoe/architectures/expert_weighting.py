@@ -21,9 +21,13 @@ EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_
 """The keys for N in the ``config.json`` of the architectures."""
 TOP_K_KEYS = ("num_experts_per_tok", "moe_k")
 """The keys for k."""
-_ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.weight$|\.block_sparse_moe\.router(\.layer)?\.weight$")
+_ROUTER = re.compile(
+    r"\.(mlp|block_sparse_moe)\.gate\.weight$"
+    r"|\.(mlp|block_sparse_moe|self_attention\.experts)\.router(\.layer)?\.weight$"
+)
 _ROUTED_DOWN = re.compile(
-    r"\.experts\.\d+\.(down_proj|w2)\.weight$|\.block_sparse_moe\.output_linear\.weight$|\.experts\.down_proj$"
+    r"\.experts\.\d+\.(down_proj|w2)\.weight$|\.experts\.down_proj$"
+    r"|\.(mlp|block_sparse_moe|self_attention\.experts)\.output_linear\.weight$"
 )
 
 
@@ -76,6 +80,23 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
     if factor <= 0:
         raise CheckpointError(f"config.json: routed_scaling_factor = {factor!r}, but it must be above 0.")
     return Mixing(target, num_experts, top_k, weighting, factor)
+
+
+def refuse_attention_experts(model_type: str | None, what: str) -> None:
+    """Refuse an architecture whose attention is routed, too, where only the experts of FFNs are supported.
+
+    Args:
+        model_type: The architecture.
+        what: What supports only these, such as a command.
+
+    Raises:
+        RefusedError: Its attention is routed.
+    """
+    if model_type is not None and model_type in TARGETS and TARGETS.get(model_type).attention_experts:
+        raise RefusedError(
+            f"{what} supports experts of FFNs only, but {model_type} routes attention, too.",
+            hint="Use a conversion of the dense model with another --target.",
+        )
 
 
 def check_top_k(config: Mapping[str, Any]) -> None:
@@ -166,5 +187,5 @@ def is_router(name: str) -> bool:
 
 
 def is_routed_down(name: str) -> bool:
-    """Return whether a tensor is the down projection of one routed expert, or of all."""
+    """Return whether a tensor is the down projection of one routed expert, or of all; or the output of attention experts."""
     return _ROUTED_DOWN.search(name) is not None

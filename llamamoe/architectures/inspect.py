@@ -205,10 +205,9 @@ def _most_first(found: Mapping[str, int]) -> dict[str, int]:
 def _kv_bytes(sizes: Mapping[str, int]) -> int | None:
     heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
     layers = sizes.get("num_hidden_layers")
-    if not heads or not hidden or not layers:
-        return None
-    width = sizes.get("head_dim") or hidden // heads
-    return 2 * layers * (sizes.get("num_key_value_heads") or heads) * width * DTYPE_BYTES["BF16"]
+    width = sizes.get("head_dim") or (hidden // heads if heads and hidden else None)
+    pairs = sizes.get("num_key_value_heads") or heads
+    return 2 * layers * pairs * width * DTYPE_BYTES["BF16"] if layers and pairs and width else None
 
 
 def _receipt(folder: Path, notes: list[str]) -> dict[str, Any] | None:

@@ -8,7 +8,9 @@ from typing import Literal
 
 from ..numerics import is_power_of_two
 
-Role = Literal["embedding", "attention", "norm", "router", "routed", "shared", "dense_ffn", "stub", "head"]
+Role = Literal[
+    "embedding", "attention", "norm", "router", "routed_attention", "routed", "shared", "dense_ffn", "stub", "head"
+]  # fmt: skip
 Part = Literal["gate", "up", "down", "gate_up"]
 Weighting = Literal["renormalised", "softmax", "sigmoid"]
 RouterWeighting = Literal["softmax", "renormalised", "sigmoid", "sigmoid_renormalised"]
@@ -40,8 +42,32 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Canonical tensors of equal shape, one below the other."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The query heads of a layer as N = ``experts`` experts, times ``scale``.
+
+    With G = ``groups`` key/value heads, expert j holds the j-th query head of each: its rows of ``q_proj`` (``name``) as
+    ``[N, G D, H]``, or its columns of ``o_proj`` as ``[N, H, G D]``.
+    """
+
+    part: Literal["query", "output"]
+    name: str
+    groups: int
+    experts: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Router:
-    """The router's rows of this layer, ``[N, H]``."""
+    """The router's rows of this layer, ``[N, H]``: over the experts of the FFN, or over those of attention."""
+
+    of: Literal["ffn", "attention"] = "ffn"
 
 
 @dataclass(frozen=True)
@@ -56,7 +82,7 @@ class Neurons:
     scale: float = 1.0
 
 
-Origin = Copy | Constant | Router | Neurons
+Origin = Copy | Stack | Constant | Router | Neurons | Heads
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from math import prod
 from typing import assert_never
 
 from ..architectures.dense_checkpoint import DenseModel
-from ..architectures.moe_layout import Constant, Copy, MoeLayout, Neurons, OutTensor, Router
+from ..architectures.moe_layout import Constant, Copy, Heads, MoeLayout, Neurons, OutTensor, Router, Stack
 from ..checkpoint.memory import empty_bytes
 from ..checkpoint.tensors import cast, interleave, torch_dtype
 from ..lazy import np, torch
@@ -48,6 +48,7 @@ class LayerParts:
         layout: Sizes and scales.
         weights: If given (repair, re-initialised copies), these are written, place by place, instead of the
             parent's neurons.
+        attention_NH: float32 rows of the attention's router, as they will be stored; None if attention is dense.
     """
 
     ffn: FfnWeights
@@ -55,6 +56,7 @@ class LayerParts:
     router_NH: torch.Tensor
     layout: MoeLayout
     weights: ExpertWeights | None = None
+    attention_NH: torch.Tensor | None = None
     _part: str = field(default="", init=False)
 
     @property
@@ -77,6 +79,12 @@ class LayerParts:
             shared, experts = np.arange(count, dtype=np.int64), np.where(experts == PADDING, PADDING, places)
         padding = np.full(self.layout.shared_width - len(shared), PADDING, np.int64)
         return np.concatenate([shared, padding]), experts
+
+    def router(self, origin: Router) -> torch.Tensor:
+        """Return the rows of one of the layer's routers, float32 ``[N, H]``."""
+        rows_NH = self.router_NH if origin.of == "ffn" else self.attention_NH
+        assert rows_NH is not None
+        return rows_NH
 
     def neurons(self, origin: Neurons, dtype: torch.dtype) -> torch.Tensor:
         """Return the part of one expert, of the shared expert, or of all experts stacked (see `Neurons`)."""
@@ -118,22 +126,36 @@ def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default
     if isinstance(origin, Copy):
         value = cast(model.read(origin.name), dtype, origin.scale)
         return (interleave(value, origin.interleave) if origin.interleave else value).contiguous()
+    if isinstance(origin, Stack):
+        return torch.cat([cast(model.read(name), dtype) for name in origin.names])
+    if isinstance(origin, Heads):
+        return cast(by_head(model.read(origin.name), origin), dtype, origin.scale).contiguous()
     assert parts is not None, tensor.name
     if isinstance(origin, Router):
-        return parts.router_NH.to(dtype)
+        return parts.router(origin).to(dtype)
     if isinstance(origin, Neurons):
         return parts.neurons(origin, dtype).contiguous()
     assert_never(origin)
 
 
+def by_head(matrix: torch.Tensor, origin: Heads) -> torch.Tensor:
+    """Return ``q_proj [G N D, H]`` as ``[N, G D, H]``, or ``o_proj [H, G N D]`` as ``[N, H, G D]`` (see `Heads`)."""
+    groups, count = origin.groups, origin.experts
+    if origin.part == "query":
+        return matrix.reshape(groups, count, -1, matrix.shape[1]).transpose(0, 1).flatten(1, 2)
+    return matrix.reshape(len(matrix), groups, count, -1).permute(2, 0, 1, 3).flatten(2)
+
+
 def made_of(tensor: OutTensor, model: DenseModel, parts: LayerParts | None) -> list[torch.Tensor]:
     """Return the tensors that `make` uses for this one, before any cast (for a router, its rows)."""
     origin = tensor.origin
-    if isinstance(origin, Copy):
+    if isinstance(origin, Copy | Heads):
         return [model.read(origin.name)]
+    if isinstance(origin, Stack):
+        return [model.read(name) for name in origin.names]
     if isinstance(origin, Neurons) and parts is not None:
         return list(parts.matrices)
-    return [parts.router_NH] if isinstance(origin, Router) and parts is not None else []
+    return [parts.router(origin)] if isinstance(origin, Router) and parts is not None else []
 
 
 def router_dtype(tensors: Iterable[OutTensor], default: str) -> str:

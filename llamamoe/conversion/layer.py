@@ -32,6 +32,7 @@ from ..methods.splitters.base import Splitter
 from ..plugins import Registry
 from ..recipes import Choice
 from .assembly import LayerParts, router_dtype
+from .attention import attention_rows
 from .plan import SplitPlan
 
 
@@ -85,8 +86,9 @@ def convert_layer(
     else:
         rows, facts = _router(plan, splitter, ffn, partition, context)
     facts = {"layer": layer} | facts
+    attention = attention_rows(plan, layer, context.rng("attention router"))
     if inputs is None:
-        return ConvertedLayer(LayerParts(ffn, partition, rows, layout, weights), facts)
+        return ConvertedLayer(LayerParts(ffn, partition, rows, layout, weights, attention), facts)
     start = ExpertWeights.of_parent(ffn, partition) if weights is None else weights
     moe = as_function(plan, start, partition, rows)
     moe = moe if adapt is None else adapt(moe, ffn)
@@ -101,7 +103,9 @@ def convert_layer(
     if splitter.routed:
         facts["router_quality"] = router_quality(moe, ffn, inputs)
     kept = weights if moe.weights is start else moe.weights
-    return ConvertedLayer(LayerParts(ffn, partition, moe.router_NH, layout, kept), facts, as_stored(plan, moe))
+    return ConvertedLayer(
+        LayerParts(ffn, partition, moe.router_NH, layout, kept, attention), facts, as_stored(plan, moe)
+    )
 
 
 def first_partition(plan: SplitPlan, layer: int, inputs: LayerInputs) -> Partition:

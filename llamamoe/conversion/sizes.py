@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..architectures.moe_layout import Combine, MoeLayout
 from ..architectures.rescales import RESCALES
 from ..architectures.sources.base import DenseSpec
@@ -67,6 +69,16 @@ def _shared_neurons(spec: DenseSpec, recipe: SplitRecipe, splitter: Splitter) ->
     return round(wanted * size) if isinstance(wanted, float) else wanted
 
 
+def with_only_experts(spec: DenseSpec, recipe: SplitRecipe) -> SplitRecipe:
+    """Return the recipe with the only N that its target can hold of this source, and half of it as k, if N is not given."""
+    only = TARGETS.get(recipe.target)().only_experts(spec) if recipe.target in TARGETS else None
+    given = recipe.model_fields_set
+    if only is None or only < 2 or "num_experts" in given or recipe.prefer is not None:
+        return recipe
+    sizes = {"num_experts": only} | ({} if "top_k" in given else {"top_k": (only + 1) // 2})
+    return recipe.model_copy(update=sizes)
+
+
 def make_splitter(recipe: SplitRecipe) -> Splitter:
     """Return the recipe's method with its options."""
     method = SPLITTERS.get(recipe.method.name)
@@ -128,7 +140,9 @@ def candidate_targets(recipe: SplitRecipe, splitter: Splitter, shared: int) -> l
     """Return the names of the targets to try, the preferred first."""
     if recipe.target != "auto":
         return [recipe.target]
-    names = [name for name in TARGETS.names() if TARGETS.get(name).routed == splitter.routed]
+    # attention becomes sparse only on request
+    kinds = [target for target in TARGETS if target.routed == splitter.routed and not target.attention_experts]
+    names = [target.name for target in kinds]
     first = [name for name in _ORDER[shared > 0] if name in names]
     return first + [name for name in names if name not in _ORDER[True] + _ORDER[False]]
 
@@ -187,6 +201,7 @@ def _layout(
     rescale = RESCALES.get(recipe.rescale.name if recipe.rescale else splitter.default_rescale)()
     copies = recipe.num_experts // parts
     combine = target.combine(rescale, recipe.num_experts, recipe.top_k, copies)
+    combine = replace(combine, bake=combine.bake * target.residual_scale(spec))
     return MoeLayout(recipe.num_experts, recipe.top_k, width, shared, stored, dense_layers, combine, copies)
 
 
@@ -201,6 +216,16 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
         )
     elif layout.num_shared and target.shared == "multiple" and layout.num_shared % layout.expert_width:
         reasons.append(_nearest_shared(spec, recipe, target, layout))
+    only = target.only_experts(spec)
+    if only is not None and layout.num_experts != only > 1:
+        reasons.append(
+            f"{target.name} routes the query heads of each key/value head with the experts of the FFN, and there are {only} "
+            f"(--experts {only}, not {layout.num_experts})"
+        )
+    if only is not None and recipe.align is not None:
+        reasons.append(f"{target.name} routes attention, and --align-tokens learns FFNs only")
+    if only is not None and layout.copies > 1:
+        reasons.append(f"{target.name} routes query heads, which {recipe.method.name} does not copy as it copies FFNs")
     if layout.copies > 1 and layout.combine.parity_factor != 1.0:
         reasons.append("copies of the FFN are averaged: only --rescale mean reproduces its output")
     dense = target.dense_layer_refusal(layout.dense_layers, spec.num_layers)
@@ -217,7 +242,7 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
         fold = target.fold(spec)
         if not is_power_of_two(fold):
             reasons.append(
-                f"{target.name} has no embedding multiplier and {dtype} would round embeddings times {fold:g}: use --dtype float32"
+                f"{target.name} {target.fold_reason(spec)} and {dtype} would round embeddings times {fold:g}: use --dtype float32"
             )
     return reasons
 

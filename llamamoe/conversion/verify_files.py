@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..architectures.moe_layout import Constant, Copy, Neurons, OutTensor, Router
+from ..architectures.moe_layout import Constant, Copy, Heads, Neurons, OutTensor, Router, Stack
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.json_files import read_json
 from ..checkpoint.out_folder import RECEIPT_FILE
@@ -95,9 +95,9 @@ def check_weights(plan: SplitPlan, converted: Checkpoint, hashes: Hashes, progre
     copied = 0
     for done, tensor in enumerate(plan.tensors, start=1):
         stored = tensor_bytes(converted.read(tensor.name).contiguous())
-        if isinstance(tensor.origin, Copy | Constant):
+        if isinstance(tensor.origin, Copy | Stack | Heads | Constant):
             if stored != tensor_bytes(make(tensor, plan.model, None, plan.dtype)):
-                what = "the parent's, bit for bit" if isinstance(tensor.origin, Copy) else "what the recipe implies"
+                what = "what the recipe implies" if isinstance(tensor.origin, Constant) else "the parent's, bit for bit"
                 raise VerificationError(f"{tensor.name} is not {what}.", hint=_made_from(plan, converted))
             copied += 1
         if hashes.weights is not None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..architectures.moe_layout import Neurons, Router
-from ..architectures.targets.base import Target
+from ..architectures.moe_layout import Heads, Neurons, Origin, Router
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tensors import torch_dtype
@@ -80,7 +79,7 @@ def compare_logits(plan: SplitPlan, converted: SafetensorsCheckpoint, progress: 
         def after(layer: int, module: torch.nn.Module) -> None:
             step(stage)(layer, module)
             if layer not in plan.layout.dense_layers:
-                measured.errors.append((layer, _layer_error(plan.target, module, parent_taps, layer)))
+                measured.errors.append((layer, _layer_error(plan, module, parent_taps, layer)))
 
         return after
 
@@ -154,7 +153,7 @@ def _converted(
         tensor, origin = converted.read(name), origins[name]
         if zero_router and isinstance(origin, Router):
             return tensor.new_zeros(tensor.shape)
-        if factor != 1.0 and isinstance(origin, Neurons) and origin.part == "down" and origin.expert != "shared":
+        if factor != 1.0 and _routed_output(origin):
             return tensor.float() * factor
         return tensor
 
@@ -164,16 +163,23 @@ def _converted(
     )
 
 
+def _routed_output(origin: Origin) -> bool:
+    """Return whether a tensor is multiplied with the factor of routed outputs."""
+    if isinstance(origin, Heads):
+        return origin.part == "output"
+    return isinstance(origin, Neurons) and origin.part == "down" and origin.expert != "shared"
+
+
 def _difference(parent: torch.Tensor, converted: torch.Tensor) -> float:
     """Return max abs difference / max abs value; infinite if any value is not finite."""
     value = float((parent - converted).abs().max() / parent.abs().max())
     return value if value == value else float("inf")
 
 
-def _layer_error(target: Target, module: torch.nn.Module, taps: _Taps, layer: int) -> float:
-    x, want = taps.inputs[layer], taps.outputs[layer]
+def _layer_error(plan: SplitPlan, module: torch.nn.Module, taps: _Taps, layer: int) -> float:
+    x, want = taps.inputs[layer], taps.outputs[layer] * plan.target.residual_scale(plan.model.spec)
     have = 0
-    for name in target.ffn_modules:
+    for name in plan.target.ffn_modules:
         block = getattr(module, name, None)
         if block is not None:
             output = block(x)
@@ -182,7 +188,7 @@ def _layer_error(target: Target, module: torch.nn.Module, taps: _Taps, layer: in
 
 
 def _largest_router_logit(plan: SplitPlan, converted: Checkpoint, taps: _Taps) -> float:
-    rows = {t.layer: t.name for t in plan.tensors if isinstance(t.origin, Router)}
+    rows = {t.layer: t.name for t in plan.tensors if t.origin == Router()}
     found = 0.0
     for layer, name in rows.items():
         x = taps.inputs[layer or 0]

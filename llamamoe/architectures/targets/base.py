@@ -36,6 +36,8 @@ class Target(ABC):
         routed: Whether it has experts; False for the dense architectures.
         ffn_modules: The modules of a transformers 5 decoder layer whose outputs together are the FFN's.
         top_k_key: The configuration key of k.
+        attention_experts: Whether attention is a mixture of experts, too (see `Heads`), with the N and k of the FFNs.
+        derived: Keys of `common_config` that are not written, because its configuration class derives them.
     """
 
     name: ClassVar[str]
@@ -54,6 +56,8 @@ class Target(ABC):
     routed: ClassVar[bool] = True
     ffn_modules: ClassVar[tuple[str, ...]] = ("mlp",)
     top_k_key: ClassVar[str] = "num_experts_per_tok"
+    attention_experts: ClassVar[bool] = False
+    derived: ClassVar[frozenset[str]] = frozenset()
 
     # ---- what it can hold -------------------------------------------------------------------------------------
 
@@ -64,6 +68,10 @@ class Target(ABC):
             if feature not in self.holds:
                 reasons.append(f"{self.name} cannot hold {sentence}")
         return reasons
+
+    def only_experts(self, dense: DenseSpec) -> int | None:
+        """Return the only number of experts that it can hold of this source; None if there is no such limit."""
+        return dense.num_heads // dense.num_kv_heads if self.attention_experts else None
 
     def majors(self, dense: DenseSpec) -> tuple[str, ...]:
         """Return the versions of transformers that load the result: ``("4.57", "5")`` or ``("5",)``."""
@@ -125,7 +133,7 @@ class Target(ABC):
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
         """Return the configuration keys that make the only layer of a one-layer model dense or MoE."""
 
-    def attention_tensors(self, dense: DenseSpec, layer: int) -> Iterator[OutTensor]:
+    def attention_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """Yield norms and attention of one layer; by default every canonical tensor under its own name."""
         prefix = f"model.layers.{layer}."
         for name, shape in layer_shapes(dense).items():
@@ -147,12 +155,13 @@ class Target(ABC):
         embed = "model.embed_tokens.weight"
         yield OutTensor(embed, table, "embedding", Copy(embed, scale=fold))
         for layer in range(dense.num_layers):
-            yield from self.attention_tensors(dense, layer)
+            yield from self.attention_tensors(dense, layout, layer)
             if layer in layout.dense_layers:
                 yield from self.dense_ffn_tensors(dense, layer)
             else:
                 yield from self.moe_tensors(dense, layout, layer)
-        yield OutTensor("model.norm.weight", (dense.hidden_size,), "norm", Copy("model.norm.weight"))
+        norm = Copy("model.norm.weight", self.norm_scale(dense))
+        yield OutTensor("model.norm.weight", (dense.hidden_size,), "norm", norm)
         if not self.ties(dense):
             yield OutTensor(
                 "lm_head.weight", table, "head", Copy(embed if dense.tie_word_embeddings else "lm_head.weight")
@@ -161,6 +170,18 @@ class Target(ABC):
     def fold(self, dense: DenseSpec) -> float:
         """Return the factor baked into the embedding table if the architecture has no ``embedding_multiplier``."""
         return 1.0 if "multipliers" in self.holds else dense.embedding_multiplier
+
+    def fold_reason(self, dense: DenseSpec) -> str:
+        """Return why there is such a factor."""
+        return "has no embedding multiplier"
+
+    def residual_scale(self, dense: DenseSpec) -> float:
+        """Return the factor by which the residual stream, and thus every output of attention and FFN, is larger."""
+        return 1.0
+
+    def norm_scale(self, dense: DenseSpec) -> float:
+        """Return the factor of the final norm's weight."""
+        return 1.0
 
     def ties(self, dense: DenseSpec) -> bool:
         """Return whether the output's head is tied to its embedding."""
@@ -237,6 +258,7 @@ def common_config(dense: DenseSpec, target: Target, dtype: str) -> dict[str, Any
         "torch_dtype": dtype,
         **dense.extra,
     }
+    config = {key: value for key, value in config.items() if key not in target.derived}
     if "original_max_position_embeddings" in dense.rope:
         config["original_max_position_embeddings"] = dense.rope["original_max_position_embeddings"]
     return config

@@ -41,9 +41,9 @@ class Ernie45Moe(Target):
             "router_aux_loss_coef": 0.001,
         }
 
-    def attention_tensors(self, dense: DenseSpec, layer: int) -> Iterator[OutTensor]:
+    def attention_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """See `Target.attention_tensors`."""
-        for tensor in super().attention_tensors(dense, layer):
+        for tensor in super().attention_tensors(dense, layout, layer):
             heads = {"q_proj": dense.num_heads, "k_proj": dense.num_kv_heads}.get(tensor.name.split(".")[-2], 0)
             yield replace(tensor, origin=Copy(tensor.name, interleave=heads)) if heads else tensor
 

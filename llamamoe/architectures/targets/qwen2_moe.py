@@ -54,9 +54,9 @@ class Qwen2Moe(Target):
         """See `Target.stub_width`: zero-sized tensors break runtimes, 32 is one quantisation block."""
         return 32
 
-    def attention_tensors(self, dense: DenseSpec, layer: int) -> Iterator[OutTensor]:
+    def attention_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """See `Target.attention_tensors`."""
-        yield from super().attention_tensors(dense, layer)
+        yield from super().attention_tensors(dense, layout, layer)
         if not dense.qkv_bias:
             shapes = layer_shapes(dense)
             for name in ("q_proj", "k_proj", "v_proj"):
