@@ -102,6 +102,9 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
             ("experts", f"{layout.num_experts} per layer, {layout.top_k} selected per token"),
             ("expert width", f"{layout.expert_width:,} neurons{widened}"),
         ]
+    if plan.target.attention_experts:
+        heads = f"{layout.top_k} of {layout.num_experts} query heads of each key/value head for each token"
+        rows.append(("attention", heads))
     if layout.num_shared:
         assert recipe.shared_by is not None, "the plan resolves it"
         by = recipe.shared_by.name

@@ -254,7 +254,8 @@ def matrix() -> Matrix:
 
 def _cell(family: str, variant: str, target: str, shared: bool, models: Mapping[str, DenseModel]) -> Cell:
     # This FFN width suits experts and shared widths of every target, so that only the family decides.
-    recipe = build_recipe({"num_experts": 4, "top_k": 2, "target": target, "shared": "4x" if shared else 0})
+    sizes = {} if TARGETS.get(target).attention_experts else {"num_experts": 4, "top_k": 2}
+    recipe = build_recipe({**sizes, "target": target, "shared": "4x" if shared else 0})
     refusals = []
     for dtype, model in models.items():
         try:

@@ -80,6 +80,8 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+FFN_TARGETS = [target.name for target in TARGETS if target.routed and not target.attention_experts]
+"""The targets with any number of experts."""
 ROUTED: list[tuple[str, str, Any]] = [
     ("llama", "mixtral", 0),
     ("llama-tied", "qwen2_moe", "1x"),
@@ -89,7 +91,7 @@ ROUTED: list[tuple[str, str, Any]] = [
     ("llama", "ernie4_5_moe", "1x"),
     ("smollm3", "granitemoe_swa", "1x"),
 ]
-"""A variant of the parent for every target with experts, and its shared neurons."""
+"""A variant of the parent for each of `FFN_TARGETS`, and its shared neurons."""
 
 
 def variant_for(target: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError
 from ..lazy import torch
-from .expert_weighting import Mixing, complete_config, mixing_of, rescale_of
+from .expert_weighting import Mixing, complete_config, mixing_of, refuse_attention_experts, rescale_of
 from .inspect import inspect
 from .moe_layout import Combine, Copy, MoeLayout, Neurons, OutTensor
 from .rescales import RESCALES
@@ -51,6 +51,7 @@ class ConvertedModel:
         self.checkpoint = checkpoint
         self.block: dict[str, Any] = dict(checkpoint.config.get("llamamoe") or {})
         self.mixing: Mixing = mixing_of(checkpoint.config)
+        refuse_attention_experts(self.mixing.target.name, "this command")
         self._rescale = rescale_of(checkpoint.config, rescale)
 
     @property

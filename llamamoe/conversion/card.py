@@ -74,6 +74,8 @@ def _made(plan: SplitPlan) -> str:
         return f"{layout.num_shared} of the {size} neurons of each FFN were kept; nothing is routed"
     how = "was copied into" if layout.copies > 1 else "was split into"
     beside = f", beside {layout.num_shared} shared neurons" if layout.num_shared else ""
+    if plan.target.attention_experts:
+        beside += f"; attention was split into {layout.num_experts} experts, too, of one query head per key/value head"
     return (
         f"each FFN of {size} neurons {how} {layout.num_experts} experts of width {layout.expert_width}, "
         f"{layout.top_k} of them selected per token{beside}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.dense_checkpoint import DenseModel, refuse_foreign, understand
-from ..architectures.expert_weighting import mixing_of, renormalising
+from ..architectures.expert_weighting import mixing_of, refuse_attention_experts, renormalising
 from ..architectures.sources.base import layer_shapes, number, positive
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
@@ -262,6 +262,7 @@ def _target(checkpoint: SafetensorsCheckpoint) -> Target:
             f"MODEL's weights have the names that transformers 5 uses in memory ({fused}).",
             hint="Load the folder with transformers 5 and save it again without save_original_format=False.",
         )
+    refuse_attention_experts(name, "heal")
     return mixing_of(config).target
 
 

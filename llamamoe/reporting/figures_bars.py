@@ -19,6 +19,7 @@ _LOG_FROM = 12.0  # largest over median value from which bars would hide small v
 PARTS = {
     "embedding": "embedding",
     "attention": "attention",
+    "routed_attention": "attention experts",
     "router": "router",
     "routed": "routed experts",
     "shared": "shared expert",

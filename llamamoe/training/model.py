@@ -10,6 +10,7 @@ from typing import Any
 
 from ..architectures.config_compat import missing_keys
 from ..architectures.dense_checkpoint import refuse_foreign
+from ..architectures.expert_weighting import refuse_attention_experts
 from ..architectures.sources import SOURCES
 from ..architectures.targets import TARGETS
 from ..checkpoint.files import copy_file, write_text
@@ -50,6 +51,7 @@ def check_folder(folder: Path, *, allow_dense: bool = False) -> dict[str, Any]:
         raise RefusedError(
             f"{folder}: model_type {name!r} is not a mixture of experts that can be trained here.", hint=hint
         )
+    refuse_attention_experts(name, "pretrain")
     return dict(config)
 
 

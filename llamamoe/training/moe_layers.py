@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..architectures.expert_weighting import refuse_attention_experts
 from ..architectures.moe_layout import RouterWeighting
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
@@ -95,9 +96,11 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
 
     Raises:
         CheckpointError: There are none, or a router is not supported.
+        RefusedError: Attention is routed, too.
     """
-    router_class = _router_class(model)
     model_type = getattr(getattr(_base(model), "config", None), "model_type", "")
+    refuse_attention_experts(model_type, "training")
+    router_class = _router_class(model)
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():

@@ -129,7 +129,8 @@ def _value(checkpoint: SafetensorsCheckpoint, name: str, factor: float) -> torch
 
 
 def _config(config: dict[str, Any], mixing: Mixing, top_k: int, rescale: str | None, exact: bool) -> dict[str, Any]:
-    found = {**config, mixing.target.top_k_key: top_k}
+    kept = {key: value for key, value in config.items() if key not in mixing.target.derived}
+    found = {**kept, mixing.target.top_k_key: top_k}
     if rescale is None:
         return found
     ratio = _factor(mixing, top_k, rescale)

@@ -58,6 +58,7 @@ CASES = {
     "glm4_moe-calibrated": Case("glm4_moe", "llama", _FITTED | {"num_experts": 7, "top_k": 3, "shared": "1x"}),
     "glm4_moe-2x": Case("glm4_moe", "llama", _SHARED | {"num_experts": 6, "shared": "2x"}, "--shared 2x"),
     "ernie4_5_moe": Case("ernie4_5_moe", "llama-tied", _SHARED),
+    "jetmoe": Case("jetmoe", given={"method": "random", "dtype": "float32"}),
     "dense": Case("dense", "llama-tied", {"method": "static", "shared": 0.5, "shared_by": "weight_norm"}),
 }
 

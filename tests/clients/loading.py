@@ -69,7 +69,7 @@ def expect(folder: Path) -> None:
 def _logits_and_expert_gap(model: PreTrainedModel, ids: list[int]) -> tuple[torch.Tensor, float]:
     """``[T, V]``, and the smallest distance of the router's logits k and k + 1 over tokens and layers."""
     gaps, handles = [float("inf")], []
-    for moe in find_moe_layers(model) if model.config.model_type != "llama" else ():
+    for moe in find_moe_layers(model) if model.config.model_type not in ("llama", "jetmoe") else ():
 
         def tap(_: Any, args: tuple[torch.Tensor, ...], __: Any, moe: MoeLayer = moe) -> None:
             inputs_TH = args[0].reshape(-1, moe.router_NH.shape[1])

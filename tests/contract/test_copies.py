@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.architectures.targets import TARGETS
-from tests.dense import make_dense, variant_for
+from tests.dense import FFN_TARGETS, make_dense, variant_for
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
-ROUTED = [t.name for t in TARGETS if t.routed]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +40,13 @@ def check_every_top_k(source: Path, out: Path, step: int, **given: Any) -> None:
         assert float((found - parent).abs().max() / parent.abs().max()) < 1e-5, top_k
 
 
-@pytest.mark.parametrize("target", ROUTED)
+@pytest.mark.parametrize("target", FFN_TARGETS)
 def test_copies_of_the_whole_ffn(sources: Any, tmp_path: Path, target: str) -> None:
     given = {"method": "upcycle", "num_experts": 4, "top_k": 2, "target": target}
     check_every_top_k(sources(target), tmp_path / "out", 1, **given)
 
 
-@pytest.mark.parametrize("target", ROUTED)
+@pytest.mark.parametrize("target", FFN_TARGETS)
 def test_copies_of_parts_are_picked_in_whole_sets(sources: Any, tmp_path: Path, target: str) -> None:
     """Beside shared neurons where the target has any; with soft weights, which the copies cancel."""
     method = {"name": "upcycle", "groups": 2}

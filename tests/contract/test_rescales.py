@@ -11,11 +11,9 @@ import pytest
 import llamamoe
 from llamamoe.architectures.moe_layout import weight
 from llamamoe.architectures.rescales import RESCALES
-from llamamoe.architectures.targets import TARGETS
-from tests.dense import make_dense
+from tests.dense import FFN_TARGETS, make_dense
 
 SIZES = [(n, k) for n in (2, 5, 8, 64) for k in range(1, n + 1) if k in (1, 2, 3, 24, n)]
-ROUTED = [t.name for t in TARGETS if t.routed]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_it_differs_from_every_other_unless_it_names_it(name: str) -> None:
             assert any(f"`{b.__name__}`" in (a.__doc__ or "") for a, b in (pair, pair[::-1])), other.name
 
 
-@pytest.mark.parametrize("target", ROUTED)
+@pytest.mark.parametrize("target", FFN_TARGETS)
 @pytest.mark.parametrize("name", RESCALES.names())
 def test_every_target_gives_a_selected_expert_that_coefficient(
     sources: dict[str, Path], name: str, target: str

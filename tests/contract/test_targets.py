@@ -35,6 +35,7 @@ FITS = {
     "granitemoeshared": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases",
     "granitemoe_swa": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases mistral-window phi3-window smollm3 smollm3-windows",
     "ernie4_5_moe": PLAIN,
+    "jetmoe": PLAIN,
 }
 """The targets of each variant; everything else must be refused."""
 
@@ -72,7 +73,8 @@ def zero_router(folder: Path, plan: Any) -> None:
 
 
 def convert(source: Path, out: Path, **given: Any) -> llamamoe.SplitResult:
-    recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": EXPERTS, "top_k": EXPERTS, **given})
+    experts = 2 if given.get("target") == "jetmoe" else EXPERTS  # the query heads of each of 2 key/value heads
+    recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": experts, "top_k": experts, **given})
     return llamamoe.split(source, out, recipe, verify=False)
 
 
@@ -211,6 +213,7 @@ def test_bf16_is_no_worse_than_the_parent_in_bf16(tmp_path: Path, target: str, e
         ("llama", "granitemoeshared"),
         ("llama", "ernie4_5_moe"),
         ("smollm3-windows", "granitemoe_swa"),
+        ("llama-tied", "jetmoe"),
     ],
 )
 def test_generation_with_cache_and_left_padding_is_the_parents(

@@ -23,10 +23,9 @@ from llamamoe.healing.heal import heal
 from llamamoe.healing.plan import plan_heal
 from llamamoe.healing.recipe import HealRecipe, load_heal_recipe
 from llamamoe.healing.train_layer import _Joint
-from tests.dense import make_dense, variant_for
+from tests.dense import FFN_TARGETS, make_dense, variant_for
 from tests.healing.common import convert, heal_recipe, receipt
 
-ROUTED = [target.name for target in TARGETS if target.routed]
 FFN = (".mlp.", ".block_sparse_moe.", ".shared_mlp.")
 
 
@@ -84,7 +83,7 @@ def plain_errors(moe: Path, dense: Path, text: Path, recipe: HealRecipe, modules
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", FFN_TARGETS)
 def test_every_architecture(tmp_path: Path, text: Path, name: str) -> None:
     variant = {"qwen3_moe": "qwen3", "granitemoeshared": "granite"}.get(name, "llama")
     dense = make_dense(tmp_path / "dense", variant)
@@ -113,7 +112,7 @@ def test_every_architecture(tmp_path: Path, text: Path, name: str) -> None:
     assert config["llamamoe"]["healed"][0]["tokens"] == result.receipt["tokens"]["trained"]
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", FFN_TARGETS)
 def test_what_is_built_is_written_back_bit_for_bit(tmp_path: Path, text: Path, name: str) -> None:
     dense = make_dense(tmp_path / "dense", variant_for(name), dtype=torch.bfloat16)
     moe = convert(dense, tmp_path / "moe", target=name)

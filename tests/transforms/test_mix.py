@@ -19,15 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
 from llamamoe import RefusedError, UsageError, VerificationError, load_mix_recipe, mix
-from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.out_folder import DERIVED_FILE
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.transforms.mixing.experts import MixTensors
-from tests.dense import make_dense, variant_for
+from tests.dense import FFN_TARGETS, make_dense, variant_for
 from tests.transforms.test_merge import stop_at
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
-ROUTED = [t.name for t in TARGETS if t.routed]
 PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -64,7 +62,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 # ---- what it computes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ROUTED)
+@pytest.mark.parametrize("target", FFN_TARGETS)
 def test_copies_of_a_model_compute_it_at_every_top_k(target: str, tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense", variant_for(target), num_hidden_layers=1)
     found = mix(dense, tmp_path / "out", recipe(dense, dense, dense, target=target))
@@ -74,7 +72,7 @@ def test_copies_of_a_model_compute_it_at_every_top_k(target: str, tmp_path: Path
     assert [each["is_the_model"] for each in found.receipt["verification"]["experts"]] == [True] * 3
 
 
-@pytest.mark.parametrize("target", ROUTED)
+@pytest.mark.parametrize("target", FFN_TARGETS)
 def test_every_expert_is_verified_in_every_target(target: str, tmp_path: Path) -> None:
     variant = variant_for(target)
     one, other = (make_dense(tmp_path / str(seed), variant, num_hidden_layers=1, seed=seed) for seed in (0, 1))

@@ -66,6 +66,7 @@ CLIENTS: tuple[Client, ...] = (
             "glm4_moe --shared 2x": _SAME,
             "granitemoe_swa": _UNKNOWN,
             "granitemoeshared": _UNKNOWN,
+            "jetmoe": _UNKNOWN,
             "mixtral": _SAME,
             "qwen2_moe": Result("differs", "it ignores norm_topk_prob; take --rescale unit, or glm4_moe"),
             "qwen2_moe --rescale unit": Result(
@@ -85,6 +86,7 @@ CLIENTS: tuple[Client, ...] = (
             "glm4_moe --shared 2x": _NO_GGUF,
             "granitemoe_swa": _NO_GGUF,
             "granitemoeshared": _SAME,
+            "jetmoe": _NO_GGUF,
             "mixtral": _SAME,
             "qwen2_moe": Result(
                 "refused",
@@ -106,6 +108,7 @@ CLIENTS: tuple[Client, ...] = (
             "glm4_moe --shared 2x": Result("refused", "it takes a shared expert of one expert width only: --shared 1x"),
             "granitemoe_swa": _UNKNOWN,
             "granitemoeshared": _UNKNOWN,
+            "jetmoe": _UNKNOWN,
             "mixtral": _SAME,
             "qwen2_moe": _UNKNOWN,
             "qwen2_moe --rescale unit": _UNKNOWN,

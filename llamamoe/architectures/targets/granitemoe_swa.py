@@ -49,9 +49,9 @@ class GraniteMoeSwa(GraniteMoeShared):
             "no_rope": tuple(layer for layer, base in enumerate(bases) if not base),
         }
 
-    def attention_tensors(self, dense: DenseSpec, layer: int) -> Iterator[OutTensor]:
+    def attention_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """See `Target.attention_tensors`."""
-        yield from super().attention_tensors(dense, layer)
+        yield from super().attention_tensors(dense, layout, layer)
         name = f"model.layers.{layer}.self_attn.sinks"
         yield OutTensor(name, (dense.num_heads,), "attention", Constant(CLOSED_SINK), layer)
 

@@ -10,7 +10,7 @@ import pytest
 import llamamoe
 from llamamoe.architectures.costs import role_of
 from llamamoe.architectures.expert_weighting import EXPERT_KEYS, TOP_K_KEYS, is_routed_down, is_router
-from llamamoe.architectures.moe_layout import Neurons, Router
+from llamamoe.architectures.moe_layout import Heads, Neurons, Router
 from llamamoe.architectures.targets import TARGETS
 from llamamoe.architectures.targets.base import Target
 from llamamoe.checkpoint.tensor_names import IN_MEMORY
@@ -24,7 +24,7 @@ ROUTED = [target for target in TARGETS if target.routed]
 def plan_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[Target]], SplitPlan]:
     """The plan of a conversion to a target, from the first family that it can hold."""
     folder = tmp_path_factory.mktemp("dense")
-    dense = [make_dense(folder / variant, variant) for variant in ("llama", "qwen3", "granite")]
+    dense = [make_dense(folder / variant, variant, num_attention_heads=8) for variant in ("llama", "qwen3", "granite")]
 
     def get(target: type[Target]) -> SplitPlan:
         shared = 0 if target.shared == "none" else "1x"
@@ -42,7 +42,9 @@ def plan_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[Target]]
 @pytest.mark.parametrize("target", ROUTED, ids=lambda target: target.name)
 def test_tensors_are_recognised_by_name(plan_of: Any, target: type[Target]) -> None:
     for tensor in plan_of(target).tensors:
-        down = isinstance(tensor.origin, Neurons) and (tensor.origin.part, tensor.role) == ("down", "routed")
+        origin = tensor.origin
+        down = isinstance(origin, Neurons) and (origin.part, tensor.role) == ("down", "routed")
+        down = down or (isinstance(origin, Heads) and origin.part == "output")
         assert role_of(tensor.name) == tensor.role, f"{tensor.name}: architectures/costs.py"
         assert is_router(tensor.name) == isinstance(tensor.origin, Router), f"{tensor.name}: expert_weighting.py"
         assert is_routed_down(tensor.name) == down, f"{tensor.name}: expert_weighting.py"

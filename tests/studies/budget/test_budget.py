@@ -23,7 +23,7 @@ from llamamoe.studies.budget.sensitivities.base import Sensitivity, Task
 from llamamoe.studies.budget.sensitivities.curves import Curves
 from llamamoe.studies.budget.sizes import Sizer
 from llamamoe.studies.cells import ffn_share
-from tests.dense import make_dense, variant_for
+from tests.dense import FFN_TARGETS, make_dense, variant_for
 
 LAYERS = 5
 
@@ -70,7 +70,7 @@ def recipe(text: Path | None = None, **keys: Any) -> SplitRecipe:
     return build_recipe(given | ({"calibration": str(text)} if text else {}))
 
 
-@pytest.mark.parametrize("target", [t.name for t in TARGETS if t.routed])
+@pytest.mark.parametrize("target", FFN_TARGETS)
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.75])
 def test_sizes_cost_what_the_plan_says_and_at_most_the_budget(target: str, budget: float, tmp_path: Path) -> None:
     variant = variant_for(target)
