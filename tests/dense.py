@@ -58,6 +58,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "seed-oss-no-bias": {"model_type": "seed_oss", "head_dim": 16, "attention_bias": False},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 16, "tie_word_embeddings": False},
     "ernie4_5-head-dim": {"model_type": "ernie4_5", "head_dim": 32, "rope_parameters": LLAMA3_ROPE},
+    "ministral": {"model_type": "ministral", "sliding_window": 8, "head_dim": 16},
+    "ministral-windows": {"model_type": "ministral", "sliding_window": 8, "head_dim": 32}
+    | {"layer_types": ["full_attention", "sliding_attention"]},
+    "internlm3": {"model_type": "internlm3", "head_dim": 32},
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 0, 1]},
     "smollm3-windows": {"model_type": "smollm3", "no_rope_layers": [0, 1, 0, 1], "use_sliding_window": True}
     | {"sliding_window": 8, "attention_bias": True, "head_dim": 32, "tie_word_embeddings": False}

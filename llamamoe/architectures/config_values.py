@@ -199,7 +199,7 @@ def check_special(spec: DenseSpec) -> None:
             "the embedding.",
             hint="Set it to null or to a token of the vocabulary (a missing key has the default of the family).",
         )
-    if spec.family == "llama" and spec.hidden_size % spec.num_heads:
+    if spec.family in ("llama", "internlm3") and spec.hidden_size % spec.num_heads:
         raise CheckpointError(
             f"config.json: hidden_size = {spec.hidden_size} is not a multiple of num_attention_heads = {spec.num_heads}: "
             "transformers refuses it."

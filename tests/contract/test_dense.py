@@ -16,7 +16,7 @@ from tests.dense import VARIANTS, make_dense
 
 IDS = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
 FAMILIES = {"phi3-window": "mistral", "phi3-longrope": "mistral", "gemma": "llama"}
-FAMILIES |= {"ernie4_5": "llama", "ernie4_5-head-dim": "llama"}
+FAMILIES |= {"ernie4_5": "llama", "ernie4_5-head-dim": "llama", "internlm3": "llama"}
 """Families that are written as another one."""
 REFUSED = "phi3-partial"
 

@@ -26,14 +26,15 @@ EXPERTS = 4
 IDS = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
 
 PLAIN = "llama llama-tied llama-llama3-rope llama-head-dim mistral phi3-longrope gemma seed-oss-no-bias"
-PLAIN += " ernie4_5 ernie4_5-head-dim smollm3-rope"
+PLAIN += " ernie4_5 ernie4_5-head-dim smollm3-rope internlm3"
 FITS = {
-    "mixtral": f"{PLAIN} mistral-window phi3-window",
-    "qwen2_moe": f"{PLAIN} mistral-window phi3-window qwen2 qwen2-tied qwen2-windows seed-oss seed-oss-head-dim",
+    "mixtral": f"{PLAIN} mistral-window phi3-window ministral",
+    "qwen2_moe": f"{PLAIN} mistral-window phi3-window ministral ministral-windows qwen2 qwen2-tied qwen2-windows seed-oss seed-oss-head-dim",
     "qwen3_moe": "qwen3 qwen3-tied",
     "glm4_moe": f"{PLAIN} phi3-partial qwen2 qwen2-tied qwen3 qwen3-tied seed-oss seed-oss-head-dim",
     "granitemoeshared": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases",
-    "granitemoe_swa": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases mistral-window phi3-window smollm3 smollm3-windows",
+    "granitemoe_swa": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases mistral-window phi3-window smollm3 smollm3-windows "
+    "ministral ministral-windows",
     "ernie4_5_moe": PLAIN,
     "jetmoe": PLAIN,
 }

@@ -60,6 +60,9 @@ CASES = [
     ("seed-oss", "dense", 0.5),
     ("ernie4_5", "dense", 0.5),
     ("smollm3-windows", "dense", 0.5),
+    ("ministral", "qwen2_moe", "1x"),
+    ("ministral-windows", "dense", 0.5),
+    ("internlm3", "glm4_moe", "1x"),
     ("smollm3-rope", "mixtral", 0),
 ]
 """Variant, target, shared: every target, and every trap of its spelling. `Target.majors` promises each of them."""

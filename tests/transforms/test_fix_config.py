@@ -45,6 +45,7 @@ CASES = [  # target or None for the dense model itself, variant, recipe; every b
     (None, "seed-oss", {}),
     (None, "ernie4_5", {}),
     (None, "smollm3", {}),
+    (None, "ministral-windows", {}),
 ]
 IDS = [f"{variant}-{target or 'dense'}" for target, variant, _ in CASES]
 

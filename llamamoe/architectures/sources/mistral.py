@@ -28,7 +28,8 @@ class Mistral(Source):
         """See `Source.spec`."""
         if config.get("layer_types"):
             raise CheckpointError(
-                "config.json: layer_types is set: this Mistral alternates attention types (Ministral), which no target supports exactly."
+                "config.json: layer_types is set: this Mistral alternates attention types (Ministral).",
+                hint="Set model_type to ministral, which is read with its layer_types.",
             )
         window = config.get("sliding_window", 4096)
         kv_heads = positive(config, "num_key_value_heads", 8)

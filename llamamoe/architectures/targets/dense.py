@@ -43,6 +43,12 @@ _FORMS = (
         "all or none",
     ),
     _Form(
+        "ministral",
+        "MinistralForCausalLM",
+        frozenset({"no_qk_norm", "head_dim", "window", "mixed_windows"}),
+        "none",
+    ),
+    _Form(
         "smollm3",
         "SmolLM3ForCausalLM",
         frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias", "window", "mixed_windows", "no_rope"}),
@@ -51,8 +57,21 @@ _FORMS = (
     _Form("seed_oss", "SeedOssForCausalLM", frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias"}), "any"),
 )
 
-_SPELLED_AS = {"phi3": "mistral", "gemma": "llama", "ernie4_5": "llama"}
+_SPELLED_AS = {"phi3": "mistral", "gemma": "llama", "ernie4_5": "llama", "internlm3": "llama"}
 """Families whose own files are unlike the canonical tensors. (Llama in transformers 4 warns of Phi-3's longrope.)"""
+
+
+def _windows(form: _Form, dense: DenseSpec) -> dict[str, Any]:
+    """Return the keys of a form whose layers may differ in their windows."""
+    window = next(filter(None, dense.sliding), None)
+    if form.model_type == "ministral":  # transformers builds its mask even if no layer has a window
+        return {"sliding_window": window or dense.max_position_embeddings, "layer_types": dense.layer_types}
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": dense.num_layers,
+        "layer_types": dense.layer_types,
+    }
 
 
 def _refusals(form: _Form, dense: DenseSpec) -> list[str]:
@@ -76,10 +95,10 @@ def _form(dense: DenseSpec) -> _Form:
 
 
 class Dense(Target):
-    """Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
+    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, SmolLM3 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
 
-    Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w) and ERNIE 4.5 (other rotary pairs) as Llama,
-    where those hold them.
+    Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w), ERNIE 4.5 (other rotary pairs) and InternLM3 as
+    Llama, where those hold them.
     """
 
     name = "dense"
@@ -115,13 +134,7 @@ class Dense(Target):
         if form.model_type in ("llama", "granite", "seed_oss", "smollm3"):
             keys["mlp_bias"] = False
         if "mixed_windows" in form.holds:
-            window = next((w for w in dense.sliding if w is not None), None)
-            keys |= {
-                "use_sliding_window": window is not None,
-                "sliding_window": window,
-                "max_window_layers": dense.num_layers,
-                "layer_types": dense.layer_types,
-            }
+            keys |= _windows(form, dense)
         elif "window" in form.holds:
             keys["sliding_window"] = dense.window
         if "no_rope" in form.holds:
