@@ -140,6 +140,8 @@ def _print_matrix(found: Matrix, *, verbose: bool) -> None:
             if not c.supported and not c.shared
         }
         bullets(sorted(reasons))
+        heading("Families that no target computes exactly")
+        bullets(f"{family}: {reason}" for family, reason in sorted(found.refused.items()))
 
 
 def _print_clients(*, verbose: bool) -> None:

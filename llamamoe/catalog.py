@@ -19,6 +19,7 @@ from .architectures.dense_checkpoint import DenseModel, understand
 from .architectures.rescales import RESCALES
 from .architectures.sources import SOURCES, Source
 from .architectures.sources.fields import completed
+from .architectures.sources.refused import REFUSED
 from .architectures.targets import TARGETS
 from .architectures.targets.clients import CLIENTS
 from .checkpoint.base import TensorInfo
@@ -160,11 +161,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """All cells; ``rows`` are (family, variant), ``targets`` the columns."""
+    """All cells; ``rows`` are (family, variant), ``targets`` the columns; ``refused`` are families that none holds, and why."""
 
     rows: tuple[tuple[str, str], ...]
     targets: tuple[str, ...]
     cells: tuple[Cell, ...]
+    refused: Mapping[str, str] = field(default_factory=lambda: dict(REFUSED))
 
     def cell(self, family: str, target: str, *, variant: str = "plain", shared: bool = False) -> Cell:
         """Return the cell of a family, a target and a variant.
@@ -184,6 +186,7 @@ class Matrix:
             "rows": [{"family": family, "variant": variant} for family, variant in self.rows],
             "targets": list(self.targets),
             "cells": [asdict(cell) for cell in self.cells],
+            "refused": dict(self.refused),
             "clients": [client.to_json() for client in CLIENTS],
         }
 
@@ -207,6 +210,10 @@ _VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "multipliers of 1": {"attention_multiplier": 0.25},
     },
     "gemma": {"own head_dim": {"head_dim": 32}},
+    "ministral": {
+        "plain": {"sliding_window": 8},
+        "windows in some layers": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    },
     "smollm3": {
         "plain": {"no_rope_layers": [1, 0]},
         "windows in some layers": {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 8},

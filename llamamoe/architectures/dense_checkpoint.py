@@ -16,6 +16,7 @@ from .expert_weighting import EXPERT_KEYS
 from .sources import SOURCES, DenseSpec, Read, Source
 from .sources.base import canonical_shapes
 from .sources.fields import completed
+from .sources.refused import REFUSED
 
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 _QUANTISED = (
@@ -67,6 +68,7 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
     """
     config = checkpoint.config
     refuse_foreign(checkpoint)
+    _refuse_family(config)
     _refuse_mixture(config)
     name = config.get("model_type")
     if not isinstance(name, str) or name not in SOURCES:
@@ -121,6 +123,25 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
             f"the weights are quantised (there is a tensor {name!r}): a conversion of them would not be exact.",
             hint="Use the unquantised checkpoint, or a GGUF file, which is dequantised on reading.",
         )
+
+
+def _refuse_family(config: Mapping[str, Any]) -> None:
+    """Refuse families that no target computes, and models of more than text, with the reason."""
+    name, text = config.get("model_type"), config.get("text_config")
+    if not isinstance(text, Mapping):
+        if isinstance(name, str) and name in REFUSED:
+            raise CheckpointError(f"config.json: no target computes model_type {name!r} exactly: {REFUSED[name]}.")
+        return
+    inner = text.get("model_type")
+    message = f"config.json: model_type {name!r} is a model of more than text, and only text is read; its text part is {inner!r}"
+    if inner in REFUSED:
+        raise CheckpointError(f"{message}, which no target computes exactly: {REFUSED[inner]}.")
+    raise CheckpointError(
+        f"{message}.",
+        hint="Save the text part as a causal language model of its own, with its head, and convert that."
+        if inner in SOURCES
+        else known_names(SOURCES.names()),
+    )
 
 
 def _refuse_mixture(config: Mapping[str, Any]) -> None:

@@ -51,3 +51,9 @@ def test_the_table_of_what_a_target_holds_is_the_data() -> None:
         _, _, shared, dense, *_ = (cell.strip() for cell in row.split("|"))
         assert shared == ("no" if target.shared == "none" else "yes")
         assert dense == words[target.dense_layers]
+
+
+def test_the_table_of_refused_families_is_the_data() -> None:
+    rows = [f"| `{family}` | {reason} |" for family, reason in sorted(matrix().refused.items())]
+    assert rows
+    assert "\n".join(rows) in PAGE
