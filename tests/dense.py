@@ -62,6 +62,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ministral-windows": {"model_type": "ministral", "sliding_window": 8, "head_dim": 32}
     | {"layer_types": ["full_attention", "sliding_attention"]},
     "internlm3": {"model_type": "internlm3", "head_dim": 32},
+    "olmo2": {"model_type": "olmo2"},
+    "olmo2-biases": {"model_type": "olmo2", "attention_bias": True, "tie_word_embeddings": True, "head_dim": 32},
+    "olmo2-llama3-rope": {"model_type": "olmo2", "rope_parameters": LLAMA3_ROPE},
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 0, 1]},
     "smollm3-windows": {"model_type": "smollm3", "no_rope_layers": [0, 1, 0, 1], "use_sliding_window": True}
     | {"sliding_window": 8, "attention_bias": True, "head_dim": 32, "tie_word_embeddings": False}
@@ -94,15 +97,18 @@ ROUTED: list[tuple[str, str, Any]] = [
     ("llama-tied", "granitemoeshared", "1x"),
     ("llama", "ernie4_5_moe", "1x"),
     ("smollm3", "granitemoe_swa", "1x"),
+    ("olmo2", "flex_olmo", 0),
 ]
 """A variant of the parent for each of `FFN_TARGETS`, and its shared neurons."""
 
 
 def variant_for(target: str) -> str:
-    """The plainest variant that a target holds: of Llama, or of Qwen3 if it has norms on queries and keys.
+    """The plainest variant that a target holds: of Llama, or of Qwen3 or OLMo 2 if it has norms on queries and keys.
 
     Without a target, of Llama.
     """
+    if target == "flex_olmo":
+        return "olmo2"
     return "llama" if not target or "no_qk_norm" in TARGETS.get(target).holds else "qwen3"
 
 

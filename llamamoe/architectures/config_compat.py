@@ -18,6 +18,9 @@ _RENAMED = {"qwen3_moe": (("num_local_experts", "num_experts"),)}
 _LONGROPE_ONLY = ("phi3",)
 """Families that 4.57 checks for a ``rope_scaling`` of exactly type, short_factor and long_factor."""
 
+PLAIN_ROPE_ONLY = ("olmo2",)
+"""Families whose configuration 4.57 refuses with both spellings of a ``rope_scaling``'s type, or with more than a factor."""
+
 
 def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys to add to a configuration for transformers 4.57; none if it does not have the architecture.
@@ -71,6 +74,8 @@ def _rope(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "partial_rotary_factor": rope.get("partial_rotary_factor"),
         "original_max_position_embeddings": original,
     }
+    if kind != "default" and name in PLAIN_ROPE_ONLY:
+        raise RefusedError(f"config.json: transformers 4.57 has no {kind} rope for {name}.")
     if kind != "default":
         wanted["rope_scaling"] = _longrope(name, config, scaling) if kind == "longrope" else scaling
         if name in _LONGROPE_ONLY and kind != "longrope":

@@ -6,7 +6,7 @@ For each layer: `Walk.enter` runs the parent's attention on the residual stream 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,17 @@ class StoredFfn(FfnWeights):
 
     @cached_property
     def norm_H(self) -> torch.Tensor:
-        """The weights ``[H]`` of the norm before the FFN."""
-        return self._read("post_attention_layernorm.weight")
+        """The weights ``[H]`` of the norm before the FFN.
+
+        Where norms follow attention and FFN, the FFN reads the sum of their outputs so far: the root of the sum of their
+        squared weights, its size if they are independent.
+        """
+        model: DenseModel = self.__dict__["_model"]
+        if not model.spec.post_norm:
+            return self._read("post_attention_layernorm.weight")
+        prefix = self.__dict__["_prefix"]
+        squares = (model.read(name).float().square() for name in _norms_before(int(prefix.split(".")[2])))
+        return torch.stack(list(squares)).sum(0).sqrt()
 
     def _read(self, name: str) -> torch.Tensor:
         model: DenseModel = self.__dict__["_model"]
@@ -65,6 +74,13 @@ class StoredFfn(FfnWeights):
         """Release the matrices; each is read again on the next access."""
         for name in ("gate_FH", "up_FH", "down_HF"):
             self.__dict__.pop(name, None)
+
+
+def _norms_before(layer: int) -> list[str]:
+    """Return the norms whose outputs the FFN of a layer reads, where norms follow attention and FFN."""
+    after = ("post_attention_layernorm", "post_feedforward_layernorm")
+    names = [f"model.layers.{i}.{part}.weight" for i in range(layer + 1) for part in after]
+    return names[:-1]
 
 
 def read_ffn(model: DenseModel, layer: int) -> FfnWeights:
@@ -169,13 +185,17 @@ class Walk:
         return inputs
 
     def _measure(self, inputs: LayerInputs, layer: int, after_TH: torch.Tensor) -> None:
-        """Set the norm of the residual stream that the parent's FFN would leave at every token."""
+        """Set the norm, at every token, of what the next RMSNorm reads behind the parent's FFN.
+
+        That is the residual stream, or the FFN's output where norms follow the FFN.
+        """
         from ..methods.moe_layer import dense_outputs
 
-        scale_T, factor = self._scale.flatten(), self.model.spec.residual_multiplier
+        scale_T, spec = self._scale.flatten(), self.model.spec
         outputs = dense_outputs(inputs, read_ffn(self.model, layer))
         for part, y_BH in zip(inputs.batches(), outputs, strict=True):
-            scale_T[part] = (after_TH[part] + y_BH.cpu() * factor).square().mean(-1).sqrt()
+            sum_BH = y_BH.cpu() if spec.post_norm else after_TH[part] + y_BH.cpu() * spec.residual_multiplier
+            scale_T[part] = sum_BH.square().mean(-1).sqrt()
 
     def leave(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
         """Add the FFN's outputs to the residual stream.
@@ -187,13 +207,22 @@ class Walk:
         Raises:
             LlamaMoeError: An output is NaN or infinite; the message names the layer.
         """
-        after = self.buffers[(layer + 1) % 2].flatten(0, 1)
+        after, add = self.buffers[(layer + 1) % 2].flatten(0, 1), self._added(layer)
         start = 0
         for y_BH in outputs:
             self._check(y_BH, layer, "FFN")
-            after[start : start + len(y_BH)] += (y_BH * self.model.spec.residual_multiplier).cpu()
+            after[start : start + len(y_BH)] += add(y_BH).cpu()
             start += len(y_BH)
         assert start == len(after)
+
+    def _added(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the function of a layer's FFN outputs that the residual stream adds."""
+        spec = self.model.spec
+        if not spec.post_norm:
+            return lambda y_BH: y_BH * spec.residual_multiplier
+        norm_H = self.model.read(f"model.layers.{layer}.post_feedforward_layernorm.weight").float()
+        weight_H = norm_H.to(self.compute.device)
+        return lambda y_BH: torch.nn.functional.rms_norm(y_BH, y_BH.shape[-1:], weight_H, spec.rms_norm_eps)
 
     def _parts(self) -> Iterable[slice]:
         count = len(self.text.ids_ST)

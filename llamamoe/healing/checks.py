@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..calibration.walk import read_ffn
 from ..errors import RefusedError
 from ..lazy import torch
 from ..methods.router_scale import is_hard
 from .plan import HealPlan
+
+_PARTS = ("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm", "self_attn.o_proj")
 
 
 def hard_layers(plan: HealPlan) -> list[int]:
@@ -15,7 +18,11 @@ def hard_layers(plan: HealPlan) -> list[int]:
     found = []
     for layer in plan.layers:
         rows_NH = plan.checkpoint.read(plan.router_name(layer))
-        norm_H = plan.checkpoint.read(f"model.layers.{layer}.post_attention_layernorm.weight")
+        norm_H = (
+            read_ffn(plan.dense, layer).norm_H
+            if plan.dense.spec.post_norm
+            else plan.checkpoint.read(f"model.layers.{layer}.post_attention_layernorm.weight")
+        )
         if is_hard(rows_NH, norm_H):
             found.append(layer)
     return found
@@ -44,8 +51,10 @@ def differences(plan: HealPlan) -> Iterator[str]:
     """Warn if MODEL's norms and attention differ from its parent's, so that its FFNs get other inputs."""
     other = []
     for layer in range(plan.num_layers):
-        for part in ("input_layernorm", "post_attention_layernorm", "self_attn.o_proj"):
+        for part in _PARTS:
             name = f"model.layers.{layer}.{part}.weight"
+            if not plan.dense.has(name):
+                continue
             mine = plan.checkpoint.read(name)
             theirs = plan.dense.read(name)[: len(mine)].to(mine.dtype)
             if mine.shape != theirs.shape or not torch.allclose(mine.float(), theirs.float(), rtol=1e-2, atol=1e-6):

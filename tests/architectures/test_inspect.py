@@ -117,6 +117,7 @@ CONVERSIONS = [
     ("glm4_moe", "phi3-partial", {"shared": "1x", "keep_dense": [0]}),
     ("granitemoeshared", "granite", {"shared": 44}),
     ("granitemoe_swa", "smollm3", {"shared": 44}),
+    ("flex_olmo", "olmo2", {}),
     ("ernie4_5_moe", "llama", {"shared": "2x"}),
     ("ernie4_5_moe", "mistral", {}),
     ("mixtral", "gemma", {}),

@@ -50,14 +50,18 @@ def dense_walk(walking: Walk) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 def reference(
     folder: Path, ids: np.ndarray, dtype: torch.dtype = torch.float32
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """FFN inputs, the output of every layer and the last hidden state, as forward hooks see them in the whole model."""
+    """FFN inputs, what the next norm reads, and the last hidden state, as forward hooks see them in the whole model.
+
+    The next norm reads the output of the layer, or that of the FFN where norms follow it.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     seen: list[torch.Tensor] = []
     residuals: list[torch.Tensor] = []
     last: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-        layer.register_forward_hook(
+        normed = layer.mlp if hasattr(layer, "post_feedforward_layernorm") else layer
+        normed.register_forward_hook(
             lambda _, args, out: residuals.append((out[0] if isinstance(out, tuple) else out).flatten(0, 1))
         )
     model.model.norm.register_forward_pre_hook(lambda _, args: last.append(args[0].flatten(0, 1)))

@@ -52,6 +52,7 @@ CASES = {
     "qwen3_moe": Case("qwen3_moe", "qwen3", _PLAIN),
     "granitemoeshared": Case("granitemoeshared", "llama-tied", _PLAIN | {"shared": 0.25}),
     "granitemoeshared-calibrated": Case("granitemoeshared", "llama-tied", _FITTED | {"shared": 0.25}),
+    "flex_olmo": Case("flex_olmo", "olmo2", _PLAIN),
     "granitemoe_swa": Case("granitemoe_swa", "llama-tied", _PLAIN | {"shared": 0.25}),
     "glm4_moe": Case("glm4_moe", "llama-tied", _SHARED),
     "glm4_moe-none": Case("glm4_moe", "llama", _PLAIN),

@@ -33,6 +33,7 @@ FITS = {
     "qwen3_moe": "qwen3 qwen3-tied",
     "glm4_moe": f"{PLAIN} phi3-partial qwen2 qwen2-tied qwen3 qwen3-tied seed-oss seed-oss-head-dim",
     "granitemoeshared": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases",
+    "flex_olmo": "olmo2 olmo2-biases olmo2-llama3-rope",
     "granitemoe_swa": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases mistral-window phi3-window smollm3 smollm3-windows "
     "ministral ministral-windows",
     "ernie4_5_moe": PLAIN,
@@ -117,8 +118,13 @@ def test_biases_in_the_ffn_are_refused_with_the_reason(tmp_path: Path, variant: 
 @pytest.mark.parametrize("shared", [0, "1x"])
 def test_auto_finds_a_target_for_every_family(sources: Any, variant: str, shared: Any) -> None:
     given = {"method": "random", "num_experts": EXPERTS, "top_k": 2, "shared": shared}
-    plan = llamamoe.plan_conversion(sources(variant), llamamoe.load_recipe(given=given))
-    assert (variant, plan.target.name) in PAIRS
+    recipe = llamamoe.load_recipe(given=given)
+    holding = [target for v, target in PAIRS if v == variant]
+    if shared and all(TARGETS.get(target).shared == "none" for target in holding):
+        with pytest.raises(llamamoe.RefusedError, match="no shared expert"):
+            llamamoe.plan_conversion(sources(variant), recipe)
+        return
+    assert llamamoe.plan_conversion(sources(variant), recipe).target.name in holding
 
 
 def _by_hand(plan: Any, layer: int, x: torch.Tensor, coefficient: float) -> torch.Tensor:
@@ -148,6 +154,7 @@ def _by_hand(plan: Any, layer: int, x: torch.Tensor, coefficient: float) -> torc
         ("llama", "granitemoeshared", 0.25),
         ("llama", "ernie4_5_moe", "2x"),
         ("smollm3", "granitemoe_swa", 0.25),
+        ("olmo2", "flex_olmo", 0),
     ],
 )
 def test_top_k_is_what_the_rescale_says(
@@ -215,6 +222,7 @@ def test_bf16_is_no_worse_than_the_parent_in_bf16(tmp_path: Path, target: str, e
         ("llama", "ernie4_5_moe"),
         ("smollm3-windows", "granitemoe_swa"),
         ("llama-tied", "jetmoe"),
+        ("olmo2-biases", "flex_olmo"),
     ],
 )
 def test_generation_with_cache_and_left_padding_is_the_parents(

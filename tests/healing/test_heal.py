@@ -66,7 +66,8 @@ def plain_errors(moe: Path, dense: Path, text: Path, recipe: HealRecipe, modules
     left: dict[int, torch.Tensor] = {}
     for i, layer in enumerate(parent.model.layers):
         layer.mlp.register_forward_hook(lambda _, args, out, i=i: seen.__setitem__(i, (args[0], out)))
-        layer.register_forward_hook(lambda _, args, out, i=i: left.__setitem__(i, out))
+        normed = layer.mlp if hasattr(layer, "post_feedforward_layernorm") else layer  # what the next norm reads
+        normed.register_forward_hook(lambda _, args, out, i=i: left.__setitem__(i, out))
     with torch.no_grad():
         parent(input_ids=ids)
         errors = []
@@ -85,7 +86,7 @@ def plain_errors(moe: Path, dense: Path, text: Path, recipe: HealRecipe, modules
 
 @pytest.mark.parametrize("name", FFN_TARGETS)
 def test_every_architecture(tmp_path: Path, text: Path, name: str) -> None:
-    variant = {"qwen3_moe": "qwen3", "granitemoeshared": "granite"}.get(name, "llama")
+    variant = {"qwen3_moe": "qwen3", "granitemoeshared": "granite", "flex_olmo": "olmo2"}.get(name, "llama")
     dense = make_dense(tmp_path / "dense", variant)
     shared = {} if TARGETS.get(name).shared == "none" else {"shared": "1x"}
     moe = convert(dense, tmp_path / "moe", target=name, **shared)

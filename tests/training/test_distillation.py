@@ -70,6 +70,7 @@ PAIRS = [
     ("granite", "granitemoeshared", "2x"),
     ("qwen3", "glm4_moe", "1x"),
     ("smollm3-windows", "granitemoe_swa", "1x"),
+    ("olmo2", "flex_olmo", 0),
     ("llama-tied", "ernie4_5_moe", "1x"),
 ]
 

@@ -45,6 +45,8 @@ CASES = [  # target or None for the dense model itself, variant, recipe; every b
     (None, "seed-oss", {}),
     (None, "ernie4_5", {}),
     (None, "smollm3", {}),
+    (None, "olmo2-biases", {}),
+    ("flex_olmo", "olmo2-llama3-rope", {}),
     (None, "ministral-windows", {}),
 ]
 IDS = [f"{variant}-{target or 'dense'}" for target, variant, _ in CASES]
@@ -281,3 +283,13 @@ def test_what_the_older_transformers_does_not_have_is_refused(tmp_path: Path) ->
         fix_config(moe)
     with pytest.raises(RefusedError, match=r"--require 4\.57: granitemoe_swa needs transformers 5"):
         llamamoe.plan_conversion(dense, recipe.model_copy(update={"require": "4.57"}))
+
+
+def test_a_scaled_rope_of_olmo2_is_refused(tmp_path: Path) -> None:
+    """The older class accepts a type and a factor only, under names that transformers 5 does not write."""
+    dense = make_dense(tmp_path / "dense", "olmo2-llama3-rope")
+    with pytest.raises(RefusedError, match="no llama3 rope for olmo2"):
+        fix_config(dense)
+    given = {"method": "static", "shared": 0.5, "shared_by": "weight_norm", "require": "4.57"}
+    with pytest.raises(RefusedError, match="dense needs transformers 5"):
+        llamamoe.plan_conversion(dense, llamamoe.load_recipe(given=given))

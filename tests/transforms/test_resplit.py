@@ -35,6 +35,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "glm4_moe": {"intermediate_size": 48, "moe_intermediate_size": 24, "n_routed_experts": 5, "n_shared_experts": 2,
                  "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
     "granitemoeshared": {"intermediate_size": 24, "num_local_experts": 5, "shared_intermediate_size": 40},
+    "flex_olmo": {"intermediate_size": 24, "num_experts": 5, "norm_topk_prob": False, "pad_token_id": 0},
     "granitemoe_swa": {"intermediate_size": 24, "num_local_experts": 5, "shared_intermediate_size": 40,
                        "sliding_window": 8, "layer_rope_theta": [0.0, 1e4]},
     "ernie4_5_moe": {"intermediate_size": 48, "moe_intermediate_size": 24, "moe_num_experts": 5, "moe_k": 2,

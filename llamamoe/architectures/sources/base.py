@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ...errors import CheckpointError
 from .fields import Fields
 
 DEFAULT_THETA = 10000.0
 """The rope base that transformers assumes for most families when the configuration names none."""
+QkNorm = Literal["", "heads", "whole"]
+"""RMSNorms on queries and keys: none, on each head, or on all heads together."""
 Op = tuple[str, float]
 """A change of values on reading: ``("add", 1.0)`` or ``("mul", 45.25)``, done in float32."""
 
@@ -39,7 +41,7 @@ class DenseSpec:
 
     ``sliding`` holds, per layer, the attention window or None for full attention. ``rope`` is transformers 5's
     ``rope_parameters``; ``no_rope`` are the layers without rotary positions. ``attention_multiplier`` None means
-    ``head_dim ** -0.5``.
+    ``head_dim ** -0.5``. ``post_norm`` means that norms follow attention and FFN instead of preceding them.
     """
 
     family: str
@@ -58,7 +60,8 @@ class DenseSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QkNorm = ""
+    post_norm: bool = False
     partial_rotary_factor: float = 1.0
     sliding: tuple[int | None, ...] = ()
     no_rope: tuple[int, ...] = ()
@@ -137,7 +140,7 @@ def canonical_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
 def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
     """Return the canonical tensors of one layer, without the prefix ``model.layers.N.``."""
     hidden, q, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {} if spec.post_norm else {"input_layernorm.weight": (hidden,)}
     for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
         shapes[f"self_attn.{name}.weight"] = (rows, hidden)
         if spec.qkv_bias:
@@ -146,13 +149,16 @@ def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
     if spec.o_bias:
         shapes["self_attn.o_proj.bias"] = (hidden,)
     if spec.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (spec.head_dim,), "self_attn.k_norm.weight": (spec.head_dim,)}
+        widths = (q, kv) if spec.qk_norm == "whole" else (spec.head_dim, spec.head_dim)
+        shapes |= {"self_attn.q_norm.weight": (widths[0],), "self_attn.k_norm.weight": (widths[1],)}
     shapes["post_attention_layernorm.weight"] = (hidden,)
     width = spec.intermediate_size
     for name, rows, columns in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
         shapes[f"mlp.{name}.weight"] = (rows, columns)
         if spec.mlp_bias:
             shapes[f"mlp.{name}.bias"] = (rows,)
+    if spec.post_norm:
+        shapes["post_feedforward_layernorm.weight"] = (hidden,)
     return shapes
 
 
@@ -279,10 +285,14 @@ def source_features(dense: DenseSpec) -> dict[str, str]:
         found["o_bias"] = "a bias on the attention's output projection (attention_bias)"
     if dense.qkv_bias:
         found["qkv_bias"] = "biases on the query, key and value projections"
-    if dense.qk_norm:
+    if dense.qk_norm == "whole":
+        found["whole_qk_norm"] = "an RMSNorm on the queries of all heads together, and one on the keys"
+    elif dense.qk_norm:
         found["qk_norm"] = "an RMSNorm on queries and keys"
     else:
         found["no_qk_norm"] = "attention without an RMSNorm on queries and keys (it always applies one)"
+    if dense.post_norm:
+        found["post_norm"] = "norms after attention and FFN instead of before them"
     if not dense.plain_head_dim:
         found["head_dim"] = f"head_dim = {dense.head_dim}, which is not hidden_size / num_attention_heads"
     if dense.mixed_windows:

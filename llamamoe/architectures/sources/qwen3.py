@@ -27,6 +27,6 @@ class Qwen3(Source):
             head_dim=positive(config, "head_dim", 128),
             qkv_bias=bias,
             o_bias=bias,
-            qk_norm=True,
+            qk_norm="heads",
             sliding=windows_by_type(config, layers, 4096),
         )

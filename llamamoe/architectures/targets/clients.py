@@ -62,6 +62,7 @@ CLIENTS: tuple[Client, ...] = (
         {
             "dense": _SAME,
             "ernie4_5_moe": _SAME,
+            "flex_olmo": _UNKNOWN,
             "glm4_moe": _SAME,
             "glm4_moe --shared 2x": _SAME,
             "granitemoe_swa": _UNKNOWN,
@@ -82,6 +83,7 @@ CLIENTS: tuple[Client, ...] = (
         {
             "dense": Result("same", "export-gguf writes llama and mistral; llama.cpp's own converter takes all"),
             "ernie4_5_moe": _NO_GGUF,
+            "flex_olmo": _NO_GGUF,
             "glm4_moe": _NO_GGUF,
             "glm4_moe --shared 2x": _NO_GGUF,
             "granitemoe_swa": _NO_GGUF,
@@ -104,6 +106,7 @@ CLIENTS: tuple[Client, ...] = (
         {
             "dense": _SAME,
             "ernie4_5_moe": _UNKNOWN,
+            "flex_olmo": _UNKNOWN,
             "glm4_moe": _SAME,
             "glm4_moe --shared 2x": Result("refused", "it takes a shared expert of one expert width only: --shared 1x"),
             "granitemoe_swa": _UNKNOWN,

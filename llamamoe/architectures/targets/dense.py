@@ -43,6 +43,12 @@ _FORMS = (
         "all or none",
     ),
     _Form(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        frozenset({"whole_qk_norm", "post_norm", "head_dim", "qkv_bias", "o_bias"}),
+        "all or none",
+    ),
+    _Form(
         "ministral",
         "MinistralForCausalLM",
         frozenset({"no_qk_norm", "head_dim", "window", "mixed_windows"}),
@@ -95,7 +101,7 @@ def _form(dense: DenseSpec) -> _Form:
 
 
 class Dense(Target):
-    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, SmolLM3 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
+    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, OLMo 2, SmolLM3 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
 
     Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w), ERNIE 4.5 (other rotary pairs) and InternLM3 as
     Llama, where those hold them.
@@ -110,6 +116,11 @@ class Dense(Target):
     def refusals(self, dense: DenseSpec) -> list[str]:
         """See `Target.refusals`."""
         return _refusals(_form(dense), dense)
+
+    def majors(self, dense: DenseSpec) -> tuple[str, ...]:
+        """See `Target.majors`: 4.57 accepts no rope scaling as it is written for OLMo 2."""
+        scaled = dense.rope["rope_type"] != "default"
+        return ("5",) if scaled and _form(dense).model_type == "olmo2" else super().majors(dense)
 
     def dense_layer_refusal(self, dense_layers: tuple[int, ...], num_layers: int) -> str | None:
         """See `Target.dense_layer_refusal`: the configuration has one ``intermediate_size``."""

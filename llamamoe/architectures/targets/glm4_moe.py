@@ -44,7 +44,7 @@ class Glm4Moe(Target):
             "norm_topk_prob": layout.combine.weighting == "renormalised",
             "routed_scaling_factor": layout.combine.factor,
             "attention_bias": dense.qkv_bias,
-            "use_qk_norm": dense.qk_norm,
+            "use_qk_norm": dense.qk_norm == "heads",
             "num_nextn_predict_layers": 0,
             "partial_rotary_factor": dense.partial_rotary_factor,
             "rope_parameters": rope,
@@ -61,7 +61,7 @@ class Glm4Moe(Target):
         rope.pop("partial_rotary_factor", None)
         return {
             "qkv_bias": bool(config.get("attention_bias")),
-            "qk_norm": bool(config.get("use_qk_norm")),
+            "qk_norm": "heads" if config.get("use_qk_norm") else "",
             "partial_rotary_factor": partial,
             "rope": rope,
         }

@@ -51,7 +51,7 @@ class Qwen3Moe(Target):
         window = config.get("sliding_window") if config.get("use_sliding_window") else None
         bias = bool(config.get("attention_bias"))
         sliding = (window,) * positive(config, "num_hidden_layers")
-        return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "sliding": sliding}
+        return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "heads", "sliding": sliding}
 
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
         """See `Target.one_layer`."""

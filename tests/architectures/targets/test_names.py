@@ -24,7 +24,8 @@ ROUTED = [target for target in TARGETS if target.routed]
 def plan_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[Target]], SplitPlan]:
     """The plan of a conversion to a target, from the first family that it can hold."""
     folder = tmp_path_factory.mktemp("dense")
-    dense = [make_dense(folder / variant, variant, num_attention_heads=8) for variant in ("llama", "qwen3", "granite")]
+    variants = ("llama", "qwen3", "granite", "olmo2")
+    dense = [make_dense(folder / variant, variant, num_attention_heads=8) for variant in variants]
 
     def get(target: type[Target]) -> SplitPlan:
         shared = 0 if target.shared == "none" else "1x"

@@ -86,7 +86,8 @@ class _Sweep:
         for part, h_BF in zip(inputs.batches(), inputs.hidden(ffn), strict=True):
             y_BH = (h_BF.to(inputs.compute_dtype) @ down.T).float()
             added_BH = y_BH * spec.residual_multiplier
-            after_B = (residual_TH[part].to(inputs.device) + added_BH).double().square().sum(-1)
+            sum_BH = y_BH if spec.post_norm else residual_TH[part].to(inputs.device) + added_BH
+            after_B = sum_BH.double().square().sum(-1)
             weight_B = 1 / (after_B + spec.hidden_size * spec.rms_norm_eps)
             self.written += float((added_BH.double().square().sum(-1) * weight_B).sum())
             squares_F += (h_BF.square().T @ weight_B.float()).double().cpu()
