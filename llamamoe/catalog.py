@@ -214,6 +214,7 @@ _VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "plain": {"sliding_window": 8},
         "windows in some layers": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
     },
+    "hunyuan_v1_dense": {"attention_bias": {"attention_bias": True}},
     "olmo2": {"attention_bias": {"attention_bias": True}},
     "smollm3": {
         "plain": {"no_rope_layers": [1, 0]},

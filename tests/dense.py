@@ -62,6 +62,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ministral-windows": {"model_type": "ministral", "sliding_window": 8, "head_dim": 32}
     | {"layer_types": ["full_attention", "sliding_attention"]},
     "internlm3": {"model_type": "internlm3", "head_dim": 32},
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 16},
+    "hunyuan_v1_dense-alpha": {"model_type": "hunyuan_v1_dense", "head_dim": 32, "attention_bias": True}
+    | {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0}},
     "olmo2": {"model_type": "olmo2"},
     "olmo2-biases": {"model_type": "olmo2", "attention_bias": True, "tie_word_embeddings": True, "head_dim": 32},
     "olmo2-llama3-rope": {"model_type": "olmo2", "rope_parameters": LLAMA3_ROPE},
@@ -98,17 +101,18 @@ ROUTED: list[tuple[str, str, Any]] = [
     ("llama", "ernie4_5_moe", "1x"),
     ("smollm3", "granitemoe_swa", "1x"),
     ("olmo2", "flex_olmo", 0),
+    ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
 ]
 """A variant of the parent for each of `FFN_TARGETS`, and its shared neurons."""
 
 
 def variant_for(target: str) -> str:
-    """The plainest variant that a target holds: of Llama, or of Qwen3 or OLMo 2 if it has norms on queries and keys.
+    """The plainest variant that a target holds: of Llama, or of the family whose norms on queries and keys it has.
 
     Without a target, of Llama.
     """
-    if target == "flex_olmo":
-        return "olmo2"
+    if target in ("flex_olmo", "hunyuan_v1_moe"):
+        return "olmo2" if target == "flex_olmo" else "hunyuan_v1_dense"
     return "llama" if not target or "no_qk_norm" in TARGETS.get(target).holds else "qwen3"
 
 

@@ -80,7 +80,7 @@ _RULES: tuple[Rule, ...] = (
 _RULE_OF = {key: (phrase, holds) for phrase, holds, keys in _RULES for key in keys}
 
 _ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "original_max_position_embeddings",
-                 "beta_fast", "beta_slow", "rope_theta", "partial_rotary_factor")  # fmt: skip
+                 "beta_fast", "beta_slow", "rope_theta", "partial_rotary_factor", "alpha")  # fmt: skip
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),

@@ -132,7 +132,7 @@ def _refuse_family(config: Mapping[str, Any]) -> None:
         if isinstance(name, str) and name in REFUSED:
             raise CheckpointError(f"config.json: no target computes model_type {name!r} exactly: {REFUSED[name]}.")
         return
-    inner = text.get("model_type")
+    inner = str(text.get("model_type"))
     message = f"config.json: model_type {name!r} is a model of more than text, and only text is read; its text part is {inner!r}"
     if inner in REFUSED:
         raise CheckpointError(f"{message}, which no target computes exactly: {REFUSED[inner]}.")

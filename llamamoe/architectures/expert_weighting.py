@@ -19,10 +19,10 @@ from .targets.base import Target
 
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """The keys for N in the ``config.json`` of the architectures."""
-TOP_K_KEYS = ("num_experts_per_tok", "moe_k")
+TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk")
 """The keys for k."""
 _ROUTER = re.compile(
-    r"\.(mlp|block_sparse_moe)\.gate\.weight$"
+    r"\.(mlp|block_sparse_moe)\.gate(\.wg)?\.weight$"
     r"|\.(mlp|block_sparse_moe|self_attention\.experts)\.router(\.layer)?\.weight$"
 )
 _ROUTED_DOWN = re.compile(

@@ -74,7 +74,7 @@ IN_MEMORY: dict[str, InMemory] = {
     "ernie4_5_moe": InMemory(
         renamed=((".mlp.gate.moe_statics.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),)
     ),
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "glm4_moe", "flex_olmo", "jetmoe"), InMemory()),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "glm4_moe", "flex_olmo", "hunyuan_v1_moe", "jetmoe"), InMemory()),
 }
 
 

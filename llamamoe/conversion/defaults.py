@@ -297,6 +297,8 @@ def _fitting_shared(recipe: SplitRecipe, values: dict[str, Any]) -> float | int 
     form = TARGETS.get(recipe.target).shared
     if form == "none" or not share:
         return 0
+    if form == "one":
+        return "1x"
     experts = values.get("num_experts", recipe.num_experts)
     return f"{max(1, round(experts * share / (1 - share)))}x" if form == "multiple" else share
 

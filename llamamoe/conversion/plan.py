@@ -30,7 +30,7 @@ from .calibration_cost import CalibrationPlan, plan_calibration, sequence_length
 from .defaults import complete
 from .expected_speed import expected_speed
 from .recipe import DTYPES, SplitRecipe
-from .sizes import choose_target, make_splitter, padded, with_only_experts
+from .sizes import choose_target, make_splitter, only_target, padded, with_only_experts
 
 _LEARNED: dict[str, Kept] = {"frozen": "neurons", "scales": "gate_up", "ffn": "nothing"}
 """The part of the parent's neurons that alignment keeps, by the weights that it trains."""
@@ -185,7 +185,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
         RefusedError: The conversion would be inexact, impossible or unsafe; the message names every reason.
     """
     spec = model.spec
-    chosen = complete(with_only_experts(spec, recipe), spec.intermediate_size)
+    chosen = complete(only_target(spec, with_only_experts(spec, recipe)), spec.intermediate_size)
     recipe, splitter = chosen.recipe, chosen.splitter
     dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
     recipe = padded(spec, recipe, splitter, dtype)

@@ -136,6 +136,16 @@ def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], 
     return next((f for f in fitting if len(f[0].majors(spec)) > 1), fitting[0])
 
 
+def only_target(spec: DenseSpec, recipe: SplitRecipe) -> SplitRecipe:
+    """Return the recipe with the target named if a single one with experts computes the source, so that sizes suit it."""
+    method = recipe.method.name
+    if recipe.target != "auto" or (method in SPLITTERS and not SPLITTERS.get(method).routed):
+        return recipe
+    tried = [target for target in TARGETS if target.routed and not target.attention_experts]
+    holding = [target.name for target in tried if not target().refusals(spec)]
+    return recipe.model_copy(update={"target": holding[0]}) if len(holding) == 1 else recipe
+
+
 def candidate_targets(recipe: SplitRecipe, splitter: Splitter, shared: int) -> list[str]:
     """Return the names of the targets to try, the preferred first."""
     if recipe.target != "auto":
@@ -193,7 +203,7 @@ def _layout(
     parts = splitter.parts(recipe.num_experts)
     width = _expert_width(spec.intermediate_size - shared, parts, recipe)
     stored = round_up(shared, _pad_to(recipe)) if shared else target.stub_width(width)
-    if shared and target.shared == "multiple":
+    if shared and target.shared in ("multiple", "one"):
         # S as m expert widths: every "mx" fits, however rounding leaves the routed neurons.
         sizes = _multiples(spec.intermediate_size, parts, recipe)
         width = min((s // m for m, s in sizes.items() if s == shared and s // m >= width), default=width)
@@ -216,6 +226,11 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
         )
     elif layout.num_shared and target.shared == "multiple" and layout.num_shared % layout.expert_width:
         reasons.append(_nearest_shared(spec, recipe, target, layout))
+    elif layout.num_shared and target.shared == "one" and layout.num_shared != layout.expert_width:
+        reasons.append(
+            f"{target.name} has one shared expert, as wide as a routed one ({layout.expert_width}), not of {layout.num_shared} neurons: "
+            "use --shared 1x"
+        )
     only = target.only_experts(spec)
     if only is not None and layout.num_experts != only > 1:
         reasons.append(

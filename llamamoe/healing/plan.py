@@ -30,7 +30,7 @@ from .recipe import HealRecipe
 
 FROZEN = ("e_score_correction_bias", "shared_expert_gate")
 """Parts of names of parameters that are not trained: a bias of the selection, and a gate fixed at one half."""
-ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router(?:\.layer)?)\.weight$")
+ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate(?:\.wg)?|router(?:\.layer)?)\.weight$")
 _FFN = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|shared_mlp)\.")
 
 

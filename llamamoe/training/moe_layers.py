@@ -76,8 +76,9 @@ class MoeLayer:
 
     @property
     def router_NH(self) -> torch.nn.Parameter:
-        """The router's rows."""
-        return self.router.weight  # type: ignore[return-value]
+        """The router's rows; in hunyuan_v1_moe they are a module of their own."""
+        rows: Any = getattr(self.router, "wg", self.router)
+        return rows.weight  # type: ignore[no-any-return]
 
     @property
     def correction_bias(self) -> torch.Tensor | None:

@@ -27,6 +27,6 @@ def _forward(router: Any) -> Any:
 
     def forward(hidden: torch.Tensor) -> Any:
         with torch.autocast(hidden.device.type, enabled=False):
-            return native(hidden.to(router.weight.dtype))
+            return native(hidden.to(next(router.parameters()).dtype))
 
     return forward

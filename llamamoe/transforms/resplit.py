@@ -174,6 +174,10 @@ def _finer(source: ConvertedModel, pieces: int) -> MoeLayout:
     """
     old = source.layout
     width = math.ceil(old.expert_width / pieces)
+    if source.target.shared == "one":
+        raise RefusedError(
+            f"{source.target.name} stores one shared expert, as wide as a routed one: experts cannot become narrower than it."
+        )
     if source.target.shared == "multiple" and old.shared_width % width:
         raise RefusedError(
             f"{source.target.name} stores shared neurons in units of an expert's width, and {old.shared_width} is not a multiple of "

@@ -52,6 +52,7 @@ CASES = {
     "qwen3_moe": Case("qwen3_moe", "qwen3", _PLAIN),
     "granitemoeshared": Case("granitemoeshared", "llama-tied", _PLAIN | {"shared": 0.25}),
     "granitemoeshared-calibrated": Case("granitemoeshared", "llama-tied", _FITTED | {"shared": 0.25}),
+    "hunyuan_v1_moe": Case("hunyuan_v1_moe", "hunyuan_v1_dense", _SHARED),
     "flex_olmo": Case("flex_olmo", "olmo2", _PLAIN),
     "granitemoe_swa": Case("granitemoe_swa", "llama-tied", _PLAIN | {"shared": 0.25}),
     "glm4_moe": Case("glm4_moe", "llama-tied", _SHARED),

@@ -27,6 +27,7 @@ REFUSALS = {
         "Model type granitemoeshared not supported",
         "Model type granitemoe_swa not supported",
         "Model type flex_olmo not supported",
+        "Model type hunyuan_v1_moe not supported",
         "Model type jetmoe not supported",
     ),
     "llama.cpp": ("a GGUF file can be written for", "norm_topk_prob is false", "jetmoe routes attention, too"),

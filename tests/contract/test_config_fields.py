@@ -22,7 +22,7 @@ PROBES: tuple[Any, ...] = (
     ["full_attention", "full_attention"], ["sliding_attention"], "regression",
 )  # fmt: skip
 OTHER = ("torch_dtype", "num_labels", "head_dim", "layer_types", "use_return_dict", "sub_configs", "is_heterogeneous")
-NEEDED = {"ministral": {"head_dim": 16}}
+NEEDED = {"ministral": {"head_dim": 16}, "hunyuan_v1_dense": {"head_dim": 16}}
 """Keys without which transformers cannot run a family although its class has a default."""
 NARROWER = {
     "vocab_size": "sizes are above 0", "hidden_size": "sizes are above 0", "intermediate_size": "sizes are above 0",

@@ -20,8 +20,15 @@ IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A one-layer model that the target can hold."""
     folder = tmp_path_factory.mktemp("copies")
-    made = {v: make_dense(folder / v, v, num_hidden_layers=1) for v in ("llama", "qwen3")}
-    return lambda target: made[variant_for(target)]
+    made: dict[str, Path] = {}
+
+    def get(target: str) -> Path:
+        variant = variant_for(target)
+        if variant not in made:
+            made[variant] = make_dense(folder / variant, variant, num_hidden_layers=1)
+        return made[variant]
+
+    return get
 
 
 def logits(folder: Path, **keys: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import llamamoe
 from llamamoe.architectures.moe_layout import weight
 from llamamoe.architectures.rescales import RESCALES
-from tests.dense import FFN_TARGETS, make_dense
+from tests.dense import FFN_TARGETS, make_dense, variant_for
 
 SIZES = [(n, k) for n in (2, 5, 8, 64) for k in range(1, n + 1) if k in (1, 2, 3, 24, n)]
 
@@ -19,7 +19,7 @@ SIZES = [(n, k) for n in (2, 5, 8, 64) for k in range(1, n + 1) if k in (1, 2, 3
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("rescales")
-    return {each: make_dense(folder / each, each, num_hidden_layers=1) for each in ("llama", "qwen3")}
+    return {v: make_dense(folder / v, v, num_hidden_layers=1) for v in sorted(set(map(variant_for, FFN_TARGETS)))}
 
 
 @pytest.mark.parametrize("name", RESCALES.names())
@@ -55,7 +55,7 @@ def test_every_target_gives_a_selected_expert_that_coefficient(
 ) -> None:
     """Return the weights of the target's router at equal logits, times its factors."""
     given = {"method": "random", "num_experts": 8, "top_k": 3, "rescale": name, "target": target}
-    source = sources["qwen3" if target == "qwen3_moe" else "llama"]
+    source = sources[variant_for(target)]
     combine = llamamoe.plan_conversion(source, llamamoe.load_recipe(given=given)).layout.combine
     found = combine.factor * weight(combine.weighting, 8, 3)
     assert found == pytest.approx(RESCALES.get(name)().coefficient(8, 3), rel=1e-12)

@@ -34,6 +34,7 @@ FITS = {
     "glm4_moe": f"{PLAIN} phi3-partial qwen2 qwen2-tied qwen3 qwen3-tied seed-oss seed-oss-head-dim",
     "granitemoeshared": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases",
     "flex_olmo": "olmo2 olmo2-biases olmo2-llama3-rope",
+    "hunyuan_v1_moe": "hunyuan_v1_dense hunyuan_v1_dense-alpha",
     "granitemoe_swa": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases mistral-window phi3-window smollm3 smollm3-windows "
     "ministral ministral-windows",
     "ernie4_5_moe": PLAIN,
@@ -93,6 +94,10 @@ def test_all_experts_together_are_the_parent(
         with pytest.raises(llamamoe.RefusedError, match="no shared expert"):
             convert(sources(variant), tmp_path / "out", target=target, shared=shared)
         return
+    if shared and TARGETS.get(target).shared == "one":
+        with pytest.raises(llamamoe.RefusedError, match="use --shared 1x"):
+            convert(sources(variant), tmp_path / "out", target=target, shared=shared)
+        shared = "1x"
     result = convert(sources(variant), tmp_path / "out", target=target, shared=shared)
     parent = logits(sources(variant))
     assert difference(logits(result.out), parent) <= HARD_TOLERANCE
@@ -155,6 +160,7 @@ def _by_hand(plan: Any, layer: int, x: torch.Tensor, coefficient: float) -> torc
         ("llama", "ernie4_5_moe", "2x"),
         ("smollm3", "granitemoe_swa", 0.25),
         ("olmo2", "flex_olmo", 0),
+        ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
     ],
 )
 def test_top_k_is_what_the_rescale_says(
@@ -223,6 +229,7 @@ def test_bf16_is_no_worse_than_the_parent_in_bf16(tmp_path: Path, target: str, e
         ("smollm3-windows", "granitemoe_swa"),
         ("llama-tied", "jetmoe"),
         ("olmo2-biases", "flex_olmo"),
+        ("hunyuan_v1_dense-alpha", "hunyuan_v1_moe"),
     ],
 )
 def test_generation_with_cache_and_left_padding_is_the_parents(

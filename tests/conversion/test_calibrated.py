@@ -105,6 +105,17 @@ def file_logits(folder: Path, ids: np.ndarray) -> torch.Tensor:
 TARGETS = [("qwen2_moe", 40), ("mixtral", 0), ("glm4_moe", "1x"), ("granitemoeshared", 40)]
 
 
+@pytest.mark.parametrize(("variant", "target"), [("olmo2", "flex_olmo"), ("smollm3", "granitemoe_swa")])
+def test_the_walk_of_families_with_other_layers(tmp_path: Path, variant: str, target: str) -> None:
+    """Norms after the FFN, and layers without rotary positions."""
+    source = make_dense(tmp_path / "dense", variant, num_hidden_layers=3)
+    write_text(tmp_path / "text.txt")
+    given = recipe(source, target=target, shared=0, method="token_clusters")
+    result = llamamoe.split(source, tmp_path / "out", given)
+    assert result.receipt["verification"]["passed"]
+    assert_same(result.plan, result.out, _ids_of(result, source), 2 * HARD_LOGIT)
+
+
 def test_the_card_names_texts_without_the_folders_of_this_machine(dense: Path, tmp_path: Path) -> None:
     out = llamamoe.split(dense, tmp_path / "out", recipe(dense), verify=False).out
     card, written = (out / "README.md").read_text(), (out / "llamamoe_recipe.yaml").read_text()

@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3", {**RANDOM, "target": "qwen3_moe", "keep_dense": [0]}),
     "glm4_moe": ("qwen3", {**RANDOM, "target": "glm4_moe", "shared": "1x", "keep_dense": [0]}),
     "granitemoeshared": ("granite", {**RANDOM, "target": "granitemoeshared", "shared": "1x"}),
+    "hunyuan_v1_moe": ("hunyuan_v1_dense", {**RANDOM, "target": "hunyuan_v1_moe", "shared": "1x"}),
     "flex_olmo": ("olmo2", {**RANDOM, "target": "flex_olmo"}),
     "granitemoe_swa": ("smollm3", {**RANDOM, "target": "granitemoe_swa", "shared": "1x"}),
     "ernie4_5_moe": ("llama", {**RANDOM, "target": "ernie4_5_moe", "shared": "1x", "keep_dense": [0]}),

@@ -411,3 +411,17 @@ def test_little_text_gets_a_strength_chosen_on_held_out_tokens(
     assert [said in note for note in notes] == ([] if said is None else [True])
     again = llamamoe.plan_conversion(dense, found.recipe)
     assert again.recipe == found.recipe, "the recipe beside the output does the same"
+
+
+@pytest.mark.parametrize(
+    ("variant", "target", "experts_shared"),
+    [("olmo2", "flex_olmo", 0), ("hunyuan_v1_dense", "hunyuan_v1_moe", 1), ("llama", "qwen2_moe", 2)],
+)
+def test_default_sizes_suit_the_only_target_of_a_family(
+    tmp_path: Path, variant: str, target: str, experts_shared: int
+) -> None:
+    """A share of neurons is not the default where no target of the family has a shared expert of that width."""
+    source = make_dense(tmp_path / variant, variant, intermediate_size=512)
+    found = llamamoe.plan_conversion(source, llamamoe.load_recipe(given=TEXT))
+    assert found.target.name == target
+    assert min(found.layout.num_shared // found.layout.expert_width, 2) == experts_shared

@@ -86,7 +86,12 @@ def plain_errors(moe: Path, dense: Path, text: Path, recipe: HealRecipe, modules
 
 @pytest.mark.parametrize("name", FFN_TARGETS)
 def test_every_architecture(tmp_path: Path, text: Path, name: str) -> None:
-    variant = {"qwen3_moe": "qwen3", "granitemoeshared": "granite", "flex_olmo": "olmo2"}.get(name, "llama")
+    variant = {
+        "qwen3_moe": "qwen3",
+        "granitemoeshared": "granite",
+        "flex_olmo": "olmo2",
+        "hunyuan_v1_moe": "hunyuan_v1_dense",
+    }.get(name, "llama")
     dense = make_dense(tmp_path / "dense", variant)
     shared = {} if TARGETS.get(name).shared == "none" else {"shared": "1x"}
     moe = convert(dense, tmp_path / "moe", target=name, **shared)

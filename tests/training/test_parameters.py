@@ -22,6 +22,7 @@ TARGETS = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+    "hunyuan_v1_moe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "granitemoe_swa": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
     "ernie4_5_moe": {

@@ -30,6 +30,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_routed_experts": N, "moe_intermediate_size": W, "n_shared_experts": 1, "first_k_dense_replace": 0}
     | {"routed_scaling_factor": 3.0, "head_dim": 8, "intermediate_size": 8},
     "granitemoeshared": {"num_local_experts": N, "intermediate_size": W, "shared_intermediate_size": 4},
+    "hunyuan_v1_moe": {"num_experts": N, "intermediate_size": W, "head_dim": 8},
     "flex_olmo": {"num_experts": N, "intermediate_size": W},
     "granitemoe_swa": {"num_local_experts": N, "intermediate_size": W, "shared_intermediate_size": 4}
     | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8, "layer_rope_theta": [0.0, 1e4]},

@@ -34,6 +34,8 @@ CASES = [
     ("llama-attention-bias", "granitemoeshared", 0.25),
     ("granite", "granitemoeshared", 0),
     ("smollm3-windows", "granitemoe_swa", "1x"),
+    ("hunyuan_v1_dense-alpha", "hunyuan_v1_moe", 0),
+    ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
     ("olmo2", "flex_olmo", 0),
     ("olmo2-biases", "flex_olmo", 0),
     ("llama-tied", "ernie4_5_moe", 0),

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llamamoe import RefusedError, UsageError, load_recipe, resplit, retop, split
+from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.out_folder import DERIVED_FILE
 from llamamoe.transforms.resplit import usable_methods
 
 from ..dense import ROUTED, make_dense
 from .outputs import logits
 
+ROUTED = [each for each in ROUTED if TARGETS.get(each[1]).shared != "one"]
 IDS = [target for _, target, _ in ROUTED]
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -35,6 +37,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "glm4_moe": {"intermediate_size": 48, "moe_intermediate_size": 24, "n_routed_experts": 5, "n_shared_experts": 2,
                  "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
     "granitemoeshared": {"intermediate_size": 24, "num_local_experts": 5, "shared_intermediate_size": 40},
+    "hunyuan_v1_moe": {"intermediate_size": 24, "num_experts": 5, "moe_topk": 2},
     "flex_olmo": {"intermediate_size": 24, "num_experts": 5, "norm_topk_prob": False, "pad_token_id": 0},
     "granitemoe_swa": {"intermediate_size": 24, "num_local_experts": 5, "shared_intermediate_size": 40,
                        "sliding_window": 8, "layer_rope_theta": [0.0, 1e4]},
@@ -62,7 +65,7 @@ def assert_same_function(out: Path, source: Path) -> None:
     assert torch.allclose(logits(out), wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", [name for name in FOREIGN if TARGETS.get(name).shared != "one"])
 @pytest.mark.parametrize(("pieces", "method"), [(2, "kmeans"), (3, "random")])
 def test_a_mixture_of_another_origin_computes_the_same(name: str, pieces: int, method: str, tmp_path: Path) -> None:
     source = foreign(tmp_path / "moe", name)
@@ -75,7 +78,7 @@ def test_a_mixture_of_another_origin_computes_the_same(name: str, pieces: int, m
     assert changed <= {
         "llamamoe", "num_experts_per_tok", "moe_k", "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts",
         "routed_scaling_factor", "moe_num_shared_experts", "n_shared_experts", "moe_intermediate_size",
-        *(["intermediate_size"] if name in ("mixtral", "granitemoeshared", "granitemoe_swa") else []),
+        *(["intermediate_size"] if name in ("mixtral", "granitemoeshared", "granitemoe_swa", "flex_olmo") else []),
     }  # fmt: skip
 
 
@@ -180,3 +183,9 @@ def test_a_rescale_that_depends_on_the_number_of_experts_is_not_claimed(tmp_path
 def test_methods_without_text() -> None:
     assert {"kmeans", "random"} <= set(usable_methods())
     assert not {"static", "upcycle", "token_clusters", "gradient"} & set(usable_methods())
+
+
+def test_one_shared_expert_of_an_experts_width_leaves_no_finer_ones(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "moe", "hunyuan_v1_moe")
+    with pytest.raises(RefusedError, match="hunyuan_v1_moe stores one shared expert"):
+        resplit(folder, None, 2, dry_run=True)

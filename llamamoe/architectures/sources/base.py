@@ -16,8 +16,8 @@ from .fields import Fields
 
 DEFAULT_THETA = 10000.0
 """The rope base that transformers assumes for most families when the configuration names none."""
-QkNorm = Literal["", "heads", "whole"]
-"""RMSNorms on queries and keys: none, on each head, or on all heads together."""
+QkNorm = Literal["", "heads", "turned", "whole"]
+"""RMSNorms on queries and keys: none, on each head before or after rotary positions, or on all heads together."""
 Op = tuple[str, float]
 """A change of values on reading: ``("add", 1.0)`` or ``("mul", 45.25)``, done in float32."""
 
@@ -150,7 +150,8 @@ def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
         shapes["self_attn.o_proj.bias"] = (hidden,)
     if spec.qk_norm:
         widths = (q, kv) if spec.qk_norm == "whole" else (spec.head_dim, spec.head_dim)
-        shapes |= {"self_attn.q_norm.weight": (widths[0],), "self_attn.k_norm.weight": (widths[1],)}
+        names = ("query_layernorm", "key_layernorm") if spec.qk_norm == "turned" else ("q_norm", "k_norm")
+        shapes |= {f"self_attn.{name}.weight": (rows,) for name, rows in zip(names, widths, strict=True)}
     shapes["post_attention_layernorm.weight"] = (hidden,)
     width = spec.intermediate_size
     for name, rows, columns in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
@@ -214,6 +215,20 @@ def rope_parameters(config: Mapping[str, Any], theta: float = DEFAULT_THETA) -> 
             "config.json: multimodal rope (mrope_section) belongs to a vision model, not to a dense text model."
         )
     return rope
+
+
+def named_head_dim(config: Mapping[str, Any]) -> int:
+    """Return ``head_dim``, for families whose class in transformers does not derive it from other sizes.
+
+    Raises:
+        CheckpointError: It is missing, so that transformers cannot run the model.
+    """
+    if config.get("head_dim") is None:
+        raise CheckpointError(
+            "config.json: head_dim is missing, and transformers cannot run this family without it.",
+            hint="Set it to hidden_size / num_attention_heads.",
+        )
+    return positive(config, "head_dim")
 
 
 def common(family: str, config: Mapping[str, Any], **known: Any) -> DenseSpec:
@@ -287,6 +302,11 @@ def source_features(dense: DenseSpec) -> dict[str, str]:
         found["qkv_bias"] = "biases on the query, key and value projections"
     if dense.qk_norm == "whole":
         found["whole_qk_norm"] = "an RMSNorm on the queries of all heads together, and one on the keys"
+    elif dense.qk_norm == "turned":
+        found["turned_qk_norm"] = (
+            "an RMSNorm on queries and keys after their rotary positions (weights that differ within a rotary pair do not "
+            "commute with its turn)"
+        )
     elif dense.qk_norm:
         found["qk_norm"] = "an RMSNorm on queries and keys"
     else:

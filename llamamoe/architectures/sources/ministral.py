@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ...errors import CheckpointError
-from .base import DenseSpec, Source, common, positive, windows_by_type
+from .base import DenseSpec, Source, common, named_head_dim, positive, windows_by_type
 from .fields import DECODER, Field, Fields, sizes
 
 
@@ -33,12 +33,8 @@ class Ministral(Source):
                 "every Ministral, and cannot run it without one.",
                 hint="Without windows the model is a Mistral: set model_type to mistral.",
             )
-        if config["head_dim"] is None:
-            raise CheckpointError(
-                "config.json: head_dim is missing, and transformers cannot run a Ministral without it.",
-                hint="Set it to hidden_size / num_attention_heads.",
-            )
         layers = positive(config, "num_hidden_layers")
         types = config["layer_types"] if config["layer_types"] is not None else ["sliding_attention"] * layers
         windows = windows_by_type({**config, "layer_types": types, "use_sliding_window": True}, layers, None)
-        return common(self.name, config, sliding=windows, num_kv_heads=positive(config, "num_key_value_heads", 8))
+        heads = positive(config, "num_key_value_heads", 8)
+        return common(self.name, config, head_dim=named_head_dim(config), sliding=windows, num_kv_heads=heads)

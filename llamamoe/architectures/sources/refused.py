@@ -43,4 +43,4 @@ REFUSED: Mapping[str, str] = {
     "stablelm": "its norms subtract the mean and have biases (LayerNorm): norms of mixtures are RMSNorms",
     "starcoder2": _NO_GATE,
 }
-"""Why, by ``model_type``."""
+"""The reason by ``model_type``."""

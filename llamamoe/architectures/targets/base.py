@@ -25,7 +25,7 @@ class Target(ABC):
         reference: A publication on the architecture.
         weightings: Normalisations that its router supports, the preferred first.
         scaling_knob: Whether the configuration can hold the factor, so that weights are not scaled.
-        shared: ``"none"``, ``"any"`` width, or ``"multiple"`` of the expert width.
+        shared: ``"none"``, ``"any"`` width, a ``"multiple"`` of the expert width, or ``"one"`` of exactly that width.
         dense_layers: Which layers can stay dense: ``"none"``, ``"leading"``, ``"ends"`` (leading and trailing),
             ``"any"``.
         shared_bake: Factor of the shared expert's down projection.
@@ -46,7 +46,7 @@ class Target(ABC):
     reference: ClassVar[str] = ""
     weightings: ClassVar[tuple[Weighting, ...]] = ("renormalised",)
     scaling_knob: ClassVar[bool] = False
-    shared: ClassVar[Literal["none", "any", "multiple"]] = "none"
+    shared: ClassVar[Literal["none", "any", "multiple", "one"]] = "none"
     dense_layers: ClassVar[Literal["none", "leading", "ends", "any"]] = "none"
     shared_bake: ClassVar[float] = 1.0
     unties: ClassVar[bool] = False

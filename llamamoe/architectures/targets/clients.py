@@ -67,6 +67,7 @@ CLIENTS: tuple[Client, ...] = (
             "glm4_moe --shared 2x": _SAME,
             "granitemoe_swa": _UNKNOWN,
             "granitemoeshared": _UNKNOWN,
+            "hunyuan_v1_moe": _UNKNOWN,
             "jetmoe": _UNKNOWN,
             "mixtral": _SAME,
             "qwen2_moe": Result("differs", "it ignores norm_topk_prob; take --rescale unit, or glm4_moe"),
@@ -88,6 +89,7 @@ CLIENTS: tuple[Client, ...] = (
             "glm4_moe --shared 2x": _NO_GGUF,
             "granitemoe_swa": _NO_GGUF,
             "granitemoeshared": _SAME,
+            "hunyuan_v1_moe": _NO_GGUF,
             "jetmoe": _NO_GGUF,
             "mixtral": _SAME,
             "qwen2_moe": Result(
@@ -111,6 +113,7 @@ CLIENTS: tuple[Client, ...] = (
             "glm4_moe --shared 2x": Result("refused", "it takes a shared expert of one expert width only: --shared 1x"),
             "granitemoe_swa": _UNKNOWN,
             "granitemoeshared": _UNKNOWN,
+            "hunyuan_v1_moe": _UNKNOWN,
             "jetmoe": _UNKNOWN,
             "mixtral": _SAME,
             "qwen2_moe": _UNKNOWN,

@@ -43,6 +43,12 @@ _FORMS = (
         "all or none",
     ),
     _Form(
+        "hunyuan_v1_dense",
+        "HunYuanDenseV1ForCausalLM",
+        frozenset({"turned_qk_norm", "head_dim", "qkv_bias", "o_bias"}),
+        "all or none",
+    ),
+    _Form(
         "olmo2",
         "Olmo2ForCausalLM",
         frozenset({"whole_qk_norm", "post_norm", "head_dim", "qkv_bias", "o_bias"}),
@@ -101,7 +107,7 @@ def _form(dense: DenseSpec) -> _Form:
 
 
 class Dense(Target):
-    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, OLMo 2, SmolLM3 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
+    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, HunYuan V1, OLMo 2, SmolLM3 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
 
     Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w), ERNIE 4.5 (other rotary pairs) and InternLM3 as
     Llama, where those hold them.

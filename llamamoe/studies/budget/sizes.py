@@ -112,7 +112,7 @@ class Sizer:
         asked = self.asked.shared
         assert not isinstance(asked, str)
         if asked is None:
-            share = 0.0 if target.shared == "none" else self.shared_of_active * budget
+            share = 0.0 if target.shared in ("none", "one") else self.shared_of_active * budget
         else:
             share = asked if isinstance(asked, float) else asked / size
         extra = SHARED_GATE if share > 0 else 0.0

@@ -40,6 +40,7 @@ TARGETS: dict[str, dict[str, Any]] = {
         "intermediate_size": WIDTH,
         "shared_intermediate_size": 8,
     },
+    "hunyuan_v1_moe": {"num_experts": EXPERTS_COUNT, "intermediate_size": WIDTH, "head_dim": HIDDEN // 2},
     "flex_olmo": {"num_experts": EXPERTS_COUNT, "intermediate_size": WIDTH},
     "granitemoe_swa": {
         "num_local_experts": EXPERTS_COUNT,
