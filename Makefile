@@ -9,6 +9,7 @@ VENV_CLIENTS ?= .venv-clients
 VENV_VLLM ?= .venv-vllm
 VENV_OPENVINO ?= .venv-openvino
 VENV_MEGATRON ?= .venv-megatron
+VENV_AUTOMODEL ?= .venv-automodel
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -27,7 +28,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZER
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo docs test lint format test-transformers4 test-clients test-megatron clients-large benchmarks dist clean distclean
+.PHONY: help venv demo docs test lint format test-transformers4 test-clients test-megatron test-automodel clients-large benchmarks dist clean distclean
 
 help:  ## List the targets (default)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,7 +70,11 @@ test-clients: venv $(VENV_CLIENTS)/.stamp-clients  ## Check what mlx-lm, llama.c
 
 test-megatron: venv $(VENV_MEGATRON)/.stamp-megatron  ## Check what Megatron-Core computes of outputs, on the CPU
 	$(TEST_ENV) LLAMAMOE_MEGATRON_PYTHON='$(abspath $(VENV_MEGATRON))/bin/python' \
-		$(BIN)/python -m pytest tests/engines $(PYTEST_ARGS)
+		$(BIN)/python -m pytest tests/engines/test_megatron.py $(PYTEST_ARGS)
+
+test-automodel: venv $(VENV_AUTOMODEL)/.stamp-automodel  ## Check what NeMo AutoModel computes of outputs, on the CPU
+	$(TEST_ENV) LLAMAMOE_AUTOMODEL_PYTHON='$(abspath $(VENV_AUTOMODEL))/bin/python' \
+		$(BIN)/python -m pytest tests/engines/test_automodel.py $(PYTEST_ARGS)
 
 clients-large: venv $(VENV_CLIENTS)/.stamp-clients $(VENV_VLLM)/.stamp-vllm $(VENV_OPENVINO)/.stamp-openvino  ## Measure these, vLLM and OpenVINO (5 GB)
 	$(TEST_ENV) $(BIN)/python benchmarks/other_programs.py \
@@ -91,7 +96,7 @@ clean:  ## Delete build leftovers, caches and the demo's output
 	find llamamoe cli recipes tests benchmarks docs examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the environments too
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_CLIENTS) $(VENV_VLLM) $(VENV_OPENVINO) $(VENV_MEGATRON)
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_CLIENTS) $(VENV_VLLM) $(VENV_OPENVINO) $(VENV_MEGATRON) $(VENV_AUTOMODEL)
 
 define CHECK_PYTHON
 @command -v '$(PYTHON)' >/dev/null || { \
@@ -102,7 +107,7 @@ define CHECK_PYTHON
 	echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 endef
 
-$(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv $(VENV_CLIENTS)/.stamp-venv $(VENV_VLLM)/.stamp-venv $(VENV_OPENVINO)/.stamp-venv $(VENV_MEGATRON)/.stamp-venv:
+$(VENV)/.stamp-venv $(VENV_TF4)/.stamp-venv $(VENV_CLIENTS)/.stamp-venv $(VENV_VLLM)/.stamp-venv $(VENV_OPENVINO)/.stamp-venv $(VENV_MEGATRON)/.stamp-venv $(VENV_AUTOMODEL)/.stamp-venv:
 	$(CHECK_PYTHON)
 	@'$(PYTHON)' -m venv $(@D)
 	@touch $@
@@ -142,6 +147,12 @@ $(VENV_MEGATRON)/.stamp-megatron: constraints.txt $(VENV_MEGATRON)/.stamp-venv
 	@$(VENV_MEGATRON)/bin/python $(PIP) -c constraints.txt torch transformers rich
 	@$(VENV_MEGATRON)/bin/python $(PIP) --no-deps megatron-core==0.16.1 megatron-bridge==0.3.1 \
 		omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 hydra-core==1.3.8
+	@touch $@
+
+$(VENV_AUTOMODEL)/.stamp-automodel: constraints.txt $(VENV_AUTOMODEL)/.stamp-venv
+	@echo "Installing NeMo AutoModel into $(VENV_AUTOMODEL) (a few minutes, once)"
+	@$(VENV_AUTOMODEL)/bin/python $(PIP) -c constraints.txt torch transformers datasets ninja pillow
+	@$(VENV_AUTOMODEL)/bin/python $(PIP) --no-deps nemo-automodel==0.7.0 torchao==0.18.0 torchdata==0.11.0 flashoptim==0.1.4
 	@touch $@
 
 $(VENV_CLIENTS)/.stamp-clients: constraints-clients.txt $(VENV_CLIENTS)/.stamp-venv

@@ -154,8 +154,9 @@ _ROWS = (
     _Row("--dtype", "dtype", WRITING, "NAME", names=_literals("dtype"), unset="the source's",
          text="Dtype of the stored weights: float32, bfloat16 or float16"),
     _Row("--shard-size", "shard_size", WRITING, "SIZE"),
-    _Row("--require", "require", WRITING, "4.57|megatron", names=_literals("require"), unset="none",
-         text="Refuse conversions that this program does not compute exactly: transformers 4.57, or Megatron-Bridge"),
+    _Row("--require", "require", WRITING, "4.57|megatron|automodel", names=_literals("require"), unset="none",
+         text="Refuse conversions that this program does not compute exactly: transformers 4.57, Megatron-Bridge or "
+         "NeMo AutoModel"),
 )  # fmt: skip
 
 

@@ -131,9 +131,9 @@ class SplitRecipe(Recipe):
     shard_size: Annotated[str, form(SHARD_SIZE, SHARD_SIZE_RULE)] = Field(
         "5GB", description="Maximum size of one weights file, for example 5GB or 500MB."
     )
-    require: Literal["4.57", "megatron"] | None = Field(
+    require: Literal["4.57", "megatron", "automodel"] | None = Field(
         None,
-        description="Take only what this program computes exactly: transformers 4.57, or Megatron-Bridge.",
+        description="Take only what this program computes exactly: transformers 4.57, Megatron-Bridge or NeMo AutoModel.",
     )
     strict: bool = Field(
         False, description="Turn warnings into refusals, including the one about weights that are not finite."

@@ -9,7 +9,7 @@ from ..architectures.rescales import RESCALES
 from ..architectures.sources.base import DenseSpec
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
-from ..architectures.targets.engines import megatron_refusals
+from ..architectures.targets.engines import ENGINES, engine_refusals
 from ..errors import RefusedError
 from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
@@ -246,8 +246,9 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
     dense = target.dense_layer_refusal(layout.dense_layers, spec.num_layers)
     if dense:
         reasons.append(dense)
-    if recipe.require == "megatron":
-        reasons += [f"--require megatron: {reason}" for reason in megatron_refusals(target.name, spec, layout)]
+    if recipe.require in ENGINES:
+        found = engine_refusals(recipe.require, target.name, spec, layout)
+        reasons += [f"--require {recipe.require}: {reason}" for reason in found]
     elif recipe.require and recipe.require not in target.majors(spec):
         why = f" for this source ({', '.join(sorted(target.needs_five))})" if target.needs_five else ""
         reasons.append(f"--require {recipe.require}: {target.name} needs transformers 5{why}")

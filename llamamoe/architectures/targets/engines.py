@@ -11,15 +11,44 @@ _MAPPED = ("glm4_moe", "qwen3_moe")
 _ROPES = ("default", "yarn")
 
 
-def megatron_refusals(target: str, dense: DenseSpec, layout: MoeLayout) -> Iterator[str]:
-    """Yield the reasons why Megatron-Bridge would refuse a conversion, or compute something else without an error.
+ENGINES = ("megatron", "automodel")
+"""Names of training engines, as in ``--require``."""
 
-    ``ernie4_5_moe`` is mapped there with a fixed base of its rotary positions and sigmoid routing, so it is not offered.
+
+def engine_refusals(engine: str, target: str, dense: DenseSpec, layout: MoeLayout) -> Iterator[str]:
+    """Yield the reasons why a training engine would refuse a conversion, or compute something else without an error.
 
     Args:
+        engine: One of `ENGINES`.
         target: Name of the target.
         dense: The source.
         layout: The sizes.
+    """
+    yield from {"megatron": megatron_refusals, "automodel": automodel_refusals}[engine](target, dense, layout)
+
+
+def automodel_refusals(target: str, dense: DenseSpec, layout: MoeLayout) -> Iterator[str]:
+    """Yield what NeMo AutoModel's own models do otherwise; see `engine_refusals`.
+
+    It runs the other targets by transformers' classes, without its own kernels and without expert parallelism.
+    ``ernie4_5_moe`` has an own model, which needs tied embeddings.
+    """
+    if target not in _MAPPED:
+        yield f"NeMo AutoModel has no model of its own that computes {target}, but {' and '.join(_MAPPED)}"
+        return
+    rope = str(dense.rope.get("rope_type", "default"))
+    if rope != "default":
+        yield f"NeMo AutoModel computes positions of rope_type {rope!r} otherwise than transformers"
+    if dense.sliding and any(dense.sliding):
+        yield "NeMo AutoModel ignores the attention window"
+    if layout.top_k == 1:
+        yield "NeMo AutoModel divides the weights of selected experts by their sum if there are several, and never that of one"
+
+
+def megatron_refusals(target: str, dense: DenseSpec, layout: MoeLayout) -> Iterator[str]:
+    """Yield what Megatron-Bridge does otherwise; see `engine_refusals`.
+
+    ``ernie4_5_moe`` is mapped there with a fixed base of its rotary positions and sigmoid routing, so it is not offered.
     """
     if target not in _MAPPED:
         yield f"Megatron-Bridge does not compute {target} exactly, but {' and '.join(_MAPPED)}"
