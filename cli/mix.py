@@ -10,7 +10,7 @@ from ._format import error, plural, size
 from ._output import Output, kept_when_interrupted, output_options
 from ._plan import costs, print_warnings
 from ._recipe_options import recipe_file
-from ._style import Command, check_resume_or_force, flag, run_options
+from ._style import COUNT, Command, check_resume_or_force, flag, run_options
 from ._tables import facts, heading, table
 from ._text import bold, echo
 
@@ -33,6 +33,7 @@ EXAMPLES = """
 llamamoe mix BASE OUT --expert CODE --expert MATHS --dry-run
 llamamoe mix BASE OUT --expert BASE --expert CODE --expert MATHS --top-k 2
 llamamoe mix BASE OUT --expert CODE --expert MATHS --prompts prompts.yaml
+llamamoe mix BASE OUT --expert CODE --expert MATHS --text code/ --text maths.jsonl
 llamamoe mix BASE OUT --recipe my.yaml --resume
 """
 RECIPE, WRITING, RUN = "Recipe", "Output", "Run"
@@ -68,10 +69,20 @@ def _weights(context: click.Context, parameter: click.Parameter, value: str | No
     "--router",
     group=RECIPE,
     metavar="NAME",
-    text="How the router is made: random (to be trained) or hidden (from prompts).  [default: random]",
+    text="How the router is made: random (to be trained), hidden (from prompts) or text (from a text of each expert).  [default: random]",
 )
 @flag("--prompts", group=RECIPE, metavar="FILE",
       text="Positive and negative prompts of each expert, YAML or JSON: makes a hidden router.")  # fmt: skip
+@flag("--text", "texts", group=RECIPE, metavar="PATH", multiple=True, key="texts",
+      text="Text of the kind that an expert is for: a file, folder or glob; repeat it for each expert, in their order: makes a text "
+      "router.")  # fmt: skip
+@flag(
+    "--text-tokens",
+    group=RECIPE,
+    metavar="N",
+    type=COUNT,
+    text="Maximum number of tokens of each text.  [default: 16384]",
+)
 @flag(
     "--router-std",
     group=RECIPE,
@@ -106,9 +117,11 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT': the folder to write.")
     check_resume_or_force(resume, force)
-    if given["prompts"] is not None and given["router"] is None:
-        given["router"] = "hidden"
-    complete = _recipe(recipe, given | {"experts": list(given["experts"]) or None}, overrides)
+    given |= {"experts": list(given["experts"]) or None, "texts": list(given["texts"]) or None}
+    for key, router in (("prompts", "hidden"), ("texts", "text")):
+        if given[key] is not None and given["router"] is None:
+            given["router"] = router
+    complete = _recipe(recipe, given, overrides)
     if dry_run:
         _plan(base, out, complete, resume, force, output)
         return
@@ -149,7 +162,7 @@ def _print_plan(plan: MixPlan) -> None:
         ("router", plan.recipe.router),
         ("loads in", f"transformers {' and '.join(plan.layout.majors)}"),
         ("to write", f"{size(plan.layout.cost.nbytes)} of {plan.recipe.dtype} in {plural(len(plan.layout.shards), 'file')}"),
-        ("memory", f"{size(plan.layout.peak_bytes)} at most"),
+        ("memory", f"{size(plan.peak_bytes)} at most"),
     ])  # fmt: skip
     heading("Costs")
     costs(plan.layout.parent_cost, plan.layout.cost)
@@ -166,6 +179,14 @@ def _print(found: MixResult) -> None:
         table(("expert", "model", "alone, it computes"), rows, right=(0,))
     else:
         echo("Not verified (--no-verify).")
+    fit = found.receipt.get("router_fit", [])
+    if fit:
+        shares = [each["held_out_accuracy"] for each in fit]
+        chance = 1 / len(plan.experts)
+        echo(
+            f"Router: on held-out tokens of the texts it ranks the right expert first in {min(shares):.0%} to {max(shares):.0%} by layer "
+            f"(by chance {chance:.0%})."
+        )
     print_warnings(found.warnings)
 
 

@@ -18,6 +18,7 @@ from .mixing.experts import MixTensors
 from .mixing.plan import MixPlan, check_mix_place, plan_mix
 from .mixing.prompts import prompt_rows
 from .mixing.recipe import MixRecipe
+from .mixing.texts import fit_text_router
 from .mixing.verify import verify_mix
 from .rewrite import Rewriting, rewrite
 
@@ -73,6 +74,7 @@ def mix(
 
     Raises:
         CheckpointError: A model is not a dense checkpoint of a known family.
+        UsageError: Prompts or a text are missing or invalid.
         RefusedError: The models do not fit together, no target can hold them, or OUT cannot be written.
         VerificationError: The result is not what it should be; it stays in ``OUT.partial/``.
         LlamaMoeError: Writing failed; ``resume`` continues.
@@ -81,20 +83,29 @@ def mix(
     check_mix_place(plan, out, resume=resume, force=force)
     warnings = (*plan.warnings, *check_tokenizers(plan.models))
 
-    rows: dict[int, torch.Tensor] = {}
+    rows: Mapping[int, torch.Tensor] = {}
+    told: dict[str, Any] = {}
     if plan.prompts is not None:
         rows = prompt_rows(plan.base, plan.prompts, recipe, plan.layout.dtype, progress)
+        told = {"prompts_sha256": plan.prompts.sha256()}
+    elif recipe.texts is not None:
+        fitted = fit_text_router(plan.base, recipe, plan.layout.dtype, progress)
+        rows, told, warnings = fitted.rows, fitted.facts, (*warnings, *fitted.warnings)
 
     def check(folder: Path, hashes: Hashes) -> dict[str, Any]:
         return verify_mix(plan, folder, hashes, progress)
 
-    job = _rewriting(plan, rows, warnings, check if verify else None)
+    job = _rewriting(plan, rows, told, warnings, check if verify else None)
     receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
     return MixResult(Path(out).expanduser(), plan, receipt, warnings)
 
 
 def _rewriting(
-    plan: MixPlan, rows: Mapping[int, torch.Tensor], warnings: tuple[str, ...], check: Verify | None
+    plan: MixPlan,
+    rows: Mapping[int, torch.Tensor],
+    told: Mapping[str, Any],
+    warnings: tuple[str, ...],
+    check: Verify | None,
 ) -> Rewriting:
     base, *experts = plan.places
     layout, names = plan.layout, [place.name for place in experts]
@@ -105,8 +116,8 @@ def _rewriting(
         "top_k": plan.recipe.top_k,
         "recipe": plan.recipe.deciding(),
     }
-    if plan.prompts is not None:
-        facts |= {"prompts_sha256": plan.prompts.sha256(), "rows_sha256": _rows_sha256(rows)}
+    if rows:
+        facts |= {**told, "rows_sha256": _rows_sha256(rows)}
     block = config_block(layout, base) | {
         "method": "mix",
         "router": plan.recipe.router,
@@ -161,4 +172,5 @@ def _story(plan: MixPlan, names: list[str]) -> str:
 _ROUTER = {
     "random": "random, so the mixture must be trained before use",
     "hidden": "made from hidden states of prompts for each expert",
+    "text": "fitted to tell the texts of the experts apart",
 }

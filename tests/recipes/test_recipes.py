@@ -99,6 +99,8 @@ def test_a_recipe_of_mix_comments_every_key_and_runs(tmp_path, path):
         # the example in the head of the recipe
         lines = [line.removeprefix("#     ") for line in path.read_text().splitlines() if line.startswith("#     ")]
         (tmp_path / "prompts.yaml").write_text("\n".join(lines))
+    if (texts := yaml.safe_load(path.read_text())["texts"]) is not None:
+        given["texts"] = [str(write_words(tmp_path / name)) for name in texts]
     recipe = llamamoe.load_mix_recipe(path, given=given)
     assert llamamoe.mix(models[0], tmp_path / "out", recipe).receipt["verification"]["passed"]
     assert f"`mix/{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from ...checkpoint.reader import SafetensorsCheckpoint
 from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.preflight import check_room
 from ...conversion.recipe import SplitRecipe, build_recipe
+from ...data.files import find_files
 from ...errors import RefusedError
 from ..rewrite import check_place, same_tensors
 from .checkpoints import AveragedCheckpoint
@@ -60,6 +61,12 @@ class MixPlan:
         return f"exact with one expert selected: it computes {self.rest} with the FFNs of that expert's model"
 
     @property
+    def peak_bytes(self) -> int:
+        """An estimate of the peak memory: one FFN, or the states of all texts in one layer, twice, and that layer."""
+        texts = len(self.recipe.texts or ()) * self.recipe.text_tokens
+        return self.layout.peak_bytes + 2 * 4 * texts * self.base.spec.hidden_size
+
+    @property
     def rest(self) -> str:
         """Words for what gives attention, norms, embedding and head."""
         return "BASE" if self.recipe.backbone == "base" else "the averaged backbone"
@@ -84,7 +91,7 @@ class MixPlan:
             "converted": plan.cost.to_json(),
             "shards": {file: sum(n for _, _, n in tensors.values()) for file, tensors in plan.shards.items()},
             "num_tensors": len(plan.tensors),
-            "peak_memory_bytes": plan.peak_bytes,
+            "peak_memory_bytes": self.peak_bytes,
             "warnings": list(self.warnings),
             "recipe": self.recipe.model_dump(mode="json"),
         }
@@ -95,7 +102,7 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
 
     Raises:
         CheckpointError: A model is not a dense checkpoint of a known family.
-        UsageError: The prompts are invalid.
+        UsageError: The prompts are invalid, or a text does not exist.
         RefusedError: The models do not fit together, or no target can hold them; the message names every reason.
     """
     places = tuple(locate_folder(source) for source in (base, *recipe.experts))
@@ -107,6 +114,8 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
     chosen = recipe.model_copy(update={"target": layout.recipe.target, "dtype": layout.recipe.dtype})
     warnings = (*layout.warnings, *_rounding(models, layout.dtype), *setting_warnings(models))
     prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, len(recipe.experts))
+    for paths in recipe.texts or ():
+        find_files(paths)
     return MixPlan(chosen, places, models, layout, tuple(dict.fromkeys(warnings)), prompts)
 
 

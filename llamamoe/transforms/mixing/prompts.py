@@ -10,17 +10,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...architectures.dense_checkpoint import DenseModel
-from ...checkpoint.tensors import torch_dtype
 from ...checkpoint.tokenizer_loading import parent_tokenizer
 from ...errors import LlamaMoeError, UsageError
 from ...lazy import torch
-from ...models.streaming import LayerRunner, StreamedModel
-from ...progress import Progress, ProgressCallback
+from ...progress import ProgressCallback
 from ...recipes import read_recipe_file, validated
 from .recipe import MixRecipe
+from .states import layer_states, padded
 
-_BATCH = 8
-"""Number of prompts that run at once."""
 _LEAST_NORM = 1e-8
 
 
@@ -101,33 +98,13 @@ def _tokens(base: DenseModel, texts: Sequence[str]) -> list[list[int]]:
 def _states(
     base: DenseModel, ids: list[list[int]], recipe: MixRecipe, dtype: str, progress: ProgressCallback
 ) -> list[torch.Tensor]:
-    """Return the state of each prompt in each layer, float64 ``[P, H]``.
-
-    Prompts are filled up at their end, which attention does not look at.
-    """
-    longest = max(map(len, ids))
-    padded = torch.tensor([[*each, *[0] * (longest - len(each))] for each in ids])
-    weights = torch.zeros(padded.shape, dtype=torch.float64)
-    for row, each in zip(weights, ids, strict=True):
-        row[len(each) - 1 if recipe.hidden_tokens == "last" else slice(len(each))] = 1
-    weights /= weights.sum(1, keepdim=True)
-    stored, found = torch_dtype(dtype), []
-    with torch.no_grad():
-        runner = LayerRunner(StreamedModel.of_dense(base, lambda name: base.checkpoint.read(name).to(stored)), longest)
-        hidden = runner.embed(padded)
-        for layer in range(runner.num_layers):
-            seen: list[torch.Tensor] = []
-            with runner.layer(layer) as module:
-                where: torch.nn.Module = module if recipe.hidden_states == "layer_input" else module.mlp  # type: ignore[assignment]
-                handle = where.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-                hidden = torch.cat([runner.run(layer, module, part) for part in torch.split(hidden, _BATCH)])
-                handle.remove()
-            states = torch.cat(seen).double()
-            if not bool(states.isfinite().all()):
-                raise LlamaMoeError(f"layer {layer}: hidden states of the prompts are NaN or infinite.")
-            found.append((states * weights[..., None]).sum(1))
-            progress(Progress("prompts", layer + 1, runner.num_layers, "layer"))
-    return found
+    """Return the state of each prompt in each layer, float64 ``[P, H]``."""
+    padded_PT, real_PT = padded(ids)
+    if recipe.hidden_tokens == "last":
+        real_PT = real_PT & (real_PT.cumsum(1) == real_PT.sum(1, keepdim=True))
+    weights_PT = real_PT / real_PT.sum(1, keepdim=True, dtype=torch.float64)
+    states = layer_states(base, padded_PT, recipe.hidden_states, dtype, "prompts", progress)
+    return [(each.double() * weights_PT[..., None]).sum(1) for each in states]
 
 
 def _rows(prompts: Prompts, states_PH: torch.Tensor) -> torch.Tensor:

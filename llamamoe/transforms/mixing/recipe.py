@@ -8,9 +8,10 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...architectures.targets import TARGETS
+from ...calibration.compute import MIN_TOKENS
 from ...checkpoint.layout import SHARD_SIZE, SHARD_SIZE_RULE
 from ...errors import near_misses
-from ...recipes import Paths, Recipe, form
+from ...recipes import Count, Paths, Recipe, form
 
 
 class MixRecipe(Recipe):
@@ -26,8 +27,10 @@ class MixRecipe(Recipe):
         "Branch-Train-MiX), or a list of weights for BASE and each expert's model.",
     )
     top_k: int = Field(2, ge=1, description="Models selected per token (k).")
-    router: Literal["random", "hidden"] = Field(
-        "random", description="random: normal rows, to be trained. hidden: from the hidden states of prompts in BASE."
+    router: Literal["random", "hidden", "text"] = Field(
+        "random",
+        description="random: normal rows, to be trained. hidden: from the hidden states of prompts in BASE. text: fitted to a text "
+        "of each expert.",
     )
     router_std: float = Field(
         0.02, gt=0, allow_inf_nan=False, description="Standard deviation of the rows of a random router."
@@ -40,6 +43,13 @@ class MixRecipe(Recipe):
     )
     hidden_tokens: Literal["mean", "last"] = Field(
         "mean", description="Which tokens of a prompt count: the mean over all, or the last one."
+    )
+    texts: tuple[Paths, ...] | None = Field(
+        None,
+        description="Text of each expert, for the router text: a path or a list of paths for every expert, in their order.",
+    )
+    text_tokens: Annotated[int, Count, Field(ge=MIN_TOKENS, le=2**30)] = Field(
+        16384, description="Maximum number of tokens of each expert's text."
     )
     target: str = Field("auto", description="Target architecture in transformers.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -66,6 +76,15 @@ class MixRecipe(Recipe):
             raise PydanticCustomError(
                 "prompts", "prompts: the router hidden needs a file of prompts, and only it reads one"
             )
+        if (self.router == "text") != (self.texts is not None):
+            raise PydanticCustomError(
+                "texts", "texts: the router text needs a text of each expert, and only it reads them"
+            )
+        if self.texts is not None and len(self.texts) != len(self.experts):
+            raise PydanticCustomError(
+                "texts",
+                f"texts: give one for each of the {len(self.experts)} experts, in their order (got {len(self.texts)})",
+            )
         if self.target != "auto" and self.target not in TARGETS:
             raise PydanticCustomError(
                 "target", f"unknown target {self.target!r}. " + near_misses(self.target, ["auto", *TARGETS.names()])
@@ -82,7 +101,7 @@ class MixRecipe(Recipe):
 
     def deciding(self) -> dict[str, Any]:
         """Return the keys that decide the result: all but the places of files."""
-        return self.model_dump(mode="json", exclude={"experts", "prompts"})
+        return self.model_dump(mode="json", exclude={"experts", "prompts", "texts"})
 
 
 load_mix_recipe = MixRecipe.load
