@@ -6,7 +6,9 @@ For each layer: `Walk.enter` runs the parent's attention on the residual stream 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,12 @@ from ..architectures.dense_checkpoint import DenseModel
 from ..checkpoint.files import set_size
 from ..errors import LlamaMoeError
 from ..lazy import torch
+from ..methods.attention import HeadInputs, RoutedHeads
 from ..methods.layer import BATCH_TOKENS, FfnWeights, LayerInputs
 from ..models.streaming import LayerRunner, StreamedModel
 from .compute import Compute
 from .gradients import GradientStore
+from .heads import running, watched
 
 if TYPE_CHECKING:
     from .text import CalibrationText
@@ -153,18 +157,22 @@ class Walk:
             for part in self._parts():
                 self.buffers[0][part] = self._runner.embed(ids[part]).float().cpu()
 
-    def enter(self, layer: int) -> LayerInputs:
+    def enter(self, layer: int, convert: Callable[[HeadInputs], RoutedHeads] | None = None) -> LayerInputs:
         """Run the layer's attention and return the inputs of its FFN, valid until the next call.
+
+        Args:
+            layer: The layer.
+            convert: Converts its attention, which then runs as converted.
 
         Raises:
             LlamaMoeError: A hidden state is NaN or infinite; the message names the layer.
         """
         before, after = self.buffers[layer % 2], self.buffers[(layer + 1) % 2]
         device = self.compute.device
-        seen: list[torch.Tensor] = []
+        seen: dict[str, torch.Tensor] = {}
 
         def record(x_BSH: torch.Tensor) -> torch.Tensor:
-            seen.append(x_BSH)
+            seen["ffn"] = x_BSH
             return torch.zeros_like(x_BSH)
 
         half = torch.autocast(device.type, self.compute.dtype, enabled=self.compute.dtype != torch.float32)
@@ -173,16 +181,34 @@ class Walk:
             ffn.to(device="meta")
             ffn.forward = record
             try:
-                for part in self._parts():
-                    out = self._runner.run(layer, module, before[part].to(device))
-                    self._check(out, layer, "attention")
-                    after[part] = out.float().cpu()
-                    self._x[part] = seen.pop().to(self.compute.dtype).cpu()
+                heads = None if convert is None else convert(self._heads(layer, module))
+                with nullcontext() if heads is None else running(module.self_attn, heads):
+                    for part in self._parts():
+                        out = self._runner.run(layer, module, before[part].to(device))
+                        self._check(out, layer, "attention")
+                        after[part] = out.float().cpu()
+                        self._x[part] = seen.pop("ffn").to(self.compute.dtype).cpu()
             finally:
                 del ffn.forward
         inputs = self._inputs(layer)
         self._measure(inputs, layer, after.flatten(0, 1))
         return inputs
+
+    def _heads(self, layer: int, module: Any) -> HeadInputs:
+        """Return the inputs of the layer's attention, and its heads, which are computed again each time."""
+        before, attention = self.buffers[layer % 2], module.self_attn
+
+        def run() -> Iterator[torch.Tensor]:
+            with watched(attention) as seen:
+                for part in self._parts():
+                    self._runner.run(layer, module, before[part].to(self.compute.device))
+                    self._x[part] = seen["input"].to(self.compute.dtype).cpu()
+                    yield seen["heads"].flatten(0, 1).float()
+
+        for _ in run():
+            pass
+        tokens = self._step * before.shape[1]  # whole sequences, as they are run
+        return HeadInputs(replace(self._inputs(layer), batch_tokens=tokens, gradients_TH=None), run)
 
     def _measure(self, inputs: LayerInputs, layer: int, after_TH: torch.Tensor) -> None:
         """Set the norm, at every token, of what the next RMSNorm reads behind the parent's FFN.

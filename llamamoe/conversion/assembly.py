@@ -13,6 +13,7 @@ from ..architectures.moe_layout import Constant, Copy, Heads, MoeLayout, Neurons
 from ..checkpoint.memory import empty_bytes
 from ..checkpoint.tensors import cast, interleave, torch_dtype
 from ..lazy import np, torch
+from ..methods.attention import RoutedHeads
 from ..methods.layer import PADDING, ExpertWeights, FfnWeights, Partition
 from ..numerics import is_power_of_two
 
@@ -48,7 +49,7 @@ class LayerParts:
         layout: Sizes and scales.
         weights: If given (repair, re-initialised copies), these are written, place by place, instead of the
             parent's neurons.
-        attention_NH: float32 rows of the attention's router, as they will be stored; None if attention is dense.
+        heads: Router and output projection of the attention; None if attention is not routed.
     """
 
     ffn: FfnWeights
@@ -56,7 +57,7 @@ class LayerParts:
     router_NH: torch.Tensor
     layout: MoeLayout
     weights: ExpertWeights | None = None
-    attention_NH: torch.Tensor | None = None
+    heads: RoutedHeads | None = None
     _part: str = field(default="", init=False)
 
     @property
@@ -82,9 +83,10 @@ class LayerParts:
 
     def router(self, origin: Router) -> torch.Tensor:
         """Return the rows of one of the layer's routers, float32 ``[N, H]``."""
-        rows_NH = self.router_NH if origin.of == "ffn" else self.attention_NH
-        assert rows_NH is not None
-        return rows_NH
+        if origin.of == "ffn":
+            return self.router_NH
+        assert self.heads is not None
+        return self.heads.router_NH
 
     def neurons(self, origin: Neurons, dtype: torch.dtype) -> torch.Tensor:
         """Return the part of one expert, of the shared expert, or of all experts stacked (see `Neurons`)."""
@@ -129,13 +131,23 @@ def make(tensor: OutTensor, model: DenseModel, parts: LayerParts | None, default
     if isinstance(origin, Stack):
         return torch.cat([cast(model.read(name), dtype) for name in origin.names])
     if isinstance(origin, Heads):
-        return cast(by_head(model.read(origin.name), origin), dtype, origin.scale).contiguous()
+        fitted = parts is not None and parts.heads is not None and origin.part == "output"
+        matrix = parts.heads.output_HQ if fitted else model.read(origin.name)  # type: ignore[union-attr]
+        return cast(by_head(matrix, origin), dtype, origin.scale).contiguous()
     assert parts is not None, tensor.name
     if isinstance(origin, Router):
         return parts.router(origin).to(dtype)
     if isinstance(origin, Neurons):
         return parts.neurons(origin, dtype).contiguous()
     assert_never(origin)
+
+
+def is_parents(tensor: OutTensor, *, repaired: bool) -> bool:
+    """Return whether a tensor follows from the parent alone: copied, constant, or query heads that no repair refits."""
+    origin = tensor.origin
+    if isinstance(origin, Heads):
+        return origin.part == "query" or not repaired
+    return isinstance(origin, Copy | Stack | Constant)
 
 
 def by_head(matrix: torch.Tensor, origin: Heads) -> torch.Tensor:

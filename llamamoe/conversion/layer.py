@@ -32,7 +32,7 @@ from ..methods.splitters.base import Splitter
 from ..plugins import Registry
 from ..recipes import Choice
 from .assembly import LayerParts, router_dtype
-from .attention import attention_rows
+from .attention import ConvertedAttention, convert_attention, largest_logit
 from .plan import SplitPlan
 
 
@@ -64,6 +64,7 @@ def convert_layer(
     inputs: LayerInputs | None = None,
     given: AlignedLayer | None = None,
     adapt: Callable[[ConvertedFfn, FfnWeights], ConvertedFfn] | None = None,
+    attention: ConvertedAttention | None = None,
 ) -> ConvertedLayer:
     """Split one layer, give it a router, and repair it if the recipe requests it.
 
@@ -73,6 +74,7 @@ def convert_layer(
         inputs: Inputs of its FFN on the calibration text; None if no method needs them.
         given: Learned partition, router and weights that replace those of splitter and router.
         adapt: Replaces the layer's function before repair, for variants that only a study can run.
+        attention: Its converted attention, if the target routes attention and there is text.
     """
     recipe, layout = plan.recipe, plan.layout
     ffn, context = read_ffn(plan.model, layer), layer_context(plan, layer, inputs)
@@ -86,9 +88,12 @@ def convert_layer(
     else:
         rows, facts = _router(plan, splitter, ffn, partition, context)
     facts = {"layer": layer} | facts
-    attention = attention_rows(plan, layer, context.rng("attention router"))
+    if plan.target.attention_experts and attention is None:
+        attention = convert_attention(plan, layer, context, None)
+    facts |= attention.facts if attention else {}
+    heads = attention.heads if attention else None
     if inputs is None:
-        return ConvertedLayer(LayerParts(ffn, partition, rows, layout, weights, attention), facts)
+        return ConvertedLayer(LayerParts(ffn, partition, rows, layout, weights, heads), facts)
     start = ExpertWeights.of_parent(ffn, partition) if weights is None else weights
     moe = as_function(plan, start, partition, rows)
     moe = moe if adapt is None else adapt(moe, ffn)
@@ -103,9 +108,7 @@ def convert_layer(
     if splitter.routed:
         facts["router_quality"] = router_quality(moe, ffn, inputs)
     kept = weights if moe.weights is start else moe.weights
-    return ConvertedLayer(
-        LayerParts(ffn, partition, moe.router_NH, layout, kept, attention), facts, as_stored(plan, moe)
-    )
+    return ConvertedLayer(LayerParts(ffn, partition, moe.router_NH, layout, kept, heads), facts, as_stored(plan, moe))
 
 
 def first_partition(plan: SplitPlan, layer: int, inputs: LayerInputs) -> Partition:
@@ -170,12 +173,6 @@ def _scaled(
     if largest is not None:
         facts["router_largest_logit"] = largest * 2.0**router.exponent
     return router.rows_NH, facts
-
-
-def largest_logit(rows_NH: torch.Tensor, inputs: LayerInputs) -> float:
-    """Return the largest absolute logit on the calibration text. O(T N H)."""
-    rows = rows_NH.to(inputs.device).float()
-    return max((float((x_BH.float() @ rows.T).abs().max()) for x_BH in inputs.inputs()), default=0.0)
 
 
 # ---- the layer as a function --------------------------------------------------------------------------------------

@@ -24,10 +24,13 @@ from ..checkpoint.tokenizer_loading import parent_tokenizer
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import CheckpointError, RefusedError
 from ..lazy import np, torch
+from ..methods.attention import HeadInputs, RoutedHeads
 from ..methods.layer import LayerInputs
 from ..methods.moe_layer import ConvertedFfn, dense_outputs
 from ..progress import ProgressCallback
 from .aligning import aligned_layers
+from .attention import ConvertedAttention, convert_attention, heads_as_stored
+from .layer import layer_context
 from .plan import SplitPlan
 from .recipe import AUTO
 
@@ -107,9 +110,17 @@ class Session:
         self._walk.start()
         return 0
 
-    def enter(self, layer: int) -> LayerInputs:
-        """Return the inputs of the layer's FFN; see `Walk.enter`."""
-        return self.walk.enter(layer)
+    def enter(self, layer: int) -> tuple[LayerInputs, ConvertedAttention | None]:
+        """Return the inputs of the layer's FFN, and its attention if that is converted; see `Walk.enter`."""
+        if not self.plan.target.attention_experts:
+            return self.walk.enter(layer), None
+        converted: list[ConvertedAttention] = []
+
+        def convert(text: HeadInputs) -> RoutedHeads:
+            converted.append(convert_attention(self.plan, layer, layer_context(self.plan, layer), text))
+            return heads_as_stored(self.plan, converted[0].heads)
+
+        return self.walk.enter(layer, convert), converted[0]
 
     def leave(self, layer: int, inputs: LayerInputs, moe: ConvertedFfn | None) -> None:
         """Continue to the next layer with the outputs of the converted layer (None: it stays dense), and save that."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..architectures.moe_layout import Constant, Copy, Heads, Neurons, OutTensor, Router, Stack
+from ..architectures.moe_layout import Constant, Heads, Neurons, OutTensor, Router
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.json_files import read_json
 from ..checkpoint.out_folder import RECEIPT_FILE
@@ -18,7 +18,7 @@ from ..checkpoint.writer import joined_sha256, tensor_bytes
 from ..errors import CheckpointError, VerificationError
 from ..lazy import torch, transformers
 from ..progress import Progress, ProgressCallback
-from .assembly import make
+from .assembly import is_parents, make
 from .plan import SplitPlan
 
 OUTER = "outer"
@@ -95,7 +95,7 @@ def check_weights(plan: SplitPlan, converted: Checkpoint, hashes: Hashes, progre
     copied = 0
     for done, tensor in enumerate(plan.tensors, start=1):
         stored = tensor_bytes(converted.read(tensor.name).contiguous())
-        if isinstance(tensor.origin, Copy | Stack | Heads | Constant):
+        if is_parents(tensor, repaired=plan.repaired):
             if stored != tensor_bytes(make(tensor, plan.model, None, plan.dtype)):
                 what = "what the recipe implies" if isinstance(tensor.origin, Constant) else "the parent's, bit for bit"
                 raise VerificationError(f"{tensor.name} is not {what}.", hint=_made_from(plan, converted))
@@ -291,5 +291,5 @@ def check_finite(plan: SplitPlan, converted: Checkpoint) -> None:
 
 def _not_finite(plan: SplitPlan, converted: Checkpoint) -> str | None:
     """Return the first of the neurons and routers that holds NaN or infinite values."""
-    made = (tensor.name for tensor in plan.tensors if isinstance(tensor.origin, Neurons | Router))
+    made = (tensor.name for tensor in plan.tensors if isinstance(tensor.origin, Neurons | Heads | Router))
     return next((name for name in made if nonfinite(converted.read(name))), None)

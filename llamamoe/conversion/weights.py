@@ -73,9 +73,9 @@ def _write_calibrated(
         return
     for layer in range(session.begin(first), layers):
         unit = f"layer.{layer}"
-        inputs = session.enter(layer)
+        inputs, attention = session.enter(layer)
         dense = layer in plan.layout.dense_layers
-        converted = None if dense else convert_layer(plan, layer, inputs, session.given.get(layer))
+        converted = None if dense else convert_layer(plan, layer, inputs, session.given.get(layer), attention=attention)
         session.leave(layer, inputs, converted.moe if converted else None)
         if not finished[layer]:
             _write_unit(plan, writer, unit, units[unit], converted)

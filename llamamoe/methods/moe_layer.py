@@ -63,19 +63,7 @@ class ConvertedFfn:
         if not self.num_experts:
             return x_BH.new_zeros(len(x_BH), 0, dtype=torch.float32)
         logits = x_BH.float() @ self.router_NH.to(x_BH.device).T if logits_BN is None else logits_BN.float()
-        top = logits.topk(self.top_k, dim=-1)
-        if self.scale == "hard":
-            values = torch.full_like(top.values, self.coefficient)
-        elif self.weighting == "renormalised":
-            values = top.values.softmax(-1) * self.factor
-        elif self.weighting == "softmax":
-            values = logits.softmax(-1).gather(-1, top.indices) * self.factor
-        else:
-            values = top.values.sigmoid()
-            if self.weighting == "sigmoid_renormalised":
-                values = values / values.sum(-1, keepdim=True)
-            values = values * self.factor
-        return torch.zeros_like(logits).scatter_(-1, top.indices, values)
+        return routed_weights(logits, self.top_k, self.scale, self.weighting, self.factor)
 
     def place_weights(self, weights_BN: torch.Tensor) -> torch.Tensor:
         """Return float32 ``[B, P]``: the expert's weight for each of its places, 1 for shared ones."""
@@ -94,6 +82,25 @@ class ConvertedFfn:
         down = self.weights.down_HP.to(inputs.device, inputs.compute_dtype)
         for h_BP in self.weighted_hidden(inputs):
             yield (h_BP.to(inputs.compute_dtype) @ down.T).float()
+
+
+def routed_weights(
+    logits_BN: torch.Tensor, top_k: int, scale: Literal["hard", "soft"], weighting: RouterWeighting, factor: float
+) -> torch.Tensor:
+    """Return the weight of every expert for each token, float32 ``[B, N]``; see `ConvertedFfn` for the arguments."""
+    top = logits_BN.topk(top_k, dim=-1)
+    if scale == "hard":
+        values = torch.full_like(top.values, factor * weight(weighting, logits_BN.shape[1], top_k))
+    elif weighting == "renormalised":
+        values = top.values.softmax(-1) * factor
+    elif weighting == "softmax":
+        values = logits_BN.softmax(-1).gather(-1, top.indices) * factor
+    else:
+        values = top.values.sigmoid()
+        if weighting == "sigmoid_renormalised":
+            values = values / values.sum(-1, keepdim=True)
+        values = values * factor
+    return torch.zeros_like(logits_BN).scatter_(-1, top.indices, values)
 
 
 def dense_outputs(inputs: LayerInputs, ffn: FfnWeights) -> Iterator[torch.Tensor]:

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llamamoe
-from llamamoe.architectures.targets import TARGETS
-from tests.dense import make_dense, variant_for
+from tests.dense import FFN_TARGETS, make_dense, variant_for
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def test_plan_card_and_config_say_on_which_condition_it_is_exact(
     assert ("selected, if" in result.plan.exactness) == conditional
 
 
-@pytest.mark.parametrize("target", [t.name for t in TARGETS if t.routed])
+@pytest.mark.parametrize("target", FFN_TARGETS)
 def test_float16_routers_are_shrunk_as_far_as_their_own_dtype_allows(tmp_path: Path, target: str) -> None:
     variant = variant_for(target)
     folder = make_dense(tmp_path / "dense", variant, dtype=torch.float16)

@@ -75,30 +75,45 @@ class LeastSquares(Repair):
     def repair(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> ExpertWeights:
         """See `Repair.repair`. O(T P (H + P)) for the sums, O(P^3) for each solution in float64."""
         options = self.options
-        auto = options.ridge == "auto"
-        sums, *others = normal_equations(moe, ffn, context, options.weighting, hold_out=auto)
-        strength = best_strength(sums, others[0], options.penalty) if auto else float(options.ridge)
-        if strength is None:
-            return moe.weights
-        for held_out in others:
-            # The strength acts like a number of tokens: with more tokens, less is needed.
-            before = float(sums.gram_PP.trace())
-            sums.gram_PP.add_(held_out.gram_PP)
-            sums.cross_PH.add_(held_out.cross_PH)
-            strength *= before / float(sums.gram_PP.trace())
-        kept = sums.places
-        if not len(kept):
-            return moe.weights
-        gram_QQ = sums.gram(kept)
-        correction_QH = solve_ridge(gram_QQ, sums.cross_PH[kept], strength * penalties(gram_QQ, options.penalty))
-        down_HP = moe.weights.down_HP.clone()
-        down_HP[:, kept.cpu()] += correction_QH.T.to(down_HP.device, down_HP.dtype)
-        return replace(moe.weights, down_HP=down_HP)
+        sums = normal_equations(moe, ffn, context, options.weighting, hold_out=options.ridge == "auto")
+        down_HP = corrected(moe.weights.down_HP, sums, options.ridge, options.penalty)
+        return moe.weights if down_HP is moe.weights.down_HP else replace(moe.weights, down_HP=down_HP)
 
     @classmethod
     def working_bytes(cls, places: int, hidden_size: int) -> int:
         """See `Repair.working_bytes`: four ``[P, P]`` and five ``[P, H]`` in float64 (auto), a batch of activations."""
         return 8 * places * (4 * places + 5 * hidden_size) + 4 * BATCH_TOKENS * (4 * places + 2 * hidden_size)
+
+
+def corrected(
+    down_HP: torch.Tensor, equations: list[NormalEquations], ridge: float | Literal["auto"], penalty: Penalty
+) -> torch.Tensor:
+    """Return the refitted projection ``[H, P]``, or the same one if it is best; the sums are changed in place.
+
+    Args:
+        down_HP: The projection that the sums are relative to.
+        equations: Sums over the tokens to fit on, and for ``auto`` over those held out.
+        ridge: Strength, see `LeastSquares.Options`.
+        penalty: Its unit.
+    """
+    sums, *others = equations
+    strength = best_strength(sums, others[0], penalty) if ridge == "auto" else float(ridge)
+    if strength is None:
+        return down_HP
+    for held_out in others:
+        # The strength acts like a number of tokens: with more tokens, less is needed.
+        before = float(sums.gram_PP.trace())
+        sums.gram_PP.add_(held_out.gram_PP)
+        sums.cross_PH.add_(held_out.cross_PH)
+        strength *= before / float(sums.gram_PP.trace())
+    kept = sums.places
+    if not len(kept):
+        return down_HP
+    gram_QQ = sums.gram(kept)
+    correction_QH = solve_ridge(gram_QQ, sums.cross_PH[kept], strength * penalties(gram_QQ, penalty))
+    found = down_HP.clone()
+    found[:, kept.cpu()] += correction_QH.T.to(found.device, found.dtype)
+    return found
 
 
 def penalties(gram_QQ: torch.Tensor, penalty: Penalty) -> torch.Tensor:
