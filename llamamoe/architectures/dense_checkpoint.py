@@ -130,12 +130,17 @@ def _refuse_family(config: Mapping[str, Any]) -> None:
     name, text = config.get("model_type"), config.get("text_config")
     if not isinstance(text, Mapping):
         if isinstance(name, str) and name in REFUSED:
-            raise CheckpointError(f"config.json: no target computes model_type {name!r} exactly: {REFUSED[name]}.")
+            raise CheckpointError(
+                f"config.json: no target computes model_type {name!r} exactly: {REFUSED[name]}.",
+                hint=known_names(SOURCES.names()),
+            )
         return
     inner = str(text.get("model_type"))
     message = f"config.json: model_type {name!r} is a model of more than text, and only text is read; its text part is {inner!r}"
     if inner in REFUSED:
-        raise CheckpointError(f"{message}, which no target computes exactly: {REFUSED[inner]}.")
+        raise CheckpointError(
+            f"{message}, which no target computes exactly: {REFUSED[inner]}.", hint=known_names(SOURCES.names())
+        )
     raise CheckpointError(
         f"{message}.",
         hint="Save the text part as a causal language model of its own, with its head, and convert that."

@@ -109,7 +109,7 @@ def test_matrix(run: Run) -> None:
     assert "mlp_bias: no architecture" not in text
     assert "mlp_bias): no architecture" in run("methods", "--matrix", "-v").stdout
     data = json.loads(run("methods", "--matrix", "--json").stdout)
-    assert {"rows", "targets", "cells", "clients"} == set(data)
+    assert {"rows", "targets", "cells", "clients", "refused"} == set(data)
     assert data["clients"][0]["results"]["mixtral"] == {"outcome": "same", "note": ""}
     assert "norm_topk_prob" not in text
     assert "ignores norm_topk_prob" in " ".join(run("methods", "--matrix", "-v").stdout.split())

@@ -113,7 +113,7 @@ CLIENTS: tuple[Client, ...] = (
             "glm4_moe --shared 2x": Result("refused", "it takes a shared expert of one expert width only: --shared 1x"),
             "granitemoe_swa": _UNKNOWN,
             "granitemoeshared": _UNKNOWN,
-            "hunyuan_v1_moe": _UNKNOWN,
+            "hunyuan_v1_moe": Result("differs", "also with every key of HunYuan's own files; take transformers"),
             "jetmoe": _UNKNOWN,
             "mixtral": _SAME,
             "qwen2_moe": _UNKNOWN,

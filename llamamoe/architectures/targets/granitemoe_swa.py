@@ -68,6 +68,6 @@ class GraniteMoeSwa(GraniteMoeShared):
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
         """See `Target.warnings`."""
         return [
-            "granitemoe_swa runs in transformers 5: llama.cpp, mlx-lm and mistral.rs do not run it, and vLLM was not tried",
+            "granitemoe_swa runs in transformers 5: mlx-lm, mistral.rs and export-gguf refuse it, and vLLM was not tried",
             "transformers computes granitemoe_swa's attention without sdpa: long contexts take more time and memory",
         ]

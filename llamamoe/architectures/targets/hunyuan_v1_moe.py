@@ -29,12 +29,16 @@ class HunYuanV1Moe(Target):
         return reasons
 
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
-        """See `Target.config`."""
+        """See `Target.config`. The last four keys are for other programs, which read them from HunYuan's own files."""
         return {
             "intermediate_size": layout.expert_width,
             "num_experts": layout.num_experts,
             "moe_topk": layout.top_k,
             "attention_bias": dense.qkv_bias,
+            "use_qk_norm": True,
+            "use_mixed_mlp_moe": True,
+            "num_shared_expert": 1,
+            "moe_intermediate_size": layout.expert_width,
         }
 
     def stub_width(self, layout_width: int) -> int:
@@ -59,7 +63,11 @@ class HunYuanV1Moe(Target):
 
     def warnings(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
         """See `Target.warnings`."""
-        found = ["transformers' hunyuan_v1_moe has no auxiliary loss: other trainers leave its router unbalanced"]
+        found = [
+            "hunyuan_v1_moe runs in transformers: mistral.rs computes other logits without an error, mlx-lm and export-gguf "
+            "refuse it",
+            "transformers' hunyuan_v1_moe has no auxiliary loss: other trainers leave its router unbalanced",
+        ]
         if not layout.num_shared:
             found.append(
                 f"hunyuan_v1_moe requires a shared expert: one of zeros and width {layout.shared_width} is written and costs its "
