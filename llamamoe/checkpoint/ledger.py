@@ -16,7 +16,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from ..errors import CheckpointError, RefusedError
 from .files import InUseError, check_plain, is_locked, lock, open_append, remove_temporaries
 
 LEDGER = ".ledger.jsonl"
+_SHORT = 32
+"""Longest text that a fingerprint keeps as it is; a hash is longer."""
 _SEAL = "line_sha256"
 """The key of a line that holds the hash of the rest of it."""
 STATES = ".calibration"
@@ -38,6 +40,35 @@ def partial_path(out: Path) -> Path:
 def replaced_path(out: Path) -> Path:
     """Return the path to which the old ``out`` is moved while a new one replaces it."""
     return out.with_name(f".{out.name}.llamamoe-replaced")
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """Return a fingerprint for `Ledger` whose parts are compared by name, so that a refusal names what differs.
+
+    Args:
+        parts: JSON-compatible data by what it is, such as "number of threads"; numbers and short texts are kept, others hashed.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, int) or (isinstance(value, str) and len(value) <= _SHORT):
+            return value
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    return json.dumps({name: kept(value) for name, value in parts.items()})
+
+
+def _differing(one: str, other: str) -> str:
+    """Return words for the parts in which two fingerprints differ."""
+    try:
+        before, now = json.loads(one), json.loads(other)
+        assert before.keys() == now.keys()
+    except (ValueError, AttributeError, AssertionError):
+        return "another source, recipe, version or number of threads"
+    words = []
+    for name in (name for name in now if before[name] != now[name]):
+        told = max(len(str(value)) for value in (before[name], now[name])) <= _SHORT
+        words.append(f"another {name}" + (f" ({before[name]}, now {now[name]})" if told else ""))
+    return " and ".join(words)
 
 
 class Ledger:
@@ -103,8 +134,8 @@ class Ledger:
             self.append({"fingerprint": fingerprint})
         elif lines[0]["fingerprint"] != fingerprint:
             raise RefusedError(
-                f"{self.folder} was started from another source, recipe, version or number of threads, so it cannot be "
-                "finished with this one.",
+                f"{self.folder} was started with {_differing(lines[0]['fingerprint'], fingerprint)}, so it cannot be finished now: the "
+                "result would be neither of both.",
                 hint="Repeat the first command with --resume, or start again with --force.",
             )
         self.seconds_before = max((line.pop("seconds", 0.0) for line in lines[1:]), default=0.0)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from .._version import __version__
+from ..checkpoint.ledger import fingerprint_of
 from ..checkpoint.locate import Location
 from ..lazy import torch
 from .plan import SplitPlan
@@ -37,19 +36,19 @@ def config_block(plan: SplitPlan, location: Location) -> dict[str, Any]:
 
 
 def plan_fingerprint(plan: SplitPlan, compute: dict[str, Any] | None = None) -> str:
-    """Return a hash that changes whenever a resumed run would write other bytes: source, recipe, version, threads.
+    """Return a fingerprint that changes whenever a resumed run would write other bytes.
 
     Args:
         plan: The plan of the output.
         compute: Device and dtype of calibration; None without it.
     """
-    facts = [
-        __version__,
-        torch.__version__,
-        torch.get_num_threads(),
-        plan.model.checkpoint.fingerprint(),
-        plan.recipe.model_dump(mode="json"),
-        plan.config,
-        compute,
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return fingerprint_of(
+        {
+            "version of llamamoe": __version__,
+            "version of torch": torch.__version__,
+            "number of threads": torch.get_num_threads(),
+            "source": [plan.model.checkpoint.fingerprint(), plan.config],
+            "recipe": plan.recipe.model_dump(mode="json"),
+            "device or dtype": [compute],
+        }
+    )

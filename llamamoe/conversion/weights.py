@@ -65,13 +65,14 @@ def _write_calibrated(
     if not writer.done(OUTER):
         _write_unit(plan, writer, OUTER, units[OUTER], None)
     layers = plan.model.spec.num_layers
-    progress(Progress("convert", 0, layers, "layer", OUTER))
     finished = [writer.done(f"layer.{layer}") for layer in range(layers)]
     first = finished.index(False) if False in finished else layers
     if first == layers and writer.done(UNIT):
         progress(Progress("convert", layers, layers, "layer"))
         return
-    for layer in range(session.begin(first), layers):
+    begin = session.begin(first)
+    progress(Progress("convert", begin, layers, "layer", OUTER))
+    for layer in range(begin, layers):
         unit = f"layer.{layer}"
         inputs, attention = session.enter(layer)
         dense = layer in plan.layout.dense_layers

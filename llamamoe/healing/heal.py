@@ -7,7 +7,6 @@ with those that are missing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 from ..calibration.compute import Compute
 from ..checkpoint.files import write_text
-from ..checkpoint.ledger import run_facts
+from ..checkpoint.ledger import fingerprint_of, run_facts
 from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, normal_path, recover_replaced, system_errors
 from ..checkpoint.tokenizer import check_parent
 from ..checkpoint.writer import CheckpointWriter
@@ -183,19 +182,20 @@ class _Healing:
         return self.compute.to_json() | {"device": self.compute.device.type}
 
     def _fingerprint(self, text: CalibrationText) -> str:
-        """Return a hash that changes whenever a resumed run would write other bytes."""
-        facts = [
-            "heal",
-            __version__,
-            torch.__version__,
-            torch.get_num_threads(),
-            self.plan.checkpoint.fingerprint(),
-            self.plan.dense.checkpoint.fingerprint(),
-            self.plan.recipe.sha256(),
-            text.facts["sha256_of_ids"],
-            self._computed(),
-        ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """Return a fingerprint that changes whenever a resumed run would write other bytes."""
+        return fingerprint_of(
+            {
+                "command": "heal",
+                "version of llamamoe": __version__,
+                "version of torch": torch.__version__,
+                "number of threads": torch.get_num_threads(),
+                "model": self.plan.checkpoint.fingerprint(),
+                "parent": self.plan.dense.checkpoint.fingerprint(),
+                "recipe": [self.plan.recipe.sha256()],
+                "text": [text.facts["sha256_of_ids"]],
+                "device or dtype": [self._computed()],
+            }
+        )
 
     def _remarks(self) -> Iterator[str]:
         if self.renormalised:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from ..architectures.targets import TARGETS
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import Shards, index_json
-from ..checkpoint.ledger import check_left, partial_path
+from ..checkpoint.ledger import check_left, fingerprint_of, partial_path
 from ..checkpoint.locate import Location, locate_folder
 from ..checkpoint.out_folder import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
@@ -94,10 +93,16 @@ class Rewriting:
         return found
 
     def fingerprint(self) -> str:
-        """Return a hash that changes whenever a resumed run would write other bytes."""
-        facts = [self.deed, __version__, torch.__version__, dict(self.facts), dict(self.config), self.files()]
-        facts += [checkpoint.fingerprint() for checkpoint in (*self.checkpoints, *self.read_too)]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """Return a fingerprint that changes whenever a resumed run would write other bytes."""
+        return fingerprint_of(
+            {
+                "command": self.deed,
+                "version of llamamoe": __version__,
+                "version of torch": torch.__version__,
+                "source": [checkpoint.fingerprint() for checkpoint in (*self.checkpoints, *self.read_too)],
+                "settings": [dict(self.facts), dict(self.config), self.files()],
+            }
+        )
 
 
 def rewrite(

@@ -202,7 +202,7 @@ def test_resume_with_something_else_is_refused(
     before = digests(stopped.with_name("out.partial"))
     name, code, text = convert(source, stopped, resume=True, given=given)["error"]
     assert (name, code) == ("RefusedError", 3)
-    assert "another source, recipe, version" in text
+    assert f"was started with another {'recipe' if change == 'recipe' else 'source'}, so it cannot be finished" in text
     assert "--force" in text
     assert digests(stopped.with_name("out.partial")) == before
 
