@@ -138,7 +138,10 @@ def _calibration(needed: CalibrationPlan, wanted: int) -> list[tuple[str, str]]:
     tokens = f"{needed.tokens:,} tokens"
     if needed.tokens <= wanted - needed.length:
         tokens = f"at most {tokens} (a token has a byte; the recipe allows {wanted:,})"
-    operations, rate = f"{amount(needed.flops)} operations", f"{REFERENCE_FLOPS / 1e9:.0f} billion of them a second"
+    operations, rate = (
+        f"{amount(needed.flops)} operations",
+        f"at an assumed {REFERENCE_FLOPS / 1e9:.0f} billion a second",
+    )
     return [
         ("calibration", f"{tokens} in sequences of {needed.length:,}"),
         ("text needed by", ", ".join(needed.needing)),
@@ -150,7 +153,10 @@ def _calibration(needed: CalibrationPlan, wanted: int) -> list[tuple[str, str]]:
 def _alignment(needed: AlignmentPlan) -> list[tuple[str, str]]:
     options = needed.options
     what = {"frozen": "", "scales": " and neurons' factors", "ffn": " and FFN weights"}[options.weights]
-    operations, rate = f"{amount(needed.flops)} operations", f"{REFERENCE_FLOPS / 1e9:.0f} billion of them a second"
+    operations, rate = (
+        f"{amount(needed.flops)} operations",
+        f"at an assumed {REFERENCE_FLOPS / 1e9:.0f} billion a second",
+    )
     return [
         ("alignment", f"{options.tokens:,} tokens, {options.batch:,} a step: assignment, router{what} of all layers together"),
         ("alignment time", f"about {duration(needed.seconds())}: {operations}, {rate}"),

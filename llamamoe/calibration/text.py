@@ -188,7 +188,10 @@ def _mix(reader: Reader, weights: Mapping[str, float], num_tokens: int, length: 
             sequences, limits = _share(reader, weights, num_tokens, length)
     warnings = _short_warnings(sequences, fair, limits, available)
     if length < asked:
-        warnings.append(f"Calibration sequences have {length} tokens instead of {asked}, to fit the domains' text.")
+        why = "to fit the domains' text"
+        if length == min(asked, max(SHORTENED, num_tokens // len(weights))):
+            why = f"so that {num_tokens} tokens have a sequence of each of the {len(weights)} domains"
+        warnings.append(f"Calibration sequences have {length} tokens instead of {asked}, {why}.")
     taken = sum(sequences.values()) * length
     if sum(sequences.values()) < num_tokens // length:
         warnings.append(f"The calibration text provides only {taken} of the {num_tokens} tokens asked for.")

@@ -175,7 +175,7 @@ def _unreachable(text: str, name: str) -> LlamaMoeError:
     way = "Unset HF_HUB_OFFLINE" if offline else "Check the network connection"
     return LlamaMoeError(
         f"{text!r} is neither a local folder nor in the local Hub cache, and {why}.",
-        hint=f"{way}, or download it on another machine (hf download {name} --local-dir FOLDER) and give its folder.",
+        hint=f"{_near(Path(text))}{way}, or download it on another machine (hf download {name} --local-dir FOLDER) and give its folder.",
     )
 
 

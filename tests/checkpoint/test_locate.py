@@ -276,6 +276,17 @@ def test_bad_sources_never_reach_the_hub(hub: Hub, source: str, says: str) -> No
     assert hub.calls == []
 
 
+def test_a_path_that_looks_like_a_hub_id_gets_proposals_where_nothing_can_be_downloaded(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "SmolLM2-135M").mkdir(parents=True)
+    (tmp_path / "models" / "SmolLM2-135M" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    hub.unreachable = OfflineModeIsEnabled("offline")
+    with pytest.raises(LlamaMoeError, match=r"Did you mean 'models/SmolLM2-135M'\? (Unset|Check)"):
+        locate("models/SmolLM2")
+
+
 def test_a_missing_source_names_similar_checkpoints_beside_it(hub: Hub, tmp_path: Path) -> None:
     for name in ("SmolLM2-135M", "SmolLM2-notes"):
         (tmp_path / name).mkdir()
