@@ -43,6 +43,14 @@ FITS = {
 """The targets of each variant; everything else must be refused."""
 
 PAIRS = [(v, t) for t, variants in FITS.items() for v in variants.split()]
+ALIKE = {
+    "smollm3-rope": "mixtral",
+    "internlm3": "mixtral",
+    "ernie4_5-head-dim": "glm4_moe",
+    "seed-oss-no-bias": "qwen2_moe",
+}
+"""Variants that read as the plainest Llama does, with the one target whose logits are compared."""
+RUN = [(v, t) for v, t in PAIRS if ALIKE.get(v, t) == t]
 ROUTED = [t.name for t in TARGETS if t.routed]
 OTHERS = [(v, t) for t in ROUTED for v in VARIANTS if (v, t) not in PAIRS]
 
@@ -86,7 +94,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shared", [0, "2x"])
-@pytest.mark.parametrize(("variant", "target"), PAIRS)
+@pytest.mark.parametrize(("variant", "target"), RUN)
 def test_all_experts_together_are_the_parent(
     sources: Any, tmp_path: Path, variant: str, target: str, shared: Any
 ) -> None:
