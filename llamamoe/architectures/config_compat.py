@@ -40,6 +40,14 @@ def missing_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if config.get(key) is None and value is not None}
 
 
+def addable_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `missing_keys`, or none where 4.57 cannot express the configuration: the model then needs transformers 5."""
+    try:
+        return missing_keys(config)
+    except RefusedError:
+        return {}
+
+
 def only_five(name: str) -> bool:
     """Return whether an architecture is a target that transformers 4.57 does not have."""
     return name in TARGETS and TARGETS.get(name).only_five

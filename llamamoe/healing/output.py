@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..architectures.config_compat import missing_keys
+from ..architectures.config_compat import addable_keys
 from ..architectures.expert_weighting import rescaled_block
 from ..checkpoint.files import copy_file, open_append, write_text
 from ..checkpoint.ledger import LEDGER, check_left, partial_path
@@ -67,7 +67,7 @@ def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], t
 def healed_config(plan: HealPlan, receipt: Mapping[str, Any]) -> dict[str, Any]:
     """Return MODEL's configuration with both spellings of rope, the router's change if any, and its origin."""
     config = plan.checkpoint.config | config_of(plan, renormalised=receipt["renormalised"])
-    config |= missing_keys(config)
+    config |= addable_keys(config)
     block = rescaled_block(config.get("llamamoe") or {}, **factors_of(plan, renormalised=receipt["renormalised"]))
     if "exactness" in block:
         block |= {"parity": "none", "exactness": "not exact: layers were distilled from the parent's"}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..architectures.config_compat import missing_keys
+from ..architectures.config_compat import addable_keys
 from ..architectures.dense_checkpoint import refuse_foreign
 from ..architectures.expert_weighting import refuse_attention_experts
 from ..architectures.sources import SOURCES
@@ -150,5 +150,5 @@ def finish_folder(folder: Path, source: Path, facts: dict[str, Any] | None = Non
     if BLOCK in before or facts:
         factors = {key: config[BLOCK][key] for key in ("factor", "baked_factor") if key in (config.get(BLOCK) or {})}
         config[BLOCK] = {**before.get(BLOCK, {}), **factors, **(facts or {})}
-    config |= missing_keys(config)
+    config |= addable_keys(config)
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

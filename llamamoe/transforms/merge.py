@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..architectures.config_compat import missing_keys
+from ..architectures.config_compat import addable_keys
 from ..architectures.expert_weighting import complete_config, is_routed_down, is_router, mixing_of, rescaled_block
 from ..architectures.sources import SOURCES
 from ..architectures.sources.base import number
@@ -203,11 +203,11 @@ def _one_weighing(
     """Return a configuration for all, and the factor of each model's routed down projections for it."""
     base = {**checkpoints[0].config}
     if len({tuple(config.get(key) for key in sorted(_WEIGHING)) for config in configs}) == 1:
-        return base | missing_keys(base), (1.0,) * len(configs)
+        return base | addable_keys(base), (1.0,) * len(configs)
     mixings = [mixing_of(config) for config in configs]
     chosen = next((m for m in mixings if m.weighting == "renormalised"), mixings[0])
     base |= {key: configs[mixings.index(chosen)][key] for key in _WEIGHING & configs[0].keys()}
-    return base | missing_keys(base), tuple(m.mean_weight / chosen.mean_weight for m in mixings)
+    return base | addable_keys(base), tuple(m.mean_weight / chosen.mean_weight for m in mixings)
 
 
 def average(

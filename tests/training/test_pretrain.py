@@ -626,3 +626,10 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(world: dict[str, str
         pretrain(recipe_of(world, "distributed.fsdp_size=2"), tmp_path / "run")
     with pytest.raises(UsageError, match=r"cannot be dealt to 3 ranks"):
         plan_pretraining(recipe_of(world), world_size=3)
+
+
+def test_a_model_that_needs_transformers_5_is_saved_without_the_old_spelling(tmp_path: Path) -> None:
+    """4.57 has no ``head_dim`` for qwen2_moe, and yet a run must not be lost at its first checkpoint."""
+    world = make_world(tmp_path / "world", variant="llama-head-dim", target="qwen2_moe", num_experts=4)
+    model = pretrain(recipe_of(world, "steps=1"), tmp_path / "run").model
+    assert AutoModelForCausalLM.from_pretrained(model).config.head_dim == 32
