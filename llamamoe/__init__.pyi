@@ -18,6 +18,8 @@ from .conversion.verify import Verification as Verification
 from .conversion.verify import verify as verify
 from .data.export_tokens import TokensExport as TokensExport
 from .data.export_tokens import export_tokens as export_tokens
+from .data.format_chats import FormattedChats as FormattedChats
+from .data.format_chats import format_chats as format_chats
 from .data.recipe import TokenizeRecipe as TokenizeRecipe
 from .data.recipe import load_tokenize_recipe as load_tokenize_recipe
 from .data.tokenize import Tokenized as Tokenized

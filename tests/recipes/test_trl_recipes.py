@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamamoe import fix_config, load_recipe, split
+from llamamoe import fix_config, format_chats, load_recipe, split
 from tests.dense import make_dense
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,11 +34,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     tokenizer.save_pretrained(dense)
     given = {"num_experts": 4, "top_k": 2, "method": "random", "target": request.param}
     split(dense, folder / "moe", load_recipe(given=given), verify=False)
-    rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}] * 8
-    (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = {"prompt": "ab", "chosen": "cd", "rejected": "ef"}
-    row = {key: [{"role": "user" if key == "prompt" else "assistant", "content": text}] for key, text in said.items()}
-    (folder / "preferences.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    said = {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "cd"}]}
+    pair = {key: f"\n\nHuman: ab\n\nAssistant: {text}" for key, text in (("chosen", "cd"), ("rejected", "ef"))}
+    for name, row in (("conversations", said), ("preferences", pair)):
+        (folder / f"{name}.json").write_text(json.dumps([row] * 8))
+        assert format_chats([folder / f"{name}.json"], folder / f"{name}.jsonl").rows == 8
     return folder / "moe"
 
 
