@@ -77,7 +77,10 @@ def test_a_recipe_runs_on_a_tiny_model(tmp_path, path, variant):
     small = ["calibration_tokens=512", "calibration_length=64", f"calibration={text}"] if needs_text(asked) else []
     small += ["align.tokens=1024", "align.length=32", "align.batch=128"] if asked.align else []
     recipe = load_recipe(path, overrides=["num_experts=4", f"top_k={top_k}", *small])
-    result = llamamoe.split(make_dense(tmp_path / "dense", variant), tmp_path / "moe", recipe)
+    heads = {}
+    if asked.target == "jetmoe":  # 4 query heads for each of 2 key/value heads, without biases
+        variant, heads = variant.replace("qwen2", "llama-tied"), {"num_attention_heads": 8}
+    result = llamamoe.split(make_dense(tmp_path / "dense", variant, **heads), tmp_path / "moe", recipe)
     assert result.receipt["verification"]["passed"]
     assert bool(result.receipt["calibration"]) == needs_text(asked)
     assert load_recipe(tmp_path / "moe" / "llamamoe_recipe.yaml") == result.plan.recipe
