@@ -104,6 +104,10 @@ def test_force_never_removes_what_lies_beside_a_conversion(
 VERBS: dict[str, Callable[[Path, Path, Path], object]] = {
     "split": lambda made, source, out: llamamoe.split(source, out, recipe(), force=True, verify=False),
     "retop": lambda made, source, out: llamamoe.retop(made, out, 3, force=True),
+    "resplit": lambda made, source, out: llamamoe.resplit(made, out, 2, force=True),
+    "mix": lambda made, source, out: llamamoe.mix(
+        source, out, llamamoe.load_mix_recipe(given={"experts": [str(source)] * 2}), force=True
+    ),
 }
 
 
