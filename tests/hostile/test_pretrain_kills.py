@@ -22,8 +22,6 @@ STEPS, MICRO_BATCHES = 6, 2
 IN_A_SAVE = [
     ["config", 1],
     ["file", 3],
-    ["file", 6],
-    ["tensor", 40],
     ["tensor", 100],
     ["written", 4],
     ["state", 2],
@@ -31,7 +29,6 @@ IN_A_SAVE = [
     ["rotate", 2],
     ["metrics", 5],
     ["finish", 1],
-    ["rename", 1],
     ["rename", 3],
     ["model", 1],
 ]
@@ -94,9 +91,7 @@ def test_killed_while_a_checkpoint_is_written_in_the_background(recipe: Path, wh
     beside = tmp_path / "beside.yaml"
     beside.write_text(load_pretrain_recipe(recipe, overrides=["save_in_background=true"]).to_yaml())
     points: list[list[Any]] = [
-        ["file", 3],
         ["tensor", 100],
-        ["written", 4],
         ["marker", 2],
         ["rename", 3],
         ["rotate", 2],
@@ -142,7 +137,7 @@ def sharded(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_random_steps_again_and_again(seed: int, recipe: Path, whole: Path, tmp_path: Path) -> None:
     rng = random.Random(seed)
     jobs = [job(recipe, tmp_path / "run", ["micro_batch", rng.randrange(1, 9)], resume=i > 0) for i in range(4)]
