@@ -137,7 +137,7 @@ def sharded(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_random_steps_again_and_again(seed: int, recipe: Path, whole: Path, tmp_path: Path) -> None:
     rng = random.Random(seed)
     jobs = [job(recipe, tmp_path / "run", ["micro_batch", rng.randrange(1, 9)], resume=i > 0) for i in range(4)]
