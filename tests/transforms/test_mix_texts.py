@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ import llamamoe
 from llamamoe import LlamaMoeError, RefusedError, UsageError, load_mix_recipe, mix
 from llamamoe.transforms.mixing.texts import fit_layer
 from tests.dense import make_dense
+from tests.transforms.outputs import logits
 from tests.transforms.test_merge import stop_at
 
 WORDS = {"code": ["bead", "cafe", "deaf", "fade"], "maths": ["most", "port", "torn", "spun"]}
@@ -104,6 +106,14 @@ def test_unseen_text_selects_its_expert(world: Path, tmp_path: Path) -> None:
             logits = model(ids, output_router_logits=True).router_logits
         for layer in logits:
             assert (layer.argmax(1) == expert).float().mean() > 0.9
+
+
+def test_every_model_gets_several_experts_by_a_resplit(world: Path, tmp_path: Path) -> None:
+    mix(world / "code", tmp_path / "out", asked(world, top_k=2))
+    llamamoe.resplit(tmp_path / "out", tmp_path / "finer", 2)
+    whole, finer = logits(tmp_path / "out"), logits(tmp_path / "finer")
+    assert (finer - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert json.loads((tmp_path / "finer" / "config.json").read_text())["num_local_experts"] == 4
 
 
 def test_the_seed_and_the_texts_decide_and_resume_compares_them(world: Path, tmp_path: Path) -> None:
