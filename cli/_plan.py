@@ -53,7 +53,7 @@ def _speed(plan: SplitPlan) -> None:
     """Print expected speeds with the measurement that they come from, or that there is none."""
     from llamamoe.conversion.expected_speed import expected_speed
 
-    found = expected_speed(plan.layout, plan.model.spec)
+    found = expected_speed(plan.layout, plan.model.spec, plan.target.name)
     measured = found["measured"]
     smaller = max((each["times_smaller"] or 0.0 for each in measured), default=0.0)
     if smaller:

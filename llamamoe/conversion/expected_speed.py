@@ -15,6 +15,7 @@ from typing import Any
 
 from ..architectures.moe_layout import MoeLayout
 from ..architectures.sources.base import DenseSpec
+from ..architectures.targets.clients import runs
 
 TABLE = "shape_speed.json"
 BATCHES = (1, 8, 32)
@@ -136,12 +137,15 @@ def times_smaller(near: MeasuredShape, spec: DenseSpec) -> float | None:
     return ratio if ratio >= _SMALLER else None
 
 
-def expected_speed(layout: MoeLayout, spec: DenseSpec) -> dict[str, Any]:
-    """Return the expectation: by program the nearest measured shape, and by batch size the share that a step reads."""
+def expected_speed(layout: MoeLayout, spec: DenseSpec, target: str) -> dict[str, Any]:
+    """Return the expectation: by program the nearest measured shape, and by batch size the share that a step reads.
+
+    Programs that do not run the target are left out.
+    """
     found: dict[str, Any] = {"measured": [], "batches": []}
     for program in dict.fromkeys(each.program for each in measured_shapes()):
         near = nearest(layout, spec, program)
-        if near is not None:
+        if near is not None and runs(program, target):
             found["measured"].append(
                 {
                     "program": program,

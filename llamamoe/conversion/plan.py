@@ -168,7 +168,7 @@ class SplitPlan:
             "alignment": self.alignment.to_json() if self.alignment else None,
             "warnings": list(self.warnings),
             "advice": list(self.advice),
-            "speed": expected_speed(layout, self.model.spec),
+            "speed": expected_speed(layout, self.model.spec, self.target.name),
             "recipe": self.recipe.model_dump(mode="json"),
         }
 

@@ -206,3 +206,11 @@ def test_the_table_says_where_its_numbers_are_from() -> None:
         assert "1B shape" in row.origin
         assert "threads" in row.origin
         assert bool(row.static) == bool(row.num_experts), "pruning in the same run"
+
+
+def test_no_speed_is_told_in_a_program_that_does_not_run_the_target(dense: Path) -> None:
+    given = {"num_experts": 32, "top_k": 10, "shared": 0.25, "method": "random"}
+    for target, programs in (("qwen2_moe", {"llama.cpp", "transformers"}), ("ernie4_5_moe", {"transformers"})):
+        shared = {"shared": "10x"} if target == "ernie4_5_moe" else {}
+        plan = plan_conversion(dense, load_recipe(given=given | shared | {"target": target}))
+        assert {each["program"] for each in plan.to_json()["speed"]["measured"]} == programs

@@ -124,6 +124,18 @@ CLIENTS: tuple[Client, ...] = (
 )
 
 
+def runs(program: str, target: str) -> bool:
+    """Return False if a program was seen to refuse a target, whatever the flags."""
+    found = [
+        result.outcome
+        for client in CLIENTS
+        if client.name == program
+        for kind, result in client.results.items()
+        if kind.split(" ")[0] == target
+    ]
+    return not found or any(outcome != "refused" for outcome in found)
+
+
 def table() -> list[list[str]]:
     """Return the rows of a table: a header of clients, then one row for each kind of output."""
     kinds = sorted({kind for client in CLIENTS for kind in client.results})
