@@ -28,6 +28,8 @@ LONGROPE = {
     "original_max_position_embeddings": 32,
 }
 
+LICENCE = Path(__file__).parents[1] / "LICENSE"
+"""A text that does not change, so that tokenizers and what is measured with them do not."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -172,7 +174,7 @@ def make_byte_level(folder: Path, pre: str = "llama-bpe", vocab_size: int = 300)
         vocab_size=vocab_size - 4, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    tokenizer.train_from_iterator([LICENCE.read_text(encoding="utf-8")], trainer)
     tokenizer.add_tokens(["<tool>"])
     if cut.add_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
