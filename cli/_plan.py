@@ -44,8 +44,8 @@ def print_plan(plan: SplitPlan, source: str, *, verify: bool, verbose: bool) -> 
 
 _TOO_SMALL = (
     "The FFNs of this model are {:.0f} times smaller, so that calling experts takes a larger part of the time: expect less in llama.cpp, "
-    "and no gain in transformers, where SmolLM2-135M decodes at 0.8 times its parent's speed. `llamamoe bench OUT --against SOURCE` "
-    "measures this model."
+    "and no gain in transformers, where SmolLM2-135M decodes at 0.8 times its parent's speed with the experts of llamamoe_auto. "
+    "`llamamoe bench OUT --against SOURCE --experts llamamoe_auto` measures this model."
 )
 
 

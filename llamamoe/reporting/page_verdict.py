@@ -97,7 +97,7 @@ def _gained(one: Series, dense: Series) -> str:
         text += f" All experts stay in memory: {size(here)} of weights against {size(there)}."
     return text + (
         " Fewer operations are not yet a gain in speed, which depends on program, machine and size, and small models gain little: "
-        f"`llamamoe bench {one.name} --against {dense.name}` measures it."
+        f"`llamamoe bench {_place(one)} --against {_place(dense)} --experts llamamoe_auto` measures it."
     )
 
 
@@ -117,9 +117,12 @@ def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
         if tokens is not None and factor > _USUAL:
             yield (
                 "Try more and narrower experts (`--prefer quality`), and look for layers that should stay dense (`llamamoe budget "
-                f"{dense.name}`): both lose less and cost speed."
+                f"{_place(dense)}`, not for llama.cpp): both lose less and cost speed."
             )
-        yield f"Train it: `llamamoe pretrain --model {one.name} --parent {dense.name}`, which recovers a part of the loss."
+        yield (
+            "Train it, which recovers a part of the loss: `llamamoe tokenize`, then `llamamoe pretrain --recipe recover_distill "
+            f"--model {_place(one)} --parent {_place(dense)}`. To run the result in llama.cpp, convert with `--target granitemoeshared` first."
+        )
     if pruned is None:
         yield (
             "Compare it with static pruning, which keeps the same neurons for every token and is faster: convert with `--method static "
@@ -131,8 +134,13 @@ def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
         else:
             yield f"{pruned.name}, without experts, loses more ({number(here)} times): the router is worth its cost."
     yield (
-        f"Serve it: transformers and vLLM load the folder, `llamamoe export-gguf {one.name} model.gguf` writes a file for llama.cpp."
+        f"Serve it: transformers and vLLM load the folder, `llamamoe export-gguf {_place(one)} model.gguf` writes a file for llama.cpp."
     )
+
+
+def _place(one: Series) -> str:
+    """Return the model as a command takes it: its path as it was given, or its name in the place of an absolute one."""
+    return get(one.model, "place") or one.name
 
 
 def _tokens(model: Mapping[str, Any]) -> int | None:

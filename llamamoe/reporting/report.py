@@ -255,6 +255,7 @@ def _described(side: _Side, reading: Reading, parent: Reading | None) -> dict[st
     config = read_json(folder / "config.json") if folder.is_dir() else {}
     return {
         "name": found.name,
+        "place": found.name if Path(found.path).is_absolute() else str(found.path),
         "dtype": reading.dtype,
         "comparable": "perplexity" if side.same_tokens else "bits_per_byte",
         "scores": {key: scores[key] for key in ("domains", "overall", "mean_over_domains")},

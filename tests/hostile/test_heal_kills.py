@@ -92,6 +92,6 @@ def test_another_recipe_cannot_finish_it(tmp_path: Path, model: Path, dense: Pat
     assert run_jobs("killable_heal", [job_of(model, tmp_path / "out", dense, heal_recipe(text), ["layer", 2])]) == [-9]
     with pytest.raises(llamamoe.RefusedError, match="left from a run"):
         heal(model, tmp_path / "out", heal_recipe(text), parent=dense)
-    with pytest.raises(llamamoe.RefusedError, match="started from another"):
+    with pytest.raises(llamamoe.RefusedError, match="started with another recipe, so"):
         heal(model, tmp_path / "out", heal_recipe(text, lr=0.01), parent=dense, resume=True)
     heal(model, tmp_path / "out", heal_recipe(text, lr=0.01), parent=dense, force=True)

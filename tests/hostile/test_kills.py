@@ -171,7 +171,7 @@ def test_damaged_ledger_is_refused(convert: Convert, whole: Whole, stopped: Path
     before = digests(stopped.with_name("out.partial"))
     name, code, text = convert(whole[0], stopped, resume=True)["error"]
     assert (name, code) == ("RefusedError", 3)
-    assert "is damaged" in text or "was started from another" in text
+    assert "is damaged" in text or "was started with another" in text
     assert "--force" in text
     assert digests(stopped.with_name("out.partial")) == before
 

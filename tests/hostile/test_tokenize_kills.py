@@ -155,7 +155,7 @@ def test_a_resume_with_something_else_is_refused(start: Start, tmp_path: Path) -
     before = digests(tmp_path)
     name, text = start(out, resume=True, given=KEYS | {"shard_tokens": 299})["error"]
     assert name == "RefusedError"
-    assert "started from another source, recipe" in text
+    assert "started with another source, recipe" in text
     assert start(out)["error"][0] == "RefusedError"
     assert digests(tmp_path) == before
     assert start(out, force=True)["error"] is None

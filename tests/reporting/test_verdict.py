@@ -62,7 +62,7 @@ def test_the_interval_is_of_the_factor() -> None:
         ({"factor": 3.4, "tokens": 4096}, "`--calibration-tokens 65536`"),
         ({"factor": 3.4, "tokens": None}, "`--calibration texts/`"),
         ({"factor": 3.4}, "more and narrower experts (`--prefer quality`)"),
-        ({"factor": 1.5}, "Train it: `llamamoe pretrain --model "),
+        ({"factor": 1.5}, "then `llamamoe pretrain --recipe recover_distill --model "),
         ({"factor": 1.2, "trained": True}, "Compare it with static pruning"),
     ],
 )
@@ -97,3 +97,14 @@ def test_a_router_whose_experts_tie_is_found(lowest: float, hard: bool) -> None:
         layer["router_entropy"] = 0.9999
     model["routing"]["layers"][0]["router_entropy"] = lowest
     assert undecided(model) is hard
+
+
+def test_commands_take_the_models_as_they_were_given() -> None:
+    found = report(Size(models=1))
+    (model,) = found["models"]
+    model["place"], found["parent"]["place"] = "out/my-moe", "models/dense"
+    model["difference"]["mean_over_domains"]["loss"] = 1.0
+    (verdict,) = verdicts(series_of(found))
+    assert "`llamamoe bench out/my-moe --against models/dense " in verdict.gained
+    assert any("--model out/my-moe --parent models/dense`" in step for step in verdict.next)
+    assert any("`llamamoe export-gguf out/my-moe " in step for step in verdict.next)
