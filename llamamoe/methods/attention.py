@@ -18,8 +18,8 @@ from .contributions import OracleTally
 from .layer import LayerContext, LayerInputs
 from .moe_layer import routed_weights
 from .repairs.least_squares import corrected
-from .routers.ridge import centred, fit_rows, log_contribution
 from .solvers.normal_equations import NormalEquations, held_out_tokens
+from .solvers.router_regression import centred, fit_rows, log_contribution
 
 RIDGE, FLOOR = 1e-3, 1e-2
 """Strength of the router's regression and floor of the logarithm: the defaults of `llamamoe.methods.routers.ridge`."""

@@ -10,8 +10,8 @@ from pydantic import Field
 from ...lazy import np, torch
 from ..layer import PADDING, FfnWeights, LayerContext, Partition, activate
 from ..markers import MarkerOptions, activation_markers, mean_patterns, pattern_distances
+from ..solvers.router_regression import fit_rows
 from .base import Router
-from .ridge import fit_rows
 
 
 class Analytic(Router):

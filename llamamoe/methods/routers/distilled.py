@@ -15,8 +15,8 @@ from ..moe_layer import ConvertedFfn, dense_outputs
 from ..solvers.choice_loss import ChoiceLoss, ChoiceProblem, weighted_gram
 from ..solvers.greedy_choices import Choices, best_choices
 from ..solvers.normal_equations import held_out_tokens
+from ..solvers.router_regression import centred, log_contribution
 from .base import Router
-from .ridge import centred, log_contribution
 
 
 class Distilled(Router):

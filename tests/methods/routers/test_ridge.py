@@ -10,7 +10,8 @@ import torch
 
 from llamamoe.errors import LlamaMoeError
 from llamamoe.methods.layer import ExpertWeights, FfnWeights
-from llamamoe.methods.routers.ridge import Ridge, centred, fit_rows, log_contribution
+from llamamoe.methods.routers.ridge import Ridge
+from llamamoe.methods.solvers.router_regression import centred, fit_rows, log_contribution
 from tests.converted import EXPERTS, HIDDEN, make_context, make_ffn, make_inputs, make_moe, make_partition, plain_hidden
 
 
