@@ -17,7 +17,7 @@ from ..numerics import check_finite, double_device
 from .contributions import OracleTally
 from .layer import LayerContext, LayerInputs
 from .moe_layer import routed_weights
-from .repairs.least_squares import corrected
+from .solvers.correction import corrected
 from .solvers.normal_equations import NormalEquations, held_out_tokens
 from .solvers.router_regression import centred, fit_rows, log_contribution
 

@@ -11,10 +11,11 @@ from ...lazy import torch
 from ...plugins import PluginOptions
 from ..layer import BATCH_TOKENS, ExpertWeights, FfnWeights, LayerContext, TokenWeighting, activate, token_scales
 from ..moe_layer import ConvertedFfn, dense_outputs
+from ..solvers.correction import Penalty
 from ..solvers.descent import BETAS, descend
 from ..splitters.base import Kept
 from .base import Repair
-from .least_squares import LeastSquares, Penalty, Ridge
+from .least_squares import LeastSquares, Ridge
 
 
 class Distill(Repair):
