@@ -246,7 +246,7 @@ def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeL
     dense = target.dense_layer_refusal(layout.dense_layers, spec.num_layers)
     if dense:
         reasons.append(dense)
-    if recipe.require in ENGINES:
+    if recipe.require is not None and recipe.require in ENGINES:
         found = engine_refusals(recipe.require, target.name, spec, layout)
         reasons += [f"--require {recipe.require}: {reason}" for reason in found]
     elif recipe.require and recipe.require not in target.majors(spec):

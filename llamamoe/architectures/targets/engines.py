@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ..moe_layout import MoeLayout
 from ..sources.base import DenseSpec
 
 _MAPPED = ("glm4_moe", "qwen3_moe")
 _ROPES = ("default", "yarn")
-
-
-ENGINES = ("megatron", "automodel")
-"""Names of training engines, as in ``--require``."""
 
 
 def engine_refusals(engine: str, target: str, dense: DenseSpec, layout: MoeLayout) -> Iterator[str]:
@@ -24,7 +20,7 @@ def engine_refusals(engine: str, target: str, dense: DenseSpec, layout: MoeLayou
         dense: The source.
         layout: The sizes.
     """
-    yield from {"megatron": megatron_refusals, "automodel": automodel_refusals}[engine](target, dense, layout)
+    yield from ENGINES[engine](target, dense, layout)
 
 
 def automodel_refusals(target: str, dense: DenseSpec, layout: MoeLayout) -> Iterator[str]:
@@ -69,3 +65,10 @@ def megatron_refusals(target: str, dense: DenseSpec, layout: MoeLayout) -> Itera
         yield f"Megatron-Bridge takes one shared expert of glm4_moe, as wide as a routed one (--shared 1x), not {ratio:g} times as wide"
     if layout.combine.weighting != "renormalised" or layout.top_k == 1:
         yield "Megatron-Bridge divides the weights of glm4_moe's selected experts by their sum if there are several, and never that of one"
+
+
+ENGINES: Mapping[str, Callable[[str, DenseSpec, MoeLayout], Iterator[str]]] = {
+    "megatron": megatron_refusals,
+    "automodel": automodel_refusals,
+}
+"""What each training engine does otherwise, by its name in ``--require``."""
