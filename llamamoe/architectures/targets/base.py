@@ -67,6 +67,8 @@ class Target(ABC):
         for feature, sentence in source_features(dense).items():
             if feature not in self.holds:
                 reasons.append(f"{self.name} cannot hold {sentence}")
+        if {"qkv_bias", "o_bias"} <= self.holds and dense.qkv_bias != dense.o_bias:  # one key, attention_bias, for both
+            reasons.append(f"{self.name} has biases on all four attention projections or on none")
         return reasons
 
     def only_experts(self, dense: DenseSpec) -> int | None:
@@ -129,9 +131,9 @@ class Target(ABC):
     def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """Yield router, experts and shared expert of one layer."""
 
-    @abstractmethod
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
-        """Return the configuration keys that make the only layer of a one-layer model dense or MoE."""
+        """Return the configuration keys that make the only layer of a one-layer model dense or MoE, if any do."""
+        return {}
 
     def attention_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """Yield norms and attention of one layer; by default every canonical tensor under its own name."""

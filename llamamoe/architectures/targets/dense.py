@@ -166,10 +166,6 @@ class Dense(Target):
             }
         return keys
 
-    def one_layer(self, *, dense: bool) -> dict[str, Any]:
-        """See `Target.one_layer`."""
-        return {}
-
     def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """See `Target.moe_tensors`: the kept neurons."""
         block, hidden, width = f"model.layers.{layer}.mlp.", dense.hidden_size, layout.shared_width

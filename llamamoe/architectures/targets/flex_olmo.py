@@ -21,12 +21,10 @@ class FlexOlmo(Target):
     holds = frozenset({"whole_qk_norm", "post_norm", "qkv_bias", "o_bias", "head_dim"})
 
     def refusals(self, dense: DenseSpec) -> list[str]:
-        """See `Target.refusals`: it always has its norms, and ``attention_bias`` is all four projections or none."""
+        """See `Target.refusals`: it always has its norms."""
         reasons = super().refusals(dense)
         if not dense.post_norm:
             reasons.append("flex_olmo cannot hold norms before attention and FFN (it has them after)")
-        if dense.qkv_bias != dense.o_bias:
-            reasons.append("flex_olmo has biases on all four attention projections or on none")
         return reasons
 
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
@@ -44,10 +42,6 @@ class FlexOlmo(Target):
         """See `Target.attention_spec`."""
         bias = bool(config.get("attention_bias"))
         return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "whole", "post_norm": True}
-
-    def one_layer(self, *, dense: bool) -> dict[str, Any]:
-        """See `Target.one_layer`."""
-        return {}
 
     def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """See `Target.moe_tensors`."""

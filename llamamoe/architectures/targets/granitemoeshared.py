@@ -22,13 +22,6 @@ class GraniteMoeShared(Target):
     needs_five = frozenset({"head_dim"})
     ffn_modules = ("block_sparse_moe", "shared_mlp")
 
-    def refusals(self, dense: DenseSpec) -> list[str]:
-        """See `Target.refusals`: ``attention_bias`` is all four projections or none."""
-        reasons = super().refusals(dense)
-        if dense.qkv_bias != dense.o_bias:
-            reasons.append(f"{self.name} has biases on all four attention projections or on none")
-        return reasons
-
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
         """See `Target.config`. ``num_experts`` is for TRL, which reads it from every mixture of experts."""
         scale = dense.head_dim**-0.5 if dense.attention_multiplier is None else dense.attention_multiplier
@@ -51,10 +44,6 @@ class GraniteMoeShared(Target):
         bias = bool(config.get("attention_bias"))
         names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
         return {"qkv_bias": bias, "o_bias": bias} | {name: number(config, name, 1.0) for name in names}
-
-    def one_layer(self, *, dense: bool) -> dict[str, Any]:
-        """See `Target.one_layer`."""
-        return {}
 
     def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """See `Target.moe_tensors`: all experts of a layer in one tensor, gate rows above up rows."""

@@ -21,13 +21,6 @@ class HunYuanV1Moe(Target):
     top_k_key = "moe_topk"
     holds = frozenset({"turned_qk_norm", "qkv_bias", "o_bias", "head_dim"})
 
-    def refusals(self, dense: DenseSpec) -> list[str]:
-        """See `Target.refusals`: ``attention_bias`` is all four projections or none."""
-        reasons = super().refusals(dense)
-        if dense.qkv_bias != dense.o_bias:
-            reasons.append("hunyuan_v1_moe has biases on all four attention projections or on none")
-        return reasons
-
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
         """See `Target.config`. The last four keys are for other programs, which read them from HunYuan's own files."""
         return {
@@ -49,10 +42,6 @@ class HunYuanV1Moe(Target):
         """See `Target.attention_spec`."""
         bias = bool(config.get("attention_bias"))
         return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "turned"}
-
-    def one_layer(self, *, dense: bool) -> dict[str, Any]:
-        """See `Target.one_layer`."""
-        return {}
 
     def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """See `Target.moe_tensors`."""

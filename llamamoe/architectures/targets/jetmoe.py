@@ -57,10 +57,6 @@ class JetMoe(Target):
         heads = positive(config, "num_key_value_heads") * positive(config, "num_local_experts")
         return {"num_heads": heads, "hidden_act": config.get("activation_function"), "o_bias": True}
 
-    def one_layer(self, *, dense: bool) -> dict[str, Any]:
-        """See `Target.one_layer`."""
-        return {}
-
     def residual_scale(self, dense: DenseSpec) -> float:
         """See `Target.residual_scale`."""
         return math.sqrt(EPSILON / dense.rms_norm_eps) if dense.rms_norm_eps else 1.0

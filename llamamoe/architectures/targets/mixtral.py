@@ -34,10 +34,6 @@ class Mixtral(Target):
         """See `Target.attention_spec`."""
         return {"sliding": (config.get("sliding_window"),) * positive(config, "num_hidden_layers")}
 
-    def one_layer(self, *, dense: bool) -> dict[str, Any]:
-        """See `Target.one_layer`."""
-        return {}
-
     def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """See `Target.moe_tensors`."""
         block = f"model.layers.{layer}.block_sparse_moe."

@@ -21,13 +21,6 @@ class Qwen3Moe(Target):
     dense_layers = "any"
     holds = frozenset({"qk_norm", "qkv_bias", "o_bias", "head_dim", "window"})
 
-    def refusals(self, dense: DenseSpec) -> list[str]:
-        """See `Target.refusals`: ``attention_bias`` is all four projections or none."""
-        reasons = super().refusals(dense)
-        if dense.qkv_bias != dense.o_bias:
-            reasons.append("qwen3_moe has biases on all four attention projections or on none")
-        return reasons
-
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
         """See `Target.config`. Transformers 4 reads ``num_experts``, 5 also accepts ``num_local_experts``."""
         return {
