@@ -10,13 +10,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...architectures.dense_checkpoint import DenseModel
-from ...checkpoint.tokenizer_loading import parent_tokenizer
 from ...errors import LlamaMoeError, UsageError
 from ...lazy import torch
 from ...progress import ProgressCallback
 from ...recipes import read_recipe_file, validated
 from .recipe import MixRecipe
-from .states import layer_states, padded
+from .states import layer_states, padded, tokenizer_of
 
 _LEAST_NORM = 1e-8
 
@@ -76,11 +75,7 @@ def prompt_rows(
 
 
 def _tokens(base: DenseModel, texts: Sequence[str]) -> list[list[int]]:
-    tokenizer = parent_tokenizer(base.checkpoint)
-    if tokenizer is None:
-        raise LlamaMoeError(
-            f"{base.checkpoint.path} has no tokenizer, so prompts cannot be read.", hint="Use --router random."
-        )
+    tokenizer = tokenizer_of(base, "prompts")
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = [begin + list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
     empty = next((text for text, found in zip(texts, ids, strict=True) if len(found) == len(begin)), None)

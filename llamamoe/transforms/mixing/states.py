@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from ...architectures.dense_checkpoint import DenseModel
 from ...checkpoint.tensors import torch_dtype
+from ...checkpoint.tokenizer_loading import parent_tokenizer
 from ...errors import LlamaMoeError
 from ...lazy import torch
 from ...models.streaming import LayerRunner, StreamedModel
@@ -15,6 +16,24 @@ from ...progress import Progress, ProgressCallback
 _BATCH = 8
 """Number of sequences that run at once."""
 States = Literal["ffn_input", "layer_input"]
+
+
+def tokenizer_of(base: DenseModel, what: str) -> Any:
+    """Return BASE's tokenizer.
+
+    Args:
+        base: The model.
+        what: What is to be read with it, for the message.
+
+    Raises:
+        LlamaMoeError: It has none.
+    """
+    found = parent_tokenizer(base.checkpoint)
+    if found is None:
+        raise LlamaMoeError(
+            f"{base.checkpoint.path} has no tokenizer, so {what} cannot be read.", hint="Use --router random."
+        )
+    return found
 
 
 def padded(ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

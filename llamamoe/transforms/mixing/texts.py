@@ -10,13 +10,12 @@ from typing import Any
 from ...architectures.dense_checkpoint import DenseModel
 from ...calibration.compute import MAX_LENGTH
 from ...calibration.text import calibration_text
-from ...checkpoint.tokenizer_loading import parent_tokenizer
 from ...errors import LlamaMoeError, UsageError
 from ...lazy import torch
 from ...numerics import check_finite, solve_ridge
 from ...progress import ProgressCallback
 from .recipe import MixRecipe
-from .states import layer_states, padded
+from .states import layer_states, padded, tokenizer_of
 
 _RIDGE = 1e-3
 """Strength of the ridge penalty, as a share of the mean square of the inputs; as of the routers of ``split``."""
@@ -54,11 +53,7 @@ def fit_text_router(base: DenseModel, recipe: MixRecipe, dtype: str, progress: P
         UsageError, LlamaMoeError: A text is missing, too short or unreadable, or a state is not finite.
     """
     assert recipe.texts is not None
-    tokenizer = parent_tokenizer(base.checkpoint)
-    if tokenizer is None:
-        raise LlamaMoeError(
-            f"{base.checkpoint.path} has no tokenizer, so text cannot be read.", hint="Use --router random."
-        )
+    tokenizer = tokenizer_of(base, "text")
     length = min(MAX_LENGTH, base.spec.max_position_embeddings)
     texts = []
     for expert, (model, paths) in enumerate(zip(recipe.experts, recipe.texts, strict=True), start=1):
