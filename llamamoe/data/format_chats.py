@@ -14,7 +14,7 @@ from ..checkpoint.files import replacing
 from ..errors import LlamaMoeError, RefusedError, UsageError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .chat_formats import BadRowError, format_of
-from .compressed import damaged, import_for, open_bytes
+from .compressed import check_packages, damaged, import_for, open_bytes
 from .text import MAX_DOCUMENT_BYTES
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
@@ -72,6 +72,7 @@ def format_chats(
     """
     place, paths = Path(out).expanduser(), [_checked(Path(each).expanduser()) for each in files]
     _check(place, paths, force=force)
+    check_packages(paths)
     formats: Counter[str] = Counter()
     kinds: dict[str, str] = {}
     bad: list[str] = []
@@ -118,8 +119,6 @@ def _checked(path: Path) -> Path:
         )
     if not path.name.endswith(_SUFFIXES):
         raise UsageError(f"{str(path)!r} is of an unknown kind; known are {', '.join(_SUFFIXES)}.")
-    if path.name.endswith((".zst", ".parquet")):
-        import_for("zstandard" if path.name.endswith(".zst") else "pyarrow.parquet", path)
     return path
 
 
