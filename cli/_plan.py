@@ -138,28 +138,25 @@ def _calibration(needed: CalibrationPlan, wanted: int) -> list[tuple[str, str]]:
     tokens = f"{needed.tokens:,} tokens"
     if needed.tokens <= wanted - needed.length:
         tokens = f"at most {tokens} (a token has a byte; the recipe allows {wanted:,})"
-    operations, rate = (
-        f"{amount(needed.flops)} operations",
-        f"at an assumed {REFERENCE_FLOPS / 1e9:.0f} billion a second",
-    )
     return [
         ("calibration", f"{tokens} in sequences of {needed.length:,}"),
         ("text needed by", ", ".join(needed.needing)),
         ("hidden states", f"{size(needed.disk_bytes)} in memory-mapped files beside OUT while it runs"),
-        ("calibration time", f"about {duration(needed.seconds())}: {operations}, {rate}"),
+        ("calibration time", _time(needed)),
     ]  # fmt: skip
+
+
+def _time(needed: CalibrationPlan | AlignmentPlan) -> str:
+    rate = f"at an assumed {REFERENCE_FLOPS / 1e9:.0f} billion a second"
+    return f"about {duration(needed.seconds())}: {amount(needed.flops)} operations, {rate}"
 
 
 def _alignment(needed: AlignmentPlan) -> list[tuple[str, str]]:
     options = needed.options
     what = {"frozen": "", "scales": " and neurons' factors", "ffn": " and FFN weights"}[options.weights]
-    operations, rate = (
-        f"{amount(needed.flops)} operations",
-        f"at an assumed {REFERENCE_FLOPS / 1e9:.0f} billion a second",
-    )
     return [
         ("alignment", f"{options.tokens:,} tokens, {options.batch:,} a step: assignment, router{what} of all layers together"),
-        ("alignment time", f"about {duration(needed.seconds())}: {operations}, {rate}"),
+        ("alignment time", _time(needed)),
     ]  # fmt: skip
 
 
