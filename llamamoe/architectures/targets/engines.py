@@ -71,4 +71,4 @@ ENGINES: Mapping[str, Callable[[str, DenseSpec, MoeLayout], Iterator[str]]] = {
     "megatron": megatron_refusals,
     "automodel": automodel_refusals,
 }
-"""What each training engine does otherwise, by its name in ``--require``."""
+"""The function that yields what a training engine does otherwise, by its name in ``--require``."""
