@@ -221,9 +221,7 @@ def _print_plan(plan: PretrainPlan) -> None:
     heading("Time and disk")
     times = [(f"operations per token, {name}", amount(n)) for name, n in estimate.operations.items() if n]
     times += [(f"moved in a step, {name}", size(n)) for name, n in estimate.moved.items() if n]
-    if estimate.seconds_per_step is not None:
-        seconds = estimate.seconds_per_step
-        times.append(("time", f"{duration(seconds * estimate.steps)} ({duration(seconds)} a step)"))
+    times += _times(plan)
     times += [(f"disk, {name}", size(n)) for name, n in estimate.disk.items() if n]
     saving = {key: size(int(n)) if "bytes" in key else duration(n) for key, n in estimate.saving.items()}
     meanwhile = ", copied to main memory first" if plan.recipe.save_in_background else ""
@@ -241,7 +239,25 @@ def _print_plan(plan: PretrainPlan) -> None:
         heading("Warnings")
         bullets(plan.warnings, mark="!")
     echo()
-    paragraph("An estimate from shapes alone. Nothing was loaded or written.")
+    paragraph(
+        "An estimate from shapes alone: 2 operations per parameter that a token uses forward, twice as many backward, and the "
+        "products of attention. Nothing was loaded or written."
+    )
+
+
+def _times(plan: PretrainPlan) -> list[tuple[str, str]]:
+    estimate, rate = plan.estimate, plan.estimate.operations_per_second
+    if estimate.seconds is None or estimate.seconds_per_step is None or rate is None:
+        return [("time", "unknown: give --peak-tflops of the device")]
+    steps = f"{duration(estimate.seconds)} ({duration(estimate.seconds_per_step)} a step)"
+    assumed = f"{100 * estimate.utilisation:.0f} % of " + (
+        "this machine's products, measured" if plan.timed else "the peak"
+    )
+    times = [("time", f"{steps}, at {amount(rate)} operations per second: {assumed}")]
+    if plan.validation_seconds is not None and plan.validations:
+        each = duration(plan.validation_seconds)
+        times.append(("held-out losses", f"{amount(plan.measured)} tokens, {plan.validations} times: {each} each"))
+    return times
 
 
 def _print_teacher(estimate: Estimate) -> None:

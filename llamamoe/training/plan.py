@@ -34,18 +34,23 @@ class PretrainPlan:
         recipe: The recipe.
         domains: Tokens of each domain, and its share of the mixture.
         held_out: Number of held-out tokens; 0 if there are none.
+        measured: Held-out tokens of one validation.
         estimate: Memory, time and disk.
         notes: Settings that are possible but not advisable, and tokens without an embedding.
         teacher: The training of the parent before the run; None if it teaches as it is.
+        timed: Operations per second of products on this machine, measured for the estimate of time; None if they were
+            given, or are those of another machine.
     """
 
     model: str
     recipe: PretrainRecipe
     domains: dict[str, tuple[int, float]]
     held_out: int
+    measured: int
     estimate: Estimate
     notes: tuple[str, ...] = ()
     teacher: PretrainPlan | None = None
+    timed: float | None = None
 
     @property
     def epochs(self) -> float:
@@ -72,6 +77,18 @@ class PretrainPlan:
             found.append("no text is held out: the run will not say how good the model gets")
         return tuple(found)
 
+    @property
+    def validations(self) -> int:
+        """Number of measurements on held-out text, with the start and the end."""
+        every, steps = self.recipe.evaluate_every or self.recipe.max_steps, self.recipe.max_steps
+        return 1 + math.ceil(steps / every) if self.measured else 0
+
+    @property
+    def validation_seconds(self) -> float | None:
+        """Seconds of one validation; None where the device's rate is unknown."""
+        rate = self.estimate.operations_per_second
+        return self.measured * self.estimate.forward_operations / rate if rate else None
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-compatible data."""
         return {
@@ -79,8 +96,12 @@ class PretrainPlan:
             "recipe": self.recipe.model_dump(mode="json"),
             "domains": {name: {"tokens": n, "share": share} for name, (n, share) in self.domains.items()},
             "held_out_tokens": self.held_out,
+            "validation_tokens": self.measured,
+            "validation_seconds": self.validation_seconds,
+            "validations": self.validations,
             "epochs": self.epochs,
             "estimate": self.estimate.to_json(),
+            "measured_flops_per_second": self.timed,
             "warnings": list(self.warnings),
             "teacher": None if self.teacher is None else self.teacher.to_json(),
         }
@@ -112,7 +133,8 @@ def plan_pretraining(
         allow_change: See `pretrain`.
         world_size: Processes, one device each; None: as many as the recipe's sharding needs.
         device_memory: Bytes of a device.
-        peak_flops: Operations per second of a device.
+        peak_flops: Operations per second of a device; None: those of this machine, measured in a fraction of a second, if
+            one process trains on its CPU or on a GPU that it has.
         bandwidth: Bytes per second that a device reads from and writes to its memory.
         utilisation: Share of the peak that is reached.
         disk_rate: Bytes per second of the file system, of all ranks together.
@@ -126,9 +148,11 @@ def plan_pretraining(
     from .batches import check_ranks
     from .estimate.estimate import estimate
 
+    world_size = world_size or recipe.distributed.world_size
+    timed = _rate_here(recipe) if peak_flops is None and world_size == 1 else None
     device: dict[str, Any] = {
         "device_memory": device_memory,
-        "peak_flops": peak_flops,
+        "peak_flops": timed if peak_flops is None else peak_flops,
         "bandwidth": bandwidth,
         "utilisation": utilisation,
         "disk_rate": disk_rate,
@@ -142,9 +166,8 @@ def plan_pretraining(
         folder, how = normal_path(out), {"extend": extend, "allow_change": allow_change}
         check_place(folder, recipe, location.path, parent)
         changes = _changes(folder, recipe, facts, resume=resume, force=force, **how)
-    world_size = world_size or recipe.distributed.world_size
     check_ranks(recipe, world_size)
-    domains, held_out = _tokens(recipe)
+    domains, held_out, measured = _tokens(recipe)
     dense = open_parent(parent, location.path) if parent is not None else None
     found = estimate(
         recipe,
@@ -162,7 +185,7 @@ def plan_pretraining(
     if recipe.teacher is not None:
         teacher = plan_pretraining(teacher_recipe(recipe), world_size=world_size, **device)
     told = (*doubts(recipe, config), *notes, *told)
-    return PretrainPlan(location.name, recipe, domains, held_out, found, told, teacher)
+    return PretrainPlan(location.name, recipe, domains, held_out, measured, found, told, teacher, timed)
 
 
 def _changes(
@@ -180,10 +203,26 @@ def _check_device(**values: float | None) -> None:
             raise UsageError(f"{what} is {value:g}, but must be a finite number above 0.")
 
 
-def _tokens(recipe: PretrainRecipe) -> tuple[dict[str, tuple[int, float]], int]:
-    """Return the tokens of each domain with its share of the mixture, and the number of held-out tokens."""
+def _rate_here(recipe: PretrainRecipe) -> float | None:
+    """Return the operations per second of matrix products on the recipe's device; None if this machine has none."""
+    from ..calibration.compute import Compute
+    from ..lazy import torch
+    from ..models.devices import pick_device
+
+    try:
+        device = torch.device(pick_device(recipe.device))
+    except UsageError:  # a plan for another machine
+        return None
+    return Compute(device, getattr(torch, recipe.precision.compute)).flops_per_second()
+
+
+def _tokens(recipe: PretrainRecipe) -> tuple[dict[str, tuple[int, float]], int, int]:
+    """Return the tokens and share of each domain, the number of held-out tokens, and that of one validation."""
     corpus, held_out = training_corpus(recipe.data), held_out_corpus(recipe.data)
     tokens = {name: corpus.tokens(name) for name in corpus.domains}
     weights = mixture_weights(recipe.data.mixture, tokens)
-    measured = sum(held_out.tokens(name) for name in held_out.domains) if held_out is not None else 0
-    return {name: (tokens[name], weights[name]) for name in corpus.domains}, measured
+    there = [held_out.tokens(name) for name in held_out.domains] if held_out is not None else []
+    blocks = recipe.data.validation_blocks
+    most = max(there, default=0) if blocks is None else blocks * recipe.data.block_length
+    shares = {name: (tokens[name], weights[name]) for name in corpus.domains}
+    return shares, sum(there), sum(min(each, most) for each in there)

@@ -64,6 +64,23 @@ def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path, run: Run) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_time_of_a_run_on_this_machine(recipe: Path, tmp_path: Path, run: Run) -> None:
+    args = ("pretrain", "--recipe", recipe, "--out", tmp_path / "run", "--dry-run")
+    for part in ("this machine's products, measured", "held-out losses", "2 operations per parameter"):
+        assert part in run(*args).stdout
+    plan = json.loads(run(*args, "--json").stdout)
+    estimate, rate = plan["estimate"], 0.4 * plan["measured_flops_per_second"]
+    assert estimate["operations_per_second"] == rate
+    assert estimate["seconds"] == pytest.approx(256 * estimate["flops_per_token"] / rate)
+    assert plan["validations"] == 2
+    assert plan["validation_seconds"] == plan["validation_tokens"] * estimate["forward_operations"] / rate
+    assert 0 < plan["validation_tokens"] <= plan["held_out_tokens"]
+    for elsewhere in (("--set", "device=npu"), ("--world-size", 2)):
+        shown = run(*args, *elsewhere).stdout
+        assert "unknown: give --peak-tflops" in shown
+        assert "held-out losses" not in shown
+
+
 def test_bad_input(recipe: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "run"
     args = ("pretrain", "--recipe", recipe, "--out", out)

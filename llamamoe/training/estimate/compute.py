@@ -61,6 +61,11 @@ def operations(
     }
 
 
+def forward_operations(recipe: PretrainRecipe, shape: ModelShape) -> float:
+    """Return floating-point operations per token of the model's forward pass."""
+    return training_flops(shape.active, len(shape.layers), shape.attention_width, recipe.data.block_length) / 3
+
+
 def _parent(recipe: PretrainRecipe, parent: ModelShape | None) -> float:
     distill = recipe.distill
     if parent is None or distill is None or not distill.needs_parent:

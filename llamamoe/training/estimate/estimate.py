@@ -14,7 +14,7 @@ from ...checkpoint.base import TensorInfo
 from ..parameters import group_of
 from ..recipe import PretrainRecipe
 from .activations import Widths, experts_of, style_of
-from .compute import DISK_RATE, disk, operations, saving
+from .compute import DISK_RATE, disk, forward_operations, operations, saving
 from .memory import StepMemory
 from .shapes import ModelShape, read_shape
 from .sharding import Sharding, adapters
@@ -39,8 +39,10 @@ class Estimate:
         operations: Operations per token by purpose, see `compute.operations`.
         moved: Bytes of a step on one device beside operations: ``copies`` of tokens for their experts, and ``exchanged``
             with other ranks by expert parallelism; see `traffic`.
-        seconds_per_step: All operations at ``utilisation`` of the peak, and the copies at the bandwidth, if it is known;
-            None: peak unknown.
+        forward_operations: Operations per token of a held-out loss.
+        operations_per_second: Assumed of all devices together, ``utilisation`` of the peak; None: peak unknown.
+        seconds_per_step: All operations at that rate, and the copies at the bandwidth, if it is known; None: peak
+            unknown.
         disk: Bytes, see `compute.disk`.
         saving: Bytes and seconds of a save and of a resume, see `compute.saving`.
         utilisation: The assumed utilisation.
@@ -58,6 +60,8 @@ class Estimate:
     accumulation: int
     operations: Mapping[str, float]
     moved: Mapping[str, int]
+    forward_operations: float
+    operations_per_second: float | None
     seconds_per_step: float | None
     disk: Mapping[str, int]
     saving: Mapping[str, float]
@@ -175,6 +179,8 @@ def estimate(
         accumulation=accumulation,
         operations=flops,
         moved=moved,
+        forward_operations=forward_operations(recipe, shape),
+        operations_per_second=rate,
         seconds_per_step=recipe.tokens_per_step * sum(flops.values()) / rate + copying if rate else None,
         disk=stored,
         saving=saving(
