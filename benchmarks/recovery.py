@@ -38,6 +38,12 @@ from benchmarks.pictures import picture
 RESULTS = Path(__file__).parent / "results"
 FEW, FEW_TOKENS = " from 8k", 8192
 """The end of a start's name that is fitted to so few tokens."""
+HEALS: dict[str, tuple[dict[str, Any], ...]] = {
+    "heal": ({},),
+    "heal on its inputs": ({"inputs": "model"},),
+    "heal twice": ({}, {"inputs": "model"}),
+}
+"""Runs of heal one after another, as changes of a study's recipe: on the parent's hidden states, or on the model's own."""
 FADING = {"start": 1.0, "end": 0.0, "share": 0.5}
 
 
@@ -52,8 +58,8 @@ class Study:
         calibration: Its tokens of text.
         heal: Keys of a recipe of heal.
         pretrain: Keys of a recipe of pretrain, the same for all arms.
-        arms: ``(start, objective)``; an objective is ``lm``, ``untrained``, or a name in ``distill``, after ``heal + `` if
-            layers are healed; before ``, lr RATE`` if its rate is another.
+        arms: ``(start, objective)``; an objective is ``lm``, ``untrained``, or a name in ``distill``, after a name in
+            ``HEALS`` and `` + `` if layers are healed; before ``, lr RATE`` if its rate is another.
         seeds: Of the split and of the training; arms with a rate of their own have the first.
         sampled: Tokens that the parent writes beside the real text.
         distill: What is learned from the parent, by objective.
@@ -148,6 +154,18 @@ STUDIES["stories260k_long"] = replace(
     sampled=5_800_000,
 )
 """Five times the tokens: the real stories once, and so much more of the parent's."""
+STUDIES["stories260k_heal"] = replace(
+    STUDIES["stories260k"],
+    arms=(
+        *(
+            (start, f"{how}fading distill")
+            for start in ("ours", "random")
+            for how in ("", *(f"{name} + " for name in HEALS))
+        ),
+        ("dense", "lm"),
+    ),
+)
+"""Layers healed on the hidden states of the parent, on the model's own, or on both in turn."""
 CORRECTED = {"lm": {"weight": 1.0}, "kl": {"weight": 1.0}}
 RATES = ("6e-4", "2.4e-3")
 """Beside 1.2e-3, for every start."""
@@ -173,6 +191,7 @@ STUDIES["stories260k_teacher"] = replace(
 BLOCKS = {
     "stories260k_teacher": {"block_length": 256, "validation_blocks": 128},
     "stories260k": {"block_length": 256, "validation_blocks": 128},
+    "stories260k_heal": {"block_length": 256, "validation_blocks": 128},
     "stories260k_long": {"block_length": 256, "validation_blocks": 128},
     "smollm2": {"block_length": 512, "validation_blocks": 8},
 }
@@ -231,13 +250,14 @@ class Runner:
         if start == "dense":
             return Path(self.source), 0
         model, tokens = self.converted(start, seed)
-        if not objective.startswith("heal"):
-            return model, tokens
-        out = self.work / f"{start}-{seed}-healed"
-        if not out.exists():
-            recipe = load_heal_recipe(given={**self.study.heal, "text": [str(self.train)], "seed": seed})
-            heal(model, out, recipe, parent=self.source, resume=True)
-        return out, tokens + int(self.study.heal["tokens"])
+        name, healed, _ = objective.rpartition(" + ")
+        for changes in HEALS[name] if healed else ():
+            out = model.with_name(model.name + ("-healed-on-its-inputs" if changes else "-healed"))
+            if not out.exists():
+                given = {**self.study.heal, **changes, "text": [str(self.train)], "seed": seed}
+                heal(model, out, load_heal_recipe(given=given), parent=self.source, resume=True)
+            model, tokens = out, tokens + int(self.study.heal["tokens"])
+        return model, tokens
 
     def arm(self, start: str, objective: str, seed: int) -> dict[str, Any]:
         """Run one arm to its end; its curve as plain data."""
@@ -253,7 +273,7 @@ class Runner:
             "experts_implementation": "llamamoe_auto",
         }
         given["optimizer"] = {**given["optimizer"], **self.study.optimizer.get(start, {})}
-        how, _, rate = objective.removeprefix("heal + ").partition(", lr ")
+        how, _, rate = objective.rpartition(" + ")[2].partition(", lr ")
         if rate:  # that of the routers stays in proportion
             share = float(rate) / given["optimizer"]["lr"]
             given["optimizer"] |= {"lr": float(rate), "router_lr": given["optimizer"]["router_lr"] * share}
@@ -357,7 +377,7 @@ def draw(arms: list[dict[str, Any]], path: Path) -> None:
         "ours from 8k": "#56B4E9",
     }
     styles = {"lm": ":", "distill": "-.", "fading distill": "-", "heal + fading distill": "--", "untrained": "o",
-              "corrected distill": "-."}  # fmt: skip
+              "corrected distill": "-.", "heal on its inputs + fading distill": "-.", "heal twice + fading distill": ":"}  # fmt: skip
     arms = [arm for arm in arms if ", lr " not in arm["objective"]]
     with picture(path, (8.4, 5.0)) as axes:
         for start, objective in dict.fromkeys((arm["start"], arm["objective"]) for arm in arms):
