@@ -30,7 +30,8 @@ def find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, str]]:
     Raises:
         UsageError: No pattern, a pattern that matches nothing, or a file of an unknown kind or that is not a regular
             file.
-        RefusedError: A folder or glob contains a link out of the folder.
+        RefusedError: A folder or glob contains a link out of the folder, or a folder holds several splits that the package
+            datasets saved.
         MissingExtraError: zstandard or pyarrow is needed and not installed.
     """
     if isinstance(patterns, (str, Path)):  # a single str is also a sequence of str, its characters
@@ -89,7 +90,9 @@ def _walk(folder: Path) -> list[Path]:
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        is_text = path.name.endswith(SUFFIXES)
+        if path.name == "dataset_dict.json":
+            _refuse_splits(path)
+        is_text = path.name.endswith(SUFFIXES) and not _is_cache(path)
         if path.is_symlink() and (is_text or path.is_dir()):
             _inside(path, folder)
         if is_text and not path.is_dir():
@@ -101,6 +104,21 @@ def _walk(folder: Path) -> list[Path]:
             hint=f"Files that can be read end in {', '.join(SUFFIXES)}.",
         )
     return files
+
+
+def _refuse_splits(path: Path) -> None:
+    """Refuse a ``DatasetDict`` of several splits, which would mix the text of its test split with that of training."""
+    splits = sorted(each.parent.name for each in path.parent.glob("*/dataset_info.json"))
+    if len(splits) > 1:
+        raise RefusedError(
+            f"'{path.parent}' holds several splits of a dataset ({', '.join(splits)}), which would be read as one text.",
+            hint=f"Name the split, such as {path.parent / ('train' if 'train' in splits else splits[0])}.",
+        )
+
+
+def _is_cache(path: Path) -> bool:
+    """Return whether the package datasets left the file beside a dataset, with the results of an earlier ``map``."""
+    return path.name.startswith("cache-") and path.name.endswith(".arrow") and (path.parent / "state.json").exists()
 
 
 def _readable(path: Path) -> None:

@@ -21,17 +21,11 @@ def model(tmp_path_factory) -> Path:
 
 
 def save_to_disk(folder: Path, column: str, texts: list[str]) -> Path:
-    """Write what ``datasets.Dataset.save_to_disk`` would: streams of batches, and two files of JSON beside them."""
-    arrow = pytest.importorskip("pyarrow")
-    folder.mkdir(parents=True)
-    half = len(texts) // 2
-    for number, rows in enumerate((texts[:half], texts[half:])):
-        table = arrow.table({"id": list(range(len(rows))), column: rows})
-        path = str(folder / f"data-0000{number}-of-00002.arrow")
-        with arrow.OSFile(path, "wb") as file, arrow.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=1)
-    (folder / "state.json").write_text("{}")
-    (folder / "dataset_info.json").write_text("{}")
+    """Let the package datasets write a folder with two files of rows."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_dict({"id": list(range(len(texts))), column: texts})
+    rows.save_to_disk(folder, num_shards=2)
     return folder
 
 
@@ -40,6 +34,26 @@ def test_a_saved_dataset_gives_the_tokens_of_the_same_lines(model, tmp_path):
     tokenize(recipe(model, tmp_path / "lines"), tmp_path / "a")
     tokenize(recipe(model, save_to_disk(tmp_path / "tales" / "train", "text", TEXTS)), tmp_path / "b")
     assert stream(tmp_path / "a", "tales") == stream(tmp_path / "b", "tales")
+
+
+def test_results_that_were_cached_beside_a_saved_dataset_are_not_read_again(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = save_to_disk(tmp_path / "tales" / "train", "text", TEXTS)
+    saved = datasets.load_from_disk(folder)
+    saved.map(lambda row: {"text": row["text"].upper()}, new_fingerprint="0" * 16)
+    assert list(folder.glob("cache-*.arrow"))
+    assert [document.text for document in read_documents([folder])] == TEXTS
+
+
+def test_the_splits_of_a_dataset_are_not_read_as_one_text(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = {name: datasets.Dataset.from_dict({"text": TEXTS}) for name in ("test", "train")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "tales")
+    with pytest.raises(LlamaMoeError, match=r"several splits of a dataset \(test, train\)[\s\S]*tales/train"):
+        list(read_documents([tmp_path / "tales"]))
+    assert [document.text for document in read_documents([tmp_path / "tales" / "train"])] == TEXTS
+    datasets.DatasetDict(only=parts["test"]).save_to_disk(tmp_path / "one")
+    assert [document.text for document in read_documents([tmp_path / "one"])] == TEXTS
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "arrow", "parquet"])
