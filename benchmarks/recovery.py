@@ -61,6 +61,7 @@ class Study:
         arms: ``(start, objective)``; an objective is ``lm``, ``untrained``, or a name in ``distill``, after a name in
             ``HEALS`` and `` + `` if layers are healed; before ``, lr RATE`` if its rate is another.
         seeds: Of the split and of the training; arms with a rate of their own have the first.
+        total: Tokens of every arm, those before its training included; None: all are trained as ``pretrain`` says.
         sampled: Tokens that the parent writes beside the real text.
         distill: What is learned from the parent, by objective.
         teacher: Keys of the parent's training before that, by objective; the run is shorter by its tokens.
@@ -75,6 +76,7 @@ class Study:
     pretrain: Mapping[str, Any]
     arms: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...]
+    total: int | None = None
     sampled: int = 0
     distill: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     teacher: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -166,6 +168,20 @@ STUDIES["stories260k_heal"] = replace(
     ),
 )
 """Layers healed on the hidden states of the parent, on the model's own, or on both in turn."""
+_SMOLLM2 = {"shared_by": "power", "repair": {"name": "distill", "epochs": 5}, "calibration_length": 512}
+_ALIGNED: dict[str, Any] = {"tokens": 524_288, "length": 256}
+STUDIES["smollm2_aligned"] = replace(
+    STUDIES["smollm2"],
+    ours={
+        "num_experts": 48, "top_k": 15, "shared": 384, "method": "token_clusters", "router": "ridge", **_SMOLLM2,
+        "align": {**_ALIGNED, "lr_assignment": 0},
+    },
+    static={"method": "static", "shared": 768, **_SMOLLM2, "align": _ALIGNED},
+    pretrain={**STUDIES["smollm2"].pretrain, "evaluate_every": 60, "save_every": 10},
+    arms=(("dense", "lm"), ("ours", "fading distill"), ("static", "fading distill")),
+    total=1_000_000,
+)  # fmt: skip
+"""A million tokens, more than half of them to learn all layers together."""
 CORRECTED = {"lm": {"weight": 1.0}, "kl": {"weight": 1.0}}
 RATES = ("6e-4", "2.4e-3")
 """Beside 1.2e-3, for every start."""
@@ -194,6 +210,7 @@ BLOCKS = {
     "stories260k_heal": {"block_length": 256, "validation_blocks": 128},
     "stories260k_long": {"block_length": 256, "validation_blocks": 128},
     "smollm2": {"block_length": 512, "validation_blocks": 8},
+    "smollm2_aligned": {"block_length": 512, "validation_blocks": 8},
 }
 
 
@@ -238,12 +255,12 @@ class Runner:
         out = self.work / f"{start}-{seed}"
         calibrated = start != "random"
         tokens = FEW_TOKENS if start.endswith(FEW) else self.study.calibration
+        given = {**getattr(self.study, start.removesuffix(FEW)), "seed": seed}
         if not out.exists():
-            given = {**getattr(self.study, start.removesuffix(FEW)), "seed": seed}
             if calibrated:
                 given |= {"calibration": [str(self.train)], "calibration_tokens": tokens}
             llamamoe.split(self.source, out, llamamoe.load_recipe(given=given), resume=True, verify=False)
-        return out, tokens if calibrated else 0
+        return out, tokens + given.get("align", {}).get("tokens", 0) if calibrated else 0
 
     def start(self, start: str, objective: str, seed: int) -> tuple[Path, int]:
         """Return the start of an arm and the number of tokens that it took."""
@@ -277,6 +294,8 @@ class Runner:
         if rate:  # that of the routers stays in proportion
             share = float(rate) / given["optimizer"]["lr"]
             given["optimizer"] |= {"lr": float(rate), "router_lr": given["optimizer"]["router_lr"] * share}
+        if self.study.total is not None:
+            given["tokens"] = self.study.total - spent
         if untrained:
             given |= {"steps": 1, "tokens": None}
         elif how != "lm":
