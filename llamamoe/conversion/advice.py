@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..architectures.moe_layout import MoeLayout
 from ..architectures.sources.base import DenseSpec
 from ..architectures.targets.base import Target
+from ..architectures.targets.clients import runs
 from .calibration_cost import CalibrationPlan
 from .recipe import SplitRecipe
 from .sizes import MOST_PADDING, PAD_TO, QUANTISED_BLOCK, round_up
@@ -42,7 +43,8 @@ def advice(
         found.append("the experts are copies: larger than the parent and no cheaper per token, a start for training")
     elif calibration is None and layout.top_k < layout.num_experts:
         found.append(UNTRAINED)
-    found += _unquantised(spec, layout)
+    if runs("llama.cpp", target.name):
+        found += _unquantised(spec, layout)
     width = layout.expert_width
     padding = layout.padding(spec.intermediate_size)
     if padding and not much_padding(spec, recipe, layout):

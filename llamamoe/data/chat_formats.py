@@ -56,14 +56,14 @@ def format_of(row: Mapping[str, Any]) -> Format:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise BadRowError(f"{what} is a {type(value).__name__}, not a text")
+        raise BadRowError(f"{what} is of type {type(value).__name__}, not a text")
     return value
 
 
 def _message(turn: Any) -> Message:
     """Return one message of a list in the form of OpenAI (role, content) or ShareGPT (from, value)."""
     if not isinstance(turn, Mapping):
-        raise BadRowError(f"a message is a {type(turn).__name__}, not an object")
+        raise BadRowError(f"a message is of type {type(turn).__name__}, not an object")
     named = str(turn.get("role", turn.get("from")))
     if named.lower() not in _ROLES:
         raise BadRowError(f"a message has the role {named!r}; known are {', '.join(_ROLES)}")
@@ -75,7 +75,7 @@ def _message(turn: Any) -> Message:
 
 def _messages(turns: Any, system: Any = None) -> list[Message]:
     if not isinstance(turns, list):
-        raise BadRowError(f"the conversation is a {type(turns).__name__}, not a list")
+        raise BadRowError(f"the conversation is of type {type(turns).__name__}, not a list")
     found = [_message(turn) for turn in turns]
     if system:
         found.insert(0, {"role": "system", "content": _text(system, "the system prompt")})

@@ -124,7 +124,7 @@ def _checked(path: Path) -> Path:
 
 def _formatted(row: Any, origin: str, kinds: dict[str, str]) -> tuple[str, bytes]:
     if not isinstance(row, Mapping):
-        raise BadRowError(f"the row is a {type(row).__name__}, not an object")
+        raise BadRowError(f"the row is of type {type(row).__name__}, not an object")
     format_ = format_of(row)
     converted = format_.convert(row)
     kinds.setdefault(format_.kind, origin)

@@ -180,7 +180,7 @@ def _parse(line: str, origin: str) -> dict[str, Any]:
 def _row(row: dict[str, Any], domain: str, origin: str, column: str) -> Document:
     text = row.get(column)
     if not isinstance(text, str):
-        had = "is missing" if column not in row else f"is a {type(text).__name__}, not a string"
+        had = "is missing" if column not in row else f"is of type {type(text).__name__}, not a string"
         raise LlamaMoeError(
             f"{origin}: the field {column!r} {had}; the fields are {', '.join(map(str, row)) or 'none'}.",
             hint=f"Every row must have its document, a string, under {column!r}; tokenize reads that of text_column.",

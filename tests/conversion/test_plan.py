@@ -348,6 +348,7 @@ def test_the_plan_names_what_cannot_be_quantised(wide: Path) -> None:
     assert "k-quants take larger types (q5_0 to q8_0) for ffn_down_exps at expert width 384" in said(shared=0.25)
     assert "nothing to mend" in said(shared=0.25)
     assert "ffn_down" not in said(num_experts=8)
+    assert "ffn_down" not in said(num_experts=2, top_k=1, pad_to=8, target="jetmoe")
     assert "ffn_down_shexp in F16 at 504 shared neurons" in said(shared=504, target="granitemoeshared", pad_to=8)
     assert "ffn_down" not in said(method="static", shared=0.3, shared_by="weight_norm")
 

@@ -60,12 +60,12 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 BAD: dict[str, tuple[Any, str]] = {
     "no known field": ({"text": "a"}, "unknown fields text; known are ShareGPT"),
-    "a list": ([1], "the row is a list"),
+    "a list": ([1], "the row is of type list"),
     "another role": ({"messages": [says("tool", "a")]}, "the role 'tool'"),
     "no answer": ({"messages": [says("user", "a")]}, "no answer of the assistant"),
     "two questions in a row": ({"messages": [says("user", "a"), *ASKED]}, "message 2 is of user, but assistant"),
     "an empty answer": ({"prompt": "q", "completion": " "}, "message 2 is empty"),
-    "a number": ({"prompt": "q", "completion": 3}, "the text of the assistant is a int"),
+    "a number": ({"prompt": "q", "completion": 3}, "the text of the assistant is of type int"),
     "half a pair": ({"prompt": "q", "completion": "\ud800"}, "half a surrogate pair"),
     "equal answers": ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
     "an answer to nothing": ({"chosen": ASKED, "rejected": ASKED[:1]}, "rejected answer does not end"),

@@ -153,7 +153,7 @@ def test_what_is_wrong_with_the_call_is_said_before_reading(tmp_path, monkeypatc
             b'{"content": "a", "id": 1}',
             r"a\.jsonl:3: the field 'text' is missing; the fields are content, id",
         ),
-        (b'{"text": 5}', r"a\.jsonl:3: the field 'text' is a int"),
+        (b'{"text": 5}', r"a\.jsonl:3: the field 'text' is of type int"),
         (b'{"text": " \\n"}', r"a\.jsonl:3: the text is empty"),
         (b'{"text": "\\ud83d"}', r"a\.jsonl:3: the text holds half a surrogate pair"),
         (b'{"text": "\xff"}', r"a\.jsonl:3: byte 11 is not UTF-8 \(0xff"),
