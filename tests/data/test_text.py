@@ -80,7 +80,7 @@ def test_parquet(tmp_path):
     with pytest.raises(LlamaMoeError, match=r"x\.parquet' has no column 'text'; it has content"):
         texts(path)
     parquet.write_table(arrow.table({"text": ["a", None]}), path)
-    with pytest.raises(LlamaMoeError, match=r"row 2: the field 'text' is a NoneType"):
+    with pytest.raises(LlamaMoeError, match=r"row 2: the field 'text' is of type NoneType"):
         texts(path)
     write(path, path.read_bytes()[:-20])
     with pytest.raises(LlamaMoeError, match="not a valid Parquet file"):
