@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint.base import FLOAT_DTYPES, Checkpoint
 from ..checkpoint.reader import refuse_tokenizer_code
+from ..checkpoint.text_part import WRAPPERS, TextPart, whole_hint
 from ..errors import CheckpointError, known_names
 from ..lazy import torch
 from .config_values import SIZE_KEYS, check_rope, check_special, check_values
@@ -35,6 +36,11 @@ class DenseModel:
     spec: DenseSpec
     reads: Mapping[str, Read]
 
+    @property
+    def part(self) -> TextPart | None:
+        """The checkpoint if the model is the text model of a larger one."""
+        return self.checkpoint if isinstance(self.checkpoint, TextPart) else None
+
     def has(self, name: str) -> bool:
         """Return whether there is a canonical tensor (see `llamamoe.architectures.sources`) of this name."""
         return name in self.reads
@@ -48,10 +54,10 @@ class DenseModel:
         return self.checkpoint.tensors[self.reads[name].name].dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a canonical tensor in its stored dtype (float32 if reading changes values)."""
+        """Return a canonical tensor in its stored dtype (float32 if reading changes values), or one of the rest."""
         from ..checkpoint.tensors import to_halves
 
-        read = self.reads[name]
+        read = self.reads.get(name) or Read(name)
         tensor = self.checkpoint.read(read.name, read.rows)
         for op, value in read.ops:
             tensor = tensor.float() + value if op == "add" else tensor.float() * value
@@ -88,6 +94,9 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
     spec = source.spec(config)
     check_rope(spec)
     check_special(spec)
+    if isinstance(checkpoint, TextPart):
+        _refuse_scaled_table(spec)
+        spec = replace(spec, other_inputs=True)
     if spec.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors:
         spec = replace(spec, tie_word_embeddings=False)  # transformers 5 does not tie tensors that differ
     try:
@@ -128,25 +137,35 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
 def _refuse_family(config: Mapping[str, Any]) -> None:
     """Refuse families that no target computes, and models of more than text, with the reason."""
     name, text = config.get("model_type"), config.get("text_config")
+    if isinstance(name, str) and name in REFUSED:
+        raise CheckpointError(
+            f"config.json: no target computes model_type {name!r} exactly: {REFUSED[name]}.",
+            hint=known_names(SOURCES.names()),
+        )
     if not isinstance(text, Mapping):
-        if isinstance(name, str) and name in REFUSED:
-            raise CheckpointError(
-                f"config.json: no target computes model_type {name!r} exactly: {REFUSED[name]}.",
-                hint=known_names(SOURCES.names()),
-            )
         return
     inner = str(text.get("model_type"))
-    message = f"config.json: model_type {name!r} is a model of more than text, and only text is read; its text part is {inner!r}"
+    places = whole_hint(config, f"split converts the text model inside {', '.join(WRAPPERS)}.")
+    message = f"config.json: model_type {name!r} is a model of more than text; its text part is {inner!r}"
     if inner in REFUSED:
         raise CheckpointError(
             f"{message}, which no target computes exactly: {REFUSED[inner]}.", hint=known_names(SOURCES.names())
         )
     raise CheckpointError(
         f"{message}.",
-        hint="Save the text part as a causal language model of its own, with its head, and convert that."
+        hint=f"{places} Else save it as a causal language model of its own, with its head."
         if inner in SOURCES
         else known_names(SOURCES.names()),
     )
+
+
+def _refuse_scaled_table(spec: DenseSpec) -> None:
+    if spec.family == "gemma":
+        raise CheckpointError(
+            "the text part is 'gemma', which multiplies embeddings of tokens, but not those of images: mixtures multiply both "
+            "or none.",
+            hint="Save the text part as a causal language model of its own, with its head, and convert that.",
+        )
 
 
 def _refuse_mixture(config: Mapping[str, Any]) -> None:
@@ -190,7 +209,8 @@ def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...
             raise CheckpointError(
                 f"{name} has shape {list(info.shape)}, but config.json implies {list(shape)}: config and weights disagree."
             )
-    unknown = [n for n in checkpoint.tensors if n not in expected and not n.endswith(_IGNORED)]
+    known = expected.keys() | (checkpoint.rest.keys() if isinstance(checkpoint, TextPart) else set())
+    unknown = [n for n in checkpoint.tensors if n not in known and not n.endswith(_IGNORED)]
     if unknown:
         raise CheckpointError(
             f"{len(unknown)} tensors do not belong to the architecture in config.json, the first is {unknown[0]!r}: "

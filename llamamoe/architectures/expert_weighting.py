@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from ..checkpoint.text_part import whole_hint
 from ..errors import CheckpointError, RefusedError, UsageError, near_misses
 from ..lazy import transformers
 from .moe_layout import Weighting, weight
@@ -67,7 +68,7 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
         known = [each for each in TARGETS.names() if TARGETS.get(each).routed]
         raise RefusedError(
             f"model_type {name!r} is not a mixture of experts that llamamoe supports.",
-            hint=f"Supported: {', '.join(known)}.",
+            hint=whole_hint(config, f"Supported: {', '.join(known)}."),
         )
     target = TARGETS.get(name)()
     stated = next((key for key in EXPERT_KEYS if config.get(key) is not None), EXPERT_KEYS[0])

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from ..checkpoint.base import DTYPE_BYTES, Checkpoint, TensorInfo
 from ..checkpoint.json_files import read_json
-from ..checkpoint.locate import Location, locate, open_checkpoint
+from ..checkpoint.locate import Location, locate
 from ..checkpoint.paths import inside
+from ..checkpoint.text_part import TextPart, open_text
 from ..errors import CheckpointError
 from .costs import Cost, count, role_of
 from .dense_checkpoint import understand
@@ -39,7 +40,8 @@ class Inspection:
         revision: The commit of a hub download.
         kind: ``"dense"`` or ``"moe"``.
         format: ``"safetensors"`` or ``"gguf"``.
-        model_type: The ``model_type`` in ``config.json``.
+        model_type: The ``model_type`` in ``config.json``; `family`, `target` and the sizes of a model of images and text are
+            those of its text model.
         architecture: The model class that ``config.json`` names, or None.
         family: The supported dense family it belongs to, or None.
         target: The supported target it belongs to, or None.
@@ -97,13 +99,14 @@ def inspect(path: str | Path) -> Inspection:
         CheckpointError: The path is not a checkpoint, or its files are broken.
     """
     location = locate(path)
-    checkpoint = open_checkpoint(location, weights_only=True)
+    checkpoint = open_text(location, weights_only=True)
     config, provenance = checkpoint.config, _mapping(checkpoint.config.get("llamamoe"))
     notes = list(checkpoint.notes)
     tied, tensors = _counted(checkpoint, notes)
     stub = provenance is not None and provenance.get("shared_neurons") == 0
     experts = stored_experts(config, tensors, stub, notes)
     name = str(config.get("model_type", ""))
+    whole = checkpoint.whole if isinstance(checkpoint, TextPart) else config
     sizes = {key: config[key] for key in _SIZES if is_size(config.get(key))}
     files = sorted({info.file for info in checkpoint.tensors.values()})
     is_gguf = location.path.is_file()
@@ -113,8 +116,8 @@ def inspect(path: str | Path) -> Inspection:
         revision=location.revision,
         kind="dense" if experts is None else "moe",
         format="gguf" if is_gguf else "safetensors",
-        model_type=name,
-        architecture=_first_name(config.get("architectures")),
+        model_type=str(whole.get("model_type", "")),
+        architecture=_first_name(whole.get("architectures")),
         family=name if name in SOURCES else None,
         target=name if name in TARGETS and experts is not None else None,
         refusal=_refusal(checkpoint, notes) if experts is None else None,
@@ -164,6 +167,13 @@ def _counted(checkpoint: Checkpoint, notes: list[str]) -> tuple[bool, dict[str, 
         kind = quantised.get("quant_method", "an unknown method")
         notes.append(f"quantised ({kind}): the counts are of stored elements, which pack several parameters")
     tensors = dict(checkpoint.tensors)
+    if isinstance(checkpoint, TextPart):
+        rest = checkpoint.rest
+        tensors = {name: info for name, info in tensors.items() if name not in rest}
+        size = sum(info.nbytes for info in rest.values()) / 1e6
+        notes.append(
+            f"the counts are of the text model; the other {len(rest)} tensors ({size:,.1f} MB) are not counted"
+        )
     stated = checkpoint.config.get("tie_word_embeddings")
     tied = "lm_head.weight" not in tensors if stated is None else bool(stated)
     if tied and tensors.pop("lm_head.weight", None) is not None:

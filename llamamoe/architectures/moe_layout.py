@@ -9,7 +9,7 @@ from typing import Literal
 from ..numerics import is_power_of_two
 
 Role = Literal[
-    "embedding", "attention", "norm", "router", "routed_attention", "routed", "shared", "dense_ffn", "stub", "head"
+    "embedding", "attention", "norm", "router", "routed_attention", "routed", "shared", "dense_ffn", "stub", "head", "other"
 ]  # fmt: skip
 Part = Literal["gate", "up", "down", "gate_up"]
 Weighting = Literal["renormalised", "softmax", "sigmoid"]

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import CheckpointError, printable
 from ..lazy import torch
@@ -50,11 +50,15 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files from which transformers reads the image processor of a model of images and text."""
 CHAT_TEMPLATES = "additional_chat_templates"
 """The folder of further chat templates."""
 PICKLES = (".bin", ".pt", ".pth")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-_WATCHED = ("config.json", ADAPTER, SINGLE, INDEX, "README.md", CHAT_TEMPLATES, *SIDE_FILES, *LICENSE_FILES)
+_WATCHED = (
+    "config.json", ADAPTER, SINGLE, INDEX, "README.md", CHAT_TEMPLATES, *SIDE_FILES, *PROCESSOR_FILES, *LICENSE_FILES,
+)  # fmt: skip
 """Files beside the weights that change the result if they change or appear while a folder is read."""
 
 
@@ -133,6 +137,8 @@ class SafetensorsCheckpoint:
     Raises:
         CheckpointError: A file is missing, broken or unsafe; see the message.
     """
+
+    _carried: ClassVar[tuple[str, ...]] = (*SIDE_FILES, *LICENSE_FILES)
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -239,7 +245,7 @@ class SafetensorsCheckpoint:
     def save_tokenizer(self, out: Path) -> list[str]:
         """See `Checkpoint.save_tokenizer`; licence files are copied too."""
         copied = []
-        for name in (*SIDE_FILES, *LICENSE_FILES):
+        for name in self._carried:
             if (self.path / name).is_file():
                 copy_file(self._inside(name), out / name)
                 copied.append(name)

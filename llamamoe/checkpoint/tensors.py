@@ -7,11 +7,13 @@ from contextlib import contextmanager
 
 from ..lazy import torch
 from ..numerics import is_power_of_two
+from .base import TORCH_NAMES
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """Return the torch dtype of a safetensors dtype name."""
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -21,6 +21,7 @@ from .files import copy_file, unsynced, write_text
 from .json_files import read_json
 from .quiet import quiet_transformers
 from .reader import VOCABULARIES
+from .text_part import TextPart
 from .tokenizer_difference import chat_template, difference
 from .tokenizer_loading import holds_vocabulary, load, one_error, staged
 
@@ -75,6 +76,8 @@ def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]
     Raises:
         CheckpointError: transformers gets other ids from the written files, or the tokenizer has no fast form.
     """
+    if isinstance(checkpoint, TextPart):  # the model's type does not change
+        return checkpoint.save_tokenizer(out)
     names = []
     with staged(checkpoint) as folder:
         for path in sorted(folder.iterdir()):

@@ -102,7 +102,8 @@ def staged(checkpoint: Checkpoint) -> Iterator[Path]:
         folder = Path(name)
         with unsynced():
             checkpoint.save_tokenizer(folder)
-            write_text(folder / "config.json", json.dumps(dict(checkpoint.config)))
+            config = getattr(checkpoint, "whole", checkpoint.config)  # of a text part, that of the folder
+            write_text(folder / "config.json", json.dumps(dict(config)))
         yield folder
 
 

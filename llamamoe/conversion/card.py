@@ -18,7 +18,10 @@ def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
     parent = parent_metadata(location.path) if location.path.is_dir() else {}
     config_name = str(plan.model.checkpoint.config.get("_name_or_path", ""))
     base = next((n for n in (location.name, config_name) if HUB_ID.fullmatch(n)), None)
-    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    data: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text" if plan.model.part else "text-generation",
+    }
     data["tags"] = ["moe", "llamamoe", plan.target.name] if plan.target.routed else ["llamamoe"]
     data |= {key: parent[key] for key in INHERITED if key in parent}
     if base:
@@ -91,7 +94,9 @@ def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: 
         f"Made by llamamoe {__version__} from `{location.name}`"
         + (f" at revision `{location.revision}`" if location.revision else "")
         + f": {_made(plan)}. Architecture: `{plan.config['architectures'][0]}` of transformers, no remote code.",
-        USE,
+        USE.replace("AutoTokenizer", "AutoProcessor").replace("CausalLM", "ImageTextToText")
+        if plan.model.part
+        else USE,
         "## Is it the same model?\n\n" + _exactness(plan),
         "## What it costs\n\n" + _cost_table(plan),
         "## How it was made\n\n`llamamoe split SOURCE OUT --recipe llamamoe_recipe.yaml`, with\n\n```yaml\n"

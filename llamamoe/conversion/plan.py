@@ -30,6 +30,7 @@ from .calibration_cost import CalibrationPlan, plan_calibration, sequence_length
 from .defaults import complete
 from .expected_speed import expected_speed
 from .recipe import DTYPES, SplitRecipe
+from .rest import in_files, rest_notes
 from .sizes import choose_target, make_splitter, only_target, padded, with_only_experts
 
 _LEARNED: dict[str, Kept] = {"frozen": "neurons", "scales": "gate_up", "ffn": "nothing"}
@@ -195,7 +196,6 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
     alignment = _alignment(spec, recipe, layout, stored_dtype(model))
     recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
     tensors = tuple(target.tensors(spec, layout))
-    shards = _shards(tensors, dtype, recipe.shard_size)
     config = common_config(spec, target, next(n for n, d in DTYPES.items() if d == dtype)) | target.config(spec, layout)
     warnings = [*chosen.warnings, *_warnings(model, recipe, layout, tensors, dtype)]
     warnings += much_padding(spec, recipe, layout)
@@ -207,9 +207,9 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
         target=target,
         layout=layout,
         dtype=dtype,
-        tensors=tensors,
-        shards=shards,
-        config=config,
+        tensors=in_files(model, tensors),
+        shards=_shards(in_files(model, tensors), dtype, recipe.shard_size),
+        config=model.part.whole_config(config) if model.part else config,
         parent_cost=_parent_cost(model),
         cost=count(
             ((t.role, t.shape, math.prod(t.shape) * DTYPE_BYTES[t.dtype or dtype]) for t in tensors),
@@ -219,9 +219,14 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
         peak_bytes=_peak_bytes(spec, make_splitter(recipe), layout, dtype)
         + max(calibration.peak_bytes if calibration else 0, alignment.peak_bytes if alignment else 0),
         warnings=tuple(warnings),
-        advice=(*model.checkpoint.notes, *chosen.notes, *advice(spec, recipe, calibration, target, layout)),
+        advice=(
+            *model.checkpoint.notes,
+            *rest_notes(model),
+            *chosen.notes,
+            *advice(spec, recipe, calibration, target, layout),
+        ),
         parity="exact" if make_splitter(recipe).exact and not recipe.fits else "none",
-        majors=target.majors(spec),
+        majors=("5",) if model.part else target.majors(spec),
         calibration=calibration,
         alignment=alignment,
         source_dtype=stored_dtype(model),

@@ -12,6 +12,7 @@ from ..errors import RefusedError
 from ..models.devices import check_device
 from .plan import SplitPlan, plan_split
 from .recipe import AUTO, SplitRecipe
+from .rest import rest_bytes
 
 
 def planned(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
@@ -42,7 +43,7 @@ def check_room(out: Path, plan: SplitPlan, *, resume: bool) -> None:
     have = free_bytes(out, resume=resume)
     states = plan.calibration.disk_bytes if plan.calibration else 0
     states += plan.alignment.state_bytes if plan.alignment else 0
-    need = plan.cost.nbytes + states + 64 * 2**20
+    need = plan.cost.nbytes + rest_bytes(plan.model) + states + 64 * 2**20
     if have < need:
         raise RefusedError(
             f"the result{' and the hidden states' if states else ''} take{'' if states else 's'} {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",

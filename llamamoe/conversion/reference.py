@@ -25,7 +25,7 @@ from ..lazy import accelerate, torch, transformers
 from ..models.streaming import computing_keys
 
 _SAID = ("missing_keys", "mismatched_keys", "error_msgs")
-_NOT_COMPUTED = ("extra", "tie_word_embeddings", "family")
+_NOT_COMPUTED = ("extra", "tie_word_embeddings", "family", "other_inputs")
 """Fields of a `DenseSpec` that are not compared: tying shows in the weights, the rest is unused by the forward pass."""
 
 
@@ -47,9 +47,11 @@ class Reference:
     def __init__(self, model: DenseModel, dtype: str) -> None:
         self._dense = model
         self._dtype = dtype
-        self.model: Any = _load(model.checkpoint.path)
-        check_config(model, self.model.config.to_dict())
+        self.model: Any = _load(model)
+        check_config(model, self.model.config.get_text_config().to_dict())
         for name, module in self.model.named_modules():
+            if model.part and not name.startswith((f"model.{model.part.module}.", "lm_head")):
+                continue  # the rest does not run
             if next(module.parameters(recurse=False), None) is not None:
                 self._watch(name, module)
 
@@ -70,12 +72,17 @@ class Reference:
         Raises:
             VerificationError: A weight differs from what llamamoe reads.
         """
-        for index, layer in enumerate(self.model.model.layers):
+        for index, layer in enumerate(self.model.get_decoder().layers):
             layer.register_forward_pre_hook(lambda module, args, index=index: before_layer(index, module))
             layer.register_forward_hook(lambda module, args, output, index=index: after_layer(index, module))
         options = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
         with torch.no_grad(), quiet_transformers(), unmapped():
-            logits: torch.Tensor = self.model(input_ids=input_ids, **options).logits
+            given = {"input_ids": input_ids}
+            if (
+                self._dense.part
+            ):  # as images come in; some classes move tokens to the device of the first weight, which is none
+                given = {"inputs_embeds": self.model.get_input_embeddings()(input_ids)}
+            logits: torch.Tensor = self.model(**given, **options).logits
         return logits.float()
 
     def _watch(self, name: str, module: torch.nn.Module) -> None:
@@ -109,6 +116,8 @@ class Reference:
     def _raw_name(self, name: str) -> str:
         """Return the name of a parameter of transformers' model in the parent's files."""
         dense = self._dense
+        if dense.part:
+            name = dense.part.text_name(name)
         if name not in dense.checkpoint.tensors and name == "lm_head.weight" and dense.spec.tie_word_embeddings:
             name = "model.embed_tokens.weight"
         read = dense.reads.get(name)
@@ -157,17 +166,20 @@ def _same_rope(have: DenseSpec, want: DenseSpec) -> bool:
     return {"rope_type", "rope_theta"} <= both and all(have.rope[key] == want.rope[key] for key in both)
 
 
-def _load(folder: Path) -> Any:
+def _load(dense: DenseModel) -> Any:
+    folder = dense.checkpoint.path
     _refuse_others(folder)
+    loader = transformers.AutoModelForImageTextToText if dense.part else transformers.AutoModelForCausalLM
+    rotary = f"model.{dense.part.module}.rotary_emb" if dense.part else "model.rotary_emb"
     try:
         keys, _ = transformers.PreTrainedConfig.get_config_dict(folder, local_files_only=True)
         config: Any = transformers.AutoConfig.for_model(**computing_keys(keys))
         with quiet_transformers(), _quiet_accelerate(), unmapped(later=True):
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = loader.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
-                device_map={"model": "disk", "lm_head": "disk", "model.rotary_emb": "cpu"},
+                device_map={"model": "disk", "lm_head": "disk", rotary: "cpu"},
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 local_files_only=True,
@@ -185,7 +197,8 @@ def _load(folder: Path) -> Any:
         if info.get(kind):
             names = sorted(map(str, info[kind]))[:3]
             raise VerificationError(f"parent {folder}: transformers reports {kind.replace('_', ' ')}: {names}.")
-    _name_tied(model)
+    if dense.part is None:
+        _name_tied(model)
     return model.eval().requires_grad_(False)
 
 

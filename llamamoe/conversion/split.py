@@ -16,10 +16,11 @@ from ..calibration.compute import Compute, choose_compute
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import index_json
 from ..checkpoint.ledger import check_left, partial_path, run_facts
-from ..checkpoint.locate import Location, locate, open_checkpoint
+from ..checkpoint.locate import Location, locate
 from ..checkpoint.out_folder import RECEIPT_FILE, RECIPE_FILE, check_out, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX
 from ..checkpoint.tensors import nonfinite
+from ..checkpoint.text_part import open_text
 from ..checkpoint.tokenizer import carry, check_parent
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import RefusedError
@@ -64,7 +65,7 @@ def plan_conversion(
         RefusedError: The conversion is not possible; the message names every reason.
         UsageError: The recipe names calibration text that does not exist.
     """
-    checkpoint = open_checkpoint(locate(source), tokenizer=tokenizer)
+    checkpoint = open_text(locate(source), tokenizer=tokenizer)
     return planned(understand(checkpoint), recipe or SplitRecipe())
 
 
@@ -105,7 +106,7 @@ def split(
     out = normal_path(out)
     check_left(partial_path(out), resume=resume, restart=force)
     location = locate(source)
-    checkpoint = open_checkpoint(location, tokenizer=tokenizer)
+    checkpoint = open_text(location, tokenizer=tokenizer)
     plan = planned(understand(checkpoint), recipe or SplitRecipe())
     recover_replaced(out)
     check_out(out, location.path, force=force)

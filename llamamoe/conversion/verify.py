@@ -20,10 +20,11 @@ from typing import Any, NoReturn
 
 from ..architectures.dense_checkpoint import refuse_foreign, understand
 from ..checkpoint.base import Checkpoint
-from ..checkpoint.locate import check_folder, locate, open_parent
+from ..checkpoint.locate import check_folder, locate, parent_vocabulary
 from ..checkpoint.out_folder import DERIVED_FILE, HEAL_RECIPE_FILE, RECIPE_FILE
 from ..checkpoint.paths import inside
 from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.text_part import open_text
 from ..errors import RefusedError, VerificationError
 from ..methods.router_scale import HARD_LOGIT
 from ..progress import Progress, ProgressCallback, ignore_progress
@@ -121,7 +122,7 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
     check_folder(folder)
     _refuse_others(folder)
     location = locate(against)
-    model = understand(open_parent(location.path, folder))
+    model = understand(open_text(location, tokenizer=parent_vocabulary(location.path, folder)))
     plan = plan_split(model, load_recipe(inside(folder, RECIPE_FILE)))
     _check_tokenizer(plan, folder)
     result = verify_conversion(plan, folder, Hashes.of_receipt(folder), progress)

@@ -146,20 +146,25 @@ def _converted(
     plan: SplitPlan, converted: Checkpoint, *, everyone: bool = True, zero_router: bool = False
 ) -> StreamedModel:
     """Open the output as configured, or with ``everyone`` selected and the routed sum times the parity factor."""
-    origins = {tensor.name: tensor.origin for tensor in plan.tensors}
+    part = plan.model.part
+    rest = part.rest if part else ()
+    names = {(part.text_name(t.name) if part else t.name): t for t in plan.tensors if t.name not in rest}
     factor = plan.layout.combine.parity_factor if everyone else 1.0
 
     def read(name: str) -> torch.Tensor:
-        tensor, origin = converted.read(name), origins[name]
+        tensor, origin = converted.read(names[name].name), names[name].origin
         if zero_router and isinstance(origin, Router):
             return tensor.new_zeros(tensor.shape)
         if factor != 1.0 and _routed_output(origin):
             return tensor.float() * factor
         return tensor
 
-    config = plan.config | ({plan.target.top_k_key: plan.layout.num_experts} if everyone else {})
+    config = plan.config
+    if part:  # the head of the whole does not divide
+        config = config["text_config"] | ({"logits_scaling": 1.0} if "logits_scaling" in config["text_config"] else {})
+    config = config | ({plan.target.top_k_key: plan.layout.num_experts} if everyone else {})
     return StreamedModel(
-        config, converted.tensors, read, lambda layer: plan.target.one_layer(dense=layer in plan.layout.dense_layers)
+        config, names, read, lambda layer: plan.target.one_layer(dense=layer in plan.layout.dense_layers)
     )
 
 

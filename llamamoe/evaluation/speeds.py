@@ -110,7 +110,9 @@ class SpeedRun:
         )
 
     def _speed(self, model: Any, tokenizer: Any, size: int) -> Speed:
-        ids_BT = _prompts(tokenizer, size, self.prompt_tokens, model.config.vocab_size).to(model.device)
+        ids_BT = _prompts(tokenizer, size, self.prompt_tokens, model.config.get_text_config().vocab_size).to(
+            model.device
+        )
         runs = [self._once(model, ids_BT) for _ in range(self.repeats + 1)][1:]  # the first one warms up
         prefill = statistics.median(first for first, _ in runs)
         decode = statistics.median(step for _, step in runs)

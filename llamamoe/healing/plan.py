@@ -20,6 +20,7 @@ from ..checkpoint.layout import Shards
 from ..checkpoint.locate import Location, locate, locate_folder, open_parent
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tensor_names import IN_MEMORY
+from ..checkpoint.text_part import whole_hint
 from ..checkpoint.writer import QUEUE_BYTES
 from ..data.files import find_files
 from ..errors import CheckpointError, RefusedError, UsageError
@@ -254,7 +255,7 @@ def _target(checkpoint: SafetensorsCheckpoint) -> Target:
     if name not in known:
         raise CheckpointError(
             f"MODEL: model_type {name!r} is not a mixture of experts that can be healed.",
-            hint=f"Convert the dense model first (llamamoe split). Supported: {', '.join(known)}.",
+            hint=whole_hint(config, f"Convert the dense model first (llamamoe split). Supported: {', '.join(known)}."),
         )
     fused = None if name in IN_MEMORY else next((n for n in checkpoint.tensors if _IN_MEMORY.search(n)), None)
     if fused is not None:

@@ -20,6 +20,7 @@ from ..checkpoint.files import copy_file, unsynced, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import SIDE_FILES
+from ..checkpoint.text_part import is_whole
 from ..checkpoint.tokenizer_loading import holds_vocabulary, load, one_error
 from ..errors import CheckpointError
 from ..lazy import torch, transformers
@@ -119,7 +120,12 @@ def _check_model(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...
     empty = {name: torch.empty(shape, device="meta") for name, shape in tensors.items()}
     with one_error("the model of config.json"), quiet_transformers():
         built = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(given)
-        cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(built)]
+        kinds = (
+            transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            if is_whole(given)
+            else transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        )
+        cls: Any = kinds[type(built)]
         keys = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
         _, info = cls.from_pretrained(None, config=built, state_dict=empty, attn_implementation="eager", **keys)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):

@@ -14,9 +14,11 @@ from typing import Any
 
 from ..architectures.dense_checkpoint import DenseModel
 from ..checkpoint.base import Checkpoint
+from ..checkpoint.json_files import read_json
 from ..checkpoint.locate import check_folder, locate, open_checkpoint
 from ..checkpoint.paths import inside, refuse_pointers
 from ..checkpoint.reader import SIDE_FILES, check_side_file
+from ..checkpoint.text_part import is_whole
 from ..checkpoint.unmapped import unmapped
 from ..errors import CheckpointError, UsageError
 from ..lazy import accelerate, check_transformers, torch, transformers
@@ -180,8 +182,9 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
         with _refusing(f"The weights of '{opened.name}' cannot be loaded"):
             return _load_gguf(opened.name, opened.dense, dtype, device)
 
-    loader: Any = transformers.AutoModelForCausalLM  # its type lacks output_loading_info
     folder = Path(opened.options["pretrained_model_name_or_path"])
+    whole = is_whole(read_json(folder / "config.json"))
+    loader: Any = transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
     with _refusing(f"The weights of '{opened.name}' cannot be loaded", folder), _no_progress_bars(), unmapped():
         model, info = loader.from_pretrained(
             **opened.options,

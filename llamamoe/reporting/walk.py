@@ -77,7 +77,7 @@ def _read(
     head, nll = LossHead(model), np.zeros(len(plan.windows))
     layers = find_moe_layers(model) if mixture else []
     found, tap = RoutingCollector(layers, list(plan.domains)), RouterTap(layers)
-    oracle = OracleCollector(layers, getattr(model.config, "hidden_act", "silu"), oracle_tokens)
+    oracle = OracleCollector(layers, getattr(model.config.get_text_config(), "hidden_act", "silu"), oracle_tokens)
     norms = OutputNorms(model, layers)
     for batch in batches(plan):
         asked = mixture and oracle.wants(batch.domain)

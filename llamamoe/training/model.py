@@ -17,6 +17,7 @@ from ..checkpoint.files import copy_file, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
+from ..checkpoint.text_part import whole_hint
 from ..checkpoint.unmapped import unmapped
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..lazy import safetensors, torch, transformers
@@ -49,7 +50,8 @@ def check_folder(folder: Path, *, allow_dense: bool = False) -> dict[str, Any]:
             known = ", ".join(each.name for each in TARGETS if each.routed)
             hint = f"It has experts, but its routers are not known here; those of {known} are."
         raise RefusedError(
-            f"{folder}: model_type {name!r} is not a mixture of experts that can be trained here.", hint=hint
+            f"{folder}: model_type {name!r} is not a mixture of experts that can be trained here.",
+            hint=whole_hint(config, hint),
         )
     refuse_attention_experts(name, "pretrain")
     return dict(config)

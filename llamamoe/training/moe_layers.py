@@ -99,7 +99,8 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
         CheckpointError: There are none, or a router is not supported.
         RefusedError: Attention is routed, too.
     """
-    model_type = getattr(getattr(_base(model), "config", None), "model_type", "")
+    config: Any = getattr(_base(model), "config", None)
+    model_type = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "model_type", "")
     refuse_attention_experts(model_type, "training")
     router_class = _router_class(model)
     modules = dict(model.named_modules())

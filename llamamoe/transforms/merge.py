@@ -18,6 +18,7 @@ from ..checkpoint.base import FLOAT_DTYPES
 from ..checkpoint.locate import Location
 from ..checkpoint.out_folder import normal_path
 from ..checkpoint.reader import SafetensorsCheckpoint
+from ..checkpoint.text_part import whole_hint
 from ..errors import RefusedError, UsageError
 from ..lazy import torch
 from ..progress import ProgressCallback, ignore_progress
@@ -157,7 +158,8 @@ def _complete(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
     name, known = checkpoint.config.get("model_type"), {*TARGETS.names(), *SOURCES.names()} - {"dense"}
     if name not in known:
         raise RefusedError(
-            f"{checkpoint.path}: model_type {name!r} is not supported.", hint=f"Supported: {', '.join(sorted(known))}."
+            f"{checkpoint.path}: model_type {name!r} is not supported.",
+            hint=whole_hint(checkpoint.config, f"Supported: {', '.join(sorted(known))}."),
         )
     return complete_config(checkpoint.config)
 

@@ -41,7 +41,7 @@ def test_split_and_inspect_say_why(source: Path, family: str) -> None:
 
 @pytest.mark.parametrize(("text", "said"), [("llama", "text part"), ("gemma3_text", REFUSED["gemma3_text"])])
 def test_of_a_model_of_images_and_text_the_text_part_decides(source: Path, text: str, said: str) -> None:
-    rename(source, model_type="llava", text_config={"model_type": text})
+    rename(source, model_type="aria", text_config={"model_type": text})
     refusal = inspect(source).refusal
     assert refusal is not None
     assert "model of more than text" in refusal

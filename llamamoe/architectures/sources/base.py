@@ -41,7 +41,8 @@ class DenseSpec:
 
     ``sliding`` holds, per layer, the attention window or None for full attention. ``rope`` is transformers 5's
     ``rope_parameters``; ``no_rope`` are the layers without rotary positions. ``attention_multiplier`` None means
-    ``head_dim ** -0.5``. ``post_norm`` means that norms follow attention and FFN instead of preceding them.
+    ``head_dim ** -0.5``. ``post_norm`` means that norms follow attention and FFN instead of preceding them, ``other_inputs``
+    that some inputs do not come from the embedding table (images).
     """
 
     family: str
@@ -70,6 +71,7 @@ class DenseSpec:
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     norm_offset: float = 0.0
+    other_inputs: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -12,6 +12,9 @@ _GEMMA = (
     "each FFN's output passes a norm before it is added. gemma4, a mixture with such norms, also normalises the values of "
     "attention, and shared and routed neurons apart, and the norm of a sum is not the sum of norms"
 )
+_ONE_TEXT_MODEL = (
+    "its class builds this one text model, whatever text_config names, so that no mixture fits in its place"
+)
 
 REFUSED: Mapping[str, str] = {
     "apertus": _NO_GATE,
@@ -23,6 +26,7 @@ REFUSED: Mapping[str, str] = {
     "gemma3_text": f"{_GEMMA}. afmoe and kolibri1 have no rotary positions in layers of full attention",
     "glm4": "outputs of attention and FFN pass a norm before they are added: the mixtures of that shape (afmoe, kolibri1) "
     "always normalise queries and keys, which it does not",
+    "glm4v": _ONE_TEXT_MODEL,
     "gpt2": _NO_GATE,
     "gpt_neox": _NO_GATE,
     "gptj": _NO_GATE,
@@ -31,6 +35,7 @@ REFUSED: Mapping[str, str] = {
     "scaled by position)",
     "ministral3": "queries are multiplied by 1 + beta log(1 + floor(position / length)) (llama_4_scaling_beta). mistral4, a "
     "mixture that does so, has attention through normalised latents (MLA)",
+    "mllama": f"{_ONE_TEXT_MODEL}; some of its layers attend to the image",
     "mpt": _NO_GATE,
     "nemotron": _NO_GATE,
     "olmo": "its norms have no weights and subtract the mean (LayerNorm): norms of mixtures are RMSNorms",
@@ -38,6 +43,8 @@ REFUSED: Mapping[str, str] = {
     "full attention only",
     "opt": _NO_GATE,
     "phi": _NO_GATE,
+    "qwen2_5_vl": _ONE_TEXT_MODEL,
+    "qwen2_vl": _ONE_TEXT_MODEL,
     "qwen3_5_text": "most layers have a gated delta network in place of attention. qwen3_5_moe has it, too, but is not a target "
     "here yet; every other target has attention only",
     "stablelm": "its norms subtract the mean and have biases (LayerNorm): norms of mixtures are RMSNorms",

@@ -69,6 +69,10 @@ class Target(ABC):
                 reasons.append(f"{self.name} cannot hold {sentence}")
         if {"qkv_bias", "o_bias"} <= self.holds and dense.qkv_bias != dense.o_bias:  # one key, attention_bias, for both
             reasons.append(f"{self.name} has biases on all four attention projections or on none")
+        if dense.other_inputs and self.fold(dense) != 1.0:
+            reasons.append(
+                f"{self.name} {self.fold_reason(dense)}, and a factor in the embedding table would not reach images"
+            )
         return reasons
 
     def only_experts(self, dense: DenseSpec) -> int | None:

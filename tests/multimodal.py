@@ -1,0 +1,82 @@
+"""Tiny random models of images and text, each with an image and a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from tests.dense import COMMON, VARIANTS, make_tokenizer
+
+IMAGE = 127
+"""The id of an image's tokens, the last of the tokenizer's."""
+_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+_CLIP = {**_VISION, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 16}
+_SIGLIP = {**_VISION, "model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8}
+_GRID = {"image_grid_pinpoints": [[16, 16]], "vision_feature_layer": -1}
+WRAPPERS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
+    "llava": ({"vision_config": _CLIP}, (1, 3, 16, 16), 4),
+    "vipllava": ({"vision_config": _CLIP, "vision_feature_layers": [-1, -2]}, (1, 3, 16, 16), 4),
+    "llava_next": ({"vision_config": _CLIP, **_GRID}, (1, 2, 3, 16, 16), 10),
+    "llava_onevision": ({"vision_config": _SIGLIP, **_GRID}, (1, 2, 3, 16, 16), 10),
+    "mistral3": (
+        {"vision_config": {**_VISION, "model_type": "pixtral", "image_size": 32, "patch_size": 8, "head_dim": 8}},
+        (1, 3, 32, 32),
+        4,
+    ),
+    "internvl": (
+        {"vision_config": {**_VISION, "model_type": "internvl_vision", "image_size": [16, 16], "patch_size": [8, 8]}},
+        (1, 3, 16, 16),
+        1,
+    ),
+    "idefics3": (
+        {"vision_config": {**_SIGLIP, "model_type": "idefics3_vision"}, "scale_factor": 2},
+        (1, 1, 3, 16, 16),
+        1,
+    ),
+    "smolvlm": (
+        {"vision_config": {**_SIGLIP, "model_type": "smolvlm_vision"}, "scale_factor": 2},
+        (1, 1, 3, 16, 16),
+        1,
+    ),
+}
+"""Configuration keys beside the text model's, the shape of an image, and the number of its tokens."""
+
+
+def make_multimodal(folder: Path, wrapper: str = "llava", variant: str = "llama", **options: Any) -> Path:
+    """Save a random model with a tokenizer and an image processor's file; return the folder.
+
+    Args:
+        folder: Where to.
+        wrapper: A key of `WRAPPERS`.
+        variant: A key of `tests.dense.VARIANTS`: the text model.
+        options: Arguments of ``save_pretrained``.
+    """
+    text = {**COMMON, **VARIANTS[variant]}
+    keys = {"image_token_id": IMAGE, "image_token_index": IMAGE, "tie_word_embeddings": variant.endswith("tied")}
+    config = AutoConfig.for_model(wrapper, text_config=text, **keys, **WRAPPERS[wrapper][0])
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
+    model.save_pretrained(folder, **options)
+    make_tokenizer(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 16}')
+    return folder
+
+
+def inputs(wrapper: str) -> dict[str, Any]:
+    """Return a prompt with an image."""
+    _, shape, count = WRAPPERS[wrapper]
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, IMAGE, (1, 24), generator=generator)
+    ids[:, 2 : 2 + count] = IMAGE
+    given: dict[str, Any] = {"input_ids": ids, "pixel_values": torch.randn(shape, generator=generator)}
+    if wrapper in ("llava_next", "llava_onevision", "mistral3"):
+        given["image_sizes"] = torch.tensor([shape[-2:]])
+    return given
