@@ -63,6 +63,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ministral": {"model_type": "ministral", "sliding_window": 8, "head_dim": 16},
     "ministral-windows": {"model_type": "ministral", "sliding_window": 8, "head_dim": 32}
     | {"layer_types": ["full_attention", "sliding_attention"]},
+    "glm": {"model_type": "glm", "head_dim": 32, "partial_rotary_factor": 0.5},
+    "glm-no-bias": {"model_type": "glm", "head_dim": 16, "attention_bias": False, "tie_word_embeddings": True}
+    | {"partial_rotary_factor": 0.75},
     "internlm3": {"model_type": "internlm3", "head_dim": 32},
     "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 16},
     "hunyuan_v1_dense-alpha": {"model_type": "hunyuan_v1_dense", "head_dim": 32, "attention_bias": True}

@@ -61,7 +61,7 @@ class DenseModel:
         tensor = self.checkpoint.read(read.name, read.rows)
         for op, value in read.ops:
             tensor = tensor.float() + value if op == "add" else tensor.float() * value
-        return to_halves(tensor, read.paired) if read.paired else tensor
+        return to_halves(tensor, read.paired, read.turned) if read.paired else tensor
 
 
 def understand(checkpoint: Checkpoint) -> DenseModel:

@@ -56,10 +56,13 @@ def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, 2, -1, *rest).transpose(1, 2).reshape(tensor.shape)
 
 
-def to_halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo `interleave`; the result is contiguous."""
+def to_halves(tensor: torch.Tensor, heads: int, turned: float = 1.0) -> torch.Tensor:
+    """Undo `interleave` in the first rows of each head, a share of ``turned``; the result is contiguous."""
     rest = tensor.shape[1:]
-    return tensor.reshape(heads, -1, 2, *rest).transpose(1, 2).reshape(tensor.shape).contiguous()
+    by_head = tensor.reshape(heads, -1, *rest)
+    count = int(by_head.shape[1] * turned)
+    halves = by_head[:, :count].reshape(heads, -1, 2, *rest).transpose(1, 2).reshape(heads, count, *rest)
+    return torch.cat([halves, by_head[:, count:]], 1).reshape(tensor.shape)
 
 
 def nonfinite(tensor: torch.Tensor) -> bool:

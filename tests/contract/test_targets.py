@@ -31,7 +31,7 @@ FITS = {
     "mixtral": f"{PLAIN} mistral-window phi3-window ministral",
     "qwen2_moe": f"{PLAIN} mistral-window phi3-window ministral ministral-windows qwen2 qwen2-tied qwen2-windows seed-oss seed-oss-head-dim",
     "qwen3_moe": "qwen3 qwen3-tied",
-    "glm4_moe": f"{PLAIN} phi3-partial qwen2 qwen2-tied qwen3 qwen3-tied seed-oss seed-oss-head-dim",
+    "glm4_moe": f"{PLAIN} glm glm-no-bias phi3-partial qwen2 qwen2-tied qwen3 qwen3-tied seed-oss seed-oss-head-dim",
     "granitemoeshared": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases",
     "flex_olmo": "olmo2 olmo2-biases olmo2-llama3-rope",
     "hunyuan_v1_moe": "hunyuan_v1_dense hunyuan_v1_dense-alpha",

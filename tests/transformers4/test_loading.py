@@ -69,6 +69,7 @@ CASES = [
     ("ministral", "qwen2_moe", "1x"),
     ("ministral-windows", "dense", 0.5),
     ("internlm3", "glm4_moe", "1x"),
+    ("glm", "glm4_moe", "1x"),
     ("smollm3-rope", "mixtral", 0),
 ]
 """Variant, target, shared: every target, and every trap of its spelling. `Target.majors` promises each of them."""

@@ -26,13 +26,15 @@ Op = tuple[str, float]
 class Read:
     """The origin of a canonical tensor: the tensor ``name``, rows ``start:stop`` of it, then ``ops``.
 
-    ``paired`` re-orders the rows of that many heads from neighbouring rotary pairs to Llama's two halves.
+    ``paired`` re-orders the rows of that many heads from neighbouring rotary pairs to Llama's two halves, the first rows of
+    each head, of which ``turned`` is the share.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     ops: tuple[Op, ...] = ()
     paired: int = 0
+    turned: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,15 @@ def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
     if spec.post_norm:
         shapes["post_feedforward_layernorm.weight"] = (hidden,)
     return shapes
+
+
+def fused_shapes(spec: DenseSpec, reads: Mapping[str, Read]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor from which canonical ones are read, some of them as rows of one."""
+    raw: dict[str, tuple[int, ...]] = {}
+    for name, shape in canonical_shapes(spec).items():
+        stored = reads[name].name
+        raw[stored] = (raw.get(stored, (0,))[0] + shape[0], *shape[1:])
+    return raw
 
 
 def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ...errors import CheckpointError
-from .base import DenseSpec, Read, Source, canonical_shapes, common, number
+from .base import DenseSpec, Read, Source, canonical_shapes, common, fused_shapes, number
 from .fields import DECODER, NUMBER, TOKEN, TOKENS, Field, Fields, sizes
 
 
@@ -66,9 +66,4 @@ class Phi3(Source):
 
     def raw_shapes(self, spec: DenseSpec) -> dict[str, tuple[int, ...]]:
         """See `Source.raw_shapes`."""
-        shapes = dict(canonical_shapes(spec))
-        raw: dict[str, tuple[int, ...]] = {}
-        for name, read in self.canonical(spec).items():
-            rows = raw.get(read.name, (0,))[0] + shapes[name][0]
-            raw[read.name] = (rows, *shapes[name][1:])
-        return raw
+        return fused_shapes(spec, self.canonical(spec))

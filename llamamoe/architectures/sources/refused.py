@@ -19,6 +19,8 @@ _ONE_TEXT_MODEL = (
 REFUSED: Mapping[str, str] = {
     "apertus": _NO_GATE,
     "bloom": _NO_GATE,
+    "cohere2": "its norms subtract the mean (LayerNorm), and attention and FFN read the same one side by side. cohere2_moe is of that "
+    "shape and would be exact, but is not a target here yet; norms of every target are RMSNorms, one before the FFN",
     "exaone4": "attention and FFN read the residual stream as it is, and norms follow them. exaone_moe has norms before them; "
     "flex_olmo has them after, but normalises the queries of all heads together, not those of each head",
     "falcon": _NO_GATE,
@@ -45,8 +47,8 @@ REFUSED: Mapping[str, str] = {
     "phi": _NO_GATE,
     "qwen2_5_vl": _ONE_TEXT_MODEL,
     "qwen2_vl": _ONE_TEXT_MODEL,
-    "qwen3_5_text": "most layers have a gated delta network in place of attention. qwen3_5_moe has it, too, but is not a target "
-    "here yet; every other target has attention only",
+    "qwen3_5_text": "most layers have a gated delta network in place of attention. qwen3_5_moe_text has it, too, with the FFN of "
+    "qwen2_moe, and would be exact, but is not a target here yet; every other target has attention only",
     "stablelm": "its norms subtract the mean and have biases (LayerNorm): norms of mixtures are RMSNorms",
     "starcoder2": _NO_GATE,
 }
