@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from math import isclose
 from typing import TYPE_CHECKING, Any
 
 from llamamoe.calibration.compute import REFERENCE_FLOPS
@@ -91,8 +92,6 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     spec, layout, recipe = plan.model.spec, plan.layout, plan.recipe
     padding = plan.padding_per_layer
     widened = f", including {plural(padding, 'zero neuron')} per layer" if padding else ""
-    factor = layout.combine.factor
-    times = "" if factor == 1.0 else f", routed outputs x {factor:g}"
     rows = [
         ("layers", f"{spec.num_layers}, hidden size {spec.hidden_size:,}, FFN of {spec.intermediate_size:,} neurons"),
         ("FFN active", ffn_active(plan)),
@@ -121,17 +120,34 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         rows += _alignment(plan.alignment)
     if layout.dense_layers:
         rows.append(("kept dense", ", ".join(map(str, layout.dense_layers))))
-    router, rescale = recipe.router, recipe.rescale
+    router = recipe.router
     assert router is not None, "the plan resolves it"
-    assert rescale is not None, "the plan resolves it"
     return [
         *rows,
-        ("method", f"{recipe.method.name}: {plan.exactness}"),
-        *([("router", f"{router.name}, {recipe.router_scale}; rescale {rescale.name}{times}")] if layout.top_k else []),
+        ("method", recipe.method.name),
+        ("exactness", plan.exactness),
+        *([("router", f"{router.name}, {recipe.router_scale}"), ("scaling", _scaling(plan))] if layout.top_k else []),
         ("loads in", f"transformers {' and '.join(plan.majors)}"),
         ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
         ("peak memory", f"about {size(plan.peak_bytes)}, in addition to Python and torch"),
     ]
+
+
+def _scaling(plan: SplitPlan) -> str:
+    """Return what a selected expert counts, and the factor that makes up for the router's weights."""
+    from llamamoe.architectures.moe_layout import weight
+
+    layout, rescale = plan.layout, plan.recipe.rescale
+    assert rescale is not None, "the plan resolves it"
+    combine = layout.combine
+    given = weight(combine.weighting, layout.num_experts, layout.top_k)
+    counts = combine.factor * given
+    times = "as much as" if isclose(counts, 1.0) else f"{counts:.4g} times as much as"
+    text = f"rescale {rescale.name}: a selected expert counts {times} in the dense FFN"
+    if combine.factor == 1.0:
+        return text
+    place = "config.json" if combine.bake == 1.0 else "the experts' down projections"
+    return f"{text}; a factor of {combine.factor:.4g} in {place} makes up for router weights of about 1/{1 / given:.0f} each"
 
 
 def _calibration(needed: CalibrationPlan, wanted: int) -> list[tuple[str, str]]:

@@ -52,11 +52,15 @@ def _exactness(plan: SplitPlan) -> str:
             if plan.target.routed
             else f"No: {layout.num_shared} of the parent's {plan.model.spec.intermediate_size} neurons per layer are left."
         )
-    if layout.copies > 1:
-        return f"Every neuron of the parent is in {layout.copies} experts, and the model is {plan.exactness}."
-    text = f"Every neuron of the parent is in exactly one place, so the model is {plan.exactness}."
+    where = f"{layout.copies} experts" if layout.copies > 1 else "exactly one place"
     if plan.fitted:
-        return f"No, on purpose: weights were refitted on text, so that the selected experts approximate the whole FFN. {text}"
+        return (
+            "No, on purpose: weights were refitted on text, so that the selected experts approximate the whole FFN. Every neuron "
+            f"of the parent is in {where}. The model is {plan.exactness}."
+        )
+    if layout.copies > 1:
+        return f"Every neuron of the parent is in {where}, and the model is {plan.exactness}."
+    text = f"Every neuron of the parent is in {where}, so the model is {plan.exactness}."
     if layout.top_k < layout.num_experts:
         text += (
             f" With the {layout.top_k} experts per token that are configured it computes a different function, "

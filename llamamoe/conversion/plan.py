@@ -121,19 +121,27 @@ class SplitPlan:
             return "not exact: neurons are left out"
         if not self.splitter.exact:
             return "not exact, even with all experts selected"
-        step = "repair" if self.repaired and not self.aligns_weights else "weights are learned"
-        before = f"before {step} " if self.fitted else ""
-        after = ", not after it: weights are fitted to the top-k output" if self.fitted else ""
-        if self.layout.copies > 1:
-            return f"exact {before}with any number of whole copies selected{after}"
-        conditions = []
-        if self.recipe.router_scale == "soft":
-            conditions.append("the soft router's rows are set to zero")
-        factor = self.layout.combine.parity_factor
-        if factor != 1.0:
-            conditions.append(f"routed outputs are multiplied by {factor:g}")
+        experts = "any number of whole copies" if self.layout.copies > 1 else "all experts"
+        conditions = self._parity_conditions() if self.layout.copies == 1 else []
         condition = f", if {' and '.join(conditions)}" if conditions else ""
-        return f"exact {before}with all experts selected{condition}{after}"
+        if not self.fitted:
+            return f"exact with {experts} selected{condition}"
+        step = "repair" if self.repaired and not self.aligns_weights else "learning"
+        return (
+            f"not exact, on purpose: the {step} fits the weights to the selected experts; before it, the model with {experts} "
+            f"selected computes what its parent computes{condition}"
+        )
+
+    def _parity_conditions(self) -> list[str]:
+        """Return what has to be changed for the comparison of a partition with its parent."""
+        layout = self.layout
+        factor = layout.combine.parity_factor
+        conditions = ["the soft router's rows are set to zero"] if self.recipe.router_scale == "soft" else []
+        if factor != 1.0:
+            is_ratio = math.isclose(factor, layout.num_experts / layout.top_k)
+            ratio = f" ({layout.num_experts}/{layout.top_k})" if is_ratio else ""
+            conditions.append(f"the sum of the experts is multiplied by {factor:.4g}{ratio}")
+        return conditions
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-compatible data, the same for every run."""

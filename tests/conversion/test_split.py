@@ -57,8 +57,8 @@ def test_a_parent_that_is_not_finite_is_converted_and_said(tmp_path: Path) -> No
     [
         ({}, "exact with all experts selected"),
         ({"router_scale": "soft"}, "if the soft router's rows are set to zero"),
-        ({"rescale": "llama_moe"}, "if routed outputs are multiplied by 2"),
-        ({"rescale": "unit", "target": "mixtral"}, "if routed outputs are multiplied by 2"),
+        ({"rescale": "llama_moe"}, "if the sum of the experts is multiplied by 2"),
+        ({"rescale": "unit", "target": "mixtral"}, "if the sum of the experts is multiplied by 2 (4/2)"),
         ({"rescale": "unit", "target": "qwen2_moe"}, "exact with all experts selected"),
     ],
 )
