@@ -20,6 +20,8 @@ from which a model is not usable."""
 
 
 _HALF = (0.4, 0.6)
+_SMALL, _LARGE = 1e9, 30e9
+"""Parameters of a parent up to which `smollm2_cpu` is the nearest recipe, and from which `recover_70b` is."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,7 @@ def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
                 "Try more and narrower experts (`--prefer quality`), and look for layers that should stay dense (`llamamoe budget "
                 f"{_place(dense)}`, not for llama.cpp): both lose less and cost speed."
             )
-        yield (
-            "Train it, which recovers a part of the loss: `llamamoe tokenize`, then `llamamoe pretrain --recipe recover_distill "
-            f"--model {_place(one)} --parent {_place(dense)}`. To run the result in llama.cpp, convert with `--target granitemoeshared` first."
-        )
+        yield _training(one, dense)
     if pruned is None:
         yield (
             "Compare it with static pruning, which keeps the same neurons for every token and is faster: convert with `--method static "
@@ -133,9 +132,31 @@ def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
             yield f"Prefer {pruned.name}: pruning loses no more ({number(here)} times), and is faster."
         else:
             yield f"{pruned.name}, without experts, loses more ({number(here)} times): the router is worth its cost."
-    yield (
-        f"Serve it: transformers and vLLM load the folder, `llamamoe export-gguf {_place(one)} model.gguf` writes a file for llama.cpp."
+    if get(model, "llama_cpp"):
+        yield (
+            f"Serve it: transformers and vLLM load the folder, `llamamoe export-gguf {_place(one)} model.gguf` writes a file for llama.cpp."
+        )
+    else:
+        yield (
+            "Serve it: transformers and vLLM load the folder. llama.cpp does not compute this model as transformers does: convert with "
+            "`--target granitemoeshared` or `--target mixtral`, without dense layers, to run it there."
+        )
+
+
+def _training(one: Series, dense: Series) -> str:
+    """Return the command that trains the model, with the shipped recipe that is nearest to its size."""
+    size = _cost(dense.model, "total_parameters") or 0.0
+    recipe = "smollm2_cpu" if size < _SMALL else "recover_distill" if size < _LARGE else "recover_70b"
+    heal = f"`llamamoe heal {_place(one)} healed --parent {_place(dense)}`, " if recipe == "recover_70b" else ""
+    models = "--model healed" if heal else f"--model {_place(one)} --parent {_place(dense)}"
+    device = " --set device=auto" if recipe == "smollm2_cpu" else ""
+    text = (
+        f"Train it, which recovers a part of the loss: {heal}`llamamoe tokenize`, then `llamamoe pretrain --recipe {recipe} {models} "
+        f"--set data.train=TOKENS --set data.validation=HELD_OUT_TOKENS{device} --out RUN`."
     )
+    if get(one.model, "target") != "qwen2_moe":
+        return text
+    return f"{text} A trained qwen2_moe does not run in llama.cpp: convert with `--target granitemoeshared` first, if it is to run there."
 
 
 def _place(one: Series) -> str:

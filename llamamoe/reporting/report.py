@@ -26,6 +26,7 @@ from ..models.devices import pick_device
 from ..models.loading import open_models
 from ..progress import LOADING, Progress, ProgressCallback, counting, ignore_progress
 from ..training.ownership import FINAL
+from ..transforms.export_gguf import runs_in_llama_cpp
 from .origin import plain, provenance, training_runs
 from .walk import Reading
 
@@ -261,6 +262,8 @@ def _described(side: _Side, reading: Reading, parent: Reading | None) -> dict[st
         "scores": {key: scores[key] for key in ("domains", "overall", "mean_over_domains")},
         "difference": _difference(reading.counts, parent, same=side.same_tokens),
         "cost": found.cost.to_json(),
+        "target": found.target,
+        "llama_cpp": found.experts is not None and folder.is_dir() and runs_in_llama_cpp(folder),
         "experts": None if found.experts is None else asdict(found.experts),
         "routing": reading.routing,
         "provenance": provenance(folder, config),

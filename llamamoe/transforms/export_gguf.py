@@ -19,7 +19,7 @@ from ..checkpoint.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from ..checkpoint.gguf.writer import DTYPES, FILE_TYPES, Q8_BLOCK, GgufOut, write_tensors
 from ..checkpoint.out_folder import free_bytes, normal_path
 from ..checkpoint.reader import SafetensorsCheckpoint
-from ..errors import RefusedError, UsageError, near_misses
+from ..errors import LlamaMoeError, RefusedError, UsageError, near_misses
 from ..lazy import gguf
 from ..models.loadable import check_model
 from ..progress import ProgressCallback, ignore_progress
@@ -114,7 +114,7 @@ def runs_in_llama_cpp(model: Path) -> bool:
     """Return whether `export_gguf` accepts the architecture of a checkpoint; only headers are read."""
     try:
         _understood(SafetensorsCheckpoint(model))
-    except RefusedError:
+    except LlamaMoeError:
         return False
     return True
 

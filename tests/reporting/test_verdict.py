@@ -62,7 +62,7 @@ def test_the_interval_is_of_the_factor() -> None:
         ({"factor": 3.4, "tokens": 4096}, "`--calibration-tokens 65536`"),
         ({"factor": 3.4, "tokens": None}, "`--calibration texts/`"),
         ({"factor": 3.4}, "more and narrower experts (`--prefer quality`)"),
-        ({"factor": 1.5}, "then `llamamoe pretrain --recipe recover_distill --model "),
+        ({"factor": 1.5}, "then `llamamoe pretrain --recipe smollm2_cpu --model "),
         ({"factor": 1.2, "trained": True}, "Compare it with static pruning"),
     ],
 )
@@ -70,6 +70,34 @@ def test_the_next_step_is_the_most_useful_one(given: dict[str, Any], first: str)
     steps = judged(**given).next
     assert first in steps[0]
     assert "export-gguf" in steps[-1]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "recipe"), [(1e8, "smollm2_cpu"), (7e9, "recover_distill"), (7e10, "recover_70b --model healed")]
+)
+def test_the_recipe_of_training_fits_the_size(parameters: float, recipe: str) -> None:
+    found = report(Size(models=1))
+    found["parent"]["cost"]["total_parameters"] = parameters
+    (verdict,) = verdicts(series_of(found))
+    assert any(f"`llamamoe pretrain --recipe {recipe} " in step for step in verdict.next)
+
+
+@pytest.mark.parametrize(
+    ("target", "runs", "words"),
+    [
+        ("mixtral", True, "`llamamoe export-gguf smollm2-moe "),
+        ("qwen2_moe", True, "A trained qwen2_moe does not run in llama.cpp"),
+        ("glm4_moe", False, "llama.cpp does not compute this model"),
+    ],
+)
+def test_llama_cpp_is_advised_where_it_computes_the_model(target: str, runs: bool, words: str) -> None:
+    found = report(Size(models=1))
+    found["models"][0] |= {"target": target, "llama_cpp": runs}
+    (verdict,) = verdicts(series_of(found))
+    text = " ".join(verdict.next)
+    assert words in text
+    assert ("granitemoeshared" in text) == (target != "mixtral")
+    assert ("export-gguf" in text) == runs
 
 
 @pytest.mark.parametrize(
@@ -106,5 +134,5 @@ def test_commands_take_the_models_as_they_were_given() -> None:
     model["difference"]["mean_over_domains"]["loss"] = 1.0
     (verdict,) = verdicts(series_of(found))
     assert "`llamamoe bench out/my-moe --against models/dense " in verdict.gained
-    assert any("--model out/my-moe --parent models/dense`" in step for step in verdict.next)
+    assert any("--model out/my-moe --parent models/dense " in step for step in verdict.next)
     assert any("`llamamoe export-gguf out/my-moe " in step for step in verdict.next)
