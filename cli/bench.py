@@ -23,7 +23,7 @@ before and after the model, which shows whether other load changed the speed mea
 sizes are printed too.
 """
 EXAMPLES = """
-llamamoe bench OUT --against SOURCE
+llamamoe bench OUT --against SOURCE --experts llamamoe_auto
 llamamoe bench OUT --against SOURCE --batch-sizes 1,8,64 --dtype bfloat16 --experts llamamoe_auto
 """
 WHAT, HOW = "Measurement", "Execution"
@@ -109,6 +109,8 @@ def command(
 
 
 def _print(benchmark: Benchmark) -> None:
+    from llamamoe.models.experts import PREFIX
+
     sides = [benchmark.model, *([benchmark.against] if benchmark.against else [])]
     where = f"{benchmark.device}, {benchmark.threads} threads" if benchmark.device == "cpu" else benchmark.device
     echo(bold(f"{benchmark.model.name} on {where}, {benchmark.model.dtype}"))
@@ -132,11 +134,21 @@ def _print(benchmark: Benchmark) -> None:
         else:
             heading("Warnings")
             bullets([_UNSTEADY.format(benchmark.drift)], mark="!")
+    used = benchmark.model.experts_implementation
+    if benchmark.device == "cpu" and used is not None and not used.startswith(PREFIX):
+        echo()
+        paragraph(_OWN.format(used))
 
 
 _UNSTEADY = (
     "These ratios are not usable: when the parent was measured again at the end, its decoding steps took {:.2g} times as long as at the "
     "start, so other load on the machine changed meanwhile. Stop other programs and repeat it, with more --repeats."
+)
+
+
+_OWN = (
+    "The experts ran by transformers' own implementation, {}. On a CPU those of llamamoe are usually faster: repeat it with "
+    "--experts llamamoe_auto."
 )
 
 

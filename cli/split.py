@@ -128,7 +128,8 @@ def _plan(
 def _convert(source: str, out: Path, recipe: SplitRecipe, output: Output, **keys: Any) -> None:
     from llamamoe import split
 
-    from ._plan import print_result, print_warnings
+    from ._outcome import print_result
+    from ._plan import print_warnings
 
     with kept_when_interrupted(out), output.progress() as report:
         result = split(source, out, recipe, progress=report, **keys)

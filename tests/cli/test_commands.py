@@ -252,6 +252,8 @@ def test_bench(dense: Path, converted: tuple[Path, Result], run: Run) -> None:
     text = run("bench", converted[0], "--against", dense, *flags).stdout
     for expected in ("Tokens per second", "Expected from model sizes", "by bytes read", "experts by"):
         assert expected in text
+    assert text.rstrip().endswith("repeat it with --experts llamamoe_auto.")
+    assert "repeat it" not in run("bench", converted[0], *flags, "--experts", "llamamoe_auto").stdout
     data = json.loads(run("bench", converted[0], *flags, "--json").stdout)
     assert data["against"] is None
     assert [each["batch_size"] for each in data["model"]["speeds"]] == [1, 2]
