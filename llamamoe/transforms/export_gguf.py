@@ -106,7 +106,7 @@ def export_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _check_room(place, sum(each.nbytes for each in tensors))
     write_tensors(writer, tensors, place, progress, checkpoint.check_unchanged)
-    warnings = tuple(_warnings(read, vocabulary, tensors, dtype))
+    warnings = tuple(_warnings(read, vocabulary, tensors, dtype, kind))
     return GgufExport(place, architecture.name, kind, len(tensors), place.stat().st_size, warnings)
 
 
@@ -160,7 +160,7 @@ def _check_room(out: Path, need: int) -> None:
 
 
 def _warnings(
-    model: ConvertedModel | DenseModel, vocabulary: GgufVocabulary, tensors: list[GgufOut], dtype: str
+    model: ConvertedModel | DenseModel, vocabulary: GgufVocabulary, tensors: list[GgufOut], dtype: str, kind: str
 ) -> Iterator[str]:
     window = model.spec.window
     if window and window < model.spec.max_position_embeddings:
@@ -170,6 +170,12 @@ def _warnings(
         yield (
             "the router is hard: its logits nearly tie, so that rounding may select another expert in llama.cpp than in "
             "transformers"
+        )
+    if isinstance(model, ConvertedModel) and model.mixing.top_k < model.mixing.num_experts and kind != "F32":
+        yield (
+            f"llama.cpp computes products with {kind} weights at that precision: where the scores of two experts are close, it may "
+            "select another one than transformers in float32, and continue a text otherwise (to compare the two: --dtype f32, and in "
+            "llama.cpp -ctk f32 -ctv f32 -fa off)"
         )
     if vocabulary.model == "none":
         yield "the checkpoint has no tokenizer: the file has none, and accepts token ids only"

@@ -252,7 +252,8 @@ def test_types(dtype: str, tmp_path: Path) -> None:
     for name, value in exact.tensors.items():
         bound = float(value.abs().max()) if dtype == "q8_0" else value.abs()
         assert ((file.tensors[name] - value).abs() <= error * bound + 1e-7).all(), name
-    assert bool(found.warnings) == (dtype == "q8_0")
+    assert any("computes products with" in each for each in found.warnings) == (dtype != "f32")
+    assert any("8-bit" in each for each in found.warnings) == (dtype == "q8_0")
 
 
 def test_stored_bits_are_kept(tmp_path: Path) -> None:
