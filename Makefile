@@ -83,7 +83,7 @@ clients-large: venv $(VENV_CLIENTS)/.stamp-clients $(VENV_VLLM)/.stamp-vllm $(VE
 
 # data_pipeline.py, recovery.py and router_scale.py measure on text that must be named: see BENCHMARKS.md.
 benchmarks: venv $(VENV)/.stamp-bench  ## Run the scripts in benchmarks/ that need no text of yours
-	@for name in conversion clustering exactness calibration experts training_memory training_throughput recipes_on_paper; do \
+	@for name in conversion clustering exactness calibration experts training_memory training_throughput recipes_on_paper conversions_on_paper; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # The same commit gives the same bytes: what is built bears its date.
