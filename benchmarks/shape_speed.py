@@ -32,6 +32,7 @@ SHAPES = {
         FfnShape(16, 5, QUARTER),
         FfnShape(32, 10, QUARTER),
         FfnShape(48, 15, QUARTER),
+        FfnShape(16, 3, MORE),
         FfnShape(32, 5, MORE),
         FfnShape(40, 7, MORE),
         FfnShape(8, 4, 0.0),
