@@ -3,7 +3,7 @@
     python benchmarks/quality_speed.py RESULT.json ... [--source-neurons 1536]
 
 RESULT.json are what `benchmarks/alignment.py` wrote; static pruning by layers is that of a study of `llamamoe compare`; speeds
-of the same shapes come from ``results/shape_speed*.json`` (a 1B-shaped model). Writes ``results/quality-speed.svg`` and ``.png``, and prints the table.
+of the same shapes come from ``results/shape_speed.json`` (a 1B-shaped model). Writes ``results/quality-speed.svg`` and ``.png``, and prints the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.pictures import picture
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {"decode 1": "decode", "prefill": "prefill 256"}
-SPEEDS = ("shape_speed.json", "shape_speed_shared.json")
+SPEEDS = ("shape_speed.json",)
 PROGRAMS = ("llama.cpp", "transformers")
 STYLES = {
     ("static", "layer"): ("static pruning, each layer refitted", "#8A8A8A", "s", "--"),
@@ -118,7 +118,7 @@ def draw(found: list[Point], program: str, task: str) -> None:
                           elinewidth=0.8, label=label)  # fmt: skip
             for each, across, up in zip(own, x, y, strict=True):
                 left = kind[0] == "experts"  # of the bar, where static pruning's are not
-                axes.annotate(f"{each.shape}, {each.tokens / 1000:,.0f} k tokens", (across, up), (-12 if left else 5, -3 if left else 5),
+                axes.annotate(f"{each.shape}, {each.tokens / 1000:,.0f} k tokens", (across, up), (-5 if left else 5, 5),
                               textcoords="offset points", ha="right" if left else "left", fontsize=7.5, color=colour)  # fmt: skip
         axes.axvline(1, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_yscale("log")

@@ -3,7 +3,8 @@
     python benchmarks/shape_speed.py [--runtimes transformers llama.cpp] [--runs 1] [--work FOLDER]
 
 Resumable: each shape and program is a small file in FOLDER. llama.cpp needs an interpreter with ``xllamacpp``, this one or the
-one that ``LLAMAMOE_CLIENTS_PYTHON`` names. ``results/shape_speed.json`` gets all that is there; ``--publish`` writes the table that
+one that ``LLAMAMOE_CLIENTS_PYTHON`` names. ``results/shape_speed.json`` gets all that is there, and keeps
+the rows of other shapes; ``--publish`` writes the table that
 ``split --prefer`` chooses from, too.
 """
 
@@ -32,6 +33,7 @@ SHAPES = {
         FfnShape(16, 5, QUARTER),
         FfnShape(32, 10, QUARTER),
         FfnShape(48, 15, QUARTER),
+        FfnShape(8, 1, MORE),
         FfnShape(16, 3, MORE),
         FfnShape(32, 5, MORE),
         FfnShape(40, 7, MORE),
@@ -79,12 +81,21 @@ def main() -> None:
     rows = [found for each in wanted if (found := store.load(each)) is not None]
     for row in rows:
         row.pop("depends")
+    rows += earlier(options.json, rows)
     options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     if options.publish:
         publish(rows)
     print(f"{len(rows)} of {len(wanted)} measured")
     for row in rows:
         print(describe(row))
+
+
+def earlier(path: Path, rows: list[dict]) -> list[dict]:
+    """The rows of an earlier run for shapes that this one lacks; each names its machine."""
+    if not path.exists():
+        return []
+    there = [(row["program"], row["shape"]) for row in rows]
+    return [row for row in json.loads(path.read_text())["rows"] if (row["program"], row["shape"]) not in there]
 
 
 def publish(rows: list[dict]) -> None:

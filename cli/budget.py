@@ -38,7 +38,7 @@ llamamoe budget SOURCE --budget 0.5 --calibration texts/ --measure kl --points 1
 llamamoe split SOURCE OUT --recipe half.yaml
 """
 BUDGET, RUN = "Budget", "Run"
-_CHOSEN = ("top_k", "keep_dense", "prefer")
+_CHOSEN = ("top_k", "active", "keep_dense", "prefer")
 """Keys of the recipe that follow from the budget or have no effect beside it, so that they are no flags here."""
 _UNSET = {
     "num_experts": "Routed experts per layer (N).  [default: about 24, whatever fills the budget]",

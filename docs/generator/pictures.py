@@ -89,7 +89,7 @@ def speed(axes: Any) -> None:
     """Decoding and prefill in llama.cpp over the dense model, half of the FFN."""
     wanted = {
         "static pruning": (0, 0.5),
-        "10 of 32 + 1/4": (32, 0.25),
+        "7 of 40 + 3/8": (40, 0.375),
         "12 of 32 + 1/8": (32, 0.125),
         "4 of 8": (8, 0.0),
     }

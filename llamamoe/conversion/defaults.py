@@ -85,6 +85,8 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
         recipe, more = _auto(recipe)
         warnings += more
     splitter = SPLITTERS.get(recipe.method.name)
+    if recipe.active is not None and intermediate_size is not None:
+        recipe = _with_active_share(recipe, splitter, intermediate_size)
     given = bool(recipe.calibration)
     repair: str | Choice = recipe.repair or splitter.default_repair or NO_REPAIR
     if recipe.repair is None and not (given and repair in REPAIRS):
@@ -220,6 +222,37 @@ def _preferred(recipe: SplitRecipe, size: int) -> tuple[SplitRecipe, list[str]]:
     return _update(recipe, values).model_copy(update={"prefer": None}), []
 
 
+def _with_active_share(recipe: SplitRecipe, splitter: type[Splitter], size: int) -> SplitRecipe:
+    """Return the recipe with the k at which a token uses about ``active`` of the neurons, in the place of ``active``.
+
+    Raises:
+        RefusedError: The method selects no experts, or the shared neurons alone are as many.
+    """
+    assert recipe.active is not None
+    if not splitter.routed:
+        raise RefusedError(
+            f"--active chooses the number of selected experts, and {splitter.name} makes none.",
+            hint=f"Its neurons are those of --shared, such as --shared {recipe.active:g}.",
+        )
+    shared = _shared_share(recipe, splitter, size)
+    if recipe.active <= shared:
+        raise RefusedError(
+            f"--active {recipe.active:g} leaves nothing to select: {100 * shared:.3g} % of the neurons are shared.",
+            hint=f"Give more, or share fewer (--shared {recipe.active / 2:.2g}).",
+        )
+    top_k = round((recipe.active - shared) / (1 - shared) * recipe.num_experts)
+    return recipe.model_copy(update={"top_k": min(max(1, top_k), recipe.num_experts), "active": None})
+
+
+def _shared_share(recipe: SplitRecipe, splitter: type[Splitter], size: int) -> float:
+    """Return the shared neurons over all of the FFN's, approximately."""
+    wanted = splitter.default_shared if recipe.shared is None else recipe.shared
+    if isinstance(wanted, str):
+        shares = int(wanted[:-1])
+        return shares / (recipe.num_experts + shares)
+    return wanted if isinstance(wanted, float) else wanted / size
+
+
 def _little_text(
     recipe: SplitRecipe, splitter: type[Splitter], size: int, *, named: bool
 ) -> tuple[SplitRecipe, list[str]]:
@@ -243,20 +276,15 @@ def _little_text(
 
 def _active_neurons(recipe: SplitRecipe, splitter: type[Splitter], size: int) -> int:
     """Return the neurons of the parent's FFN that one token uses, approximately."""
-    wanted = splitter.default_shared if recipe.shared is None else recipe.shared
-    if isinstance(wanted, str):
-        shares = int(wanted[:-1])
-        shared = size * shares / (recipe.num_experts + shares)
-    else:
-        shared = wanted * size if isinstance(wanted, float) else wanted
-    routed = (size - shared) * recipe.top_k / recipe.num_experts if splitter.routed else 0
-    return max(1, round(shared + routed))
+    shared = _shared_share(recipe, splitter, size)
+    routed = (1 - shared) * recipe.top_k / recipe.num_experts if splitter.routed else 0
+    return max(1, round(size * (shared + routed)))
 
 
 def _changed_sizes(recipe: SplitRecipe, size: int) -> Iterator[str]:
     """Yield a note if this FFN gets other sizes than ``prefer`` has in general, and no size is given."""
     assert recipe.prefer is not None
-    if _given_sizes(recipe):
+    if _given_sizes(recipe) or recipe.active is not None:
         return
     experts, top_k, shared = preferred_shape(recipe.prefer)
     sizes = preferred_sizes(recipe.prefer, size)

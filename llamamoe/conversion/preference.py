@@ -13,13 +13,15 @@ Preference = Literal["quality", "balanced", "speed"]
 
 _Shapes = dict[tuple[int, int, float], list[MeasuredShape]]
 
-SLOWER = 0.95
-"""``balanced``: no task of any program may be slower than this share of the fastest shape's minimum over its rounds."""
+SLOWER = 0.9
+"""``balanced``: share of the fastest shape's mean rate that a shape must reach."""
 SAME = 0.97
 """``speed``: rates count as equal if the smaller is at least this share of the larger, since readings vary by more."""
 _TASKS = ("decode 1", "prefill")
 _HALF = (0.4, 0.55)
 """Range of active shares: about half of the FFN, which gains most of the speed for little quality."""
+_BEST_SHARED = 0.25
+"""Share of shared neurons at which conversions lost least, of an eighth, a quarter and three eighths."""
 _REACH = 1 / 16
 _FAR = math.log(1.6)
 _EVEN = 4
@@ -48,31 +50,24 @@ def _everywhere(shapes: _Shapes) -> _Shapes:
 def preferred_shape(prefer: Preference) -> tuple[int, int, float]:
     """Return N, k and shared share that the measurements recommend.
 
-    More and narrower experts lose less quality (BENCHMARKS.md, "Conversion quality"). ``quality`` takes the most
-    experts, and shares the fewest neurons; ``balanced`` the most that are at most a twentieth slower than the fastest
-    shape, in decoding one sequence and in reading a prompt, by every program that was measured; ``speed`` the fastest
-    by the mean over these, and of those that are as fast the one with the widest experts.
+    More and narrower experts lose less quality (BENCHMARKS.md, "Conversion quality"), and least with about a quarter of
+    the neurons shared ("Share of the neurons that is shared"): these are the shapes of ``quality``. ``balanced`` takes
+    the most experts that are at most a tenth slower than the fastest shape: by the geometric mean, over all programs
+    that were measured, of decoding one sequence and reading a prompt, each relative to the parent, the slowest of its
+    rounds. ``speed`` takes the fastest, and of those that are as fast the one with the widest experts.
     """
     if prefer == "quality":
-        return max(candidates(), key=lambda key: (key[0], -key[2]))
-    shapes = _everywhere(candidates())
-    most: dict[tuple[str, str], float] = {}
-    for rows in shapes.values():
-        for row in rows:
-            for task in _TASKS:
-                most[row.program, task] = max(most.get((row.program, task), 0.0), row.ratios[task][1])
-
-    def shares(key: tuple[int, int, float]) -> list[float]:
-        return [row.ratios[task][0] / most[row.program, task] for row in shapes[key] for task in _TASKS]
-
-    def speed(key: tuple[int, int, float]) -> float:
-        return math.prod(shares(key)) ** (1 / len(shares(key)))
-
+        return min(candidates(), key=lambda key: (abs(key[2] - _BEST_SHARED), -key[0]))
+    speeds = {key: _speed(rows) for key, rows in _everywhere(candidates()).items()}
+    best = max(speeds.values())
     if prefer == "speed":
-        best = max(map(speed, shapes))
-        return min((key for key in shapes if speed(key) >= SAME * best), key=lambda key: (key[0], -speed(key)))
-    fast = [key for key in shapes if min(shares(key)) >= SLOWER]
-    return max(fast or [max(shapes, key=speed)], key=lambda key: (key[0], speed(key)))
+        return min((key for key in speeds if speeds[key] >= SAME * best), key=lambda key: (key[0], -speeds[key]))
+    return max((key for key in speeds if speeds[key] >= SLOWER * best), key=lambda key: (key[0], speeds[key]))
+
+
+def _speed(rows: list[MeasuredShape]) -> float:
+    rates = [row.ratios[task][1] for row in rows for task in _TASKS]
+    return math.prod(rates) ** (1 / len(rates))
 
 
 def preferred_sizes(prefer: Preference, size: int) -> dict[str, Any]:
@@ -88,6 +83,8 @@ def preferred_sizes(prefer: Preference, size: int) -> dict[str, Any]:
     count = experts
     while count >= 4 and size * (1 - shared) / count < LEAST_WIDTH:
         count //= 2
+    if count > _EVEN:
+        count -= count % _EVEN
     return _keys(count, top_k / experts, shared)
 
 

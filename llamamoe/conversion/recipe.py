@@ -74,8 +74,14 @@ class SplitRecipe(Recipe):
     top_k: int = Field(2, ge=1, description="Experts selected per token (k).")
     prefer: Literal["quality", "balanced", "speed"] | None = Field(
         None,
-        description="Goal for choosing sizes that are not given, from measured speeds: quality (many narrow experts), "
-        "speed (few wide ones), or balanced.",
+        description="Goal for choosing sizes that are not given, from measurements: quality (many narrow experts), speed (few "
+        "wide ones, more shared neurons), or balanced.",
+    )
+    active: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the FFN's neurons that a token uses, shared ones included, from which top_k follows.",
     )
     method: Annotated[Choice, choose(SPLITTERS, AUTO)] = Field(
         Choice(name=AUTO), validate_default=True, description="How neurons are partitioned."
@@ -142,7 +148,10 @@ class SplitRecipe(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> SplitRecipe:
-        if self.top_k > self.num_experts:
+        if self.active is not None and "top_k" in self.model_fields_set:
+            raise breaks("active", "top_k (--top-k) is given, too: give one of the two")
+        chosen = self.prefer is not None or (self.method.name == AUTO and bool(self.calibration))
+        if self.top_k > self.num_experts and not (chosen and "num_experts" not in self.model_fields_set):
             more = "" if "num_experts" in self.model_fields_set else ", its default: give num_experts (--experts), too"
             raise PydanticCustomError(
                 "top_k", f"top_k = {self.top_k} must not exceed num_experts = {self.num_experts}{more}"

@@ -41,19 +41,30 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_wishes_follow_from_the_measurements(table: Callable[..., None]) -> None:
     table(
-        shape(8, 3, 1.70, 1.30), shape(32, 12, 1.65, 1.27), shape(56, 21, 1.55, 1.10),
+        shape(8, 3, 1.70, 1.30), shape(32, 12, 1.60, 1.20), shape(56, 21, 1.50, 1.10),
         shape(64, 24, 2.0, 2.0, width=112), shape(4, 1, 3.0, 3.0, active=0.25), shape(0, 0, 4.0, 4.0),
     )  # fmt: skip
     assert [preferred_shape(wish)[0] for wish in WISHES] == [56, 32, 8]  # type: ignore[arg-type]
 
 
-def test_a_shape_that_one_program_runs_slowly_is_not_balanced(table: Callable[..., None]) -> None:
-    table(
-        shape(8, 3, 1.7, 1.3), shape(32, 12, 1.7, 1.3), shape(56, 21, 1.7, 1.3),
-        shape(8, 3, 1.4, 1.2, program="transformers"), shape(32, 12, 1.34, 1.16, program="transformers"),
-        shape(56, 21, 1.2, 1.1, program="transformers"),
-    )  # fmt: skip
+def test_a_shape_that_is_slow_on_average_is_not_balanced(table: Callable[..., None]) -> None:
+    def use(narrow: float) -> None:
+        table(
+            shape(8, 3, 1.7, 1.3), shape(32, 12, 1.7, 1.3), shape(56, 21, 1.7, 1.3),
+            shape(8, 3, 1.4, 1.2, program="transformers"), shape(32, 12, 1.2, 1.1, program="transformers"),
+            shape(56, 21, narrow, narrow, program="transformers"),
+        )  # fmt: skip
+
+    use(1.0)  # 0.88 of the fastest by the geometric mean; 32 experts 0.94
     assert preferred_shape("balanced")[0] == 32
+    use(1.1)  # 0.92
+    assert preferred_shape("balanced")[0] == 56
+
+
+def test_quality_shares_a_quarter_where_it_was_measured(table: Callable[..., None]) -> None:
+    table(shape(56, 21, 1.5, 1.1), shape(48, 15, 1.6, 1.3, shared=0.25), shape(32, 10, 1.6, 1.3, shared=0.25),
+          shape(40, 7, 1.7, 1.5, shared=0.375))  # fmt: skip
+    assert preferred_shape("quality") == (48, 15, 0.25)
 
 
 def test_a_shape_that_some_program_did_not_run_is_not_chosen(table: Callable[..., None]) -> None:
@@ -214,3 +225,39 @@ def test_no_speed_is_told_in_a_program_that_does_not_run_the_target(dense: Path)
         shared = {"shared": "10x"} if target == "ernie4_5_moe" else {}
         plan = plan_conversion(dense, load_recipe(given=given | shared | {"target": target}))
         assert {each["program"] for each in plan.to_json()["speed"]["measured"]} == programs
+
+
+@pytest.mark.parametrize("active", [0.45, 0.5, 0.7, 0.99, 1.0])
+@pytest.mark.parametrize("sizes", [{}, {"num_experts": 16}, {"num_experts": 24, "shared": 0.125}, {"shared": 384}])
+@pytest.mark.parametrize("wish", [None, "balanced", "quality"])
+def test_the_active_share_decides_k(wish: str | None, sizes: dict[str, Any], active: float, dense: Path) -> None:
+    given = {"prefer": wish, "method": "cluster_shared", "active": active, **sizes}
+    plan = plan_conversion(dense, load_recipe(given=given))
+    step = plan.layout.expert_width / 1536
+    found = (plan.layout.active_neurons - plan.layout.active_padding(1536)) / 1536
+    assert abs(found - active) <= 0.51 * step + 0.02
+    assert plan.recipe.active is None, "what is written has k"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"active": 0.5, "top_k": 2}, "give one of the two"),
+        ({"active": 1.5}, "active"),
+        ({"active": 0}, "active"),
+        ({"active": 0.2, "shared": 0.25, "method": "cluster_shared"}, "25 % of the neurons are shared"),
+        ({"active": 0.5, "method": "static", "shared": 0.5}, "--active chooses the number of selected experts"),
+    ],
+)
+def test_a_share_that_means_nothing_is_refused(given: dict[str, Any], told: str, dense: Path) -> None:
+    with pytest.raises((UsageError, RefusedError), match=told):
+        plan_conversion(dense, load_recipe(given=given))
+
+
+def test_k_alone_above_the_plain_default_number_of_experts(dense: Path) -> None:
+    text = {"calibration": ["auto"]}
+    layout = plan_conversion(dense, load_recipe(given={"top_k": 20, **text})).layout
+    assert layout.top_k == 20
+    assert layout.num_experts > 20
+    with pytest.raises(UsageError, match="must not exceed num_experts = 8, its default"):
+        load_recipe(given={"top_k": 20})
