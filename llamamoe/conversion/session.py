@@ -15,6 +15,7 @@ from ..alignment.cost import held_out_sequences
 from ..alignment.layers import AlignedLayer
 from ..calibration.compute import Compute
 from ..calibration.gradients import GradientStore
+from ..calibration.states import KeptStates
 from ..calibration.text import CalibrationText, calibration_text
 from ..calibration.walk import Walk, cast_ffn, read_ffn
 from ..checkpoint.files import make_folder, replacing, write_text
@@ -37,7 +38,7 @@ from .recipe import AUTO
 UNIT = "calibration"
 """The ledger's unit for the facts of the text."""
 _ALIGNMENT_TEXT = "alignment text"
-_STATE, _TEXT, _IDS = "state.json", "text.json", "ids.npy"
+_TEXT, _IDS = "text.json", "ids.npy"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Session:
         self.plan, self.compute, self._given = plan, compute, texts
         self._writer, self._progress = writer, progress
         self.folder = writer.path / STATES
+        self._states = KeptStates(self.folder)
         self.given: dict[int, AlignedLayer] = {}
         self._text: CalibrationText | None = None
         self._walk: Walk | None = None
@@ -105,7 +107,7 @@ class Session:
             map_inputs=self.plan.calibration.input_place != "memory",
             gradients=gradients,
         )
-        if layer > 0 and self._holds(layer):
+        if layer > 0 and self._states.holds(layer, self.walk.buffers[layer % 2]):
             return layer
         self._walk.start()
         return 0
@@ -131,7 +133,7 @@ class Session:
         else:
             outputs = moe.outputs(inputs)
         self.walk.leave(layer, outputs)
-        self._save(layer + 1)
+        self._states.save(layer + 1, self.walk.buffers[(layer + 1) % 2])
 
     def _aligned(self, text: CalibrationText) -> dict[int, AlignedLayer]:
         folder, given = self.folder / "alignment", self._given.alignment if self._given else None
@@ -146,18 +148,6 @@ class Session:
         return with_clusters(self.plan, text or make_text(self.plan, self.compute, self._progress))
 
     # ---- states -----------------------------------------------------------------------------------------------
-
-    def _hash(self, layer: int) -> str:
-        return hashlib.sha256(self.walk.buffers[layer % 2].flatten().numpy().view("u1").data).hexdigest()
-
-    def _save(self, layer: int) -> None:
-        state = _read_json(self.folder / _STATE)
-        state[str(layer % 2)] = {"layer": layer, "sha256": self._hash(layer)}
-        write_text(self.folder / _STATE, json.dumps(state) + "\n")
-
-    def _holds(self, layer: int) -> bool:
-        kept = _read_json(self.folder / _STATE).get(str(layer % 2))
-        return isinstance(kept, dict) and kept == {"layer": layer, "sha256": self._hash(layer)}
 
     def _gradients(self, text: CalibrationText) -> GradientStore:
         from ..calibration.gradients import ffn_gradients
@@ -340,11 +330,3 @@ def _load_text(folder: Path) -> CalibrationText | None:
         return text if digest == data["facts"]["sha256_of_ids"] else None
     except (OSError, ValueError, LookupError, TypeError, EOFError, RecursionError):
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
