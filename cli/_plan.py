@@ -113,7 +113,7 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         passes = "" if recipe.repair_passes == 1 else f", {recipe.repair_passes} passes"
         rows.append(("repair", f"{recipe.repair.name}{passes}"))
     if plan.calibration is not None:
-        rows += _calibration(plan.calibration, recipe.calibration_tokens)
+        rows += calibration_rows(plan.calibration, recipe.calibration_tokens)
     if plan.alignment is not None:
         rows += _alignment(plan.alignment)
     if layout.dense_layers:
@@ -148,7 +148,8 @@ def _scaling(plan: SplitPlan) -> str:
     return f"{text}; a factor of {combine.factor:.4g} in {place} makes up for router weights of about 1/{1 / given:.0f} each"
 
 
-def _calibration(needed: CalibrationPlan, wanted: int) -> list[tuple[str, str]]:
+def calibration_rows(needed: CalibrationPlan, wanted: int) -> list[tuple[str, str]]:
+    """The text, the files and the time of calibration; ``wanted`` is the recipe's number of tokens."""
     tokens = f"{needed.tokens:,} tokens"
     if needed.tokens <= wanted - needed.length:
         tokens = f"at most {tokens} (a token has a byte; the recipe allows {wanted:,})"

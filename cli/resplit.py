@@ -3,82 +3,135 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ._format import routed_factor, size
 from ._output import Output, kept_when_interrupted, output_options
-from ._style import Command, Option, check_resume_or_force, run_options
+from ._plan import calibration_rows
+from ._recipe_options import recipe_file
+from ._style import COUNT, Command, check_resume_or_force, flag, run_options
 from ._tables import bullets, facts
 from ._text import bold, echo
 
 if TYPE_CHECKING:
-    from llamamoe.transforms.resplit import ResplitResult
+    from llamamoe.transforms.resplitting.plan import ResplitResult
+    from llamamoe.transforms.resplitting.recipe import ResplitRecipe
 
 HELP = """Split every expert of the mixture MODEL into smaller experts, and write the result to the folder OUT.
 
 MODEL is a converted checkpoint or another mixture of a supported architecture, for example Mixtral or Qwen3-MoE. As many
 times more experts are selected per token, so the result computes the function of MODEL; continued training can then
 specialise the smaller experts.
+
+With --top-k and --calibration text fewer are selected, so that a token costs less: router rows are fitted on the text, and
+down projections refitted.
+
+Flags override the values of the recipe, and --set overrides both.
 """
 EXAMPLES = """
 llamamoe resplit MODEL OUT --pieces 4
 llamamoe resplit MODEL --pieces 4 --dry-run           # sizes only
+llamamoe resplit MODEL OUT --pieces 4 --top-k 4 --calibration texts/
 """
-SIZES, RUN = "Sizes", "Run"
+SIZES, CALIBRATION, RUN = "Sizes", "Calibration", "Run"
 
 
 @click.command(cls=Command, section="Convert", rank=1, short_help="Split the experts of a mixture into smaller ones.",
                help=HELP, examples=EXAMPLES)  # fmt: skip
 @click.argument("model")
 @click.argument("out", required=False)
-@click.option("--pieces", cls=Option, group=SIZES, type=int, metavar="M", required=True,
-              help="Number of smaller experts made of each expert.")  # fmt: skip
-@click.option("--method", cls=Option, group=SIZES, metavar="NAME", default="kmeans", show_default=True,
-              help="How the neurons of an expert are partitioned: kmeans or random.")  # fmt: skip
-@click.option("--seed", cls=Option, group=SIZES, type=int, metavar="N", default=0, show_default=True,
-              help="Seed of the partition.")  # fmt: skip
-@click.option("--shard-size", cls=Option, group="Result", metavar="SIZE", default="5GB", show_default=True,
-              help="Maximum size of one weights file, for example 5GB or 500MB.")  # fmt: skip
-@click.option("--dry-run", cls=Option, group=RUN, is_flag=True, help="Print the sizes of the result and write nothing.")
+@flag("--recipe", group="Recipe", metavar="FILE|NAME",
+      text="A YAML file, or the name of a recipe that ships with llamamoe.")  # fmt: skip
+@flag("--set", "overrides", group="Recipe", metavar="KEY=VALUE", multiple=True,
+      text="Set one key of the recipe, such as repair.ridge=0.01; may be repeated.")  # fmt: skip
+@flag("--pieces", group=SIZES, type=int, metavar="M", text="Number of smaller experts made of each expert.")
+@flag("--top-k", group=SIZES, type=int, metavar="K",
+      text="Smaller experts selected per token; fewer than all pieces of MODEL's selected experts need --calibration.  "
+      "[default: all of them]")  # fmt: skip
+@flag("--method", group=SIZES, metavar="NAME",
+      text="How the neurons of an expert are partitioned: kmeans or random; with text also activation, coactivation, learned or "
+      "token_clusters.  [default: kmeans; with text token_clusters]")  # fmt: skip
+@flag("--seed", group=SIZES, type=int, metavar="N", text="Seed of the partition.  [default: 0]")
+@flag("--calibration", group=CALIBRATION, metavar="PATH", multiple=True,
+      text="Calibration text: a file (txt, jsonl, parquet; also .gz, .zst), folder or glob; may be repeated.")  # fmt: skip
+@flag("--calibration-tokens", group=CALIBRATION, metavar="N", type=COUNT,
+      text="Maximum number of calibration tokens.  [default: 65536]")  # fmt: skip
+@flag("--calibration-length", group=CALIBRATION, metavar="N", type=COUNT,
+      text="Tokens per calibration sequence.  [default: the model's context length, at most 512]")  # fmt: skip
+@flag("--repair", group=CALIBRATION, metavar="NAME",
+      text="How down projections are refitted to the outputs of MODEL's experts: distill, least_squares, none, per_expert or scalar.  "
+      "[default: least_squares]")  # fmt: skip
+@flag("--device", group=CALIBRATION, metavar="auto|cpu|cuda",
+      text="Where calibration runs: auto (a GPU if there is one), cpu, cuda or cuda:1.  [default: auto]")  # fmt: skip
+@flag("--compute-dtype", group=CALIBRATION, metavar="NAME",
+      text="Dtype of large matrix products during calibration: float32 or bfloat16.  "
+      "[default: bfloat16 for a 16-bit MODEL where it is much faster, else float32]")  # fmt: skip
+@flag("--shard-size", group="Result", metavar="SIZE",
+      text="Maximum size of one weights file, for example 5GB or 500MB.  [default: 5GB]")  # fmt: skip
+@flag("--dry-run", group=RUN, is_flag=True, text="Print the sizes of the result and write nothing.")
 @run_options(RUN, force="Replace an existing checkpoint in OUT.")
 @output_options
 def command(
     model: str,
     out: str | None,
-    pieces: int,
-    method: str,
-    seed: int,
-    shard_size: str,
+    recipe: str | None,
+    overrides: tuple[str, ...],
     dry_run: bool,
     resume: bool,
     force: bool,
     output: Output,
+    **given: Any,
 ) -> None:
     """Parse, write, print."""
     check_resume_or_force(resume, force)
     if out is None and not dry_run:
         raise click.UsageError("OUT is missing: name a folder to create, or plan with --dry-run.")
+    complete = _recipe(recipe, given | {"calibration": list(given["calibration"]) or None}, overrides)
     from llamamoe import resplit
 
-    keys = {"method": method, "seed": seed, "shard_size": shard_size, "dry_run": dry_run}
     with nullcontext() if out is None or dry_run else kept_when_interrupted(out), output.progress() as report:
-        found = resplit(model, out, pieces, resume=resume, force=force, progress=report, **keys)  # type: ignore[arg-type]
+        found = resplit(model, out, recipe=complete, dry_run=dry_run, resume=resume, force=force, progress=report)
     output.result(
-        {"dry_run": dry_run, **found.to_json()}, lambda: _print(found), summary=not dry_run, warnings=found.warnings
+        {"dry_run": dry_run, **found.to_json()},
+        lambda: _print(found, complete),
+        summary=not dry_run,
+        warnings=found.warnings,
     )
 
 
-def _print(found: ResplitResult) -> None:
+def _recipe(recipe: str | None, given: dict[str, Any], overrides: tuple[str, ...]) -> ResplitRecipe:
+    from llamamoe.transforms.resplitting.recipe import load_resplit_recipe
+
+    with recipe_file(recipe, "resplit") as path:
+        return load_resplit_recipe(path, given=given, overrides=overrides)
+
+
+def _print(found: ResplitResult, recipe: ResplitRecipe) -> None:
     (before, after), (few, many) = found.num_experts, found.top_k
     echo(bold(f"{found.out or 'plan'}: {many} of {after} experts per token instead of {few} of {before}"))
-    facts(
-        [
-            ("expert", f"{found.expert_width[1]:,} neurons instead of {found.expert_width[0]:,}"),
-            ("factor", routed_factor(found.factor, found.where)),
-            ("exact", "yes" if found.exact else "one rounding"),
-            ("files", size(found.nbytes)),
+    rows = [
+        ("expert", f"{found.expert_width[1]:,} neurons instead of {found.expert_width[0]:,}"),
+        ("factor", routed_factor(found.factor, found.where)),
+    ]
+    if found.calibration is None:
+        rows.append(("exact", "yes" if found.exact else "one rounding"))
+    else:
+        used, of = found.active_neurons[1], found.active_neurons[0]
+        rows.append(("exact", f"no: a token uses {used:,} neurons of routed experts in a layer instead of {of:,}"))
+        rows += _errors(found) or [
+            *calibration_rows(found.calibration, recipe.calibration_tokens),
+            ("peak memory", f"about {size(found.calibration.peak_bytes)}, in addition to Python and torch"),
         ]
-    )
+    facts([*rows, ("files", size(found.nbytes))])
     bullets(found.warnings, mark="!")
+
+
+def _errors(found: ResplitResult) -> list[tuple[str, str]]:
+    """The errors of the layers that were written."""
+    errors = sorted(layer["output_error"] for layer in found.receipt.get("layers", []))
+    if not errors:
+        return []
+    middle = errors[len(errors) // 2]
+    return [("layer error", f"{middle:.2f} of the routed experts' output on the text, in the median layer; 0 is MODEL")]

@@ -76,5 +76,7 @@ from .transforms.mixing.recipe import MixRecipe as MixRecipe
 from .transforms.mixing.recipe import load_mix_recipe as load_mix_recipe
 from .transforms.resplit import ResplitResult as ResplitResult
 from .transforms.resplit import resplit as resplit
+from .transforms.resplitting.recipe import ResplitRecipe as ResplitRecipe
+from .transforms.resplitting.recipe import load_resplit_recipe as load_resplit_recipe
 from .transforms.retop import RetopResult as RetopResult
 from .transforms.retop import retop as retop

@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "pretrain --dry-run": ("pretrain --recipe stories260k --model moe --parent dense --out run --dry-run --set data.train=tokens "
                            "--set data.validation=null --set data.block_length=16", "llamamoe.training.plan.PretrainPlan"),
     "retop": ("retop moe retopped --top-k 3", "llamamoe.transforms.retop.RetopResult"),
-    "resplit": ("resplit moe finer --pieces 2", "llamamoe.transforms.resplit.ResplitResult"),
+    "resplit": ("resplit moe finer --pieces 2", "llamamoe.transforms.resplitting.plan.ResplitResult"),
     "merge": ("merge moe moe --out merged", "llamamoe.transforms.merge.MergeResult"),
     "mix": ("mix dense mixed --expert dense --expert dense", "llamamoe.transforms.mix.MixResult"),
     "push --dry-run": ("push moe me/moe --dry-run", "llamamoe.checkpoint.push.Push"),

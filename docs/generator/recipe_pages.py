@@ -20,6 +20,7 @@ from .repository import shown
 KINDS = {
     "split": (llamamoe.SplitRecipe, "llamamoe split"),
     "mix": (llamamoe.MixRecipe, "llamamoe mix"),
+    "resplit": (llamamoe.ResplitRecipe, "llamamoe resplit"),
     "tokenize": (llamamoe.TokenizeRecipe, "llamamoe tokenize"),
     "heal": (llamamoe.HealRecipe, "llamamoe heal"),
     "pretrain": (llamamoe.PretrainRecipe, "llamamoe pretrain"),

@@ -12,7 +12,7 @@ from ..errors import CheckpointError, RefusedError
 from ..lazy import torch
 from .expert_weighting import Mixing, complete_config, mixing_of, refuse_attention_experts, rescale_of
 from .inspect import inspect
-from .moe_layout import Combine, Copy, MoeLayout, Neurons, OutTensor
+from .moe_layout import Combine, Copy, MoeLayout, Neurons, OutTensor, Router
 from .rescales import RESCALES
 from .sources.base import DenseSpec
 from .stored_experts import Experts
@@ -159,18 +159,32 @@ class ConvertedModel:
         if layer in self.experts.dense_layers:
             parts = [self.read(f"model.layers.{layer}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")]
             return FfnParts(*parts)
-        pieces: dict[str, list[torch.Tensor]] = {"gate": [], "up": [], "down": []}
-        tensors = list(self.target.moe_tensors(self.spec, self.layout, layer))
-        for shared in (True, False):
-            for tensor in tensors:
-                origin = tensor.origin
-                if isinstance(origin, Neurons) and (origin.expert == "shared") == shared:
-                    for part, value in self._neurons(tensor.name, origin):
-                        pieces[part].append(value)
+        shared, routed = (self._parts(layer, shared, self.routed_factor) for shared in (True, False))
+        pieces = {part: shared[part] + routed[part] for part in routed}
         return FfnParts(torch.cat(pieces["gate"]), torch.cat(pieces["up"]), torch.cat(pieces["down"], dim=1))
 
-    def _neurons(self, name: str, origin: Neurons) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield a stored tensor as rows of gate and up, or columns of down, in dense units."""
+    def routed(self, layer: int) -> FfnParts:
+        """Return the neurons of one layer's routed experts as stored, expert by expert. Holds them in memory."""
+        pieces = self._parts(layer, False, 1.0)
+        return FfnParts(torch.cat(pieces["gate"]), torch.cat(pieces["up"]), torch.cat(pieces["down"], dim=1))
+
+    def router(self, layer: int) -> torch.Tensor:
+        """Return the router's rows of one layer, ``[N, H]``."""
+        tensors = self.target.moe_tensors(self.spec, self.layout, layer)
+        return self.checkpoint.read(next(tensor.name for tensor in tensors if isinstance(tensor.origin, Router)))
+
+    def _parts(self, layer: int, shared: bool, factor: float) -> dict[str, list[torch.Tensor]]:
+        """Return rows of gate and up, and columns of down, of the shared expert or the routed ones; these times ``factor``."""
+        pieces: dict[str, list[torch.Tensor]] = {"gate": [], "up": [], "down": []}
+        for tensor in self.target.moe_tensors(self.spec, self.layout, layer):
+            origin = tensor.origin
+            if isinstance(origin, Neurons) and (origin.expert == "shared") == shared:
+                for part, value in self._neurons(tensor.name, origin, factor):
+                    pieces[part].append(value)
+        return pieces
+
+    def _neurons(self, name: str, origin: Neurons, routed_factor: float) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a stored tensor as rows of gate and up, or columns of down."""
         from ..checkpoint.tensors import cast
 
         value = self.checkpoint.read(name)
@@ -181,7 +195,7 @@ class ConvertedModel:
         elif origin.part != "down":
             yield origin.part, value
         else:
-            factor = 1.0 / origin.scale if origin.expert == "shared" else self.routed_factor
+            factor = 1.0 / origin.scale if origin.expert == "shared" else routed_factor
             wide = torch.cat(list(value), dim=1) if value.dim() == 3 else value
             yield "down", cast(wide, wide.dtype, factor)
 

@@ -6,8 +6,9 @@ For each layer: `Walk.enter` runs the parent's attention on the residual stream 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -137,18 +138,19 @@ class Walk:
         sequences, length = text.ids_ST.shape
         self._step = max(1, batch_tokens // length)
         shape = (sequences, length, model.spec.hidden_size)
-        self.buffers = [_buffer(shape, torch.float32, folder and folder / _FILES[i]) for i in range(2)]
-        self._x = _buffer(shape, compute.dtype, folder / _FILES[2] if folder and map_inputs else None)
+        self.buffers = [buffer(shape, torch.float32, folder and folder / _FILES[i]) for i in range(2)]
+        self._x = buffer(shape, compute.dtype, folder / _FILES[2] if folder and map_inputs else None)
         self._scale = torch.empty(sequences, length)
         self._clusters: torch.Tensor | None = None
         if text.clusters_S is not None:
             self._clusters = torch.from_numpy(text.clusters_S).repeat_interleave(length)
-        checkpoint = model.checkpoint
-        streamed = StreamedModel.of_dense(
-            model, lambda name: checkpoint.read(name).to(weights_dtype), device=compute.device
-        )
         with torch.no_grad():
-            self._runner = LayerRunner(streamed, length)
+            self._runner = LayerRunner(self._streamed(weights_dtype), length)
+
+    def _streamed(self, dtype: torch.dtype) -> StreamedModel:
+        """Return the model, run layer by layer with its weights rounded to a dtype."""
+        read = self.model.checkpoint.read
+        return StreamedModel.of_dense(self.model, lambda name: read(name).to(dtype), device=self.compute.device)
 
     def start(self) -> None:
         """Fill the residual stream with the embeddings."""
@@ -169,30 +171,39 @@ class Walk:
         """
         before, after = self.buffers[layer % 2], self.buffers[(layer + 1) % 2]
         device = self.compute.device
+        half = torch.autocast(device.type, self.compute.dtype, enabled=self.compute.dtype != torch.float32)
+        with torch.no_grad(), half, self._runner.layer(layer) as module, self._without_ffn(module) as seen:
+            heads = None if convert is None else convert(self._heads(layer, module))
+            with nullcontext() if heads is None else running(module.self_attn, heads):
+                for part in self._parts():
+                    out = self._runner.run(layer, module, before[part].to(device))
+                    self._check(out, layer, "attention")
+                    after[part] = out.float().cpu()
+                    self._keep(part, seen)
+        inputs = self._inputs(layer)
+        self._measure(inputs, layer, after.flatten(0, 1))
+        return inputs
+
+    @contextmanager
+    def _without_ffn(self, module: Any) -> Iterator[dict[str, torch.Tensor]]:
+        """Let the layer's FFN give zeros meanwhile, and yield where its last inputs are then found."""
         seen: dict[str, torch.Tensor] = {}
 
         def record(x_BSH: torch.Tensor) -> torch.Tensor:
             seen["ffn"] = x_BSH
             return torch.zeros_like(x_BSH)
 
-        half = torch.autocast(device.type, self.compute.dtype, enabled=self.compute.dtype != torch.float32)
-        with torch.no_grad(), half, self._runner.layer(layer) as module:
-            ffn: Any = module.mlp
-            ffn.to(device="meta")
-            ffn.forward = record
-            try:
-                heads = None if convert is None else convert(self._heads(layer, module))
-                with nullcontext() if heads is None else running(module.self_attn, heads):
-                    for part in self._parts():
-                        out = self._runner.run(layer, module, before[part].to(device))
-                        self._check(out, layer, "attention")
-                        after[part] = out.float().cpu()
-                        self._x[part] = seen.pop("ffn").to(self.compute.dtype).cpu()
-            finally:
-                del ffn.forward
-        inputs = self._inputs(layer)
-        self._measure(inputs, layer, after.flatten(0, 1))
-        return inputs
+        ffn: Any = module.mlp
+        ffn.to(device="meta")
+        ffn.forward = record
+        try:
+            yield seen
+        finally:
+            del ffn.forward
+
+    def _keep(self, part: slice, seen: dict[str, torch.Tensor]) -> None:
+        """Store what was seen of the FFN for some sequences."""
+        self._x[part] = seen.pop("ffn").to(self.compute.dtype).cpu()
 
     def _heads(self, layer: int, module: Any) -> HeadInputs:
         """Return the inputs of the layer's attention, and its heads, which are computed again each time."""
@@ -215,13 +226,16 @@ class Walk:
 
         That is the residual stream, or the FFN's output where norms follow the FFN.
         """
-        from ..methods.moe_layer import dense_outputs
-
         scale_T, spec = self._scale.flatten(), self.model.spec
-        outputs = dense_outputs(inputs, read_ffn(self.model, layer))
-        for part, y_BH in zip(inputs.batches(), outputs, strict=True):
+        for part, y_BH in zip(inputs.batches(), self._outputs(inputs, layer), strict=True):
             sum_BH = y_BH.cpu() if spec.post_norm else after_TH[part] + y_BH.cpu() * spec.residual_multiplier
             scale_T[part] = sum_BH.square().mean(-1).sqrt()
+
+    def _outputs(self, inputs: LayerInputs, layer: int) -> Iterator[torch.Tensor]:
+        """Yield the outputs of the parent's FFN in batches."""
+        from ..methods.moe_layer import dense_outputs
+
+        return dense_outputs(inputs, read_ffn(self.model, layer))
 
     def leave(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
         """Add the FFN's outputs to the residual stream.
@@ -280,13 +294,11 @@ def remove_buffers(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _buffer(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> torch.Tensor:
+def buffer(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> torch.Tensor:
     """Return uninitialised memory, or a memory-mapped file with its contents (zeros if it is new)."""
     if path is None:
         return torch.empty(shape, dtype=dtype)
-    size = 1
-    for n in shape:
-        size *= n
+    size = math.prod(shape)
     nbytes = size * dtype.itemsize
     set_size(path, nbytes)  # torch then opens by name a plain file that llamamoe created
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

@@ -119,6 +119,18 @@ def parent_tokenizer(checkpoint: Checkpoint) -> Any | None:
         return load(folder, f"the tokenizer of '{checkpoint.path}'")
 
 
+def needed_tokenizer(checkpoint: Checkpoint, hint: str = "Put the tokenizer's files beside the weights.") -> Any:
+    """Open the tokenizer of a checkpoint, with which text is to be read.
+
+    Raises:
+        CheckpointError: There is none, or transformers cannot load it.
+    """
+    found = parent_tokenizer(checkpoint)
+    if found is None:
+        raise CheckpointError(f"{checkpoint.path} has no tokenizer, so text cannot be read.", hint=hint)
+    return found
+
+
 def holds_vocabulary(folder: Path) -> bool:
     """Return whether transformers finds a vocabulary in the folder."""
     return any((folder / name).is_file() for name in VOCABULARIES)

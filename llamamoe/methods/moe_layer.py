@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
@@ -103,8 +103,36 @@ def routed_weights(
     return torch.zeros_like(logits_BN).scatter_(-1, top.indices, values)
 
 
+@dataclass(frozen=True)
+class MixtureFfn(FfnWeights):
+    """The neurons of all routed experts of a mixture, expert by expert, which its router weighs.
+
+    Methods that take a dense FFN fit a layer to the mixture's output in the same way.
+
+    Attributes:
+        moe: The mixture, without its shared expert.
+    """
+
+    moe: ConvertedFfn = field(kw_only=True)
+
+    @classmethod
+    def of(cls, moe: ConvertedFfn, norm_H: torch.Tensor) -> MixtureFfn:
+        """Return the neurons of a mixture; see `FfnWeights` for the norm."""
+        weights = moe.weights
+        return cls(weights.gate_PH, weights.up_PH, weights.down_HP, norm_H, moe.hidden_act, moe=moe)
+
+    def expert(self, index: int) -> FfnWeights:
+        """Return the neurons of one expert."""
+        width = self.moe.partition.experts.shape[1]
+        part = slice(index * width, (index + 1) * width)
+        return FfnWeights(self.gate_FH[part], self.up_FH[part], self.down_HF[:, part], self.norm_H, self.hidden_act)
+
+
 def dense_outputs(inputs: LayerInputs, ffn: FfnWeights) -> Iterator[torch.Tensor]:
-    """Yield the dense FFN's outputs in batches float32 ``[B, H]`` on the inputs' device."""
+    """Yield the parent's outputs in batches float32 ``[B, H]`` on the inputs' device."""
+    if isinstance(ffn, MixtureFfn):
+        yield from ffn.moe.outputs(inputs)
+        return
     down = ffn.down_HF.to(inputs.device, inputs.compute_dtype)
     for h_BF in inputs.hidden(ffn):
         yield (h_BF.to(inputs.compute_dtype) @ down.T).float()

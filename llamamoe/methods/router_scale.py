@@ -33,7 +33,7 @@ weights, another target or a soft router.
 TYPICAL_MAXIMUM = 8.0
 """Assumed size of the largest logit in standard deviations; `llamamoe verify` measures it."""
 
-_HARD_BELOW = 32 * HARD_LOGIT
+HARD_BELOW = 32 * HARD_LOGIT
 """Threshold, by this estimate, between the largest logits of hard and other routers."""
 
 FLOAT16_ROW_RMS = 2.0**-13
@@ -91,4 +91,4 @@ def is_hard(rows_NH: torch.Tensor, norm_H: torch.Tensor) -> bool:
         rows_NH: ``[N, H]``.
         norm_H: ``[H]``, the weight of the RMSNorm whose output the router reads.
     """
-    return TYPICAL_MAXIMUM * float((rows_NH.double() * norm_H.double()).norm(dim=1).max()) < _HARD_BELOW
+    return TYPICAL_MAXIMUM * float((rows_NH.double() * norm_H.double()).norm(dim=1).max()) < HARD_BELOW

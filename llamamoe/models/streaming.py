@@ -43,6 +43,8 @@ class StreamedModel:
         one_layer: Configuration keys for the one-layer model of layer i.
         dtype: Dtype of the computation; None for float32.
         device: Device of the computation.
+        experts: Implementation of a mixture's experts in transformers; None for its default, which fails if the bytes of
+            an expert's width are not a multiple of 16.
     """
 
     config: Mapping[str, Any]
@@ -51,6 +53,7 @@ class StreamedModel:
     one_layer: Callable[[int], dict[str, Any]] = field(default=lambda layer: {})
     dtype: torch.dtype | None = None
     device: torch.device | str = "cpu"
+    experts: str | None = None
 
     def __post_init__(self) -> None:
         self._by_layer: dict[int, list[str]] = {}
@@ -129,6 +132,8 @@ class StreamedModel:
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=_attention(config)
             )
+        if self.experts is not None:
+            model.set_experts_implementation(self.experts)
         tensors = {name: self.read(name) for name in self._outer}
         outer = _load_part(keys | {"num_hidden_layers": 0}, tensors, "outer tensors", dtype).to(self.device)
         for name, child in outer.model.named_children():

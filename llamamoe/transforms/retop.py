@@ -168,7 +168,8 @@ def _warnings(config: dict[str, Any], rescale: str | None, before: int, top_k: i
             "much or too little"
         )
     trained = block.get("healed") or block.get("trained")
-    pieces = math.prod(each["pieces"] for each in block.get("resplit") or [])
+    equal = (each for each in block.get("resplit") or [] if "calibration_tokens" not in each)
+    pieces = math.prod(each["pieces"] for each in equal)
     if top_k % pieces and not trained:
         found.append(
             f"the {pieces} pieces of a split expert have equal router rows: of an expert that is not selected whole, arbitrary ones run"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..architectures.targets import TARGETS
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import Shards, index_json
-from ..checkpoint.ledger import check_left, fingerprint_of, partial_path
+from ..checkpoint.ledger import STATES, check_left, fingerprint_of, partial_path
 from ..checkpoint.locate import Location, locate_folder
 from ..checkpoint.out_folder import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
@@ -49,6 +50,9 @@ class Rewriting:
         warnings: Sentences for the user.
         shards: The files to write; None: those of the first source.
         read_too: Other opened models that decide the result.
+        record: More facts that decide the result, for the receipt only.
+        told: Returns facts of a finished unit for the receipt; asked for once the unit's tensors were made.
+        scratch: Bytes of files that the run needs beside the result.
         verify: Checks the folder before it appears, given the hashes of the weights; returns what goes into the receipt.
     """
 
@@ -63,6 +67,9 @@ class Rewriting:
     warnings: tuple[str, ...] = ()
     shards: Shards | None = None
     read_too: tuple[Checkpoint, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    told: Callable[[str], Mapping[str, Any]] | None = None
+    scratch: int = 0
     verify: Callable[[Path, Hashes], Mapping[str, Any]] | None = None
 
     @property
@@ -100,7 +107,7 @@ class Rewriting:
                 "version of llamamoe": __version__,
                 "version of torch": torch.__version__,
                 "source": [checkpoint.fingerprint() for checkpoint in (*self.checkpoints, *self.read_too)],
-                "settings": [dict(self.facts), dict(self.config), self.files()],
+                "settings": [{**self.facts, **self.record}, dict(self.config), self.files()],
             }
         )
 
@@ -153,11 +160,14 @@ def rewrite(
                 for name in names:
                     writer.make_room(name)
                     writer.put(name, _finite(name, job))
-                writer.finish(unit, names, {})
+                writer.finish(unit, names, {} if job.told is None else dict(job.told(unit)))
             done = layers.index(unit) + 1 if unit in layers else 0
             progress(Progress(job.deed, done, len(layers), "layer", unit))
         writer.flush()
+        shutil.rmtree(writer.path / STATES, ignore_errors=True)
         receipt = _receipt(job, writer.weights_sha256())
+        if job.told is not None:
+            receipt["layers"] = [facts for unit in layers if (facts := writer.info(unit))]
         _write_side_files(job, writer.path, tokenizer)
         SafetensorsCheckpoint(writer.path)  # check that the result can be opened
         if job.verify is not None:
@@ -183,7 +193,7 @@ def check_place(out: Path, read: Sequence[Path], *, resume: bool, force: bool) -
 
 
 def _check_room(job: Rewriting, out: Path, *, resume: bool, force: bool) -> None:
-    have, need = free_bytes(out, resume=resume or force), job.nbytes + _ROOM
+    have, need = free_bytes(out, resume=resume or force), job.nbytes + job.scratch + _ROOM
     if have < need:
         raise RefusedError(
             f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
@@ -225,6 +235,7 @@ def _receipt(job: Rewriting, weights_sha256: str) -> dict[str, Any]:
         "made_by": job.deed,
         "sources": [{"name": source.name, "revision": source.revision} for source in job.sources],
         **job.facts,
+        **job.record,
         "weights_sha256": weights_sha256,
         "warnings": list(job.warnings),
         "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "safetensors")},

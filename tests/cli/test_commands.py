@@ -227,6 +227,13 @@ def test_resplit(converted: tuple[Path, Result], tmp_path: Path, run: Run) -> No
         "kmeans" in run("resplit", converted[0], tmp_path / "no", "--pieces", "2", "--method", "kmean", code=2).stderr
     )
     assert "is not empty" in run("resplit", converted[0], tmp_path / "out", "--pieces", "2", code=3).stderr
+    assert "Give it with --pieces M" in run("resplit", converted[0], "--dry-run", code=2).stderr
+    assert "--calibration" in run("resplit", converted[0], "--pieces", "2", "--top-k", "2", "--dry-run", code=2).stderr
+    (tmp_path / "text.txt").write_text("some words " * 200)
+    text = run("resplit", converted[0], "--recipe", "fewer", "--calibration", tmp_path / "text.txt", "--dry-run").stdout
+    assert "4 of 16 experts per token instead of 2 of 4" in text
+    assert "calibration time" in text
+    assert "peak memory" in text
     assert not (tmp_path / "no").exists()
 
 

@@ -109,6 +109,18 @@ def test_a_recipe_of_mix_comments_every_key_and_runs(tmp_path, path):
     assert f"`mix/{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "resplit").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_of_resplit_comments_every_key_and_runs(tmp_path, path):
+    assert set(yaml.safe_load(path.read_text())) == set(llamamoe.ResplitRecipe.model_fields)
+    assert all(not line or line.startswith("#") or "  # " in line for line in path.read_text().splitlines())
+    given = {"num_experts": 4, "top_k": 2, "method": "random", "target": "mixtral"}
+    moe = llamamoe.split(make_dense(tmp_path / "dense"), tmp_path / "moe", load_recipe(given=given), verify=False).out
+    text = {"calibration": [str(write_words(tmp_path / "text.txt"))]}
+    recipe = llamamoe.load_resplit_recipe(path, given=text)
+    assert llamamoe.resplit(moe, tmp_path / "out", recipe=recipe).top_k == (2, 4)
+    assert f"`resplit/{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_calibrated_recipe_is_what_auto_means():
     recipe = load_recipe(ROOT / "recipes" / "split" / "calibrated.yaml", given={"calibration": ["given.txt"]})
     auto = load_recipe(given={"calibration": ["given.txt"], "calibration_length": recipe.calibration_length})

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from llamamoe import RefusedError, UsageError, load_recipe, resplit, retop, split
 from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.out_folder import DERIVED_FILE
-from llamamoe.transforms.resplit import usable_methods
+from llamamoe.transforms.resplitting.plan import usable_methods
 
 from ..dense import ROUTED, make_dense
 from .outputs import logits

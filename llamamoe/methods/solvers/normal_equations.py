@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...lazy import torch
 from ...numerics import check_finite, double_device
 from ..layer import PADDING, FfnWeights, LayerContext, LayerInputs, TokenWeighting, token_scales
-from ..moe_layer import ConvertedFfn, dense_outputs
+from ..moe_layer import ConvertedFfn, MixtureFfn, dense_outputs
 
 BLOCK_PLACES = 512
 """Width up to which several experts are summed at a time: products with few rows are slow, and so is gathering rows."""
@@ -137,7 +137,9 @@ def residuals(
 
 
 def holds_parent(moe: ConvertedFfn, ffn: FfnWeights) -> bool:
-    """Return whether every place of the layer holds the parent's neuron unchanged."""
+    """Return whether every place of the layer holds the neuron of a dense parent unchanged."""
+    if isinstance(ffn, MixtureFfn):
+        return False
     slots = torch.from_numpy(moe.partition.slots)
     kept = (slots != PADDING).nonzero().flatten()
     index, weights = slots[kept], moe.weights

@@ -1,0 +1,1 @@
+"""Parts of ``llamamoe resplit``: its recipe, and the pieces that are selected one by one."""
