@@ -113,6 +113,8 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         passes = "" if recipe.repair_passes == 1 else f", {recipe.repair_passes} passes"
         rows.append(("repair", f"{recipe.repair.name}{passes}"))
     if plan.calibration is not None:
+        if plan.sampling_bytes:
+            rows.append(("sampled text", _sampled(plan)))
         rows += calibration_rows(plan.calibration, recipe.calibration_tokens)
     if plan.alignment is not None:
         rows += _alignment(plan.alignment)
@@ -146,6 +148,10 @@ def _scaling(plan: SplitPlan) -> str:
         return text
     place = "config.json" if combine.bake == 1.0 else "the experts' down projections"
     return f"{text}; a factor of {combine.factor:.4g} in {place} makes up for router weights of about 1/{1 / given:.0f} each"
+
+
+def _sampled(plan: SplitPlan) -> str:
+    return f"the parent writes it first, token by token, with all of its weights in memory ({size(plan.sampling_bytes)} at most)"
 
 
 def calibration_rows(needed: CalibrationPlan, wanted: int) -> list[tuple[str, str]]:

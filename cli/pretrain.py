@@ -253,10 +253,12 @@ def _times(plan: PretrainPlan) -> list[tuple[str, str]]:
     assumed = f"{100 * estimate.utilisation:.0f} % of " + (
         "this machine's products, measured" if plan.timed else "the peak"
     )
-    times = [("time", f"{steps}, at {amount(rate)} operations per second: {assumed}")]
+    times = [("time of the steps", f"{steps}, at {amount(rate)} operations per second: {assumed}")]
     if plan.validation_seconds is not None and plan.validations:
         each = duration(plan.validation_seconds)
         times.append(("held-out losses", f"{amount(plan.measured)} tokens, {plan.validations} times: {each} each"))
+        total = duration(estimate.seconds + plan.validations * plan.validation_seconds)
+        times.append(("time in all", f"{total}, without saving"))
     return times
 
 

@@ -27,16 +27,21 @@ class Compute:
         return {"device": str(self.device), "compute_dtype": str(self.dtype).removeprefix("torch.")}
 
     def flops_per_second(self) -> float:
-        """Measure the rate with a few matrix products, in well under a second."""
+        """Measure the best rate of matrix products within a fraction of a second, so that other work disturbs it little."""
         size = 512 if self.device.type == "cpu" else 4096
         a = torch.ones(size, size, device=self.device, dtype=self.dtype)
-        best = 0.0
-        for _ in range(3):
+        best, until, turns = 0.0, time.perf_counter() + _MEASURING, 0
+        while turns < 3 or time.perf_counter() < until:
             began = time.perf_counter()
             out = a @ a
             out[0, 0].item()  # waits for the device
             best = max(best, 2 * size**3 / (time.perf_counter() - began))
+            turns += 1
         return best
+
+
+_MEASURING = 0.3
+"""Seconds."""
 
 
 def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) -> Compute:

@@ -29,7 +29,7 @@ from .assembly import router_dtype
 from .calibration_cost import CalibrationPlan, plan_calibration, sequence_length
 from .defaults import complete
 from .expected_speed import expected_speed
-from .recipe import DTYPES, SplitRecipe
+from .recipe import AUTO, DTYPES, SplitRecipe
 from .rest import in_files, rest_notes
 from .sizes import choose_target, make_splitter, only_target, padded, with_only_experts
 
@@ -80,6 +80,11 @@ class SplitPlan:
     calibration: CalibrationPlan | None = None
     alignment: AlignmentPlan | None = None
     source_dtype: str = "F32"
+
+    @property
+    def sampling_bytes(self) -> int:
+        """Memory of the whole parent, which writes the text first with ``calibration: [auto]``; 0 otherwise."""
+        return _sampling_bytes(self.parent_cost, self.recipe)
 
     @property
     def repaired(self) -> bool:
@@ -173,6 +178,7 @@ class SplitPlan:
             "shards": {file: sum(n for _, _, n in tensors.values()) for file, tensors in self.shards.items()},
             "num_tensors": len(self.tensors),
             "peak_memory_bytes": self.peak_bytes,
+            "sampling_memory_bytes": self.sampling_bytes,
             "calibration": self.calibration.to_json() if self.calibration else None,
             "alignment": self.alignment.to_json() if self.alignment else None,
             "warnings": list(self.warnings),
@@ -180,6 +186,11 @@ class SplitPlan:
             "speed": expected_speed(layout, self.model.spec, self.target.name),
             "recipe": self.recipe.model_dump(mode="json"),
         }
+
+
+def _sampling_bytes(parent: Cost, recipe: SplitRecipe) -> int:
+    width = 2 if recipe.compute_dtype == "bfloat16" else 4  # float32, or chosen by the machine
+    return width * parent.total_parameters if AUTO in recipe.calibration else 0
 
 
 def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | None = None) -> SplitPlan:
@@ -203,6 +214,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
     recipe = _with_length(spec, recipe)
     alignment = _alignment(spec, recipe, layout, stored_dtype(model))
     recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
+    parent_cost = _parent_cost(model)
     tensors = tuple(target.tensors(spec, layout))
     config = common_config(spec, target, next(n for n, d in DTYPES.items() if d == dtype)) | target.config(spec, layout)
     warnings = [*chosen.warnings, *_warnings(model, recipe, layout, tensors, dtype)]
@@ -218,14 +230,17 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
         tensors=in_files(model, tensors),
         shards=_shards(in_files(model, tensors), dtype, recipe.shard_size),
         config=model.part.whole_config(config) if model.part else config,
-        parent_cost=_parent_cost(model),
+        parent_cost=parent_cost,
         cost=count(
             ((t.role, t.shape, math.prod(t.shape) * DTYPE_BYTES[t.dtype or dtype]) for t in tensors),
             active_share=layout.active_share,
             tied=target.ties(spec),
         ),
-        peak_bytes=_peak_bytes(spec, make_splitter(recipe), layout, dtype)
-        + max(calibration.peak_bytes if calibration else 0, alignment.peak_bytes if alignment else 0),
+        peak_bytes=max(
+            _sampling_bytes(parent_cost, recipe),
+            _peak_bytes(spec, make_splitter(recipe), layout, dtype)
+            + max(calibration.peak_bytes if calibration else 0, alignment.peak_bytes if alignment else 0),
+        ),
         warnings=tuple(warnings),
         advice=(
             *model.checkpoint.notes,

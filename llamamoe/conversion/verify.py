@@ -36,9 +36,9 @@ EQUAL_TOLERANCE = 1e-5
 HARD_TOLERANCE = 2 * HARD_LOGIT
 ROUNDED_TOLERANCE = 2e-2
 HALF_TOLERANCE = 5e-2
-PARAMETERS_PER_SECOND = 3e6
+PARAMETERS_PER_SECOND = 1.5e7
 """Parameters of both models that are verified in a second, for the estimate of ``--dry-run``: two cores on which other
-programs run, too; idle ones verify two to three times as many."""
+programs run, too; idle ones verify about twice as many."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path, run: Run) -> None:
 
 def test_time_of_a_run_on_this_machine(recipe: Path, tmp_path: Path, run: Run) -> None:
     args = ("pretrain", "--recipe", recipe, "--out", tmp_path / "run", "--dry-run")
-    for part in ("this machine's products, measured", "held-out losses", "2 operations per parameter"):
+    for part in ("this machine's products, measured", "held-out losses", "time in all", "2 operations per parameter"):
         assert part in run(*args).stdout
     plan = json.loads(run(*args, "--json").stdout)
     estimate, rate = plan["estimate"], 0.4 * plan["measured_flops_per_second"]

@@ -426,3 +426,13 @@ def test_default_sizes_suit_the_only_target_of_a_family(
     found = llamamoe.plan_conversion(source, llamamoe.load_recipe(given=TEXT))
     assert found.target.name == target
     assert min(found.layout.num_shared // found.layout.expert_width, 2) == experts_shared
+
+
+def test_the_plan_counts_the_parent_that_writes_the_text(dense: Path) -> None:
+    sampled = auto_plan(dense, calibration=["auto"], calibration_tokens=256)
+    assert sampled.sampling_bytes == 4 * sampled.parent_cost.total_parameters
+    assert sampled.peak_bytes >= sampled.sampling_bytes
+    assert (
+        auto_plan(dense, calibration=["auto"], compute_dtype="bfloat16").sampling_bytes == sampled.sampling_bytes // 2
+    )
+    assert auto_plan(dense, **TEXT).sampling_bytes == 0
