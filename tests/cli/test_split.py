@@ -93,7 +93,7 @@ def test_every_flag_arrives_in_the_recipe(dense: Path, run: Run, tmp_path: Path)
         "--device", "cpu", "--compute-dtype", "bfloat16",
     )["recipe"]  # fmt: skip
     assert recipe == {
-        "num_experts": 4, "top_k": 1, "prefer": None, "method": recipe["method"], "shared": 64,
+        "num_experts": 4, "top_k": 1, "prefer": None, "active": None, "method": recipe["method"], "shared": 64,
         "shared_by": {"name": "weight_norm", "options": {}}, "router": {"name": "zeros", "options": {}},
         "router_scale": "soft", "rescale": {"name": "unit", "options": {}}, "target": "qwen2_moe", "dtype": "bfloat16",
         "pad_to": 16, "keep_dense": [], "seed": 7, "shard_size": "100KB", "require": "4.57", "strict": False,
