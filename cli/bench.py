@@ -135,7 +135,8 @@ def _print(benchmark: Benchmark) -> None:
             heading("Warnings")
             bullets([_UNSTEADY.format(benchmark.drift)], mark="!")
     used = benchmark.model.experts_implementation
-    if benchmark.device == "cpu" and used is not None and not used.startswith(PREFIX):
+    # "eager" by default means that the class in transformers (JetMoE's) has one implementation only.
+    if benchmark.device == "cpu" and used not in (None, "eager") and not str(used).startswith(PREFIX):
         echo()
         paragraph(_OWN.format(used))
 

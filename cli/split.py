@@ -28,7 +28,8 @@ llamamoe split SOURCE OUT --recipe my.yaml --resume
 HELP = """Convert the dense checkpoint SOURCE into a mixture of experts in the folder OUT.
 
 SOURCE is a folder with config.json and safetensors files, a .gguf file, a Hub id (org/name) or hf://org/name@revision.
-A Hub model is downloaded to the Hub's cache first, weights included, also for --dry-run. Files are written to OUT.partial, which is renamed to OUT once everything in it has been verified.
+A Hub model is downloaded to the Hub's cache first, weights included, also for --dry-run. Files are written to
+OUT.partial, which is renamed to OUT once everything in it has been verified.
 
 Flags override the values of the recipe, and --set overrides both.
 """
@@ -50,7 +51,7 @@ Flags override the values of the recipe, and --set overrides both.
 @flag("--strict", group=WRITING, is_flag=True,
        text="Turn warnings into errors, for example about weights that are not finite.")  # fmt: skip
 @flag("--no-card", key="card", group=WRITING, is_flag=True, text="Do not write a model card.")
-@flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and write nothing; only file headers are read.")
+@flag("--dry-run", group=RUN, is_flag=True, text="Print the plan and do not write OUT; only file headers are read.")
 @run_options(RUN, resume="Resume an interrupted run of the same command.",
               force="Replace an existing checkpoint in OUT and discard the files of an interrupted run.")  # fmt: skip
 @tokenizer_option(RUN)
