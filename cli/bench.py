@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,18 +15,24 @@ from ._text import bold, echo
 if TYPE_CHECKING:
     from llamamoe.evaluation.bench import Benchmark
     from llamamoe.evaluation.speeds import ModelSpeed
+    from llamamoe.studies.speed.bench_llama_cpp import LlamaCppSpeeds
 
-HELP = """Measure the speed of prefill and decoding of MODEL in plain transformers, and of its dense parent with --against.
+HELP = """Measure the speed of prefill and decoding of MODEL, and of its dense parent with --against.
 
 Both are measured with a KV cache at several batch sizes; each number is the median of the repeats. The parent is measured
 before and after the model, which shows whether other load changed the speed meanwhile. The speedups expected from model
 sizes are printed too.
+
+With --program llama.cpp both are exported to temporary GGUF files in their own dtype, or read as they are if they are .gguf
+files, and measured in alternating turns (extra clients).
 """
 EXAMPLES = """
 llamamoe bench OUT --against SOURCE --experts llamamoe_auto
+llamamoe bench OUT --against SOURCE --program llama.cpp --batch-sizes 1,4
 llamamoe bench OUT --against SOURCE --batch-sizes 1,8,64 --dtype bfloat16 --experts llamamoe_auto
 """
 WHAT, HOW = "Measurement", "Execution"
+PROGRAMS = ("transformers", "llama.cpp")
 
 
 def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
@@ -70,6 +76,14 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> li
     show_default=True,
     text="Number of repeats of each measurement.",
 )
+@flag(
+    "--program",
+    group=HOW,
+    type=click.Choice(PROGRAMS),
+    default=PROGRAMS[0],
+    show_default=True,
+    text="What runs the models.",
+)
 @flag("--experts", group=HOW, metavar="NAME",
        text="Experts implementation: grouped_mm, batched_mm, eager, llamamoe_auto, ...  [default: chosen by transformers]")  # fmt: skip
 @tokenizer_option(HOW)
@@ -82,6 +96,7 @@ def command(
     prompt: int,
     new_tokens: int,
     repeats: int,
+    program: str,
     experts: str | None,
     tokenizer: str | None,
     dtype: str,
@@ -89,16 +104,24 @@ def command(
     output: Output,
 ) -> None:
     """Parse, measure, print."""
+    sizes: dict[str, Any] = {
+        "against": against,
+        "batch_sizes": batch_sizes,
+        "prompt_tokens": prompt,
+        "new_tokens": new_tokens,
+    }
+    if program != PROGRAMS[0]:
+        given = {"--experts": experts, "--tokenizer": tokenizer}
+        given |= {"--dtype": dtype.removeprefix("auto"), "--device": device.removeprefix("auto")}
+        _in_llama_cpp(model, {**sizes, "repeats": repeats}, [flag for flag, value in given.items() if value], output)
+        return
     from llamamoe import bench
 
     with output.progress() as report:
         benchmark = bench(
             model,
-            against=against,
+            **sizes,
             tokenizer=tokenizer,
-            batch_sizes=batch_sizes,
-            prompt_tokens=prompt,
-            new_tokens=new_tokens,
             repeats=repeats,
             dtype=dtype,
             device=device,
@@ -106,6 +129,36 @@ def command(
             progress=report,
         )
     output.result(benchmark.to_json(), lambda: _print(benchmark))
+
+
+def _in_llama_cpp(model: str, how: dict[str, Any], without: list[str], output: Output) -> None:
+    if without:
+        raise click.UsageError(f"{' and '.join(without)} mean nothing to --program llama.cpp.")
+    from llamamoe import bench_llama_cpp
+
+    with output.progress() as report:
+        found = bench_llama_cpp(model, **how, progress=report)
+    output.result(found.to_json(), lambda: _print_llama_cpp(found))
+
+
+def _print_llama_cpp(found: LlamaCppSpeeds) -> None:
+    echo(bold(f"{found.model} in llama.cpp, {found.facts['threads']} threads"))
+    heading("Tokens per second")
+    parent = found.parent_rates or {}
+    rows = []
+    for task, rate in found.rates.items():
+        beside = (
+            (f"{parent[task].tokens_per_second:,.1f}", f"{rate.ratio:.2f} ({rate.lowest:.2f}-{rate.highest:.2f})")
+            if parent
+            else ("", "")
+        )
+        rows.append((task, f"{rate.tokens_per_second:,.1f}", *beside))
+    table(("", found.model, found.against or "", "x parent" if parent else ""), rows, right=range(1, 4))
+    echo()
+    paragraph(
+        f"Medians of {found.repeats} turns in which the models alternate, with the smallest and largest ratio. `decode 4` is four sequences "
+        "together; prompts and continuations are random tokens."
+    )
 
 
 def _print(benchmark: Benchmark) -> None:

@@ -54,6 +54,8 @@ from .studies.demo import DemoResult as DemoResult
 from .studies.demo import demo as demo
 from .studies.recipe import CompareRecipe as CompareRecipe
 from .studies.recipe import load_compare_recipe as load_compare_recipe
+from .studies.speed.bench_llama_cpp import LlamaCppSpeeds as LlamaCppSpeeds
+from .studies.speed.bench_llama_cpp import bench_llama_cpp as bench_llama_cpp
 from .studies.table import Comparison as Comparison
 from .training.plan import PretrainPlan as PretrainPlan
 from .training.plan import plan_pretraining as plan_pretraining

@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamamoe.errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from llamamoe.studies.speed import bench_llama_cpp as module
 from llamamoe.studies.speed import runtimes
+from llamamoe.studies.speed.bench_llama_cpp import bench_llama_cpp
 from llamamoe.studies.speed.material import Material, material, write_random
 from llamamoe.studies.speed.measure import alternate, rates_of
 from llamamoe.studies.speed.runtimes import LlamaCpp, Load, Transformers, runtime
@@ -203,3 +205,22 @@ def test_what_llama_cpp_says_when_it_fails_is_told(tmp_path: Path, monkeypatch: 
 def test_an_unknown_program_is_refused() -> None:
     with pytest.raises(UsageError, match=r"'vllm'"):
         runtime("vllm")
+
+
+def test_a_model_is_timed_in_turns_with_its_parent(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LlamaCpp", lambda: fake)
+    for name, width in (("parent", 100), ("model", 50)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"intermediate_size": width}))
+    given = {"batch_sizes": (2, 1, 2), "repeats": 2}
+    found = bench_llama_cpp(tmp_path / "model", against=tmp_path / "parent", **given)  # type: ignore[arg-type]
+    assert fake.runs == ["parent", "model", "model", "parent"]
+    assert list(found.rates) == ["decode 1", "decode 2", "prefill"]
+    # each reading is a tenth of the one before: 2 / 10 in the first turn, 2 * 10 in the second
+    assert (found.rates["prefill"].lowest, found.rates["prefill"].highest) == pytest.approx((0.2, 20.0))
+    assert found.parent_rates is not None
+    alone = bench_llama_cpp(tmp_path / "model")
+    assert alone.parent_rates is None
+    assert alone.rates["decode 1"].ratio == 1.0
+    with pytest.raises(UsageError, match="repeats is 0, but must be at least 1"):
+        bench_llama_cpp(tmp_path / "model", repeats=0)
