@@ -22,7 +22,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 
 import llamamoe
-from llamamoe.calibration import walk
+from llamamoe.calibration import states, walk
 from llamamoe.checkpoint import files, ledger, writer
 from llamamoe.conversion import session, weights
 from llamamoe.conversion.verify import verify_conversion  # noqa: F401
@@ -36,7 +36,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "layer": (weights, "convert_layer"),
     "enter": (walk.Walk, "enter"),
     "leave": (walk.Walk, "leave"),
-    "save": (session.Session, "_save"),
+    "save": (states.KeptStates, "save"),
     "text": (session, "make_text"),
     "rmtree": (shutil, "rmtree"),
     "copyfile": (shutil, "copyfileobj"),
