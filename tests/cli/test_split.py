@@ -104,6 +104,15 @@ def test_every_flag_arrives_in_the_recipe(dense: Path, run: Run, tmp_path: Path)
     assert recipe["method"]["name"] == "kmeans"
 
 
+def test_the_plan_says_what_quality_to_compare_with(dense: Path, run: Run) -> None:
+    told = "It is not foretold"
+    assert told in run("split", dense, "--dry-run", "--calibration", "auto").stdout
+    assert told not in run("split", dense, "--dry-run").stdout
+    assert (
+        told not in run("split", dense, "--dry-run", "--calibration", "auto", "--experts", "4", "--top-k", "4").stdout
+    )
+
+
 def test_align_tokens_keeps_what_else_the_recipe_says_of_alignment(dense: Path, tmp_path: Path, run: Run) -> None:
     file = tmp_path / "my.yaml"
     file.write_text("align: {tokens: 5000, reach: 0.5}\n")
