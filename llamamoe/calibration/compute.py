@@ -26,11 +26,11 @@ class Compute:
         """Return device and dtype as JSON-compatible data."""
         return {"device": str(self.device), "compute_dtype": str(self.dtype).removeprefix("torch.")}
 
-    def flops_per_second(self) -> float:
-        """Measure the best rate of matrix products within a fraction of a second, so that other work disturbs it little."""
+    def flops_per_second(self, seconds: float = 0.0) -> float:
+        """Measure the best rate of a few matrix products, or of all within some seconds, which other work disturbs less."""
         size = 512 if self.device.type == "cpu" else 4096
         a = torch.ones(size, size, device=self.device, dtype=self.dtype)
-        best, until, turns = 0.0, time.perf_counter() + _MEASURING, 0
+        best, until, turns = 0.0, time.perf_counter() + seconds, 0
         while turns < 3 or time.perf_counter() < until:
             began = time.perf_counter()
             out = a @ a
@@ -38,10 +38,6 @@ class Compute:
             best = max(best, 2 * size**3 / (time.perf_counter() - began))
             turns += 1
         return best
-
-
-_MEASURING = 0.3
-"""Seconds."""
 
 
 def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) -> Compute:

@@ -24,6 +24,9 @@ from .resuming import changes_since
 from .run_folder import refuse_used
 from .teacher import teacher_recipe
 
+_MEASURING = 0.3
+"""Seconds in which this machine's products are timed."""
+
 
 @dataclass(frozen=True)
 class PretrainPlan:
@@ -213,7 +216,7 @@ def _rate_here(recipe: PretrainRecipe) -> float | None:
         device = torch.device(pick_device(recipe.device))
     except UsageError:  # a plan for another machine
         return None
-    return Compute(device, getattr(torch, recipe.precision.compute)).flops_per_second()
+    return Compute(device, getattr(torch, recipe.precision.compute)).flops_per_second(_MEASURING)
 
 
 def _tokens(recipe: PretrainRecipe) -> tuple[dict[str, tuple[int, float]], int, int]:
