@@ -37,6 +37,11 @@ def partial_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def remove_states(folder: Path) -> None:
+    """Delete a calibrated run's state in ``OUT.partial/``."""
+    shutil.rmtree(folder / STATES, ignore_errors=True)
+
+
 def replaced_path(out: Path) -> Path:
     """Return the path to which the old ``out`` is moved while a new one replaces it."""
     return out.with_name(f".{out.name}.llamamoe-replaced")

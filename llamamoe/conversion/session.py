@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -194,11 +193,6 @@ class Session:
             self._writer.finish(unit, [], info)
             self._writer.flush()
         return text
-
-
-def remove_states(folder: Path) -> None:
-    """Delete the states of sessions in ``OUT.partial/``."""
-    shutil.rmtree(folder / STATES, ignore_errors=True)
 
 
 def read_ahead(plan: SplitPlan, compute: Compute, progress: ProgressCallback) -> Texts | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..architectures.moe_layout import Neurons, OutTensor
+from ..checkpoint.ledger import remove_states
 from ..checkpoint.memory import reused_memory
 from ..checkpoint.tensors import nonfinite, one_thread
 from ..checkpoint.writer import CheckpointWriter
@@ -14,7 +15,7 @@ from .aligning import UNIT as ALIGNMENT
 from .assembly import made_of, make
 from .layer import ConvertedLayer, convert_layer
 from .plan import SplitPlan
-from .session import UNIT, Session, remove_states
+from .session import UNIT, Session
 from .verify_files import OUTER, unit_of
 
 

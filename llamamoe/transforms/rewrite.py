@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from ..architectures.targets import TARGETS
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import Shards, index_json
-from ..checkpoint.ledger import STATES, check_left, fingerprint_of, partial_path
+from ..checkpoint.ledger import check_left, fingerprint_of, partial_path, remove_states
 from ..checkpoint.locate import Location, locate_folder
 from ..checkpoint.out_folder import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
@@ -164,7 +163,7 @@ def rewrite(
             done = layers.index(unit) + 1 if unit in layers else 0
             progress(Progress(job.deed, done, len(layers), "layer", unit))
         writer.flush()
-        shutil.rmtree(writer.path / STATES, ignore_errors=True)
+        remove_states(writer.path)
         receipt = _receipt(job, writer.weights_sha256())
         if job.told is not None:
             receipt["layers"] = [facts for unit in layers if (facts := writer.info(unit))]
