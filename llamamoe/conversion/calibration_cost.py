@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..architectures.moe_layout import MoeLayout
 from ..architectures.sources.base import DenseSpec
-from ..calibration.compute import MAX_LENGTH, MEMORY_BYTES, REFERENCE_FLOPS
+from ..calibration.compute import MAX_LENGTH, MEMORY_BYTES, MIN_TOKENS, REFERENCE_FLOPS
+from ..data.files import find_files, unpacked_bytes
 from ..errors import RefusedError
 from ..methods.layer import BATCH_TOKENS
 from ..methods.repairs import REPAIRS
@@ -114,6 +117,15 @@ def plan_calibration(
         layer_flops=layer,
         flops=flops,
     )
+
+
+def most_tokens(paths: Sequence[str | Path]) -> int:
+    """Return an upper bound of the tokens of text, from the size of its files: a token has a byte. Opens none.
+
+    Raises:
+        UsageError: A path or glob matches nothing, a folder holds no text, or a file is of an unknown kind.
+    """
+    return max(MIN_TOKENS, round(unpacked_bytes(path for path, _ in find_files(paths))))
 
 
 def sequence_length(asked: int | None, most: int, spec: DenseSpec, name: str, key: str) -> int:

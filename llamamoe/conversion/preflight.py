@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..architectures.dense_checkpoint import DenseModel
-from ..calibration.compute import MIN_TOKENS
 from ..checkpoint.out_folder import free_bytes
-from ..data.files import find_files, unpacked_bytes
 from ..errors import RefusedError
 from ..models.devices import check_device
+from .calibration_cost import most_tokens
 from .plan import SplitPlan, plan_split
 from .recipe import AUTO, SplitRecipe
 from .rest import rest_bytes
@@ -30,7 +29,7 @@ def planned(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
         check_device(recipe.device)
     if not plan.calibration or AUTO in plan.recipe.calibration:
         return plan
-    most = max(MIN_TOKENS, round(unpacked_bytes(path for path, _ in find_files(plan.recipe.calibration))))
+    most = most_tokens(plan.recipe.calibration)
     return plan if most >= plan.recipe.calibration_tokens else plan_split(model, recipe, text_tokens=most)
 
 

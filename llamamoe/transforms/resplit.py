@@ -9,15 +9,15 @@ from typing import Any
 
 from ..architectures.moe_checkpoint import ConvertedModel, check_shapes
 from ..architectures.moe_layout import MoeLayout, Neurons, OutTensor, Router
-from ..calibration.compute import MIN_TOKENS, choose_compute
+from ..calibration.compute import choose_compute
 from ..calibration.text import calibration_text
 from ..checkpoint.layout import deal
 from ..checkpoint.ledger import STATES, partial_path
 from ..checkpoint.locate import Location
 from ..checkpoint.out_folder import normal_path
 from ..checkpoint.tokenizer_loading import needed_tokenizer
+from ..conversion.calibration_cost import most_tokens
 from ..conversion.layer import plugin
-from ..data.files import find_files, unpacked_bytes
 from ..errors import UsageError
 from ..methods.splitters import SPLITTERS
 from ..models.devices import check_device
@@ -128,7 +128,7 @@ def _text_tokens(recipe: ResplitRecipe) -> int | None:
     if not recipe.calibration:
         return None
     check_device(recipe.device)
-    return max(MIN_TOKENS, round(unpacked_bytes(path for path, _ in find_files(recipe.calibration))))
+    return most_tokens(recipe.calibration)
 
 
 def _calibrated(
