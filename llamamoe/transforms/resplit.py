@@ -89,9 +89,8 @@ def resplit(
     check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     layout, plan = planned(source, recipe, _text_tokens(recipe))
     tensors = {tensor.name: tensor for tensor in source.target.tensors(source.spec, layout)}
-    baked = plan.factor if plan.where == "weights" else 1.0
     # with text the splitter is applied elsewhere: only tensors that are not routed are taken from here
-    finer = FinerExperts(source, tensors, recipe.pieces, plugin(SPLITTERS, recipe.chosen), recipe.seed, baked)
+    finer = FinerExperts(source, tensors, recipe.pieces, plugin(SPLITTERS, recipe.chosen), recipe.seed, plan.baked)
     entries = {name: finer.entry(tensor) for name, tensor in tensors.items()}
     plan = replace(plan, nbytes=sum(nbytes for _, _, nbytes in entries.values()))
     if plan.calibration is not None:
@@ -155,8 +154,7 @@ def _calibrated(
     )
     dtypes = {kind: _dtype(finer, tensors, kind) for kind in (Router, Neurons)}
     compute = choose_compute(recipe.device, recipe.compute_dtype, dtypes[Neurons])
-    baked = plan.factor if plan.where == "weights" else 1.0
-    routing = PieceRouting(recipe, source, layout, layout.combine.factor, baked, dtypes[Router], dtypes[Neurons])
+    routing = PieceRouting(recipe, source, layout, layout.combine.factor, plan.baked, dtypes[Router], dtypes[Neurons])
     mapped = needed.input_place != "memory"
     made = RoutedPieces(routing, finer, tensors, text, compute, partial_path(out) / STATES, map_inputs=mapped)
     return replace(

@@ -62,6 +62,11 @@ class ResplitResult:
         return {"out": out, "bytes": self.nbytes, **cost, **self.facts, **self.receipt}
 
     @property
+    def baked(self) -> float:
+        """Factor of the routed down projections."""
+        return self.factor if self.where == "weights" else 1.0
+
+    @property
     def active_neurons(self) -> tuple[int, int]:
         """Neurons of routed experts that a token uses in one layer, before and after, padding included."""
         before, after = (k * width for k, width in zip(self.top_k, self.expert_width, strict=True))
