@@ -101,11 +101,11 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: The tokenizer is missing, or transformers cannot load it.
     """
-    from ..models.loading import needed_tokenizer, open_model
+    from ..models.loading import gguf_tokenizer, open_model
 
     if checkpoint.path.is_dir():
         return open_model(checkpoint.path).tokenizer
-    return needed_tokenizer(checkpoint)
+    return gguf_tokenizer(checkpoint)
 
 
 def _check(num_tokens: int, length: int, temperature: float, batch_size: int, positions: int) -> None:

@@ -119,15 +119,20 @@ def parent_tokenizer(checkpoint: Checkpoint) -> Any | None:
         return load(folder, f"the tokenizer of '{checkpoint.path}'")
 
 
-def needed_tokenizer(checkpoint: Checkpoint, hint: str = "Put the tokenizer's files beside the weights.") -> Any:
+def needed_tokenizer(checkpoint: Checkpoint, missing: str, hint: str) -> Any:
     """Open the tokenizer of a checkpoint, with which text is to be read.
+
+    Args:
+        checkpoint: The checkpoint.
+        missing: The message if there is none.
+        hint: Its hint.
 
     Raises:
         CheckpointError: There is none, or transformers cannot load it.
     """
     found = parent_tokenizer(checkpoint)
     if found is None:
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer, so text cannot be read.", hint=hint)
+        raise CheckpointError(missing, hint=hint)
     return found
 
 

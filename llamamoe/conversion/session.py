@@ -20,9 +20,9 @@ from ..calibration.walk import Walk, cast_ffn, read_ffn
 from ..checkpoint.files import make_folder, replacing, write_text
 from ..checkpoint.ledger import STATES
 from ..checkpoint.tensors import torch_dtype
-from ..checkpoint.tokenizer_loading import parent_tokenizer
+from ..checkpoint.tokenizer_loading import needed_tokenizer
 from ..checkpoint.writer import CheckpointWriter
-from ..errors import CheckpointError, RefusedError
+from ..errors import RefusedError
 from ..lazy import np, torch
 from ..methods.attention import HeadInputs, RoutedHeads
 from ..methods.layer import LayerInputs
@@ -275,13 +275,11 @@ def alignment_text(plan: SplitPlan, compute: Compute, progress: ProgressCallback
 
 
 def _tokenizer(plan: SplitPlan) -> Any:
-    found = parent_tokenizer(plan.model.checkpoint)
-    if found is None:
-        raise CheckpointError(
-            "the source has no tokenizer, so calibration text cannot be read.",
-            hint="Put the tokenizer's files beside the weights, or for a GGUF source give --tokenizer FOLDER.",
-        )
-    return found
+    return needed_tokenizer(
+        plan.model.checkpoint,
+        "the source has no tokenizer, so calibration text cannot be read.",
+        "Put the tokenizer's files beside the weights, or for a GGUF source give --tokenizer FOLDER.",
+    )
 
 
 def with_clusters(plan: SplitPlan, text: CalibrationText) -> CalibrationText:

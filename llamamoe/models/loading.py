@@ -140,25 +140,23 @@ def _open_gguf(name: str, dense: DenseModel) -> Opened:
     from .streaming import computing_keys
 
     config = transformers.AutoConfig.for_model(**computing_keys(dense.checkpoint.config))
-    tokenizer = needed_tokenizer(dense.checkpoint)
+    tokenizer = gguf_tokenizer(dense.checkpoint)
     return Opened(name, {}, config, tokenizer, _leading_bos(tokenizer), dense)
 
 
-def needed_tokenizer(checkpoint: Checkpoint) -> Any:
+def gguf_tokenizer(checkpoint: Checkpoint) -> Any:
     """Return the tokenizer of a GGUF file, or of the folder given instead.
 
     Raises:
         CheckpointError: There is no tokenizer, or transformers cannot load it.
     """
-    from ..checkpoint.tokenizer_loading import parent_tokenizer
+    from ..checkpoint.tokenizer_loading import needed_tokenizer
 
-    tokenizer = parent_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"'{checkpoint.path}' holds no vocabulary, so no text can be turned into its tokens.",
-            hint="Name a folder that holds the model's tokenizer with --tokenizer.",
-        )
-    return tokenizer
+    return needed_tokenizer(
+        checkpoint,
+        f"'{checkpoint.path}' holds no vocabulary, so no text can be turned into its tokens.",
+        "Name a folder that holds the model's tokenizer with --tokenizer.",
+    )
 
 
 def _leading_bos(tokenizer: Any) -> int | None:

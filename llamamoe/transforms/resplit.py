@@ -145,7 +145,11 @@ def _calibrated(
     assert needed is not None
     text = calibration_text(
         recipe.calibration,
-        needed_tokenizer(source.checkpoint),
+        needed_tokenizer(
+            source.checkpoint,
+            f"{source.checkpoint.path} has no tokenizer, so text cannot be read.",
+            "Put the tokenizer's files beside the weights.",
+        ),
         num_tokens=recipe.calibration_tokens,
         length=needed.length,
         weights=recipe.calibration_weights,
