@@ -104,25 +104,25 @@ def command(
     output: Output,
 ) -> None:
     """Parse, measure, print."""
-    sizes: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "against": against,
         "batch_sizes": batch_sizes,
         "prompt_tokens": prompt,
         "new_tokens": new_tokens,
+        "repeats": repeats,
     }
     if program != PROGRAMS[0]:
         given = {"--experts": experts, "--tokenizer": tokenizer}
         given |= {"--dtype": dtype.removeprefix("auto"), "--device": device.removeprefix("auto")}
-        _in_llama_cpp(model, {**sizes, "repeats": repeats}, [flag for flag, value in given.items() if value], output)
+        _in_llama_cpp(model, measured, [flag for flag, value in given.items() if value], output)
         return
     from llamamoe import bench
 
     with output.progress() as report:
         benchmark = bench(
             model,
-            **sizes,
+            **measured,
             tokenizer=tokenizer,
-            repeats=repeats,
             dtype=dtype,
             device=device,
             experts_implementation=experts,

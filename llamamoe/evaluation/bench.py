@@ -95,7 +95,7 @@ def bench(
         UsageError: A number is out of range, or a model or device does not exist.
         CheckpointError: A folder is not a model.
     """
-    sizes = _check(batch_sizes, prompt_tokens, new_tokens, repeats)
+    sizes = checked_sizes(batch_sizes, prompt_tokens, new_tokens, repeats)
     device = pick_device(device)
     sides = _open([each for each in (model, against) if each is not None], tokenizer, experts_implementation)
     for side, _ in sides:
@@ -134,7 +134,12 @@ def _measure(
     return mine, parent, again.speeds[0].decode_seconds / parent.speeds[0].decode_seconds
 
 
-def _check(batch_sizes: Sequence[int], prompt_tokens: int, new_tokens: int, repeats: int) -> tuple[int, ...]:
+def checked_sizes(batch_sizes: Sequence[int], prompt_tokens: int, new_tokens: int, repeats: int) -> tuple[int, ...]:
+    """Return the batch sizes in order, each once.
+
+    Raises:
+        UsageError: A number is out of range.
+    """
     limits = (("prompt_tokens", prompt_tokens, 2), ("new_tokens", new_tokens, 1), ("repeats", repeats, 1))
     for name, value, least in limits:
         if value < least:

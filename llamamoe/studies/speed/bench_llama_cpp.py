@@ -9,7 +9,7 @@ from typing import Any
 
 from ...checkpoint.locate import locate
 from ...checkpoint.scratch import scratch_folder
-from ...errors import UsageError
+from ...evaluation.bench import checked_sizes
 from ...progress import ProgressCallback, counting, ignore_progress
 from .measure import DENSE, SHAPE, Rate, alternate, rates_of
 from .runtimes import LlamaCpp, Load
@@ -59,8 +59,8 @@ def bench_llama_cpp(
     Args:
         model: A folder, a ``.gguf`` file or a hub id.
         against: The parent, measured in the same way.
-        batch_sizes: Numbers of sequences that are decoded together.
-        prompt_tokens: Tokens of the prompt for prefill.
+        batch_sizes: Numbers of sequences that are decoded together, each 1 or more.
+        prompt_tokens: Tokens of the prompt for prefill, at least 2.
         new_tokens: Tokens to decode.
         repeats: Turns, at least 1.
         progress: Called after every reading.
@@ -68,14 +68,11 @@ def bench_llama_cpp(
     Raises:
         MissingExtraError: There is no interpreter with ``xllamacpp``.
         RefusedError: llama.cpp cannot run a model.
-        UsageError: A number is below 1, or a model does not exist.
+        UsageError: A number is out of range, or a model does not exist.
         LlamaMoeError: llama.cpp failed.
     """
-    numbers = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
-    for name, value in (*numbers.items(), *(("a batch size", size) for size in batch_sizes)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}, but must be at least 1.")
-    runtime, load = LlamaCpp(), Load(prompt_tokens, new_tokens, tuple(sorted(set(batch_sizes))))
+    sizes = checked_sizes(batch_sizes, prompt_tokens, new_tokens, repeats)
+    runtime, load = LlamaCpp(), Load(prompt_tokens, new_tokens, sizes)
     places = {DENSE: locate(model if against is None else against)}
     if against is not None:
         places[SHAPE] = locate(model)
