@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,21 +35,42 @@ def watch(points: Points, name: str, last: int) -> None:
     setattr(holder, attribute, call)
 
 
+def forked(run: Callable[[], Any]) -> int:
+    """Run in a fork and return its exit code (negative: the signal).
+
+    What a fork that returns has imported of the library is imported here too, once for all forks after it.
+    """
+    gc.collect()
+    gc.freeze()  # the forks' own collections need not look at what was here before
+    with tempfile.TemporaryFile("w+") as imported:
+        child = os.fork()
+        if child == 0:
+            try:
+                run()
+                imported.write("\n".join(name for name in sys.modules if name.startswith("llamamoe.")))
+                imported.flush()
+            except BaseException as error:  # a fork must not come back into the caller's loop
+                sys.stderr.write(f"{type(error).__name__}: {error}\n")
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        imported.seek(0)
+        for name in imported.read().split():
+            importlib.import_module(name)
+    return code
+
+
 def serve(points: Points, run: Callable[[dict[str, Any]], Any]) -> None:
     """Run a job for every line of the input, each in a fork; its ``at`` is [function, call] to die at, or null."""
     for line in sys.stdin:
         job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            try:
-                if job["at"]:
-                    watch(points, *job["at"])
-                run(job)
-            except BaseException as error:  # a fork must not come back into the loop
-                sys.stderr.write(f"{type(error).__name__}: {error}\n")
-                os._exit(1)
-            os._exit(0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+
+        def work(job: dict[str, Any] = job) -> None:
+            if job["at"]:
+                watch(points, *job["at"])
+            run(job)
+
+        sys.stdout.write(f"{forked(work)}\n")
         sys.stdout.flush()
 
 

@@ -26,6 +26,7 @@ from llamamoe.calibration import states, walk
 from llamamoe.checkpoint import files, ledger, writer
 from llamamoe.conversion import session, weights
 from llamamoe.conversion.verify import verify_conversion  # noqa: F401
+from tests.hostile.dying import forked
 
 POINTS: dict[str, tuple[Any, str]] = {
     "pwrite": (os, "pwrite"),
@@ -93,18 +94,17 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
+
+        def work(job: dict[str, Any] = job, read: int = read, write: int = write) -> None:
             os.close(read)
             os.dup2(2, 1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(write, json.dumps(convert(job)).encode())
-            os._exit(0)
+
+        killed = max(0, -forked(work))
         os.close(write)
         with os.fdopen(read) as pipe:
             answer = pipe.read()
-        status = os.waitpid(child, 0)[1]
-        killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         sys.stdout.write((answer or json.dumps({"signal": killed, "error": None, "calls": {}})) + "\n")
         sys.stdout.flush()
 
