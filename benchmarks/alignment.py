@@ -60,7 +60,7 @@ def recipe(options: argparse.Namespace, name: str, seed: int) -> llamamoe.SplitR
     keys, align = ARMS[name]
     given: dict[str, Any] = {
         "num_experts": options.experts, "top_k": options.top_k, "shared": options.shared, "seed": seed, "card": False,
-        "calibration": [str(options.text)], "calibration_tokens": options.calibration_tokens, "target": "auto",
+        "compute_dtype": options.compute_dtype, "calibration": [str(options.text)], "calibration_tokens": options.calibration_tokens, "target": "auto",
     } | keys  # fmt: skip
     if keys["method"] == "static":
         given["shared"] = options.active
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--evaluation-tokens", type=int, default=40000)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), metavar="NAME")
     parser.add_argument(
@@ -132,6 +133,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     sizes = {key: str(value) for key, value in vars(options).items() if key not in ("json", "work", "arms", "seeds")}
+    if options.compute_dtype == "float32":
+        del sizes["compute_dtype"]  # older results do not name it
     known = json.loads(options.json.read_text()) if options.json.exists() else {"sizes": sizes, "arms": []}
     if known["sizes"] != sizes:
         sys.exit(f"{options.json} was measured at other sizes: {known['sizes']}")
