@@ -73,13 +73,16 @@ def _speed(rows: list[MeasuredShape]) -> float:
 def preferred_sizes(prefer: Preference, size: int) -> dict[str, Any]:
     """Return keys of a split's recipe for an FFN of ``size`` neurons: N, k, S and the multiple of widths.
 
-    Experts are a multiple of 32 neurons wide, without padding if N and S near the preferred ones allow it.
+    Experts are a multiple of 32 neurons wide, without padding if N and S near the preferred ones allow it; then k is the
+    number with which a token uses the same share of the FFN.
     """
     experts, top_k, shared = preferred_shape(prefer)
     best = min(_exact(size, experts, shared), default=None)
     if best is not None:
         _, count, kept = best
-        return _keys(count, top_k / experts, kept) | {"pad_to": QUANTISED_BLOCK}
+        routed = 1 - kept / size
+        active = shared + (1 - shared) * top_k / experts
+        return _keys(count, (active - kept / size) / routed, kept) | {"pad_to": QUANTISED_BLOCK}
     count = experts
     while count >= 4 and size * (1 - shared) / count < LEAST_WIDTH:
         count //= 2

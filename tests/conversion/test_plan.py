@@ -147,7 +147,7 @@ def test_with_text_auto_is_the_calibrated_default(dense: Path, monkeypatch: pyte
 
 
 def test_the_default_suits_the_width_of_the_ffn(tmp_path: Path) -> None:
-    for size, sizes in ((172, (4, 1)), (1536, (32, 6)), (640, (20, 4))):
+    for size, sizes in ((172, (4, 1)), (1536, (32, 7)), (640, (20, 4))):
         folder = make_dense(tmp_path / str(size), "llama", intermediate_size=size)
         found = auto_plan(folder, **TEXT)
         assert (found.layout.num_experts, found.layout.top_k) == sizes
