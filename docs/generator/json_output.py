@@ -52,6 +52,8 @@ RUNS: dict[str, tuple[str, str]] = {
     "methods": ("methods kmeans", "llamamoe.catalog.Method"),
 }  # fmt: skip
 """The command that is run, and the class whose docstring describes its keys."""
+NOT_RUN = {"bench --program llama.cpp": "llamamoe.studies.speed.bench_llama_cpp.LlamaCppSpeeds"}
+"""Commands that need another program: their keys are described without types and examples."""
 PARTS = {
     "inspect": {
         "cost": "llamamoe.architectures.costs.Cost",
@@ -83,6 +85,12 @@ def pages() -> dict[str, str]:
         rows = [(code(path), kind, code(value) if value and not re.search(OF_THE_MACHINE, path) else "", about.get(path.replace("[]", "").lstrip("."), ""))
                 for path, kind, value in _rows(document, "", DEPTH)]  # fmt: skip
         parts.append(table(("key", "type", "example", "what it is"), rows))
+    for name, cls in NOT_RUN.items():
+        rows = [
+            ("`program`", "The program that ran the models."),
+            *((code(key), text) for key, text in _attributes(cls).items()),
+        ]
+        parts.append(f"## {name}\n\n{table(('key', 'what it is'), rows)}")
     return made | {"reference/json.md": "\n".join(parts)}
 
 
