@@ -43,7 +43,7 @@ def print_result(result: SplitResult) -> None:
     else:
         print_advice(plan.advice)
     out = shlex.quote(str(result.out))
-    models = f"{out} --against {shlex.quote(str(plan.model.checkpoint.path))}"
+    models = f"{out} --against {shlex.quote(plan.source)}"
     heading("Measure it (HELD_OUT_TEXT: a file or folder of text that was not used for calibration)")
     echo(f"  llamamoe evaluate {models} --text HELD_OUT_TEXT")
     experts_on_cpu = plan.target.routed and not plan.target.attention_experts and pick_device("auto") == "cpu"

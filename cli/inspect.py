@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HELP = """Show the architecture, size and cost of the checkpoint PATH, from file headers only.
 
 PATH is a dense model or a mixture of experts, converted by llamamoe or not: a folder with config.json and safetensors
-files, a .gguf file or a Hub id. No weights are read, but a Hub model is downloaded to the Hub's cache first, weights included.
+files, a .gguf file or a Hub id, of which the headers are read over the network and no weights are downloaded.
 """
 
 

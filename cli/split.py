@@ -28,8 +28,8 @@ llamamoe split SOURCE OUT --recipe my.yaml --resume
 HELP = """Convert the dense checkpoint SOURCE into a mixture of experts in the folder OUT.
 
 SOURCE is a folder with config.json and safetensors files, a .gguf file, a Hub id (org/name) or hf://org/name@revision.
-A Hub model is downloaded to the Hub's cache first, weights included, also for --dry-run. Files are written to
-OUT.partial, which is renamed to OUT once everything in it has been verified.
+A Hub model is downloaded to the Hub's cache first; for --dry-run only its small files and the headers of its weights.
+Files are written to OUT.partial, which is renamed to OUT once everything in it has been verified.
 
 Flags override the values of the recipe, and --set overrides both.
 """

@@ -17,7 +17,7 @@ HEAD = """# Command line
 `NO_COLOR` turns colours off.
 
 SOURCE, MODEL and PARENT are a folder of safetensors, a `.gguf` file, or a Hub repository (`org/name` or
-`hf://org/name@revision`), which is downloaded first.
+`hf://org/name@revision`), which is downloaded first; `inspect` and `split --dry-run` read only the headers of its weights.
 """
 
 

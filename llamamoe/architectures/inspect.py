@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..checkpoint.base import DTYPE_BYTES, Checkpoint, TensorInfo
 from ..checkpoint.json_files import read_json
-from ..checkpoint.locate import Location, locate
+from ..checkpoint.locate import Location, locate_headers
 from ..checkpoint.paths import inside
 from ..checkpoint.text_part import TextPart, open_text
 from ..errors import CheckpointError
@@ -36,7 +36,7 @@ class Inspection:
 
     Attributes:
         name: Hub id, or name of the folder or file.
-        path: Its location.
+        path: Its location: a folder or file, or of a Hub repository what was given.
         revision: The commit of a hub download.
         kind: ``"dense"`` or ``"moe"``.
         format: ``"safetensors"`` or ``"gguf"``.
@@ -90,7 +90,7 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Describe a checkpoint and its costs. O(number of tensors); reads headers only.
+    """Describe a checkpoint and its costs. O(number of tensors); reads headers only, also of a Hub repository.
 
     Args:
         path: A folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``.
@@ -98,7 +98,11 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
         CheckpointError: The path is not a checkpoint, or its files are broken.
     """
-    location = locate(path)
+    with locate_headers(path) as location:
+        return _inspect(location, str(path) if location.revision else str(location.path))
+
+
+def _inspect(location: Location, path: str) -> Inspection:
     checkpoint = open_text(location, weights_only=True)
     config, provenance = checkpoint.config, _mapping(checkpoint.config.get("llamamoe"))
     notes = list(checkpoint.notes)
@@ -112,7 +116,7 @@ def inspect(path: str | Path) -> Inspection:
     is_gguf = location.path.is_file()
     return Inspection(
         name=location.name,
-        path=str(location.path),
+        path=path,
         revision=location.revision,
         kind="dense" if experts is None else "moe",
         format="gguf" if is_gguf else "safetensors",

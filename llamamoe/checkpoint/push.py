@@ -14,7 +14,7 @@ from ..errors import CheckpointError, LlamaMoeError, RefusedError, UsageError, p
 from ..lazy import huggingface_hub
 from ..progress import ProgressCallback, counting, ignore_progress
 from .files import check_plain_file
-from .locate import LOGIN
+from .hub import LOGIN
 from .out_folder import RECIPE_FILE, TRAINING_RECEIPT_FILE, TRAINING_RECIPE_FILE
 from .reader import INDEX, LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from .readme import HUB_ID, parent_metadata

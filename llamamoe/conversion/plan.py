@@ -60,6 +60,7 @@ class SplitPlan:
         calibration: Cost of calibration; None if no text is read.
         alignment: Cost of learning through the whole model; None without alignment.
         source_dtype: Dtype of most of the source's weights, a safetensors name.
+        repository: What was given of a source on the Hub; None for a path.
     """
 
     model: DenseModel
@@ -80,6 +81,12 @@ class SplitPlan:
     calibration: CalibrationPlan | None = None
     alignment: AlignmentPlan | None = None
     source_dtype: str = "F32"
+    repository: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The source: a path, or what was given of one on the Hub."""
+        return self.repository or str(self.model.checkpoint.path)
 
     @property
     def sampling_bytes(self) -> int:
@@ -153,7 +160,7 @@ class SplitPlan:
         layout = self.layout
         return {
             "llamamoe": __version__,
-            "source": str(self.model.checkpoint.path),
+            "source": self.source,
             "family": self.model.source.name,
             "target": self.target.name,
             "transformers": list(self.majors),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..calibration.compute import Compute, choose_compute
 from ..checkpoint.files import write_text
 from ..checkpoint.layout import index_json
 from ..checkpoint.ledger import check_left, partial_path, run_facts
-from ..checkpoint.locate import Location, locate
+from ..checkpoint.locate import Location, locate, locate_headers
 from ..checkpoint.out_folder import RECEIPT_FILE, RECIPE_FILE, check_out, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX
 from ..checkpoint.tensors import nonfinite
@@ -61,12 +61,21 @@ def plan_conversion(
 ) -> SplitPlan:
     """Return the plan of `split`, reading headers only and writing nothing. For the arguments see `split`.
 
+    Of a source on the Hub no weights are downloaded.
+
     Raises:
         RefusedError: The conversion is not possible; the message names every reason.
         UsageError: The recipe names calibration text that does not exist.
     """
-    checkpoint = open_text(locate(source), tokenizer=tokenizer)
-    return planned(understand(checkpoint), recipe or SplitRecipe())
+    with locate_headers(source) as location:
+        return _planned(source, location, recipe, tokenizer)
+
+
+def _planned(
+    source: str | Path, location: Location, recipe: SplitRecipe | None, tokenizer: str | Path | None
+) -> SplitPlan:
+    plan = planned(understand(open_text(location, tokenizer=tokenizer)), recipe or SplitRecipe())
+    return replace(plan, repository=str(source)) if location.revision else plan
 
 
 def split(
@@ -106,8 +115,7 @@ def split(
     out = normal_path(out)
     check_left(partial_path(out), resume=resume, restart=force)
     location = locate(source)
-    checkpoint = open_text(location, tokenizer=tokenizer)
-    plan = planned(understand(checkpoint), recipe or SplitRecipe())
+    plan = _planned(source, location, recipe, tokenizer)
     recover_replaced(out)
     check_out(out, location.path, force=force)
     tokenizer_of_parent = _check(plan, out, progress, resume=resume)
@@ -128,7 +136,7 @@ def split(
             receipt["verification"] = verify_conversion(plan, writer.path, hashes, progress).to_json()
         receipt["run"] = run_facts(started) | writer.earlier() | _speed(plan, compute)
         write_text(writer.path / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
-        checkpoint.check_unchanged()
+        plan.model.checkpoint.check_unchanged()
         writer.publish(replace=force)
     return SplitResult(out, plan, receipt, warnings)
 

@@ -335,9 +335,7 @@ def test_a_model_that_is_only_run_is_found_as_a_source_is(
     hub: Hub, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = make_dense(tmp_path / "dense")
-    monkeypatch.setattr(
-        "llamamoe.checkpoint.locate._fetch", lambda name, revision: dense if name == "org/model" else None
-    )
+    monkeypatch.setattr("llamamoe.checkpoint.locate.download", lambda text, near: dense)
     opened = open_model(source)
     assert opened.name == source
     assert opened.options == {
