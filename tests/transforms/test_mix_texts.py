@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
-from llamamoe import LlamaMoeError, RefusedError, UsageError, load_mix_recipe, mix
+from llamamoe import CheckpointError, LlamaMoeError, RefusedError, UsageError, load_mix_recipe, mix
 from llamamoe.transforms.mixing.texts import fit_layer
 from tests.dense import make_dense
 from tests.transforms.outputs import logits
@@ -153,4 +153,14 @@ def test_a_text_that_is_missing_or_short_is_named(world: Path, tmp_path: Path) -
             world / "code", tmp_path / "out", asked(world, texts=[str(world / "code.txt"), str(tmp_path / "short.txt")])
         )
     assert "256" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_a_tokenizer_is_refused(world: Path, tmp_path: Path) -> None:
+    for name in WORDS:
+        shutil.copytree(world / name, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*"))
+    given = asked(world, experts=[str(tmp_path / name) for name in WORDS])
+    with pytest.raises(CheckpointError, match="has no tokenizer, so text cannot be read") as refused:
+        mix(tmp_path / "code", tmp_path / "out", given)
+    assert "--router random" in str(refused.value.hint)
     assert not (tmp_path / "out").exists()

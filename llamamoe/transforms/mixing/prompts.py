@@ -66,7 +66,8 @@ def prompt_rows(
     (``hidden_tokens``), at the FFN's input or the layer's (``hidden_states``), as the recipe chooses. One layer is in memory.
 
     Raises:
-        LlamaMoeError: BASE has no tokenizer, a prompt has no tokens, or a hidden state is not finite.
+        CheckpointError: BASE has no tokenizer.
+        LlamaMoeError: A prompt has no tokens, or a hidden state is not finite.
     """
     texts = [text for each in prompts.experts for text in (*each.positive_prompts, *each.negative_prompts)]
     ids = _tokens(base, texts)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ...architectures.dense_checkpoint import DenseModel
 from ...checkpoint.tensors import torch_dtype
-from ...checkpoint.tokenizer_loading import parent_tokenizer
+from ...checkpoint.tokenizer_loading import needed_tokenizer
 from ...errors import LlamaMoeError
 from ...lazy import torch
 from ...models.streaming import LayerRunner, StreamedModel
@@ -26,14 +26,10 @@ def tokenizer_of(base: DenseModel, what: str) -> Any:
         what: What is to be read with it, for the message.
 
     Raises:
-        LlamaMoeError: It has none.
+        CheckpointError: It has none, or transformers cannot load it.
     """
-    found = parent_tokenizer(base.checkpoint)
-    if found is None:
-        raise LlamaMoeError(
-            f"{base.checkpoint.path} has no tokenizer, so {what} cannot be read.", hint="Use --router random."
-        )
-    return found
+    missing = f"{base.checkpoint.path} has no tokenizer, so {what} cannot be read."
+    return needed_tokenizer(base.checkpoint, missing, "Use --router random.")
 
 
 def padded(ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,6 +50,7 @@ def fit_text_router(base: DenseModel, recipe: MixRecipe, dtype: str, progress: P
     minimises the cross-entropy of ``softmax(s R x)`` on held-out tokens. Memory: the states of all texts in one layer, twice.
 
     Raises:
+        CheckpointError: BASE has no tokenizer.
         UsageError, LlamaMoeError: A text is missing, too short or unreadable, or a state is not finite.
     """
     assert recipe.texts is not None
