@@ -193,8 +193,8 @@ def _alignment(needed: AlignmentPlan) -> list[tuple[str, str]]:
 def ffn_active(plan: SplitPlan) -> str:
     """The neurons of a converted layer that a token uses, and their share of the FFN's."""
     layout, whole = plan.layout, plan.model.spec.intermediate_size
-    used, padding = layout.active_neurons, layout.active_padding(whole)
-    text = f"{used - padding:,} of {whole:,} neurons for each token ({100 * (used - padding) / whole:.0f} %)"
+    used, padding = layout.active_real(whole), layout.active_padding(whole)
+    text = f"{used:,} of {whole:,} neurons for each token ({100 * used / whole:.0f} %)"
     return text + (f", and {plural(padding, 'zero neuron')} of padding" if padding else "")
 
 

@@ -159,6 +159,10 @@ class MoeLayout:
         """Neurons of one layer that a token uses, padding included: S + k W."""
         return self.num_shared + self.top_k * self.expert_width
 
+    def active_real(self, intermediate_size: int) -> int:
+        """Return how many of the `active_neurons` are neurons of the parent, on average over the experts."""
+        return self.active_neurons - self.active_padding(intermediate_size)
+
     def active_padding(self, intermediate_size: int) -> int:
         """Return how many of the `active_neurons` are zero neurons, on average over the experts."""
         return round(self.active_share * self.padding(intermediate_size))

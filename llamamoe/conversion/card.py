@@ -33,7 +33,7 @@ def _cost_table(plan: SplitPlan) -> str:
     parent, cost = plan.parent_cost, plan.cost
     rows = ["| | parent | this model |", "|---|---|---|"]
     neurons = plan.model.spec.intermediate_size
-    used = plan.layout.active_neurons - plan.layout.active_padding(neurons)
+    used = plan.layout.active_real(neurons)
     rows.append(f"| neurons of an FFN per token | {neurons:,} | {used:,} ({100 * used / neurons:.0f} %) |")
     rows.append(f"| parameters | {parent.total_parameters:,} | {cost.total_parameters:,} |")
     rows.append(f"| active per token | {parent.active_parameters:,} | {cost.active_parameters:,} |")

@@ -234,7 +234,7 @@ def test_the_active_share_decides_k(wish: str | None, sizes: dict[str, Any], act
     given = {"prefer": wish, "method": "cluster_shared", "active": active, **sizes}
     plan = plan_conversion(dense, load_recipe(given=given))
     step = plan.layout.expert_width / 1536
-    found = (plan.layout.active_neurons - plan.layout.active_padding(1536)) / 1536
+    found = plan.layout.active_real(1536) / 1536
     assert abs(found - active) <= 0.51 * step + 0.02
     assert plan.recipe.active is None, "what is written has k"
 
