@@ -1,18 +1,21 @@
-"""Options of ``split`` that are keys of the recipe: their help and defaults are read from the recipe's own model."""
+"""Options that are keys of a recipe: their help and defaults are read from the recipe's own model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import click
 
 from llamamoe.errors import MISSING, InvalidRecipeError, UsageError, near_misses
 
 from ._style import COUNT, Name, Option
+
+if TYPE_CHECKING:
+    from llamamoe.recipes import Recipe
 
 
 def _registry(package: str, variable: str) -> Callable[[], list[str]]:
@@ -45,7 +48,7 @@ def _splitters() -> list[str]:
     return ["auto", *_registry("methods.splitters", "SPLITTERS")()]
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """An option of the recipe: its flag and field, and what the recipe itself does not know.
 
     Attributes:
@@ -65,16 +68,14 @@ class _Row(NamedTuple):
     text: str = ""
     multiple: bool = False
 
-    def help(self) -> str:
+    def help(self, recipe: type[Recipe]) -> str:
         """The recipe's description, the names to choose from, the default and where it comes from."""
-        from llamamoe.conversion.recipe import SplitRecipe
-
-        info = SplitRecipe.model_fields[self.field]
+        info = recipe.model_fields[self.field]
         about = self.text or (info.description or "").rstrip(".")
         if self.names is not None and not self.text:
             about += f": {', '.join(self.names())}"
         default = getattr(info.default, "name", info.default)
-        shown = self.unset or str(default)
+        shown = self.unset or ("" if info.is_required() else str(default))
         return f"{about}." + (f"  [default: {shown}]" if shown else "")
 
 
@@ -119,64 +120,90 @@ class _Weights(click.ParamType):  # type: ignore[type-arg]  # not generic in cli
 
 
 SIZES, METHODS, CALIBRATION, WRITING = "Experts", "Methods", "Calibration", "Output"
-_ROWS = (
-    _Row("--experts", "num_experts", SIZES, "N", int, unset="8; with calibration text as --prefer balanced"),
-    _Row("--top-k", "top_k", SIZES, "K", int, unset="2; with calibration text as --prefer balanced"),
-    _Row("--active", "active", SIZES, "SHARE", float, unset="what --top-k selects; about half with calibration text",
+SPLIT_ROWS = (
+    Row("--experts", "num_experts", SIZES, "N", int, unset="8; with calibration text as --prefer balanced"),
+    Row("--top-k", "top_k", SIZES, "K", int, unset="2; with calibration text as --prefer balanced"),
+    Row("--active", "active", SIZES, "SHARE", float, unset="what --top-k selects; about half with calibration text",
          text="Share of the FFN's neurons that a token uses, such as 0.7, from which --top-k follows"),
-    _Row("--shared", "shared", SIZES, "0.25|384|2x", unset="the method's"),
-    _Row("--pad-to", "pad_to", SIZES, "W", int, unset="32 where it costs less than 3 %, else 8",
+    Row("--shared", "shared", SIZES, "0.25|384|2x", unset="the method's"),
+    Row("--pad-to", "pad_to", SIZES, "W", int, unset="32 where it costs less than 3 %, else 8",
          text="Pad experts with zero neurons to a multiple of this width; many quantisation formats need 32"),
-    _Row("--prefer", "prefer", SIZES, "NAME", names=_literals("prefer"), unset="with calibration text balanced",
+    Row("--prefer", "prefer", SIZES, "NAME", names=_literals("prefer"), unset="with calibration text balanced",
          text="Choose the sizes that are not given for quality, balanced or speed, from measurements (speeds are shown by --dry-run)"),
-    _Row("--keep-dense", "keep_dense", SIZES, "LAYERS", _Layers(), unset="none",
+    Row("--keep-dense", "keep_dense", SIZES, "LAYERS", _Layers(), unset="none",
          text="Layers to leave dense, for example 0,1,-1 or 0-2"),
-    _Row("--method", "method", METHODS, "NAME", names=_splitters),
-    _Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("methods.selectors", "SELECTORS"), unset="the method's"),
-    _Row("--router", "router", METHODS, "NAME", names=_registry("methods.routers", "ROUTERS"), unset="the method's"),
-    _Row("--router-scale", "router_scale", METHODS, "NAME", names=_literals("router_scale"),
+    Row("--method", "method", METHODS, "NAME", names=_splitters),
+    Row("--shared-by", "shared_by", METHODS, "NAME", names=_registry("methods.selectors", "SELECTORS"), unset="the method's"),
+    Row("--router", "router", METHODS, "NAME", names=_registry("methods.routers", "ROUTERS"), unset="the method's"),
+    Row("--router-scale", "router_scale", METHODS, "NAME", names=_literals("router_scale"),
          text="hard: scale the router down so that selected experts get equal weights; soft: keep its scale"),
-    _Row("--rescale", "rescale", METHODS, "NAME", names=_registry("architectures.rescales", "RESCALES"), unset="the method's"),
-    _Row("--repair", "repair", METHODS, "NAME", names=_registry("methods.repairs", "REPAIRS"), unset="the method's"),
-    _Row("--repair-passes", "repair_passes", METHODS, "N", int),
-    _Row("--seed", "seed", METHODS, "N", int),
-    _Row("--calibration", "calibration", CALIBRATION, "PATH|auto", unset="none", multiple=True,
+    Row("--rescale", "rescale", METHODS, "NAME", names=_registry("architectures.rescales", "RESCALES"), unset="the method's"),
+    Row("--repair", "repair", METHODS, "NAME", names=_registry("methods.repairs", "REPAIRS"), unset="the method's"),
+    Row("--repair-passes", "repair_passes", METHODS, "N", int),
+    Row("--seed", "seed", METHODS, "N", int),
+    Row("--calibration", "calibration", CALIBRATION, "PATH|auto", unset="none", multiple=True,
          text="Calibration text: a file (txt, jsonl, parquet; also .gz, .zst), folder or glob; may be repeated. auto: text sampled from "
          "SOURCE itself"),
-    _Row("--calibration-tokens", "calibration_tokens", CALIBRATION, "N", COUNT),
-    _Row("--calibration-weights", "calibration_weights", CALIBRATION, "A=1,B=2", _Weights(), unset="equal",
+    Row("--calibration-tokens", "calibration_tokens", CALIBRATION, "N", COUNT),
+    Row("--calibration-weights", "calibration_weights", CALIBRATION, "A=1,B=2", _Weights(), unset="equal",
          text="Weight of each domain in the calibration text, for example arxiv=1,book=2"),
-    _Row("--calibration-length", "calibration_length", CALIBRATION, "N", COUNT,
+    Row("--calibration-length", "calibration_length", CALIBRATION, "N", COUNT,
          unset="the model's context length, at most 512"),
-    _Row("--device", "device", CALIBRATION, "auto|cpu|cuda"),
-    _Row("--compute-dtype", "compute_dtype", CALIBRATION, "NAME", names=_literals("compute_dtype"),
+    Row("--device", "device", CALIBRATION, "auto|cpu|cuda"),
+    Row("--compute-dtype", "compute_dtype", CALIBRATION, "NAME", names=_literals("compute_dtype"),
          unset="bfloat16 for a 16-bit source where it is much faster, else float32",
          text="Dtype of large matrix products during calibration: float32 or bfloat16"),
-    _Row("--target", "target", WRITING, "NAME", names=_targets),
-    _Row("--dtype", "dtype", WRITING, "NAME", names=_literals("dtype"), unset="the source's",
+    Row("--target", "target", WRITING, "NAME", names=_targets),
+    Row("--dtype", "dtype", WRITING, "NAME", names=_literals("dtype"), unset="the source's",
          text="Dtype of the stored weights: float32, bfloat16 or float16"),
-    _Row("--shard-size", "shard_size", WRITING, "SIZE"),
-    _Row("--require", "require", WRITING, "4.57|megatron|automodel", names=_literals("require"), unset="none",
+    Row("--shard-size", "shard_size", WRITING, "SIZE"),
+    Row("--require", "require", WRITING, "4.57|megatron|automodel", names=_literals("require"), unset="none",
          text="Refuse conversions that this program does not compute exactly: transformers 4.57, Megatron-Bridge or "
          "NeMo AutoModel"),
 )  # fmt: skip
 
 
-def recipe_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `_ROWS`; each arrives under the name of its field, None if not given."""
-    for row in reversed(_ROWS):
-        function = click.option(
-            row.flag,
-            row.field,
-            cls=Option,
-            group=row.group,
-            metavar=row.metavar,
-            type=row.type if row.names is None else Name(row.names),
-            explain=row.help,
-            multiple=row.multiple,
-            callback=_given if row.multiple else None,
-        )(function)
-    return function
+def row_of(field: str, **changes: Any) -> Row:
+    """The row of `SPLIT_ROWS` for a key that another recipe has, too, with other values of its attributes."""
+    return next(row for row in SPLIT_ROWS if row.field == field)._replace(**changes)
+
+
+def recipe_options(
+    rows: Sequence[Row], recipe: Callable[[], type[Recipe]]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of some rows; each arrives under the name of its field, None if not given.
+
+    Args:
+        rows: The rows, in the order of the help.
+        recipe: Returns the recipe's model, when the help is asked for.
+    """
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        for row in reversed(rows):
+            function = click.option(
+                row.flag,
+                row.field,
+                cls=Option,
+                group=row.group,
+                metavar=row.metavar,
+                type=row.type if row.names is None else Name(row.names),
+                explain=lambda row=row: row.help(recipe()),
+                multiple=row.multiple,
+                callback=_given if row.multiple else None,
+            )(function)
+        return function
+
+    return add
+
+
+def _split_recipe() -> type[Recipe]:
+    from llamamoe.conversion.recipe import SplitRecipe
+
+    return SplitRecipe
+
+
+split_options = recipe_options(SPLIT_ROWS, _split_recipe)
+"""Gives a command the options of `SPLIT_ROWS`."""
 
 
 def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[str] | None:

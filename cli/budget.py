@@ -12,7 +12,7 @@ from llamamoe.errors import UsageError
 
 from ._format import amount
 from ._output import Interrupted, Output, output_options
-from ._recipe_options import recipe_file, recipe_options
+from ._recipe_options import recipe_file, split_options
 from ._style import COUNT, Command, Name, Option, flag, tokenizer_option
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
@@ -74,7 +74,7 @@ def _measures() -> list[str]:
 )
 @flag("--set", "overrides", group="Recipe", metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
-@recipe_options
+@split_options
 @flag("--write-recipe", group=RUN, metavar="FILE", text="Write the result as a recipe for `llamamoe split --recipe`.")
 @flag("--force", group=RUN, is_flag=True, text="Replace FILE if it exists.")
 @tokenizer_option(RUN)

@@ -10,8 +10,8 @@ import click
 from ._format import routed_factor, size
 from ._output import Output, kept_when_interrupted, output_options
 from ._plan import calibration_rows
-from ._recipe_options import recipe_file
-from ._style import COUNT, Command, check_resume_or_force, flag, run_options
+from ._recipe_options import CALIBRATION, Row, recipe_file, recipe_options, row_of
+from ._style import Command, check_resume_or_force, flag, run_options
 from ._tables import bullets, facts
 from ._text import bold, echo
 
@@ -35,7 +35,37 @@ llamamoe resplit MODEL OUT --pieces 4
 llamamoe resplit MODEL --pieces 4 --dry-run           # sizes only
 llamamoe resplit MODEL OUT --pieces 4 --top-k 4 --calibration texts/
 """
-SIZES, CALIBRATION, RUN = "Sizes", "Calibration", "Run"
+SIZES, RUN = "Sizes", "Run"
+
+
+def _methods() -> list[str]:
+    from llamamoe.transforms.resplitting.plan import usable_methods
+
+    return usable_methods(text=True)
+
+
+_ROWS = (
+    Row("--pieces", "pieces", SIZES, "M", int),
+    row_of("top_k", group=SIZES, unset="all of them",
+           text="Smaller experts selected per token; fewer than all pieces of MODEL's selected experts need --calibration"),
+    row_of("method", group=SIZES, names=_methods, unset="kmeans; with text token_clusters",
+           text="How the neurons of an expert are partitioned: kmeans or random; with text also activation, coactivation, learned or "
+           "token_clusters"),
+    row_of("seed", group=SIZES),
+    row_of("calibration", metavar="PATH",
+           text="Calibration text: a file (txt, jsonl, parquet; also .gz, .zst), folder or glob; may be repeated"),
+    *(row_of(f"calibration_{key}") for key in ("tokens", "weights", "length")),
+    row_of("repair", group=CALIBRATION, unset=""),
+    row_of("device"),
+    row_of("compute_dtype", unset="bfloat16 for a 16-bit MODEL where it is much faster, else float32"),
+    row_of("shard_size"),
+)  # fmt: skip
+
+
+def _model() -> type[ResplitRecipe]:
+    from llamamoe.transforms.resplitting.recipe import ResplitRecipe
+
+    return ResplitRecipe
 
 
 @click.command(cls=Command, section="Convert", rank=1, short_help="Split the experts of a mixture into smaller ones.",
@@ -46,30 +76,7 @@ SIZES, CALIBRATION, RUN = "Sizes", "Calibration", "Run"
       text="A YAML file, or the name of a recipe that ships with llamamoe.")  # fmt: skip
 @flag("--set", "overrides", group="Recipe", metavar="KEY=VALUE", multiple=True,
       text="Set one key of the recipe, such as repair.ridge=0.01; may be repeated.")  # fmt: skip
-@flag("--pieces", group=SIZES, type=int, metavar="M", text="Number of smaller experts made of each expert.")
-@flag("--top-k", group=SIZES, type=int, metavar="K",
-      text="Smaller experts selected per token; fewer than all pieces of MODEL's selected experts need --calibration.  "
-      "[default: all of them]")  # fmt: skip
-@flag("--method", group=SIZES, metavar="NAME",
-      text="How the neurons of an expert are partitioned: kmeans or random; with text also activation, coactivation, learned or "
-      "token_clusters.  [default: kmeans; with text token_clusters]")  # fmt: skip
-@flag("--seed", group=SIZES, type=int, metavar="N", text="Seed of the partition.  [default: 0]")
-@flag("--calibration", group=CALIBRATION, metavar="PATH", multiple=True,
-      text="Calibration text: a file (txt, jsonl, parquet; also .gz, .zst), folder or glob; may be repeated.")  # fmt: skip
-@flag("--calibration-tokens", group=CALIBRATION, metavar="N", type=COUNT,
-      text="Maximum number of calibration tokens.  [default: 65536]")  # fmt: skip
-@flag("--calibration-length", group=CALIBRATION, metavar="N", type=COUNT,
-      text="Tokens per calibration sequence.  [default: the model's context length, at most 512]")  # fmt: skip
-@flag("--repair", group=CALIBRATION, metavar="NAME",
-      text="How down projections are refitted to the outputs of MODEL's experts: distill, least_squares, none, per_expert or scalar.  "
-      "[default: least_squares]")  # fmt: skip
-@flag("--device", group=CALIBRATION, metavar="auto|cpu|cuda",
-      text="Where calibration runs: auto (a GPU if there is one), cpu, cuda or cuda:1.  [default: auto]")  # fmt: skip
-@flag("--compute-dtype", group=CALIBRATION, metavar="NAME",
-      text="Dtype of large matrix products during calibration: float32 or bfloat16.  "
-      "[default: bfloat16 for a 16-bit MODEL where it is much faster, else float32]")  # fmt: skip
-@flag("--shard-size", group="Result", metavar="SIZE",
-      text="Maximum size of one weights file, for example 5GB or 500MB.  [default: 5GB]")  # fmt: skip
+@recipe_options(_ROWS, _model)
 @flag("--dry-run", group=RUN, is_flag=True, text="Print the sizes of the result and write nothing.")
 @run_options(RUN, force="Replace an existing checkpoint in OUT.")
 @output_options
@@ -88,7 +95,7 @@ def command(
     check_resume_or_force(resume, force)
     if out is None and not dry_run:
         raise click.UsageError("OUT is missing: name a folder to create, or plan with --dry-run.")
-    complete = _recipe(recipe, given | {"calibration": list(given["calibration"]) or None}, overrides)
+    complete = _recipe(recipe, given, overrides)
     from llamamoe import resplit
 
     with nullcontext() if out is None or dry_run else kept_when_interrupted(out), output.progress() as report:

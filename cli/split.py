@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._output import Output, kept_when_interrupted, output_options
-from ._recipe_options import WRITING, recipe_file, recipe_options
+from ._recipe_options import WRITING, recipe_file, split_options
 from ._style import COUNT, Command, flag, run_options, tokenizer_option
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ Flags override the values of the recipe, and --set overrides both.
 )
 @flag("--set", "overrides", group=RECIPE, metavar="KEY=VALUE", multiple=True,
        text="Set one key of the recipe, such as method.max_iter=50; may be repeated.")  # fmt: skip
-@recipe_options
+@split_options
 @flag("--align-tokens", group="Calibration", metavar="N", type=COUNT, key="align.tokens",
        text="Learn the partition, router and FFN weights of all layers jointly on this many calibration tokens, by "
        "distillation from the dense model (align.* in a recipe sets learning rates and more).  [default: none]")  # fmt: skip

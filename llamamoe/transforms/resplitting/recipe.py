@@ -38,7 +38,7 @@ class ResplitRecipe(Recipe):
     repair: Annotated[Choice, choose(REPAIRS)] = Field(
         Choice(name="least_squares"),
         validate_default=True,
-        description="How down projections are refitted to the outputs of MODEL's experts; for a smaller top_k.",
+        description="With a smaller top_k, how down projections are refitted to the outputs of MODEL's experts.",
     )
     calibration: CalibrationText = ()
     calibration_tokens: CalibrationTokens = 65536
