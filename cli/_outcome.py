@@ -32,7 +32,7 @@ def print_result(result: SplitResult) -> None:
             ("FFN active", ffn_active(plan)),
             ("files", f"{plural(len(plan.shards), 'file')}, {size(after.nbytes)}"),
             *_verified(plan, result.receipt.get("verification")),
-            *_layer_errors(result.receipt["layers"]),
+            *layer_errors(result.receipt["layers"], "the dense output", "0 is the parent, 1 as far away as zeros"),
             ("took", f"{took(run)}, at most {size(run['peak_resident_bytes'])} of memory"),
         ]
     )
@@ -55,20 +55,21 @@ def print_result(result: SplitResult) -> None:
         echo(f"  llamamoe export-gguf {out} {out}.gguf")
 
 
-def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return the errors of layer outputs relative to the dense ones on the calibration text, if there was any."""
+def layer_errors(layers: Sequence[Mapping[str, Any]], of: str, ends: str) -> list[tuple[str, str]]:
+    """Return a row with the errors of layer outputs on the calibration text, if there was any.
+
+    Args:
+        layers: Facts of the layers.
+        of: The outputs that the errors are relative to.
+        ends: The meaning of the numbers.
+    """
     after = sorted(layer["output_error"] for layer in layers if "output_error" in layer)
     before = sorted(layer["output_error_before_repair"] for layer in layers if "output_error_before_repair" in layer)
     if not after:
         return []
     was = f" ({before[len(before) // 2]:.2f} before repair)" if before else ""
-    return [
-        (
-            "layer error",
-            f"{after[len(after) // 2]:.2f} of the dense output on the calibration text, in the median layer{was}; 0 is the parent, "
-            "1 as far away as zeros",
-        )
-    ]
+    middle = after[len(after) // 2]
+    return [("layer error", f"{middle:.2f} of {of} on the calibration text, in the median layer{was}; {ends}")]
 
 
 def _verified(plan: SplitPlan, check: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._format import routed_factor, size
+from ._outcome import layer_errors
 from ._output import Output, kept_when_interrupted, output_options
 from ._plan import calibration_rows
 from ._recipe_options import CALIBRATION, Row, recipe_file, recipe_options, row_of
@@ -127,18 +128,10 @@ def _print(found: ResplitResult, recipe: ResplitRecipe) -> None:
     else:
         used, of = found.active_neurons[1], found.active_neurons[0]
         rows.append(("exact", f"no: a token uses {used:,} neurons of routed experts in a layer instead of {of:,}"))
-        rows += _errors(found) or [
+        errors = layer_errors(found.receipt.get("layers", []), "the routed experts' output", "0 is MODEL")
+        rows += errors or [
             *calibration_rows(found.calibration, recipe.calibration_tokens),
             ("peak memory", f"about {size(found.calibration.peak_bytes)}, in addition to Python and torch"),
         ]
     facts([*rows, ("files", size(found.nbytes))])
     bullets(found.warnings, mark="!")
-
-
-def _errors(found: ResplitResult) -> list[tuple[str, str]]:
-    """The errors of the layers that were written."""
-    errors = sorted(layer["output_error"] for layer in found.receipt.get("layers", []))
-    if not errors:
-        return []
-    middle = errors[len(errors) // 2]
-    return [("layer error", f"{middle:.2f} of the routed experts' output on the text, in the median layer; 0 is MODEL")]
