@@ -11,7 +11,9 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -63,6 +65,33 @@ def check_packages(paths: Iterable[Path]) -> None:
             import_for("zstandard", path)
         elif path.name.endswith((".parquet", ".arrow")):
             import_for("pyarrow.parquet", path)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Report a file that cannot be read or decompressed as one error.
+
+    Raises:
+        LlamaMoeError: It cannot; the message names it.
+    """
+    try:
+        yield
+    except (EOFError, zlib.error) as error:  # from gzip
+        raise damaged(path, error) from error
+    except OSError as error:
+        raise LlamaMoeError(f"Cannot read '{path}': {error.strerror or error}.") from error
+
+
+def lines(path: Path, most_bytes: int) -> Iterator[tuple[str, bytes | None]]:
+    """Yield place (``FILE:LINE``, from 1) and content of every line, None for one of more than ``most_bytes``."""
+    with open_bytes(path) as stream:
+        number = 0
+        while line := stream.readline(most_bytes + 1):
+            number += 1
+            too_long = len(line) > most_bytes
+            yield f"{path}:{number}", None if too_long else line
+            while too_long and line and not line.endswith(b"\n"):  # skip the rest of the line
+                line = stream.readline(_BUFFER_BYTES)
 
 
 def damaged(path: Path, error: Exception | str) -> LlamaMoeError:

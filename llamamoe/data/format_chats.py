@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..checkpoint.files import replacing
 from ..errors import LlamaMoeError, RefusedError, UsageError
 from ..progress import Progress, ProgressCallback, ignore_progress
 from .chat_formats import BadRowError, format_of
-from .compressed import check_packages, damaged, import_for, open_bytes
+from .compressed import check_packages, lines, open_bytes, reading
+from .parquet import read_rows
 from .text import MAX_DOCUMENT_BYTES
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 _MOST_JSON = 1 << 31
 """Maximum bytes of a .json file, which is read whole."""
 _SHOWN = 5
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,10 @@ def _formatted(row: Any, origin: str, kinds: dict[str, str]) -> tuple[str, bytes
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield place and content of every row."""
-    try:
+    with reading(path):
         if path.suffix == ".parquet":
-            yield from _parquet(path)
+            for number, row in enumerate(read_rows(path, MAX_DOCUMENT_BYTES, None), 1):
+                yield _not_too_large(f"{path}: row {number}", row)
         elif path.suffix == ".json":
             with open_bytes(path) as stream:
                 rows = _parsed(stream.read(_MOST_JSON), str(path))
@@ -152,23 +152,16 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 )
             yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
         else:
-            with open_bytes(path) as stream:
-                yield from _lines(stream, path)
-    except (EOFError, zlib.error) as error:
-        raise damaged(path, error) from error
-    except OSError as error:
-        raise LlamaMoeError(f"Cannot read '{path}': {error.strerror or error}.") from error
+            for place, line in lines(path, MAX_DOCUMENT_BYTES):
+                origin, raw = _not_too_large(place, line)
+                if raw.strip():
+                    yield origin, _parsed(raw, origin)
 
 
-def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
-        number += 1
-        origin = f"{path}:{number}"
-        if len(line) > MAX_DOCUMENT_BYTES:
-            raise LlamaMoeError(f"{origin}: the line is larger than {MAX_DOCUMENT_BYTES:,} bytes.")
-        if line.strip():
-            yield origin, _parsed(line, origin)
+def _not_too_large(origin: str, row: Any | None) -> tuple[str, Any]:
+    if row is None:
+        raise LlamaMoeError(f"{origin}: the row is larger than {MAX_DOCUMENT_BYTES:,} bytes.")
+    return origin, row
 
 
 def _parsed(raw: bytes, origin: str) -> Any:
@@ -177,19 +170,4 @@ def _parsed(raw: bytes, origin: str) -> Any:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise LlamaMoeError(
             f"{origin} is not JSON in UTF-8: {error}.", hint="Write or download the file again."
-        ) from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    parquet, arrow = import_for("pyarrow.parquet", path), import_for("pyarrow", path)
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
-    except arrow.ArrowException as error:
-        raise LlamaMoeError(
-            f"'{path}' is not a valid Parquet file: {error}.", hint="Write or download it again."
         ) from error

@@ -17,13 +17,13 @@ _MOST_UNPACKED = 200
 _SHOWN = 10
 
 
-def read_rows(path: Path, most_bytes: int, column: str = "text") -> Iterator[dict[str, Any] | None]:
+def read_rows(path: Path, most_bytes: int, column: str | None = "text") -> Iterator[dict[str, Any] | None]:
     """Yield ``column`` and `META` of every row, None for a row of more than ``most_bytes``.
 
     Args:
         path: A Parquet file, or an Arrow stream (``.arrow``) as ``save_to_disk`` of the package datasets writes it.
         most_bytes: Maximum size of a row.
-        column: The column with the documents.
+        column: The column with the documents; None: all columns.
 
     Raises:
         LlamaMoeError: The file is damaged, has no such column, or unpacks to far more data than text would.
@@ -49,12 +49,14 @@ def read_rows(path: Path, most_bytes: int, column: str = "text") -> Iterator[dic
         raise LlamaMoeError(message, hint="Write or download it again.") from error
 
 
-def _columns(path: Path, names: list[str], column: str) -> list[str]:
+def _columns(path: Path, names: list[str], column: str | None) -> list[str]:
     """Return the columns to read.
 
     Raises:
         LlamaMoeError: The file has no such column.
     """
+    if column is None:
+        return names
     if column in names:
         return [name for name in names if name in (column, META)]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

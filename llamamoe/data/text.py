@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlamaMoeError
-from .compressed import check_packages, damaged, open_bytes
+from .compressed import check_packages, lines, open_bytes, reading
 from .files import find_files, suffix_of
 from .parquet import read_rows
 
@@ -88,15 +87,11 @@ def read_files(
 
 def _read_all(files: Iterable[tuple[Path, str]], on_bad_row: OnBadRow | None, column: str) -> Iterator[Document]:
     for path, domain in files:
-        try:
+        with reading(path):
             for row in _READERS[suffix_of(path).split(".")[1]](path, domain, column):
                 document = _attempt(row, on_bad_row)
                 if document is not None:
                     yield document
-        except (EOFError, zlib.error) as error:  # from gzip
-            raise damaged(path, error) from error
-        except OSError as error:
-            raise LlamaMoeError(f"Cannot read '{path}': {error.strerror or error}.") from error
 
 
 _Row = Callable[[], Document | None]  # makes a document from a row; None for an empty line
@@ -130,16 +125,8 @@ def _read_txt(path: Path, domain: str, column: str) -> Iterator[_Row]:
 
 
 def _read_jsonl(path: Path, domain: str, column: str) -> Iterator[_Row]:
-    with open_bytes(path) as stream:
-        number = 0
-        while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
-            number += 1
-            if len(line) <= MAX_DOCUMENT_BYTES:
-                yield partial(_line, line, domain, f"{path}:{number}", column)
-                continue
-            yield partial(_too_large, f"{path}:{number}")
-            while line and not line.endswith(b"\n"):  # skip the rest of the line, if such rows are left out
-                line = stream.readline(1 << 20)
+    for origin, line in lines(path, MAX_DOCUMENT_BYTES):
+        yield partial(_too_large, origin) if line is None else partial(_line, line, domain, origin, column)
 
 
 def _line(line: bytes, domain: str, origin: str, column: str) -> Document | None:

@@ -142,3 +142,18 @@ def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:
             format_chats(files, tmp_path / out)
     assert sorted(os.listdir(tmp_path)) == before
     assert format_chats([good], tmp_path / "there.jsonl", force=True).rows == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_row_that_is_too_large_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamamoe.data.format_chats.MAX_DOCUMENT_BYTES", 400)
+    rows = [ROWS["OpenAI"][0], {"messages": [says("user", "q"), says("assistant", "a" * 500)]}]
+    path = tmp_path / f"in.{kind}"
+    if kind == "jsonl":
+        write(path, rows)
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), path)
+    with pytest.raises(LlamaMoeError, match=rf"{path}.*2: the row is larger than 400 bytes"):
+        format_chats([path], tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
