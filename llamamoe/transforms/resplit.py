@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,39 +83,79 @@ def resplit(
     location, checkpoint = opened(model)
     if out is not None:
         check_place(normal_path(out), [location.path], resume=resume, force=force)
-    source = ConvertedModel(checkpoint)
+    task = _task(location, ConvertedModel(checkpoint), recipe)
+    if dry_run:
+        return task.plan
+    if out is None:
+        raise UsageError("OUT is missing.", hint="Name a folder, or plan with dry_run.")
+    job = _job(task) if task.plan.calibration is None else _calibrated(task, normal_path(out))
+    receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
+    return replace(task.plan, out=Path(out).expanduser(), warnings=job.warnings, receipt=receipt)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A call of `resplit`, checked and planned.
+
+    Attributes:
+        location: The place of the source.
+        source: The source.
+        recipe: The recipe.
+        layout: The sizes of the result, in the form that targets take.
+        plan: The plan.
+        tensors: Tensors of the result by name.
+        finer: Makes those that do not depend on text.
+    """
+
+    location: Location
+    source: ConvertedModel
+    recipe: ResplitRecipe
+    layout: MoeLayout
+    plan: ResplitResult
+    tensors: Mapping[str, OutTensor]
+    finer: FinerExperts
+
+    @property
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """Dtype, shape and bytes of every tensor of the result."""
+        return {name: self.finer.entry(tensor) for name, tensor in self.tensors.items()}
+
+    def dtype(self, kind: type[Router] | type[Neurons]) -> str:
+        """Return the dtype of the routers, or of the experts."""
+        return self.finer.entry(next(each for each in self.tensors.values() if isinstance(each.origin, kind)))[0]
+
+
+def _task(location: Location, source: ConvertedModel, recipe: ResplitRecipe) -> _Task:
+    """Check recipe and source, and plan. Reads headers, and correction biases."""
     check_recipe(source, recipe)
     check_shapes(source)
+    checkpoint = source.checkpoint
     check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     layout, plan = planned(source, recipe, _text_tokens(recipe))
     tensors = {tensor.name: tensor for tensor in source.target.tensors(source.spec, layout)}
     # with text the splitter is applied elsewhere: only tensors that are not routed are taken from here
     finer = FinerExperts(source, tensors, recipe.pieces, plugin(SPLITTERS, recipe.chosen), recipe.seed, plan.baked)
-    entries = {name: finer.entry(tensor) for name, tensor in tensors.items()}
-    plan = replace(plan, nbytes=sum(nbytes for _, _, nbytes in entries.values()))
     if plan.calibration is not None:
         check_biases(source)
-    if dry_run:
-        return plan
-    if out is None:
-        raise UsageError("OUT is missing.", hint="Name a folder, or plan with dry_run.")
-    facts = {"pieces": recipe.pieces, "method": recipe.chosen.name, "seed": recipe.seed, **plan.facts}
-    job = Rewriting(
+    task = _Task(location, source, recipe, layout, plan, tensors, finer)
+    return replace(task, plan=replace(plan, nbytes=sum(nbytes for _, _, nbytes in task.entries.values())))
+
+
+def _job(task: _Task) -> Rewriting:
+    """Return the description of the result, whose function is that of the source."""
+    recipe, plan = task.recipe, task.plan
+    return Rewriting(
         deed="resplit",
-        title=f"{location.name} with experts split into {recipe.pieces}",
-        sources=(location,),
-        checkpoints=(checkpoint,),
-        config=changed_config(source, recipe, layout, plan),
-        make=finer.make,
-        facts=facts,
-        story=_story(location, recipe, plan),
+        title=f"{task.location.name} with experts split into {recipe.pieces}",
+        sources=(task.location,),
+        checkpoints=(task.source.checkpoint,),
+        config=changed_config(task.source, recipe, task.layout, plan),
+        make=task.finer.make,
+        facts={"pieces": recipe.pieces, "method": recipe.chosen.name, "seed": recipe.seed, **plan.facts},
+        story=_story(task.location, recipe, plan),
         warnings=plan.warnings,
-        shards=deal(entries, recipe.shard_size),
+        shards=deal(task.entries, recipe.shard_size),
     )
-    if plan.calibration is not None:
-        job = _calibrated(job, source, recipe, layout, plan, finer, tensors, normal_path(out))
-    receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
-    return replace(plan, out=Path(out).expanduser(), warnings=job.warnings, receipt=receipt)
 
 
 def _text_tokens(recipe: ResplitRecipe) -> int | None:
@@ -130,18 +170,9 @@ def _text_tokens(recipe: ResplitRecipe) -> int | None:
     return most_tokens(recipe.calibration)
 
 
-def _calibrated(
-    job: Rewriting,
-    source: ConvertedModel,
-    recipe: ResplitRecipe,
-    layout: MoeLayout,
-    plan: ResplitResult,
-    finer: FinerExperts,
-    tensors: Mapping[str, OutTensor],
-    out: Path,
-) -> Rewriting:
+def _calibrated(task: _Task, out: Path) -> Rewriting:
     """Return the job with experts made from text, which is read here, before anything is written."""
-    needed = plan.calibration
+    job, source, recipe, needed = _job(task), task.source, task.recipe, task.plan.calibration
     assert needed is not None
     text = calibration_text(
         recipe.calibration,
@@ -156,11 +187,12 @@ def _calibrated(
         seed=recipe.seed,
         vocab_size=source.spec.vocab_size,
     )
-    dtypes = {kind: _dtype(finer, tensors, kind) for kind in (Router, Neurons)}
-    compute = choose_compute(recipe.device, recipe.compute_dtype, dtypes[Neurons])
-    routing = PieceRouting(recipe, source, layout, layout.combine.factor, plan.baked, dtypes[Router], dtypes[Neurons])
+    dtype, factor = task.dtype(Neurons), task.layout.combine.factor
+    compute = choose_compute(recipe.device, recipe.compute_dtype, dtype)
+    routing = PieceRouting(recipe, source, task.layout, factor, task.plan.baked, task.dtype(Router), dtype)
     mapped = needed.input_place != "memory"
-    made = RoutedPieces(routing, finer, tensors, text, compute, partial_path(out) / STATES, map_inputs=mapped)
+    folder = partial_path(out) / STATES
+    made = RoutedPieces(routing, task.finer, task.tensors, text, compute, folder, map_inputs=mapped)
     return replace(
         job,
         make=made.make,
@@ -170,11 +202,6 @@ def _calibrated(
         record={"recipe": recipe.deciding(), "calibration": text.facts, "computed": compute.to_json()},
         warnings=tuple(dict.fromkeys((*job.warnings, *text.warnings))),
     )
-
-
-def _dtype(finer: FinerExperts, tensors: Mapping[str, OutTensor], kind: type[Router] | type[Neurons]) -> str:
-    """Return the dtype of the routers, or of the experts."""
-    return finer.entry(next(tensor for tensor in tensors.values() if isinstance(tensor.origin, kind)))[0]
 
 
 def _story(location: Location, recipe: ResplitRecipe, plan: ResplitResult) -> str:
