@@ -78,9 +78,7 @@ class NativeFfn:
 
     def shared_outputs(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Return the FFN's outputs without its routed experts, ``[T, H]``."""
-        _, weights_Tk, indices_Tk = self.moe.router(x_TH)
-        routed: torch.Tensor = self.moe.experts(x_TH, indices_Tk, weights_Tk)
-        return self.outputs(x_TH) - routed
+        return self.outputs(x_TH) - self.moe.routed_outputs(x_TH)
 
     def renormalise(self) -> None:
         """See `llamamoe.training.router_start.renormalise`."""

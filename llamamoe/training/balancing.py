@@ -54,7 +54,7 @@ class BiasBalancing:
         self.options = options or BalancingOptions()
         self._layers = list(layers)
         self._all_reduce = all_reduce
-        self._counts: dict[int, torch.Tensor] = {}
+        self._counts: dict[tuple[int, str], torch.Tensor] = {}
         for moe in self._layers:
             _check(moe)
 
@@ -62,8 +62,8 @@ class BiasBalancing:
         """Count the routers' choices in one micro-batch, without synchronisation."""
         for routing in routings:
             counts_N = routing.wanted_counts_N()
-            before_N = self._counts.get(routing.moe.layer)
-            self._counts[routing.moe.layer] = counts_N if before_N is None else before_N + counts_N
+            before_N = self._counts.get(routing.moe.place)
+            self._counts[routing.moe.place] = counts_N if before_N is None else before_N + counts_N
 
     def update(self) -> None:
         """Move the biases by the counts since the last update, and reset the counts.
@@ -73,7 +73,7 @@ class BiasBalancing:
         """
         from .ranks import cut_like
 
-        missing = [moe.layer for moe in self._layers if moe.layer not in self._counts]
+        missing = [moe.layer for moe in self._layers if moe.place not in self._counts]
         if missing:
             raise ValueError(f"layers {missing} were not observed since the last update: one update per optimiser step")
         with torch.no_grad():
@@ -88,7 +88,7 @@ class BiasBalancing:
 
     def _total_counts(self) -> list[torch.Tensor]:
         """Return the counts of all ranks, in one communication."""
-        counts = [self._counts[moe.layer] for moe in self._layers]
+        counts = [self._counts[moe.place] for moe in self._layers]
         if self._all_reduce is None:
             return counts
         total = self._all_reduce(torch.cat([each.to(counts[0].device) for each in counts]))

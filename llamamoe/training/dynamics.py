@@ -114,6 +114,8 @@ class Dynamics:
         names = ("max_violation", "load_entropy_share", "dead_experts", "importance_cv", "top1_probability")
         found["layers"] = {name: [round(getattr(each, name), 5) for each in layers] for name in names}
         found["layers"]["index"] = [each.layer for each in layers]
+        if any(each.part != "ffn" for each in layers):
+            found["layers"]["part"] = [each.part for each in layers]
         self.statistics.reset()
         enough = [each for each in layers if each.tokens * each.top_k >= _ENOUGH * each.num_experts]
         for sentence in collapsed(enough):
@@ -127,9 +129,9 @@ class Dynamics:
                 hint="Start a new run with a balance loss (losses: [{name: switch}]), a larger coefficient, or a lower "
                 "optimizer.router_lr.",
             )
-        layer = sentence.split(":")[0]
-        if layer not in self._warned:
-            self._warned.add(layer)
+        router = sentence.partition(" has ")[0]
+        if router not in self._warned:
+            self._warned.add(router)
             log.warning("step %d: %s", step, sentence)
 
     def save(self, folder: Path, step: int) -> None:

@@ -159,8 +159,7 @@ def active_parameters(model: torch.nn.Module, layers: Iterable[Any]) -> int:
     """Return the parameters that one token uses, counted as in `llamamoe.architectures.costs`."""
     inactive = 0
     for moe in layers:
-        routed = sum(p.numel() for p in moe.experts.parameters())
-        inactive += routed * (moe.num_experts - moe.top_k) // moe.num_experts
+        inactive += moe.num_routed * (moe.num_experts - moe.top_k) // moe.num_experts
     return sum(p.numel() for p in model.parameters()) - inactive - _looked_up(model)
 
 

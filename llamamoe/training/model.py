@@ -10,7 +10,6 @@ from typing import Any
 
 from ..architectures.config_compat import addable_keys
 from ..architectures.dense_checkpoint import refuse_foreign
-from ..architectures.expert_weighting import refuse_attention_experts
 from ..architectures.sources import SOURCES
 from ..architectures.targets import TARGETS
 from ..checkpoint.files import copy_file, write_text
@@ -53,7 +52,6 @@ def check_folder(folder: Path, *, allow_dense: bool = False) -> dict[str, Any]:
             f"{folder}: model_type {name!r} is not a mixture of experts that can be trained here.",
             hint=whole_hint(config, hint),
         )
-    refuse_attention_experts(name, "pretrain")
     return dict(config)
 
 
@@ -72,7 +70,7 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
     keys: dict[str, Any] = {"dtype": getattr(torch, recipe.precision.parameters)}
     model_type = str(read_json(folder / "config.json").get("model_type"))
     experts = recipe.experts_on(str(device).split(":")[0])
-    if experts is not None and model_type in TARGETS:
+    if experts is not None and model_type in TARGETS and not TARGETS.get(model_type).attention_experts:
         keys["experts_implementation"] = _implementation(experts)
     if recipe.attn_implementation is not None:
         keys["attn_implementation"] = recipe.attn_implementation

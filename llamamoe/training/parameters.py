@@ -19,7 +19,13 @@ _EXPERT_GROUPS = ("experts", "shared")
 _NO_DECAY = ("router", "norms")
 _DOWN = re.compile(r"\.(down_proj|output_linear)\b")
 
-_GROUPS = {"routed": "experts", "norm": "norms", "embedding": "embeddings", "stub": "shared"}
+_GROUPS = {
+    "routed": "experts",
+    "routed_attention": "experts",
+    "norm": "norms",
+    "embedding": "embeddings",
+    "stub": "shared",
+}
 """Roles with another name here, in the plural."""
 
 

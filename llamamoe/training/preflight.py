@@ -16,6 +16,7 @@ from ..checkpoint.reader import SafetensorsCheckpoint
 from ..data.shards import TokenCorpus
 from ..errors import CheckpointError, RefusedError, UsageError
 from ..progress import ProgressCallback
+from .attention_experts import contradictions
 from .corpora import held_out_corpus, training_corpus
 from .distillation_options import resolve_layers
 from .estimate.shapes import ModelShape, read_shape
@@ -196,7 +197,9 @@ def check_fit(
     """
     wrong = [*_text(recipe, train, held_out), *_precision(recipe)]
     shape = read_shape(model.config, model.tensors)
-    if model.config.get("model_type") in TARGETS:
+    if shape.model_type in TARGETS:
+        if TARGETS.get(shape.model_type).attention_experts:
+            wrong += contradictions(recipe, shape.model_type)
         biased = any(name.endswith(CORRECTION_BIAS) for name in model.tensors)
         wrong += _routing(recipe, shape, has_bias=biased)
     wrong += _distillation(recipe, len(shape.layers))

@@ -33,8 +33,7 @@ def routed_targets(model: torch.nn.Module, parent: Parent) -> Callable[[Routing]
         with torch.no_grad():
             aim_TH = parent.ffn(moe.layer, x_TH).float() / residual_multiplier(layer)
             whole_TH = sum(first_tensor(module(x_TH[None]))[0].float() for module in ffn_modules(layer))
-            _, weights_Tk, indices_Tk = moe.router(x_TH)
-            shared_TH = whole_TH - moe.experts(x_TH, indices_Tk, weights_Tk).float()
+            shared_TH = whole_TH - moe.routed_outputs(x_TH).float()
             found_TH: torch.Tensor = aim_TH.to(shared_TH.device) - shared_TH
         return found_TH
 

@@ -62,7 +62,7 @@ def measure_logit_std(
     Returns:
         One number per layer, in their order; each batch counts by its tokens.
     """
-    sums = dict.fromkeys((moe.layer for moe in layers), 0.0)
+    sums = dict.fromkeys((moe.place for moe in layers), 0.0)
     tokens = 0
     training = model.training
     tap = RouterTap(layers)
@@ -72,12 +72,12 @@ def measure_logit_std(
             with torch.no_grad(), tap.armed() as routings:
                 model(**batch)
             for routing in routings:
-                sums[routing.moe.layer] += logit_std(routing.logits_TN) * routing.num_tokens
+                sums[routing.moe.place] += logit_std(routing.logits_TN) * routing.num_tokens
             tokens += routings[0].num_tokens
     finally:
         tap.close()
         model.train(training)
-    return [sums[moe.layer] / tokens for moe in layers]
+    return [sums[moe.place] / tokens for moe in layers]
 
 
 def soften(layers: Sequence[MoeLayer], stds: Sequence[float], target_std: float) -> list[Softened]:
@@ -193,14 +193,14 @@ def start_routers(
         return {}, list(layers)
     inputs = list(_first_blocks(batches, next(model.parameters()).device))
     stds = measure_logit_std(model, layers, inputs)
-    hard = {moe.layer for moe, std in zip(layers, stds, strict=True) if 0 < std < HARD_STD}
+    hard = {moe.place for moe, std in zip(layers, stds, strict=True) if 0 < std < HARD_STD}
     for moe, std in zip(layers, stds, strict=True):
         if std == 0:
             log.warning("layer %d: the router's rows are equal: there is nothing to scale up", moe.layer)
     before = _loss(model, inputs, recipe) if hard else 0.0
     if hard:
         layers = renormalise(model, layers)
-    pairs = [(moe, std) for moe, std in zip(layers, stds, strict=True) if moe.layer in hard]
+    pairs = [(moe, std) for moe, std in zip(layers, stds, strict=True) if moe.place in hard]
     done = soften([moe for moe, _ in pairs], [std for _, std in pairs], recipe.router.start_std) if hard else []
     after = _loss(model, inputs, recipe) if hard else 0.0
     reshard(model)

@@ -84,7 +84,7 @@ class RouterTap:
     def __init__(self, layers: Sequence[MoeLayer]) -> None:
         self._armed = False
         self._inputs = False
-        self._found: dict[int, Routing] = {}
+        self._found: dict[tuple[int, str], Routing] = {}
         self._handles = [moe.router.register_forward_hook(self._hook(moe)) for moe in layers]
 
     def _hook(self, moe: MoeLayer) -> Any:
@@ -92,10 +92,10 @@ class RouterTap:
             # also removed in the unrecorded second pass of checkpointing, because it would hold that pass's graph
             extra = router.__dict__.pop("gate_extra", None) or {}
             if self._armed:
-                logits, weights, indices = output[:3]
+                logits, weights, indices = moe.decisions(output)
                 seen = args[0].reshape(-1, args[0].shape[-1]) if self._inputs else None
                 found = Routing(moe, logits, weights, indices, inputs_TH=seen)
-                self._found[moe.layer] = replace(found, **extra)
+                self._found[moe.place] = replace(found, **extra)
 
         return record
 
@@ -111,7 +111,7 @@ class RouterTap:
         found: list[Routing] = []
         try:
             yield found
-            found.extend(self._found[layer] for layer in sorted(self._found))
+            found.extend(self._found[place] for place in sorted(self._found))
         finally:
             self._armed, self._found = False, {}
 

@@ -30,6 +30,7 @@ class LayerStatistics:
         top1_probability: Mean over tokens of the largest probability.
         selected_probability: Mean over tokens of the sum of the selected experts' probabilities.
         dropped: Number of dropped assignments.
+        part: See `llamamoe.training.moe_layers.MoeLayer`.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class LayerStatistics:
     top1_probability: float
     selected_probability: float
     dropped: float
+    part: str = "ffn"
 
     @property
     def num_experts(self) -> int:
@@ -137,17 +139,17 @@ class RoutingStatistics:
     def __init__(
         self, layers: Sequence[MoeLayer], all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> None:
-        self.layers = sorted(layers, key=lambda moe: moe.layer)
+        self.layers = sorted(layers, key=lambda moe: moe.place)
         self._all_reduce = all_reduce
-        self._sums: dict[int, torch.Tensor] = {}
+        self._sums: dict[tuple[int, str], torch.Tensor] = {}
 
     def add(self, routings: Sequence[Routing]) -> None:
         """Add one micro-batch. O(T N) per layer, on its own device."""
         with torch.no_grad():
             for routing in routings:
                 sums = _sums(routing)
-                before = self._sums.get(routing.moe.layer)
-                self._sums[routing.moe.layer] = sums if before is None else before.add_(sums)
+                before = self._sums.get(routing.moe.place)
+                self._sums[routing.moe.place] = sums if before is None else before.add_(sums)
 
     def reset(self) -> None:
         """Start a new window."""
@@ -158,8 +160,8 @@ class RoutingStatistics:
         width = max(moe.num_experts for moe in self.layers)
         table = torch.zeros(len(self.layers), 2 * width + _SCALARS, dtype=torch.float64)
         for row, moe in zip(table, self.layers, strict=True):
-            if moe.layer in self._sums:
-                found = self._sums[moe.layer].cpu().double()
+            if moe.place in self._sums:
+                found = self._sums[moe.place].cpu().double()
                 row[: len(found)] = found
         if self._all_reduce is not None:
             device = self.layers[0].router_NH.device
@@ -199,8 +201,9 @@ def collapsed(
         dead = each.dead_experts
         if each.spread < least_spread or dead > most_dead * each.num_experts:
             used = math.exp(each.load_entropy)
+            whose = "of attention " if each.part == "attention" else ""
             found.append(
-                f"layer {each.layer}: the router has collapsed: {dead:.0f} of {each.num_experts} experts got no token, "
+                f"layer {each.layer}: the router {whose}has collapsed: {dead:.0f} of {each.num_experts} experts got no token, "
                 f"and the load is spread as over {used:.1f} experts (at least {each.top_k} are selected)"
             )
     return found
@@ -240,6 +243,7 @@ def _layer_statistics(moe: MoeLayer, row: list[float]) -> LayerStatistics:
         top1_probability=top1 / tokens,
         selected_probability=selected / tokens,
         dropped=dropped,
+        part=moe.part,
     )
 
 

@@ -23,7 +23,7 @@ def test_logits_are_those_without_autocast(architecture: str, gate: str) -> None
     kind = GATES.get(gate)
     kind(kind.Options()).attach(layers, 0)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = layers[0].router(x_TH)[0]
+        logits = layers[0].decisions(layers[0].router(x_TH))[0]
     torch.testing.assert_close(logits, expected)
     rounded = torch.nn.functional.linear(x_TH, layers[0].router_NH.bfloat16()).float()
     assert not torch.allclose(rounded, expected, rtol=1e-5, atol=1e-6), "bfloat16 does not show"

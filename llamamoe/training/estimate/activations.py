@@ -19,13 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ...architectures.targets import TARGETS
 from ...models.experts.auto import COSTS, prefers_sorted
 from ..gates import GATES
 from ..losses import made
 from ..recipe import PretrainRecipe
 from .shapes import LayerShape, ModelShape
 
-Style = Literal["grouped", "eager", "batched", "sorted", "masked"]
+Style = Literal["grouped", "eager", "batched", "sorted", "masked", "split"]
 _STYLES: dict[str | None, Style] = {
     None: "grouped",
     "grouped_mm": "grouped",
@@ -36,7 +37,7 @@ _STYLES: dict[str | None, Style] = {
     "llamamoe_masked": "masked",
     "llamamoe_grouped_mm": "grouped",
 }
-"""Implementations of experts, which keep different tensors."""
+"""Implementations of experts, which keep different tensors; ``split`` is the only one of classes that route attention."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,25 @@ class Widths:
         if recipe.gathers_bfloat16(model_type):
             return cls(stored, 2, 2, 2, False, False)
         compute = 2 if recipe.autocasts else stored
-        known = recipe.autocasts and (style_of(recipe) != "grouped" or experts_of(recipe) == "llamamoe_grouped_mm")
+        known = recipe.autocasts and (
+            style_of(recipe, model_type) != "grouped" or experts_of(recipe) == "llamamoe_grouped_mm"
+        )
         return cls(stored, stored, compute, compute if known else stored, recipe.autocasts, known)
 
 
-def style_of(recipe: PretrainRecipe) -> Style:
+def style_of(recipe: PretrainRecipe, model_type: str) -> Style:
     """Return how the recipe's experts are computed; an unknown implementation counts as ``eager``."""
+    if model_type in TARGETS and TARGETS.get(model_type).attention_experts:
+        return "split"
     return _STYLES.get(experts_of(recipe), "eager")
 
 
 def style_for(recipe: PretrainRecipe, model: ModelShape, tokens: int) -> Style:
     """Return how the recipe's experts are computed for a number of tokens, since ``llamamoe_auto`` chooses by sizes."""
     width = max((layer.expert_width for layer in model.layers), default=0)
-    if experts_of(recipe) != "llamamoe_auto" or not width:
-        return style_of(recipe)
+    style = style_of(recipe, model.model_type)
+    if experts_of(recipe) != "llamamoe_auto" or not width or style == "split":
+        return style
     costs = COSTS["half" if Widths.of(recipe, model.model_type).experts == 2 else "float32"]
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     sizes = (model.num_experts, width, model.top_k, model.hidden_size)
@@ -145,9 +151,15 @@ class Pass:
 def attention_bytes(layer: LayerShape, run: Pass) -> int:
     """Return ``T [norm + input of q, k, v + (2Q + 2K) c + 4 heads]``, plus ``T (Q + K) (4 + c)`` for q, k norms.
 
-    With a mask each layer turns it into numbers of c bytes, and repeats keys and values for every head: ``4Q``.
+    With a mask each layer turns it into numbers of c bytes, and repeats keys and values for every head: ``4Q``. Routed
+    attention always repeats them, and keeps its router's part and ``k (3H + 2K) e``: gathered inputs of queries and
+    output, queries as the experts gave them, and outputs before and after they are weighted.
     """
     compute, query, key = run.widths.compute, layer.query_width, layer.key_width
+    if layer.routes_attention:
+        kept = run.norm(run.numbers) + run.inputs({"attention": 1, "router": 1}) + router_bytes(run)
+        kept += run.tokens * (4 * query * compute + 4 * run.model.num_heads) + run.mask * compute
+        return kept + run.rows * (3 * run.model.hidden_size + 2 * key) * run.widths.experts
     kept = run.norm(run.numbers) + run.inputs({"attention": 3})
     kept += run.tokens * ((2 * query + 2 * key) * compute + 4 * run.model.num_heads)
     if run.mask:
@@ -160,7 +172,7 @@ def experts_bytes(layer: LayerShape, run: Pass) -> int:
 
     These are: gathered input, gate and up, silu(gate), product, output.
 
-    Frozen experts need neither input nor product: ``H + 3W``. ``eager`` keeps the weighted output, too: ``H s``.
+    Frozen experts need neither input nor product: ``H + 3W``. ``eager`` and ``split`` keep the weighted output, too: ``H s``.
     ``batched_mm`` keeps a copy of an expert's weights for each row: ``3 H W``. llamamoe's do not gather inputs and
     weight the product instead of the output: ``5W``, and for each token the input's copy. Expert parallelism that
     exchanges tokens keeps what it sends and receives: ``2 H``.
@@ -171,11 +183,17 @@ def experts_bytes(layer: LayerShape, run: Pass) -> int:
     if run.style in ("sorted", "masked"):
         return rows * 5 * width * each + (run.numbers * each if run.widths.casts else 0)
     kept = rows * (2 * hidden + 4 * width if "experts" in run.trained else hidden + 3 * width) * each
-    if run.style == "eager":
+    if run.style in ("eager", "split"):
         kept += rows * hidden * run.widths.weights
     if run.style == "batched":
         kept += rows * 3 * hidden * width * each
     return kept + (2 * rows * hidden * each if run.ep_size > 1 else 0)
+
+
+def router_bytes(run: Pass) -> int:
+    """Return ``T (8 N + 40 k)``, see `ffn_bytes`, and the bytes of the gate."""
+    routed = run.tokens * ((8 + 4 * run.gate_TN) * run.model.num_experts + 40 * run.model.top_k)
+    return routed + 4 * run.gate_TH * run.numbers
 
 
 def ffn_bytes(layer: LayerShape, run: Pass) -> int:
@@ -195,8 +213,7 @@ def ffn_bytes(layer: LayerShape, run: Pass) -> int:
         return kept
     products = 1 if run.model.model_type == "granitemoeshared" else 2  # one for gate and up together, or one for each
     kept += run.inputs({"router": 2 if layer.shared_gate else 1, "shared": products if layer.shared_width else 0})
-    kept += tokens * ((8 + 4 * run.gate_TN) * run.model.num_experts + 40 * run.model.top_k)
-    kept += 4 * run.gate_TH * run.numbers
+    kept += router_bytes(run)
     kept += (4 if "shared" in run.trained else 3) * tokens * layer.shared_width * compute
     kept += run.numbers * compute if layer.shared_gate else 0
     return kept + experts_bytes(layer, run)
@@ -280,6 +297,7 @@ def distillation_bytes(recipe: PretrainRecipe, run: Pass, parent_width: int) -> 
 def routing_bytes(recipe: PretrainRecipe, run: Pass) -> Terms:
     """Return the bytes of routing that losses keep, and of the gradients of the logits."""
     converted = [layer for layer in run.model.layers if layer.expert_width]
+    routers = sum(1 + layer.routes_attention for layer in converted)
     experts, losses = run.model.num_experts, made(recipe.losses)
     gate, each = GATES.get(recipe.gate.name), 4 * run.tokens * run.model.num_experts
     if not converted or not losses:
@@ -298,7 +316,7 @@ def routing_bytes(recipe: PretrainRecipe, run: Pass) -> Terms:
         for loss in losses
         for layer in converted
     )
-    return Terms(len(converted) * told, len(converted) * each, 4 * working)
+    return Terms(routers * told, routers * each, 4 * working)
 
 
 def _count(layers: str | Sequence[int], known: int) -> int:

@@ -270,7 +270,7 @@ def _layout_warnings(recipe: PretrainRecipe, shape: ModelShape, world_size: int)
         )
     if shape.num_experts and shape.num_experts % sizes.ep_size:
         yield f"distributed.ep_size = {sizes.ep_size} does not divide the {shape.num_experts} experts"
-    if style_of(recipe) != "grouped":
+    if style_of(recipe, shape.model_type) != "grouped":
         return
     ours = experts_of(recipe) == "llamamoe_grouped_mm"
     unit = 16 // Widths.of(recipe, shape.model_type).experts

@@ -143,7 +143,7 @@ class StepMemory:
             group: n // self.sharding.computed(group) for group, n in layer.largest.items() if group in run.trained
         }
         new = max(sizes.values(), default=0) * widths.weights
-        if run.style == "eager":
+        if run.style in ("eager", "split"):
             new *= 2  # each expert's gradient is written into zeros of all experts' size
         return _Layer(
             weights=self._held(layer.numel) + extra,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...architectures.costs import role_of
 from ...architectures.sources.base import positive
 from ...architectures.targets import TARGETS
 from ...checkpoint.base import TensorInfo
@@ -32,6 +33,7 @@ class LayerShape:
         qk_norm: Whether queries and keys are normalised.
         shared_gate: Whether the shared expert's output is multiplied by a gate.
         projections: Attention's weights: shape (out, in) by name of the module.
+        routes_attention: Whether query heads are experts, too; then ``query_width`` is that of the selected ones.
     """
 
     numel: Mapping[str, int]
@@ -44,6 +46,7 @@ class LayerShape:
     qk_norm: bool
     shared_gate: bool
     projections: Mapping[str, tuple[int, ...]]
+    routes_attention: bool = False
 
     @property
     def total(self) -> int:
@@ -128,7 +131,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     Raises:
         CheckpointError: The configuration has no sizes, or tensors are in no known group.
     """
-    hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
+    hidden, (heads, size) = positive(config, "hidden_size"), _heads(config)
     layers: dict[int, dict[str, TensorInfo]] = {}
     outside = {"embeddings": 0, "head": 0, "norms": 0}
     widths: dict[int, int] = {}
@@ -147,7 +150,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
         hidden_size=hidden,
         vocab_size=positive(config, "vocab_size"),
         num_heads=heads,
-        head_dim=positive(config, "head_dim", max(hidden // heads, 1)),
+        head_dim=size,
         num_experts=experts,
         top_k=_top_k(config, experts) if experts else 0,
         layers=tuple(_layer(layers[index], hidden, config) for index in sorted(layers)),
@@ -156,6 +159,17 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
         norms=outside["norms"],
         dtype_bytes=max(widths, key=lambda width: widths[width]),
     )
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return number and size of the query heads that a token uses."""
+    name = str(config.get("model_type", ""))
+    if name in TARGETS and TARGETS.get(name).attention_experts:
+        return positive(config, "num_key_value_heads") * positive(config, TARGETS.get(name).top_k_key), positive(
+            config, "kv_channels"
+        )
+    heads = positive(config, "num_attention_heads")
+    return heads, positive(config, "head_dim", max(positive(config, "hidden_size") // heads, 1))
 
 
 def _top_k(config: Mapping[str, Any], num_experts: int) -> int:
@@ -183,11 +197,10 @@ def _layer(tensors: Mapping[str, TensorInfo], hidden: int, config: Mapping[str, 
         largest[group] = max(largest.get(group, 0), info.numel)
         if group == "attention" and name.endswith("_proj.weight"):
             projections[name.removesuffix(".weight").rpartition(".")[2]] = info.shape
-    routed = numel.get("experts", 0)
+    routed = sum(info.numel for name, info in tensors.items() if role_of(name) == "routed")
     if routed:
-        largest["experts"] = routed * 2 // 3
-    heads = positive(config, "num_attention_heads")
-    size = positive(config, "head_dim", max(hidden // heads, 1))
+        largest["experts"] = max(routed * 2 // 3, largest["experts"])
+    heads, size = _heads(config)
     keys = positive(config, "num_key_value_heads", heads)
     shared = sum(i.numel for n, i in tensors.items() if group_of(n) == "shared" and len(i.shape) > 1)
     dense = sum(i.numel for n, i in tensors.items() if group_of(n) == "dense_ffn" and len(i.shape) > 1)
@@ -202,4 +215,5 @@ def _layer(tensors: Mapping[str, TensorInfo], hidden: int, config: Mapping[str, 
         qk_norm=any("q_norm" in name for name in tensors),
         shared_gate=any("shared_expert_gate" in name for name in tensors),
         projections=projections,
+        routes_attention=numel.get("experts", 0) > routed,
     )

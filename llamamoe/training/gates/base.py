@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from ...errors import RefusedError
 from ...lazy import dist, torch
 from ...plugins import Plugin
-from ..moe_layers import MoeLayer
+from ..moe_layers import Decisions, MoeLayer
 
-Native = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]]
-"""The native router's forward: hidden states to logits ``[T, N]``, weights ``[T, k]``, indices ``[T, k]``."""
+Native = Callable[["torch.Tensor"], Decisions]
+"""The native router's forward: from hidden states to its decisions."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Gate(Plugin, ABC):
         super().__init__(options)
         self._seed, self._place = 0, (0, 0, 0)
         self._layers: tuple[MoeLayer, ...] = ()
-        self._before: dict[int, Any] = {}
+        self._before: dict[tuple[int, str], Any] = {}
 
     @abstractmethod
     def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
@@ -88,7 +88,7 @@ class Gate(Plugin, ABC):
         self._seed, self._layers = seed, tuple(layers)
         for moe in layers if self.replaces else ():
             # Hooks of accelerate may have put a forward on the instance already: it is restored by `detach`.
-            self._before[moe.layer] = moe.router.__dict__.get("forward")
+            self._before[moe.place] = moe.router.__dict__.get("forward")
             moe.router.forward = self._forward(moe)
 
     def detach(self) -> None:
@@ -97,8 +97,8 @@ class Gate(Plugin, ABC):
             moe.router.__dict__.pop("gate_extra", None)
             if self.replaces:
                 del moe.router.forward  # reveals the class's own forward
-                if self._before[moe.layer] is not None:
-                    moe.router.forward = self._before[moe.layer]
+                if self._before[moe.place] is not None:
+                    moe.router.forward = self._before[moe.place]
         self._layers, self._before = (), {}
 
     def set_step(self, step: int, micro_batch: int = 0, rank: int = 0) -> None:
@@ -141,20 +141,23 @@ class Gate(Plugin, ABC):
 
     def generator(self, moe: MoeLayer, device: torch.device) -> torch.Generator:
         """Return a new generator for one layer's forward pass at the position of `set_step`."""
-        key = ":".join(str(part) for part in (self._seed, *self._place, moe.layer))
+        key = ":".join(str(part) for part in (self._seed, *self._place, moe.key))
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
 
     def _forward(self, moe: MoeLayer) -> Any:
-        native: Native = moe.router.forward
+        own: Any = moe.router.forward
 
-        def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def native(hidden: torch.Tensor) -> Decisions:
+            return moe.decisions(own(hidden))
+
+        def forward(hidden: torch.Tensor) -> tuple[Any, ...]:
             if not moe.router.training:
                 moe.router.__dict__.pop("gate_extra", None)
-                return native(hidden)
+                return own(hidden)  # type: ignore[no-any-return]
             gated = self.route(moe, native, hidden)
             moe.router.gate_extra = gated.extra  # type: ignore[assignment]
-            return gated.logits_TN, gated.weights_Tk, gated.indices_Tk
+            return moe.native_output((gated.logits_TN, gated.weights_Tk, gated.indices_Tk))
 
         forward.gate = self  # type: ignore[attr-defined]
         return forward

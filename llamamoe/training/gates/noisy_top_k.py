@@ -46,7 +46,7 @@ class NoisyTopK(Gate):
         rows = {}  # unsharded on every rank, even if FSDP shards the routers' own
         for moe in layers:
             rows_NH = torch.zeros(tuple(moe.router_NH.shape), dtype=torch.float32, device=moe.router_NH.device)
-            rows[str(moe.layer)] = torch.nn.Parameter(rows_NH)
+            rows[moe.key] = torch.nn.Parameter(rows_NH)
         self._rows = torch.nn.ParameterDict(rows)
 
     def route(self, moe: MoeLayer, native: Native, hidden: torch.Tensor) -> Gated:
@@ -55,7 +55,7 @@ class NoisyTopK(Gate):
         logits_TN, native_weights, _ = native(hidden)
         x_TH = hidden.reshape(-1, hidden.shape[-1])
         with torch.autocast(hidden.device.type, enabled=False):
-            spread_TN = x_TH.float() @ self._rows[str(moe.layer)].T
+            spread_TN = x_TH.float() @ self._rows[moe.key].T
         std_TN = torch.nn.functional.softplus(spread_TN) + self.options.floor
         generator = self.generator(moe, hidden.device)
         normal_TN = torch.empty_like(std_TN).normal_(generator=generator)

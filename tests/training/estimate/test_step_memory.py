@@ -25,6 +25,7 @@ FACTOR = 0.1
 """Tolerance of the estimate relative to the measurement."""
 LEFT = 256
 """Bytes that may be left: sums of losses, of which there is a number each."""
+JETMOE = {"top_k": 2, "method": "random", "target": "jetmoe"}
 TERMS = sorted(set(DistillOptions.model_fields) - {"lm"})
 CASES: dict[str, dict[str, Any]] = {
     **{f"gate {name}": {"gate": name} for name in GATES.names()},
@@ -92,8 +93,23 @@ def test_a_micro_batch_holds_what_the_estimate_says_and_leaves_nothing(
     case: str, checkpointing: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    recipe = recipe_of(folder, CASES[case], checkpointing)
-    peak, left = measure(recipe, tmp_path)
+    _check(recipe_of(folder, CASES[case], checkpointing), folder, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["gate noisy_top_k", "loss switch"])
+def test_routed_attention_holds_what_the_estimate_says(
+    case: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    dense = make_dense(tmp_path / "dense", num_hidden_layers=4, intermediate_size=256, num_attention_heads=16)
+    llamamoe.split(dense, tmp_path / "moe", llamamoe.load_recipe(given=JETMOE), verify=False)
+    recipe = recipe_of(folder, CASES[case], False)
+    keys = {"model": str(tmp_path / "moe"), "parent": str(dense), "experts_implementation": None}
+    _check(recipe.model_copy(update=keys), tmp_path, tmp_path / "run")
+
+
+def _check(recipe: PretrainRecipe, folder: Path, out: Path) -> None:
+    peak, left = measure(recipe, out)
     model, parent = SafetensorsCheckpoint(Path(recipe.model)), SafetensorsCheckpoint(folder / "dense")
     paper = estimate(
         recipe, model.config, model.tensors,

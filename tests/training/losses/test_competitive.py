@@ -17,6 +17,8 @@ from llamamoe.training.routing import Routing
 
 from ..tiny_moe import ARCHITECTURES, H, N, routed, tiny_moe
 
+COMPARED = [name for name in ARCHITECTURES if name != "jetmoe"]  # whose runs refuse this loss
+
 
 def layer(name: str = "mixtral", **keys: Any) -> MoeLayer:
     return find_moe_layers(tiny_moe(name, **keys))[0]
@@ -38,7 +40,7 @@ def alone(moe: MoeLayer, x_TH: torch.Tensor) -> torch.Tensor:
     return torch.stack(outs, 1)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", COMPARED)
 @pytest.mark.parametrize("chunk", [1, 10**6])
 def test_distances_are_those_of_the_native_experts(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK_NUMBERS", chunk * 2 * N * 8)
@@ -225,7 +227,7 @@ def test_loss_and_gradients_are_the_paper_s(chunk: int, monkeypatch: pytest.Monk
         torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", COMPARED)
 @pytest.mark.parametrize("scale", ["fitted", "alone"])
 def test_each_expert_is_drawn_to_what_it_explains(name: str, scale: Any) -> None:
     """The gradient for an expert's output o is s h (s o - r) / sigma^2, where neither size s nor sigma moves."""
