@@ -214,6 +214,10 @@ _VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "plain": {"sliding_window": 8},
         "windows in some layers": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
     },
+    "cohere2": {
+        "plain": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        "attention_bias": {"sliding_window": 8, "attention_bias": True},
+    },
     "hunyuan_v1_dense": {"attention_bias": {"attention_bias": True}},
     "olmo2": {"attention_bias": {"attention_bias": True}},
     "smollm3": {

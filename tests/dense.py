@@ -78,6 +78,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {"sliding_window": 8, "attention_bias": True, "head_dim": 32, "tie_word_embeddings": False}
     | {"rope_parameters": LLAMA3_ROPE},
     "smollm3-rope": {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 1]},
+    "cohere2": {"model_type": "cohere2", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2-biases": {
+        "model_type": "cohere2",
+        "sliding_window": 8,
+        "sliding_window_pattern": 1,
+        "attention_bias": True,
+    }
+    | {"logit_scale": 0.3, "tie_word_embeddings": False, "layer_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE},
     "seed-oss-all-biases": {"model_type": "seed_oss", "head_dim": 16, "attention_out_bias": True},
 }
 """Name to configuration keys beyond the common ones."""
@@ -107,17 +115,19 @@ ROUTED: list[tuple[str, str, Any]] = [
     ("smollm3", "granitemoe_swa", "1x"),
     ("olmo2", "flex_olmo", 0),
     ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
+    ("cohere2", "cohere2_moe", "1x"),
 ]
 """A variant of the parent for each of `FFN_TARGETS`, and its shared neurons."""
 
 
 def variant_for(target: str) -> str:
-    """The plainest variant that a target holds: of Llama, or of the family whose norms on queries and keys it has.
+    """The plainest variant that a target holds: of Llama, or of the family whose norms it has.
 
     Without a target, of Llama.
     """
-    if target in ("flex_olmo", "hunyuan_v1_moe"):
-        return "olmo2" if target == "flex_olmo" else "hunyuan_v1_dense"
+    own = {"flex_olmo": "olmo2", "hunyuan_v1_moe": "hunyuan_v1_dense", "cohere2_moe": "cohere2"}
+    if target in own:
+        return own[target]
     return "llama" if not target or "no_qk_norm" in TARGETS.get(target).holds else "qwen3"
 
 

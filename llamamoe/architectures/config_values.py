@@ -50,13 +50,13 @@ _RULES: tuple[Rule, ...] = (
         (*SIZE_KEYS, "max_position_embeddings", "original_max_position_embeddings"),
     ),
     ("a whole number, not negative", lambda value: _whole(value) and value >= 0, ("sliding_window", "max_window_layers")),
-    ("a finite number, not negative", _not_negative, ("rms_norm_eps", "initializer_range")),
+    ("a finite number, not negative", _not_negative, ("rms_norm_eps", "layer_norm_eps", "initializer_range")),
     (
         "a number from 0 to 1",
         lambda value: _not_negative(value) and value <= 1,
         ("attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout"),
     ),
-    ("a finite number above 0", _positive, ("rope_theta", "partial_rotary_factor", "routed_scaling_factor")),
+    ("a finite number above 0", _positive, ("rope_theta", "partial_rotary_factor", "routed_scaling_factor", "logit_scale")),
     (
         _NUMBER,
         _finite,

@@ -71,6 +71,7 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
             hint=whole_hint(config, f"Supported: {', '.join(known)}."),
         )
     target = TARGETS.get(name)()
+    refuse_unsupported(config)
     stated = next((key for key in EXPERT_KEYS if config.get(key) is not None), EXPERT_KEYS[0])
     num_experts, top_k = positive(config, stated), positive(config, target.top_k_key)
     check_top_k(config)
@@ -98,6 +99,18 @@ def refuse_attention_experts(model_type: str | None, what: str) -> None:
             f"{what} supports experts of FFNs only, but {model_type} routes attention, too.",
             hint="Use a conversion of the dense model with another --target.",
         )
+
+
+def refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a target's architecture whose routing is not one that llamamoe writes.
+
+    Raises:
+        RefusedError: The configuration has such a value; the message names key and value.
+    """
+    name = str(config.get("model_type"))
+    found = TARGETS.get(name)().unsupported(config) if name in TARGETS else None
+    if found is not None:
+        raise RefusedError(f"config.json: {found}, which llamamoe does not support for {name}.")
 
 
 def check_top_k(config: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from ..models.streaming import LayerRunner, StreamedModel
 from .compute import Compute
 from .gradients import GradientStore
 from .heads import running, watched
+from .residual import next_normed
 
 if TYPE_CHECKING:
     from .text import CalibrationText
@@ -60,7 +61,7 @@ class StoredFfn(FfnWeights):
         """
         model: DenseModel = self.__dict__["_model"]
         if not model.spec.post_norm:
-            return self._read("post_attention_layernorm.weight")
+            return self._read(model.spec.ffn_norm)
         prefix = self.__dict__["_prefix"]
         squares = (model.read(name).float().square() for name in _norms_before(int(prefix.split(".")[2])))
         return torch.stack(list(squares)).sum(0).sqrt()
@@ -222,14 +223,10 @@ class Walk:
         return HeadInputs(replace(self._inputs(layer), batch_tokens=tokens, gradients_TH=None), run)
 
     def _measure(self, inputs: LayerInputs, layer: int, after_TH: torch.Tensor) -> None:
-        """Set the norm, at every token, of what the next RMSNorm reads behind the parent's FFN.
-
-        That is the residual stream, or the FFN's output where norms follow the FFN.
-        """
+        """Set the norm, at every token, of what the next norm of the parent divides by it (see `next_normed`)."""
         scale_T, spec = self._scale.flatten(), self.model.spec
         for part, y_BH in zip(inputs.batches(), self._outputs(inputs, layer), strict=True):
-            sum_BH = y_BH.cpu() if spec.post_norm else after_TH[part] + y_BH.cpu() * spec.residual_multiplier
-            scale_T[part] = sum_BH.square().mean(-1).sqrt()
+            scale_T[part] = next_normed(spec, after_TH[part], y_BH.cpu()).square().mean(-1).sqrt()
 
     def _outputs(self, inputs: LayerInputs, layer: int) -> Iterator[torch.Tensor]:
         """Yield the outputs of the parent's FFN in batches."""

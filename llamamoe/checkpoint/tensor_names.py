@@ -20,7 +20,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WITHOUT_HEAD = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.weight$)")
 _MOST_EXPERTS = 1 << 16  # a header that claims more would only waste time
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
-_TIED_BY_DEFAULT = ("gemma", "ernie4_5", "smollm3")
+_TIED_BY_DEFAULT = ("gemma", "ernie4_5", "smollm3", "cohere2")
 """Families whose class in transformers ties the head if ``config.json`` does not say."""
 COMPILED = "_orig_mod."
 _WRAPPERS = {
@@ -74,7 +74,9 @@ IN_MEMORY: dict[str, InMemory] = {
     "ernie4_5_moe": InMemory(
         renamed=((".mlp.gate.moe_statics.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),)
     ),
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "glm4_moe", "flex_olmo", "hunyuan_v1_moe", "jetmoe"), InMemory()),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "glm4_moe", "flex_olmo", "hunyuan_v1_moe", "jetmoe", "cohere2_moe"), InMemory()
+    ),
 }
 
 

@@ -160,8 +160,9 @@ def _converted(
         return tensor
 
     config = plan.config
-    if part:  # the head of the whole does not divide
-        config = config["text_config"] | ({"logits_scaling": 1.0} if "logits_scaling" in config["text_config"] else {})
+    if part:  # the head of the whole does not scale logits
+        text = config["text_config"]
+        config = text | {key: 1.0 for key in ("logits_scaling", "logit_scale") if key in text}
     config = config | ({plan.target.top_k_key: plan.layout.num_experts} if everyone else {})
     return StreamedModel(
         config, names, read, lambda layer: plan.target.one_layer(dense=layer in plan.layout.dense_layers)

@@ -21,7 +21,7 @@ def hard_layers(plan: HealPlan) -> list[int]:
         norm_H = (
             read_ffn(plan.dense, layer).norm_H
             if plan.dense.spec.post_norm
-            else plan.checkpoint.read(f"model.layers.{layer}.post_attention_layernorm.weight")
+            else plan.checkpoint.read(f"model.layers.{layer}.{plan.dense.spec.ffn_norm}")
         )
         if is_hard(rows_NH, norm_H):
             found.append(layer)

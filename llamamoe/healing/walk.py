@@ -102,7 +102,7 @@ class LayerRun:
         if self.plan.states_in_files:
             make_folder(self._folder)
             place = self._folder
-        norm = f"model.layers.{self.plan.layers[0]}.post_attention_layernorm.weight"
+        norm = f"model.layers.{self.plan.layers[0]}.{self.plan.dense.spec.ffn_norm}"
         stored = torch_dtype(self.plan.checkpoint.tensors[norm].dtype)
         walk = Walk(
             self.plan.dense, self.text, self.compute, weights_dtype=stored, folder=place, map_inputs=place is not None

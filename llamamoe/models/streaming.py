@@ -260,8 +260,9 @@ def _load_part(keys: Mapping[str, Any], tensors: dict[str, torch.Tensor], what: 
         VerificationError: Transformers reports a missing or unexpected tensor.
     """
     keys = dict(keys)
-    if keys.get("layer_types"):
-        keys["layer_types"] = keys["layer_types"][: keys["num_hidden_layers"]]
+    for each in ("layer_types", "mlp_layer_types"):
+        if keys.get(each):
+            keys[each] = keys[each][: keys["num_hidden_layers"]]
     config = transformers.AutoConfig.for_model(**keys)
     cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with quiet_transformers():

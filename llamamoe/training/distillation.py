@@ -100,7 +100,8 @@ class Distillation:
         self._layers = decoder_layers(student)
         self._multipliers = [residual_multiplier(layer) for layer in self._layers]
         config = find_causal_lm(student).config.get_text_config()
-        self._eps = float(getattr(config, "rms_norm_eps", 1e-6))
+        self._layer_norm = getattr(config, "rms_norm_eps", None) is None and hasattr(config, "layer_norm_eps")
+        self._eps = float(config.layer_norm_eps if self._layer_norm else getattr(config, "rms_norm_eps", 1e-6))
         everyone = range(len(self._layers))
         converted = [i for i in everyone if hasattr(ffn_modules(self._layers[i])[0], "experts")] or everyone
         self._ffn_layers = resolve_layers(options.ffn.layers, converted, len(everyone)) if options.ffn else ()
@@ -189,6 +190,8 @@ class Distillation:
         error_TH = y_TH - aim_TH
         with torch.no_grad():
             residual_TH = at_least_float32(seen.after.flatten(0, -2)) - error_TH
+            if self._layer_norm:
+                residual_TH = residual_TH - residual_TH.mean(-1, keepdim=True)
             size_T = residual_TH.square().mean(-1) + self._eps
         return (error_TH.square().mean(-1) / size_T).sum()
 

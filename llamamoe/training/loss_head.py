@@ -195,9 +195,10 @@ class LossHead:
         base = find_causal_lm(model)
         self._head: torch.nn.Module = base.get_output_embeddings()
         config = base.config.get_text_config()
-        if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
-            raise CheckpointError(f"{type(base).__name__} bends or scales its logits in a way that is not known here.")
-        self._divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+        if getattr(config, "final_logit_softcapping", None):
+            raise CheckpointError(f"{type(base).__name__} bends its logits in a way that is not known here.")
+        factor = float(getattr(config, "logit_scale", None) or 1.0)
+        self._divisor = float(getattr(config, "logits_scaling", None) or 1.0 / factor)
         self._vocab_size = int(config.vocab_size)
         self._logits_at_once = logits_at_once
         self._checked = False

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from ..architectures.expert_weighting import refuse_unsupported
 from ..architectures.moe_layout import RouterWeighting
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
@@ -180,9 +181,12 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
 
     Raises:
         CheckpointError: There are none, or a router is not supported.
+        RefusedError: Its routing is not one that llamamoe writes.
     """
     config: Any = getattr(_base(model), "config", None)
-    model_type = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "model_type", "")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    model_type = getattr(text, "model_type", "")
+    refuse_unsupported(vars(text) | {"model_type": model_type})
     router_class = _router_class(model)
     modules = dict(model.named_modules())
     found = []

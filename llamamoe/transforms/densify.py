@@ -260,11 +260,12 @@ class _Job:
 
     def make(self, name: str) -> torch.Tensor:
         """Return one tensor of the dense model."""
-        from ..checkpoint.tensors import cast, torch_dtype
+        from ..checkpoint.tensors import cast, interleave, torch_dtype
 
         tensor, dtype = self.tensors[name], torch_dtype(self.dtype)
         if isinstance(tensor.origin, Copy):
-            return cast(self.converted.read(tensor.origin.name), dtype, tensor.origin.scale).contiguous()
+            value, heads = self.converted.read(tensor.origin.name), tensor.origin.interleave
+            return cast(interleave(value, heads) if heads else value, dtype, tensor.origin.scale).contiguous()
         assert isinstance(tensor.origin, Neurons)
         assert tensor.layer is not None
         return self._neurons(tensor.layer, tensor.origin.part).to(dtype).contiguous()

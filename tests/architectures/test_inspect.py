@@ -118,6 +118,7 @@ CONVERSIONS = [
     ("granitemoeshared", "granite", {"shared": 44}),
     ("granitemoe_swa", "smollm3", {"shared": 44}),
     ("flex_olmo", "olmo2", {}),
+    ("cohere2_moe", "cohere2", {"shared": "2x"}),
     ("hunyuan_v1_moe", "hunyuan_v1_dense", {}),
     ("ernie4_5_moe", "llama", {"shared": "2x"}),
     ("ernie4_5_moe", "mistral", {}),

@@ -54,6 +54,7 @@ CASES = {
     "granitemoeshared-calibrated": Case("granitemoeshared", "llama-tied", _FITTED | {"shared": 0.25}),
     "hunyuan_v1_moe": Case("hunyuan_v1_moe", "hunyuan_v1_dense", _SHARED),
     "flex_olmo": Case("flex_olmo", "olmo2", _PLAIN),
+    "cohere2_moe": Case("cohere2_moe", "cohere2", _SHARED),
     "granitemoe_swa": Case("granitemoe_swa", "llama-tied", _PLAIN | {"shared": 0.25}),
     "glm4_moe": Case("glm4_moe", "llama-tied", _SHARED),
     "glm4_moe-none": Case("glm4_moe", "llama", _PLAIN),

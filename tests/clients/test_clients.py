@@ -27,6 +27,7 @@ REFUSALS = {
         "Model type granitemoeshared not supported",
         "Model type granitemoe_swa not supported",
         "Model type flex_olmo not supported",
+        "Model type cohere2_moe not supported",
         "Model type hunyuan_v1_moe not supported",
         "Model type jetmoe not supported",
     ),

@@ -30,7 +30,8 @@ NARROWER = {
     "num_key_value_heads": "sizes are above 0, and heads divide among them", "head_dim": "sizes are above 0",
     "max_position_embeddings": "sizes are above 0", "original_max_position_embeddings": "sizes are above 0",
     "sliding_window": "a window is not negative", "max_window_layers": "not negative",
-    "rms_norm_eps": "finite and not negative", "initializer_range": "finite and not negative",
+    "rms_norm_eps": "finite and not negative", "layer_norm_eps": "finite and not negative",
+    "logit_scale": "finite and above 0", "initializer_range": "finite and not negative",
     "attention_dropout": "a share", "resid_pdrop": "a share", "embd_pdrop": "a share", "residual_dropout": "a share",
     "pad_token_id": "the embedding must have its row",
     "rope_parameters": "must be flat rope parameters", "layer_types": "of attention, and only of some families",
@@ -128,7 +129,7 @@ def test_what_is_left_out_is_as_the_class_has_it(variant: str) -> None:
         source = SOURCES.get(family)()
         spec = source.spec(completed(config, source.fields))
         real = CONFIG_MAPPING[family].from_dict(json.loads(json.dumps(config)))
-        assert spec.rms_norm_eps == real.rms_norm_eps, gone
+        assert spec.rms_norm_eps == (getattr(real, "layer_norm_eps", None) or real.rms_norm_eps), gone
         assert spec.max_position_embeddings == real.max_position_embeddings, gone
         assert spec.tie_word_embeddings == real.tie_word_embeddings, gone
         assert spec.hidden_act == real.hidden_act, gone

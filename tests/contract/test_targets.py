@@ -35,6 +35,7 @@ FITS = {
     "granitemoeshared": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases",
     "flex_olmo": "olmo2 olmo2-biases olmo2-llama3-rope",
     "hunyuan_v1_moe": "hunyuan_v1_dense hunyuan_v1_dense-alpha",
+    "cohere2_moe": "cohere2 cohere2-biases",
     "granitemoe_swa": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases mistral-window phi3-window smollm3 smollm3-windows "
     "ministral ministral-windows",
     "ernie4_5_moe": PLAIN,
@@ -169,6 +170,7 @@ def _by_hand(plan: Any, layer: int, x: torch.Tensor, coefficient: float) -> torc
         ("smollm3", "granitemoe_swa", 0.25),
         ("olmo2", "flex_olmo", 0),
         ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
+        ("cohere2", "cohere2_moe", "1x"),
     ],
 )
 def test_top_k_is_what_the_rescale_says(
@@ -238,6 +240,7 @@ def test_bf16_is_no_worse_than_the_parent_in_bf16(tmp_path: Path, target: str, e
         ("llama-tied", "jetmoe"),
         ("olmo2-biases", "flex_olmo"),
         ("hunyuan_v1_dense-alpha", "hunyuan_v1_moe"),
+        ("cohere2", "cohere2_moe"),
     ],
 )
 def test_generation_with_cache_and_left_padding_is_the_parents(

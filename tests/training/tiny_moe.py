@@ -33,6 +33,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"num_experts": N, "intermediate_size": W, "head_dim": 8},
     "flex_olmo": {"num_experts": N, "intermediate_size": W},
     "jetmoe": {"num_local_experts": N, "intermediate_size": W, "kv_channels": 8},
+    "cohere2_moe": {"num_experts": N, "intermediate_size": W, "head_dim": 8, "num_shared_experts": 1}
+    | {"shared_expert_combination_strategy": "sum", "sliding_window": 8, "sliding_window_pattern": 2},
     "granitemoe_swa": {"num_local_experts": N, "intermediate_size": W, "shared_intermediate_size": 4}
     | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8, "layer_rope_theta": [0.0, 1e4]},
     "ernie4_5_moe": {"moe_num_experts": N, "moe_intermediate_size": W, "moe_k": 2, "moe_num_shared_experts": 1}

@@ -38,6 +38,9 @@ FOREIGN: dict[str, dict[str, Any]] = {
                  "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
     "granitemoeshared": {"intermediate_size": 24, "num_local_experts": 5, "shared_intermediate_size": 40},
     "hunyuan_v1_moe": {"intermediate_size": 24, "num_experts": 5, "moe_topk": 2},
+    "cohere2_moe": {"intermediate_size": 24, "num_experts": 5, "head_dim": 8, "num_shared_experts": 2, "rms_norm_eps": 1e-5,
+                    "shared_expert_combination_strategy": "sum", "first_k_dense_replace": 1,
+                    "prefix_dense_intermediate_size": 40, "sliding_window": 8},
     "flex_olmo": {"intermediate_size": 24, "num_experts": 5, "norm_topk_prob": False, "pad_token_id": 0},
     "granitemoe_swa": {"intermediate_size": 24, "num_local_experts": 5, "shared_intermediate_size": 40,
                        "sliding_window": 8, "layer_rope_theta": [0.0, 1e4]},
@@ -77,8 +80,9 @@ def test_a_mixture_of_another_origin_computes_the_same(name: str, pieces: int, m
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert changed <= {
         "llamamoe", "num_experts_per_tok", "moe_k", "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts",
-        "routed_scaling_factor", "moe_num_shared_experts", "n_shared_experts", "moe_intermediate_size",
-        *(["intermediate_size"] if name in ("mixtral", "granitemoeshared", "granitemoe_swa", "flex_olmo") else []),
+        "routed_scaling_factor", "moe_num_shared_experts", "n_shared_experts", "num_shared_experts",
+        "moe_intermediate_size",
+        *(["intermediate_size"] if name in ("mixtral", "granitemoeshared", "granitemoe_swa", "flex_olmo", "cohere2_moe") else []),
     }  # fmt: skip
 
 

@@ -43,8 +43,9 @@ class DenseSpec:
 
     ``sliding`` holds, per layer, the attention window or None for full attention. ``rope`` is transformers 5's
     ``rope_parameters``; ``no_rope`` are the layers without rotary positions. ``attention_multiplier`` None means
-    ``head_dim ** -0.5``. ``post_norm`` means that norms follow attention and FFN instead of preceding them, ``other_inputs``
-    that some inputs do not come from the embedding table (images).
+    ``head_dim ** -0.5``. ``post_norm`` means that norms follow attention and FFN instead of preceding them, ``parallel``
+    that attention and FFN read one norm and are added together, ``layer_norm`` that norms subtract the mean,
+    ``other_inputs`` that some inputs do not come from the embedding table (images).
     """
 
     family: str
@@ -65,6 +66,8 @@ class DenseSpec:
     mlp_bias: bool = False
     qk_norm: QkNorm = ""
     post_norm: bool = False
+    parallel: bool = False
+    layer_norm: bool = False
     partial_rotary_factor: float = 1.0
     sliding: tuple[int | None, ...] = ()
     no_rope: tuple[int, ...] = ()
@@ -90,6 +93,16 @@ class DenseSpec:
     def mixed_windows(self) -> bool:
         """True if layers differ in their attention window."""
         return len(set(self.sliding)) > 1
+
+    @property
+    def ffn_norm(self) -> str:
+        """Name, within a layer, of the norm whose output the FFN reads; meaningless if norms follow the FFN."""
+        return "input_layernorm.weight" if self.parallel else "post_attention_layernorm.weight"
+
+    @property
+    def turns_in_windows(self) -> bool:
+        """True if layers with an attention window have rotary positions, and all others have none."""
+        return self.no_rope == tuple(layer for layer, window in enumerate(self.sliding) if window is None)
 
     @property
     def layer_types(self) -> list[str]:
@@ -156,7 +169,8 @@ def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
         widths = (q, kv) if spec.qk_norm == "whole" else (spec.head_dim, spec.head_dim)
         names = ("query_layernorm", "key_layernorm") if spec.qk_norm == "turned" else ("q_norm", "k_norm")
         shapes |= {f"self_attn.{name}.weight": (rows,) for name, rows in zip(names, widths, strict=True)}
-    shapes["post_attention_layernorm.weight"] = (hidden,)
+    if not spec.parallel:
+        shapes["post_attention_layernorm.weight"] = (hidden,)
     width = spec.intermediate_size
     for name, rows, columns in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
         shapes[f"mlp.{name}.weight"] = (rows, columns)
@@ -165,6 +179,12 @@ def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
     if spec.post_norm:
         shapes["post_feedforward_layernorm.weight"] = (hidden,)
     return shapes
+
+
+def paired_reads(spec: DenseSpec) -> dict[str, Read]:
+    """Return how canonical tensors are read under their own names from rotary pairs of neighbouring rows."""
+    heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}
+    return {name: Read(name, paired=heads.get(name.split(".")[-2], 0)) for name in canonical_shapes(spec)}
 
 
 def fused_shapes(spec: DenseSpec, reads: Mapping[str, Read]) -> dict[str, tuple[int, ...]]:
@@ -300,45 +320,3 @@ def windows_by_type(config: Mapping[str, Any], num_layers: int, default_window: 
             "transformers cannot run it."
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def source_features(dense: DenseSpec) -> dict[str, str]:
-    """Return the features of a source beyond plain Llama: name, and a phrase for messages."""
-    found = {}
-    if dense.mlp_bias:
-        found["mlp_bias"] = (
-            "biases in the FFN (mlp_bias): no architecture of transformers has SwiGLU experts with biases"
-        )
-    if dense.o_bias:
-        found["o_bias"] = "a bias on the attention's output projection (attention_bias)"
-    if dense.qkv_bias:
-        found["qkv_bias"] = "biases on the query, key and value projections"
-    if dense.qk_norm == "whole":
-        found["whole_qk_norm"] = "an RMSNorm on the queries of all heads together, and one on the keys"
-    elif dense.qk_norm == "turned":
-        found["turned_qk_norm"] = (
-            "an RMSNorm on queries and keys after their rotary positions (weights that differ within a rotary pair do not "
-            "commute with its turn)"
-        )
-    elif dense.qk_norm:
-        found["qk_norm"] = "an RMSNorm on queries and keys"
-    else:
-        found["no_qk_norm"] = "attention without an RMSNorm on queries and keys (it always applies one)"
-    if dense.post_norm:
-        found["post_norm"] = "norms after attention and FFN instead of before them"
-    if not dense.plain_head_dim:
-        found["head_dim"] = f"head_dim = {dense.head_dim}, which is not hidden_size / num_attention_heads"
-    if dense.mixed_windows:
-        found["mixed_windows"] = "a sliding window in some layers only"
-    elif dense.window is not None:
-        found["window"] = f"a sliding window ({dense.window})"
-    if dense.partial_rotary_factor != 1.0:
-        found["partial_rotary"] = (
-            f"rotary positions on a part of each head (partial_rotary_factor = {dense.partial_rotary_factor})"
-        )
-    if dense.no_rope:
-        found["no_rope"] = f"layers without rotary positions ({len(dense.no_rope)} of {dense.num_layers})"
-    plain_scale = dense.attention_multiplier in (None, dense.head_dim**-0.5)
-    if dense.residual_multiplier != 1.0 or dense.logits_scaling != 1.0 or not plain_scale:
-        found["multipliers"] = "attention, residual or logits multipliers"
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .base import DenseSpec, Read, Source, canonical_shapes, common, rope_parameters
+from .base import DenseSpec, Read, Source, common, paired_reads, rope_parameters
 from .fields import DECODER, TOKEN, Field, Fields, sizes
 
 
@@ -35,5 +35,4 @@ class Ernie45(Source):
 
     def canonical(self, spec: DenseSpec) -> dict[str, Read]:
         """See `Source.canonical`."""
-        heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}
-        return {name: Read(name, paired=heads.get(name.split(".")[-2], 0)) for name in canonical_shapes(spec)}
+        return paired_reads(spec)

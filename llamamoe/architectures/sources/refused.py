@@ -19,8 +19,6 @@ _ONE_TEXT_MODEL = (
 REFUSED: Mapping[str, str] = {
     "apertus": _NO_GATE,
     "bloom": _NO_GATE,
-    "cohere2": "its norms subtract the mean (LayerNorm), and attention and FFN read the same one side by side. cohere2_moe is of that "
-    "shape and would be exact, but is not a target here yet; norms of every target are RMSNorms, one before the FFN",
     "exaone4": "attention and FFN read the residual stream as it is, and norms follow them. exaone_moe has norms before them; "
     "flex_olmo has them after, but normalises the queries of all heads together, not those of each head",
     "falcon": _NO_GATE,
@@ -40,7 +38,8 @@ REFUSED: Mapping[str, str] = {
     "mllama": f"{_ONE_TEXT_MODEL}; some of its layers attend to the image",
     "mpt": _NO_GATE,
     "nemotron": _NO_GATE,
-    "olmo": "its norms have no weights and subtract the mean (LayerNorm): norms of mixtures are RMSNorms",
+    "olmo": "its norms have no weights and subtract the mean (LayerNorm): cohere2_moe is the only mixture with LayerNorms, and "
+    "has attention and FFN side by side",
     "olmo3": "attention has sliding windows in some layers: flex_olmo, the mixture with its norms after attention and FFN, has "
     "full attention only",
     "opt": _NO_GATE,
@@ -49,7 +48,7 @@ REFUSED: Mapping[str, str] = {
     "qwen2_vl": _ONE_TEXT_MODEL,
     "qwen3_5_text": "most layers have a gated delta network in place of attention. qwen3_5_moe_text has it, too, with the FFN of "
     "qwen2_moe, and would be exact, but is not a target here yet; every other target has attention only",
-    "stablelm": "its norms subtract the mean and have biases (LayerNorm): norms of mixtures are RMSNorms",
+    "stablelm": "its norms subtract the mean and have biases (LayerNorm): norms of mixtures have none",
     "starcoder2": _NO_GATE,
 }
 """The reason by ``model_type``."""

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from ..moe_layout import Combine, Copy, MoeLayout, OutTensor, Role, RouterWeighting, Weighting, weight
 from ..rescales import Rescale
-from ..sources.base import DenseSpec, common, layer_shapes, source_features
+from ..sources.base import DenseSpec, common, layer_shapes
+from ..sources.features import source_features
 
 
 class Target(ABC):
@@ -121,6 +122,10 @@ class Target(ABC):
         """
         return common(self.name, config, **self.attention_spec(config))
 
+    def unsupported(self, config: Mapping[str, Any]) -> str | None:
+        """Return the key of a checkpoint of this architecture whose value llamamoe does not support, in words; else None."""
+        return None
+
     def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a `DenseSpec` that this architecture spells in its own way."""
         return {}
@@ -142,10 +147,12 @@ class Target(ABC):
     def attention_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
         """Yield norms and attention of one layer; by default every canonical tensor under its own name."""
         prefix = f"model.layers.{layer}."
+        turned = {"q_proj": dense.num_heads, "k_proj": dense.num_kv_heads} if self.turns_neighbours(dense) else {}
         for name, shape in layer_shapes(dense).items():
             if not name.startswith("mlp."):
                 role: Role = "norm" if "norm" in name else "attention"
-                yield OutTensor(prefix + name, shape, role, Copy(prefix + name), layer)
+                heads = turned.get(name.split(".")[-2], 0)
+                yield OutTensor(prefix + name, shape, role, Copy(prefix + name, interleave=heads), layer)
 
     def dense_ffn_tensors(self, dense: DenseSpec, layer: int) -> Iterator[OutTensor]:
         """Yield the FFN of a layer that stays dense."""
@@ -192,6 +199,10 @@ class Target(ABC):
     def ties(self, dense: DenseSpec) -> bool:
         """Return whether the output's head is tied to its embedding."""
         return dense.tie_word_embeddings and not self.unties and self.fold(dense) == 1.0
+
+    def turns_neighbours(self, dense: DenseSpec) -> bool:
+        """Return whether rotary positions turn neighbouring rows of queries and keys, not the two halves of each head."""
+        return False
 
     def stub_width(self, layout_width: int) -> int:
         """Return the width of the zero shared expert written when there are no shared neurons; 0 if none is needed."""

@@ -61,6 +61,7 @@ CLIENTS: tuple[Client, ...] = (
         "0.32.2",
         {
             "dense": _SAME,
+            "cohere2_moe": _UNKNOWN,
             "ernie4_5_moe": _SAME,
             "flex_olmo": _UNKNOWN,
             "glm4_moe": _SAME,
@@ -83,6 +84,7 @@ CLIENTS: tuple[Client, ...] = (
         "2026.10.11549",
         {
             "dense": Result("same", "export-gguf writes llama and mistral; llama.cpp's own converter takes all"),
+            "cohere2_moe": _NO_GGUF,
             "ernie4_5_moe": _NO_GGUF,
             "flex_olmo": _NO_GGUF,
             "glm4_moe": _NO_GGUF,
@@ -107,6 +109,7 @@ CLIENTS: tuple[Client, ...] = (
         "0.9.5",
         {
             "dense": _SAME,
+            "cohere2_moe": _UNKNOWN,
             "ernie4_5_moe": _UNKNOWN,
             "flex_olmo": _UNKNOWN,
             "glm4_moe": _SAME,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..moe_layout import MoeLayout, Neurons, OutTensor
-from ..sources.base import DenseSpec, source_features
+from ..sources.base import DenseSpec
+from ..sources.features import source_features
 from .base import Target
 
 
@@ -39,7 +40,7 @@ _FORMS = (
     _Form(
         "granite",
         "GraniteForCausalLM",
-        frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias", "multipliers"}),
+        frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias", "multipliers", "logits_scaling"}),
         "all or none",
     ),
     _Form(
@@ -66,6 +67,13 @@ _FORMS = (
         frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias", "window", "mixed_windows", "no_rope"}),
         "all or none",
     ),
+    _Form(
+        "cohere2",
+        "Cohere2ForCausalLM",
+        frozenset({"parallel", "layer_norm", "no_qk_norm", "qkv_bias", "o_bias", "window", "mixed_windows", "no_rope"})
+        | {"logits_scaling"},
+        "all or none",
+    ),
     _Form("seed_oss", "SeedOssForCausalLM", frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias"}), "any"),
 )
 
@@ -76,7 +84,7 @@ _SPELLED_AS = {"phi3": "mistral", "gemma": "llama", "ernie4_5": "llama", "intern
 def _windows(form: _Form, dense: DenseSpec) -> dict[str, Any]:
     """Return the keys of a form whose layers may differ in their windows."""
     window = next(filter(None, dense.sliding), None)
-    if form.model_type == "ministral":  # transformers builds its mask even if no layer has a window
+    if form.model_type in ("ministral", "cohere2"):  # transformers builds the mask even if no layer has a window
         return {"sliding_window": window or dense.max_position_embeddings, "layer_types": dense.layer_types}
     return {
         "use_sliding_window": window is not None,
@@ -92,6 +100,10 @@ def _refusals(form: _Form, dense: DenseSpec) -> list[str]:
         for feature, sentence in source_features(dense).items()
         if feature not in form.holds
     ]
+    if form.model_type == "cohere2" and not (dense.parallel and dense.layer_norm and dense.turns_in_windows):
+        reasons.append(
+            "cohere2 has LayerNorms, attention and FFN side by side, and rotary positions where there is a window"
+        )
     if form.biases == "all or none" and dense.qkv_bias != dense.o_bias:
         reasons.append(f"{form.model_type} has biases on all four attention projections or on none")
     if form.biases == "qkv" and not dense.qkv_bias:
@@ -107,7 +119,7 @@ def _form(dense: DenseSpec) -> _Form:
 
 
 class Dense(Target):
-    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, HunYuan V1, OLMo 2, SmolLM3 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
+    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, HunYuan V1, OLMo 2, SmolLM3, Cohere 2 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
 
     Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w), ERNIE 4.5 (other rotary pairs) and InternLM3 as
     Llama, where those hold them.
@@ -136,6 +148,10 @@ class Dense(Target):
         """See `Target.fold`."""
         return 1.0 if "multipliers" in _form(dense).holds else dense.embedding_multiplier
 
+    def turns_neighbours(self, dense: DenseSpec) -> bool:
+        """See `Target.turns_neighbours`."""
+        return _form(dense).model_type == "cohere2"
+
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
         """See `Target.config`."""
         form = _form(dense)
@@ -154,7 +170,9 @@ class Dense(Target):
             keys |= _windows(form, dense)
         elif "window" in form.holds:
             keys["sliding_window"] = dense.window
-        if "no_rope" in form.holds:
+        if form.model_type == "cohere2":
+            keys |= {"layer_norm_eps": dense.rms_norm_eps, "logit_scale": 1.0 / dense.logits_scaling}
+        elif "no_rope" in form.holds:
             keys["no_rope_layers"] = [int(layer not in dense.no_rope) for layer in range(dense.num_layers)]
         if "multipliers" in form.holds:
             scale = dense.head_dim**-0.5 if dense.attention_multiplier is None else dense.attention_multiplier

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from ..moe_layout import Constant, Copy, MoeLayout, OutTensor, Router, expert_tensors, shared_tensors
+from ..moe_layout import Constant, MoeLayout, OutTensor, Router, expert_tensors, shared_tensors
 from ..sources.base import DenseSpec
 from .base import Target, leading
 
@@ -41,11 +40,9 @@ class Ernie45Moe(Target):
             "router_aux_loss_coef": 0.001,
         }
 
-    def attention_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
-        """See `Target.attention_tensors`."""
-        for tensor in super().attention_tensors(dense, layout, layer):
-            heads = {"q_proj": dense.num_heads, "k_proj": dense.num_kv_heads}.get(tensor.name.split(".")[-2], 0)
-            yield replace(tensor, origin=Copy(tensor.name, interleave=heads)) if heads else tensor
+    def turns_neighbours(self, dense: DenseSpec) -> bool:
+        """See `Target.turns_neighbours`."""
+        return True
 
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
         """See `Target.one_layer`."""

@@ -18,7 +18,7 @@ class GraniteMoeShared(Target):
     summary = "softmax over the selected experts, ungated shared expert of any width, multipliers, attention biases"
     reference = "arXiv:2408.13359"
     shared = "any"
-    holds = frozenset({"no_qk_norm", "qkv_bias", "o_bias", "head_dim", "multipliers"})
+    holds = frozenset({"no_qk_norm", "qkv_bias", "o_bias", "head_dim", "multipliers", "logits_scaling"})
     needs_five = frozenset({"head_dim"})
     ffn_modules = ("block_sparse_moe", "shared_mlp")
 

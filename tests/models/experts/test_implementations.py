@@ -42,6 +42,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_moe": {"num_experts": EXPERTS_COUNT, "intermediate_size": WIDTH, "head_dim": HIDDEN // 2},
     "flex_olmo": {"num_experts": EXPERTS_COUNT, "intermediate_size": WIDTH},
+    "cohere2_moe": {"num_experts": EXPERTS_COUNT, "intermediate_size": WIDTH, "head_dim": HIDDEN // 2},
     "granitemoe_swa": {
         "num_local_experts": EXPERTS_COUNT,
         "intermediate_size": WIDTH,
@@ -142,7 +143,9 @@ def test_logits_and_all_gradients_of_a_model_are_those_of_eager(target: str, top
     ids = torch.randint(0, 48, (2, 9), generator=torch.Generator().manual_seed(1))
     expected = loss_and_gradients(model, "eager", ids)
     assert any("gate_up_proj" in name for name in expected)
-    tolerance = 1e-10 if dtype == torch.float64 and target != "flex_olmo" else 2e-4  # its norms compute in float32
+    tolerance = (
+        1e-10 if dtype == torch.float64 and target not in ("flex_olmo", "cohere2_moe") else 2e-4
+    )  # its norms compute in float32
     for name in NAMES:
         found = loss_and_gradients(model, name, ids)
         assert found.keys() == expected.keys()

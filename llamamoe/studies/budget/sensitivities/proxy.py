@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ....calibration.residual import next_normed
 from ....calibration.walk import Walk, cast_ffn, read_ffn
 from ....errors import LlamaMoeError
 from ....lazy import np, torch
@@ -86,8 +87,7 @@ class _Sweep:
         for part, h_BF in zip(inputs.batches(), inputs.hidden(ffn), strict=True):
             y_BH = (h_BF.to(inputs.compute_dtype) @ down.T).float()
             added_BH = y_BH * spec.residual_multiplier
-            sum_BH = y_BH if spec.post_norm else residual_TH[part].to(inputs.device) + added_BH
-            after_B = sum_BH.double().square().sum(-1)
+            after_B = next_normed(spec, residual_TH[part].to(inputs.device), y_BH).double().square().sum(-1)
             weight_B = 1 / (after_B + spec.hidden_size * spec.rms_norm_eps)
             self.written += float((added_BH.double().square().sum(-1) * weight_B).sum())
             squares_F += (h_BF.square().T @ weight_B.float()).double().cpu()
