@@ -12,6 +12,7 @@ from ..methods.attention import HeadInputs, RoutedHeads, fit_output, head_facts,
 from ..methods.layer import LayerContext, LayerInputs
 from ..methods.router_scale import scale_router
 from .assembly import router_dtype
+from .attention_cost import fits_router
 from .plan import SplitPlan
 
 _STD = 0.02
@@ -58,9 +59,9 @@ def convert_attention(
         weighting=plan.target.router_weighting(layout.combine.weighting),
         factor=layout.combine.factor,
     )
-    largest, fitted = None, plan.recipe.router is not None and plan.recipe.router.name != "random"
+    largest = None
     if text is not None:
-        heads = replace(heads, router_NH=head_rows(heads, text, context)) if fitted else heads
+        heads = replace(heads, router_NH=head_rows(heads, text, context)) if fits_router(plan.recipe) else heads
         largest = largest_logit(heads.router_NH, text.inputs)
     rows = scale_router(heads.router_NH, norm_H, heads.scale, router_dtype(plan.tensors, plan.dtype), largest=largest)
     heads = replace(heads, router_NH=rows.rows_NH)

@@ -14,6 +14,7 @@ from ..data.files import find_files, unpacked_bytes
 from ..errors import RefusedError
 from ..methods.layer import BATCH_TOKENS
 from ..methods.repairs import REPAIRS
+from .attention_cost import attention_bytes, attention_flops
 from .defaults import Chosen
 
 SWEEPS = 4
@@ -77,7 +78,12 @@ class CalibrationPlan:
 
 
 def plan_calibration(
-    spec: DenseSpec, chosen: Chosen, layout: MoeLayout, text_tokens: int | None = None
+    spec: DenseSpec,
+    chosen: Chosen,
+    layout: MoeLayout,
+    text_tokens: int | None = None,
+    *,
+    attention_experts: bool = False,
 ) -> CalibrationPlan:
     """Estimate the cost of calibration for a recipe whose methods need it. O(1).
 
@@ -86,6 +92,7 @@ def plan_calibration(
         chosen: The recipe, with its methods.
         layout: Sizes of the conversion.
         text_tokens: Maximum number of tokens that the text has; None if it is not known.
+        attention_experts: Whether attention is converted, too.
 
     Raises:
         RefusedError: Sequences would be longer than the model has positions.
@@ -100,6 +107,8 @@ def plan_calibration(
     attention = _attention_flops(spec, tokens, length)
     dense = 6 * tokens * spec.intermediate_size * spec.hidden_size
     layer = attention + _layer_flops(spec, chosen, layout, tokens)
+    if attention_experts:
+        layer += attention_flops(spec, recipe, layout.num_experts, tokens, attention)
     flops = converted * layer + len(layout.dense_layers) * (attention + dense)
     if chosen.gradients:  # forward, forward again, and backward at twice the cost
         head = 2 * tokens * spec.vocab_size * spec.hidden_size
@@ -113,7 +122,8 @@ def plan_calibration(
         state_bytes=(spec.num_layers + 3 if chosen.gradients else 2) * stream,
         input_bytes=stream,
         input_place="memory" if in_memory else "memory-mapped",
-        peak_bytes=_peak_bytes(spec, chosen, layout) + (stream if in_memory else 0),
+        peak_bytes=_peak_bytes(spec, chosen, layout, attention_experts=attention_experts)
+        + (stream if in_memory else 0),
         layer_flops=layer,
         flops=flops,
     )
@@ -170,16 +180,22 @@ def _layer_flops(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, tokens: int
     return tokens * per_token + solve
 
 
-def _peak_bytes(spec: DenseSpec, chosen: Chosen, layout: MoeLayout) -> int:
-    """Estimate the peak: a layer in float32 and its parts, conversion candidates, a batch of activations, repair."""
+def _peak_bytes(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, *, attention_experts: bool) -> int:
+    """Estimate the peak: a layer in float32 and its parts, conversion candidates, a batch of activations, repair.
+
+    Attention is repaired before the FFN, so that the larger of both counts.
+    """
     places, hidden = _places(layout), spec.hidden_size
     weights = 4 * 3 * places * hidden
     attention = 4 * hidden * 2 * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
     batch = 4 * BATCH_TOKENS * (4 * max(places, spec.intermediate_size) + 6 * hidden)
     total = attention + 4 * 3 * spec.intermediate_size * hidden + weights + batch
     table = 4 * spec.vocab_size * hidden * (1 if spec.tie_word_embeddings else 2)
+    working = 0
     if chosen.recipe.repairs:
         assert chosen.recipe.repair is not None
         repair = REPAIRS.get(chosen.recipe.repair.name)
-        total += chosen.recipe.repair_passes * weights + repair.working_bytes(places, hidden)
-    return total + table
+        working = chosen.recipe.repair_passes * weights + repair.working_bytes(places, hidden)
+    if attention_experts:
+        working = max(working, attention_bytes(spec, chosen.recipe))
+    return total + working + table

@@ -217,7 +217,10 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
     dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
     recipe = padded(spec, recipe, splitter, dtype)
     target, layout = choose_target(spec, recipe, splitter, dtype)
-    calibration = plan_calibration(spec, chosen, layout, text_tokens) if chosen.calibrated else None
+    calibration = None
+    if chosen.calibrated:
+        routes = {"attention_experts": target.attention_experts}
+        calibration = plan_calibration(spec, chosen, layout, text_tokens, **routes)
     recipe = _with_length(spec, recipe)
     alignment = _alignment(spec, recipe, layout, stored_dtype(model))
     recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
