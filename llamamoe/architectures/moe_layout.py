@@ -42,6 +42,11 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class CorrectionBias(Constant):
+    """Zeros for the bias that a router adds to the experts' scores, for the selection only."""
+
+
+@dataclass(frozen=True)
 class Stack:
     """Canonical tensors of equal shape, one below the other."""
 
@@ -177,6 +182,11 @@ def weight(weighting: RouterWeighting, num_experts: int, top_k: int) -> float:
     if weighting.endswith("renormalised"):
         return 1 / top_k
     return 1 / num_experts if weighting == "softmax" else 0.5
+
+
+def softmax_scores(weighting: RouterWeighting) -> bool:
+    """Return whether a router selects by scores that sum to one over all experts, and not by a sigmoid of each."""
+    return not weighting.startswith("sigmoid")
 
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from ..architectures.moe_checkpoint import ConvertedModel
-from ..architectures.moe_layout import Neurons, OutTensor
+from ..architectures.moe_layout import CorrectionBias, Neurons, OutTensor, softmax_scores
 from ..checkpoint.base import DTYPE_BYTES
 from ..lazy import np, torch
 from ..methods.layer import PADDING, FfnWeights, LayerContext
@@ -40,6 +40,9 @@ class FinerExperts:
     ) -> None:
         self._source, self._tensors, self._pieces, self._factor = source, tensors, pieces, factor
         self._splitter, self._seed = splitter, seed
+        # softmax gives each piece of an expert 1/m of its score, so what is added to it shrinks, too
+        softmax = softmax_scores(source.target.router_weighting(source.mixing.weighting))
+        self._bias_divisor = pieces if softmax else 1
         self._width = math.ceil(source.layout.expert_width / pieces)
         self._names: dict[_Place, str] = {
             place: tensor.name
@@ -63,7 +66,8 @@ class FinerExperts:
         tensor = self._tensors[name]
         place = _place(tensor)
         if place is None:
-            return self._repeated(self._source.checkpoint.read(name), tensor.shape)
+            stored = self._repeated(self._source.checkpoint.read(name), tensor.shape)
+            return stored / self._bias_divisor if isinstance(tensor.origin, CorrectionBias) else stored
         layer, part, expert = place
         stored = self._read(self._names[self._origin(place)])
         if expert == "all":

@@ -58,7 +58,8 @@ def foreign(folder: Path, name: str, **changes: Any) -> Path:
     with torch.no_grad():
         for key, value in (*model.named_parameters(), *model.named_buffers()):
             if value.is_floating_point() and "inv_freq" not in key:
-                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+                size = 0.05 if "correction_bias" in key else 0.2  # as large as differences between scores
+                value.copy_(size * torch.randn(value.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..moe_layout import Constant, MoeLayout, OutTensor, Router, expert_tensors, shared_tensors
+from ..moe_layout import CorrectionBias, MoeLayout, OutTensor, Router, expert_tensors, shared_tensors
 from ..sources.base import DenseSpec
 from .base import Target, leading
 
@@ -53,7 +53,7 @@ class Ernie45Moe(Target):
         block = f"model.layers.{layer}.mlp."
         hidden, experts = dense.hidden_size, layout.num_experts
         yield OutTensor(block + "gate.weight", (experts, hidden), "router", Router(), layer, "F32")
-        yield OutTensor(block + "moe_statics.e_score_correction_bias", (1, experts), "router", Constant(), layer, "F32")
+        yield OutTensor(block + "moe_statics.e_score_correction_bias", (1, experts), "router", CorrectionBias(), layer, "F32")
         yield from expert_tensors(block, hidden, layout, layer)
         if layout.shared_width:
             yield from shared_tensors(block + "shared_experts.", hidden, layout, self.shared_bake, layer)

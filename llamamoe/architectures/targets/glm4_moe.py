@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..moe_layout import Constant, MoeLayout, OutTensor, Router, expert_tensors, shared_tensors
+from ..moe_layout import CorrectionBias, MoeLayout, OutTensor, Router, expert_tensors, shared_tensors
 from ..sources.base import DenseSpec, number, rope_parameters
 from .base import Target
 
@@ -75,7 +75,7 @@ class Glm4Moe(Target):
         block = f"model.layers.{layer}.mlp."
         hidden, experts = dense.hidden_size, layout.num_experts
         yield OutTensor(block + "gate.weight", (experts, hidden), "router", Router(), layer)
-        yield OutTensor(block + "gate.e_score_correction_bias", (experts,), "router", Constant(), layer, "F32")
+        yield OutTensor(block + "gate.e_score_correction_bias", (experts,), "router", CorrectionBias(), layer, "F32")
         yield from expert_tensors(block, hidden, layout, layer)
         yield from shared_tensors(block + "shared_experts.", hidden, layout, self.shared_bake, layer)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...architectures.expert_weighting import complete_config, rescaled_block
 from ...architectures.moe_checkpoint import ConvertedModel
-from ...architectures.moe_layout import Constant, MoeLayout, weight
+from ...architectures.moe_layout import CorrectionBias, MoeLayout, weight
 from ...architectures.rescales import RESCALES
 from ...conversion.calibration_cost import CalibrationPlan, plan_calibration
 from ...conversion.defaults import Chosen
@@ -138,10 +138,8 @@ def check_biases(source: ConvertedModel) -> None:
     Raises:
         RefusedError: A bias is not zero.
     """
-    count = source.layout.num_experts
     for tensor in source.target.tensors(source.spec, source.layout):
-        bias = tensor.role == "router" and isinstance(tensor.origin, Constant) and tensor.shape[-1] == count
-        if bias and bool(source.checkpoint.read(tensor.name).any()):
+        if isinstance(tensor.origin, CorrectionBias) and bool(source.checkpoint.read(tensor.name).any()):
             raise RefusedError(
                 f"{tensor.name} is not zero: MODEL's router ranks experts by a correction bias, too, which --top-k does not support.",
                 hint="Without --top-k and --calibration, biases are repeated and the function stays the same.",
