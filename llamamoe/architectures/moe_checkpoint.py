@@ -12,7 +12,7 @@ from ..errors import CheckpointError, RefusedError
 from ..lazy import torch
 from .expert_weighting import Mixing, complete_config, mixing_of, refuse_attention_experts, rescale_of
 from .inspect import inspect
-from .moe_layout import Combine, Copy, MoeLayout, Neurons, OutTensor, Router
+from .moe_layout import Combine, Copy, CorrectionBias, MoeLayout, Neurons, OutTensor, Router
 from .rescales import RESCALES
 from .sources.base import DenseSpec
 from .stored_experts import Experts
@@ -172,6 +172,13 @@ class ConvertedModel:
         """Return the router's rows of one layer, ``[N, H]``."""
         tensors = self.target.moe_tensors(self.spec, self.layout, layer)
         return self.checkpoint.read(next(tensor.name for tensor in tensors if isinstance(tensor.origin, Router)))
+
+    def correction_bias(self, layer: int) -> torch.Tensor | None:
+        """Return the bias of one layer's router, float32 ``[N]``; None if it has none, or zeros."""
+        tensors = self.target.moe_tensors(self.spec, self.layout, layer)
+        name = next((tensor.name for tensor in tensors if isinstance(tensor.origin, CorrectionBias)), None)
+        bias_N = None if name is None else self.checkpoint.read(name).float().flatten()
+        return bias_N if bias_N is not None and bool(bias_N.any()) else None
 
     def _parts(self, layer: int, shared: bool, factor: float) -> dict[str, list[torch.Tensor]]:
         """Return rows of gate and up, and columns of down, of the shared expert or the routed ones; these times ``factor``."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ..lazy import torch
 from ..numerics import is_power_of_two
 
 Role = Literal[
@@ -182,6 +183,11 @@ def weight(weighting: RouterWeighting, num_experts: int, top_k: int) -> float:
     if weighting.endswith("renormalised"):
         return 1 / top_k
     return 1 / num_experts if weighting == "softmax" else 0.5
+
+
+def router_scores(logits_TN: torch.Tensor, weighting: RouterWeighting) -> torch.Tensor:
+    """Return the scores that a router selects by before a bias is added: softmax of the logits, or the sigmoid of each."""
+    return logits_TN.softmax(-1) if softmax_scores(weighting) else logits_TN.sigmoid()
 
 
 def softmax_scores(weighting: RouterWeighting) -> bool:

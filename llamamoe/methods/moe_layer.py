@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
-from ..architectures.moe_layout import RouterWeighting, weight
+from ..architectures.moe_layout import RouterWeighting, router_scores, weight
 from ..lazy import torch
 from .layer import ExpertWeights, FfnWeights, LayerInputs, Partition
 
@@ -30,6 +30,7 @@ class ConvertedFfn:
         weighting: Normalisation of the target's router.
         factor: Factor of the router's weights (baked and configured ones together).
         hidden_act: Name of the activation.
+        bias_N: float32, added to the scores for the selection only; None for none.
     """
 
     weights: ExpertWeights
@@ -40,6 +41,7 @@ class ConvertedFfn:
     weighting: RouterWeighting
     factor: float
     hidden_act: str = "silu"
+    bias_N: torch.Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -63,7 +65,7 @@ class ConvertedFfn:
         if not self.num_experts:
             return x_BH.new_zeros(len(x_BH), 0, dtype=torch.float32)
         logits = x_BH.float() @ self.router_NH.to(x_BH.device).T if logits_BN is None else logits_BN.float()
-        return routed_weights(logits, self.top_k, self.scale, self.weighting, self.factor)
+        return routed_weights(logits, self.top_k, self.scale, self.weighting, self.factor, self.bias_N)
 
     def place_weights(self, weights_BN: torch.Tensor) -> torch.Tensor:
         """Return float32 ``[B, P]``: the expert's weight for each of its places, 1 for shared ones."""
@@ -85,22 +87,29 @@ class ConvertedFfn:
 
 
 def routed_weights(
-    logits_BN: torch.Tensor, top_k: int, scale: Literal["hard", "soft"], weighting: RouterWeighting, factor: float
+    logits_BN: torch.Tensor,
+    top_k: int,
+    scale: Literal["hard", "soft"],
+    weighting: RouterWeighting,
+    factor: float,
+    bias_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weight of every expert for each token, float32 ``[B, N]``; see `ConvertedFfn` for the arguments."""
-    top = logits_BN.topk(top_k, dim=-1)
+    ranked_BN = logits_BN if bias_N is None else router_scores(logits_BN, weighting) + bias_N.to(logits_BN.device)
+    indices = ranked_BN.topk(top_k, dim=-1).indices
+    top_Bk = logits_BN.gather(-1, indices)
     if scale == "hard":
-        values = torch.full_like(top.values, factor * weight(weighting, logits_BN.shape[1], top_k))
+        values = torch.full_like(top_Bk, factor * weight(weighting, logits_BN.shape[1], top_k))
     elif weighting == "renormalised":
-        values = top.values.softmax(-1) * factor
+        values = top_Bk.softmax(-1) * factor
     elif weighting == "softmax":
-        values = logits_BN.softmax(-1).gather(-1, top.indices) * factor
+        values = logits_BN.softmax(-1).gather(-1, indices) * factor
     else:
-        values = top.values.sigmoid()
+        values = top_Bk.sigmoid()
         if weighting == "sigmoid_renormalised":
             values = values / values.sum(-1, keepdim=True)
         values = values * factor
-    return torch.zeros_like(logits_BN).scatter_(-1, top.indices, values)
+    return torch.zeros_like(logits_BN).scatter_(-1, indices, values)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..progress import ProgressCallback, ignore_progress
 from .finer_experts import FinerExperts
 from .resplitting.layer import PieceRouting
 from .resplitting.plan import ResplitResult as ResplitResult
-from .resplitting.plan import changed_config, check_biases, check_recipe, planned
+from .resplitting.plan import changed_config, check_recipe, planned
 from .resplitting.recipe import ResplitRecipe, load_resplit_recipe
 from .resplitting.run import RoutedPieces
 from .rewrite import Rewriting, check_place, opened, rewrite
@@ -126,7 +126,7 @@ class _Task:
 
 
 def _task(location: Location, source: ConvertedModel, recipe: ResplitRecipe) -> _Task:
-    """Check recipe and source, and plan. Reads headers, and correction biases."""
+    """Check recipe and source, and plan. Reads headers."""
     check_recipe(source, recipe)
     check_shapes(source)
     checkpoint = source.checkpoint
@@ -135,8 +135,6 @@ def _task(location: Location, source: ConvertedModel, recipe: ResplitRecipe) -> 
     tensors = {tensor.name: tensor for tensor in source.target.tensors(source.spec, layout)}
     # with text the splitter is applied elsewhere: only tensors that are not routed are taken from here
     finer = FinerExperts(source, tensors, recipe.pieces, plugin(SPLITTERS, recipe.chosen), recipe.seed, plan.baked)
-    if plan.calibration is not None:
-        check_biases(source)
     task = _Task(location, source, recipe, layout, plan, tensors, finer)
     return replace(task, plan=replace(plan, nbytes=sum(nbytes for _, _, nbytes in task.entries.values())))
 

@@ -38,14 +38,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mixture(folder: Path, name: str) -> Path:
-    """A random mixture with a tokenizer, without correction biases."""
-    foreign(folder, name)
-    weights = load_file(folder / "model.safetensors")
-    for key in weights:
-        if "correction_bias" in key:
-            weights[key].zero_()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    make_tokenizer(folder)
+    """A random mixture with a tokenizer."""
+    make_tokenizer(foreign(folder, name))
     return folder
 
 
@@ -108,6 +102,24 @@ def test_a_hard_router_stays_hard_and_a_token_that_costs_less_is_not_claimed_to_
     assert not any("equal router rows" in line for line in retop(tmp_path / "out", tmp_path / "one", 1).warnings)
 
 
+@pytest.mark.parametrize("target", ["glm4_moe", "ernie4_5_moe"])
+def test_biases_of_a_hard_router_are_scaled_with_its_logits(target: str, text: Path, tmp_path: Path) -> None:
+    given = {"method": "random", "num_experts": 4, "top_k": 2, "target": target, "shared": "1x", "rescale": "unit"}
+    moe = split(make_dense(tmp_path / "dense"), tmp_path / "moe", load_recipe(given=given), verify=False).out
+    unbiased = routed_outputs(moe, calibration_ids(moe, text))
+    weights = load_file(moe / "model.safetensors")
+    for key in (each for each in weights if "correction_bias" in each):
+        weights[key].copy_(torch.tensor([2e-4, 0.0, -2e-4, 4e-4]))  # scores differ by about 1e-4
+    save_file(weights, moe / "model.safetensors", {"format": "pt"})
+    found = resplit(moe, tmp_path / "out", 2, calibration=[str(text)], **KEYS | {"repair": "none"})
+    assert {layer["router"] for layer in found.receipt["layers"]} == {"hard"}
+    wanted, have = (routed_outputs(folder, calibration_ids(moe, text)) for folder in (moe, tmp_path / "out"))
+    assert not torch.allclose(wanted, unbiased, rtol=0.1), "the biases change what is selected"
+    error = float((wanted - have).norm() / wanted.norm())
+    assert error == pytest.approx(found.receipt["layers"][0]["output_error"], rel=1e-2)
+    assert error < 0.9
+
+
 def test_a_stopped_run_goes_on_from_the_layer_and_ends_alike(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +177,5 @@ def test_what_has_no_meaning_is_refused(text: Path, tmp_path: Path) -> None:
     refused(UsageError, "'gradient' cannot split experts", top_k=4, calibration=[str(text)], method="gradient")
     refused(UsageError, "no_such", top_k=4, calibration=[str(tmp_path / "no_such.txt")])
     refused(RefusedError, "64 positions", top_k=4, calibration=[str(text)], calibration_length=65)
-    refused(RefusedError, "e_score_correction_bias is not zero", top_k=4, calibration=[str(text)])
     assert set(usable_methods(text=True)) >= {"kmeans", "random", "token_clusters", "coactivation"}
     assert not set(usable_methods(text=True)) & {"static", "upcycle", "gradient"}

@@ -53,7 +53,9 @@ class Ernie45Moe(Target):
         block = f"model.layers.{layer}.mlp."
         hidden, experts = dense.hidden_size, layout.num_experts
         yield OutTensor(block + "gate.weight", (experts, hidden), "router", Router(), layer, "F32")
-        yield OutTensor(block + "moe_statics.e_score_correction_bias", (1, experts), "router", CorrectionBias(), layer, "F32")
+        yield OutTensor(
+            block + "moe_statics.e_score_correction_bias", (1, experts), "router", CorrectionBias(), layer, "F32"
+        )
         yield from expert_tensors(block, hidden, layout, layer)
         if layout.shared_width:
             yield from shared_tensors(block + "shared_experts.", hidden, layout, self.shared_bake, layer)

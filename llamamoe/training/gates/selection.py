@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from ...architectures.moe_layout import router_scores
 from ...lazy import torch
 from ..moe_layers import MoeLayer
 
@@ -17,8 +18,7 @@ CapacityFactor = Annotated[
 
 def scores_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:
     """Return float32: softmax of the logits, or the sigmoid of each."""
-    logits = logits_TN.float()
-    return logits.sigmoid() if moe.weighting.startswith("sigmoid") else logits.softmax(-1)
+    return router_scores(logits_TN.float(), moe.weighting)
 
 
 def ranked_TN(moe: MoeLayer, logits_TN: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...architectures.moe_checkpoint import ConvertedModel
-from ...architectures.moe_layout import MoeLayout
+from ...architectures.moe_layout import MoeLayout, softmax_scores
 from ...checkpoint.tensors import cast, torch_dtype
 from ...conversion.attention import largest_logit
 from ...conversion.layer import output_errors, plugin
@@ -67,6 +67,7 @@ def mixture_ffn(source: ConvertedModel, layer: int) -> MixtureFfn:
         weighting=source.target.router_weighting(mixing.weighting),
         factor=mixing.factor,
         hidden_act=source.spec.hidden_act,
+        bias_N=source.correction_bias(layer),
     )
     norm = torch.ones(source.spec.hidden_size)
     if not source.spec.post_norm:
@@ -140,23 +141,29 @@ def _routed(
     """Return the layer with the best of the routers whose rows are an expert's own row plus those of its pieces.
 
     A hard router's logits are tiny and only rank experts: they are brought to the size of the others first, and the
-    sums are made hard.
+    sums are made hard. A correction bias, which ranks experts with them, is scaled as they are: scores are linear in tiny
+    logits.
     """
-    own_NH, mode = parent.moe.router_NH, router_mode(parent, inputs)
-    if mode == "hard":
-        own_NH = own_NH / _spread(own_NH, inputs)
+    mode, pieces = router_mode(parent, inputs), routing.recipe.pieces
+    size = _spread(parent.moe.router_NH, inputs) if mode == "hard" else 1.0
+    bias_N = parent.moe.bias_N
+    if bias_N is not None:
+        # softmax gives each of m pieces 1/m of its expert's score
+        share = pieces if softmax_scores(parent.moe.weighting) else 1
+        bias_N = bias_N.repeat_interleave(pieces) / (size * share)
     start = ConvertedFfn(
         weights=ExpertWeights.of_parent(parent, partition),
         partition=partition,
-        router_NH=own_NH.repeat_interleave(routing.recipe.pieces, 0),
+        router_NH=(parent.moe.router_NH / size).repeat_interleave(pieces, 0),
         top_k=routing.layout.top_k,
         scale=mode,
         weighting=parent.moe.weighting,
         factor=routing.factor * routing.bake,
         hidden_act=parent.hidden_act,
+        bias_N=bias_N,
     )
     sums = [start.router_NH + strength * offsets_NH for strength in STRENGTHS]
-    candidates = [replace(start, router_NH=_stored_rows(routing, parent, rows, mode, inputs)) for rows in sums]
+    candidates = [_stored_router(routing, parent, replace(start, router_NH=rows), inputs) for rows in sums]
     errors = [error if math.isfinite(error) else math.inf for error in output_errors(candidates, parent, inputs)]
     best = errors.index(min(errors))
     facts = {"router": mode, "router_strength": STRENGTHS[best], "output_error_before_repair": errors[best]}
@@ -177,12 +184,13 @@ def _spread(rows_NH: torch.Tensor, inputs: LayerInputs) -> float:
     return math.sqrt(total / max(inputs.num_tokens * len(rows), 1)) or 1.0
 
 
-def _stored_rows(
-    routing: PieceRouting, parent: MixtureFfn, rows_NH: torch.Tensor, mode: Literal["hard", "soft"], inputs: LayerInputs
-) -> torch.Tensor:
-    """Return router rows as the files will hold them."""
-    scaled = scale_router(rows_NH, parent.norm_H, mode, routing.router_dtype, largest=largest_logit(rows_NH, inputs))
-    return scaled.rows_NH.to(torch_dtype(routing.router_dtype)).float()
+def _stored_router(routing: PieceRouting, parent: MixtureFfn, moe: ConvertedFfn, inputs: LayerInputs) -> ConvertedFfn:
+    """Return the same layer with router rows and correction bias as the files will hold them."""
+    largest = largest_logit(moe.router_NH, inputs)
+    scaled = scale_router(moe.router_NH, parent.norm_H, moe.scale, routing.router_dtype, largest=largest)
+    rows_NH = scaled.rows_NH.to(torch_dtype(routing.router_dtype)).float()
+    bias_N = None if moe.bias_N is None else moe.bias_N * 2.0**scaled.exponent
+    return replace(moe, router_NH=rows_NH, bias_N=bias_N)
 
 
 def as_stored(routing: PieceRouting, moe: ConvertedFfn) -> ConvertedFfn:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...architectures.expert_weighting import complete_config, rescaled_block
 from ...architectures.moe_checkpoint import ConvertedModel
-from ...architectures.moe_layout import CorrectionBias, MoeLayout, weight
+from ...architectures.moe_layout import MoeLayout, weight
 from ...architectures.rescales import RESCALES
 from ...conversion.calibration_cost import CalibrationPlan, plan_calibration
 from ...conversion.defaults import Chosen
@@ -130,20 +130,6 @@ def _check_top_k(whole: int, recipe: ResplitRecipe) -> None:
             f"text has no use where all {whole} pieces of the selected experts run: the function is that of MODEL.",
             hint=f"Give a smaller --top-k, such as {max(1, whole // 2)}, or omit --calibration.",
         )
-
-
-def check_biases(source: ConvertedModel) -> None:
-    """Refuse a router that ranks experts by a bias, too, where the pieces are ranked by text. Reads the biases.
-
-    Raises:
-        RefusedError: A bias is not zero.
-    """
-    for tensor in source.target.tensors(source.spec, source.layout):
-        if isinstance(tensor.origin, CorrectionBias) and bool(source.checkpoint.read(tensor.name).any()):
-            raise RefusedError(
-                f"{tensor.name} is not zero: MODEL's router ranks experts by a correction bias, too, which --top-k does not support.",
-                hint="Without --top-k and --calibration, biases are repeated and the function stays the same.",
-            )
 
 
 def _finer(source: ConvertedModel, recipe: ResplitRecipe) -> MoeLayout:

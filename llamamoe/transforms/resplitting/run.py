@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...architectures.moe_layout import Neurons, OutTensor, Router
+from ...architectures.moe_layout import CorrectionBias, Neurons, OutTensor, Router
 from ...calibration.compute import Compute
 from ...calibration.states import KeptStates
 from ...calibration.text import CalibrationText
@@ -52,13 +52,16 @@ class RoutedPieces:
         self._states = KeptStates(folder)
         self._next = 0
         self._parts: LayerParts | None = None
+        self._bias_N: torch.Tensor | None = None
         self._facts: dict[str, dict[str, Any]] = {}
 
     def make(self, name: str) -> torch.Tensor:
         """Return a tensor of the result."""
         tensor = self._tensors[name]
         origin, layer = tensor.origin, tensor.layer
-        routed = isinstance(origin, Router) or (isinstance(origin, Neurons) and origin.expert != "shared")
+        routed = isinstance(origin, Router | CorrectionBias) or (
+            isinstance(origin, Neurons) and origin.expert != "shared"
+        )
         if not routed or layer is None:
             return self._finer.make(name)
         parts = self._of_layer(layer)
@@ -66,7 +69,9 @@ class RoutedPieces:
         if isinstance(origin, Neurons):
             scale = self._routing.bake if origin.part == "down" else 1.0
             return parts.neurons(Neurons(origin.part, origin.expert, scale), dtype).contiguous()
-        return parts.router_NH.to(dtype)
+        if isinstance(origin, Router):
+            return parts.router_NH.to(dtype)
+        return self._finer.make(name) if self._bias_N is None else self._bias_N.view(tensor.shape).to(dtype)
 
     def told(self, unit: str) -> dict[str, Any]:
         """Return the facts of a unit that was made."""
@@ -104,6 +109,7 @@ class RoutedPieces:
         else:
             parent = mixture_ffn(routing.source, layer)
             moe, self._facts[f"layer.{layer}"] = finer_layer(routing, layer, parent, inputs)
+            self._bias_N = moe.bias_N
             self._parts = LayerParts(parent, moe.partition, moe.router_NH, routing.layout, moe.weights)
             if not last:
                 after = as_stored(routing, moe).outputs(inputs)
