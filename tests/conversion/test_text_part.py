@@ -168,7 +168,7 @@ def test_other_commands_refuse_and_name_those_that_do_not(llava: Path, tmp_path:
     healing = llamamoe.load_heal_recipe(given={"text": [str(tmp_path / "tokens" / "text")]})
 
     def pretrain(model: Path) -> None:
-        given = {"model": str(model), "data": {"train": str(tokens)}, "block_length": 32, "steps": 1}
+        given = {"model": str(model), "data": {"train": str(tokens), "block_length": 32}, "steps": 1}
         llamamoe.pretrain(llamamoe.load_pretrain_recipe(given=given), back)
 
     for call in (
