@@ -34,11 +34,15 @@ def print_result(result: SplitResult) -> None:
             *_verified(plan, result.receipt.get("verification")),
             *layer_errors(result.receipt["layers"], "the dense output", "0 is the parent, 1 as far away as zeros"),
             ("took", f"{took(run)}, at most {size(run['peak_resident_bytes'])} of memory"),
+            *(
+                [("notes", f"{plural(len(plan.advice), 'note')} in {result.out / 'README.md'}")]
+                if plan.recipe.card and plan.advice
+                else []
+            ),
         ]
     )
     print_warnings(result.warnings)
     if plan.recipe.card:
-        facts([("notes", f"{plural(len(plan.advice), 'note')} in {result.out / 'README.md'}")] if plan.advice else [])
         print_advice([note for note in plan.advice if note == UNTRAINED])
     else:
         print_advice(plan.advice)

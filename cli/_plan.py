@@ -65,7 +65,9 @@ def _speed(plan: SplitPlan) -> None:
     measured = found["measured"]
     smaller = max((each["times_smaller"] or 0.0 for each in measured), default=0.0)
     if smaller:
-        heading(f"Speed of a {measured[0]['model']} model of this shape, relative to its parent (not of this model)")
+        heading(
+            f"Speed of a {measured[0]['model']} model of the nearest measured shape, relative to its parent (not of this model)"
+        )
     else:
         heading("Expected speed, relative to the parent, at the nearest shape that was measured")
     rows, origins = [], []
@@ -136,10 +138,22 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         ("method", recipe.method.name),
         ("exactness", plan.exactness),
         *([("router", f"{router.name}, {recipe.router_scale}"), ("scaling", _scaling(plan))] if layout.top_k else []),
-        ("loads in", f"transformers {' and '.join(plan.majors)}"),
+        ("loads in", f"transformers {' and '.join(plan.majors)}{_llama_cpp(plan)}"),
         ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
         ("peak memory", f"about {size(plan.peak_bytes)}, in addition to Python and torch"),
     ]
+
+
+def _llama_cpp(plan: SplitPlan) -> str:
+    from llamamoe.transforms.llama_cpp import ARCHITECTURES, DENSE, differences
+
+    found = (ARCHITECTURES | DENSE).get(plan.config["model_type"])
+    if found is None:
+        return ""
+    layout = plan.layout
+    weighting = layout.combine.weighting if plan.target.routed else found.weighting
+    same = not differences(found, plan.model.spec, layout.dense_layers, weighting)
+    return "; llama.cpp (llamamoe export-gguf)" if same else ""
 
 
 def _scaling(plan: SplitPlan) -> str:

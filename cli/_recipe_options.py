@@ -125,7 +125,7 @@ SPLIT_ROWS = (
     Row("--top-k", "top_k", SIZES, "K", int, unset="2; with calibration text as --prefer balanced"),
     Row("--active", "active", SIZES, "SHARE", float, unset="what --top-k selects; about half with calibration text",
          text="Share of the FFN's neurons that a token uses, such as 0.7, from which --top-k follows"),
-    Row("--shared", "shared", SIZES, "0.25|384|2x", unset="the method's"),
+    Row("--shared", "shared", SIZES, "0.25|384|2x", unset="by --prefer with text, else the method's"),
     Row("--pad-to", "pad_to", SIZES, "W", int, unset="32 where it costs less than 3 %, else 8",
          text="Pad experts with zero neurons to a multiple of this width; many quantisation formats need 32"),
     Row("--prefer", "prefer", SIZES, "NAME", names=_literals("prefer"), unset="with calibration text balanced",
@@ -270,6 +270,12 @@ def _found(text: str | None, kind: str) -> AbstractContextManager[Path | None]:
 
     shipped = _shipped(kind)
     if text not in shipped:
+        others = (each.name for each in files("llamamoe_recipes").iterdir() if (each / f"{text}.yaml").is_file())
+        if other := next(others, None):
+            raise UsageError(
+                f"--recipe {text!r} is a recipe of llamamoe {other}, not of {kind}.",
+                hint=f"Recipes of {kind}: {', '.join(shipped)}.",
+            )
         raise UsageError(
             f"--recipe {text!r} is neither a file nor a recipe that ships with llamamoe.",
             hint=near_misses(text, shipped) if shipped else "Give a YAML file.",

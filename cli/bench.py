@@ -156,8 +156,8 @@ def _print_llama_cpp(found: LlamaCppSpeeds) -> None:
     table(("", found.model, found.against or "", "x parent" if parent else ""), rows, right=range(1, 4))
     echo()
     paragraph(
-        f"Medians of {found.repeats} turns in which the models alternate, with the smallest and largest ratio. `decode 4` is four sequences "
-        "together; prompts and continuations are random tokens."
+        f"Medians of {found.repeats} turns in which the models alternate, with the smallest and largest ratio. `decode` with a number is "
+        "that of so many sequences together; prompts and continuations are random tokens."
     )
 
 

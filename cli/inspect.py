@@ -123,8 +123,20 @@ def _costs(inspection: Inspection, *, verbose: bool) -> None:
         table(("", "total", "active"), parts, right=(1, 2))
 
 
+_LABELS = {
+    "parity": "equal to parent",
+    "factor": "factor in config",
+    "baked_factor": "factor in weights",
+}
+"""Labels of keys in the provenance block that do not explain themselves: conditions of parity, and factors of the experts' sum."""
+
+
 def _provenance(made: Mapping[str, Any], receipt: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    rows = [(str(key).replace("_", " "), _plain(value)) for key, value in made.items() if value is not None]
+    rows = [
+        (_LABELS.get(key, str(key).replace("_", " ")), _plain(value))
+        for key, value in made.items()
+        if value is not None
+    ]
     if receipt is None:
         return rows
     if not receipt.get("verified"):

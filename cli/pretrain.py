@@ -41,8 +41,9 @@ current step is finished, a checkpoint is written and the exit code is 143. To u
 with torchrun or accelerate launch.
 """
 EXAMPLES = """
-llamamoe pretrain --recipe smollm2_cpu --dry-run          # estimate memory, time and disk
-llamamoe pretrain --recipe smollm2_cpu --out run
+llamamoe pretrain --recipe smollm2_cpu --model OUT --parent SOURCE --set data.train=DIR --dry-run
+llamamoe pretrain --recipe smollm2_cpu --out run          # the model and tokens of `make demo`
+llamamoe pretrain --recipe smollm2_cpu --out run --set tokens=null --set steps=10
 llamamoe pretrain --recipe my.yaml --set optimizer.lr=1e-4 --out run --resume
 torchrun --nproc_per_node 8 -m llamamoe_cli pretrain --recipe recover_distill
 """

@@ -20,8 +20,8 @@ lost and gained, and what to do next; a statically pruned model beside the conve
 cost. It is one file that needs no network. The same numbers are available as JSON.
 """
 EXAMPLES = """
-llamamoe report OUT --against SOURCE --text texts/ --out page.html
-llamamoe report OUT PRUNED --against SOURCE --text texts/
+llamamoe report OUT --against SOURCE --text held-out/ --out page.html
+llamamoe report OUT PRUNED --against SOURCE --text held-out/
 llamamoe report moe run/model --against SOURCE --text valid/ --json-out report.json
 """
 TEXT, HOW, RUN = "Text", "Execution", "Run"

@@ -155,11 +155,11 @@ def check_kind(out: Path) -> None:
 
 
 def _check_replaceable(out: Path, *, force: bool) -> None:
+    ours = any((out / mark).is_file() for mark in MARKS)
     if not force:
-        raise RefusedError(
-            f"OUT ({out}) is not empty.", hint="Choose another name, or --force to replace the checkpoint in it."
-        )
-    if not any((out / mark).is_file() for mark in MARKS):
+        way = ", or --force to replace the checkpoint in it" if ours else ": llamamoe did not write what it holds"
+        raise RefusedError(f"OUT ({out}) is not empty.", hint=f"Choose another name{way}.")
+    if not ours:
         raise RefusedError(
             f"OUT ({out}) is not empty and was not written by llamamoe: --force does not remove it.",
             hint="Choose another name.",

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..architectures.targets import TARGETS
 from ..data.shards import TokenCorpus
 from ..errors import UsageError
-from ..progress import ProgressCallback, ignore_progress
+from ..progress import LOADING, Progress, ProgressCallback, ignore_progress
 from .arguments import training_arguments
 from .balancing import BiasBalancing
 from .batches import Layout, TokenBatches, check_ranks
@@ -107,8 +107,12 @@ def assemble(
     torch.manual_seed(recipe.seed)
     batches = _batches(recipe, corpus, layout, args)
     facts: dict[str, Any] = {"world_size": args.world_size, "accumulation": layout.accumulation}
+    models = 1 + (parent is not None)
+    progress(Progress(LOADING, 1, models, "model", source.name))
     model, layers = _trained_model(recipe, source, checkpoint, device, batches, facts)
     validation = _validation(recipe, held_out, layout)
+    if parent is not None:
+        progress(Progress(LOADING, 2, models, "model", parent.name))
     old = _parent(recipe, parent, source, device)
     facts["reference_losses"] = _references(recipe, old, validation)
     dynamics = _dynamics(recipe, layers, batches.sampler, facts["reference_losses"], args.world_size > 1)

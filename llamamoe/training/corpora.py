@@ -5,12 +5,14 @@ from __future__ import annotations
 from ..data.shards import TokenCorpus
 from ..data.token_index import VALIDATION, read_index
 from ..errors import UsageError
+from .places import of_key
 from .recipe_parts import DataRecipe
 
 
 def training_corpus(recipe: DataRecipe) -> TokenCorpus:
     """Return the training tokens."""
-    return TokenCorpus(recipe.train)
+    with of_key("data.train", "--set data.train=FOLDER"):
+        return TokenCorpus(recipe.train)
 
 
 def held_out_corpus(recipe: DataRecipe) -> TokenCorpus | None:
@@ -19,10 +21,11 @@ def held_out_corpus(recipe: DataRecipe) -> TokenCorpus | None:
     Raises:
         UsageError: It is the training text.
     """
-    train = TokenCorpus(recipe.train)
+    train = training_corpus(recipe)
     if recipe.validation is None:
         return TokenCorpus(train.folder, VALIDATION) if VALIDATION in train.index.splits else None
-    found = TokenCorpus(recipe.validation)
+    with of_key("data.validation", "--set data.validation=FOLDER (or null)"):
+        found = TokenCorpus(recipe.validation)
     if found.split != VALIDATION and VALIDATION in read_index(found.folder).splits:
         found = TokenCorpus(found.folder, VALIDATION)
     if found.fingerprint == train.fingerprint:

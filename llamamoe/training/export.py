@@ -21,7 +21,7 @@ from ..checkpoint.readme import derived_card
 from ..errors import ElsewhereError, LlamaMoeError, printable
 from ..models.loadable import check_loads
 from .lora import merge_adapters
-from .model import finish_folder
+from .model import BLOCK, finish_folder
 from .moe_layers import CORRECTION_BIAS
 from .native_weights import pending_weights, reshard, save_config
 from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id
@@ -48,7 +48,7 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         on_all_ranks(work if trainer.args.should_save else lambda: None)
 
     def finish() -> None:
-        finish_folder(partial, source, {"trained": receipt["trained"]})
+        finish_folder(partial, source, {"trained": receipt["trained"]} | _router_scale(trainer.parts.recipe, source))
         check_loads(partial)
         write_text(partial / "README.md", _card(trainer.parts.recipe, source, receipt["trained"]))
         write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())
@@ -78,6 +78,12 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
             hint="Free some space, then go on with --resume: only this is done again.",
         ) from error
     return final
+
+
+def _router_scale(recipe: PretrainRecipe, source: Path) -> dict[str, str]:
+    """Return the entry that says that a hard router is no longer hard, if training moved it."""
+    block = SafetensorsCheckpoint(source).config.get(BLOCK) or {}
+    return {"router_scale": "soft"} if block.get("router_scale") and "router" not in recipe.freeze else {}
 
 
 def _write_together(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.locate import locate, locate_folder, open_parent
+from ..checkpoint.locate import open_parent
 from ..checkpoint.out_folder import normal_path
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tokenizer_ids import beyond_embedding
@@ -18,6 +18,7 @@ from .estimate.compute import DISK_RATE
 from .estimate.estimate import Estimate
 from .mixtures.weights import mixture_weights
 from .model import check_folder
+from .places import find_models
 from .preflight import check_place, check_run_folder, doubts, identities
 from .recipe import PretrainRecipe
 from .resuming import changes_since
@@ -161,7 +162,7 @@ def plan_pretraining(
         "disk_rate": disk_rate,
     }
     _check_device(**device)
-    location, parent = locate_folder(recipe.model), locate(recipe.parent).path if recipe.parent else None
+    location, parent = find_models(recipe)
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     facts = identities(recipe, location.path, parent)
     changes = None

@@ -15,7 +15,6 @@ from typing import Any
 
 from .._version import __version__
 from ..checkpoint.files import write_text
-from ..checkpoint.locate import locate, locate_folder
 from ..checkpoint.out_folder import normal_path
 from ..errors import LlamaMoeError, StoppedError
 from ..lazy import check_transformers
@@ -24,6 +23,7 @@ from .joint_start import joint_start
 from .metrics import read_lines
 from .model import check_folder
 from .ownership import FACTS, METRICS, TEACHER, run_id, step_of
+from .places import find_models
 from .preflight import check_place, check_run_folder, doubts, identities, prepare_run_folder, verify_tokens
 from .recipe import PretrainRecipe
 from .resuming import chosen
@@ -133,7 +133,8 @@ def _pretrain(
 ) -> PretrainResult:
     """Check everything, and run once all processes have."""
     check_transformers()
-    source, parent = locate_folder(recipe.model).path, locate(recipe.parent).path if recipe.parent else None
+    model, parent = find_models(recipe)
+    source = model.path
     check_place(folder, recipe, source, parent)
     config = check_folder(source, allow_dense=recipe.allow_dense)
     facts = identities(recipe, source, parent)

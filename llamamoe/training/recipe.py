@@ -105,8 +105,10 @@ class PretrainRecipe(Recipe):
         return self
 
     def _contradictions(self) -> Any:
-        if (self.steps is None) == (self.tokens is None):
-            yield "give either steps or tokens"
+        if self.steps is None and self.tokens is None:
+            yield "the length of the run is missing: give steps or tokens"
+        elif self.steps is not None and self.tokens is not None:
+            yield f"steps = {self.steps} and tokens = {self.tokens:,.0f} are both given: set one of them to null (--set tokens=null)"
         if self.batch_size % self.micro_batch_size:
             yield f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
         if self.distill is not None and self.distill.needs_parent and self.parent is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.unmapped import unmapped
+from ..progress import counting
 from .adamw import CompactAdamW, ShardAdamW
 from .checkpoints import Checkpoints
 from .clipping import clip_factor, clip_together, scale
@@ -234,7 +235,7 @@ class MoeTrainer(Trainer):
         started = time.monotonic()
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            found = self.parts.validation.measure(self.model_wrapped, self.parts.objective.head)
+            found = self.parts.validation.measure(self.model_wrapped, self.parts.objective.head, self._advance())
         reshard(self.model)
         step = self.state.global_step
         tokens = step * self.parts.recipe.tokens_per_step
@@ -247,6 +248,12 @@ class MoeTrainer(Trainer):
         self.log(flat)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat
+
+    def _advance(self) -> Callable[[str], None]:
+        """Return what reports held-out micro-batches before the first step: later ones would hide the steps."""
+        if self.state.global_step > 0 or self.parts.validation is None:
+            return lambda _: None
+        return counting("held-out loss at the start", self.parts.validation.turns, "micro-batch", self.parts.progress)
 
     # Checkpoints
 

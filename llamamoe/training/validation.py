@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -63,17 +63,23 @@ class Validation:
         """Yield this rank's micro-batches, equally many on every rank for sharded models; surplus ones do not count."""
         size, world = self.layout.micro_batch_size, self.layout.world
         count = -(-len(self._blocks) // size)
-        for turn in range(-(-count // world)):
+        for turn in range(self.turns):
             index = turn * world + self.layout.rank
             rows = slice((index % count) * size, (index % count + 1) * size)
             yield self._domains[rows], self._blocks[rows], index < count
 
-    def measure(self, model: Any, head: LossHead) -> dict[str, Any]:
+    @property
+    def turns(self) -> int:
+        """Number of micro-batches of one rank."""
+        return math.ceil(math.ceil(len(self._blocks) / self.layout.micro_batch_size) / self.layout.world)
+
+    def measure(self, model: Any, head: LossHead, advance: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
         """Return losses in nats; gradients and the model's mode are up to the caller.
 
         Args:
             model: The model, wrapped or not.
             head: Its loss head.
+            advance: Called after every micro-batch with the name of its first domain.
 
         Returns:
             ``loss`` (mean over the domains that have a block), ``perplexity`` (its exponential), ``domain_loss``.
@@ -91,6 +97,7 @@ class Validation:
                 index = torch.from_numpy(domains)
                 sums[0].index_add_(0, index, losses.nll_BT.sum(1).double().cpu())
                 sums[1].index_add_(0, index, losses.counted_BT.sum(1).double().cpu())
+            advance(self.domains[domains[0]])
         totals, tokens = all_reduced(sums if device.type == "mps" else sums.to(device)).cpu()
         every = zip(self.domains, totals.tolist(), tokens.tolist(), strict=True)
         means = {name: total / count for name, total, count in every if count}

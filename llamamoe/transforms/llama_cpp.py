@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..architectures.dense_checkpoint import DenseModel
 from ..architectures.moe_checkpoint import ConvertedModel
-from ..architectures.moe_layout import Weighting
+from ..architectures.moe_layout import RouterWeighting, Weighting
+from ..architectures.sources.base import DenseSpec
 from ..errors import RefusedError
 
 _SILU = ("silu", "swish")
@@ -66,23 +68,41 @@ def llama_cpp_architecture(model: ConvertedModel) -> Architecture:
             f"a GGUF file can be written for {', '.join(ARCHITECTURES)}, but this model is {model.target.name}.",
             hint="Split the parent again with --target granitemoeshared (shared experts) or --target mixtral (none).",
         )
+    reasons = differences(found, spec, model.experts.dense_layers, model.mixing.weighting)
+    if reasons:
+        raise RefusedError(
+            f"llama.cpp computes {found.name} differently from this model: {'; '.join(reasons)}.",
+            hint="Split the parent with --target granitemoeshared (shared experts) or mixtral (none), without --keep-dense, and train "
+            "that again if this model was trained.",
+        )
+    return found
+
+
+def differences(
+    found: Architecture, spec: DenseSpec, dense_layers: Sequence[int], weighting: RouterWeighting
+) -> list[str]:
+    """Return what llama.cpp computes differently from transformers; nothing if it computes the same.
+
+    Args:
+        found: llama.cpp's architecture.
+        spec: Sizes and form of the model without its experts.
+        dense_layers: Layers that are not mixtures.
+        weighting: Normalisation of the router's scores.
+    """
     reasons = []
     if spec.hidden_act not in _SILU:
         reasons.append(f"it computes experts with SiLU, and theirs is {spec.hidden_act!r}")
-    if model.experts.dense_layers:
-        reasons.append(f"it has no dense layers there, and {', '.join(map(str, model.experts.dense_layers))} are")
-    if model.mixing.weighting != found.weighting:
-        what = "sum to one" if found.weighting == "renormalised" else "do not sum to one (norm_topk_prob is false)"
-        reasons.append(f"its router's weights {what}")
+    if dense_layers:
+        reasons.append(f"it has no dense layers there, and {', '.join(map(str, dense_layers))} are")
+    if weighting != found.weighting:
+        scales, asks = ("scales", "false") if found.weighting == "renormalised" else ("does not scale", "true")
+        reasons.append(
+            f"there it {scales} the weights of selected experts to sum to one, and this model's norm_topk_prob is {asks}"
+        )
     if spec.rope.get("rope_type") == "llama3" and not found.llama3:
         reasons.append("it drops llama3's rope scaling there")
     if not spec.plain_head_dim and not found.any_head:
         reasons.append("its heads are as wide as hidden size over heads there")
     if any(spec.sliding) and not found.pairs:
         reasons.append("it has no sliding windows there")
-    if reasons:
-        raise RefusedError(
-            f"llama.cpp computes {found.name} differently from this model: {'; '.join(reasons)}.",
-            hint="granitemoeshared (shared experts) and mixtral (none) support most models, without dense layers and with SiLU only.",
-        )
-    return found
+    return reasons

@@ -19,12 +19,14 @@ from ..checkpoint.locate import Location
 from ..checkpoint.out_folder import normal_path
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.text_part import whole_hint
-from ..errors import RefusedError, UsageError
+from ..errors import RefusedError, UsageError, printable
 from ..lazy import torch
 from ..progress import ProgressCallback, ignore_progress
 from .cocktail import TEMPERATURE, cocktail_weights, example_losses
 from .rewrite import Rewriting, check_place, opened, rewrite, same_tensors
 
+TRAINED = "model"
+"""Folder of a run of ``pretrain`` that holds the trained model."""
 _TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _COSMETIC = {
     "_name_or_path", "architectures", "attention_dropout", "dtype", "initializer_range", "llamamoe", "output_router_logits",
@@ -126,11 +128,16 @@ def merge(
 def _facts(locations: Sequence[Location], shares: Sequence[float], temperature: float | None) -> dict[str, Any]:
     """Return the merge's entries of the receipt; with a temperature, its weights come from examples."""
     chosen = {} if temperature is None else {"weighed_by": "examples", "temperature": temperature}
-    return {"models": [each.name for each in locations], "weights": list(shares)} | chosen
+    return {"models": [_named(each) for each in locations], "weights": list(shares)} | chosen
+
+
+def _named(place: Location) -> str:
+    """Return a model's name; of the folder ``model`` of a run, the run's too."""
+    return f"{printable(place.path.resolve().parent.name)}/{place.name}" if place.name == TRAINED else place.name
 
 
 def _story(locations: Sequence[Location], shares: Sequence[float]) -> str:
-    parts = ", ".join(f"`{each.name}` ({share:.4g})" for share, each in zip(shares, locations, strict=True))
+    parts = ", ".join(f"`{_named(each)}` ({share:.4g})" for share, each in zip(shares, locations, strict=True))
     return f"The average of the weights of {parts}."
 
 
@@ -278,10 +285,11 @@ def _warnings(
     for place, digest in zip(locations[1:], files[1:], strict=True):
         if None not in (digest, files[0]) and digest != files[0]:
             found.append(f"{place.name} has another tokenizer.json than {locations[0].name}, whose is used")
-    if any(factor != 1.0 for factor in factors):
+    changed = [_named(place) for place, factor in zip(locations, factors, strict=True) if factor != 1.0]
+    if changed:
         found.append(
-            "the models weight selected experts in different ways: all were converted to one of these ways, which changes models "
-            "whose routers are neither hard nor renormalised"
+            f"{', '.join(changed)} weighted selected experts in another way than the result, to which it was converted: exact where "
+            "its router is hard, as split writes it, and a change of the model where training made it soft"
         )
     return found
 

@@ -39,6 +39,28 @@ def test_result_for_people_and_as_json(recipe: Path, tmp_path: Path, run: Run) -
     assert run("pretrain", "--recipe", recipe, "--out", out, "--resume", "-q").stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("--model", "nowhere"), "It is model of the recipe; --model replaces it."),
+        (("--set", "data.train=nowhere"), "It is data.train of the recipe; --set data.train=FOLDER replaces it."),
+    ],
+)
+def test_an_error_about_a_place_names_the_key(
+    change: tuple[str, str], says: str, recipe: Path, tmp_path: Path, run: Run
+) -> None:
+    shown = run("pretrain", "--recipe", recipe, *change, "--out", tmp_path / "run", code=3).stderr
+    assert "'nowhere'" in shown
+    assert says in " ".join(shown.split())
+
+
+def test_the_held_out_loss_before_the_first_step_is_reported(recipe: Path, tmp_path: Path, run: Run) -> None:
+    shown = run("pretrain", "--recipe", recipe, "--out", tmp_path / "run").stderr
+    assert "load: model 1 of " in shown
+    assert shown.count("held-out loss at the start: ") >= 1
+    assert shown.index("held-out loss at the start") < shown.index("train: ")
+
+
 def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path, run: Run) -> None:
     args = ("pretrain", "--recipe", recipe, "--out", tmp_path / "run", "--dry-run")
     paper = ("--world-size", 2, "--device-memory", 80, "--peak-tflops", 100)

@@ -175,6 +175,25 @@ def test_missing_recipe_file(dense: Path, run: Run) -> None:
     assert "cannot be read" in run("split", dense, "--dry-run", "--recipe", "no/such.yaml", code=2).stderr
 
 
+def test_a_recipe_of_another_command_is_named_as_such(dense: Path, run: Run) -> None:
+    error = run("split", dense, "--dry-run", "--recipe", "smollm2_cpu", code=2).stderr
+    assert "'smollm2_cpu' is a recipe of llamamoe pretrain, not of split" in error
+    assert "calibrated" in error
+
+
+def test_the_plan_tells_whether_llama_cpp_runs_the_result(dense: Path, run: Run) -> None:
+    keys = ("split", dense, "--dry-run", "--method", "random")
+    assert "llama.cpp (llamamoe export-gguf)" in run(*keys).stdout
+    assert (
+        "llama.cpp (llamamoe export-gguf)"
+        in run(
+            "split", dense, "--dry-run", "--method", "static", "--shared-by", "weight_norm", "--repair", "none"
+        ).stdout
+    )
+    for other in (("--target", "glm4_moe"), ("--keep-dense", "0")):
+        assert "export-gguf" not in run(*keys, *other).stdout
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(dense: Path, tmp_path: Path, run: Run) -> None:
     before = sorted(p.stat().st_mtime_ns for p in dense.rglob("*"))
     text = run("split", dense, tmp_path / "out", "--dry-run", "--method", "random").stdout
@@ -363,7 +382,7 @@ def test_a_dry_run_says_what_speed_to_expect(tmp_path: Path, run: Run) -> None:
     dense = make_dense(tmp_path, intermediate_size=1536)
     output = run("split", dense, "--dry-run", "--method", "random", "--prefer", "speed").output
     for words in (
-        "Speed of a 1B model of this shape",
+        "Speed of a 1B model of the nearest measured shape",
         "times smaller, so that calling experts",
         "llama.cpp",
         "static pruning",

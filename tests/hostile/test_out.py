@@ -65,7 +65,7 @@ def test_out_is_a_file(source: Path, tmp_path: Path, refused: Refused) -> None:
 def test_out_is_not_empty(source: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
-    refused(source, "is not empty", "--force")
+    refused(source, "is not empty", "llamamoe did not write what it holds")
     assert (tmp_path / "out" / "notes").read_text() == "mine"
 
 

@@ -74,6 +74,7 @@ def test_the_configuration_has_both_spellings_and_our_facts(finished: Path, worl
     assert config["use_cache"] == before.get("use_cache", True)
     assert config["llamamoe"]["trained"]["steps"] == 6
     assert config["llamamoe"]["num_experts"] == 4
+    assert (before["llamamoe"]["router_scale"], config["llamamoe"]["router_scale"]) == ("hard", "soft")
     assert not any(key.endswith("experts_implementation") for key in config)
     assert config.get("router_aux_loss_coef") == before.get("router_aux_loss_coef")
 

@@ -64,8 +64,8 @@ def test_everything_wrong_is_told_at_once_with_near_misses() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"tokens": 1e6}, "give either steps or tokens"),
-        ({"steps": None}, "give either steps or tokens"),
+        ({"tokens": 1e6}, r"set one of them to null \(--set tokens=null\)"),
+        ({"steps": None}, "length of the run is missing"),
         ({"batch_size": 6, "micro_batch_size": 4}, "not a multiple of micro_batch_size"),
         ({"parent": None, "distill": {"kl": {}}}, "distill needs parent"),
         ({"data": {"train": "t", "update": "sheared_llama"}}, "needs data.reference_losses"),
