@@ -24,12 +24,14 @@ class NativeFfn:
         model: The model of one layer; float32.
         moe: Its mixture of experts.
         modules: Names of the modules whose outputs together are the FFN's.
+        scale: Factor of these outputs relative to the parent's, of a residual stream with another scale.
     """
 
     layer: int
     model: Any
     moe: MoeLayer
     modules: tuple[str, ...]
+    scale: float = 1.0
 
     @property
     def selects_by_logits(self) -> bool:
@@ -55,7 +57,10 @@ class NativeFfn:
         }
 
     def outputs(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """Return the FFN's outputs ``[T, H]`` in the dtype of ``x_TH``, to which weights are rounded with gradients."""
+        """Return the FFN's outputs ``[T, H]``, as large as the parent's, in the dtype of ``x_TH``.
+
+        Weights are rounded to that dtype with gradients.
+        """
         total: torch.Tensor | None = None
         for _, module in self._modules():
             weights = {
@@ -64,7 +69,7 @@ class NativeFfn:
             out = torch.func.functional_call(module, weights, (x_TH[None],))[0]
             total = out if total is None else total + out
         assert total is not None
-        return total
+        return total if self.scale == 1.0 else total / self.scale
 
     def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Return the router's raw logits, float32 ``[T, N]``."""
@@ -78,7 +83,7 @@ class NativeFfn:
 
     def shared_outputs(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Return the FFN's outputs without its routed experts, ``[T, H]``."""
-        return self.outputs(x_TH) - self.moe.routed_outputs(x_TH)
+        return self.outputs(x_TH) - self.moe.routed_outputs(x_TH) / self.scale
 
     def renormalise(self) -> None:
         """See `llamamoe.training.router_start.renormalise`."""
@@ -130,5 +135,7 @@ def load_ffn(
     with quiet_transformers():
         model = _load_part(config, tensors, f"layer {layer}", torch.float32)
     model.eval().requires_grad_(False)
-    model.model.layers[0].self_attn.to(device="meta")
-    return NativeFfn(layer, model, find_moe_layers(model)[0], plan.target.ffn_modules)
+    name = "self_attention" if plan.target.attention_experts else "self_attn"
+    getattr(model.model.layers[0], name).to(device="meta")
+    moe = next(each for each in find_moe_layers(model) if each.part == "ffn")
+    return NativeFfn(layer, model, moe, plan.target.ffn_modules, plan.target.residual_scale(plan.dense.spec))

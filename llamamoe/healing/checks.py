@@ -10,7 +10,7 @@ from ..lazy import torch
 from ..methods.router_scale import is_hard
 from .plan import HealPlan
 
-_PARTS = ("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm", "self_attn.o_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def hard_layers(plan: HealPlan) -> list[int]:
@@ -50,8 +50,9 @@ def renormalises(plan: HealPlan) -> bool:
 def differences(plan: HealPlan) -> Iterator[str]:
     """Warn if MODEL's norms and attention differ from its parent's, so that its FFNs get other inputs."""
     other = []
+    parts = _NORMS if plan.target.attention_experts else (*_NORMS, "self_attn.o_proj")
     for layer in range(plan.num_layers):
-        for part in _PARTS:
+        for part in parts:
             name = f"model.layers.{layer}.{part}.weight"
             if not plan.dense.has(name):
                 continue

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..architectures.costs import role_of
 from ..architectures.dense_checkpoint import DenseModel, refuse_foreign, understand
-from ..architectures.expert_weighting import mixing_of, refuse_attention_experts, renormalising
+from ..architectures.expert_weighting import mixing_of, renormalising
 from ..architectures.sources.base import layer_shapes, number, positive
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
@@ -29,8 +30,8 @@ from ..models.devices import check_device
 from ..models.loadable import check_counts
 from .recipe import HealRecipe
 
-FROZEN = ("e_score_correction_bias", "shared_expert_gate")
-"""Parts of names of parameters that are not trained: a bias of the selection, and a gate fixed at one half."""
+FROZEN = ("e_score_correction_bias", "shared_expert_gate", "mlp.bias")
+"""Parts of names of parameters that are not trained: a bias of the selection, a gate fixed at one half, a bias of zeros."""
 ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate(?:\.wg)?|router(?:\.layer)?)\.weight$")
 _FFN = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|shared_mlp)\.")
 
@@ -126,7 +127,7 @@ class HealPlan:
         routed = sum(
             self.checkpoint.tensors[name].numel
             for name in self.trained_names(self.layers[0])
-            if ".experts." in name or ".block_sparse_moe.input_linear" in name or "sparse_moe.output_linear" in name
+            if role_of(name) == "routed"
         )
         return self.trained_parameters - routed + routed * self.top_k // self.num_experts
 
@@ -237,7 +238,8 @@ def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> Heal
     check_counts(checkpoint.config, checkpoint.tensors)
     dense = understand(open_parent(origin.path, place.path))
     layers = tuple(sorted(int(found[1]) for name in checkpoint.tensors if (found := ROUTER.match(name))))
-    _check_fit(checkpoint, dense, layers)
+    _check_fit(checkpoint, dense, target, layers)
+    _check_inputs(recipe, target)
     find_files(recipe.text)
     check_device(recipe.device)
     recipe = recipe.model_copy(update={"router": _router(recipe, checkpoint)})
@@ -263,11 +265,19 @@ def _target(checkpoint: SafetensorsCheckpoint) -> Target:
             f"MODEL's weights have the names that transformers 5 uses in memory ({fused}).",
             hint="Load the folder with transformers 5 and save it again without save_original_format=False.",
         )
-    refuse_attention_experts(name, "heal")
     return mixing_of(config).target
 
 
-def _check_fit(checkpoint: SafetensorsCheckpoint, dense: DenseModel, layers: tuple[int, ...]) -> None:
+def _check_inputs(recipe: HealRecipe, target: Target) -> None:
+    if target.attention_experts and recipe.inputs == "model":
+        raise RefusedError(
+            f"inputs = model needs the hidden states of MODEL, but the attention of {target.name} is routed and layers run "
+            "with the parent's attention.",
+            hint="Train on the parent's hidden states: --set inputs=parent.",
+        )
+
+
+def _check_fit(checkpoint: SafetensorsCheckpoint, dense: DenseModel, target: Target, layers: tuple[int, ...]) -> None:
     """Refuse two checkpoints of different sizes, naming every difference."""
     config, spec = checkpoint.config, dense.spec
     wanted = {
@@ -276,6 +286,9 @@ def _check_fit(checkpoint: SafetensorsCheckpoint, dense: DenseModel, layers: tup
         "vocab_size": spec.vocab_size,
         "num_attention_heads": spec.num_heads,
     }
+    if target.attention_experts:  # its own number of heads is that of the selected ones
+        del wanted["num_attention_heads"]
+        wanted |= {"num_key_value_heads": spec.num_kv_heads, "num_local_experts": spec.num_heads // spec.num_kv_heads}
     wrong = [f"{key} is {config.get(key)} and {value}" for key, value in wanted.items() if config.get(key) != value]
     if wrong:
         raise RefusedError(
@@ -316,5 +329,7 @@ def _length(recipe: HealRecipe, dense: DenseModel) -> int:
 
 
 def _warnings(plan: HealPlan) -> Iterator[str]:
+    if plan.target.attention_experts:
+        yield "attention is routed, too, and stays as it is: only FFNs are healed (llamamoe pretrain trains both)"
     if plan.recipe.tokens < 16 * plan.recipe.batch:
         yield f"{plan.recipe.tokens} tokens give {plan.steps} steps per layer: use more --tokens, more epochs or a smaller batch"

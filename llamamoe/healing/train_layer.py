@@ -174,6 +174,7 @@ class _Competitive:
         x_BH = self.task.x(rows)
         with torch.no_grad():
             aim_BH = self.task.aims_TH[rows].to(x_BH.device, x_BH.dtype) - self.ffn.shared_outputs(x_BH)
+            aim_BH *= self.ffn.scale
         logits, weights, indices = self.ffn.moe.decisions(self.ffn.moe.router(x_BH))
         routing = Routing(self.ffn.moe, logits, weights, indices, inputs_TH=x_BH)
         loss = LOSSES.get("competitive")()

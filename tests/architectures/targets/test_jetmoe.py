@@ -186,7 +186,6 @@ def test_auto_leaves_attention_dense(tmp_path: Path) -> None:
 def test_commands_for_experts_of_ffns_refuse_it(dense: Path, half: llamamoe.SplitResult, tmp_path: Path) -> None:
     for command in (
         lambda: llamamoe.densify(half.out, tmp_path / "out"),
-        lambda: llamamoe.heal(half.out, tmp_path / "out", llamamoe.load_heal_recipe(given={"text": "x"}), parent=dense),
         lambda: llamamoe.report([half.out], text=[dense], out=tmp_path / "report.html"),
     ):
         with pytest.raises(llamamoe.RefusedError, match="supports experts of FFNs only, but jetmoe routes attention"):
