@@ -68,6 +68,16 @@ def test_the_card_and_the_plan_tell_of_attention(half: llamamoe.SplitResult, den
     assert "2 of 4 query heads of each key/value head" in shown.output
 
 
+def test_the_outcome_names_no_command_that_refuses_it(dense: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+    from llamamoe_cli.main import root
+
+    command = ["split", str(dense), str(tmp_path / "out"), "--target", "jetmoe", "--method", "random", "--no-verify"]
+    shown = CliRunner().invoke(root, command)
+    assert "llamamoe evaluate" in shown.output
+    assert "llamamoe report" not in shown.output
+
+
 def test_verified_with_all_heads(half: llamamoe.SplitResult, dense: Path) -> None:
     told = half.receipt["verification"]
     assert told["equal_weights"] <= 1e-5
