@@ -219,6 +219,10 @@ _VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "attention_bias": {"sliding_window": 8, "attention_bias": True},
     },
     "hunyuan_v1_dense": {"attention_bias": {"attention_bias": True}},
+    "qwen3_5_text": {
+        "plain": {"layer_types": ["linear_attention", "full_attention"]},
+        "attention_bias": {"layer_types": ["linear_attention", "full_attention"], "attention_bias": True},
+    },
     "olmo2": {"attention_bias": {"attention_bias": True}},
     "smollm3": {
         "plain": {"no_rope_layers": [1, 0]},

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3_5Tokenizer
 
 from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.gguf.cuts import CUTS
@@ -26,6 +26,14 @@ LONGROPE = {
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [2.0 + 0.1 * i for i in range(8)],
     "original_max_position_embeddings": 32,
+}
+
+IMAGE_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
 }
 
 LICENCE = Path(__file__).parents[1] / "LICENSE"
@@ -86,6 +94,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     }
     | {"logit_scale": 0.3, "tie_word_embeddings": False, "layer_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE},
+    "qwen3_5_text": {
+        "model_type": "qwen3_5_text",
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"rope_parameters": IMAGE_ROPE},
+    "qwen3_5_text-biases": {"model_type": "qwen3_5_text", "head_dim": 32, "full_attention_interval": 2}
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    | {
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {**LLAMA3_ROPE, "partial_rotary_factor": 0.5},
+    },
     "seed-oss-all-biases": {"model_type": "seed_oss", "head_dim": 16, "attention_out_bias": True},
 }
 """Name to configuration keys beyond the common ones."""
@@ -116,6 +138,7 @@ ROUTED: list[tuple[str, str, Any]] = [
     ("olmo2", "flex_olmo", 0),
     ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
     ("cohere2", "cohere2_moe", "1x"),
+    ("qwen3_5_text", "qwen3_5_moe_text", "1x"),
 ]
 """A variant of the parent for each of `FFN_TARGETS`, and its shared neurons."""
 
@@ -125,7 +148,12 @@ def variant_for(target: str) -> str:
 
     Without a target, of Llama.
     """
-    own = {"flex_olmo": "olmo2", "hunyuan_v1_moe": "hunyuan_v1_dense", "cohere2_moe": "cohere2"}
+    own = {
+        "flex_olmo": "olmo2",
+        "hunyuan_v1_moe": "hunyuan_v1_dense",
+        "cohere2_moe": "cohere2",
+        "qwen3_5_moe_text": "qwen3_5_text",
+    }
     if target in own:
         return own[target]
     return "llama" if not target or "no_qk_norm" in TARGETS.get(target).holds else "qwen3"
@@ -140,6 +168,15 @@ def make_tokenizer(folder: Path, vocab_size: int = 128) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(folder)
+
+
+def make_qwen_tokenizer(folder: Path, vocab_size: int = 128) -> None:
+    """The same for printable characters, of the class as which transformers opens any tokenizer beside Qwen3.5-MoE."""
+    rest = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(map(chr, range(33, 127))) - {"Ġ"})
+    tokens = ["<pad>", "<bos>", "<eos>", "Ġ", *map(chr, range(33, 127)), *rest][:vocab_size]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    names = {"unk_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    Qwen3_5Tokenizer(vocab=vocab, merges=[], **names).save_pretrained(folder)
 
 
 def make_dense(
@@ -161,13 +198,14 @@ def make_dense(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.copy_((0.0 if config.model_type == "gemma" else 1.0) + 0.3 * torch.randn_like(parameter))
+                centred = config.model_type in ("gemma", "qwen3_5_text") and "linear_attn" not in name
+                parameter.copy_((0.0 if centred else 1.0) + 0.3 * torch.randn_like(parameter))
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.shape[-1] == 64 else 0.15))
     model.to(dtype).save_pretrained(folder, **save)
-    make_tokenizer(folder, config.vocab_size)
+    (make_qwen_tokenizer if config.model_type == "qwen3_5_text" else make_tokenizer)(folder, config.vocab_size)
     return folder
 
 

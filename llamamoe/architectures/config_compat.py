@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RefusedError
+from .sources import SOURCES
 from .targets import TARGETS
 
 _RENAMED = {"qwen3_moe": (("num_local_experts", "num_experts"),)}
@@ -49,8 +50,8 @@ def addable_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def only_five(name: str) -> bool:
-    """Return whether an architecture is a target that transformers 4.57 does not have."""
-    return name in TARGETS and TARGETS.get(name).only_five
+    """Return whether an architecture is a target or a family that transformers 4.57 does not have."""
+    return (name in TARGETS and TARGETS.get(name).only_five) or (name in SOURCES and SOURCES.get(name).only_five)
 
 
 def _check_holdable(name: str, config: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .sources.base import DenseSpec
 from .sources.fields import Fields, described, fits
+from .sources.linear_attention import LINEAR_KEYS
 
 
 def _whole(value: Any) -> bool:
@@ -47,7 +48,7 @@ _RULES: tuple[Rule, ...] = (
     (
         _SIZE,
         lambda value: _whole(value) and value > 0,
-        (*SIZE_KEYS, "max_position_embeddings", "original_max_position_embeddings"),
+        (*SIZE_KEYS, *LINEAR_KEYS, "max_position_embeddings", "original_max_position_embeddings"),
     ),
     ("a whole number, not negative", lambda value: _whole(value) and value >= 0, ("sliding_window", "max_window_layers")),
     ("a finite number, not negative", _not_negative, ("rms_norm_eps", "layer_norm_eps", "initializer_range")),
@@ -94,6 +95,7 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 
 _DTYPES = ("float32", "float", "float64", "double", "float16", "half", "bfloat16")
 _ATTENTION = ("full_attention", "sliding_attention")
+_HYBRID = ("full_attention", "linear_attention")
 MOST_LABELS = 1_000_000
 """Upper limit of ``num_labels``, because transformers creates a name for each label."""
 _READ_ONLY = ("use_return_dict", "is_heterogeneous", "per_layer_attributes", "sub_configs",
@@ -166,9 +168,10 @@ def _check_class(config: Mapping[str, Any], fields: Fields) -> None:
     if not all(_is_integer(key) for key in config.get("id2label") or {}):
         raise CheckpointError(f"config.json: id2label = {config['id2label']!r}, but its keys must be whole numbers.")
     types, layers = config.get("layer_types"), config.get("num_hidden_layers")
-    if fields and types is not None and (set(types) - set(_ATTENTION) or (layers is not None and layers != len(types))):
+    kinds = _HYBRID if LINEAR_KEYS[0] in fields else _ATTENTION
+    if fields and types is not None and (set(types) - set(kinds) or (layers is not None and layers != len(types))):
         raise CheckpointError(
-            f"config.json: layer_types = {types!r}, but it must name {' or '.join(_ATTENTION)} for each of {layers} layers."
+            f"config.json: layer_types = {types!r}, but it must name {' or '.join(kinds)} for each of {layers} layers."
         )
     if "head_dim" in config and config["head_dim"] is None and fields and "head_dim" not in fields:
         raise CheckpointError("config.json: head_dim = None, but it must be a whole number above 0 or left out.")

@@ -28,7 +28,7 @@ _ROLES = (
         "router",
     ),
     (r"norm", "norm"),
-    (r"self_(attn|attention)\.", "attention"),
+    (r"(self_(attn|attention)|linear_attn)\.", "attention"),
     (r"\.mlp\.", "dense_ffn"),
 )
 

@@ -61,7 +61,7 @@ class StoredFfn(FfnWeights):
         """
         model: DenseModel = self.__dict__["_model"]
         if not model.spec.post_norm:
-            return self._read(model.spec.ffn_norm)
+            return model.spec.norm_weight(self._read(model.spec.ffn_norm))
         prefix = self.__dict__["_prefix"]
         squares = (model.read(name).float().square() for name in _norms_before(int(prefix.split(".")[2])))
         return torch.stack(list(squares)).sum(0).sqrt()

@@ -22,6 +22,8 @@ _MOST_EXPERTS = 1 << 16  # a header that claims more would only waste time
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
 _TIED_BY_DEFAULT = ("gemma", "ernie4_5", "smollm3", "cohere2")
 """Families whose class in transformers ties the head if ``config.json`` does not say."""
+_OF_A_WHOLE = ("qwen3_5_text", "qwen3_5_moe_text")
+"""Text models that transformers loads from the files of a model of images and text, and saves under the names there."""
 COMPILED = "_orig_mod."
 _WRAPPERS = {
     COMPILED: (
@@ -75,7 +77,17 @@ IN_MEMORY: dict[str, InMemory] = {
         renamed=((".mlp.gate.moe_statics.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),)
     ),
     **dict.fromkeys(
-        ("qwen2_moe", "qwen3_moe", "glm4_moe", "flex_olmo", "hunyuan_v1_moe", "jetmoe", "cohere2_moe"), InMemory()
+        (
+            "qwen2_moe",
+            "qwen3_moe",
+            "glm4_moe",
+            "flex_olmo",
+            "hunyuan_v1_moe",
+            "jetmoe",
+            "cohere2_moe",
+            "qwen3_5_moe_text",
+        ),
+        InMemory(),
     ),
 }
 
@@ -119,6 +131,8 @@ def _renamed(name: str, info: TensorInfo, model_type: str) -> Iterator[tuple[str
     """Yield a stored tensor under its usual name, or the experts that it holds."""
     if _WITHOUT_HEAD.match(name):
         name = f"model.{name}"
+    if model_type in _OF_A_WHOLE:
+        name = name.replace("model.language_model.", "model.", 1)
     table = IN_MEMORY.get(model_type)
     fused = _FUSED.match(name) if len(info.shape) == 3 and 0 < info.shape[0] <= _MOST_EXPERTS and info.numel else None
     if table is None:

@@ -125,7 +125,7 @@ def load_ffn(
     prefix = f"model.layers.{layer}."
     names = [name for name in plan.checkpoint.tensors if name.startswith(prefix)]
     streamed = StreamedModel(plan.checkpoint.config, names, read)
-    config = streamed._keys() | dict(keys or {}) | plan.target.one_layer(dense=False)
+    config = streamed._keys() | streamed._kind(layer) | dict(keys or {}) | plan.target.one_layer(dense=False)
     config |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
     hidden = config["hidden_size"]
     # copies, because a tensor may be mapped from the file and training in place would change it for later readers
@@ -135,7 +135,7 @@ def load_ffn(
     with quiet_transformers():
         model = _load_part(config, tensors, f"layer {layer}", torch.float32)
     model.eval().requires_grad_(False)
-    name = "self_attention" if plan.target.attention_experts else "self_attn"
-    getattr(model.model.layers[0], name).to(device="meta")
+    for name in ("self_attention", "self_attn", "linear_attn"):
+        getattr(model.model.layers[0], name, torch.nn.Identity()).to(device="meta")
     moe = next(each for each in find_moe_layers(model) if each.part == "ffn")
     return NativeFfn(layer, model, moe, plan.target.ffn_modules, plan.target.residual_scale(plan.dense.spec))

@@ -21,7 +21,7 @@ def hard_layers(plan: HealPlan) -> list[int]:
         norm_H = (
             read_ffn(plan.dense, layer).norm_H
             if plan.dense.spec.post_norm
-            else plan.checkpoint.read(f"model.layers.{layer}.{plan.dense.spec.ffn_norm}")
+            else plan.dense.spec.norm_weight(plan.checkpoint.read(f"model.layers.{layer}.{plan.dense.spec.ffn_norm}"))
         )
         if is_hard(rows_NH, norm_H):
             found.append(layer)
@@ -50,7 +50,7 @@ def renormalises(plan: HealPlan) -> bool:
 def differences(plan: HealPlan) -> Iterator[str]:
     """Warn if MODEL's norms and attention differ from its parent's, so that its FFNs get other inputs."""
     other = []
-    parts = _NORMS if plan.target.attention_experts else (*_NORMS, "self_attn.o_proj")
+    parts = _NORMS if plan.target.attention_experts else (*_NORMS, "self_attn.o_proj", "linear_attn.out_proj")
     for layer in range(plan.num_layers):
         for part in parts:
             name = f"model.layers.{layer}.{part}.weight"

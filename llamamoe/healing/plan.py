@@ -168,10 +168,11 @@ class HealPlan:
     @property
     def flops(self) -> int:
         """Floating-point operations of the parent's walk and the training of all layers."""
-        shapes = layer_shapes(self.dense.spec)
-        walk = 2 * sum(math.prod(shape) for shape in shapes.values()) * 2  # the FFN runs again for its outputs
+        spec = self.dense.spec
+        shapes = [shape for layer in range(self.num_layers) for shape in layer_shapes(spec, layer).values()]
+        walk = 2 * sum(map(math.prod, shapes)) * 2  # the FFN runs again for its outputs
         train = 6 * self.active_parameters * (self.recipe.epochs + self.recipe.competitive_epochs)
-        return self.recipe.tokens * (walk * self.num_layers + train * len(self.layers))
+        return self.recipe.tokens * (walk + train * len(self.layers))
 
     @property
     def seconds(self) -> float:

@@ -58,6 +58,7 @@ class StreamedModel:
     def __post_init__(self) -> None:
         self._by_layer: dict[int, list[str]] = {}
         self._outer: list[str] = []
+        self._kinds: list[str] | None = None
         for name in self.names:
             found = _LAYER.match(name)
             if found:
@@ -124,6 +125,12 @@ class StreamedModel:
     def _keys(self) -> dict[str, Any]:
         return computing_keys(self.config)
 
+    def _kind(self, layer: int) -> dict[str, Any]:
+        """Return the key that makes the only layer of a one-layer model of this layer's kind, where layers differ."""
+        if self._kinds is None:
+            self._kinds = getattr(transformers.AutoConfig.for_model(**self._keys()), "layer_types", None) or []
+        return {"layer_types": [self._kinds[layer]]} if self._kinds else {}
+
     def _shell(self) -> Any:
         """Build the whole model without weights, except embedding, final norm, head and rotary positions."""
         keys, dtype = self._keys(), self.dtype or torch.float32
@@ -144,7 +151,7 @@ class StreamedModel:
 
     def _load(self, module: torch.nn.Module, layer: int) -> None:
         hidden = self.config["hidden_size"]
-        keys = self._keys() | self.one_layer(layer)
+        keys = self._keys() | self.one_layer(layer) | self._kind(layer)
         keys |= {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "tie_word_embeddings": False}
         tensors = {_LAYER.sub("model.layers.0.", name): self.read(name) for name in self._by_layer.get(layer, [])}
         # in the stored dtype if there is one: experts are then fused as read, without a float32 copy of each,

@@ -196,6 +196,10 @@ def check_fit(
         UsageError: Settings do not fit; the message names each of them.
     """
     wrong = [*_text(recipe, train, held_out), *_precision(recipe)]
+    if recipe.data.documents == "apart" and any(".linear_attn." in name for name in model.tensors):
+        wrong.append(
+            "data.documents = apart needs attention in all layers: gated delta networks carry text on (leave it joined)"
+        )
     shape = read_shape(model.config, model.tensors)
     if shape.model_type in TARGETS:
         if TARGETS.get(shape.model_type).attention_experts:

@@ -153,7 +153,8 @@ class _Job:
             raise RefusedError("no dense architecture supports the attention: " + "; ".join(reasons) + ".")
         self.layout = _layout(self.width)
         self.tensors: dict[str, OutTensor] = {t.name: t for t in self.target.tensors(self.spec, self.layout)}
-        self.dtype = converted.dtype_of("model.layers.0.self_attn.o_proj.weight")
+        outputs = (f"model.layers.0.{name}.weight" for name in ("self_attn.o_proj", "linear_attn.out_proj"))
+        self.dtype = converted.dtype_of(next(filter(converted.has, outputs)))
         if parent is not None:
             self._kept = [self._order(layer, parent) for layer in range(self.spec.num_layers)]
 

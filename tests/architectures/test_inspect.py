@@ -119,6 +119,7 @@ CONVERSIONS = [
     ("granitemoe_swa", "smollm3", {"shared": 44}),
     ("flex_olmo", "olmo2", {}),
     ("cohere2_moe", "cohere2", {"shared": "2x"}),
+    ("qwen3_5_moe_text", "qwen3_5_text", {"shared": 44}),
     ("hunyuan_v1_moe", "hunyuan_v1_dense", {}),
     ("ernie4_5_moe", "llama", {"shared": "2x"}),
     ("ernie4_5_moe", "mistral", {}),

@@ -54,6 +54,7 @@ CASES = {
     "granitemoeshared-calibrated": Case("granitemoeshared", "llama-tied", _FITTED | {"shared": 0.25}),
     "hunyuan_v1_moe": Case("hunyuan_v1_moe", "hunyuan_v1_dense", _SHARED),
     "flex_olmo": Case("flex_olmo", "olmo2", _PLAIN),
+    "qwen3_5_moe_text": Case("qwen3_5_moe_text", "qwen3_5_text", _SHARED),
     "cohere2_moe": Case("cohere2_moe", "cohere2", _SHARED),
     "granitemoe_swa": Case("granitemoe_swa", "llama-tied", _PLAIN | {"shared": 0.25}),
     "glm4_moe": Case("glm4_moe", "llama-tied", _SHARED),
@@ -92,5 +93,6 @@ def _parent(root: Path, variant: str) -> Path:
     folder = root / "parents" / variant
     if not folder.exists():
         make_dense(folder, variant, **SIZES)
-        make_byte_level(folder, "llama-bpe")
+        if not variant.startswith("qwen3_5"):  # whose class has a tokenizer of its own
+            make_byte_level(folder, "llama-bpe")
     return folder

@@ -28,6 +28,7 @@ REFUSALS = {
         "Model type granitemoe_swa not supported",
         "Model type flex_olmo not supported",
         "Model type cohere2_moe not supported",
+        "Model type qwen3_5_moe_text not supported",
         "Model type hunyuan_v1_moe not supported",
         "Model type jetmoe not supported",
     ),

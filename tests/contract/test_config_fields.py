@@ -31,7 +31,10 @@ NARROWER = {
     "max_position_embeddings": "sizes are above 0", "original_max_position_embeddings": "sizes are above 0",
     "sliding_window": "a window is not negative", "max_window_layers": "not negative",
     "rms_norm_eps": "finite and not negative", "layer_norm_eps": "finite and not negative",
-    "logit_scale": "finite and above 0", "initializer_range": "finite and not negative",
+    "logit_scale": "finite and above 0",
+    "linear_conv_kernel_dim": "sizes are above 0", "linear_key_head_dim": "sizes are above 0",
+    "linear_value_head_dim": "sizes are above 0", "linear_num_key_heads": "sizes are above 0, and heads divide among them",
+    "linear_num_value_heads": "sizes are above 0, and divide among those of keys", "initializer_range": "finite and not negative",
     "attention_dropout": "a share", "resid_pdrop": "a share", "embd_pdrop": "a share", "residual_dropout": "a share",
     "pad_token_id": "the embedding must have its row",
     "rope_parameters": "must be flat rope parameters", "layer_types": "of attention, and only of some families",
@@ -124,7 +127,7 @@ def test_what_is_left_out_is_as_the_class_has_it(variant: str) -> None:
         if ours(family, config) is not None:
             assert gone in ("num_attention_heads", "hidden_size", "num_hidden_layers", "pad_token_id", "vocab_size",
                             "num_key_value_heads", "use_sliding_window", "sliding_window",
-                            "head_dim"), gone  # fmt: skip
+                            "head_dim", "linear_num_key_heads"), gone  # fmt: skip
             continue
         source = SOURCES.get(family)()
         spec = source.spec(completed(config, source.fields))

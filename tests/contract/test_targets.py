@@ -36,6 +36,7 @@ FITS = {
     "flex_olmo": "olmo2 olmo2-biases olmo2-llama3-rope",
     "hunyuan_v1_moe": "hunyuan_v1_dense hunyuan_v1_dense-alpha",
     "cohere2_moe": "cohere2 cohere2-biases",
+    "qwen3_5_moe_text": "qwen3_5_text qwen3_5_text-biases",
     "granitemoe_swa": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases mistral-window phi3-window smollm3 smollm3-windows "
     "ministral ministral-windows",
     "ernie4_5_moe": PLAIN,
@@ -171,6 +172,7 @@ def _by_hand(plan: Any, layer: int, x: torch.Tensor, coefficient: float) -> torc
         ("olmo2", "flex_olmo", 0),
         ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
         ("cohere2", "cohere2_moe", "1x"),
+        ("qwen3_5_text", "qwen3_5_moe_text", "1x"),
     ],
 )
 def test_top_k_is_what_the_rescale_says(
@@ -241,6 +243,7 @@ def test_bf16_is_no_worse_than_the_parent_in_bf16(tmp_path: Path, target: str, e
         ("olmo2-biases", "flex_olmo"),
         ("hunyuan_v1_dense-alpha", "hunyuan_v1_moe"),
         ("cohere2", "cohere2_moe"),
+        ("qwen3_5_text", "qwen3_5_moe_text"),
     ],
 )
 def test_generation_with_cache_and_left_padding_is_the_parents(

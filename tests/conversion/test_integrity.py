@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoeshared": ("granite", {**RANDOM, "target": "granitemoeshared", "shared": "1x"}),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", {**RANDOM, "target": "hunyuan_v1_moe", "shared": "1x"}),
     "flex_olmo": ("olmo2", {**RANDOM, "target": "flex_olmo"}),
+    "qwen3_5_moe_text": ("qwen3_5_text", {**RANDOM, "target": "qwen3_5_moe_text", "shared": "1x"}),
     "cohere2_moe": ("cohere2", {**RANDOM, "target": "cohere2_moe", "shared": "1x", "keep_dense": [1]}),
     "granitemoe_swa": ("smollm3", {**RANDOM, "target": "granitemoe_swa", "shared": "1x"}),
     "ernie4_5_moe": ("llama", {**RANDOM, "target": "ernie4_5_moe", "shared": "1x", "keep_dense": [0]}),

@@ -96,6 +96,7 @@ def test_every_architecture(tmp_path: Path, text: Path, name: str) -> None:
         "granitemoeshared": "granite",
         "flex_olmo": "olmo2",
         "cohere2_moe": "cohere2",
+        "qwen3_5_moe_text": "qwen3_5_text",
         "hunyuan_v1_moe": "hunyuan_v1_dense",
     }.get(name, "llama")
     heads = {"num_attention_heads": 8} if name == "jetmoe" else {}  # 4 experts for each of 2 key/value heads

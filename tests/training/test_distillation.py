@@ -72,6 +72,7 @@ PAIRS = [
     ("smollm3-windows", "granitemoe_swa", "1x"),
     ("olmo2", "flex_olmo", 0),
     ("cohere2", "cohere2_moe", "1x"),
+    ("qwen3_5_text", "qwen3_5_moe_text", "1x"),
     ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
     ("llama-tied", "ernie4_5_moe", "1x"),
 ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llamamoe import pretrain
+from llamamoe import UsageError, pretrain
 from llamamoe.data.shards import TokenCorpus
 from llamamoe.training.batches import model_inputs
 from llamamoe.training.parent import load_parent
@@ -40,6 +40,7 @@ def test_positions_begin_again_after_each_separator() -> None:
 
 RUNS = [(name, attention) for name in (*ARCHITECTURES, "sliding") for attention in ("sdpa", "eager")]
 RUNS.remove(("granitemoe_swa", "sdpa"))  # its class has no sdpa
+RUNS = [run for run in RUNS if run[0] != "qwen3_5_moe_text"]  # see the next test
 
 
 @pytest.mark.parametrize(("name", "attention"), RUNS)
@@ -55,6 +56,13 @@ def test_logits_are_those_of_each_document_alone(name: str, attention: str) -> N
                 alone = model(torch.tensor([document]), use_cache=False).logits[0]
                 torch.testing.assert_close(packed[row, begin : begin + len(document)], alone, rtol=1e-4, atol=1e-5)
     assert float((packed - joined).abs().max()) > 1e-2
+
+
+def test_they_are_not_kept_apart_where_layers_have_no_attention(tmp_path: Path) -> None:
+    world = make_world(tmp_path, variant="qwen3_5_text", target="qwen3_5_moe_text")
+    recipe = recipe_of(world, "data.documents=apart")
+    with pytest.raises(UsageError, match="documents = apart needs attention in all layers"):
+        pretrain(recipe, tmp_path / "run")
 
 
 def losses_alone(student: Any, parent: Any, ids: list[int], separator: int) -> tuple[float, float]:

@@ -24,6 +24,8 @@ TARGETS = {
     "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
     "hunyuan_v1_moe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_5_moe_text": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    | {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "full_attention_interval": 2},
     "cohere2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}
     | {"head_dim": 16, "shared_expert_combination_strategy": "sum", "tie_word_embeddings": False},
     "granitemoe_swa": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},

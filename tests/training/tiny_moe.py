@@ -33,6 +33,14 @@ KEYS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"num_experts": N, "intermediate_size": W, "head_dim": 8},
     "flex_olmo": {"num_experts": N, "intermediate_size": W},
     "jetmoe": {"num_local_experts": N, "intermediate_size": W, "kv_channels": 8},
+    "qwen3_5_moe_text": {
+        "num_experts": N,
+        "moe_intermediate_size": W,
+        "shared_expert_intermediate_size": 4,
+        "head_dim": 8,
+    }
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    | {"full_attention_interval": 2},
     "cohere2_moe": {"num_experts": N, "intermediate_size": W, "head_dim": 8, "num_shared_experts": 1}
     | {"shared_expert_combination_strategy": "sum", "sliding_window": 8, "sliding_window_pattern": 2},
     "granitemoe_swa": {"num_local_experts": N, "intermediate_size": W, "shared_intermediate_size": 4}

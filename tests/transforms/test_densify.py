@@ -38,6 +38,8 @@ CASES = [
     ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
     ("olmo2", "flex_olmo", 0),
     ("cohere2", "cohere2_moe", "1x"),
+    ("qwen3_5_text", "qwen3_5_moe_text", 0),
+    ("qwen3_5_text-biases", "qwen3_5_moe_text", "1x"),
     ("cohere2-biases", "cohere2_moe", 0),
     ("olmo2-biases", "flex_olmo", 0),
     ("llama-tied", "ernie4_5_moe", 0),

@@ -9,10 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...errors import CheckpointError
 from .fields import Fields
+
+if TYPE_CHECKING:
+    from ...lazy import torch
+    from .linear_attention import LinearAttention
 
 DEFAULT_THETA = 10000.0
 """The rope base that transformers assumes for most families when the configuration names none."""
@@ -45,6 +49,7 @@ class DenseSpec:
     ``rope_parameters``; ``no_rope`` are the layers without rotary positions. ``attention_multiplier`` None means
     ``head_dim ** -0.5``. ``post_norm`` means that norms follow attention and FFN instead of preceding them, ``parallel``
     that attention and FFN read one norm and are added together, ``layer_norm`` that norms subtract the mean,
+    ``zero_centred`` that canonical norms are stored less 1, ``gated_attention`` that queries come with gates of their heads' outputs,
     ``other_inputs`` that some inputs do not come from the embedding table (images).
     """
 
@@ -68,6 +73,9 @@ class DenseSpec:
     post_norm: bool = False
     parallel: bool = False
     layer_norm: bool = False
+    zero_centred: bool = False
+    gated_attention: bool = False
+    linear: LinearAttention | None = None
     partial_rotary_factor: float = 1.0
     sliding: tuple[int | None, ...] = ()
     no_rope: tuple[int, ...] = ()
@@ -107,7 +115,13 @@ class DenseSpec:
     @property
     def layer_types(self) -> list[str]:
         """The kind of attention of each layer, as transformers spells it."""
-        return ["full_attention" if window is None else "sliding_attention" for window in self.sliding]
+        linear = self.linear.layers if self.linear else ()
+        kinds = ["full_attention" if window is None else "sliding_attention" for window in self.sliding]
+        return ["linear_attention" if layer in linear else kind for layer, kind in enumerate(kinds)]
+
+    def norm_weight(self, stored_H: torch.Tensor) -> torch.Tensor:
+        """Return the factors that a canonical norm multiplies by, ``[H]``."""
+        return stored_H.float() + 1.0 if self.zero_centred else stored_H
 
 
 class Source(ABC):
@@ -119,12 +133,14 @@ class Source(ABC):
         reference: A publication on the family.
         fields: The keys of its configuration class in transformers with type and default, which hold for keys that
             ``config.json`` leaves out; without them no key is completed.
+        only_five: Whether transformers 4.57 does not have it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
     fields: ClassVar[Fields] = {}
+    only_five: ClassVar[bool] = False
 
     @abstractmethod
     def spec(self, config: Mapping[str, Any]) -> DenseSpec:
@@ -147,18 +163,35 @@ def canonical_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
     """Return every canonical tensor with its shape, in the order of a forward pass, without a tied head."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(spec).items()}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(spec, layer).items()}
     shapes["model.norm.weight"] = (spec.hidden_size,)
     if not spec.tie_word_embeddings:
         shapes["lm_head.weight"] = (spec.vocab_size, spec.hidden_size)
     return shapes
 
 
-def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
+def layer_shapes(spec: DenseSpec, layer: int) -> dict[str, tuple[int, ...]]:
     """Return the canonical tensors of one layer, without the prefix ``model.layers.N.``."""
-    hidden, q, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden = spec.hidden_size
     shapes: dict[str, tuple[int, ...]] = {} if spec.post_norm else {"input_layernorm.weight": (hidden,)}
-    for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+    linear = spec.linear is not None and layer in spec.linear.layers
+    shapes |= spec.linear.shapes(hidden) if spec.linear is not None and linear else _attention_shapes(spec)
+    if not spec.parallel:
+        shapes["post_attention_layernorm.weight"] = (hidden,)
+    width = spec.intermediate_size
+    for name, rows, columns in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
+        shapes[f"mlp.{name}.weight"] = (rows, columns)
+        if spec.mlp_bias:
+            shapes[f"mlp.{name}.bias"] = (rows,)
+    if spec.post_norm:
+        shapes["post_feedforward_layernorm.weight"] = (hidden,)
+    return shapes
+
+
+def _attention_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
+    hidden, q, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, rows in (("q_proj", 2 * q if spec.gated_attention else q), ("k_proj", kv), ("v_proj", kv)):
         shapes[f"self_attn.{name}.weight"] = (rows, hidden)
         if spec.qkv_bias:
             shapes[f"self_attn.{name}.bias"] = (rows,)
@@ -169,15 +202,6 @@ def layer_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
         widths = (q, kv) if spec.qk_norm == "whole" else (spec.head_dim, spec.head_dim)
         names = ("query_layernorm", "key_layernorm") if spec.qk_norm == "turned" else ("q_norm", "k_norm")
         shapes |= {f"self_attn.{name}.weight": (rows,) for name, rows in zip(names, widths, strict=True)}
-    if not spec.parallel:
-        shapes["post_attention_layernorm.weight"] = (hidden,)
-    width = spec.intermediate_size
-    for name, rows, columns in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
-        shapes[f"mlp.{name}.weight"] = (rows, columns)
-        if spec.mlp_bias:
-            shapes[f"mlp.{name}.bias"] = (rows,)
-    if spec.post_norm:
-        shapes["post_feedforward_layernorm.weight"] = (hidden,)
     return shapes
 
 
@@ -223,12 +247,15 @@ def number(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def rope_parameters(config: Mapping[str, Any], theta: float = DEFAULT_THETA) -> dict[str, Any]:
+def rope_parameters(
+    config: Mapping[str, Any], theta: float = DEFAULT_THETA, *, with_images: bool = False
+) -> dict[str, Any]:
     """Return rope as transformers 5 spells it, from either spelling (a non-null ``rope_scaling`` takes precedence).
 
     Args:
         config: ``config.json``.
         theta: The base if the configuration names none.
+        with_images: Keep the sections of positions of images; those of text are equal in all sections.
 
     Raises:
         CheckpointError: The value is not a mapping, or holds one set per layer type.
@@ -243,7 +270,7 @@ def rope_parameters(config: Mapping[str, Any], theta: float = DEFAULT_THETA) -> 
     rope.setdefault("rope_theta", config.get("rope_theta", theta))
     if rope["rope_theta"] is None:
         raise CheckpointError("config.json: rope_theta = None, but it must be a finite number above 0.")
-    if rope.get("mrope_section"):
+    if rope.get("mrope_section") and not with_images:
         raise CheckpointError(
             "config.json: multimodal rope (mrope_section) belongs to a vision model, not to a dense text model."
         )
@@ -279,7 +306,7 @@ def common(family: str, config: Mapping[str, Any], **known: Any) -> DenseSpec:
         "head_dim": positive(config, "head_dim", max(hidden // heads, 1)),
         "max_position_embeddings": positive(config, "max_position_embeddings", 2048),
         "rms_norm_eps": number(config, "rms_norm_eps", 1e-6),
-        "rope": rope_parameters(config),
+        "rope": known.get("rope") or rope_parameters(config),
         "hidden_act": config.get("hidden_act", "silu"),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "partial_rotary_factor": 1.0,

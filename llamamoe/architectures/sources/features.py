@@ -29,6 +29,14 @@ def source_features(dense: DenseSpec) -> dict[str, str]:
         found["no_qk_norm"] = "attention without an RMSNorm on queries and keys (it always applies one)"
     if dense.post_norm:
         found["post_norm"] = "norms after attention and FFN instead of before them"
+    if dense.linear is not None:
+        found["linear"] = (
+            f"gated delta networks in place of attention ({len(dense.linear.layers)} of {dense.num_layers} layers)"
+        )
+    if dense.gated_attention:
+        found["gated_attention"] = "gates on the outputs of attention"
+    if dense.zero_centred:
+        found["zero_centred"] = "norms by 1 + w, whose weights may round when 1 is added"
     if dense.parallel:
         found["parallel"] = "attention and FFN side by side, behind one norm"
     if dense.layer_norm:

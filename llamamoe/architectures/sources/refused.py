@@ -46,8 +46,6 @@ REFUSED: Mapping[str, str] = {
     "phi": _NO_GATE,
     "qwen2_5_vl": _ONE_TEXT_MODEL,
     "qwen2_vl": _ONE_TEXT_MODEL,
-    "qwen3_5_text": "most layers have a gated delta network in place of attention. qwen3_5_moe_text has it, too, with the FFN of "
-    "qwen2_moe, and would be exact, but is not a target here yet; every other target has attention only",
     "stablelm": "its norms subtract the mean and have biases (LayerNorm): norms of mixtures have none",
     "starcoder2": _NO_GATE,
 }

@@ -148,7 +148,7 @@ class Target(ABC):
         """Yield norms and attention of one layer; by default every canonical tensor under its own name."""
         prefix = f"model.layers.{layer}."
         turned = {"q_proj": dense.num_heads, "k_proj": dense.num_kv_heads} if self.turns_neighbours(dense) else {}
-        for name, shape in layer_shapes(dense).items():
+        for name, shape in layer_shapes(dense, layer).items():
             if not name.startswith("mlp."):
                 role: Role = "norm" if "norm" in name else "attention"
                 heads = turned.get(name.split(".")[-2], 0)
@@ -157,7 +157,7 @@ class Target(ABC):
     def dense_ffn_tensors(self, dense: DenseSpec, layer: int) -> Iterator[OutTensor]:
         """Yield the FFN of a layer that stays dense."""
         prefix = f"model.layers.{layer}."
-        for name, shape in layer_shapes(dense).items():
+        for name, shape in layer_shapes(dense, layer).items():
             if name.startswith("mlp."):
                 yield OutTensor(prefix + name, shape, "dense_ffn", Copy(prefix + name), layer)
 

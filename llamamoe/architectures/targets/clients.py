@@ -75,6 +75,7 @@ CLIENTS: tuple[Client, ...] = (
             "qwen2_moe --rescale unit": Result(
                 "same", "in float32; in bfloat16 it rounds the router's probabilities, so that experts tie"
             ),
+            "qwen3_5_moe_text": _UNKNOWN,
             "qwen3_moe": _SAME,
         },
     ),
@@ -100,6 +101,7 @@ CLIENTS: tuple[Client, ...] = (
                 "converter takes the folder, and the result differs",
             ),
             "qwen2_moe --rescale unit": _SAME,
+            "qwen3_5_moe_text": _NO_GGUF,
             "qwen3_moe": _NO_GGUF,
         },
     ),
@@ -121,6 +123,7 @@ CLIENTS: tuple[Client, ...] = (
             "mixtral": _SAME,
             "qwen2_moe": _UNKNOWN,
             "qwen2_moe --rescale unit": _UNKNOWN,
+            "qwen3_5_moe_text": _UNKNOWN,
             "qwen3_moe": _SAME,
         },
     ),

@@ -10,6 +10,7 @@ from ..moe_layout import MoeLayout, Neurons, OutTensor
 from ..sources.base import DenseSpec
 from ..sources.features import source_features
 from .base import Target
+from .qwen3_5_moe_text import HYBRID, hybrid_keys
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ _FORMS = (
         | {"logits_scaling"},
         "all or none",
     ),
+    _Form("qwen3_5_text", "Qwen3_5ForCausalLM", HYBRID, "all or none"),
     _Form("seed_oss", "SeedOssForCausalLM", frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias"}), "any"),
 )
 
@@ -119,7 +121,7 @@ def _form(dense: DenseSpec) -> _Form:
 
 
 class Dense(Target):
-    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, HunYuan V1, OLMo 2, SmolLM3, Cohere 2 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
+    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, HunYuan V1, OLMo 2, SmolLM3, Cohere 2, Qwen3.5 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
 
     Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w), ERNIE 4.5 (other rotary pairs) and InternLM3 as
     Llama, where those hold them.
@@ -136,9 +138,9 @@ class Dense(Target):
         return _refusals(_form(dense), dense)
 
     def majors(self, dense: DenseSpec) -> tuple[str, ...]:
-        """See `Target.majors`: 4.57 accepts no rope scaling as it is written for OLMo 2."""
-        scaled = dense.rope["rope_type"] != "default"
-        return ("5",) if scaled and _form(dense).model_type == "olmo2" else super().majors(dense)
+        """See `Target.majors`: 4.57 has no Qwen3.5, and accepts no rope scaling as it is written for OLMo 2."""
+        scaled, form = dense.rope["rope_type"] != "default", _form(dense).model_type
+        return ("5",) if form == "qwen3_5_text" or (scaled and form == "olmo2") else super().majors(dense)
 
     def dense_layer_refusal(self, dense_layers: tuple[int, ...], num_layers: int) -> str | None:
         """See `Target.dense_layer_refusal`: the configuration has one ``intermediate_size``."""
@@ -170,6 +172,8 @@ class Dense(Target):
             keys |= _windows(form, dense)
         elif "window" in form.holds:
             keys["sliding_window"] = dense.window
+        if dense.linear is not None:
+            keys |= hybrid_keys(dense)
         if form.model_type == "cohere2":
             keys |= {"layer_norm_eps": dense.rms_norm_eps, "logit_scale": 1.0 / dense.logits_scaling}
         elif "no_rope" in form.holds:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from ..moe_layout import NEARLY_ZERO, Constant, MoeLayout, OutTensor, Router, expert_tensors, shared_tensors
+from ..moe_layout import NEARLY_ZERO, Constant, MoeLayout, OutTensor, Router, Weighting, expert_tensors, shared_tensors
 from ..sources.base import DenseSpec, layer_shapes, positive, windows_by_type
 from .base import Target
 
@@ -22,9 +22,9 @@ class Qwen2Moe(Target):
     architecture = "Qwen2MoeForCausalLM"
     summary = "softmax routing and a shared expert of any width (its sigmoid gate is fixed at one half)"
     reference = "arXiv:2407.10671"
-    weightings = ("renormalised", "softmax")
+    weightings: ClassVar[tuple[Weighting, ...]] = ("renormalised", "softmax")
     shared = "any"
-    dense_layers = "any"
+    dense_layers: ClassVar[Literal["none", "any"]] = "any"
     shared_bake = 2.0
     unties = True
     holds = frozenset({"no_qk_norm", "qkv_bias", "head_dim", "window", "mixed_windows"})
@@ -58,7 +58,7 @@ class Qwen2Moe(Target):
         """See `Target.attention_tensors`."""
         yield from super().attention_tensors(dense, layout, layer)
         if not dense.qkv_bias:
-            shapes = layer_shapes(dense)
+            shapes = layer_shapes(dense, layer)
             for name in ("q_proj", "k_proj", "v_proj"):
                 rows = shapes[f"self_attn.{name}.weight"][0]
                 yield OutTensor(f"model.layers.{layer}.self_attn.{name}.bias", (rows,), "attention", Constant(), layer)

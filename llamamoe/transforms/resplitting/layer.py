@@ -71,7 +71,7 @@ def mixture_ffn(source: ConvertedModel, layer: int) -> MixtureFfn:
     )
     norm = torch.ones(source.spec.hidden_size)
     if not source.spec.post_norm:
-        norm = source.read(f"model.layers.{layer}.{source.spec.ffn_norm}")
+        norm = source.spec.norm_weight(source.read(f"model.layers.{layer}.{source.spec.ffn_norm}"))
     return MixtureFfn.of(moe, norm)
 
 

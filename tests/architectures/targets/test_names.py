@@ -24,7 +24,7 @@ ROUTED = [target for target in TARGETS if target.routed]
 def plan_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[Target]], SplitPlan]:
     """The plan of a conversion to a target, from the first family that it can hold."""
     folder = tmp_path_factory.mktemp("dense")
-    variants = ("llama", "qwen3", "granite", "olmo2", "hunyuan_v1_dense", "cohere2")
+    variants = ("llama", "qwen3", "granite", "olmo2", "hunyuan_v1_dense", "cohere2", "qwen3_5_text")
     dense = [make_dense(folder / variant, variant, num_attention_heads=8) for variant in variants]
 
     def get(target: type[Target]) -> SplitPlan:
