@@ -12,8 +12,9 @@ from ..architectures.sources.base import DenseSpec
 from ..calibration.compute import MAX_LENGTH, MEMORY_BYTES, MIN_TOKENS, REFERENCE_FLOPS
 from ..data.files import find_files, unpacked_bytes
 from ..errors import RefusedError
-from ..methods.layer import BATCH_TOKENS
+from ..methods.layer import batch_tokens
 from ..methods.repairs import REPAIRS
+from ..methods.repairs.least_squares import MOST_PLACES
 from .attention_cost import attention_bytes, attention_flops
 from .defaults import Chosen
 
@@ -175,8 +176,10 @@ def _layer_flops(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, tokens: int
     per_token = SWEEPS * sweep + dense + 2 * moe
     solve = 0
     if chosen.recipe.repairs:
-        per_token += passes * (dense + 2 * moe + places * places)
-        solve = passes * (places**3 // 3 + 4 * places * places * spec.hidden_size)
+        solved = min(places, MOST_PLACES)
+        sweeps = -(-places // max(solved, 1))
+        per_token += passes * (sweeps * (dense + moe) + moe + places * solved)
+        solve = passes * places * (solved * solved // 3 + 4 * solved * spec.hidden_size)
     return tokens * per_token + solve
 
 
@@ -188,7 +191,7 @@ def _peak_bytes(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, *, attention
     places, hidden = _places(layout), spec.hidden_size
     weights = 4 * 3 * places * hidden
     attention = 4 * hidden * 2 * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
-    batch = 4 * BATCH_TOKENS * (4 * max(places, spec.intermediate_size) + 6 * hidden)
+    batch = 4 * batch_tokens(places) * (4 * max(places, spec.intermediate_size) + 6 * hidden)
     total = attention + 4 * 3 * spec.intermediate_size * hidden + weights + batch
     table = 4 * spec.vocab_size * hidden * (1 if spec.tie_word_embeddings else 2)
     working = 0

@@ -186,6 +186,8 @@ class ExpertWeights:
 
 
 BATCH_TOKENS = 4096
+BATCH_NUMBERS = 2**27
+"""Maximum number of activations of a batch: half a gigabyte in float32."""
 CACHE_BYTES = 1 << 30
 """Maximum size of the parent's activations up to which they are cached for repeated use."""
 
@@ -259,6 +261,11 @@ class LayerInputs:
         gate_FH, up_FH = (w.to(self.device, self.compute_dtype) for w in (gate_FH, up_FH))
         for x_BH in self.inputs():
             yield activate(x_BH @ gate_FH.T, hidden_act) * (x_BH @ up_FH.T).float()
+
+
+def batch_tokens(places: int) -> int:
+    """Return the tokens of a batch for a layer of P = ``places``: fewer than `BATCH_TOKENS` if it is very wide."""
+    return max(1, min(BATCH_TOKENS, BATCH_NUMBERS // max(places, 1)))
 
 
 def activate(gate_BF: torch.Tensor, hidden_act: str) -> torch.Tensor:

@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from ...plugins import PluginOptions
-from ..layer import BATCH_TOKENS, ExpertWeights, FfnWeights, LayerContext, TokenWeighting
+from ..layer import ExpertWeights, FfnWeights, LayerContext, TokenWeighting, batch_tokens
 from ..moe_layer import ConvertedFfn
 from ..solvers.correction import Penalty, corrected
-from ..solvers.normal_equations import normal_equations
+from ..solvers.normal_equations import blocks, normal_equations
 from .base import Repair
 
+MOST_PLACES = 16384
+"""Maximum number of places that are solved together: two gigabytes for a Gram matrix."""
 LEAST_RIDGE = 1e-6
 """Minimum strength, below which the Gram matrix's rounding in float32 dominates."""
 
@@ -43,6 +45,9 @@ class LeastSquares(Repair):
     text it can be, if there are few tokens and the ridge is weak. ``ridge: auto`` uses for every layer the strength
     that is best on a fifth of the tokens, which are held out for that, and then fits on all of them; if none is
     better than D0, nothing changes.
+
+    A layer of more than `MOST_PLACES` is refitted block after block of experts, each to the error that those before it
+    leave: one sweep of block Gauss-Seidel, whose memory does not grow with the square of P.
     """
 
     name = "least_squares"
@@ -67,13 +72,23 @@ class LeastSquares(Repair):
     options: Options
 
     def repair(self, moe: ConvertedFfn, ffn: FfnWeights, context: LayerContext) -> ExpertWeights:
-        """See `Repair.repair`. O(T P (H + P)) for the sums, O(P^3) for each solution in float64."""
+        """See `Repair.repair`. O(T P (H + P)) for the sums of a block, O(P^3) for each solution in float64."""
         options = self.options
-        sums = normal_equations(moe, ffn, context, options.weighting, hold_out=options.ridge == "auto")
-        down_HP = corrected(moe.weights.down_HP, sums, options.ridge, options.penalty)
-        return moe.weights if down_HP is moe.weights.down_HP else replace(moe.weights, down_HP=down_HP)
+        for block in blocks(moe.partition, MOST_PLACES):
+            sums = normal_equations(moe, ffn, context, options.weighting, block, hold_out=options.ridge == "auto")
+            before_HQ = moe.weights.down_HP[:, block.places]
+            after_HQ = corrected(before_HQ, sums, options.ridge, options.penalty)
+            if after_HQ is not before_HQ:
+                down_HP = moe.weights.down_HP.clone()
+                down_HP[:, block.places] = after_HQ
+                moe = replace(moe, weights=replace(moe.weights, down_HP=down_HP))
+        return moe.weights
 
     @classmethod
     def working_bytes(cls, places: int, hidden_size: int) -> int:
-        """See `Repair.working_bytes`: four ``[P, P]`` and five ``[P, H]`` in float64 (auto), a batch of activations."""
-        return 8 * places * (4 * places + 5 * hidden_size) + 4 * BATCH_TOKENS * (4 * places + 2 * hidden_size)
+        """See `Repair.working_bytes`: four ``[Q, Q]`` and five ``[Q, H]`` in float64 (auto), a batch of activations."""
+        solved = min(places, MOST_PLACES)
+        batch = 4 * batch_tokens(places) * (4 * places + 2 * hidden_size)
+        return (
+            8 * solved * (4 * solved + 5 * hidden_size) + batch + (4 * places * hidden_size if places > solved else 0)
+        )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ...lazy import torch
 from ...numerics import check_finite, double_device
-from ..layer import PADDING, FfnWeights, LayerContext, LayerInputs, TokenWeighting, token_scales
+from ..layer import PADDING, FfnWeights, LayerContext, LayerInputs, Partition, TokenWeighting, token_scales
 from ..moe_layer import ConvertedFfn, MixtureFfn, dense_outputs
 
 BLOCK_PLACES = 512
@@ -52,24 +53,55 @@ class NormalEquations:
         return self.gram_PP if len(places) == len(self.gram_PP) else self.gram_PP[places][:, places]
 
 
+@dataclass(frozen=True)
+class Block:
+    """Places of a layer whose equations are solved together: experts, and before the first of them the shared ones.
+
+    Attributes:
+        places: The places.
+        experts: Their experts.
+        shared: Number of shared places among them.
+        width: Places of an expert.
+    """
+
+    places: slice
+    experts: slice
+    shared: int
+    width: int
+
+
+def blocks(partition: Partition, most_places: int) -> list[Block]:
+    """Return consecutive blocks of at most ``most_places``, but of one expert, or the shared places, at least."""
+    shared, (num_experts, width) = len(partition.shared), partition.experts.shape
+    at_once = max(1, most_places // max(width, 1))
+    first = min(num_experts, max(0 if shared else 1, (most_places - shared) // max(width, 1)))
+    ends = [first, *range(first + at_once, num_experts, at_once), *([num_experts] if first < num_experts else [])]
+    found = [Block(slice(0, shared + first * width), slice(0, first), shared, width)]
+    for start, stop in pairwise(ends):
+        found.append(Block(slice(shared + start * width, shared + stop * width), slice(start, stop), 0, width))
+    return found
+
+
 def normal_equations(
     moe: ConvertedFfn,
     ffn: FfnWeights,
     context: LayerContext,
-    weighting: TokenWeighting = "none",
+    weighting: TokenWeighting,
+    block: Block,
     *,
     hold_out: bool = False,
 ) -> list[NormalEquations]:
-    """Sum over all calibration tokens, products in float32, sums over batches in float64.
+    """Sum over all calibration tokens for a block of places, products in float32, sums over batches in float64.
 
     An expert's rows are summed over the tokens that selected it only, and each pair of experts once: O(T P H) for
-    the outputs and about ``T (S + k W)^2 / 2`` products for the Gram. Memory: ``P (P + H)`` doubles for each sum.
+    the outputs and about ``T (S + k W)^2 / 2`` products for the Gram. Memory: ``Q (Q + H)`` doubles for each sum of Q places.
 
     Args:
         moe: The layer to repair.
         ffn: The parent's FFN.
         context: The context with the calibration inputs.
         weighting: ``"residual"`` divides every token's error by the root mean square of its residual stream.
+        block: The places.
         hold_out: Whether to sum the tokens of every fifth run separately.
 
     Returns:
@@ -80,7 +112,7 @@ def normal_equations(
     """
     inputs = context.inputs
     device = double_device(inputs.device)
-    slots = torch.from_numpy(moe.partition.slots).to(device)
+    slots = torch.from_numpy(moe.partition.slots)[block.places].to(device)
     sums = []
     for _ in range(1 + hold_out):
         gram = torch.zeros(len(slots), len(slots), dtype=torch.float64, device=device)
@@ -88,16 +120,17 @@ def normal_equations(
         sums.append(NormalEquations(gram, cross, slots))
     fold_T = held_out_tokens(inputs.num_tokens).long() if hold_out else torch.zeros(inputs.num_tokens).long()
     scales = token_scales(inputs, weighting)
-    for part, batch in zip(inputs.batches(), residuals(moe, ffn, inputs), strict=True):
+    for part, (hidden, residual, weights) in zip(inputs.batches(), residuals(moe, ffn, inputs), strict=True):
+        batch = hidden[:, block.places], residual, weights[:, block.experts]
         if scales is not None:
             scale_B1 = scales[part].to(inputs.device)[:, None]
             batch = batch[0] * scale_B1, batch[1] * scale_B1, batch[2]
         for fold, into in enumerate(sums):
             rows = (fold_T[part] == fold).nonzero().flatten().to(inputs.device)
             hidden_BP, residual_BH, weights_BN = batch if len(rows) == len(batch[0]) else (t[rows] for t in batch)
-            _add(into, hidden_BP, residual_BH, weights_BN, moe)
+            _add(into, hidden_BP, residual_BH, weights_BN, block)
     for into in sums:
-        _mirror(into.gram_PP, moe)
+        _mirror(into.gram_PP, block)
         check_finite(context.layer, into.gram_PP.diagonal(), into.cross_PH)
     return sums
 
@@ -155,16 +188,16 @@ def _add(
     hidden_BP: torch.Tensor,
     residual_BH: torch.Tensor,
     weights_BN: torch.Tensor,
-    moe: ConvertedFfn,
+    block: Block,
 ) -> None:
-    """Add one batch: shared x shared, and each block of experts x (shared, itself, later experts)."""
-    shared, (num_experts, width) = len(moe.partition.shared), moe.partition.experts.shape
+    """Add one batch: shared x shared, and each few experts x (shared, themselves, later experts)."""
+    shared, width = block.shared, block.width
     gram, cross, device = into.gram_PP, into.cross_PH, into.gram_PP.device
     if shared:
         left_SB = hidden_BP[:, :shared].T
         gram[:shared, :shared] += (left_SB @ hidden_BP[:, :shared]).to(device)
         cross[:shared] += (left_SB @ residual_BH).to(device)
-    for first, last in _blocks(num_experts, width):
+    for first, last in _few(block):
         start, stop = shared + first * width, shared + last * width
         some = (weights_BN[:, first:last] != 0).any(dim=1)
         left_BP, left_BH = hidden_BP, residual_BH
@@ -177,16 +210,17 @@ def _add(
         cross[start:stop] += (left_WB @ left_BH).to(device)
 
 
-def _mirror(gram: torch.Tensor, moe: ConvertedFfn) -> None:
+def _mirror(gram: torch.Tensor, block: Block) -> None:
     """Fill in the half of the Gram that `_add` leaves out."""
-    shared, (num_experts, width) = len(moe.partition.shared), moe.partition.experts.shape
+    shared, width = block.shared, block.width
     gram[:shared, shared:] = gram[shared:, :shared].T
-    for first, last in _blocks(num_experts, width):
+    for first, last in _few(block):
         start, stop = shared + first * width, shared + last * width
         gram[stop:, start:stop] = gram[start:stop, stop:].T
 
 
-def _blocks(num_experts: int, width: int) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK_PLACES // max(width, 1))
+def _few(block: Block) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last of the block's experts that are summed at a time."""
+    step, num_experts = max(1, BLOCK_PLACES // max(block.width, 1)), block.experts.stop - block.experts.start
     for first in range(0, num_experts, step):
         yield first, min(first + step, num_experts)

@@ -14,6 +14,7 @@ from ...checkpoint.files import make_folder
 from ...checkpoint.tensors import torch_dtype
 from ...conversion.assembly import LayerParts
 from ...lazy import torch
+from ...methods.layer import batch_tokens
 from ...methods.moe_layer import dense_outputs
 from ..finer_experts import FinerExperts
 from .layer import PieceRouting, as_stored, finer_layer, mixture_ffn
@@ -91,7 +92,10 @@ class RoutedPieces:
         """Start the walk; return the layer that it is at: the given one if its inputs are kept, else the first."""
         make_folder(self._folder)
         source = self._routing.source
-        walk = MixtureWalk(source, self._text, self._compute, folder=self._folder, map_inputs=self._map)
+        layout = self._routing.layout
+        tokens = batch_tokens(layout.num_experts * layout.expert_width)
+        keys = {"folder": self._folder, "map_inputs": self._map, "batch_tokens": tokens}
+        walk = MixtureWalk(source, self._text, self._compute, **keys)
         self._walk = walk
         if layer > 0 and self._states.holds(layer, walk.buffers[layer % 2]):
             return layer

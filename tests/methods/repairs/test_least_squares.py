@@ -11,7 +11,9 @@ import torch
 from llamamoe.errors import LlamaMoeError
 from llamamoe.methods.layer import PADDING, ExpertWeights, FfnWeights, LayerInputs
 from llamamoe.methods.moe_layer import ConvertedFfn
+from llamamoe.methods.repairs import least_squares
 from llamamoe.methods.repairs.least_squares import LeastSquares
+from llamamoe.methods.solvers.normal_equations import blocks
 from llamamoe.numerics import solve_ridge
 from tests.converted import (
     EXPERTS,
@@ -42,17 +44,21 @@ def reference(
     ridge: float,
     scale_T: np.ndarray | None = None,
     penalty: str = "mean",
+    places: slice = slice(None),
 ) -> np.ndarray:
-    """float64 ``[H, P]``: ridge regression as stacked rows, on real places that are ever active."""
+    """float64 ``[H, P]``: ridge regression as stacked rows, on real places that are ever active; others are fixed."""
     scale_T = np.ones(inputs.num_tokens) if scale_T is None else scale_T
     h = plain_weighted_hidden(moe, inputs.x_TH) * scale_T[:, None]
     y = plain_dense(ffn, inputs.x_TH) * scale_T[:, None]
-    kept = np.flatnonzero((h != 0).any(0) & (moe.partition.slots != PADDING))
+    asked = np.zeros(h.shape[1], bool)
+    asked[places] = True
+    kept = np.flatnonzero((h != 0).any(0) & (moe.partition.slots != PADDING) & asked)
     power = np.array([h[:, p] @ h[:, p] for p in kept])
     lower_median = np.sort(power)[(len(power) - 1) // 2]
     unit = {"mean": power.mean() + 0 * power, "median": lower_median + 0 * power, "balanced": np.sqrt(lower_median * power)}  # fmt: skip
     pull = np.diag(np.sqrt(ridge * unit[penalty]))
     down = moe.weights.down_HP.double().numpy().copy()
+    y = y - h[:, ~asked] @ down[:, ~asked].T
     rows = np.vstack([h[:, kept], pull])
     aim = np.vstack([y, pull @ down[:, kept].T])
     down[:, kept] = np.linalg.lstsq(rows, aim, rcond=None)[0].T
@@ -224,3 +230,23 @@ def test_a_gram_spoilt_by_rounding_is_solved_on_what_it_can_be() -> None:
 
 def test_memory_estimate_covers_the_two_grams() -> None:
     assert LeastSquares.working_bytes(1000, 10) >= 2 * 8 * 1000**2
+
+
+@pytest.mark.parametrize(("kind", "most"), [("padded", 11), ("padded", 3), ("plain", 12), ("plain", 1)])
+def test_a_wide_layer_is_refitted_block_after_block(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn, inputs = make_ffn(), make_inputs()
+    moe = make_moe(ffn, make_partition(kind))
+    joint = repaired(moe, ffn, inputs)
+    parts = blocks(moe.partition, most)
+    assert len(parts) > 1
+    covered = [place for part in parts for place in range(part.places.start, part.places.stop)]
+    assert covered == list(range(len(moe.partition.slots)))
+    monkeypatch.setattr(least_squares, "MOST_PLACES", most)
+    found = repaired(moe, ffn, inputs)
+    want = moe
+    for part in parts:
+        down = torch.from_numpy(reference(want, ffn, inputs, 0.002, places=part.places)).float()
+        want = replace(want, weights=replace(want.weights, down_HP=down))
+    np.testing.assert_allclose(found.down_HP.numpy(), want.weights.down_HP.numpy(), rtol=1e-3, atol=1e-4)
+    errors = [np.square(plain_error(moe, ffn, inputs.x_TH, each.down_HP)).sum() for each in (joint, found, moe.weights)]
+    assert errors == sorted(errors)
