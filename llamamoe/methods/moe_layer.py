@@ -77,7 +77,8 @@ class ConvertedFfn:
         """Yield ``h~``, each place's activation times its weight, in batches float32 ``[B, P]`` on the inputs' device."""
         hidden = inputs.hidden(self.weights, self.hidden_act)
         for x_BH, h_BP in zip(inputs.inputs(), hidden, strict=True):
-            yield h_BP * self.place_weights(self.expert_weights(x_BH))
+            # in place, because the generators of several candidates hold their activations at a time
+            yield h_BP.mul_(self.place_weights(self.expert_weights(x_BH)))
 
     def outputs(self, inputs: LayerInputs) -> Iterator[torch.Tensor]:
         """Yield the layer's outputs in batches float32 ``[B, H]`` on the inputs' device. O(T P H)."""
