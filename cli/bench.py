@@ -156,8 +156,9 @@ def _print_llama_cpp(found: LlamaCppSpeeds) -> None:
     table(("", found.model, found.against or "", "x parent" if parent else ""), rows, right=range(1, 4))
     echo()
     paragraph(
-        f"Medians of {found.repeats} turns in which the models alternate, with the smallest and largest ratio. `decode` with a number is "
-        "that of so many sequences together; prompts and continuations are random tokens."
+        f"Medians of {found.repeats} turns in which the models alternate. `x parent` is the median of the turns' ratios with the smallest "
+        "and largest, and not the ratio of the medians: other load changes both models of a turn. `decode` with a number is that of so "
+        "many sequences together; prompts and continuations are random tokens."
     )
 
 

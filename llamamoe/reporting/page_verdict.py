@@ -11,11 +11,11 @@ from .page_words import ffn_share, parent_of, times_parent
 
 LARGE_TEXT = 65_536
 """Calibration tokens from which more text helps little; the default."""
-_MEASURED = "SmolLM2-135M loses a factor of 1.4 to 1.6 layer by layer, and 1.33 if all layers learn jointly"
+_MEASURED = "SmolLM2-135M loses a factor of 1.4 to 1.7 layer by layer, and 1.33 if all layers learn jointly"
 """BENCHMARKS.md, "SmolLM2-135M, beside measured speed"."""
-_CLOSE, _USUAL, _BROKEN = 1.05, 1.65, 10.0
+_CLOSE, _USUAL, _BROKEN = 1.05, 1.75, 10.0
 """Perplexity over the parent's up to which nothing is lost, up to which a calibrated half of an FFN is usual
-(BENCHMARKS.md, "Calibrated conversion: quality": 1.51 after 65,536 tokens, 1.44 after 196,608, for SmolLM2-135M), and
+(BENCHMARKS.md: 1.51 to 1.69 after 65,536 tokens, depending on the shape, 1.44 after 196,608, for SmolLM2-135M), and
 from which a model is not usable."""
 
 
@@ -84,8 +84,8 @@ def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
     tokens = _tokens(model)
     if tokens is not None and tokens < LARGE_TEXT // 2:
         return (
-            f"That is more than needed: it was calibrated on only {whole(tokens)} tokens. SmolLM2-135M loses a factor of 1.51 with "
-            f"{whole(LARGE_TEXT)}, half of its FFN, experts of 16 neurons and the first layer dense."
+            f"That is more than needed: it was calibrated on only {whole(tokens)} tokens. SmolLM2-135M with half of its FFN loses a factor "
+            f"of about 2.1 with {whole(8192)} tokens of web text, and 1.5 to 1.7 with {whole(LARGE_TEXT)}, depending on the shape."
         )
     return f"That is more than usual for half of the FFN: {_MEASURED}."
 
