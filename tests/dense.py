@@ -192,7 +192,10 @@ def make_dense(
         **keys: More configuration keys; ``max_shard_size`` goes to ``save_pretrained``.
     """
     save = {"max_shard_size": keys.pop("max_shard_size")} if "max_shard_size" in keys else {}
-    config = AutoConfig.for_model(**{**COMMON, **VARIANTS[variant], **keys})
+    given = {**COMMON, **VARIANTS[variant], **keys}
+    if "layer_types" in given:
+        given["layer_types"] = given["layer_types"][: given["num_hidden_layers"]]
+    config = AutoConfig.for_model(**given)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
