@@ -1,6 +1,6 @@
 """Peak memory of ``llamamoe resplit --top-k`` on a random wide mixture, beside the plan's estimate.
 
-    python -m benchmarks.finer_memory --work /big/disk [--experts 32] [--width 384] [--most 16384 4096]
+    python -m benchmarks.finer_memory --work /big/disk [--experts 32] [--width 384] [--most 32768 4096]
 
 ``--most`` are values of `MOST_PLACES` of the repair ``least_squares``, the number of neurons that it solves for together. The peak is
 that of torch's allocator (`benchmarks.meters`).
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--most", type=int, nargs="*", default=[16384, 4096])
+    parser.add_argument("--most", type=int, nargs="*", default=[32768, 4096])
     parser.add_argument("--repair", default="least_squares")
     options = parser.parse_args()
     work = options.work / "finer-memory"

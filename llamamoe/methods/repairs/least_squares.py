@@ -15,8 +15,8 @@ from ..solvers.correction import Penalty, corrected
 from ..solvers.normal_equations import blocks, normal_equations
 from .base import Repair
 
-MOST_PLACES = 16384
-"""Maximum number of places that are solved together: two gigabytes for a Gram matrix."""
+MOST_PLACES = 32768
+"""Maximum number of places that are solved together: the FFN of any dense model, 9 GB for a Gram matrix."""
 LEAST_RIDGE = 1e-6
 """Minimum strength, below which the Gram matrix's rounding in float32 dominates."""
 
