@@ -194,7 +194,7 @@ def make_dense(
     save = {"max_shard_size": keys.pop("max_shard_size")} if "max_shard_size" in keys else {}
     given = {**COMMON, **VARIANTS[variant], **keys}
     if "layer_types" in given:
-        given["layer_types"] = given["layer_types"][: given["num_hidden_layers"]]
+        given["layer_types"] = given["layer_types"][-given["num_hidden_layers"] :]
     config = AutoConfig.for_model(**given)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
