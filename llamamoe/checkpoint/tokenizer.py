@@ -110,12 +110,13 @@ def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]
 
 def _tokenizer_json(tokenizer: Any, given: Path) -> str:
     """Return the tokenizer as JSON: the parent's own text if it is equivalent."""
-    now = json.loads(tokenizer.backend_tokenizer.to_str())
+    now = tokenizer.backend_tokenizer.to_str()
     if given.is_file():
         text = given.read_text(encoding="utf-8")
-        if json.loads(tokenizers.Tokenizer.from_str(text).to_str()) == now:
+        there = tokenizers.Tokenizer.from_str(text).to_str()
+        if there == now or json.loads(there) == json.loads(now):
             return text
-    return json.dumps(now, ensure_ascii=False, indent=2) + "\n"
+    return json.dumps(json.loads(now), ensure_ascii=False, indent=2) + "\n"
 
 
 def _tokenizer_config(tokenizer: Any, *, template_file: bool) -> dict[str, Any]:
