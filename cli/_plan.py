@@ -46,7 +46,7 @@ def print_plan(plan: SplitPlan, source: str, *, verify: bool, verbose: bool) -> 
 
 _QUALITY = (
     "It is not foretold: it depends on model and text. For orientation, SmolLM2-135M with half of its FFN active had 1.6 to 1.7 times its "
-    "parent's perplexity on web text after 65,536 tokens of calibration, and 2.1 times after 8,192; with three quarters active 1.2 times. "
+    "parent's perplexity on web text after 65,536 tokens of calibration, and 2.1 times and more after 8,192; with three quarters active 1.2 times. "
     "`llamamoe evaluate OUT --against SOURCE --text HELD_OUT_TEXT` measures this model."
 )
 """BENCHMARKS.md: "SmolLM2-135M, beside measured speed", the recovery study's starts, and "Calibrated conversion: quality"."""

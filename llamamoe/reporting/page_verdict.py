@@ -84,8 +84,9 @@ def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
     tokens = _tokens(model)
     if tokens is not None and tokens < LARGE_TEXT // 2:
         return (
-            f"That is more than needed: it was calibrated on only {whole(tokens)} tokens. SmolLM2-135M with half of its FFN loses a factor "
-            f"of about 2.1 with {whole(8192)} tokens of web text, and 1.5 to 1.7 with {whole(LARGE_TEXT)}, depending on the shape."
+            f"That is more than needed: it was calibrated on only {whole(tokens)} tokens. With {whole(8192)} tokens of web text SmolLM2-135M "
+            f"with half of its FFN loses a factor of 2.1 in 88 narrow experts with the first layer dense, and more in wider ones; with "
+            f"{whole(LARGE_TEXT)}, 1.5 in those and 1.7 in the default's."
         )
     return f"That is more than usual for half of the FFN: {_MEASURED}."
 

@@ -32,7 +32,7 @@ REFUSALS = {
         "Model type hunyuan_v1_moe not supported",
         "Model type jetmoe not supported",
     ),
-    "llama.cpp": ("a GGUF file can be written for", "norm_topk_prob is false", "jetmoe routes attention, too"),
+    "llama.cpp": ("a GGUF file can be written for", "norm_topk_prob is true", "jetmoe routes attention, too"),
     "mistral.rs": ("Unsupported Hugging Face Transformers -CausalLM model class", "shape mismatch"),
 }
 """The refusal of each program; any other error is a fault of the test itself, such as a broken install."""
