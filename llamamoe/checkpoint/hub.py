@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from glob import escape
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, LlamaMoeError, printable
 from ..lazy import huggingface_hub
+from .files import copy_file, make_folder, open_update, unsynced
 from .reader import (
     ADAPTER,
     CHAT_TEMPLATES,
@@ -69,7 +69,7 @@ def headers_only(text: str, near: Callable[[], str], stack: ExitStack) -> Path:
         CheckpointError, LlamaMoeError: See `download`.
     """
     name, _, revision = text.partition("@")
-    with _explained(text, near):
+    with _explained(text, near), unsynced():
         path, shards, offline = _small_files(name, revision or None)
         if offline or all((path / file).exists() for file in shards):
             return _weights(name, path, shards, offline)
@@ -77,8 +77,8 @@ def headers_only(text: str, near: Callable[[], str], stack: ExitStack) -> Path:
         for pattern in _SMALL:
             for file in path.glob(pattern):
                 target = folder / file.relative_to(path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+                make_folder(target.parent)
+                copy_file(file, target)
         for shard in shards:
             _write_header(name, path.name, folder / shard)
         return folder
@@ -91,7 +91,7 @@ def _write_header(name: str, commit: str, file: Path) -> None:
         for tensor, info in found.tensors.items()
     }
     text = json.dumps(header).encode()
-    with file.open("wb") as out:
+    with open_update(file) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         out.truncate(8 + len(text) + max((info.data_offsets[1] for info in found.tensors.values()), default=0))
 

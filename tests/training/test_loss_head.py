@@ -265,7 +265,7 @@ def test_what_is_not_understood_is_refused() -> None:
     ids = input_ids()
     with pytest.raises(CheckpointError, match="not known"):
         LossHead(model)(model, {"input_ids": ids}, next_token_labels(ids))
-    with pytest.raises(CheckpointError, match="bends or scales"):
+    with pytest.raises(CheckpointError, match="bends its logits"):
         LossHead(dense("gemma2"))
     with pytest.raises(CheckpointError, match="no output head"):
         LossHead(dense().model)
