@@ -347,3 +347,21 @@ def windows_by_type(config: Mapping[str, Any], num_layers: int, default_window: 
             "transformers cannot run it."
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def types_by_interval(config: Mapping[str, Any], key: str, other: str, num_layers: int) -> list[str]:
+    """Return the kind of each layer where only the distance of those with full attention is given.
+
+    Args:
+        config: ``config.json``.
+        key: The key of that distance, 4 if it is left out.
+        other: The kind of the other layers.
+        num_layers: Number of layers.
+
+    Raises:
+        CheckpointError: The distance is 0 or not a whole number.
+    """
+    interval = config.get(key, 4)
+    if not isinstance(interval, int) or not interval:
+        raise CheckpointError(f"config.json: {key} = {interval!r}, but it must be a whole number, not 0.")
+    return [other if (layer + 1) % interval else "full_attention" for layer in range(num_layers)]

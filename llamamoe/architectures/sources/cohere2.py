@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ...errors import CheckpointError
-from .base import DenseSpec, Read, Source, common, number, paired_reads, positive, windows_by_type
+from .base import DenseSpec, Read, Source, common, number, paired_reads, positive, types_by_interval, windows_by_type
 from .fields import DECODER, NUMBER, TOKEN, TOKENS, Field, Fields, sizes
 
 
@@ -42,7 +42,9 @@ class Cohere2(Source):
                 "config.json: sliding_window = None, but transformers cannot run cohere2 without a window."
             )
         bias = bool(config["attention_bias"])
-        types = config["layer_types"] or _layer_types(config, layers)
+        types = config["layer_types"] or types_by_interval(
+            config, "sliding_window_pattern", "sliding_attention", layers
+        )
         windows = windows_by_type({**config, "layer_types": types, "use_sliding_window": True}, layers, None)
         return common(
             self.name,
@@ -60,17 +62,3 @@ class Cohere2(Source):
     def canonical(self, spec: DenseSpec) -> dict[str, Read]:
         """See `Source.canonical`."""
         return paired_reads(spec)
-
-
-def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
-    """Return the kind of each layer's attention where only the number of layers between those without a window is given.
-
-    Raises:
-        CheckpointError: That number is 0.
-    """
-    pattern = config.get("sliding_window_pattern", 4)
-    if not isinstance(pattern, int) or not pattern:
-        raise CheckpointError(
-            f"config.json: sliding_window_pattern = {pattern!r}, but it must be a whole number, not 0."
-        )
-    return ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ...errors import CheckpointError
-from .base import DenseSpec, Source, common, number, positive, rope_parameters
+from .base import DenseSpec, Source, common, number, positive, rope_parameters, types_by_interval
 from .fields import DECODER, NUMBER, TOKEN, TOKENS, Field, Fields, sizes
 from .linear_attention import LinearAttention
 
@@ -53,7 +53,7 @@ def hybrid_spec(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = rope_parameters(config, with_images=True)
     partial = number(rope if "partial_rotary_factor" in rope else config, "partial_rotary_factor", PARTIAL)
     bias, layers = bool(config["attention_bias"]), positive(config, "num_hidden_layers")
-    types = config["layer_types"] or _layer_types(config, layers)
+    types = config["layer_types"] or types_by_interval(config, "full_attention_interval", "linear_attention", layers)
     if len(types) != layers:
         raise CheckpointError(f"config.json: layer_types has {len(types)} entries, but there are {layers} layers.")
     return {
@@ -66,17 +66,3 @@ def hybrid_spec(config: Mapping[str, Any]) -> dict[str, Any]:
         "zero_centred": True,
         "linear": LinearAttention.of(config, types),
     }
-
-
-def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
-    """Return the kind of each layer where only the distance of those with attention is given.
-
-    Raises:
-        CheckpointError: That distance is 0.
-    """
-    interval = config.get("full_attention_interval", 4)
-    if not isinstance(interval, int) or not interval:
-        raise CheckpointError(
-            f"config.json: full_attention_interval = {interval!r}, but it must be a whole number, not 0."
-        )
-    return ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(layers)]
