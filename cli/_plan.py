@@ -98,6 +98,8 @@ def _over(values: Sequence[float]) -> str:
 
 
 def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
+    from llamamoe.transforms.llama_cpp import runs_planned
+
     spec, layout, recipe = plan.model.spec, plan.layout, plan.recipe
     padding = plan.padding_per_layer
     widened = f", including {plural(padding, 'zero neuron')} per layer" if padding else ""
@@ -133,27 +135,16 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         rows.append(("kept dense", ", ".join(map(str, layout.dense_layers))))
     router = recipe.router
     assert router is not None, "the plan resolves it"
+    in_llama_cpp = "; llama.cpp (llamamoe export-gguf)" if runs_planned(plan) else ""
     return [
         *rows,
         ("method", recipe.method.name),
         ("exactness", plan.exactness),
         *([("router", f"{router.name}, {recipe.router_scale}"), ("scaling", _scaling(plan))] if layout.top_k else []),
-        ("loads in", f"transformers {' and '.join(plan.majors)}{_llama_cpp(plan)}"),
+        ("loads in", f"transformers {' and '.join(plan.majors)}{in_llama_cpp}"),
         ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
         ("peak memory", f"about {size(plan.peak_bytes)}, in addition to Python and torch"),
     ]
-
-
-def _llama_cpp(plan: SplitPlan) -> str:
-    from llamamoe.transforms.llama_cpp import ARCHITECTURES, DENSE, differences
-
-    found = (ARCHITECTURES | DENSE).get(plan.config["model_type"])
-    if found is None:
-        return ""
-    layout = plan.layout
-    weighting = layout.combine.weighting if plan.target.routed else found.weighting
-    same = not differences(found, plan.model.spec, layout.dense_layers, weighting)
-    return "; llama.cpp (llamamoe export-gguf)" if same else ""
 
 
 def _scaling(plan: SplitPlan) -> str:

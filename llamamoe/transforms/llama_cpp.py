@@ -9,6 +9,7 @@ from ..architectures.dense_checkpoint import DenseModel
 from ..architectures.moe_checkpoint import ConvertedModel
 from ..architectures.moe_layout import RouterWeighting, Weighting
 from ..architectures.sources.base import DenseSpec
+from ..conversion.plan import SplitPlan
 from ..errors import RefusedError
 
 _SILU = ("silu", "swish")
@@ -49,11 +50,10 @@ def dense_architecture(model: DenseModel) -> Architecture:
     Raises:
         RefusedError: llama.cpp computes a different function.
     """
-    if model.spec.hidden_act not in _SILU:
-        raise RefusedError(
-            f"llama.cpp computes a llama's FFN with SiLU, and this model's is {model.spec.hidden_act!r}."
-        )
-    return DENSE[str(model.checkpoint.config["model_type"])]
+    found = DENSE[str(model.checkpoint.config["model_type"])]
+    if reasons := _differences(found, model.spec):
+        raise RefusedError(_refusal(found, reasons))
+    return found
 
 
 def llama_cpp_architecture(model: ConvertedModel) -> Architecture:
@@ -68,33 +68,48 @@ def llama_cpp_architecture(model: ConvertedModel) -> Architecture:
             f"a GGUF file can be written for {', '.join(ARCHITECTURES)}, but this model is {model.target.name}.",
             hint="Split the parent again with --target granitemoeshared (shared experts) or --target mixtral (none).",
         )
-    reasons = differences(found, spec, model.experts.dense_layers, model.mixing.weighting)
-    if reasons:
+    if reasons := _differences(found, spec, model.experts.dense_layers, model.mixing.weighting):
         raise RefusedError(
-            f"llama.cpp computes {found.name} differently from this model: {'; '.join(reasons)}.",
+            _refusal(found, reasons),
             hint="Split the parent with --target granitemoeshared (shared experts) or mixtral (none), without --keep-dense, and train "
             "that again if this model was trained.",
         )
     return found
 
 
-def differences(
-    found: Architecture, spec: DenseSpec, dense_layers: Sequence[int], weighting: RouterWeighting
+def runs_planned(plan: SplitPlan) -> bool:
+    """Return whether `export_gguf` will accept the architecture of a planned conversion's result."""
+    layout, model_type = plan.layout, plan.config["model_type"]
+    if not plan.target.routed:
+        return model_type in DENSE and not _differences(DENSE[model_type], plan.model.spec)
+    found = ARCHITECTURES.get(plan.target.name)
+    return found is not None and not _differences(found, plan.model.spec, layout.dense_layers, layout.combine.weighting)
+
+
+def _refusal(found: Architecture, reasons: Sequence[str]) -> str:
+    return f"llama.cpp computes {found.name} differently from this model: {'; '.join(reasons)}."
+
+
+def _differences(
+    found: Architecture,
+    spec: DenseSpec,
+    dense_layers: Sequence[int] = (),
+    weighting: RouterWeighting | None = None,
 ) -> list[str]:
     """Return what llama.cpp computes differently from transformers; nothing if it computes the same.
 
     Args:
         found: llama.cpp's architecture.
         spec: Sizes and form of the model without its experts.
-        dense_layers: Layers that are not mixtures.
-        weighting: Normalisation of the router's scores.
+        dense_layers: Layers of a mixture that are not mixtures.
+        weighting: Normalisation of the router's scores; None for a model without a router.
     """
     reasons = []
     if spec.hidden_act not in _SILU:
-        reasons.append(f"it computes experts with SiLU, and theirs is {spec.hidden_act!r}")
+        reasons.append(f"it computes FFNs and experts with SiLU, and this model's use {spec.hidden_act!r}")
     if dense_layers:
         reasons.append(f"it has no dense layers there, and {', '.join(map(str, dense_layers))} are")
-    if weighting != found.weighting:
+    if weighting not in (None, found.weighting):
         scales, asks = ("scales", "false") if found.weighting == "renormalised" else ("does not scale", "true")
         reasons.append(
             f"there it {scales} the weights of selected experts to sum to one, and this model's norm_topk_prob is {asks}"

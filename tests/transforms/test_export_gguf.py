@@ -396,9 +396,9 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(tmp_path: Path) ->
         export_gguf(tmp_path / "a" / "dense", tmp_path / "m.gguf")
     path = make_dense(tmp_path / "e") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
-    with pytest.raises(RefusedError, match="SiLU, and this model's is 'gelu'"):
+    with pytest.raises(RefusedError, match="SiLU, and this model's use 'gelu'"):
         export_gguf(path.parent, tmp_path / "m.gguf")
-    with pytest.raises(RefusedError, match="SiLU, and theirs is 'gelu_pytorch_tanh'"):
+    with pytest.raises(RefusedError, match="SiLU, and this model's use 'gelu_pytorch_tanh'"):
         export_gguf(convert(tmp_path / "c", "gemma", "mixtral", 0), tmp_path / "m.gguf")
     config = json.loads((moe / "config.json").read_text())
     moe = convert(tmp_path / "b", "llama", "mixtral", 0)
