@@ -13,6 +13,7 @@ from ..errors import CheckpointError, UsageError, printable
 from .base import Checkpoint
 from .hub import HUB_ID, download, headers_only
 from .ledger import refuse_unfinished
+from .out_folder import TRAINED
 from .paths import BACKSLASHES
 
 _FORMS = "Give a folder, a .gguf file, a Hub id (org/name) or hf://org/name@revision."
@@ -36,6 +37,11 @@ class Location:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", printable(self.name))
+
+
+def name_with_run(path: Path, name: str) -> str:
+    """Return a model's name; that of a trained model, which is in RUN/model, with the name of RUN before it."""
+    return f"{printable(path.resolve().parent.name)}/{name}" if name == TRAINED else name
 
 
 def is_hub_id(text: str) -> bool:

@@ -19,6 +19,8 @@ RECIPE_FILE, RECEIPT_FILE = "llamamoe_recipe.yaml", "llamamoe_receipt.json"
 HEAL_RECIPE_FILE, HEAL_RECEIPT_FILE = "llamamoe_heal.yaml", "llamamoe_heal.json"
 DERIVED_FILE = "llamamoe_derived.json"
 TRAINING_RECIPE_FILE, TRAINING_RECEIPT_FILE = "recipe.yaml", "llamamoe_training_receipt.json"
+TRAINED = "model"
+"""The folder of the trained model in that of a run of ``pretrain``."""
 MARKS = (RECIPE_FILE, HEAL_RECIPE_FILE, DERIVED_FILE)
 """Files by which a folder is recognised as written by llamamoe."""
 _OURS = {"config.json", INDEX, "README.md", *MARKS, RECEIPT_FILE, HEAL_RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}

@@ -16,6 +16,7 @@ from .._version import __version__
 from ..architectures.expert_weighting import refuse_attention_experts
 from ..architectures.inspect import Inspection, inspect
 from ..checkpoint.files import write_text
+from ..checkpoint.locate import name_with_run
 from ..checkpoint.paths import refuse_windows_path
 from ..data.encoding import windows_of
 from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
@@ -25,7 +26,6 @@ from ..evaluation.scoring import check_ids
 from ..models.devices import pick_device
 from ..models.loading import open_models
 from ..progress import LOADING, Progress, ProgressCallback, counting, ignore_progress
-from ..training.ownership import FINAL
 from ..transforms.export_gguf import runs_in_llama_cpp
 from .origin import plain, provenance, training_runs
 from .walk import Reading
@@ -164,10 +164,8 @@ def _inspected(models: Sequence[str | Path]) -> list[Inspection]:
 
 
 def _named(models: Sequence[Inspection]) -> list[Inspection]:
-    """Return models with distinct names: a trained one is in RUN/model, so RUN is prepended."""
-    names = [
-        f"{Path(each.path).resolve().parent.name}/{each.name}" if each.name == FINAL else each.name for each in models
-    ]
+    """Return models with distinct names."""
+    names = [name_with_run(Path(each.path), each.name) for each in models]
     counted = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     return [replace(each, name=name) for each, name in zip(models, counted, strict=True)]
 

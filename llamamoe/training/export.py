@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ..architectures.targets import TARGETS
 from ..checkpoint.files import write_text
 from ..checkpoint.manifest import FileEntry
-from ..checkpoint.out_folder import TRAINING_RECEIPT_FILE
+from ..checkpoint.out_folder import TRAINED, TRAINING_RECEIPT_FILE
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
@@ -24,7 +24,7 @@ from .lora import merge_adapters
 from .model import BLOCK, finish_folder
 from .moe_layers import CORRECTION_BIAS
 from .native_weights import pending_weights, reshard, save_config
-from .ownership import FINAL, RECIPE, STAGING, close_staging, discard, publish, run_id
+from .ownership import RECIPE, STAGING, close_staging, discard, publish, run_id
 from .recipe import PretrainRecipe
 from .run_folder import complete
 from .saving import all_files, on_all_ranks, write_files, write_index
@@ -35,7 +35,7 @@ _FILE_BYTES = 5 * 10**9
 
 def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) -> Path:
     """Write ``model/``: native, in the requested dtype, whole or not at all."""
-    final, partial = folder / FINAL, folder / STAGING / FINAL
+    final, partial = folder / TRAINED, folder / STAGING / TRAINED
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         reshard(model)
@@ -56,7 +56,7 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         complete(partial, {"run": run_id(folder), "step": trainer.state.global_step}, written)
         if final.exists():
             discard(folder, final)
-        publish(folder, FINAL)
+        publish(folder, TRAINED)
         close_staging(folder)
 
     try:

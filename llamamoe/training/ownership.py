@@ -18,7 +18,7 @@ from .._version import __version__
 from ..checkpoint.files import check_plain_file, remove_temporaries, sync_path, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.manifest import Manifest, read_manifest
-from ..checkpoint.out_folder import TRAINING_RECIPE_FILE
+from ..checkpoint.out_folder import TRAINED, TRAINING_RECIPE_FILE
 from ..errors import CheckpointError, LlamaMoeError, RefusedError
 
 RUN = "llamamoe_run.json"
@@ -27,8 +27,8 @@ MARKER = "llamamoe_complete.json"
 """The manifest of a checkpoint, or of the trained model; written last."""
 STAGING = ".partial"
 """The folder in which checkpoints and the trained model are assembled."""
-RECIPE, METRICS, FACTS, FINAL = TRAINING_RECIPE_FILE, "metrics.jsonl", "facts.json", "model"
-"""The recipe; the metrics; facts about the start, which a resumed run cannot measure again; the trained model."""
+RECIPE, METRICS, FACTS = TRAINING_RECIPE_FILE, "metrics.jsonl", "facts.json"
+"""The recipe; the metrics; facts about the start, which a resumed run cannot measure again."""
 TEACHER = "teacher"
 """The folder of the run that trains the parent first: a run's folder like this one."""
 LOCK = ".lock"
@@ -82,14 +82,14 @@ def check_owned(folder: Path) -> None:
     for name in (LOCK, RUN, RECIPE, METRICS, FACTS):
         check_plain_file(folder / name)
     run = run_id(folder)
-    written = [folder / name for name in (RECIPE, METRICS, FACTS, FINAL, STAGING)]
+    written = [folder / name for name in (RECIPE, METRICS, FACTS, TRAINED, STAGING)]
     there = [path for path in (*named_checkpoints(folder), *written) if path.exists() or path.is_symlink()]
     if run is None and there:
         raise _foreign(there[0], f"is there, but no {RUN}")
     for path in there:
         if path.name == STAGING:
             _check_staging(path, run)
-        elif path.name == FINAL or step_of(path) >= 0:
+        elif path.name == TRAINED or step_of(path) >= 0:
             manifest_of(path, run)
 
 
@@ -228,7 +228,7 @@ def clear(folder: Path) -> None:
     run = run_id(folder)
     if run is None:
         return
-    found = [path for path in (*named_checkpoints(folder), folder / FINAL) if path.exists()]
+    found = [path for path in (*named_checkpoints(folder), folder / TRAINED) if path.exists()]
     for path in found:
         check_removable(path, run)
     if has_teacher(folder):

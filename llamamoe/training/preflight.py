@@ -11,7 +11,7 @@ from ..checkpoint.contents import content_fingerprint
 from ..checkpoint.files import remove_temporaries, write_text
 from ..checkpoint.json_files import read_json
 from ..checkpoint.locate import open_parent
-from ..checkpoint.out_folder import check_apart, check_kind
+from ..checkpoint.out_folder import TRAINED, check_apart, check_kind
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..data.shards import TokenCorpus
 from ..errors import CheckpointError, RefusedError, UsageError
@@ -28,7 +28,6 @@ from .model import check_folder
 from .moe_layers import CORRECTION_BIAS
 from .ownership import (
     FACTS,
-    FINAL,
     METRICS,
     RECIPE,
     begin,
@@ -108,7 +107,7 @@ def check_run_folder(
         UsageError: It already holds a run, or the checkpoint does not exist.
     """
     check_owned(folder)
-    run, model, there = run_id(folder), folder / FINAL, named_checkpoints(folder)
+    run, model, there = run_id(folder), folder / TRAINED, named_checkpoints(folder)
     if resume is False:
         found = [path for path in (*there, model) if path.exists()]
         if not force and (found or (folder / METRICS).exists() or has_teacher(folder)):

@@ -11,10 +11,10 @@ from __future__ import annotations
 from itertools import chain
 from pathlib import Path
 
+from ..checkpoint.out_folder import TRAINED
 from ..errors import RefusedError
 from .changes import Changes
 from .ownership import (
-    FINAL,
     RECIPE,
     TEACHER,
     close_staging,
@@ -61,7 +61,7 @@ def teacher_recipe(recipe: PretrainRecipe) -> PretrainRecipe:
 
 def finished_teacher(out: Path) -> Path | None:
     """Return the model of a finished training of the parent, in the folder of its run; None if it is not finished."""
-    model = out / TEACHER / FINAL
+    model = out / TEACHER / TRAINED
     return model if model.exists() else None
 
 

@@ -15,18 +15,16 @@ from ..architectures.sources import SOURCES
 from ..architectures.sources.base import number
 from ..architectures.targets import TARGETS
 from ..checkpoint.base import FLOAT_DTYPES
-from ..checkpoint.locate import Location
+from ..checkpoint.locate import Location, name_with_run
 from ..checkpoint.out_folder import normal_path
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.text_part import whole_hint
-from ..errors import RefusedError, UsageError, printable
+from ..errors import RefusedError, UsageError
 from ..lazy import torch
 from ..progress import ProgressCallback, ignore_progress
 from .cocktail import TEMPERATURE, cocktail_weights, example_losses
 from .rewrite import Rewriting, check_place, opened, rewrite, same_tensors
 
-TRAINED = "model"
-"""Folder of a run of ``pretrain`` that holds the trained model."""
 _TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _COSMETIC = {
     "_name_or_path", "architectures", "attention_dropout", "dtype", "initializer_range", "llamamoe", "output_router_logits",
@@ -132,8 +130,7 @@ def _facts(locations: Sequence[Location], shares: Sequence[float], temperature: 
 
 
 def _named(place: Location) -> str:
-    """Return a model's name; of the folder ``model`` of a run, the run's too."""
-    return f"{printable(place.path.resolve().parent.name)}/{place.name}" if place.name == TRAINED else place.name
+    return name_with_run(place.path, place.name)
 
 
 def _story(locations: Sequence[Location], shares: Sequence[float]) -> str:

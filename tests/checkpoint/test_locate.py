@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from llamamoe.checkpoint.locate import locate
+from llamamoe.checkpoint.locate import locate, name_with_run
 from llamamoe.checkpoint.reader import INDEX, SafetensorsCheckpoint
 from llamamoe.errors import CheckpointError, LlamaMoeError
 from llamamoe.models.loading import open_model
@@ -285,6 +285,11 @@ def test_a_path_that_looks_like_a_hub_id_gets_proposals_where_nothing_can_be_dow
     hub.unreachable = OfflineModeIsEnabled("offline")
     with pytest.raises(LlamaMoeError, match=r"Did you mean 'models/SmolLM2-135M'\? (Unset|Check)"):
         locate("models/SmolLM2")
+
+
+def test_a_trained_model_is_named_with_its_run(tmp_path: Path) -> None:
+    assert name_with_run(tmp_path / "run\x1b" / "model", "model") == "run\\x1b/model"
+    assert name_with_run(tmp_path / "moe", "moe") == "moe"
 
 
 def test_a_missing_source_names_similar_checkpoints_beside_it(hub: Hub, tmp_path: Path) -> None:
