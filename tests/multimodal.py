@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from tests.dense import COMMON, VARIANTS, make_tokenizer
+from tests.dense import COMMON, VARIANTS, make_qwen_tokenizer, make_tokenizer
 
 IMAGE = 127
 """The id of an image's tokens, the last of the tokenizer's."""
 _VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 _CLIP = {**_VISION, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 16}
 _SIGLIP = {**_VISION, "model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8}
+_QWEN = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+         "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 16}  # fmt: skip
 _GRID = {"image_grid_pinpoints": [[16, 16]], "vision_feature_layer": -1}
 WRAPPERS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     "llava": ({"vision_config": _CLIP}, (1, 3, 16, 16), 4),
@@ -41,6 +43,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
         (1, 1, 3, 16, 16),
         1,
     ),
+    "qwen3_5": ({"vision_config": _QWEN}, (24, 96), 6),
 }
 """Configuration keys beside the text model's, the shape of an image, and the number of its tokens."""
 
@@ -65,7 +68,7 @@ def make_multimodal(folder: Path, wrapper: str = "llava", variant: str = "llama"
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0.0, 0.3)
     model.save_pretrained(folder, **options)
-    make_tokenizer(folder)
+    (make_qwen_tokenizer if wrapper == "qwen3_5" else make_tokenizer)(folder)
     (folder / "preprocessor_config.json").write_text('{"size": 16}')
     return folder
 
@@ -79,4 +82,7 @@ def inputs(wrapper: str) -> dict[str, Any]:
     given: dict[str, Any] = {"input_ids": ids, "pixel_values": torch.randn(shape, generator=generator)}
     if wrapper in ("llava_next", "llava_onevision", "mistral3"):
         given["image_sizes"] = torch.tensor([shape[-2:]])
+    if wrapper.startswith("qwen3"):
+        given["image_grid_thw"] = torch.tensor([[1, 4, 6]])  # patches, of which 2 x 2 are one token
+        given["mm_token_type_ids"] = (ids == IMAGE).int()
     return given

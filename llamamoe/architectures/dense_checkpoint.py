@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.base import FLOAT_DTYPES, Checkpoint
 from ..checkpoint.reader import refuse_tokenizer_code
-from ..checkpoint.text_part import WRAPPERS, TextPart, whole_hint
+from ..checkpoint.text_part import CONVERTED, TextPart, whole_hint
 from ..errors import CheckpointError, known_names
 from ..lazy import torch
 from .config_values import SIZE_KEYS, check_rope, check_special, check_values
@@ -145,7 +145,7 @@ def _refuse_family(config: Mapping[str, Any]) -> None:
     if not isinstance(text, Mapping):
         return
     inner = str(text.get("model_type"))
-    places = whole_hint(config, f"split converts the text model inside {', '.join(WRAPPERS)}.")
+    places = whole_hint(config, f"split converts the text model inside {', '.join(CONVERTED)}.")
     message = f"config.json: model_type {name!r} is a model of more than text; its text part is {inner!r}"
     if inner in REFUSED:
         raise CheckpointError(

@@ -18,11 +18,14 @@ from .base import Checkpoint, TensorInfo
 from .locate import Location, open_checkpoint
 from .reader import PROCESSOR_FILES, SafetensorsCheckpoint, check_side_file
 from .tensor_names import EMBEDDING, HEAD, named_as_in_files
+from .whole_pairs import LEFT_OUT, PAIRS, outer_keys
 
 WRAPPERS = (
     "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "smolvlm", "vipllava",
 )  # fmt: skip
 """Model types whose class builds the text model by its ``text_config`` and only exchanges embeddings and hidden states."""
+CONVERTED = tuple(sorted({*WRAPPERS, *PAIRS}))
+"""Model types whose text model can be converted."""
 _BODY = re.compile(r"language_model\.model\.|model\.language_model\.model\.|model\.(language|text)_model\.")
 _OLDER = "language_model.model."
 _HEADS = (HEAD, f"language_model.{HEAD}")
@@ -57,6 +60,7 @@ class TextPart(SafetensorsCheckpoint):
         self.config: dict[str, Any] = dict(self.whole["text_config"]) | {
             k: self.whole[k] for k in _OF_ALL if k in self.whole
         }
+        paired = self.whole["model_type"] not in WRAPPERS
         text: dict[str, TensorInfo] = {}
         rest: dict[str, TensorInfo] = {}
         for name, info in self.tensors.items():
@@ -66,8 +70,14 @@ class TextPart(SafetensorsCheckpoint):
                 text[HEAD] = info
             elif name.startswith(self._body):
                 text[f"model.{name.removeprefix(self._body)}"] = info
-            else:
+            elif not (paired and name.startswith(LEFT_OUT)):
                 rest[name] = info
+        left = len(self.tensors) - len(text) - len(rest)
+        if left:
+            self.notes.append(
+                f"{left} tensors that predict further tokens ({LEFT_OUT}*) are left out: their layer is dense, and the "
+                "mixture's class would build it with experts"
+            )
         inside = self._body == _OLDER and HEAD not in self.tensors
         self._head = _HEADS[1] if inside or _HEADS[1] in self.tensors else HEAD
         self.tensors = named_as_in_files(text, self.config) | rest
@@ -97,12 +107,14 @@ class TextPart(SafetensorsCheckpoint):
         """Return the folder's ``config.json`` with another text model."""
         changed = {"text_config": dict(text), "tie_word_embeddings": text["tie_word_embeddings"]}
         changed |= {key: text["torch_dtype"] for key in ("dtype", "torch_dtype") if key in self.whole}
+        changed |= outer_keys(self.whole, text["model_type"])
         return {k: v for k, v in self.whole.items() if k not in ("llamamoe", "transformers_version")} | changed
 
 
 def is_whole(config: Mapping[str, Any]) -> bool:
     """Return whether a ``config.json`` is that of a model whose text model can be read by `TextPart`."""
-    return config.get("model_type") in WRAPPERS and isinstance(config.get("text_config"), Mapping)
+    known = (*CONVERTED, *(pair.whole for pair in PAIRS.values()))
+    return config.get("model_type") in known and isinstance(config.get("text_config"), Mapping)
 
 
 def whole_hint(config: Mapping[str, Any], otherwise: str) -> str:

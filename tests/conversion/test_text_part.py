@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 import llamamoe
 from llamamoe.architectures.inspect import inspect
-from llamamoe.checkpoint.text_part import WRAPPERS
+from llamamoe.checkpoint.text_part import CONVERTED
 from tests import multimodal
 from tests.dense import make_dense
 from tests.training.runs import make_tokens
@@ -27,6 +27,7 @@ CASES = {
     "llava_next": ("granite", "granitemoeshared"),
     "llava_onevision": ("qwen2-tied", "qwen2_moe"),
     "mistral3": ("mistral", "mixtral"),
+    "qwen3_5": ("qwen3_5_text", "qwen3_5_moe_text"),
     "smolvlm": ("smollm3", "granitemoe_swa"),
     "vipllava": ("qwen3-tied", "qwen3_moe"),
 }
@@ -53,7 +54,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_class_has_a_case() -> None:
-    assert CASES.keys() == set(WRAPPERS) == multimodal.WRAPPERS.keys()
+    assert CASES.keys() == set(CONVERTED) == multimodal.WRAPPERS.keys()
 
 
 @pytest.mark.parametrize("wrapper", CASES)
@@ -116,6 +117,38 @@ def test_names_in_memory_are_kept_and_calibration_reads_the_text_model(tmp_path:
     assert "model.language_model.embed_tokens.weight" in weights(tmp_path / "out")
     load(tmp_path / "out")
     assert llamamoe.evaluate(tmp_path / "out", [tmp_path / "text.txt"], max_tokens=200).model.overall.loss > 0
+
+
+@pytest.mark.parametrize("wrapper", ["qwen3_5"])
+def test_the_class_around_the_text_model_changes_with_it(wrapper: str, tmp_path: Path) -> None:
+    source = multimodal.make_multimodal(tmp_path / "parent", wrapper, CASES[wrapper][0])
+    save_file(weights(source) | {"mtp.norm.weight": torch.ones(64)}, source / "model.safetensors", {"format": "pt"})
+    result = convert(source, tmp_path / "out", top_k=2)
+    parent, config = (json.loads((path / "config.json").read_text()) for path in (source, result.out))
+    assert (config["model_type"], config["text_config"]["model_type"]) == (f"{wrapper}_moe", f"{wrapper}_moe_text")
+    assert config["architectures"] == [type(load(result.out)).__name__]
+    assert config["vision_config"] == parent["vision_config"] | {"model_type": f"{wrapper}_moe_vision"}
+    before, after = weights(source), weights(result.out)
+    visual = [name for name in before if name.startswith("model.visual.")]
+    assert visual == [name for name in after if name.startswith("model.visual.")]
+    assert all(torch.equal(before[name], after[name]) for name in visual)
+    assert "mtp.norm.weight" not in after
+    assert "1 tensors that predict further tokens (mtp.*) are left out" in result.plan.advice[0]
+    assert llamamoe.verify(result.out, source).passed
+    found = inspect(result.out)
+    assert (found.kind, found.model_type, found.refusal) == ("moe", f"{wrapper}_moe", None)
+    with pytest.raises(llamamoe.LlamaMoeError) as refused:
+        llamamoe.export_gguf(result.out, tmp_path / "out.gguf")
+    assert "split, verify, inspect, evaluate, report and bench" in str(refused.value.hint)
+
+
+def test_static_pruning_keeps_the_class_around_the_text_model(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A mixture of experts keeps many small networks. " * 40)
+    source = multimodal.make_multimodal(tmp_path / "parent", "qwen3_5", "qwen3_5_text")
+    given = {"method": "static", "shared": 0.5, "calibration": [str(tmp_path / "text.txt")]}
+    config = llamamoe.plan_conversion(source, llamamoe.load_recipe(given=given)).config
+    assert (config["model_type"], config["architectures"]) == ("qwen3_5", ["Qwen3_5ForConditionalGeneration"])
+    assert config["text_config"]["model_type"] == "qwen3_5_text"
 
 
 def test_another_way_of_saving_the_head_twice_is_refused(llava: Path, tmp_path: Path) -> None:
