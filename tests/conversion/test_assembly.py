@@ -79,6 +79,22 @@ def _parts(dtype: torch.dtype, replaced: bool) -> tuple[LayerParts, ExpertWeight
     return LayerParts(ffn, partition, torch.zeros(2, 5), layout, weights if replaced else None), weights
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.3])
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+def test_a_whole_ffn_is_not_copied_and_never_changed(part: Any, scale: float) -> None:
+    draw = torch.Generator().manual_seed(1)
+    ffn = FfnWeights(*(torch.randn(*s, generator=draw) for s in ((7, 5), (7, 5), (5, 7), (5,))))
+    partition = Partition(np.arange(7)[None].repeat(2, 0), np.empty(0, np.int64), np.empty(0, np.int64))
+    parts = LayerParts(
+        ffn, partition, torch.zeros(2, 5), MoeLayout(2, 1, 7, 0, 0, (), Combine("renormalised", 1.0, 1.0, True, 1.0))
+    )
+    matrix = parts.matrices[("gate", "up", "down").index(part)]
+    before = matrix.clone()
+    found = parts.neurons(Neurons(part, 1, scale), torch.float32)
+    assert torch.equal(found, before * scale) and torch.equal(matrix, before)
+    assert (found.data_ptr() == matrix.data_ptr()) == (scale == 1.0)
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("expert", [0, 1, "shared", "all"])
