@@ -18,6 +18,7 @@ from ..checkpoint.files import write_text
 from ..checkpoint.layout import Shards, index_json
 from ..checkpoint.ledger import check_left, fingerprint_of, partial_path, remove_states
 from ..checkpoint.locate import Location, locate_folder
+from ..checkpoint.memory import reused_memory
 from ..checkpoint.out_folder import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
@@ -151,22 +152,12 @@ def rewrite(
             place, job.files(), fingerprint=job.fingerprint(), resume=resume, restart=force and not resume
         ) as writer,
     ):
-        units = job.units()
-        layers = [unit for unit in units if unit != OUTER] or [OUTER]
-        writer.tell_kept(layers, "layer", progress)
-        for unit, names in units.items():
-            if not writer.done(unit):
-                for name in names:
-                    writer.make_room(name)
-                    writer.put(name, _finite(name, job))
-                writer.finish(unit, names, {} if job.told is None else dict(job.told(unit)))
-            done = layers.index(unit) + 1 if unit in layers else 0
-            progress(Progress(job.deed, done, len(layers), "layer", unit))
+        _write_units(job, writer, progress)
         writer.flush()
         remove_states(writer.path)
         receipt = _receipt(job, writer.weights_sha256())
         if job.told is not None:
-            receipt["layers"] = [facts for unit in layers if (facts := writer.info(unit))]
+            receipt["layers"] = [facts for unit in _layers(job) if (facts := writer.info(unit))]
         _write_side_files(job, writer.path, tokenizer)
         SafetensorsCheckpoint(writer.path)  # check that the result can be opened
         if job.verify is not None:
@@ -177,6 +168,24 @@ def rewrite(
             read.check_unchanged()
         writer.publish(replace=force)
     return receipt
+
+
+def _write_units(job: Rewriting, writer: CheckpointWriter, progress: ProgressCallback) -> None:
+    layers = _layers(job)
+    writer.tell_kept(layers, "layer", progress)
+    with reused_memory():
+        for unit, names in job.units().items():
+            if not writer.done(unit):
+                for name in names:
+                    writer.make_room(name)
+                    writer.put(name, _finite(name, job))
+                writer.finish(unit, names, {} if job.told is None else dict(job.told(unit)))
+            done = layers.index(unit) + 1 if unit in layers else 0
+            progress(Progress(job.deed, done, len(layers), "layer", unit))
+
+
+def _layers(job: Rewriting) -> list[str]:
+    return [unit for unit in job.units() if unit != OUTER] or [OUTER]
 
 
 def check_place(out: Path, read: Sequence[Path], *, resume: bool, force: bool) -> None:
