@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 def print_result(result: SplitResult) -> None:
     """Print the result of a conversion."""
     from llamamoe.conversion.advice import UNTRAINED
-    from llamamoe.models.devices import pick_device
-    from llamamoe.transforms.export_gguf import runs_in_llama_cpp
 
     plan, run = result.plan, result.receipt["run"]
     echo("\n", bold(str(result.out)), f": {plan.target.name}, ready for transformers.")
@@ -46,7 +44,15 @@ def print_result(result: SplitResult) -> None:
         print_advice([note for note in plan.advice if note == UNTRAINED])
     else:
         print_advice(plan.advice)
-    out = shlex.quote(str(result.out))
+    _next_commands(result)
+
+
+def _next_commands(result: SplitResult) -> None:
+    """Print the commands that measure and run the result."""
+    from llamamoe.models.devices import pick_device
+    from llamamoe.transforms.export_gguf import runs_in_llama_cpp
+
+    plan, out = result.plan, shlex.quote(str(result.out))
     models = f"{out} --against {shlex.quote(plan.source)}"
     heading("Measure it (HELD_OUT_TEXT: a file or folder of text that was not used for calibration)")
     echo(f"  llamamoe evaluate {models} --text HELD_OUT_TEXT")
@@ -55,8 +61,10 @@ def print_result(result: SplitResult) -> None:
     if plan.target.routed and not plan.target.attention_experts:
         echo(f"  llamamoe report {models} --text HELD_OUT_TEXT")
     if runs_in_llama_cpp(result.out):
-        heading("Run it in llama.cpp")
+        heading("Run it in llama.cpp, and measure its speed there (extra clients)")
         echo(f"  llamamoe export-gguf {out} {out}.gguf")
+        both = runs_in_llama_cpp(plan.model.checkpoint.path)
+        echo(f"  llamamoe bench {models if both else out} --program llama.cpp")
 
 
 def layer_errors(layers: Sequence[Mapping[str, Any]], of: str, ends: str) -> list[tuple[str, str]]:

@@ -98,10 +98,12 @@ def _gained(one: Series, dense: Series) -> str:
     text = f"A token computes {percent(share)} of the parent’s FFN, router and padding included, and {percent(flops)} of its operations."
     if here is not None and there is not None and here > there:
         text += f" All experts stay in memory: {size(here)} of weights against {size(there)}."
+    bench = f"llamamoe bench {_place(one)}"
+    pair = f"{bench} --against {_place(dense)}"
+    elsewhere = f", `{pair if get(parent, 'llama_cpp') else bench} --program llama.cpp` in llama.cpp (extra `clients`)"
     return text + (
         " Fewer operations are not yet a gain in speed, which depends on program, machine and size, and a model as small as SmolLM2-135M "
-        "decodes no faster: "
-        f"`llamamoe bench {_place(one)} --against {_place(dense)} --experts llamamoe_auto` measures it."
+        f"decodes no faster: `{pair} --experts llamamoe_auto` measures it in transformers{elsewhere if get(model, 'llama_cpp') else ''}."
     )
 
 

@@ -261,7 +261,7 @@ def _described(side: _Side, reading: Reading, parent: Reading | None) -> dict[st
         "difference": _difference(reading.counts, parent, same=side.same_tokens),
         "cost": found.cost.to_json(),
         "target": found.target,
-        "llama_cpp": found.experts is not None and folder.is_dir() and runs_in_llama_cpp(folder),
+        "llama_cpp": runs_in_llama_cpp(folder),
         "experts": None if found.experts is None else asdict(found.experts),
         "routing": reading.routing,
         "provenance": provenance(folder, config),

@@ -111,7 +111,9 @@ def export_gguf(
 
 
 def runs_in_llama_cpp(model: Path) -> bool:
-    """Return whether `export_gguf` accepts the architecture of a checkpoint; only headers are read."""
+    """Return whether a model is a GGUF file, or `export_gguf` accepts its architecture; only headers are read."""
+    if model.is_file() and model.suffix == ".gguf":
+        return True
     try:
         _understood(SafetensorsCheckpoint(model))
     except LlamaMoeError:

@@ -330,6 +330,8 @@ def test_summary_after_calibration(dense: Path, tmp_path: Path, run: Run, calibr
     assert "before repair" in result.stdout
     assert "neurons for each token" in result.stdout
     assert re.search(r"llamamoe export-gguf \S+/out \S+/out.gguf", result.stdout)
+    assert re.search(r"llamamoe bench \S+/out --against \S+/dense --experts llamamoe_auto", result.stdout)
+    assert re.search(r"llamamoe bench \S+/out --against \S+/dense --program llama.cpp", result.stdout)
     assert re.search(r"notes +\d notes in \S+/out/README.md", result.stdout)
     assert "bitsandbytes leaves the experts unquantised" not in result.stdout
     assert result.stderr.startswith("convert: ")

@@ -93,7 +93,7 @@ def _model(
         "difference": {"domains": gap, "overall": total, "mean_over_domains": total} if parent and place else None,
         "cost": _cost(size, dense=place == 0),
         "target": "mixtral" if place else None,
-        "llama_cpp": place > 0,
+        "llama_cpp": True,
         "experts": None if place == 0 else {
             "num_experts": size.experts, "top_k": size.top_k, "expert_width": 16, "shared_width": 128,
             "moe_layers": list(range(1, size.layers)), "dense_layers": [0],

@@ -98,6 +98,7 @@ def test_llama_cpp_is_advised_where_it_computes_the_model(target: str, runs: boo
     assert words in text
     assert ("granitemoeshared" in text) == (target != "mixtral")
     assert ("export-gguf" in text) == runs
+    assert ("--program llama.cpp" in verdict.gained) == runs
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,14 @@ def test_commands_take_the_models_as_they_were_given() -> None:
     model["place"], found["parent"]["place"] = "out/my-moe", "models/dense"
     model["difference"]["mean_over_domains"]["loss"] = 1.0
     (verdict,) = verdicts(series_of(found))
-    assert "`llamamoe bench out/my-moe --against models/dense " in verdict.gained
+    assert "`llamamoe bench out/my-moe --against models/dense --experts llamamoe_auto`" in verdict.gained
+    assert "`llamamoe bench out/my-moe --against models/dense --program llama.cpp`" in verdict.gained
     assert any("--model out/my-moe --parent models/dense " in step for step in verdict.next)
     assert any("`llamamoe export-gguf out/my-moe " in step for step in verdict.next)
+
+
+def test_a_parent_that_llama_cpp_does_not_run_is_not_measured_there() -> None:
+    found = report(Size(models=1))
+    found["parent"]["llama_cpp"] = False
+    (verdict,) = verdicts(series_of(found))
+    assert "`llamamoe bench smollm2-moe --program llama.cpp`" in verdict.gained
