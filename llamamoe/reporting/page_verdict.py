@@ -102,8 +102,8 @@ def _gained(one: Series, dense: Series) -> str:
     pair = f"{bench} --against {_place(dense)}"
     elsewhere = f", `{pair if get(parent, 'llama_cpp') else bench} --program llama.cpp` in llama.cpp (extra `clients`)"
     return text + (
-        " Fewer operations are not yet a gain in speed, which depends on program, machine and size, and a model as small as SmolLM2-135M "
-        f"decodes no faster: `{pair} --experts llamamoe_auto` measures it in transformers{elsewhere if get(model, 'llama_cpp') else ''}."
+        " Fewer operations are not yet a gain in speed, which depends on program, machine and size, and is small in a model as small as "
+        f"SmolLM2-135M: `{pair} --experts llamamoe_auto` measures it in transformers{elsewhere if get(model, 'llama_cpp') else ''}."
     )
 
 
