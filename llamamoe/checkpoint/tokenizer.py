@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..lazy import tokenizers, transformers
 from .base import Checkpoint
-from .files import copy_file, unsynced, write_text
+from .files import copy_file, make_folder, unsynced, write_bytes, write_text
 from .json_files import read_json
 from .quiet import quiet_transformers
 from .reader import VOCABULARIES
@@ -35,66 +36,76 @@ REWRITTEN = frozenset({
 """Files whose content is in the two that are written; if copied, they would change how transformers reads those."""
 
 
-def check_parent(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any | None:
-    """Load the files that are carried over beside the weights, and try to carry them before anything is written.
+@dataclass(frozen=True)
+class CarriedFiles:
+    """The files that an output takes over from its parent: tokenizer, generation configuration and licence.
+
+    Attributes:
+        contents: Their bytes by name.
+    """
+
+    contents: Mapping[str, bytes]
+
+    def write(self, out: Path) -> list[str]:
+        """Write the files into a folder, and return their names."""
+        for name, data in self.contents.items():
+            make_folder((out / name).parent)
+            write_bytes(out / name, data)
+        return list(self.contents)
+
+
+def carried_files(checkpoint: Checkpoint, config: Mapping[str, Any]) -> CarriedFiles:
+    """Load the files that are carried over beside the weights, and return them as they are to be written.
 
     Args:
         checkpoint: The parent.
         config: The configuration of the output.
 
-    Returns:
-        The tokenizer, or None.
-
     Raises:
-        CheckpointError: transformers cannot load the tokenizer or the generation configuration, or gets other ids from
-            the tokenizer beside the new configuration.
+        CheckpointError: transformers cannot load the tokenizer or the generation configuration, gets other ids from the
+            tokenizer beside the new configuration, or the tokenizer has no fast form.
     """
-    with staged(checkpoint) as folder:
-        if (folder / "generation_config.json").is_file():
-            with one_error(f"generation_config.json of '{checkpoint.path}'", folder), quiet_transformers():
-                transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-        found = load(folder, f"the tokenizer of '{checkpoint.path}'") if holds_vocabulary(folder) else None
-    if found is not None:
-        with tempfile.TemporaryDirectory(prefix="llamamoe-") as name, unsynced():
-            folder = Path(name)
-            write_text(folder / "config.json", json.dumps(dict(config)))
-            carry(checkpoint, found, folder)
-    return found
+    with staged(checkpoint) as folder, tempfile.TemporaryDirectory(prefix="llamamoe-") as name, unsynced():
+        _check_generation(checkpoint, folder)
+        tokenizer = load(folder, f"the tokenizer of '{checkpoint.path}'") if holds_vocabulary(folder) else None
+        out = Path(name)
+        write_text(out / "config.json", json.dumps(dict(config)))
+        if isinstance(checkpoint, TextPart):  # the model's type does not change
+            names = checkpoint.save_tokenizer(out)
+        else:
+            names = _copy_others(folder, tokenizer, out)
+            if tokenizer is not None:
+                names = sorted([*names, *_write_tokenizer(checkpoint, folder, tokenizer, out)])
+        return CarriedFiles({each: (out / each).read_bytes() for each in names})
 
 
-def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]:
-    """Write tokenizer, generation configuration and licence into a folder that has its ``config.json``.
+def _check_generation(checkpoint: Checkpoint, folder: Path) -> None:
+    if (folder / "generation_config.json").is_file():
+        with one_error(f"generation_config.json of '{checkpoint.path}'", folder), quiet_transformers():
+            transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True)
 
-    Args:
-        checkpoint: The parent.
-        tokenizer: Its tokenizer, from `check_parent`; None if it has none.
-        out: The folder.
 
-    Returns:
-        The names of the files.
-
-    Raises:
-        CheckpointError: transformers gets other ids from the written files, or the tokenizer has no fast form.
-    """
-    if isinstance(checkpoint, TextPart):  # the model's type does not change
-        return checkpoint.save_tokenizer(out)
+def _copy_others(folder: Path, tokenizer: Any | None, out: Path) -> list[str]:
+    """Copy the files that are neither the configuration nor `REWRITTEN`; return their names."""
     names = []
-    with staged(checkpoint) as folder:
-        for path in sorted(folder.iterdir()):
-            kept = path.is_file() and path.name != "config.json" and path.name not in REWRITTEN
-            if kept and not (path.name == "chat_template.jinja" and isinstance(chat_template(tokenizer), dict)):
-                copy_file(path, out / path.name)
-                names.append(path.name)
-        if tokenizer is None:
-            return names
-        if not getattr(tokenizer, "is_fast", False):
-            raise CheckpointError(
-                f"the tokenizer of '{checkpoint.path}' ({type(tokenizer).__name__}) has no fast form, so it cannot be "
-                "carried over exactly.",
-                hint="Save it once as a fast tokenizer, so that there is a tokenizer.json.",
-            )
-        write_text(out / "tokenizer.json", _tokenizer_json(tokenizer, folder / "tokenizer.json"))
-    config = _tokenizer_config(tokenizer, template_file="chat_template.jinja" in names)
+    for path in sorted(folder.iterdir()):
+        kept = path.is_file() and path.name != "config.json" and path.name not in REWRITTEN
+        if kept and not (path.name == "chat_template.jinja" and isinstance(chat_template(tokenizer), dict)):
+            copy_file(path, out / path.name)
+            names.append(path.name)
+    return names
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path, tokenizer: Any, out: Path) -> tuple[str, str]:
+    """Write the tokenizer in two files beside the output's configuration, compare both, and return the files' names."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(
+            f"the tokenizer of '{checkpoint.path}' ({type(tokenizer).__name__}) has no fast form, so it cannot be "
+            "carried over exactly.",
+            hint="Save it once as a fast tokenizer, so that there is a tokenizer.json.",
+        )
+    write_text(out / "tokenizer.json", _tokenizer_json(tokenizer, folder / "tokenizer.json"))
+    config = _tokenizer_config(tokenizer, template_file=(out / "chat_template.jinja").is_file())
     write_text(out / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     found = difference(tokenizer, load(out))
     if found:
@@ -105,7 +116,7 @@ def carry(checkpoint: Checkpoint, tokenizer: Any | None, out: Path) -> list[str]
             hint=f"{type(tokenizer).__name__} does in Python what tokenizer.json cannot express. Convert a copy of the folder "
             "without the tokenizer's files: then the output has none.",
         )
-    return sorted([*names, "tokenizer.json", "tokenizer_config.json"])
+    return "tokenizer.json", "tokenizer_config.json"
 
 
 def _tokenizer_json(tokenizer: Any, given: Path) -> str:

@@ -21,7 +21,7 @@ from ..checkpoint.out_folder import RECEIPT_FILE, RECIPE_FILE, check_out, normal
 from ..checkpoint.reader import INDEX
 from ..checkpoint.tensors import nonfinite
 from ..checkpoint.text_part import open_text
-from ..checkpoint.tokenizer import carry, check_parent
+from ..checkpoint.tokenizer import CarriedFiles, carried_files
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import RefusedError
 from ..lazy import check_transformers
@@ -118,7 +118,7 @@ def split(
     plan = _planned(source, location, recipe, tokenizer)
     recover_replaced(out)
     check_out(out, location.path, force=force)
-    tokenizer_of_parent = _check(plan, out, progress, resume=resume)
+    carried = _check(plan, out, progress, resume=resume)
     compute = _compute(plan)
     texts = read_ahead(plan, compute, progress) if compute and not (resume and partial_path(out).exists()) else None
     fingerprint, restart = plan_fingerprint(plan, compute.to_json() if compute else None), force and not resume
@@ -129,7 +129,7 @@ def split(
         session = Session(plan, compute, writer, progress, texts) if compute else None
         infos = write_weights(plan, writer, session, progress)
         warnings = plan.warnings + tuple(w for info in infos.values() for w in info.get("warnings", []))
-        _write_side_files(plan, location, writer.path, warnings, tokenizer_of_parent)
+        _write_side_files(plan, location, writer.path, warnings, carried)
         hashes = Hashes(writer.weights_sha256(), writer.unit_sha256())
         receipt = _receipt(plan, location, infos, hashes, warnings)
         if verify:
@@ -144,13 +144,13 @@ def split(
 # ---- before anything is written -----------------------------------------------------------------------------------
 
 
-def _check(plan: SplitPlan, out: Path, progress: ProgressCallback, *, resume: bool) -> Any | None:
-    """Refuse what only files and machine reveal, and return the parent's tokenizer."""
+def _check(plan: SplitPlan, out: Path, progress: ProgressCallback, *, resume: bool) -> CarriedFiles:
+    """Refuse what only files and machine reveal, and return the files to take over from the parent."""
     check_room(out, plan, resume=resume)
     if plan.recipe.strict:
         _refuse_nonfinite(plan, progress)
     check_model(plan.config, {tensor.name: tensor.shape for tensor in plan.tensors})
-    return check_parent(plan.model.checkpoint, plan.config)
+    return carried_files(plan.model.checkpoint, plan.config)
 
 
 def _refuse_nonfinite(plan: SplitPlan, progress: ProgressCallback) -> None:
@@ -167,11 +167,11 @@ def _refuse_nonfinite(plan: SplitPlan, progress: ProgressCallback) -> None:
 
 
 def _write_side_files(
-    plan: SplitPlan, location: Location, folder: Path, warnings: tuple[str, ...], tokenizer: Any | None
+    plan: SplitPlan, location: Location, folder: Path, warnings: tuple[str, ...], carried: CarriedFiles
 ) -> None:
     config = plan.config | {"llamamoe": config_block(plan, location)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    copied = carry(plan.model.checkpoint, tokenizer, folder)
+    copied = carried.write(folder)
     check_loads(folder)
     write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
     if len(plan.shards) > 1:

@@ -19,7 +19,7 @@ from ..calibration.compute import Compute
 from ..checkpoint.files import write_text
 from ..checkpoint.ledger import fingerprint_of, run_facts
 from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, normal_path, recover_replaced, system_errors
-from ..checkpoint.tokenizer import check_parent
+from ..checkpoint.tokenizer import carried_files
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import UsageError
 from ..lazy import torch
@@ -114,7 +114,7 @@ class _Healing:
 
         started, plan = time.monotonic(), self.plan
         check_model(plan.checkpoint.config, {name: info.shape for name, info in plan.checkpoint.tensors.items()})
-        tokenizer = check_parent(plan.checkpoint, plan.checkpoint.config)
+        carried = carried_files(plan.checkpoint, plan.checkpoint.config)
         self.ranks.on_first(lambda: self._check(resume=resume, force=force))
         text = self._text()
         warnings = (*plan.warnings, *text.warnings, *differences(plan), *self._remarks())
@@ -129,7 +129,7 @@ class _Healing:
             else:
                 with writer:
                     receipt = self._receipt(layers.run(writer), text, writer, warnings)
-                    write_side_files(plan, writer.path, receipt, tokenizer)
+                    write_side_files(plan, writer.path, receipt, carried)
                     receipt["run"] = run_facts(started) | writer.earlier() | {"processes": self.ranks.world}
                     write_text(writer.path / HEAL_RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
                     for read in (plan.checkpoint, plan.dense.checkpoint):

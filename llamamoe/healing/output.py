@@ -18,7 +18,7 @@ from ..checkpoint.ledger import LEDGER, check_left, partial_path
 from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECIPE_FILE, check_out, free_bytes
 from ..checkpoint.reader import INDEX
 from ..checkpoint.readme import read_card
-from ..checkpoint.tokenizer import carry
+from ..checkpoint.tokenizer import CarriedFiles
 from ..conversion.advice import UNTRAINED
 from ..errors import RefusedError
 from ..models.loadable import check_loads
@@ -53,12 +53,12 @@ def _mark_finished(partial: Path) -> None:
         open_append(partial / LEDGER).close()
 
 
-def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], tokenizer: Any | None) -> None:
+def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], carried: CarriedFiles) -> None:
     """Write everything but weights and receipt."""
     if (plan.checkpoint.path / INDEX).is_file():
         copy_file(plan.checkpoint.path / INDEX, folder / INDEX)
     write_text(folder / "config.json", json.dumps(healed_config(plan, receipt), indent=2, ensure_ascii=False) + "\n")
-    carry(plan.checkpoint, tokenizer, folder)
+    carried.write(folder)
     check_loads(folder)
     write_text(folder / HEAL_RECIPE_FILE, plan.recipe.to_yaml())
     write_text(folder / "README.md", healed_card(plan, receipt))

@@ -22,7 +22,7 @@ from ..checkpoint.memory import reused_memory
 from ..checkpoint.out_folder import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
-from ..checkpoint.tokenizer import carry, check_parent
+from ..checkpoint.tokenizer import CarriedFiles, carried_files
 from ..checkpoint.writer import CheckpointWriter
 from ..conversion.verify_files import Hashes
 from ..errors import LlamaMoeError, RefusedError
@@ -145,7 +145,7 @@ def rewrite(
     )
     _check_room(job, place, resume=resume, force=force)
     check_model(job.config, {name: shape for file in job.files().values() for name, (_, shape, _) in file.items()})
-    tokenizer = check_parent(job.base, job.config)
+    carried = carried_files(job.base, job.config)
     with (
         system_errors(place),
         CheckpointWriter(
@@ -158,7 +158,7 @@ def rewrite(
         receipt = _receipt(job, writer.weights_sha256())
         if job.told is not None:
             receipt["layers"] = [facts for unit in _layers(job) if (facts := writer.info(unit))]
-        _write_side_files(job, writer.path, tokenizer)
+        _write_side_files(job, writer.path, carried)
         SafetensorsCheckpoint(writer.path)  # check that the result can be opened
         if job.verify is not None:
             hashes = Hashes(writer.weights_sha256(), writer.unit_sha256())
@@ -222,14 +222,14 @@ def _finite(name: str, job: Rewriting) -> torch.Tensor:
     return value
 
 
-def _write_side_files(job: Rewriting, folder: Path, tokenizer: Any | None) -> None:
+def _write_side_files(job: Rewriting, folder: Path, carried: CarriedFiles) -> None:
     if set(job.files()) != {SINGLE}:
         write_text(folder / INDEX, json.dumps(index_json(job.files()), indent=2, sort_keys=True) + "\n")
     block = dict(job.config.get("llamamoe") or {})
     block[job.deed] = [*block.get(job.deed, []), {"version": __version__, **job.facts}]
     config = {**job.config, "llamamoe": block}
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    carry(job.base, tokenizer, folder)
+    carried.write(folder)
     check_loads(folder)
     folders, names = [each.path for each in job.checkpoints], [each.name for each in job.sources]
     moe = str(config["model_type"]) if config["model_type"] in TARGETS else None
