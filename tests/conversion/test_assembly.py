@@ -91,7 +91,8 @@ def test_a_whole_ffn_is_not_copied_and_never_changed(part: Any, scale: float) ->
     matrix = parts.matrices[("gate", "up", "down").index(part)]
     before = matrix.clone()
     found = parts.neurons(Neurons(part, 1, scale), torch.float32)
-    assert torch.equal(found, before * scale) and torch.equal(matrix, before)
+    assert torch.equal(found, before * scale)
+    assert torch.equal(matrix, before)
     assert (found.data_ptr() == matrix.data_ptr()) == (scale == 1.0)
 
 
