@@ -29,7 +29,7 @@ def _check_unique(name: str, data: Mapping[str, Any]) -> None:
             )
 
 
-def plan_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> list[str]:
+def tokenizer_warnings(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> list[str]:
     """Return warnings about the tokenizer of a folder before anything is written, without torch and transformers.
 
     Args:

@@ -1,11 +1,14 @@
-"""Remarks on a conversion that are not reasons to refuse it: costs, widths, other programs."""
+"""Warnings of a plan, and remarks that are not reasons to refuse it: costs, widths, other programs."""
 
 from __future__ import annotations
 
-from ..architectures.moe_layout import MoeLayout
-from ..architectures.sources.base import DenseSpec
+from ..architectures.dense_checkpoint import DenseModel
+from ..architectures.moe_layout import MoeLayout, OutTensor
+from ..architectures.sources.base import DenseSpec, canonical_shapes
 from ..architectures.targets.base import Target
 from ..architectures.targets.clients import runs
+from ..checkpoint.tokenizer_plan import tokenizer_warnings
+from .assembly import router_dtype
 from .calibration_cost import CalibrationPlan
 from .recipe import SplitRecipe
 from .sizes import MOST_PADDING, PAD_TO, QUANTISED_BLOCK, round_up
@@ -58,6 +61,34 @@ def advice(
     if layout.num_experts:
         found.append(BITSANDBYTES)
     return found + target.warnings(spec, layout)
+
+
+def plan_warnings(
+    model: DenseModel, recipe: SplitRecipe, layout: MoeLayout, tensors: tuple[OutTensor, ...], dtype: str
+) -> list[str]:
+    """Return the warnings of a plan, which ``strict`` turns into refusals."""
+    folder = model.checkpoint.path
+    found = tokenizer_warnings(folder, model.spec.vocab_size, model.checkpoint.config) if folder.is_dir() else []
+    kinds = {model.dtype_of(name) for name in canonical_shapes(model.spec)}
+    lossy = sorted(k for k in kinds if k != dtype and dtype != "F32")
+    if lossy:
+        found.append(f"weights stored as {', '.join(lossy)} are rounded to {dtype}")
+    if recipe.router is not None and recipe.router.name == "zeros":
+        found.append("the zeros router sends every token to the same experts until it is trained")
+    if recipe.rescale is not None and recipe.rescale.name == "llama_moe":
+        found.append(
+            "the llama_moe rescale is for reproduction: as stored, the output is not exact with any number of experts"
+        )
+    if router_dtype(tensors, dtype) == "F16" and recipe.router_scale == "hard":
+        found.append(
+            "float16 cannot hold router rows as small as a hard router needs: weights are equal only to about 1e-2"
+        )
+    if not layout.combine.bake_is_exact and dtype != "F32" and not recipe.fits:  # refitted weights are rounded once
+        found.append(
+            f"the factor {layout.combine.bake:g} is not a power of two: the experts' down projections are rounded once more in {dtype} "
+            "(--dtype float32, or a number of experts that is a power of two, avoids it)"
+        )
+    return found + much_padding(model.spec, recipe, layout)
 
 
 def much_padding(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout) -> list[str]:

@@ -11,27 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._version import __version__
-from ..alignment.cost import AlignmentPlan, plan_alignment
-from ..alignment.recipe import MAX_LENGTH
-from ..architectures.costs import Cost, count
+from ..alignment.cost import AlignmentPlan
+from ..architectures.costs import Cost
 from ..architectures.dense_checkpoint import DenseModel, stored_dtype
 from ..architectures.moe_layout import MoeLayout, OutTensor
-from ..architectures.sources.base import DenseSpec, canonical_shapes
 from ..architectures.targets.base import Target, common_config
-from ..checkpoint.base import DTYPE_BYTES
-from ..checkpoint.layout import Shards, deal
-from ..checkpoint.tokenizer_plan import plan_warnings
+from ..checkpoint.layout import Shards
 from ..errors import RefusedError
 from ..methods.repairs import REPAIRS
 from ..methods.splitters.base import Kept, Splitter
-from .advice import advice, much_padding
-from .assembly import router_dtype
-from .calibration_cost import CalibrationPlan, plan_calibration, sequence_length
+from .advice import advice, plan_warnings
+from .alignment_cost import alignment_cost, with_length
+from .calibration_cost import CalibrationPlan, plan_calibration
 from .defaults import complete
 from .expected_speed import expected_speed
-from .recipe import AUTO, DTYPES, SplitRecipe
+from .recipe import DTYPES, SplitRecipe
 from .rest import in_files, rest_notes
 from .sizes import choose_target, make_splitter, only_target, padded, with_only_experts
+from .weights_cost import cost_of_output, cost_of_parent, sampling_bytes, shards_of, writing_bytes
 
 _LEARNED: dict[str, Kept] = {"frozen": "neurons", "scales": "gate_up", "ffn": "nothing"}
 """The part of the parent's neurons that alignment keeps, by the weights that it trains."""
@@ -91,7 +88,7 @@ class SplitPlan:
     @property
     def sampling_bytes(self) -> int:
         """Memory of the whole parent, which writes the text first with ``calibration: [auto]``; 0 otherwise."""
-        return _sampling_bytes(self.parent_cost, self.recipe)
+        return sampling_bytes(self.parent_cost, self.recipe)
 
     @property
     def repaired(self) -> bool:
@@ -195,11 +192,6 @@ class SplitPlan:
         }
 
 
-def _sampling_bytes(parent: Cost, recipe: SplitRecipe) -> int:
-    width = 2 if recipe.compute_dtype == "bfloat16" else 4  # float32, or chosen by the machine
-    return width * parent.total_parameters if AUTO in recipe.calibration else 0
-
-
 def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | None = None) -> SplitPlan:
     """Plan a conversion. O(number of tensors); reads headers only.
 
@@ -211,26 +203,16 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
     Raises:
         RefusedError: The conversion would be inexact, impossible or unsafe; the message names every reason.
     """
-    spec = model.spec
-    chosen = complete(only_target(spec, with_only_experts(spec, recipe)), spec.intermediate_size)
-    recipe, splitter = chosen.recipe, chosen.splitter
-    dtype = DTYPES[recipe.dtype] if recipe.dtype else stored_dtype(model)
-    recipe = padded(spec, recipe, splitter, dtype)
-    target, layout = choose_target(spec, recipe, splitter, dtype)
-    calibration = None
-    if chosen.calibrated:
-        routes = {"attention_experts": target.attention_experts}
-        calibration = plan_calibration(spec, chosen, layout, text_tokens, **routes)
-    recipe = _with_length(spec, recipe)
-    alignment = _alignment(spec, recipe, layout, stored_dtype(model))
-    recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
-    parent_cost = _parent_cost(model)
+    spec, chosen = model.spec, _choices(model, recipe, text_tokens)
+    recipe, target, layout, dtype = chosen.recipe, chosen.target, chosen.layout, chosen.dtype
     tensors = tuple(target.tensors(spec, layout))
-    config = common_config(spec, target, next(n for n, d in DTYPES.items() if d == dtype)) | target.config(spec, layout)
-    warnings = [*chosen.warnings, *_warnings(model, recipe, layout, tensors, dtype)]
-    warnings += much_padding(spec, recipe, layout)
+    warnings = (*chosen.warnings, *plan_warnings(model, recipe, layout, tensors, dtype))
     if recipe.strict and warnings:
         raise RefusedError("--strict refuses: " + "; ".join(warnings) + ".")
+    parent_cost = cost_of_parent(model)
+    text_bytes = max((each.peak_bytes for each in (chosen.calibration, chosen.alignment) if each), default=0)
+    splitter = make_splitter(recipe)
+    config = common_config(spec, target, next(n for n, d in DTYPES.items() if d == dtype)) | target.config(spec, layout)
     return SplitPlan(
         model=model,
         recipe=recipe,
@@ -238,35 +220,69 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
         layout=layout,
         dtype=dtype,
         tensors=in_files(model, tensors),
-        shards=_shards(in_files(model, tensors), dtype, recipe.shard_size),
+        shards=shards_of(in_files(model, tensors), dtype, recipe.shard_size),
         config=model.part.whole_config(config) if model.part else config,
         parent_cost=parent_cost,
-        cost=count(
-            ((t.role, t.shape, math.prod(t.shape) * DTYPE_BYTES[t.dtype or dtype]) for t in tensors),
-            active_share=layout.active_share,
-            tied=target.ties(spec),
-        ),
-        peak_bytes=max(
-            _sampling_bytes(parent_cost, recipe),
-            _peak_bytes(spec, make_splitter(recipe), layout, dtype)
-            + max(calibration.peak_bytes if calibration else 0, alignment.peak_bytes if alignment else 0),
-        ),
-        warnings=tuple(warnings),
+        cost=cost_of_output(spec, target, layout, tensors, dtype),
+        peak_bytes=max(sampling_bytes(parent_cost, recipe), writing_bytes(spec, splitter, layout, dtype) + text_bytes),
+        warnings=warnings,
         advice=(
             *model.checkpoint.notes,
             *rest_notes(model),
             *chosen.notes,
-            *advice(spec, recipe, calibration, target, layout),
+            *advice(spec, recipe, chosen.calibration, target, layout),
         ),
-        parity="exact" if make_splitter(recipe).exact and not recipe.fits else "none",
+        parity="exact" if splitter.exact and not recipe.fits else "none",
         majors=("5",) if model.part else target.majors(spec),
-        calibration=calibration,
-        alignment=alignment,
+        calibration=chosen.calibration,
+        alignment=chosen.alignment,
         source_dtype=stored_dtype(model),
     )
 
 
 # ---- choices ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """A recipe with every choice made, and what follows from the choices alone.
+
+    Attributes:
+        recipe: The recipe.
+        target: The architecture to write.
+        layout: Sizes and scales.
+        dtype: Dtype of the weights, a safetensors name.
+        calibration: Cost of calibration; None if no text is read.
+        alignment: Cost of learning through the whole model; None without alignment.
+        warnings: Choices that replace a better one.
+        notes: Sizes that differ from those that were asked for or are the default, and why.
+    """
+
+    recipe: SplitRecipe
+    target: Target
+    layout: MoeLayout
+    dtype: str
+    calibration: CalibrationPlan | None
+    alignment: AlignmentPlan | None
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _choices(model: DenseModel, recipe: SplitRecipe, text_tokens: int | None) -> _Choices:
+    """Choose methods, sizes and target, and return them with the cost of the text that they need; see `plan_split`."""
+    spec = model.spec
+    chosen = complete(only_target(spec, with_only_experts(spec, recipe)), spec.intermediate_size)
+    dtype = DTYPES[chosen.recipe.dtype] if chosen.recipe.dtype else stored_dtype(model)
+    recipe = padded(spec, chosen.recipe, chosen.splitter, dtype)
+    target, layout = choose_target(spec, recipe, chosen.splitter, dtype)
+    calibration = None
+    if chosen.calibrated:
+        routes = {"attention_experts": target.attention_experts}
+        calibration = plan_calibration(spec, chosen, layout, text_tokens, **routes)
+    recipe = with_length(spec, recipe)
+    alignment = alignment_cost(spec, recipe, layout, stored_dtype(model))
+    recipe = recipe.model_copy(update=_resolved(target, layout, dtype, calibration))
+    return _Choices(recipe, target, layout, dtype, calibration, alignment, chosen.warnings, chosen.notes)
 
 
 def _resolved(target: Target, layout: MoeLayout, dtype: str, calibration: CalibrationPlan | None) -> dict[str, Any]:
@@ -276,101 +292,3 @@ def _resolved(target: Target, layout: MoeLayout, dtype: str, calibration: Calibr
         "dtype": next(name for name, d in DTYPES.items() if d == dtype),
         "keep_dense": layout.dense_layers,
     } | ({"calibration_length": calibration.length} if calibration else {})
-
-
-def _warnings(
-    model: DenseModel, recipe: SplitRecipe, layout: MoeLayout, tensors: tuple[OutTensor, ...], dtype: str
-) -> list[str]:
-    folder = model.checkpoint.path
-    found = plan_warnings(folder, model.spec.vocab_size, model.checkpoint.config) if folder.is_dir() else []
-    kinds = {model.dtype_of(name) for name in canonical_shapes(model.spec)}
-    lossy = sorted(k for k in kinds if k != dtype and dtype != "F32")
-    if lossy:
-        found.append(f"weights stored as {', '.join(lossy)} are rounded to {dtype}")
-    if recipe.router is not None and recipe.router.name == "zeros":
-        found.append("the zeros router sends every token to the same experts until it is trained")
-    if recipe.rescale is not None and recipe.rescale.name == "llama_moe":
-        found.append(
-            "the llama_moe rescale is for reproduction: as stored, the output is not exact with any number of experts"
-        )
-    if router_dtype(tensors, dtype) == "F16" and recipe.router_scale == "hard":
-        found.append(
-            "float16 cannot hold router rows as small as a hard router needs: weights are equal only to about 1e-2"
-        )
-    if not layout.combine.bake_is_exact and dtype != "F32" and not recipe.fits:  # refitted weights are rounded once
-        found.append(
-            f"the factor {layout.combine.bake:g} is not a power of two: the experts' down projections are rounded once more in {dtype} "
-            "(--dtype float32, or a number of experts that is a power of two, avoids it)"
-        )
-    return found
-
-
-def _with_length(spec: DenseSpec, recipe: SplitRecipe) -> SplitRecipe:
-    """Return the recipe with the length of alignment's sequences.
-
-    Raises:
-        RefusedError: They are longer than the model's positions, or the tokens give fewer than two of them.
-    """
-    options = recipe.align
-    if options is None:
-        return recipe
-    length = sequence_length(options.length, MAX_LENGTH, spec, "align.length", "align.length")
-    if options.tokens < 2 * length:
-        raise RefusedError(
-            f"--align-tokens {options.tokens} makes one sequence of {length} tokens, but two are needed: one is held out.",
-            hint=f"Use at least {2 * length}, or shorter sequences (--set align.length={options.tokens // 2}).",
-        )
-    return recipe.model_copy(update={"align": options.model_copy(update={"length": length})})
-
-
-def _alignment(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout, source_dtype: str) -> AlignmentPlan | None:
-    """Return the cost of the recipe's alignment."""
-    options = recipe.align
-    if options is None:
-        return None
-    dtype, half_source = recipe.compute_dtype, source_dtype in ("BF16", "F16")
-    # without a dtype, only torch can tell whether "auto" finds a processor that is fast in bfloat16
-    half = dtype == "bfloat16" or (dtype is None and half_source and recipe.device.startswith("cuda"))
-    return plan_alignment(
-        spec,
-        options,
-        layers=spec.num_layers - len(layout.dense_layers),
-        num_experts=layout.num_experts,
-        compute_bytes=2 if half else 4,
-    )
-
-
-# ---- files and costs --------------------------------------------------------------------------------------------
-
-
-def _shards(tensors: tuple[OutTensor, ...], dtype: str, shard_size: str) -> Shards:
-    entries = {t.name: (t.dtype or dtype, t.shape, math.prod(t.shape) * DTYPE_BYTES[t.dtype or dtype]) for t in tensors}
-    return deal(entries, shard_size)
-
-
-def _parent_cost(model: DenseModel) -> Cost:
-    from ..architectures.costs import role_of
-
-    return count(
-        (
-            (role_of(n), s, math.prod(s) * DTYPE_BYTES[model.dtype_of(n)])
-            for n, s in canonical_shapes(model.spec).items()
-        ),
-        tied=model.spec.tie_word_embeddings,
-    )
-
-
-def _peak_bytes(spec: DenseSpec, splitter: Splitter, layout: MoeLayout, dtype: str) -> int:
-    """Estimate the peak: two gathered FFN matrices, bytes waiting for the disk, the splitter and replaced weights."""
-    from ..checkpoint.memory import MOST_BYTES
-    from ..checkpoint.writer import QUEUE_BYTES
-
-    matrix = spec.intermediate_size * spec.hidden_size
-    table = spec.vocab_size * spec.hidden_size
-    places = layout.num_shared + layout.num_experts * layout.expert_width
-    replaced = 0 if splitter.kept == "neurons" else 4 * places * spec.hidden_size  # bytes of a float32 matrix
-    return (
-        max(MOST_BYTES, QUEUE_BYTES + max(2 * matrix, table) * DTYPE_BYTES[dtype])
-        + 4 * replaced  # three matrices, and one while it is made
-        + splitter.working_bytes(spec.intermediate_size, spec.hidden_size)
-    )
