@@ -100,31 +100,42 @@ def merge(
     locations, checkpoints = tuple(each for each, _ in pairs), tuple(each for _, each in pairs)
     configs = [_complete(each) for each in checkpoints]
     _check(locations, checkpoints, configs)
-    config, factors = _one_weighing(checkpoints, configs)
-    config["llamamoe"] = _block(checkpoints, factors[0], _scaling(config) / _scaling(configs[0]))
-    warnings = tuple(_warnings(locations, checkpoints, configs, factors))
-    paths, losses = [each.path for each in locations], None
+    losses = None
     if weights == "auto":
+        paths = [each.path for each in locations]
         check_place(normal_path(out), paths, resume=resume, force=force)
         losses = example_losses(paths, examples, progress)
         shares = _shares(len(models), cocktail_weights(losses, temperature))
-    job = Rewriting(
+    job = _job(locations, checkpoints, configs, shares, None if losses is None else temperature)
+    receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
+    return MergeResult(Path(out).expanduser(), shares, receipt, job.warnings, losses)
+
+
+def _job(
+    locations: tuple[Location, ...],
+    checkpoints: tuple[SafetensorsCheckpoint, ...],
+    configs: Sequence[Mapping[str, Any]],
+    shares: tuple[float, ...],
+    temperature: float | None,
+) -> Rewriting:
+    """Return the description of the result; with a temperature, its weights come from examples."""
+    config, factors = _one_weighing(checkpoints, configs)
+    config["llamamoe"] = _block(checkpoints, factors[0], _scaling(config) / _scaling(configs[0]))
+    return Rewriting(
         deed="merge",
-        title=f"A merge of {len(models)} models",
+        title=f"A merge of {len(checkpoints)} models",
         sources=locations,
         checkpoints=checkpoints,
         config=config,
         make=lambda name: average(checkpoints, shares, factors, name),
-        facts=_facts(locations, shares, None if losses is None else temperature),
+        facts=_facts(locations, shares, temperature),
         story=_story(locations, shares),
-        warnings=warnings,
+        warnings=tuple(_warnings(locations, checkpoints, configs, factors)),
     )
-    receipt = rewrite(job, out, resume=resume, force=force, progress=progress)
-    return MergeResult(Path(out).expanduser(), shares, receipt, warnings, losses)
 
 
 def _facts(locations: Sequence[Location], shares: Sequence[float], temperature: float | None) -> dict[str, Any]:
-    """Return the merge's entries of the receipt; with a temperature, its weights come from examples."""
+    """Return the merge's entries of the receipt."""
     chosen = {} if temperature is None else {"weighed_by": "examples", "temperature": temperature}
     return {"models": [_named(each) for each in locations], "weights": list(shares)} | chosen
 
