@@ -21,6 +21,7 @@ import llamamoe
 from llamamoe.checkpoint.base import TensorInfo
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.training.estimate.estimate import Estimate, estimate
+from llamamoe.training.estimate.hardware import Hardware
 from llamamoe.training.recipe import load_pretrain_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -74,9 +75,9 @@ def on_paper(case: Case, folder: Path) -> Estimate:
     recipe = load_pretrain_recipe(RECIPES / f"{case.recipe}.yaml")
     dense = SafetensorsCheckpoint(parent) if recipe.parent is not None else None
     return estimate(
-        recipe, plan.config, tensors, parent_tensors=dense.tensors if dense else None,
-        parent_config=dense.config if dense else None, world_size=case.devices, device_memory=case.memory,
-        peak_flops=case.peak_flops, bandwidth=case.bandwidth, utilisation=UTILISATION,
+        recipe, plan.config, tensors,
+        Hardware(case.devices, case.memory, case.peak_flops, case.bandwidth, UTILISATION),
+        parent_tensors=dense.tensors if dense else None, parent_config=dense.config if dense else None,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from llamamoe.data.recipe import load_tokenize_recipe
 from llamamoe.models.experts import register_experts
 from llamamoe.training.distillation import Distillation
 from llamamoe.training.estimate.estimate import estimate
+from llamamoe.training.estimate.hardware import Hardware
 from llamamoe.training.loss_head import LossHead, next_token_labels
 from llamamoe.training.parameters import freeze, optimizer_groups
 from llamamoe.training.parent import Parent, share_frozen
@@ -215,8 +216,8 @@ def compare(name: str, device: str, work: Path) -> dict[str, Any]:
     source, parent = SafetensorsCheckpoint(folder / "model"), SafetensorsCheckpoint(folder / "parent")
     recipe = trainer_recipe(TRAINER[name], folder) if by_trainer else recipe_of(CASES[name][1])
     paper = estimate(
-        recipe, source.config, source.tensors,
-        parent_tensors=parent.tensors, parent_config=parent.config, world_size=1,
+        recipe, source.config, source.tensors, Hardware(1),
+        parent_tensors=parent.tensors, parent_config=parent.config,
     )  # fmt: skip
     parent_bytes = paper.parts.get("parent", 0)
     state = sum(paper.state.values()) + parent_bytes - by_trainer * paper.state["gradients"]  # dropped there by then

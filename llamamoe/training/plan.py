@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from ..errors import UsageError
 from .changes import Changes
 from .corpora import held_out_corpus, training_corpus
 from .estimate.compute import DISK_RATE
-from .estimate.estimate import Estimate
+from .estimate.estimate import Estimate, estimate
+from .estimate.hardware import Hardware
 from .mixtures.weights import mixture_weights
 from .model import check_folder
 from .places import find_models
@@ -150,18 +151,11 @@ def plan_pretraining(
             number above 0.
     """
     from .batches import check_ranks
-    from .estimate.estimate import estimate
 
     world_size = world_size or recipe.distributed.world_size
     timed = _rate_here(recipe) if peak_flops is None and world_size == 1 else None
-    device: dict[str, Any] = {
-        "device_memory": device_memory,
-        "peak_flops": timed if peak_flops is None else peak_flops,
-        "bandwidth": bandwidth,
-        "utilisation": utilisation,
-        "disk_rate": disk_rate,
-    }
-    _check_device(**device)
+    peak_flops = timed if peak_flops is None else peak_flops
+    hardware = Hardware(world_size, device_memory, peak_flops, bandwidth, utilisation, disk_rate)
     location, parent = find_models(recipe)
     config = check_folder(location.path, allow_dense=recipe.allow_dense)
     facts = identities(recipe, location.path, parent)
@@ -172,24 +166,28 @@ def plan_pretraining(
         changes = _changes(folder, recipe, facts, resume=resume, force=force, **how)
     check_ranks(recipe, world_size)
     domains, held_out, measured = _tokens(recipe)
-    dense = open_parent(parent, location.path) if parent is not None else None
-    found = estimate(
-        recipe,
-        config,
-        SafetensorsCheckpoint(location.path).tensors,
-        parent_tensors=dense.tensors if dense else None,
-        parent_config=dense.config if dense else None,
-        world_size=world_size,
-        **device | {"device_memory": None if device_memory is None else int(device_memory)},
-    )
+    found = _estimate(recipe, location.path, parent, config, hardware)
     rows = config.get("vocab_size")
     notes = beyond_embedding(location.path, rows, config) if isinstance(rows, int) else []
     told: tuple[str, ...] = (f"the run continues with {changes.describe()}",) if changes else ()
-    teacher = None
-    if recipe.teacher is not None:
-        teacher = plan_pretraining(teacher_recipe(recipe), world_size=world_size, **device)
     told = (*doubts(recipe, config), *notes, *told)
+    teacher = None if recipe.teacher is None else plan_pretraining(teacher_recipe(recipe), **asdict(hardware))
     return PretrainPlan(location.name, recipe, domains, held_out, measured, found, told, teacher, timed)
+
+
+def _estimate(
+    recipe: PretrainRecipe, source: Path, parent: Path | None, config: dict[str, Any], hardware: Hardware
+) -> Estimate:
+    """Estimate the run from the headers of both models."""
+    dense = open_parent(parent, source) if parent is not None else None
+    return estimate(
+        recipe,
+        config,
+        SafetensorsCheckpoint(source).tensors,
+        hardware,
+        parent_tensors=dense.tensors if dense else None,
+        parent_config=dense.config if dense else None,
+    )
 
 
 def _changes(
@@ -199,12 +197,6 @@ def _changes(
     refuse_used(folder)
     checkpoint = check_run_folder(folder, recipe, facts, resume=resume, force=force, **how)
     return None if checkpoint is None else changes_since(checkpoint, recipe)
-
-
-def _check_device(**values: float | None) -> None:
-    for what, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"{what} is {value:g}, but must be a finite number above 0.")
 
 
 def _rate_here(recipe: PretrainRecipe) -> float | None:

@@ -15,6 +15,7 @@ from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.training.build import _flops_per_token
 from llamamoe.training.dynamics import CollapsedError
 from llamamoe.training.estimate.estimate import estimate
+from llamamoe.training.estimate.hardware import Hardware
 from llamamoe.training.estimate.shapes import read_shape
 from llamamoe.training.lora import add_adapters
 from llamamoe.training.metrics import active_parameters, peak_flops, training_flops
@@ -76,7 +77,7 @@ def test_the_dry_run_counts_what_a_run_does(name: str, tmp_path: Path) -> None:
     data = {"train": "t", "block_length": LENGTH}
     given = {"model": "m", "data": data, "steps": 1, "batch_size": 1, "device": "cpu"}
     recipe = load_pretrain_recipe(given=given)
-    paper = estimate(recipe, checkpoint.config, checkpoint.tensors, world_size=1).operations["student"]
+    paper = estimate(recipe, checkpoint.config, checkpoint.tensors, Hardware(1)).operations["student"]
     active = active_parameters(model, find_moe_layers(model))
     assert paper == pytest.approx(_flops_per_token(recipe, model, active), rel=1e-6)
 

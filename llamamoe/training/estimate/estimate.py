@@ -14,7 +14,8 @@ from ...checkpoint.base import TensorInfo
 from ..parameters import group_of
 from ..recipe import PretrainRecipe
 from .activations import Widths, experts_of, style_of
-from .compute import DISK_RATE, disk, forward_operations, operations, saving
+from .compute import disk, forward_operations, operations, saving
+from .hardware import Hardware
 from .memory import StepMemory
 from .shapes import ModelShape, read_shape
 from .sharding import Sharding, adapters
@@ -113,15 +114,10 @@ def estimate(
     recipe: PretrainRecipe,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
+    hardware: Hardware,
     *,
     parent_tensors: Mapping[str, TensorInfo] | None = None,
     parent_config: Mapping[str, Any] | None = None,
-    world_size: int,
-    device_memory: int | None = None,
-    peak_flops: float | None = None,
-    bandwidth: float | None = None,
-    utilisation: float = 0.4,
-    disk_rate: float = DISK_RATE,
 ) -> Estimate:
     """Estimate the requirements of a run. O(number of tensors).
 
@@ -129,14 +125,9 @@ def estimate(
         recipe: The run.
         config: ``config.json`` of the converted model.
         tensors: Headers of the converted model.
+        hardware: Its devices.
         parent_tensors: Headers of the parent.
         parent_config: ``config.json`` of the parent.
-        world_size: Processes of the run, one device each.
-        device_memory: Bytes of a device.
-        peak_flops: Operations per second of a device, see `llamamoe.training.metrics.PEAK_FLOPS`.
-        bandwidth: Bytes per second that a device reads from and writes to its memory; None: unknown.
-        utilisation: Share of the peak that is reached.
-        disk_rate: Bytes per second of the file system, of all ranks together.
 
     Raises:
         CheckpointError: A configuration has no sizes.
@@ -144,34 +135,28 @@ def estimate(
     shape = read_shape(config, tensors)
     parent = read_shape(parent_config, parent_tensors) if parent_config and parent_tensors else None
     sharding = Sharding(recipe.distributed.fsdp_size, recipe.distributed.ep_size)
-    accumulation = max(1, recipe.batch_size // (recipe.micro_batch_size * world_size))
-    held = _parent_bytes(recipe, tensors, parent_tensors or {}, sharding)
+    accumulation = max(1, recipe.batch_size // (recipe.micro_batch_size * hardware.world_size))
     memory = StepMemory(
         recipe,
         shape,
         sharding,
-        parent_bytes=held,
+        parent_bytes=_parent_bytes(recipe, tensors, parent_tensors or {}, sharding),
         parent_width=max((layer.dense_width for layer in parent.layers), default=0) if parent else 0,
         accumulates=accumulation > 1,
-        replicas=world_size,
+        replicas=hardware.world_size,
     )
     added = sum(adapters(recipe, shape, layer) for layer in shape.layers)
     trained = added + sum(numel for group, numel in shape.by_group().items() if group in memory.trained)
     moment, lives = memory.peak()
     flops = operations(recipe, shape, parent, memory.trained, added, memory.run.tokens)
-    rate = peak_flops * world_size * utilisation if peak_flops else None
-    moved = {
-        "copies": accumulation * copied_bytes(recipe, memory.run),
-        "exchanged": accumulation * exchanged_bytes(recipe, memory.run),
-    }
-    copying = moved["copies"] / bandwidth if bandwidth else 0.0
-    counted = parent_tensors is not None and parent_config is not None
+    moved = _moved(recipe, memory, accumulation)
     stored = disk(recipe, shape, trained, added)
+    counted = parent_tensors is not None and parent_config is not None
     return Estimate(
         state=memory.state(),
         parts={name: size for name, size in lives.items() if size},
         moment=moment,
-        device_memory=device_memory,
+        device_memory=None if hardware.device_memory is None else int(hardware.device_memory),
         parameters={"total": shape.total, "active": shape.active, "trained": trained, "adapters": added},
         tokens_per_step=recipe.tokens_per_step,
         steps=recipe.max_steps,
@@ -180,23 +165,39 @@ def estimate(
         operations=flops,
         moved=moved,
         forward_operations=forward_operations(recipe, shape),
-        operations_per_second=rate,
-        seconds_per_step=recipe.tokens_per_step * sum(flops.values()) / rate + copying if rate else None,
+        operations_per_second=hardware.operations_per_second,
+        seconds_per_step=_seconds_per_step(recipe, sum(flops.values()), moved, hardware),
         disk=stored,
-        saving=saving(
-            stored["checkpoint"],
-            world_size,
-            recipe.distributed.fsdp_size,
-            disk_rate,
-            background=recipe.save_in_background,
-        ),
-        utilisation=utilisation,
+        saving=_saving(recipe, stored["checkpoint"], hardware),
+        utilisation=hardware.utilisation,
         warnings=(
-            *_memory_warnings(recipe, memory, sum(lives.values()), device_memory, counted=counted),
-            *_layout_warnings(recipe, shape, world_size),
-            *_traffic_warnings(recipe, memory, moved, timed=rate is not None, bandwidth=bandwidth),
+            *_memory_warnings(recipe, memory, sum(lives.values()), hardware.device_memory, counted=counted),
+            *_layout_warnings(recipe, shape, hardware.world_size),
+            *_traffic_warnings(recipe, memory, moved, hardware),
         ),
     )
+
+
+def _moved(recipe: PretrainRecipe, memory: StepMemory, accumulation: int) -> dict[str, int]:
+    """Return the bytes of a step on one device beside operations; see `Estimate`."""
+    return {
+        "copies": accumulation * copied_bytes(recipe, memory.run),
+        "exchanged": accumulation * exchanged_bytes(recipe, memory.run),
+    }
+
+
+def _seconds_per_step(
+    recipe: PretrainRecipe, flops: float, moved: Mapping[str, int], hardware: Hardware
+) -> float | None:
+    """Return the seconds of operations and copies; None: the peak is unknown."""
+    rate = hardware.operations_per_second
+    copying = moved["copies"] / hardware.bandwidth if hardware.bandwidth else 0.0
+    return recipe.tokens_per_step * flops / rate + copying if rate else None
+
+
+def _saving(recipe: PretrainRecipe, checkpoint: int, hardware: Hardware) -> dict[str, float]:
+    world_size, fsdp_size = hardware.world_size, recipe.distributed.fsdp_size
+    return saving(checkpoint, world_size, fsdp_size, hardware.disk_rate, background=recipe.save_in_background)
 
 
 def _parent_bytes(
@@ -224,7 +225,7 @@ def _parent_bytes(
 
 
 def _memory_warnings(
-    recipe: PretrainRecipe, memory: StepMemory, peak: int, device_memory: int | None, *, counted: bool
+    recipe: PretrainRecipe, memory: StepMemory, peak: int, device_memory: float | None, *, counted: bool
 ) -> Iterator[str]:
     if device_memory is not None and peak > device_memory:
         less = [] if recipe.gradient_checkpointing else ["gradient_checkpointing=true"]
@@ -244,9 +245,9 @@ def _memory_warnings(
 
 
 def _traffic_warnings(
-    recipe: PretrainRecipe, memory: StepMemory, moved: Mapping[str, int], *, timed: bool, bandwidth: float | None
+    recipe: PretrainRecipe, memory: StepMemory, moved: Mapping[str, int], hardware: Hardware
 ) -> Iterator[str]:
-    if timed and bandwidth is None and moved["copies"]:
+    if hardware.peak_flops and hardware.bandwidth is None and moved["copies"]:
         yield (
             f"the time leaves out {moved['copies'] / 1e9:,.0f} GB that a device moves in a step to copy tokens for their "
             f"{memory.shape.top_k} experts each: give its memory bandwidth"

@@ -19,6 +19,7 @@ from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.errors import CheckpointError
 from llamamoe.models.experts import register_experts
 from llamamoe.training.estimate.estimate import Estimate, estimate
+from llamamoe.training.estimate.hardware import Hardware
 from llamamoe.training.estimate.memory import FIXED_OVERHEAD, StepMemory
 from llamamoe.training.estimate.shapes import read_shape
 from llamamoe.training.estimate.sharding import Sharding
@@ -118,7 +119,8 @@ def llama(hidden: int = 8, width: int = 16, layers: int = 2, vocab: int = 16) ->
 def on_paper(what: PretrainRecipe, model: tuple[dict[str, Any], Headers] | None = None, **keys: Any) -> Estimate:
     """Of `mixtral` on one device, unless told otherwise."""
     config, headers = model or mixtral()
-    return estimate(what, config, headers, **{"world_size": 1, **keys})
+    parent = {key: keys.pop(key) for key in ("parent_tensors", "parent_config") if key in keys}
+    return estimate(what, config, headers, Hardware(**{"world_size": 1, **keys}), **parent)
 
 
 def moments(what: PretrainRecipe, model: tuple[dict[str, Any], Headers], sharding: Sharding | None = None) -> Any:

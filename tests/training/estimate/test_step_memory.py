@@ -14,6 +14,7 @@ from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.training.build import assemble
 from llamamoe.training.distillation_options import DistillOptions
 from llamamoe.training.estimate.estimate import estimate
+from llamamoe.training.estimate.hardware import Hardware
 from llamamoe.training.gates import GATES
 from llamamoe.training.losses import LOSSES
 from llamamoe.training.recipe import PretrainRecipe, load_pretrain_recipe
@@ -112,8 +113,7 @@ def _check(recipe: PretrainRecipe, folder: Path, out: Path) -> None:
     peak, left = measure(recipe, out)
     model, parent = SafetensorsCheckpoint(Path(recipe.model)), SafetensorsCheckpoint(folder / "dense")
     paper = estimate(
-        recipe, model.config, model.tensors,
-        parent_tensors=parent.tensors, parent_config=parent.config, world_size=1,
+        recipe, model.config, model.tensors, Hardware(1), parent_tensors=parent.tensors, parent_config=parent.config,
     )  # fmt: skip
     standing = sum(paper.parts.get(name, 0) for name in ("weights", "moments", "parent"))
     assert left <= LEFT

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.models.experts import register_experts
 from llamamoe.training.estimate.estimate import Estimate, estimate
+from llamamoe.training.estimate.hardware import Hardware
 from llamamoe.training.estimate.memory import StepMemory
 from llamamoe.training.estimate.shapes import read_shape
 from llamamoe.training.estimate.sharding import Sharding
@@ -80,7 +81,7 @@ def test_copies_are_what_the_operations_move(hidden: int, width: int, k: int, tm
 
 def planned(recipe: PretrainRecipe, folder: Path, ranks: int, **keys: Any) -> Estimate:
     checkpoint = SafetensorsCheckpoint(folder)
-    return estimate(recipe, checkpoint.config, checkpoint.tensors, world_size=ranks, peak_flops=1e12, **keys)
+    return estimate(recipe, checkpoint.config, checkpoint.tensors, Hardware(ranks, peak_flops=1e12, **keys))
 
 
 def test_copies_take_time_or_the_plan_says_that_they_are_left_out(tmp_path: Path) -> None:
