@@ -27,6 +27,10 @@ The recipe names methods, budgets, seeds and text. Sizes follow from a budget: t
 token, router and padding included, as a share of the dense FFN's. The controls are the dense model, random experts,
 static pruning with and without the same repair, and each method with an oracle router.
 
+With top_k_by_layer: proxy (or kl), a method is also simulated with a k for each layer, under the same total, by the
+measured loss of each layer (see `llamamoe budget`). All targets but hunyuan_v1_moe hold one k for all layers, and
+`llamamoe split` writes one.
+
 --speed also measures how fast each shape (experts, selected experts, shared neurons) runs in the named programs:
 decoding of 1 and 8 sequences and prefill, on a 1B model with random weights (6 GB of temporary files). The dense model,
 static pruning and the shapes are measured in turn. llama.cpp needs the extra llamamoe[clients], in this environment or
@@ -184,6 +188,8 @@ def _experts(cell: PlannedCell) -> str:
 
 
 def _print(comparison: Comparison, out: str, *, verbose: bool) -> None:
+    from llamamoe.studies.table import simulations
+
     echo(bold(f"{comparison.source}: perplexity, mean over domains and seeds"))
     titles = ("method", "active share", "experts", "perplexity", "x dense", "recall@k", "seeds", "time")
     table(titles, [_row(row) for row in comparison.rows], right=(1, 3, 4, 5, 6, 7), wrap=(0,))
@@ -197,10 +203,8 @@ def _print(comparison: Comparison, out: str, *, verbose: bool) -> None:
         heading("Warnings")
         bullets(comparison.warnings, mark="!")
     echo()
-    if any(row.simulated for row in comparison.rows):
-        paragraph(
-            "An oracle router selects by the true contribution of each expert; it is simulated and cannot be exported."
-        )
+    for sentence in simulations(comparison.rows):
+        paragraph(sentence)
     paragraph(f"In {Path(out)}: {', '.join(comparison.files.values())}.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -15,12 +15,12 @@ from ..conversion.sizes import PAD_TO
 from ..errors import RefusedError, UsageError, near_misses
 from ..methods.splitters import SPLITTERS
 from ..recipes import Choice
-from .recipe import DENSE, ORACLE, RANDOM, STATIC, CompareRecipe, StudyMethod
-from .sizes import SHARED_GATE, sizes_for_budget
+from .by_layer import measuring_flops
+from .recipe import BY_LAYER, DENSE, ORACLE, RANDOM, STATIC, CompareRecipe, StudyMethod
+from .sizes import SHARED_GATE, ffn_share, sizes_for_budget
 
 SIMULATED = "simulated: cannot be exported"
-FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
-"""Parts of `llamamoe.architectures.costs.Cost` that belong to the FFN."""
+SIMULATED_K = "simulated: split writes one k for all layers"
 ALIGNED = "align"
 """Suffix of the title of an aligned method's control."""
 _ATTEMPTS = 4
@@ -37,7 +37,8 @@ class Cell:
         seed: Seed; None for the dense model.
         plan: Plan of the conversion; None for the dense model.
         oracle: Whether the router is replaced by one with access to every expert's contribution.
-        base: For an oracle the method that it belongs to, else the method itself.
+        by_layer: The measure by which each layer gets its own k, under the same total; None for one k.
+        base: For a simulation the method that it belongs to, else the method itself.
     """
 
     method: str
@@ -46,12 +47,13 @@ class Cell:
     seed: int | None = None
     plan: SplitPlan | None = None
     oracle: bool = False
+    by_layer: str | None = None
     base: str = ""
 
     @property
     def simulated(self) -> str | None:
         """The reason why it cannot be stored; None if it can."""
-        return SIMULATED if self.oracle else None
+        return SIMULATED if self.oracle else SIMULATED_K if self.by_layer else None
 
     @property
     def label(self) -> str:
@@ -62,12 +64,6 @@ class Cell:
     def share(self) -> float:
         """Active multiply-adds of the FFN per token as a share of the dense one's."""
         return 1.0 if self.plan is None else ffn_share(self.plan)
-
-
-def ffn_share(plan: SplitPlan) -> float:
-    """Return the active parameters of all FFNs over the dense ones', routers, padding and stubs included."""
-    parent = sum(plan.parent_cost.active.get(part, 0) for part in FFN_PARTS)
-    return sum(plan.cost.active.get(part, 0) for part in FFN_PARTS) / parent
 
 
 def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
@@ -85,20 +81,44 @@ def cells_of(recipe: CompareRecipe, model: DenseModel) -> list[Cell]:
             for seed in seeds if _routed(method) else seeds[:1]:  # pruning is not random
                 try:
                     plan = plan_at(recipe, method, model, budget, seed)
+                    _check_by_layer(method, plan)
                 except RefusedError as error:
                     reasons.setdefault((method.name, str(error)), []).append(f"{budget:g}")
                     break
                 cells.append(Cell(method.name, kind, budget, seed, plan, base=method.name))
-                choice = plan.layout.num_experts > plan.layout.top_k > 0
-                if recipe.controls and kind == "method" and choice and seed == seeds[0]:
-                    name = f"{method.name}, {ORACLE}"
-                    cells.append(Cell(name, "control", budget, seed, plan, oracle=True, base=method.name))
+                if kind == "method":
+                    oracle = recipe.controls and seed == seeds[0]
+                    cells += _simulations(cells[-1], oracle, method.top_k_by_layer)
     if reasons:
         lines = [f"  - {name} at {', '.join(budgets)}: {error}" for (name, error), budgets in reasons.items()]
         raise RefusedError("the study is not possible:\n" + "\n".join(lines))
     order = {cell.method: i for i, cell in enumerate(reversed(cells))}
     cells.sort(key=lambda c: (_turn(recipe, c), -order[c.method], -(c.budget or 0)))
     return [Cell(DENSE, "dense", base=DENSE), *cells]
+
+
+def _simulations(cell: Cell, oracle: bool, by_layer: str | None) -> Iterator[Cell]:
+    """Yield the variants of a cell that can only be simulated, if its experts leave a choice."""
+    assert cell.plan is not None
+    if not cell.plan.layout.num_experts > cell.plan.layout.top_k > 0:
+        return
+    if oracle:
+        yield replace(cell, method=f"{cell.base}, {ORACLE}", kind="control", oracle=True)
+    if by_layer:
+        yield replace(cell, method=f"{cell.base}, {BY_LAYER}", kind="control", by_layer=by_layer)
+
+
+def _check_by_layer(method: StudyMethod, plan: SplitPlan) -> None:
+    """Refuse a k for each layer where layers cannot be measured.
+
+    Raises:
+        RefusedError: The conversion reads no calibration text.
+    """
+    if method.top_k_by_layer and plan.calibration is None:
+        raise RefusedError(
+            "top_k_by_layer measures layers on calibration text, but this conversion reads none.",
+            hint="Give calibration text, and a method, router or repair that uses it.",
+        )
 
 
 def _turn(recipe: CompareRecipe, cell: Cell) -> int:
@@ -236,7 +256,8 @@ def estimated_flops(cell: Cell, parent: Cost, recipe: CompareRecipe, domains: in
     """
     tokens = domains * (recipe.evaluation_tokens or 8192)
     steps = (cell.plan.calibration, cell.plan.alignment) if cell.plan else ()
-    return tokens * parent.flops_per_token + sum(step.flops for step in steps if step is not None)
+    flops = tokens * parent.flops_per_token + sum(step.flops for step in steps if step is not None)
+    return flops + (measuring_flops(cell.plan, cell.by_layer) if cell.plan and cell.by_layer else 0)
 
 
 def methods_of(cells: Iterable[Cell]) -> list[str]:

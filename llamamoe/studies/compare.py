@@ -22,6 +22,7 @@ from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
 from ..models.devices import check_device
 from ..progress import ProgressCallback, ignore_progress
+from .budget.sensitivities import SENSITIVITIES
 from .cells import Cell, cells_of, estimated_flops, select
 from .recipe import CompareRecipe
 from .speed.wanted import wanted_speeds
@@ -243,7 +244,11 @@ class _Depends:
         return Dependencies(
             cell=cell_facts(cell),
             study=self._study,
-            code=code_version(_plugins(cell), aligned=cell.plan is not None and cell.plan.recipe.align is not None),
+            code=code_version(
+                _plugins(cell),
+                aligned=cell.plan is not None and cell.plan.recipe.align is not None,
+                by_layer=cell.by_layer is not None,
+            ),
             source=self._source,
             calibration=engine.calibration_hash(cell.plan) if engine and cell.plan else None,
             evaluation=engine.evaluation_hash if engine else None,
@@ -263,7 +268,8 @@ def _plugins(cell: Cell) -> list[type]:
         (REPAIRS, recipe.repair),
     )
     found: list[type] = [r.get(c.name) for r, c in chosen if c is not None and (c.name != NO_REPAIR or c.name in r)]
-    return [*found, ROUTERS.get("oracle")] if cell.oracle else found
+    found += [ROUTERS.get("oracle")] if cell.oracle else []
+    return found + ([SENSITIVITIES.get(cell.by_layer)] if cell.by_layer else [])
 
 
 def _sizes(cell: Cell) -> dict[str, int]:

@@ -16,25 +16,28 @@ from ..calibration.gradients import GradientStore
 from ..calibration.text import CalibrationText, shared_documents
 from ..checkpoint.files import make_folder
 from ..checkpoint.locate import Location
+from ..checkpoint.scratch import scratch_folder
 from ..conversion.plan import SplitPlan
 from ..conversion.recipe import AUTO
 from ..conversion.session import make_text, with_clusters
 from ..errors import UsageError
 from ..evaluation.perplexity import scoring_plan
-from ..evaluation.scores import ModelScores
 from ..lazy import np, torch
 from ..models.devices import pick_device
 from ..models.loading import load_weights, open_model
 from ..progress import ProgressCallback, ignore_progress
 from .aligned import aligned_layers, folder_of, remove_alignments
+from .by_layer import LayerPlans, measure_layers
 from .cells import Cell
 from .in_memory import InMemory, convert_in_memory
-from .measure import perplexity, replaced_ffns
+from .measure import finite, perplexity, replaced_ffns, result_of
 from .meter import peak_bytes, reset_peak
 from .recipe import CompareRecipe
 from .store import recipe_facts, sha256_of
 
 SAMPLED = "sampled"
+_MEASURING = 0.7
+"""Approximate share of the measurement of layers in the time until a cell with a k for each layer can be scored."""
 _WORK, _CHECKPOINTS = "work", "checkpoints"
 
 
@@ -175,20 +178,40 @@ class Engine:
             advance(walk + (1 - walk) * min(1.0, done / scored))
 
         ffns: Mapping[int, Any] = {}
+        own: LayerPlans | None = None
         if cell.plan is not None:
-            converted = self._convert(cell, text, lambda share: advance(walk * share))
+            first = _MEASURING if cell.by_layer else 0.0
+            own = self._by_layer(cell, text, lambda share: advance(walk * first * share))
+            converted = self._convert(cell, text, own, lambda share: advance(walk * (first + (1 - first) * share)))
             ffns, facts = converted.ffns, converted.facts
         with replaced_ffns(model, ffns):
             scores = perplexity(model, self.text, self.recipe.batch_size, score)
-        return _result(cell, scores) | {
-            "layers": _finite(facts),
+        return result_of(cell, scores, own) | {
+            "layers": finite(facts),
             "seconds": round(time.monotonic() - began, 3),
             "peak_bytes": peak_bytes(self.device),
             "device": self.device,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
-    def _convert(self, cell: Cell, text: CalibrationText | None, advance: Callable[[float], None]) -> InMemory:
+    def _by_layer(
+        self, cell: Cell, text: CalibrationText | None, advance: Callable[[float], None]
+    ) -> LayerPlans | None:
+        """Measure the layers and return the plan of each, if the cell has a k for each layer."""
+        if cell.by_layer is None:
+            return None
+        assert cell.plan is not None
+        assert text is not None, "cells without text are refused"
+        with scratch_folder() as folder:
+            return measure_layers(cell.plan, cell.by_layer, text, self._compute(cell.plan), folder, advance)
+
+    def _convert(
+        self,
+        cell: Cell,
+        text: CalibrationText | None,
+        own: LayerPlans | None,
+        advance: Callable[[float], None],
+    ) -> InMemory:
         plan = cell.plan
         assert plan is not None
         compute, layers, aligned = self._compute(plan), plan.model.spec.num_layers, 0.0
@@ -206,6 +229,7 @@ class Engine:
             text,
             compute,
             oracle=cell.oracle,
+            by_layer=own.plans if own else (),
             given=given,
             gradients=self._gradients(plan, text),
             folder=self._work(),
@@ -270,45 +294,3 @@ class Engine:
             remove_gradients(folder / "gradients")
             with suppress(OSError):  # it does not exist, or contains something else
                 folder.rmdir()
-
-
-def _result(cell: Cell, scores: ModelScores) -> dict[str, Any]:
-    plan, mean = cell.plan, scores.mean_over_domains
-    sizes: dict[str, Any] = {}
-    if plan is not None:
-        layout = plan.layout
-        sizes = {
-            "num_experts": layout.num_experts,
-            "top_k": layout.top_k,
-            "expert_width": layout.expert_width,
-            "shared": layout.num_shared,
-            "target": plan.target.name,
-        }
-    return {
-        "method": cell.method,
-        "kind": cell.kind,
-        "base": cell.base,
-        "simulated": cell.simulated,
-        "budget": cell.budget,
-        "seed": cell.seed,
-        "share": cell.share,
-        "sizes": sizes,
-        "loss": mean.loss,
-        "perplexity": mean.perplexity,
-        "bits_per_byte": mean.bits_per_byte,
-        "domains": {
-            name: {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
-            for name, score in scores.domains.items()
-        },
-    }
-
-
-def _finite(value: Any) -> Any:
-    """Return data for strict JSON: numbers that are not finite become null."""
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def convert_in_memory(
     compute: Compute,
     *,
     oracle: bool = False,
+    by_layer: Sequence[SplitPlan] = (),
     given: Mapping[int, AlignedLayer] | None = None,
     gradients: GradientStore | None = None,
     folder: Path | None = None,
@@ -86,6 +87,7 @@ def convert_in_memory(
         text: The calibration text; None if the plan needs none.
         compute: Device and dtype of large products.
         oracle: Replace every router by an oracle, before anything is repaired.
+        by_layer: The plan of each layer if they differ in k, for a study.
         given: Layers learned by alignment, if the plan requests it.
         gradients: Gradients of the parent's loss at the FFN outputs, if a method needs them.
         folder: Folder for hidden states that are too large for memory.
@@ -93,11 +95,12 @@ def convert_in_memory(
     """
     adapt = oracle_of if oracle else None
     count = plan.model.spec.num_layers
+    plans = by_layer or [plan] * count
     converted: dict[int, ConvertedLayer] = {}
     if text is None or plan.calibration is None:
         for layer in range(count):
             if layer not in plan.layout.dense_layers:
-                converted[layer] = _without_text(plan, layer, oracle=oracle)
+                converted[layer] = _without_text(plans[layer], layer, oracle=oracle)
             advance(layer)
         return _gathered(converted)
     dtype = torch_dtype(plan.dtype)
@@ -110,7 +113,7 @@ def convert_in_memory(
         if layer in plan.layout.dense_layers:
             outputs = dense_outputs(inputs, cast_ffn(read_ffn(plan.model, layer), dtype))
         else:
-            converted[layer] = convert_layer(plan, layer, inputs, (given or {}).get(layer), adapt=adapt)
+            converted[layer] = convert_layer(plans[layer], layer, inputs, (given or {}).get(layer), adapt=adapt)
             moe = converted[layer].moe
             assert moe is not None
             outputs = moe.outputs(inputs)

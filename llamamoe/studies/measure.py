@@ -1,4 +1,4 @@
-"""Measure the perplexity of conversions in memory: the dense model runs with its FFNs replaced."""
+"""Measure the perplexity of conversions in memory: the dense model runs with its FFNs replaced, and a cell's result."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ..evaluation.scores import ModelScores, model_scores
 from ..lazy import torch
 from ..methods.layer import BATCH_TOKENS, LayerInputs
 from ..methods.moe_layer import ConvertedFfn
+from .by_layer import LayerPlans
+from .cells import Cell
 
 
 def inputs_of(x_TH: torch.Tensor) -> LayerInputs:
@@ -70,3 +72,47 @@ def perplexity(
     """
     counts = text.score(model, batch_size, advance)
     return model_scores(text.side.name, str(model.dtype).removeprefix("torch."), counts)
+
+
+def result_of(cell: Cell, scores: ModelScores, own: LayerPlans | None) -> dict[str, Any]:
+    """Return the result of a cell as JSON-compatible data, without the facts about layers and the run."""
+    plan, mean = cell.plan, scores.mean_over_domains
+    sizes: dict[str, Any] = {}
+    if plan is not None:
+        layout = plan.layout
+        sizes = {
+            "num_experts": layout.num_experts,
+            "top_k": layout.top_k,
+            "expert_width": layout.expert_width,
+            "shared": layout.num_shared,
+            "target": plan.target.name,
+            **(own.facts if own else {}),
+        }
+    return {
+        "method": cell.method,
+        "kind": cell.kind,
+        "base": cell.base,
+        "simulated": cell.simulated,
+        "budget": cell.budget,
+        "seed": cell.seed,
+        "share": own.share if own else cell.share,
+        "sizes": sizes,
+        "loss": mean.loss,
+        "perplexity": mean.perplexity,
+        "bits_per_byte": mean.bits_per_byte,
+        "domains": {
+            name: {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
+            for name, score in scores.domains.items()
+        },
+    }
+
+
+def finite(value: Any) -> Any:
+    """Return data for strict JSON: numbers that are not finite become null."""
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,18 @@ from typing import Any
 from ..checkpoint.files import replacing
 from ..errors import LlamaMoeError
 from ..lazy import matplotlib, require
-from .recipe import ORACLE
+from .recipe import BY_LAYER, ORACLE
 from .table import Comparison, Row, number
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 """Okabe and Ito's colours, which are distinguishable for the colour-blind, each with its own marker."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GREYS = (("#8A8A8A", "o"), ("#6E6E6E", "s"), ("#A5A5A5", "^"), ("#5A5A5A", "D"), ("#8A8A8A", "v"))
+_SIMULATED: dict[str, tuple[Any, str]] = {
+    ORACLE: ((0, (1, 2)), "an oracle router"),
+    BY_LAYER: ((0, (4, 2)), "a k for each layer, dashed"),
+}
+"""Line style of each simulation and its name in the note, by the end of the row's name."""
 _OFF_SCALE = 30.0  # times dense: larger values become an arrow at the edge, so that the rest is readable
 _SIZE = (9.0, 5.4)
 _LABEL = 9.0  # points
@@ -28,13 +33,16 @@ STYLE: Any = {"svg.hashsalt": "llamamoe", "svg.fonttype": "path", "font.family":
 
 @dataclass(frozen=True)
 class _Series:
-    """One line of the picture: points ``(share, perplexity, deviation)`` from left to right."""
+    """One line of the picture: points ``(share, perplexity, deviation)`` from left to right.
+
+    ``simulated`` is the end of its name (see `_SIMULATED`), or empty.
+    """
 
     name: str
     points: list[tuple[float, float, float]]
     colour: str
     marker: str
-    oracle: bool
+    simulated: str
     control: bool
 
 
@@ -42,7 +50,7 @@ def draw(found: Comparison, folder: Path) -> dict[str, str]:
     """Draw ``comparison.svg`` and ``comparison.png``; return their names by kind.
 
     Perplexity on a logarithmic axis against the share of the FFN's multiply-adds that a token uses; methods in colour,
-    controls in grey, the dense model as a line, oracle routers hollow in their method's colour.
+    controls in grey, the dense model as a line, simulations hollow in their method's colour.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -56,13 +64,14 @@ def draw(found: Comparison, folder: Path) -> dict[str, str]:
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=_SIZE, facecolor="white")
         matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.085, 0.125, 0.885 - _label_room(lines), 0.745))
+        named = [line for line in lines if not line.simulated] or lines
+        axes = figure.add_axes((0.085, 0.125, 0.885 - _label_room(named), 0.745))
         dense = next((row.perplexity for row in found.rows if row.kind == "dense"), None)
         top = _frame(axes, lines, dense)
         for line in lines:
             _line(axes, line, top)
-        _labels(axes, [line for line in lines if not line.oracle], dense, top)
-        _titles(figure, found, any(line.oracle for line in lines))
+        _labels(axes, named, dense, top)
+        _titles(figure, found, {line.simulated for line in lines})
         return save_figure(figure, folder, "comparison")
 
 
@@ -85,15 +94,15 @@ def _series(rows: Sequence[Row]) -> list[_Series]:
     methods = [name for name, group in groups.items() if group[0].kind == "method"]
     methods.sort(key=lambda name: min(row.perplexity for row in groups[name]))  # the best gets the strongest colour
     style = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(methods)}
-    suffix = f", {ORACLE}"
-    controls = sorted(name for name in groups if name not in style and not name.endswith(suffix))
+    ends = {name: next((end for end in _SIMULATED if name.endswith(f", {end}")), "") for name in groups}
+    controls = sorted(name for name, end in ends.items() if name not in style and not end)
     style |= {name: _GREYS[i % len(_GREYS)] for i, name in enumerate(controls)}
     out = []
     for name, group in groups.items():
-        base = name.removesuffix(suffix)
+        base = name.removesuffix(f", {ends[name]}")
         colour, marker = style.get(base, _GREYS[0])
         points = sorted((row.share, row.perplexity, row.perplexity_stdev or 0.0) for row in group)
-        out.append(_Series(name, points, colour, marker, base != name, group[0].kind == "control"))
+        out.append(_Series(name, points, colour, marker, ends[name], group[0].kind == "control"))
     return out
 
 
@@ -140,18 +149,18 @@ def _line(axes: matplotlib.axes.Axes, line: _Series, top: float) -> None:
             values,
             yerr=spreads if any(spreads) else None,
             marker=line.marker,
-            markersize=5.5 if line.oracle else 6.5,
-            markerfacecolor="white" if line.oracle else line.colour,
+            markersize=5.5 if line.simulated else 6.5,
+            markerfacecolor="white" if line.simulated else line.colour,
             markeredgecolor=line.colour,
             markeredgewidth=1.2,
-            linewidth=1.0 if line.oracle else 1.4 if line.control else 1.9,
-            linestyle=(0, (1, 2)) if line.oracle else "-",
+            linewidth=1.0 if line.simulated else 1.4 if line.control else 1.9,
+            linestyle=_SIMULATED[line.simulated][0] if line.simulated else "-",
             capsize=3,
             elinewidth=1.1,
             **style,
         )
     for share, value, _ in line.points:
-        if value > top and not line.oracle:
+        if value > top and not line.simulated:
             axes.plot([share], [top / 1.02], marker="$\\uparrow$", markersize=9, clip_on=False, **style)
 
 
@@ -198,7 +207,7 @@ def _labels(axes: matplotlib.axes.Axes, lines: Sequence[_Series], dense: float |
 
 def _label_room(lines: Sequence[_Series]) -> float:
     """Return the share of the figure's width that the names at the right edge take."""
-    longest = max(len(line.name) for line in lines if not line.oracle or len(lines) == 1)
+    longest = max(len(line.name) for line in lines)
     points = 0.6 * _LABEL * (min(longest, _LONGEST) + 6) + 18
     return min(max(points / 72 / _SIZE[0], 0.15), 0.5)
 
@@ -230,7 +239,7 @@ def _contrast(channels: Sequence[float]) -> float:
     return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
 
 
-def _titles(figure: Any, found: Comparison, oracle: bool) -> None:
+def _titles(figure: Any, found: Comparison, simulated: Set[str]) -> None:
     axes = figure.axes[0]
     axes.set_xlabel("active multiply-adds of the FFN per token, router and padding included", fontsize=9.5)
     axes.set_ylabel("perplexity (log scale)", fontsize=9.5)
@@ -240,6 +249,7 @@ def _titles(figure: Any, found: Comparison, oracle: bool) -> None:
         f"mean over {domains} domains" if domains > 1 else "",
         f"{seeds} seeds, bars: deviation" if seeds > 1 else "",
     ]
-    notes += ["grey: controls", "hollow: the same with an oracle router (simulated)" if oracle else ""]
+    kinds = [name for end, (_, name) in _SIMULATED.items() if end in simulated]
+    notes += ["grey: controls", f"hollow: the same with {' or '.join(kinds)} (simulated)" if kinds else ""]
     figure.text(0.085, 0.945, f"{found.source}: what conversions cost", fontsize=12.5, weight="bold", color="#111111")
     figure.text(0.085, 0.9, "; ".join(filter(None, notes)), fontsize=9, color=NOTE)

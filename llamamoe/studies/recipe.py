@@ -22,9 +22,12 @@ from ..errors import near_misses, problem_lines
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
 from ..recipes import Choice, Count, Paths, Recipe, breaks, choose, explain, form
+from .budget.sensitivities import SENSITIVITIES
 
 DENSE, RANDOM, STATIC, ORACLE = "dense", "random", "static", "oracle router"
 """Names of the controls."""
+BY_LAYER = "k by layer"
+"""End of the name of a method whose layers differ in k."""
 SIZES = ("num_experts", "top_k", "shared", "pad_to")
 _STUDY = ("calibration", "calibration_tokens", "calibration_weights", "calibration_length", "compute_dtype", "device",
           "seed", "shard_size", "card", "strict")  # fmt: skip
@@ -45,6 +48,11 @@ class StudyMethod(BaseModel):
     ] = Field(description="Name in the table.")
     shared_of_active: float | None = Field(None, ge=0, lt=1, description="Overrides the study's.")
     budgets: tuple[Budget, ...] | None = Field(None, description="Overrides the study's.")
+    top_k_by_layer: str | None = Field(
+        None,
+        description="Also simulate the method with a k for each layer under the same total, by the losses of this "
+        "measure of budget (proxy, kl); `split` writes one k.",
+    )
     sizes: dict[Budget, dict[str, Any]] = Field(
         default_factory=dict, description="num_experts, top_k, shared and pad_to at given budgets."
     )
@@ -81,9 +89,26 @@ class StudyMethod(BaseModel):
                     SplitRecipe.model_validate(self.recipe | sizes)
                 except ValidationError as error:
                     lines += problem_lines(explain(error, SplitRecipe))
+        lines += [] if lines else self._by_layer()
         if lines:
             raise PydanticCustomError("choice", "; ".join(f"{self.name}: {line}" for line in dict.fromkeys(lines)))
         return self
+
+    def _by_layer(self) -> list[str]:
+        """Return what is wrong with `top_k_by_layer`."""
+        measure = self.top_k_by_layer
+        if measure is None:
+            return []
+        if measure not in SENSITIVITIES:
+            return [f"top_k_by_layer: unknown measure {measure!r}. {near_misses(measure, SENSITIVITIES.names())}"]
+        name = self.split_recipe().method.name
+        if name in SPLITTERS and not SPLITTERS.get(name).routed:
+            return [f"top_k_by_layer: {name} has no experts"]
+        return [
+            f"top_k_by_layer measures one layer at a time, so {key} is not possible beside it"
+            for key in ("align", "keep_dense")
+            if self.recipe.get(key)
+        ]
 
     def split_recipe(self, **more: Any) -> SplitRecipe:
         """Return a complete recipe; ``more`` overrides keys."""

@@ -125,7 +125,7 @@ def _parameters(cell: Cell, parent: Cost) -> dict[str, int]:
 
 def _to_export(recipe: CompareRecipe, cells: list[Cell]) -> set[str]:
     """Return the labels of the cells whose checkpoints are written."""
-    possible = [cell for cell in cells if cell.plan is not None and not cell.oracle]
+    possible = [cell for cell in cells if cell.plan is not None and cell.simulated is None]
     first = {cell.method: cell.label for cell in reversed(possible)}
     everything = {cell.label for cell in possible}
     return {"none": set(), "first": set(first.values()), "all": everything}[recipe.export]

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..architectures.sources.base import DenseSpec
+from ..conversion.plan import SplitPlan
 from ..conversion.sizes import round_up
 from ..errors import RefusedError
 
 USUAL_EXPERTS = 24
+FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
+"""Parts of `llamamoe.architectures.costs.Cost` that belong to the FFN."""
 SHARED_GATE = 1 / 3
 """Cost of the gate of a shared expert (one row)."""
 _REACH = 1 / 16  # of F: how far S may move to fill the budget
@@ -37,6 +40,12 @@ class Sizes:
     expert_width: int
     shared: int
     share: float
+
+
+def ffn_share(plan: SplitPlan) -> float:
+    """Return the active parameters of all FFNs over the dense ones', routers, padding and stubs included."""
+    parent = sum(plan.parent_cost.active.get(part, 0) for part in FFN_PARTS)
+    return sum(plan.cost.active.get(part, 0) for part in FFN_PARTS) / parent
 
 
 def usual_experts(spec: DenseSpec, shared_share: float, pad_to: int = 8) -> int:

@@ -29,6 +29,8 @@ _METHODS = ("methods", "calibration", "architectures.rescales", "checkpoint.tens
 """Packages and modules that determine a conversion: imports of them are followed."""
 _ALIGNED = ("alignment.align", "alignment", "conversion.aligning")
 """The same for layers that are learned together."""
+_BY_LAYER = ("studies.by_layer", "studies.budget")
+"""The same for a k of each layer."""
 _ALWAYS = ("conversion.layer", "methods.moe_layer", "methods.layer", "evaluation.perplexity", "evaluation.scoring",
            "models.loading", "models.streaming", "data.encoding", "studies.in_memory", "studies.measure")  # fmt: skip
 """Modules that affect every cell."""
@@ -87,7 +89,8 @@ def cell_facts(cell: Cell) -> dict[str, Any]:
     """Return the facts that distinguish a cell from others, as JSON-compatible data."""
     if cell.plan is None:
         return {"dense": True}
-    return {"oracle": cell.oracle, "recipe": recipe_facts(cell.plan)}
+    by_layer = {"by_layer": cell.by_layer} if cell.by_layer else {}
+    return {"oracle": cell.oracle, **by_layer, "recipe": recipe_facts(cell.plan)}
 
 
 def recipe_facts(plan: SplitPlan) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def _hash(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def code_version(plugins: Iterable[type], *, aligned: bool = False) -> str:
+def code_version(plugins: Iterable[type], *, aligned: bool = False, by_layer: bool = False) -> str:
     """Return a hash of the sources of these plug-ins, the method modules they import, and modules of every cell.
 
     Comments, docstrings and formatting are ignored. Adding a method does not change the hash of others.
@@ -183,10 +186,12 @@ def code_version(plugins: Iterable[type], *, aligned: bool = False) -> str:
     Args:
         plugins: Classes of the plug-ins.
         aligned: Whether to include alignment.
+        by_layer: Whether to include the choice of a k for each layer.
     """
-    modules = {f"{_PACKAGE}.{name}" for name in _ALWAYS + _ALIGNED * aligned}
+    more = _ALIGNED * aligned + _BY_LAYER * by_layer
+    modules = {f"{_PACKAGE}.{name}" for name in _ALWAYS + more}
     modules |= {plugin.__module__ for plugin in plugins}
-    within = _METHODS + _ALIGNED * aligned
+    within = _METHODS + more
     digests = sorted((name, digest) for name, digest in _closure(frozenset(modules), within).items())
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 

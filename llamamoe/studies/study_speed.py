@@ -80,7 +80,7 @@ class StudySpeed:
         shapes = {
             (cell.method, cell.budget): FfnShape.of(cell.plan)
             for cell in reversed(self._cells)
-            if cell.plan is not None and not cell.oracle
+            if cell.plan is not None and cell.simulated is None
         }
         return tuple(replace(row, speed=self._speed(row, shapes.get((row.method, row.budget)))) for row in rows)
 

@@ -21,7 +21,8 @@ class Row:
         share: Actual share, router, padding and stubs included.
         active_parameters: Active parameters of the whole model, per token.
         total_parameters: Parameters of the whole model.
-        sizes: ``num_experts``, ``top_k``, ``expert_width``, ``shared`` and ``target``; empty for the dense model.
+        sizes: ``num_experts``, ``top_k``, ``expert_width``, ``shared`` and ``target``; empty for the dense model. With a k for
+            each layer also ``top_k_by_layer``, ``measure``, ``damage`` and ``damage_uniform`` (of the first seed).
         seeds: The finished seeds.
         loss: Mean over seeds of the mean over domains of the loss, in nats.
         perplexity: Mean over seeds of the exponential of it.
@@ -146,7 +147,8 @@ def _layers_mean(group: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Return the mean over layers and seeds; oracles have no router quality."""
     found = []
     for cell in group:
-        if cell["simulated"] and name != "output_error":
+        oracle = cell["simulated"] and "top_k_by_layer" not in cell["sizes"]
+        if oracle and name != "output_error":
             continue
         for layer in cell["layers"]:
             value = layer.get(name, layer.get("router_quality", {}).get(name))
@@ -168,13 +170,15 @@ def with_spread(value: float, spread: float | None) -> str:
 
 
 def shape(sizes: Mapping[str, Any]) -> str:
-    """Format ``7 of 24, 416 shared``, or the number of kept neurons for pruning."""
+    """Format ``7 of 24, 416 shared`` (``2 to 11 of 24`` if layers differ), or the number of kept neurons for pruning."""
     if not sizes:
         return ""
     shared = f"{sizes['shared']:,}"
     if not sizes["num_experts"]:
         return f"{shared} neurons"
-    routed = f"{sizes['top_k']} of {sizes['num_experts']}"
+    each = sizes.get("top_k_by_layer") or [sizes["top_k"]]
+    top_k = f"{min(each)} to {max(each)}" if min(each) < max(each) else f"{each[0]}"
+    routed = f"{top_k} of {sizes['num_experts']}"
     return f"{routed}, {shared} shared" if sizes["shared"] else routed
 
 
@@ -195,14 +199,31 @@ def markdown(found: Comparison) -> str:
     lines += ["", "## How it was measured", "", found.protocol, ""]
     lines += [
         "Active share: multiply-adds of the FFNs per token, router, padding and stubs included, as a share of the dense "
-        "model's. +- is the sample standard deviation over seeds. An oracle router has access to every expert's contribution: "
-        "simulated, it cannot be exported.",
+        "model's. +- is the sample standard deviation over seeds.",
+        "",
+        *simulations(found.rows),
     ]
     for title, items in (("Not done", [*found.pending, *(f"{a}: {b}" for a, b in found.failed)]),
                          ("Warnings", found.warnings)):  # fmt: skip
         if items:
             lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
     return "\n".join(lines) + "\n"
+
+
+def simulations(rows: Sequence[Row]) -> list[str]:
+    """Explain the simulated rows, a sentence for each kind."""
+    ours = [row for row in rows if row.simulated]
+    found = []
+    if any("top_k_by_layer" not in row.sizes for row in ours):
+        found.append(
+            "An oracle router selects by the true contribution of each expert; it is simulated and cannot be exported."
+        )
+    if any("top_k_by_layer" in row.sizes for row in ours):
+        found.append(
+            "A k for each layer (under the same total as one k, by the measured loss of each layer) is simulated: all "
+            "targets but hunyuan_v1_moe hold one k for all layers, and split writes one."
+        )
+    return found
 
 
 def speed_tasks(rows: Sequence[Row]) -> list[tuple[str, str]]:

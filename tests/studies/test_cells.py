@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llamamoe.errors import RefusedError, UsageError
-from llamamoe.studies.cells import SIMULATED, Cell, cells_of, ffn_share, select
+from llamamoe.studies.cells import SIMULATED, SIMULATED_K, Cell, cells_of, select
+from llamamoe.studies.sizes import ffn_share
 from tests.dense import make_dense
 
 from .common import REPAIRED, make_study, open_dense
@@ -109,6 +110,35 @@ def test_each_alignment_has_its_static_control(dense: Path, tmp_path: Path) -> N
     }
     repairs = {name: recipe.repair.name for name, recipe in static.items() if recipe.repair}
     assert repairs == {name: "none" if name == "static" else "least_squares" for name in static}
+
+
+def test_a_k_for_each_layer_is_simulated_beside_its_method(dense: Path, tmp_path: Path) -> None:
+    method = {**REPAIRED, "top_k_by_layer": "proxy"}
+    found = cells(dense, tmp_path, methods=[method, {**method, "name": "plain", "top_k_by_layer": None}], seeds=[0, 1])
+    ours = [c for c in found if c.by_layer]
+    assert [c.label for c in ours] == ["repaired, k by layer/0.5/0", "repaired, k by layer/0.5/1"]
+    for cell in ours:
+        (base,) = [c for c in found if c.label == cell.label.replace(", k by layer", "")]
+        assert (cell.plan, cell.share, cell.simulated, base.simulated) == (base.plan, base.share, SIMULATED_K, None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"top_k_by_layer": "prox"}, r"unknown measure 'prox'\. Did you mean 'proxy'"),
+        ({"top_k_by_layer": "kl", "align": {"tokens": 2048}}, "one layer at a time, so align is not possible"),
+        ({"top_k_by_layer": "kl", "keep_dense": [0]}, "one layer at a time, so keep_dense is not possible"),
+        ({"top_k_by_layer": "kl", "method": "static"}, "static has no experts"),
+    ],
+)
+def test_a_k_for_each_layer_is_refused_in_the_recipe(keys: dict[str, object], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=reason):
+        make_study(tmp_path, methods=[{**REPAIRED, **keys}])
+
+
+def test_a_k_for_each_layer_needs_text(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"mine at 0\.5: top_k_by_layer measures layers on calibration text"):
+        cells(dense, tmp_path, methods=[{"name": "mine", "method": "kmeans", "top_k_by_layer": "proxy"}])
 
 
 def test_given_sizes_are_taken_or_refused(dense: Path, tmp_path: Path) -> None:

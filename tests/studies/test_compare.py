@@ -18,6 +18,7 @@ from llamamoe.evaluation.perplexity import evaluate
 from llamamoe.methods.contributions import contributions
 from llamamoe.methods.layer import LayerInputs
 from llamamoe.studies import engine, run, store
+from llamamoe.studies.by_layer import with_top_k
 from llamamoe.studies.compare import compare, plan_comparison
 from llamamoe.studies.in_memory import convert_in_memory, oracle_of
 from llamamoe.studies.measure import replaced_ffns
@@ -87,6 +88,26 @@ def test_controls_are_there_and_labelled(study: SimpleNamespace) -> None:
     assert rows["static"].active_parameters == rows["static + least_squares"].active_parameters
     assert rows["repaired"].recall_at_k is not None
     assert rows["repaired"].output_error < 1
+
+
+def test_a_k_for_each_layer_costs_no_more_and_is_called_simulated(study: SimpleNamespace, tmp_path: Path) -> None:
+    methods = [{**REPAIRED, "top_k_by_layer": "proxy"}, {**REPAIRED, "name": "kl", "top_k_by_layer": "kl"}]
+    recipe = make_study(tmp_path, methods=methods, controls=False, export="all")
+    found = compare(study.dense, tmp_path / "out", recipe, only=["*, k by layer"])
+    assert found.failed == ()
+    uniform = row(study.found, "repaired")
+    for name, measure in (("repaired, k by layer", "proxy"), ("kl, k by layer", "kl")):
+        one = row(found, name)
+        assert one.simulated == "simulated: split writes one k for all layers"
+        each, top_k = one.sizes["top_k_by_layer"], one.sizes["top_k"]
+        assert (len(each), top_k, one.sizes["measure"]) == (LAYERS, uniform.sizes["top_k"], measure)
+        assert sum(each) <= LAYERS * top_k
+        assert one.share <= uniform.share + 1e-9
+        assert one.sizes["damage"] <= one.sizes["damage_uniform"]
+        assert one.exported_ratio is None
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "(simulated: split writes one k for all layers)" in page
+    assert "A k for each layer (under the same total" in page
 
 
 def test_a_second_run_does_nothing_and_says_the_same(study: SimpleNamespace, no_work: None) -> None:
@@ -277,6 +298,18 @@ def plan(study: SimpleNamespace) -> Any:
 
     cells = cells_of(study.recipe, open_dense(study.dense))
     return next(cell.plan for cell in cells if cell.method == "random")
+
+
+def test_layers_may_differ_in_k_alone(plan: Any) -> None:
+    plans = [with_top_k(plan, k) for k in (1, 3)]
+    ffns = convert_in_memory(plan, None, None, by_layer=plans).ffns  # type: ignore[arg-type]
+    assert [(ffn.top_k, ffn.coefficient) for ffn in ffns.values()] == [
+        (k, pytest.approx(plan.layout.num_experts / k)) for k in (1, 3)
+    ]
+    alike = convert_in_memory(plan, None, None).ffns  # type: ignore[arg-type]
+    for layer, ffn in ffns.items():
+        assert torch.equal(ffn.router_NH, alike[layer].router_NH)
+        assert ffn.partition.experts.tolist() == alike[layer].partition.experts.tolist()
 
 
 def test_the_oracle_takes_the_experts_of_largest_contribution(plan: Any) -> None:

@@ -83,6 +83,7 @@ def test_numbers() -> None:
     ]  # fmt: skip
     assert with_spread(88.123, 0.456) == "88.12 +-0.46"
     assert shape({"num_experts": 24, "top_k": 7, "shared": 416}) == "7 of 24, 416 shared"
+    assert shape({"num_experts": 24, "top_k": 7, "top_k_by_layer": [9, 5], "shared": 0}) == "5 to 9 of 24"
     assert shape({"num_experts": 0, "top_k": 0, "shared": 768}) == "768 neurons"
 
 
@@ -94,6 +95,8 @@ def test_the_picture_is_the_same_every_time(tmp_path: Path) -> None:
     for name in ("comparison.svg", "comparison.png"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     draw(comparison(CELLS[1:2]), tmp_path)  # neither dense nor controls
+    simulated = {**CELLS[1], "method": "x, k by layer", "simulated": "simulated: not possible"}
+    draw(comparison([simulated, {**simulated, "method": "y, k by layer"}]), tmp_path)  # nothing that can be stored
     with pytest.raises(LlamaMoeError, match="nothing to draw"):
         draw(comparison(CELLS[:1]), tmp_path)
 

@@ -131,6 +131,28 @@ def cheapest_choices(costs_C: Sequence[int], damage_CL: np.ndarray, capacity: in
     return found[::-1]
 
 
+def share_out_top_k(curves: Curves, shares_N: Sequence[float], top_k: int) -> tuple[tuple[int, ...], float]:
+    """Return a number of selected experts for every layer, at most ``top_k`` on average, with the least damage.
+
+    Experts are equally wide in all layers, so that the sum over layers is what a token computes. One k for all layers
+    is among the choices.
+
+    Args:
+        curves: The damage of each layer by its share.
+        shares_N: A layer's active share with 1, 2, ... N experts selected, ascending.
+        top_k: The mean of k over the layers that may not be exceeded.
+
+    Returns:
+        k of every layer, and the sum of damages.
+    """
+    costs = range(1, len(shares_N) + 1)
+    damage_NL = np.stack([curves.at(share) for share in shares_N])
+    found = cheapest_choices(costs, damage_NL, top_k * curves.num_layers)
+    assert found is not None, "one expert in each layer costs at most top_k"
+    damage = math.fsum(float(damage_NL[choice, layer]) for layer, choice in enumerate(found))
+    return tuple(costs[choice] for choice in found), damage
+
+
 def share_out(
     curves: Curves, budget: float, size: int, fixed: float, unit: int, routed: int
 ) -> tuple[tuple[int, ...], float] | None:

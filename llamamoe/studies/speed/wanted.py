@@ -25,5 +25,5 @@ class Wanted:
 
 def wanted_speeds(recipe: CompareRecipe, cells: Iterable[Cell]) -> list[Wanted]:
     """Return program and shape for every cell that can be stored."""
-    plans = [cell.plan for cell in cells if cell.plan is not None and not cell.oracle]
+    plans = [cell.plan for cell in cells if cell.plan is not None and cell.simulated is None]
     return list(dict.fromkeys(Wanted(program, FfnShape.of(plan)) for program in recipe.speed for plan in plans))

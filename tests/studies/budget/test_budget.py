@@ -22,7 +22,7 @@ from llamamoe.studies.budget.sensitivities import SENSITIVITIES
 from llamamoe.studies.budget.sensitivities.base import Sensitivity, Task
 from llamamoe.studies.budget.sensitivities.curves import Curves
 from llamamoe.studies.budget.sizes import Sizer
-from llamamoe.studies.cells import ffn_share
+from llamamoe.studies.sizes import ffn_share
 from tests.dense import FFN_TARGETS, make_dense, variant_for
 
 LAYERS = 5

@@ -20,6 +20,7 @@ from llamamoe.studies.budget.search import (
     dense_sets,
     least_damage,
     share_out,
+    share_out_top_k,
 )
 from llamamoe.studies.budget.sensitivities.curves import Curves
 from llamamoe.studies.sizes import Sizes
@@ -125,6 +126,32 @@ def test_shared_neurons_follow_sensitivity_within_the_budget(size: list[float], 
     assert damage <= curves.at((alike + fixed) / neurons).sum() + 1e-9, "at least as good as all alike"
     order = np.argsort(size)
     assert (np.diff(np.array(shared)[order]) >= 0).all() or len(set(size)) < LAYERS, "who loses more gets more"
+
+
+@settings(max_examples=25)
+@given(
+    small=st.lists(st.floats(0.01, 10), min_size=3, max_size=3),
+    large=st.lists(st.floats(0.01, 10), min_size=3, max_size=3),
+    experts=st.integers(2, 6),
+    data=st.data(),
+)
+def test_a_k_for_each_layer_is_the_best_of_all(
+    small: list[float], large: list[float], experts: int, data: st.DataObject
+) -> None:
+    top_k = data.draw(st.integers(1, experts))
+    curves = Curves(np.array([0.3, 0.6]), np.array([np.maximum(small, large), small]))
+    shares = [0.2 + 0.7 * k / experts for k in range(1, experts + 1)]
+    found, damage = share_out_top_k(curves, shares, top_k)
+    damages = [curves.at(share) for share in shares]
+
+    def total(chosen: tuple[int, ...]) -> float:
+        return math.fsum(damages[k - 1][layer] for layer, k in enumerate(chosen))
+
+    every = [c for c in itertools.product(range(1, experts + 1), repeat=3) if sum(c) <= 3 * top_k]
+    assert found in every, "never above the total"
+    assert damage == pytest.approx(total(found))
+    assert damage == pytest.approx(min(map(total, every)))
+    assert damage <= total((top_k,) * 3) + 1e-12, "never worse than one k for all layers"
 
 
 def test_no_grid_point_fits() -> None:
