@@ -29,6 +29,10 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 AUTO = "auto"
 """The method that the plan chooses; the calibration text that is sampled from the parent."""
 NO_REPAIR = "none"
+ONE_SIZE = (
+    "must be one number for all layers: config.json holds one, and padding a smaller layer with zeros costs as much as neurons "
+    "do (keep_dense chooses dense layers; compare simulates a k for each layer, by its key top_k_by_layer)"
+)
 
 
 Device = Annotated[str, form(r"auto|[a-z]+(:[0-9]+)?", "must be auto or a device such as cpu, cuda or cuda:1")]
@@ -48,6 +52,17 @@ CalibrationWeights = Annotated[
 CalibrationLength = Annotated[
     Annotated[int, Field(ge=2), Count] | None, Field(description="Tokens per calibration sequence.")
 ]
+
+
+def _one_for_all(value: Any) -> Any:
+    """Refuse a size for each layer, with the reason."""
+    if isinstance(value, list | tuple | Mapping):
+        raise PydanticCustomError("by_layer", ONE_SIZE)
+    return value
+
+
+OneSize = BeforeValidator(_one_for_all)
+"""Refuses a list where a size is one number for all layers."""
 
 
 def _shared_size(value: Any) -> Any:
@@ -70,8 +85,8 @@ def _shared_size(value: Any) -> Any:
 class SplitRecipe(Recipe):
     """Everything that decides what ``llamamoe split`` writes. Options left at null are chosen by the plan."""
 
-    num_experts: int = Field(8, ge=2, le=4096, description="Routed experts per layer (N).")
-    top_k: int = Field(2, ge=1, description="Experts selected per token (k).")
+    num_experts: Annotated[int, OneSize] = Field(8, ge=2, le=4096, description="Routed experts per layer (N).")
+    top_k: Annotated[int, OneSize] = Field(2, ge=1, description="Experts selected per token (k).")
     prefer: Literal["quality", "balanced", "speed"] | None = Field(
         None,
         description="Goal for choosing sizes that are not given, from measurements: quality (many narrow experts), speed (few "
@@ -86,9 +101,9 @@ class SplitRecipe(Recipe):
     method: Annotated[Choice, choose(SPLITTERS, AUTO)] = Field(
         Choice(name=AUTO), validate_default=True, description="How neurons are partitioned."
     )
-    shared: Annotated[float | int | str | None, BeforeValidator(lambda v: None if v is None else _shared_size(v))] = (
-        Field(None, description="Neurons that every token uses: a share, a count, or '2x' expert widths.")
-    )
+    shared: Annotated[
+        float | int | str | None, BeforeValidator(lambda v: None if v is None else _shared_size(v)), OneSize
+    ] = Field(None, description="Neurons that every token uses: a share, a count, or '2x' expert widths.")
     shared_by: Annotated[Choice | None, choose(SELECTORS)] = Field(
         None, description="How the shared neurons are chosen."
     )

@@ -60,6 +60,8 @@ def test_everything_wrong_is_said_at_once() -> None:
         ({"num_experts": 10**6}, ["num_experts", "4096"]),
         ({"num_experts": 4, "top_k": 5}, ["top_k = 5 must not exceed num_experts = 4"]),
         ({"top_k": -1}, ["top_k", "got -1"]),
+        ({"top_k": [2, 3]}, ["top_k: must be one number for all layers", "top_k_by_layer"]),
+        ({"shared": [64, 96]}, ["shared: must be one number for all layers", "zeros"]),
         ({"method": "kmean"}, ["unknown splitter 'kmean'", "Did you mean 'kmeans'", "random"]),
         ({"method": "xyzzy"}, ["unknown splitter 'xyzzy'", "Known: "]),
         ({"method": {"name": "kmeans", "max_itr": 5}}, ["max_itr: unknown key. Did you mean 'max_iter'"]),
