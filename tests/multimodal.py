@@ -10,6 +10,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tests.dense import COMMON, VARIANTS, make_qwen_tokenizer, make_tokenizer
 
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4], "mrope_interleaved": True}
+_TEXTS = {"qwen3_vl": {"model_type": "qwen3_vl_text", "rope_parameters": _SECTIONS}}
+"""Keys of text models that differ from those of the causal language models that they are like."""
 IMAGE = 127
 """The id of an image's tokens, the last of the tokenizer's."""
 _VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -44,6 +47,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
         1,
     ),
     "qwen3_5": ({"vision_config": _QWEN}, (24, 96), 6),
+    "qwen3_vl": ({"vision_config": {**_QWEN, "deepstack_visual_indexes": [0, 1]}}, (24, 96), 6),
 }
 """Configuration keys beside the text model's, the shape of an image, and the number of its tokens."""
 
@@ -57,7 +61,7 @@ def make_multimodal(folder: Path, wrapper: str = "llava", variant: str = "llama"
         variant: A key of `tests.dense.VARIANTS`: the text model.
         options: Arguments of ``save_pretrained``.
     """
-    text = {**COMMON, **VARIANTS[variant]}
+    text = {**COMMON, **VARIANTS[variant], **_TEXTS.get(wrapper, {})}
     keys = {"image_token_id": IMAGE, "image_token_index": IMAGE, "tie_word_embeddings": variant.endswith("tied")}
     config = AutoConfig.for_model(wrapper, text_config=text, **keys, **WRAPPERS[wrapper][0])
     torch.manual_seed(0)

@@ -96,7 +96,7 @@ def understand(checkpoint: Checkpoint) -> DenseModel:
     check_special(spec)
     if isinstance(checkpoint, TextPart):
         _refuse_scaled_table(spec)
-        spec = replace(spec, other_inputs=True)
+        spec = replace(spec, whole=str(checkpoint.whole["model_type"]))
     if spec.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors:
         spec = replace(spec, tie_word_embeddings=False)  # transformers 5 does not tie tensors that differ
     try:

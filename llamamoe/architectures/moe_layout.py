@@ -80,12 +80,14 @@ class Router:
 class Neurons:
     """Rows (gate, up) or columns (down) of this layer's FFN, times ``scale``.
 
-    ``expert`` is an index, ``"all"`` for all experts stacked into ``[N, ...]``, or ``"shared"``.
+    ``expert`` is an index, ``"all"`` for all experts stacked into ``[N, ...]``, or ``"shared"``. ``turned`` means that rows and
+    columns of each are exchanged.
     """
 
     part: Part
     expert: int | Literal["all", "shared"]
     scale: float = 1.0
+    turned: bool = False
 
 
 Origin = Copy | Stack | Constant | Router | Neurons | Heads

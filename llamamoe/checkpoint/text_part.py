@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..lazy import torch
 from .base import Checkpoint, TensorInfo
 from .locate import Location, open_checkpoint
 from .reader import PROCESSOR_FILES, SafetensorsCheckpoint, check_side_file
 from .tensor_names import EMBEDDING, HEAD, named_as_in_files
-from .whole_pairs import LEFT_OUT, PAIRS, outer_keys
+from .whole_pairs import LEFT_OUT, PAIRS, as_causal, outer_config
 
 WRAPPERS = (
     "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "smolvlm", "vipllava",
@@ -28,6 +30,7 @@ CONVERTED = tuple(sorted({*WRAPPERS, *PAIRS}))
 """Model types whose text model can be converted."""
 _BODY = re.compile(r"language_model\.model\.|model\.language_model\.model\.|model\.(language|text)_model\.")
 _OLDER = "language_model.model."
+_TURNED = re.compile(r"\.mlp\.experts\.(gate_up|down)_proj$")
 _HEADS = (HEAD, f"language_model.{HEAD}")
 _OF_ALL = ("auto_map", "quantization_config", "compression_config", "llamamoe")
 """Keys beside ``text_config`` that concern the text model, too."""
@@ -57,7 +60,7 @@ class TextPart(SafetensorsCheckpoint):
         )
         found = _BODY.match(embedding)
         self._body = found[0] if found else _OLDER
-        self.config: dict[str, Any] = dict(self.whole["text_config"]) | {
+        self.config: dict[str, Any] = as_causal(self.whole["text_config"]) | {
             k: self.whole[k] for k in _OF_ALL if k in self.whole
         }
         paired = self.whole["model_type"] not in WRAPPERS
@@ -80,12 +83,31 @@ class TextPart(SafetensorsCheckpoint):
             )
         inside = self._body == _OLDER and HEAD not in self.tensors
         self._head = _HEADS[1] if inside or _HEADS[1] in self.tensors else HEAD
-        self.tensors = named_as_in_files(text, self.config) | rest
+        self._turned = {name for name, info in text.items() if self._is_turned(name, info)}
+        turned = {
+            n: replace(i, shape=(i.shape[0], i.shape[2], i.shape[1])) for n, i in text.items() if n in self._turned
+        }
+        self.tensors = (
+            named_as_in_files({n: i for n, i in text.items() if n not in turned}, self.config) | turned | rest
+        )
         self.rest: Mapping[str, TensorInfo] = rest
         self.config["tie_word_embeddings"] = HEAD not in self.tensors
         for file in PROCESSOR_FILES:
             if os.path.lexists(path / file):
                 check_side_file(self._inside(file))
+
+    def _is_turned(self, name: str, info: TensorInfo) -> bool:
+        """Return whether a tensor holds all experts with rows and columns exchanged, as transformers decides it."""
+        hidden, last = self.config.get("hidden_size"), -1 if name.endswith("gate_up_proj") else -2
+        return bool(_TURNED.search(name)) and len(info.shape) == 3 and info.shape[last] != hidden
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """See `llamamoe.checkpoint.base.Checkpoint.read`."""
+        found = super().read(name, rows)
+        if name not in self._turned:
+            return found
+        count, first, second = found.shape
+        return found.view(count, second, first).transpose(1, 2).contiguous()
 
     def text_name(self, name: str) -> str:
         """Return the canonical name of a tensor of the text model, from its name in files or in memory."""
@@ -105,10 +127,10 @@ class TextPart(SafetensorsCheckpoint):
 
     def whole_config(self, text: Mapping[str, Any]) -> dict[str, Any]:
         """Return the folder's ``config.json`` with another text model."""
-        changed = {"text_config": dict(text), "tie_word_embeddings": text["tie_word_embeddings"]}
+        changed = {"tie_word_embeddings": text["tie_word_embeddings"]}
         changed |= {key: text["torch_dtype"] for key in ("dtype", "torch_dtype") if key in self.whole}
-        changed |= outer_keys(self.whole, text["model_type"])
-        return {k: v for k, v in self.whole.items() if k not in ("llamamoe", "transformers_version")} | changed
+        kept = {k: v for k, v in self.whole.items() if k not in ("llamamoe", "transformers_version")}
+        return outer_config(kept, text) | changed
 
 
 def is_whole(config: Mapping[str, Any]) -> bool:

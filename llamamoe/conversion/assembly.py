@@ -94,6 +94,7 @@ class LayerParts:
         """Return the part of one expert, of the shared expert, or of all experts stacked (see `Neurons`)."""
         if origin.expert == "all":
             parts = (self.neurons(Neurons(origin.part, i, origin.scale), dtype) for i in range(self.layout.num_experts))
+            parts = (part.T for part in parts) if origin.turned else parts
             first = next(parts)
             out = torch.empty(self.layout.num_experts, *first.shape, dtype=dtype)
             out[0] = first

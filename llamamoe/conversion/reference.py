@@ -20,12 +20,13 @@ from ..architectures.sources.base import DenseSpec
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.tensors import torch_dtype
 from ..checkpoint.unmapped import unmapped
+from ..checkpoint.whole_pairs import as_causal
 from ..errors import VerificationError
 from ..lazy import accelerate, torch, transformers
 from ..models.streaming import computing_keys
 
 _SAID = ("missing_keys", "mismatched_keys", "error_msgs")
-_NOT_COMPUTED = ("extra", "tie_word_embeddings", "family", "other_inputs")
+_NOT_COMPUTED = ("extra", "tie_word_embeddings", "family", "whole")
 """Fields of a `DenseSpec` that are not compared: tying shows in the weights, the rest is unused by the forward pass."""
 
 
@@ -48,7 +49,7 @@ class Reference:
         self._dense = model
         self._dtype = dtype
         self.model: Any = _load(model)
-        check_config(model, self.model.config.get_text_config().to_dict())
+        check_config(model, as_causal(self.model.config.get_text_config().to_dict()))
         for name, module in self.model.named_modules():
             if model.part and not name.startswith((f"model.{model.part.module}.", "lm_head")):
                 continue  # the rest does not run

@@ -122,7 +122,7 @@ def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], 
     dense_layers = _dense_layers(spec, recipe)
     fitting, reasons = [], []
     for name in candidate_targets(recipe, splitter, shared):
-        target = TARGETS.get(name)()
+        target = TARGETS.get(name)().inside(spec.whole)
         layout = _layout(spec, recipe, splitter, target, shared, dense_layers)
         found = _refusals(spec, recipe, target, layout, dtype)
         reasons += found
@@ -216,7 +216,7 @@ def _layout(
 
 
 def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout, dtype: str) -> list[str]:
-    reasons = target.refusals(spec)
+    reasons = [*target.refusals(spec), *target.layout_refusals(spec, layout)]
     if target.routed != bool(layout.num_experts):
         holds = "experts, which this method does not make" if target.routed else "no experts"
         reasons.append(f"{target.name} holds {holds} (--target auto)")

@@ -261,6 +261,7 @@ def _stored_keys(plan: SplitPlan, converted: Checkpoint, layer: int, kind: str, 
         ):
             continue
         value = converted.read(tensor.name)
+        value = value.transpose(-1, -2) if origin.turned else value
         if origin.part == "down":
             if down:
                 downs.append((value / origin.scale).transpose(-1, -2).reshape(-1, value.shape[-2]))

@@ -11,6 +11,7 @@ from ..architectures.moe_layout import Heads, Neurons, Origin, Router
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.tensors import torch_dtype
+from ..checkpoint.whole_pairs import as_causal
 from ..lazy import torch
 from ..models.streaming import StreamedModel
 from ..progress import Progress, ProgressCallback
@@ -155,13 +156,15 @@ def _converted(
         tensor, origin = converted.read(names[name].name), names[name].origin
         if zero_router and isinstance(origin, Router):
             return tensor.new_zeros(tensor.shape)
+        if isinstance(origin, Neurons) and origin.turned:
+            tensor = tensor.transpose(1, 2).contiguous()
         if factor != 1.0 and _routed_output(origin):
             return tensor.float() * factor
         return tensor
 
     config = plan.config
     if part:  # the head of the whole does not scale logits
-        text = config["text_config"]
+        text = as_causal(config["text_config"])
         config = text | {key: 1.0 for key in ("logits_scaling", "logit_scale") if key in text}
     config = config | ({plan.target.top_k_key: plan.layout.num_experts} if everyone else {})
     return StreamedModel(

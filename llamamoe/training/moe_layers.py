@@ -11,6 +11,7 @@ from ..architectures.expert_weighting import refuse_unsupported
 from ..architectures.moe_layout import RouterWeighting
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
+from ..checkpoint.whole_pairs import causal_type
 from ..errors import CheckpointError
 from ..lazy import torch
 
@@ -185,7 +186,7 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
     """
     config: Any = getattr(_base(model), "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    model_type = getattr(text, "model_type", "")
+    model_type = causal_type(getattr(text, "model_type", ""))
     refuse_unsupported(vars(text) | {"model_type": model_type})
     router_class = _router_class(model)
     modules = dict(model.named_modules())
@@ -242,5 +243,5 @@ def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any, model
 
 def _weighting(target: type[Target], router: Any) -> RouterWeighting:
     """Return this router's weighting: the target's only one, or the one that its flag selects (see `mixing_of`)."""
-    first = len(target.weightings) == 1 or router.norm_topk_prob
+    first = len(target.weightings) == 1 or getattr(router, "norm_topk_prob", True)
     return target.router_weighting(target.weightings[0 if first else 1])

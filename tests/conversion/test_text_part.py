@@ -14,7 +14,9 @@ from transformers import AutoModelForImageTextToText
 
 import llamamoe
 from llamamoe.architectures.inspect import inspect
-from llamamoe.checkpoint.text_part import CONVERTED
+from llamamoe.checkpoint.text_part import CONVERTED, TextPart
+from llamamoe.checkpoint.whole_pairs import PAIRS
+from llamamoe.training.moe_layers import find_moe_layers
 from tests import multimodal
 from tests.dense import make_dense
 from tests.training.runs import make_tokens
@@ -28,6 +30,7 @@ CASES = {
     "llava_onevision": ("qwen2-tied", "qwen2_moe"),
     "mistral3": ("mistral", "mixtral"),
     "qwen3_5": ("qwen3_5_text", "qwen3_5_moe_text"),
+    "qwen3_vl": ("qwen3-tied", "qwen3_moe"),
     "smolvlm": ("smollm3", "granitemoe_swa"),
     "vipllava": ("qwen3-tied", "qwen3_moe"),
 }
@@ -119,7 +122,7 @@ def test_names_in_memory_are_kept_and_calibration_reads_the_text_model(tmp_path:
     assert llamamoe.evaluate(tmp_path / "out", [tmp_path / "text.txt"], max_tokens=200).model.overall.loss > 0
 
 
-@pytest.mark.parametrize("wrapper", ["qwen3_5"])
+@pytest.mark.parametrize("wrapper", PAIRS)
 def test_the_class_around_the_text_model_changes_with_it(wrapper: str, tmp_path: Path) -> None:
     source = multimodal.make_multimodal(tmp_path / "parent", wrapper, CASES[wrapper][0])
     save_file(weights(source) | {"mtp.norm.weight": torch.ones(64)}, source / "model.safetensors", {"format": "pt"})
@@ -140,6 +143,35 @@ def test_the_class_around_the_text_model_changes_with_it(wrapper: str, tmp_path:
     with pytest.raises(llamamoe.LlamaMoeError) as refused:
         llamamoe.export_gguf(result.out, tmp_path / "out.gguf")
     assert "split, verify, inspect, evaluate, report and bench" in str(refused.value.hint)
+
+
+def test_experts_of_qwen3_vl_are_stored_as_in_its_own_files(tmp_path: Path) -> None:
+    source = multimodal.make_multimodal(tmp_path / "parent", "qwen3_vl", "qwen3-tied")
+    out = convert(source, tmp_path / "out", top_k=2, rescale="unit", keep_dense=[1]).out
+    name = "layers.0.mlp.experts.gate_up_proj"
+    stored = weights(out)[f"model.language_model.{name}"]
+    assert stored.shape == (4, 64, 96)  # experts, hidden size, gates and ups
+    assert torch.equal(TextPart(out).read(f"model.{name}"), stored.transpose(1, 2))
+    config, parent = (json.loads((path / "config.json").read_text())["text_config"] for path in (out, source))
+    assert config["rope_parameters"] == parent["rope_parameters"]
+    layers = find_moe_layers(load(out))
+    assert [(each.layer, each.weighting) for each in layers] == [(0, "renormalised")]  # always, so k is baked
+    found = inspect(out).experts
+    assert found is not None
+    assert (found.num_experts, found.expert_width, found.dense_layers) == (4, 48, (1,))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"target": "glm4_moe"}, r"glm4_moe is not the text model that the class of qwen3_vl_moe builds \(qwen3_moe\)"),
+        ({"num_experts": 6, "top_k": 2}, "experts of 32 neurons have square matrices beside a hidden size of 64"),
+    ],
+)
+def test_what_the_class_around_cannot_hold_is_refused(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    source = multimodal.make_multimodal(tmp_path / "parent", "qwen3_vl", "qwen3-tied")
+    with pytest.raises(llamamoe.RefusedError, match=said):
+        llamamoe.plan_conversion(source, llamamoe.load_recipe(given=EVERYONE | {"shared": 0} | keys))
 
 
 def test_static_pruning_keeps_the_class_around_the_text_model(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class DenseSpec:
     ``head_dim ** -0.5``. ``post_norm`` means that norms follow attention and FFN instead of preceding them, ``parallel``
     that attention and FFN read one norm and are added together, ``layer_norm`` that norms subtract the mean,
     ``zero_centred`` that canonical norms are stored less 1, ``gated_attention`` that queries come with gates of their heads' outputs,
-    ``other_inputs`` that some inputs do not come from the embedding table (images).
+    and ``whole`` is the ``model_type`` of the model of images and text around it, whose other inputs do not come from the
+    embedding table.
     """
 
     family: str
@@ -84,7 +85,7 @@ class DenseSpec:
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     norm_offset: float = 0.0
-    other_inputs: bool = False
+    whole: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
+from ...checkpoint.whole_pairs import class_refusals
 from ..moe_layout import Combine, Copy, MoeLayout, OutTensor, Role, RouterWeighting, Weighting, weight
 from ..rescales import Rescale
 from ..sources.base import DenseSpec, common, layer_shapes
@@ -70,11 +71,19 @@ class Target(ABC):
                 reasons.append(f"{self.name} cannot hold {sentence}")
         if {"qkv_bias", "o_bias"} <= self.holds and dense.qkv_bias != dense.o_bias:  # one key, attention_bias, for both
             reasons.append(f"{self.name} has biases on all four attention projections or on none")
-        if dense.other_inputs and self.fold(dense) != 1.0:
+        if dense.whole and self.fold(dense) != 1.0:
             reasons.append(
                 f"{self.name} {self.fold_reason(dense)}, and a factor in the embedding table would not reach images"
             )
-        return reasons
+        return [*reasons, *class_refusals(dense.whole, self.name)]
+
+    def layout_refusals(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
+        """Return the reasons why it cannot hold these sizes, beyond those that its attributes state."""
+        return []
+
+    def inside(self, whole: str) -> Target:
+        """Return the target as the text model of a model of images and text: ``whole`` is the parent's ``model_type``."""
+        return self
 
     def only_experts(self, dense: DenseSpec) -> int | None:
         """Return the only number of experts that it can hold of this source; None if there is no such limit."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from ..moe_layout import MoeLayout, OutTensor, Router, expert_tensors
+from ..moe_layout import MoeLayout, Neurons, OutTensor, Router, Weighting, expert_tensors
 from ..sources.base import DenseSpec, positive
 from .base import Target
 
@@ -17,7 +17,7 @@ class Qwen3Moe(Target):
     architecture = "Qwen3MoeForCausalLM"
     summary = "softmax routing, norms on queries and keys, no shared expert"
     reference = "arXiv:2505.09388"
-    weightings = ("renormalised", "softmax")
+    weightings: ClassVar[tuple[Weighting, ...]] = ("renormalised", "softmax")
     dense_layers = "any"
     holds = frozenset({"qk_norm", "qkv_bias", "o_bias", "head_dim", "window"})
 
@@ -46,6 +46,10 @@ class Qwen3Moe(Target):
         sliding = (window,) * positive(config, "num_hidden_layers")
         return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "heads", "sliding": sliding}
 
+    def inside(self, whole: str) -> Target:
+        """See `Target.inside`."""
+        return Qwen3VlMoe() if whole == "qwen3_vl" else self
+
     def one_layer(self, *, dense: bool) -> dict[str, Any]:
         """See `Target.one_layer`."""
         return {"mlp_only_layers": [0] if dense else []}
@@ -62,4 +66,29 @@ class Qwen3Moe(Target):
             return []
         return [
             "llama.cpp always renormalises qwen3_moe routing, so a GGUF of this file would scale the experts by N/k"
+        ]
+
+
+class Qwen3VlMoe(Qwen3Moe):
+    """Qwen3-MoE as the text model of Qwen3-VL-MoE, which always renormalises and has all experts of a layer in one tensor."""
+
+    weightings: ClassVar[tuple[Weighting, ...]] = ("renormalised",)
+
+    def moe_tensors(self, dense: DenseSpec, layout: MoeLayout, layer: int) -> Iterator[OutTensor]:
+        """See `Target.moe_tensors`: rows and columns are exchanged, as in Qwen's own files."""
+        block = f"model.layers.{layer}.mlp."
+        hidden, width, experts = dense.hidden_size, layout.expert_width, layout.num_experts
+        yield OutTensor(block + "gate.weight", (experts, hidden), "router", Router(), layer)
+        gate_up = Neurons("gate_up", "all", turned=True)
+        yield OutTensor(block + "experts.gate_up_proj", (experts, hidden, 2 * width), "routed", gate_up, layer)
+        down = Neurons("down", "all", layout.combine.bake, turned=True)
+        yield OutTensor(block + "experts.down_proj", (experts, width, hidden), "routed", down, layer)
+
+    def layout_refusals(self, dense: DenseSpec, layout: MoeLayout) -> list[str]:
+        """See `Target.layout_refusals`."""
+        if dense.hidden_size not in (layout.expert_width, 2 * layout.expert_width):
+            return []
+        return [
+            f"experts of {layout.expert_width} neurons have square matrices beside a hidden size of {dense.hidden_size}: transformers "
+            "could not tell their rows from their columns in qwen3_vl_moe (take another --experts)"
         ]
