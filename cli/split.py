@@ -108,7 +108,7 @@ def _plan(
 ) -> None:
     from llamamoe.checkpoint.ledger import check_left, partial_path
     from llamamoe.checkpoint.out_folder import check_out, normal_path
-    from llamamoe.conversion.preflight import check_room
+    from llamamoe.conversion.preflight import check_disk
     from llamamoe.conversion.split import plan_conversion
 
     from ._plan import print_plan
@@ -119,7 +119,7 @@ def _plan(
     plan = plan_conversion(source, recipe, tokenizer=tokenizer)
     if folder is not None:
         check_out(folder, plan.model.checkpoint.path, force=force)
-        check_room(folder, plan, resume=resume)
+        check_disk(folder, plan, reuse=resume or force)
     output.result(
         {"dry_run": True, "out": out, **plan.to_json()},
         lambda: print_plan(plan, source, verify=verify, verbose=output.verbose),

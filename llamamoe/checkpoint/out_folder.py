@@ -24,6 +24,7 @@ TRAINED = "model"
 MARKS = (RECIPE_FILE, HEAL_RECIPE_FILE, DERIVED_FILE)
 """Files by which a folder is recognised as written by llamamoe."""
 _OURS = {"config.json", INDEX, "README.md", *MARKS, RECEIPT_FILE, HEAL_RECEIPT_FILE, *SIDE_FILES, *LICENSE_FILES}
+_MARGIN = 64 * 2**20
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
@@ -197,3 +198,27 @@ def free_bytes(out: Path, *, resume: bool) -> int:
     if resume and partial_path(out).is_dir():
         have += sum(p.stat().st_blocks * 512 for p in partial_path(out).iterdir() if p.is_file())
     return have
+
+
+def check_room(
+    out: Path, nbytes: int, *, reuse: bool, what: str = "the result takes", less: Sequence[str] = ()
+) -> None:
+    """Refuse if the disk of OUT cannot hold what is to be written.
+
+    Args:
+        out: The folder or file to write.
+        nbytes: Its bytes; small files beside them get a margin.
+        reuse: Whether files of a stopped run are continued or discarded, so that their space counts as free.
+        what: Subject and verb of the message.
+        less: Ways to need less, for the hint.
+
+    Raises:
+        RefusedError: Too few bytes are free.
+    """
+    have, need = free_bytes(out, resume=reuse), nbytes + _MARGIN
+    if have < need:
+        *ways, last = ("Free some space", "choose another disk", *less)
+        raise RefusedError(
+            f"{what} {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
+            hint=f"{', '.join(ways)}, or {last}.",
+        )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..architectures.dense_checkpoint import DenseModel
-from ..checkpoint.out_folder import free_bytes
-from ..errors import RefusedError
+from ..checkpoint.out_folder import check_room
 from ..models.devices import check_device
 from .calibration_cost import most_tokens
 from .plan import SplitPlan, plan_split
@@ -33,18 +32,18 @@ def planned(model: DenseModel, recipe: SplitRecipe) -> SplitPlan:
     return plan if most >= plan.recipe.calibration_tokens else plan_split(model, recipe, text_tokens=most)
 
 
-def check_room(out: Path, plan: SplitPlan, *, resume: bool) -> None:
-    """Refuse if the disk cannot hold the result.
+def check_disk(out: Path, plan: SplitPlan, *, reuse: bool) -> None:
+    """Refuse if the disk cannot hold the result; see `llamamoe.checkpoint.out_folder.check_room`.
 
     Raises:
         RefusedError: Too few bytes are free.
     """
-    have = free_bytes(out, resume=resume)
     states = plan.calibration.disk_bytes if plan.calibration else 0
     states += plan.alignment.state_bytes if plan.alignment else 0
-    need = plan.cost.nbytes + rest_bytes(plan.model) + states + 64 * 2**20
-    if have < need:
-        raise RefusedError(
-            f"the result{' and the hidden states' if states else ''} take{'' if states else 's'} {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint=f"Free some space, choose another disk, {'fewer --calibration-tokens ' if states else ''}or a smaller --dtype.",
-        )
+    check_room(
+        out,
+        plan.cost.nbytes + rest_bytes(plan.model) + states,
+        reuse=reuse,
+        what="the result and the hidden states take" if states else "the result takes",
+        less=("fewer --calibration-tokens", "a smaller --dtype") if states else ("a smaller --dtype",),
+    )

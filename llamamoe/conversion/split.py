@@ -30,7 +30,7 @@ from ..progress import Progress, ProgressCallback, ignore_progress
 from .aligning import UNIT as ALIGNMENT
 from .card import model_card
 from .plan import SplitPlan
-from .preflight import check_room, planned
+from .preflight import check_disk, planned
 from .provenance import config_block, plan_fingerprint
 from .recipe import SplitRecipe
 from .session import UNIT, Session, read_ahead
@@ -118,7 +118,7 @@ def split(
     plan = _planned(source, location, recipe, tokenizer)
     recover_replaced(out)
     check_out(out, location.path, force=force)
-    carried = _check(plan, out, progress, resume=resume)
+    carried = _check(plan, out, progress, reuse=resume or force)
     compute = _compute(plan)
     texts = read_ahead(plan, compute, progress) if compute and not (resume and partial_path(out).exists()) else None
     fingerprint, restart = plan_fingerprint(plan, compute.to_json() if compute else None), force and not resume
@@ -144,9 +144,9 @@ def split(
 # ---- before anything is written -----------------------------------------------------------------------------------
 
 
-def _check(plan: SplitPlan, out: Path, progress: ProgressCallback, *, resume: bool) -> CarriedFiles:
+def _check(plan: SplitPlan, out: Path, progress: ProgressCallback, *, reuse: bool) -> CarriedFiles:
     """Refuse what only files and machine reveal, and return the files to take over from the parent."""
-    check_room(out, plan, resume=resume)
+    check_disk(out, plan, reuse=reuse)
     if plan.recipe.strict:
         _refuse_nonfinite(plan, progress)
     check_model(plan.config, {tensor.name: tensor.shape for tensor in plan.tensors})

@@ -15,16 +15,13 @@ from ..architectures.config_compat import addable_keys
 from ..architectures.expert_weighting import rescaled_block
 from ..checkpoint.files import copy_file, open_append, write_text
 from ..checkpoint.ledger import LEDGER, check_left, partial_path
-from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECIPE_FILE, check_out, free_bytes
+from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECIPE_FILE, check_out, check_room
 from ..checkpoint.reader import INDEX
 from ..checkpoint.readme import read_card
 from ..checkpoint.tokenizer import CarriedFiles
 from ..conversion.advice import UNTRAINED
-from ..errors import RefusedError
 from ..models.loadable import check_loads
 from .plan import HealPlan, config_of, factors_of
-
-_ROOM = 64 * 2**20
 
 
 def check_place(out: Path, plan: HealPlan, *, resume: bool, force: bool) -> None:
@@ -38,13 +35,8 @@ def check_place(out: Path, plan: HealPlan, *, resume: bool, force: bool) -> None
         check_out(out, source, force=force)
     _mark_finished(partial_path(out))
     check_left(partial_path(out), resume=resume, restart=force)
-    have = free_bytes(out, resume=True)
-    need = plan.nbytes + _ROOM + (2 * plan.state_bytes if plan.states_in_files else 0)
-    if have < need:
-        raise RefusedError(
-            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint="Free some space, choose another disk, or fewer --tokens.",
-        )
+    states = 2 * plan.state_bytes if plan.states_in_files else 0
+    check_room(out, plan.nbytes + states, reuse=True, less=("fewer --tokens",))
 
 
 def _mark_finished(partial: Path) -> None:

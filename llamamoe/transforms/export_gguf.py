@@ -17,7 +17,7 @@ from ..checkpoint.gguf.header import require_gguf
 from ..checkpoint.gguf.rope import float32, uint32, write_rope
 from ..checkpoint.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from ..checkpoint.gguf.writer import DTYPES, FILE_TYPES, Q8_BLOCK, GgufOut, write_tensors
-from ..checkpoint.out_folder import free_bytes, normal_path
+from ..checkpoint.out_folder import check_room, normal_path
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import LlamaMoeError, RefusedError, UsageError, near_misses
 from ..lazy import gguf
@@ -26,8 +26,6 @@ from ..progress import ProgressCallback, ignore_progress
 from .gguf_tensors import gguf_tensors
 from .llama_cpp import DENSE, Architecture, dense_architecture, llama_cpp_architecture
 from .rewrite import opened
-
-_ROOM = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,8 @@ def export_gguf(
     kind = max(tensors, key=lambda each: prod(each.shape)).kind
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _check_room(place, sum(each.nbytes for each in tensors))
+    nbytes = sum(each.nbytes for each in tensors)
+    check_room(place, nbytes, reuse=False, what="the file takes", less=("a smaller --dtype",))
     write_tensors(writer, tensors, place, progress, checkpoint.check_unchanged)
     warnings = tuple(_warnings(read, vocabulary, tensors, dtype, kind))
     return GgufExport(place, architecture.name, kind, len(tensors), place.stat().st_size, warnings)
@@ -150,15 +149,6 @@ def _check_place(out: Path, *, force: bool) -> None:
         raise RefusedError(f"OUT ({out}) exists and is not a plain file.", hint="Choose another name.")
     if there and not force:
         raise RefusedError(f"OUT ({out}) exists.", hint="Choose another name, or --force to replace it.")
-
-
-def _check_room(out: Path, need: int) -> None:
-    have = free_bytes(out, resume=False)
-    if have < need + _ROOM:
-        raise RefusedError(
-            f"the file takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint="Free some space, choose another disk, or a smaller --dtype.",
-        )
 
 
 def _warnings(

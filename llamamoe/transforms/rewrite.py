@@ -19,19 +19,18 @@ from ..checkpoint.layout import Shards, index_json
 from ..checkpoint.ledger import check_left, fingerprint_of, partial_path, remove_states
 from ..checkpoint.locate import Location, locate_folder
 from ..checkpoint.memory import reused_memory
-from ..checkpoint.out_folder import DERIVED_FILE, check_out, free_bytes, normal_path, recover_replaced, system_errors
+from ..checkpoint.out_folder import DERIVED_FILE, check_out, check_room, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
 from ..checkpoint.tokenizer import CarriedFiles, carried_files
 from ..checkpoint.writer import CheckpointWriter
 from ..conversion.verify_files import Hashes
-from ..errors import LlamaMoeError, RefusedError
+from ..errors import LlamaMoeError
 from ..lazy import torch
 from ..models.loadable import check_counts, check_loads, check_model
 from ..progress import Progress, ProgressCallback, ignore_progress
 
 OUTER = "outer"
-_ROOM = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def rewrite(
         resume=resume,
         force=force,
     )
-    _check_room(job, place, resume=resume, force=force)
+    check_room(place, job.nbytes + job.scratch, reuse=resume or force)
     check_model(job.config, {name: shape for file in job.files().values() for name, (_, shape, _) in file.items()})
     carried = carried_files(job.base, job.config)
     with (
@@ -198,15 +197,6 @@ def check_place(out: Path, read: Sequence[Path], *, resume: bool, force: bool) -
     for path in read:
         check_out(out, path, force=force)
     check_left(partial_path(out), resume=resume, restart=force)
-
-
-def _check_room(job: Rewriting, out: Path, *, resume: bool, force: bool) -> None:
-    have, need = free_bytes(out, resume=resume or force), job.nbytes + job.scratch + _ROOM
-    if have < need:
-        raise RefusedError(
-            f"the result takes {need / 1e9:.2f} GB, but the disk of {out} has {have / 1e9:.2f} GB free.",
-            hint="Free some space, or choose another disk.",
-        )
 
 
 def _finite(name: str, job: Rewriting) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import llamamoe
-from llamamoe.checkpoint.ledger import LEDGER
+from llamamoe.checkpoint.ledger import LEDGER, partial_path
 from llamamoe.errors import LlamaMoeError, RefusedError, VerificationError
 
 from .conftest import Refused, digests, edit_weights, recipe
@@ -261,6 +261,22 @@ def test_disk_that_just_suffices(source: Path, tmp_path: Path, monkeypatch: pyte
         llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, need))
     llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
+
+
+@pytest.mark.parametrize("way", ["resume", "force"])
+def test_the_work_of_a_stopped_call_makes_room(
+    source: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--resume`` continues it, and ``--force`` discards it."""
+    need = llamamoe.plan_conversion(source, recipe()).cost.nbytes + 64 * 2**20
+    with monkeypatch.context() as patch:
+        break_call(patch, "fsync", 3)
+        with pytest.raises(LlamaMoeError, match="No space"):
+            llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
+    written = sum(each.stat().st_blocks * 512 for each in partial_path(tmp_path / "out").iterdir() if each.is_file())
+    assert written > 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, need - written))
+    llamamoe.split(source, tmp_path / "out", recipe(), verify=False, **{way: True})
 
 
 def break_call(monkeypatch: pytest.MonkeyPatch, name: str, count: int, code: int = errno.ENOSPC) -> None:

@@ -14,7 +14,7 @@ from ...checkpoint.locate import Location, locate_folder
 from ...checkpoint.out_folder import normal_path
 from ...checkpoint.reader import SafetensorsCheckpoint
 from ...conversion.plan import SplitPlan, plan_split
-from ...conversion.preflight import check_room
+from ...conversion.preflight import check_disk
 from ...conversion.recipe import SplitRecipe, build_recipe
 from ...data.files import find_files
 from ...errors import RefusedError
@@ -153,7 +153,7 @@ def check_mix_place(plan: MixPlan, out: str | Path, *, resume: bool, force: bool
     """
     place = normal_path(out)
     check_place(place, [each.path for each in plan.places], resume=resume, force=force)
-    check_room(place, plan.layout, resume=resume)
+    check_disk(place, plan.layout, reuse=resume or force)
 
 
 def layout_recipe(recipe: MixRecipe, num_models: int | None = None, top_k: int | None = None) -> SplitRecipe:
