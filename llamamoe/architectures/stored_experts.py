@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.base import TensorInfo
+from ..checkpoint.tensor_names import layer_of
 from .costs import role_of
 from .expert_weighting import EXPERT_KEYS, TOP_K_KEYS
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _GATE = re.compile(r"(gate_proj|w1|gate_up_proj|input_linear)(\.weight)?$")
 
@@ -55,7 +55,7 @@ def stored_experts(
     routed = {name: info for name, info in tensors.items() if role_of(name) == "routed"}
     if not routed:
         return None
-    counted = _num_experts(routed)
+    counted = count_experts(routed)
     stated = next((config[key] for key in EXPERT_KEYS if is_size(config.get(key))), counted)
     if stated != counted:
         notes.append(f"config.json names {stated} experts, but the files hold {counted} in one layer")
@@ -77,7 +77,7 @@ def stored_experts(
     )
 
 
-def _num_experts(routed: Mapping[str, TensorInfo]) -> int:
+def count_experts(routed: Mapping[str, TensorInfo]) -> int:
     """Return N: one more than the highest index in the names, or the first size of a tensor that holds all experts."""
     indices = [int(found[1]) for name in routed if (found := _EXPERT.search(name))]
     return max(indices) + 1 if indices else max(info.shape[0] for info in routed.values())
@@ -99,7 +99,7 @@ def dense_width(tensors: Mapping[str, TensorInfo]) -> int | None:
 
 
 def _layers(names: Iterable[str]) -> tuple[int, ...]:
-    return tuple(sorted({int(found[1]) for name in names if (found := _LAYER.search(name))}))
+    return tuple(sorted({layer for name in names if (layer := layer_of(name)) is not None}))
 
 
 def is_size(value: Any) -> bool:

@@ -10,12 +10,21 @@ from typing import Any
 
 from ..errors import UsageError
 from ..lazy import huggingface_hub
+from .base import TensorInfo
 
 SHARD_SIZE = r"([0-9]{0,8}[1-9][0-9]{0,8}(\.[0-9]+)?|[0-9]{1,9}\.[0-9]*[1-9][0-9]*)\s*[KMGT]B"
 SHARD_SIZE_RULE = "must be a size above 0 with its unit, such as 5GB or 500MB"
 """The rule for the maximum size of a file."""
 Shards = dict[str, dict[str, tuple[str, tuple[int, ...], int]]]
 """Shards: file name -> tensor name -> (dtype, shape, bytes), in file order."""
+
+
+def as_stored(tensors: Mapping[str, TensorInfo]) -> Shards:
+    """Return the files of a checkpoint with the tensors that each holds, in the order of ``tensors``."""
+    found: Shards = {}
+    for name, info in tensors.items():
+        found.setdefault(info.file.name, {})[name] = (info.dtype, info.shape, info.nbytes)
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from .base import TensorInfo
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WITHOUT_HEAD = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.weight$)")
 _MOST_EXPERTS = 1 << 16  # a header that claims more would only waste time
-_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
+FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
+"""Names of all experts of a layer in the memory of transformers 5; in the files of a known architecture they are read as its own."""
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _TIED_BY_DEFAULT = ("gemma", "ernie4_5", "smollm3", "cohere2")
 """Families whose class in transformers ties the head if ``config.json`` does not say."""
 _OF_A_WHOLE = ("qwen3_5_text", "qwen3_5_moe_text")
@@ -92,6 +94,12 @@ IN_MEMORY: dict[str, InMemory] = {
 }
 
 
+def layer_of(name: str) -> int | None:
+    """Return the decoder layer that a tensor or module belongs to, by its name; None: none."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
 def named_as_in_files(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Return the tensors under their usual names, in the same order. O(tensors); nothing is read.
 
@@ -134,7 +142,7 @@ def _renamed(name: str, info: TensorInfo, model_type: str) -> Iterator[tuple[str
     if model_type in _OF_A_WHOLE:
         name = name.replace("model.language_model.", "model.", 1)
     table = IN_MEMORY.get(model_type)
-    fused = _FUSED.match(name) if len(info.shape) == 3 and 0 < info.shape[0] <= _MOST_EXPERTS and info.numel else None
+    fused = FUSED.match(name) if len(info.shape) == 3 and 0 < info.shape[0] <= _MOST_EXPERTS and info.numel else None
     if table is None:
         yield name, info
     elif fused is None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 from ..calibration.compute import Compute
 from ..checkpoint.files import write_text
+from ..checkpoint.layout import as_stored
 from ..checkpoint.ledger import fingerprint_of, run_facts
 from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, normal_path, recover_replaced, system_errors
 from ..checkpoint.tokenizer import carried_files
@@ -161,7 +162,11 @@ class _Healing:
 
     def _writer(self, text: CalibrationText, *, resume: bool, restart: bool) -> CheckpointWriter:
         return CheckpointWriter(
-            self.out, self.plan.shards(), fingerprint=self._fingerprint(text), resume=resume, restart=restart
+            self.out,
+            as_stored(self.plan.checkpoint.tensors),
+            fingerprint=self._fingerprint(text),
+            resume=resume,
+            restart=restart,
         )
 
     def _receipt(

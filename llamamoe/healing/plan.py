@@ -11,16 +11,15 @@ from typing import Any
 
 from ..architectures.costs import role_of
 from ..architectures.dense_checkpoint import DenseModel, refuse_foreign, understand
-from ..architectures.expert_weighting import mixing_of, renormalising
+from ..architectures.expert_weighting import is_router, mixing_of, renormalising
 from ..architectures.sources.base import layer_shapes, number, positive
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
 from ..calibration.compute import MAX_LENGTH, MEMORY_BYTES, REFERENCE_FLOPS
 from ..checkpoint.base import FLOAT_DTYPES
-from ..checkpoint.layout import Shards
 from ..checkpoint.locate import Location, locate, locate_folder, open_parent
 from ..checkpoint.reader import SafetensorsCheckpoint
-from ..checkpoint.tensor_names import IN_MEMORY
+from ..checkpoint.tensor_names import FUSED, IN_MEMORY
 from ..checkpoint.text_part import whole_hint
 from ..checkpoint.writer import QUEUE_BYTES
 from ..data.files import find_files
@@ -32,7 +31,6 @@ from .recipe import HealRecipe
 
 FROZEN = ("e_score_correction_bias", "shared_expert_gate", "mlp.bias")
 """Parts of names of parameters that are not trained: a bias of the selection, a gate fixed at one half, a bias of zeros."""
-ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate(?:\.wg)?|router(?:\.layer)?)\.weight$")
 _FFN = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|shared_mlp)\.")
 
 
@@ -87,7 +85,7 @@ class HealPlan:
 
     def router_name(self, layer: int) -> str:
         """Return the name of the router's tensor in the files."""
-        return next(n for n in self.checkpoint.tensors if (found := ROUTER.match(n)) and int(found[1]) == layer)
+        return next(name for name in self.checkpoint.tensors if _router_layer(name) == layer)
 
     def trained_names(self, layer: int) -> list[str]:
         """Return the names of a converted layer's tensors that are rewritten."""
@@ -101,13 +99,6 @@ class HealPlan:
     def outer_names(self) -> list[str]:
         """Return the names of the tensors that belong to no layer."""
         return [name for name in self.checkpoint.tensors if not name.startswith("model.layers.")]
-
-    def shards(self) -> Shards:
-        """Return the files to write, with the same tensors as the converted checkpoint's."""
-        found: Shards = {}
-        for name, info in self.checkpoint.tensors.items():
-            found.setdefault(info.file.name, {})[name] = (info.dtype, info.shape, info.nbytes)
-        return found
 
     # ---- costs ----------------------------------------------------------------------------------------------------
 
@@ -222,8 +213,10 @@ def factors_of(plan: HealPlan, *, renormalised: bool) -> dict[str, float]:
     return renormalising(sigmoid=plan.target.scaling_knob, num_experts=plan.num_experts, top_k=plan.top_k)
 
 
-_IN_MEMORY = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
-"""Names of experts in the memory of transformers 5; in the files of a known architecture they are read as its own."""
+def _router_layer(name: str) -> int | None:
+    """Return the layer of an FFN's router; None for any other tensor."""
+    found = _FFN.match(name)
+    return int(found[1]) if found and is_router(name) else None
 
 
 def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> HealPlan:
@@ -238,7 +231,7 @@ def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> Heal
     target = _target(checkpoint)
     check_counts(checkpoint.config, checkpoint.tensors)
     dense = understand(open_parent(origin.path, place.path))
-    layers = tuple(sorted(int(found[1]) for name in checkpoint.tensors if (found := ROUTER.match(name))))
+    layers = tuple(sorted(n for name in checkpoint.tensors if (n := _router_layer(name)) is not None))
     _check_fit(checkpoint, dense, target, layers)
     _check_inputs(recipe, target)
     find_files(recipe.text)
@@ -260,7 +253,7 @@ def _target(checkpoint: SafetensorsCheckpoint) -> Target:
             f"MODEL: model_type {name!r} is not a mixture of experts that can be healed.",
             hint=whole_hint(config, f"Convert the dense model first (llamamoe split). Supported: {', '.join(known)}."),
         )
-    fused = None if name in IN_MEMORY else next((n for n in checkpoint.tensors if _IN_MEMORY.search(n)), None)
+    fused = None if name in IN_MEMORY else next((n for n in checkpoint.tensors if FUSED.match(n)), None)
     if fused is not None:
         raise CheckpointError(
             f"MODEL's weights have the names that transformers 5 uses in memory ({fused}).",

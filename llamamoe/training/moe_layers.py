@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -11,13 +10,13 @@ from ..architectures.expert_weighting import refuse_unsupported
 from ..architectures.moe_layout import RouterWeighting
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
+from ..checkpoint.tensor_names import layer_of
 from ..checkpoint.whole_pairs import causal_type
 from ..errors import CheckpointError
 from ..lazy import torch
 
 CORRECTION_BIAS = "e_score_correction_bias"
 """Names of a selection bias, as an attribute and at the end of its name in a checkpoint: glm4_moe, ernie4_5_moe."""
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 Decisions = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
 """A router's decisions: logits ``[T, N]``, weights ``[T, k]``, experts int64 ``[T, k]``."""
 
@@ -194,10 +193,10 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
     for name, module in modules.items():
         if router_class is not None and isinstance(module, router_class):
             parent, _, _ = name.rpartition(".")
-            index = _LAYER.search(name)
+            index = layer_of(name)
             if index is None:
                 raise CheckpointError(f"the router {name!r} belongs to no decoder layer.")
-            found.append(_moe_layer(int(index[1]), parent, modules[parent], module, model_type))
+            found.append(_moe_layer(index, parent, modules[parent], module, model_type))
     if not found:
         raise CheckpointError(
             f"{_base(model).__class__.__name__} has no router: it is not a mixture of experts.",

@@ -15,7 +15,7 @@ from ..architectures.dense_checkpoint import refuse_foreign
 from ..architectures.targets import TARGETS
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.files import write_text
-from ..checkpoint.layout import Shards, index_json
+from ..checkpoint.layout import Shards, as_stored, index_json
 from ..checkpoint.ledger import check_left, fingerprint_of, partial_path, remove_states
 from ..checkpoint.locate import Location, locate_folder
 from ..checkpoint.memory import reused_memory
@@ -83,12 +83,7 @@ class Rewriting:
 
     def files(self) -> Shards:
         """Return the files to write."""
-        if self.shards is not None:
-            return self.shards
-        found: Shards = {}
-        for name, info in self.base.tensors.items():
-            found.setdefault(info.file.name, {})[name] = (info.dtype, info.shape, info.nbytes)
-        return found
+        return as_stored(self.base.tensors) if self.shards is None else self.shards
 
     def units(self) -> dict[str, list[str]]:
         """Return tensors by the unit that is finished together: a layer, or all tensors outside layers."""

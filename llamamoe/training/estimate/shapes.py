@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...architectures.costs import role_of
 from ...architectures.sources.base import positive
+from ...architectures.stored_experts import count_experts
 from ...architectures.targets import TARGETS
 from ...checkpoint.base import TensorInfo
+from ...checkpoint.tensor_names import layer_of
 from ..parameters import group_of
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -137,11 +135,11 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     widths: dict[int, int] = {}
     tied = bool(config.get("tie_word_embeddings", "lm_head.weight" not in tensors))
     for name, info in tensors.items():
-        found = _LAYER.search(name)
+        layer = layer_of(name)
         width = info.nbytes // max(1, info.numel)
         widths[width] = widths.get(width, 0) + info.numel
-        if found is not None:
-            layers.setdefault(int(found[1]), {})[name] = info
+        if layer is not None:
+            layers.setdefault(layer, {})[name] = info
         elif not (tied and group_of(name) == "head"):
             outside[group_of(name)] += info.numel
     experts = _experts(tensors)
@@ -179,12 +177,9 @@ def _top_k(config: Mapping[str, Any], num_experts: int) -> int:
 
 
 def _experts(tensors: Mapping[str, TensorInfo]) -> int:
-    """Return N: the highest number of tensors per expert, or the first dimension of tensors of all experts."""
+    """Return N; 0 if there are no experts."""
     routed = {name: info for name, info in tensors.items() if group_of(name) == "experts"}
-    numbers = [int(found[1]) for name in routed if (found := _EXPERT.search(name))]
-    if numbers:
-        return max(numbers) + 1
-    return max((info.shape[0] for info in routed.values()), default=0)
+    return count_experts(routed) if routed else 0
 
 
 def _layer(tensors: Mapping[str, TensorInfo], hidden: int, config: Mapping[str, Any]) -> LayerShape:
