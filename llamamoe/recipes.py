@@ -15,12 +15,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from .checkpoint.paths import check_regular
-from .checkpoint.plain_values import MOST_DIGITS, Huge, oddities
+from .checkpoint.yaml_text import parse_yaml
 from .errors import MISSING, InvalidRecipeError, UsageError, near_misses, problem_lines
 from .plugins import Plugin, Registry
 
 R = TypeVar("R", bound=BaseModel)
-_MOST_BYTES, _MOST_VALUES = 2**20, 100_000
+_MOST_BYTES = 2**20
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -215,47 +215,6 @@ def _as_written(value: Any) -> Any:
     return [_as_written(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe YAML loader that refuses duplicate keys instead of silently using the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See PyYAML."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key.value, str) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} appears twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """See PyYAML; a number with thousands of digits, which Python does not print, is left to `oddities`."""
-        text = str(node.value)
-        return super().construct_yaml_int(node) if len(text) <= MOST_DIGITS else Huge(len(text))
-
-
-_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
-
-
-def _parse(text: str) -> Any:
-    """Parse YAML without running code.
-
-    Raises:
-        yaml.YAMLError: The text is invalid, or holds values that cannot be written again, including errors of PyYAML
-        for odd values
-            and nesting.
-    """
-    try:
-        data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
-    odd = next(oddities(data, _MOST_VALUES, nul=False), None)
-    if odd is not None:
-        raise yaml.YAMLError(odd)
-    return data
-
-
 def parse_override(text: str) -> tuple[list[str], Any]:
     """Return ``(["a", "b"], value)`` for ``a.b=c``, with the value read as YAML.
 
@@ -267,7 +226,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(path):
         raise UsageError(f"--set {text!r} is not of the form key=value (for example method.max_iter=50).")
     try:
-        return path, _parse(value)
+        return path, parse_yaml(value)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {text!r}: the value is not YAML ({error}).") from None
 
@@ -314,7 +273,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise UsageError(f"the recipe {str(path)!r} has more than {_MOST_BYTES:,} bytes.")
-        data = _parse(content.decode("utf-8"))
+        data = parse_yaml(content.decode("utf-8"))
     except OSError as error:
         raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
