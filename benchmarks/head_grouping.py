@@ -28,7 +28,7 @@ from llamamoe.calibration.heads import running
 from llamamoe.calibration.walk import Walk, read_ffn
 from llamamoe.conversion.attention import convert_attention, heads_as_stored
 from llamamoe.conversion.layer import layer_context
-from llamamoe.conversion.session import make_text
+from llamamoe.conversion.texts import make_text
 from llamamoe.evaluation.perplexity import scoring_plan
 from llamamoe.methods.moe_layer import dense_outputs
 from llamamoe.models.loading import open_model

@@ -25,7 +25,7 @@ from llamamoe.calibration.compute import choose_compute
 from llamamoe.calibration.walk import Walk, cast_ffn, read_ffn
 from llamamoe.checkpoint.tensors import torch_dtype
 from llamamoe.conversion.layer import convert_layer
-from llamamoe.conversion.session import make_text
+from llamamoe.conversion.texts import make_text
 from llamamoe.evaluation.perplexity import ScoringPlan, scoring_plan
 from llamamoe.methods.layer import FfnWeights, LayerInputs
 from llamamoe.methods.moe_layer import ConvertedFfn, dense_outputs

@@ -33,7 +33,8 @@ from .plan import SplitPlan
 from .preflight import check_disk, planned
 from .provenance import config_block, plan_fingerprint
 from .recipe import SplitRecipe
-from .session import UNIT, Session, read_ahead
+from .session import UNIT, Session
+from .texts import read_ahead
 from .verify import verify_conversion
 from .verify_files import Hashes
 from .weights import write_weights

@@ -19,7 +19,7 @@ from ..checkpoint.locate import Location
 from ..checkpoint.scratch import scratch_folder
 from ..conversion.plan import SplitPlan
 from ..conversion.recipe import AUTO
-from ..conversion.session import make_text, with_clusters
+from ..conversion.texts import make_text, with_clusters
 from ..errors import UsageError
 from ..evaluation.perplexity import scoring_plan
 from ..lazy import np, torch

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.alignment.recipe import AlignmentOptions
-from llamamoe.conversion.session import make_text
 from llamamoe.conversion.split import plan_conversion
+from llamamoe.conversion.texts import make_text
 from llamamoe.errors import LlamaMoeError, RefusedError
 from llamamoe.progress import Progress, ignore_progress
 from tests.dense import make_dense

@@ -276,7 +276,7 @@ def _task(
 ) -> Task:
     """Return the plans at the shares (without those that are too small), and the text."""
     from ...calibration.compute import choose_compute
-    from ...conversion.session import make_text
+    from ...conversion.texts import make_text
 
     plans: list[SplitPlan] = []
     costs: list[float] = []

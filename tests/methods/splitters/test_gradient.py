@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import llamamoe
 from llamamoe.calibration.text import CalibrationText
 from llamamoe.conversion.defaults import complete
-from llamamoe.conversion.session import with_clusters
+from llamamoe.conversion.texts import with_clusters
 from llamamoe.errors import LlamaMoeError
 from llamamoe.methods.layer import PADDING, ExpertWeights, FfnWeights, LayerContext, Partition
 from llamamoe.methods.moe_layer import ConvertedFfn

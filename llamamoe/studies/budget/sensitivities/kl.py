@@ -12,7 +12,7 @@ from ....calibration.gradients import GradientStore
 from ....calibration.text import CalibrationText
 from ....calibration.walk import cast_ffn, read_ffn
 from ....conversion.layer import convert_layer
-from ....conversion.session import with_clusters
+from ....conversion.texts import with_clusters
 from ....errors import LlamaMoeError
 from ....lazy import np, torch
 from ....methods.layer import LayerInputs
