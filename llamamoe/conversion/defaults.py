@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from ..architectures.targets import TARGETS
 from ..errors import RefusedError
@@ -15,8 +15,19 @@ from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
 from ..plugins import Plugin, Registry
 from ..recipes import Choice
-from .preference import LEAST_WIDTH, Preference, preferred_shape, preferred_sizes
-from .recipe import AUTO, NO_REPAIR, SplitRecipe, build_recipe
+from .open_sizes import (
+    SIZES,
+    active_neurons,
+    changed_sizes,
+    fitting_shared,
+    given_sizes,
+    left_open,
+    updated,
+    with_active_share,
+    with_preferred_sizes,
+)
+from .preference import Preference
+from .recipe import AUTO, NO_REPAIR, SplitRecipe
 
 CALIBRATED_DEFAULT: dict[str, Any] = {
     "method": "token_clusters",
@@ -27,7 +38,6 @@ CALIBRATED_DEFAULT: dict[str, Any] = {
 """The meaning of ``method: auto`` with calibration text: values for keys that the recipe does not name."""
 DEFAULT_PREFERENCE: Preference = "balanced"
 """The sizes of ``method: auto`` with calibration text: about half of the FFN active, at the speed of the fastest shapes."""
-_SIZES = frozenset(("num_experts", "top_k", "shared"))
 _MANY = 64
 """Calibration tokens for each active neuron from which a repair's own strength is as good as one chosen on held-out tokens."""
 _FEW_TOKENS = {"distill": {"ridge": "auto"}, "least_squares": {"ridge": "auto", "penalty": "balanced"}}
@@ -79,19 +89,19 @@ def complete(recipe: SplitRecipe, intermediate_size: int | None = None) -> Chose
     if _takes_usual_sizes(recipe):
         recipe = recipe.model_copy(update={"prefer": DEFAULT_PREFERENCE})
     if recipe.prefer is not None and intermediate_size is not None:
-        notes += _changed_sizes(recipe, intermediate_size)
-        recipe, warnings = _preferred(recipe, intermediate_size)
+        notes += changed_sizes(recipe, intermediate_size)
+        recipe, warnings = with_preferred_sizes(recipe, intermediate_size)
     if recipe.method.name == AUTO:
         recipe, more = _auto(recipe)
         warnings += more
     splitter = SPLITTERS.get(recipe.method.name)
     if recipe.active is not None and intermediate_size is not None:
-        recipe = _with_active_share(recipe, splitter, intermediate_size)
+        recipe = with_active_share(recipe, splitter, intermediate_size)
     given = bool(recipe.calibration)
     repair: str | Choice = recipe.repair or splitter.default_repair or NO_REPAIR
     if recipe.repair is None and not (given and repair in REPAIRS):
         repair = NO_REPAIR
-    recipe = _update(
+    recipe = updated(
         recipe,
         {
             "shared_by": recipe.shared_by or splitter.default_shared_by,
@@ -167,11 +177,7 @@ def _takes_usual_sizes(recipe: SplitRecipe) -> bool:
     """Return True if the recipe leaves method and sizes to the default for calibration text."""
     if recipe.method.name != AUTO or recipe.prefer is not None or not recipe.calibration:
         return False
-    return _given_sizes(recipe) != _SIZES and CALIBRATED_DEFAULT["method"] in SPLITTERS
-
-
-def _given_sizes(recipe: SplitRecipe) -> set[str]:
-    return {key for key in _SIZES & recipe.model_fields_set if getattr(recipe, key) is not None}
+    return given_sizes(recipe) != SIZES and CALIBRATED_DEFAULT["method"] in SPLITTERS
 
 
 def _auto(recipe: SplitRecipe) -> tuple[SplitRecipe, list[str]]:
@@ -185,72 +191,10 @@ def _auto(recipe: SplitRecipe) -> tuple[SplitRecipe, list[str]]:
             f"no calibration text: the method is {UNCALIBRATED_DEFAULT}, which loses much more quality than one that uses "
             "text (--calibration PATH, or --calibration auto)"
         )
-    values = _open(recipe, wanted)
+    values = left_open(recipe, wanted)
     if recipe.shared is None and recipe.target in TARGETS:
-        values["shared"] = _fitting_shared(recipe, values)
-    return _update(recipe, values), warnings
-
-
-def _preferred(recipe: SplitRecipe, size: int) -> tuple[SplitRecipe, list[str]]:
-    """Return the recipe with open sizes set according to ``prefer``, and warnings.
-
-    The preference itself is dropped: the written recipe has sizes, which reproduce the result.
-
-    Raises:
-        RefusedError: The method makes no experts.
-    """
-    assert recipe.prefer is not None
-    if recipe.method.name in SPLITTERS and not SPLITTERS.get(recipe.method.name).routed:
-        raise RefusedError(
-            f"--prefer chooses sizes of experts, and {recipe.method.name} makes none.",
-            hint="Omit it, or use another --method.",
-        )
-    if _given_sizes(recipe) == _SIZES:
-        text = (
-            f"--prefer {recipe.prefer} has no effect: num_experts, top_k and shared are given (by a flag or the recipe)"
-        )
-        return recipe.model_copy(update={"prefer": None}), [text]
-    wanted = preferred_sizes(recipe.prefer, size)
-    values = _open(recipe, wanted)
-    if _given_sizes(recipe):  # other sizes than those that divide well
-        values.pop("pad_to", None)
-    if recipe.shared is None and recipe.target in TARGETS and TARGETS.get(recipe.target).shared != "any":
-        shared = values["shared"]
-        values["shared"] = _fitting_shared(
-            recipe, values | {"shared": shared / size if isinstance(shared, int) else shared}
-        )
-    return _update(recipe, values).model_copy(update={"prefer": None}), []
-
-
-def _with_active_share(recipe: SplitRecipe, splitter: type[Splitter], size: int) -> SplitRecipe:
-    """Return the recipe with the k at which a token uses about ``active`` of the neurons, in the place of ``active``.
-
-    Raises:
-        RefusedError: The method selects no experts, or the shared neurons alone are as many.
-    """
-    assert recipe.active is not None
-    if not splitter.routed:
-        raise RefusedError(
-            f"--active chooses the number of selected experts, and {splitter.name} makes none.",
-            hint=f"Its neurons are those of --shared, such as --shared {recipe.active:g}.",
-        )
-    shared = _shared_share(recipe, splitter, size)
-    if recipe.active <= shared:
-        raise RefusedError(
-            f"--active {recipe.active:g} leaves nothing to select: {100 * shared:.3g} % of the neurons are shared.",
-            hint=f"Give more, or share fewer (--shared {recipe.active / 2:.2g}).",
-        )
-    top_k = round((recipe.active - shared) / (1 - shared) * recipe.num_experts)
-    return recipe.model_copy(update={"top_k": min(max(1, top_k), recipe.num_experts), "active": None})
-
-
-def _shared_share(recipe: SplitRecipe, splitter: type[Splitter], size: int) -> float:
-    """Return the shared neurons over all of the FFN's, approximately."""
-    wanted = splitter.default_shared if recipe.shared is None else recipe.shared
-    if isinstance(wanted, str):
-        shares = int(wanted[:-1])
-        return shares / (recipe.num_experts + shares)
-    return wanted if isinstance(wanted, float) else wanted / size
+        values["shared"] = fitting_shared(recipe, values)
+    return updated(recipe, values), warnings
 
 
 def _little_text(
@@ -259,7 +203,7 @@ def _little_text(
     """Return the recipe with the repair's strength chosen on held-out tokens, if there are few, or a note that advises it."""
     repair = recipe.repair
     better = _FEW_TOKENS.get(repair.name) if repair is not None and recipe.calibration else None
-    active = _active_neurons(recipe, splitter, size)
+    active = active_neurons(recipe, splitter, size)
     if repair is None or better is None or recipe.calibration_tokens >= _MANY * active:
         return recipe, []
     if repair.options.get("ridge") == "auto":
@@ -269,70 +213,11 @@ def _little_text(
         flags = " ".join(f"--set repair.{key}={value}" for key, value in better.items())
         return recipe, [f"{few}: choose the strength of the repair on held-out tokens ({flags})"]
     values = {"repair": {"name": repair.name, **repair.options, **better}}
-    return _update(recipe, values), [
+    return updated(recipe, values), [
         f"{few}: the strength of the repair is chosen on held-out tokens (repair.ridge: auto)"
     ]
-
-
-def _active_neurons(recipe: SplitRecipe, splitter: type[Splitter], size: int) -> int:
-    """Return the neurons of the parent's FFN that one token uses, approximately."""
-    shared = _shared_share(recipe, splitter, size)
-    routed = (1 - shared) * recipe.top_k / recipe.num_experts if splitter.routed else 0
-    return max(1, round(size * (shared + routed)))
-
-
-def _changed_sizes(recipe: SplitRecipe, size: int) -> Iterator[str]:
-    """Yield a note if this FFN gets other sizes than ``prefer`` has in general, and no size is given."""
-    assert recipe.prefer is not None
-    if _given_sizes(recipe) or recipe.active is not None:
-        return
-    experts, top_k, shared = preferred_shape(recipe.prefer)
-    sizes = preferred_sizes(recipe.prefer, size)
-    if (sizes["num_experts"], sizes["top_k"]) == (experts, top_k):
-        return
-    if "pad_to" in sizes:
-        why = f"so that experts are a multiple of {sizes['pad_to']} neurons wide without padding"
-    else:
-        why = f"so that no expert is narrower than {LEAST_WIDTH} neurons"
-    yield (
-        f"the shape of --prefer {recipe.prefer} is {top_k} of {experts} experts, {100 * shared:.3g} % shared; the FFN of {size:,} neurons "
-        f"gets {sizes['top_k']} of {sizes['num_experts']}, {why}"
-    )
 
 
 def _known(key: str, value: Any) -> bool:
     registries: dict[str, Registry[Any]] = {"shared_by": SELECTORS, "router": ROUTERS, "repair": REPAIRS}
     return key not in registries or value in registries[key]
-
-
-def _open(recipe: SplitRecipe, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of ``wanted`` that the recipe leaves open; if only N or k is given, k / N is kept."""
-    given = recipe.model_fields_set
-    values = {k: v for k, v in wanted.items() if k == "method" or k not in given or getattr(recipe, k) is None}
-    if {"num_experts", "top_k"} <= wanted.keys():
-        share = wanted["top_k"] / wanted["num_experts"]
-        if "num_experts" in given and "top_k" not in given:
-            values["top_k"] = max(1, round(share * recipe.num_experts))
-        elif "top_k" in given and "num_experts" not in given:
-            values["num_experts"] = max(2, round(recipe.top_k / share))
-    return values
-
-
-def _fitting_shared(recipe: SplitRecipe, values: dict[str, Any]) -> float | int | str:
-    """Return the default share of neurons in the form that the named target supports."""
-    method = values.get("method", recipe.method.name)
-    share = cast(float, values["shared"] if "shared" in values else SPLITTERS.get(method).default_shared)
-    form = TARGETS.get(recipe.target).shared
-    if form == "none" or not share:
-        return 0
-    if form == "one":
-        return "1x"
-    experts = values.get("num_experts", recipe.num_experts)
-    return f"{max(1, round(experts * share / (1 - share)))}x" if form == "multiple" else share
-
-
-def _update(recipe: SplitRecipe, values: dict[str, Any]) -> SplitRecipe:
-    """Return the recipe with some values changed, each validated as if it were in the file."""
-    sizes = {"num_experts": recipe.num_experts, "top_k": recipe.top_k}
-    checked = build_recipe(sizes | values)
-    return recipe.model_copy(update={key: getattr(checked, key) for key in values})

@@ -129,7 +129,7 @@ def small_default(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, 
     wanted = {"method": "cluster_shared", "shared_by": "power", "router": "ridge", "repair": "least_squares"} | changes
     sizes = {"num_experts": 12, "top_k": 4, "shared": 0.3}
     monkeypatch.setattr("llamamoe.conversion.defaults.CALIBRATED_DEFAULT", wanted)
-    monkeypatch.setattr("llamamoe.conversion.defaults.preferred_sizes", lambda prefer, size: sizes)
+    monkeypatch.setattr("llamamoe.conversion.open_sizes.preferred_sizes", lambda prefer, size: sizes)
     return wanted
 
 
