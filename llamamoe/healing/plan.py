@@ -10,23 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.costs import role_of
-from ..architectures.dense_checkpoint import DenseModel, refuse_foreign, understand
-from ..architectures.expert_weighting import is_router, mixing_of, renormalising
+from ..architectures.dense_checkpoint import DenseModel, understand
+from ..architectures.expert_weighting import is_router, renormalising
 from ..architectures.sources.base import layer_shapes, number, positive
-from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
 from ..calibration.compute import MAX_LENGTH, MEMORY_BYTES, REFERENCE_FLOPS
-from ..checkpoint.base import FLOAT_DTYPES
 from ..checkpoint.locate import Location, locate, locate_folder, open_parent
 from ..checkpoint.reader import SafetensorsCheckpoint
-from ..checkpoint.tensor_names import FUSED, IN_MEMORY
-from ..checkpoint.text_part import whole_hint
 from ..checkpoint.writer import QUEUE_BYTES
 from ..data.files import find_files
-from ..errors import CheckpointError, RefusedError, UsageError
+from ..errors import UsageError
 from ..methods.routers import ROUTERS
 from ..models.devices import check_device
 from ..models.loadable import check_counts
+from .preflight import check_dtypes, check_fit, check_inputs, healed_target
 from .recipe import HealRecipe
 
 FROZEN = ("e_score_correction_bias", "shared_expert_gate", "mlp.bias")
@@ -228,77 +225,19 @@ def plan_heal(model: str | Path, parent: str | Path, recipe: HealRecipe) -> Heal
     """
     place, origin = locate_folder(model), locate(parent)
     checkpoint = SafetensorsCheckpoint(place.path)
-    target = _target(checkpoint)
+    target = healed_target(checkpoint)
     check_counts(checkpoint.config, checkpoint.tensors)
     dense = understand(open_parent(origin.path, place.path))
     layers = tuple(sorted(n for name in checkpoint.tensors if (n := _router_layer(name)) is not None))
-    _check_fit(checkpoint, dense, target, layers)
-    _check_inputs(recipe, target)
+    check_fit(checkpoint, dense, target, layers)
+    check_inputs(recipe, target)
     find_files(recipe.text)
     check_device(recipe.device)
     recipe = recipe.model_copy(update={"router": _router(recipe, checkpoint)})
     length = _length(recipe, dense)
     plan = HealPlan(place, checkpoint, origin, dense, target, recipe, layers, length)
-    _check_dtypes(plan)
+    check_dtypes(checkpoint, plan.trained_names(layers[0]))
     return replace(plan, warnings=tuple(_warnings(plan)))
-
-
-def _target(checkpoint: SafetensorsCheckpoint) -> Target:
-    config = checkpoint.config
-    refuse_foreign(checkpoint)
-    name = config.get("model_type")
-    known = [each.name for each in TARGETS if each.routed]
-    if name not in known:
-        raise CheckpointError(
-            f"MODEL: model_type {name!r} is not a mixture of experts that can be healed.",
-            hint=whole_hint(config, f"Convert the dense model first (llamamoe split). Supported: {', '.join(known)}."),
-        )
-    fused = None if name in IN_MEMORY else next((n for n in checkpoint.tensors if FUSED.match(n)), None)
-    if fused is not None:
-        raise CheckpointError(
-            f"MODEL's weights have the names that transformers 5 uses in memory ({fused}).",
-            hint="Load the folder with transformers 5 and save it again without save_original_format=False.",
-        )
-    return mixing_of(config).target
-
-
-def _check_inputs(recipe: HealRecipe, target: Target) -> None:
-    if target.attention_experts and recipe.inputs == "model":
-        raise RefusedError(
-            f"inputs = model needs the hidden states of MODEL, but the attention of {target.name} is routed and layers run "
-            "with the parent's attention.",
-            hint="Train on the parent's hidden states: --set inputs=parent.",
-        )
-
-
-def _check_fit(checkpoint: SafetensorsCheckpoint, dense: DenseModel, target: Target, layers: tuple[int, ...]) -> None:
-    """Refuse two checkpoints of different sizes, naming every difference."""
-    config, spec = checkpoint.config, dense.spec
-    wanted = {
-        "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.num_layers,
-        "vocab_size": spec.vocab_size,
-        "num_attention_heads": spec.num_heads,
-    }
-    if target.attention_experts:  # its own number of heads is that of the selected ones
-        del wanted["num_attention_heads"]
-        wanted |= {"num_key_value_heads": spec.num_kv_heads, "num_local_experts": spec.num_heads // spec.num_kv_heads}
-    wrong = [f"{key} is {config.get(key)} and {value}" for key, value in wanted.items() if config.get(key) != value]
-    if wrong:
-        raise RefusedError(
-            f"MODEL was not made from this parent: {'; '.join(wrong)}.", hint="Give its own parent with --parent."
-        )
-    if not layers or layers[-1] >= spec.num_layers:
-        raise CheckpointError("MODEL's files lack the routers of its architecture.")
-
-
-def _check_dtypes(plan: HealPlan) -> None:
-    for name in plan.trained_names(plan.layers[0]):
-        if plan.checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
-            raise CheckpointError(
-                f"MODEL: {name} is stored as {plan.checkpoint.tensors[name].dtype}, which cannot be trained.",
-                hint="Heal the checkpoint before it is quantised.",
-            )
 
 
 def _router(recipe: HealRecipe, checkpoint: SafetensorsCheckpoint) -> str:
