@@ -17,10 +17,11 @@ from .corpora import held_out_corpus, training_corpus
 from .estimate.compute import DISK_RATE
 from .estimate.estimate import Estimate, estimate
 from .estimate.hardware import Hardware
+from .fit import doubts
 from .mixtures.weights import mixture_weights
 from .model import check_folder
 from .places import find_models
-from .preflight import check_place, check_run_folder, doubts, identities
+from .preflight import check_place, check_run_folder, identities
 from .recipe import PretrainRecipe
 from .resuming import changes_since
 from .run_folder import refuse_used

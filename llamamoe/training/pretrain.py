@@ -19,12 +19,13 @@ from ..checkpoint.out_folder import normal_path
 from ..errors import LlamaMoeError, StoppedError
 from ..lazy import check_transformers
 from ..progress import RESUMED, Progress, ProgressCallback, ignore_progress
+from .fit import doubts
 from .joint_start import joint_start
 from .metrics import read_lines
 from .model import check_folder
 from .ownership import FACTS, METRICS, TEACHER, run_id, step_of
 from .places import find_models
-from .preflight import check_place, check_run_folder, doubts, identities, prepare_run_folder, verify_tokens
+from .preflight import check_place, check_run_folder, identities, prepare_run_folder, verify_tokens
 from .recipe import PretrainRecipe
 from .resuming import chosen
 from .run_folder import best_checkpoint, locked, refuse_used
