@@ -114,14 +114,28 @@ class PretrainRecipe(Recipe):
         if self.distill is not None and self.distill.needs_parent and self.parent is None:
             yield "distill needs parent: the dense model that the experts were made from"
         yield from self._teacher_contradictions()
+        yield from self._mixture_contradictions()
+        if self.save_in_background and self.trainer.get("deepspeed") is not None:
+            yield "save_in_background cannot be combined with trainer.deepspeed, which writes its own files"
+        yield from self._sharding_contradictions()
+        if self.data.documents == "apart" and self.attn_implementation not in (None, "sdpa", "eager"):
+            yield (
+                f"data.documents = apart is checked with sdpa and eager attention only, not with {self.attn_implementation}: leave "
+                "attn_implementation to transformers (null)"
+            )
+        yield from self._lora_contradictions()
+        yield from self._precision_contradictions()
+        yield from self._loss_contradictions()
+
+    def _mixture_contradictions(self) -> Any:
         if self.data.update.name != "static" and self.data.reference_losses is None:
             yield f"data.update = {self.data.update.name} needs data.reference_losses ('parent', or a loss for each domain)"
         if self.data.reference_losses == "parent" and self.parent is None:
             yield "data.reference_losses = parent needs parent: the dense model that is measured"
         if self.data.update.name != "static" and self.evaluate_every is None:
             yield f"data.update = {self.data.update.name} needs evaluate_every: it follows those losses"
-        if self.save_in_background and self.trainer.get("deepspeed") is not None:
-            yield "save_in_background cannot be combined with trainer.deepspeed, which writes its own files"
+
+    def _sharding_contradictions(self) -> Any:
         if self.distributed.fsdp_size % self.distributed.ep_size:
             yield f"distributed.ep_size = {self.distributed.ep_size} does not divide fsdp_size = {self.distributed.fsdp_size}"
         if self.distributed.dp_replicate_size > 1 and not self.distributed.sharded:
@@ -130,13 +144,8 @@ class PretrainRecipe(Recipe):
             self.precision.parameters == "bfloat16" or (self.autocasts and self.distributed.sharded)
         ):
             yield "router.float32 needs float32 weights, which neither precision.parameters = bfloat16 nor FSDP2 in bfloat16 has"
-        if self.data.documents == "apart" and self.attn_implementation not in (None, "sdpa", "eager"):
-            yield (
-                f"data.documents = apart is checked with sdpa and eager attention only, not with {self.attn_implementation}: leave "
-                "attn_implementation to transformers (null)"
-            )
-        yield from self._lora_contradictions()
-        yield from self._precision_contradictions()
+
+    def _loss_contradictions(self) -> Any:
         for name in (each.name for each in self.losses if LOSSES.get(each.name).needs_targets):
             if self.parent is None:
                 yield f"the loss {name} needs parent: it compares experts with the dense model's FFNs"
