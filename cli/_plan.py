@@ -100,6 +100,24 @@ def _over(values: Sequence[float]) -> str:
 def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     from llamamoe.transforms.llama_cpp import runs_planned
 
+    layout, recipe, router = plan.layout, plan.recipe, plan.recipe.router
+    assert router is not None, "the plan resolves it"
+    in_llama_cpp = "; llama.cpp (llamamoe export-gguf)" if runs_planned(plan) else ""
+    return [
+        *_sizes(plan),
+        *_fitting(plan),
+        *([("kept dense", ", ".join(map(str, layout.dense_layers)))] if layout.dense_layers else []),
+        ("method", recipe.method.name),
+        ("exactness", plan.exactness),
+        *([("router", f"{router.name}, {recipe.router_scale}"), ("scaling", _scaling(plan))] if layout.top_k else []),
+        ("loads in", f"transformers {' and '.join(plan.majors)}{in_llama_cpp}"),
+        ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
+        ("peak memory", f"about {size(plan.peak_bytes)}, in addition to Python and torch"),
+    ]
+
+
+def _sizes(plan: SplitPlan) -> list[tuple[str, str]]:
+    """Return the sizes of the parent, and of experts and shared neurons."""
     spec, layout, recipe = plan.model.spec, plan.layout, plan.recipe
     padding = plan.padding_per_layer
     widened = f", including {plural(padding, 'zero neuron')} per layer" if padding else ""
@@ -122,6 +140,12 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         rows.append(("shared", f"{layout.num_shared:,} neurons for every token, chosen by {by}{padded}"))
     elif layout.shared_width:
         rows.append(("shared", f"none; {plan.target.name} needs a shared expert, so a zero one is stored"))
+    return rows
+
+
+def _fitting(plan: SplitPlan) -> list[tuple[str, str]]:
+    """Return what is fitted to text, and the cost of that."""
+    recipe, rows = plan.recipe, []
     if plan.repaired and recipe.repair is not None:
         passes = "" if recipe.repair_passes == 1 else f", {recipe.repair_passes} passes"
         rows.append(("repair", f"{recipe.repair.name}{passes}"))
@@ -131,20 +155,7 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         rows += calibration_rows(plan.calibration, recipe.calibration_tokens)
     if plan.alignment is not None:
         rows += _alignment(plan.alignment)
-    if layout.dense_layers:
-        rows.append(("kept dense", ", ".join(map(str, layout.dense_layers))))
-    router = recipe.router
-    assert router is not None, "the plan resolves it"
-    in_llama_cpp = "; llama.cpp (llamamoe export-gguf)" if runs_planned(plan) else ""
-    return [
-        *rows,
-        ("method", recipe.method.name),
-        ("exactness", plan.exactness),
-        *([("router", f"{router.name}, {recipe.router_scale}"), ("scaling", _scaling(plan))] if layout.top_k else []),
-        ("loads in", f"transformers {' and '.join(plan.majors)}{in_llama_cpp}"),
-        ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
-        ("peak memory", f"about {size(plan.peak_bytes)}, in addition to Python and torch"),
-    ]
+    return rows
 
 
 def _scaling(plan: SplitPlan) -> str:

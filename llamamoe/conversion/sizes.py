@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from ..architectures.moe_layout import Combine, MoeLayout
@@ -217,50 +218,66 @@ def _layout(
 
 def _refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout, dtype: str) -> list[str]:
     reasons = [*target.refusals(spec), *target.layout_refusals(spec, layout)]
-    if target.routed != bool(layout.num_experts):
-        holds = "experts, which this method does not make" if target.routed else "no experts"
-        reasons.append(f"{target.name} holds {holds} (--target auto)")
-    elif layout.num_shared and target.shared == "none":
-        reasons.append(
-            f"{target.name} has no shared expert, but {layout.num_shared} neurons are to be shared (--shared 0, or another --target)"
-        )
-    elif layout.num_shared and target.shared == "multiple" and layout.num_shared % layout.expert_width:
-        reasons.append(_nearest_shared(spec, recipe, target, layout))
-    elif layout.num_shared and target.shared == "one" and layout.num_shared != layout.expert_width:
-        reasons.append(
-            f"{target.name} has one shared expert, as wide as a routed one ({layout.expert_width}), not of {layout.num_shared} neurons: "
-            "use --shared 1x"
-        )
-    only = target.only_experts(spec)
-    if only is not None and layout.num_experts != only > 1:
-        reasons.append(
-            f"{target.name} routes the query heads of each key/value head with the experts of the FFN, and there are {only} "
-            f"(--experts {only}, not {layout.num_experts})"
-        )
-    if only is not None and recipe.align is not None:
-        reasons.append(f"{target.name} routes attention, and --align-tokens learns FFNs only")
-    if only is not None and layout.copies > 1:
-        reasons.append(f"{target.name} routes query heads, which {recipe.method.name} does not copy as it copies FFNs")
+    reasons += _shared_refusals(spec, recipe, target, layout)
+    reasons += _attention_refusals(spec, recipe, target, layout)
     if layout.copies > 1 and layout.combine.parity_factor != 1.0:
         reasons.append("copies of the FFN are averaged: only --rescale mean reproduces its output")
     dense = target.dense_layer_refusal(layout.dense_layers, spec.num_layers)
     if dense:
         reasons.append(dense)
+    reasons += _requirement_refusals(spec, recipe, target, layout)
+    return [*reasons, *_rounding_refusals(spec, target, dtype)]
+
+
+def _shared_refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout) -> Iterator[str]:
+    if target.routed != bool(layout.num_experts):
+        holds = "experts, which this method does not make" if target.routed else "no experts"
+        yield f"{target.name} holds {holds} (--target auto)"
+    elif layout.num_shared and target.shared == "none":
+        yield (
+            f"{target.name} has no shared expert, but {layout.num_shared} neurons are to be shared (--shared 0, or another --target)"
+        )
+    elif layout.num_shared and target.shared == "multiple" and layout.num_shared % layout.expert_width:
+        yield _nearest_shared(spec, recipe, target, layout)
+    elif layout.num_shared and target.shared == "one" and layout.num_shared != layout.expert_width:
+        yield (
+            f"{target.name} has one shared expert, as wide as a routed one ({layout.expert_width}), not of {layout.num_shared} neurons: "
+            "use --shared 1x"
+        )
+
+
+def _attention_refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout) -> Iterator[str]:
+    only = target.only_experts(spec)
+    if only is not None and layout.num_experts != only > 1:
+        yield (
+            f"{target.name} routes the query heads of each key/value head with the experts of the FFN, and there are {only} "
+            f"(--experts {only}, not {layout.num_experts})"
+        )
+    if only is not None and recipe.align is not None:
+        yield f"{target.name} routes attention, and --align-tokens learns FFNs only"
+    if only is not None and layout.copies > 1:
+        yield f"{target.name} routes query heads, which {recipe.method.name} does not copy as it copies FFNs"
+
+
+def _requirement_refusals(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout) -> Iterator[str]:
     if recipe.require is not None and recipe.require in ENGINES:
         found = engine_refusals(recipe.require, target.name, spec, layout)
-        reasons += [f"--require {recipe.require}: {reason}" for reason in found]
+        yield from (f"--require {recipe.require}: {reason}" for reason in found)
     elif recipe.require and recipe.require not in target.majors(spec):
         why = f" for this source ({', '.join(sorted(target.needs_five))})" if target.needs_five else ""
-        reasons.append(f"--require {recipe.require}: {target.name} needs transformers 5{why}")
-    if dtype != "F32":
-        if spec.norm_offset:
-            reasons.append(f"{spec.family}'s norm weights become 1 + w, which {dtype} would round: use --dtype float32")
-        fold = target.fold(spec)
-        if not is_power_of_two(fold):
-            reasons.append(
-                f"{target.name} {target.fold_reason(spec)} and {dtype} would round embeddings times {fold:g}: use --dtype float32"
-            )
-    return reasons
+        yield f"--require {recipe.require}: {target.name} needs transformers 5{why}"
+
+
+def _rounding_refusals(spec: DenseSpec, target: Target, dtype: str) -> Iterator[str]:
+    if dtype == "F32":
+        return
+    if spec.norm_offset:
+        yield f"{spec.family}'s norm weights become 1 + w, which {dtype} would round: use --dtype float32"
+    fold = target.fold(spec)
+    if not is_power_of_two(fold):
+        yield (
+            f"{target.name} {target.fold_reason(spec)} and {dtype} would round embeddings times {fold:g}: use --dtype float32"
+        )
 
 
 def _nearest_shared(spec: DenseSpec, recipe: SplitRecipe, target: Target, layout: MoeLayout) -> str:
