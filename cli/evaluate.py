@@ -10,6 +10,7 @@ from llamamoe.errors import LlamaMoeError
 
 from ._format import plural
 from ._output import Output, output_options
+from ._plan import print_warnings
 from ._recipe_options import recipe_file
 from ._style import COUNT, Command, Option, model_options, tokenizer_option
 from ._tables import heading, paragraph, table
@@ -191,6 +192,7 @@ def _print(evaluation: Evaluation, *, verbose: bool) -> None:
         paragraph(
             f"Windows of {evaluation.context_length} tokens{sliding}; +- is the standard error over documents; -v shows details."
         )
+    print_warnings(evaluation.warnings)
 
 
 def _scores(scores: ModelScores) -> None:

@@ -23,6 +23,10 @@ CAP_SHARE = 8
 _CHARACTERS_PER_TOKEN = 16  # text beyond this is not tokenised at once: few tokens stand for more
 
 
+FITTED = "text that a model was fitted to does not measure its quality"
+"""The reason not to evaluate on it."""
+
+
 def document_hash(text: str) -> str:
     """Return the first 16 hex digits of the SHA-256 of a document's exact text (UTF-8)."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

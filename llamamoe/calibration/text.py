@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.receipts import DOCUMENT_HASHES
 from ..errors import LlamaMoeError, UsageError
 from .compute import MIN_TOKENS
 from .reading import LOOK_ROWS, Piece, Reader, document_cap, document_hash, shared_documents
@@ -32,7 +33,6 @@ class CalibrationText:
         clusters_S: int64 ``[S]``, the text cluster of each sequence; None if clusters were not requested.
         facts: Origin and amount of the text as JSON-compatible data, for the receipt.
         warnings: Sentences for the user.
-        document_hashes: `document_hash` of every document that tokens were taken from; empty for sampled text.
     """
 
     ids_ST: np.ndarray
@@ -40,7 +40,11 @@ class CalibrationText:
     clusters_S: np.ndarray | None
     facts: dict[str, Any]
     warnings: tuple[str, ...]
-    document_hashes: frozenset[str] = frozenset()
+
+    @property
+    def document_hashes(self) -> frozenset[str]:
+        """`document_hash` of every document that tokens were taken from; empty for sampled text."""
+        return frozenset(self.facts.get(DOCUMENT_HASHES, ()))
 
     @property
     def num_tokens(self) -> int:
@@ -280,7 +284,7 @@ def _assemble(
             "documents": len(used),
             "domains": facts,
             "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
+            DOCUMENT_HASHES: sorted({piece.digest for piece in used}),
         },
         warnings=(*mixture.warnings, *odd),
-        document_hashes=frozenset(piece.digest for piece in used),
     )

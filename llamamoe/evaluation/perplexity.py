@@ -15,6 +15,7 @@ from ..errors import LlamaMoeError, UsageError
 from ..models.devices import pick_devices
 from ..models.loading import Opened, open_models
 from ..progress import LOADING, Progress, ProgressCallback, counting, ignore_progress
+from .fitted_text import fitted_text_warnings
 from .scores import Counts, Evaluation, differences, model_scores
 
 MAX_CONTEXT = 2048
@@ -71,7 +72,8 @@ def evaluate(
     plans, same = _plans(encoded, sides, length, stride)
     results = _results(plans, same, batch_size, dtype, devices, progress)
     words = protocol(length, max_tokens, sides, same, stride)
-    return Evaluation(words, length, stride, max_tokens, ",".join(devices), skipped, **results)
+    warnings = tuple(fitted_text_warnings(sides, [each.document for each in encoded]))
+    return Evaluation(words, length, stride, max_tokens, ",".join(devices), skipped, **results, warnings=warnings)
 
 
 def _plans(

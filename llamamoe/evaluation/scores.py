@@ -107,6 +107,7 @@ class Evaluation:
         comparable: The measure that may be compared between the two: ``"perplexity"`` (and bits per byte) if they cut
             the text into the same tokens, else ``"bits_per_byte"`` only; None without ``against``.
         difference: Model minus ``against``, or None.
+        warnings: Sentences for the user, such as that a model was calibrated on documents of the text.
     """
 
     protocol: str
@@ -119,6 +120,7 @@ class Evaluation:
     against: ModelScores | None
     comparable: Literal["perplexity", "bits_per_byte"] | None
     difference: Differences | None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON-compatible data."""

@@ -7,16 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.json_files import read_json
-from ..checkpoint.out_folder import (
-    DERIVED_FILE,
-    HEAL_RECEIPT_FILE,
-    HEAL_RECIPE_FILE,
-    RECEIPT_FILE,
-    RECIPE_FILE,
-    TRAINING_RECEIPT_FILE,
-)
+from ..checkpoint.out_folder import HEAL_RECIPE_FILE, RECIPE_FILE
 from ..checkpoint.paths import inside
+from ..checkpoint.receipts import read_receipts
 from ..errors import CheckpointError, UsageError
 from ..training.metrics import read_lines
 from ..training.ownership import METRICS
@@ -26,7 +19,7 @@ from ..training.ownership import RECIPE as TRAINING_RECIPE
 def provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the origin of a checkpoint from its files; missing facts are empty."""
     block = config.get("llamamoe")
-    receipts = [_json(folder / name) for name in (RECEIPT_FILE, HEAL_RECEIPT_FILE, TRAINING_RECEIPT_FILE, DERIVED_FILE)]
+    receipts = read_receipts(folder)
     made = [receipt for receipt in receipts if receipt]
     newest: dict[str, Any] = made[-1] if made else {}
     recipe = next(
@@ -65,13 +58,6 @@ def _text(path: Path) -> str | None:
         return inside(path.parent, path.name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, CheckpointError):
         return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(inside(path.parent, path.name)) if path.is_file() else {}
-    except CheckpointError:
-        return {}  # the report is still useful with a broken receipt
 
 
 # ---- training -----------------------------------------------------------------------------------------------------

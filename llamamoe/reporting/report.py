@@ -20,6 +20,7 @@ from ..checkpoint.locate import name_with_run
 from ..checkpoint.paths import refuse_windows_path
 from ..data.encoding import windows_of
 from ..errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
+from ..evaluation.fitted_text import fitted_text_warnings
 from ..evaluation.perplexity import ScoringPlan, check_numbers, encode_again, protocol, scoring_plan, window_length
 from ..evaluation.scores import Counts, differences, model_scores
 from ..evaluation.scoring import check_ids
@@ -280,7 +281,8 @@ def _notes(sides: Sequence[_Side], parent: bool) -> list[str]:
         notes.append("The models tokenise text differently: only bits per byte may be compared.")
     if not parent:
         notes.append("No dense parent was given, so the loss by the conversion is unknown.")
-    return notes
+    documents = [each.document for each in sides[0].plan.encoded]
+    return [*notes, *fitted_text_warnings([side.plan.side for side in sides], documents)]
 
 
 def _write(found: dict[str, Any], out: str | Path | None, json_out: str | Path | None) -> None:

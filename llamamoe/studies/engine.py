@@ -13,7 +13,8 @@ from typing import Any
 from ..alignment.layers import AlignedLayer
 from ..calibration.compute import Compute, choose_compute
 from ..calibration.gradients import GradientStore
-from ..calibration.text import CalibrationText, shared_documents
+from ..calibration.reading import FITTED, shared_documents
+from ..calibration.text import CalibrationText
 from ..checkpoint.files import make_folder
 from ..checkpoint.locate import Location
 from ..checkpoint.scratch import scratch_folder
@@ -124,7 +125,7 @@ class Engine:
             more = f" and {len(both) - 1} more" if len(both) > 1 else ""
             raise UsageError(
                 f"{both[0]}{more} would be evaluated on, but the same text is in the calibration text.",
-                hint="Calibrate on other documents: text that a model was fitted to does not measure its quality.",
+                hint=f"Calibrate on other documents: {FITTED}.",
             )
 
     def text_facts(self) -> dict[str, Any]:

@@ -335,6 +335,13 @@ def test_summary_after_calibration(dense: Path, tmp_path: Path, run: Run, calibr
     assert re.search(r"notes +\d notes in \S+/out/README.md", result.stdout)
     assert "bitsandbytes leaves the experts unquantised" not in result.stdout
     assert result.stderr.startswith("convert: ")
+    measure = ("evaluate", tmp_path / "out", "-q", "--device", "cpu", "--context-length", "16", "--text")
+    (warning,) = json.loads(run(*measure, calibrated[calibrated.index("--calibration") + 1], "--json").stdout)[
+        "warnings"
+    ]
+    assert f"{tmp_path / 'out'} was fitted to 1 of the 1 documents" in warning
+    printed = run(*measure, calibrated[calibrated.index("--calibration") + 1]).stdout
+    assert warning in " ".join(printed.split())
 
 
 def test_a_refitted_model_is_said_to_differ_on_purpose(

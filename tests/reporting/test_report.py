@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
 from llamamoe import CheckpointError, LlamaMoeError, RefusedError, UsageError, load_recipe, split
+from llamamoe.calibration.reading import document_hash
+from llamamoe.data.text import read_documents
+from llamamoe.evaluation import fitted_text
 from llamamoe.reporting import text as report_text
 from llamamoe.reporting.report import report
 from llamamoe.reporting.routing import js_divergence, overlap
@@ -268,6 +271,14 @@ def test_a_dense_model_beside_a_mixture_is_a_control(world: dict[str, Path]) -> 
     assert (control["experts"], control["routing"]) == (None, None)
     assert mixture["experts"] is not None
     assert control["difference"]["mean_over_domains"]["loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_text_that_a_model_was_fitted_to_is_a_note(world: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    used = {document_hash(next(iter(read_documents([world["text"]]))).text)}
+    monkeypatch.setattr(fitted_text, "documents_fitted_to", lambda folder: used if folder.name == "moe" else set())
+    notes = report([world["moe"]], [world["text"]], against=world["dense"], max_tokens=16)["notes"]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{world['moe']} was fitted to 1 of the ")
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
