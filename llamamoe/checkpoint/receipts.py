@@ -14,7 +14,7 @@ from .paths import inside
 RECEIPTS = (RECEIPT_FILE, HEAL_RECEIPT_FILE, TRAINING_RECEIPT_FILE, DERIVED_FILE)
 """Those of `split`, `heal`, `pretrain`, and of commands that rewrite a checkpoint."""
 DOCUMENT_HASHES = "document_hashes"
-"""Key of the hashes of documents to which weights were fitted, wherever a receipt describes a text."""
+"""Key of the hashes of documents to which weights were fitted: where a receipt describes a text, and for what its model was made of."""
 
 
 def read_receipts(folder: Path) -> list[dict[str, Any]]:
@@ -22,10 +22,10 @@ def read_receipts(folder: Path) -> list[dict[str, Any]]:
     return [_read(folder / name) for name in RECEIPTS]
 
 
-def documents_fitted_to(folder: Path) -> frozenset[str]:
-    """Return the hashes of the documents to which a model's weights were fitted, as far as its receipts hold them."""
+def documents_fitted_to(*folders: Path) -> list[str]:
+    """Return the hashes of the documents to which weights of models were fitted, as far as their receipts hold them."""
     found: set[str] = set()
-    pending: list[Any] = list(read_receipts(folder))
+    pending: list[Any] = [receipt for folder in folders for receipt in read_receipts(folder)]
     while pending:
         each = pending.pop()
         if isinstance(each, Mapping):
@@ -34,7 +34,7 @@ def documents_fitted_to(folder: Path) -> frozenset[str]:
                 found.update(one for one in hashes if isinstance(one, str))
         elif isinstance(each, list):
             pending.extend(each)
-    return frozenset(found)
+    return sorted(found)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def fitted_text_warnings(sides: Sequence[Opened], documents: Sequence[Document])
         documents: Those that the models are measured on.
     """
     for side in sides:
-        used = documents_fitted_to(Path(side.options["pretrained_model_name_or_path"])) if side.dense is None else ()
+        folders = [Path(side.options["pretrained_model_name_or_path"])] if side.dense is None else []
+        used = set(documents_fitted_to(*folders))
         both = shared_documents(used, documents) if used else ()
         if both:
             yield (

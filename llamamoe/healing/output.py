@@ -18,6 +18,7 @@ from ..checkpoint.ledger import LEDGER, check_left, partial_path
 from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECIPE_FILE, check_out, check_room
 from ..checkpoint.reader import INDEX
 from ..checkpoint.readme import read_card
+from ..checkpoint.receipts import DOCUMENT_HASHES, documents_fitted_to
 from ..checkpoint.tokenizer import CarriedFiles
 from ..conversion.advice import UNTRAINED
 from ..models.loadable import check_loads
@@ -143,6 +144,7 @@ def make_receipt(
         "plan": {key: value for key, value in plan.to_json().items() if key not in ("model", "parent", "warnings")},
         "tokens": {"trained": sequences * length - held_out, "held_out": held_out},
         "text": text,
+        DOCUMENT_HASHES: documents_fitted_to(plan.checkpoint.path),
         "computed": computed,
         "renormalised": renormalised,
         "error": {"before": means[0], "after": means[1]},

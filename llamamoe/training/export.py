@@ -18,6 +18,7 @@ from ..checkpoint.out_folder import TRAINED, TRAINING_RECEIPT_FILE
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
+from ..checkpoint.receipts import DOCUMENT_HASHES, documents_fitted_to
 from ..errors import ElsewhereError, LlamaMoeError, printable
 from ..models.loadable import check_loads
 from .lora import merge_adapters
@@ -52,7 +53,8 @@ def export(trainer: Any, folder: Path, source: Path, receipt: dict[str, Any]) ->
         check_loads(partial)
         write_text(partial / "README.md", _card(trainer.parts.recipe, source, receipt["trained"]))
         write_text(partial / RECIPE, trainer.parts.recipe.to_yaml())
-        write_text(partial / TRAINING_RECEIPT_FILE, json.dumps(receipt, indent=1) + "\n")
+        before = {DOCUMENT_HASHES: documents_fitted_to(source)}
+        write_text(partial / TRAINING_RECEIPT_FILE, json.dumps(receipt | before, indent=1) + "\n")
         complete(partial, {"run": run_id(folder), "step": trainer.state.global_step}, written)
         if final.exists():
             discard(folder, final)

@@ -22,6 +22,7 @@ from ..checkpoint.memory import reused_memory
 from ..checkpoint.out_folder import DERIVED_FILE, check_out, check_room, normal_path, recover_replaced, system_errors
 from ..checkpoint.reader import INDEX, SINGLE, SafetensorsCheckpoint
 from ..checkpoint.readme import derived_card
+from ..checkpoint.receipts import DOCUMENT_HASHES, documents_fitted_to
 from ..checkpoint.tokenizer import CarriedFiles, carried_files
 from ..checkpoint.writer import CheckpointWriter
 from ..conversion.verify_files import Hashes
@@ -229,6 +230,7 @@ def _receipt(job: Rewriting, weights_sha256: str) -> dict[str, Any]:
         "sources": [{"name": source.name, "revision": source.revision} for source in job.sources],
         **job.facts,
         **job.record,
+        DOCUMENT_HASHES: documents_fitted_to(*(each.path for each in job.checkpoints)),
         "weights_sha256": weights_sha256,
         "warnings": list(job.warnings),
         "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "safetensors")},

@@ -46,5 +46,4 @@ def test_a_model_that_was_fitted_to_the_text_is_named(name: str, content: dict[s
 )
 def test_a_receipt_that_holds_nothing_is_no_obstacle(content: str, tmp_path: Path) -> None:
     (tmp_path / "llamamoe_receipt.json").write_text(content)
-    assert documents_fitted_to(tmp_path) == frozenset()
-    assert documents_fitted_to(tmp_path / "gone") == frozenset()
+    assert documents_fitted_to(tmp_path, tmp_path / "gone") == []

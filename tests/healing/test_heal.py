@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
 from llamamoe.architectures.targets import TARGETS
+from llamamoe.calibration.reading import document_hash
 from llamamoe.calibration.text import calibration_text
+from llamamoe.checkpoint.receipts import documents_fitted_to
 from llamamoe.conversion.advice import UNTRAINED
 from llamamoe.healing.block import load_ffn
 from llamamoe.healing.heal import heal
@@ -229,8 +231,11 @@ def test_a_layer_that_is_dense_is_copied_and_one_sees_the_errors_of_another(
     tmp_path: Path, text: Path, dense: Path
 ) -> None:
     moe = convert(dense, tmp_path / "moe", target="qwen2_moe", keep_dense=(0,))
+    (moe / "llamamoe_receipt.json").write_text('{"calibration": {"document_hashes": ["a"]}}')
     result = heal(moe, tmp_path / "out", heal_recipe(text), parent=dense)
     assert [layer["layer"] for layer in result.receipt["layers"]] == [1]
+    assert receipt(result.out)["document_hashes"] == ["a"], "what the conversion was fitted to"
+    assert documents_fitted_to(result.out) == sorted(["a", document_hash(text.read_text())]), "and what healing was"
     for name, value in tensors(result.out).items():
         assert value.equal(tensors(moe)[name]) or ".layers.1.mlp." in name
 

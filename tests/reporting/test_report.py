@@ -274,8 +274,8 @@ def test_a_dense_model_beside_a_mixture_is_a_control(world: dict[str, Path]) -> 
 
 
 def test_text_that_a_model_was_fitted_to_is_a_note(world: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    used = {document_hash(next(iter(read_documents([world["text"]]))).text)}
-    monkeypatch.setattr(fitted_text, "documents_fitted_to", lambda folder: used if folder.name == "moe" else set())
+    used = [document_hash(next(iter(read_documents([world["text"]]))).text)]
+    monkeypatch.setattr(fitted_text, "documents_fitted_to", lambda folder: used if folder.name == "moe" else [])
     notes = report([world["moe"]], [world["text"]], against=world["dense"], max_tokens=16)["notes"]
     assert len(notes) == 1
     assert notes[0].startswith(f"{world['moe']} was fitted to 1 of the ")

@@ -35,6 +35,7 @@ EXPERT_KL = {"lm": {"weight": 0.5}, "kl": {"weight": 1.0}}
 def finished(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything on, not interrupted."""
     out = tmp_path_factory.mktemp("finished") / "run"
+    (Path(world["model"]) / "llamamoe_receipt.json").write_text('{"calibration": {"document_hashes": ["a"]}}')
     pretrain(everything(world), out)
     return out
 
@@ -80,7 +81,9 @@ def test_the_configuration_has_both_spellings_and_our_facts(finished: Path, worl
 
 
 def test_the_card_tells_what_was_trained(finished: Path, world: dict[str, str]) -> None:
-    receipt = json.loads((finished / "model" / "llamamoe_training_receipt.json").read_text())["trained"]
+    told = json.loads((finished / "model" / "llamamoe_training_receipt.json").read_text())
+    assert told["document_hashes"] == ["a"], "what the conversion was fitted to"
+    receipt = told["trained"]
     card = (finished / "model" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "transformers"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe import CheckpointError, RefusedError, UsageError, load_recipe, retop, split
-from llamamoe.checkpoint.out_folder import DERIVED_FILE
+from llamamoe.checkpoint.out_folder import DERIVED_FILE, RECEIPT_FILE
 
 from ..dense import ROUTED, make_dense
 from .outputs import logits
@@ -109,8 +109,10 @@ def test_one_shard_with_an_index_stays_loadable(tmp_path: Path) -> None:
 def test_what_is_left_beside_the_weights(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense", max_shard_size="100KB")
     two = convert(dense, tmp_path / "two", 2, "mixtral", 0, "unit")
+    (two / RECEIPT_FILE).write_text('{"calibration": {"document_hashes": ["b", "a"]}}')
     out = retop(two, tmp_path / "out", 1).out
     receipt = json.loads((out / DERIVED_FILE).read_text())
+    assert receipt["document_hashes"] == ["a", "b"]
     assert receipt["sources"] == [{"name": "two", "revision": None}]
     assert (receipt["from"], receipt["to"], receipt["factor"]) == (2, 1, 0.5)
     assert "1 of 3 selected" in (out / "README.md").read_text()
