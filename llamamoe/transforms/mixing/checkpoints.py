@@ -9,7 +9,7 @@ from ...checkpoint.base import Checkpoint, TensorInfo
 from ...checkpoint.reader import SafetensorsCheckpoint
 from ...checkpoint.tensors import torch_dtype
 from ...lazy import torch
-from ..merge import average
+from ..averaging import average
 
 
 class JoinedCheckpoint:
