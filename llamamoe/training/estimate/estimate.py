@@ -1,6 +1,6 @@
 """``llamamoe pretrain --dry-run``: estimate memory, time and disk from a recipe and the headers of two checkpoints.
 
-Formulas and their omissions are in `activations.py`, `memory.py` and `compute.py`;
+Formulas and their omissions are in `activations.py`, `terms.py`, `memory.py` and `compute.py`;
 ``benchmarks/training_memory.py`` compares them with measured steps. No model is loaded, and torch is not imported.
 """
 

@@ -31,15 +31,14 @@ from .activations import (
     Widths,
     adapter_bytes,
     attention_bytes,
-    distillation_bytes,
     experts_bytes,
     ffn_bytes,
-    routing_bytes,
     style_for,
     working_bytes,
 )
 from .shapes import LayerShape, ModelShape
 from .sharding import Sharding, adapters, moment_bytes, trained_groups
+from .terms import distillation_bytes, routing_bytes
 
 FIXED_OVERHEAD = 2**30
 """A GPU's context, libraries and their work spaces, communication buffers: a fixed allowance."""
