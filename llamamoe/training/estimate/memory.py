@@ -216,11 +216,6 @@ class StepMemory:
         numel = self._ends[self._head] // self.sharding.computed("head")
         chunk = min(run.tokens, max(1, self.recipe.logits_at_once // self.shape.vocab_size))
         logits = 4 * chunk * self.shape.vocab_size
-        kept = self._kept(len(self._layers)) + run.norm(run.numbers)
-        if chunk == run.tokens:
-            kept += run.inputs({self._head: 1})
-        else:  # chunks are checkpointed: all inputs, and one chunk's copy
-            kept += run.numbers * widths.weights + (2 * chunk * self.shape.hidden_size if widths.casts else 0)
         gathered = numel * widths.weights if self.sharding.cut else 0
         new = (
             numel * (widths.weights + (2 if widths.casts else 0)) + self._sent(gathered)
@@ -229,7 +224,7 @@ class StepMemory:
         )
         base = self._always() | {
             "gradients": self.state()["gradients"] if self.accumulates else sum(each.early for each in self._layers),
-            "activations": kept,
+            "activations": self._head_inputs(chunk),
             "gathered weights": gathered,
         }
         copies = (2 * numel if widths.casts else 0) + (0 if checkpointed else sum(each.copies for each in self._layers))
@@ -237,25 +232,34 @@ class StepMemory:
         kl = self.recipe.distill is not None and self.recipe.distill.kl is not None
         arrays = HEAD_COPIES_KL if kl else HEAD_COPIES
         last = logits + (logits // 2 if widths.casts else 0)
-        terms = (self._distillation, self._routing)
-        more = sum(each.forward - each.backward for each in terms)
-        found = (
-            {}
-            if not any(each.forward for each in terms)
-            else {
-                "terms beside language modelling": base
-                | {
-                    "activations": kept + more,
-                    "weight copies": copies + cached,
-                    "gathered weights": 0,
-                    "working space": max(each.working for each in terms),
-                }
-            }
-        )
-        return found | {
+        return self._terms_moment(base, copies + cached) | {
             "loss, forward": base | {"weight copies": copies + cached, "logits": (arrays - 1) * logits},
             "loss, backward": base | {"weight copies": copies, "logits": arrays * logits},
             "gradient of the head": base | {"weight copies": copies, "logits": last, "working space": new},
+        }
+
+    def _head_inputs(self, chunk: int) -> int:
+        """Return the activations of all layers, and the head's inputs if it runs on so many tokens at a time."""
+        run, widths = self.run, self.run.widths
+        kept = self._kept(len(self._layers)) + run.norm(run.numbers)
+        if chunk == run.tokens:
+            return kept + run.inputs({self._head: 1})
+        # chunks are checkpointed: all inputs, and one chunk's copy
+        return kept + run.numbers * widths.weights + (2 * chunk * self.shape.hidden_size if widths.casts else 0)
+
+    def _terms_moment(self, base: dict[str, int], copies: int) -> dict[str, dict[str, int]]:
+        """Return the moment of the terms beside language modelling, if there are any."""
+        terms = (self._distillation, self._routing)
+        if not any(each.forward for each in terms):
+            return {}
+        return {
+            "terms beside language modelling": base
+            | {
+                "activations": base["activations"] + sum(each.forward - each.backward for each in terms),
+                "weight copies": copies,
+                "gathered weights": 0,
+                "working space": max(each.working for each in terms),
+            }
         }
 
     def _backward(self, index: int) -> dict[str, int]:
