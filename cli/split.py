@@ -106,20 +106,11 @@ def _plan(
     force: bool,
     tokenizer: str | None,
 ) -> None:
-    from llamamoe.checkpoint.ledger import check_left, partial_path
-    from llamamoe.checkpoint.out_folder import check_out, normal_path
-    from llamamoe.conversion.preflight import check_disk
     from llamamoe.conversion.split import plan_conversion
 
     from ._plan import print_plan
 
-    folder = None if out is None else normal_path(out)
-    if folder is not None:
-        check_left(partial_path(folder), resume=resume, restart=force)
-    plan = plan_conversion(source, recipe, tokenizer=tokenizer)
-    if folder is not None:
-        check_out(folder, plan.model.checkpoint.path, force=force)
-        check_disk(folder, plan, reuse=resume or force)
+    plan = plan_conversion(source, recipe, out=out, resume=resume, force=force, tokenizer=tokenizer)
     output.result(
         {"dry_run": True, "out": out, **plan.to_json()},
         lambda: print_plan(plan, source, verify=verify, verbose=output.verbose),

@@ -58,18 +58,39 @@ class SplitResult:
 
 
 def plan_conversion(
-    source: str | Path, recipe: SplitRecipe | None = None, *, tokenizer: str | Path | None = None
+    source: str | Path,
+    recipe: SplitRecipe | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    tokenizer: str | Path | None = None,
 ) -> SplitPlan:
-    """Return the plan of `split`, reading headers only and writing nothing. For the arguments see `split`.
+    """Return the plan of `split`, reading headers only and writing nothing.
 
     Of a source on the Hub no weights are downloaded.
 
+    Args:
+        source: See `split`.
+        recipe: See `split`.
+        out: The folder to create; None: it is not checked.
+        resume: See `split`.
+        force: See `split`.
+        tokenizer: See `split`.
+
     Raises:
-        RefusedError: The conversion is not possible; the message names every reason.
+        RefusedError: The conversion is not possible, or `split` would refuse ``out``; the message names every reason.
         UsageError: The recipe names calibration text that does not exist.
     """
+    place = None if out is None else normal_path(out)
+    if place is not None:
+        check_left(partial_path(place), resume=resume, restart=force)
     with locate_headers(source) as location:
-        return _planned(source, location, recipe, tokenizer)
+        plan = _planned(source, location, recipe, tokenizer)
+        if place is not None:
+            check_out(place, location.path, force=force)
+            check_disk(place, plan, reuse=resume or force)
+        return plan
 
 
 def _planned(

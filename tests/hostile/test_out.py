@@ -259,6 +259,8 @@ def test_disk_that_just_suffices(source: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, need - 1))
     with pytest.raises(RefusedError, match="free"):
         llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
+    with pytest.raises(RefusedError, match="free"):
+        llamamoe.plan_conversion(source, recipe(), out=tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, need))
     llamamoe.split(source, tmp_path / "out", recipe(), verify=False)
 
