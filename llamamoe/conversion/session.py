@@ -45,7 +45,7 @@ class Session:
         compute: Device and dtype.
         writer: The writer, whose ledger stores the facts of the text and whose folder stores the states.
         progress: Called while text is sampled or gradients are computed.
-        texts: The texts, if they have already been read (see `read_ahead`).
+        texts: The texts, if they have already been read (see `texts.read_ahead`).
     """
 
     def __init__(
