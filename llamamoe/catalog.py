@@ -214,6 +214,7 @@ _VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "plain": {"sliding_window": 8},
         "windows in some layers": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
     },
+    "cohere": {"use_qk_norm": {"use_qk_norm": True}, "attention_bias": {"attention_bias": True}},
     "cohere2": {
         "plain": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
         "attention_bias": {"sliding_window": 8, "attention_bias": True},

@@ -86,6 +86,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {"sliding_window": 8, "attention_bias": True, "head_dim": 32, "tie_word_embeddings": False}
     | {"rope_parameters": LLAMA3_ROPE},
     "smollm3-rope": {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 1]},
+    "cohere": {"model_type": "cohere", "attention_bias": True, "logit_scale": 0.3, "rope_parameters": LLAMA3_ROPE},
     "cohere2": {"model_type": "cohere2", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "cohere2-biases": {
         "model_type": "cohere2",

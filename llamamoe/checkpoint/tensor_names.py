@@ -22,7 +22,7 @@ _MOST_EXPERTS = 1 << 16  # a header that claims more would only waste time
 FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
 """Names of all experts of a layer in the memory of transformers 5; in the files of a known architecture they are read as its own."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_TIED_BY_DEFAULT = ("gemma", "ernie4_5", "smollm3", "cohere2")
+_TIED_BY_DEFAULT = ("gemma", "ernie4_5", "smollm3", "cohere", "cohere2")
 """Families whose class in transformers ties the head if ``config.json`` does not say."""
 _OF_A_WHOLE = ("qwen3_5_text", "qwen3_5_moe_text")
 """Text models that transformers loads from the files of a model of images and text, and saves under the names there."""

@@ -35,7 +35,7 @@ FITS = {
     "granitemoeshared": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases",
     "flex_olmo": "olmo2 olmo2-biases olmo2-llama3-rope",
     "hunyuan_v1_moe": "hunyuan_v1_dense hunyuan_v1_dense-alpha",
-    "cohere2_moe": "cohere2 cohere2-biases",
+    "cohere2_moe": "cohere cohere2 cohere2-biases",
     "qwen3_5_moe_text": "qwen3_5_text qwen3_5_text-biases",
     "granitemoe_swa": f"{PLAIN} llama-attention-bias granite seed-oss-all-biases mistral-window phi3-window smollm3 smollm3-windows "
     "ministral ministral-windows",

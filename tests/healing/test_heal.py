@@ -79,7 +79,7 @@ def plain_errors(moe: Path, dense: Path, text: Path, recipe: HealRecipe, modules
         for i, layer in enumerate(child.model.layers):
             x, y = seen[i]
             out = sum(getattr(layer, m)(x) for m in modules if getattr(layer, m, None) is not None) / scale
-            if "cohere2" in type(parent).__name__.lower():  # LayerNorms subtract the mean
+            if "cohere" in type(parent).__name__.lower():  # LayerNorms subtract the mean
                 left[i] = left[i] - left[i].mean(-1, keepdim=True)
             weight = 1 / left[i].square().mean(-1, keepdim=True).sqrt()  # its common factor cancels
             missed = ((y - out) * weight)[first_held_out:].double().square().sum()

@@ -71,6 +71,7 @@ CASES = [
     ("internlm3", "glm4_moe", "1x"),
     ("glm", "glm4_moe", "1x"),
     ("smollm3-rope", "mixtral", 0),
+    ("cohere", "dense", 0.5),
     ("cohere2-biases", "dense", 0.5),
 ]
 """Variant, target, shared: every target, and every trap of its spelling. `Target.majors` promises each of them."""

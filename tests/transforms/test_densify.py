@@ -37,6 +37,7 @@ CASES = [
     ("hunyuan_v1_dense-alpha", "hunyuan_v1_moe", 0),
     ("hunyuan_v1_dense", "hunyuan_v1_moe", "1x"),
     ("olmo2", "flex_olmo", 0),
+    ("cohere", "cohere2_moe", 0),
     ("cohere2", "cohere2_moe", "1x"),
     ("qwen3_5_text", "qwen3_5_moe_text", 0),
     ("qwen3_5_text-biases", "qwen3_5_moe_text", "1x"),

@@ -51,6 +51,7 @@ CASES = [  # target or None for the dense model itself, variant, recipe; every b
     ("flex_olmo", "olmo2-llama3-rope", {}),
     (None, "ministral-windows", {}),
     (None, "internlm3", {}),
+    (None, "cohere", {}),
     (None, "cohere2-biases", {}),
     (None, "glm", {}),
 ]

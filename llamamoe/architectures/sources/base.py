@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 DEFAULT_THETA = 10000.0
 """The rope base that transformers assumes for most families when the configuration names none."""
-QkNorm = Literal["", "heads", "turned", "whole"]
-"""RMSNorms on queries and keys: none, on each head before or after rotary positions, or on all heads together."""
+QkNorm = Literal["", "heads", "turned", "whole", "each"]
+"""Norms on queries and keys: none; RMSNorms on each head before or after rotary positions, or on all heads together; a
+LayerNorm on each head with weights of its own."""
 Op = tuple[str, float]
 """A change of values on reading: ``("add", 1.0)`` or ``("mul", 45.25)``, done in float32."""
 
@@ -200,9 +201,12 @@ def _attention_shapes(spec: DenseSpec) -> dict[str, tuple[int, ...]]:
     if spec.o_bias:
         shapes["self_attn.o_proj.bias"] = (hidden,)
     if spec.qk_norm:
-        widths = (q, kv) if spec.qk_norm == "whole" else (spec.head_dim, spec.head_dim)
+        each = spec.qk_norm == "each"
+        widths = [(n, spec.head_dim) if each else (spec.head_dim,) for n in (spec.num_heads, spec.num_kv_heads)]
+        if spec.qk_norm == "whole":
+            widths = [(q,), (kv,)]
         names = ("query_layernorm", "key_layernorm") if spec.qk_norm == "turned" else ("q_norm", "k_norm")
-        shapes |= {f"self_attn.{name}.weight": (rows,) for name, rows in zip(names, widths, strict=True)}
+        shapes |= {f"self_attn.{name}.weight": width for name, width in zip(names, widths, strict=True)}
     return shapes
 
 

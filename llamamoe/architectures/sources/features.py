@@ -23,6 +23,8 @@ def source_features(dense: DenseSpec) -> dict[str, str]:
             "an RMSNorm on queries and keys after their rotary positions (weights that differ within a rotary pair do not "
             "commute with its turn)"
         )
+    elif dense.qk_norm == "each":
+        found["each_qk_norm"] = "a LayerNorm on queries and keys with weights of its own for each head (use_qk_norm)"
     elif dense.qk_norm:
         found["qk_norm"] = "an RMSNorm on queries and keys"
     else:

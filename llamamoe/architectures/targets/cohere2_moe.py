@@ -9,11 +9,15 @@ from ..moe_layout import MoeLayout, OutTensor, Router, expert_tensors, shared_te
 from ..sources.base import DenseSpec, number, positive
 from .base import Target
 
+NO_WINDOW = 1 << 30
+"""An attention window larger than any context, for layers with full attention that have rotary positions."""
+
 
 class Cohere2Moe(Target):
     """Router and experts read the norm that attention reads, and the outputs of both are added to the residual stream.
 
-    Layers with a window have rotary positions, others none. These turn neighbouring rows, so that the rows of q and k
+    Layers with a window have rotary positions, others none; full attention with rotary positions in all layers is written
+    as a window that no context fills. These turn neighbouring rows, so that the rows of q and k
     are re-ordered (exact).
     """
 
@@ -34,8 +38,10 @@ class Cohere2Moe(Target):
         reasons = super().refusals(dense)
         if not dense.parallel:
             reasons.append("cohere2_moe cannot hold an FFN behind attention (it has both side by side)")
-        elif not dense.turns_in_windows:
-            reasons.append("cohere2_moe cannot hold rotary positions but in the layers that have a sliding window")
+        elif not dense.turns_in_windows and not _turns_everywhere(dense):
+            reasons.append(
+                "cohere2_moe cannot hold rotary positions but in the layers that have a sliding window, or in all without any"
+            )
         return reasons
 
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
@@ -44,7 +50,7 @@ class Cohere2Moe(Target):
         There is always a window, because transformers builds a mask for it even if no layer has one. A pattern of
         windows in leading dense layers of 1 would give these rotary positions.
         """
-        kept = layout.dense_layers
+        kept, everywhere = layout.dense_layers, _turns_everywhere(dense)
         return {
             "intermediate_size": layout.expert_width,
             "num_experts": layout.num_experts,
@@ -60,8 +66,10 @@ class Cohere2Moe(Target):
             "rms_norm_eps": None if dense.layer_norm else dense.rms_norm_eps,
             "logit_scale": 1.0 / dense.logits_scaling,
             "attention_bias": dense.qkv_bias,
-            "sliding_window": next(filter(None, dense.sliding), dense.max_position_embeddings),
-            "layer_types": dense.layer_types,
+            "sliding_window": NO_WINDOW
+            if everywhere
+            else next(filter(None, dense.sliding), dense.max_position_embeddings),
+            "layer_types": ["sliding_attention"] * dense.num_layers if everywhere else dense.layer_types,
         }
 
     def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,6 +80,8 @@ class Cohere2Moe(Target):
             kind == "sliding_attention" or (ffn == "dense" and all_turn) for kind, ffn in zip(types, kinds, strict=True)
         ]
         layer_norm = config.get("rms_norm_eps") is None
+        window = positive(config, "sliding_window") if "sliding_attention" in types else None
+        window = None if window == NO_WINDOW else window
         return {
             "qkv_bias": bias,
             "o_bias": bias,
@@ -79,9 +89,7 @@ class Cohere2Moe(Target):
             "layer_norm": layer_norm,
             "rms_norm_eps": number(config, "layer_norm_eps" if layer_norm else "rms_norm_eps", 1e-5),
             "logits_scaling": 1.0 / number(config, "logit_scale", 0.0625),
-            "sliding": tuple(
-                positive(config, "sliding_window") if kind == "sliding_attention" else None for kind in types
-            ),
+            "sliding": tuple(window if kind == "sliding_attention" else None for kind in types),
             "no_rope": tuple(layer for layer, turns in enumerate(turned) if not turns),
         }
 
@@ -116,3 +124,8 @@ class Cohere2Moe(Target):
             "cohere2_moe runs in transformers 5: mlx-lm, mistral.rs and export-gguf refuse it, and vLLM was not tried",
             "transformers' cohere2_moe has no auxiliary loss: other trainers leave its router unbalanced",
         ]
+
+
+def _turns_everywhere(dense: DenseSpec) -> bool:
+    """Return whether all layers have rotary positions and full attention."""
+    return not dense.no_rope and not any(dense.sliding)

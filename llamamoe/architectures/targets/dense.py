@@ -75,6 +75,12 @@ _FORMS = (
         | {"logits_scaling"},
         "all or none",
     ),
+    _Form(
+        "cohere",
+        "CohereForCausalLM",
+        frozenset({"parallel", "layer_norm", "no_qk_norm", "qkv_bias", "o_bias", "logits_scaling"}),
+        "all or none",
+    ),
     _Form("qwen3_5_text", "Qwen3_5ForCausalLM", HYBRID, "all or none"),
     _Form("seed_oss", "SeedOssForCausalLM", frozenset({"no_qk_norm", "head_dim", "qkv_bias", "o_bias"}), "any"),
 )
@@ -121,7 +127,7 @@ def _form(dense: DenseSpec) -> _Form:
 
 
 class Dense(Target):
-    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, HunYuan V1, OLMo 2, SmolLM3, Cohere 2, Qwen3.5 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
+    """Llama, Mistral, Ministral, Qwen2, Qwen3, Granite, HunYuan V1, OLMo 2, SmolLM3, Cohere 1 and 2, Qwen3.5 or Seed-OSS with the kept neurons as its FFN: no router and no experts.
 
     Phi-3 (fused projections) is written as Mistral, Gemma (norms of 1 + w), ERNIE 4.5 (other rotary pairs) and InternLM3 as
     Llama, where those hold them.
@@ -152,7 +158,7 @@ class Dense(Target):
 
     def turns_neighbours(self, dense: DenseSpec) -> bool:
         """See `Target.turns_neighbours`."""
-        return _form(dense).model_type == "cohere2"
+        return _form(dense).model_type in ("cohere", "cohere2")
 
     def config(self, dense: DenseSpec, layout: MoeLayout) -> dict[str, Any]:
         """See `Target.config`."""
@@ -174,7 +180,7 @@ class Dense(Target):
             keys["sliding_window"] = dense.window
         if dense.linear is not None:
             keys |= hybrid_keys(dense)
-        if form.model_type == "cohere2":
+        if form.model_type in ("cohere", "cohere2"):
             keys |= {"layer_norm_eps": dense.rms_norm_eps, "logit_scale": 1.0 / dense.logits_scaling}
         elif "no_rope" in form.holds:
             keys["no_rope_layers"] = [int(layer not in dense.no_rope) for layer in range(dense.num_layers)]

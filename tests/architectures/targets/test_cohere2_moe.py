@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llamamoe
@@ -27,6 +28,26 @@ def test_rotary_positions_belong_to_windows(tmp_path: Path) -> None:
         assert not target.refusals(spec)
         assert target.refusals(replace(spec, no_rope=()))
         assert target.refusals(replace(spec, parallel=False))
+
+
+@torch.no_grad()
+def test_full_attention_with_rotary_positions_is_a_window_that_no_context_fills(tmp_path: Path) -> None:
+    source = make_dense(tmp_path / "dense", "cohere")
+    recipe = llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "top_k": 4})
+    result = llamamoe.split(source, tmp_path / "out", recipe, verify=False)
+    spec = Cohere2Moe().dense_spec(result.plan.config)
+    assert (spec.sliding, spec.no_rope) == ((None, None), ())
+    ids = torch.randint(3, 128, (1, 96), generator=torch.Generator().manual_seed(0))  # max_position_embeddings is 64
+    parent, child = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (source, result.out))
+    torch.testing.assert_close(child, parent, rtol=0, atol=5e-3)
+
+
+def test_norms_of_each_head_are_refused(tmp_path: Path) -> None:
+    source = make_dense(tmp_path / "dense", "cohere", use_qk_norm=True)
+    with pytest.raises(llamamoe.RefusedError, match="cohere2_moe cannot hold a LayerNorm on queries and keys"):
+        llamamoe.plan_conversion(
+            source, llamamoe.load_recipe(given={"method": "random", "num_experts": 4, "target": "cohere2_moe"})
+        )
 
 
 @pytest.mark.parametrize(
