@@ -91,9 +91,8 @@ class States:
         for name, parameter in each.parameters.items():
             moments = {n.split(".")[-1]: t for n, t in kept.items() if n.startswith(f"adam.{name}.")}
             if moments:
-                self._optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(device) for key, value in moments.items()
-                }
+                # fused steps read the number of steps from the device, too
+                self._optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
 
 
 def save_layers(path: Path, layers: Mapping[int, AlignedLayer]) -> str:

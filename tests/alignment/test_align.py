@@ -19,6 +19,7 @@ from llamamoe.alignment.assignment import Assignment
 from llamamoe.alignment.choices import Choices
 from llamamoe.alignment.layers import AlignedLayer, Start
 from llamamoe.alignment.recipe import AlignmentOptions
+from llamamoe.alignment.states import States
 from llamamoe.architectures.dense_checkpoint import DenseModel, understand
 from llamamoe.calibration.compute import Compute
 from llamamoe.checkpoint.locate import locate, open_checkpoint
@@ -239,6 +240,21 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(
     steps: list[int] = []
     assert same(whole, run(parent, options, folder=tmp_path, progress=lambda p: steps.append(p.done)))
     assert steps[0] == stop  # the step that was under way is done again, and none before it
+
+
+def test_a_state_is_loaded_onto_the_device_whole(parent: DenseModel, tmp_path: Path) -> None:
+    """A fused step on a GPU refuses a number of steps on the CPU."""
+    run(parent, folder=tmp_path)
+    other = Alignment(parent, starts(), text(), OPTIONS, CPU, weights_dtype=torch.float32)
+    for each in other.layers.values():
+        each.rows_NH = each.rows_NH.detach().to("meta")
+        each.assignment.logits_FC = each.assignment.logits_FC.detach().to("meta")
+        each.weights = tuple(weight.detach().to("meta") for weight in each.weights or ())
+    parameters = [value for each in other.layers.values() for value in each.parameters.values()]
+    optimizer = torch.optim.Adam(parameters)
+    assert States(tmp_path, other.layers, optimizer).load() is not None
+    assert len(optimizer.state) == len(parameters)
+    assert {value.device.type for state in optimizer.state.values() for value in state.values()} == {"meta"}
 
 
 @pytest.fixture(scope="module")
