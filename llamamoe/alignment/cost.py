@@ -27,7 +27,8 @@ class AlignmentPlan:
         options: The requested options.
         learned: Number of learned values.
         peak_bytes: Estimate of the peak anonymous memory.
-        state_bytes: Size of the files beside the output from which a stopped run resumes.
+        state_bytes: Peak size of the files beside the output from which a stopped run resumes: the start, and the state twice,
+            because a new one is complete before the last one goes.
         flops: Floating-point operations.
     """
 
@@ -112,6 +113,6 @@ def plan_alignment(
         + 4 * layers * trained
         + 4 * 4 * LOGITS_AT_ONCE
         + ids,
-        state_bytes=4 * (MOMENTS + 1) * learned + ids,
+        state_bytes=4 * (2 * (MOMENTS + 1) + 1) * learned + ids,
         flops=options.tokens * per_token,
     )

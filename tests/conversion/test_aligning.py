@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.alignment.recipe import AlignmentOptions
+from llamamoe.checkpoint.files import save_tensors
 from llamamoe.conversion.split import plan_conversion
 from llamamoe.conversion.texts import make_text
 from llamamoe.errors import LlamaMoeError, RefusedError
@@ -262,6 +263,25 @@ def test_the_plan_counts_its_cost(dense: Path) -> None:
     assert ffn.learned - frozen.learned == 3 * 3 * 172 * 64
     assert frozen.flops == scales.flops < ffn.flops
     assert json.loads(json.dumps(ffn.to_json()))["tokens"] == TOKENS
+
+
+@pytest.mark.parametrize("weights", ["frozen", "ffn"])
+def test_the_plan_counts_its_files(weights: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state is written beside the last one, and the start is there as long."""
+    largest = 0
+
+    def measure(path: Path, *args: Any) -> None:
+        nonlocal largest
+        before = sum(each.stat().st_size for each in path.parent.iterdir() if each.suffix == ".safetensors")
+        save_tensors(path, *args)
+        largest = max(largest, before + path.stat().st_size)
+
+    monkeypatch.setattr("llamamoe.alignment.states.save_tensors", measure)
+    monkeypatch.setattr("llamamoe.alignment.align.SECONDS_BETWEEN_STATES", -1.0)
+    chosen = recipe(dense, {"weights": weights, "tokens": 1024, "checks": 1}, repair="least_squares")
+    plan = llamamoe.split(dense, tmp_path / "out", chosen, verify=False).plan
+    assert plan.alignment is not None
+    assert largest <= plan.alignment.state_bytes < 1.3 * largest
 
 
 def test_options_are_refused_with_their_names() -> None:
