@@ -59,3 +59,12 @@ class AlignmentOptions(BaseModel):
     checks: int = Field(
         4, ge=1, le=1000, description="Number of states compared on held-out text, in addition to the start."
     )
+
+    def learns(self, *, router: bool) -> bool:
+        """Return whether any rate is above 0.
+
+        Args:
+            router: Whether there is a router to train.
+        """
+        weights = {"frozen": 0.0, "scales": self.lr_scale, "ffn": 1.0 if self.lr_weights is None else self.lr_weights}
+        return self.lr_assignment > 0 or (router and self.lr_router > 0) or weights[self.weights] > 0

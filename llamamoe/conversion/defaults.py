@@ -141,7 +141,7 @@ def _refuse(recipe: SplitRecipe, needing: tuple[str, ...]) -> None:
 
 
 def _refuse_alignment(recipe: SplitRecipe, cls: type[Splitter]) -> None:
-    """Refuse to align methods that one label per neuron cannot represent."""
+    """Refuse to align methods that one label per neuron cannot represent, and to align nothing."""
     if recipe.align is None:
         return
     splitter = cls(cls.Options.model_validate(recipe.method.options))
@@ -155,6 +155,12 @@ def _refuse_alignment(recipe: SplitRecipe, cls: type[Splitter]) -> None:
         raise RefusedError(
             "--align-tokens learns with equal weights of experts; --router-scale soft weights them by their logits.",
             hint="Leave --router-scale at hard, or omit --align-tokens.",
+        )
+    if not recipe.align.learns(router=cls.routed):
+        raise RefusedError(
+            f"--align-tokens would learn nothing: the rates of assignment and router, and of the weights that align.weights = "
+            f"{recipe.align.weights} trains, are all 0.",
+            hint="Leave one of them at its default (align.lr_assignment, align.lr_router), or omit --align-tokens.",
         )
 
 

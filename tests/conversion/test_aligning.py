@@ -241,6 +241,14 @@ def test_strict_refuses_what_alignment_would_warn_of(long: Path, dense: Path, tm
     [
         ({"method": "upcycle"}, "a neuron is in several experts"),
         ({"router_scale": "soft"}, "--router-scale soft weights them by their logits"),
+        (
+            {"align": {"weights": "scales", "lr_scale": 0, "lr_assignment": 0, "lr_router": 0}},
+            "would learn nothing: .*scales trains",
+        ),
+        (
+            {"method": "static", "shared": 0.5, "align": {"weights": "frozen", "lr_assignment": 0}},
+            "would learn nothing: .*frozen trains, are all 0",
+        ),
         ({"align": {"length": 65}}, r"align\.length 65 is more than the model's 64 positions"),
         ({"calibration": []}, "calibration text is needed by .*--align-tokens"),
     ],
