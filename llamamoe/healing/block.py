@@ -34,10 +34,15 @@ class NativeFfn:
     scale: float = 1.0
 
     @property
-    def selects_by_logits(self) -> bool:
-        """True if scaling the router keeps its choices: no correction bias, no groups of experts."""
+    def scalable(self) -> bool:
+        """True if scaling the router keeps its choices and the size of the routed sum.
+
+        That is without a correction bias and groups of experts, and with weights that sum to one.
+        """
         bias = self.moe.correction_bias
-        return not (bias is not None and bool(bias.any())) and int(getattr(self.moe.router, "num_group", 1)) == 1
+        by_logits = bias is None or not bool(bias.any())
+        one_group = int(getattr(self.moe.router, "num_group", 1)) == 1
+        return by_logits and one_group and self.moe.weighting.endswith("renormalised")
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return every parameter of the FFN by its name in the decoder layer."""

@@ -79,8 +79,8 @@ def layer_error(ffn: NativeFfn, task: LayerTask, part: slice) -> float:
 def start_router(ffn: NativeFfn, task: LayerTask) -> dict[str, Any]:
     """Scale the router so that its logits get the recipe's standard deviation; its ranking is kept.
 
-    A router that cannot be scaled (it selects by more than its logits) is left unchanged; one of zeros gets random
-    rows, because it has no ranking to keep.
+    A router that cannot be scaled (it selects by more than its logits, or its weights do not sum to one and are not hard)
+    is left unchanged; one of zeros gets random rows, because it has no ranking to keep.
     """
     facts: dict[str, Any] = {}
     rows_NH = ffn.moe.router_NH
@@ -95,7 +95,7 @@ def start_router(ffn: NativeFfn, task: LayerTask) -> dict[str, Any]:
             f"layer {task.layer}: the spread of the router's logits on the text is {std}, so it cannot be trained.",
             hint="Leave routers as they are: --set router=frozen.",
         )
-    if ffn.selects_by_logits:
+    if ffn.scalable:
         factor = soften([ffn.moe], [std], task.recipe.router_std)[0].factor
         facts |= {"router_std_before": std, "router_factor": factor}
     return facts

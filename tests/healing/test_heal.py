@@ -171,6 +171,19 @@ def test_hard_softmax_routers_are_renormalised_and_a_layer_that_is_left_computes
     assert "| unchanged |" in (result.out / "README.md").read_text()
 
 
+def test_soft_routers_that_do_not_renormalise_are_trained_as_they_are(dense: Path, text: Path, tmp_path: Path) -> None:
+    """Scaling them would change the size of the routed sum, and their logits distinguish tokens already."""
+    moe = convert(dense, tmp_path / "moe", target="qwen2_moe", rescale="unit", router_scale="soft")
+    result = heal(moe, tmp_path / "out", heal_recipe(text), parent=dense)
+    assert json.loads((result.out / "config.json").read_text())["norm_topk_prob"] is False
+    assert not result.receipt["renormalised"]
+    for layer in result.receipt["layers"]:
+        assert "router_factor" not in layer
+        assert layer["kept"]
+        name = f"model.layers.{layer['layer']}.mlp.gate.weight"
+        assert not tensors(result.out)[name].equal(tensors(moe)[name])
+
+
 def test_the_card_names_files_that_are_there_and_nothing_that_healing_ended(
     dense: Path, text: Path, tmp_path: Path
 ) -> None:
