@@ -13,10 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize_scalar
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
 from llamamoe import CheckpointError, LlamaMoeError, RefusedError, UsageError, load_mix_recipe, mix
+from llamamoe.architectures.dense_checkpoint import understand
+from llamamoe.checkpoint.reader import SafetensorsCheckpoint
+from llamamoe.progress import ignore_progress
+from llamamoe.transforms.mixing import texts as module
+from llamamoe.transforms.mixing.states import layer_states
 from llamamoe.transforms.mixing.texts import fit_layer
 from tests.dense import make_dense
 from tests.transforms.outputs import logits
@@ -88,6 +94,33 @@ def test_what_cannot_be_told_apart_gets_equal_weights() -> None:
     assert rows.abs().max() < 0.2
     assert told["held_out_loss"] == pytest.approx(math.log(2), abs=0.01)
     assert told["held_out_accuracy"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_states_are_in_memory_twice_and_not_in_float64(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden states and one layer's inputs: the number that the plan counts."""
+    monkeypatch.setattr(module, "_ROWS", 64)
+    labels = torch.arange(2000) // 1000
+    with _Largest() as made:
+        fit_layer(torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)), labels, 2, layer=0)
+    assert made.numbers <= 64 * 16 < 2000 * 16
+    base = understand(SafetensorsCheckpoint(world / "code"))
+    ids = torch.arange(3, 40)[None].expand(9, -1)
+    for states in ("ffn_input", "layer_input"):
+        kept = list(layer_states(base, ids, states, "F32", "texts", ignore_progress))
+        assert len(kept) == 2
+        assert len({each.data_ptr() for each in kept}) == 1
+
+
+class _Largest(TorchDispatchMode):
+    """The size of the largest new tensor of floats with a row for each token."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64 and made.ndim == 2 and made.shape[1] == 16:
+            self.numbers = max(self.numbers, made.numel())
+        return made
 
 
 def test_unseen_text_selects_its_expert(world: Path, tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def padded(ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def layer_states(
     base: DenseModel, ids_ST: torch.Tensor, states: States, dtype: str, stage: str, progress: ProgressCallback
 ) -> Iterator[torch.Tensor]:
-    """Yield the states ``[S, T, H]`` of each layer in turn; one layer is in memory.
+    """Yield the states ``[S, T, H]`` of each layer in turn, in one tensor that the next layer's replace.
+
+    One layer is in memory, and the states twice.
 
     Args:
         base: The model.
@@ -59,15 +61,19 @@ def layer_states(
     with torch.no_grad():
         streamed = StreamedModel.of_dense(base, lambda name: base.checkpoint.read(name).to(stored))
         runner = LayerRunner(streamed, ids_ST.shape[1])
-        hidden = runner.embed(ids_ST)
+        hidden = torch.cat([runner.embed(part) for part in torch.split(ids_ST, _BATCH)])
+        found = torch.empty_like(hidden)
         for layer in range(runner.num_layers):
             seen: list[torch.Tensor] = []
             with runner.layer(layer) as module:
                 where: torch.nn.Module = module if states == "layer_input" else module.mlp  # type: ignore[assignment]
                 handle = where.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-                hidden = torch.cat([runner.run(layer, module, part) for part in torch.split(hidden, _BATCH)])
+                for start in range(0, len(hidden), _BATCH):
+                    part = slice(start, start + _BATCH)
+                    after = runner.run(layer, module, hidden[part])
+                    found[part] = seen.pop()  # before its input, which it may be, is replaced
+                    hidden[part] = after
                 handle.remove()
-            found = torch.cat(seen)
             if not bool(found.isfinite().all()):
                 raise LlamaMoeError(f"layer {layer}: hidden states of the {stage} are NaN or infinite.")
             progress(Progress(stage, layer + 1, runner.num_layers, "layer"))

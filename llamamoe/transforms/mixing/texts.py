@@ -23,6 +23,8 @@ _HELD_OUT = 5
 """Every so many tokens of an expert's text one is held out: the last ones, which fit the scale and are measured."""
 _SCALES = (math.log(1 / 16), math.log(16))
 """Range of s: texts that are told apart without error would have it grow without end, and the logits with it."""
+_ROWS = 4096
+"""Tokens that are in float64 at a time."""
 _STEPS = 40
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -78,7 +80,8 @@ def fit_text_router(base: DenseModel, recipe: MixRecipe, dtype: str, progress: P
     labels_T = labels_S[:, None].expand_as(ids)[real]
     rows, told = {}, []
     for layer, states in enumerate(layer_states(base, ids, "ffn_input", dtype, "texts", progress)):
-        rows[layer], measured = fit_layer(states[real].float(), labels_T, len(texts), layer)
+        x_TH = states.flatten(0, 1) if bool(real.all()) else states[real]  # a view if no sequence is shorter
+        rows[layer], measured = fit_layer(x_TH.float(), labels_T, len(texts), layer)
         told.append(measured)
     facts = {"texts": [text.facts for text in texts], "router_fit": told}
     return TextRouter(rows, facts, tuple(dict.fromkeys(line for text in texts for line in text.warnings)))
@@ -101,13 +104,17 @@ def fit_layer(
     held_T = _held_out(labels_T, num_experts)
     counts_N = torch.bincount(labels_T[~held_T], minlength=num_experts).double()
     weights_T = (1 / counts_N)[labels_T] / num_experts
-    x = x_TH[~held_T].double()
-    weighted = x * weights_T[~held_T][:, None]
-    gram_HH, aim = weighted.T @ x, torch.nn.functional.one_hot(labels_T[~held_T], num_experts) - 1 / num_experts
-    cross_HN = weighted.T @ aim.double()
+    hidden = x_TH.shape[1]
+    gram_HH, cross_HN = (torch.zeros(hidden, columns, dtype=torch.float64) for columns in (hidden, num_experts))
+    for index_B in torch.split((~held_T).nonzero().flatten(), _ROWS):
+        x_BH, label_B = x_TH[index_B].double(), labels_T[index_B]
+        weighted_HB = (x_BH * weights_T[index_B, None]).T
+        gram_HH += weighted_HB @ x_BH
+        cross_HN += weighted_HB @ (torch.nn.functional.one_hot(label_B, num_experts) - 1 / num_experts).double()
     check_finite(layer, gram_HH, cross_HN)
     rows_NH = solve_ridge(gram_HH, cross_HN, _RIDGE * float(gram_HH.diagonal().mean()) + 1e-30).T
-    logits_TN, labels = x_TH[held_T].double() @ rows_NH.T, labels_T[held_T]
+    held = torch.split(held_T.nonzero().flatten(), _ROWS)
+    logits_TN, labels = torch.cat([x_TH[index_B].double() @ rows_NH.T for index_B in held]), labels_T[held_T]
     scale = _best_scale(logits_TN, labels, weights_T[held_T])
     loss = _cross_entropy(scale * logits_TN, labels, weights_T[held_T])
     right = (logits_TN.argmax(1) == labels).double()
