@@ -264,7 +264,7 @@ def _is_ours(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = {p.name for p in path.iterdir()}
-    finished = ({"llamamoe_recipe.yaml", "llamamoe_receipt.json"}, {"llamamoe_derived.json"})
+    finished = ({"llamamoe_recipe.yaml", "llamamoe_receipt.json"}, {"llamamoe_derived.json"}, {"llamamoe_heal.json"})
     return LEDGER in names or not names or any({"config.json", *each} <= names for each in finished)
 
 

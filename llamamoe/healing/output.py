@@ -13,9 +13,9 @@ from typing import Any
 from .._version import __version__
 from ..architectures.config_compat import addable_keys
 from ..architectures.expert_weighting import rescaled_block
-from ..checkpoint.files import copy_file, open_append, write_text
-from ..checkpoint.ledger import LEDGER, check_left, partial_path
-from ..checkpoint.out_folder import HEAL_RECEIPT_FILE, HEAL_RECIPE_FILE, RECIPE_FILE, check_out, check_room
+from ..checkpoint.files import copy_file, write_text
+from ..checkpoint.ledger import check_left, partial_path
+from ..checkpoint.out_folder import HEAL_RECIPE_FILE, RECIPE_FILE, check_out, check_room
 from ..checkpoint.reader import INDEX
 from ..checkpoint.readme import read_card
 from ..checkpoint.receipts import DOCUMENT_HASHES, documents_fitted_to
@@ -34,16 +34,9 @@ def check_place(out: Path, plan: HealPlan, *, resume: bool, force: bool) -> None
     """
     for source in (plan.model.path, plan.parent.path):
         check_out(out, source, force=force)
-    _mark_finished(partial_path(out))
     check_left(partial_path(out), resume=resume, restart=force)
     states = 2 * plan.state_bytes if plan.states_in_files else 0
     check_room(out, plan.nbytes + states, reuse=True, less=("fewer --tokens",))
-
-
-def _mark_finished(partial: Path) -> None:
-    """Mark a folder that a kill left after the end of its ledger and before the rename as ours: it starts again."""
-    if partial.is_dir() and not partial.is_symlink() and (partial / HEAL_RECEIPT_FILE).is_file():
-        open_append(partial / LEDGER).close()
 
 
 def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], carried: CarriedFiles) -> None:

@@ -22,6 +22,7 @@ from llamamoe.checkpoint.receipts import documents_fitted_to
 from llamamoe.conversion.advice import UNTRAINED
 from llamamoe.healing.block import load_ffn
 from llamamoe.healing.heal import heal
+from llamamoe.healing.output import check_place
 from llamamoe.healing.plan import FROZEN, plan_heal
 from llamamoe.healing.recipe import HealRecipe, load_heal_recipe
 from llamamoe.healing.train_layer import _Joint
@@ -317,6 +318,19 @@ def test_checkpoints_that_do_not_belong_together(tmp_path: Path, model: Path, de
         plan_heal(model, dense, heal_recipe(text, length=128))
     with pytest.raises(llamamoe.RefusedError, match="must not contain each other"):
         heal(model, model / "out", heal_recipe(text), parent=dense)
+
+
+def test_what_a_run_left_at_its_very_end_is_recognised_by_a_plan_that_writes_nothing(
+    tmp_path: Path, model: Path, healed: Path, dense: Path, text: Path
+) -> None:
+    left = Path(shutil.copytree(healed, tmp_path / "out.partial"))
+    plan, before = plan_heal(model, dense, heal_recipe(text)), sorted(left.iterdir())
+    with pytest.raises(llamamoe.RefusedError, match="left from a run that was stopped"):
+        check_place(tmp_path / "out", plan, resume=False, force=False)
+    check_place(tmp_path / "out", plan, resume=True, force=False)
+    assert sorted(left.iterdir()) == before
+    heal(model, tmp_path / "out", heal_recipe(text), parent=dense, resume=True)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_another_parent_of_the_same_sizes_is_warned_of(tmp_path: Path, model: Path, text: Path) -> None:
