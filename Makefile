@@ -81,7 +81,7 @@ clients-large: venv $(VENV_CLIENTS)/.stamp-clients $(VENV_VLLM)/.stamp-vllm $(VE
 		$(foreach name,mlx-lm llama.cpp mistral.rs,$(name)=$(abspath $(VENV_CLIENTS))/bin/python) \
 		vLLM=$(abspath $(VENV_VLLM))/bin/python OpenVINO=$(abspath $(VENV_OPENVINO))/bin/python
 
-# data_pipeline.py, recovery.py and router_scale.py measure on text that must be named: see BENCHMARKS.md.
+# data_pipeline.py, layer_sizes.py, recovery.py and router_scale.py measure on text that must be named: see BENCHMARKS.md.
 benchmarks: venv $(VENV)/.stamp-bench  ## Run the scripts in benchmarks/ that need no text of yours
 	@for name in conversion clustering exactness calibration experts training_memory training_throughput recipes_on_paper conversions_on_paper; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
