@@ -12,8 +12,9 @@ _GEMMA = (
     "each FFN's output passes a norm before it is added. gemma4, a mixture with such norms, also normalises the values of "
     "attention, and shared and routed neurons apart, and the norm of a sum is not the sum of norms"
 )
-_ONE_TEXT_MODEL = (
-    "its class builds this one text model, whatever text_config names, so that no mixture fits in its place"
+_ONE_TEXT_MODEL = "its class builds this one text model, whatever text_config names, and transformers has no class around a mixture of it"
+_QWEN2_VL = (
+    f"{_ONE_TEXT_MODEL}. Of text, its text model computes what qwen2 does: save it as that, without the vision tower"
 )
 
 REFUSED: Mapping[str, str] = {
@@ -26,7 +27,8 @@ REFUSED: Mapping[str, str] = {
     "gemma3_text": f"{_GEMMA}. afmoe and kolibri1 have no rotary positions in layers of full attention",
     "glm4": "outputs of attention and FFN pass a norm before they are added: the mixtures of that shape (afmoe, kolibri1) "
     "always normalise queries and keys, which it does not",
-    "glm4v": _ONE_TEXT_MODEL,
+    "glm4v": "outputs of attention and FFN pass a norm before they are added, which they do not in glm4v_moe, the class around a "
+    "mixture",
     "gpt2": _NO_GATE,
     "gpt_neox": _NO_GATE,
     "gptj": _NO_GATE,
@@ -44,8 +46,8 @@ REFUSED: Mapping[str, str] = {
     "full attention only",
     "opt": _NO_GATE,
     "phi": _NO_GATE,
-    "qwen2_5_vl": _ONE_TEXT_MODEL,
-    "qwen2_vl": _ONE_TEXT_MODEL,
+    "qwen2_5_vl": _QWEN2_VL,
+    "qwen2_vl": _QWEN2_VL,
     "stablelm": "its norms subtract the mean and have biases (LayerNorm): norms of mixtures have none",
     "starcoder2": _NO_GATE,
 }
