@@ -1,4 +1,4 @@
-"""Read the text model inside a checkpoint of images and text as a causal language model of its own.
+"""Read the text model inside a checkpoint of images (or sound) and text as a causal language model of its own.
 
 Such a checkpoint holds a text model of any family, which gets embeddings, those of images among them, and returns hidden
 states. Its tensors have Llama's names behind a prefix; all others (vision tower, projector) are the *rest*, which a
@@ -23,9 +23,12 @@ from .tensor_names import EMBEDDING, HEAD, named_as_in_files
 from .whole_pairs import LEFT_OUT, PAIRS, as_causal, outer_config
 
 WRAPPERS = (
-    "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "smolvlm", "vipllava",
+    "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_audio", "smolvlm", "vipllava",
+    "voxtral",
 )  # fmt: skip
 """Model types whose class builds the text model by its ``text_config`` and only exchanges embeddings and hidden states."""
+OF_SOUND = ("qwen2_audio", "voxtral")
+"""Those that take sound in place of images."""
 CONVERTED = tuple(sorted({*WRAPPERS, *PAIRS}))
 """Model types whose text model can be converted."""
 _BODY = re.compile(r"language_model\.model\.|model\.language_model\.model\.|model\.(language|text)_model\.")
@@ -143,7 +146,7 @@ def whole_hint(config: Mapping[str, Any], otherwise: str) -> str:
     """Return a hint for a command that does not support such a model, or the hint for any other."""
     commands = "split, verify, inspect, evaluate, report and bench"
     return (
-        f"Of a model of images and text, {commands} support the text model; train it with transformers' own Trainer."
+        f"Of a model of images or sound and text, {commands} support the text model; train it with transformers' own Trainer."
         if is_whole(config)
         else otherwise
     )

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from .._version import __version__
 from ..checkpoint.locate import Location
 from ..checkpoint.readme import HUB_ID, INHERITED, USE, parent_metadata
+from ..checkpoint.text_part import OF_SOUND
 from .plan import SplitPlan
 from .recipe import SplitRecipe
+
+Inputs = Literal["text", "image", "sound"]
+_PIPELINES: dict[Inputs, str] = {
+    "text": "text-generation",
+    "image": "image-text-to-text",
+    "sound": "audio-text-to-text",
+}
+_LOADERS: dict[Inputs, str] = {"image": "ImageTextToText", "sound": "MultimodalLM"}
+
+
+def _inputs(plan: SplitPlan) -> Inputs:
+    """Return what a model takes: text, or something beside it."""
+    part = plan.model.part
+    if part is None:
+        return "text"
+    return "sound" if part.whole["model_type"] in OF_SOUND else "image"
 
 
 def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
@@ -20,7 +37,7 @@ def _metadata(plan: SplitPlan, location: Location) -> dict[str, Any]:
     base = next((n for n in (location.name, config_name) if HUB_ID.fullmatch(n)), None)
     data: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text" if plan.model.part else "text-generation",
+        "pipeline_tag": _PIPELINES[_inputs(plan)],
     }
     data["tags"] = ["moe", "llamamoe", plan.target.name] if plan.target.routed else ["llamamoe"]
     data |= {key: parent[key] for key in INHERITED if key in parent}
@@ -98,7 +115,7 @@ def model_card(plan: SplitPlan, location: Location, files: list[str], warnings: 
         f"Made by llamamoe {__version__} from `{location.name}`"
         + (f" at revision `{location.revision}`" if location.revision else "")
         + f": {_made(plan)}. Architecture: `{plan.config['architectures'][0]}` of transformers, no remote code.",
-        USE.replace("AutoTokenizer", "AutoProcessor").replace("CausalLM", "ImageTextToText")
+        USE.replace("AutoTokenizer", "AutoProcessor").replace("CausalLM", _LOADERS[_inputs(plan)])
         if plan.model.part
         else USE,
         "## Is it the same model?\n\n" + _exactness(plan),

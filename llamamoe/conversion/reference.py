@@ -170,7 +170,7 @@ def _same_rope(have: DenseSpec, want: DenseSpec) -> bool:
 def _load(dense: DenseModel) -> Any:
     folder = dense.checkpoint.path
     _refuse_others(folder)
-    loader = transformers.AutoModelForImageTextToText if dense.part else transformers.AutoModelForCausalLM
+    loader = transformers.AutoModelForMultimodalLM if dense.part else transformers.AutoModelForCausalLM
     rotary = f"model.{dense.part.module}.rotary_emb" if dense.part else "model.rotary_emb"
     try:
         keys, _ = transformers.PreTrainedConfig.get_config_dict(folder, local_files_only=True)

@@ -121,7 +121,7 @@ def _check_model(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...
     with one_error("the model of config.json"), quiet_transformers():
         built = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(given)
         kinds = (
-            transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
             if is_whole(given)
             else transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         )

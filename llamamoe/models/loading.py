@@ -182,7 +182,7 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
 
     folder = Path(opened.options["pretrained_model_name_or_path"])
     whole = is_whole(read_json(folder / "config.json"))
-    loader: Any = transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
+    loader: Any = transformers.AutoModelForMultimodalLM if whole else transformers.AutoModelForCausalLM
     with _refusing(f"The weights of '{opened.name}' cannot be loaded", folder), _no_progress_bars(), unmapped():
         model, info = loader.from_pretrained(
             **opened.options,

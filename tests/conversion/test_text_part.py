@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForMultimodalLM
 
 import llamamoe
 from llamamoe.architectures.inspect import inspect
-from llamamoe.checkpoint.text_part import CONVERTED, TextPart
+from llamamoe.checkpoint.text_part import CONVERTED, OF_SOUND, TextPart
 from llamamoe.checkpoint.whole_pairs import PAIRS
 from llamamoe.training.moe_layers import find_moe_layers
 from tests import multimodal
@@ -29,6 +29,8 @@ CASES = {
     "llava_next": ("granite", "granitemoeshared"),
     "llava_onevision": ("qwen2-tied", "qwen2_moe"),
     "mistral3": ("mistral", "mixtral"),
+    "qwen2_audio": ("qwen2", "qwen2_moe"),
+    "voxtral": ("llama-head-dim", "mixtral"),
     "qwen3_5": ("qwen3_5_text", "qwen3_5_moe_text"),
     "qwen3_vl": ("qwen3-tied", "qwen3_moe"),
     "smolvlm": ("smollm3", "granitemoe_swa"),
@@ -42,7 +44,7 @@ def convert(source: Path, out: Path, **keys: Any) -> llamamoe.SplitResult:
 
 
 def load(folder: Path) -> Any:
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForMultimodalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     return model.eval()
 
@@ -71,9 +73,11 @@ def test_image_and_text_give_the_parents_logits_and_tokens(wrapper: str, tmp_pat
         if name.endswith((".mlp.gate.weight", ".router.weight", ".router.layer.weight")):
             parameter.zero_()  # equal weights, for which the conversion is exact
     want = parent(**given).logits
-    seen = parent(**given | {"pixel_values": given["pixel_values"] + 1}).logits
-    assert (seen - want).abs().max() > 1e-3  # the image matters
+    other = multimodal.other_input(wrapper)
+    seen = parent(**given | {other: 30 * given[other] + 1}).logits
+    assert (seen - want).abs().max() > 1e-3  # the image (or sound) matters
     torch.testing.assert_close(child(**given).logits, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    assert ("audio-text-to-text" in (tmp_path / "out" / "README.md").read_text()) == (wrapper in OF_SOUND)
     if wrapper != "llava":
         return
     greedy = {"max_new_tokens": 6, "do_sample": False}
