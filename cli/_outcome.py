@@ -58,7 +58,7 @@ def _next_commands(result: SplitResult) -> None:
     echo(f"  llamamoe evaluate {models} --text HELD_OUT_TEXT")
     experts_on_cpu = plan.target.routed and not plan.target.attention_experts and pick_device("auto") == "cpu"
     echo(f"  llamamoe bench {models}{' --experts llamamoe_auto' if experts_on_cpu else ''}")
-    if plan.target.routed and not plan.target.attention_experts:
+    if plan.target.routed:
         echo(f"  llamamoe report {models} --text HELD_OUT_TEXT")
     if runs_in_llama_cpp(result.out):
         heading("Run it in llama.cpp, and measure its speed there (extra clients)")

@@ -13,7 +13,7 @@ from typing import Any
 from ..lazy import jinja2, require
 from . import figures_bars, figures_lines, page_tables, page_values, page_words
 from .page_grid import legend
-from .page_values import Series, clean, get, percent, series_of
+from .page_values import Series, clean, get, parts_of_routing, percent, series_of
 from .page_verdict import verdicts
 from .page_view import View, view_of
 
@@ -31,7 +31,7 @@ def render(report: Mapping[str, Any]) -> str:
     """
     found: dict[str, Any] = clean(report)
     series = series_of(found)
-    views = [view for one in series if (view := view_of(one, found["domains"])) is not None]
+    views = [view for one in parts_of_routing(series) if (view := view_of(one, found["domains"])) is not None]
     template = _environment().get_template("page.html.j2")
     page: str = template.render(
         report=found,
@@ -121,6 +121,7 @@ def _routing(series: Sequence[Series], views: Sequence[View]) -> dict[str, Any]:
         "router_charts": figures_lines.router_panels(routed),
         "load_sentences": [page_words.load_sentence(name, layers) for name, layers in depth],
         "depth_sentences": [page_words.depth_sentence(name, layers) for name, layers in depth],
+        "head_sentences": [text for one in routed if (text := page_words.head_sentence(one.name, one.model))],
         "hard": [one.name for one in routed if page_words.undecided(one.model)],
         "router_sentences": [page_words.router_sentence(name, layers) for name, layers in depth],
         "layer_tables": [page_tables.layers(one) for one in routed],

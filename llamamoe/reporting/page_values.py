@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 DASH = "–"
@@ -69,6 +69,22 @@ def series_of(report: Mapping[str, Any]) -> list[Series]:
     """Return the parent, if there is one, and the models."""
     parent = [Series(0, str(get(report["parent"], "name")), report["parent"])] if report.get("parent") else []
     return parent + [Series(i, str(get(m, "name")), m) for i, m in enumerate(report["models"], start=1)]
+
+
+def parts_of_routing(series: Sequence[Series]) -> list[Series]:
+    """Return the models with one series for every kind of router: FFNs and, where it is routed, too, attention."""
+    found, place = [], max(one.place for one in series)
+    for one in series:
+        attention = get(one.model, "routing", "attention")
+        if attention is None:
+            found.append(one)
+            continue
+        place += 1
+        found += [
+            replace(one, name=f"{one.name}, FFNs"),
+            Series(place, f"{one.name}, attention", {**one.model, "routing": attention}),
+        ]
+    return found
 
 
 def known(values: Iterable[float | None]) -> list[float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .page_values import Series, exp, get, number, percent, ratio, size, whole
-from .page_words import ffn_share, parent_of, times_parent
+from .page_words import ffn_share, parent_of, routes_attention, times_parent
 
 LARGE_TEXT = 65_536
 """Calibration tokens from which more text helps little; the default."""
@@ -77,6 +77,8 @@ def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:
         return "The model is not usable as it is."
     if _trained(model):
         return "It was trained after the conversion: the curve below shows whether more training still helps."
+    if routes_attention(model):
+        return f"For comparison: with half of the FFN, all of attention and no training {_MEASURED}."
     if share is None or not _HALF[0] <= share <= _HALF[1]:
         return f"For comparison: with half of the FFN and no training {_MEASURED}."
     if factor <= _USUAL:
@@ -98,12 +100,13 @@ def _gained(one: Series, dense: Series) -> str:
     text = f"A token computes {percent(share)} of the parent’s FFN, router and padding included, and {percent(flops)} of its operations."
     if here is not None and there is not None and here > there:
         text += f" All experts stay in memory: {size(here)} of weights against {size(there)}."
+    experts = "" if routes_attention(model) else " --experts llamamoe_auto"
     bench = f"llamamoe bench {_place(one)}"
     pair = f"{bench} --against {_place(dense)}"
     elsewhere = f", `{pair if get(parent, 'llama_cpp') else bench} --program llama.cpp` in llama.cpp (extra `clients`)"
     return text + (
         " Fewer operations are not yet a gain in speed, which depends on program, machine and size, and is small in a model as small as "
-        f"SmolLM2-135M: `{pair} --experts llamamoe_auto` measures it in transformers{elsewhere if get(model, 'llama_cpp') else ''}."
+        f"SmolLM2-135M: `{pair}{experts}` measures it in transformers{elsewhere if get(model, 'llama_cpp') else ''}."
     )
 
 
@@ -120,7 +123,9 @@ def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
             yield "Convert again with calibration text (`--calibration texts/`), which builds experts that a router can tell apart."
         elif tokens is not None and tokens < LARGE_TEXT:
             yield f"Convert again with more calibration text: `--calibration-tokens {LARGE_TEXT}`, the default."
-        if tokens is not None and factor > _USUAL:
+        if routes_attention(model):
+            yield "Convert FFNs alone (another `--target`), which loses less at as many active parameters."
+        elif tokens is not None and factor > _USUAL:
             yield (
                 "Try more and narrower experts (`--prefer quality`), and look for layers that should stay dense (`llamamoe budget "
                 f"{_place(dense)}`, not for llama.cpp): both lose less and cost speed."
@@ -136,7 +141,12 @@ def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
             yield f"Prefer {pruned.name}: pruning loses no more ({number(here)} times), and is faster."
         else:
             yield f"{pruned.name}, without experts, loses more ({number(here)} times): the router is worth its cost."
-    if get(model, "llama_cpp"):
+    if routes_attention(model):
+        yield (
+            f"Serve it with transformers: no other program that we know runs {get(model, 'target')}. `llamamoe densify {_place(one)} dense` makes a "
+            "dense model of it for others."
+        )
+    elif get(model, "llama_cpp"):
         yield (
             f"Serve it: transformers and vLLM load the folder, `llamamoe export-gguf {_place(one)} model.gguf` writes a file for llama.cpp."
         )
@@ -150,13 +160,16 @@ def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
 def _training(one: Series, dense: Series) -> str:
     """Return the command that trains the model, with the shipped recipe that is nearest to its size."""
     size = _cost(dense.model, "total_parameters") or 0.0
-    recipe = "smollm2_cpu" if size < _SMALL else "recover_distill" if size < _LARGE else "recover_70b"
+    attention = routes_attention(one.model)
+    recipe = "smollm2_cpu" if size < _SMALL else "recover_distill" if size < _LARGE or attention else "recover_70b"
     heal = f"`llamamoe heal {_place(one)} healed --parent {_place(dense)}`, " if recipe == "recover_70b" else ""
     models = "--model healed" if heal else f"--model {_place(one)} --parent {_place(dense)}"
-    device = " --set device=auto" if recipe == "smollm2_cpu" else ""
+    keys = " --set device=auto" if recipe == "smollm2_cpu" else ""
+    if attention:  # neither is supported by the class in transformers
+        keys += f" --set {'experts_implementation=null' if recipe == 'smollm2_cpu' else 'gradient_checkpointing=false --set distributed.fsdp_size=1'}"
     text = (
         f"Train it, which recovers a part of the loss: {heal}`llamamoe tokenize`, then `llamamoe pretrain --recipe {recipe} {models} "
-        f"--set data.train=TOKENS --set data.validation=HELD_OUT_TOKENS{device} --out RUN`."
+        f"--set data.train=TOKENS --set data.validation=HELD_OUT_TOKENS{keys} --out RUN`."
     )
     if get(one.model, "target") != "qwen2_moe":
         return text

@@ -10,6 +10,7 @@ from .page_values import DASH, Series, exp, get, known, mean, number, percent, r
 FFN_PARTS = ("router", "routed", "shared", "stub", "dense_ffn")
 _APART = 1.5  # deep over shallow excess distance from which they count as different
 _UNDECIDED = 0.999  # entropy of a router's probabilities, as a share of an even distribution's, from which they tie
+_TOLD = 8  # experts of attention whose heads are named
 _NOISE = 1.25  # distance over its noise floor from which domains count as apart
 
 
@@ -39,6 +40,11 @@ def undecided(model: Mapping[str, Any]) -> bool:
     return bool(entropies) and min(entropies) > _UNDECIDED
 
 
+def routes_attention(model: Mapping[str, Any]) -> bool:
+    """Return whether attention is a mixture of experts, too."""
+    return get(model, "routing", "attention") is not None
+
+
 def times_parent(model: Mapping[str, Any], *path: str) -> float | None:
     """Return perplexity over the parent's, if the two are comparable."""
     if get(model, "comparable") == "bits_per_byte":
@@ -59,7 +65,9 @@ def _uses(model: Mapping[str, Any], parent: Mapping[str, Any] | None) -> str:
     if experts:
         moe, dense = len(get(experts, "moe_layers") or []), len(get(experts, "dense_layers") or [])
         where = f"in {moe} of {moe + dense} layers" if dense else f"in all {moe} layers"
-        chosen = f" ({_or_dash(experts, 'top_k')} of {_or_dash(experts, 'num_experts')} experts {where})"
+        sizes = f"{_or_dash(experts, 'top_k')} of {_or_dash(experts, 'num_experts')}"
+        heads = f"; of attention, {sizes} query heads of each key/value head" if routes_attention(model) else ""
+        chosen = f" ({sizes} experts {where}{heads})"
     whose = "the parent’s" if parent else "its own"
     flops = ratio(get(model, "cost", "flops_per_token"), get(parent, "cost", "flops_per_token"))
     compute = f", {percent(flops)} of its FLOPs" if flops is not None else ""
@@ -145,6 +153,18 @@ def load_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
         without = f"{total}{of} got no token of this text (layer {places}), which is usual for little text"
         said.append(without if dead else "every expert got tokens")
     return f"{name}: {'; '.join(said) or 'its load was not measured'}."
+
+
+def head_sentence(name: str, model: Mapping[str, Any]) -> str | None:
+    """Name the query heads of each expert of attention; None if the routing is that of FFNs."""
+    heads = get(model, "routing", "query_heads")
+    if not heads:
+        return None
+    told = [f"{expert} is heads {', '.join(map(str, of))}" for expert, of in enumerate(heads)]
+    return (
+        f"{name}: an expert is one query head of each key/value head, in the parent’s numbers: expert {'; '.join(told[:_TOLD])}"
+        f"{'; and so on' if len(told) > _TOLD else ''}."
+    )
 
 
 def router_sentence(name: str, layers: Sequence[Mapping[str, Any]]) -> str:

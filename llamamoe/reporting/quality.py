@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,8 @@ class OracleCollector:
 
     The contribution is ``||E_i(x)||^2`` (see `llamamoe.methods.contributions.contributions`): all experts of a layer
     run for the evaluated tokens, with a float32 copy of its weights and ``N W^2`` numbers; if those would be more than
-    `MOST_GRAM`, the power of the neurons is used instead, which ignores how they add up.
+    `MOST_GRAM`, the power of the neurons is used instead, which ignores how they add up. For experts of attention it is
+    measured by `HeadContributions`.
 
     Args:
         layers: The model's MoE layers.
@@ -33,35 +34,42 @@ class OracleCollector:
     """
 
     def __init__(self, layers: Sequence[MoeLayer], hidden_act: str, tokens: int) -> None:
-        self._layers, self._act, self._most = list(layers), hidden_act, tokens
-        self._tallies = {moe.layer: OracleTally(moe.num_experts, moe.top_k) for moe in layers}
+        self._act, self._most = hidden_act, tokens
+        self._tallies = {moe.place: OracleTally(moe.num_experts, moe.top_k) for moe in layers}
         self._seen: dict[str, int] = {}
 
     def wants(self, domain: str) -> bool:
         """Return whether more tokens of a domain are needed."""
         return self._seen.get(domain, 0) < self._most
 
-    def add(self, batch: TextBatch, routings: Sequence[Routing]) -> None:
-        """Add the first tokens of a batch; the routings must include their routers' inputs."""
+    def add(self, batch: TextBatch, routings: Sequence[Routing], heads: Mapping[int, torch.Tensor]) -> None:
+        """Add the first tokens of a batch; the routings must include their routers' inputs.
+
+        Args:
+            batch: The tokens.
+            routings: Of every layer, for all places of the batch.
+            heads: By layer, the contributions of attention experts ``[T, N]`` for the same places.
+        """
         real = batch.real_BT.flatten().to(routings[0].logits_TN.device).nonzero().flatten()
         real = real[: self._most - self._seen.get(batch.domain, 0)]
         self._seen[batch.domain] = self._seen.get(batch.domain, 0) + len(real)
         for each in routings:
             assert each.inputs_TH is not None
-            self._add(each.moe, each.inputs_TH[real], each.indices_Tk[real])
+            attends = each.moe.part == "attention"
+            score_TN = heads[each.moe.layer][real] if attends else self._score(each.moe, each.inputs_TH[real])
+            chosen_TN = torch.zeros_like(score_TN, dtype=torch.bool).scatter_(1, each.indices_Tk[real], True)
+            self._tallies[each.moe.place].add(score_TN, chosen_TN)
 
-    def _add(self, moe: MoeLayer, x_TH: torch.Tensor, indices_Tk: torch.Tensor) -> None:
+    def _score(self, moe: MoeLayer, x_TH: torch.Tensor) -> torch.Tensor:
         inputs = LayerInputs(x_TH.cpu(), torch.ones(len(x_TH)), x_TH.device, x_TH.dtype)
         weights, partition = _weights(moe)
         wide = moe.num_experts * partition.experts.shape[1] ** 2 > MOST_GRAM
         kind: Contribution = "power" if wide else "norm"
-        score_TN = torch.cat(list(contributions(weights, partition, inputs, kind=kind, hidden_act=self._act)))
-        chosen_TN = torch.zeros_like(score_TN, dtype=torch.bool).scatter_(1, indices_Tk, True)
-        self._tallies[moe.layer].add(score_TN, chosen_TN)
+        return torch.cat(list(contributions(weights, partition, inputs, kind=kind, hidden_act=self._act)))
 
     def of_layer(self, moe: MoeLayer) -> dict[str, float | None]:
         """Return the report's values of one layer."""
-        tally = self._tallies[moe.layer]
+        tally = self._tallies[moe.place]
         if not tally.contributes:
             return {"recall_at_k": None, "chance_recall": tally.chance, "captured": None, "captured_by_chance": None}
         quality = tally.quality()
@@ -70,8 +78,7 @@ class OracleCollector:
 
 def _weights(moe: MoeLayer) -> tuple[ExpertWeights, Partition]:
     """Return the routed experts of a live layer, place by place. Factors common to all experts do not matter."""
-    gate_up_NRH: Any = moe.experts.gate_up_proj
-    down_NHW: Any = moe.experts.down_proj
+    gate_up_NRH, down_NHW, _ = moe.expert_weights()
     num_experts, width = down_NHW.shape[0], down_NHW.shape[2]
     gate_NWH, up_NWH = gate_up_NRH.detach().float().chunk(2, dim=1)
     down_HP = down_NHW.detach().float().permute(1, 0, 2).flatten(1)
@@ -83,8 +90,74 @@ def _weights(moe: MoeLayer) -> tuple[ExpertWeights, Partition]:
     return ExpertWeights(gate_NWH.flatten(0, 1), up_NWH.flatten(0, 1), down_HP), partition
 
 
+class HeadContributions:
+    """The contributions ``||o_n a_n||^2`` of all experts of attention, of which the model itself computes the selected ones.
+
+    Every attention runs a second time with all of its experts: O(T N H) memory for one layer.
+
+    Args:
+        model: The model.
+        layers: Its MoE layers; those of FFNs are left out.
+    """
+
+    def __init__(self, model: torch.nn.Module, layers: Sequence[MoeLayer]) -> None:
+        modules = dict(model.named_modules())
+        self._layers = [(moe, modules[moe.name.rpartition(".")[0]]) for moe in layers if moe.part == "attention"]
+
+    @contextmanager
+    def listening(self, *, wanted: bool) -> Iterator[dict[int, torch.Tensor]]:
+        """Measure one forward pass, if wanted; the yielded contributions by layer, float32 ``[T, N]``, are then filled."""
+        found: dict[int, torch.Tensor] = {}
+        layers = self._layers if wanted else []
+        handles = [each.register_forward_pre_hook(_measure(moe, found), with_kwargs=True) for moe, each in layers]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _measure(moe: MoeLayer, found: dict[int, torch.Tensor]) -> Any:
+    """Return a hook that runs an attention with all experts before it runs as it is, so that a tap keeps the latter."""
+
+    def measure(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept: dict[str, Any] = {}
+        block: Any = moe.block
+        watched = {"router": moe.router, "outputs": block.output_linear}
+        handles = [
+            module.register_forward_hook(lambda _, __, output, name=name: kept.update({name: output}))
+            for name, module in watched.items()
+        ]
+        selecting = (attention, block, moe.router)
+        try:
+            for module in selecting:
+                module.top_k = moe.num_experts
+            attention.forward(*args, **kwargs)
+        finally:
+            for module in selecting:
+                module.top_k = moe.top_k
+            for handle in handles:
+                handle.remove()
+        token_M = kept["router"][1]  # expert by expert, each with all tokens
+        expert_M = torch.arange(moe.num_experts, device=token_M.device).repeat_interleave(
+            len(token_M) // moe.num_experts
+        )
+        power_M = kept["outputs"].float().square().sum(1)
+        found[moe.layer] = power_M.new_empty(len(token_M) // moe.num_experts, moe.num_experts)
+        found[moe.layer][token_M, expert_M] = power_M
+
+    return measure
+
+
+def query_heads(groups: int, num_experts: int) -> list[list[int]]:
+    """Return the query heads of the dense model in each expert of attention: one of each of the key/value heads."""
+    return [[group * num_experts + expert for group in range(groups)] for expert in range(num_experts)]
+
+
 class OutputNorms:
     """Mean norms of the outputs of shared and routed neurons, as shares of the FFN's.
+
+    JetMoE, whose FFNs share no neurons and whose experts are no module, is left out.
 
     Args:
         model: The model.
@@ -92,7 +165,8 @@ class OutputNorms:
     """
 
     def __init__(self, model: torch.nn.Module, layers: Sequence[MoeLayer]) -> None:
-        self._layers, self._modules = list(layers), dict(model.named_modules())
+        self._layers = [moe for moe in layers if hasattr(moe.block, "experts")]
+        self._modules = dict(model.named_modules())
         self._sums = {moe.layer: np.zeros(3) for moe in layers}
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
         self._real_T: torch.Tensor | None = None

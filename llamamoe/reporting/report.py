@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from .._version import __version__
-from ..architectures.expert_weighting import refuse_attention_experts
 from ..architectures.inspect import Inspection, inspect
 from ..checkpoint.files import write_text
 from ..checkpoint.locate import name_with_run
@@ -154,8 +153,6 @@ def check_extra() -> None:
 def _inspected(models: Sequence[str | Path]) -> list[Inspection]:
     """Return descriptions of the models, of which one at least has experts; others are controls, such as pruned models."""
     found = [inspect(model) for model in models]
-    for each in found:
-        refuse_attention_experts(each.target, "report")
     if all(each.experts is None for each in found):
         raise RefusedError(
             f"{found[0].name} is a dense model, so it has no experts to report on.",

@@ -12,7 +12,7 @@ from ..errors import LlamaMoeError
 from ..evaluation.perplexity import ScoringPlan
 from ..evaluation.scores import Counts
 from ..lazy import torch
-from .quality import OracleCollector, OutputNorms
+from .quality import HeadContributions, OracleCollector, OutputNorms, query_heads
 from .routing import RoutingCollector
 from .text import batches, counts
 
@@ -24,7 +24,8 @@ class Reading:
     Attributes:
         dtype: Dtype of the weights.
         counts: Sums over documents by domain, from which scores are computed.
-        routing: Routing statistics as JSON-compatible data; None for a dense model.
+        routing: Routing statistics as JSON-compatible data, those of attention experts under ``attention``; None for a
+            dense model.
     """
 
     dtype: str
@@ -76,30 +77,35 @@ def _read(
 
     head, nll = LossHead(model), np.zeros(len(plan.windows))
     layers = find_moe_layers(model) if mixture else []
-    found, tap = RoutingCollector(layers, list(plan.domains)), RouterTap(layers)
+    parts = {part: [moe for moe in layers if moe.part == part] for part in dict.fromkeys(moe.part for moe in layers)}
+    found = {part: RoutingCollector(mine, list(plan.domains)) for part, mine in parts.items()}
     oracle = OracleCollector(layers, getattr(model.config.get_text_config(), "hidden_act", "silu"), oracle_tokens)
-    norms = OutputNorms(model, layers)
+    tap, norms, heads = RouterTap(layers), OutputNorms(model, layers), HeadContributions(model, layers)
     for batch in batches(plan):
         asked = mixture and oracle.wants(batch.domain)
-        with tap.armed(inputs=asked) as routings, norms.listening(batch):
+        with tap.armed(inputs=asked) as routings, norms.listening(batch), heads.listening(wanted=asked) as scores:
             nll[batch.windows] = _losses(model, head, batch.ids_BT, batch.real_BT)
         if not np.isfinite(nll[batch.windows]).all():
             raise LlamaMoeError(
                 f"the loss of {plan.side.name} on the domain '{batch.domain}' is not finite.",
                 hint="Try dtype float32; if that does not help, the weights are broken.",
             )
-        if routings:
-            found.add(batch, routings)
-            if asked:
-                oracle.add(batch, routings)
+        for part, collector in found.items():
+            collector.add(batch, [each for each in routings if each.moe.part == part])
+        if asked:
+            oracle.add(batch, routings, scores)
         advance(int(batch.real_BT.sum()) - len(batch.windows))
     tap.close()
-    if not layers:
-        return nll, None
-    routing = found.to_json(plan.side.tokenizer)
-    for moe, layer in zip(layers, routing["layers"], strict=True):
-        layer |= {**oracle.of_layer(moe), **norms.of_layer(moe)}
-    return nll, routing
+    told = {part: collector.to_json(plan.side.tokenizer) for part, collector in found.items()}
+    for part, mine in parts.items():
+        for moe, layer in zip(mine, told[part]["layers"], strict=True):
+            layer |= {**oracle.of_layer(moe), **norms.of_layer(moe)}
+    if "attention" in told:
+        groups = int(model.config.num_key_value_heads)
+        told["ffn"]["attention"] = told["attention"] | {
+            "query_heads": query_heads(groups, parts["attention"][0].num_experts)
+        }
+    return nll, told.get("ffn")
 
 
 def _losses(model: Any, head: Any, ids_BT: Any, real_BT: Any) -> np.ndarray:
