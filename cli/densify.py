@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 HELP = """Join the experts of the converted checkpoint MODEL into one dense FFN per layer again, and write it to the folder OUT.
 
-All neurons run for every token and the router is removed. For an exact conversion the result is the parent, bit for bit
-if its rescale factor was a power of two. For a repaired or trained model the result is a dense model with those weights:
-measure it before you use it.
+All neurons run for every token and the router is removed. Experts of attention are joined to its query heads. For an
+exact conversion the result is the parent, bit for bit if its rescale factor was a power of two. For a repaired or trained
+model the result is a dense model with those weights: measure it before you use it.
 """
 EXAMPLES = """
 llamamoe densify MODEL OUT

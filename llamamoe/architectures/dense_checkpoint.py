@@ -13,7 +13,7 @@ from ..checkpoint.text_part import CONVERTED, TextPart, whole_hint
 from ..errors import CheckpointError, known_names
 from ..lazy import torch
 from .config_values import SIZE_KEYS, check_rope, check_special, check_values
-from .expert_weighting import EXPERT_KEYS
+from .expert_weighting import EXPERT_KEYS, routes_attention
 from .sources import SOURCES, DenseSpec, Read, Source
 from .sources.base import canonical_shapes
 from .sources.fields import completed
@@ -173,9 +173,15 @@ def _refuse_mixture(config: Mapping[str, Any]) -> None:
         (k for k in (*EXPERT_KEYS, "num_experts_per_tok") if isinstance(config.get(k), int) and config[k] > 1), None
     )
     if experts:
+        routed = routes_attention(config.get("model_type"))
+        other = (
+            "make a dense model of it with `llamamoe densify`"
+            if routed
+            else "split its experts with `llamamoe resplit`"
+        )
         raise CheckpointError(
             f"config.json: {experts} = {config[experts]}, so this is already a mixture of experts.",
-            hint="Give the dense model that it was made from, or split its experts with `llamamoe resplit`.",
+            hint=f"Give the dense model that it was made from, or {other}.",
         )
 
 

@@ -84,21 +84,9 @@ def mixing_of(config: Mapping[str, Any]) -> Mixing:
     return Mixing(target, num_experts, top_k, weighting, factor)
 
 
-def refuse_attention_experts(model_type: str | None, what: str) -> None:
-    """Refuse an architecture whose attention is routed, too, where only the experts of FFNs are supported.
-
-    Args:
-        model_type: The architecture.
-        what: What supports only these, such as a command.
-
-    Raises:
-        RefusedError: Its attention is routed.
-    """
-    if model_type is not None and model_type in TARGETS and TARGETS.get(model_type).attention_experts:
-        raise RefusedError(
-            f"{what} supports experts of FFNs only, but {model_type} routes attention, too.",
-            hint="Use a conversion of the dense model with another --target.",
-        )
+def routes_attention(model_type: object) -> bool:
+    """Return whether an architecture (``model_type``) routes attention, too."""
+    return isinstance(model_type, str) and model_type in TARGETS and TARGETS.get(model_type).attention_experts
 
 
 def refuse_unsupported(config: Mapping[str, Any]) -> None:

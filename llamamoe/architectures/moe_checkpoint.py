@@ -10,9 +10,9 @@ from typing import Any
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..errors import CheckpointError, RefusedError
 from ..lazy import torch
-from .expert_weighting import Mixing, complete_config, mixing_of, refuse_attention_experts, rescale_of
+from .expert_weighting import Mixing, complete_config, mixing_of, rescale_of
 from .inspect import inspect
-from .moe_layout import Combine, Copy, CorrectionBias, MoeLayout, Neurons, OutTensor, Router
+from .moe_layout import Combine, Copy, CorrectionBias, Heads, MoeLayout, Neurons, OutTensor, Router, Stack
 from .rescales import RESCALES
 from .sources.base import DenseSpec
 from .stored_experts import Experts
@@ -51,7 +51,6 @@ class ConvertedModel:
         self.checkpoint = checkpoint
         self.block: dict[str, Any] = dict(checkpoint.config.get("llamamoe") or {})
         self.mixing: Mixing = mixing_of(checkpoint.config)
-        refuse_attention_experts(self.mixing.target.name, "this command")
         self._rescale = rescale_of(checkpoint.config, rescale)
 
     @property
@@ -104,6 +103,12 @@ class ConvertedModel:
         factor = mixing.mean_weight / c
         return 1.0 if abs(factor - 1.0) < 1e-12 else factor
 
+    @property
+    def residual_scale(self) -> float:
+        """The factor of the residual stream that the conversion recorded (see `Target.residual_scale`)."""
+        factor, baked = (self.block.get(key) for key in ("factor", "baked_factor"))
+        return baked / factor if self.target.attention_experts and factor and baked else 1.0
+
     @cached_property
     def layout(self) -> MoeLayout:
         """The sizes in the form that targets take."""
@@ -126,8 +131,10 @@ class ConvertedModel:
         """The stored tensor of each canonical one outside the FFNs."""
         found: dict[str, OutTensor] = {}
         for tensor in self.target.tensors(self.spec, self.layout):
-            if isinstance(tensor.origin, Copy):
-                found.setdefault(tensor.origin.name, tensor)
+            origin = tensor.origin
+            if isinstance(origin, Copy | Heads | Stack):
+                for name in origin.names if isinstance(origin, Stack) else (origin.name,):
+                    found.setdefault(name, tensor)
         return found
 
     def has(self, name: str) -> bool:
@@ -139,13 +146,21 @@ class ConvertedModel:
         return self.checkpoint.tensors[self._outer[name].name].shape
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a canonical tensor outside the MoE layers' FFNs, as stored, with rotary rows in Llama's order."""
-        from ..checkpoint.tensors import to_halves
+        """Return a canonical tensor outside the MoE layers' FFNs, as stored, with rotary rows in Llama's order.
+
+        Experts of attention are joined to its query heads, their output in the units of a dense attention.
+        """
+        from ..checkpoint.tensors import cast, to_halves
 
         tensor = self._outer[name]
         origin = tensor.origin
-        assert isinstance(origin, Copy)
         value = self.checkpoint.read(tensor.name)
+        if isinstance(origin, Heads):
+            factor = self.routed_factor if origin.part == "output" else 1.0
+            return cast(joined_heads(value, origin), value.dtype, factor)
+        if isinstance(origin, Stack):
+            return value.chunk(len(origin.names))[origin.names.index(name)]
+        assert isinstance(origin, Copy)
         return to_halves(value, origin.interleave) if origin.interleave else value
 
     def dtype_of(self, name: str) -> str:
@@ -205,6 +220,13 @@ class ConvertedModel:
             factor = 1.0 / origin.scale if origin.expert == "shared" else routed_factor
             wide = torch.cat(list(value), dim=1) if value.dim() == 3 else value
             yield "down", cast(wide, wide.dtype, factor)
+
+
+def joined_heads(value: torch.Tensor, origin: Heads) -> torch.Tensor:
+    """Return ``[N, G D, H]`` as ``q_proj [G N D, H]``, or ``[N, H, G D]`` as ``o_proj [H, G N D]`` (see `Heads`)."""
+    if origin.part == "query":
+        return value.reshape(origin.experts, origin.groups, -1, value.shape[2]).transpose(0, 1).flatten(0, 2)
+    return value.reshape(origin.experts, len(value[0]), origin.groups, -1).permute(1, 2, 0, 3).flatten(1)
 
 
 def check_shapes(model: ConvertedModel) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..architectures.expert_weighting import routes_attention
 from ..architectures.inspect import Inspection, inspect
 from ..errors import UsageError
 from ..lazy import torch
@@ -112,6 +113,11 @@ def _open(
     inspections = [inspect(each) for each in places]
     if experts_implementation is not None and inspections[0].experts is None:
         raise UsageError(f"{inspections[0].name} is a dense model: it has no experts to choose an implementation for.")
+    if experts_implementation is not None and routes_attention(inspections[0].target):
+        raise UsageError(
+            f"experts_implementation is {experts_implementation!r}, but the class of {inspections[0].target} in transformers has one of its own only.",
+            hint="Omit --experts.",
+        )
     opened = open_models([Path(each.path) for each in inspections], tokenizer=tokenizer)
     return list(zip(opened, inspections, strict=True))
 

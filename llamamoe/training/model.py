@@ -10,6 +10,7 @@ from typing import Any
 
 from ..architectures.config_compat import addable_keys
 from ..architectures.dense_checkpoint import refuse_foreign
+from ..architectures.expert_weighting import routes_attention
 from ..architectures.sources import SOURCES
 from ..architectures.targets import TARGETS
 from ..checkpoint.files import copy_file, write_text
@@ -70,7 +71,7 @@ def load_model(folder: Path, recipe: PretrainRecipe, device: torch.device | str)
     keys: dict[str, Any] = {"dtype": getattr(torch, recipe.precision.parameters)}
     model_type = str(read_json(folder / "config.json").get("model_type"))
     experts = recipe.experts_on(str(device).split(":")[0])
-    if experts is not None and model_type in TARGETS and not TARGETS.get(model_type).attention_experts:
+    if experts is not None and model_type in TARGETS and not routes_attention(model_type):
         keys["experts_implementation"] = _implementation(experts)
     if recipe.attn_implementation is not None:
         keys["attn_implementation"] = recipe.attn_implementation

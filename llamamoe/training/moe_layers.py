@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..architectures.expert_weighting import refuse_unsupported
+from ..architectures.expert_weighting import refuse_unsupported, routes_attention
 from ..architectures.moe_layout import RouterWeighting
 from ..architectures.targets import TARGETS
 from ..architectures.targets.base import Target
@@ -225,8 +225,8 @@ def _router_class(model: torch.nn.Module) -> type[torch.nn.Module] | None:
 
 
 def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any, model_type: str) -> MoeLayer:
-    routes_attention = model_type in TARGETS and TARGETS.get(model_type).attention_experts
-    if model_type not in TARGETS or not (routes_attention or hasattr(block, "experts")):
+    attention = routes_attention(model_type)
+    if model_type not in TARGETS or not (attention or hasattr(block, "experts")):
         raise CheckpointError(
             f"{type(router).__name__}: how this router weighs its experts is not known here.",
             hint=f"Known are the routers of {', '.join(each.name for each in TARGETS if each.routed)}.",
@@ -234,7 +234,7 @@ def _moe_layer(index: int, name: str, block: torch.nn.Module, router: Any, model
     weighting = _weighting(TARGETS.get(model_type), router)
     factor = float(getattr(router, "routed_scaling_factor", 1.0))
     sizes = (int(router.num_experts), int(router.top_k))
-    if not routes_attention:
+    if not attention:
         return MoeLayer(index, name, block, router, *sizes, weighting, factor)
     part: Literal["attention", "ffn"] = "attention" if ".self_attention." in f".{name}." else "ffn"
     return JetMoeLayer(index, name, block, router, *sizes, weighting, factor, part)

@@ -15,7 +15,6 @@ from ..architectures.moe_layout import NEARLY_ZERO, Combine, Copy, MoeLayout, Ne
 from ..architectures.sources.base import DenseSpec
 from ..architectures.targets.base import common_config
 from ..architectures.targets.dense import Dense
-from ..architectures.targets.granitemoe_swa import CLOSED_SINK
 from ..checkpoint.base import DTYPE_BYTES, TORCH_NAMES
 from ..checkpoint.layout import check_size, deal
 from ..checkpoint.locate import Location, locate, open_parent
@@ -25,6 +24,7 @@ from ..lazy import np, torch
 from ..models.loadable import check_model
 from ..numerics import is_power_of_two
 from ..progress import Progress, ProgressCallback, ignore_progress
+from .dense_refusals import check_like, open_sinks, refuse_biases
 from .rewrite import Rewriting, check_place, opened, rewrite
 
 
@@ -59,7 +59,7 @@ def densify(
     force: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> DensifyResult:
-    """Combine the neurons of shared and routed experts into one FFN, and drop the router.
+    """Combine the neurons of shared and routed experts into one FFN, and drop the router; the same of attention experts.
 
     The resulting FFN is the sum over all experts, each counted as in the dense model that the conversion started
     from; zero neurons that padded the experts are dropped. For an exact conversion this is the parent. For a repaired
@@ -122,7 +122,7 @@ def _rewriting(
         make=job.make,
         facts=facts,
         story=f"The {converted.experts.num_experts} experts of each FFN of `{location.name}` were combined into one FFN of {job.width} "
-        "neurons.",
+        f"neurons{', and those of attention into its query heads' if converted.target.attention_experts else ''}.",
         warnings=warnings,
         shards=deal(entries, shard_size),
         read_too=() if job.parent is None else (job.parent.checkpoint,),
@@ -144,11 +144,12 @@ class _Job:
         self.target = Dense()
         self._held: tuple[int, FfnParts] | None = None
         if parent is not None:
-            _check_like(converted, parent)
+            check_like(converted, parent)
+        refuse_biases(converted)
         self._kept = self._kept_neurons()
         self.width = max(len(each) for each in self._kept)
         self.spec = self._spec()
-        reasons = self.target.refusals(self.spec) + list(_open_sinks(converted))
+        reasons = self.target.refusals(self.spec) + list(open_sinks(converted))
         if reasons:
             raise RefusedError("no dense architecture supports the attention: " + "; ".join(reasons) + ".")
         self.layout = _layout(self.width)
@@ -167,9 +168,11 @@ class _Job:
         """
         converted = self.converted
         spec = replace(converted.spec, intermediate_size=self.width)
-        if spec.qkv_bias and not spec.o_bias:
-            names = [f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(spec.num_layers) for p in "qkv"]
-            spec = replace(spec, qkv_bias=any(bool(converted.read(name).any()) for name in names))
+        if spec.qkv_bias != spec.o_bias:
+            parts = "qkv" if spec.qkv_bias else "o"
+            names = [f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(spec.num_layers) for p in parts]
+            used = any(bool(converted.read(name).any()) for name in names)
+            spec = replace(spec, qkv_bias=spec.qkv_bias and used, o_bias=spec.o_bias and used)
         if not spec.tie_word_embeddings:
             head, table = converted.read("lm_head.weight"), converted.read("model.embed_tokens.weight")
             tied = head.dtype == table.dtype and torch.equal(head, table)
@@ -186,7 +189,8 @@ class _Job:
         kinds = {info.dtype for name, info in converted.checkpoint.tensors.items() if not is_router(name)} - {"F32"}
         one_dtype = self.dtype == "F32" or kinds == {self.dtype}
         trained = bool(block.get("healed") or block.get("trained") or block.get("merge"))
-        return is_power_of_two(converted.routed_factor) and one_dtype and not trained and not self._gate_was_trained
+        factors = (converted.routed_factor, converted.residual_scale)
+        return all(map(is_power_of_two, factors)) and one_dtype and not trained and not self._gate_was_trained
 
     @property
     def _gate_was_trained(self) -> bool:
@@ -245,6 +249,11 @@ class _Job:
             yield "the model was trained with few experts selected: the dense model is not the parent, so measure it first"
         if not is_power_of_two(converted.routed_factor) and self.dtype != "F32":
             yield f"the experts' factor {1 / converted.routed_factor:.6g} is not a power of two: down projections are rounded once"
+        if converted.residual_scale != 1.0:
+            yield (
+                f"the residual stream is {converted.residual_scale:.6g} times the parent's, as in {converted.target.name}, and rms_norm_eps is "
+                f"{self.spec.rms_norm_eps:g}: the same function with other numbers"
+            )
         if self._gate_was_trained:
             yield "the shared expert's gate was trained and depends on the token: it is replaced by one half"
         short = sum(len(each) < self.width for each in self._kept)
@@ -278,22 +287,6 @@ class _Job:
             return torch.cat([kept, kept.new_zeros(len(kept), self.width - len(places))], dim=1)
         kept = (ffn.gate_PH if part == "gate" else ffn.up_PH)[places]
         return torch.cat([kept, kept.new_zeros(self.width - len(places), kept.shape[1])])
-
-
-def _check_like(converted: ConvertedModel, parent: DenseModel) -> None:
-    """Check that a model could have the same neurons at all."""
-    for name in ("num_layers", "hidden_size"):
-        mine, theirs = getattr(converted.spec, name), getattr(parent.spec, name)
-        if mine != theirs:
-            raise RefusedError(f"--like has {name} {theirs}, but the model has {mine}: it was not made from it.")
-
-
-def _open_sinks(converted: ConvertedModel) -> Iterator[str]:
-    """Yield a reason if attention gives weight to sinks, which no dense architecture here has."""
-    for name in converted.checkpoint.tensors:
-        if name.endswith(".sinks") and bool((converted.checkpoint.read(name) > CLOSED_SINK / 2).any()):
-            yield f"{name} holds attention sinks that take weight"
-            return
 
 
 def _rows(ffn: FfnParts, places: np.ndarray) -> np.ndarray:

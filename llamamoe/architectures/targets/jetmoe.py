@@ -55,7 +55,12 @@ class JetMoe(Target):
     def attention_spec(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See `Target.attention_spec`."""
         heads = positive(config, "num_key_value_heads") * positive(config, "num_local_experts")
-        return {"num_heads": heads, "hidden_act": config.get("activation_function"), "o_bias": True}
+        return {
+            "num_heads": heads,
+            "head_dim": positive(config, "kv_channels"),
+            "hidden_act": config.get("activation_function"),
+            "o_bias": True,
+        }
 
     def residual_scale(self, dense: DenseSpec) -> float:
         """See `Target.residual_scale`."""

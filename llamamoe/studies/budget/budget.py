@@ -10,6 +10,7 @@ from typing import Any
 
 from ..._version import __version__
 from ...architectures.dense_checkpoint import understand
+from ...architectures.expert_weighting import routes_attention
 from ...architectures.targets.base import Target
 from ...checkpoint.locate import locate, open_checkpoint
 from ...checkpoint.scratch import scratch_folder
@@ -215,6 +216,11 @@ def _check(recipe: SplitRecipe, budget: float, shared_of_active: float, points: 
         raise UsageError(f"points is {points}, but must be 1 to 4.")
     if held_out_tokens < 2:
         raise UsageError(f"held_out_tokens is {held_out_tokens}, but must be at least 2.")
+    if routes_attention(recipe.target):
+        raise RefusedError(
+            f"{recipe.target} has no dense layers, and as many experts as a key/value head has query heads: only k is free.",
+            hint="Give another --target, or choose k with --top-k of `llamamoe split`.",
+        )
     if recipe.align is not None:
         raise UsageError(
             "The recipe aligns all layers together, but budget measures one layer at a time.",

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ...architectures.targets import TARGETS
+from ...architectures.expert_weighting import routes_attention
 from ...models.experts.auto import COSTS, prefers_sorted
 from ..recipe import PretrainRecipe
 from .shapes import LayerShape, ModelShape
@@ -74,7 +74,7 @@ class Widths:
 
 def style_of(recipe: PretrainRecipe, model_type: str) -> Style:
     """Return how the recipe's experts are computed; an unknown implementation counts as ``eager``."""
-    if model_type in TARGETS and TARGETS.get(model_type).attention_experts:
+    if routes_attention(model_type):
         return "split"
     return _STYLES.get(experts_of(recipe), "eager")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...architectures.costs import role_of
+from ...architectures.expert_weighting import routes_attention
 from ...architectures.sources.base import positive
 from ...architectures.stored_experts import count_experts
 from ...architectures.targets import TARGETS
@@ -162,7 +163,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return number and size of the query heads that a token uses."""
     name = str(config.get("model_type", ""))
-    if name in TARGETS and TARGETS.get(name).attention_experts:
+    if routes_attention(name):
         return positive(config, "num_key_value_heads") * positive(config, TARGETS.get(name).top_k_key), positive(
             config, "kv_channels"
         )

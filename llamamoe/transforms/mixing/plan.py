@@ -9,6 +9,7 @@ from typing import Any
 
 from ..._version import __version__
 from ...architectures.dense_checkpoint import DenseModel, understand
+from ...architectures.expert_weighting import routes_attention
 from ...architectures.sources.base import canonical_shapes
 from ...checkpoint.locate import Location, locate_folder
 from ...checkpoint.out_folder import normal_path
@@ -105,6 +106,11 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
         UsageError: The prompts are invalid, or a text does not exist.
         RefusedError: The models do not fit together, or no target can hold them; the message names every reason.
     """
+    if routes_attention(recipe.target):
+        raise RefusedError(
+            f"{recipe.target} routes attention with as many experts as FFNs, but the experts of a mix are FFNs of models that share one attention.",
+            hint="Give another --target, or omit it.",
+        )
     places = tuple(locate_folder(source) for source in (base, *recipe.experts))
     models = tuple(understand(SafetensorsCheckpoint(place.path)) for place in places)
     check_shapes(models)

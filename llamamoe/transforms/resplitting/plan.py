@@ -92,8 +92,14 @@ def check_recipe(source: ConvertedModel, recipe: ResplitRecipe) -> None:
 
     Raises:
         UsageError: A number or the method is invalid, or text is missing or has no use.
-        RefusedError: The router selects groups of experts.
+        RefusedError: The router selects groups of experts, or attention is routed, too.
     """
+    if source.target.attention_experts:
+        raise RefusedError(
+            f"{source.target.name} routes attention with the same number of experts, {source.layout.num_experts}, and its query heads cannot be "
+            "split: its FFNs cannot have more experts alone.",
+            hint="Split the dense model with another --target and more --experts; `llamamoe densify` makes one of this model.",
+        )
     width, method, text = source.layout.expert_width, recipe.chosen, bool(recipe.calibration)
     if not 2 <= recipe.pieces <= width:
         raise UsageError(f"{recipe.pieces} pieces, but it must be from 2 to {width}, the width of an expert.")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llamamoe
 from llamamoe.architectures.targets.jetmoe import EPSILON
 from llamamoe.conversion.verify import HARD_TOLERANCE
+from llamamoe.transforms.mixing.recipe import MixRecipe
 from tests.dense import make_dense
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -89,10 +91,6 @@ def test_verified_with_all_heads(half: llamamoe.SplitResult, dense: Path) -> Non
 
 
 def test_changed_heads_are_found(half: llamamoe.SplitResult, dense: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import save_file
-
     out = Path(shutil.copytree(half.out, tmp_path / "out"))
     tensors = load_file(out / "model.safetensors")
     tensors["model.layers.0.self_attention.experts.input_linear.weight"][1, 0, 0] += 1
@@ -195,7 +193,50 @@ def test_auto_leaves_attention_dense(tmp_path: Path) -> None:
     assert "jetmoe" not in str(refused.value)
 
 
-def test_commands_for_experts_of_ffns_refuse_it(dense: Path, half: llamamoe.SplitResult, tmp_path: Path) -> None:
-    with pytest.raises(llamamoe.RefusedError, match="supports experts of FFNs only, but jetmoe routes attention"):
-        llamamoe.densify(half.out, tmp_path / "out")
+def test_the_heads_go_back_into_a_dense_model(dense: Path, half: llamamoe.SplitResult, tmp_path: Path) -> None:
+    told = llamamoe.densify(half.out, tmp_path / "out")
+    assert apart(logits(told.out), logits(dense)) <= 1e-5
+    assert not told.exact
+    assert any("rms_norm_eps is 1e-06: the same function" in warning for warning in told.warnings)
+
+
+def test_a_parent_with_its_epsilon_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    """With a bias of the output, which the target stores elsewhere."""
+    keys = {"attention_out_bias": True, "rms_norm_eps": EPSILON, "num_attention_heads": N * KV}
+    source = make_dense(tmp_path / "dense", "seed-oss-no-bias", **keys)
+    out = llamamoe.split(source, tmp_path / "moe", recipe(top_k=1), verify=False).out
+    told = llamamoe.densify(out, tmp_path / "out", like=source)
+    assert told.exact
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (told.out, source))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_trained_bias_of_an_ffn_is_refused(half: llamamoe.SplitResult, tmp_path: Path) -> None:
+    out = shutil.copytree(half.out, tmp_path / "moe")
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.mlp.bias"][0] = 1.0
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(llamamoe.RefusedError, match=r"model\.layers\.1\.mlp\.bias is not zero: it was trained"):
+        llamamoe.densify(out, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_commands_refuse_it_before_anything_is_written(
+    dense: Path, half: llamamoe.SplitResult, tmp_path: Path
+) -> None:
+    out, text = tmp_path / "out", [str(dense / "config.json")]
+    mix = MixRecipe(experts=[str(dense)] * 2, router="random", target="jetmoe")
+    for command, message in (
+        (lambda: llamamoe.resplit(half.out, out, pieces=2), "FFNs cannot have more experts alone"),
+        (lambda: llamamoe.export_gguf(half.out, tmp_path / "out.gguf"), "but this model is jetmoe"),
+        (lambda: llamamoe.mix(dense, out, mix), "jetmoe routes attention with as many experts as FFNs"),
+        (lambda: llamamoe.budget(dense, recipe(calibration=text), budget=0.5), "jetmoe has no dense layers"),
+        (lambda: llamamoe.bench(half.out, experts_implementation="eager"), "jetmoe in transformers has one of its own"),
+        (lambda: llamamoe.plan_conversion(half.out, recipe()), "already a mixture of experts"),
+    ):
+        with pytest.raises(llamamoe.LlamaMoeError, match=message) as refused:
+            command()
+        assert refused.value.hint
+        assert "resplit" not in refused.value.hint
     assert not list(tmp_path.iterdir())
