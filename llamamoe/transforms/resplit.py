@@ -196,6 +196,7 @@ def _calibrated(task: _Task, out: Path) -> Rewriting:
         make=made.make,
         told=made.told,
         scratch=needed.disk_bytes + needed.input_bytes,
+        counts_threads=True,
         facts={**job.facts, "repair": recipe.repair.name, "calibration_tokens": text.num_tokens},
         record={"recipe": recipe.deciding(), "calibration": text.facts, "computed": compute.to_json()},
         warnings=tuple(dict.fromkeys((*job.warnings, *text.warnings))),

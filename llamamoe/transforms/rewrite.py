@@ -53,6 +53,7 @@ class Rewriting:
         record: More facts that decide the result, for the receipt only.
         told: Returns facts of a finished unit for the receipt; asked for once the unit's tensors were made.
         scratch: Bytes of files that the run needs beside the result.
+        counts_threads: Whether the bytes depend on the number of threads, because products over text decide them.
         verify: Checks the folder before it appears, given the hashes of the weights; returns what goes into the receipt.
     """
 
@@ -70,6 +71,7 @@ class Rewriting:
     record: Mapping[str, Any] = field(default_factory=dict)
     told: Callable[[str], Mapping[str, Any]] | None = None
     scratch: int = 0
+    counts_threads: bool = False
     verify: Callable[[Path, Hashes], Mapping[str, Any]] | None = None
 
     @property
@@ -96,6 +98,7 @@ class Rewriting:
 
     def fingerprint(self) -> str:
         """Return a fingerprint that changes whenever a resumed run would write other bytes."""
+        threads = {"number of threads": torch.get_num_threads()} if self.counts_threads else {}
         return fingerprint_of(
             {
                 "command": self.deed,
@@ -104,6 +107,7 @@ class Rewriting:
                 "source": [checkpoint.fingerprint() for checkpoint in (*self.checkpoints, *self.read_too)],
                 "settings": [{**self.facts, **self.record}, dict(self.config), self.files()],
             }
+            | threads
         )
 
 

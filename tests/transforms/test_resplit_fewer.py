@@ -145,6 +145,20 @@ def test_a_stopped_run_goes_on_from_the_layer_and_ends_alike(
         assert not (tmp_path / name / ".calibration").exists()
 
 
+def test_another_number_of_threads_does_not_resume(text: Path, tmp_path: Path) -> None:
+    """Factorisations of wide layers differ by it in their last bits: the layers would be those of two runs."""
+    source = mixture(tmp_path / "moe", "mixtral")
+    with pytest.raises(KeyboardInterrupt):
+        resplit(source, tmp_path / "out", 2, calibration=[str(text)], **KEYS, progress=stop_at(1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        with pytest.raises(RefusedError, match="number of threads"):
+            resplit(source, tmp_path / "out", 2, calibration=[str(text)], **KEYS, resume=True)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_plan_tells_the_cost_and_writes_nothing(text: Path, tmp_path: Path) -> None:
     source = mixture(tmp_path / "moe", "qwen3_moe")
     plan = resplit(source, None, 4, calibration=[str(text)], **KEYS, dry_run=True)
