@@ -140,7 +140,7 @@ class _Healing:
 
     def _check(self, *, resume: bool, force: bool) -> None:
         recover_replaced(self.out)
-        check_place(self.out, self.plan, resume=resume, force=force)
+        check_place(self.out, self.plan, resume=resume, force=force, processes=self.ranks.world)
 
     def _text(self) -> CalibrationText:
         from ..calibration.sampled import open_tokenizer

@@ -25,8 +25,10 @@ from ..models.loadable import check_loads
 from .plan import HealPlan, config_of, factors_of
 
 
-def check_place(out: Path, plan: HealPlan, *, resume: bool, force: bool) -> None:
+def check_place(out: Path, plan: HealPlan, *, resume: bool, force: bool, processes: int = 1) -> None:
     """Refuse an OUT that would harm existing files, or for which there is no room.
+
+    Each of several processes has hidden states of its own, and all but the first keep their layers in files until the end.
 
     Raises:
         RefusedError: See `llamamoe.checkpoint.out_folder.check_out`; with ``force`` a checkpoint by llamamoe may be
@@ -35,8 +37,10 @@ def check_place(out: Path, plan: HealPlan, *, resume: bool, force: bool) -> None
     for source in (plan.model.path, plan.parent.path):
         check_out(out, source, force=force)
     check_left(partial_path(out), resume=resume, restart=force)
-    states = 2 * plan.state_bytes if plan.states_in_files else 0
-    check_room(out, plan.nbytes + states, reuse=True, less=("fewer --tokens",))
+    states = 2 * plan.state_bytes * processes if plan.states_in_files else 0
+    handed = plan.nbytes * (processes - 1) // processes
+    fewer = ("fewer --tokens", *(["fewer processes"] if processes > 1 else []))
+    check_room(out, plan.nbytes + handed + states, reuse=True, less=fewer)
 
 
 def write_side_files(plan: HealPlan, folder: Path, receipt: Mapping[str, Any], carried: CarriedFiles) -> None:

@@ -292,6 +292,20 @@ def test_where_hidden_states_lie_and_what_products_compute_in(
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
+def test_every_process_needs_room_for_its_states(
+    tmp_path: Path, model: Path, dense: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamamoe.healing.plan.MEMORY_BYTES", 0)
+    plan = plan_heal(model, dense, heal_recipe(text))
+    room = plan.nbytes + 64 * 2**20 + 2 * plan.state_bytes
+    monkeypatch.setattr("llamamoe.checkpoint.out_folder.free_bytes", lambda *args, **keys: room)
+    check_place(tmp_path / "out", plan, resume=False, force=False)
+    with pytest.raises(llamamoe.RefusedError, match=r"GB free(?s:.*)fewer --tokens(?s:.*)fewer processes"):
+        check_place(tmp_path / "out", plan, resume=False, force=False, processes=2)
+    room += 2 * plan.state_bytes + plan.nbytes // 2
+    check_place(tmp_path / "out", plan, resume=False, force=False, processes=2)
+
+
 def test_every_error_of_a_recipe_at_once() -> None:
     with pytest.raises(llamamoe.UsageError) as error:
         load_heal_recipe(given={"text": ["t"], "epoch": 3, "lr": 2, "losses": {"swich": 1}})
