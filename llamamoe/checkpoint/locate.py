@@ -14,7 +14,7 @@ from .base import Checkpoint
 from .hub import HUB_ID, download, headers_only
 from .ledger import refuse_unfinished
 from .out_folder import TRAINED
-from .paths import BACKSLASHES
+from .paths import windows_hint
 
 _FORMS = "Give a folder, a .gguf file, a Hub id (org/name) or hf://org/name@revision."
 _MOST_BESIDE = 1000
@@ -92,7 +92,7 @@ def _locate(source: str | Path, fetch: Callable[[str, Callable[[], str]], Path])
             refuse_unfinished(path)
             return Location(path, path.resolve().name)
         if not is_hub_id(text):
-            hint = f"{BACKSLASHES} {_FORMS}" if "\\" in text else _near(path) + _FORMS
+            hint = (windows_hint(text) or _near(path)) + _FORMS
             where = "" if "/" in text or "\\" in text else " in the current folder"
             raise CheckpointError(f"{text!r} does not exist{where}.", hint=hint)
     commit = fetch(text, lambda: _near(Path(text)))
@@ -135,13 +135,15 @@ def check_folder(path: Path) -> None:
     if path.is_dir():
         return
     if not path.exists():
-        raise CheckpointError(f"'{path}' does not exist.", hint="Give the folder that holds config.json.")
+        raise CheckpointError(
+            f"'{path}' does not exist.", hint=f"{windows_hint(path)}Give the folder that holds config.json."
+        )
     hint = "Give the folder that holds config.json."
     if path.suffix == ".gguf":
         made = f"export_dense({str(path)!r}, 'FOLDER', dtype='F32')"
         hint = (
-            f"A GGUF file is read as a dense model. Convert it first: llamamoe split {path} OUT\n"
-            f'  Or convert it to a plain folder: python -c "from llamamoe.checkpoint.gguf.reader import export_dense; {made}"'
+            f"Give the folder that the GGUF file was exported from. A dense model is converted by: llamamoe split {path} OUT\n"
+            f'  Or by this to a plain folder: python -c "from llamamoe.checkpoint.gguf.reader import export_dense; {made}"'
         )
     raise CheckpointError(f"'{path}' is a file, but a folder with config.json and safetensors is needed.", hint=hint)
 

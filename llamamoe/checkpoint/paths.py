@@ -17,7 +17,8 @@ from ..errors import CheckpointError, RefusedError, UsageError, printable
 
 BACKSLASHES = "On this system folders are separated by /, not by \\; in WSL, C:\\models\\x is /mnt/c/models/x."
 """Hint for a Windows path, which would be a single name on other systems."""
-_DRIVE = re.compile(r"[A-Za-z]:\\")
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|[^/\\]*\\[^/]*$")
+"""A drive letter, or backslashes as the only separators."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
 """Maximum size of a pointer by its specification."""
@@ -31,10 +32,15 @@ def refuse_windows_path(path: str | Path, name: str = "OUT") -> None:
         name: Its name in the message.
 
     Raises:
-        RefusedError: It begins with a drive letter.
+        RefusedError: It begins with a drive letter, or backslashes are its only separators.
     """
-    if os.sep == "/" and _DRIVE.match(str(path)):
+    if os.sep == "/" and _WINDOWS.match(str(path)):
         raise RefusedError(f"{name} ({path}) is a Windows path.", hint=BACKSLASHES)
+
+
+def windows_hint(path: str | Path) -> str:
+    """Return the beginning of a hint for a path that does not exist: how to write a Windows path, if it may be one."""
+    return f"{BACKSLASHES} " if _WINDOWS.match(str(path)) or "\\" in str(path) else ""
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:

@@ -15,6 +15,7 @@ from ..lazy import huggingface_hub
 from ..progress import ProgressCallback, counting, ignore_progress
 from .files import check_plain_file
 from .hub import LOGIN
+from .locate import check_folder
 from .out_folder import RECIPE_FILE, TRAINING_RECEIPT_FILE, TRAINING_RECIPE_FILE
 from .reader import INDEX, LICENSE_FILES, SIDE_FILES, SafetensorsCheckpoint
 from .readme import HUB_ID, parent_metadata
@@ -96,6 +97,7 @@ def push(
     if not HUB_ID.fullmatch(repository):
         raise UsageError(f"{printable(repository)!r} is not the name of a repository.", hint="Give ORG/NAME.")
     path = Path(folder).expanduser()
+    check_folder(path)
     checkpoint = SafetensorsCheckpoint(path)
     files, left_out = _chosen(path, {info.file.name for info in checkpoint.tensors.values()})
     if "llamamoe" not in checkpoint.config and not any(_RECORDS.fullmatch(name) for name in files):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..checkpoint.paths import check_regular
+from ..checkpoint.paths import check_regular, windows_hint
 from ..errors import RefusedError, UsageError
 from .compressed import check_packages
 
@@ -66,7 +66,7 @@ def _match(pattern: str | Path) -> Iterator[tuple[Path, bool]]:
     if not matches:
         raise UsageError(
             f"No file, folder or glob matches '{pattern}'.",
-            hint=f"Paths are relative to {Path.cwd()}; quote globs that the shell should leave alone.",
+            hint=f"{windows_hint(pattern)}Paths are relative to {Path.cwd()}; quote globs that the shell should leave alone.",
         )
     root = _glob_root(path)
     folders = [match for match in matches if match.is_dir()]

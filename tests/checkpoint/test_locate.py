@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from llamamoe.checkpoint.locate import locate, name_with_run
+from llamamoe import push
+from llamamoe.checkpoint.locate import check_folder, locate, name_with_run
 from llamamoe.checkpoint.reader import INDEX, SafetensorsCheckpoint
 from llamamoe.errors import CheckpointError, LlamaMoeError
 from llamamoe.models.loading import open_model
@@ -306,12 +307,22 @@ def test_a_missing_source_names_similar_checkpoints_beside_it(hub: Hub, tmp_path
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("source", ["C:\\models\\x", "models\\x", ".\\x"])
+@pytest.mark.parametrize("source", ["C:\\models\\x", "C:/models/x", "models\\x", ".\\x"])
 def test_a_source_with_backslashes_is_told_what_separates_folders(hub: Hub, source: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         locate(source)
     assert "folders are separated by /" in str(caught.value)
     assert hub.calls == []
+    with pytest.raises(CheckpointError, match="folders are separated by /"):
+        check_folder(Path(source))
+
+
+def test_a_gguf_file_in_place_of_a_folder_is_told_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "moe.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"the folder that the GGUF file was exported from(.|\n)*llamamoe split"):
+        check_folder(tmp_path / "moe.gguf")
+    with pytest.raises(CheckpointError, match="exported from"):
+        push(tmp_path / "moe.gguf", "me/moe")
 
 
 def test_a_folder_with_a_backslash_in_its_name_is_found(hub: Hub, tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_what_is_wrong_with_the_call_is_said_before_reading(tmp_path, monkeypatc
         read_documents([])
     with pytest.raises(UsageError, match=r"matches '.*nowhere/\*\.txt'"):
         read_documents([tmp_path / "nowhere/*.txt"])
+    with pytest.raises(UsageError, match="folders are separated by /"):
+        read_documents([r"texts\a.txt"])
     with pytest.raises(UsageError, match="holds no text"):
         read_documents([tmp_path])
     with pytest.raises(UsageError, match=r"format of '.*notes\.docx'"):

@@ -206,8 +206,9 @@ def test_out_is_the_current_folder(
     refused(source, "the current folder" if out != ".." else "", out=out)
 
 
-def test_a_windows_path_is_refused(source: Path, refused: Refused) -> None:
-    refused(source, r"OUT (C:\models\x) is a Windows path", "folders are separated by /", out=Path(r"C:\models\x"))
+@pytest.mark.parametrize("place", [r"C:\models\x", "C:/models/x", r"models\x", r".\x"])
+def test_a_windows_path_is_refused(source: Path, refused: Refused, place: str) -> None:
+    refused(source, f"OUT ({place}) is a Windows path", "folders are separated by /", out=Path(place))
 
 
 def test_places_of_other_commands_are_refused_alike(
