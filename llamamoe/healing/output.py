@@ -61,14 +61,15 @@ def healed_config(plan: HealPlan, receipt: Mapping[str, Any]) -> dict[str, Any]:
     block = rescaled_block(config.get("llamamoe") or {}, **factors_of(plan, renormalised=receipt["renormalised"]))
     if "exactness" in block:
         block |= {"parity": "none", "exactness": "not exact: layers were distilled from the parent's"}
-    if plan.recipe.router == "trained" and "router_scale" in block:
+    kept = sum(layer["kept"] for layer in receipt["layers"])
+    if kept and plan.recipe.router == "trained" and "router_scale" in block:
         block["router_scale"] = "soft"
     healed = {
         "version": __version__,
         "parent": plan.parent.name,
         "recipe_sha256": plan.recipe.sha256(),
         "tokens": receipt["tokens"]["trained"],
-        "layers": sum(layer["kept"] for layer in receipt["layers"]),
+        "layers": kept,
     }
     block["healed"] = [*block.get("healed", []), healed]
     return config | {"llamamoe": block}
@@ -99,7 +100,7 @@ def healed_card(plan: HealPlan, receipt: Mapping[str, Any]) -> str:
         f"`llamamoe heal MODEL OUT --parent PARENT --recipe {HEAL_RECIPE_FILE}`",
         "",
         f"llamamoe {__version__} trained the FFN of every converted layer on the outputs of the dense parent "
-        f"`{plan.parent.name}` for the same inputs,  {receipt['tokens']['trained']:,} tokens of text, "
+        f"`{plan.parent.name}` for the same inputs, {receipt['tokens']['trained']:,} tokens of text, "
         f"{plan.recipe.epochs} times each; routers were {plan.recipe.router}. "
         f"Error of the layers on {receipt['tokens']['held_out']:,} held-out tokens, relative to the parent's outputs: "
         f"{_number(errors['before'])} before, {_number(errors['after'])} after (mean).",

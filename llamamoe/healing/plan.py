@@ -159,7 +159,8 @@ class HealPlan:
         spec = self.dense.spec
         shapes = [shape for layer in range(self.num_layers) for shape in layer_shapes(spec, layer).values()]
         walk = 2 * sum(map(math.prod, shapes)) * 2  # the FFN runs again for its outputs
-        train = 6 * self.active_parameters * (self.recipe.epochs + self.recipe.competitive_epochs)
+        train = 6 * self.active_parameters * self.recipe.epochs
+        train += 2 * self.trained_parameters * self.recipe.competitive_epochs  # all experts run, only the router learns
         return self.recipe.tokens * (walk + train * len(self.layers))
 
     @property

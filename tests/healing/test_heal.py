@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
@@ -212,6 +213,8 @@ def test_a_layer_that_got_worse_keeps_its_bytes(
     assert result.receipt["error"]["before"] == result.receipt["error"]["after"]
     for name, value in tensors(result.out).items():
         assert value.equal(tensors(model)[name])
+    blocks = [json.loads((path / "config.json").read_text())["llamamoe"] for path in (model, result.out)]
+    assert blocks[0].get("router_scale") == blocks[1].get("router_scale")
 
 
 def test_frozen_routers_keep_their_bytes_and_trained_ones_do_not(
@@ -361,3 +364,15 @@ def test_a_step_that_is_too_large_is_an_error_that_names_the_layer(
     with pytest.raises(llamamoe.LlamaMoeError, match=r"layer 0: the error is no longer finite at step 0"):
         heal(model, tmp_path / "out", heal_recipe(text), parent=dense)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_counts_all_experts_of_competitive_epochs(dense: Path, text: Path, tmp_path: Path) -> None:
+    moe = convert(dense, tmp_path / "moe", target="mixtral", num_experts=4, top_k=1)
+    planned, counted = [], []
+    for epochs in (1, 2):
+        recipe = heal_recipe(text, competitive_epochs=epochs, epochs=1, tokens=1024)
+        planned.append(plan_heal(moe, dense, recipe).flops)
+        with FlopCounterMode(display=False) as flops:
+            heal(moe, tmp_path / f"out-{epochs}", recipe, parent=dense)
+        counted.append(flops.get_total_flops())
+    assert 0.6 < (counted[1] - counted[0]) / (planned[1] - planned[0]) < 1.2  # held-out text is planned, not trained on
