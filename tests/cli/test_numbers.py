@@ -96,7 +96,7 @@ def test_an_error_names_what_gave_the_value(
 def test_numbers_of_tokens_have_units_in_flags_and_recipes(
     text: str, number: int, dense: Path, tmp_path: Path, run: Run
 ) -> None:
-    (tmp_path / "t.txt").write_text("the cat sat on the mat", encoding="utf-8")
+    (tmp_path / "t.txt").write_text("the cat sat on the mat" * 20, encoding="utf-8")
     (tmp_path / "r.yaml").write_text(f"calibration_tokens: {text}", encoding="utf-8")
     common = ("split", dense, "--dry-run", "--json", "--calibration", tmp_path / "t.txt", "--calibration-length", "16")
     for given in (

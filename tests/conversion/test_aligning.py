@@ -305,7 +305,7 @@ def test_memory_is_planned_for_float32_unless_bfloat16_is_certain(
     """On a processor bfloat16 may turn out to be the slower dtype; then nothing must need more than was planned."""
     monkeypatch.setattr("llamamoe.conversion.preflight.check_device", lambda name: None)  # as if there were a GPU
     source = make_dense(tmp_path / "dense", dtype=torch.bfloat16)
-    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "text.txt").write_text("some text " * 30)
 
     def planned(**given: Any) -> int:
         plan = plan_conversion(source, recipe(source, None, **given))

@@ -23,12 +23,12 @@ import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 
 import llamamoe
 from llamamoe.calibration import states, walk
-from llamamoe.checkpoint import files, ledger, writer
-from llamamoe.conversion import session, weights
+from llamamoe.checkpoint import files, ledger, tokenizer, writer
+from llamamoe.conversion import session, texts, weights
 from llamamoe.conversion.verify import verify_conversion  # noqa: F401
 from tests.hostile.dying import forked
 
-POINTS: dict[str, tuple[Any, str]] = {
+POINTS: dict[str, tuple[Any, ...]] = {
     "pwrite": (os, "pwrite"),
     "fdatasync": (os, "fdatasync"),
     "fsync": (os, "fsync"),
@@ -38,20 +38,20 @@ POINTS: dict[str, tuple[Any, str]] = {
     "enter": (walk.Walk, "enter"),
     "leave": (walk.Walk, "leave"),
     "save": (states.KeptStates, "save"),
-    "text": (session, "make_text"),
+    "text": (texts, session, "make_text"),
     "rmtree": (shutil, "rmtree"),
-    "copyfile": (shutil, "copyfileobj"),
-    "write_text": (files, "write_bytes"),
+    "write_text": (files, tokenizer, "write_bytes"),
     "replace": (os, "replace"),
     "rename": (Path, "rename"),
     "unlink": (Path, "unlink"),
     "publish": (writer.CheckpointWriter, "publish"),
 }
+"""Every module or class that holds the function, and its name."""
 
 
 def watch(name: str, calls: Counter[str], at: list[Any] | None) -> None:
-    holder, attribute = POINTS[name]
-    real: Callable[..., Any] = getattr(holder, attribute)
+    *holders, attribute = POINTS[name]
+    real: Callable[..., Any] = getattr(holders[0], attribute)
 
     def call(*args: Any, **keys: Any) -> Any:
         if files._UNSYNCED.get():  # a trial in a scratch folder, before there is anything to finish
@@ -66,7 +66,8 @@ def watch(name: str, calls: Counter[str], at: list[Any] | None) -> None:
             os.kill(os.getpid(), at[2])
         return real(*args, **keys)
 
-    setattr(holder, attribute, call)
+    for holder in holders:
+        setattr(holder, attribute, call)
 
 
 def convert(job: dict[str, Any]) -> dict[str, Any]:

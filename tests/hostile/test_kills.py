@@ -53,7 +53,7 @@ def check(convert: Convert, whole: Whole, out: Path, at: tuple[str, int, int]) -
 
 POINTS = [
     ("append", 1), ("append", 2), ("append", 3), ("layer", 1), ("layer", 2), ("pwrite", 1), ("pwrite", 9),
-    ("fdatasync", 1), ("fdatasync", -1), ("finish", -1), ("convert", 1), ("convert", -1), ("copyfile", 1),
+    ("fdatasync", 1), ("fdatasync", -1), ("finish", -1), ("convert", 1), ("convert", -1), ("write_text", 3),
     ("write_text", 1), ("replace", 1), ("write_text", -1), ("replace", -1), ("publish", 1), ("fsync", -2),
     ("unlink", 1), ("rename", 1), ("fsync", -1),
 ]  # fmt: skip

@@ -103,7 +103,7 @@ def test_the_demonstrations_sizes_are_within_half_of_the_ffn(tmp_path):
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1, "num_attention_heads": 9,
              "num_key_value_heads": 3}  # fmt: skip
     make_dense(tmp_path / "dense", "llama-tied", **sizes)
-    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "text.txt").write_text("text" * 99)
     given = _CONVERSIONS["token_clusters"] | {"keep_dense": [], "calibration": [str(tmp_path / "text.txt")]}
     given |= {"calibration_length": 64}
     plan = llamamoe.plan_conversion(tmp_path / "dense", llamamoe.load_recipe(given=given))
