@@ -52,7 +52,7 @@ _QUALITY = (
 """BENCHMARKS.md: "SmolLM2-135M, beside measured speed", the recovery study's starts, and "Calibrated conversion: quality"."""
 _TOO_SMALL = (
     "The FFNs of this model are {:.0f} times smaller, so that calling experts takes a larger part of the time: expect less, or "
-    "none: SmolLM2-135M decodes 1.0 to 1.2 times as fast as its parent in llama.cpp, and 1.3 times in transformers with llamamoe_auto. "
+    "none: SmolLM2-135M decodes 1.0 to 1.2 times as fast as its parent in llama.cpp, and 0.9 to 1.3 times in transformers with llamamoe_auto. "
     "`llamamoe bench OUT --against SOURCE --experts llamamoe_auto` measures this model."
 )
 
