@@ -151,12 +151,12 @@ def rewrite(
             place, job.files(), fingerprint=job.fingerprint(), resume=resume, restart=force and not resume
         ) as writer,
     ):
-        _write_units(job, writer, progress)
+        layers = _write_units(job, writer, progress)
         writer.flush()
         remove_states(writer.path)
         receipt = _receipt(job, writer.weights_sha256())
         if job.told is not None:
-            receipt["layers"] = [facts for unit in _layers(job) if (facts := writer.info(unit))]
+            receipt["layers"] = [facts for unit in layers if (facts := writer.info(unit))]
         _write_side_files(job, writer.path, carried)
         SafetensorsCheckpoint(writer.path)  # check that the result can be opened
         if job.verify is not None:
@@ -169,11 +169,13 @@ def rewrite(
     return receipt
 
 
-def _write_units(job: Rewriting, writer: CheckpointWriter, progress: ProgressCallback) -> None:
-    layers = _layers(job)
+def _write_units(job: Rewriting, writer: CheckpointWriter, progress: ProgressCallback) -> list[str]:
+    """Write every missing unit; return the units that count as layers."""
+    units = job.units()
+    layers = [unit for unit in units if unit != OUTER] or [OUTER]
     writer.tell_kept(layers, "layer", progress)
     with reused_memory():
-        for unit, names in job.units().items():
+        for unit, names in units.items():
             if not writer.done(unit):
                 for name in names:
                     writer.make_room(name)
@@ -181,10 +183,7 @@ def _write_units(job: Rewriting, writer: CheckpointWriter, progress: ProgressCal
                 writer.finish(unit, names, {} if job.told is None else dict(job.told(unit)))
             done = layers.index(unit) + 1 if unit in layers else 0
             progress(Progress(job.deed, done, len(layers), "layer", unit))
-
-
-def _layers(job: Rewriting) -> list[str]:
-    return [unit for unit in job.units() if unit != OUTER] or [OUTER]
+    return layers
 
 
 def check_place(out: Path, read: Sequence[Path], *, resume: bool, force: bool) -> None:
