@@ -126,3 +126,13 @@ class Plugin:
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options = options if options is not None else self.Options()
+
+    def training_flops(self, places: int, hidden_size: int, tokens: int) -> int:
+        """Return the floating-point operations of gradient steps on one layer, for the plan; 0: there are none.
+
+        Args:
+            places: Neurons of the layer, padding included.
+            hidden_size: Size of their inputs.
+            tokens: Number of calibration tokens.
+        """
+        return 0

@@ -67,6 +67,13 @@ class Choice(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+def plugin(registry: Registry[Any], choice: Choice | None) -> Any:
+    """Return the chosen plug-in with its options."""
+    assert choice is not None, "the plan names every method"
+    cls = registry.get(choice.name)
+    return cls(cls.Options.model_validate(choice.options))
+
+
 def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
     """Accept ``name``, ``{name: ..., option: value}`` or a `Choice`; check the options with the plug-in's model.
 

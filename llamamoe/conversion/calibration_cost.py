@@ -15,8 +15,11 @@ from ..errors import LlamaMoeError, RefusedError
 from ..methods.layer import batch_tokens
 from ..methods.repairs import REPAIRS
 from ..methods.repairs.least_squares import MOST_PLACES
+from ..methods.splitters import SPLITTERS
+from ..recipes import plugin
 from .attention_cost import attention_bytes, attention_flops
 from .defaults import Chosen
+from .recipe import SplitRecipe
 
 SWEEPS = 4
 """Assumed number of passes of a layer's methods over its activations, beside those counted exactly."""
@@ -190,7 +193,17 @@ def _layer_flops(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, tokens: int
         sweeps = -(-places // max(solved, 1))
         per_token += passes * (sweeps * (dense + moe) + moe + places * solved)
         solve = passes * places * (solved * solved // 3 + 4 * solved * spec.hidden_size)
-    return tokens * per_token + solve
+    return tokens * per_token + solve + _training_flops(spec, chosen.recipe, layout, tokens)
+
+
+def _training_flops(spec: DenseSpec, recipe: SplitRecipe, layout: MoeLayout, tokens: int) -> int:
+    """Return the operations of gradient steps: of the method on routed neurons, of the repair in each of its passes."""
+    splitter = plugin(SPLITTERS, recipe.method)
+    flops: int = splitter.training_flops(spec.intermediate_size - layout.num_shared, spec.hidden_size, tokens)
+    if recipe.repairs:
+        repair = plugin(REPAIRS, recipe.repair)
+        flops += recipe.repair_passes * repair.training_flops(_places(layout), spec.hidden_size, tokens)
+    return flops
 
 
 def _peak_bytes(spec: DenseSpec, chosen: Chosen, layout: MoeLayout, *, attention_experts: bool) -> int:

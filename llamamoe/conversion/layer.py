@@ -29,8 +29,7 @@ from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
 from ..methods.splitters import SPLITTERS
 from ..methods.splitters.base import Splitter
-from ..plugins import Registry
-from ..recipes import Choice
+from ..recipes import plugin
 from .assembly import LayerParts, router_dtype
 from .attention import ConvertedAttention, convert_attention, largest_logit
 from .plan import SplitPlan
@@ -49,13 +48,6 @@ class ConvertedLayer:
     parts: LayerParts
     facts: dict[str, Any]
     moe: ConvertedFfn | None = None
-
-
-def plugin(registry: Registry[Any], choice: Choice | None) -> Any:
-    """Return the chosen plug-in with its options."""
-    assert choice is not None, "the plan names every method"
-    cls = registry.get(choice.name)
-    return cls(cls.Options.model_validate(choice.options))
 
 
 def convert_layer(

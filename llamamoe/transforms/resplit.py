@@ -17,12 +17,12 @@ from ..checkpoint.locate import Location
 from ..checkpoint.out_folder import normal_path
 from ..checkpoint.tokenizer_loading import needed_tokenizer
 from ..conversion.calibration_cost import most_tokens
-from ..conversion.layer import plugin
 from ..errors import UsageError
 from ..methods.splitters import SPLITTERS
 from ..models.devices import check_device
 from ..models.loadable import check_model
 from ..progress import ProgressCallback, ignore_progress
+from ..recipes import plugin
 from .finer_experts import FinerExperts
 from .resplitting.layer import PieceRouting
 from .resplitting.plan import ResplitResult as ResplitResult

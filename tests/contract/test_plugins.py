@@ -17,12 +17,12 @@ from pydantic import ValidationError
 
 import llamamoe
 from llamamoe.architectures.rescales import RESCALES
-from llamamoe.conversion.layer import plugin
 from llamamoe.methods.repairs import REPAIRS
 from llamamoe.methods.routers import ROUTERS
 from llamamoe.methods.selectors import SELECTORS
 from llamamoe.methods.splitters import SPLITTERS
 from llamamoe.plugins import Plugin, PluginOptions, Registry
+from llamamoe.recipes import plugin
 from llamamoe.studies.budget.sensitivities import SENSITIVITIES
 from llamamoe.training.gates import GATES
 from llamamoe.training.losses import LOSSES

@@ -65,6 +65,10 @@ class Distill(Repair):
         moe = replace(moe, weights=first.repair(moe, ffn, context))
         return _descend(moe, ffn, context, options)
 
+    def training_flops(self, places: int, hidden_size: int, tokens: int) -> int:
+        """See `Plugin.training_flops`: forward, gradients of the weights, and of the activations of ``down`` alone."""
+        return self.options.epochs * tokens * (6 + 8) * places * hidden_size
+
     @classmethod
     def working_bytes(cls, places: int, hidden_size: int) -> int:
         """See `Repair.working_bytes`: the least squares, or float32 weights, gradients and Adam's two moments."""

@@ -64,7 +64,7 @@ class Learned(Splitter):
         """See `Splitter.split`; the learned rows come with the partition.
 
         O((F - S)(H + N)) for each of ``steps`` x ``batch`` tokens, forward and backward: about 10 H (F - S)
-        multiply-adds; O((F - S) N^2) per step for the transport; the start and ``checks`` sweeps over a fifth of the
+        floating-point operations; O((F - S) N^2) per step for the transport; the start and ``checks`` sweeps over a fifth of the
         tokens. Memory: the routed weights in the compute dtype, and some ``batch`` x (F - S) floats.
 
         Raises:
@@ -78,6 +78,11 @@ class Learned(Splitter):
             return start
         labels, rows = self._learn(ffn, neurons, start, fit, held_out, context)
         return replace(Partition.from_labels(neurons, labels, context, shared), router_NH=rows.float().cpu())
+
+    def training_flops(self, places: int, hidden_size: int, tokens: int) -> int:
+        """See `Plugin.training_flops`: mini-batches of the four fifths that are not held out, with frozen weights."""
+        batch = min(self.options.batch, 4 * tokens // 5)
+        return self.options.steps * batch * (6 + 4) * places * hidden_size
 
     @classmethod
     def working_bytes(cls, intermediate_size: int, hidden_size: int) -> int:

@@ -9,11 +9,12 @@ from ...architectures.moe_layout import Neurons, OutTensor
 from ...calibration.walk import StoredFfn
 from ...checkpoint.tensors import nonfinite, one_thread
 from ...conversion.assembly import LayerParts, make
-from ...conversion.layer import layer_context, plugin
+from ...conversion.layer import layer_context
 from ...errors import RefusedError
 from ...lazy import np, torch
 from ...methods.routers import ROUTERS
 from ...methods.splitters.upcycle import Upcycle
+from ...recipes import plugin
 from .plan import MixPlan
 
 

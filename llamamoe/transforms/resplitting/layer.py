@@ -10,7 +10,7 @@ from ...architectures.moe_checkpoint import ConvertedModel
 from ...architectures.moe_layout import MoeLayout, softmax_scores
 from ...checkpoint.tensors import cast, torch_dtype
 from ...conversion.attention import largest_logit
-from ...conversion.layer import output_errors, plugin
+from ...conversion.layer import output_errors
 from ...lazy import np, torch
 from ...methods.layer import PADDING, ExpertWeights, LayerContext, LayerInputs, Partition
 from ...methods.moe_layer import ConvertedFfn, MixtureFfn
@@ -18,6 +18,7 @@ from ...methods.repairs import REPAIRS
 from ...methods.router_scale import HARD_BELOW, scale_router
 from ...methods.routers.ridge import Ridge
 from ...methods.splitters import SPLITTERS
+from ...recipes import plugin
 from .recipe import ResplitRecipe
 
 STRENGTHS = (0.125, 0.25, 0.5)
