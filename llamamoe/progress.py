@@ -21,6 +21,7 @@ class Progress:
         total: Total number of units.
         unit: The counted unit, for example ``"layer"`` or ``"token"``.
         detail: A short text; may be empty.
+        expected_seconds: Estimate of the time of the units that are left, for steps that are long before the first one ends.
     """
 
     stage: str
@@ -28,6 +29,7 @@ class Progress:
     total: int
     unit: str
     detail: str = ""
+    expected_seconds: float | None = None
 
 
 ProgressCallback = Callable[[Progress], None]

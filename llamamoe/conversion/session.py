@@ -92,6 +92,12 @@ class Session:
         self._walk.start()
         return 0
 
+    def expected_seconds(self, layer: int) -> float:
+        """Return an estimate of the time from ``layer`` to the last one, at the rate of this machine's products."""
+        needed, layers = self.plan.calibration, self.plan.model.spec.num_layers
+        assert needed is not None
+        return needed.seconds(self.compute.flops_per_second()) * (layers - layer) / layers
+
     def enter(self, layer: int) -> tuple[LayerInputs, ConvertedAttention | None]:
         """Return the inputs of the layer's FFN, and its attention if that is converted; see `Walk.enter`."""
         if not self.plan.target.attention_experts:

@@ -72,7 +72,7 @@ def _write_calibrated(
         progress(Progress("convert", layers, layers, "layer"))
         return
     begin = session.begin(first)
-    progress(Progress("convert", begin, layers, "layer", OUTER))
+    progress(Progress("convert", begin, layers, "layer", OUTER, session.expected_seconds(begin)))
     for layer in range(begin, layers):
         unit = f"layer.{layer}"
         inputs, attention = session.enter(layer)

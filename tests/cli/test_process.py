@@ -225,6 +225,22 @@ def test_plain_progress_is_rare_and_tells_rate_and_time_left(
     ]
 
 
+def test_the_time_left_is_planned_at_first_and_forgets_a_pause(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: now[0])
+    with Output().progress() as report:
+        report(Progress("convert", 0, 10, "layer", expected_seconds=240))
+        for done in range(1, 7):
+            now[0] += 1000 if done == 3 else 20
+            report(Progress("convert", done, 10, "layer"))
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "convert: 0 of 10 layers, about 4 min 00 s expected"
+    assert shown[1].endswith("0.05 layers/s, 3 min 00 s left")
+    assert shown[-1].endswith("0.05 layers/s, 1 min 20 s left")
+
+
 def test_quiet_has_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with Output(quiet=True).progress() as report:
         report(Progress("convert", 1, 1, "layer"))
