@@ -172,10 +172,14 @@ def _print(benchmark: Benchmark) -> None:
     heading("Tokens per second")
     table(("batch", "prefill", "x parent", "decode", "x parent"), _rows(benchmark), right=range(5))
     if benchmark.against is not None:
-        heading("Expected from model sizes")
+        echo()
+        paragraph(_RANGES.format(benchmark.repeats))
+        heading("By sizes alone")
         flops = benchmark.against.prefill_flops_per_token / benchmark.model.prefill_flops_per_token
         read = benchmark.against.active_bytes / benchmark.model.active_bytes
         facts([("prefill", f"{flops:.3g} x, by operations"), ("decode, batch 1", f"{read:.3g} x, by bytes read")])
+        echo()
+        paragraph(_LIMITS)
         upto = (
             f"up to batch {benchmark.faster_up_to}" if benchmark.faster_up_to else "at none of the measured batch sizes"
         )
@@ -195,6 +199,11 @@ def _print(benchmark: Benchmark) -> None:
         paragraph(_OWN.format(used))
 
 
+_RANGES = (
+    "Medians of {} runs. In brackets: the smallest and the largest ratio between single runs of the two models. These numbers hold on this "
+    "machine; other programs disturb them."
+)
+_LIMITS = "These are limits, reached where matrices are large. Choosing and calling experts takes time of its own, which outweighs the gain in small models."
 _UNSTEADY = (
     "These ratios are not usable: when the parent was measured again at the end, its decoding steps took {:.2g} times as long as at the "
     "start, so other load on the machine changed meanwhile. Stop other programs and repeat it, with more --repeats."
@@ -223,9 +232,18 @@ def _rows(benchmark: Benchmark) -> list[tuple[str, ...]]:
             (
                 str(mine.batch_size),
                 f"{mine.prefill_tokens_per_second:,.1f}",
-                f"{theirs.prefill_seconds / mine.prefill_seconds:.3g}" if theirs else "",
+                _ratio(theirs.prefill_seconds, theirs.prefill_range, mine.prefill_seconds, mine.prefill_range)
+                if theirs
+                else "",
                 f"{mine.decode_tokens_per_second:,.1f}",
-                f"{theirs.decode_seconds / mine.decode_seconds:.3g}" if theirs else "",
+                _ratio(theirs.decode_seconds, theirs.decode_range, mine.decode_seconds, mine.decode_range)
+                if theirs
+                else "",
             )
         )
     return rows
+
+
+def _ratio(theirs: float, their_range: tuple[float, float], mine: float, my_range: tuple[float, float]) -> str:
+    lowest, highest = their_range[0] / my_range[1], their_range[1] / my_range[0]
+    return f"{theirs / mine:.2f} ({lowest:.2f}-{highest:.2f})"

@@ -25,6 +25,8 @@ class Speed:
         decode_seconds: Time of one further token of every sequence.
         prefill_tokens_per_second: Prompt tokens of all sequences divided by that time.
         decode_tokens_per_second: Sequences divided by the time of a step.
+        prefill_range: Shortest and longest time of the repeats.
+        decode_range: The same for `decode_seconds`.
         spread: Largest over smallest decode time of the repeats, which shows how idle the machine was.
     """
 
@@ -33,6 +35,8 @@ class Speed:
     decode_seconds: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    prefill_range: tuple[float, float]
+    decode_range: tuple[float, float]
     spread: float
 
 
@@ -114,15 +118,16 @@ class SpeedRun:
             model.device
         )
         runs = [self._once(model, ids_BT) for _ in range(self.repeats + 1)][1:]  # the first one warms up
-        prefill = statistics.median(first for first, _ in runs)
-        decode = statistics.median(step for _, step in runs)
-        steps = [step for _, step in runs]
+        prefills, steps = zip(*runs, strict=True)
+        prefill, decode = statistics.median(prefills), statistics.median(steps)
         return Speed(
             batch_size=size,
             prefill_seconds=prefill,
             decode_seconds=decode,
             prefill_tokens_per_second=ids_BT.numel() / prefill,
             decode_tokens_per_second=size / decode,
+            prefill_range=(min(prefills), max(prefills)),
+            decode_range=(min(steps), max(steps)),
             spread=max(steps) / min(steps),
         )
 

@@ -257,7 +257,7 @@ def test_retop_and_merge(converted: tuple[Path, Result], tmp_path: Path, run: Ru
 def test_bench(dense: Path, converted: tuple[Path, Result], run: Run) -> None:
     flags = ("--batch-sizes", "1,2", "--prompt", "8", "--new-tokens", "2", "--repeats", "1")
     text = run("bench", converted[0], "--against", dense, *flags).stdout
-    for expected in ("Tokens per second", "Expected from model sizes", "by bytes read", "experts by"):
+    for expected in ("Tokens per second", "By sizes alone", "by bytes read", "experts by"):
         assert expected in text
     assert text.rstrip().endswith("repeat it with --experts llamamoe_auto.")
     assert "repeat it" not in run("bench", converted[0], *flags, "--experts", "llamamoe_auto").stdout

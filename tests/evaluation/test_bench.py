@@ -35,7 +35,9 @@ def test_what_is_measured(pair: tuple[Path, Path]) -> None:
             assert speed.prefill_seconds > 0
             assert speed.decode_tokens_per_second == pytest.approx(speed.batch_size / speed.decode_seconds)
             assert speed.prefill_tokens_per_second == pytest.approx(20 * speed.batch_size / speed.prefill_seconds)
-            assert speed.spread >= 1
+            assert speed.prefill_range[0] <= speed.prefill_seconds <= speed.prefill_range[1]
+            assert speed.decode_range[0] <= speed.decode_seconds <= speed.decode_range[1]
+            assert speed.spread == speed.decode_range[1] / speed.decode_range[0]
     assert found.model.experts_implementation is not None
     assert found.against.experts_implementation is None
     assert found.drift is not None
@@ -71,7 +73,9 @@ def test_experts_run_as_asked(pair: tuple[Path, Path]) -> None:
 
 
 def speeds(*decode: float) -> ModelSpeed:
-    each = tuple(Speed(2**i, 1.0, seconds, 1.0, 1.0, 1.0) for i, seconds in enumerate(decode))
+    each = tuple(
+        Speed(2**i, 1.0, seconds, 1.0, 1.0, (1.0, 1.0), (seconds, seconds), 1.0) for i, seconds in enumerate(decode)
+    )
     return ModelSpeed("m", "float32", None, 1, 1.0, 1, 1, 1, each)
 
 
