@@ -196,6 +196,9 @@ class SafetensorsCheckpoint:
         gguf = next((f for f in found if f.endswith(".gguf")), None)
         if gguf:
             return f"To convert a GGUF file, name the file itself: {self.path / gguf}"
+        models = [f for f in found if (self.path / f / "config.json").is_file()]
+        if models:
+            return f"Did you mean {' or '.join(repr(str(self.path / f)) for f in models[:3])}?"
         return f"It holds: {', '.join(found[:6]) or 'nothing'}."
 
     def _inside(self, name: str) -> Path:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import llamamoe
+from tests.dense import make_dense
 
 from .conftest import Refused, digests, edit_config, edit_weights, recipe, shard
 
@@ -165,6 +166,8 @@ def test_source_that_is_a_link_to_a_folder_is_fine(source: Path, tmp_path: Path)
 def test_source_that_is_no_checkpoint(tmp_path: Path, source: Path, refused: Refused) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no config.json", "It holds: nothing")
+    make_dense(tmp_path / "models" / "small")
+    refused(tmp_path / "models", "no config.json", f"Did you mean '{tmp_path / 'models' / 'small'}'?")
     refused(source / "model.safetensors", "neither a folder nor a .gguf file", "the folder that holds config.json")
     refused(tmp_path / "nowhere", "does not exist", "Hub id")
     (source / "config.json").unlink()
