@@ -161,7 +161,8 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
     ours = any((out / mark).is_file() for mark in MARKS)
     if not force:
         way = ", or --force to replace the checkpoint in it" if ours else ": llamamoe did not write what it holds"
-        raise RefusedError(f"OUT ({out}) is not empty.", hint=f"Choose another name{way}.")
+        done = "What is in it is complete, so nothing is left to resume. " if ours else ""
+        raise RefusedError(f"OUT ({out}) is not empty.", hint=f"{done}Choose another name{way}.")
     if not ours:
         raise RefusedError(
             f"OUT ({out}) is not empty and was not written by llamamoe: --force does not remove it.",
