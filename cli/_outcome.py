@@ -23,10 +23,14 @@ def print_result(result: SplitResult) -> None:
     plan, run = result.plan, result.receipt["run"]
     echo("\n", bold(str(result.out)), f": {plan.target.name}, ready for transformers.")
     before, after = plan.parent_cost, plan.cost
-    shares = (change(before.active_parameters, after.active_parameters), change(before.nbytes, after.nbytes))
+    active = change(before.active_parameters, after.active_parameters)
     facts(
         [
-            ("parameters", f"{amount(after.total_parameters)}; {amount(after.active_parameters)} active ({shares[0]})"),
+            (
+                "parameters",
+                f"{amount(after.total_parameters)}; {amount(after.active_parameters)} active, in the parent "
+                f"{amount(before.active_parameters)} ({active})",
+            ),
             ("FFN active", ffn_active(plan)),
             ("files", f"{plural(len(plan.shards), 'file')}, {size(after.nbytes)}"),
             *_verified(plan, result.receipt.get("verification")),
