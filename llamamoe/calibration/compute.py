@@ -44,8 +44,9 @@ def choose_compute(device: str, compute_dtype: str | None, source_dtype: str) ->
     """Choose the device and the dtype that a recipe names, or the best ones for the machine.
 
     ``auto`` selects the first GPU if there is one. Without a dtype, products are in bfloat16 if the
-    source's weights have 16 bits (its own values are no finer) and the device multiplies bfloat16 several times
-    faster than float32: a GPU that has it, or a processor with AMX. Sums are accumulated in float32.
+    source's weights have 16 bits (its own values are no finer) and the device multiplies bfloat16 at least twice
+    as fast as float32: a GPU that has it, or a processor with AMX or with AMD's AVX-512 (Intel's multiplies both equally
+    fast). Sums are accumulated in float32.
 
     Args:
         device: ``"auto"`` or a torch device.
@@ -66,7 +67,9 @@ def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+        found = torch.cpu.get_capabilities()
+        amd = str(found.get("cpu_name", "")).startswith("AMD")
+        return bool(found.get("amx_bf16", False) or (amd and found.get("avx512_bf16", False)))
     return False
 
 

@@ -338,13 +338,21 @@ def test_compute_dtype(named: str | None, source: str, dtype: torch.dtype) -> No
     assert (found.device.type, found.dtype) == ("cpu", dtype)
 
 
-@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize(
+    ("processor", "fast"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, True),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, False),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"amx_bf16": False, "avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
+        ({"amx_bf16": False}, False),
+    ],
+)
 def test_sixteen_bit_sources_are_multiplied_in_bfloat16_where_that_is_fast(
-    amx: bool, monkeypatch: pytest.MonkeyPatch
+    processor: dict[str, Any], fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
-    found = choose_compute("cpu", None, "BF16")
-    assert (found.dtype == torch.bfloat16) == amx
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    assert (choose_compute("cpu", None, "BF16").dtype == torch.bfloat16) == fast
 
 
 def test_a_device_that_is_not_there_is_a_usage_error() -> None:
