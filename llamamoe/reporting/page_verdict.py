@@ -117,11 +117,15 @@ def _cost(model: Mapping[str, Any], key: str) -> float | None:
 
 def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
     model, parent = one.model, dense.model
-    factor, tokens = times_parent(model, "mean_over_domains"), _tokens(model)
+    factor, tokens, split = (
+        times_parent(model, "mean_over_domains"),
+        _tokens(model),
+        _by_split_alone(model) and not get(parent, "experts"),
+    )
     if factor is not None and factor > _CLOSE and not _trained(model):
-        if get(model, "provenance", "block") is not None and tokens is None:
+        if split and tokens is None and get(model, "provenance", "block") is not None:
             yield "Convert again with calibration text (`--calibration texts/`), which builds experts that a router can tell apart."
-        elif tokens is not None and tokens < LARGE_TEXT:
+        elif split and tokens is not None and tokens < LARGE_TEXT:
             yield f"Convert again with more calibration text: `--calibration-tokens {LARGE_TEXT}`, the default."
         if routes_attention(model):
             yield "Convert FFNs alone (another `--target`), which loses less at as many active parameters."
@@ -131,30 +135,37 @@ def _next(one: Series, dense: Series, pruned: Series | None) -> Iterator[str]:
                 f"{_place(dense)}`, not for llama.cpp): both lose less and cost speed."
             )
         yield _training(one, dense)
-    if pruned is None:
+    if pruned is None and split:
         yield (
             "Compare it with static pruning, which keeps the same neurons for every token and is faster: convert with `--method static "
             f"--shared {ffn_share(model, parent) or 0.5:.2f}` and the same text, and name both models to `llamamoe report`."
         )
-    elif (here := times_parent(pruned.model, "mean_over_domains")) is not None and factor is not None:
+    elif (
+        pruned is not None
+        and (here := times_parent(pruned.model, "mean_over_domains")) is not None
+        and factor is not None
+    ):
         if here <= factor:
             yield f"Prefer {pruned.name}: pruning loses no more ({number(here)} times), and is faster."
         else:
             yield f"{pruned.name}, without experts, loses more ({number(here)} times): the router is worth its cost."
+    yield _serving(one)
+
+
+def _serving(one: Series) -> str:
+    """Return the programs that run the model."""
+    model = one.model
     if routes_attention(model):
-        yield (
+        return (
             f"Serve it with transformers: no other program that we know runs {get(model, 'target')}. `llamamoe densify {_place(one)} dense` makes a "
             "dense model of it for others."
         )
-    elif get(model, "llama_cpp"):
-        yield (
-            f"Serve it: transformers and vLLM load the folder, `llamamoe export-gguf {_place(one)} model.gguf` writes a file for llama.cpp."
-        )
-    else:
-        yield (
-            "Serve it: transformers and vLLM load the folder. llama.cpp does not compute this model as transformers does: convert with "
-            "`--target granitemoeshared` or `--target mixtral`, without dense layers, to run it there."
-        )
+    if get(model, "llama_cpp"):
+        return f"Serve it: transformers and vLLM load the folder, `llamamoe export-gguf {_place(one)} model.gguf` writes a file for llama.cpp."
+    text = "Serve it: transformers and vLLM load the folder. llama.cpp does not compute this model as transformers does"
+    if not _by_split_alone(model):
+        return f"{text}."
+    return f"{text}: convert with `--target granitemoeshared` or `--target mixtral`, without dense layers, to run it there."
 
 
 def _training(one: Series, dense: Series) -> str:
@@ -185,6 +196,11 @@ def _tokens(model: Mapping[str, Any]) -> int | None:
     """Return the number of calibration tokens; None if there were none or the number is unknown."""
     found: int | None = get(model, "provenance", "calibration_tokens")
     return found
+
+
+def _by_split_alone(model: Mapping[str, Any]) -> bool:
+    """Return whether another call of `split` could make a model like it: not a mix of models, or experts split again."""
+    return not {"mix", "resplit"} & set(get(model, "provenance", "block") or ())
 
 
 def _trained(model: Mapping[str, Any]) -> bool:

@@ -26,12 +26,15 @@ def parent_of(series: Sequence[Series]) -> Mapping[str, Any] | None:
 
 
 def ffn_share(model: Mapping[str, Any], parent: Mapping[str, Any] | None) -> float | None:
-    """Return the FFN parameters that a token uses over the parent's, or without a parent over the model's own."""
-    parts = get(model, "cost", "parts") or {}
-    active = sum(get(parts, part, "active") or 0 for part in FFN_PARTS)
-    whole_parts = get(parent, "cost", "parts") or {} if parent else parts
-    whole = sum(get(whole_parts, part, "total") or 0 for part in FFN_PARTS)
+    """Return the FFN parameters that a token uses over those that it uses in the parent, or over all of its own."""
+    active = _ffn_parameters(model, "active")
+    whole = _ffn_parameters(parent, "active") if parent else _ffn_parameters(model, "total")
     return ratio(active or None, whole)
+
+
+def _ffn_parameters(model: Mapping[str, Any], key: str) -> float:
+    parts = get(model, "cost", "parts") or {}
+    return sum(get(parts, part, key) or 0 for part in FFN_PARTS)
 
 
 def undecided(model: Mapping[str, Any]) -> bool:

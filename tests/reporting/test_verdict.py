@@ -9,7 +9,7 @@ import pytest
 
 from llamamoe.reporting.page_values import series_of
 from llamamoe.reporting.page_verdict import Verdict, verdicts
-from llamamoe.reporting.page_words import undecided
+from llamamoe.reporting.page_words import ffn_share, undecided
 
 from .sample import Size, report
 
@@ -70,6 +70,23 @@ def test_the_next_step_is_the_most_useful_one(given: dict[str, Any], first: str)
     steps = judged(**given).next
     assert first in steps[0]
     assert "export-gguf" in steps[-1]
+
+
+@pytest.mark.parametrize("made", ["mix", "resplit"])
+def test_what_split_did_not_make_alone_is_not_to_be_split_again(made: str) -> None:
+    found = report(Size(models=1))
+    found["models"][0]["provenance"] |= {"calibration_tokens": None, "block": {"target": "mixtral", made: {}}}
+    (verdict,) = verdicts(series_of(found))
+    text = " ".join(verdict.next)
+    assert "`llamamoe pretrain" in text
+    assert "Convert again" not in text
+    assert "--method static" not in text
+
+
+def test_the_share_is_of_what_a_token_uses_in_a_parent_that_is_a_mixture() -> None:
+    found = report(Size(models=1))
+    (model,) = found["models"]
+    assert ffn_share(model, model) == 1.0
 
 
 @pytest.mark.parametrize(
