@@ -16,6 +16,7 @@ from ..checkpoint.paths import refuse_windows_path
 from ..conversion.recipe import AUTO, NO_REPAIR
 from ..data.files import find_files, unpacked_bytes
 from ..data.text import Document, read_documents
+from ..errors import RefusedError
 from ..methods.repairs import REPAIRS
 from ..methods.routers import ROUTERS
 from ..methods.selectors import SELECTORS
@@ -104,17 +105,18 @@ def plan_comparison(
     """List the cells with an estimate of their cost; reads headers only. For the arguments see `compare`.
 
     Raises:
-        RefusedError: A method is not possible at a budget; the message names every case.
+        RefusedError: A method is not possible at a budget, where the message names every case, or ``out`` is a model.
         UsageError: A text does not exist, or ``only`` matches nothing.
         MissingExtraError: A program whose speed is measured is not installed.
     """
-    refuse_windows_path(out or "")
+    _check_out(out or "")
     check_device(recipe.device)
     location, model = _open(source, tokenizer)
     everything = cells_of(recipe, model)
     cells = select(everything, only)
     domains = len({domain for _, domain in find_files(recipe.evaluation)})
-    warnings = _overlap(recipe) if recipe.calibration and recipe.calibration != (AUTO,) else ()
+    warnings = recipe.unused_sizes()
+    warnings += _overlap(recipe) if recipe.calibration and recipe.calibration != (AUTO,) else ()
     parent = next(cell.plan for cell in everything if cell.plan is not None).parent_cost
     flops = [estimated_flops(cell, parent, recipe, domains) for cell in cells]
     found: list[dict[str, Any] | None] = [None] * len(cells)
@@ -174,7 +176,8 @@ def compare(
         progress: Called with the progress of the study.
 
     Raises:
-        RefusedError: The source is not one that can be converted, or a method is not possible at a budget.
+        RefusedError: The source is not one that can be converted, a method is not possible at a budget, or ``out`` is a
+            model.
         UsageError: A text does not exist, documents are in both texts, or ``only`` matches nothing.
         LlamaMoeError: A text cannot be read, or ``out`` cannot be written.
         MissingExtraError: A program whose speed is measured is not installed.
@@ -183,7 +186,7 @@ def compare(
     from .run import StudyRun
     from .study_speed import StudySpeed
 
-    refuse_windows_path(out)
+    _check_out(out)
     location, model = _open(source, tokenizer)
     cells = cells_of(recipe, model)
     wanted = {cell.label for cell in select(cells, only)}
@@ -195,8 +198,16 @@ def compare(
         failed = run.do(wanted, progress)
     finally:
         engine.close()
-    warnings = speed.measure(wanted, progress)
+    warnings = recipe.unused_sizes() + speed.measure(wanted, progress)
     return run.finish(location, failed, speed, warnings)
+
+
+def _check_out(out: str | Path) -> None:
+    refuse_windows_path(out)
+    if str(out) and (Path(out).expanduser() / "config.json").exists():
+        raise RefusedError(
+            f"OUT ({out}) is a model, but a study writes results only.", hint="Choose another name, or a folder in it."
+        )
 
 
 def _open(source: str | Path, tokenizer: str | Path | None) -> tuple[Location, DenseModel]:

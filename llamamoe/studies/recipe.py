@@ -181,6 +181,16 @@ class CompareRecipe(Recipe):
             raise breaks("calibration", "'auto' (sampled text) cannot be mixed with files")
         return self
 
+    def unused_sizes(self) -> tuple[str, ...]:
+        """Return a sentence for each method with sizes at a budget that it does not have."""
+        budgets = {method.name: method.budgets or self.budgets for method in self.methods}
+        return tuple(
+            f"the sizes of {method.name} at budget {budget:g} are not used: it is measured at {', '.join(f'{b:g}' for b in budgets[method.name])}"
+            for method in self.methods
+            for budget in method.sizes
+            if budget not in budgets[method.name]
+        )
+
     def seeds_of(self, budget: float) -> tuple[int, ...]:
         """Return the seeds at one budget."""
         return self.seeds[budget] if isinstance(self.seeds, dict) else self.seeds

@@ -223,6 +223,11 @@ def simulations(rows: Sequence[Row]) -> list[str]:
             "A k for each layer (under the same total as one k, by the measured loss of each layer) is simulated: all "
             "targets but hunyuan_v1_moe hold one k for all layers, and split writes one."
         )
+    found += [
+        f"k of each layer, {row.method} at {_percent(row.budget)}: {', '.join(map(str, row.sizes['top_k_by_layer']))}."
+        for row in ours
+        if "top_k_by_layer" in row.sizes
+    ]
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from llamamoe.errors import LlamaMoeError, MissingExtraError, UsageError
+from llamamoe.errors import LlamaMoeError, MissingExtraError, RefusedError, UsageError
 from llamamoe.evaluation.perplexity import evaluate
 from llamamoe.methods.contributions import contributions
 from llamamoe.methods.layer import LayerInputs
@@ -23,7 +23,7 @@ from llamamoe.studies.compare import compare, plan_comparison
 from llamamoe.studies.in_memory import convert_in_memory, oracle_of
 from llamamoe.studies.measure import replaced_ffns
 from llamamoe.studies.store import read_result, write_result
-from llamamoe.studies.table import Comparison
+from llamamoe.studies.table import Comparison, markdown
 from tests.dense import make_dense
 from tests.studies.common import REPAIRED, make_study, open_dense
 
@@ -100,11 +100,14 @@ def test_a_k_for_each_layer_costs_no_more_and_is_called_simulated(study: SimpleN
         one = row(found, name)
         assert one.simulated == "simulated: split writes one k for all layers"
         each, top_k = one.sizes["top_k_by_layer"], one.sizes["top_k"]
+        assert f"k of each layer, {one.method} at 50 %: {', '.join(map(str, each))}." in markdown(found)
         assert (len(each), top_k, one.sizes["measure"]) == (LAYERS, uniform.sizes["top_k"], measure)
         assert sum(each) <= LAYERS * top_k
         assert one.share <= uniform.share + 1e-9
         assert one.sizes["damage"] <= one.sizes["damage_uniform"]
         assert one.exported_ratio is None
+    with pytest.raises(RefusedError, match="is a model, but a study writes results only"):
+        plan_comparison(study.dense, recipe, out=study.dense)
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert "(simulated: split writes one k for all layers)" in page
     assert "A k for each layer (under the same total" in page

@@ -72,6 +72,14 @@ def test_what_is_refused(tmp_path: Path, data: dict[str, Any], expected: str) ->
     assert expected in message(tmp_path, **data)
 
 
+def test_sizes_at_a_budget_that_is_not_measured_are_named(tmp_path: Path) -> None:
+    sizes = {0.25: {"num_experts": 4}, 0.5: {"num_experts": 4}}
+    methods = [{"name": "a", "method": "kmeans", "sizes": sizes}]
+    recipe = load(tmp_path, methods=methods, budgets=[0.5])
+    assert recipe.unused_sizes() == ("the sizes of a at budget 0.25 are not used: it is measured at 0.5",)
+    assert not load(tmp_path, methods=[{**methods[0], "budgets": [0.25, 0.5]}], budgets=[0.1]).unused_sizes()
+
+
 def test_overrides_and_given_values_win(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("methods: [kmeans]\nevaluation: a\nbudgets: [0.5]\n")
