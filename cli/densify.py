@@ -64,5 +64,6 @@ def command(
 
 def _print(found: DensifyResult) -> None:
     echo(bold(f"{found.out}: a dense model with {found.intermediate_size:,} neurons per layer"))
-    facts([("exact", "yes, all weights are unchanged" if found.exact else "no")])
+    kept = "those of MODEL, without rounding" if found.exact else "those of MODEL, rounded once or changed by training"
+    facts([("weights", kept)])
     bullets(found.warnings, mark="!")

@@ -33,9 +33,24 @@ BITSANDBYTES = (
 
 
 def advice(
-    spec: DenseSpec, recipe: SplitRecipe, calibration: CalibrationPlan | None, target: Target, layout: MoeLayout
+    spec: DenseSpec,
+    recipe: SplitRecipe,
+    calibration: CalibrationPlan | None,
+    target: Target,
+    layout: MoeLayout,
+    *,
+    text_only: bool = True,
 ) -> list[str]:
-    """Return remarks on a conversion, also on other programs (see `llamamoe.architectures.targets.clients`)."""
+    """Return remarks on a conversion, also on other programs (see `llamamoe.architectures.targets.clients`).
+
+    Args:
+        spec: The parent.
+        recipe: The recipe.
+        calibration: The plan of calibration, if there is one.
+        target: The target architecture.
+        layout: The sizes.
+        text_only: False for a model of images or sound, too, of which no GGUF file can be written.
+    """
     found = []
     if not layout.num_experts:
         found.append(
@@ -46,7 +61,7 @@ def advice(
         found.append("the experts are copies: larger than the parent and no cheaper per token, a start for training")
     elif calibration is None and layout.top_k < layout.num_experts:
         found.append(UNTRAINED)
-    if runs("llama.cpp", target.name):
+    if text_only and runs("llama.cpp", target.name):
         found += _unquantised(spec, layout)
     width = layout.expert_width
     padding = layout.padding(spec.intermediate_size)

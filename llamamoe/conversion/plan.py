@@ -230,7 +230,7 @@ def plan_split(model: DenseModel, recipe: SplitRecipe, *, text_tokens: int | Non
             *model.checkpoint.notes,
             *rest_notes(model),
             *chosen.notes,
-            *advice(spec, recipe, chosen.calibration, target, layout),
+            *advice(spec, recipe, chosen.calibration, target, layout, text_only=model.part is None),
         ),
         parity="exact" if splitter.exact and not recipe.fits else "none",
         majors=("5",) if model.part else target.majors(spec),

@@ -80,6 +80,8 @@ def llama_cpp_architecture(model: ConvertedModel) -> Architecture:
 def runs_planned(plan: SplitPlan) -> bool:
     """Return whether `export_gguf` will accept the architecture of a planned conversion's result."""
     layout, model_type = plan.layout, plan.config["model_type"]
+    if plan.model.part is not None:
+        return False
     if not plan.target.routed:
         return model_type in DENSE and not _differences(DENSE[model_type], plan.model.spec)
     found = ARCHITECTURES.get(plan.target.name)

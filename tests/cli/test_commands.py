@@ -204,7 +204,7 @@ def test_demo_without_the_model_names_the_extra(tmp_path: Path, run: Run, monkey
 def test_densify(dense: Path, converted: tuple[Path, Result], tmp_path: Path, run: Run) -> None:
     text = run("densify", converted[0], tmp_path / "back", "--like", dense).stdout
     assert "172 neurons per layer" in text
-    assert "yes, all weights are unchanged" in text
+    assert "those of MODEL, without rounding" in text
     assert "dense, llama" in run("inspect", tmp_path / "back").stdout
     data = json.loads(run("densify", converted[0], tmp_path / "two", "--json").stdout)
     assert (data["intermediate_size"], data["order"]) == (172, "experts")

@@ -17,6 +17,7 @@ from llamamoe.architectures.inspect import inspect
 from llamamoe.checkpoint.text_part import CONVERTED, OF_SOUND, TextPart
 from llamamoe.checkpoint.whole_pairs import PAIRS
 from llamamoe.training.moe_layers import find_moe_layers
+from llamamoe.transforms.llama_cpp import runs_planned
 from tests import multimodal
 from tests.dense import make_dense
 from tests.training.runs import make_tokens
@@ -231,7 +232,9 @@ def test_what_concerns_the_whole_is_refused(keys: dict[str, Any], said: str, lla
 
 
 def test_other_commands_refuse_and_name_those_that_do_not(llava: Path, tmp_path: Path) -> None:
-    convert(llava, tmp_path / "out")
+    plan = convert(llava, tmp_path / "out").plan
+    assert not runs_planned(plan)
+    assert not any("llama.cpp keeps" in note for note in plan.advice)
     dense, out, back = make_dense(tmp_path / "dense"), tmp_path / "out", tmp_path / "back"
     tokens = make_tokens(tmp_path / "tokens", dense, 0)
     healing = llamamoe.load_heal_recipe(given={"text": [str(tmp_path / "tokens" / "text")]})
