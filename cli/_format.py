@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-
-def plural(count: int, noun: str, ending: str = "s") -> str:
-    """``1 layer``, ``1,024 layers``."""
-    return f"{count:,} {noun}{'' if count == 1 else ending}"
+from llamamoe.errors import plural as plural
 
 
 def routed_factor(factor: float, where: str) -> str:

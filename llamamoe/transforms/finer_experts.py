@@ -9,12 +9,26 @@ from functools import lru_cache
 from ..architectures.moe_checkpoint import ConvertedModel
 from ..architectures.moe_layout import CorrectionBias, Neurons, OutTensor, softmax_scores
 from ..checkpoint.base import DTYPE_BYTES
+from ..conversion.sizes import PAD_TO, round_up
 from ..lazy import np, torch
 from ..methods.layer import PADDING, FfnWeights, LayerContext
 from ..methods.splitters.base import Splitter
 
 _Place = tuple[int, str, int | str]
 """A layer, a part of its FFN, and the expert: its index, or "all"."""
+
+
+def piece_width(expert_width: int, pieces: int) -> int:
+    """Return the stored width of a piece of an expert, zero neurons included: a multiple of 8, as `split` makes experts.
+
+    transformers' default product of experts needs rows of a multiple of 16 bytes.
+    """
+    return round_up(-(-expert_width // pieces), PAD_TO)
+
+
+def padded_pieces(experts_mW: np.ndarray, width: int) -> np.ndarray:
+    """Return the pieces of an expert, int64 ``[m, W]``, with `PADDING` up to ``width``."""
+    return np.pad(experts_mW, ((0, 0), (0, width - experts_mW.shape[1])), constant_values=PADDING)
 
 
 class FinerExperts:
@@ -43,7 +57,6 @@ class FinerExperts:
         # softmax gives each piece of an expert 1/m of its score, so what is added to it shrinks, too
         softmax = softmax_scores(source.target.router_weighting(source.mixing.weighting))
         self._bias_divisor = pieces if softmax else 1
-        self._width = math.ceil(source.layout.expert_width / pieces)
         self._names: dict[_Place, str] = {
             place: tensor.name
             for tensor in source.target.tensors(source.spec, source.layout)
@@ -107,13 +120,13 @@ class FinerExperts:
             + expert,  # experts of one layer differ in their random numbers
             num_experts=self._pieces,
             top_k=self._pieces,
-            expert_width=self._width,
+            expert_width=-(-len(gate) // self._pieces),
             seed=self._seed,
         )
         ffn = FfnWeights(gate, up, down, torch.ones(gate.shape[1]), self._source.spec.hidden_act)
         partition = self._splitter.split(ffn, np.empty(0, np.int64), context)
         partition.check(len(gate))
-        return partition.experts
+        return padded_pieces(partition.experts, piece_width(len(gate), self._pieces))
 
     def _matrices(self, layer: int, expert: int) -> tuple[torch.Tensor, ...]:
         """Return gate ``[W, H]``, up ``[W, H]`` and down ``[H, W]`` of an expert of the source."""

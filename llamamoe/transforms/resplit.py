@@ -64,7 +64,7 @@ def resplit(
     Args:
         model: A mixture of experts of a supported architecture, converted or not.
         out: The folder to create; None for a dry run.
-        pieces: m, at least 2; experts whose width it does not divide are padded with zero neurons.
+        pieces: m, at least 2; their widths are rounded up to a multiple of 8 with zero neurons.
         recipe: All keys at once, instead of ``pieces`` and ``keys``.
         dry_run: Return the sizes and write nothing.
         resume: Finish a stopped call with the same arguments.

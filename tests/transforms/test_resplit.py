@@ -124,12 +124,26 @@ def test_every_neuron_is_in_one_piece(
         filled = [tuple(row) for part in held for row in part.tolist() if any(row)]
         assert sorted(filled) == sorted(rows)
         sizes = [int(part.any(1).sum()) for part in held]
-        assert max(sizes) <= found.expert_width[1] == -(-width // pieces)
+        assert max(sizes) <= -(-width // pieces) <= found.expert_width[1]
+        assert found.expert_width[1] % 8 == 0
     assert found.padding == pieces * found.expert_width[1] - width
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_transformers_runs_pieces_of_any_width(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = foreign(tmp_path / "moe", "qwen3_moe", moe_intermediate_size=176)
+    found = resplit(source, tmp_path / "out", 3)
+    assert (found.expert_width, found.padding) == ((176, 64), 16)
+    assert any("each expert of MODEL gets 16 zero neurons" in each for each in found.warnings)
+    assert not any("can fail" in each for each in found.warnings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    assert model.config._experts_implementation == "grouped_mm"
+    with torch.no_grad():
+        assert bool(model(torch.arange(9)[None]).logits.isfinite().all())
+
+
 def test_pieces_differ_from_expert_to_expert_and_follow_the_seed(tmp_path: Path) -> None:
-    source = foreign(tmp_path / "moe", "mixtral")
+    source = foreign(tmp_path / "moe", "mixtral", intermediate_size=32)
     one, same, two = (
         load_file(resplit(source, tmp_path / name, 2, method="random", seed=seed).out / "model.safetensors")  # type: ignore[operator]
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
@@ -164,9 +178,11 @@ def test_what_cannot_be_the_same_function_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="2 groups of experts"):
         resplit(grouped, tmp_path / "out", 2)
     source = foreign(tmp_path / "moe", "glm4_moe", n_shared_experts=1)
-    with pytest.raises(RefusedError, match=r"24 is not a multiple of 5 = 24 / 5, rounded up") as refused:
-        resplit(source, tmp_path / "out", 5)
-    assert "divides 24" in str(refused.value.hint)
+    with pytest.raises(
+        RefusedError, match=r"24 is not a multiple of 16 = 24 / 2, rounded up to a multiple of 8"
+    ) as refused:
+        resplit(source, tmp_path / "out", 2)
+    assert "that fit: 3, 4, 5, 6, 7, 8." in str(refused.value.hint)
     with pytest.raises(UsageError, match="must be from 2 to 24"):
         resplit(source, tmp_path / "out", 25)
     with pytest.raises(UsageError, match="must be from 2 to 24"):

@@ -65,8 +65,8 @@ def calibration_ids(folder: Path, text: Path) -> torch.Tensor:
 def test_the_files_have_the_error_that_the_receipt_states(name: str, text: Path, tmp_path: Path) -> None:
     source = mixture(tmp_path / "moe", name)
     found = resplit(source, tmp_path / "out", 4, calibration=[str(text)], **KEYS)
-    assert (found.num_experts, found.top_k, found.expert_width) == ((5, 20), (2, 3), (24, 6))
-    assert found.active_neurons == (48, 18)
+    assert (found.num_experts, found.top_k, found.expert_width) == ((5, 20), (2, 3), (24, 8))
+    assert found.active_neurons == (48, 24)
     ids = calibration_ids(source, text)
     wanted, have = (routed_outputs(folder, ids) for folder in (source, tmp_path / "out"))
     error = float((wanted - have).norm() / wanted.norm())
@@ -104,12 +104,12 @@ def test_a_hard_router_stays_hard_and_a_token_that_costs_less_is_not_claimed_to_
 
 @pytest.mark.parametrize("target", ["glm4_moe", "ernie4_5_moe"])
 def test_biases_of_a_hard_router_are_scaled_with_its_logits(target: str, text: Path, tmp_path: Path) -> None:
-    given = {"method": "random", "num_experts": 4, "top_k": 2, "target": target, "shared": "1x", "rescale": "unit"}
+    given = {"method": "random", "num_experts": 5, "top_k": 2, "target": target, "shared": "1x", "rescale": "unit"}
     moe = split(make_dense(tmp_path / "dense"), tmp_path / "moe", load_recipe(given=given), verify=False).out
     unbiased = routed_outputs(moe, calibration_ids(moe, text))
     weights = load_file(moe / "model.safetensors")
     for key in (each for each in weights if "correction_bias" in each):
-        weights[key].copy_(torch.tensor([2e-4, 0.0, -2e-4, 4e-4]))  # scores differ by about 1e-4
+        weights[key].copy_(torch.tensor([2e-4, 0.0, -2e-4, 4e-4, -4e-4]))  # scores differ by about 1e-4
     save_file(weights, moe / "model.safetensors", {"format": "pt"})
     found = resplit(moe, tmp_path / "out", 2, calibration=[str(text)], **KEYS | {"repair": "none"})
     assert {layer["router"] for layer in found.receipt["layers"]} == {"hard"}

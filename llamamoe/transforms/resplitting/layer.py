@@ -19,6 +19,7 @@ from ...methods.router_scale import HARD_BELOW, scale_router
 from ...methods.routers.ridge import Ridge
 from ...methods.splitters import SPLITTERS
 from ...recipes import plugin
+from ..finer_experts import padded_pieces
 from .recipe import ResplitRecipe
 
 STRENGTHS = (0.125, 0.25, 0.5)
@@ -113,10 +114,11 @@ def _pieces(
     for index in range(count):
         own, expert = own_inputs(inputs, weights_TN[:, index]), parent.expert(index)
         # experts of one layer differ in their random numbers
-        context = LayerContext(layer * count + index, pieces, top_k, layout.expert_width, recipe.seed, own)
+        context = LayerContext(layer * count + index, pieces, top_k, -(-width // pieces), recipe.seed, own)
         found = splitter.split(expert, np.empty(0, np.int64), context)
         found.check(width)
-        experts.append(np.where(found.experts == PADDING, PADDING, found.experts + index * width))
+        slots_mW = np.where(found.experts == PADDING, PADDING, found.experts + index * width)
+        experts.append(padded_pieces(slots_mW, layout.expert_width))
         rows.append(Ridge(Ridge.Options()).rows(expert, found, context))
     none = np.empty(0, np.int64)
     return Partition(np.concatenate(experts), none, none), torch.cat(rows)

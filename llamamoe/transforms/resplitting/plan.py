@@ -15,9 +15,11 @@ from ...conversion.calibration_cost import CalibrationPlan, plan_calibration
 from ...conversion.defaults import Chosen
 from ...conversion.preference import LEAST_WIDTH
 from ...conversion.recipe import NO_REPAIR, build_recipe
-from ...errors import RefusedError, UsageError
+from ...conversion.sizes import PAD_TO
+from ...errors import RefusedError, UsageError, plural
 from ...methods.splitters import SPLITTERS
 from ...numerics import is_power_of_two
+from ..finer_experts import piece_width
 from .recipe import ResplitRecipe
 
 
@@ -145,7 +147,7 @@ def _finer(source: ConvertedModel, recipe: ResplitRecipe) -> MoeLayout:
         RefusedError: The shared expert's width would not be a multiple of the experts'.
     """
     old, pieces = source.layout, recipe.pieces
-    width = math.ceil(old.expert_width / pieces)
+    width = piece_width(old.expert_width, pieces)
     if source.target.shared == "one":
         raise RefusedError(
             f"{source.target.name} stores one shared expert, as wide as a routed one: experts cannot become narrower than it."
@@ -153,12 +155,20 @@ def _finer(source: ConvertedModel, recipe: ResplitRecipe) -> MoeLayout:
     if source.target.shared == "multiple" and old.shared_width % width:
         raise RefusedError(
             f"{source.target.name} stores shared neurons in units of an expert's width, and {old.shared_width} is not a multiple of "
-            f"{width} = {old.expert_width} / {pieces}, rounded up.",
-            hint=f"Take a number of pieces that divides {old.expert_width}.",
+            f"{width} = {old.expert_width} / {pieces}, rounded up to a multiple of {PAD_TO}.",
+            hint=_fitting_pieces(old),
         )
     return replace(
         old, num_experts=old.num_experts * pieces, top_k=recipe.top_k or old.top_k * pieces, expert_width=width
     )
+
+
+def _fitting_pieces(old: MoeLayout) -> str:
+    """Return the hint that names the numbers of pieces whose width divides the shared expert's."""
+    widths = {pieces: piece_width(old.expert_width, pieces) for pieces in range(2, old.expert_width + 1)}
+    narrower = {pieces: width for pieces, width in widths.items() if width < old.expert_width}
+    fitting = [str(pieces) for pieces, width in narrower.items() if old.shared_width % width == 0]
+    return f"Numbers of pieces that fit: {', '.join(fitting[:6]) or 'none'}."
 
 
 def planned(
@@ -255,16 +265,16 @@ def _warnings(source: ConvertedModel, layout: MoeLayout, exact: bool, padding: i
             "the experts' down projections are rounded once to their dtype: the number of pieces is not a power of two"
         )
     if padding:
-        found.append(f"the pieces do not divide an expert's width: {padding} zero neurons are added to each expert")
+        found.append(
+            f"each expert of MODEL gets {plural(padding, 'zero neuron')}, so that the width of its pieces is a multiple of {PAD_TO}, as "
+            "transformers' products of experts need: they change nothing, and are counted in the costs"
+        )
+    if layout.expert_width >= source.layout.expert_width:
+        found.append("so many zero neurons make a piece as wide as an expert of MODEL: take fewer pieces")
     if layout.expert_width < LEAST_WIDTH:
         found.append(
             f"experts of {layout.expert_width} neurons are narrow: programs compute them slowly, and formats with blocks of 32 numbers "
             "cannot quantise them"
-        )
-    if layout.expert_width % 8:
-        found.append(
-            f"the experts' width, {layout.expert_width}, is not a multiple of 8: transformers' default products of experts can fail; set "
-            "experts_implementation to eager or llamamoe_auto when you load the model, or take another number of pieces"
         )
     if not _same_rescale(source, layout):
         found.append(
