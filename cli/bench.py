@@ -8,6 +8,7 @@ import click
 
 from ._format import amount, size
 from ._output import Output, output_options
+from ._plan import print_warnings
 from ._style import COUNT, Command, flag, model_options, tokenizer_option
 from ._tables import bullets, facts, heading, paragraph, table
 from ._text import bold, echo
@@ -193,10 +194,11 @@ def _print(benchmark: Benchmark) -> None:
             heading("Warnings")
             bullets([_UNSTEADY.format(benchmark.drift)], mark="!")
     used = benchmark.model.experts_implementation
-    # "eager" by default means that the class in transformers (JetMoE's) has one implementation only.
+    # "eager" by default: the class in transformers (JetMoE's) has one implementation only, or grouped_mm would fail
     if benchmark.device == "cpu" and used not in (None, "eager") and not str(used).startswith(PREFIX):
         echo()
         paragraph(_OWN.format(used))
+    print_warnings(benchmark.warnings)
 
 
 _RANGES = (

@@ -36,6 +36,7 @@ class Benchmark:
             machine did not change.
         faster_up_to: Largest batch size up to which decoding was faster than the parent's at every measured one; 0:
             none.
+        warnings: Sentences for the user, such as that experts run one by one.
     """
 
     device: str
@@ -47,6 +48,7 @@ class Benchmark:
     against: ModelSpeed | None
     drift: float | None
     faster_up_to: int | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def steady(self) -> bool:
@@ -104,7 +106,8 @@ def bench(
     run = SpeedRun(prompt_tokens, new_tokens, repeats, dtype, device)
     mine, parent, drift = _measure(run, sides, sizes, experts_implementation, progress)
     threads, faster = torch.get_num_threads(), None if parent is None else _faster_up_to(mine, parent)
-    return Benchmark(device, threads, prompt_tokens, new_tokens, repeats, mine, parent, drift, faster)
+    told = tuple(note for side, _ in sides for note in side.notes)
+    return Benchmark(device, threads, prompt_tokens, new_tokens, repeats, mine, parent, drift, faster, told)
 
 
 def _open(

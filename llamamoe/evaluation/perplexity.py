@@ -72,7 +72,10 @@ def evaluate(
     plans, same = _plans(encoded, sides, length, stride)
     results = _results(plans, same, batch_size, dtype, devices, progress)
     words = protocol(length, max_tokens, sides, same, stride)
-    warnings = tuple(fitted_text_warnings(sides, [each.document for each in encoded]))
+    warnings = (
+        *fitted_text_warnings(sides, [each.document for each in encoded]),
+        *(note for side in sides for note in side.notes),
+    )
     return Evaluation(words, length, stride, max_tokens, ",".join(devices), skipped, **results, warnings=warnings)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..architectures.inspect import Inspection
 from ..errors import LlamaMoeError, UsageError
 from ..lazy import psutil, torch
+from ..models.experts.grouped_mm import ROW_BYTES, rows_fit
 from ..models.loading import Opened, free_memory, load_weights
 
 
@@ -160,6 +161,11 @@ def _choose_experts(model: Any, implementation: str | None) -> str | None:
     if implementation is not None:
         from ..models.experts import register_experts
 
+        if implementation == "grouped_mm" and not rows_fit(model):
+            raise UsageError(
+                f"grouped_mm needs experts whose matrices have rows of a multiple of {ROW_BYTES} bytes, and in {model.dtype} these have not.",
+                hint="Omit the implementation, which is then eager, or take llamamoe_auto.",
+            )
         register_experts()
         try:
             model.set_experts_implementation(implementation)

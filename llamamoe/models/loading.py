@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..checkpoint.text_part import is_whole
 from ..checkpoint.unmapped import unmapped
 from ..errors import CheckpointError, UsageError
 from ..lazy import accelerate, check_transformers, torch, transformers
+from .experts.grouped_mm import ROW_BYTES, rows_fit
 from .loadable import check_config_file
 
 LOGITS_AT_ONCE = 1 << 24  # fp32 logits held at once: 64 MiB, whatever the vocabulary
@@ -39,6 +40,7 @@ class Opened:
         tokenizer: The transformers tokenizer.
         bos: The token that the tokenizer itself adds before a text, or None.
         dense: The dense model of a GGUF file; None for models that transformers reads itself.
+        notes: Sentences for the user, which `load_weights` adds.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Opened:
     tokenizer: Any
     bos: int | None
     dense: DenseModel | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def open_models(names: Sequence[str | Path], *, tokenizer: str | Path | None = None) -> list[Opened]:
@@ -166,7 +169,7 @@ def _leading_bos(tokenizer: Any) -> int | None:
 
 
 def load_weights(opened: Opened, dtype: str, device: str) -> Any:
-    """Load the model for scoring.
+    """Load the model for scoring; experts run one by one where transformers' default product of experts would fail.
 
     Args:
         opened: The opened model.
@@ -197,7 +200,23 @@ def load_weights(opened: Opened, dtype: str, device: str) -> Any:
             f"'{opened.name}' lacks {len(missing)} tensors that its config.json requires, such as {missing[0]}.",
             hint="Download or convert it again.",
         )
+    _mend_experts(model, opened)
     return model.eval()
+
+
+def _mend_experts(model: Any, opened: Opened) -> None:
+    """Set the experts implementation ``eager``, with a note, if rows are too short for transformers' default."""
+    chosen = getattr(model.config.get_text_config(), "_experts_implementation", None)
+    if chosen != "grouped_mm" or rows_fit(model):
+        return
+    model.set_experts_implementation("eager")
+    note = (
+        f"{opened.name}: the rows of its experts' matrices are not a multiple of {ROW_BYTES} bytes in {str(model.dtype).removeprefix('torch.')}, "
+        "so transformers' default product of experts fails; they run one by one here (elsewhere: from_pretrained(..., "
+        'experts_implementation="eager")).'
+    )
+    if note not in opened.notes:
+        opened.notes.append(note)
 
 
 def _load_gguf(name: str, dense: DenseModel, dtype: str, device: str) -> Any:

@@ -279,7 +279,8 @@ def _notes(sides: Sequence[_Side], parent: bool) -> list[str]:
     if not parent:
         notes.append("No dense parent was given, so the loss by the conversion is unknown.")
     documents = [each.document for each in sides[0].plan.encoded]
-    return [*notes, *fitted_text_warnings([side.plan.side for side in sides], documents)]
+    opened = [side.plan.side for side in sides]
+    return [*notes, *fitted_text_warnings(opened, documents), *(note for side in opened for note in side.notes)]
 
 
 def _write(found: dict[str, Any], out: str | Path | None, json_out: str | Path | None) -> None:

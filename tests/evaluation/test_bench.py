@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from llamamoe_cli.bench import _print
 
-from llamamoe import UsageError, bench, load_recipe, split
+from llamamoe import UsageError, bench, evaluate, load_recipe, split
 from llamamoe.evaluation.bench import Benchmark, _faster_up_to
 from llamamoe.evaluation.speeds import ModelSpeed, Speed
 
-from ..dense import make_dense
+from ..dense import make_dense, make_tokenizer
+from ..transforms.test_resplit import foreign
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,19 @@ def test_experts_run_as_asked(pair: tuple[Path, Path]) -> None:
         bench(pair[1], experts_implementation="eager", **keys)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="not an implementation of experts"):
         bench(pair[0], experts_implementation="magic", **keys)  # type: ignore[arg-type]
+
+
+def test_experts_of_any_width_run(tmp_path: Path) -> None:
+    make_tokenizer(foreign(tmp_path / "odd", "mixtral", intermediate_size=22))
+    (tmp_path / "text.txt").write_text("the class of a statement is None in it")
+    scores = evaluate(tmp_path / "odd", [tmp_path / "text.txt"])
+    assert any("experts_implementation" in each for each in scores.warnings)
+    keys = {"batch_sizes": [1], "prompt_tokens": 4, "new_tokens": 1, "repeats": 1}
+    found = bench(tmp_path / "odd", **keys)  # type: ignore[arg-type]
+    assert found.model.experts_implementation == "eager"
+    assert found.warnings == scores.warnings
+    with pytest.raises(UsageError, match="multiple of 16 bytes"):
+        bench(tmp_path / "odd", experts_implementation="grouped_mm", **keys)  # type: ignore[arg-type]
 
 
 def speeds(*decode: float) -> ModelSpeed:

@@ -9,6 +9,16 @@ from ...lazy import torch, transformers
 from .base import ExpertsCall, ExpertsImplementation
 from .sorted_loop import Sorted
 
+ROW_BYTES = 16
+"""torch's grouped product takes matrices whose rows are a multiple of this long."""
+
+
+def rows_fit(model: torch.nn.Module) -> bool:
+    """Return whether torch's grouped product takes the matrices of all experts of a model, in their dtype."""
+    found = (getattr(module, name, None) for module in model.modules() for name in ("gate_up_proj", "down_proj"))
+    stacked = [each for each in found if isinstance(each, torch.nn.Parameter) and each.ndim == 3]
+    return not any(each.shape[-1] * each.element_size() % ROW_BYTES for each in stacked)
+
 
 @dataclass(frozen=True)
 class _Experts:
@@ -58,7 +68,7 @@ class GroupedMm(ExpertsImplementation):
         torch's product does not support float64, and needs rows of multiples of 16 bytes: else experts run one by one.
         """
         size = call.x_TH.element_size()
-        if size > 4 or call.width * size % 16 or call.hidden_size * size % 16:
+        if size > 4 or call.width * size % ROW_BYTES or call.hidden_size * size % ROW_BYTES:
             return Sorted().forward(call)
         function: Any = transformers.integrations.moe.grouped_mm_experts_forward
         known = call.all_known()
