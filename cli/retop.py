@@ -59,5 +59,6 @@ def command(model: str, out: str, top_k: int, rescale: str | None, resume: bool,
 
 def _print(found: RetopResult) -> None:
     echo(bold(f"{found.out}: {found.top_k[1]} experts per token instead of {found.top_k[0]}"))
-    facts([("factor", routed_factor(found.factor, found.where)), ("exact", "yes" if found.exact else "one rounding")])
+    rounded = "nothing" if found.exact else "down projections, once"
+    facts([("factor", routed_factor(found.factor, found.where)), ("rounded", rounded)])
     bullets(found.warnings, mark="!")

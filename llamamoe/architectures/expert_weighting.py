@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,6 +142,12 @@ def may_overlap(config: Mapping[str, Any]) -> bool:
     """Return whether neurons of a conversion may be in several experts (`gradient` with overlap `inner`)."""
     block = config.get("llamamoe") or {}
     return block.get("method") == "gradient" and block.get("parity") != "exact"
+
+
+def equal_pieces(config: Mapping[str, Any]) -> int:
+    """Return how many pieces with equal router rows `resplit` made of each expert, 1 if it made none."""
+    made = (config.get("llamamoe") or {}).get("resplit") or []
+    return math.prod(each["pieces"] for each in made if "calibration_tokens" not in each)
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:

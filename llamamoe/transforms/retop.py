@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..architectures.expert_weighting import Mixing, is_routed_down, may_overlap, mixing_of, rescale_of, rescaled_block
+from ..architectures.expert_weighting import (
+    Mixing,
+    equal_pieces,
+    is_routed_down,
+    may_overlap,
+    mixing_of,
+    rescale_of,
+    rescaled_block,
+)
 from ..architectures.moe_layout import weight
 from ..architectures.rescales import RESCALES
 from ..checkpoint.reader import SafetensorsCheckpoint
@@ -168,8 +175,7 @@ def _warnings(config: dict[str, Any], rescale: str | None, before: int, top_k: i
             "much or too little"
         )
     trained = block.get("healed") or block.get("trained")
-    equal = (each for each in block.get("resplit") or [] if "calibration_tokens" not in each)
-    pieces = math.prod(each["pieces"] for each in equal)
+    pieces = equal_pieces(config)
     if top_k % pieces and not trained:
         found.append(
             f"the {pieces} pieces of a split expert have equal router rows: of an expert that is not selected whole, arbitrary ones run"

@@ -387,6 +387,23 @@ def test_prompts_and_router_belong_together(models: dict[str, Path], tmp_path: P
     assert "hidden" in run(models["base"], tmp_path / "out", *experts, "--dry-run").stdout
 
 
+def test_pieces_of_a_mix_are_counted_in_what_it_says_of_exactness(models: dict[str, Path], tmp_path: Path) -> None:
+    mix(models["base"], tmp_path / "out", recipe(models["ffn"], models["base"], top_k=1))
+    for source, pieces in (("out", 2), ("2", 3)):
+        llamamoe.resplit(tmp_path / source, tmp_path / str(pieces), pieces)
+    told = {name: json.loads((tmp_path / name / "config.json").read_text())["llamamoe"]["exactness"] for name in "23"}
+    whole = "of one expert selected: they compute BASE with the FFNs of that expert's model"
+    assert told["2"] == f"exact with the 2 pieces {whole}"
+    assert (
+        told["3"] == f"exact with the 6 pieces {whole}; down projections were rounded once more when experts were split"
+    )
+    assert apart(logits(tmp_path / "2"), logits(tmp_path / "out")) < 1e-5
+    result = CliRunner().invoke(root, ["retop", str(tmp_path / "2"), str(tmp_path / "one"), "--top-k", "1"])
+    assert "rounded  nothing" in result.stdout
+    assert "exact" not in result.stdout
+    assert "arbitrary ones run" in result.stdout
+
+
 # ---- an averaged backbone -----------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from ...errors import RefusedError
 from ..rewrite import check_place, same_tensors
 from .checkpoints import AveragedCheckpoint
 from .checks import check_shapes, check_vocabularies, setting_warnings
+from .exactness import mix_exactness, rest_of
 from .prompts import Prompts, read_prompts
 from .recipe import MixRecipe
 
@@ -59,7 +60,7 @@ class MixPlan:
     @property
     def exactness(self) -> str:
         """A sentence on what the output equals."""
-        return f"exact with one expert selected: it computes {self.rest} with the FFNs of that expert's model"
+        return mix_exactness(self.rest)
 
     @property
     def peak_bytes(self) -> int:
@@ -70,7 +71,7 @@ class MixPlan:
     @property
     def rest(self) -> str:
         """Words for what gives attention, norms, embedding and head."""
-        return "BASE" if self.recipe.backbone == "base" else "the averaged backbone"
+        return rest_of(self.recipe.backbone)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-compatible data, the same for every run."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...architectures.expert_weighting import complete_config, rescaled_block
+from ...architectures.expert_weighting import complete_config, equal_pieces, rescaled_block
 from ...architectures.moe_checkpoint import ConvertedModel
 from ...architectures.moe_layout import MoeLayout, weight
 from ...architectures.rescales import RESCALES
@@ -20,6 +20,7 @@ from ...errors import RefusedError, UsageError, plural
 from ...methods.splitters import SPLITTERS
 from ...numerics import is_power_of_two
 from ..finer_experts import piece_width
+from ..mixing.exactness import mix_exactness, rest_of
 from .recipe import ResplitRecipe
 
 
@@ -241,12 +242,23 @@ def changed_config(
             "exactness": f"not exact: {layout.top_k} of {layout.num_experts} pieces are selected",
         }
         block |= {"repair": None if recipe.repair.name == NO_REPAIR else recipe.repair.name}
+    elif "exactness" in block:
+        block |= {"exactness": _exactness(block, recipe.pieces, rounded=not plan.exact)}
     sizes = {"num_experts": layout.num_experts, "top_k": layout.top_k, "expert_width": layout.expert_width}
     ratio = {} if plan.where == "nowhere" else {plan.where: plan.factor}
     block = rescaled_block(block, **ratio) | {key: value for key, value in sizes.items() if key in block}
     if not _same_rescale(source, layout):
         block["rescale"] = None
     return {**config, **changed, "llamamoe": block}
+
+
+def _exactness(block: dict[str, Any], pieces: int, *, rounded: bool) -> str:
+    """Return what the source's record says of exactness, in terms of the pieces."""
+    told, before = str(block["exactness"]), equal_pieces({"llamamoe": block})
+    for made in block.get("mix") or []:
+        rest = rest_of(made["recipe"]["backbone"])
+        told = told.replace(mix_exactness(rest, before), mix_exactness(rest, before * pieces))
+    return f"{told}; down projections were rounded once more when experts were split" if rounded else told
 
 
 def _same_rescale(source: ConvertedModel, layout: MoeLayout) -> bool:
