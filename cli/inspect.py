@@ -22,6 +22,8 @@ HELP = """Show the architecture, size and cost of the checkpoint PATH, from file
 
 PATH is a dense model or a mixture of experts, converted by llamamoe or not: a folder with config.json and safetensors
 files, a .gguf file or a Hub id, of which the headers are read over the network and no weights are downloaded.
+
+-v adds the parameters by part and, for an output of llamamoe, the whole record of how it was made.
 """
 
 
@@ -48,7 +50,7 @@ def _print(inspection: Inspection, *, verbose: bool) -> None:
     _costs(inspection, verbose=verbose)
     if inspection.provenance is not None:
         heading("Converted by llamamoe")
-        facts(_provenance(inspection.provenance, inspection.receipt))
+        facts(_provenance(inspection.provenance, inspection.receipt, verbose=verbose))
     if inspection.notes:
         heading("Notes")
         bullets(inspection.notes, mark="!")
@@ -61,23 +63,21 @@ def _print(inspection: Inspection, *, verbose: bool) -> None:
 
 
 def _facts(inspection: Inspection) -> list[tuple[str, str]]:
+    from llamamoe.architectures.expert_weighting import routes_attention
+
     sizes = dict(inspection.sizes)
     ffn = (
         [("FFN", f"{inspection.intermediate_size:,} neurons")]
         if inspection.experts is None and inspection.intermediate_size
         else []
     )
-    heads = f"{sizes.get('num_attention_heads', '?')} of {sizes.get('head_dim', '?')}"
-    if "head_dim" not in sizes and sizes.get("num_attention_heads"):
-        heads = f"{sizes['num_attention_heads']}"
-    keys = sizes.get("num_key_value_heads")
     total = sum(inspection.dtypes.values()) or 1
     kinds = ", ".join(f"{k} {100 * n / total:.0f} %" if n < total else k for k, n in inspection.dtypes.items())
     return [
         ("class", inspection.architecture or "not named"),
         ("layers", f"{sizes.get('num_hidden_layers', '?')}, hidden size {_number(sizes.get('hidden_size'))}"),
         *ffn,
-        ("heads", heads + (f", {keys} for keys and values" if keys else "")),
+        ("heads", _heads(sizes, inspection.experts if routes_attention(inspection.target) else None)),
         ("vocabulary", _number(sizes.get("vocab_size")) + (", head tied to the embedding" if inspection.tied else "")),
         ("context", _number(sizes.get("max_position_embeddings"))),
         (
@@ -86,6 +86,20 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
         ),
         *([("revision", inspection.revision)] if inspection.revision else []),
     ]
+
+
+def _heads(sizes: Mapping[str, int], routed: Experts | None) -> str:
+    """Return the heads of attention; ``routed`` are the experts that the query heads are, where attention is routed, too."""
+    keys, width = sizes.get("num_key_value_heads"), sizes.get("head_dim")
+    count = sizes.get("num_attention_heads") or (keys * routed.num_experts if keys and routed else "?")
+    shown = (
+        f"{count}"
+        + (f", each of {width} dimensions" if width else "")
+        + (f"; {keys} for keys and values" if keys else "")
+    )
+    if routed is None:
+        return shown
+    return f"{shown}; attention is routed, too: a token uses {routed.top_k} of the {routed.num_experts} query heads of each"
 
 
 def _number(value: int | None) -> str:
@@ -129,12 +143,17 @@ _LABELS = {
     "baked_factor": "factor in weights",
 }
 """Labels of keys in the provenance block that do not explain themselves: conditions of parity, and factors of the experts' sum."""
+_ELSEWHERE = ("num_experts", "top_k", "expert_width")
+"""Keys of the block whose values are shown as they are in the files."""
+_MOST_NAMED = 8
+"""Values of a list that are shown without ``-v``."""
 
 
-def _provenance(made: Mapping[str, Any], receipt: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _provenance(made: Mapping[str, Any], receipt: Mapping[str, Any] | None, *, verbose: bool) -> list[tuple[str, str]]:
+    shown = made if verbose else _short(made, leave_out=_ELSEWHERE)
     rows = [
         (_LABELS.get(key, str(key).replace("_", " ")), _plain(value))
-        for key, value in made.items()
+        for key, value in shown.items()
         if value is not None
     ]
     if receipt is None:
@@ -149,6 +168,30 @@ def _provenance(made: Mapping[str, Any], receipt: Mapping[str, Any] | None) -> l
     if receipt.get("finished"):
         rows.append(("finished", f"{receipt['finished']} after {duration(receipt.get('seconds', 0.0))}"))
     return rows
+
+
+def _short(made: Mapping[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a record without hashes and, in the steps that followed, without what nests deeper."""
+    found = {}
+    for key, value in made.items():
+        if key in leave_out or "sha256" in key or "hashes" in key:
+            continue
+        if isinstance(value, list) and value and all(isinstance(step, Mapping) for step in value):
+            value = [_step(step) for step in value]
+        found[key] = _step(value) if isinstance(value, Mapping) else value
+    return found
+
+
+def _step(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain values of a step, two numbers as what was before and after it."""
+    found = {}
+    for key, value in _short(step).items():
+        values = value if isinstance(value, list) else [value]
+        if len(values) > _MOST_NAMED or any(isinstance(each, Mapping | list) for each in values):
+            continue
+        pair = len(values) == 2 and all(isinstance(each, int) for each in values)
+        found[key.replace("_", " ")] = f"{values[0]} to {values[1]}" if pair else value
+    return found
 
 
 def _plain(value: Any) -> str:

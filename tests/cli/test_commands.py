@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 from llamamoe_cli.evaluate import with_error
 
+from llamamoe import load_recipe, split
 from llamamoe.catalog import list_methods
 from llamamoe.checkpoint.files import lock
 from llamamoe.studies.demo import DemoResult, DemoRow
@@ -68,6 +69,33 @@ def test_inspect(dense: Path, converted: tuple[Path, Result], tmp_path: Path, ru
     assert data["experts"]["num_experts"] == 4
     assert data["receipt"]["verified"] is True
     assert "does not exist" in run("inspect", tmp_path / "none", code=3).stderr
+
+
+def test_inspect_shows_the_rest_of_a_record_with_v_only(
+    converted: tuple[Path, Result], tmp_path: Path, run: Run
+) -> None:
+    config = json.loads((converted[0] / "config.json").read_text())
+    step = {
+        "experts": ["one", "two"],
+        "texts": [{"sha256_of_ids": "beef"}],
+        "num_experts": [4, 8],
+        "rows_sha256": "beef",
+    }
+    config["llamamoe"]["mix"] = [step]
+    shutil.copytree(converted[0], tmp_path / "moe")
+    (tmp_path / "moe/config.json").write_text(json.dumps(config))
+    text = run("inspect", tmp_path / "moe").stdout
+    assert "experts one, two, num experts 4 to 8" in text
+    assert not {"sha256", "beef"} & set(text.split())
+    assert run("inspect", tmp_path / "moe", "-v").stdout.count("beef") == 2
+
+
+def test_inspect_says_that_attention_is_routed(tmp_path: Path, run: Run) -> None:
+    recipe = load_recipe(given={"method": "random", "target": "jetmoe", "num_experts": 2, "top_k": 1})
+    split(make_dense(tmp_path / "dense"), tmp_path / "moe", recipe, verify=False)
+    text = run("inspect", tmp_path / "moe").stdout
+    assert "attention is routed, too: a token uses 1 of the 2 query heads of each" in text
+    assert "?" not in text
 
 
 def test_inspect_says_that_a_folder_is_unfinished(tmp_path: Path, run: Run) -> None:
