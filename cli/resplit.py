@@ -40,7 +40,7 @@ SIZES, RUN = "Sizes", "Run"
 
 
 def _methods() -> list[str]:
-    from llamamoe.transforms.resplitting.plan import usable_methods
+    from llamamoe.transforms.resplitting.recipe import usable_methods
 
     return usable_methods(text=True)
 
@@ -50,8 +50,8 @@ _ROWS = (
     row_of("top_k", group=SIZES, unset="all of them",
            text="Smaller experts selected per token; fewer than all pieces of MODEL's selected experts need --calibration"),
     row_of("method", group=SIZES, names=_methods, unset="kmeans; with text token_clusters",
-           text="How the neurons of an expert are partitioned: kmeans or random; with text also activation, coactivation, learned or "
-           "token_clusters"),
+           text="How the neurons of an expert are partitioned: cluster_shared, kmeans or random; with --calibration also activation, "
+           "coactivation, learned or token_clusters"),
     row_of("seed", group=SIZES),
     row_of("calibration", metavar="PATH",
            text="Calibration text: a file (txt, jsonl, parquet; also .gz, .zst), folder or glob; may be repeated"),

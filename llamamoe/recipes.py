@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
 
@@ -74,12 +74,13 @@ def plugin(registry: Registry[Any], choice: Choice | None) -> Any:
     return cls(cls.Options.model_validate(choice.options))
 
 
-def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
+def choose(registry: Registry[Any], *words: str, named: Callable[[], Sequence[str]] | None = None) -> BeforeValidator:
     """Accept ``name``, ``{name: ..., option: value}`` or a `Choice`; check the options with the plug-in's model.
 
     Args:
         registry: Registry of the names.
         words: Names that are not plug-ins and have no options.
+        named: Returns the names that the error about an unknown one lists; None: all.
     """
 
     def check(value: Any) -> Any:
@@ -91,7 +92,7 @@ def choose(registry: Registry[Any], *words: str) -> BeforeValidator:
         if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
             raise PydanticCustomError("choice", "must be a name or a mapping with a 'name'")
         if given["name"] not in registry and given["name"] not in words:
-            known = [*words, *registry.names()]
+            known = [*words, *(registry.names() if named is None else named())]
             raise PydanticCustomError(
                 "choice", f"unknown {registry.kind} {given['name']!r}. " + near_misses(given["name"], known)
             )

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from llamamoe import RefusedError, UsageError, load_recipe, resplit, retop, split
 from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.out_folder import DERIVED_FILE
-from llamamoe.transforms.resplitting.plan import usable_methods
+from llamamoe.transforms.resplitting.recipe import usable_methods
 
 from ..dense import ROUTED, make_dense
 from .outputs import logits
@@ -187,8 +187,12 @@ def test_what_cannot_be_the_same_function_is_refused(tmp_path: Path) -> None:
         resplit(source, tmp_path / "out", 25)
     with pytest.raises(UsageError, match="must be from 2 to 24"):
         resplit(source, tmp_path / "out", 1)
-    with pytest.raises(UsageError, match="token_clusters"):
-        resplit(source, tmp_path / "out", 2, method="token_clusters")
+    with pytest.raises(UsageError, match="'token_clusters' needs text") as textless:
+        resplit(source, tmp_path / "out", 3, method="token_clusters")
+    assert "Give --calibration, and --top-k below 6. Without text: cluster_shared, kmeans" in str(textless.value.hint)
+    with pytest.raises(UsageError, match="unknown splitter 'foo'") as unknown:
+        resplit(source, tmp_path / "out", 3, method="foo")
+    assert "upcycle" not in str(unknown.value)
     with pytest.raises(RefusedError, match="not a mixture of experts"):
         resplit(make_dense(tmp_path / "dense"), tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from llamamoe.architectures.targets import TARGETS
 from llamamoe.checkpoint.out_folder import DERIVED_FILE
 from llamamoe.transforms.resplitting import run
 from llamamoe.transforms.resplitting.layer import STRENGTHS
-from llamamoe.transforms.resplitting.plan import usable_methods
+from llamamoe.transforms.resplitting.recipe import usable_methods
 
 from ..dense import make_dense, make_tokenizer
 from .test_merge import stop_at

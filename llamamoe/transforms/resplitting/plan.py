@@ -21,7 +21,7 @@ from ...methods.splitters import SPLITTERS
 from ...numerics import is_power_of_two
 from ..finer_experts import piece_width
 from ..mixing.exactness import mix_exactness, rest_of
-from .recipe import ResplitRecipe
+from .recipe import ResplitRecipe, usable_methods
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,6 @@ class ResplitResult:
         return {name: getattr(self, name) for name in names}
 
 
-def usable_methods(*, text: bool = False) -> list[str]:
-    """Return the splitters that partition an expert exactly, without text or with it."""
-    needs = ("nothing", "weights", "activations") if text else ("nothing", "weights")
-    found = (SPLITTERS.get(name) for name in SPLITTERS.names())
-    kept = (each for each in found if each.routed and each.parity == "exact" and each.needs in needs)
-    return [each.name for each in kept if each().parts(2) == 2]
-
-
 def check_recipe(source: ConvertedModel, recipe: ResplitRecipe) -> None:
     """Refuse a recipe that does not suit the mixture, and a router that does not.
 
@@ -108,6 +100,11 @@ def check_recipe(source: ConvertedModel, recipe: ResplitRecipe) -> None:
         raise UsageError(f"{recipe.pieces} pieces, but it must be from 2 to {width}, the width of an expert.")
     known = usable_methods(text=text)
     if method.name not in known:
+        if method.name in usable_methods(text=True):
+            raise UsageError(
+                f"the method {method.name!r} needs text.",
+                hint=f"Give --calibration, and --top-k below {source.layout.top_k * recipe.pieces}. Without text: {', '.join(known)}.",
+            )
         which = "With text" if text else "Without text"
         raise UsageError(f"the method {method.name!r} cannot split experts.", hint=f"{which}: {', '.join(known)}.")
     groups = source.checkpoint.config.get("n_group")

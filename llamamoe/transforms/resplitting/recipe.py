@@ -23,6 +23,18 @@ WITHOUT_TEXT, WITH_TEXT = "kmeans", "token_clusters"
 """The default methods."""
 
 
+def usable_methods(*, text: bool = False) -> list[str]:
+    """Return the splitters that partition an expert exactly, without text or with it."""
+    needs = ("nothing", "weights", "activations") if text else ("nothing", "weights")
+    found = (SPLITTERS.get(name) for name in SPLITTERS.names())
+    kept = (each for each in found if each.routed and each.parity == "exact" and each.needs in needs)
+    return [each.name for each in kept if each().parts(2) == 2]
+
+
+def _named_methods() -> list[str]:
+    return usable_methods(text=True)
+
+
 class ResplitRecipe(Recipe):
     """Everything that decides what ``llamamoe resplit`` writes, beside MODEL."""
 
@@ -32,7 +44,7 @@ class ResplitRecipe(Recipe):
         ge=1,
         description="Smaller experts selected per token; null: all pieces of the experts that MODEL selects.",
     )
-    method: Annotated[Choice | None, choose(SPLITTERS)] = Field(
+    method: Annotated[Choice | None, choose(SPLITTERS, named=_named_methods)] = Field(
         None, description="How the neurons of an expert are partitioned; null: kmeans, with text token_clusters."
     )
     repair: Annotated[Choice, choose(REPAIRS)] = Field(
