@@ -174,6 +174,7 @@ def _write_units(job: Rewriting, writer: CheckpointWriter, progress: ProgressCal
     units = job.units()
     layers = [unit for unit in units if unit != OUTER] or [OUTER]
     writer.tell_kept(layers, "layer", progress)
+    finished = set(filter(writer.done, layers))  # by an interrupted run
     with reused_memory():
         for unit, names in units.items():
             if not writer.done(unit):
@@ -181,8 +182,8 @@ def _write_units(job: Rewriting, writer: CheckpointWriter, progress: ProgressCal
                     writer.make_room(name)
                     writer.put(name, _finite(name, job))
                 writer.finish(unit, names, {} if job.told is None else dict(job.told(unit)))
-            done = layers.index(unit) + 1 if unit in layers else 0
-            progress(Progress(job.deed, done, len(layers), "layer", unit))
+            finished |= {unit}.intersection(layers)
+            progress(Progress(job.deed, len(finished), len(layers), "layer", unit))
     return layers
 
 

@@ -138,7 +138,10 @@ def test_a_stop_leaves_nothing_half_written_and_resume_ends_alike(
         merge(pair, tmp_path / "out")
     with pytest.raises(RefusedError, match="other"):
         merge(pair, tmp_path / "out", weights=(2, 1), resume=True)
-    merge(pair, tmp_path / "out", resume=True)
+    steps: list[Any] = []
+    merge(pair, tmp_path / "out", resume=True, progress=steps.append)
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+    assert steps[0].done == unit
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "out" / n).read_bytes() for n in names)
