@@ -5,33 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llamamoe.errors import plural as plural
+from llamamoe.words import amount as amount
+from llamamoe.words import plural as plural
+from llamamoe.words import size as size
 
 
 def routed_factor(factor: float, where: str) -> str:
     """The factor of routed outputs that a command applied, and its place: ``nowhere``, ``config`` or ``weights``."""
     places = {"nowhere": "no change needed", "config": "in routed_scaling_factor", "weights": "in the experts"}
     return f"{factor:.6g}, {places[where]}"
-
-
-def amount(value: float) -> str:
-    """A count with three digits and a letter: ``842``, ``12.9 B``."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * size:
-            return f"{_three(value / size)} {letter}"
-    return f"{value:,.0f}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units: ``13.5 GB``."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if nbytes >= 0.9995 * unit:
-            return f"{_three(nbytes / unit)} {name}"
-    return f"{nbytes:,.0f} B"
-
-
-def _three(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def duration(seconds: float) -> str:

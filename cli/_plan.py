@@ -15,6 +15,7 @@ from ._text import bold, echo
 if TYPE_CHECKING:
     from llamamoe.alignment.cost import AlignmentPlan
     from llamamoe.architectures.costs import Cost
+    from llamamoe.architectures.moe_layout import MoeLayout
     from llamamoe.conversion.calibration_cost import CalibrationPlan
     from llamamoe.conversion.plan import SplitPlan
 
@@ -116,11 +117,18 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
     ]
 
 
+def expert_width(layout: MoeLayout, padding: int) -> str:
+    """The neurons of an expert, and how many zero neurons (``padding``) the experts of a layer have in all."""
+    added = (
+        f"; the {layout.num_experts} experts of a layer have {plural(padding, 'zero neuron')} in all" if padding else ""
+    )
+    return f"{layout.expert_width:,} neurons{added}"
+
+
 def _sizes(plan: SplitPlan) -> list[tuple[str, str]]:
     """Return the sizes of the parent, and of experts and shared neurons."""
     spec, layout, recipe = plan.model.spec, plan.layout, plan.recipe
     padding = plan.padding_per_layer
-    widened = f", including {plural(padding, 'zero neuron')} per layer" if padding else ""
     rows = [
         ("layers", f"{spec.num_layers}, hidden size {spec.hidden_size:,}, FFN of {spec.intermediate_size:,} neurons"),
         ("FFN active", ffn_active(plan)),
@@ -128,7 +136,7 @@ def _sizes(plan: SplitPlan) -> list[tuple[str, str]]:
     if plan.target.routed:
         rows += [
             ("experts", f"{layout.num_experts} per layer, {layout.top_k} selected per token"),
-            ("expert width", f"{layout.expert_width:,} neurons{widened}"),
+            ("expert width", expert_width(layout, padding)),
         ]
     if plan.target.attention_experts:
         heads = f"{layout.top_k} of {layout.num_experts} query heads of each key/value head for each token"

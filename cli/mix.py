@@ -8,7 +8,7 @@ import click
 
 from ._format import error, plural, size
 from ._output import Output, kept_when_interrupted, output_options
-from ._plan import costs, print_warnings
+from ._plan import costs, expert_width, print_warnings
 from ._recipe_options import recipe_file
 from ._style import COUNT, Command, check_resume_or_force, flag, run_options
 from ._tables import facts, heading, table
@@ -152,13 +152,11 @@ def _plan(base: str, out: str | None, recipe: MixRecipe, resume: bool, force: bo
 
 def _print_plan(plan: MixPlan) -> None:
     layout = plan.layout.layout
-    padding = plan.layout.padding_per_layer
-    widened = f", including {plural(padding, 'zero neuron')} per layer" if padding else ""
     echo(bold(f"{plan.places[0].name}: {plan.base.source.name} -> {plan.layout.target.name}"))
     facts([
         *((f"expert {i}", place.name) for i, place in enumerate(plan.places[1:])),
         ("selected", f"{layout.top_k} of {layout.num_experts} per token; {plan.exactness}"),
-        ("expert width", f"{layout.expert_width:,} neurons{widened}"),
+        ("expert width", expert_width(layout, plan.layout.padding_per_layer)),
         ("router", plan.recipe.router),
         ("loads in", f"transformers {' and '.join(plan.layout.majors)}"),
         ("to write", f"{size(plan.layout.cost.nbytes)} of {plan.recipe.dtype} in {plural(len(plan.layout.shards), 'file')}"),

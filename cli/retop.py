@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._format import routed_factor
+from ._format import plural, routed_factor
 from ._output import Output, kept_when_interrupted, output_options
 from ._style import Command, Option, check_resume_or_force, run_options
 from ._tables import bullets, facts
@@ -58,7 +58,7 @@ def command(model: str, out: str, top_k: int, rescale: str | None, resume: bool,
 
 
 def _print(found: RetopResult) -> None:
-    echo(bold(f"{found.out}: {found.top_k[1]} experts per token instead of {found.top_k[0]}"))
+    echo(bold(f"{found.out}: {plural(found.top_k[1], 'expert')} per token instead of {found.top_k[0]}"))
     rounded = "nothing" if found.exact else "down projections, once"
     facts([("factor", routed_factor(found.factor, found.where)), ("rounded", rounded)])
     bullets(found.warnings, mark="!")

@@ -157,8 +157,3 @@ def near_misses(value: str, choices: list[str]) -> str:
 def known_names(choices: list[str]) -> str:
     """Name all choices, or their number, without guessing which one is meant."""
     return f"Known: {', '.join(choices)}." if len(choices) <= _MOST_NAMED else f"{len(choices):,} names are known."
-
-
-def plural(count: int, noun: str, ending: str = "s") -> str:
-    """Return a count and its noun: ``1 layer``, ``1,024 layers``."""
-    return f"{count:,} {noun}{'' if count == 1 else ending}"

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import llamamoe
+from llamamoe.recipes import Choice
 
 from .markdown import code, fenced, prose, table
 from .places import ROOT, anchor
@@ -63,7 +64,7 @@ def _model(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         assert field.description, f"{model.__name__}.{name} has no description"
         text = prose(field.description)
-        if name in PLUGINS:
+        if name in PLUGINS and any(each is Choice or get_origin(each) is dict for each in _flat(field.annotation)):
             text += " See [Methods](methods.md)."
         part = _part(field)
         if part is not None:

@@ -18,6 +18,7 @@ from ..checkpoint.locate import Location, locate_headers
 from ..checkpoint.paths import inside
 from ..checkpoint.text_part import TextPart, open_text
 from ..errors import CheckpointError
+from ..words import plural, size
 from .costs import Cost, count, role_of
 from .dense_checkpoint import understand
 from .sources import SOURCES
@@ -174,9 +175,9 @@ def _counted(checkpoint: Checkpoint, notes: list[str]) -> tuple[bool, dict[str, 
     if isinstance(checkpoint, TextPart):
         rest = checkpoint.rest
         tensors = {name: info for name, info in tensors.items() if name not in rest}
-        size = sum(info.nbytes for info in rest.values()) / 1e6
+        nbytes = size(sum(info.nbytes for info in rest.values()))
         notes.append(
-            f"the counts are of the text model; the other {len(rest)} tensors ({size:,.1f} MB) are not counted"
+            f"the counts are of the text model; all else, {plural(len(rest), 'tensor')} ({nbytes}), is not counted"
         )
     stated = checkpoint.config.get("tie_word_embeddings")
     tied = "lm_head.weight" not in tensors if stated is None else bool(stated)

@@ -8,6 +8,7 @@ from ..architectures.sources.base import DenseSpec, canonical_shapes
 from ..architectures.targets.base import Target
 from ..architectures.targets.clients import runs
 from ..checkpoint.tokenizer_plan import tokenizer_warnings
+from ..words import plural
 from .assembly import router_dtype
 from .calibration_cost import CalibrationPlan
 from .recipe import SplitRecipe
@@ -67,7 +68,7 @@ def advice(
     padding = layout.padding(spec.intermediate_size)
     if padding and not much_padding(spec, recipe, layout):
         found.append(
-            f"{padding} zero neurons per layer pad the experts to width {width}: exact, and counted in the costs"
+            f"the experts of a layer are padded to width {width} with {plural(padding, 'zero neuron')}: exact, and counted in the costs"
         )
     if not layout.combine.any_k:
         found.append(f"the file is correct for top-k = {layout.top_k} only: another k needs another factor")

@@ -11,6 +11,7 @@ from .._version import __version__
 from ..checkpoint.locate import Location
 from ..checkpoint.readme import HUB_ID, INHERITED, USE, parent_metadata
 from ..checkpoint.text_part import OF_SOUND
+from ..words import plural
 from .plan import SplitPlan
 from .recipe import SplitRecipe
 
@@ -80,7 +81,7 @@ def _exactness(plan: SplitPlan) -> str:
     text = f"Every neuron of the parent is in {where}, so the model is {plan.exactness}."
     if layout.top_k < layout.num_experts:
         text += (
-            f" With the {layout.top_k} experts per token that are configured it computes a different function, "
+            f" With the configured {plural(layout.top_k, 'expert')} per token it computes a different function, "
             "with poor quality until it is trained."
         )
     return text

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ..architectures.dense_checkpoint import DenseModel
 from ..architectures.moe_layout import Copy, OutTensor
+from ..words import plural, size
 
 
 def in_files(model: DenseModel, tensors: tuple[OutTensor, ...]) -> tuple[OutTensor, ...]:
@@ -26,6 +27,6 @@ def rest_notes(model: DenseModel) -> list[str]:
     if model.part is None:
         return []
     return [
-        f"the text model of a {model.part.whole['model_type']} is converted; the other {len(model.part.rest)} tensors "
-        f"({rest_bytes(model) / 1e6:,.1f} MB) are copied byte for byte and not counted"
+        f"the text model of a {model.part.whole['model_type']} is converted; all else, {plural(len(model.part.rest), 'tensor')} "
+        f"({size(rest_bytes(model))}), is copied byte for byte and not counted"
     ]

@@ -139,7 +139,7 @@ def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
     for name in sorted(planned.keys() | found.keys()):
         if planned.get(name) != found.get(name):
             raise VerificationError(
-                f"{name}: the recipe implies {planned.get(name, 'no such tensor')}, the file holds {found.get(name, 'none')}.",
+                f"{name}: the recipe implies {_described(planned.get(name))}, the file holds {_described(found.get(name))}.",
                 hint=_made_from(plan, converted),
             )
     config = {k: v for k, v in read_json(converted.path / "config.json").items() if k in plan.config}
@@ -150,6 +150,11 @@ def check_files(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:
             hint=_made_from(plan, converted),
         )
     _check_effective(plan, converted)
+
+
+def _described(entry: tuple[str, tuple[int, ...]] | None) -> str:
+    """Return words for a tensor's dtype and shape."""
+    return "no such tensor" if entry is None else f"{entry[0]} of shape {list(entry[1])}"
 
 
 def _check_others(plan: SplitPlan, converted: SafetensorsCheckpoint) -> None:

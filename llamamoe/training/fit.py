@@ -9,6 +9,7 @@ from ..architectures.targets import TARGETS
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..data.shards import TokenCorpus
 from ..errors import UsageError
+from ..words import plural
 from .attention_experts import contradictions
 from .corpora import held_out_corpus
 from .distillation_options import resolve_layers
@@ -107,7 +108,7 @@ def _routing(recipe: PretrainRecipe, shape: ModelShape, *, has_bias: bool) -> It
     wanted = GATES.get(recipe.gate.name).top_k
     if wanted is not None and wanted != shape.top_k:
         yield (
-            f"gate = {recipe.gate.name} routes each token to {wanted} experts, but the model selects {shape.top_k} (gate = top_k, "
+            f"gate = {recipe.gate.name} routes each token to {plural(wanted, 'expert')}, but the model selects {shape.top_k} (gate = top_k, "
             f"or convert with --top-k {wanted})"
         )
     if recipe.balancing is not None and not has_bias:

@@ -22,6 +22,7 @@ from ..errors import UsageError
 from ..lazy import torch
 from ..numerics import is_power_of_two
 from ..progress import ProgressCallback, ignore_progress
+from ..words import plural
 from .rewrite import Rewriting, opened, rewrite
 
 
@@ -168,7 +169,9 @@ def _warnings(config: dict[str, Any], rescale: str | None, before: int, top_k: i
     if not exact:
         found.append("the experts' down projections are rounded once to their dtype: the factor is not a power of two")
     if block.get("repair"):
-        found.append(f"the repair was fitted with {before} experts selected: with another number it fits less well")
+        found.append(
+            f"the repair was fitted with {plural(before, 'expert')} selected: with another number it fits less well"
+        )
     if may_overlap(config):
         found.append(
             f"neurons may be in several experts, scaled for {before} selected ones: with another number they count too "
@@ -181,5 +184,7 @@ def _warnings(config: dict[str, Any], rescale: str | None, before: int, top_k: i
             f"the {pieces} pieces of a split expert have equal router rows: of an expert that is not selected whole, arbitrary ones run"
         )
     if trained:
-        found.append(f"the model was trained with {before} experts selected: measure it again with this number")
+        found.append(
+            f"the model was trained with {plural(before, 'expert')} selected: measure it again with this number"
+        )
     return found

@@ -198,7 +198,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(dense: Path, tmp_path: Path,
     before = sorted(p.stat().st_mtime_ns for p in dense.rglob("*"))
     text = run("split", dense, tmp_path / "out", "--dry-run", "--method", "random").stdout
     for expected in ("llama -> mixtral", "FFN active", "neurons for each token", "verification  about",
-                     "expert width  24", "zero neurons", "active per token", "FLOPs", "peak memory",
+                     "expert width  24 neurons; the ", "zero neurons in all", "active per token", "FLOPs", "peak memory",
                      "1 file", "Notes", "Nothing was written"):  # fmt: skip
         assert expected in text
     assert list(tmp_path.iterdir()) == []

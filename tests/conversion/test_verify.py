@@ -152,6 +152,20 @@ def test_a_missing_tensor_is_named(copy: Path, dense: Path) -> None:
         llamamoe.verify(copy, dense)
 
 
+def test_a_tensor_of_another_shape_is_described_in_words(copy: Path, dense: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.gate.weight"
+    rows, hidden = tensors[name].shape
+    tensors[name] = tensors[name].repeat(2, 1)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(llamamoe.VerificationError) as error:
+        llamamoe.verify(copy, dense)
+    assert (
+        f"implies F32 of shape [{rows}, {hidden}], the file holds F32 of shape [{2 * rows}, {hidden}]."
+        in error.value.message
+    )
+
+
 def test_another_parent_is_seen(copy: Path, dense: Path, tmp_path: Path) -> None:
     other = make_dense(tmp_path / "other", "llama-tied", seed=1)
     with pytest.raises(llamamoe.VerificationError):

@@ -367,7 +367,7 @@ def test_other_prompts_do_not_resume(models: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("experts", "words"),
     [
-        (PROMPTS[:1], "prompts for 1 experts, but there are 2"),
+        (PROMPTS[:1], "prompts for 1 expert, not for 2"),
         ([PROMPTS[0], {"positive_prompts": []}], r"experts\.1\.positive_prompts"),
         ([PROMPTS[0], {"positive_prompt": ["a"]}], r"positive_prompts"),
     ],

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from ...errors import RefusedError
 from ...lazy import dist, torch
 from ...plugins import Plugin
+from ...words import plural
 from ..moe_layers import Decisions, MoeLayer
 
 Native = Callable[["torch.Tensor"], Decisions]
@@ -167,7 +168,7 @@ class Gate(Plugin, ABC):
             raise ValueError(f"layer {moe.layer}: another gate is attached to the router")
         if self.top_k is not None and moe.top_k != self.top_k:
             raise RefusedError(
-                f"the gate {self.name!r} routes each token to {self.top_k} experts, but the model selects "
+                f"the gate {self.name!r} routes each token to {plural(self.top_k, 'expert')}, but the model selects "
                 f"{moe.top_k} (layer {moe.layer}).",
                 hint=f"Choose the gate top_k, or convert the model with --top-k {self.top_k}.",
             )

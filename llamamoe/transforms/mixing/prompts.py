@@ -14,6 +14,7 @@ from ...errors import LlamaMoeError, UsageError
 from ...lazy import torch
 from ...progress import ProgressCallback
 from ...recipes import read_recipe_file, validated
+from ...words import plural
 from .recipe import MixRecipe
 from .states import layer_states, padded, tokenizer_of
 
@@ -50,7 +51,7 @@ def read_prompts(path: str | Path, num_experts: int) -> Prompts:
     found = validated(Prompts, read_recipe_file(Path(path).expanduser()))
     if len(found.experts) != num_experts:
         raise UsageError(
-            f"{path} has prompts for {len(found.experts)} experts, but there are {num_experts}.",
+            f"{path} has prompts for {plural(len(found.experts), 'expert')}, not for {num_experts}.",
             hint="Write one entry for each expert under `experts:`, in their order.",
         )
     return found

@@ -16,9 +16,10 @@ from ...conversion.defaults import Chosen
 from ...conversion.preference import LEAST_WIDTH
 from ...conversion.recipe import NO_REPAIR, build_recipe
 from ...conversion.sizes import PAD_TO
-from ...errors import RefusedError, UsageError, plural
+from ...errors import RefusedError, UsageError
 from ...methods.splitters import SPLITTERS
 from ...numerics import is_power_of_two
+from ...words import plural
 from ..finer_experts import piece_width
 from ..mixing.exactness import mix_exactness, rest_of
 from .recipe import ResplitRecipe, usable_methods
