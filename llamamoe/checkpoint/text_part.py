@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..lazy import torch
+from ..words import plural
 from .base import Checkpoint, TensorInfo
 from .locate import Location, open_checkpoint
 from .reader import PROCESSOR_FILES, SafetensorsCheckpoint, check_side_file
@@ -81,8 +82,8 @@ class TextPart(SafetensorsCheckpoint):
         left = len(self.tensors) - len(text) - len(rest)
         if left:
             self.notes.append(
-                f"{left} tensors that predict further tokens ({LEFT_OUT}*) are left out: their layer is dense, and the "
-                "mixture's class would build it with experts"
+                f"left out: {plural(left, 'tensor')} for the prediction of further tokens ({LEFT_OUT}*), because their layer is dense, and "
+                "the mixture's class would build it with experts"
             )
         inside = self._body == _OLDER and HEAD not in self.tensors
         self._head = _HEADS[1] if inside or _HEADS[1] in self.tensors else HEAD

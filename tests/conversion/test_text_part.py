@@ -141,7 +141,7 @@ def test_the_class_around_the_text_model_changes_with_it(wrapper: str, tmp_path:
     assert visual == [name for name in after if name.startswith("model.visual.")]
     assert all(torch.equal(before[name], after[name]) for name in visual)
     assert "mtp.norm.weight" not in after
-    assert "1 tensors that predict further tokens (mtp.*) are left out" in result.plan.advice[0]
+    assert "left out: 1 tensor for the prediction of further tokens (mtp.*)" in result.plan.advice[0]
     assert llamamoe.verify(result.out, source).passed
     found = inspect(result.out)
     assert (found.kind, found.model_type, found.refusal) == ("moe", f"{wrapper}_moe", None)
