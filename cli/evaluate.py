@@ -149,6 +149,7 @@ def _print_tasks(evaluation: TaskEvaluation) -> None:
     if evaluation.against:
         echo()
         paragraph(f"against: {evaluation.against}. Differences are paired by question; +- is one standard error.")
+    print_warnings(evaluation.warnings)
 
 
 def _task_row(score: TaskScore) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ class TaskEvaluation:
         limit: Maximum number of questions per task, or None for all.
         scores: Scores by task and metric.
         failed: Tasks that could not be run, with the reason.
+        warnings: Sentences for the user, such as that experts run one by one.
     """
 
     model: str
@@ -71,6 +72,7 @@ class TaskEvaluation:
     limit: int | None
     scores: tuple[TaskScore, ...]
     failed: dict[str, str]
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON-compatible data."""
@@ -132,6 +134,7 @@ def evaluate_tasks(
         limit=recipe.limit,
         scores=tuple(task_scores(mine, theirs)),
         failed=run.failed,
+        warnings=tuple(note for side in opened for note in side.notes),
     )
 
 

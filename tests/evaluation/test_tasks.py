@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamamoe import LlamaMoeError, UsageError, evaluate_tasks, load_recipe, load_task_recipe, split
 from llamamoe.evaluation.task_scores import Answers, task_scores
 
-from ..dense import make_dense
+from ..dense import make_dense, make_tokenizer
+from ..transforms.test_resplit import foreign
 
 pytest.importorskip("lm_eval")
 QUESTIONS = ["a b c", "d e f g", "the sun", "x y", "one two", "red", "q r s t", "m n", "up", "k l"]
@@ -93,6 +94,13 @@ def test_a_limit_and_no_other_model(world: dict[str, Path]) -> None:
     [score] = evaluate_tasks(world["moe"], load_task_recipe(given=given), dtype="float32").scores
     assert (score.questions, score.against, score.difference, score.num_fewshot) == (4, None, None, 0)
     assert score.value == pytest.approx(sum(by_hand(world["moe"])[:4]) / 4)
+
+
+def test_experts_of_any_width_answer(world: dict[str, Path], tmp_path: Path) -> None:
+    make_tokenizer(foreign(tmp_path / "odd", "mixtral", intermediate_size=22))
+    given = {"tasks": "tiny_choice", "include": [str(world["tasks"])], "limit": 1}
+    [warning] = evaluate_tasks(tmp_path / "odd", load_task_recipe(given=given)).warnings
+    assert 'experts_implementation="eager"' in warning
 
 
 def test_groups_and_metrics_that_are_no_means() -> None:
