@@ -130,8 +130,9 @@ def choose_target(spec: DenseSpec, recipe: SplitRecipe, method: type[Splitter], 
         if not found:
             fitting.append((target, layout))
     if not fitting:
+        which = "no target can" if recipe.target == "auto" else f"the target {recipe.target} cannot"
         raise RefusedError(
-            "no target can hold this conversion exactly:\n" + "\n".join(f"  - {r}" for r in dict.fromkeys(reasons)),
+            f"{which} hold this conversion exactly:\n" + "\n".join(f"  - {r}" for r in dict.fromkeys(reasons)),
             hint="`llamamoe methods --matrix` shows which targets support which family.",
         )
     return next((f for f in fitting if len(f[0].majors(spec)) > 1), fitting[0])
