@@ -21,13 +21,14 @@ from typing import Any, NoReturn
 from ..architectures.dense_checkpoint import refuse_foreign, understand
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.locate import check_folder, locate, parent_vocabulary
-from ..checkpoint.out_folder import DERIVED_FILE, HEAL_RECIPE_FILE, RECIPE_FILE
+from ..checkpoint.out_folder import RECIPE_FILE
 from ..checkpoint.paths import inside
 from ..checkpoint.reader import SafetensorsCheckpoint
 from ..checkpoint.text_part import open_text
 from ..errors import RefusedError, VerificationError
 from ..methods.router_scale import HARD_LOGIT
 from ..progress import Progress, ProgressCallback, ignore_progress
+from .derived import refuse_derived
 from .plan import SplitPlan
 from .verify_files import Hashes, WeightsChecked, check_files, check_neurons, check_weights
 from .verify_runs import Measured, compare_logits
@@ -133,12 +134,7 @@ def verify(out: str | Path, against: str | Path, *, progress: ProgressCallback =
 
 def _refuse_others(folder: Path) -> None:
     """Refuse a folder that `split` did not write, naming the command that wrote it."""
-    if (folder / HEAL_RECIPE_FILE).is_file() or (folder / DERIVED_FILE).is_file():
-        made = "heal" if (folder / HEAL_RECIPE_FILE).is_file() else "merge, mix, retop, resplit or densify"
-        raise RefusedError(
-            f"{folder} was written by `llamamoe {made}`, which changes weights on purpose: they differ from the parent's.",
-            hint="Verify the conversion that it was made from; `llamamoe evaluate` compares two models.",
-        )
+    refuse_derived(folder)
     if not (folder / RECIPE_FILE).is_file():
         raise RefusedError(
             f"{folder} holds no {RECIPE_FILE}, so it was not written by `llamamoe split`.",

@@ -238,3 +238,21 @@ def test_neuron_keys_do_not_depend_on_order_and_see_every_matrix() -> None:
     zeros = torch.zeros(7, 16)
     padded = [torch.cat([m, zeros]) for m in (gate, up, down)]
     assert torch.equal(keys, neuron_keys(*padded))
+
+
+@pytest.mark.parametrize(
+    ("receipt", "words"),
+    [
+        ({"made_by": "mix"}, (r"by `llamamoe mix`, which .* no single parent", "`mix` compares each expert")),
+        ({"made_by": "retop"}, ("by `llamamoe retop`", "Verify the conversion that it was made from")),
+        ({"made_by": "resplit"}, ("by `llamamoe resplit`", "the mixture that it was made from")),
+        ({}, (r"holds a llamamoe_derived\.json", "Verify the conversion")),
+    ],
+)
+def test_a_model_that_split_did_not_write_names_its_command(
+    receipt: dict[str, str], words: tuple[str, str], copy: Path, dense: Path
+) -> None:
+    (copy / "llamamoe_derived.json").write_text(json.dumps(receipt))
+    with pytest.raises(llamamoe.RefusedError, match=words[0]) as refused:
+        llamamoe.verify(copy, dense)
+    assert words[1] in str(refused.value.hint)
