@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.receipts import DOCUMENT_HASHES
-from ..errors import LlamaMoeError, UsageError
+from ..errors import UsageError
 from .compute import MIN_TOKENS
 from .reading import LOOK_ROWS, Piece, Reader, document_cap, document_hash, shared_documents
 from .soundness import check_ids, odd_warnings, shape_facts, tokens_per_byte, unknown_share
@@ -90,9 +90,10 @@ def calibration_text(
         vocab_size: Rows of the model's embedding.
 
     Raises:
-        UsageError: Nothing matches ``patterns``, or a number, a weight or a domain name is invalid.
+        UsageError: Nothing matches ``patterns``, there are fewer than `MIN_TOKENS` tokens, or a number, a weight or a domain
+            name is invalid.
         CheckpointError: The tokenizer produces ids that the model lacks.
-        LlamaMoeError: A document cannot be read or decoded, or there are fewer than `MIN_TOKENS` tokens.
+        LlamaMoeError: A document cannot be read or decoded.
     """
     if num_tokens < MIN_TOKENS:
         raise UsageError(f"num_tokens is {num_tokens}, but calibration needs at least {MIN_TOKENS} tokens.")
@@ -182,7 +183,7 @@ def _mix(reader: Reader, weights: Mapping[str, float], num_tokens: int, length: 
     total = sum(available.values())
     if sum(sequences.values()) < num_tokens // length:  # all text was read
         if total < MIN_TOKENS:
-            raise LlamaMoeError(
+            raise UsageError(
                 f"The calibration text has only {total} tokens; at least {MIN_TOKENS} are needed.",
                 hint="Provide more text; 65536 tokens are a good amount.",
             )

@@ -11,7 +11,7 @@ from ..architectures.moe_layout import MoeLayout
 from ..architectures.sources.base import DenseSpec
 from ..calibration.compute import MAX_LENGTH, MEMORY_BYTES, MIN_TOKENS, REFERENCE_FLOPS
 from ..data.files import UNPACKED, find_files, unpacked_bytes
-from ..errors import LlamaMoeError, RefusedError
+from ..errors import RefusedError, UsageError
 from ..methods.layer import batch_tokens
 from ..methods.repairs import REPAIRS
 from ..methods.repairs.least_squares import MOST_PLACES
@@ -137,14 +137,14 @@ def most_tokens(paths: Sequence[str | Path]) -> int:
     """Return an upper bound of the tokens of text, from the size of its files: a token has a byte. Opens none.
 
     Raises:
-        LlamaMoeError: The files cannot hold `MIN_TOKENS` tokens.
-        UsageError: A path or glob matches nothing, a folder holds no text, or a file is of an unknown kind.
+        UsageError: The files cannot hold `MIN_TOKENS` tokens, a path or glob matches nothing, a folder holds no text, or a
+            file is of an unknown kind.
     """
     files = [path for path, _ in find_files(paths)]
     size = unpacked_bytes(files)
     packed = any(path.suffix in UNPACKED for path in files)  # how much is in a small one, its size does not tell
     if 2 * size < MIN_TOKENS and not packed:  # a document is a byte at least, and ends with a token of its own
-        raise LlamaMoeError(
+        raise UsageError(
             f"The calibration text has only {size:.0f} bytes in {len(files)} {'file' if len(files) == 1 else 'files'}; at least "
             f"{MIN_TOKENS} tokens are needed.",
             hint="Provide more text; 65536 tokens are a good amount.",

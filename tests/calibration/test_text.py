@@ -171,7 +171,7 @@ def test_no_token_is_lost_or_out_of_order(tmp_path_factory, tokenizer, sizes, nu
     folder = write(tmp_path_factory.mktemp("text"), **documents)
     total = sum(sum(each) + len(each) - 1 for each in sizes)
     if total < 256:
-        with pytest.raises(LlamaMoeError, match=f"only {total} tokens"):
+        with pytest.raises(UsageError, match=f"only {total} tokens"):
             take(folder, tokenizer, num_tokens, length)
         return
     text = take(folder, tokenizer, num_tokens, length)
@@ -233,7 +233,7 @@ def test_little_text_in_all_is_said_with_its_number(tmp_path, tokenizer):
 @pytest.mark.parametrize("size", [0, 1, 255])
 def test_too_little_text_is_refused(tmp_path, tokenizer, size):
     folder = write(tmp_path / "t", a=[numbered(0, size)] if size else [])
-    with pytest.raises(LlamaMoeError, match=f"calibration text has only {size} tokens; at least 256 are needed"):
+    with pytest.raises(UsageError, match=f"calibration text has only {size} tokens; at least 256 are needed"):
         take(folder, tokenizer)
 
 

@@ -374,7 +374,7 @@ def test_a_plan_refuses_cuda_where_it_cannot_be(dense: Path, monkeypatch: pytest
 def test_a_plan_refuses_text_that_cannot_be_enough(dense: Path, tmp_path: Path) -> None:
     recipe = llamamoe.load_recipe(given={"router": "ridge", "calibration": [str(tmp_path)]})
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(llamamoe.LlamaMoeError, match="has only 0 bytes in 1 file; at least 256 tokens are needed"):
+    with pytest.raises(llamamoe.UsageError, match="has only 0 bytes in 1 file; at least 256 tokens are needed"):
         llamamoe.plan_conversion(dense, recipe)
     (tmp_path / "b.jsonl.gz").write_bytes(b"\x1f\x8b")  # whose size does not tell how much it holds
     assert llamamoe.plan_conversion(dense, recipe).calibration is not None

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
-from llamamoe import CheckpointError, LlamaMoeError, RefusedError, UsageError, load_mix_recipe, mix
+from llamamoe import CheckpointError, RefusedError, UsageError, load_mix_recipe, mix
 from llamamoe.architectures.dense_checkpoint import understand
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.progress import ignore_progress
@@ -178,14 +178,16 @@ def test_texts_and_experts_belong_together(keys: dict[str, Any], words: str, wor
 
 
 def test_a_text_that_is_missing_or_short_is_named(world: Path, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("a few words")
     with pytest.raises(UsageError, match=r"none\.txt"):
         llamamoe.plan_mix(world / "code", asked(world, texts=[str(world / "code.txt"), str(tmp_path / "none.txt")]))
-    with pytest.raises(LlamaMoeError, match=r"the text of expert 2 \(.*maths\): ") as caught:
-        mix(
-            world / "code", tmp_path / "out", asked(world, texts=[str(world / "code.txt"), str(tmp_path / "short.txt")])
-        )
-    assert "256" in str(caught.value)
+    given = asked(world, texts=[str(world / "code.txt"), str(tmp_path / "short.txt")])
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(UsageError, match=r"the text of expert 1 \(.*maths\): .* only 11 bytes .*256") as caught:
+        llamamoe.plan_mix(world / "code", given)
+    assert caught.value.exit_code == 2
+    (tmp_path / "short.txt").write_text("more bytes than half the tokens " * 6)
+    with pytest.raises(UsageError, match=r"the text of expert 1 \(.*maths\): .* only \d+ tokens; at least 256"):
+        mix(world / "code", tmp_path / "out", given)
     assert not (tmp_path / "out").exists()
 
 

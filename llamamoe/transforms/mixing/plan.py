@@ -17,12 +17,12 @@ from ...checkpoint.reader import SafetensorsCheckpoint
 from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.preflight import check_disk
 from ...conversion.recipe import SplitRecipe, build_recipe
-from ...data.files import find_files
 from ...errors import RefusedError
 from ..rewrite import check_place, same_tensors
 from .checkpoints import AveragedCheckpoint
 from .checks import check_shapes, check_vocabularies, setting_warnings
 from .exactness import mix_exactness, rest_of
+from .expert_texts import check_texts
 from .prompts import Prompts, read_prompts
 from .recipe import MixRecipe
 
@@ -104,7 +104,7 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
 
     Raises:
         CheckpointError: A model is not a dense checkpoint of a known family.
-        UsageError: The prompts are invalid, or a text does not exist.
+        UsageError: The prompts are invalid, or a text does not exist or is too short.
         RefusedError: The models do not fit together, or no target can hold them; the message names every reason.
     """
     if routes_attention(recipe.target):
@@ -121,8 +121,7 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
     chosen = recipe.model_copy(update={"target": layout.recipe.target, "dtype": layout.recipe.dtype})
     warnings = (*layout.warnings, *_rounding(models, layout.dtype), *setting_warnings(models))
     prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, len(recipe.experts))
-    for paths in recipe.texts or ():
-        find_files(paths)
+    check_texts(recipe)
     return MixPlan(chosen, places, models, layout, tuple(dict.fromkeys(warnings)), prompts)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from ...architectures.dense_checkpoint import DenseModel
 from ...calibration.compute import MAX_LENGTH
 from ...calibration.text import calibration_text
-from ...errors import LlamaMoeError, UsageError
 from ...lazy import torch
 from ...numerics import check_finite, solve_ridge
 from ...progress import ProgressCallback
+from .expert_texts import text_of
 from .recipe import MixRecipe
 from .states import layer_states, padded, tokenizer_of
 
@@ -59,8 +59,8 @@ def fit_text_router(base: DenseModel, recipe: MixRecipe, dtype: str, progress: P
     tokenizer = tokenizer_of(base, "text")
     length = min(MAX_LENGTH, base.spec.max_position_embeddings)
     texts = []
-    for expert, (model, paths) in enumerate(zip(recipe.experts, recipe.texts, strict=True), start=1):
-        try:
+    for expert, (model, paths) in enumerate(zip(recipe.experts, recipe.texts, strict=True)):
+        with text_of(expert, model):
             texts.append(
                 calibration_text(
                     paths,
@@ -72,9 +72,6 @@ def fit_text_router(base: DenseModel, recipe: MixRecipe, dtype: str, progress: P
                     vocab_size=base.spec.vocab_size,
                 )
             )
-        except (UsageError, LlamaMoeError) as error:
-            error.message = f"the text of expert {expert} ({model}): {error.message}"
-            raise
     ids, real = padded([row for text in texts for row in text.ids_ST.tolist()])
     labels_S = torch.tensor([expert for expert, text in enumerate(texts) for _ in text.ids_ST])
     labels_T = labels_S[:, None].expand_as(ids)[real]
