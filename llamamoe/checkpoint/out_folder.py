@@ -85,8 +85,14 @@ def recover_replaced(out: Path) -> None:
         old.rename(out)
 
 
-def check_out(out: Path, source: Path, *, force: bool) -> None:
+def check_out(out: Path, source: Path, *, force: bool, name: str = "SOURCE") -> None:
     """Refuse an OUT whose writing would harm existing files.
+
+    Args:
+        out: The folder to write.
+        source: The model that is read.
+        force: Whether a checkpoint by llamamoe in OUT may be replaced.
+        name: The source's name in messages.
 
     Raises:
         RefusedError: OUT is inside the source or contains it, is not a folder, or is not empty.
@@ -95,7 +101,7 @@ def check_out(out: Path, source: Path, *, force: bool) -> None:
     check_apart(
         out,
         source,
-        "SOURCE",
+        name,
         (partial_path(here),) if here.name else (),
         f"; {out.name}.partial beside it is written too",
     )

@@ -34,8 +34,8 @@ def check_place(out: Path, plan: HealPlan, *, resume: bool, force: bool, process
         RefusedError: See `llamamoe.checkpoint.out_folder.check_out`; with ``force`` a checkpoint by llamamoe may be
             replaced.
     """
-    for source in (plan.model.path, plan.parent.path):
-        check_out(out, source, force=force)
+    for name, source in (("MODEL", plan.model.path), ("--parent", plan.parent.path)):
+        check_out(out, source, force=force, name=name)
     check_left(partial_path(out), resume=resume, restart=force)
     states = 2 * plan.state_bytes * processes if plan.states_in_files else 0
     handed = plan.nbytes * (processes - 1) // processes

@@ -86,7 +86,7 @@ def densify(
     parent = understand(open_parent(origin.path, location.path)) if origin is not None else None
     check_size(shard_size)
     read = [location.path, *([origin.path] if origin is not None else [])]
-    check_place(normal_path(out), read, resume=resume, force=force)
+    check_place(normal_path(out), read, resume=resume, force=force, names=("MODEL", "--like"))
     converted = ConvertedModel(checkpoint, rescale)
     check_shapes(converted)
     check_model(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +188,22 @@ def _write_units(job: Rewriting, writer: CheckpointWriter, progress: ProgressCal
     return layers
 
 
-def check_place(out: Path, read: Sequence[Path], *, resume: bool, force: bool) -> None:
+def check_place(out: Path, read: Sequence[Path], *, resume: bool, force: bool, names: Sequence[str] = ()) -> None:
     """Refuse an OUT that would harm existing files, including models that are read.
+
+    Args:
+        out: The folder to write.
+        read: The models that are read.
+        resume: Whether a stopped call is continued.
+        force: Whether a checkpoint by llamamoe in OUT may be replaced.
+        names: Names of the first of ``read`` in messages; the others are called MODEL.
 
     Raises:
         RefusedError: See `llamamoe.checkpoint.out_folder.check_out` and `llamamoe.checkpoint.ledger.check_left`.
     """
     recover_replaced(out)
-    for path in read:
-        check_out(out, path, force=force)
+    for path, name in zip_longest(read, names[: len(read)], fillvalue="MODEL"):
+        check_out(out, Path(path), force=force, name=name)
     check_left(partial_path(out), resume=resume, restart=force)
 
 

@@ -192,6 +192,12 @@ def test_an_expert_in_the_wrong_place_does_not_pass(
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("name", "called"), [("base", "BASE"), ("all", "expert 1")])
+def test_an_out_in_a_model_names_the_argument(name: str, called: str, models: dict[str, Path]) -> None:
+    with pytest.raises(RefusedError, match=rf"and {called} \(.*{name}\) must not contain each other"):
+        mix(models["base"], models[name] / "out", recipe(models["ffn"], models["all"]))
+
+
 @pytest.mark.parametrize(
     ("variant", "keys", "words"),
     [

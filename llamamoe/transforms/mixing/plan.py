@@ -158,7 +158,8 @@ def check_mix_place(plan: MixPlan, out: str | Path, *, resume: bool, force: bool
         RefusedError: It would, or there is too little.
     """
     place = normal_path(out)
-    check_place(place, [each.path for each in plan.places], resume=resume, force=force)
+    names = ("BASE", *(f"expert {index}" for index in range(len(plan.experts))))
+    check_place(place, [each.path for each in plan.places], resume=resume, force=force, names=names)
     check_disk(place, plan.layout, reuse=resume or force)
 
 
