@@ -84,7 +84,10 @@ def test_every_expert_is_verified_in_every_target(target: str, tmp_path: Path) -
 def test_one_expert_alone_computes_its_model(models: dict[str, Path], tmp_path: Path) -> None:
     """In transformers' own class, with a router that selects the expert for every token."""
     base = models["base"]
-    found = mix(base, tmp_path / "out", recipe(models["ffn"], models["all"], base, top_k=1))
+    stages: set[str] = set()
+    asked = recipe(models["ffn"], models["all"], base, top_k=1)
+    found = mix(base, tmp_path / "out", asked, progress=lambda step: stages.add(step.stage.split(":")[0]))
+    assert {each for each in stages if each.startswith("expert")} == {"expert 0", "expert 1", "expert 2"}
     checks = found.receipt["verification"]["experts"]
     assert [each["is_the_model"] for each in checks] == [True, False, True]
     own = AutoModelForCausalLM.from_pretrained(base)
@@ -216,6 +219,14 @@ def test_models_that_differ_are_refused_by_key(
     with pytest.raises(RefusedError) as found:
         llamamoe.plan_mix(models["base"], recipe(models["ffn"], other))
     assert all(word in f"{found.value}\n{found.value.hint}" for word in words), f"{found.value}\n{found.value.hint}"
+    assert "None, None" not in str(found.value)
+
+
+def test_windows_that_differ_are_named_by_layer(tmp_path: Path) -> None:
+    base = make_dense(tmp_path / "base", "ministral-windows")
+    other = make_dense(tmp_path / "other", "ministral-windows", sliding_window=16)
+    with pytest.raises(RefusedError, match=r"sliding_window of layer 1 is 8 in .*, but 16 in "):
+        llamamoe.plan_mix(base, recipe(base, other, target="auto"))
 
 
 def test_another_vocabulary_is_refused_by_token_in_the_plan(models: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ _KEYS = {
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "rope": "rope_parameters",
-    "sliding": "the attention window by layer",
     "qkv_bias": "the bias of q, k and v",
     "o_bias": "the bias of o",
 }
 """Keys of ``config.json`` for fields of a `DenseSpec` that have other names."""
+_BY_LAYER = {"sliding", "no_rope", "linear"}
+"""Fields with a part for each layer, which differ wherever the number of layers does."""
 _LENIENT = {"extra", "max_position_embeddings", "tie_word_embeddings"}
 """Fields that may differ: BASE's value is used, which only matters beside the FFNs."""
 _HINTS = {
@@ -56,9 +58,16 @@ def check_shapes(models: Sequence[DenseModel]) -> None:
 
 
 def _differences(base: DenseModel, other: DenseModel) -> Iterator[tuple[str, Any, Any]]:
+    ignored = _LENIENT | (_BY_LAYER if base.spec.num_layers != other.spec.num_layers else set())
     for field in fields(base.spec):
         ours, theirs = getattr(base.spec, field.name), getattr(other.spec, field.name)
-        if field.name not in _LENIENT and ours != theirs:
+        if field.name in ignored or ours == theirs:
+            continue
+        if field.name == "sliding":
+            pairs = enumerate(zip_longest(ours, theirs))
+            layer, (here, there) = next((layer, pair) for layer, pair in pairs if pair[0] != pair[1])
+            yield f"sliding_window of layer {layer}", here, there
+        else:
             yield _KEYS.get(field.name, field.name), ours, theirs
 
 

@@ -76,7 +76,7 @@ def verify_mix(plan: MixPlan, folder: Path, hashes: Hashes, progress: ProgressCa
     for index, model in enumerate(plan.experts):
 
         def report(step: Progress, index: int = index) -> None:
-            progress(replace(step, stage=f"expert {index + 1}: {step.stage}"))
+            progress(replace(step, stage=f"expert {index}: {step.stage}"))
 
         rest = plan.layout.model
         own = _same_rest(rest, model)
