@@ -139,7 +139,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, s
             path = ".".join(part for part in (path, item["ctx"]["key"]) if part)
         scalar = isinstance(item.get("input"), str | int | float | bool) and item["type"] not in ("choice", "options")
         shown = f" (got {item['input']!r})" if scalar else ""
-        rule = re.sub(r"^[A-Z][a-z]+ should ", "must ", item["msg"])
+        rule = re.sub(r"^[A-Z][a-z]+ should ", "must ", item["msg"]).replace(" after validation", "")
         found.append((path, f"{_WORDS.get(item['type'], rule)}{shown}"))
     return list(dict.fromkeys(found))
 
@@ -269,8 +269,8 @@ def _beginning(model: type[BaseModel] | None, part: str, path: Sequence[str]) ->
     return {}
 
 
-def read_recipe_file(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping, safely.
+def read_recipe_file(path: str | Path, kind: str = "recipe") -> dict[str, Any]:
+    """Read a YAML mapping, safely; messages call the file ``kind``.
 
     Raises:
         UsageError: The file is missing, is not YAML, or does not hold a mapping.
@@ -280,14 +280,15 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
         with Path(path).open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
-            raise UsageError(f"the recipe {str(path)!r} has more than {_MOST_BYTES:,} bytes.")
+            raise UsageError(f"the {kind} {str(path)!r} has more than {_MOST_BYTES:,} bytes.")
         data = parse_yaml(content.decode("utf-8"))
     except OSError as error:
-        raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}.") from None
+        raise UsageError(f"the {kind} {str(path)!r} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"the recipe {str(path)!r} is not YAML: {error}") from None
+        raise UsageError(f"the {kind} {str(path)!r} is not YAML: {error}") from None
     if not isinstance(data, dict):
-        raise UsageError(f"the recipe {str(path)!r} must hold a mapping (key: value), not {type(data).__name__}.")
+        held = "nothing" if data is None else type(data).__name__
+        raise UsageError(f"the {kind} {str(path)!r} must hold a mapping (key: value), not {held}.")
     return data
 
 

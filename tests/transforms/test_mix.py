@@ -385,15 +385,37 @@ def test_other_prompts_do_not_resume(models: dict[str, Path], tmp_path: Path) ->
     ("experts", "words"),
     [
         (PROMPTS[:1], "prompts for 1 expert, not for 2"),
-        ([PROMPTS[0], {"positive_prompts": []}], r"experts\.1\.positive_prompts"),
-        ([PROMPTS[0], {"positive_prompt": ["a"]}], r"positive_prompts"),
+        (
+            [PROMPTS[0], {"positive_prompts": []}],
+            r"entry 1 \(.*all\): positive_prompts: must have at least 1 item, not 0",
+        ),
+        (
+            [PROMPTS[0], {"positive_prompt": ["a"]}],
+            r"entry 1 \(.*all\): positive_prompt: unknown key.* 'positive_prompts'",
+        ),
+        ([PROMPTS[0], "text"], r"entry 1 \(.*all\): must be a mapping"),
     ],
 )
 def test_invalid_prompts_are_refused_in_the_plan(
     experts: list[dict[str, Any]], words: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    asked = recipe(models["ffn"], models["all"], router="hidden", prompts=str(write_prompts(tmp_path, experts)))
+    path = write_prompts(tmp_path, experts)
+    asked = recipe(models["ffn"], models["all"], router="hidden", prompts=str(path))
     with pytest.raises(UsageError, match=words):
+        llamamoe.plan_mix(models["base"], asked)
+    flags = ("--expert", models["ffn"], "--expert", models["all"], "--prompts", path, "--dry-run")
+    shown = run(models["base"], *flags)
+    assert (shown.exit_code, "--expert" in shown.stderr, str(path) in shown.stderr) == (2, False, True)
+
+
+@pytest.mark.parametrize(("content", "words"), [("", "must hold a mapping .* not nothing"), (None, "cannot be read")])
+def test_a_file_of_prompts_is_not_called_a_recipe(
+    content: str | None, words: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "p.yaml").write_text(content)
+    asked = recipe(models["ffn"], models["all"], router="hidden", prompts=str(tmp_path / "p.yaml"))
+    with pytest.raises(UsageError, match=f"the prompts file '.*p.yaml' {words}"):
         llamamoe.plan_mix(models["base"], asked)
 
 

@@ -120,7 +120,7 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
     layout = replace(layout, model=_backbone(models, recipe))
     chosen = recipe.model_copy(update={"target": layout.recipe.target, "dtype": layout.recipe.dtype})
     warnings = (*layout.warnings, *_rounding(models, layout.dtype), *setting_warnings(models))
-    prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, len(recipe.experts))
+    prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, recipe.experts)
     check_texts(recipe)
     return MixPlan(chosen, places, models, layout, tuple(dict.fromkeys(warnings)), prompts)
 

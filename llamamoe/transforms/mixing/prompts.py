@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...architectures.dense_checkpoint import DenseModel
-from ...errors import LlamaMoeError, UsageError
+from ...errors import InvalidRecipeError, LlamaMoeError, UsageError, problem_lines
 from ...lazy import torch
 from ...progress import ProgressCallback
 from ...recipes import read_recipe_file, validated
@@ -19,6 +19,7 @@ from .recipe import MixRecipe
 from .states import layer_states, padded, tokenizer_of
 
 _LEAST_NORM = 1e-8
+_FORM = "Write one entry with `positive_prompts:` for each expert under `experts:`, in their order, counted from 0."
 
 
 class ExpertPrompts(BaseModel):
@@ -42,19 +43,38 @@ class Prompts(BaseModel):
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def read_prompts(path: str | Path, num_experts: int) -> Prompts:
+def read_prompts(path: str | Path, models: Sequence[str]) -> Prompts:
     """Read a file of prompts, YAML or JSON.
+
+    Args:
+        path: The file.
+        models: The experts' models, in the order of the experts.
 
     Raises:
         UsageError: The file is invalid, or has prompts for another number of experts.
     """
-    found = validated(Prompts, read_recipe_file(Path(path).expanduser()))
-    if len(found.experts) != num_experts:
+    data = read_recipe_file(Path(path).expanduser(), "prompts file")
+    try:
+        found = validated(Prompts, data)
+    except InvalidRecipeError as error:
+        lines = problem_lines([(_place(key, models), rule) for key, rule in error.problems])
+        text = "\n".join(f"  - {line}" for line in lines)
+        raise UsageError(f"the prompts file {str(path)!r} is not valid:\n{text}", hint=_FORM) from None
+    if len(found.experts) != len(models):
         raise UsageError(
-            f"{path} has prompts for {plural(len(found.experts), 'expert')}, not for {num_experts}.",
-            hint="Write one entry for each expert under `experts:`, in their order.",
+            f"{path} has prompts for {plural(len(found.experts), 'expert')}, not for {len(models)}.", hint=_FORM
         )
     return found
+
+
+def _place(key: str, models: Sequence[str]) -> str:
+    """Return words for a key of the file, with the expert that it is about."""
+    first, *rest = key.split(".")
+    if first != "experts" or not rest:
+        return key
+    index = int(rest[0])
+    entry = f"experts, entry {index}" + (f" ({models[index]})" if index < len(models) else "")
+    return f"{entry}: {'.'.join(rest[1:])}" if rest[1:] else entry
 
 
 def prompt_rows(
