@@ -603,7 +603,7 @@ def test_what_does_not_fit_is_told_at_once_before_anything_is_loaded(world: dict
             "data.mixture: the domain 'small' has the weight 0.5",
             "data.validation: the largest domain has",
             "data.reference_losses has no small, which data.update = sheared_llama needs",
-            "gate = switch routes each token to 1 experts, but the model selects 2",
+            "gate = switch routes each token to 1 expert, but the model selects 2",
             "balancing moves correction biases, and the routers of mixtral have none",
             "distill.hidden: there is no layer 7: the model has 2 (0 to 1)",
         ):
