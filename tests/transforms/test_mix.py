@@ -272,8 +272,8 @@ def test_rounding_is_a_warning(models: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"experts": ["a"]}, "experts"),
-        ({"top_k": 3}, "top_k = 3 must not exceed the number of experts, 2"),
+        ({"experts": ["a"]}, r"experts: a mixture needs at least 2 experts, each with its model \(got 1\)"),
+        ({"top_k": 3}, r"top_k: must not exceed the number of experts, 2 \(got 3\)"),
         ({"target": "mixtrel"}, "Did you mean 'mixtral'"),
         ({"router_std": 0}, "router_std"),
         ({"shard_size": "big"}, "shard_size"),
@@ -306,7 +306,9 @@ def test_the_command(models: dict[str, Path], tmp_path: Path) -> None:
     assert (refused.exit_code, "is not empty" in refused.stderr) == (3, True)
     lacking = run(models["base"], tmp_path / "three", "--expert", models["ffn"])
     assert lacking.exit_code == 2
-    assert "--expert" in lacking.stderr
+    assert "--expert: a mixture needs at least 2 experts" in lacking.stderr
+    texts = run(models["base"], *experts, "--text", "a.txt", "--dry-run").stderr
+    assert "--text: give one for each of the 2 experts, in their order (got 1)" in texts
 
 
 def test_the_plan_imports_neither_torch_nor_transformers(models: dict[str, Path]) -> None:

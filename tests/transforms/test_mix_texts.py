@@ -167,8 +167,9 @@ def test_the_seed_and_the_texts_decide_and_resume_compares_them(world: Path, tmp
     ("keys", "words"),
     [
         ({"texts": None}, "needs a text of each expert"),
-        ({"router": "random"}, "only it reads them"),
-        ({"texts": ["a.txt"]}, r"one for each of the 2 experts, in their order \(got 1\)"),
+        ({"router": "random"}, "texts: only the router text reads them, but the router is random"),
+        ({"texts": ["a.txt"]}, r"texts: give one for each of the 2 experts, in their order \(got 1\)"),
+        ({"prompts": "p.yaml"}, "--prompts and --text exclude each other"),
         ({"text_tokens": 10}, "must be greater than or equal to 256"),
     ],
 )

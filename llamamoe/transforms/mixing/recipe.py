@@ -11,14 +11,13 @@ from ...architectures.targets import TARGETS
 from ...calibration.compute import MIN_TOKENS
 from ...checkpoint.layout import SHARD_SIZE, SHARD_SIZE_RULE
 from ...errors import near_misses
-from ...recipes import Count, Paths, Recipe, form
+from ...recipes import Count, Paths, Recipe, breaks, form
 
 
 class MixRecipe(Recipe):
     """Everything that decides what ``llamamoe mix`` writes, beside BASE."""
 
     experts: Paths = Field(
-        min_length=2,
         description="Models whose FFNs become the experts: folders or Hub ids, in the order of the experts.",
     )
     backbone: Literal["base", "average"] | tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
@@ -62,34 +61,34 @@ class MixRecipe(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> MixRecipe:
-        if self.top_k > len(self.experts):
-            raise PydanticCustomError(
-                "top_k", f"top_k = {self.top_k} must not exceed the number of experts, {len(self.experts)}"
-            )
-        if isinstance(self.backbone, tuple) and (len(self.backbone) != 1 + len(self.experts) or not any(self.backbone)):
-            raise PydanticCustomError(
-                "backbone",
-                f"backbone: give {1 + len(self.experts)} weights, for BASE and each expert, not all zero "
-                f"(got {list(self.backbone)})",
-            )
-        if (self.router == "hidden") != (self.prompts is not None):
-            raise PydanticCustomError(
-                "prompts", "prompts: the router hidden needs a file of prompts, and only it reads one"
-            )
-        if (self.router == "text") != (self.texts is not None):
-            raise PydanticCustomError(
-                "texts", "texts: the router text needs a text of each expert, and only it reads them"
-            )
-        if self.texts is not None and len(self.texts) != len(self.experts):
-            raise PydanticCustomError(
-                "texts",
-                f"texts: give one for each of the {len(self.experts)} experts, in their order (got {len(self.texts)})",
-            )
+        count = len(self.experts)
+        if count < 2:
+            raise breaks("experts", f"a mixture needs at least 2 experts, each with its model (got {count})")
+        if self.top_k > count:
+            raise breaks("top_k", f"must not exceed the number of experts, {count} (got {self.top_k})")
+        if isinstance(self.backbone, tuple) and (len(self.backbone) != 1 + count or not any(self.backbone)):
+            weights = f"{1 + count} weights, for BASE and each expert, not all zero (got {list(self.backbone)})"
+            raise breaks("backbone", f"give {weights}")
+        self._check_router()
         if self.target != "auto" and self.target not in TARGETS:
-            raise PydanticCustomError(
-                "target", f"unknown target {self.target!r}. " + near_misses(self.target, ["auto", *TARGETS.names()])
-            )
+            known = near_misses(self.target, ["auto", *TARGETS.names()])
+            raise PydanticCustomError("target", f"unknown target {self.target!r}. {known}")
         return self
+
+    def _check_router(self) -> None:
+        """Refuse a router without what it is made from, and what no router is made from."""
+        if self.prompts is not None and self.texts is not None:
+            raise breaks("", "--prompts and --text exclude each other: a router is made from prompts or from texts")
+        if self.router == "hidden" and self.prompts is None:
+            raise breaks("prompts", "the router hidden needs a file of prompts (--prompts)")
+        if self.router == "text" and self.texts is None:
+            raise breaks("texts", "the router text needs a text of each expert (--text)")
+        for key, value, router in (("prompts", self.prompts, "hidden"), ("texts", self.texts, "text")):
+            if value is not None and self.router != router:
+                raise breaks(key, f"only the router {router} reads them, but the router is {self.router}")
+        count = len(self.experts)
+        if self.texts is not None and len(self.texts) != count:
+            raise breaks("texts", f"give one for each of the {count} experts, in their order (got {len(self.texts)})")
 
     @property
     def shares(self) -> tuple[float, ...]:
