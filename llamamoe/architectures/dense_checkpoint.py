@@ -168,11 +168,14 @@ def _refuse_scaled_table(spec: DenseSpec) -> None:
         )
 
 
+def mixture_key(config: Mapping[str, Any]) -> str | None:
+    """Return the key of ``config.json`` that makes a model a mixture of experts; None for a dense one."""
+    keys = (*EXPERT_KEYS, "num_experts_per_tok")
+    return next((key for key in keys if isinstance(config.get(key), int) and config[key] > 1), None)
+
+
 def _refuse_mixture(config: Mapping[str, Any]) -> None:
-    experts = next(
-        (k for k in (*EXPERT_KEYS, "num_experts_per_tok") if isinstance(config.get(k), int) and config[k] > 1), None
-    )
-    if experts:
+    if experts := mixture_key(config):
         routed = routes_attention(config.get("model_type"))
         other = (
             "make a dense model of it with `llamamoe densify`"

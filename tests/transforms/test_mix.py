@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamamoe
-from llamamoe import RefusedError, UsageError, VerificationError, load_mix_recipe, mix
+from llamamoe import CheckpointError, RefusedError, UsageError, VerificationError, load_mix_recipe, mix
 from llamamoe.checkpoint.out_folder import DERIVED_FILE
 from llamamoe.checkpoint.reader import SafetensorsCheckpoint
 from llamamoe.transforms.mixing.experts import MixTensors
@@ -220,6 +220,18 @@ def test_models_that_differ_are_refused_by_key(
         llamamoe.plan_mix(models["base"], recipe(models["ffn"], other))
     assert all(word in f"{found.value}\n{found.value.hint}" for word in words), f"{found.value}\n{found.value.hint}"
     assert "None, None" not in str(found.value)
+
+
+@pytest.mark.parametrize("keys", [{"num_local_experts": 3}, {"text_config": {"model_type": "llama"}}])
+def test_a_model_that_is_not_dense_is_named(keys: dict[str, Any], models: dict[str, Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(models["ffn"], tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | keys))
+    with pytest.raises(CheckpointError, match=r"^expert 1 \(--expert .*other\): config\.json: ") as refused:
+        llamamoe.plan_mix(models["base"], recipe(models["ffn"], other))
+    assert "Give the dense language model" in str(refused.value.hint)
+    with pytest.raises(CheckpointError, match=r"^BASE \(.*other\): config\.json: "):
+        llamamoe.plan_mix(other, recipe(models["ffn"], models["all"]))
 
 
 def test_windows_that_differ_are_named_by_layer(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._version import __version__
-from ...architectures.dense_checkpoint import DenseModel, understand
+from ...architectures.dense_checkpoint import DenseModel, mixture_key, understand
 from ...architectures.expert_weighting import routes_attention
 from ...architectures.sources.base import canonical_shapes
 from ...checkpoint.locate import Location, locate_folder
@@ -17,7 +17,7 @@ from ...checkpoint.reader import SafetensorsCheckpoint
 from ...conversion.plan import SplitPlan, plan_split
 from ...conversion.preflight import check_disk
 from ...conversion.recipe import SplitRecipe, build_recipe
-from ...errors import RefusedError
+from ...errors import CheckpointError, RefusedError
 from ..rewrite import check_place, same_tensors
 from .checkpoints import AveragedCheckpoint
 from .checks import check_shapes, check_vocabularies, setting_warnings
@@ -113,7 +113,7 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
             hint="Give another --target, or omit it.",
         )
     places = tuple(locate_folder(source) for source in (base, *recipe.experts))
-    models = tuple(understand(SafetensorsCheckpoint(place.path)) for place in places)
+    models = tuple(_opened(place, index) for index, place in enumerate(places))
     check_shapes(models)
     check_vocabularies(models)
     layout = plan_split(models[0], layout_recipe(recipe))
@@ -123,6 +123,23 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
     prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, recipe.experts)
     check_texts(recipe)
     return MixPlan(chosen, places, models, layout, tuple(dict.fromkeys(warnings)), prompts)
+
+
+def _opened(place: Location, index: int) -> DenseModel:
+    """Open BASE (index 0) or the model of an expert.
+
+    Raises:
+        CheckpointError: It is not a dense checkpoint of a known family; the message names the argument and the path.
+    """
+    checkpoint = SafetensorsCheckpoint(place.path)
+    try:
+        return understand(checkpoint)
+    except CheckpointError as error:
+        which = f"expert {index - 1} (--expert {place.path})" if index else f"BASE ({place.path})"
+        not_dense = mixture_key(checkpoint.config) or "text_config" in checkpoint.config
+        wanted = "was trained from BASE" if index else "all experts were trained from"
+        hint = f"Give the dense language model that {wanted}, in a folder of its own." if not_dense else error.hint
+        raise CheckpointError(f"{which}: {error.message}", hint=hint) from None
 
 
 def _backbone(models: Sequence[DenseModel], recipe: MixRecipe) -> DenseModel:
