@@ -407,6 +407,10 @@ def test_other_prompts_do_not_resume(models: dict[str, Path], tmp_path: Path) ->
             [PROMPTS[0], {"positive_prompt": ["a"]}],
             r"entry 1 \(.*all\): positive_prompt: unknown key.* 'positive_prompts'",
         ),
+        (
+            [{"positive_prompts": ["a", "b"], "negative_prompts": ["b", "a", "a", "b"]}, PROMPTS[1]],
+            r"positive and the negative prompts of expert 0 \(.*ffn\) are the same",
+        ),
         ([PROMPTS[0], "text"], r"entry 1 \(.*all\): must be a mapping"),
     ],
 )
@@ -420,6 +424,27 @@ def test_invalid_prompts_are_refused_in_the_plan(
     flags = ("--expert", models["ffn"], "--expert", models["all"], "--prompts", path, "--dry-run")
     shown = run(models["base"], *flags)
     assert (shown.exit_code, "--expert" in shown.stderr, str(path) in shown.stderr) == (2, False, True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ({"positive_prompts": ["a", "b"]}, {"positive_prompts": ["b", "a"]}, True),
+        (
+            {"positive_prompts": ["a"], "negative_prompts": ["a", "b"]},
+            {"positive_prompts": ["a"], "negative_prompts": ["b"]},
+            True,
+        ),
+        ({"positive_prompts": ["a", "b"]}, {"positive_prompts": ["a", "b", "b"]}, False),
+    ],
+)
+def test_equal_prompts_of_two_experts_are_a_warning(
+    one: dict[str, Any], other: dict[str, Any], alike: bool, models: dict[str, Path], tmp_path: Path
+) -> None:
+    path = str(write_prompts(tmp_path, [one, PROMPTS[0], other]))
+    asked = recipe(models["ffn"], models["all"], models["base"], router="hidden", prompts=path)
+    told = "experts 0 and 2 have the same prompts: the router cannot tell them apart"
+    assert (told in llamamoe.plan_mix(models["base"], asked).warnings) == alike
 
 
 @pytest.mark.parametrize(("content", "words"), [("", "must hold a mapping .* not nothing"), (None, "cannot be read")])

@@ -192,6 +192,14 @@ def test_a_text_that_is_missing_or_short_is_named(world: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_one_text_for_two_experts_is_a_warning_of_plan_and_result(world: Path, tmp_path: Path) -> None:
+    given = asked(world, texts=[str(world / "code.txt"), str(world / ".." / world.name / "code.txt")])
+    told = "experts 0 and 1 have the same texts: the router cannot tell them apart"
+    assert told in llamamoe.plan_mix(world / "code", given).warnings
+    assert told in mix(world / "code", tmp_path / "out", given, verify=False).warnings
+    assert not llamamoe.plan_mix(world / "code", asked(world)).warnings
+
+
 def test_a_base_without_a_tokenizer_is_refused(world: Path, tmp_path: Path) -> None:
     for name in WORDS:
         shutil.copytree(world / name, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*"))

@@ -22,7 +22,7 @@ from ..rewrite import check_place, same_tensors
 from .checkpoints import AveragedCheckpoint
 from .checks import check_shapes, check_vocabularies, setting_warnings
 from .exactness import mix_exactness, rest_of
-from .expert_texts import check_texts
+from .expert_texts import alike_warnings, text_files
 from .prompts import Prompts, read_prompts
 from .recipe import MixRecipe
 
@@ -121,7 +121,8 @@ def plan_mix(base: str | Path, recipe: MixRecipe) -> MixPlan:
     chosen = recipe.model_copy(update={"target": layout.recipe.target, "dtype": layout.recipe.dtype})
     warnings = (*layout.warnings, *_rounding(models, layout.dtype), *setting_warnings(models))
     prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, recipe.experts)
-    check_texts(recipe)
+    directions = [] if prompts is None else [each.direction for each in prompts.experts]
+    warnings = (*warnings, *alike_warnings(directions, "prompts"), *alike_warnings(text_files(recipe), "texts"))
     return MixPlan(chosen, places, models, layout, tuple(dict.fromkeys(warnings)), prompts)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +31,16 @@ class ExpertPrompts(BaseModel):
     positive_prompts: tuple[str, ...] = Field(min_length=1, description="Texts that should select the expert.")
     negative_prompts: tuple[str, ...] = Field((), description="Texts that should not.")
     source_model: str | None = Field(None, description="Not read: a note on whose prompts these are.")
+
+    @property
+    def direction(self) -> frozenset[tuple[str, Fraction]]:
+        """The share of each prompt in the expert's row, with equal sets for rows of one direction; empty if the row is zero."""
+        shares: defaultdict[str, Fraction] = defaultdict(Fraction)
+        for prompts, sign in ((self.positive_prompts, 1), (self.negative_prompts, -1)):
+            for prompt in prompts:
+                shares[prompt] += Fraction(sign, len(prompts))
+        largest = max(map(abs, shares.values()))
+        return frozenset((prompt, share / largest) for prompt, share in shares.items() if share)
 
 
 class Prompts(BaseModel):
@@ -64,7 +76,19 @@ def read_prompts(path: str | Path, models: Sequence[str]) -> Prompts:
         raise UsageError(
             f"{path} has prompts for {plural(len(found.experts), 'expert')}, not for {len(models)}.", hint=_FORM
         )
+    _check_directions(found, path, models)
     return found
+
+
+def _check_directions(prompts: Prompts, path: str | Path, models: Sequence[str]) -> None:
+    """Refuse an expert whose positive prompts are its negative ones, so that its row of the router would be zero."""
+    for index, (each, model) in enumerate(zip(prompts.experts, models, strict=True)):
+        if not each.direction:
+            raise UsageError(
+                f"the prompts file {str(path)!r}: the positive and the negative prompts of expert {index} ({model}) are the same, so its row "
+                "of the router would be zero.",
+                hint="Give other negative prompts, or none.",
+            )
 
 
 def _place(key: str, models: Sequence[str]) -> str:
