@@ -240,6 +240,6 @@ def test_what_another_command_wrote_is_refused_by_its_name(
     converted: Callable[[str], Converted], mark: str, verb: str
 ) -> None:
     case = converted("mixtral")
-    (case.out / mark).write_text("{}")
+    (case.out / mark).write_text(json.dumps({"made_by": verb}))
     with pytest.raises(llamamoe.RefusedError, match=f"written by `llamamoe {verb}"):
         llamamoe.verify(case.out, case.dense)

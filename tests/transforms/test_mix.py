@@ -158,7 +158,7 @@ def test_what_is_left_beside_the_weights(models: dict[str, Path], tmp_path: Path
     card = (found.out / "README.md").read_text()
     assert "the FFNs of `ffn`, `all`" in card
     assert "apache-2.0, mit" in card
-    with pytest.raises(RefusedError, match="llamamoe merge, mix"):
+    with pytest.raises(RefusedError, match="by `llamamoe mix`, which"):
         llamamoe.verify(found.out, tmp_path / "base")
     with pytest.raises(RefusedError, match="several dense FFNs"):
         llamamoe.densify(found.out, tmp_path / "dense")
