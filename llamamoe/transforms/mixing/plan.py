@@ -137,9 +137,10 @@ def _opened(place: Location, index: int) -> DenseModel:
         return understand(checkpoint)
     except CheckpointError as error:
         which = f"expert {index - 1} (--expert {place.path})" if index else f"BASE ({place.path})"
-        not_dense = mixture_key(checkpoint.config) or "text_config" in checkpoint.config
         wanted = "was trained from BASE" if index else "all experts were trained from"
-        hint = f"Give the dense language model that {wanted}, in a folder of its own." if not_dense else error.hint
+        hint: str | None = f"Give the dense language model that {wanted}, in a folder of its own."
+        if mixture_key(checkpoint.config) is None:  # what a mixture could be given to is of no use here
+            hint = f"{hint} {error.hint}" if "text_config" in checkpoint.config else error.hint
         raise CheckpointError(f"{which}: {error.message}", hint=hint) from None
 
 

@@ -205,7 +205,7 @@ def test_noise_is_learned_saved_and_restored() -> None:
 
 def test_refusals_name_the_way_out_and_change_nothing() -> None:
     layers = find_moe_layers(tiny_moe("mixtral"))
-    with pytest.raises(RefusedError, match=r"switch.*1 experts, but the model selects 2[\s\S]*--top-k 1"):
+    with pytest.raises(RefusedError, match=r"switch.*1 expert, but the model selects 2[\s\S]*--top-k 1"):
         gate("switch").attach(layers, 0)
     with pytest.raises(RefusedError, match="gshard"):
         gate("gshard").attach(find_moe_layers(tiny_moe("mixtral", num_experts_per_tok=3)), 0)
