@@ -100,14 +100,23 @@ def _locate(source: str | Path, fetch: Callable[[str, Callable[[], str]], Path])
 
 
 def _near(path: Path) -> str:
-    """Return a sentence with the checkpoints beside a missing path that have similar names, or nothing."""
+    """Return a sentence with the checkpoints that have names like a missing path's, or nothing."""
     try:
-        beside = [each for each in islice(path.parent.iterdir(), _MOST_BESIDE) if _may_be_source(each)]
+        beside = [each for each in islice(_near_folder(path).iterdir(), _MOST_BESIDE) if _may_be_source(each)]
     except OSError:
         return ""
     names = {each.name: str(each) for each in beside}
     close = get_close_matches(path.name, names, n=3)
     return f"Did you mean {' or '.join(repr(names[name]) for name in close)}? " if close else ""
+
+
+def _near_folder(path: Path) -> Path:
+    """Return the folder of a path, or if it does not exist the one beside it with the most similar name."""
+    folder = path.parent
+    if folder.is_dir():
+        return folder
+    beside = [each.name for each in islice(folder.parent.iterdir(), _MOST_BESIDE) if each.is_dir()]
+    return folder.with_name(next(iter(get_close_matches(folder.name, beside, n=1)), folder.name))
 
 
 def _may_be_source(path: Path) -> bool:

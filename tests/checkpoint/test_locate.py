@@ -286,6 +286,8 @@ def test_a_path_that_looks_like_a_hub_id_gets_proposals_where_nothing_can_be_dow
     hub.unreachable = OfflineModeIsEnabled("offline")
     with pytest.raises(LlamaMoeError, match=r"Did you mean 'models/SmolLM2-135M'\? (Unset|Check)"):
         locate("models/SmolLM2")
+    with pytest.raises(LlamaMoeError, match=r"Did you mean 'models/SmolLM2-135M'\? (Unset|Check)"):
+        locate("model/SmolLM2")
 
 
 def test_a_trained_model_is_named_with_its_run(tmp_path: Path) -> None:
