@@ -15,7 +15,7 @@ from ._text import bold, echo
 
 if TYPE_CHECKING:
     from llamamoe.evaluation.bench import Benchmark
-    from llamamoe.evaluation.speeds import ModelSpeed
+    from llamamoe.evaluation.speeds import ModelSpeed, Speed
     from llamamoe.studies.speed.bench_llama_cpp import LlamaCppSpeeds
 
 HELP = """Measure the speed of prefill and decoding of MODEL, and of its dense parent with --against.
@@ -161,6 +161,9 @@ def _print_llama_cpp(found: LlamaCppSpeeds) -> None:
         "and largest, and not the ratio of the medians: other load changes both models of a turn. `decode` with a number is that of so "
         "many sequences together; prompts and continuations are random tokens."
     )
+    if any(rate.highest > _WIDE * rate.lowest for rate in found.rates.values() if parent):
+        echo()
+        paragraph(_NOISY)
 
 
 def _print(benchmark: Benchmark) -> None:
@@ -184,6 +187,11 @@ def _print(benchmark: Benchmark) -> None:
         upto = (
             f"up to batch {benchmark.faster_up_to}" if benchmark.faster_up_to else "at none of the measured batch sizes"
         )
+        if any(
+            _wide(theirs, mine) for theirs, mine in zip(benchmark.against.speeds, benchmark.model.speeds, strict=True)
+        ):
+            echo()
+            paragraph(_NOISY)
         if benchmark.steady:
             echo()
             paragraph(
@@ -201,6 +209,12 @@ def _print(benchmark: Benchmark) -> None:
     print_warnings(benchmark.warnings)
 
 
+_WIDE = 1.3
+"""Ratio of the largest and the smallest from which a range says little."""
+_NOISY = (
+    "Some ranges are wide, so other programs took part of the machine: stop them and repeat it with more --repeats and --new-tokens before you "
+    "rely on a ratio."
+)
 _RANGES = (
     "Medians of {} runs. In brackets: the smallest and the largest ratio between single runs of the two models. These numbers hold on this "
     "machine; other programs disturb them."
@@ -244,6 +258,10 @@ def _rows(benchmark: Benchmark) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _wide(theirs: Speed, mine: Speed) -> bool:
+    return theirs.spread * mine.spread > _WIDE
 
 
 def _ratio(theirs: float, their_range: tuple[float, float], mine: float, my_range: tuple[float, float]) -> str:
