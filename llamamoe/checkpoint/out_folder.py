@@ -167,7 +167,7 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
     ours = any((out / mark).is_file() for mark in MARKS)
     if not force:
         way = ", or --force to replace the checkpoint in it" if ours else ": llamamoe did not write what it holds"
-        done = "What is in it is complete, so nothing is left to resume. " if ours else ""
+        done = "It holds a complete result. " if ours else ""
         raise RefusedError(f"OUT ({out}) is not empty.", hint=f"{done}Choose another name{way}.")
     if not ours:
         raise RefusedError(

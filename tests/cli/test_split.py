@@ -217,7 +217,7 @@ def test_dry_run_json_keys(dense: Path, run: Run) -> None:
 def test_dry_run_refuses_what_the_run_would_refuse(dense: Path, converted: tuple[Path, Result], run: Run) -> None:
     error = run("split", dense, converted[0], "--dry-run", code=3).stderr
     assert "is not empty" in error
-    assert "nothing is left to resume" in error
+    assert "It holds a complete result" in error
     assert "--force" in error
     run("split", dense, converted[0], "--dry-run", "--force")
 
