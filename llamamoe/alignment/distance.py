@@ -8,6 +8,9 @@ from typing import Any
 from ..lazy import torch
 from ..models.loading import LOGITS_AT_ONCE
 
+LOGITS_IN_CACHE = 1 << 20
+"""Logits that are passed over together, 4 MiB each of the student's and the parent's."""
+
 
 def divergence(
     hidden_BH: torch.Tensor, parent_BH: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
@@ -38,13 +41,12 @@ class _Divergence(torch.autograd.Function):
         for hidden, parent in zip(torch.split(hidden_BH, rows), torch.split(parent_BH, rows), strict=True):
             leaf = hidden.detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
-                log_q = logits(leaf).log_softmax(-1)
+                student_PV = logits(leaf)
             with torch.no_grad():
-                log_p = logits(parent).log_softmax(-1)
-                p = log_p.exp()
-                total += torch.linalg.vecdot(p, log_p - log_q).sum(dtype=torch.float64)
+                at_student_PV, distance = _at_logits(student_PV.detach(), logits(parent))
+            total += distance
             if wanted:
-                gradients.append(torch.autograd.grad(log_q, leaf, -p)[0])
+                gradients.append(torch.autograd.grad(student_PV, leaf, at_student_PV)[0])
         ctx.save_for_backward(torch.cat(gradients) if wanted else None)
         return total.to(torch.float32)
 
@@ -52,3 +54,18 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_BH,) = ctx.saved_tensors
         return gradient_BH * grad.to(gradient_BH.dtype), None, None, None
+
+
+def _at_logits(student_PV: torch.Tensor, parent_PV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradient at the student's logits, ``q - p`` in place of the parent's, and the float64 divergence of P tokens.
+
+    The logits are passed over a few rows at a time, which stay in the processor's cache.
+    """
+    total = student_PV.new_zeros((), dtype=torch.float64)
+    rows = max(1, LOGITS_IN_CACHE // student_PV.shape[1])
+    for student, parent in zip(torch.split(student_PV, rows), torch.split(parent_PV, rows), strict=True):
+        log_q, log_p = student.log_softmax(-1), parent.log_softmax(-1)
+        p = torch.exp(log_p, out=parent)
+        total += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum(dtype=torch.float64)
+        torch.sub(log_q.exp_(), p, out=parent)
+    return parent_PV, total

@@ -19,9 +19,14 @@ def hidden(seed: int) -> torch.Tensor:
     return torch.randn(B, H, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("at_once", [1, 3 * V, 1 << 24])
-def test_it_is_the_kl_written_out_however_it_is_cut(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("at_once", "in_cache"), [(1, 1), (3 * V, 2 * V), (1 << 24, 1), (1 << 24, 4 * V), (1 << 24, 1 << 20)]
+)
+def test_it_is_the_kl_written_out_however_it_is_cut(
+    at_once: int, in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distance, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(distance, "LOGITS_IN_CACHE", in_cache)
     weight, student, parent = head(), hidden(1).requires_grad_(), hidden(2)
     p, q = (torch.softmax(x @ weight.T, -1) for x in (parent, student))
     want = (p * (p / q).log()).sum()
