@@ -50,11 +50,13 @@ def spread(
     try:
         for _ in range(workers):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, setup, shared), daemon=True)
+            process = context.Process(target=_serve, args=(there, setup), daemon=True)
             process.start()
             there.close()
             pipes[here] = process
-            _give(here, waiting, jobs)
+        for pipe in pipes:
+            _send(pipe, shared)  # as an argument of the process it would block start() forever if that ends early
+            _give(pipe, waiting, jobs)
         yield from _collect(pipes, waiting, jobs)
     finally:
         for pipe, process in pipes.items():
@@ -66,8 +68,14 @@ def spread(
 def _give(pipe: Connection, waiting: list[int], jobs: Sequence[Any]) -> None:
     if waiting:
         number = waiting.pop()
-        with contextlib.suppress(BrokenPipeError):  # the end of the process is noticed when it is read from
-            pipe.send((number, jobs[number]))
+        _send(pipe, (number, jobs[number]))
+
+
+def _send(pipe: Connection, message: Any) -> None:
+    with contextlib.suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # the end of the process is noticed when it is read from
+        pipe.send(message)
 
 
 def _collect(pipes: dict[Connection, Any], waiting: list[int], jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -79,10 +87,7 @@ def _collect(pipes: dict[Connection, Any], waiting: list[int], jobs: Sequence[An
                 number, result, error = pipe.recv()
             except (EOFError, ConnectionResetError):
                 pipes[pipe].join()
-                raise LlamaMoeError(
-                    f"a worker process ended unexpectedly (exit code {pipes[pipe].exitcode}).",
-                    hint="Often memory ran out: use fewer --workers. Finished work is kept: continue with --resume.",
-                ) from None
+                raise _ended(pipes[pipe].exitcode) from None
             if error is not None:
                 raise error
             left -= 1
@@ -90,24 +95,40 @@ def _collect(pipes: dict[Connection, Any], waiting: list[int], jobs: Sequence[An
             yield number, result
 
 
-def _serve(pipe: Connection, setup: Callable[[Any], Callable[[Any], Any]], shared: Any) -> None:
-    """Run the loop of a worker process."""
+def _ended(exit_code: int) -> LlamaMoeError:
+    """Return the error of a worker that ended: by a signal, which a lack of memory often is, or by an error of its start."""
+    if exit_code < 0:
+        why = "Often memory ran out: use fewer --workers."
+    else:
+        why = 'A script must guard its main part with `if __name__ == "__main__":`, because every worker imports it.'
+    return LlamaMoeError(
+        f"a worker process ended unexpectedly (exit code {exit_code}).",
+        hint=f"{why} Finished work is kept: continue with --resume.",
+    )
+
+
+def _serve(pipe: Connection, setup: Callable[[Any], Callable[[Any], Any]]) -> None:
+    """Run the loop of a worker process, which receives the argument of ``setup`` and then its jobs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them: the main process decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the main process is not for its copies
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     number = -1
     try:
-        work = setup(shared)
-        while True:
-            try:
-                number, job = pipe.recv()
-            except EOFError:
-                return
+        messages = _messages(pipe)
+        work = setup(next(messages))
+        for number, job in messages:
             pipe.send((number, work(job), None))
     except Exception as error:
         with contextlib.suppress(OSError):
             pipe.send((number, None, error))
+
+
+def _messages(pipe: Connection) -> Iterator[Any]:
+    """Receive until the main process closes its end."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield pipe.recv()
 
 
 def _end_with_parent() -> None:

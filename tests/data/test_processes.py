@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +69,15 @@ def test_leaving_early_stops_the_processes():
     results.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_script_without_a_guard_is_an_error_not_a_wait(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from llamamoe.data.processes import spread\n"
+        "print(list(spread(str.startswith, 'more than a pipe holds' * 100_000, ['a', 'b'], 2)))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "LlamaMoeError: a worker process ended unexpectedly (exit code 1)" in done.stderr
+    assert '`if __name__ == "__main__":`' in done.stderr
