@@ -8,6 +8,7 @@ from ...lazy import torch
 from .base import ExpertsCall, ExpertsImplementation
 from .grouped_mm import GroupedMm
 from .masked import Masked
+from .products import has_amx
 from .sorted_loop import Sorted, all_fit_at_once, in_float32
 
 
@@ -17,7 +18,8 @@ class Costs:
 
     Fitted to a Xeon with AVX-512 (bfloat16 included, no AMX): in 60 of 63 measured cases the rule chose the faster of
     the two, or one within 3 % of it; on the others it lost 13 to 38 %. H = 576 and 2048, N = 8 to 64, W = 24 to 896, T
-    = 2 to 256, without gradients. Other processors may need other values.
+    = 2 to 256, without gradients. "half by AMX" was fitted to a Xeon that has it: faster or within 3 % in 50 of 52 cases
+    (W = 16 to 896, T = 2 to 2048), 9 % lost in the others. Other processors may need other values.
 
     Attributes:
         call: Calls for one expert, which more threads do not speed up.
@@ -38,7 +40,23 @@ COSTS = {
     "float32": Costs(call=2.1e5, read=0.52, product=0.064, masked=0.038),
     "half": Costs(call=1.82e6, read=0.86, product=0.076, masked=0.102),
     "half in float32": Costs(call=1.3e6, read=4.0, product=0.052, masked=0.2),
+    "half by AMX": Costs(call=6e5, read=1.3, product=0.0214, masked=0.02, assignment=11.0),
 }
+
+
+def costs_on(device_type: str, *, half: bool, in_float32: bool = False) -> Costs:
+    """Return the costs of experts in 16 bits or in float32 on this machine's device.
+
+    Args:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        half: Whether inputs and weights have 16 bits.
+        in_float32: Whether they are multiplied in float32 nevertheless.
+    """
+    if not half:
+        return COSTS["float32"]
+    if in_float32:
+        return COSTS["half in float32"]
+    return COSTS["half by AMX" if device_type == "cpu" and has_amx() else "half"]
 
 
 class Auto(ExpertsImplementation):
@@ -62,7 +80,7 @@ class Auto(ExpertsImplementation):
         if tokens == 1 and not torch.is_grad_enabled():
             loop = one_token_prefers_sorted(*sizes, half=half)
         else:
-            costs = COSTS["half in float32" if in_float32(call) else "half" if half else "float32"]
+            costs = costs_on(call.x_TH.device.type, half=half, in_float32=in_float32(call))
             loop = prefers_sorted(tokens, *sizes, costs=costs, threads=torch.get_num_threads())
         if loop and tokens > 1 and not half and not torch.is_grad_enabled() and all_fit_at_once(call):
             return GroupedMm().forward(call)

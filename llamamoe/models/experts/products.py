@@ -38,6 +38,12 @@ def float32_products(x_TI: torch.Tensor, rows: float, numbers: int) -> bool:
 
 
 @cache
+def has_amx() -> bool:
+    """Return whether this machine's processor multiplies bfloat16 in tiles (Intel AMX), and torch uses them."""
+    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+@cache
 def _float32_is_faster() -> bool:
     return float32_is_faster(CPUINFO.read_text(errors="replace")) if CPUINFO.exists() else False
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...architectures.expert_weighting import routes_attention
-from ...models.experts.auto import COSTS, prefers_sorted
+from ...models.experts.auto import costs_on, prefers_sorted
 from ..recipe import PretrainRecipe
 from .shapes import LayerShape, ModelShape
 
@@ -85,7 +85,7 @@ def style_for(recipe: PretrainRecipe, model: ModelShape, tokens: int) -> Style:
     style = style_of(recipe, model.model_type)
     if experts_of(recipe) != "llamamoe_auto" or not width or style == "split":
         return style
-    costs = COSTS["half" if Widths.of(recipe, model.model_type).experts == 2 else "float32"]
+    costs = costs_on(recipe.device, half=Widths.of(recipe, model.model_type).experts == 2)
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     sizes = (model.num_experts, width, model.top_k, model.hidden_size)
     return "sorted" if prefers_sorted(tokens, *sizes, costs=costs, threads=threads) else "masked"

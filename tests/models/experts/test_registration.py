@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from llamamoe.models.experts import EXPERTS, register_experts
-from llamamoe.models.experts.auto import COSTS, one_token_prefers_sorted, prefers_sorted
+from llamamoe.models.experts import EXPERTS, auto, register_experts
+from llamamoe.models.experts.auto import COSTS, costs_on, one_token_prefers_sorted, prefers_sorted
 
 from .test_implementations import make_model
 
@@ -88,6 +88,13 @@ def test_the_registry_needs_neither_torch_nor_transformers() -> None:
         (256, (88, 16, 36, 576), "half in float32", False),
         (2048, (88, 16, 36, 576), "half in float32", True),
         (2048, (88, 16, 36, 576), "float32", False),
+        (2, (32, 160, 7, 2048), "half by AMX", True),
+        (4, (64, 112, 24, 2048), "half by AMX", False),
+        (8, (8, 896, 3, 2048), "half by AMX", False),
+        (64, (8, 896, 3, 2048), "half by AMX", True),
+        (256, (32, 160, 7, 2048), "half by AMX", True),
+        (256, (64, 112, 24, 2048), "half by AMX", False),
+        (2048, (88, 16, 36, 576), "half by AMX", False),
         (4, (64, 112, 24, 2048), "float32", True),
         (256, (64, 24, 24, 576), "float32", False),
         (256, (16, 96, 6, 576), "float32", True),
@@ -99,6 +106,16 @@ def test_auto_chooses_what_was_measured_to_be_faster(
 ) -> None:
     """Measured on 2 threads without gradients."""
     assert prefers_sorted(tokens, *sizes, costs=COSTS[kind], threads=2) == sorted_wins
+
+
+def test_auto_takes_the_costs_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "has_amx", lambda: True)
+    assert costs_on("cpu", half=True) is COSTS["half by AMX"]
+    assert costs_on("cuda", half=True) is COSTS["half"]
+    assert costs_on("cpu", half=True, in_float32=True) is COSTS["half in float32"]
+    assert costs_on("cpu", half=False) is COSTS["float32"]
+    monkeypatch.setattr(auto, "has_amx", lambda: False)
+    assert costs_on("cpu", half=True) is COSTS["half"]
 
 
 @pytest.mark.parametrize(
