@@ -49,6 +49,7 @@ class Meter:
         self._total = max(1, math.ceil(self._whole))
         self._done = 0.0
         self._progress = progress
+        self._last: Progress | None = None
 
     def cell(self, label: str, flops: int) -> Callable[[float], None]:
         """Return a callback for one cell, to be called with the finished share."""
@@ -57,6 +58,9 @@ class Meter:
         def advance(share: float) -> None:
             self._done = start + share * whole
             done = self._total if self._done > self._whole - 1e-6 else int(self._done)
-            self._progress(Progress("compare", done, self._total, "GFLOP", label))
+            step = Progress("compare", done, self._total, "GFLOP", label)
+            if step != self._last:
+                self._last = step
+                self._progress(step)
 
         return advance
