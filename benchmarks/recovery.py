@@ -65,6 +65,7 @@ class Study:
         sampled: Tokens that the parent writes beside the real text.
         distill: What is learned from the parent, by objective.
         teacher: Keys of the parent's training before that, by objective; the run is shorter by its tokens.
+        taught: Tokens on which the parent is trained before it is converted, by the recipe of all arms.
         optimizer: What each start is trained with in addition: a fitted router needs a smaller rate than a random one.
     """
 
@@ -77,6 +78,7 @@ class Study:
     arms: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...]
     total: int | None = None
+    taught: int = 0
     sampled: int = 0
     distill: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     teacher: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -168,21 +170,25 @@ STUDIES["stories260k_heal"] = replace(
     ),
 )
 """Layers healed on the hidden states of the parent, on the model's own, or on both in turn."""
-_SMOLLM2 = {"shared_by": "power", "repair": {"name": "distill", "epochs": 5}, "calibration_length": 512}
-_ALIGNED: dict[str, Any] = {"tokens": 524_288, "length": 256}
+CORRECTED = {"lm": {"weight": 1.0}, "kl": {"weight": 1.0}}
+_SMOLLM2: dict[str, Any] = {
+    "shared_by": "power", "repair": {"name": "distill", "epochs": 5}, "calibration_length": 512, "compute_dtype": "bfloat16",
+}  # fmt: skip
+_ALIGNED: dict[str, Any] = {"tokens": 458_752, "length": 256}
 STUDIES["smollm2_aligned"] = replace(
     STUDIES["smollm2"],
     ours={
-        "num_experts": 48, "top_k": 15, "shared": 384, "method": "token_clusters", "router": "ridge", **_SMOLLM2,
+        "num_experts": 72, "top_k": 22, "shared": 384, "method": "token_clusters", "router": "ridge", **_SMOLLM2,
         "align": {**_ALIGNED, "lr_assignment": 0},
     },
-    static={"method": "static", "shared": 768, **_SMOLLM2, "align": _ALIGNED},
-    pretrain={**STUDIES["smollm2"].pretrain, "evaluate_every": 60, "save_every": 10},
-    arms=(("dense", "lm"), ("ours", "fading distill"), ("static", "fading distill")),
+    static={"method": "static", "shared": 736, **_SMOLLM2, "align": _ALIGNED},
+    pretrain={**STUDIES["smollm2"].pretrain, "evaluate_every": 20, "save_every": 20},
+    arms=(("dense", "lm"), ("ours", "corrected distill"), ("static", "corrected distill")),
+    distill={"corrected distill": CORRECTED | {"kl": {"weight": 1.0, "top_m": 256}}},
     total=1_000_000,
+    taught=147_456,
 )  # fmt: skip
-"""A million tokens, more than half of them to learn all layers together."""
-CORRECTED = {"lm": {"weight": 1.0}, "kl": {"weight": 1.0}}
+"""A million tokens: the parent on the text, the layers of its conversion together on its predictions, then both."""
 RATES = ("6e-4", "2.4e-3")
 """Beside 1.2e-3, for every start."""
 STUDIES["stories260k_teacher"] = replace(
@@ -259,8 +265,8 @@ class Runner:
         if not out.exists():
             if calibrated:
                 given |= {"calibration": [str(self.train)], "calibration_tokens": tokens}
-            llamamoe.split(self.source, out, llamamoe.load_recipe(given=given), resume=True, verify=False)
-        return out, tokens + given.get("align", {}).get("tokens", 0) if calibrated else 0
+            llamamoe.split(self.parent(seed), out, llamamoe.load_recipe(given=given), resume=True, verify=False)
+        return out, self.study.taught + (tokens + given.get("align", {}).get("tokens", 0) if calibrated else 0)
 
     def start(self, start: str, objective: str, seed: int) -> tuple[Path, int]:
         """Return the start of an arm and the number of tokens that it took."""
@@ -272,15 +278,20 @@ class Runner:
             out = model.with_name(model.name + ("-healed-on-its-inputs" if changes else "-healed"))
             if not out.exists():
                 given = {**self.study.heal, **changes, "text": [str(self.train)], "seed": seed}
-                heal(model, out, load_heal_recipe(given=given), parent=self.source, resume=True)
+                heal(model, out, load_heal_recipe(given=given), parent=self.parent(seed), resume=True)
             model, tokens = out, tokens + int(self.study.heal["tokens"])
         return model, tokens
 
-    def arm(self, start: str, objective: str, seed: int) -> dict[str, Any]:
-        """Run one arm to its end; its curve as plain data."""
+    def parent(self, seed: int) -> Path:
+        """Return the model that is converted: the source, or the source trained on the text first."""
+        if not self.study.taught:
+            return Path(self.source)
+        given = self._given("dense", Path(self.source), seed) | {"tokens": self.study.taught}
+        return self._trained(given, self.work / "runs" / f"parent-{seed}")
+
+    def _given(self, start: str, model: Path, seed: int) -> dict[str, Any]:
+        """Keys of a run's recipe that do not depend on the objective."""
         tokens = self.tokens()
-        model, spent = self.start(start, objective, seed)
-        untrained = objective == "untrained"  # measured before a step that is then thrown away
         given = {
             **self.study.pretrain,
             "model": str(model),
@@ -290,28 +301,41 @@ class Runner:
             "experts_implementation": "llamamoe_auto",
         }
         given["optimizer"] = {**given["optimizer"], **self.study.optimizer.get(start, {})}
+        if start in ("dense", "static"):
+            given |= {"allow_dense": True, "losses": [], "experts_implementation": None}
+        return given
+
+    def _trained(self, given: dict[str, Any], folder: Path) -> Path:
+        """Run ``pretrain`` to its end, unless it was, and return the model's folder."""
+        if not (folder / "model").exists():
+            result = llamamoe.pretrain(load_pretrain_recipe(given=given), folder, resume=True)
+            shutil.rmtree(result.out / f"checkpoint-{result.steps}", ignore_errors=True)
+        return folder / "model"
+
+    def arm(self, start: str, objective: str, seed: int) -> dict[str, Any]:
+        """Run one arm to its end; its curve as plain data."""
+        model, spent = self.start(start, objective, seed)
+        untrained = objective == "untrained"  # measured before a step that is then thrown away
+        given = self._given(start, model, seed)
         how, _, rate = objective.rpartition(" + ")[2].partition(", lr ")
         if rate:  # that of the routers stays in proportion
             share = float(rate) / given["optimizer"]["lr"]
             given["optimizer"] |= {"lr": float(rate), "router_lr": given["optimizer"]["router_lr"] * share}
         if self.study.total is not None:
             given["tokens"] = self.study.total - spent
+        if self.study.taught and start != "dense":
+            given["data"]["skip_tokens"] = self.study.taught
         if untrained:
             given |= {"steps": 1, "tokens": None}
         elif how != "lm":
-            given |= {"parent": str(self.source), "distill": dict(self.study.distill[how])}
+            given |= {"parent": str(self.parent(seed)), "distill": dict(self.study.distill[how])}
         if how in self.study.teacher:
             given["teacher"] = dict(self.study.teacher[how])
             taught = int(given["teacher"]["tokens"])
             given["steps"] -= taught // (given["batch_size"] * BLOCKS[self.name]["block_length"])
             spent += taught
-        if start in ("dense", "static"):
-            given |= {"allow_dense": True, "losses": [], "experts_implementation": None}
-        recipe = load_pretrain_recipe(given=given)
         folder = self.work / "runs" / f"{start}-{re.sub(r'[ +,]+', '-', objective)}-{seed}"
-        if not (folder / "model").exists():
-            result = llamamoe.pretrain(recipe, folder, resume=True)
-            shutil.rmtree(result.out / f"checkpoint-{result.steps}", ignore_errors=True)
+        self._trained(given, folder)
         lines = [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "validation"]
         lines = lines[:1] if untrained else lines
         return {
