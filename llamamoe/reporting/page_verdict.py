@@ -66,8 +66,18 @@ def _lost(model: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
     interval = [number(exp(each)) for each in get(model, "difference", "mean_over_domains", "loss_interval") or []]
     known = len(interval) == 2
     between = f" (95 % interval: {interval[0]} to {interval[1]})" if known else ""
-    few = "" if known else " The text is too small for an interval: measure on more (`--text`, `--max-tokens`)."
+    few = "" if known else _too_few(model)
     return f"The perplexity is {number(factor)} times the parent’s{between}.{few} {_usual(model, factor, ffn_share(model, parent))}"
+
+
+def _too_few(model: Mapping[str, Any]) -> str:
+    """Return why there is no interval, which needs two documents of every domain."""
+    scores = get(model, "scores", "domains") or {}
+    single = [f"“{domain}”" for domain, score in scores.items() if get(score, "documents") == 1]
+    if not single:
+        return " The text is too small for an interval: measure on more (`--text`, `--max-tokens`)."
+    which = f"of {' and '.join(single)} only one document was measured"
+    return f" There is no interval, because {which}: give more documents (`--text`) or a larger `--max-tokens`."
 
 
 def _usual(model: Mapping[str, Any], factor: float, share: float | None) -> str:

@@ -56,6 +56,16 @@ def test_the_interval_is_of_the_factor() -> None:
     assert "too small" not in judged(3.4).lost
 
 
+def test_without_an_interval_domains_of_one_document_are_named() -> None:
+    found = report(Size(models=1))
+    (model,) = found["models"]
+    model["difference"]["mean_over_domains"]["loss_interval"] = None
+    first, *_ = model["scores"]["domains"]
+    model["scores"]["domains"][first]["documents"] = 1
+    (verdict,) = verdicts(series_of(found))
+    assert f"because of “{first}” only one document was measured: give more documents" in verdict.lost
+
+
 @pytest.mark.parametrize(
     ("given", "first"),
     [
