@@ -29,9 +29,9 @@ def duration(seconds: float) -> str:
 
 
 def took(run: Mapping[str, Any]) -> str:
-    """The duration of a run, and that of the interrupted ones that it finished: ``41 s, and 3 min 20 s before it was interrupted``."""
+    """The duration of a run, and that of the interrupted ones that it finished: ``41 s, after 3 min 20 s in runs that were interrupted``."""
     before = run.get("seconds_before")
-    earlier = f", and {duration(before)} before it was interrupted" if before else ""
+    earlier = f", after {duration(before)} in runs that were interrupted" if before else ""
     return duration(run["seconds"]) + earlier
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import isclose
 from typing import TYPE_CHECKING
 
-from llamamoe.calibration.compute import REFERENCE_FLOPS
+from llamamoe.calibration.compute import FAST_FLOPS, REFERENCE_FLOPS
 
 from ._format import amount, change, duration, plural, size
 from ._tables import bullets, facts, heading, paragraph, table
@@ -113,8 +113,13 @@ def _conversion(plan: SplitPlan) -> list[tuple[str, str]]:
         *([("router", f"{router.name}, {recipe.router_scale}"), ("scaling", _scaling(plan))] if layout.top_k else []),
         ("loads in", f"transformers {' and '.join(plan.majors)}{in_llama_cpp}"),
         ("to write", f"{size(plan.cost.nbytes)} of {recipe.dtype} in {plural(len(plan.shards), 'file')}"),
-        ("peak memory", f"about {size(plan.peak_bytes)}, in addition to Python and torch"),
+        ("peak memory", peak_memory(plan.peak_bytes)),
     ]
+
+
+def peak_memory(nbytes: int) -> str:
+    """The tensors of a conversion, and what else its process takes."""
+    return f"about {size(nbytes)} of tensors; with Python, torch, mapped files and freed memory about twice as much"
 
 
 def expert_width(layout: MoeLayout, padding: int) -> str:
@@ -201,8 +206,9 @@ def calibration_rows(needed: CalibrationPlan, wanted: int) -> list[tuple[str, st
 
 
 def _time(needed: CalibrationPlan | AlignmentPlan) -> str:
-    rate = f"at an assumed {REFERENCE_FLOPS / 1e9:.0f} billion a second"
-    return f"about {duration(needed.seconds())}: {amount(needed.flops)} operations, {rate}"
+    """The time on two cores: a plan measures nothing, and imports no torch."""
+    least, most = (duration(needed.seconds(rate)) for rate in (FAST_FLOPS, REFERENCE_FLOPS))
+    return f"about {least} (two fast cores, bfloat16) to {most} (slow ones): {amount(needed.flops)} operations. The run says at its start how long it takes"
 
 
 def _alignment(needed: AlignmentPlan) -> list[tuple[str, str]]:

@@ -138,7 +138,7 @@ def _print_plan(plan: HealPlan) -> None:
         ("text", f"{recipe.tokens:,} tokens at most, {plan.held_out_tokens:,} of them held out; sequences of {plan.length}"),
         ("training", f"{plural(plan.steps, 'step')} a layer, {amount(plan.trained_parameters)} parameters of each"),
         ("memory", f"{size(plan.peak_bytes)} at most"),
-        ("disk", size(plan.nbytes) + (f", {size(2 * plan.state_bytes)} meanwhile" if plan.states_in_files else "")),
+        ("disk", size(plan.nbytes) + (f", {size(2 * plan.state_bytes)} meanwhile for each process" if plan.states_in_files else "")),
         ("time", f"about {duration(plan.seconds)} on two laptop cores in float32"),
     ])  # fmt: skip
     if plan.warnings:

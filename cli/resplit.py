@@ -10,7 +10,7 @@ import click
 from ._format import routed_factor, size
 from ._outcome import layer_errors
 from ._output import Output, kept_when_interrupted, output_options
-from ._plan import calibration_rows
+from ._plan import calibration_rows, peak_memory
 from ._recipe_options import CALIBRATION, Row, recipe_file, recipe_options, row_of
 from ._style import Command, check_resume_or_force, flag, run_options
 from ._tables import bullets, facts
@@ -131,7 +131,7 @@ def _print(found: ResplitResult, recipe: ResplitRecipe) -> None:
         errors = layer_errors(found.receipt.get("layers", []), "the routed experts' output", "0 is MODEL")
         rows += errors or [
             *calibration_rows(found.calibration, recipe.calibration_tokens),
-            ("peak memory", f"about {size(found.calibration.peak_bytes)}, in addition to Python and torch"),
+            ("peak memory", peak_memory(found.calibration.peak_bytes)),
         ]
     facts([*rows, ("files", size(found.nbytes))])
     bullets(found.warnings, mark="!")

@@ -29,8 +29,6 @@ from .layer import layer_context
 from .plan import SplitPlan
 from .texts import Texts, alignment_text, load_text, make_text, save_text, with_clusters
 
-_PEAK_SHARE = 0.5
-"""Share of the rate of large products that a conversion reached: 0.70 in float32, 0.47 in bfloat16 (two cores of an EPYC)."""
 UNIT = "calibration"
 """The ledger's unit for the facts of the text."""
 _ALIGNMENT_TEXT = "alignment text"
@@ -98,7 +96,7 @@ class Session:
         """Return an estimate of the time from ``layer`` to the last one, from the rate of this machine's products."""
         needed, layers = self.plan.calibration, self.plan.model.spec.num_layers
         assert needed is not None
-        return needed.seconds(_PEAK_SHARE * self.compute.flops_per_second()) * (layers - layer) / layers
+        return needed.seconds(self.compute.expected_rate()) * (layers - layer) / layers
 
     def enter(self, layer: int) -> tuple[LayerInputs, ConvertedAttention | None]:
         """Return the inputs of the layer's FFN, and its attention if that is converted; see `Walk.enter`."""

@@ -236,6 +236,6 @@ def _speed(plan: SplitPlan, compute: Compute | None) -> dict[str, Any]:
     """Return the rate of this machine's products, and the resulting estimate of calibration time."""
     if compute is None or plan.calibration is None:
         return {}
-    rate = compute.flops_per_second()
+    rate = compute.expected_rate()
     seconds = round(plan.calibration.seconds(rate), 1)
     return {"calibration": {"flops_per_second": round(rate), "estimated_seconds": seconds}}

@@ -53,10 +53,10 @@ def test_a_resumed_run_says_what_it_kept(dense: Path, tmp_path: Path, run: Run) 
         llamamoe.split(dense, tmp_path / "out", recipe, progress=stop)
     result = run("split", dense, tmp_path / "out", "--method", "random", "--resume")
     assert result.stderr.startswith("resume: 1 of 2 layers kept\nconvert: 2 of 2 layers")
-    assert re.search(r"took +\S+ s, and \S+ s before it was interrupted, at most", result.stdout)
+    assert re.search(r"took +\S+ s, after \S+ s in runs that were interrupted, at most", result.stdout)
     again = run("split", dense, tmp_path / "again", "--method", "random")
     assert "resume" not in again.stderr
-    assert "before it was interrupted" not in again.stdout
+    assert "in runs that were interrupted" not in again.stdout
 
 
 def test_json_is_one_document_and_nothing_else_is_on_stdout(dense: Path, tmp_path: Path, run: Run) -> None:
